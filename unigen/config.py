@@ -1,0 +1,218 @@
+"""Every option once. A topic is a dataclass; :class:`Config` is their union, and its names are flat.
+
+Recipes (YAML) and flags are read by ``unigen/cli.py``; a flag wins over a recipe, an unknown key is an error that names
+the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+
+class UserError(ValueError):
+    """Something the user can put right; the command line shows the message alone, without a traceback."""
+
+
+class ConfigError(UserError):
+    """An option has a value that cannot work; the message says which, why, and the cure."""
+
+
+@dataclass
+class ModelOptions:
+    """Which model, and which of its parts learn.
+
+    Args:
+        model_path: Folder of the checkpoint to start from, in the published BAGEL layout.
+        visual_gen: Let the model draw; false leaves the generation expert out (text targets only, half the memory).
+        visual_und: Let the model see pictures through its ViT; false leaves the ViT out.
+        freeze_llm: Keep the whole decoder (both experts, embeddings and text head) as it is.
+        freeze_vit: Keep the vision transformer as it is.
+        freeze_und: Train the generation expert only; the understanding side keeps its weights and its answers.
+        timestep_shift: Shift of the flow-matching time law; default: the checkpoint's own, 1.0 where it says nothing.
+    """
+
+    model_path: str | None = None
+    visual_gen: bool = True
+    visual_und: bool = True
+    freeze_llm: bool = False
+    freeze_vit: bool = False
+    freeze_und: bool = False
+    timestep_shift: float | None = None
+
+
+@dataclass
+class DataOptions:
+    """Which data, and how a record becomes tokens.
+
+    Args:
+        train_data_path: A JSON or JSONL file, a folder of such files, or several of either.
+        val_data_path: Held-out data of the same kinds, for validation.
+        batch_size: Samples per packed row.
+        max_num_tokens: Token budget of a packed row; when given, it decides how many samples a row holds.
+        max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the model's limit.
+        max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x 1024).
+        train_transitions: Train the tokens that decide what comes next (write, draw, stop), so that generation stops by itself.
+        single_image_stop_prob: Share of the draws in which an answer of one single image also learns to stop after it.
+        text_cond_dropout_prob: Chance that a context text is left out of a sample that draws (classifier-free guidance).
+        vit_cond_dropout_prob: The same for the ViT tokens of a context image.
+        vae_cond_dropout_prob: The same for the clean VAE tokens of a context image.
+        on_bad_record: error stops before training; skip leaves the record out, lists it, and stops above 1 %.
+        check_pictures: Before training, decode every picture (full), read their headers only (headers), or decide by their number (auto).
+        num_workers: Processes that decode and pack; 0 does it in the training process.
+    """
+
+    train_data_path: str | list[str] | None = None
+    val_data_path: str | list[str] | None = None
+    batch_size: int = 1
+    max_num_tokens: int | None = None
+    max_sequence_length: int | None = None
+    max_image_tokens: int = 4096
+    train_transitions: bool = True
+    single_image_stop_prob: float = 0.15
+    text_cond_dropout_prob: float = 0.1
+    vit_cond_dropout_prob: float = 0.3
+    vae_cond_dropout_prob: float = 0.3
+    on_bad_record: Literal["error", "skip"] = "error"
+    check_pictures: Literal["auto", "full", "headers"] = "auto"
+    num_workers: int = 0
+
+
+@dataclass
+class OptimOptions:
+    """How the weights move.
+
+    Args:
+        num_epochs: Passes over the data.
+        max_steps: Optimiser steps; when given, it decides instead of num_epochs.
+        gradient_accumulation_steps: Packed rows per process in one optimiser step.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay of matrices (never of biases, norms and embeddings).
+        adam_beta1: AdamW's first decay.
+        adam_beta2: AdamW's second decay.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: Gradients are clipped to this total norm; 0 turns clipping off.
+        lr_scheduler_type: Shape of the learning rate after the warm-up, over optimiser steps.
+        warmup_ratio: Share of all steps over which the learning rate rises from zero.
+        warmup_steps: The same as a number of steps; wins over warmup_ratio.
+        text_loss_weight: Weight of the text cross-entropy.
+        image_loss_weight: Weight of the image flow-matching loss.
+        ema: Decay of the exponential moving average of the weights (for example 0.9999); none keeps no average.
+    """
+
+    num_epochs: int = 3
+    max_steps: int | None = None
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.0
+    warmup_steps: int | None = None
+    text_loss_weight: float = 1.0
+    image_loss_weight: float = 1.0
+    ema: float | None = None
+
+
+@dataclass
+class RunOptions:
+    """Where and how it runs.
+
+    Args:
+        output_dir: Folder of the run: checkpoints, metrics.jsonl, logs.
+        fp16: Compute in float16 with loss scaling.
+        bf16: Compute in bfloat16.
+        gradient_checkpointing: Recompute activations in the backward pass: slower, far less memory.
+        logging_steps: Steps between two lines of the log.
+        eval_steps: Steps between two validations; default: once an epoch.
+        save_steps: Steps between two checkpoints.
+        save_total_limit: Newest checkpoints to keep; the best one is kept besides.
+        resume_from_checkpoint: A step_N folder, or auto for the newest in output_dir.
+        seed: Seed of everything random.
+        device: cuda, cpu, or auto.
+        dry_run: Do everything up to the first step, then stop.
+    """
+
+    output_dir: str = "outputs/unified_training"
+    fp16: bool = False
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    seed: int = 42
+    device: str = "auto"
+    dry_run: bool = False
+
+
+@dataclass
+class TrackingOptions:
+    """Who is told.
+
+    Args:
+        wandb_project: Log to this Weights & Biases project.
+        wandb_run_name: Name of the run there.
+    """
+
+    wandb_project: str | None = None
+    wandb_run_name: str | None = None
+
+
+TOPICS = (ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOptions)
+
+
+@dataclass
+class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOptions):
+    """Every option of a training run, flat."""
+
+    def resolve(self) -> Config:
+        """Checks what can be checked without touching a file, and returns itself.
+
+        Raises:
+            ConfigError: an option is missing or out of range, or two exclude each other.
+        """
+        checks = [
+            (self.model_path, "model_path", "is missing; give the folder of a BAGEL checkpoint"),
+            (self.train_data_path, "train_data_path", "is missing; give a JSON or JSONL file, or a folder of them"),
+            (not (self.fp16 and self.bf16), "fp16", "and bf16 exclude each other; keep bf16 where the GPU has it"),
+            (self.visual_gen or self.visual_und or not self.freeze_llm, "freeze_llm", "with no visual part leaves nothing to train"),
+            (not (self.freeze_und and not self.visual_gen), "freeze_und", "trains the generation expert, which visual_gen=false leaves out"),
+            (not (self.freeze_und and self.freeze_llm), "freeze_und", "with freeze_llm leaves only the latent heads; choose one of them"),
+        ]
+        for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps", "save_steps", "max_image_tokens"):
+            checks.append((getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1"))
+        for name in ("max_steps", "eval_steps", "max_num_tokens", "max_sequence_length", "save_total_limit"):
+            value = getattr(self, name)
+            checks.append((value is None or value >= 1, name, f"is {value}; it must be at least 1"))
+        for name in ("single_image_stop_prob", "text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"):
+            checks.append((0 <= getattr(self, name) <= 1, name, f"is {getattr(self, name)}; a probability lies in [0, 1]"))
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "text_loss_weight", "image_loss_weight"):
+            value = getattr(self, name)
+            checks.append((math.isfinite(value) and value >= 0, name, f"is {value}; it must be a finite number of at least 0"))
+        checks.append((self.warmup_ratio <= 1, "warmup_ratio", f"is {self.warmup_ratio}; it is a share of all steps, at most 1"))
+        checks.append((self.ema is None or 0 < self.ema < 1, "ema", f"is {self.ema}; a decay lies between 0 and 1, such as 0.9999"))
+        checks.append((self.num_workers >= 0, "num_workers", f"is {self.num_workers}; it must be 0 or more"))
+        for good, name, problem in checks:
+            if not good:
+                raise ConfigError(f"{name} {problem} (--{name} ...)")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def known_options() -> list[str]:
+    return [f.name for f in fields(Config)]
+
+
+def nearest(name: str, known: list[str] | None = None) -> str | None:
+    """The known option a misspelt one most likely meant, or None."""
+    found = difflib.get_close_matches(name.replace("-", "_"), known or known_options(), n=1, cutoff=0.5)
+    return found[0] if found else None

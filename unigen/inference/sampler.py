@@ -1,0 +1,186 @@
+"""The sampler: next token, and the image ODE with guidance, for several contexts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unigen.model import flow
+from unigen.model.attention import Cache, plan_attention
+from unigen.model.bagel import Bagel
+from unigen.sequence.grid import unpatchify
+from unigen.sequence.pack import next_position, pack_blocks
+from unigen.sequence.tokens import SpecialIds
+from unigen.sequence.types import Block, Kind, Pack
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How a picture is drawn; the defaults are the reference's. See ``docs/model.md`` for the formulas."""
+
+    num_timesteps: int = 50
+    timestep_shift: float = 3.0
+    cfg_text_scale: float = 4.0
+    cfg_img_scale: float = 1.5
+    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    cfg_renorm_min: float = 0.0
+    cfg_renorm_type: str = "global"
+
+    def __post_init__(self) -> None:
+        if self.cfg_renorm_type not in flow.RENORM_TYPES:
+            raise ValueError(f"cfg_renorm_type is {self.cfg_renorm_type!r}; known types are {', '.join(flow.RENORM_TYPES)}")
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps is {self.num_timesteps}; drawing takes at least 2 (one Euler step)")
+
+
+@torch.no_grad()
+def extend(model: Bagel, special: SpecialIds, caches: Sequence[Cache], blocks: Sequence[Block]) -> Tensor:
+    """Appends ``blocks[i]`` (a text, or a picture at t = 0) to context ``caches[i]``; hidden states [B, D] of the closing tokens."""
+    assert all(block.kind != Kind.NOISED for block in blocks)
+    pack = pack_blocks([[block] for block in blocks], special, model.config.geometry, [c.position for c in caches]).to(model.device)
+    x0 = model.clean_tokens(pack, model.latents_of(pack))
+    hidden = model.hidden_states(pack, x0, torch.zeros(len(x0), device=model.device), caches)
+    for cache, block in zip(caches, blocks, strict=True):
+        cache.position = next_position(cache.position, block)
+    ends = torch.tensor([len(block) for block in blocks], device=model.device).cumsum(0) - 1
+    return hidden[pack.index.argsort()[ends]]
+
+
+@torch.no_grad()
+def feed(model: Bagel, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
+    """Appends one text token to each context; hidden states [B, D]."""
+    n, device = len(ids), model.device
+    count, zeros = torch.arange(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+    no = torch.zeros(n, dtype=torch.bool, device=device)
+    geometry = model.config.geometry
+    pack = Pack(
+        ids=torch.tensor(ids, device=device),
+        position=torch.tensor([c.position for c in caches], device=device),
+        index=count,
+        kind=zeros.to(torch.uint8),
+        sample=count,
+        span=count,
+        image=no,
+        noised=no,
+        label=zeros - 100,
+        n_und=n,
+        n_samples=n,
+        vit_patches=torch.zeros(0, geometry.vit_patch**2 * 3, device=device),
+        vit_position=zeros[:0],
+        vit_lengths=[],
+        vae_pixels=[],
+        vae_noise=[],
+        latents=[],
+        vae_block=[],
+        vae_grid=[],
+        vae_position=zeros[:0],
+        u=torch.zeros(0, device=device),
+        noise=torch.zeros(0, geometry.patch_dim, device=device),
+    )
+    hidden = model.hidden_states(pack, pack.noise, pack.u, caches)
+    for cache in caches:
+        cache.position += 1
+    return hidden
+
+
+@torch.no_grad()
+def write(
+    model: Bagel,
+    special: SpecialIds,
+    caches: Sequence[Cache],
+    max_tokens: int,
+    pick: Callable[[Tensor, int], int],
+    stop: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Writes a text in each context, token by token, until ``stop`` (default: the text's end) or ``max_tokens``.
+
+    ``max_tokens`` counts the opening token. ``pick(logits, i)`` chooses context i's next token from logits [vocabulary].
+    Returns the ids with the opening and without the closing token; the closing token is not in the caches.
+    """
+    stops = {special.text_end} if stop is None else set(stop)
+    written: list[list[int]] = [[] for _ in caches]
+    active, current = list(range(len(caches))), [special.text_start] * len(caches)
+    for _ in range(max_tokens):
+        hidden = feed(model, [caches[i] for i in active], current)
+        logits = model.logits(hidden).float()
+        for i, token in zip(active, current, strict=True):
+            written[i].append(token)
+        chosen = [(i, pick(row, i)) for i, row in zip(active, logits, strict=True)]
+        goes_on = [(i, token) for i, token in chosen if token not in stops]
+        if not goes_on:
+            break
+        active, current = [i for i, _ in goes_on], [token for _, token in goes_on]
+    return written
+
+
+@dataclass
+class Canvas:
+    """One picture to draw: its contexts, its grid of latent tokens, and the noise [rows * columns, patch_dim] it starts from."""
+
+    full: Cache
+    no_text: Cache
+    no_image: Cache
+    grid: tuple[int, int]
+    noise: Tensor
+
+
+@torch.no_grad()
+def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options: ImageOptions) -> list[Tensor]:
+    """Integrates the flow from noise to data for every canvas; final latent tokens [rows * columns, patch_dim] float32.
+
+    All pictures and all contexts of the guidance go through the model in one row.
+    """
+    device = model.device
+    x = [canvas.noise.to(device=device, dtype=torch.float32) for canvas in canvases]
+    times = flow.sampling_times(options.num_timesteps, options.timestep_shift, device)
+    rows: dict[tuple[bool, bool], _Row] = {}
+    low, high = options.cfg_interval
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        inside = bool(t > low) and bool(t <= high)
+        text = inside and options.cfg_text_scale > 1
+        use = (text, text and options.cfg_img_scale > 1)
+        if use not in rows:
+            rows[use] = _Row(model, special, canvases, *use)
+        v, no_text, no_image = rows[use].velocities(x, t)
+        for i in range(len(canvases)):
+            guided = flow.guide(
+                v[i], no_text[i] if use[0] else None, no_image[i] if use[1] else None,
+                options.cfg_text_scale if use[0] else 1.0, options.cfg_img_scale if use[1] else 1.0,
+                options.cfg_renorm_type, options.cfg_renorm_min,
+            )  # fmt: skip
+            x[i] = flow.euler_step(x[i], guided, t, t_next)
+    return x
+
+
+class _Row:
+    """The packed row of all canvases in all contexts that one kind of step needs; packed and planned once."""
+
+    def __init__(self, model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], text: bool, image: bool):
+        self.model, self.n = model, len(canvases)
+        contexts = [[c.full for c in canvases]]
+        contexts += [[c.no_text for c in canvases]] if text else []
+        contexts += [[c.no_image for c in canvases]] if image else []
+        self.caches = [cache for group in contexts for cache in group]
+        self.copies, self.text = len(contexts), text
+        blocks = [[Block(Kind.NOISED, c.grid[0] * c.grid[1], 0, c.grid)] for _ in contexts for c in canvases]
+        self.pack = pack_blocks(blocks, special, model.config.geometry, [c.position for c in self.caches]).to(model.device)
+        self.plan = plan_attention(self.pack, self.caches)
+
+    def velocities(self, x: Sequence[Tensor], t: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Velocities of every canvas in the full, the no-text and the no-image context (empty where not asked for)."""
+        x_t = torch.cat([*x] * self.copies)
+        hidden = self.model.hidden_states(self.pack, x_t, t.expand(len(x_t)), self.caches, grow=False, plan=self.plan)
+        v = self.model.velocities(hidden[self.pack.n_und :]).split([len(part) for part in x] * self.copies)
+        n = self.n
+        return v[:n], v[n : 2 * n], v[2 * n : 3 * n]
+
+
+@torch.no_grad()
+def decode_pixels(model: Bagel, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Latent tokens [rows * columns, patch_dim] -> pixels [3, H, W], about in [-1, 1]."""
+    assert model.codec is not None
+    latent = unpatchify(tokens, grid, model.config.latent_patch_size)
+    return model.codec.decode(latent[None])[0].float()

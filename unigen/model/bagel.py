@@ -1,0 +1,181 @@
+"""The model: embeds the three kinds of token, runs the decoder, and reads text and velocity from its hidden states.
+
+One forward serves training, validation and inference: a :class:`~unigen.sequence.types.Pack` goes in, hidden states come
+out; with caches the pack continues them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unigen.model import flow
+from unigen.model.attention import Cache, Plan, plan_attention
+from unigen.model.codec import Codec, encode_all
+from unigen.model.config import BagelConfig
+from unigen.model.layers import Connector, PositionTable, TimeEmbedder
+from unigen.model.mot import LanguageModel
+from unigen.model.vit import VisionModel
+from unigen.sequence.grid import patchify
+from unigen.sequence.types import Kind, Pack
+
+
+class Output(NamedTuple):
+    hidden: Tensor  # [T, D] after the final norms, in stored order
+    ce: Tensor  # [labels] cross-entropy of each label token, float32, in stored order
+    mse: Tensor  # [noised tokens, patch_dim] squared error of the velocity, float32
+
+
+class Bagel(nn.Module):
+    """BAGEL. Parameter names and shapes are those of the published checkpoint.
+
+    ``codec`` (frozen, in a file of its own) and ``source`` (the folder the weights came from) are set by
+    ``load_bagel`` and are not part of ``state_dict()``.
+    """
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        self.config = config
+        width = config.llm.hidden_size
+        self.language_model = LanguageModel(config.llm, config.visual_gen)
+        if config.visual_gen:
+            self.time_embedder = TimeEmbedder(width)
+            self.vae2llm = nn.Linear(config.patch_dim, width)
+            self.llm2vae = nn.Linear(width, config.patch_dim)
+            self.latent_pos_embed = PositionTable(config.max_latent_size, width)
+        if config.visual_und:
+            self.vit_model = VisionModel(config.vit, ACT2FN[config.vit.hidden_act])
+            self.connector = Connector(config.vit.hidden_size, width, ACT2FN[config.connector_act])
+            self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
+        object.__setattr__(self, "codec", None)  # not a submodule: its weights live in ae.safetensors
+        self.source: Path | None = None
+        self.timestep_shift = config.timestep_shift
+
+    codec: Codec | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.lm_head.weight.device
+
+    def use_gradient_checkpointing(self, on: bool = True) -> None:
+        """Recompute each layer's activations in the backward pass."""
+        self.language_model.model.gradient_checkpointing = on
+        if self.config.visual_und:
+            self.vit_model.gradient_checkpointing = on
+
+    @torch.no_grad()
+    def initialise(self, std: float = 0.02) -> None:
+        """Random weights to train from scratch: normal for matrices, the generation expert a copy of the understanding
+        one, the velocity head zero, tables computed. Draws from the default generator."""
+        for name, p in self.named_parameters():
+            if name.endswith("pos_embed.pos_embed"):
+                continue
+            if p.ndim < 2:
+                nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                nn.init.normal_(p, std=std if "vit_model" not in name else p.shape[1] ** -0.5)
+        parameters = dict(self.named_parameters())
+        for name, p in parameters.items():
+            if "_moe_gen" in name:
+                p.copy_(parameters[name.replace("_moe_gen", "")])
+        for table in ("latent_pos_embed", "vit_pos_embed"):
+            if hasattr(self, table):
+                getattr(self, table).fill()
+        if self.config.visual_gen:
+            nn.init.zeros_(self.llm2vae.weight)
+
+    @torch.no_grad()
+    def latents_of(self, pack: Pack) -> list[Tensor]:
+        """Normalised latents [C, h, w] of the row's VAE pictures: those it brings, or the codec's."""
+        if pack.latents or not pack.vae_pixels:
+            return pack.latents
+        assert self.codec is not None, "this model has no codec; load it with load_bagel"
+        return encode_all(self.codec, pack.vae_pixels, pack.vae_noise or None)
+
+    def clean_tokens(self, pack: Pack, latents: Sequence[Tensor]) -> Tensor:
+        """x_0 of every VAE token, [M, patch_dim] float32, in stored order."""
+        p = self.config.latent_patch_size
+        tokens = []
+        for picture, (rows, columns) in zip(pack.vae_block, pack.vae_grid, strict=True):
+            tokens.append(patchify(latents[picture][:, : rows * p, : columns * p], p))
+        return torch.cat(tokens).float() if tokens else pack.noise.new_zeros(0, self.config.patch_dim)
+
+    def embed(self, pack: Pack, x_t: Tensor, t: Tensor) -> Tensor:
+        """Embedded tokens [T, D] of a row whose VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]."""
+        kind, n = pack.kind, pack.n_und
+        words = self.language_model.model.embed_tokens(pack.ids[:n])
+        if self.config.visual_und:
+            seen = self.vit_model(pack.vit_patches, pack.vit_position, pack.vit_lengths)
+            seen = self.connector(seen) + self.vit_pos_embed(pack.vit_position)
+            places = (kind[:n] == Kind.VIT).nonzero().squeeze(1)
+            words = words.index_copy(0, places, seen.to(words.dtype))
+        if not self.config.visual_gen:
+            assert n == len(pack), "VAE tokens need a model built with visual_gen"
+            return words
+        weight = self.vae2llm.weight
+        drawn = self.vae2llm(x_t.to(weight.dtype)) + self.time_embedder(t) + self.latent_pos_embed(pack.vae_position)
+        return torch.cat([words, drawn.to(words.dtype)])
+
+    def hidden_states(
+        self, pack: Pack, x_t: Tensor, t: Tensor, caches: Sequence[Cache] | None = None, grow: bool = True, plan: Plan | None = None
+    ) -> Tensor:
+        """Hidden states [T, D] after the final norms, in stored order.
+
+        VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]. Sample i continues ``caches[i]``; with ``grow`` the
+        row stays in the caches. ``plan`` saves planning the same row again.
+        """
+        x = self.embed(pack, x_t, t)
+        hidden = self.language_model.model(x, pack, plan or plan_attention(pack, caches), caches, grow)
+        if caches is not None and grow:
+            for cache, n in zip(caches, torch.bincount(pack.sample, minlength=pack.n_samples).tolist(), strict=True):
+                cache.length += n
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Text logits [..., vocabulary]."""
+        return self.language_model.lm_head(hidden)
+
+    def velocities(self, hidden: Tensor) -> Tensor:
+        """Velocities [..., patch_dim] float32."""
+        return self.llm2vae(hidden).float()
+
+    def forward(self, pack: Pack, latents: Sequence[Tensor] | None = None) -> Output:
+        """The training forward: per-token losses of a row.
+
+        ``latents`` default to the row's own pictures, encoded.
+        """
+        x0 = self.clean_tokens(pack, self.latents_of(pack) if latents is None else latents)
+        t = flow.training_time(pack.u, self.timestep_shift)
+        hidden = self.hidden_states(pack, flow.mix(x0, pack.noise, t), t)
+        labelled = (pack.label >= 0).nonzero().squeeze(1)
+        ce = token_losses(self.language_model.lm_head, hidden[labelled], pack.label[labelled])
+        if not self.config.visual_gen:
+            return Output(hidden, ce, hidden.new_zeros(0, 0, dtype=torch.float32))
+        noised = (pack.kind[pack.n_und :] == Kind.NOISED).nonzero().squeeze(1)
+        predicted = self.velocities(hidden[pack.n_und :][noised])
+        mse = (predicted - flow.velocity(x0, pack.noise)[noised]) ** 2
+        return Output(hidden, ce, mse)
+
+
+def token_losses(head: nn.Linear, hidden: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
+    """Cross-entropy [labels] float32 of every label token.
+
+    More than ``chunk`` tokens go through the head in pieces whose logits are recomputed in the backward pass: with a
+    vocabulary of 152,064, the logits of 1,024 tokens fill 0.6 GB.
+    """
+
+    def losses(h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(head(h).float(), y, reduction="none")
+
+    if len(labels) <= chunk:
+        return losses(hidden, labels)
+    pieces = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    return torch.cat([checkpoint(losses, h, y, use_reentrant=False) for h, y in pieces])

@@ -1,0 +1,155 @@
+"""Pixels <-> latents: the FLUX VAE (``diffusers``' AutoencoderKL), and a parameter-free pixel codec for tiny models.
+
+A codec has ``downsample`` (pixels per latent cell), ``channels``, ``encode(pixels, noise)`` and ``decode(latents)``.
+Latents are normalised: ``scale * (z - shift)``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """``vae_config.json``; the defaults are FLUX's, which the release does not write down."""
+
+    type: str = "flux"  # or "pixel": space to depth, no weights
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    downsample: int = 8
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VaeConfig:
+        known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
+        if "ch_mult" in known:
+            known["ch_mult"] = tuple(known["ch_mult"])
+        config = cls(**known)
+        if config.type not in CODECS:
+            raise ValueError(f"vae_config.json: type is {config.type!r}; known types are {', '.join(CODECS)}")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ch_mult": list(self.ch_mult)}
+
+
+class Codec(nn.Module):
+    """What both codecs share: normalisation, and that nothing here learns."""
+
+    def __init__(self, config: VaeConfig):
+        super().__init__()
+        self.config = config
+        self.downsample, self.channels = config.downsample, config.z_channels
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return self.config.scale_factor * (z - self.config.shift_factor)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents / self.config.scale_factor + self.config.shift_factor
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """``pixels`` [B, 3, H, W] in [-1, 1] -> normalised latents [B, C, H / f, W / f]; the posterior's mean, or its
+        draw with ``noise`` of the latents' shape."""
+        raise NotImplementedError(type(self).__name__)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, C, h, w] -> pixels [B, 3, h * f, w * f], about in [-1, 1]."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class PixelCodec(Codec):
+    """Space to depth: exact, without parameters."""
+
+    def __init__(self, config: VaeConfig):
+        super().__init__(config)
+        expected = 3 * config.downsample**2
+        if config.z_channels != expected:
+            raise ValueError(f"vae_config.json: z_channels is {config.z_channels}; a pixel codec with downsample {config.downsample} has {expected}")
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.normalise(F.pixel_unshuffle(pixels, self.downsample))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.denormalise(latents), self.downsample)
+
+
+class FluxCodec(Codec):
+    """The FLUX VAE of any width, from ``ae.safetensors`` in Black Forest Labs' key layout."""
+
+    def __init__(self, config: VaeConfig):
+        super().__init__(config)
+        from diffusers import AutoencoderKL
+
+        levels = len(config.ch_mult)
+        if config.downsample != 2 ** (levels - 1):
+            raise ValueError(f"vae_config.json: downsample is {config.downsample}; {levels} levels of ch_mult give {2 ** (levels - 1)}")
+        self.vae = AutoencoderKL(
+            block_out_channels=[config.ch * m for m in config.ch_mult],
+            down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels,
+            layers_per_block=config.num_res_blocks,
+            latent_channels=config.z_channels,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over the tensors of ``ae.safetensors``.
+
+        Raises:
+            ValueError: keys are missing, unexpected or misshapen; all are listed.
+        """
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+        try:
+            converted = convert_ldm_vae_checkpoint(dict(tensors), dict(self.vae.config))
+            self.vae.load_state_dict(converted, strict=True)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"ae.safetensors does not hold the VAE that vae_config.json describes: {error}") from error
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        z = posterior.mean
+        if noise is not None:
+            z = z + posterior.std * noise.to(z.dtype)
+        return self.normalise(z)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(self.denormalise(latents.to(self.vae.dtype))).sample
+
+
+CODECS = {"flux": FluxCodec, "pixel": PixelCodec}
+
+
+@torch.no_grad()
+def encode_all(codec: Codec, pixels: list[Tensor], noise: list[Tensor] | None = None) -> list[Tensor]:
+    """Encodes pictures [3, H, W] of any sizes, those of one size together; a list of [C, h, w] in the given order."""
+    latents: list[Tensor | None] = [None] * len(pixels)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for i, p in enumerate(pixels):
+        by_size.setdefault(tuple(p.shape), []).append(i)
+    for size, members in by_size.items():
+        # At most about four megapixels at once: the VAE's activations, not its weights, fill the memory.
+        step = max(1, 4 * 2**20 // (size[1] * size[2]))
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
+            drawn = torch.stack([noise[i] for i in part]) if noise else None
+            for i, latent in zip(part, codec.encode(torch.stack([pixels[i] for i in part]), drawn), strict=True):
+                latents[i] = latent
+    return latents  # type: ignore[return-value]
+
+
+def read_vae_config(folder: Path) -> VaeConfig:
+    """``vae_config.json`` of a checkpoint folder, FLUX's where there is none."""
+    path = folder / "vae_config.json"
+    return VaeConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else VaeConfig()

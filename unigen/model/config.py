@@ -1,0 +1,138 @@
+"""What a checkpoint folder says of its model, and the constants that no file of the release holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unigen.config import UserError
+from unigen.model.codec import VaeConfig, read_vae_config
+from unigen.sequence.images import ImageTransform
+from unigen.sequence.pack import Geometry
+from unigen.sequence.plan import Transforms
+
+
+class CheckpointFolderError(UserError):
+    """A folder does not hold a BAGEL checkpoint this program can load; the message lists what is wrong."""
+
+
+@dataclass
+class BagelConfig:
+    """The model's shape. ``llm`` and ``vit`` are the transformers configs of Qwen2 and SigLIP."""
+
+    llm: Any
+    vit: Any
+    vae: VaeConfig
+    latent_patch_size: int = 2
+    max_latent_size: int = 64  # side of the latent position table, in tokens
+    vit_max_num_patch_per_side: int = 70
+    connector_act: str = "gelu_pytorch_tanh"
+    interpolate_pos: bool = False
+    timestep_shift: float = 1.0
+    visual_gen: bool = True
+    visual_und: bool = True
+    # longest and shortest side in pixels: of latents; of ViT pictures; of ViT pictures in samples that draw
+    vae_transform: dict[str, int] = field(default_factory=lambda: {"max_size": 1024, "min_size": 512})
+    vit_transform: dict[str, int] = field(default_factory=lambda: {"max_size": 980, "min_size": 224})
+    vit_edit_transform: dict[str, int] = field(default_factory=lambda: {"max_size": 518, "min_size": 224})
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent token."""
+        return self.vae.downsample * self.latent_patch_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers per latent token."""
+        return self.vae.z_channels * self.latent_patch_size**2
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(
+            latent_stride=self.latent_stride,
+            latent_patch=self.latent_patch_size,
+            patch_dim=self.patch_dim,
+            max_latent_size=self.max_latent_size,
+            vit_patch=self.vit.patch_size,
+            vit_side=self.vit_max_num_patch_per_side,
+            interpolate=self.interpolate_pos,
+            posterior=self.vae.type != "pixel",
+        )
+
+    def transforms(self, max_image_tokens: int | None = None) -> Transforms:
+        """How pictures are resized for this model; no picture outgrows its position tables."""
+        stride, patch = self.latent_stride, self.vit.patch_size
+        vit_limit = self.vit_max_num_patch_per_side * patch
+        return Transforms(
+            vae=ImageTransform(**self.vae_transform, stride=stride, limit=self.max_latent_size * stride, max_tokens=max_image_tokens),
+            vit=ImageTransform(**self.vit_transform, stride=patch, limit=vit_limit),
+            vit_edit=ImageTransform(**self.vit_edit_transform, stride=patch, limit=vit_limit),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """``config.json``: what serving engines expect, and every constant."""
+        return {
+            "architectures": ["BagelForConditionalGeneration"],
+            "model_type": "bagel",
+            **{name: getattr(self, name) for name in CONSTANTS},
+            "llm_config": self.llm.to_diff_dict(),
+            "vit_config": self.vit.to_diff_dict(),
+            "vae_config": self.vae.to_dict(),
+        }
+
+
+CONSTANTS = (
+    "latent_patch_size",
+    "max_latent_size",
+    "vit_max_num_patch_per_side",
+    "connector_act",
+    "interpolate_pos",
+    "timestep_shift",
+    "vae_transform",
+    "vit_transform",
+    "vit_edit_transform",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointFolderError(
+            f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT (llm_config.json, vit_config.json, "
+            "ema.safetensors, ae.safetensors, tokenizer files). Cure: check the path, or download the whole repository"
+        ) from None
+    except ValueError as error:
+        raise CheckpointFolderError(f"{path} is not valid JSON ({error}). Cure: download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointFolderError(f"{path} holds a {type(value).__name__}, not a JSON object. Cure: download it again")
+    return value
+
+
+def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: Any) -> BagelConfig:
+    """The config of a checkpoint folder.
+
+    ``overrides`` win over ``config.json``; where neither knows the side of a position table, the ``shapes`` of the stored
+    tensors do.
+    """
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    if not folder.is_dir():
+        raise CheckpointFolderError(f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Cure: check the path")
+    llm = Qwen2Config.from_dict(read_json(folder / "llm_config.json"))
+    if llm.rope_parameters.get("rope_type", "default") != "default":
+        raise CheckpointFolderError(f"{folder / 'llm_config.json'}: rope scaling {llm.rope_parameters} is not part of BAGEL")
+    vit = SiglipVisionConfig.from_dict(read_json(folder / "vit_config.json"))
+    stored = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    constants = {name: stored[name] for name in CONSTANTS if stored.get(name) is not None}
+    constants.setdefault("vit_max_num_patch_per_side", vit.image_size // vit.patch_size)
+    table = shapes.get("latent_pos_embed.pos_embed")
+    if table is not None:
+        constants.setdefault("max_latent_size", round(table[0] ** 0.5))
+    constants.update({name: value for name, value in overrides.items() if value is not None})
+    try:
+        return BagelConfig(llm, vit, read_vae_config(folder), **constants)
+    except (TypeError, ValueError) as error:
+        raise CheckpointFolderError(f"{folder}: {error}") from error

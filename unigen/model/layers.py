@@ -1,0 +1,111 @@
+"""The small parts of the model. Shapes, here and in all of ``model/``:
+
+T tokens of a row, D hidden width, H query heads, G key-value heads, d width of a head, B pictures or samples of a group,
+L longest of a group, P tokens in the cache, C latent channels, p latent patch, M latent tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Connector(nn.Module):
+    """ViT width -> decoder width: linear, activation, linear."""
+
+    def __init__(self, in_width: int, width: int, activation: nn.Module):
+        super().__init__()
+        self.fc1 = nn.Linear(in_width, width)
+        self.activation = activation
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class TimeEmbedder(nn.Module):
+    """Time in [0, 1] -> [D]: 256 numbers (cosines, then sines, periods up to 10000), linear, SiLU, linear."""
+
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequencies, self.max_period = frequencies, max_period
+
+    def forward(self, t: Tensor) -> Tensor:
+        """``t`` [M] float32 -> [M, D]."""
+        half = self.frequencies // 2
+        freqs = torch.exp(-math.log(self.max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * freqs
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class PositionTable(nn.Module):
+    """Fixed 2-D sine-cosine table, looked up by ``row * side + column``; never trained."""
+
+    def __init__(self, side: int, width: int):
+        super().__init__()
+        self.side = side
+        self.pos_embed = nn.Parameter(torch.empty(side * side, width), requires_grad=False)
+
+    def fill(self) -> None:
+        """(Re)computes the table in place."""
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_table(self.side, self.pos_embed.shape[1]))
+
+    def forward(self, position: Tensor) -> Tensor:
+        return self.pos_embed[position]
+
+
+def sincos_table(side: int, width: int) -> Tensor:
+    """[side * side, width] float32: first half of the width encodes the column, second half the row; each half is sines
+    then cosines at frequencies ``10000^(-i / (width / 4))`` (Dosovitskiy et al. 2021 as used by DiT)."""
+    assert width % 4 == 0
+    quarter = width // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    column = line.repeat(side, 1)
+    row = line.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1).float()
+
+
+def rope_angles(position: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, d] float32 of rotary embedding at ``position`` [T] (Su et al. 2021)."""
+    freqs = theta ** (-torch.arange(0, width, 2, dtype=torch.int64, device=position.device).float() / width)
+    angles = position[:, None].float() * freqs
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotary embedding to ``x`` [T, heads, d]; halves of the width form the pairs."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin

@@ -1,0 +1,89 @@
+"""SigLIP with pictures of any size (NaViT): patches of many pictures in one row, full attention inside each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unigen.model.attention import Plan, attend, plan_full
+
+
+class VitAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        q, k, v = (f(x).unflatten(1, (self.heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v, plan).flatten(1))
+
+
+class VitMLP(nn.Module):
+    def __init__(self, width: int, inner: int, activation: nn.Module):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.activation = activation
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class VitLayer(nn.Module):
+    def __init__(self, config, activation: nn.Module):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VitAttention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VitMLP(config.hidden_size, config.intermediate_size, activation)
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), plan)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VitEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        side = config.image_size // config.patch_size
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(side * side, config.hidden_size)
+
+    def forward(self, patches: Tensor, position: Tensor) -> Tensor:
+        return self.patch_embedding(patches) + self.position_embedding(position)
+
+
+class VitEncoder(nn.Module):
+    def __init__(self, config, activation: nn.Module):
+        super().__init__()
+        # The last layer of the config is not run (and not in the checkpoint): features come from the one before.
+        self.layers = nn.ModuleList(VitLayer(config, activation) for _ in range(config.num_hidden_layers - 1))
+
+
+class VitTransformer(nn.Module):
+    def __init__(self, config, activation: nn.Module):
+        super().__init__()
+        self.embeddings = VitEmbeddings(config)
+        self.encoder = VitEncoder(config, activation)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class VisionModel(nn.Module):
+    """Patches -> features, under the names of the published checkpoint."""
+
+    def __init__(self, config, activation: nn.Module):
+        super().__init__()
+        self.vision_model = VitTransformer(config, activation)
+        self.gradient_checkpointing = False
+
+    def forward(self, patches: Tensor, position: Tensor, lengths: Sequence[int]) -> Tensor:
+        """``patches`` [N, patch * patch * 3] of pictures with ``lengths`` patches, ``position`` [N] -> [N, width]."""
+        vit = self.vision_model
+        x = vit.embeddings(patches.to(vit.embeddings.patch_embedding.weight.dtype), position)
+        plan = plan_full(lengths, x.device)
+        for layer in vit.encoder.layers:
+            x = checkpoint(layer, x, plan, use_reentrant=False) if self.gradient_checkpointing and x.requires_grad else layer(x, plan)
+        return vit.post_layernorm(x)

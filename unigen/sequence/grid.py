@@ -1,0 +1,31 @@
+"""Pictures as grids of tokens: patches in and out, and where each stands in a position table."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[C, rows * patch, columns * patch] -> [rows * columns, patch * patch * C], flattened row, column, then (y, x, channel)."""
+    return rearrange(x, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of :func:`patchify`."""
+    return rearrange(tokens, "(h w) (p q c) -> c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
+
+
+def grid_positions(rows: int, columns: int, side: int, interpolate: bool = False) -> Tensor:
+    """[rows * columns] int64 indexes into a position table of ``side`` x ``side``.
+
+    Extrapolated positions count from the top left corner; interpolated ones spread over the whole table: coordinate
+    ``i / n`` falls into the bucket of its multiple of ``1 / side`` (NaViT, Dehghani et al. 2023).
+    """
+    if interpolate:
+        edges = torch.arange(1 / side, 1.0, 1 / side)
+        row, column = (torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n), edges, right=True) for n in (rows, columns))
+    else:
+        row, column = torch.arange(rows), torch.arange(columns)
+    return (row[:, None] * side + column).flatten()

@@ -1,0 +1,70 @@
+"""The tokenizer and the special ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unigen.config import UserError
+
+
+class TokenizerError(UserError):
+    """The checkpoint's tokenizer cannot be used; the message says why and the cure."""
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The five tokens that structure a sequence."""
+
+    text_start: int  # <|im_start|>
+    text_end: int  # <|im_end|>
+    image_start: int  # <|vision_start|>
+    image_end: int  # <|vision_end|>
+    end: int  # <|endoftext|>
+
+    NAMES = {
+        "text_start": "<|im_start|>",
+        "text_end": "<|im_end|>",
+        "image_start": "<|vision_start|>",
+        "image_end": "<|vision_end|>",
+        "end": "<|endoftext|>",
+    }
+
+
+class Tokenizer:
+    """Text <-> ids with the ids that BAGEL's sequences are built from."""
+
+    def __init__(self, tokenizer: Any, special: SpecialIds | None = None):
+        self.tokenizer = tokenizer
+        self.special = special or SpecialIds(**{name: tokenizer.convert_tokens_to_ids(token) for name, token in SpecialIds.NAMES.items()})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """The tokenizer of a checkpoint folder.
+
+        Raises:
+            TokenizerError: files are missing, or a special token is not in the vocabulary.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise TokenizerError(
+                f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}). Cure: put the checkpoint's vocab.json, merges.txt and "
+                "tokenizer_config.json there"
+            ) from error
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in SpecialIds.NAMES.values() if token not in vocabulary]
+        if missing:
+            raise TokenizerError(
+                f"{folder}: the tokenizer has no {', '.join(missing)}. Cure: use the tokenizer files of BAGEL-7B-MoT, which has them"
+            )
+        return cls(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)

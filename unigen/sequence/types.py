@@ -1,0 +1,191 @@
+"""The two values everything hangs on: a ``Sample`` (what every file format becomes) and a ``Pack`` (what the model reads).
+
+A ``Sample`` is a plain list of :class:`Text` and :class:`Image` pieces; ``target`` says that the model must produce the
+piece. A :class:`Pack` is one row of ``T`` tokens, many samples back to back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text, used as it is (no stripping)."""
+
+    text: str
+    target: bool = False
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture: a path (decoded when it is needed), encoded bytes, or an opened ``PIL.Image.Image``."""
+
+    source: Any
+    target: bool = False
+
+
+Sample = list[Text | Image]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a record came from; every message about it names this."""
+
+    file: Path
+    line: int | None = None  # 1-based line of a JSONL file; None for a JSON file with one record
+    index: int = 0  # 0-based number of the record in its file
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line is not None else f"{self.file}[{self.index}]"
+
+
+@dataclass
+class Record:
+    """One line of training data: the sample, and what reports want to know of it."""
+
+    sample: Sample
+    origin: Origin
+    format: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Kind(IntEnum):
+    """What a token is; it picks the embedding, the expert and the head."""
+
+    TEXT = 0  # text and the two markers of every image: base weights
+    VIT = 1  # ViT patches: base weights
+    CLEAN = 2  # VAE latents at t = 0: `_moe_gen` weights
+    NOISED = 3  # VAE latents at t > 0, trained with the flow-matching loss: `_moe_gen` weights
+
+
+@dataclass
+class Block:
+    """One block of a sample (the rows of the table in ``docs/model.md``).
+
+    An outline has lengths and labels only; filled in, text blocks carry ``ids`` and image blocks their content:
+    ``patches`` for the ViT, ``pixels`` or a ready ``latent`` for the VAE.
+    """
+
+    kind: Kind
+    length: int  # tokens without the two that open and close it
+    piece: int = -1  # the piece of the sample it shows; blocks of one picture share it, and so one encoding
+    grid: tuple[int, int] | None = None  # rows and columns of an image's tokens
+    loss: bool = False  # a trained text, or a noised image
+    closing_label: int | None = None  # the extra label of the closing token
+    dropped: bool = False  # leaves no token; an image still advances the position by one
+    cut: bool = False  # a text target cut at its end: its last label is `cut_label`, the token that followed
+    cut_label: int = -100
+    ids: list[int] | None = None
+    patches: Tensor | None = None  # [rows * columns, patch * patch * 3]
+    pixels: Tensor | None = None  # [3, H, W] in [-1, 1]
+    latent: Tensor | None = None  # [C, h, w] normalised
+    posterior: Tensor | None = None  # [C, h, w] standard normal: which latent is drawn; None for the posterior's mean
+    noise: Tensor | None = None  # [rows * columns, patch_dim] standard normal, of a noised image
+    u: float = float("-inf")  # standard normal: the time of a noised image before the time law; -inf is clean
+
+    def __len__(self) -> int:
+        return 0 if self.dropped else self.length + 2
+
+
+@dataclass
+class Pack:
+    """One row of ``T`` tokens, many samples back to back, stored as two halves: understanding tokens (TEXT, VIT) first,
+    generation tokens (CLEAN, NOISED) after them, each half in sequence order. So each expert is a plain matrix product.
+
+    ``index`` gives a token's place in the sequence, which is all that the mask needs to know about order.
+    """
+
+    ids: Tensor  # [T] int64, 0 where the token is not TEXT
+    position: Tensor  # [T] int64, RoPE position, from 0 in every sample
+    index: Tensor  # [T] int64, place in the sequence
+    kind: Tensor  # [T] uint8, a Kind
+    sample: Tensor  # [T] int64, number of the sample in the row
+    span: Tensor  # [T] int64, number of the block in the row (an image's markers belong to it)
+    image: Tensor  # [T] bool, the span is an image: full attention inside it
+    noised: Tensor  # [T] bool, the span is a noised image, which no other span sees
+    label: Tensor  # [T] int64, -100 where there is none
+    n_und: int  # tokens of the understanding half
+    n_samples: int
+    # ViT pictures, in sequence order
+    vit_patches: Tensor  # [N, patch * patch * 3] float
+    vit_position: Tensor  # [N] int64, row * side + column in the position tables
+    vit_lengths: list[int]  # patches of each picture
+    # VAE pictures: blocks in sequence order, each showing one entry of `vae_pixels` (or of `latents`)
+    vae_pixels: list[Tensor]  # [3, H, W] each in [-1, 1]; empty when `latents` is given
+    vae_noise: list[Tensor]  # [C, h, w] each: the posterior's draw; empty for its mean
+    latents: list[Tensor]  # [C, h, w] each, normalised latents (cached, or already encoded)
+    vae_block: list[int]  # the picture each VAE block shows
+    vae_grid: list[tuple[int, int]]  # rows and columns of tokens of each VAE block
+    vae_position: Tensor  # [M] int64, row * max_latent_size + column
+    u: Tensor  # [M] float32: time before the time law; -inf is clean
+    noise: Tensor  # [M, patch_dim] float32; rows of clean tokens are not read
+    origins: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def n_text_labels(self) -> int:
+        """Label tokens of the row: its share of the text loss's denominator."""
+        return int((self.label >= 0).sum())
+
+    @property
+    def n_image_targets(self) -> int:
+        """Noised latent tokens of the row: its share of the image loss's denominator."""
+        return int((self.kind == Kind.NOISED).sum())
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Pack:
+        """A copy with ``fn`` applied to every tensor: pin, move, cast."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return fn(value)
+            if isinstance(value, list) and value and isinstance(value[0], Tensor):
+                return [fn(v) for v in value]
+            return value
+
+        return Pack(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device: torch.device | str) -> Pack:
+        """The pack on ``device`` (copies asynchronously from pinned memory)."""
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+
+class BadRecord(ValueError):
+    """A record a run cannot use: what is wrong, where, what was found, what was expected, and the cure.
+
+    ``origin`` may be filled in later by whoever knows it. Its string is the full message.
+    """
+
+    def __init__(self, code: str, field: str, found: str, expected: str, cure: str, origin: Origin | None = None):
+        self.code, self.field, self.found, self.expected, self.cure, self.origin = code, field, found, expected, cure, origin
+        super().__init__(code)
+
+    def __str__(self) -> str:
+        where = f"{self.origin}: " if self.origin else ""
+        return f"{where}{self.code} in field '{self.field}': found {self.found}; expected {self.expected}. Cure: {self.cure}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values, for ``bad_records.jsonl`` and reports."""
+        origin = self.origin
+        return {
+            "code": self.code,
+            "file": str(origin.file) if origin else None,
+            "line": origin.line if origin else None,
+            "index": origin.index if origin else None,
+            "field": self.field,
+            "found": self.found,
+            "expected": self.expected,
+            "cure": self.cure,
+        }
+
+    def __reduce__(self):  # exceptions cross process borders by their constructor's arguments
+        return (BadRecord, (self.code, self.field, self.found, self.expected, self.cure, self.origin))
