@@ -91,22 +91,53 @@ class _Buffer:
 
 @dataclass
 class Group:
-    """Samples of similar length, padded to one batch."""
+    """Samples of similar length, padded to one batch of B rows of L."""
 
-    rows: Tensor  # [B, L] places in the row as stored; padding repeats the sample's first token
-    flat: Tensor  # [N] where the real tokens of this group lie in its flattened [B * L]
-    mask: Tensor | None  # [B, 1, L, P + L] bool; None: everything is seen
     samples: list[int]  # which sample each of the B is
-    past: int = 0  # longest cached context of the group
+    longest: int  # L
+    mask: Tensor | None = None  # [B, 1, L, P + L] bool; None: everything is seen
+    past: int = 0  # P, the longest cached context of the group
 
 
 @dataclass
 class Plan:
-    """How one row attends: computed once, used by every layer."""
+    """How one row attends: computed once, used by every layer.
+
+    All groups, padded, lie one after another: ``N = sum(B * L)`` slots.
+    """
 
     groups: list[Group]
-    inverse: Tensor  # [T] from the groups' concatenated real tokens back to the stored order
+    rows: Tensor  # [N] the stored place each slot shows; padding repeats its sample's first token
+    slot: Tensor  # [T] the slot of each stored token
+    real: Tensor  # [N, 1, 1] bool, False in padding
     block_mask: object | None = None  # flex attention takes this instead of the groups
+
+
+class _Pad(torch.autograd.Function):
+    """``x`` [T, ...] -> slots [N, ...]. Padding is masked wherever it is a key and discarded wherever it is a query, so
+    no gradient comes from it and the way back is a plain gather (an indexed add is several times slower)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return x.index_select(0, plan.rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.plan.slot), None
+
+
+class _Unpad(torch.autograd.Function):
+    """Slots [N, ...] -> [T, ...]: the other way round."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return y.index_select(0, plan.slot)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.plan.rows) * ctx.plan.real, None
 
 
 def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int]]:
@@ -122,74 +153,80 @@ def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int
     return groups
 
 
-def make_groups(order: Tensor, lengths: Sequence[int]) -> tuple[list[Group], Tensor]:
-    """Groups over ``order`` [T] (stored places in sequence order, sample after sample), without masks, and the inverse."""
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1].to(order.device)
-    sizes = torch.tensor(list(lengths), device=order.device)
-    groups, real = [], []
+def make_plan(order: Tensor, lengths: Sequence[int]) -> Plan:
+    """The plan over ``order`` [T] (stored places in sequence order, sample after sample), without masks."""
+    device = order.device
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    sizes = torch.tensor(list(lengths), dtype=torch.int64)
+    groups, rows, real = [], [], []
     for members in similar_lengths(lengths):
-        picked = torch.tensor(members, device=order.device)
-        steps = torch.arange(lengths[members[0]], device=order.device)
-        valid = steps < sizes[picked, None]
-        rows = order[starts[picked, None] + steps * valid]
-        flat = valid.flatten().nonzero().squeeze(1)
-        groups.append(Group(rows, flat, None, members))
-        real.append(rows.flatten()[flat])
-    inverse = torch.cat(real).argsort() if real else order
-    return groups, inverse
+        picked, longest = torch.tensor(members), lengths[members[0]]
+        steps = torch.arange(longest)
+        inside = steps < sizes[picked, None]  # [B, L]
+        rows.append((starts[picked, None] + steps * inside).flatten())
+        real.append(inside.flatten())
+        groups.append(Group(members, longest))
+    if not groups:
+        return Plan([], order, order, torch.ones(0, 1, 1, dtype=torch.bool, device=device))
+    is_real = torch.cat(real)
+    slots = is_real.nonzero().squeeze(1).to(device)
+    is_real, at = is_real.to(device), order[torch.cat(rows).to(device)]
+    return Plan(groups, at, slots[at[slots].argsort()], is_real[:, None, None])
+
+
+def _parts(plan: Plan, x: Tensor) -> list[Tensor]:
+    """Slots [N, ...] -> [B, L, ...] of each group."""
+    pieces = x.split([len(g.samples) * g.longest for g in plan.groups])
+    return [piece.unflatten(0, (len(g.samples), g.longest)) for piece, g in zip(pieces, plan.groups, strict=True)]
 
 
 def plan_attention(pack: Pack, caches: Sequence[Cache] | None = None) -> Plan:
     """The plan of a packed row; with ``caches``, sample i continues ``caches[i]``."""
     if pack.ids.is_cuda and caches is None:
-        return Plan([], pack.index, block_mask(pack))
+        return Plan([], pack.index, pack.index, pack.image, block_mask(pack))
     lengths = torch.bincount(pack.sample, minlength=pack.n_samples).tolist()
-    tokens = Tokens.of(pack)
-    groups, inverse = make_groups(pack.index.argsort(), lengths)
-    for group in groups:
-        longest = group.rows.shape[1]
-        sizes = torch.tensor([lengths[s] for s in group.samples], device=pack.ids.device)
-        real = torch.arange(longest, device=sizes.device) < sizes[:, None]  # [B, L]
-        at = tokens.at(group.rows)
-        mask = allowed(at.unsqueeze(2), at.unsqueeze(1)) & real[:, None, :]
+    plan = make_plan(pack.index.argsort(), lengths)
+    columns = [_parts(plan, column[plan.rows]) for column in Tokens.of(pack)] if plan.groups else []
+    for i, (group, real) in enumerate(zip(plan.groups, _parts(plan, plan.real[:, 0, 0]) if plan.groups else [], strict=True)):
+        tokens = Tokens(*(column[i] for column in columns))  # [B, L]
+        mask = allowed(tokens.unsqueeze(2), tokens.unsqueeze(1)) & real[:, None, :]
         if caches is not None:
-            past = torch.tensor([caches[s].length for s in group.samples], device=sizes.device)
-            group.past = int(max(caches[s].length for s in group.samples))
-            seen = torch.arange(group.past, device=sizes.device) < past[:, None]  # [B, P]
-            mask = torch.cat([seen[:, None].expand(-1, longest, -1), mask], dim=2)
+            past = torch.tensor([caches[s].length for s in group.samples], device=real.device)
+            group.past = max(caches[s].length for s in group.samples)
+            seen = torch.arange(group.past, device=real.device) < past[:, None]  # [B, P]
+            mask = torch.cat([seen[:, None].expand(-1, group.longest, -1), mask], dim=2)
         group.mask = None if bool(mask.all()) else mask[:, None]
-    return Plan(groups, inverse)
+    return plan
 
 
 def plan_full(lengths: Sequence[int], device: torch.device) -> Plan:
     """The plan of pictures that each attend to the whole of themselves (the ViT)."""
-    groups, inverse = make_groups(torch.arange(sum(lengths), device=device), lengths)
-    for group in groups:
-        sizes = torch.tensor([lengths[s] for s in group.samples], device=device)
-        real = torch.arange(group.rows.shape[1], device=device) < sizes[:, None]
+    plan = make_plan(torch.arange(sum(lengths), device=device), lengths)
+    for group, real in zip(plan.groups, _parts(plan, plan.real[:, 0, 0]) if plan.groups else [], strict=True):
         group.mask = None if bool(real.all()) else real[:, None, None, :]
-    return Plan(groups, inverse)
+    return plan
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layer: int = 0, caches: Sequence[Cache] | None = None) -> Tensor:
-    """Attention of a row: ``q`` [T, H, d], ``k`` and ``v`` [T, G, d] -> [T, H, d]; grows the caches when given."""
+    """Attention of a row: ``q`` [T, H, d], ``k`` and ``v`` [T, G, d] -> [T, H, d]; reads the caches when given."""
+    shared = q.shape[1] != k.shape[1]
     if plan.block_mask is not None:
-        out = _flex()(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=plan.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        out = _flex()(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=plan.block_mask, enable_gqa=shared)
         return out[0].transpose(0, 1)
     if not plan.groups:  # nothing to attend to; keep the graph, so that gradients are zero instead of missing
         return q + 0 * (k.sum() + v.sum())
     out = []
-    for group in plan.groups:
-        qg, kg, vg = (x[group.rows].transpose(1, 2) for x in (q, k, v))  # [B, heads, L, d]
+    for group, qg, kg, vg in zip(plan.groups, *(_parts(plan, _Pad.apply(x, plan)) for x in (q, k, v)), strict=True):
+        qg, kg, vg = (x.transpose(1, 2) for x in (qg, kg, vg))  # [B, heads, L, d]
         if caches is not None:
             kg, vg = _with_past(kg, vg, group, layer, caches)
-        y = F.scaled_dot_product_attention(qg, kg, vg, attn_mask=group.mask, enable_gqa=q.shape[1] != k.shape[1])
-        out.append(y.transpose(1, 2).flatten(0, 1)[group.flat])
-    return torch.cat(out)[plan.inverse]
+        y = F.scaled_dot_product_attention(qg, kg, vg, attn_mask=group.mask, enable_gqa=shared)
+        out.append(y.transpose(1, 2).flatten(0, 1))
+    return _Unpad.apply(torch.cat(out), plan)
 
 
 def _with_past(k: Tensor, v: Tensor, group: Group, layer: int, caches: Sequence[Cache]) -> tuple[Tensor, Tensor]:
-    """Puts each sample's cached keys and values before its new ones, [B, G, P + L, d], and stores the new ones."""
+    """Puts each sample's cached keys and values before its new ones, [B, G, P + L, d]."""
     n_batch, heads, _, width = k.shape
     if group.past == 0:
         return k, v

@@ -252,13 +252,8 @@ class ImageTransform:
         assert self.max_tokens is not None
         most, columns, rows = self.max_tokens, width // self.stride, height // self.stride
         scale = math.sqrt(most / (columns * rows))
-        grids = []
-        for c in {math.floor(columns * scale), math.ceil(columns * scale)}:
-            c = min(max(c, 1), most)
-            grids.append((c, min(max(round(rows * scale), 1), most // c)))
-        for r in {math.floor(rows * scale), math.ceil(rows * scale)}:
-            r = min(max(r, 1), most)
-            grids.append((min(max(round(columns * scale), 1), most // r), r))
+        near_columns, near_rows = ((max(1, math.floor(side * scale)), math.ceil(side * scale)) for side in (columns, rows))
+        grids = [(min(c, most), min(r, most // min(c, most))) for c in near_columns for r in near_rows]
         c, r = min(grids, key=lambda grid: (abs(math.log(grid[0] / grid[1] / aspect)), -grid[0] * grid[1]))
         return c * self.stride, r * self.stride
 

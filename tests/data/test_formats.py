@@ -1,0 +1,363 @@
+"""The seven formats: what each becomes, and every way a record can be wrong."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unigen.data.formats import FORMATS, parse_record, parse_with_fields
+from unigen.sequence.images import open_image
+from unigen.sequence.types import BadRecord, Image, Origin, Text
+
+ORIGIN = Origin(Path("/data/set/train.jsonl"), line=7)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sample_data_format.json"
+
+
+def shape(value) -> list[str]:
+    """The sample in short: ``hello`` for a text, ``[a.png]`` for an image (relative to the file), ``*`` behind a target."""
+    pieces = []
+    for piece in parse_record(value, ORIGIN).sample:
+        body = piece.text if isinstance(piece, Text) else f"[{piece.source.relative_to('/data/set')}]"
+        pieces.append(body + "*" * piece.target)
+    return pieces
+
+
+def bad(value) -> BadRecord:
+    with pytest.raises(BadRecord) as caught:
+        parse_record(value, ORIGIN)
+    error = caught.value
+    assert error.origin == ORIGIN and str(error).startswith("/data/set/train.jsonl:7: ")
+    assert error.found and error.expected and error.cure
+    return error
+
+
+def turn(role, text=None, image=None, **more):
+    piece = {"role": role, **more}
+    return piece | ({"type": "image", "image_path": image} if image else {"type": "text", "content": text})
+
+
+def text(content, **more):
+    return {"type": "text", "content": content, **more}
+
+
+def image(path, **more):
+    return {"type": "image", "image_path": path, **more}
+
+
+# ---- 1 conversation ----
+
+
+def test_conversation_keeps_order_and_trains_the_assistant() -> None:
+    turns = [turn("system", "S"), turn("user", "a"), turn("user", image="x.png"), turn("assistant", "b"), turn("assistant", image="y.png")]
+    assert shape({"conversations": [*turns, turn("user", "c"), turn("assistant", "d")]}) == [
+        "S",
+        "a",
+        "[x.png]",
+        "b*",
+        "[y.png]*",
+        "c",
+        "d*",
+    ]
+
+
+def test_type_defaults_to_text_and_texts_stay_apart_and_unstripped() -> None:
+    turns = [{"role": "user", "content": " a\n"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": " c "}]
+    assert shape({"conversations": turns}) == [" a\n", "b", " c *"]
+
+
+def test_an_image_tag_is_ordinary_text_outside_messages() -> None:
+    assert shape({"conversations": [turn("user", "a <image> b"), turn("assistant", "c")]}) == ["a <image> b", "c*"]
+
+
+def test_target_of_a_piece_wins_over_its_role() -> None:
+    turns = [turn("user", "a", target=True), turn("assistant", image="x.png", target=False), turn("assistant", "b", target=None)]
+    assert shape({"conversations": turns}) == ["a*", "[x.png]", "b*"]
+
+
+# ---- 2 direct ----
+
+
+def test_direct() -> None:
+    record = {"input_sequence": [text("a"), image("x.png")], "target_sequence": [text("b"), image("y.png")]}
+    assert shape(record) == ["a", "[x.png]", "b*", "[y.png]*"]
+    record = {"input_sequence": [text("a", target=True)], "target_sequence": [image("y.png", target=False)]}
+    assert shape(record) == ["a*", "[y.png]"]
+    assert shape({"input_sequence": [], "target_sequence": [text("b")]}) == ["b*"]
+
+
+# ---- 3, 4 pairs ----
+
+
+def test_pairs() -> None:
+    assert shape({"text_prompt": "a", "image_path": "x.png"}) == ["a", "[x.png]*"]
+    assert shape({"image_path": "x.png", "caption": "a"}) == ["[x.png]", "a*"]
+    assert shape({"image_path": "x.png", "caption": "a", "text_prompt": None}) == ["[x.png]", "a*"]  # null is as absent
+
+
+# ---- 5 editing ----
+
+
+def steps(*numbers):
+    made = [{"instruction": f"do {i}", "result_image": f"{i}.png"} for i in range(len(numbers))]
+    return {"input_image": "in.png", "editing_steps": [s | ({} if n is None else {"step": n}) for s, n in zip(made, numbers)]}
+
+
+def test_editing() -> None:
+    assert shape(steps(1, 2)) == ["[in.png]", "do 0", "[0.png]*", "do 1", "[1.png]*"]
+
+
+@pytest.mark.parametrize("numbers", [(None, None), (1, None, 3), (None, 2, 3), (0, 1), (1,)])
+def test_steps_that_count_up(numbers) -> None:
+    assert len(shape(steps(*numbers))) == 1 + 2 * len(numbers)
+
+
+@pytest.mark.parametrize(("numbers", "at"), [((1, 3), 1), ((1, 1), 1), ((2, 1), 1), ((1, None, 2), 2), ((1, 2, 4), 2)])
+def test_steps_that_do_not(numbers, at: int) -> None:
+    error = bad(steps(*numbers))
+    assert (error.code, error.field) == ("bad_step_number", f"editing_steps[{at}].step")
+
+
+# ---- 6 interleaved ----
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([text("a"), image("x")], ["a", "[x]*"]),
+        ([text("a"), text("b"), image("x"), text("c")], ["a", "b*", "[x]*", "c*"]),  # an image anywhere after it
+        ([text("a"), text("b")], ["a*", "b*"]),
+        ([text("a")], ["a*"]),
+        ([image("x"), text("a")], ["[x]", "a*"]),
+        ([image("x"), image("y")], ["[x]", "[y]*"]),
+        ([text("a", target=True), image("x")], ["a*", "[x]*"]),
+        ([image("x", target=True)], ["[x]*"]),
+        ([text("a", target=False), text("b")], ["a", "b*"]),
+        ([text("a"), image("x", target=False), text("b")], ["a", "[x]", "b*"]),
+    ],
+)
+def test_interleaved(pieces, expected) -> None:
+    assert shape({"sequence": pieces}) == expected
+
+
+# ---- 7 messages ----
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("user", "assistant", "images", "expected"),
+    [
+        ("q", "a", [], ["q", "a*"]),
+        ("<image>\nq", "a", ["x"], ["[x]", "q", "a*"]),
+        ("q", "a <image> b\n<image>", ["x", "y"], ["q", "a*", "[x]*", "b*", "[y]*"]),
+        (" q <image> r ", " a ", ["x"], [" q", "[x]", "r ", " a *"]),  # stripped around the tag alone
+        ("q", "<image>", ["x"], ["q", "[x]*"]),
+        ("q", "<image> \n <image>", ["x", "y"], ["q", "[x]*", "[y]*"]),
+        ("q", "a<image>", ["x", "y", "z"], ["[x]", "[y]", "q", "a*", "[z]*"]),  # surplus first
+        ("<image>q", "a", ["x", "y"], ["[x]", "[y]", "q", "a*"]),
+    ],
+)
+def test_messages(user, assistant, images, expected) -> None:
+    assert shape({"messages": [message("user", user), message("assistant", assistant)], "images": images}) == expected
+
+
+def test_messages_without_images_field() -> None:
+    assert shape({"messages": [message("user", "q"), message("assistant", "a")]}) == ["q", "a*"]
+
+
+def test_surplus_images_stand_before_the_first_user_text_but_after_the_system_prompt() -> None:
+    record = {"messages": [message("system", "S"), message("user", "q"), message("assistant", "<image>")], "images": ["x", "y"]}
+    assert shape(record) == ["S", "[x]", "q", "[y]*"]
+    assert shape({"messages": [message("assistant", "a")], "images": ["x"]}) == ["[x]", "a*"]
+
+
+def test_messages_with_list_content() -> None:
+    parts = [
+        {"type": "text", "text": "look "},
+        {"type": "image_url", "image_url": {"url": "x.png"}},
+        {"type": "image_url", "image_url": "y.png"},
+        {"type": "text", "text": " <image> there"},
+    ]
+    record = {
+        "messages": [message("user", parts), message("assistant", [{"type": "image_url", "image_url": "z.png"}])],
+        "images": ["t.png"],
+    }
+    assert shape(record) == ["look ", "[x.png]", "[y.png]", "[t.png]", "there", "[z.png]*"]
+
+
+# ---- paths, metadata, fields ----
+
+
+def test_paths_are_relative_to_the_file_or_absolute() -> None:
+    sample = parse_record({"sequence": [image("/abs/x.png"), image("../y.png"), image("./z.png")]}, ORIGIN).sample
+    assert [piece.source for piece in sample] == [Path("/abs/x.png"), Path("/data/set/../y.png"), Path("/data/set/z.png")]
+
+
+def test_metadata_and_unknown_fields() -> None:
+    record = parse_record({"text_prompt": "a", "image_path": "x", "metadata": {"id": 3}, "source": "web"}, ORIGIN)
+    assert (record.metadata, record.format, record.origin) == ({"id": 3}, "text_to_image", ORIGIN)
+    assert parse_record({"text_prompt": "a", "image_path": "x", "metadata": None}, ORIGIN).metadata == {}
+
+
+def test_every_piece_knows_its_field() -> None:
+    record = {"messages": [message("user", "q"), message("assistant", "a<image>")], "images": ["x", "y"]}
+    assert parse_with_fields(record, ORIGIN)[1] == ["images[0]", "messages[0].content", "messages[1].content", "images[1]"]
+    fields = parse_with_fields(steps(1), ORIGIN)[1]
+    assert fields == ["input_image", "editing_steps[0].instruction", "editing_steps[0].result_image"]
+
+
+# ---- what is wrong, and where ----
+
+OK_TURN = {"role": "assistant", "content": "a"}
+WRONG = [
+    (None, "not_an_object", "(record)"),
+    ([{"text_prompt": "a", "image_path": "x"}], "not_an_object", "(record)"),
+    ({}, "no_format", "(record)"),
+    ({"image_path": "x"}, "no_format", "(record)"),
+    ({"conversation": []}, "no_format", "(record)"),
+    ({"text_prompt": "a", "image_path": "x", "caption": "b"}, "ambiguous_format", "(record)"),
+    ({"messages": [OK_TURN], "conversations": [OK_TURN]}, "ambiguous_format", "(record)"),
+    ({"conversations": [OK_TURN], "images": ["x"]}, "ambiguous_format", "(record)"),
+    ({"conversations": [OK_TURN], "image_path": "x"}, "ambiguous_format", "image_path"),
+    ({"text_prompt": "a"}, "missing_field", "image_path"),
+    ({"caption": "a"}, "missing_field", "image_path"),
+    ({"input_sequence": [text("a")]}, "missing_field", "target_sequence"),
+    ({"target_sequence": [text("a")]}, "missing_field", "input_sequence"),
+    ({"input_image": "x"}, "missing_field", "editing_steps"),
+    ({"editing_steps": [{"instruction": "a", "result_image": "x"}]}, "missing_field", "input_image"),
+    ({"input_image": "x", "editing_steps": [{"result_image": "x"}]}, "missing_field", "editing_steps[0].instruction"),
+    ({"input_image": "x", "editing_steps": [{"instruction": "a"}]}, "missing_field", "editing_steps[0].result_image"),
+    ({"images": ["x"]}, "missing_field", "messages"),
+    ({"conversations": [{"content": "a"}]}, "missing_field", "conversations[0].role"),
+    ({"conversations": [OK_TURN, {"role": "user"}]}, "missing_field", "conversations[1].content"),
+    ({"conversations": [OK_TURN, {"role": "user", "type": "image"}]}, "missing_field", "conversations[1].image_path"),
+    ({"conversations": [OK_TURN, {"role": "user", "image_path": "x"}]}, "missing_field", "conversations[1].content"),
+    ({"sequence": [text("a"), {"type": "image", "content": "x"}]}, "missing_field", "sequence[1].image_path"),
+    ({"messages": [{"role": "user"}]}, "missing_field", "messages[0].content"),
+    ({"messages": [message("user", [{"text": "a"}])]}, "missing_field", "messages[0].content[0].type"),
+    ({"messages": [message("user", [{"type": "image_url"}])]}, "missing_field", "messages[0].content[0].image_url"),
+    ({"messages": [message("user", [{"type": "image_url", "image_url": {}}])]}, "missing_field", "messages[0].content[0].image_url.url"),
+    ({"text_prompt": 3, "image_path": "x"}, "wrong_type", "text_prompt"),
+    ({"text_prompt": "a", "image_path": ["x"]}, "wrong_type", "image_path"),
+    ({"conversations": OK_TURN}, "wrong_type", "conversations"),
+    ({"conversations": ["a"]}, "wrong_type", "conversations[0]"),
+    ({"conversations": [OK_TURN | {"target": "yes"}]}, "wrong_type", "conversations[0].target"),
+    ({"conversations": [OK_TURN | {"target": 1}]}, "wrong_type", "conversations[0].target"),
+    ({"conversations": [OK_TURN], "metadata": "m"}, "wrong_type", "metadata"),
+    ({"messages": [OK_TURN], "images": "x"}, "wrong_type", "images"),
+    ({"messages": [OK_TURN], "images": [3]}, "wrong_type", "images[0]"),
+    ({"messages": [message("user", [{"type": "image_url", "image_url": 3}])]}, "wrong_type", "messages[0].content[0].image_url"),
+    (steps("1"), "wrong_type", "editing_steps[0].step"),
+    (steps(True), "wrong_type", "editing_steps[0].step"),
+    (steps(1.0), "wrong_type", "editing_steps[0].step"),
+    ({"sequence": [text("a"), {"type": "video", "content": "b"}]}, "unknown_type", "sequence[1].type"),
+    ({"messages": [message("user", [{"type": "audio"}])]}, "unknown_type", "messages[0].content[0].type"),
+    ({"conversations": [{"role": "gpt", "content": "a"}]}, "unknown_role", "conversations[0].role"),
+    ({"messages": [OK_TURN, message("tool", "a")]}, "unknown_role", "messages[1].role"),
+    ({"sequence": [text("a", role="user"), text("b")]}, "unexpected_field", "sequence[0].role"),
+    ({"sequence": [text("a", image_path="x"), text("b")]}, "ambiguous_piece", "sequence[0].image_path"),
+    ({"sequence": [text("a"), image("x", content="b")]}, "ambiguous_piece", "sequence[1].content"),
+    ({"image_path": "x", "caption": ""}, "empty_text", "caption"),
+    ({"messages": [message("user", "q"), message("assistant", "")]}, "empty_text", "messages[1].content"),
+    ({"image_path": "x", "caption": "a\ud83d"}, "bad_text", "caption"),
+    ({"image_path": "", "caption": "a"}, "bad_path", "image_path"),
+    ({"image_path": "a\0b", "caption": "a"}, "bad_path", "image_path"),
+    ({"image_path": "a\udc00b", "caption": "a"}, "bad_path", "image_path"),
+    ({"image_path": "https://example.org/a.png", "caption": "a"}, "bad_path", "image_path"),
+    ({"messages": [message("assistant", "<image>")], "images": ["data:image/png;base64,AAAA"]}, "bad_path", "images[0]"),
+    ({"messages": [message("assistant", "<image>")]}, "unequal_image_count", "images"),
+    ({"messages": [message("user", "<image>"), message("assistant", "<image>")], "images": ["x"]}, "unequal_image_count", "images"),
+    (steps(1, 3), "bad_step_number", "editing_steps[1].step"),
+    (steps(), "no_target", "editing_steps"),
+    ({"conversations": []}, "no_target", "conversations"),
+    ({"conversations": [turn("user", "a")]}, "no_target", "conversations"),
+    ({"conversations": [OK_TURN | {"target": False}]}, "no_target", "conversations"),
+    ({"input_sequence": [text("a")], "target_sequence": []}, "no_target", "target_sequence"),
+    ({"sequence": []}, "no_target", "sequence"),
+    ({"sequence": [image("x")]}, "no_target", "sequence"),
+    ({"messages": [message("user", "q")]}, "no_target", "messages"),
+]
+
+
+@pytest.mark.parametrize(("value", "code", "field"), WRONG, ids=[f"{c}-{f}-{i}" for i, (_, c, f) in enumerate(WRONG)])
+def test_bad_records_name_code_and_field(value, code: str, field: str) -> None:
+    error = bad(value)
+    assert (error.code, error.field) == (code, field), str(error)
+
+
+def test_every_documented_code_has_a_case() -> None:
+    documented = set(parse_record.__doc__.partition("codes are")[2].split("``")[1::2])
+    assert documented == {code for _, code, _ in WRONG}
+
+
+def test_messages_help() -> None:
+    assert "did you mean conversations" in bad({"conversation": []}).cure
+    assert "text_prompt" in bad({"image_path": "x"}).cure
+    error = bad({"messages": [message("assistant", "<image><image>")], "images": ["x"]})
+    assert "1 images" in error.found and "2 <image> tags" in error.expected
+    assert "猫" in bad({"text_prompt": ["猫"], "image_path": "x"}).found
+    assert "\\ud800" in str(bad({"\ud800": 1}))
+    assert len(bad({"text_prompt": ["long"] * 1000, "image_path": "x"}).found) < 100
+
+
+# ---- any value at all ----
+
+FIELDS = ["conversations", "input_sequence", "target_sequence", "text_prompt", "image_path", "caption", "input_image", "editing_steps"]
+FIELDS += ["sequence", "messages", "images", "role", "type", "content", "text", "image_url", "url", "step", "instruction", "result_image"]
+FIELDS += ["target", "metadata", "other"]
+STRINGS = st.sampled_from(["text", "image", "image_url", "user", "assistant", "a.png", "a <image> b", "<image>", ""]) | st.text(max_size=5)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | STRINGS | st.characters(categories=["Cs"])
+KEYS = st.sampled_from(FIELDS) | st.text(max_size=3) | st.characters(categories=["Cs"])
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(KEYS, v, max_size=5), max_leaves=20)
+
+
+@st.composite
+def nearly_right(draw):
+    """A right record in which one value, anywhere, is something else."""
+    record = copy.deepcopy(draw(st.sampled_from(json.loads(EXAMPLE.read_text("utf-8")))))
+    holders = []
+
+    def visit(node) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)):
+            holders.append((node, key))
+            if isinstance(node[key], dict | list):
+                visit(node[key])
+
+    visit(record)
+    node, key = draw(st.sampled_from(holders))
+    node[key] = draw(VALUES)
+    return record
+
+
+@given(VALUES | nearly_right())
+def test_any_value_is_a_sample_with_a_target_or_a_bad_record(value) -> None:
+    try:
+        record, fields = parse_with_fields(value, ORIGIN)
+    except BadRecord as error:
+        assert error.origin == ORIGIN
+        json.dumps(error.to_dict())
+        str(error).encode()
+        return
+    assert record.format in FORMATS and len(fields) == len(record.sample)
+    assert any(piece.target for piece in record.sample)
+    for piece in record.sample:
+        assert isinstance(piece.text, str) if isinstance(piece, Text) else isinstance(piece.source, Path)
+
+
+# ---- the example ----
+
+
+def test_the_example_holds_every_format_with_pictures_that_exist() -> None:
+    records = json.loads(EXAMPLE.read_text("utf-8"))
+    parsed = [parse_record(value, Origin(EXAMPLE, index=i)) for i, value in enumerate(records)]
+    assert [record.format for record in parsed] == list(FORMATS) == [record.metadata["format"] for record in parsed]
+    for record in parsed:
+        for piece in record.sample:
+            if isinstance(piece, Image):
+                assert open_image(piece.source).size == (128, 128)
+                assert piece.source.stat().st_size < 8192

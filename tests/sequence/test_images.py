@@ -1,0 +1,279 @@
+"""Pictures: opened safely, resized as the reference does, normalised, and back."""
+
+import io
+import json
+import os
+import pickle
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, ImageOps, features
+
+from unigen.sequence.images import ImageTransform, PictureError, image_size, open_image, to_image
+
+BLOCKS = np.kron(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
+
+
+def encoded(picture: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    assert picture.mode == "RGB"
+    return np.asarray(picture).astype(int)
+
+
+def failure(source) -> PictureError:
+    with pytest.raises(PictureError) as opened:
+        open_image(source)
+    assert "Cure: " in str(opened.value)
+    return opened.value
+
+
+# ---- opening ----
+
+
+def test_path_string_bytes_and_picture_are_the_same(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(BLOCKS))
+    (tmp_path / "a.png").write_bytes(data)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), data, Image.fromarray(BLOCKS)):
+        assert (pixels(open_image(source)) == BLOCKS).all()
+        assert image_size(source) == (80, 48)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_and_known_from_the_header(format: str, orientation: int) -> None:
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(BLOCKS), format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    with Image.open(io.BytesIO(data)) as lying:
+        expected = ImageOps.exif_transpose(lying).convert("RGB")
+    upright = open_image(data)
+    assert upright.size == image_size(data) == expected.size
+    assert (pixels(upright) == pixels(expected)).all()
+    again = open_image(upright)  # must not be turned twice
+    assert (pixels(again) == pixels(upright)).all()
+
+
+def test_transparency_is_composed_onto_white() -> None:
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[..., 3] = [[0, 255], [128, 255]]
+    expected = [[[255, 255, 255], [200, 0, 0]], [[227, 127, 127], [200, 0, 0]]]
+    picture = Image.fromarray(rgba)
+    assert np.abs(pixels(open_image(encoded(picture))) - expected).max() <= 1
+    assert np.abs(pixels(open_image(picture.convert("RGBa"))) - expected).max() <= 1
+
+    grey = np.array([[[10, 0], [10, 255]]], np.uint8)
+    assert pixels(open_image(encoded(Image.fromarray(grey, "LA"))))[..., 0].tolist() == [[255, 10]]
+
+
+@pytest.mark.parametrize("transparent", [1, b"\xff\x00\xff"])
+def test_transparent_palette_entries_become_white(transparent) -> None:
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    data = encoded(picture, transparency=transparent)
+    assert pixels(open_image(data)).tolist() == [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]]
+    assert open_image(picture.convert("PA")).mode == "RGB"
+
+
+def test_transparent_colour_of_an_rgb_or_grey_picture_becomes_white() -> None:
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert pixels(open_image(encoded(rgb, transparency=(1, 2, 3)))).tolist() == [[[255, 255, 255], [4, 5, 6]]]
+    grey = Image.fromarray(np.array([[7, 8]], np.uint8))
+    assert pixels(open_image(encoded(grey, transparency=7)))[..., 0].tolist() == [[255, 8]]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
+    values = np.array([[0, 256, 257, 32768, 65535]], np.uint16)
+    grey = pixels(open_image(encoded(Image.fromarray(values), format)))
+    assert grey[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+    assert (grey[..., :1] == grey).all()
+    assert pixels(open_image(Image.fromarray(values.astype(np.int32))))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def test_numbers_without_a_known_range_are_refused() -> None:
+    assert failure(Image.fromarray(np.array([[0, 70000]], np.int32))).code == "unsupported_picture"
+    assert failure(Image.fromarray(np.ones((2, 2), np.float32))).code == "unsupported_picture"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    red = Image.new("RGB", (4, 4), (255, 0, 0)).convert(mode)
+    expected = red.convert("RGB")
+    assert (pixels(open_image(red)) == pixels(expected)).all()
+    if mode == "CMYK":
+        assert pixels(open_image(encoded(red, "JPEG", quality=100)))[0, 0].tolist() == pytest.approx([255, 0, 0], abs=4)
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    for format in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {}))
+        assert pixels(open_image(data))[0, 0].tolist() == [255, 0, 0], format
+
+
+def test_the_given_picture_is_not_changed_or_shared() -> None:
+    picture = Image.fromarray(BLOCKS)
+    opened = open_image(picture)
+    opened.putpixel((0, 0), (1, 2, 3))
+    assert (pixels(picture) == BLOCKS).all()
+
+
+# ---- refusing ----
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    assert failure(tmp_path / "none.png").code == "missing_picture"
+    assert failure(tmp_path).code == "not_a_file"
+    assert failure("/dev/zero").code == "not_a_file"
+    assert failure(str(tmp_path / "a\0b.png")).code == "unreadable_picture"
+    (tmp_path / "file").write_bytes(b"")
+    assert failure(tmp_path / "file" / "a.png").code == "missing_picture"
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    errors: list[PictureError] = []
+    thread = threading.Thread(target=lambda: errors.append(failure(tmp_path / "pipe.png")), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert errors and errors[0].code == "not_a_file", "opening a pipe waited for a writer"
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_picture(data: bytes) -> None:
+    assert failure(data).code in ("not_a_picture", "broken_picture")
+    with pytest.raises(PictureError):
+        image_size(data)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_half_a_picture_is_refused_even_where_a_library_allowed_it(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, format)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert failure(data[: len(data) // 2]).code in ("broken_picture", "not_a_picture")
+
+
+def test_huge_pictures_are_refused_from_the_header() -> None:
+    data = bytearray(encoded(Image.new("L", (8, 8))))
+    for width, height in ((8001, 8000), (60000, 60000)):  # below and above PIL's own limit
+        data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        assert failure(bytes(data)).code == "huge_picture"
+        with pytest.raises(PictureError, match="64,000,000"):
+            image_size(bytes(data))
+
+
+def test_the_size_needs_no_pixels() -> None:
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 48, 3), dtype=np.uint8))
+    for format in ("PNG", "JPEG", "TIFF"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        data = encoded(noise, format, exif=exif)
+        cut = data if format == "TIFF" else data[: len(data) * 2 // 3]  # a TIFF may keep its header at its end
+        assert image_size(cut) == (64, 48)
+
+
+def test_a_picture_error_crosses_processes() -> None:
+    error = PictureError("broken_picture", "a.png", "it is cut", "save it again")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == "a.png: it is cut. Cure: save it again"
+    assert copy.code == "broken_picture"
+
+
+# ---- sizes ----
+
+
+def test_every_size_of_the_reference(golden: Path) -> None:
+    cases = json.loads((golden / "image_resize.json").read_text())
+    assert len(cases) == 240
+    for c in cases:
+        for limit in (None, 1024):  # a limit that is not reached changes nothing
+            transform = ImageTransform(c["max_size"], c["min_size"], c["stride"], c["max_pixels"], limit=limit)
+            assert transform.size(c["width"], c["height"], c["img_num"]) == tuple(c["out"]), c
+
+
+SIDES = st.integers(1, 5000)
+
+
+@given(SIDES, SIDES, st.sampled_from([16, 14]), st.integers(16, 1100), st.integers(1, 5))
+def test_no_side_outgrows_the_position_table(width: int, height: int, stride: int, limit: int, images: int) -> None:
+    for min_size in (64, 512, 2000):
+        w, h = ImageTransform(1024, min_size, stride, limit=limit).size(width, height, images)
+        assert w % stride == h % stride == 0
+        assert stride <= min(w, h) and max(w, h) <= limit
+
+
+@given(SIDES, SIDES, st.integers(1, 5000))
+def test_tokens_stay_within_their_number_and_the_shape_is_kept(width: int, height: int, most: int) -> None:
+    free = ImageTransform(1024, 512, 16, limit=1024)
+    w, h = free.size(width, height)
+    tw, th = ImageTransform(1024, 512, 16, limit=1024, max_tokens=most).size(width, height)
+    assert tw % 16 == th % 16 == 0 and min(tw, th) >= 16
+    tokens = tw * th // 256
+    assert tokens <= most
+    if w * h // 256 <= most:
+        assert (tw, th) == (w, h)
+    else:
+        assert tw <= w and th <= h
+        scale = (most / (w * h // 256)) ** 0.5
+        columns, rows = int(w / 16 * scale), int(h / 16 * scale)
+        if columns and rows:  # rounding both down always fits: the choice must not be worse
+
+            def error(c: float, r: float) -> float:
+                return abs(np.log(c / r / (width / height)))
+
+            assert error(tw, th) <= error(columns, rows) + 1e-9
+            assert tokens >= columns * rows / 2
+
+
+def test_known_sizes_within_tokens() -> None:
+    transform = ImageTransform(1024, 512, 16, limit=1024, max_tokens=1024)
+    assert transform.size(1024, 1024) == (512, 512)
+    assert transform.size(2000, 1000) == (720, 352)  # 45 x 22 = 990 tokens, shape 2.05
+    assert ImageTransform(1024, 16, 16, max_tokens=4).size(1024, 16) == (64, 16)
+
+
+# ---- pixels ----
+
+
+def test_transform_values_and_layout() -> None:
+    picture = Image.new("RGB", (64, 32), (0, 51, 255))
+    x = ImageTransform(64, 32, 16)(picture)
+    assert x.shape == (3, 32, 64) and x.dtype == torch.float32 and x.is_contiguous()
+    assert x[:, 0, 0].tolist() == pytest.approx([-1.0, -0.6, 1.0], abs=1e-7)
+
+
+def test_resize_is_pillows_bicubic() -> None:
+    picture = Image.fromarray(BLOCKS)
+    transform = ImageTransform(64, 32, 16)
+    assert transform.size(80, 48) == (64, 32)  # 38.4 rounds to 38, and 38 / 16 to 2
+    assert (pixels(transform.resize(picture)) == pixels(picture.resize((64, 32), Image.Resampling.BICUBIC))).all()
+
+
+def test_picture_to_tensor_and_back_is_off_by_at_most_one_level() -> None:
+    ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    back = pixels(to_image(ImageTransform(16, 16, 16)(Image.fromarray(ramp))))
+    assert np.abs(back - ramp).max() <= 1  # the floor of the reference
+
+
+def test_to_image_floors_and_clamps() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).expand(3, 1, 6)
+    assert pixels(to_image(x))[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    assert pixels(to_image(x.to(torch.bfloat16)))[0, :, 0].tolist()[-1] == 255
+    with pytest.raises(PictureError, match="not finite"):
+        to_image(torch.full((3, 2, 2), float("nan")))

@@ -1,0 +1,146 @@
+"""The command as its user meets it: help, exit codes, one-line errors, the names the guide promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unigen
+from unigen import cli
+from unigen.config import Config, ConfigError, known_options
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb"]
+
+
+def python(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_overview_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.M)
+    assert cli.main([]) == 2
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"unigen {unigen.__version__}"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command(name, capsys):
+    command = cli.COMMANDS[name]
+    assert cli.main([name, "--seed", "1", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in cli.get_type_hints(cli.load(command.options)):
+        assert f"--{option} " in text, option
+    assert "--config" in text and text.rstrip().endswith(command.example)
+    assert "+ " not in text and "[ITEM" not in text
+
+
+def test_help_of_train_is_grouped_and_says_what_the_docstrings_say(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["train", "-h"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    titles = ["Which model, and which of its parts learn", "Which data, and how a record becomes tokens", "How the weights move"]
+    titles += ["Where and how it runs", "Who is told"]
+    places = [text.index(title) for title in titles]
+    assert places == sorted(places)
+    assert places[2] < text.index("--learning_rate") < places[3]
+    for topic in cli.TOPICS:
+        for option, help_line in re.findall(r"^ {8}(\w+): (.+)$", topic.__doc__, re.M):
+            assert option in known_options() and " ".join(help_line.split()) in text
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["demo", "--help"], ["train", "--lerning_rate", "1"], ["train"]])
+def test_help_and_errors_need_no_heavy_package(argv):
+    code = f"import sys; from unigen.cli import main; main({argv!r}); print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert python("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["train", "--lerning_rate", "1"], "unknown option --lerning_rate; did you mean --learning_rate?"),
+        (["train", "--train_data_path", "x.jsonl"], "model_path is missing"),
+        (["train", "--model_path", "m", "--train_data_path", "x.jsonl", "--fp16", "--bf16"], "fp16 and bf16 exclude each other"),
+        (["demo", "--seed", "many"], "--seed: 'many' does not fit"),
+        (["--quick"], "unknown command '--quick'"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(argv, message, capsys):
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("unigen: error: ") and message in captured.err
+
+
+def test_which_errors_are_the_users():
+    from unigen.sequence.types import BadRecord
+
+    class CheckpointError(ConfigError):
+        pass
+
+    assert cli.is_user_error(BadRecord("no_target", "sequence", "[]", "a target", "add one"))
+    assert cli.is_user_error(ConfigError("x")) and cli.is_user_error(CheckpointError("x"))
+    assert not cli.is_user_error(ValueError("a programmer's"))
+
+
+def test_only_user_errors_lose_their_traceback(monkeypatch, capsys):
+    def fail(error: BaseException):
+        def run(options: cli.DemoOptions) -> None:
+            raise error
+
+        return run
+
+    row = cli.COMMANDS["demo"]._replace(run="unigen.cli:demo")
+    monkeypatch.setitem(cli.COMMANDS, "demo", row)
+    monkeypatch.setattr(cli, "demo", fail(ValueError("inner")))
+    with pytest.raises(ValueError, match="inner"):
+        cli.main(["demo"])
+    monkeypatch.setattr(cli, "demo", fail(ConfigError("learning_rate is odd")))
+    assert cli.main(["demo"]) == 2 and capsys.readouterr().err == "unigen: error: learning_rate is odd\n"
+    monkeypatch.setattr(cli, "demo", fail(KeyboardInterrupt()))
+    assert cli.main(["demo"]) == 130
+
+
+def test_a_command_gets_its_options_and_gives_the_exit_code(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "demo", lambda options: seen.append(options) or 3)
+    assert cli.main(["demo", "--quick", "--output_dir", "x"]) == 3
+    assert seen == [cli.DemoOptions(output_dir="x", quick=True)]
+
+
+def test_the_guides_script_is_unigen_train(tmp_path):
+    script = str(ROOT / "train_unified_generation.py")
+    shown = python(script, "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and "--learning_rate" in shown.stdout
+    failed = python(script, "--model_path", "m", "--leraning_rate", "1", cwd=tmp_path)
+    assert failed.returncode == 2 and "did you mean --learning_rate?" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_python_m_unigen():
+    shown = python("-m", "unigen", "--version")
+    assert shown.returncode == 0 and shown.stdout.strip() == f"unigen {unigen.__version__}"
+
+
+def test_public_names_are_lazy_and_real():
+    assert unigen.Config is Config
+    assert {"load_bagel", "save_bagel", "UnifiedGenerationDataset", "UnifiedTrainer", "InterleaveInferencer"} <= set(dir(unigen))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = unigen.nothing
+    for name in unigen.__all__:
+        assert getattr(unigen, name) is not None
+
+
+def test_the_guides_inferencer_is_the_packages():
+    done = python("-c", "import inferencer, unigen; assert inferencer.InterleaveInferencer is unigen.InterleaveInferencer", cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,313 @@
+"""Flags and recipes become options: every rule of the command line once."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from unigen.cli import DemoOptions, UsageError, parse_config, parse_options
+from unigen.config import Config, ConfigError, UserError, known_options
+from unigen.inference.generate import GenerateOptions
+
+ROOT = Path(__file__).parents[1]
+
+
+def recipe(folder: Path, text: str, name: str = "recipe.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def error(*argv: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse_config(list(argv))
+    return str(caught.value)
+
+
+def test_nothing_given_is_the_defaults():
+    assert parse_config([]) == Config()
+
+
+def test_every_option_is_a_flag_and_a_key(tmp_path):
+    samples = {"bool": ("true", True), "int": ("7", 7), "float": ("0.5", 0.5), "str": ("x", "x"), "int | None": ("7", 7)}
+    samples |= {"float | None": ("0.5", 0.5), "str | None": ("x", "x"), "str | list[str] | None": ("x", "x")}
+    for field in dataclasses.fields(Config):
+        if field.type.startswith("Literal"):
+            written = value = get_args(get_type_hints(Config)[field.name])[-1]
+        else:
+            written, value = samples[field.type]
+        assert getattr(parse_config([f"--{field.name}", written]), field.name) == value, field.name
+        from_recipe = parse_config(["--config", recipe(tmp_path, f"{field.name}: {written}\n")])
+        assert getattr(from_recipe, field.name) == value, field.name
+        assert type(getattr(from_recipe, field.name)) is type(value), field.name
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate", "--learning-rate"])
+@pytest.mark.parametrize("written", ["2e-5", "2.0E-05", "0.00002"])
+def test_numbers(flag, written, tmp_path):
+    assert parse_config([flag, written]).learning_rate == 2e-5
+    assert parse_config([f"{flag}={written}"]).learning_rate == 2e-5
+    key = flag[2:]
+    assert parse_config(["--config", recipe(tmp_path, f"{key}: {written}")]).learning_rate == 2e-5
+
+
+def test_a_whole_number_is_a_float_where_a_float_is_asked_for():
+    value = parse_config(["--warmup_ratio", "0"]).warmup_ratio
+    assert value == 0.0 and isinstance(value, float)
+
+
+def test_a_negative_number_is_a_value():
+    assert parse_config(["--seed", "-1"]).seed == -1
+    assert parse_config(["--weight_decay", "-1e-3"]).weight_decay == -1e-3
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--bf16"], True),
+        (["--bf16", "--fp16", "false"], True),
+        (["--bf16", "true"], True),
+        (["--bf16=true"], True),
+        (["--bf16", "false"], False),
+        (["--bf16=false"], False),
+        (["--no_bf16"], False),
+        (["--no-bf16"], False),
+        (["--bf16", "--no_bf16"], False),
+        (["--no_bf16", "--bf16"], True),
+    ],
+)
+def test_switches(argv, value):
+    assert parse_config(argv).bf16 is value
+
+
+def test_a_switch_that_is_on_by_default_turns_off():
+    assert parse_config(["--no_visual_gen"]).visual_gen is False
+    assert parse_config(["--train_transitions", "false"]).train_transitions is False
+
+
+def test_several_paths(tmp_path):
+    assert parse_config(["--train_data_path", "a.jsonl"]).train_data_path == "a.jsonl"
+    assert parse_config(["--train_data_path", "a.jsonl", "b c.jsonl", "--bf16"]).train_data_path == ["a.jsonl", "b c.jsonl"]
+    assert parse_config(["--train_data_path", "[a.jsonl, b.jsonl]"]).train_data_path == ["a.jsonl", "b.jsonl"]
+    assert parse_config(["--train_data_path", "[a].jsonl"]).train_data_path == "[a].jsonl"
+    assert parse_config(["--train_data_path", "a", "--seed", "1", "--train_data_path", "b"]).train_data_path == ["a", "b"]
+    text = "train_data_path:\n  - a.jsonl\n  - b.jsonl\nval_data_path: [c.jsonl]\n"
+    config = parse_config(["--config", recipe(tmp_path, text)])
+    assert config.train_data_path == ["a.jsonl", "b.jsonl"] and config.val_data_path == ["c.jsonl"]
+
+
+def test_a_path_that_exists_stays_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a parser that opens what looks like a file would read it
+    (tmp_path / "a.jsonl").write_text('{"text_prompt": "x"}\n')
+    (tmp_path / "list.yaml").write_text("[p, q]\n")
+    assert parse_config(["--train_data_path", "a.jsonl", "list.yaml"]).train_data_path == ["a.jsonl", "list.yaml"]
+    assert parse_config(["--train_data_path", "list.yaml", "--output_dir", "list.yaml"]).train_data_path == "list.yaml"
+
+
+def test_texts_are_not_read_as_yaml(tmp_path):
+    assert parse_config(["--wandb_run_name", "2026-11-01"]).wandb_run_name == "2026-11-01"
+    assert parse_config(["--output_dir", "007", "--wandb_project", "a: b # c"]).wandb_project == "a: b # c"
+    config = parse_config(["--config", recipe(tmp_path, "wandb_run_name: 2026-11-01\noutput_dir: 007\nwandb_project: 1e3\n")])
+    assert (config.wandb_run_name, config.output_dir, config.wandb_project) == ("2026-11-01", "007", "1e3")
+
+
+def test_none_is_no_value(tmp_path):
+    first = recipe(tmp_path, "ema: 0.99\nmodel_path: m\neval_steps: 3\n", "first.yaml")
+    second = recipe(tmp_path, "model_path:\neval_steps: null\n", "second.yaml")
+    config = parse_config(["--config", first, second, "--ema", "none"])
+    assert config.ema is None and config.model_path is None and config.eval_steps is None
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_flags_win_wherever_config_stands(place, tmp_path):
+    config = ["--config", recipe(tmp_path, "seed: 1\nlearning_rate: 3e-4\nbf16: true\ntrain_data_path: [r]\n")]
+    flags = ["--seed", "2", "--no_bf16", "--train_data_path", "f"]
+    parsed = parse_config(config + flags if place == "before" else flags + config)
+    assert (parsed.seed, parsed.learning_rate, parsed.bf16, parsed.train_data_path) == (2, 3e-4, False, "f")
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_later_recipe_wins(repeat, tmp_path):
+    first = recipe(tmp_path, "seed: 1\nnum_epochs: 5\n", "first.yaml")
+    second = recipe(tmp_path, "seed: 2\n", "second.yaml")
+    argv = ["--config", first, "--config", second] if repeat else ["--config", first, second]
+    parsed = parse_config(argv)
+    assert (parsed.seed, parsed.num_epochs) == (2, 5)
+
+
+def test_an_empty_recipe_changes_nothing(tmp_path):
+    assert parse_config(["--config", recipe(tmp_path, "# nothing\n")]) == Config()
+
+
+def test_an_unknown_flag_names_the_nearest():
+    assert "--lerning_rate" in error("--lerning_rate", "1") and "did you mean --learning_rate?" in error("--lerning_rate", "1")
+    assert "did you mean --learning_rate?" in error("--learnin-rate=1")
+    assert "did you mean" not in error("--zzzzqqqq", "1")
+    assert "unknown option -x" in error("-x", "1")
+    assert "--" in error("--", "a")
+    assert "unknown option --learning" in error("--learning", "1")  # no silent abbreviations
+
+
+def test_an_unknown_key_names_file_line_and_the_nearest(tmp_path):
+    path = recipe(tmp_path, "seed: 1\n\nlerning_rate: 1e-5\n")
+    message = error("--config", path)
+    assert f"{path}:3" in message and "'lerning_rate'" in message and "did you mean learning_rate?" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--learning_rate", "fast"], ["--learning_rate", "'fast'", "a number"]),
+        (["--num_epochs", "1.5"], ["--num_epochs", "'1.5'", "a whole number"]),
+        (["--eval_steps", "often"], ["--eval_steps", "'often'", "a whole number", "none"]),
+        (["--bf16", "maybe"], ["--bf16", "'maybe'", "true or false"]),
+        (["--lr_scheduler_type", "cos"], ["--lr_scheduler_type", "'cos'", "linear, cosine, constant"]),
+        (["--seed"], ["--seed", "needs a value", "a whole number"]),
+        (["--config"], ["--config", "needs a value"]),
+        (["--seed", "1", "2"], ["--seed", "one value", "1 2"]),
+        (["--no_bf16", "true"], ["--no_bf16", "takes no value", "--bf16 true"]),
+        (["data.jsonl"], ["'data.jsonl'", "--option"]),
+        (["--no_seed"], ["--no_seed"]),
+    ],
+)
+def test_errors_name_option_value_and_what_was_expected(argv, parts):
+    message = error(*argv)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("seed: 1\nlearning_rate: fast\n", [":2: learning_rate", "'fast'", "a number"]),
+        ("num_epochs: true\n", [":1: num_epochs", "True", "a whole number"]),
+        ("output_dir: [a, b]\n", [":1: output_dir", "['a', 'b']", "a text"]),
+        ("seed: 1\nbf16: true\nseed: 2\n", [":3", "seed", "line 1"]),
+        ("- seed\n", [":1", "option: value"]),
+        ("seed: [1\n", ["not valid YAML"]),
+        ("optim:\n  seed: 1\n", [":1", "unknown option 'optim'"]),
+        ("seed: !!python/object:os.system x\n", [":1: ", "cannot be read", "os.system"]),
+    ],
+)
+def test_recipe_errors_name_file_and_line(text, parts, tmp_path):
+    path = recipe(tmp_path, text)
+    message = error("--config", path)
+    assert path in message and "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path):
+    assert "absent.yaml" in error("--config", str(tmp_path / "absent.yaml"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00seed")
+    assert "binary.yaml" in error("--config", str(tmp_path / "binary.yaml"))
+
+
+def test_numbers_in_a_list_of_a_recipe(tmp_path):
+    path = recipe(tmp_path, "model_path: m\ncfg_interval: [4e-1, 1]\nimage: [1.png, b c.png]\n")
+    options = parse_options(GenerateOptions, ["--config", path])
+    assert options.cfg_interval == (0.4, 1.0) and options.image == ["1.png", "b c.png"]
+
+
+def test_generate_options():
+    argv = ["--model_path", "m", "--prompt", "-- 3 + 4 = ?", "--image", "a.png", "2", "null", "--cfg_interval", "0.2", "0.9", "--think"]
+    options = parse_options(GenerateOptions, argv)
+    assert options.prompt == "-- 3 + 4 = ?" and options.image == ["a.png", "2", "null"] and options.think is True
+    assert options.cfg_interval == (0.2, 0.9)
+    assert parse_options(GenerateOptions, ["--model_path", "m", "--image", "a.png", "--image", "[b].png"]).image == ["a.png", "[b].png"]
+    assert parse_options(GenerateOptions, ["--model_path", "m", "--prompt", "[1, 2]"]).prompt == "[1, 2]"
+    assert parse_options(GenerateOptions, ["--model_path", "m", "--prompt=--bf16"]).prompt == "--bf16"
+    assert parse_options(GenerateOptions, ["--model_path", "m", "--cfg_interval=[0, 1e-1]"]).cfg_interval == (0.0, 0.1)
+    with pytest.raises(UsageError, match="--cfg_interval"):
+        parse_options(GenerateOptions, ["--model_path", "m", "--cfg_interval", "0.2"])
+    with pytest.raises(UsageError, match="--model_path is missing"):
+        parse_options(GenerateOptions, ["--prompt", "x"])
+    first, second = (parse_options(GenerateOptions, ["--model_path", "m"]).image for _ in range(2))
+    assert first == [] and first is not second
+
+
+def test_demo_options():
+    assert parse_options(DemoOptions, ["--quick", "--seed", "3"]) == DemoOptions(quick=True, seed=3)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_are_valid(path):
+    config = parse_config(["--config", str(path), "--train_data_path", "x.jsonl"])
+    assert config.resolve() is config
+    assert config != Config(train_data_path="x.jsonl")
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), min_size=1))
+def test_any_text_arrives_unchanged(text):
+    if text not in ("none", "None", "null"):
+        assert parse_config([f"--wandb_project={text}"]).wandb_project == text
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False, min_value=0))
+@settings(max_examples=50, deadline=None)
+def test_any_number_arrives_unchanged(value):
+    assert parse_config(["--learning_rate", repr(value)]).learning_rate == value
+
+
+# Ranges
+
+
+def valid(**options: object) -> Config:
+    return Config(model_path="m", train_data_path="d", **options)  # type: ignore[arg-type]
+
+
+def test_a_valid_config_resolves_to_itself():
+    config = valid()
+    assert config.resolve() is config
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"fp16": True, "bf16": True}, "fp16"),
+        ({"freeze_und": True, "visual_gen": False}, "freeze_und"),
+        ({"freeze_und": True, "freeze_llm": True}, "freeze_und"),
+        ({"visual_gen": False, "visual_und": False, "freeze_llm": True}, "freeze_llm"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"save_total_limit": 0}, "save_total_limit"),
+        ({"text_cond_dropout_prob": 1.5}, "text_cond_dropout_prob"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"warmup_ratio": 1.1}, "warmup_ratio"),
+        ({"ema": 1.0}, "ema"),
+        ({"num_workers": -1}, "num_workers"),
+    ],
+)
+def test_values_that_cannot_work(options, name):
+    with pytest.raises(ConfigError, match=f"^{name} .*--{name}"):
+        valid(**options).resolve()
+
+
+def test_model_and_data_are_required():
+    with pytest.raises(ConfigError, match="model_path is missing"):
+        Config(train_data_path="d").resolve()
+    with pytest.raises(ConfigError, match="train_data_path is missing"):
+        Config(model_path="m").resolve()
+
+
+def test_errors_are_one_family():
+    assert issubclass(ConfigError, UserError) and issubclass(UsageError, UserError) and issubclass(UserError, ValueError)
+
+
+def test_the_options_the_guide_names_exist():
+    guide = "model_path train_data_path val_data_path output_dir batch_size gradient_accumulation_steps num_epochs learning_rate"
+    guide += " wandb_project wandb_run_name text_loss_weight image_loss_weight lr_scheduler_type fp16 bf16 resume_from_checkpoint"
+    guide += " max_sequence_length num_workers"
+    assert set(guide.split()) <= set(known_options())
+
+
+def test_a_config_survives_its_dictionary():
+    config = valid(train_transitions=False, ema=0.5)
+    assert Config(**config.to_dict()) == config

@@ -1,0 +1,178 @@
+"""The shape of the house: which way imports point, where heavy packages live, how long a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# An import may point to a lower number, to the same package, or along an entry of BESIDE.
+LAYER = {"config": 0, "sequence": 0, "model": 1, "data": 1, "inference": 2, "evaluation": 3, "training": 4}
+LAYER |= {"report": 5, "cli": 5, "demo": 5, "digits": 5, "web": 5, "__main__": 6}
+TOP = [part for part, layer in LAYER.items() if layer == 5]
+BESIDE = {("sequence", "config")} | {(a, b) for a in TOP for b in TOP}
+
+# Package -> the only files (relative to unigen/, "model/*" for a folder) that import it.
+HOMES = {
+    "PIL": ["sequence/images.py"],
+    "torch.distributed": ["training/engine.py", "training/checkpoint.py"],
+    "wandb": ["training/tracking.py"],
+    "diffusers": ["model/codec.py"],
+    "sklearn": ["demo.py", "digits.py"],
+    "transformers": ["sequence/tokens.py", "model/*"],
+    "jsonargparse": ["cli.py"],
+}
+FORBIDDEN = ["pickle", "torchvision"]
+MAX_LINES = 450
+
+
+def imports(path: Path, package: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import of a file, late ones too; ``from a import b`` gives ``a.b``."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                inside = path.relative_to(package.parent).parts[: -node.level]
+                base = ".".join([*inside, *([node.module] if node.module else [])])
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return found
+
+
+def is_under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def part_of(path: Path, package: Path) -> str:
+    """The top-level module or folder of the package a file belongs to."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def wrong_ways(package: Path) -> list[str]:
+    """Imports that point against the layers."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        part = part_of(path, package)
+        if part == "__init__":
+            continue
+        if part not in LAYER:
+            found.append(f"{path.name}: {part} has no place in the layers")
+            continue
+        for line, name in imports(path, package):
+            target = name.split(".")[1] if name.startswith("unigen.") else None
+            if target not in LAYER or target == part or (part, target) in BESIDE:
+                continue
+            if LAYER[target] >= LAYER[part]:
+                found.append(f"{path.relative_to(package)}:{line}: {part} must not import {target}")
+    return found
+
+
+def strangers(package: Path) -> list[str]:
+    """Imports of a heavy package outside its home, or of one that is not used at all."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package).as_posix()
+        for line, name in imports(path, package):
+            for heavy, homes in HOMES.items():
+                at_home = any(place == home or (home.endswith("/*") and place.startswith(home[:-1])) for home in homes)
+                if is_under(name, heavy) and not at_home:
+                    found.append(f"{place}:{line}: {heavy} belongs in {', '.join(homes)}")
+            found += [f"{place}:{line}: {package_name} is not used here" for package_name in FORBIDDEN if is_under(name, package_name)]
+    return found
+
+
+def oversized(package: Path) -> list[str]:
+    lines = {path.relative_to(package).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in package.rglob("*.py")}
+    return [f"{name}: {count} lines" for name, count in sorted(lines.items()) if count > MAX_LINES]
+
+
+def test_imports_point_one_way():
+    assert wrong_ways(ROOT / "unigen") == []
+
+
+def test_heavy_packages_stay_in_their_files():
+    assert strangers(ROOT / "unigen") == []
+
+
+def test_files_are_short_and_named_for_what_they_hold():
+    assert oversized(ROOT / "unigen") == []
+    assert [path for path in (ROOT / "unigen").rglob("*") if path.stem in ("utils", "util", "helpers", "common", "misc")] == []
+
+
+def test_every_module_says_what_it_is():
+    empty = [path for path in (ROOT / "unigen").rglob("*.py") if path.read_text(encoding="utf-8").strip()]
+    assert empty, "no modules found: the checks above looked at nothing"
+    assert [str(path) for path in empty if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+
+
+# The checks themselves must be able to fail.
+
+
+def house(folder: Path, **files: str) -> Path:
+    package = folder / "unigen"
+    for name, text in files.items():
+        path = package / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return package
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model__bagel", "from unigen.data.dataset import X"),
+        ("model__bagel", "from unigen.data import dataset"),
+        ("model__bagel", "from unigen import data"),
+        ("model__bagel", "from ..data import dataset"),
+        ("model__bagel", "import unigen.data.dataset as d"),
+        ("data__dataset", "def f():\n    from unigen.model import bagel"),
+        ("sequence__pack", "import unigen.model.flow"),
+        ("config", "from unigen.sequence import types"),
+        ("inference__sampler", "from unigen.training import losses"),
+        ("evaluation__text", "from unigen.cli import main"),
+        ("helper", "x = 1"),
+    ],
+)
+def test_a_wrong_way_is_found(name, text, tmp_path):
+    assert len(wrong_ways(house(tmp_path, **{name: text}))) == 1
+
+
+def test_right_ways_are_not_found(tmp_path):
+    files = {
+        "sequence__tokens": "from unigen.config import UserError\nfrom unigen.sequence import types",
+        "model__bagel": "from unigen.sequence.types import Pack\nfrom . import mot\nfrom .mot import Decoder",
+        "training__trainer": "from unigen.evaluation import text\nfrom unigen.data import loader\nfrom unigen.inference import sampler",
+        "demo": "from unigen import report\nfrom unigen.cli import parse_config",
+        "cli": "from unigen import __version__",
+    }
+    assert wrong_ways(house(tmp_path, **files)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "from torch.distributed import fsdp",
+        "def f():\n    import wandb",
+        "from PIL import Image",
+        "import diffusers",
+        "from sklearn.datasets import load_digits",
+        "import transformers",
+        "import pickle",
+    ],
+)
+def test_a_stranger_is_found(text, tmp_path):
+    assert len(strangers(house(tmp_path, training__losses=text))) == 1
+
+
+def test_at_home_nobody_is_a_stranger(tmp_path):
+    files = {"sequence__images": "from PIL import Image", "model__weights": "import transformers", "training__tracking": "import wandb"}
+    assert strangers(house(tmp_path, **files)) == []
+
+
+def test_a_long_file_is_found(tmp_path):
+    assert oversized(house(tmp_path, config="x = 1\n" * (MAX_LINES + 1))) == [f"config.py: {MAX_LINES + 1} lines"]

@@ -1,0 +1,387 @@
+"""The command line: ``unigen COMMAND --option value ...``.
+
+A command is a row of :data:`COMMANDS`: a dataclass of options, a function that takes it, one line of help, and an example.
+Both are named as ``module:name`` and imported when the command is called, so ``unigen --help`` needs no PyTorch.
+
+Options are flat and snake_case; the same names are the keys of YAML recipes (``--config recipe.yaml``). A flag wins over every
+recipe, a later recipe over an earlier one. ``jsonargparse`` checks the types and writes the help; this file adds what
+it has no words for: switches without a value, several values, recipes by line, and "did you mean".
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
+
+from unigen import __version__
+from unigen.config import TOPICS, Config, UserError, nearest
+
+T = TypeVar("T")
+
+
+class UsageError(UserError):
+    """The command line or a recipe says something no command understands; names the flag or file:line."""
+
+
+@dataclass
+class DemoOptions:
+    """The demo: real handwritten digits, a tiny model from scratch, a report.
+
+    Args:
+        output_dir: Folder for the data, the run, report.html and metrics.json.
+        quick: A smaller run of the same line, in about a minute.
+        seed: Seed of everything random.
+    """
+
+    output_dir: str = "outputs/demo"
+    quick: bool = False
+    seed: int = 42
+
+
+class Command(NamedTuple):
+    """A row of the table: what it takes, what it does (both ``module:name``), and what the help says."""
+
+    options: str
+    run: str
+    summary: str
+    example: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "unigen.config:Config",
+        "unigen.cli:train",
+        "Train a checkpoint on JSON or JSONL data.",
+        "unigen train --model_path models/BAGEL-7B-MoT --train_data_path data/train.jsonl --learning_rate 2e-5 --bf16",
+    ),
+    "generate": Command(
+        "unigen.inference.generate:GenerateOptions",
+        "unigen.inference.generate:run",
+        "Generate text and pictures from a prompt and pictures.",
+        'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
+    ),
+    "demo": Command(
+        "unigen.cli:DemoOptions",
+        "unigen.cli:demo",
+        "Train a tiny model on handwritten digits and report what it learnt.",
+        "unigen demo --quick",
+    ),
+}
+
+# Errors the user can put right. They are looked up among the modules already imported: an error of another cannot have been raised.
+USER_ERRORS = ("unigen.config:UserError", "unigen.sequence.types:BadRecord", "unigen.data.dataset:BadData")
+
+
+def train(config: Config) -> None:
+    """``unigen train``. Raises ConfigError before PyTorch is imported where an option cannot work."""
+    config.resolve()
+    from unigen.training.trainer import UnifiedTrainer
+
+    UnifiedTrainer(config).train()
+
+
+def demo(options: DemoOptions) -> None:
+    """``unigen demo``."""
+    from unigen import demo as module
+
+    module.run(Path(options.output_dir), options.quick, options.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 where the user can put the cause right, 130 when interrupted.
+
+    Args:
+        argv: Arguments after the program's name; default: those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"unigen {__version__}")
+        return 0
+    try:
+        return run_command(argv[0], argv[1:])
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
+        print(f"unigen: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unigen: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Parses the options of a command and calls its function; a function that returns None has succeeded."""
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
+    command = COMMANDS[name]
+    options = load(command.options)
+    if any(token in ("-h", "--help") for token in argv):
+        print(help_text(options, name, command))
+        return 0
+    code = load(command.run)(parse_options(options, argv))
+    return int(code or 0)
+
+
+def parse_config(argv: list[str]) -> Config:
+    """The training options in flags and recipes, types checked, ranges not (:meth:`Config.resolve` does that).
+
+    Raises:
+        UsageError: an unknown option or key, a missing value, a wrong type, an unreadable recipe.
+    """
+    return parse_options(Config, argv)
+
+
+def parse_options(options: type[T], argv: list[str]) -> T:
+    """Any dataclass of options from flags and recipes: defaults, then recipes in order, then flags.
+
+    Args:
+        options: The dataclass; its docstring's ``Args:`` are the help.
+        argv: Flags, e.g. ``["--config", "recipe.yaml", "--learning_rate", "2e-5"]``.
+
+    Raises:
+        UsageError: as for :func:`parse_config`.
+    """
+    types = get_type_hints(options)
+    flags = list(read_flags(argv, types))
+    recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
+    values: dict[str, Any] = {}
+    for recipe in recipes:
+        for where, name, value in read_recipe(Path(recipe), types):
+            values[name] = checked(where, name, value, types[name])
+    for name, (flag, given) in collect(flags, types).items():
+        values[name] = checked(flag, name, flag_value(flag, given, types[name]), types[name])
+    for field in fields(options):  # type: ignore[arg-type]
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise UsageError(f"--{field.name} is missing; it has no default (--{field.name} ...)")
+    return options(**values)
+
+
+# Flags
+
+
+def read_flags(argv: list[str], types: dict[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """(flag as written, option, its values) in order; ``--a=b`` gives one value, ``--no_switch`` gives ``false``."""
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        position += 1
+        if not is_flag(token):
+            raise UsageError(f"{token!r} belongs to no option; write --option {token}")
+        flag, equals, value = token.partition("=")
+        given = [value] if equals else []
+        while not equals and position < len(argv) and not is_flag(argv[position]):
+            given.append(argv[position])
+            position += 1
+        name = flag.lstrip("-").replace("-", "_")
+        if name.startswith("no_") and name not in types and types.get(name[3:]) is bool:
+            if given:
+                raise UsageError(f"{flag} takes no value, found {given[0]!r}; write --{name[3:]} {given[0]} instead")
+            name, given = name[3:], ["false"]
+        if not flag.startswith("--") or name not in (*types, "config"):
+            raise UsageError(f"unknown option {flag}{did_you_mean(name, [*types, 'config'], '--')}")
+        yield flag, name, given
+
+
+def is_flag(token: str) -> bool:
+    """``--name``, ``--name=...`` and ``-x`` are flags; negative numbers and a prompt with dashes are values."""
+    return re.match(r"--[A-Za-z][\w-]*(=|$)|-[A-Za-z]$|--$", token) is not None
+
+
+def collect(flags: list[tuple[str, str, list[str]]], types: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """Option -> its last flag; an option of several values adds up what its flags gave."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for flag, name, given in flags:
+        if name == "config":
+            continue
+        before = found[name][1] if name in found and takes_list(types[name]) else []
+        found[name] = (flag, before + given)
+    return found
+
+
+def flag_value(flag: str, given: list[str], kind: Any) -> Any:
+    """The value for the type check: a switch without a value is on; several values are a list."""
+    if kind is bool and not given:
+        return "true"
+    if not given:
+        raise UsageError(f"{flag} needs a value: {describe(kind)}")
+    if len(given) == 1 and (not takes_several(kind) or accepts_text(kind) or bracketed(given[0])):
+        return given[0]
+    if not takes_several(kind):
+        raise UsageError(f"{flag} takes one value, found {len(given)}: {' '.join(given)}")
+    return given
+
+
+def paths_of(flag: str, given: list[str]) -> list[str]:
+    if not given:
+        raise UsageError(f"{flag} needs a value: the path of a YAML recipe")
+    return given
+
+
+# Recipes
+
+
+def read_recipe(path: Path, types: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(``file:line: key``, option, value) of a YAML file of flat options."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: cannot read {path}: {error}; give the path of a YAML recipe") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{path}:{root.start_mark.line + 1}: a recipe is a list of 'option: value' lines, found something else")
+    seen: dict[str, int] = {}
+    for key, node in root.value:
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        where = f"{path}:{line}"
+        if name not in types:
+            raise UsageError(f"{where}: unknown option {key.value!r}{did_you_mean(name, list(types))}")
+        if name in seen:
+            raise UsageError(f"{where}: {name} was already given in line {seen[name]}; keep one of the two")
+        seen[name] = line
+        yield f"{where}: {name}", name, node_value(node, types[name], where)
+
+
+def node_value(node: yaml.Node, kind: Any, where: str) -> Any:
+    """The YAML value; a scalar where a text is asked for keeps its spelling (a run named ``2026-11-01`` is no date)."""
+    if isinstance(node, yaml.ScalarNode) and accepts_text(kind) and not node.tag.endswith(":null"):
+        return node.value
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise UsageError(f"{where}: cannot be read: {problem}; write a plain number, text, true, false, or a list") from None
+    finally:
+        loader.dispose()
+
+
+# Types
+
+
+def checked(where: str, name: str, value: Any, kind: Any) -> Any:
+    """The value in the option's type, or a UsageError with ``where``, the value, and the expected type."""
+    if type(None) in get_args(kind) and (value is None or value in ("none", "None", "null")):
+        return None
+    if is_text(value, kind):
+        return value
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_argument(f"--{name}", type=kind)
+    try:
+        return parser.parse_object({name: value})[name]
+    except jsonargparse.ArgumentError:
+        pass
+    raise UsageError(f"{where}: {value!r} does not fit; expected {describe(kind)}")
+
+
+def describe(kind: Any) -> str:
+    """A type in words: ``float | None`` is "a number, or none"."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(kind))
+    if get_origin(kind) in (list, tuple):
+        items = [describe(item) for item in get_args(kind)]
+        return f"several of: {items[0]}" if get_origin(kind) is list else f"{len(items)} values: " + ", ".join(items)
+    if get_args(kind):
+        return ", or ".join(describe(item) for item in get_args(kind))
+    names = {bool: "true or false", int: "a whole number (int)", float: "a number (float)", str: "a text (str)", type(None): "none"}
+    return names.get(kind, str(kind))
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def takes_several(kind: Any) -> bool:
+    return any(get_origin(member) in (list, tuple) for member in members(kind))
+
+
+def takes_list(kind: Any) -> bool:
+    return any(get_origin(member) is list for member in members(kind))
+
+
+def accepts_text(kind: Any) -> bool:
+    return str in members(kind)
+
+
+def is_text(value: Any, kind: Any) -> bool:
+    """Whether the value is the text or texts asked for as they stand; jsonargparse would read one that looks like YAML."""
+    if isinstance(value, str):
+        return accepts_text(kind) and not (takes_several(kind) and bracketed(value))
+    return list[str] in members(kind) and isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def bracketed(text: str) -> bool:
+    """``[a, b]``: one flag value that is a list written as in a recipe."""
+    return text.startswith("[") and text.endswith("]")
+
+
+# Help
+
+
+def overview() -> str:
+    """What ``unigen --help`` prints."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: unigen COMMAND [--option value ...]\n\n"
+        "Train, evaluate and sample BAGEL-style unified models.\n\n"
+        f"commands:\n{rows}\n\n"
+        "  unigen COMMAND --help  its options\n  unigen --version       the version"
+    )
+
+
+def help_text(options: type, name: str, command: Command) -> str:
+    """What ``unigen NAME --help`` prints: the options by topic, with the docstrings of their dataclass, and an example."""
+    usage = f"unigen {name} [--config RECIPE.yaml ...] [--option value ...]"
+    parser = jsonargparse.ArgumentParser(prog=f"unigen {name}", usage=usage, description=command.summary, default_env=False)
+    for topic in [topic for topic in TOPICS if issubclass(options, topic)] or [options]:
+        parser.add_class_arguments(topic, None)
+    text = re.sub(r", --\w+\+ \S+", "", parser.format_help()).rstrip()  # several values follow one flag here
+    text = text.replace("[ITEM,...]", "VALUE ...")
+    return (
+        f"{text}\n\n"
+        "recipes:\n"
+        "  --config RECIPE.yaml ...\n"
+        "                        YAML files with the same names as keys; later ones win, and flags win over all.\n\n"
+        "A switch is turned on by --name or --name true, off by --no_name or --name false.\n\n"
+        f"example:\n  {command.example}"
+    )
+
+
+def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    found = nearest(name, known)
+    return f"; did you mean {prefix}{found}?" if found else ""
+
+
+# Names and errors
+
+
+def load(path: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message alone helps more than a traceback."""
+    for path in USER_ERRORS:
+        module, _, name = path.partition(":")
+        kind = getattr(sys.modules.get(module), name, None)
+        if isinstance(kind, type) and isinstance(error, kind):
+            return True
+    return False

@@ -1,0 +1,430 @@
+"""``UnifiedTrainer``: build, restore, the step, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigen.config import Config, ConfigError, UserError
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.loader import Place, Row, RowStream, Share, load_rows
+from unigen.model.bagel import Bagel
+from unigen.model.weights import load_bagel, save_bagel
+from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.tokens import Tokenizer
+from unigen.training.checkpoint import load_checkpoint, prune_checkpoints, resolve_resume, save_checkpoint, sweep_orphans
+from unigen.training.ema import EMA
+from unigen.training.engine import Engine
+from unigen.training.losses import Counts, joint_loss, loss_sums
+from unigen.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from unigen.training.tracking import Progress, Tracker
+
+log = logging.getLogger("unigen")
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on; the message says why and the cure."""
+
+
+@dataclass
+class StepResult:
+    """What one optimiser step gave: means over all its targets, on all ranks."""
+
+    text_loss: float
+    image_loss: float
+    counts: Counts
+    tokens: float
+    grad_norm: float = float("nan")
+    skipped: bool = False
+
+
+class UnifiedTrainer:
+    """Trains a BAGEL checkpoint on text and images, as the config says.
+
+    ``UnifiedTrainer(config).train()`` does everything; ``build()`` alone prepares it (and is what ``dry_run`` ends after).
+
+    Raises:
+        UserError: the options, the checkpoint or the data cannot work; raised before the first step.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config.resolve()
+        self.output_dir = Path(config.output_dir)
+        self.step = 0
+        self.place = Place()
+        self.best = math.inf
+
+    # ---- build -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Runs the training; the last metrics."""
+        with Engine(self.config) as self.engine:
+            self.build()
+            return self._run()
+
+    def build(self) -> None:
+        """Everything before the first step: folders, data, model, optimiser, state."""
+        c, engine = self.config, self.engine
+        logging.basicConfig(level=logging.INFO if engine.main else logging.WARNING, format="%(message)s")
+        engine.on_main(self._prepare_folder)
+        resume = resolve_resume(c.resume_from_checkpoint, self.output_dir) if c.resume_from_checkpoint else None
+        self.model = self._load_model(resume)
+        self._load_data()
+        self.share = Share(engine.rank, engine.world, c.gradient_accumulation_steps)
+        self.total_steps = c.max_steps or sum(self.stream.steps_in(e, self.share.step_rows) for e in range(c.num_epochs))
+        self.eval_every = c.eval_steps or self.stream.steps_in(0, self.share.step_rows)
+        self.optimizer = build_optimizer(self.model, c)
+        self.scaler = torch.amp.GradScaler(engine.device.type, enabled=c.fp16)
+        self.ema = EMA(self.model, c.ema) if c.ema else None
+        if resume is not None:
+            self._restore(resume)
+        self.wrapped = engine.wrap(self.model)
+        self._describe()
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            sweep_orphans(self.output_dir)
+            (self.output_dir / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output_dir {self.output_dir} cannot be written ({error}). Cure: choose another --output_dir") from error
+
+    def _load_model(self, resume: Path | None) -> Bagel:
+        c = self.config
+        assert c.model_path is not None
+        # A checkpoint holds the training weights beside the average as model.safetensors.
+        folder, names = (resume, ("model.safetensors", "ema.safetensors")) if resume else (Path(c.model_path), ("ema.safetensors", "model.safetensors"))
+        model = load_bagel(folder, self.engine.device, torch.float32, visual_gen=c.visual_gen, visual_und=c.visual_und, weights=names)
+        # Saving compares with, and copies from, the folder the run began with.
+        model.source = Path(c.model_path)
+        if c.timestep_shift is not None:
+            model.timestep_shift = c.timestep_shift
+        freeze(model, c)
+        model.use_gradient_checkpointing(c.gradient_checkpointing)
+        return model.train()
+
+    def _load_data(self) -> None:
+        c, model = self.config, self.model
+        tokenizer = Tokenizer.load(Path(c.model_path))
+        vocabulary = model.config.llm.vocab_size
+        if max(vars(tokenizer.special).values()) >= vocabulary:
+            raise ConfigError(f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}")
+        planner = Planner(
+            tokenizer,
+            model.config.geometry,
+            model.config.transforms(c.max_image_tokens),
+            c,
+            model.config.llm.max_position_embeddings,
+            c.visual_gen,
+            c.visual_und,
+        )
+        self.stream = self._stream(c.train_data_path, planner, training=True)
+        self.val_stream = self._stream(c.val_data_path, planner, training=False) if c.val_data_path else None
+
+    def _stream(self, paths: Any, planner: Planner, training: bool) -> RowStream:
+        c, main = self.config, self.engine.main
+        dataset = UnifiedGenerationDataset(
+            paths,
+            on_bad_record=c.on_bad_record,
+            check_pictures=c.check_pictures if main else "headers",
+            measure=planner.measure,
+            bad_records_path=self.output_dir / "bad_records.jsonl" if main else None,
+        )
+        if main:
+            log.info("%s data\n%s\n%s", "Training" if training else "Validation", dataset.describe(), describe_tokens(dataset, planner))
+        return RowStream(dataset, planner, c.seed, training)
+
+    def _describe(self) -> None:
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        parts: dict[str, int] = {}
+        for name, p in self.model.named_parameters():
+            part = "generation expert" if "_moe_gen" in name else name.split(".")[0]
+            parts[part] = parts.get(part, 0) + p.numel() * p.requires_grad
+        log.info("Model: %s parameters, %s train (%s)", f"{total:,}", f"{trained:,}", ", ".join(f"{k} {v:,}" for k, v in parts.items() if v))
+        log.info(
+            "Run: %d steps on %d process(es), %s, %s; from step %d",
+            self.total_steps, self.engine.world, self.engine.device, str(self.engine.dtype).removeprefix("torch."), self.step,
+        )  # fmt: skip
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def _restore(self, folder: Path) -> None:
+        tensors, states = load_checkpoint(folder, device=str(self.engine.device))
+        state = states["trainer"]
+        if state["fingerprint"] != self.stream.dataset.fingerprint:
+            raise UserError(
+                f"{folder}: train_data_path is not the data this run began with (its fingerprint differs). "
+                "Cure: resume with the same files, or start a new run with --model_path of this checkpoint"
+            )
+        load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.load(tensors["ema_average"]) if "ema_average" in tensors else log.warning("%s has no average; it starts anew", folder)
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(tensors["random"]["cpu"].cpu())
+        self.step, self.best = state["step"], state["best"] if state["best"] is not None else math.inf
+        self.place = Place(state["epoch"], state["position"])
+        log.info("Resumed from %s at step %d", folder, self.step)
+
+    def _save(self, name: str | None = None) -> None:
+        """``step_N``: everything a resume needs. ``best``: weights alone."""
+
+        def write_model(folder: Path) -> None:
+            if self.ema is not None:
+                save_bagel(self.model, folder, weights=self.ema.tensors())
+                if name is None:
+                    save_bagel(self.model, folder, filename="model.safetensors")
+            else:
+                save_bagel(self.model, folder)
+
+        def work() -> None:
+            tensors, states = {}, {"training_config": self.config.to_dict()}
+            if name is None:
+                tensors["optimizer"] = optimizer_tensors(self.optimizer, self.model)
+                tensors["random"] = {"cpu": torch.get_rng_state()}
+                if self.ema is not None:
+                    tensors["ema_average"] = self.ema.tensors()
+                states["trainer"] = {
+                    "step": self.step,
+                    "epoch": self.place.epoch,
+                    "position": self.place.position,
+                    "best": self.best if math.isfinite(self.best) else None,
+                    "fingerprint": self.stream.dataset.fingerprint,
+                    "total_steps": self.total_steps,
+                    "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+                }
+            folder = save_checkpoint(self.output_dir, self.step, write_model=write_model, tensors=tensors, states=states, name=name)
+            if name is None:
+                prune_checkpoints(self.output_dir, self.config.save_total_limit)
+            self.progress.write(f"Saved {folder}")
+
+        self.engine.on_main(work)
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> dict[str, float]:
+        c = self.config
+        main = self.engine.main
+        self.dry_batch()
+        if c.dry_run:
+            log.info("Dry run: everything is ready; nothing was trained")
+            return {}
+        tracker = Tracker(self.output_dir, c, resume_step=self.step) if main else None
+        self.progress = Progress(self.total_steps, self.step, c.logging_steps, main)
+        rows = load_rows(
+            self.stream, self.share, self.place,
+            num_workers=c.num_workers, limit=self.total_steps - self.step, pin=self.engine.device.type == "cuda",
+        )  # fmt: skip
+        metrics: dict[str, float] = {}
+        while self.step < self.total_steps:
+            began = time.perf_counter()
+            step_rows = next(rows)
+            self._check_rows(step_rows)
+            waited = time.perf_counter() - began
+            lr = learning_rate_at(self.step, self.total_steps, c)
+            result = self.train_step(step_rows, lr)
+            self.step, self.place = self.step + 1, step_rows[-1].after
+            metrics = self._metrics(result, lr, time.perf_counter() - began, waited)
+            if tracker:
+                tracker.log(metrics, self.step)
+            self.progress.update(self.step, metrics)
+            last = self.step == self.total_steps
+            if self.val_stream is not None and (self.step % self.eval_every == 0 or last):
+                metrics |= self._validate(tracker)
+            if self.step % c.save_steps == 0 or last:
+                self._save()
+        self.progress.close()
+        if tracker:
+            tracker.finish()
+        return metrics
+
+    def train_step(self, rows: list[Row], lr: float) -> StepResult:
+        """One optimiser step over this process's rows (and, with others, theirs)."""
+        c, engine = self.config, self.engine
+        packs = [row.pack for row in rows]
+        text, image, tokens = engine.sum([*vars(Counts.of(packs)).values(), sum(len(p) for p in packs)])
+        counts = Counts(text, image)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        for i, pack in enumerate(packs):
+            with engine.accumulate(self.wrapped, last=i == len(packs) - 1):
+                with engine.autocast():
+                    text_sum, image_sum = loss_sums(self.wrapped(pack.to(engine.device)))
+                # Data parallel averages gradients; the loss is a sum over processes.
+                loss = joint_loss(text_sum, image_sum, counts, c.text_loss_weight, c.image_loss_weight) * engine.world
+                self.scaler.scale(loss).backward()
+            sums += torch.stack([text_sum, image_sum]).detach()
+        text_sum, image_sum = engine.sum(sums.tolist())
+        result = StepResult(text_sum / max(text, 1), image_sum / max(image, 1), counts, tokens)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients([p for p in self.model.parameters() if p.requires_grad], c.max_grad_norm)
+        result.grad_norm = float(norm)
+        finite = math.isfinite(text_sum) and math.isfinite(image_sum)
+        # With loss scaling an overflowing gradient is the scaler's business: it skips the step and lowers the scale.
+        result.skipped = not finite or (not c.fp16 and not math.isfinite(result.grad_norm))
+        if result.skipped:
+            self._skip(rows, result)
+        else:
+            self.scaler.step(self.optimizer)
+            if self.ema is not None and math.isfinite(result.grad_norm):
+                self.ema.update()
+        self.scaler.update()
+        return result
+
+    def _skip(self, rows: list[Row], result: StepResult) -> None:
+        """A step whose loss or gradient is not finite changes nothing; its records are listed in ``bad_steps.jsonl``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        origins = json.dumps([origin for row in rows for origin in row.pack.origins])
+        everyone = [json.loads(part) for part in self.engine.gather(origins)]
+        if self.engine.main:
+            line = {
+                "step": self.step + 1, "text_loss": str(result.text_loss), "image_loss": str(result.image_loss),
+                "grad_norm": str(result.grad_norm), "records": [origin for part in everyone for origin in part],
+            }  # fmt: skip
+            with open(self.output_dir / "bad_steps.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            log.warning("Step %d skipped: its loss or gradient is not finite; its records are listed in bad_steps.jsonl", self.step + 1)
+
+    def _check_rows(self, rows: list[Row]) -> None:
+        """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl``."""
+        bad = [record.to_dict() for row in rows for record in row.bad]
+        everyone = [record for part in self.engine.gather(json.dumps(bad)) for record in json.loads(part)]
+        if not everyone:
+            return
+        first = everyone[0]
+        message = f"{first['file']}:{first['line']}: {first['code']}: {first['found']}"
+        if self.config.on_bad_record == "error":
+            raise TrainingStopped(f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with --resume_from_checkpoint auto")
+        if self.engine.main:
+            with open(self.output_dir / "bad_records.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in everyone)
+            log.warning("%d record(s) left out: %s", len(everyone), message)
+
+    def _metrics(self, result: StepResult, lr: float, seconds: float, waited: float) -> dict[str, float]:
+        c = self.config
+        values = {
+            "loss": c.text_loss_weight * result.text_loss + c.image_loss_weight * result.image_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": lr,
+            "epoch": self.place.epoch + self.place.position / len(self.stream.dataset),
+            "text_tokens": result.counts.text,
+            "image_tokens": result.counts.image,
+            "tokens_per_second": result.tokens / seconds,
+            "data_wait": waited / seconds,
+        }
+        if result.counts.text:
+            values["text_loss"] = result.text_loss
+        if result.counts.image:
+            values["image_loss"] = result.image_loss
+        if result.skipped:
+            values["skipped"] = 1.0
+        return values
+
+    # ---- before, beside ----------------------------------------------------------------------------------------------
+
+    def dry_batch(self) -> None:
+        """Forward and backward of the largest row, so that memory runs out now or never."""
+        engine, stream = self.engine, self.stream
+        rows = next(iter(stream.steps(self.place, 1)))[0]
+        sizes = [stream.planner.length(stream.dataset[i].sample, stream.dataset.sizes[i], stream.draw(0, i)) for i in range(min(len(stream.dataset), 2000))]
+        if stream.budget is None:
+            largest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: stream.batch_size]
+        else:
+            largest = rows[0]
+        pack = stream.build(largest, 0, self.place).pack
+        state = torch.get_rng_state()
+        with engine.autocast():
+            text_sum, image_sum = loss_sums(self.wrapped(pack.to(engine.device)))
+        joint_loss(text_sum, image_sum, Counts.of([pack]), 1.0, 1.0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(state)
+        peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if engine.device.type == "cuda" else ""
+        log.info("Dry batch: %s tokens of %d sample(s) went forward and backward%s", f"{len(pack):,}", pack.n_samples, peak)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Losses on the validation data with fixed noise and times: the same weights give the same numbers."""
+        assert self.val_stream is not None
+        engine, totals = self.engine, torch.zeros(4, dtype=torch.float64)
+        share = replace(self.share, rows=1)
+        steps = self.val_stream.steps_in(0, share.step_rows)
+        self.model.eval()
+        for (row,) in load_rows(self.val_stream, share, Place(), num_workers=0, limit=steps):
+            self._check_rows([row])
+            with engine.autocast():
+                text_sum, image_sum = loss_sums(self.model(row.pack.to(engine.device)))
+            totals += torch.tensor([float(text_sum), float(image_sum), row.pack.n_text_labels, row.pack.n_image_targets], dtype=torch.float64)
+        self.model.train()
+        text_sum, image_sum, text, image = engine.sum(totals.tolist())
+        c, values = self.config, {}
+        if text:
+            values["val_text_loss"] = text_sum / text
+        if image:
+            values["val_image_loss"] = image_sum / image
+        values["val_loss"] = c.text_loss_weight * values.get("val_text_loss", 0.0) + c.image_loss_weight * values.get("val_image_loss", 0.0)
+        return values
+
+    def _validate(self, tracker: Tracker | None) -> dict[str, float]:
+        with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
+            values = self.evaluate()
+        if tracker:
+            tracker.log(values, self.step)
+        self.progress.write("Validation: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        if values["val_loss"] < self.best:
+            self.best = values["val_loss"]
+            self._save("best")
+        return values
+
+
+def freeze(model: Bagel, config: Config) -> None:
+    """What does not learn: the parts the config freezes, and always the position tables and the codec.
+
+    ``freeze_und`` also stops gradients through the understanding tokens, as the reference does.
+    """
+    for name, p in model.named_parameters():
+        und = "_moe_gen" not in name and name.startswith(("language_model.", "vit_model.", "connector."))
+        frozen = (
+            name.endswith("pos_embed.pos_embed")
+            or (config.freeze_llm and name.startswith("language_model."))
+            or (config.freeze_vit and name.startswith("vit_model."))
+            or (config.freeze_und and und)
+        )
+        p.requires_grad_(not frozen)
+    model.language_model.model.freeze_und = config.freeze_und
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
+
+
+def describe_tokens(dataset: UnifiedGenerationDataset, planner: Planner) -> str:
+    """Tokens per sample and the share of each modality, over (a sample of) the data."""
+    step = max(1, len(dataset) // 2000)
+    totals: dict[str, int] = {}
+    lengths = []
+    for i in range(0, len(dataset), step):
+        blocks = planner.outline(dataset[i].sample, dataset.sizes[i], Draw(0, 0, i, training=False))
+        lengths.append(sum(len(b) for b in blocks))
+        for block in blocks:
+            name = block.kind.name.lower()
+            totals[name] = totals.get(name, 0) + len(block)
+    lengths.sort()
+    everything = max(sum(totals.values()), 1)
+    shares = ", ".join(f"{name} {100 * n / everything:.0f} %" for name, n in totals.items())
+    return f"  tokens per sample: mean {sum(lengths) / len(lengths):,.0f}, median {lengths[len(lengths) // 2]:,}, longest {lengths[-1]:,}; {shares}"
+
