@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "generate": Command(
         "unigen.inference.generate:GenerateOptions",
-        "unigen.inference.generate:run",
+        "unigen.cli:generate",
         "Generate text and pictures from a prompt and pictures.",
         'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
     ),
@@ -87,6 +87,18 @@ def train(config: Config) -> None:
     from unigen.training.trainer import UnifiedTrainer
 
     UnifiedTrainer(config).train()
+
+
+def generate(options: Any) -> None:
+    """``unigen generate``."""
+    from unigen.inference.generate import answer
+    from unigen.report import write_pieces
+
+    prompt, pieces = answer(options)
+    page = write_pieces(Path(options.output_dir), prompt, pieces, title="Unigen")
+    for piece in pieces:
+        print(piece if isinstance(piece, str) else f"[picture of {piece.width} x {piece.height}]")
+    print(f"Written to {page}")
 
 
 def demo(options: DemoOptions) -> None:

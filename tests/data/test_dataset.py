@@ -144,6 +144,14 @@ def test_threads_and_forks_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert answers(pickle.loads(pickle.dumps(dataset))) == expected
 
 
+def test_reads_that_return_less_than_asked_for_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line("a") + b"\n" + line("b"))
+    dataset = UnifiedGenerationDataset(tmp_path)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: pread(descriptor, min(length, 7), offset))
+    assert answers(dataset) == ["a", "b"]
+
+
 def test_no_parsed_record_and_no_open_file_stays(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(line("x" * 1000) for _ in range(1000)))
     dataset = UnifiedGenerationDataset(tmp_path)

@@ -361,3 +361,16 @@ def test_the_example_holds_every_format_with_pictures_that_exist() -> None:
             if isinstance(piece, Image):
                 assert open_image(piece.source).size == (128, 128)
                 assert piece.source.stat().st_size < 8192
+
+
+# ---- the documentation ----
+
+
+@pytest.mark.parametrize("name", ["data_formats.md", "data_formats.zh-CN.md"])
+def test_the_documentation_is_true(name: str) -> None:
+    text = (EXAMPLE.parents[1] / "docs" / name).read_text("utf-8")
+    shown = [json.loads(block.partition("```")[0]) for block in text.split("```json\n")[1:]]
+    records = [parse_record(value, Origin(EXAMPLE, index=i)) for i, value in enumerate(shown)]
+    assert {record.format for record in records} == set(FORMATS)
+    assert all(piece.source.exists() for record in records for piece in record.sample if isinstance(piece, Image))
+    assert all(f"`{code}`" in text for _, code, _ in WRONG)

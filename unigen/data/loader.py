@@ -124,7 +124,7 @@ class RowStream:
             try:
                 blocks = self.planner.fill(record.sample, self.planner.outline(record.sample, self.dataset.sizes[i], draw), draw)
             except PictureError as error:
-                bad.append(BadRecord("bad_picture", "image", str(error), "a readable picture", "replace the file or remove the record", record.origin))
+                bad.append(BadRecord(error.code, "image", error.problem, "a readable picture", error.cure, record.origin))
                 continue
             samples.append(blocks)
             origins.append(str(record.origin))
@@ -168,6 +168,8 @@ def load_rows(
         collate_fn=_same,
         pin_memory=pin,
         prefetch_factor=max(2, share.rows) if num_workers else None,
+        # It draws a seed for its workers, which use none; from the global generator that draw would change what a resume restores.
+        generator=torch.Generator(),
     )
     step: list[Row] = []
     for row in loader:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from unigen.config import UserError
 
 
 @dataclass
@@ -23,8 +26,8 @@ class GenerateOptions:
         cfg_img_scale: Guidance by the context pictures, on top of the text's; 1 turns it off.
         cfg_interval: The times (low, high] in which guidance acts.
         timestep_shift: Shift of the time grid; larger spends more steps near the noise.
-        height: Height of a drawn picture in pixels; default: 1024, or the edited picture's own.
-        width: Width of a drawn picture in pixels; default: 1024, or the edited picture's own.
+        height: Height of a drawn picture in pixels; default: 1024. An edit keeps the size of its picture.
+        width: Width of a drawn picture in pixels; default: 1024. An edit keeps the size of its picture.
         think: Let the model reason in text before it answers or draws.
         temperature: Temperature of sampled tokens; read only with do_sample.
         do_sample: Sample tokens instead of taking the most likely one.
@@ -49,3 +52,37 @@ class GenerateOptions:
     temperature: float = 0.3
     do_sample: bool = False
     device: str = "auto"
+
+
+class GenerateError(UserError):
+    """The options of ``unigen generate`` cannot work; the message says which, why, and the cure."""
+
+
+def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
+    """The prompt (pictures, then the text) and the answer, each a list of texts and pictures.
+
+    Raises:
+        GenerateError: nothing is asked, or an edit has no picture.
+        UserError: the checkpoint or a picture cannot be read, or the size cannot be drawn.
+    """
+    o = options
+    prompt: list[Any] = [Path(path) for path in o.image] + ([o.prompt] if o.prompt else [])
+    if not prompt:
+        raise GenerateError('prompt is empty and no image is given. Cure: --prompt "..." or --image a.png')
+    if o.mode == "edit" and not o.image:
+        raise GenerateError("mode edit redraws a picture, and none is given. Cure: --image a.png, or --mode image")
+    if (o.height is None) != (o.width is None):
+        raise GenerateError("height and width go together. Cure: give both, or neither")
+    from unigen.inference.inferencer import InterleaveInferencer
+
+    inferencer = InterleaveInferencer.from_pretrained(o.model_path, o.device)
+    shape = None if o.height is None else (o.height, o.width)
+    common: dict[str, Any] = {"image_shapes": shape, "do_sample": o.do_sample, "text_temperature": o.temperature, "seed": o.seed}
+    drawing = {name: getattr(o, name) for name in ("num_timesteps", "cfg_text_scale", "cfg_img_scale", "cfg_interval", "timestep_shift")}
+    if o.mode == "auto" and not o.think:
+        return prompt, inferencer.unified_generate(prompt, max_new_tokens=o.max_new_tokens, **common, **drawing)
+    text = o.mode in ("text", "auto")
+    pieces = inferencer.interleave_inference(
+        prompt, think=o.think, understanding_output=text, max_think_token_n=o.max_new_tokens, **common, **drawing
+    )
+    return prompt, pieces

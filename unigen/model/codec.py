@@ -68,19 +68,27 @@ class Codec(nn.Module):
 
 
 class PixelCodec(Codec):
-    """Space to depth: exact, without parameters."""
+    """Space to depth: exact, without parameters. ``z_channels`` is 3 x downsample² for colour, or downsample² for gray
+    pictures, whose three equal channels are kept once."""
 
     def __init__(self, config: VaeConfig):
         super().__init__(config)
-        expected = 3 * config.downsample**2
-        if config.z_channels != expected:
-            raise ValueError(f"vae_config.json: z_channels is {config.z_channels}; a pixel codec with downsample {config.downsample} has {expected}")
+        gray, colour = config.downsample**2, 3 * config.downsample**2
+        if config.z_channels not in (gray, colour):
+            raise ValueError(
+                f"vae_config.json: z_channels is {config.z_channels}; a pixel codec with downsample {config.downsample} has {colour} "
+                f"(colour) or {gray} (gray)"
+            )
+        self.gray = config.z_channels == gray
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        if self.gray:
+            pixels = pixels.mean(dim=1, keepdim=True)
         return self.normalise(F.pixel_unshuffle(pixels, self.downsample))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.denormalise(latents), self.downsample)
+        pixels = F.pixel_shuffle(self.denormalise(latents), self.downsample)
+        return pixels.expand(-1, 3, -1, -1) if self.gray else pixels
 
 
 class FluxCodec(Codec):

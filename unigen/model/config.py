@@ -136,3 +136,32 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
         return BagelConfig(llm, vit, read_vae_config(folder), **constants)
     except (TypeError, ValueError) as error:
         raise CheckpointFolderError(f"{folder}: {error}") from error
+
+
+def small_config(vocabulary: int, side: int, *, width: int = 128, layers: int = 4, inner: int = 384, stride: int = 4, patch: int = 4) -> BagelConfig:
+    """A tiny model without a VAE for gray pictures of ``side`` x ``side`` pixels, to train from scratch in minutes.
+
+    Args:
+        vocabulary: tokens of the text.
+        side: pixels of a picture's side; ``stride`` (pixels per latent token) and ``patch`` (of the ViT) divide it.
+        width: hidden size of decoder and ViT; layers, inner: layers and MLP width of the decoder.
+    """
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    assert side % stride == 0 and side % patch == 0 and stride % 2 == 0
+    llm = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=False,
+    )  # fmt: skip
+    vit = SiglipVisionConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4, image_size=side, patch_size=patch,
+    )  # fmt: skip
+    cells = stride // 2
+    # This scale and shift bring the pixels of light ink on black to about mean 0 and variance 1, as the flow's noise has.
+    vae = VaeConfig(type="pixel", downsample=cells, z_channels=cells**2, scale_factor=1.3, shift_factor=-0.4)
+    picture = {"max_size": side, "min_size": side}
+    return BagelConfig(
+        llm, vit, vae, max_latent_size=side // stride, vit_max_num_patch_per_side=side // patch,
+        vae_transform=picture, vit_transform=picture, vit_edit_transform=picture,
+    )  # fmt: skip

@@ -141,10 +141,13 @@ class UnifiedTrainer:
         dataset = UnifiedGenerationDataset(
             paths,
             on_bad_record=c.on_bad_record,
-            check_pictures=c.check_pictures if main else "headers",
+            # With "skip" every process must leave out the same records; with "error" one that looks closely is enough.
+            check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
             measure=planner.measure,
             bad_records_path=self.output_dir / "bad_records.jsonl" if main else None,
         )
+        if len(set(self.engine.gather(dataset.fingerprint))) > 1:
+            raise UserError(f"{paths}: the processes read different data. Cure: give every machine the same files")
         if main:
             log.info("%s data\n%s\n%s", "Training" if training else "Validation", dataset.describe(), describe_tokens(dataset, planner))
         return RowStream(dataset, planner, c.seed, training)
@@ -165,7 +168,12 @@ class UnifiedTrainer:
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def _restore(self, folder: Path) -> None:
-        tensors, states = load_checkpoint(folder, device=str(self.engine.device))
+        tensors, states = load_checkpoint(folder, verify=False)  # resolve_resume has verified it
+        if "trainer" not in states:
+            raise UserError(
+                f"{folder} holds weights only, so a run cannot go on from it. Cure: resume from a step_N folder, or start a new run "
+                f"with --model_path {folder}"
+            )
         state = states["trainer"]
         if state["fingerprint"] != self.stream.dataset.fingerprint:
             raise UserError(
@@ -211,7 +219,7 @@ class UnifiedTrainer:
                 }
             folder = save_checkpoint(self.output_dir, self.step, write_model=write_model, tensors=tensors, states=states, name=name)
             if name is None:
-                prune_checkpoints(self.output_dir, self.config.save_total_limit)
+                prune_checkpoints(self.output_dir, self.config.save_total_limit, protect=folder)
             self.progress.write(f"Saved {folder}")
 
         self.engine.on_main(work)
@@ -227,6 +235,15 @@ class UnifiedTrainer:
             return {}
         tracker = Tracker(self.output_dir, c, resume_step=self.step) if main else None
         self.progress = Progress(self.total_steps, self.step, c.logging_steps, main)
+        try:
+            return self._steps(tracker)
+        finally:
+            self.progress.close()
+            if tracker:
+                tracker.finish()
+
+    def _steps(self, tracker: Tracker | None) -> dict[str, float]:
+        c = self.config
         rows = load_rows(
             self.stream, self.share, self.place,
             num_workers=c.num_workers, limit=self.total_steps - self.step, pin=self.engine.device.type == "cuda",
@@ -249,9 +266,6 @@ class UnifiedTrainer:
                 metrics |= self._validate(tracker)
             if self.step % c.save_steps == 0 or last:
                 self._save()
-        self.progress.close()
-        if tracker:
-            tracker.finish()
         return metrics
 
     def train_step(self, rows: list[Row], lr: float) -> StepResult:

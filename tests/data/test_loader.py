@@ -1,0 +1,182 @@
+"""The stream of rows: one order whatever the workers and ranks, and a place to go on from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unigen.config import Config
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.loader import Place, Row, RowStream, Share, load_rows
+from unigen.model.config import read_config
+from unigen.model.weights import scan_folder
+from unigen.sequence.images import to_image
+from unigen.sequence.plan import Planner
+from unigen.sequence.tokens import Tokenizer
+
+N = 11
+
+
+def write_data(folder: Path, n: int = N) -> Path:
+    """Records of text, drawing, and editing in turn, of different lengths."""
+    for i in range(3):
+        pixels = torch.rand(3, 32, 32 + 16 * i, generator=torch.Generator().manual_seed(i)) * 2 - 1
+        to_image(pixels).save(folder / f"{i}.png")
+    records: list[dict[str, Any]] = []
+    for i in range(n):
+        if i % 3 == 0:
+            roles = [{"role": "user", "content": "Say" * (i + 1)}, {"role": "assistant", "content": "yes " * (i + 1)}]
+            records.append({"messages": roles})
+        elif i % 3 == 1:
+            records.append({"text_prompt": f"picture {i}", "image_path": f"{i % 2}.png"})
+        else:
+            records.append({"input_image": "2.png", "editing_steps": [{"instruction": "turn it", "result_image": f"{i % 3}.png"}]})
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path)
+
+
+def make_stream(golden: Path, data: Path, training: bool = True, **options: Any) -> RowStream:
+    folder = golden / "model"
+    small = {"max_size": 42, "min_size": 28}
+    model = read_config(
+        folder,
+        {name: entry.shape for name, entry in scan_folder(folder).items()},
+        vae_transform={"max_size": 64, "min_size": 32},
+        vit_transform=small,
+        vit_edit_transform=small,
+    )
+    planner = Planner(Tokenizer.load(folder), model.geometry, model.transforms(64), Config(**options), 4096)
+    return RowStream(UnifiedGenerationDataset(data, measure=planner.measure), planner, seed=7, training=training)
+
+
+def take(stream: RowStream, steps: int, place: Place = Place(), *, workers: int = 0, rank: int = 0, world: int = 1, rows: int = 1):
+    share = Share(rank, world, rows)
+    return list(load_rows(stream, share, place, num_workers=workers, limit=steps))
+
+
+def bits(row: Row) -> list[Any]:
+    """Everything in a row, comparable bit by bit."""
+    values: list[Any] = [row.records, row.after]
+    for f in fields(row.pack):
+        value = getattr(row.pack, f.name)
+        values.append([raw(v) for v in value] if isinstance(value, list) else raw(value))
+    return values
+
+
+def raw(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def test_every_record_is_met_once_an_epoch_in_another_order_each_time(golden: Path, data: Path):
+    stream = make_stream(golden, data, batch_size=2)
+    steps = [step for step, after in zip_steps(stream, 12)]
+    epochs = [[i for step in steps[n : n + 6] for row in step for i in row] for n in (0, 6)]
+    for epoch, order in enumerate(epochs):
+        assert sorted(order) == list(range(N)) and order == stream.order(epoch)
+    assert epochs[0] != epochs[1] and epochs[0] != list(range(N))
+    assert stream.steps_in(0, 1) == 6 and stream.steps_in(0, 4) == 2
+
+
+def zip_steps(stream: RowStream, n: int, step_rows: int = 1):
+    """The first ``n`` steps of the stream, which has no end."""
+    steps = stream.steps(Place(), step_rows)
+    return [next(steps) for _ in range(n)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_together_read_the_one_global_order(golden: Path, data: Path, world: int):
+    """Six rows a step, dealt in turn: whatever the ranks, the same records belong to the same step."""
+    stream = make_stream(golden, data)
+    wanted = zip_steps(stream, 4, 6)  # two epochs of two steps: 6 + 5, 6 + 5
+    ranks = [take(stream, 4, rank=rank, world=world, rows=6 // world) for rank in range(world)]
+    for n, (step, after) in enumerate(wanted):
+        dealt = [ranks[i % world][n][i // world] for i in range(6)]
+        assert [row.records for row in dealt] == step + [[]] * (6 - len(step))
+        assert {row.after for row in dealt} == {after}
+    assert [after for _, after in wanted] == [Place(0, 6), Place(0, N), Place(1, 6), Place(1, N)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(golden: Path, data: Path, workers: int):
+    stream = make_stream(golden, data, batch_size=2)
+    alone = take(stream, 5, rows=3)
+    with_workers = take(stream, 5, rows=3, workers=workers)
+    assert [[bits(row) for row in step] for step in with_workers] == [[bits(row) for row in step] for step in alone]
+
+
+def test_the_last_step_of_an_epoch_has_empty_rows(golden: Path, data: Path):
+    stream = make_stream(golden, data)
+    last = take(stream, 3, rows=4)[2]
+    assert [len(row.records) for row in last] == [1, 1, 1, 0]
+    empty = last[3].pack
+    assert len(empty) == 0 and empty.n_samples == 0 and empty.n_text_labels == 0 and empty.n_image_targets == 0
+    assert last[3].after == Place(0, N)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"max_num_tokens": 160}])
+def test_going_on_from_any_place_gives_the_same_rows(golden: Path, data: Path, options: dict[str, Any]):
+    """Bit for bit, noise and times too, and across the border of two epochs."""
+    stream = make_stream(golden, data, **options)
+    count = stream.steps_in(0, 2) + 3
+    whole = [[bits(row) for row in step] for step in take(stream, count, rows=2)]
+    places = [step[-1][1] for step in whole]
+    assert places[0].epoch < places[-1].epoch
+    for done, place in enumerate(places[:-1], 1):
+        again = make_stream(golden, data, **options)
+        assert [[bits(row) for row in step] for step in take(again, count - done, place, rows=2)] == whole[done:]
+
+
+def test_a_token_budget_holds_what_fits_and_never_drops(golden: Path, data: Path):
+    stream = make_stream(golden, data, max_num_tokens=160, batch_size=1)
+    rows = [row for step in take(stream, stream.steps_in(0, 1)) for row in step]
+    assert Counter(i for row in rows for i in row.records) == Counter(range(N))
+    assert any(len(row.records) > 1 for row in rows)
+    for row, following in zip(rows, rows[1:]):
+        assert len(row.pack) <= 160 or len(row.records) == 1
+        lengths = [stream.planner.length(stream.dataset[i].sample, stream.dataset.sizes[i], stream.draw(0, i)) for i in row.records]
+        assert len(row.pack) == sum(lengths)
+        first = following.records[0]
+        assert len(row.pack) + stream.planner.length(stream.dataset[first].sample, stream.dataset.sizes[first], stream.draw(0, first)) > 160
+
+
+def test_a_record_has_other_noise_in_another_epoch_and_the_same_in_validation(golden: Path, data: Path):
+    stream, held_out = make_stream(golden, data), make_stream(golden, data, training=False)
+    epochs = [stream.build([1], epoch, Place()).pack.noise for epoch in (0, 1)]
+    assert not torch.equal(*epochs)
+    fixed = [held_out.build([1], epoch, Place()).pack for epoch in (0, 1)]
+    assert torch.equal(fixed[0].noise, fixed[1].noise) and torch.equal(fixed[0].u, fixed[1].u)
+    assert held_out.order(0) == list(range(N))
+
+
+def test_the_random_numbers_of_the_program_are_left_alone(golden: Path, data: Path):
+    stream = make_stream(golden, data)
+    state = torch.get_rng_state()
+    take(stream, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_broke_after_the_check_is_told(golden: Path, data: Path, workers: int):
+    stream = make_stream(golden, data, batch_size=N)
+    (data.parent / "1.png").write_bytes((data.parent / "1.png").read_bytes()[:60])
+    ((row,),) = take(stream, 1, workers=workers)
+    broken = {i for i in range(N) if i % 3 == 1 and i % 2 == 1}
+    assert sorted(row.records) == sorted(set(range(N)) - broken)
+    assert {(bad.origin.file, bad.origin.line) for bad in row.bad} == {(data, i + 1) for i in broken}
+    assert all(bad.code == "bad_picture" and "1.png" in str(bad) and "Cure:" in str(bad) for bad in row.bad)
+    assert row.pack.n_samples == N - len(broken) == len(row.pack.origins)
+    assert row.after == Place(0, N)

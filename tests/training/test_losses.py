@@ -1,0 +1,94 @@
+"""The joint loss: the split of a step into rows changes no gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import assert_close, built, gradients
+
+from unigen.data.loader import Place
+from unigen.model.bagel import Output
+from unigen.training.losses import Counts, joint_loss, loss_sums
+from unigen.training.trainer import UnifiedTrainer
+
+
+def step(trainer: UnifiedTrainer, split: list[list[int]]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """One step over these records, a list a row; its result and the gradients. A learning rate of zero moves nothing."""
+    result = trainer.train_step([trainer.stream.build(records, 0, Place()) for records in split], 0.0)
+    return result, gradients(trainer)
+
+
+@pytest.fixture
+def trainer(options: dict[str, Any]) -> UnifiedTrainer:
+    # Clipping divides by the norm and would hide a factor.
+    return built(**options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3)
+
+
+SPLITS = {
+    "two rows": [[0, 1, 2], [3, 4, 5, 6]],
+    "four rows of unequal size": [[0], [1, 6], [2, 3, 4], [5]],
+    "text and images apart": [[0, 2, 5], [1, 3, 6], [4], []],
+    "one each, and empty ones": [[], [0], [1], [2], [], [3], [4], [5], [6], []],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
+def test_micro_batches_give_the_gradient_of_one_row(trainer: UnifiedTrainer, split: list[list[int]]):
+    whole, wanted = step(trainer, [list(range(7))])
+    result, found = step(trainer, split)
+    assert_close(found, wanted)
+    assert result.counts == whole.counts and result.counts.text > 50 and result.counts.image > 20
+    assert result.text_loss == pytest.approx(whole.text_loss, rel=1e-6)
+    assert result.image_loss == pytest.approx(whole.image_loss, rel=1e-6)
+
+
+def test_the_loss_is_the_mean_over_all_targets(trainer: UnifiedTrainer):
+    """Against the definition: cross-entropy over label tokens, squared error over channels and noised tokens."""
+    pack = trainer.stream.build(list(range(7)), 0, Place()).pack
+    with torch.no_grad():
+        output = trainer.model(pack)
+    result, _ = step(trainer, [[0, 1, 2], [3, 4, 5, 6]])
+    assert output.ce.numel() == pack.n_text_labels and output.mse.shape[0] == pack.n_image_targets
+    assert result.text_loss == pytest.approx(float(output.ce.mean()), rel=1e-6)
+    assert result.image_loss == pytest.approx(float(output.mse.mean()), rel=1e-6)
+
+
+def test_the_gradient_is_that_of_the_weighted_sum(trainer: UnifiedTrainer):
+    pack = trainer.stream.build(list(range(7)), 0, Place()).pack
+    output = trainer.model(pack)
+    trainer.optimizer.zero_grad()
+    (0.7 * output.ce.mean() + 1.3 * output.mse.mean()).backward()
+    wanted = gradients(trainer)
+    assert_close(step(trainer, [list(range(7))])[1], wanted)
+
+
+def test_a_row_without_anything_gives_zero_gradients_and_not_none(trainer: UnifiedTrainer):
+    result, found = step(trainer, [[]])
+    assert result.text_loss == result.image_loss == 0.0 and not result.skipped
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert found.keys() == trained
+    assert all(not g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("row", [[0], [1], [2]], ids=["text", "drawn", "described"])
+def test_every_trained_parameter_gets_a_gradient_from_any_row(trainer: UnifiedTrainer, row: list[int]):
+    """Data parallel waits for all of them."""
+    _, found = step(trainer, [row])
+    assert found.keys() == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any(g.any() for g in found.values())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(trainer: UnifiedTrainer, options: dict[str, Any]):
+    same = built(**options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3, gradient_checkpointing=True)
+    assert same.model.language_model.model.gradient_checkpointing
+    assert_close(step(same, [[0, 1], [3]])[1], step(trainer, [[0, 1], [3]])[1], 1e-6)
+
+
+def test_sums_and_weights_by_hand():
+    output = Output(torch.zeros(1), torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
+    text, image = loss_sums(output)
+    assert (float(text), float(image)) == (9.0, 8.0)
+    assert float(joint_loss(text, image, Counts(18, 4), 2.0, 0.5)) == 2.0 * 9 / 18 + 0.5 * 8 / 4
+    assert float(joint_loss(text * 0, image * 0, Counts(0, 0), 1.0, 1.0)) == 0.0
