@@ -37,7 +37,9 @@ Result = tuple[str, float, float]  # case, error, tolerance
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compare Unigen with the reference's numbers.", epilog="example: python tools/compare_reference.py tests/golden")
+    parser = argparse.ArgumentParser(
+        description="Compare Unigen with the reference's numbers.", epilog="example: python tools/compare_reference.py tests/golden"
+    )
     parser.add_argument("folder", type=Path, help="a folder laid out like tests/golden")
     folder = parser.parse_args(argv).folder
     if not (folder / "model").is_dir():
@@ -153,7 +155,11 @@ def compare_training(folder: Path, name: str, case: dict[str, Any], model: Bagel
     gradients = {n: p.grad for n, p in model.named_parameters()}
     for key in sorted(k for k in theirs if k.startswith("grad.")):
         gradient = gradients[key.removeprefix("grad.")]
-        yield f"{name}: gradient {key.removeprefix('grad.language_model.model.').removeprefix('grad.')}", relative(gradient, theirs[key]), GRADIENT
+        yield (
+            f"{name}: gradient {key.removeprefix('grad.language_model.model.').removeprefix('grad.')}",
+            relative(gradient, theirs[key]),
+            GRADIENT,
+        )
     norms = case.get("grad_norms", {})
     if norms:
         largest = max((v for v in norms.values() if v), default=1.0)

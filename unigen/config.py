@@ -183,7 +183,11 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
             (self.train_data_path, "train_data_path", "is missing; give a JSON or JSONL file, or a folder of them"),
             (not (self.fp16 and self.bf16), "fp16", "and bf16 exclude each other; keep bf16 where the GPU has it"),
             (self.visual_gen or self.visual_und or not self.freeze_llm, "freeze_llm", "with no visual part leaves nothing to train"),
-            (not (self.freeze_und and not self.visual_gen), "freeze_und", "trains the generation expert, which visual_gen=false leaves out"),
+            (
+                not (self.freeze_und and not self.visual_gen),
+                "freeze_und",
+                "trains the generation expert, which visual_gen=false leaves out",
+            ),
             (not (self.freeze_und and self.freeze_llm), "freeze_und", "with freeze_llm leaves only the latent heads; choose one of them"),
         ]
         for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps", "save_steps", "max_image_tokens"):

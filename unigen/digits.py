@@ -192,9 +192,9 @@ class Task:
 
 TASKS = {
     "draw": Task(_draw, 1500, 100),  # text_prompt + image_path: "draw seven"
-    "caption": Task(_caption, 300, 297),  # image_path + caption: "seven", without a question
-    "ask": Task(_ask, 900, 297),  # conversations: "what is this", "seven"
-    "ask_messages": Task(_ask_messages, 600, 297),  # messages + images: the same
+    "caption": Task(_caption, 500, 297),  # image_path + caption: "seven", without a question
+    "ask": Task(_ask, 1500, 297),  # conversations: "what is this", "seven"
+    "ask_messages": Task(_ask_messages, 1500, 297),  # messages + images: the same
     "edit": Task(_edit, 1500, 200),  # editing_steps, one step: "invert" or "rotate"
     "edit_steps": Task(_edit_steps, 300, 60),  # editing_steps, two steps
     "add": Task(_add, 1500, 110),  # input_sequence + target_sequence: two pictures and "add", "3 + 4 = 7" and a drawn 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
 
 N = 11
+START = Place()
 
 
 def write_data(folder: Path, n: int = N) -> Path:
@@ -61,7 +63,7 @@ def make_stream(golden: Path, data: Path, training: bool = True, **options: Any)
     return RowStream(UnifiedGenerationDataset(data, measure=planner.measure), planner, seed=7, training=training)
 
 
-def take(stream: RowStream, steps: int, place: Place = Place(), *, workers: int = 0, rank: int = 0, world: int = 1, rows: int = 1):
+def take(stream: RowStream, steps: int, place: Place = START, *, workers: int = 0, rank: int = 0, world: int = 1, rows: int = 1):
     share = Share(rank, world, rows)
     return list(load_rows(stream, share, place, num_workers=workers, limit=steps))
 
@@ -145,7 +147,7 @@ def test_a_token_budget_holds_what_fits_and_never_drops(golden: Path, data: Path
     rows = [row for step in take(stream, stream.steps_in(0, 1)) for row in step]
     assert Counter(i for row in rows for i in row.records) == Counter(range(N))
     assert any(len(row.records) > 1 for row in rows)
-    for row, following in zip(rows, rows[1:]):
+    for row, following in pairwise(rows):
         assert len(row.pack) <= 160 or len(row.records) == 1
         lengths = [stream.planner.length(stream.dataset[i].sample, stream.dataset.sizes[i], stream.draw(0, i)) for i in row.records]
         assert len(row.pack) == sum(lengths)
@@ -177,6 +179,6 @@ def test_a_picture_that_broke_after_the_check_is_told(golden: Path, data: Path, 
     broken = {i for i in range(N) if i % 3 == 1 and i % 2 == 1}
     assert sorted(row.records) == sorted(set(range(N)) - broken)
     assert {(bad.origin.file, bad.origin.line) for bad in row.bad} == {(data, i + 1) for i in broken}
-    assert all(bad.code == "bad_picture" and "1.png" in str(bad) and "Cure:" in str(bad) for bad in row.bad)
+    assert all(bad.code == "broken_picture" and "1.png" in str(bad) and "Cure:" in str(bad) for bad in row.bad)
     assert row.pack.n_samples == N - len(broken) == len(row.pack.origins)
     assert row.after == Place(0, N)

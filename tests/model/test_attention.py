@@ -177,25 +177,38 @@ def test_a_snapshot_shares_memory_until_it_grows_apart():
     assert copy.past(0).data_ptr() != cache.past(0).data_ptr()
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_attention_over_caches_of_different_lengths_is_dense(seed, model):
+def cached_case(seed, model):
+    """Contexts of their own lengths that go on with short blocks, or with pictures and texts of more than 32 tokens."""
     r = random.Random(seed)
-    n = r.randint(1, 4)
+    n = r.randint(1, 5)
     caches, pasts = [Cache(1) for _ in range(n)], []
     for i, cache in enumerate(caches):
-        length = r.choice([0, 0, 3, 9, 17])
+        length = r.choice([0, 0, 3, 9, 9, 17])
         pasts.append(grow(cache, length, i) if length else torch.zeros(2, 0, KV_HEADS, WIDTH))
-    pack = tiny.row([tiny.sample(r, 1) for _ in range(n)], model)
+    long = [lambda: tiny.text(r, 40), lambda: tiny.image(r, Kind.NOISED, grid=(6, 6)), lambda: tiny.image(r, Kind.CLEAN, grid=(5, 8))]
+    blocks = [[r.choice(long)()] if r.random() < 0.6 else tiny.sample(r, 1) for _ in range(n)]
+    return caches, pasts, tiny.row(blocks, model)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_over_caches_of_different_lengths_is_dense(seed, model):
+    caches, pasts, pack = cached_case(seed, model)
     q, k, v = qkv(len(pack), seed)
     ours = attend(q, k, v, plan_attention(pack, caches), 0, caches)
-    for s in range(n):
+    for s, past in enumerate(pasts):
         mine = (pack.sample == s).nonzero().squeeze(1)
-        past = pasts[s]
         mask = torch.cat([torch.ones(len(mine), past.shape[1], dtype=torch.bool), rule(pack)[mine][:, mine]], dim=1)
         expected = dense(q[mine], torch.cat([past[0], k[mine]]), torch.cat([past[1], v[mine]]), mask)
         assert tiny.close(ours[mine].double(), expected)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_storing_puts_a_row_into_the_caches_in_sequence_order(seed, model):
+    caches, pasts, pack = cached_case(seed, model)
+    _, k, v = qkv(len(pack), seed)
     store(k, v, pack, 0, caches)
-    for s, cache in enumerate(caches):
-        mine = pack.index.argsort()[pack.sample[pack.index.argsort()] == s]
+    order = pack.index.argsort()
+    for s, (cache, past) in enumerate(zip(caches, pasts, strict=True)):
+        mine = order[pack.sample[order] == s]
         cache.length += len(mine)
-        assert torch.equal(cache.past(0)[0], torch.cat([pasts[s][0], k[mine]])) and torch.equal(cache.past(0)[1], torch.cat([pasts[s][1], v[mine]]))
+        assert torch.equal(cache.past(0), torch.cat([past, torch.stack([k[mine], v[mine]])], dim=1))

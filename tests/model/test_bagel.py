@@ -2,6 +2,7 @@
 that are zero and never missing."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import tiny_model as tiny
@@ -10,6 +11,7 @@ import torch
 from unigen.model import flow
 from unigen.model.attention import Cache
 from unigen.model.bagel import token_losses
+from unigen.sequence.grid import patchify
 from unigen.sequence.pack import next_position
 from unigen.sequence.types import Block, Kind
 
@@ -123,8 +125,6 @@ def changed(model, samples, other):
 
 
 def replaced(samples, s, b, **values):
-    from dataclasses import replace
-
     return [[replace(block, **values) if (i, j) == (s, b) else block for j, block in enumerate(blocks)] for i, blocks in enumerate(samples)]
 
 
@@ -146,18 +146,20 @@ def test_a_block_is_seen_by_itself_and_what_follows_in_its_sample(model, block, 
 
 
 @pytest.mark.parametrize("twin", ["", "_moe_gen"])
-@pytest.mark.parametrize("part", ["mlp.down_proj.weight", "self_attn.o_proj.weight", "self_attn.q_proj.bias", "self_attn.q_norm.weight"])
+@pytest.mark.parametrize(
+    "part", ["mlp{}.down_proj.weight", "self_attn.o_proj{}.weight", "self_attn.q_proj{}.bias", "self_attn.q_norm{}.weight"]
+)
 def test_each_expert_works_on_its_own_tokens(part, twin):
     """In the last layer, what an expert does with a token stays in that token."""
     model = tiny.build()
     pack = tiny.row([conversation(random.Random(7))], model)
     with torch.no_grad():
         before = model(pack).hidden
-        dict(model.named_parameters())[f"language_model.model.layers.2.{part.replace('.', twin + '.', 2).replace(twin + '.', '.', 1)}"
-                                       if part.startswith("self_attn") else f"language_model.model.layers.2.{part.replace('.', twin + '.', 1)}"].mul_(-1.5)  # fmt: skip
+        dict(model.named_parameters())[f"language_model.model.layers.2.{part.format(twin)}"].mul_(-1.5)
         moved = (model(pack).hidden - before).abs().amax(1) > 1e-6
-    generation = torch.arange(len(pack)) >= pack.n_und
-    assert torch.equal(moved, generation if twin else ~generation)
+    own = (torch.arange(len(pack)) >= pack.n_und) == bool(twin)
+    own[0] &= "q_" not in part  # the first token sees itself alone, whatever it asks
+    assert torch.equal(moved, own)
 
 
 def test_markers_of_a_drawn_image_are_text_for_the_experts(model):
@@ -169,7 +171,7 @@ def test_markers_of_a_drawn_image_are_text_for_the_experts(model):
 
 
 def test_losses_are_those_of_their_own_tokens(model):
-    samples = rows(21) + [conversation(random.Random(1))]
+    samples = [*rows(21), conversation(random.Random(1))]
     pack = tiny.row(samples, model)
     with torch.no_grad():
         out = model(pack)
@@ -179,8 +181,6 @@ def test_losses_are_those_of_their_own_tokens(model):
         assert tiny.close(out.ce.double(), expected)
         generated = out.hidden[pack.n_und :]
         noised = [b for s in samples for b in s if b.kind == Kind.NOISED]
-        from unigen.sequence.grid import patchify
-
         x0 = torch.cat([patchify(b.latent, 2) for b in noised])
         v = model.llm2vae(generated[pack.kind[pack.n_und :] == Kind.NOISED])
         assert tiny.close(out.mse, (v - (torch.cat([b.noise for b in noised]) - x0)) ** 2)
@@ -239,8 +239,10 @@ def test_a_row_of_text_gives_zero_gradients_to_everything_visual(model):
 def test_every_trainable_weight_learns_from_a_mixed_row(model):
     r = random.Random(0)
     found = gradients(model, tiny.row([conversation(r), conversation(r)], model))
-    # softmax ignores what all keys share: a key bias moves scores only through the norm and rotation that follow it
-    assert [name for name, size in found.items() if size == 0] in ([], ["vit_model.vision_model.embeddings.position_embedding.weight"])
+    # The ViT's key biases shift all scores of a query alike, which softmax ignores: zero but for rounding.
+    assert [
+        name for name, size in found.items() if size < 1e-6 and not (name.startswith("vit_model") and name.endswith("k_proj.bias"))
+    ] == []
 
 
 @pytest.mark.parametrize("part", ["visual_gen", "visual_und"])
@@ -278,8 +280,6 @@ def test_freeze_und_trains_generation_alone_with_the_same_losses(model):
         frozen.mse.sum().backward()
         for name, p in trainable(model).items():
             own = any(part in name for part in ("_moe_gen", "vae2llm", "llm2vae", "time_embedder"))
-            if name.endswith("k_norm_moe_gen.weight") or "layers.2" in name or name == "language_model.lm_head.weight":
-                continue
             assert (p.grad is not None and bool(p.grad.abs().max() > 0)) == own, name
     finally:
         model.language_model.model.freeze_und = False

@@ -1,5 +1,6 @@
 """Rectified flow against versions written out number by number."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_mix_velocity_and_step_agree():
     assert torch.allclose(flow.mix(x0, noise, t), expected)
     assert torch.equal(flow.mix(x0, noise, torch.zeros(6)), x0) and torch.equal(flow.mix(x0, noise, torch.ones(6)), noise)
     x, times = noise, flow.sampling_times(7, 3.0)
-    for a, b in zip(times[:-1], times[1:], strict=True):
+    for a, b in itertools.pairwise(times):
         x = flow.euler_step(x, flow.velocity(x0, noise), a, b)
     assert torch.allclose(x, x0, atol=1e-5)
 

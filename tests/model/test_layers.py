@@ -73,5 +73,8 @@ def test_rotary_embedding_turns_pairs_of_the_two_halves():
 
 def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
-    score = lambda a, b: float((rotate(q, *rope_angles(torch.tensor([a]), 8, 1e4)) * rotate(k, *rope_angles(torch.tensor([b]), 8, 1e4))).sum())  # noqa: E731
+
+    def score(a, b):
+        return float((rotate(q, *rope_angles(torch.tensor([a]), 8, 1e4)) * rotate(k, *rope_angles(torch.tensor([b]), 8, 1e4))).sum())
+
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4) and score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)

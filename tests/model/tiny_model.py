@@ -21,7 +21,13 @@ def config(**overrides) -> BagelConfig:
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     vit = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=2, hidden_act="gelu_pytorch_tanh"
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=2,
+        hidden_act="gelu_pytorch_tanh",
     )
     vae = VaeConfig(type="pixel", downsample=2, z_channels=12, scale_factor=2.0, shift_factor=0.25)
     return BagelConfig(llm, vit, vae, **{"max_latent_size": 8, "vit_max_num_patch_per_side": 8, "timestep_shift": 2.0, **overrides})
@@ -48,7 +54,11 @@ def text(r: random.Random, length: int | None = None, loss: bool = False, **opti
 def image(r: random.Random, kind: Kind, piece: int = 0, grid: tuple[int, int] | None = None, **options) -> Block:
     grid = grid or (r.randint(1, 3), r.randint(1, 3))
     n, g = grid[0] * grid[1], torch.Generator().manual_seed(r.randrange(2**31))
-    content = {"patches": torch.randn(n, 12, generator=g)} if kind == Kind.VIT else {"latent": torch.randn(12, grid[0] * 2, grid[1] * 2, generator=g)}
+    content = (
+        {"patches": torch.randn(n, 12, generator=g)}
+        if kind == Kind.VIT
+        else {"latent": torch.randn(12, grid[0] * 2, grid[1] * 2, generator=g)}
+    )
     if kind == Kind.NOISED:
         content |= {"noise": torch.randn(n, 48, generator=g), "u": float(torch.randn((), generator=g)), "loss": True}
     return Block(kind, n, piece, grid, **content, **options)
@@ -59,7 +69,9 @@ def sample(r: random.Random, blocks: int | None = None, kinds=tuple(Kind)) -> li
     for piece in range(blocks or r.randint(1, 5)):
         kind = r.choice(kinds)
         closing = r.choice([None, None, SPECIAL.end])
-        made.append(text(r, loss=r.random() < 0.6, closing_label=closing) if kind == Kind.TEXT else image(r, kind, piece, closing_label=closing))
+        made.append(
+            text(r, loss=r.random() < 0.6, closing_label=closing) if kind == Kind.TEXT else image(r, kind, piece, closing_label=closing)
+        )
     return made
 
 
@@ -72,4 +84,6 @@ def in_order(pack: Pack, values: torch.Tensor) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
-    return a.shape == b.shape and bool(torch.allclose(a, b, atol=tolerance * max(1.0, float(b.detach().abs().max()) if b.numel() else 1.0), rtol=0))
+    return a.shape == b.shape and bool(
+        torch.allclose(a, b, atol=tolerance * max(1.0, float(b.detach().abs().max()) if b.numel() else 1.0), rtol=0)
+    )

@@ -24,7 +24,7 @@ def test_patches_run_row_column_and_inside_y_x_channel(rows, columns, patch, cha
 
 
 def test_sides_must_be_whole_patches():
-    with pytest.raises(Exception, match="divide|divisible"):
+    with pytest.raises(Exception, match=r"divide|divisible"):
         patchify(torch.zeros(3, 5, 4), 2)
 
 

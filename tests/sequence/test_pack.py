@@ -32,7 +32,9 @@ def random_sample(r: random.Random) -> list[Block]:
         if r.random() < 0.4:
             ids = [r.randrange(50) for _ in range(r.randint(0, 5))]
             cut = bool(ids) and r.random() < 0.3
-            blocks.append(text(*ids, loss=r.random() < 0.5, closing_label=closing, dropped=r.random() < 0.2, cut=cut, cut_label=7 if cut else -100))
+            blocks.append(
+                text(*ids, loss=r.random() < 0.5, closing_label=closing, dropped=r.random() < 0.2, cut=cut, cut_label=7 if cut else -100)
+            )
         else:
             kind = r.choice([Kind.VIT, Kind.CLEAN, Kind.NOISED])
             dropped = kind != Kind.NOISED and r.random() < 0.2

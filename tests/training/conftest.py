@@ -31,8 +31,17 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text("What is two and two?", "Four."),
             {"text_prompt": "A red house", "image_path": a},
             {"image_path": b, "caption": "A small tree beside the house."},
-            {"input_image": a, "editing_steps": [{"instruction": "Make it night", "result_image": c}, {"instruction": "And snow", "result_image": b}]},
-            {"sequence": [{"type": "text", "content": "First"}, {"type": "image", "image_path": a}, {"type": "text", "content": "and then the end."}]},
+            {
+                "input_image": a,
+                "editing_steps": [{"instruction": "Make it night", "result_image": c}, {"instruction": "And snow", "result_image": b}],
+            },
+            {
+                "sequence": [
+                    {"type": "text", "content": "First"},
+                    {"type": "image", "image_path": a},
+                    {"type": "text", "content": "and then the end."},
+                ]
+            },
             text("Say it twice.", "It. It."),
             {"text_prompt": "Nothing at all", "image_path": c},
         ],

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_engine import as_rank, free_port
 from tiny import assert_close, built, gradients, metrics, write_jsonl
 
@@ -50,6 +51,11 @@ def _step_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
         rows = [trainer.stream.build(records, 0, Place()) for records in CASES[case][0][rank]]
         result = trainer.train_step(rows, 0.0)
         torch.save((result.text_loss, result.image_loss, result.grad_norm, gradients(trainer)), Path(folder) / f"{number}.{rank}.pt")
+    trainer = built(**options | {"model_path": str(Path(folder) / "broken"), "ema": 0.5})
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    result = trainer.train_step([trainer.stream.build([1 - rank], 0, Place())], 1.0)
+    same = all(torch.equal(before[name].nan_to_num(7), p.nan_to_num(7)) for name, p in trainer.model.state_dict().items())
+    (Path(folder) / f"broken.{rank}.json").write_text(json.dumps([result.skipped, same, len(trainer.optimizer.state)]))
     torch.distributed.destroy_process_group()
 
 
@@ -60,7 +66,13 @@ def two_ranks(small_model: Path, records: Path, tmp_path_factory: pytest.TempPat
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
     write_jsonl(records.parent / "drawn.jsonl", [lines[1], lines[0], lines[5], lines[3]])
-    options = {"model_path": str(small_model), "train_data_path": str(records), "output_dir": str(folder / "run"), "max_steps": 1, "device": "cpu"}
+    options = {"model_path": str(small_model), "train_data_path": str(records), "output_dir": str(folder / "run")}
+    options |= {"max_steps": 1, "device": "cpu"}
+    shutil.copytree(small_model, folder / "broken")
+    weights = load_file(folder / "broken" / "ema.safetensors")
+    token = json.loads((small_model / "vocab.json").read_text())["?"]  # in the first record alone
+    weights["language_model.model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, folder / "broken" / "ema.safetensors")
     torch.multiprocessing.spawn(_step_as_rank, (2, free_port(), options, str(folder)), nprocs=2)
     return folder, options
 
@@ -81,10 +93,18 @@ def test_two_processes_give_the_gradient_of_one_row(two_ranks: tuple[Path, dict[
     assert zero[2] == pytest.approx(result.grad_norm, rel=1e-5)
 
 
+def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(two_ranks: tuple[Path, dict[str, Any]]):
+    folder, options = two_ranks
+    assert [json.loads((folder / f"broken.{rank}.json").read_text()) for rank in range(2)] == [[True, True, 0]] * 2
+    (line,) = [json.loads(line) for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text().splitlines()]
+    data = options["train_data_path"]
+    assert line["records"] == [f"{data}:2", f"{data}:1"]
+
+
 def command(launch: list[str], options: dict[str, Any], *flags: str, code: int = 0) -> str:
     """Runs the guide's script; what it printed."""
-    argv = [sys.executable, *launch, "train_unified_generation.py", *(x for name, value in options.items() for x in (f"--{name}", str(value))), *flags]
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    argv, env = [sys.executable, *launch, "train_unified_generation.py", *given, *flags], {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     printed = done.stdout + done.stderr
     assert done.returncode == code, printed[-4000:]
@@ -96,7 +116,8 @@ def torchrun(processes: int) -> list[str]:
 
 
 def losses(output_dir: Path | str) -> list[tuple[Any, ...]]:
-    return [tuple(line.get(name) for name in ("step", "loss", "text_loss", "image_loss", "grad_norm")) for line in metrics(output_dir) if "loss" in line]
+    names = ("step", "loss", "text_loss", "image_loss", "grad_norm", "learning_rate")
+    return [tuple(line.get(name) for name in names) for line in metrics(output_dir) if "loss" in line]
 
 
 def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path, tmp_path: Path):

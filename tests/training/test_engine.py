@@ -39,7 +39,7 @@ def test_one_process_needs_no_group():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_missing_gpu_is_told_with_its_cure():
-    with pytest.raises(ConfigError, match="no GPU is visible.*--device cpu"):
+    with pytest.raises(ConfigError, match=r"no GPU is visible.*--device cpu"):
         Engine(Config(device="cuda"))
 
 

@@ -62,6 +62,7 @@ class RowStream:
     def __init__(self, dataset: UnifiedGenerationDataset, planner: Planner, seed: int, training: bool = True):
         self.dataset, self.planner, self.seed, self.training = dataset, planner, seed, training
         self.batch_size, self.budget = planner.options.batch_size, planner.options.max_num_tokens
+        self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
 
     def order(self, epoch: int) -> list[int]:
@@ -116,6 +117,22 @@ class RowStream:
             rows = sum(1 for _ in self.rows(epoch))
         return -(-rows // step_rows)
 
+    def describe(self) -> str:
+        """Tokens per sample and the share of each modality, over (at most 2,000 samples of) the data."""
+        totals: dict[str, int] = {}
+        lengths = []
+        for i in range(0, len(self.dataset), max(1, len(self.dataset) // 2000)):
+            blocks = self.planner.outline(self.dataset[i].sample, self.dataset.sizes[i], Draw(0, 0, i, training=False))
+            lengths.append(sum(len(b) for b in blocks))
+            for block in blocks:
+                name = block.kind.name.lower()
+                totals[name] = totals.get(name, 0) + len(block)
+        lengths.sort()
+        everything = max(sum(totals.values()), 1)
+        shares = ", ".join(f"{name} {100 * n / everything:.0f} %" for name, n in totals.items())
+        mean, median = sum(lengths) / len(lengths), lengths[len(lengths) // 2]
+        return f"tokens    per sample: mean {mean:,.0f}, median {median:,}, longest {lengths[-1]:,}; {shares}"
+
     def build(self, records: Sequence[int], epoch: int, after: Place) -> Row:
         """Decodes and packs the records of a row; those whose pictures turn out unreadable are left out and listed."""
         samples, origins, bad, good = [], [], [], []
@@ -124,7 +141,8 @@ class RowStream:
             try:
                 blocks = self.planner.fill(record.sample, self.planner.outline(record.sample, self.dataset.sizes[i], draw), draw)
             except PictureError as error:
-                bad.append(BadRecord(error.code, "image", error.problem, "a readable picture", error.cure, record.origin))
+                found = f"{error.name}: {error.problem}"
+                bad.append(BadRecord(error.code, "image", found, "a readable picture", error.cure, record.origin))
                 continue
             samples.append(blocks)
             origins.append(str(record.origin))

@@ -117,6 +117,11 @@ class InterleaveInferencer:
         """Appends a picture to each context: to the ViT, and before it to the VAE where the context draws."""
         resized = [self.vae_transform.resize(open_image(picture)) for picture in pictures]
         drawing = [i for i, context in enumerate(contexts) if context.drawing]
+        if not self.model.config.visual_und and len(drawing) < len(contexts):
+            raise InferenceError(
+                "this model was loaded with visual_und=False and sees pictures only where it is asked to draw. Cure: load it with "
+                "visual_und=True, or ask for a picture"
+            )
         if drawing:
             self._extend([contexts[i] for i in drawing], [self._vae_block(resized[i]) for i in drawing])
         if self.model.config.visual_und:
@@ -142,7 +147,9 @@ class InterleaveInferencer:
         grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
         return Block(Kind.VIT, grid[0] * grid[1], 0, grid, patches=patchify(pixels, patch))
 
-    def _draw(self, contexts: Sequence[Context], shapes: Sequence[tuple[int, int]], noises: Sequence[Tensor], options: ImageOptions) -> list[Any]:
+    def _draw(
+        self, contexts: Sequence[Context], shapes: Sequence[tuple[int, int]], noises: Sequence[Tensor], options: ImageOptions
+    ) -> list[Any]:
         """Draws a picture of ``shapes`` (height, width) in each context; (latent tokens, pixels) of each."""
         stride = self.model.config.latent_stride
         canvases = [
@@ -162,7 +169,9 @@ class InterleaveInferencer:
         height, width = shape
         for name, value in (("height", height), ("width", width)):
             if value < stride or value > limit:
-                raise InferenceError(f"{name} is {value} pixels; this model draws from {stride} to {limit}. Cure: choose a side in that range")
+                raise InferenceError(
+                    f"{name} is {value} pixels; this model draws from {stride} to {limit}. Cure: choose a side in that range"
+                )
         return height // stride * stride, width // stride * stride
 
     def _noise(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -289,6 +298,8 @@ class InterleaveInferencer:
         for kind in outputs or ():
             if kind not in (TEXT, IMAGE):
                 raise InferenceError(f"outputs names {kind!r}; a piece is 'text' or 'image'")
+        if outputs and IMAGE in outputs:
+            self._needs_gen()
         generators = [_generator(None if seed is None else seed + i) for i in range(len(prompts))]
         contexts = [Context(self.model.config.llm.num_hidden_layers) for _ in prompts]
         for context, pieces in zip(contexts, prompts, strict=True):
@@ -397,6 +408,9 @@ def _generator(seed: int | None) -> torch.Generator:
 
 
 def _picker(do_sample: bool, temperature: float, generators: Sequence[torch.Generator]) -> Callable[[Tensor, int], int]:
+    if do_sample and not temperature > 0:
+        raise InferenceError(f"text_temperature is {temperature}; it must be above 0. Cure: do_sample=False takes the likeliest token")
+
     def pick(logits: Tensor, i: int) -> int:
         if not do_sample:
             return int(logits.argmax())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options:
     times = flow.sampling_times(options.num_timesteps, options.timestep_shift, device)
     rows: dict[tuple[bool, bool], _Row] = {}
     low, high = options.cfg_interval
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         inside = bool(t > low) and bool(t <= high)
         text = inside and options.cfg_text_scale > 1
         use = (text, text and options.cfg_img_scale > 1)

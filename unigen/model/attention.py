@@ -153,13 +153,24 @@ def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int
     return groups
 
 
-def make_plan(order: Tensor, lengths: Sequence[int]) -> Plan:
+def cached_groups(lengths: Sequence[int], past: Sequence[int], short: int = 32) -> list[list[int]]:
+    """Groups of samples that continue caches. Few new tokens are padded to one batch; many (pictures) are grouped only with
+    their equals, so that no mask is needed: with one, a GPU materialises every score."""
+    small = similar_lengths([n if n <= short else 0 for n in lengths], waste=0.0)
+    equal: dict[tuple[int, int], list[int]] = {}
+    for i, (n, p) in enumerate(zip(lengths, past, strict=True)):
+        if n > short:
+            equal.setdefault((n, p), []).append(i)
+    return small + list(equal.values())
+
+
+def make_plan(order: Tensor, lengths: Sequence[int], members_of_groups: Sequence[list[int]] | None = None) -> Plan:
     """The plan over ``order`` [T] (stored places in sequence order, sample after sample), without masks."""
     device = order.device
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     sizes = torch.tensor(list(lengths), dtype=torch.int64)
     groups, rows, real = [], [], []
-    for members in similar_lengths(lengths):
+    for members in similar_lengths(lengths) if members_of_groups is None else members_of_groups:
         picked, longest = torch.tensor(members), lengths[members[0]]
         steps = torch.arange(longest)
         inside = steps < sizes[picked, None]  # [B, L]
@@ -182,10 +193,11 @@ def _parts(plan: Plan, x: Tensor) -> list[Tensor]:
 
 def plan_attention(pack: Pack, caches: Sequence[Cache] | None = None) -> Plan:
     """The plan of a packed row; with ``caches``, sample i continues ``caches[i]``."""
-    if pack.ids.is_cuda and caches is None:
+    if pack.ids.is_cuda and caches is None and len(pack):
         return Plan([], pack.index, pack.index, pack.image, block_mask(pack))
     lengths = torch.bincount(pack.sample, minlength=pack.n_samples).tolist()
-    plan = make_plan(pack.index.argsort(), lengths)
+    members = None if caches is None else cached_groups(lengths, [cache.length for cache in caches])
+    plan = make_plan(pack.index.argsort(), lengths, members)
     columns = [_parts(plan, column[plan.rows]) for column in Tokens.of(pack)] if plan.groups else []
     for i, (group, real) in enumerate(zip(plan.groups, _parts(plan, plan.real[:, 0, 0]) if plan.groups else [], strict=True)):
         tokens = Tokens(*(column[i] for column in columns))  # [B, L]

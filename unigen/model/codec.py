@@ -31,6 +31,8 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VaeConfig:
+        if not isinstance(values, dict):
+            raise ValueError(f"vae_config.json holds a {type(values).__name__}, not a JSON object")
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         if "ch_mult" in known:
             known["ch_mult"] = tuple(known["ch_mult"])

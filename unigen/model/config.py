@@ -138,7 +138,9 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
         raise CheckpointFolderError(f"{folder}: {error}") from error
 
 
-def small_config(vocabulary: int, side: int, *, width: int = 128, layers: int = 4, inner: int = 384, stride: int = 4, patch: int = 4) -> BagelConfig:
+def small_config(
+    vocabulary: int, side: int, *, width: int = 128, layers: int = 4, inner: int = 384, stride: int = 4, patch: int = 4
+) -> BagelConfig:
     """A tiny model without a VAE for gray pictures of ``side`` x ``side`` pixels, to train from scratch in minutes.
 
     Args:

@@ -114,7 +114,8 @@ def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safeten
     if indexes:
         return _scan_shards(indexes[0])
     raise CheckpointFolderError(
-        f"{folder} has neither {WEIGHTS} nor a sharded set (*.safetensors.index.json). Cure: check the path, or download the whole repository"
+        f"{folder} has neither {WEIGHTS} nor a sharded set (*.safetensors.index.json). "
+        "Cure: check the path, or download the whole repository"
     )
 
 
@@ -127,7 +128,9 @@ def _scan_shards(index: Path) -> dict[str, Stored]:
         tensors = scan_safetensors(index.parent / shard)
         missing = [name for name, file in weight_map.items() if file == shard and name not in tensors]
         if missing:
-            raise CheckpointFolderError(f"{index.parent / shard} lacks {_few(missing)}, which {index.name} promises. Cure: download it again")
+            raise CheckpointFolderError(
+                f"{index.parent / shard} lacks {_few(missing)}, which {index.name} promises. Cure: download it again"
+            )
         found.update({name: tensors[name] for name, file in weight_map.items() if file == shard})
     return found
 
@@ -294,12 +297,17 @@ def write_safetensors(path: Path, plan: Mapping[str, tuple[torch.dtype, tuple[in
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for piece in _bytes_of(plan, order):
-            f.write(piece)
-        f.flush()
-        os.fsync(f.fileno())
+    part = path.with_name(path.name + ".part")  # `plan` may read from the very file that is being replaced
+    try:
+        with open(part, "wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for piece in _bytes_of(plan, order):
+                f.write(piece)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _bytes_of(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]], order: list[str]) -> Iterator[memoryview]:

@@ -166,7 +166,9 @@ class _Content:
 def _finish(und: _Half, gen: _Half, content: _Content, n_samples: int, origins: list[str]) -> Pack:
     assert not (content.latents and content.pixels), "a row brings pixels or latents, not both"
     columns = {name: und.columns[name] + gen.columns[name] for name in und.columns}
-    tensors = {name: torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64) for name, parts in columns.items()}
+    tensors = {
+        name: torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64) for name, parts in columns.items()
+    }
     # A row without blocks has the same types as any other.
     tensors["kind"] = tensors["kind"].to(torch.uint8)
     for name in ("image", "noised"):

@@ -93,7 +93,7 @@ class Planner:
             try:
                 width, height = image_size(piece.source)
             except PictureError as error:
-                raise BadRecord(error.code, f"piece {i}", error.problem, "a readable picture", error.cure) from error
+                raise BadRecord(error.code, f"piece {i}", f"{error.name}: {error.problem}", "a readable picture", error.cure) from error
             w, h = self.transforms.vae.size(width, height) if draws else (0, 0)
             vw, vh = vit.size(width, height, images) if self.visual_und else (0, 0)
             stride, patch = self.geometry.latent_stride, self.geometry.vit_patch

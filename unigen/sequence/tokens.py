@@ -23,13 +23,14 @@ class SpecialIds:
     image_end: int  # <|vision_end|>
     end: int  # <|endoftext|>
 
-    NAMES = {
-        "text_start": "<|im_start|>",
-        "text_end": "<|im_end|>",
-        "image_start": "<|vision_start|>",
-        "image_end": "<|vision_end|>",
-        "end": "<|endoftext|>",
-    }
+
+NAMES = {
+    "text_start": "<|im_start|>",
+    "text_end": "<|im_end|>",
+    "image_start": "<|vision_start|>",
+    "image_end": "<|vision_end|>",
+    "end": "<|endoftext|>",
+}
 
 
 class Tokenizer:
@@ -37,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any, special: SpecialIds | None = None):
         self.tokenizer = tokenizer
-        self.special = special or SpecialIds(**{name: tokenizer.convert_tokens_to_ids(token) for name, token in SpecialIds.NAMES.items()})
+        self.special = special or SpecialIds(**{name: tokenizer.convert_tokens_to_ids(token) for name, token in NAMES.items()})
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -47,16 +48,21 @@ class Tokenizer:
             TokenizerError: files are missing, or a special token is not in the vocabulary.
         """
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns that it does not know the model type "bagel", which no tokenizer needs
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise TokenizerError(
-                f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}). Cure: put the checkpoint's vocab.json, merges.txt and "
-                "tokenizer_config.json there"
+                f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}). "
+                "Cure: put the checkpoint's vocab.json, merges.txt and tokenizer_config.json there"
             ) from error
+        finally:
+            logging.set_verbosity(verbosity)
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in SpecialIds.NAMES.values() if token not in vocabulary]
+        missing = [token for token in NAMES.values() if token not in vocabulary]
         if missing:
             raise TokenizerError(
                 f"{folder}: the tokenizer has no {', '.join(missing)}. Cure: use the tokenizer files of BAGEL-7B-MoT, which has them"

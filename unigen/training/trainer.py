@@ -18,8 +18,9 @@ from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import Place, Row, RowStream, Share, load_rows
 from unigen.model.bagel import Bagel
 from unigen.model.weights import load_bagel, save_bagel
-from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
+from unigen.training.adapters import prepare_model
 from unigen.training.checkpoint import load_checkpoint, prune_checkpoints, resolve_resume, save_checkpoint, sweep_orphans
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
@@ -35,6 +36,8 @@ from unigen.training.optim import (
 from unigen.training.tracking import Progress, Tracker
 
 log = logging.getLogger("unigen")
+
+MAX_BAD_SHARE = 0.01  # with on_bad_record=skip, of all records; the data set holds the same line before training
 
 
 class TrainingStopped(UserError):
@@ -82,6 +85,7 @@ class UnifiedTrainer:
         c, engine = self.config, self.engine
         logging.basicConfig(level=logging.INFO if engine.main else logging.WARNING, format="%(message)s")
         engine.on_main(self._prepare_folder)
+        torch.manual_seed(c.seed)  # rows bring their own random numbers; this is for whatever else may draw some
         resume = resolve_resume(c.resume_from_checkpoint, self.output_dir) if c.resume_from_checkpoint else None
         self.model = self._load_model(resume)
         self._load_data()
@@ -100,7 +104,9 @@ class UnifiedTrainer:
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             sweep_orphans(self.output_dir)
-            (self.output_dir / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (self.output_dir / "config.json").write_text(
+                json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         except OSError as error:
             raise UserError(f"output_dir {self.output_dir} cannot be written ({error}). Cure: choose another --output_dir") from error
 
@@ -108,15 +114,13 @@ class UnifiedTrainer:
         c = self.config
         assert c.model_path is not None
         # A checkpoint holds the training weights beside the average as model.safetensors.
-        folder, names = (resume, ("model.safetensors", "ema.safetensors")) if resume else (Path(c.model_path), ("ema.safetensors", "model.safetensors"))
+        folder, names = (
+            (resume, ("model.safetensors", "ema.safetensors")) if resume else (Path(c.model_path), ("ema.safetensors", "model.safetensors"))
+        )
         model = load_bagel(folder, self.engine.device, torch.float32, visual_gen=c.visual_gen, visual_und=c.visual_und, weights=names)
         # Saving compares with, and copies from, the folder the run began with.
         model.source = Path(c.model_path)
-        if c.timestep_shift is not None:
-            model.timestep_shift = c.timestep_shift
-        freeze(model, c)
-        model.use_gradient_checkpointing(c.gradient_checkpointing)
-        return model.train()
+        return prepare_model(model, c).train()
 
     def _load_data(self) -> None:
         c, model = self.config, self.model
@@ -148,9 +152,10 @@ class UnifiedTrainer:
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:
             raise UserError(f"{paths}: the processes read different data. Cure: give every machine the same files")
+        stream = RowStream(dataset, planner, c.seed, training)
         if main:
-            log.info("%s data\n%s\n%s", "Training" if training else "Validation", dataset.describe(), describe_tokens(dataset, planner))
-        return RowStream(dataset, planner, c.seed, training)
+            log.info("%s data\n%s\n%s", "Training" if training else "Validation", dataset.describe(), stream.describe())
+        return stream
 
     def _describe(self) -> None:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -159,7 +164,9 @@ class UnifiedTrainer:
         for name, p in self.model.named_parameters():
             part = "generation expert" if "_moe_gen" in name else name.split(".")[0]
             parts[part] = parts.get(part, 0) + p.numel() * p.requires_grad
-        log.info("Model: %s parameters, %s train (%s)", f"{total:,}", f"{trained:,}", ", ".join(f"{k} {v:,}" for k, v in parts.items() if v))
+        log.info(
+            "Model: %s parameters, %s train (%s)", f"{total:,}", f"{trained:,}", ", ".join(f"{k} {v:,}" for k, v in parts.items() if v)
+        )
         log.info(
             "Run: %d steps on %d process(es), %s, %s; from step %d",
             self.total_steps, self.engine.world, self.engine.device, str(self.engine.dtype).removeprefix("torch."), self.step,
@@ -252,7 +259,7 @@ class UnifiedTrainer:
         while self.step < self.total_steps:
             began = time.perf_counter()
             step_rows = next(rows)
-            self._check_rows(step_rows)
+            self._check_rows(step_rows, self.stream)
             waited = time.perf_counter() - began
             lr = learning_rate_at(self.step, self.total_steps, c)
             result = self.train_step(step_rows, lr)
@@ -316,8 +323,8 @@ class UnifiedTrainer:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
             log.warning("Step %d skipped: its loss or gradient is not finite; its records are listed in bad_steps.jsonl", self.step + 1)
 
-    def _check_rows(self, rows: list[Row]) -> None:
-        """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl``."""
+    def _check_rows(self, rows: list[Row], stream: RowStream) -> None:
+        """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl`` while they are few."""
         bad = [record.to_dict() for row in rows for record in row.bad]
         everyone = [record for part in self.engine.gather(json.dumps(bad)) for record in json.loads(part)]
         if not everyone:
@@ -325,11 +332,20 @@ class UnifiedTrainer:
         first = everyone[0]
         message = f"{first['file']}:{first['line']}: {first['code']}: {first['found']}"
         if self.config.on_bad_record == "error":
-            raise TrainingStopped(f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with --resume_from_checkpoint auto")
+            raise TrainingStopped(
+                f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with --resume_from_checkpoint auto"
+            )
         if self.engine.main:
             with open(self.output_dir / "bad_records.jsonl", "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in everyone)
             log.warning("%d record(s) left out: %s", len(everyone), message)
+        stream.unreadable |= {f"{record['file']}:{record['index']}" for record in everyone}
+        count, total = len(stream.dataset.bad) + len(stream.unreadable), len(stream.dataset.bad) + len(stream.dataset)
+        if count > MAX_BAD_SHARE * total:
+            raise TrainingStopped(
+                f"{message}; now {count:,} of {total:,} records cannot be used, more than {MAX_BAD_SHARE:.0%}. "
+                "Cure: see bad_records.jsonl, bring the pictures back, then resume with --resume_from_checkpoint auto"
+            )
 
     def _metrics(self, result: StepResult, lr: float, seconds: float, waited: float) -> dict[str, float]:
         c = self.config
@@ -357,16 +373,25 @@ class UnifiedTrainer:
         """Forward and backward of the largest row, so that memory runs out now or never."""
         engine, stream = self.engine, self.stream
         rows = next(iter(stream.steps(self.place, 1)))[0]
-        sizes = [stream.planner.length(stream.dataset[i].sample, stream.dataset.sizes[i], stream.draw(0, i)) for i in range(min(len(stream.dataset), 2000))]
+        sizes = [
+            stream.planner.length(stream.dataset[i].sample, stream.dataset.sizes[i], stream.draw(0, i))
+            for i in range(min(len(stream.dataset), 2000))
+        ]
         if stream.budget is None:
             largest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: stream.batch_size]
         else:
             largest = rows[0]
         pack = stream.build(largest, 0, self.place).pack
         state = torch.get_rng_state()
-        with engine.autocast():
-            text_sum, image_sum = loss_sums(self.wrapped(pack.to(engine.device)))
-        joint_loss(text_sum, image_sum, Counts.of([pack]), 1.0, 1.0).backward()
+        try:
+            with engine.autocast():
+                text_sum, image_sum = loss_sums(self.wrapped(pack.to(engine.device)))
+            joint_loss(text_sum, image_sum, Counts.of([pack]), 1.0, 1.0).backward()
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(
+                f"The largest row, {len(pack):,} tokens, does not fit into the memory of {engine.device} ({str(error).splitlines()[0]}). "
+                "Cure: --gradient_checkpointing, --bf16, a smaller --batch_size, --max_num_tokens or --max_image_tokens, or freeze a part"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
         torch.set_rng_state(state)
         peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if engine.device.type == "cuda" else ""
@@ -381,10 +406,12 @@ class UnifiedTrainer:
         steps = self.val_stream.steps_in(0, share.step_rows)
         self.model.eval()
         for (row,) in load_rows(self.val_stream, share, Place(), num_workers=0, limit=steps):
-            self._check_rows([row])
+            self._check_rows([row], self.val_stream)
             with engine.autocast():
                 text_sum, image_sum = loss_sums(self.model(row.pack.to(engine.device)))
-            totals += torch.tensor([float(text_sum), float(image_sum), row.pack.n_text_labels, row.pack.n_image_targets], dtype=torch.float64)
+            totals += torch.tensor(
+                [float(text_sum), float(image_sum), row.pack.n_text_labels, row.pack.n_image_targets], dtype=torch.float64
+            )
         self.model.train()
         text_sum, image_sum, text, image = engine.sum(totals.tolist())
         c, values = self.config, {}
@@ -405,40 +432,3 @@ class UnifiedTrainer:
             self.best = values["val_loss"]
             self._save("best")
         return values
-
-
-def freeze(model: Bagel, config: Config) -> None:
-    """What does not learn: the parts the config freezes, and always the position tables and the codec.
-
-    ``freeze_und`` also stops gradients through the understanding tokens, as the reference does.
-    """
-    for name, p in model.named_parameters():
-        und = "_moe_gen" not in name and name.startswith(("language_model.", "vit_model.", "connector."))
-        frozen = (
-            name.endswith("pos_embed.pos_embed")
-            or (config.freeze_llm and name.startswith("language_model."))
-            or (config.freeze_vit and name.startswith("vit_model."))
-            or (config.freeze_und and und)
-        )
-        p.requires_grad_(not frozen)
-    model.language_model.model.freeze_und = config.freeze_und
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
-
-
-def describe_tokens(dataset: UnifiedGenerationDataset, planner: Planner) -> str:
-    """Tokens per sample and the share of each modality, over (a sample of) the data."""
-    step = max(1, len(dataset) // 2000)
-    totals: dict[str, int] = {}
-    lengths = []
-    for i in range(0, len(dataset), step):
-        blocks = planner.outline(dataset[i].sample, dataset.sizes[i], Draw(0, 0, i, training=False))
-        lengths.append(sum(len(b) for b in blocks))
-        for block in blocks:
-            name = block.kind.name.lower()
-            totals[name] = totals.get(name, 0) + len(block)
-    lengths.sort()
-    everything = max(sum(totals.values()), 1)
-    shares = ", ".join(f"{name} {100 * n / everything:.0f} %" for name, n in totals.items())
-    return f"  tokens per sample: mean {sum(lengths) / len(lengths):,.0f}, median {lengths[len(lengths) // 2]:,}, longest {lengths[-1]:,}; {shares}"
-

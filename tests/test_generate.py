@@ -1,0 +1,135 @@
+"""``unigen generate`` on the tiny checkpoint: every mode writes its pieces and a page; every mistake is one clear line."""
+
+import re
+import shutil
+
+import pytest
+
+from unigen import cli
+from unigen.inference import inferencer as module
+from unigen.sequence.images import open_image
+
+TINY = ["--device", "cpu", "--num_timesteps", "3", "--max_new_tokens", "4"]
+SHAPE = ["--height", "32", "--width", "48"]
+
+
+@pytest.fixture
+def generate(golden, tmp_path, capsys):
+    """Runs the command; (exit code, standard output, standard error, output folder)."""
+
+    def run(*argv: str, model: str | None = None):
+        out = tmp_path / "out"
+        code = cli.main(["generate", "--model_path", model or str(golden / "model"), "--output_dir", str(out), *TINY, *argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, out
+
+    return run
+
+
+def pieces(folder):
+    """What was written, in order of the names, without the page."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "index.html")
+
+
+def test_text_mode_writes_one_text(generate, golden):
+    code, shown, _, out = generate("--prompt", "What is this?", "--image", str(golden / "input.png"), "--mode", "text")
+    assert code == 0
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "What is this?" in page and page.count("<img") == 1  # the prompt's picture
+    assert [path.suffix for path in pieces(out)] == [".txt"]
+    answer = pieces(out)[0].read_text(encoding="utf-8")
+    assert answer.strip() in shown and str(out / "index.html") in shown
+
+
+def test_image_mode_draws_one_picture_of_the_size_asked_for(generate):
+    code, shown, _, out = generate("--prompt", "画一只猫", "--mode", "image", *SHAPE)
+    assert code == 0
+    (path,) = pieces(out)
+    picture = open_image(path)
+    assert (picture.height, picture.width) == (32, 48)
+    assert "48 x 32" in shown
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "画一只猫" in page and page.count("<img") == 1
+
+
+def test_edit_mode_keeps_the_size_of_its_picture(generate, golden):
+    code, _, _, out = generate("--prompt", "Make it winter", "--image", str(golden / "input.png"), "--mode", "edit")
+    assert code == 0
+    (path,) = pieces(out)
+    model = module.InterleaveInferencer.from_pretrained(golden / "model", "cpu")
+    expected = model.vae_transform.resize(open_image(golden / "input.png"))
+    assert open_image(path).size == expected.size
+    assert (out / "index.html").read_text(encoding="utf-8").count("<img") == 2  # given and drawn
+
+
+def test_auto_mode_writes_what_the_model_decides(generate, golden):
+    """As many texts and pictures as ``unified_generate`` gives for the same seed, in that order."""
+    code, shown, _, out = generate("--prompt", "a", *SHAPE, "--seed", "3")
+    assert code == 0
+    model = module.InterleaveInferencer.from_pretrained(golden / "model", "cpu")
+    answer = model.unified_generate("a", max_new_tokens=4, image_shapes=(32, 48), seed=3, num_timesteps=3, cfg_interval=(0.4, 1.0))
+    assert answer
+    assert [path.suffix for path in pieces(out)] == [".txt" if isinstance(piece, str) else ".png" for piece in answer]
+    assert shown.count("[picture of 48 x 32]") == sum(not isinstance(piece, str) for piece in answer)
+
+
+def test_several_pictures_come_before_the_prompt(generate, golden):
+    image = str(golden / "input.png")
+    code, _, _, out = generate("--prompt", "compare", "--image", image, image, "--mode", "text")
+    assert code == 0
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 2 and page.rindex("<img") < page.index("compare", page.index("<body"))
+
+
+def test_thinking_gives_a_text_and_then_the_picture(generate):
+    code, _, _, out = generate("--prompt", "a cat", "--mode", "image", "--think", *SHAPE)
+    assert code == 0 and [path.suffix for path in pieces(out)] == [".txt", ".png"]
+
+
+def test_the_seed_makes_it_repeatable(generate):
+    drawn = []
+    for seed in ("5", "5", "6"):
+        code, _, _, out = generate("--prompt", "a cat", "--mode", "image", *SHAPE, "--seed", seed)
+        assert code == 0
+        drawn.append(pieces(out)[0].read_bytes())
+        shutil.rmtree(out)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "prompt is empty and no image is given"),
+        (["--prompt", "Make it winter", "--mode", "edit"], "mode edit redraws a picture, and none is given"),
+        (["--prompt", "a", "--height", "32"], "height and width go together"),
+        (["--prompt", "a", "--mode", "image", "--height", "32", "--width", "100000"], "width is 100000 pixels"),
+        (["--prompt", "a", "--mode", "picture"], "--mode: 'picture' does not fit"),
+        (["--prompt", "a", "--image", "nowhere.png", "--mode", "text"], "nowhere.png"),
+        (["--prompt", "a", "--promt", "b"], "did you mean --prompt?"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(generate, argv, words):
+    code, shown, error, out = generate(*argv)
+    assert code == 2 and shown == ""
+    assert error.startswith("unigen: error: ") and error.count("\n") == 1 and words in error
+    assert not out.exists()
+
+
+def test_a_file_that_is_no_picture_is_one_clear_line(generate, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    code, _, error, _ = generate("--prompt", "a", "--image", str(broken), "--mode", "text")
+    assert code == 2 and error.count("\n") == 1
+    assert re.match(r"unigen: error: .*broken\.png", error)
+
+
+def test_a_missing_model_is_one_clear_line(generate, tmp_path):
+    code, _, error, _ = generate("--prompt", "a", model=str(tmp_path / "no_model"))
+    assert code == 2 and error.count("\n") == 1 and "no_model" in error and "Cure: " in error
+
+
+def test_a_folder_without_weights_is_one_clear_line(generate, golden, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(golden / "model", folder, ignore=shutil.ignore_patterns("ema.safetensors"))
+    code, _, error, _ = generate("--prompt", "a", model=str(folder))
+    assert code == 2 and error.count("\n") == 1 and "ema.safetensors" in error
