@@ -77,9 +77,6 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
-# Errors the user can put right. They are looked up among the modules already imported: an error of another cannot have been raised.
-USER_ERRORS = ("unigen.config:UserError", "unigen.sequence.types:BadRecord", "unigen.data.dataset:BadData")
-
 
 def train(config: Config) -> None:
     """``unigen train``. Raises ConfigError before PyTorch is imported where an option cannot work."""
@@ -123,9 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return run_command(argv[0], argv[1:])
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except UserError as error:
         print(f"unigen: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -387,13 +382,3 @@ def load(path: str) -> Any:
     """What ``module:name`` names."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def is_user_error(error: BaseException) -> bool:
-    """Whether the message alone helps more than a traceback."""
-    for path in USER_ERRORS:
-        module, _, name = path.partition(":")
-        kind = getattr(sys.modules.get(module), name, None)
-        if isinstance(kind, type) and isinstance(error, kind):
-            return True
-    return False

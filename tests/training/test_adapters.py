@@ -11,7 +11,7 @@ from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Block, Kind
-from unigen.training.adapters import freeze, prepare_model
+from unigen.training.adapters import dtype_of, prepare_model
 
 
 def a_row(model, folder: Path):
@@ -27,9 +27,8 @@ def a_row(model, folder: Path):
 def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_bytes(golden: Path, tmp_path: Path) -> None:
     folder = golden / "model"
     config = Config(model_path=str(folder), train_data_path="x", freeze_und=True, bf16=True)
-    plain = load_bagel(folder).train()
-    freeze(plain, config)
-    halved = prepare_model(load_bagel(folder), config).train()
+    plain = prepare_model(load_bagel(folder), config).train()
+    halved = prepare_model(load_bagel(folder, dtype=lambda name: dtype_of(name, config)), config).train()
     assert halved.language_model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     assert halved.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.dtype == torch.float32
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from unigen.config import UserError
 from unigen.data.formats import FORMATS, parse_with_fields
 from unigen.data.json_text import parse_json, split_json
 from unigen.sequence.images import PictureError, image_size, open_image
@@ -33,7 +34,7 @@ _BOM = b"\xef\xbb\xbf"
 Measure = Callable[[Record], list[int] | tuple[int, ...]]
 
 
-class BadData(ValueError):
+class BadData(UserError):
     """Data that a run must not start with. ``records`` holds every :class:`BadRecord` behind it."""
 
     def __init__(self, message: str, records: list[BadRecord] | None = None):

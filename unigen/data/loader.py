@@ -117,6 +117,19 @@ class RowStream:
             rows = sum(1 for _ in self.rows(epoch))
         return -(-rows // step_rows)
 
+    def largest_row(self, limit: int = 2000) -> list[int]:
+        """The records of the longest row that the first ``limit`` records can make."""
+        n = min(len(self.dataset), limit)
+        lengths = [self.planner.length(self.dataset[i].sample, self.dataset.sizes[i], self.draw(0, i)) for i in range(n)]
+        by_length = sorted(range(n), key=lambda i: -lengths[i])
+        if self.budget is None:
+            return by_length[: self.batch_size]
+        row: list[int] = []
+        for i in by_length:  # fill the budget, the longest first
+            if not row or sum(lengths[j] for j in row) + lengths[i] <= self.budget:
+                row.append(i)
+        return row
+
     def describe(self) -> str:
         """Tokens per sample and the share of each modality, over (at most 2,000 samples of) the data."""
         totals: dict[str, int] = {}

@@ -57,7 +57,6 @@ class Bagel(nn.Module):
             self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
         object.__setattr__(self, "codec", None)  # not a submodule: its weights live in ae.safetensors
         self.source: Path | None = None
-        self.timestep_shift = config.timestep_shift
 
     codec: Codec | None
 
@@ -72,17 +71,23 @@ class Bagel(nn.Module):
             self.vit_model.gradient_checkpointing = on
 
     @torch.no_grad()
-    def initialise(self, std: float = 0.02) -> None:
-        """Random weights to train from scratch: normal for matrices, the generation expert a copy of the understanding
-        one, the velocity head zero, tables computed. Draws from the default generator."""
-        for name, p in self.named_parameters():
-            if name.endswith("pos_embed.pos_embed"):
-                continue
+    def initialise(self, std: float = 0.05) -> None:
+        """Random weights to train from scratch; draws from the default generator.
+
+        Matrices are normal with variance 1 / inputs, those that write into the residual stream smaller by the root of its
+        2 x layers (Radford et al. 2019), embeddings and the text head normal with ``std``. The generation expert starts as a copy of the
+        understanding one, the velocity head at zero; the fixed tables are computed.
+        """
+        depth = {"language_model": self.config.llm.num_hidden_layers, "vit_model": self.config.vit.num_hidden_layers - 1}
+        parameters = dict(self.named_parameters())
+        for name, p in parameters.items():
             if p.ndim < 2:
                 nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            else:
-                nn.init.normal_(p, std=std if "vit_model" not in name else p.shape[1] ** -0.5)
-        parameters = dict(self.named_parameters())
+            elif "embed_tokens" in name or "position_embedding" in name or "lm_head" in name:
+                nn.init.normal_(p, std=std)
+            elif not name.endswith("pos_embed.pos_embed"):
+                writes = any(part in name for part in ("o_proj", "down_proj", "out_proj", "mlp.fc2"))
+                nn.init.normal_(p, std=(p.shape[1] * (2 * depth[name.split(".")[0]] if writes else 1)) ** -0.5)
         for name, p in parameters.items():
             if "_moe_gen" in name:
                 p.copy_(parameters[name.replace("_moe_gen", "")])
@@ -153,7 +158,7 @@ class Bagel(nn.Module):
         ``latents`` default to the row's own pictures, encoded.
         """
         x0 = self.clean_tokens(pack, self.latents_of(pack) if latents is None else latents)
-        t = flow.training_time(pack.u, self.timestep_shift)
+        t = flow.training_time(pack.u, self.config.timestep_shift)
         hidden = self.hidden_states(pack, flow.mix(x0, pack.noise, t), t)
         labelled = (pack.label >= 0).nonzero().squeeze(1)
         ce = token_losses(self.language_model.lm_head, hidden[labelled], pack.label[labelled])

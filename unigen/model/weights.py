@@ -138,7 +138,7 @@ def _scan_shards(index: Path) -> dict[str, Stored]:
 def load_bagel(
     folder: Path | str,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
     *,
     visual_gen: bool = True,
     visual_und: bool = True,
@@ -150,7 +150,7 @@ def load_bagel(
     Args:
         folder: the folder (see ``docs/model.md``).
         device: where the weights go, tensor by tensor.
-        dtype: their dtype; default as stored.
+        dtype: their dtype, or a function from a parameter's name to it; default as stored.
         visual_gen: false leaves the generation expert and the VAE out.
         visual_und: false leaves the ViT out.
         constants: values that win over ``config.json``, for checkpoints whose files do not say them.
@@ -160,6 +160,7 @@ def load_bagel(
         CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all listed).
     """
     folder = Path(folder)
+    dtype_for = dtype if callable(dtype) else lambda name: dtype
     stored = scan_folder(folder, weights)
     shapes = {name: entry.shape for name, entry in stored.items()}
     config = read_config(folder, shapes, visual_gen=visual_gen, visual_und=visual_und, **dict(constants or {}))
@@ -170,10 +171,10 @@ def load_bagel(
         entry, table = stored.get(name), name.endswith("pos_embed.pos_embed")
         owner = model.get_submodule(name.rpartition(".")[0])
         if table and (entry is None or entry.shape != tuple(parameter.shape)):
-            value = torch.empty(parameter.shape, dtype=dtype or torch.float32, device=device)
+            value = torch.empty(parameter.shape, dtype=dtype_for(name) or torch.float32, device=device)
         else:
             assert entry is not None
-            value = entry.read().to(device=device, dtype=dtype or entry.dtype)
+            value = entry.read().to(device=device, dtype=dtype_for(name) or entry.dtype)
         setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
         if table and (entry is None or entry.shape != tuple(parameter.shape)):
             owner.fill()

@@ -21,6 +21,8 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
+from unigen.config import UserError
+
 PILImage = Image.Image
 Source = str | Path | bytes | PILImage
 
@@ -32,7 +34,7 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "
 _ORIENTATION = 0x0112  # EXIF tag
 
 
-class PictureError(ValueError):
+class PictureError(UserError):
     """A picture that cannot be used; its string says which, what is wrong with it, and the cure.
 
     ``code`` is stable: ``missing_picture``, ``not_a_file``, ``unreadable_picture``, ``not_a_picture``, ``broken_picture``,

@@ -223,7 +223,8 @@ class Planner:
                         p = self.geometry.latent_patch
                         shared.posterior = torch.randn(self.geometry.patch_dim // p**2, rows * p, columns * p, generator=posterior)
                 if self.visual_und:
-                    shared.patches = patchify(vit(picture, images), self.geometry.vit_patch)
+                    same = shared.pixels is not None and vit.size(*picture.size, images) == tuple(shared.pixels.shape[:0:-1])
+                    shared.patches = patchify(shared.pixels if same else vit(picture, images), self.geometry.vit_patch)
             shared = opened[block.piece]
             if block.kind == Kind.VIT:
                 filled.append(replace(block, patches=shared.patches))

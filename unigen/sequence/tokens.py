@@ -38,6 +38,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any, special: SpecialIds | None = None):
         self.tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}  # prompts and instructions come again and again
         self.special = special or SpecialIds(**{name: tokenizer.convert_tokens_to_ids(token) for name, token in NAMES.items()})
 
     @classmethod
@@ -70,7 +71,11 @@ class Tokenizer:
         return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        if text not in self._known:
+            if len(self._known) >= 10_000:
+                self._known.clear()
+            self._known[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return list(self._known[text])
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.config import UserError
+
 
 @dataclass(frozen=True)
 class Text:
@@ -159,7 +161,7 @@ class Pack:
         return self.map(lambda t: t.to(device, non_blocking=True))
 
 
-class BadRecord(ValueError):
+class BadRecord(UserError):
     """A record a run cannot use: what is wrong, where, what was found, what was expected, and the cure.
 
     ``origin`` may be filled in later by whoever knows it. Its string is the full message.

@@ -20,7 +20,7 @@ from unigen.model.bagel import Bagel
 from unigen.model.weights import load_bagel, save_bagel
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
-from unigen.training.adapters import prepare_model
+from unigen.training.adapters import dtype_of, prepare_model
 from unigen.training.checkpoint import load_checkpoint, prune_checkpoints, resolve_resume, save_checkpoint, sweep_orphans
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
@@ -117,7 +117,9 @@ class UnifiedTrainer:
         folder, names = (
             (resume, ("model.safetensors", "ema.safetensors")) if resume else (Path(c.model_path), ("ema.safetensors", "model.safetensors"))
         )
-        model = load_bagel(folder, self.engine.device, torch.float32, visual_gen=c.visual_gen, visual_und=c.visual_und, weights=names)
+        model = load_bagel(
+            folder, self.engine.device, lambda name: dtype_of(name, c), visual_gen=c.visual_gen, visual_und=c.visual_und, weights=names
+        )
         # Saving compares with, and copies from, the folder the run began with.
         model.source = Path(c.model_path)
         return prepare_model(model, c).train()
@@ -372,18 +374,12 @@ class UnifiedTrainer:
     def dry_batch(self) -> None:
         """Forward and backward of the largest row, so that memory runs out now or never."""
         engine, stream = self.engine, self.stream
-        rows = next(iter(stream.steps(self.place, 1)))[0]
-        sizes = [
-            stream.planner.length(stream.dataset[i].sample, stream.dataset.sizes[i], stream.draw(0, i))
-            for i in range(min(len(stream.dataset), 2000))
-        ]
-        if stream.budget is None:
-            largest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: stream.batch_size]
-        else:
-            largest = rows[0]
-        pack = stream.build(largest, 0, self.place).pack
+        pack = stream.build(stream.largest_row(), 0, self.place).pack
         state = torch.get_rng_state()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         try:
+            # AdamW will make its two moments at the first step; here their place is only held.
+            moments = [torch.empty_like(p) for p in trained for _ in range(2)] if engine.device.type == "cuda" else []
             with engine.autocast():
                 text_sum, image_sum = loss_sums(self.wrapped(pack.to(engine.device)))
             joint_loss(text_sum, image_sum, Counts.of([pack]), 1.0, 1.0).backward()
@@ -392,6 +388,7 @@ class UnifiedTrainer:
                 f"The largest row, {len(pack):,} tokens, does not fit into the memory of {engine.device} ({str(error).splitlines()[0]}). "
                 "Cure: --gradient_checkpointing, --bf16, a smaller --batch_size, --max_num_tokens or --max_image_tokens, or freeze a part"
             ) from error
+        del moments
         self.optimizer.zero_grad(set_to_none=True)
         torch.set_rng_state(state)
         peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if engine.device.type == "cuda" else ""
