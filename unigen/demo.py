@@ -42,10 +42,10 @@ class Size:
 
 FULL = Size(steps=1600, questions=300, learning_rate=3e-3, ema=0.99)
 QUICK = Size(
-    steps=420, questions=50, learning_rate=4e-3, ema=0.97,
+    steps=480, questions=50, learning_rate=3e-3, ema=0.97,
     per_epoch={
-        "draw": 800, "caption": 200, "ask": 1200, "ask_messages": 200,
-        "edit": 2400, "edit_steps": 100, "add": 1200, "add_sequence": 100,
+        "draw": 800, "caption": 100, "ask": 1300, "ask_messages": 100,
+        "edit": 2700, "edit_steps": 60, "add": 1100, "add_sequence": 60,
     },
     model={"width": 96, "layers": 3, "inner": 256},
 )  # fmt: skip

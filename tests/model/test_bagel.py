@@ -66,7 +66,7 @@ def extend(model, caches, blocks):
     """One block more in each context, as inference does it; hidden states [length, D] of each."""
     pack = tiny.row([[b] for b in blocks], model, [c.position for c in caches])
     x0 = model.clean_tokens(pack, model.latents_of(pack))
-    t = flow.training_time(pack.u, model.timestep_shift)
+    t = flow.training_time(pack.u, model.config.timestep_shift)
     grows = all(b.kind != Kind.NOISED for b in blocks)
     hidden = tiny.in_order(pack, model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, grow=grows))
     if grows:

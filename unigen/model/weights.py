@@ -21,7 +21,10 @@ from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config, read_json
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIDE_FILES = (
     "llm_config.json",
@@ -286,7 +289,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_safetensors(path: Path, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]) -> None:
-    """Writes tensors one after another, each made when its turn comes, so that only one is in host memory at a time."""
+    """Writes tensors (dtype, shape, and a function that makes them) one after another, so that only one is in host memory.
+
+    The library's own writer wants all of them on the host at once, which for an optimiser is three times the weights. It also
+    refuses shared storage; here each tensor is simply written out.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Wide types first keeps every tensor aligned, as readers that map the file expect.
     order = sorted(plan, key=lambda name: -plan[name][0].itemsize)

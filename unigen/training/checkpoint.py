@@ -24,11 +24,11 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from unigen.config import UserError
+from unigen.model.weights import write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,6 @@ MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
 _ORPHAN = re.compile(r"\.(?P<name>\w+)\.(?P<role>partial|old)-(?P<pid>\d+)")
 _CHUNK = 1 << 22  # bytes read or written at a time
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class CheckpointError(UserError):
@@ -243,37 +238,12 @@ def _write_contents(folder: Path, tensors: dict[str, dict[str, Tensor]], states:
         path = folder / f"{group}.safetensors"
         # The published layout has an ema.safetensors and a config.json of its own.
         assert not path.exists(), f"tensor group {group!r} would overwrite a file of the model"
-        _write_safetensors(path, named)
+        write_safetensors(path, {key: (t.dtype, tuple(t.shape), lambda t=t: t.detach().cpu()) for key, t in named.items()})
     for name, state in states.items():
         path = folder / f"{name}.json"
         assert not path.exists() and path.name != MANIFEST, f"state {name!r} would overwrite another file"
         _assert_json_keys(state, name)
         path.write_text(json.dumps(state, indent=1), "utf-8")
-
-
-def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, tensor by tensor: eight bytes of header length, a JSON header, the bytes.
-
-    The library's own writer wants every tensor on the host at once, which for an optimiser is three times the weights. It
-    also refuses shared storage; here each tensor is simply written out.
-    """
-    # Widest first, as the library does: then every tensor is aligned to its own element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in order:
-        t = tensors[name]
-        assert t.dtype in _DTYPES, f"{name}: cannot save {t.dtype}"
-        start, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            data = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, data.size, _CHUNK):
-                file.write(data[start : start + _CHUNK])
 
 
 def _assert_json_keys(value: Any, where: str) -> None:
