@@ -10,8 +10,10 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from unigen.config import DataOptions
 from unigen.sequence.grid import patchify
@@ -20,6 +22,8 @@ from unigen.sequence.pack import Geometry
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Block, Image, Kind, Record, Sample, Text
 
+# Opening a file of a few pixels costs more than all that follows, so such pictures stay decoded: at most 64 MiB of them.
+TINY_PICTURE, TINY_PICTURES = 4096, 16384  # bytes, pictures
 Size = int | tuple[int, int, int, int]  # ids of a text; latent rows, columns, ViT rows, columns of an image
 
 
@@ -69,6 +73,7 @@ class Planner:
         self.tokenizer, self.geometry, self.transforms, self.options = tokenizer, geometry, transforms, options
         self.max_length = min(max_length, options.max_sequence_length or max_length)
         self.visual_gen, self.visual_und = visual_gen, visual_und
+        self._tiny: dict[object, tuple[Tensor | None, Tensor | None]] = {}
 
     # ---- lengths -------------------------------------------------------------------------------------------------
 
@@ -214,17 +219,12 @@ class Planner:
                 filled.append(block)
                 continue
             if block.piece not in opened:
-                picture = open_image(piece.source)
                 shared = opened[block.piece] = Block(Kind.CLEAN, 0)
-                if _draws(sample):
-                    shared.pixels = self.transforms.vae(picture)
-                    if self.geometry.posterior:
-                        rows, columns = (n // self.geometry.latent_stride for n in shared.pixels.shape[1:])
-                        p = self.geometry.latent_patch
-                        shared.posterior = torch.randn(self.geometry.patch_dim // p**2, rows * p, columns * p, generator=posterior)
-                if self.visual_und:
-                    same = shared.pixels is not None and vit.size(*picture.size, images) == tuple(shared.pixels.shape[:0:-1])
-                    shared.patches = patchify(shared.pixels if same else vit(picture, images), self.geometry.vit_patch)
+                shared.pixels, shared.patches = self._look(piece, _draws(sample), vit, images)
+                if shared.pixels is not None and self.geometry.posterior:
+                    rows, columns = (n // self.geometry.latent_stride for n in shared.pixels.shape[1:])
+                    p = self.geometry.latent_patch
+                    shared.posterior = torch.randn(self.geometry.patch_dim // p**2, rows * p, columns * p, generator=posterior)
             shared = opened[block.piece]
             if block.kind == Kind.VIT:
                 filled.append(replace(block, patches=shared.patches))
@@ -232,6 +232,22 @@ class Planner:
                 drawn = torch.randn(block.length, self.geometry.patch_dim, generator=noise) if block.kind == Kind.NOISED else None
                 filled.append(replace(block, pixels=shared.pixels, posterior=shared.posterior, noise=drawn, u=u))
         return filled
+
+    def _look(self, piece: Image, draws: bool, vit: ImageTransform, images: int) -> tuple[Tensor | None, Tensor | None]:
+        """What the VAE (where the sample draws) and the ViT see of a picture: pixels [3, H, W], patches [N, patch * patch * 3]."""
+        key = (piece.source, draws, images) if isinstance(piece.source, str | Path) else None
+        if key in self._tiny:
+            return self._tiny[key]
+        picture = open_image(piece.source)
+        pixels = self.transforms.vae(picture) if draws else None
+        patches = None
+        if self.visual_und:
+            same = pixels is not None and vit.size(*picture.size, images) == tuple(pixels.shape[:0:-1])
+            patches = patchify(pixels if same else vit(picture, images), self.geometry.vit_patch)
+        size = sum(t.nbytes for t in (pixels, patches) if t is not None)
+        if key is not None and size <= TINY_PICTURE and len(self._tiny) < TINY_PICTURES:
+            self._tiny[key] = pixels, patches
+        return pixels, patches
 
     def _vit_transform(self, sample: Sample) -> tuple[ImageTransform, int]:
         """The ViT's transform for this sample, and over how many pictures it spreads its pixels."""
