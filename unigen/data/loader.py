@@ -120,7 +120,8 @@ class RowStream:
     def largest_row(self, limit: int = 2000) -> list[int]:
         """The records of the longest row that the first ``limit`` records can make."""
         n = min(len(self.dataset), limit)
-        lengths = [self.planner.length(self.dataset[i].sample, self.dataset.sizes[i], self.draw(0, i)) for i in range(n)]
+        whole = [Draw(self.seed, 0, i, training=False) for i in range(n)]  # nothing dropped
+        lengths = [self.planner.length(self.dataset[i].sample, self.dataset.sizes[i], whole[i]) for i in range(n)]
         by_length = sorted(range(n), key=lambda i: -lengths[i])
         if self.budget is None:
             return by_length[: self.batch_size]
@@ -146,11 +147,14 @@ class RowStream:
         mean, median = sum(lengths) / len(lengths), lengths[len(lengths) // 2]
         return f"tokens    per sample: mean {mean:,.0f}, median {median:,}, longest {lengths[-1]:,}; {shares}"
 
-    def build(self, records: Sequence[int], epoch: int, after: Place) -> Row:
-        """Decodes and packs the records of a row; those whose pictures turn out unreadable are left out and listed."""
+    def build(self, records: Sequence[int], epoch: int, after: Place, whole: bool = False) -> Row:
+        """Decodes and packs the records of a row; those whose pictures turn out unreadable are left out and listed.
+
+        ``whole`` drops nothing for guidance, so that the row has its full size.
+        """
         samples, origins, bad, good = [], [], [], []
         for i in records:
-            record, draw = self.dataset[i], self.draw(epoch, i)
+            record, draw = self.dataset[i], Draw(self.seed, epoch, i, self.training and not whole)
             try:
                 blocks = self.planner.fill(record.sample, self.planner.outline(record.sample, self.dataset.sizes[i], draw), draw)
             except PictureError as error:

@@ -374,7 +374,7 @@ class UnifiedTrainer:
     def dry_batch(self) -> None:
         """Forward and backward of the largest row, so that memory runs out now or never."""
         engine, stream = self.engine, self.stream
-        pack = stream.build(stream.largest_row(), 0, self.place).pack
+        pack = stream.build(stream.largest_row(), 0, self.place, whole=True).pack
         state = torch.get_rng_state()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         try:
