@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -393,8 +394,6 @@ def image_option_values(**values: Any) -> ImageOptions:
 
 def _within(transform: ImageTransform, own: ImageTransform) -> ImageTransform:
     """``transform`` kept within the model's position table."""
-    from dataclasses import replace
-
     return replace(transform, limit=min(transform.limit or own.limit, own.limit))
 
 
