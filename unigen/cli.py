@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -48,12 +48,17 @@ class DemoOptions:
 
 
 class Command(NamedTuple):
-    """A row of the table: what it takes, what it does (both ``module:name``), and what the help says."""
+    """A row of the table: what it takes, what it does (both ``module:name``), and what the help says.
+
+    ``positional`` is the option of several values that stands first, without a flag; ``short`` gives options of one letter.
+    """
 
     options: str
     run: str
     summary: str
     example: str
+    positional: str = ""
+    short: Mapping[str, str] = {}
 
 
 COMMANDS: dict[str, Command] = {
@@ -137,7 +142,7 @@ def run_command(name: str, argv: list[str]) -> int:
     if any(token in ("-h", "--help") for token in argv):
         print(help_text(options, name, command))
         return 0
-    code = load(command.run)(parse_options(options, argv))
+    code = load(command.run)(parse_options(options, argv, command.positional, command.short))
     return int(code or 0)
 
 
@@ -150,18 +155,20 @@ def parse_config(argv: list[str]) -> Config:
     return parse_options(Config, argv)
 
 
-def parse_options(options: type[T], argv: list[str]) -> T:
+def parse_options(options: type[T], argv: list[str], positional: str = "", short: Mapping[str, str] | None = None) -> T:
     """Any dataclass of options from flags and recipes: defaults, then recipes in order, then flags.
 
     Args:
         options: The dataclass; its docstring's ``Args:`` are the help.
         argv: Flags, e.g. ``["--config", "recipe.yaml", "--learning_rate", "2e-5"]``.
+        positional: The option that values without a flag belong to; empty for none.
+        short: Options of one letter, ``{"n": "samples"}`` for ``-n 5``.
 
     Raises:
         UsageError: as for :func:`parse_config`.
     """
     types = get_type_hints(options)
-    flags = list(read_flags(argv, types))
+    flags = list(read_flags(argv, types, positional, short or {}))
     recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
     values: dict[str, Any] = {}
     for recipe in recipes:
@@ -178,27 +185,43 @@ def parse_options(options: type[T], argv: list[str]) -> T:
 # Flags
 
 
-def read_flags(argv: list[str], types: dict[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+def read_flags(
+    argv: list[str], types: dict[str, Any], positional: str = "", short: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, str, list[str]]]:
     """(flag as written, option, its values) in order; ``--a=b`` gives one value, ``--no_switch`` gives ``false``."""
     position = 0
     while position < len(argv):
         token = argv[position]
         position += 1
         if not is_flag(token):
-            raise UsageError(f"{token!r} belongs to no option; write --option {token}")
+            if not positional:
+                raise UsageError(f"{token!r} belongs to no option; write --option {token}")
+            yield positional, positional, [token]
+            continue
         flag, equals, value = token.partition("=")
+        name = (short or {}).get(flag[1:], "") if re.fullmatch(r"-[A-Za-z]", flag) else flag.lstrip("-").replace("-", "_")
         given = [value] if equals else []
         while not equals and position < len(argv) and not is_flag(argv[position]):
+            if positional and name in types and not belongs(argv[position], types[name], len(given)):
+                break
             given.append(argv[position])
             position += 1
-        name = flag.lstrip("-").replace("-", "_")
         if name.startswith("no_") and name not in types and types.get(name[3:]) is bool:
-            if given:
+            if given and not positional:
                 raise UsageError(f"{flag} takes no value, found {given[0]!r}; write --{name[3:]} {given[0]} instead")
+            if positional:
+                position -= len(given)
             name, given = name[3:], ["false"]
-        if not flag.startswith("--") or name not in (*types, "config"):
+        if not (flag.startswith("--") or name) or name not in (*types, "config"):
             raise UsageError(f"unknown option {flag}{did_you_mean(name, [*types, 'config'], '--')}")
         yield flag, name, given
+
+
+def belongs(token: str, kind: Any, taken: int) -> bool:
+    """Whether a value after a flag is the flag's, where a command also takes values without one."""
+    if kind is bool:
+        return taken == 0 and token.lower() in ("true", "false")
+    return takes_several(kind) or taken == 0
 
 
 def is_flag(token: str) -> bool:
@@ -354,7 +377,8 @@ def overview() -> str:
 
 def help_text(options: type, name: str, command: Command) -> str:
     """What ``unigen NAME --help`` prints: the options by topic, with the docstrings of their dataclass, and an example."""
-    usage = f"unigen {name} [--config RECIPE.yaml ...] [--option value ...]"
+    values = f"{command.positional.upper()} ... " if command.positional else ""
+    usage = f"unigen {name} {values}[--config RECIPE.yaml ...] [--option value ...]"
     parser = jsonargparse.ArgumentParser(prog=f"unigen {name}", usage=usage, description=command.summary, default_env=False)
     for topic in [topic for topic in TOPICS if issubclass(options, topic)] or [options]:
         parser.add_class_arguments(topic, None)
@@ -365,7 +389,8 @@ def help_text(options: type, name: str, command: Command) -> str:
         "recipes:\n"
         "  --config RECIPE.yaml ...\n"
         "                        YAML files with the same names as keys; later ones win, and flags win over all.\n\n"
-        "A switch is turned on by --name or --name true, off by --no_name or --name false.\n\n"
+        "A switch is turned on by --name or --name true, off by --no_name or --name false.\n"
+        f"{''.join(f'-{letter} is short for --{option}.{chr(10)}' for letter, option in command.short.items())}\n"
         f"example:\n  {command.example}"
     )
 

@@ -44,12 +44,76 @@ class ModelOptions:
 
 
 @dataclass
+class Source:
+    """One entry of ``train_sources``.
+
+    Args:
+        path: Files or folders, as train_data_path.
+        name: Its name in logs; default: the first path's.
+        weight: Its rate, relative to the other sources; default: its number of records, which spreads all evenly over the epoch.
+        repeat: Start again when it ends before the others; otherwise each of its records is met exactly once an epoch.
+        max_image_tokens: As the option of that name, for this source alone.
+        max_image_size: Longest side in pixels that the VAE sees; default: the model's (1024).
+        min_image_size: Shortest side in pixels that the VAE sees; default: the model's (512).
+    """
+
+    path: str | list[str]
+    name: str = ""
+    weight: float | None = None
+    repeat: bool = False
+    max_image_tokens: int | None = None
+    max_image_size: int | None = None
+    min_image_size: int | None = None
+
+    @classmethod
+    def read(cls, values: dict[str, Any], where: str) -> Source:
+        """Raises ConfigError for an unknown key, a missing path, or a value of another type or out of range."""
+        kinds = {
+            "path": (str, list), "name": (str,), "weight": (int, float), "repeat": (bool,),
+            "max_image_tokens": (int,), "max_image_size": (int,), "min_image_size": (int,),
+        }  # fmt: skip
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where} is {values!r}; write a mapping such as {{path: data.jsonl, weight: 2}}")
+        for key, value in values.items():
+            if key not in kinds:
+                near = nearest(str(key), list(kinds))
+                raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {near}?" if near else f" (keys: {', '.join(kinds)})"))
+            good = isinstance(value, kinds[key]) and (key == "repeat" or not isinstance(value, bool))
+            if good and isinstance(value, list):
+                good = bool(value) and all(isinstance(item, str) for item in value)
+            if good and isinstance(value, int | float) and key != "repeat":
+                good = math.isfinite(value) and value > 0
+            if not good:
+                raise ConfigError(f"{where}: {key} is {value!r}; expected {_SOURCE_WORDS[key]}")
+        if "path" not in values:
+            raise ConfigError(f"{where}: path is missing; name the files or folders of this source")
+        source = cls(**values)
+        first = source.path if isinstance(source.path, str) else source.path[0]
+        source.name = source.name or first.rstrip("/").rpartition("/")[2]
+        return source
+
+
+_SOURCE_WORDS = {
+    "path": "a path, or a list of paths",
+    "name": "a text",
+    "weight": "a number above 0",
+    "repeat": "true or false",
+    "max_image_tokens": "a whole number above 0",
+    "max_image_size": "a whole number above 0",
+    "min_image_size": "a whole number above 0",
+}
+
+
+@dataclass
 class DataOptions:
     """Which data, and how a record becomes tokens.
 
     Args:
-        train_data_path: A JSON or JSONL file, a folder of such files, or several of either.
+        train_data_path: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face datasets, folders of them.
+        train_sources: Several sources with weights, as a list in a recipe (in place of train_data_path); see docs/data.md.
         val_data_path: Held-out data of the same kinds, for validation.
+        data_root: Folder that every picture must lie in, links resolved; for data one does not trust. Default: no limit.
+        cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
         batch_size: Samples per packed row.
         max_num_tokens: Token budget of a packed row; when given, it decides how many samples a row holds.
         max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the model's limit.
@@ -65,7 +129,10 @@ class DataOptions:
     """
 
     train_data_path: str | list[str] | None = None
+    train_sources: list[dict[str, Any]] | None = None
     val_data_path: str | list[str] | None = None
+    data_root: str | None = None
+    cache_dir: str | None = None
     batch_size: int = 1
     max_num_tokens: int | None = None
     max_sequence_length: int | None = None
@@ -180,7 +247,8 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         """
         checks = [
             (self.model_path, "model_path", "is missing; give the folder of a BAGEL checkpoint"),
-            (self.train_data_path, "train_data_path", "is missing; give a JSON or JSONL file, or a folder of them"),
+            (self.train_data_path or self.train_sources, "train_data_path", "is missing; give a JSON or JSONL file, or a folder of them"),
+            (not (self.train_data_path and self.train_sources), "train_sources", "and train_data_path exclude each other; keep one"),
             (not (self.fp16 and self.bf16), "fp16", "and bf16 exclude each other; keep bf16 where the GPU has it"),
             (self.visual_gen or self.visual_und or not self.freeze_llm, "freeze_llm", "with no visual part leaves nothing to train"),
             (
@@ -206,7 +274,23 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         for good, name, problem in checks:
             if not good:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")
+        self.sources()
         return self
+
+    def sources(self) -> list[Source]:
+        """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one.
+
+        Raises:
+            ConfigError: an entry of ``train_sources`` has an unknown key or a bad value, or two have one name.
+        """
+        if not self.train_sources:
+            return [Source(path=self.train_data_path or [], name="train_data_path")]
+        found = [Source.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)]
+        names = [source.name for source in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"train_sources: two sources are called {name!r}; give them a name each (name: ...)")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

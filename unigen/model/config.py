@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unigen.config import UserError
+from unigen.config import DataOptions, Source, UserError
 from unigen.model.codec import VaeConfig, read_vae_config
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import Geometry
-from unigen.sequence.plan import Transforms
+from unigen.sequence.plan import Planner, Transforms
+from unigen.sequence.tokens import Tokenizer
 
 
 class CheckpointFolderError(UserError):
@@ -61,14 +62,29 @@ class BagelConfig:
             posterior=self.vae.type != "pixel",
         )
 
-    def transforms(self, max_image_tokens: int | None = None) -> Transforms:
-        """How pictures are resized for this model; no picture outgrows its position tables."""
+    def transforms(self, max_image_tokens: int | None = None, **vae: int) -> Transforms:
+        """How pictures are resized for this model; no picture outgrows its position tables. ``vae``: another max_size, min_size."""
         stride, patch = self.latent_stride, self.vit.patch_size
         vit_limit = self.vit_max_num_patch_per_side * patch
+        vae = {**self.vae_transform, **vae}
         return Transforms(
-            vae=ImageTransform(**self.vae_transform, stride=stride, limit=self.max_latent_size * stride, max_tokens=max_image_tokens),
+            vae=ImageTransform(**vae, stride=stride, limit=self.max_latent_size * stride, max_tokens=max_image_tokens),
             vit=ImageTransform(**self.vit_transform, stride=patch, limit=vit_limit),
             vit_edit=ImageTransform(**self.vit_edit_transform, stride=patch, limit=vit_limit),
+        )
+
+    def planner(self, tokenizer: Tokenizer, options: DataOptions, source: Source | None = None) -> Planner:
+        """What turns samples into blocks for this model; a source's own picture sizes win over those of the model and the options."""
+        asked = {"max_size": source.max_image_size, "min_size": source.min_image_size} if source else {}
+        tokens = (source.max_image_tokens if source else None) or options.max_image_tokens
+        return Planner(
+            tokenizer,
+            self.geometry,
+            self.transforms(tokens, **{name: size for name, size in asked.items() if size is not None}),
+            options,
+            self.llm.max_position_embeddings,
+            getattr(options, "visual_gen", True),
+            getattr(options, "visual_und", True),
         )
 
     def to_dict(self) -> dict[str, Any]:

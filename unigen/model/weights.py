@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.config import DataOptions
 from unigen.model.bagel import Bagel
-from unigen.model.codec import CODECS, FluxCodec
+from unigen.model.codec import CODECS, FluxCodec, VaeConfig
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config, read_json
+from unigen.sequence.plan import Planner
+from unigen.sequence.tokens import Tokenizer, WordTokenizer
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -136,6 +139,25 @@ def _scan_shards(index: Path) -> dict[str, Stored]:
             )
         found.update({name: tensors[name] for name, file in weight_map.items() if file == shard})
     return found
+
+
+def load_planner(folder: str | Path | None, options: DataOptions) -> Planner:
+    """The planner of a checkpoint folder, without its weights.
+
+    Without a folder: the picture sizes of BAGEL-7B-MoT, and texts counted in words (:class:`WordTokenizer`), an estimate.
+
+    Raises:
+        CheckpointFolderError, TokenizerError: the folder lacks a file, or one cannot be used.
+    """
+    if folder is None:
+        from transformers import Qwen2Config, SiglipVisionConfig
+
+        llm, vit = Qwen2Config(max_position_embeddings=32768), SiglipVisionConfig(image_size=980, patch_size=14)
+        return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options)
+    folder = Path(folder)
+    held = any(folder.glob("*.safetensors*"))  # configs and tokenizer alone will do, where config.json says the sizes
+    shapes = {name: stored.shape for name, stored in scan_folder(folder).items()} if held else {}
+    return read_config(folder, shapes).planner(Tokenizer.load(folder), options)
 
 
 def load_bagel(

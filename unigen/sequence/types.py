@@ -20,10 +20,11 @@ from unigen.config import UserError
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text, used as it is (no stripping)."""
+    """A piece of text, used as it is (no stripping). ``others`` say the same in other words: each visit draws one of all."""
 
     text: str
     target: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -130,15 +130,7 @@ class UnifiedTrainer:
         vocabulary = model.config.llm.vocab_size
         if max(vars(tokenizer.special).values()) >= vocabulary:
             raise ConfigError(f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}")
-        planner = Planner(
-            tokenizer,
-            model.config.geometry,
-            model.config.transforms(c.max_image_tokens),
-            c,
-            model.config.llm.max_position_embeddings,
-            c.visual_gen,
-            c.visual_und,
-        )
+        planner = model.config.planner(tokenizer, c)
         self.stream = self._stream(c.train_data_path, planner, training=True)
         self.val_stream = self._stream(c.val_data_path, planner, training=False) if c.val_data_path else None
 
