@@ -1,0 +1,84 @@
+"""What the tests of the preview share: planners, records, and a parser of its page."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from unigen import preview
+from unigen.preview import PreviewOptions
+from unigen.preview_page import write_preview
+from unigen.preview_view import look
+from unigen.preview_words import words
+from unigen.sequence.pack import pack_blocks
+from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.types import Image, Origin, Pack, Record, Text
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples" / "sample_data_format.json"
+PICTURES = ROOT / "examples" / "pictures"
+HOUSE = PICTURES / "house_day.png"
+SAY = words("en")
+TIP = re.compile(r"index (\d+) · position (\d+) · id (\d+)(?: · label (\d+))?")
+
+
+def record(*pieces: Text | Image) -> Record:
+    return Record(list(pieces), Origin(Path("data.jsonl"), 1), "direct")
+
+
+def packed(entry: Record, number: int, planner: Planner, epoch: int = 0, seed: int = 42) -> Pack:
+    """The row that training makes of the record, without the preview's help."""
+    draw = Draw(seed, epoch, number)
+    blocks = planner.fill(entry.sample, planner.outline(entry.sample, planner.measure(entry), draw), draw)
+    return pack_blocks([blocks], planner.tokenizer.special, planner.geometry)
+
+
+def write(folder: Path, *lines: object) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+class Page(HTMLParser):
+    """The page's elements: checks the nesting, and that nothing leads outside or runs."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.pictures, self.cards = "", 0, []
+        self.feed(source)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        assert tag != "script" and not [name for name in values if name.startswith("on") or name in ("href", "srcset")]
+        assert "url(" not in (values.get("style") or "") and (values.get("src") or "data:image/").startswith("data:image/")
+        self.elements.append((tag, values))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def of(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
+        return [values for name, values in self.elements if name == tag and (not kind or kind in (values.get("class") or "").split())]
+
+
+def page_of(tmp_path: Path, planner: Planner, *looks: preview.Look, language: str = "en", model: str | None = "m") -> Page:
+    options = PreviewOptions(paths=["data.jsonl"], language=language, model_path=model)
+    return Page(write_preview(tmp_path / "preview.html", looks, options, planner).read_text(encoding="utf-8"))
+
+
+def sample_page(tmp_path: Path, entry: Record, planner: Planner, epoch: int = 0, number: int = 0) -> Page:
+    view = look(entry, number, planner, Draw(42, epoch, number))
+    return page_of(tmp_path, planner, preview.Look(number, entry.origin, view, None))
