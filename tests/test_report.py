@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from unigen.report import contact_sheet, image_grid, line_chart, read_metrics, table, write_page, write_pieces
+from unigen.report import bar_chart, contact_sheet, image_grid, line_chart, read_metrics, table, write_page, write_pieces
 from unigen.sequence.types import Image, Text
 
 EVIL = "<script>alert('x')</script> & \"quoted\" 猫\x00"
@@ -117,6 +117,35 @@ def test_long_lines_are_averaged():
     points = [(k, k % 2) for k in range(4000)]
     (line,) = polylines(line_chart({"a": points}, title="t", x_label="x", y_label="y"))
     assert len(line) == 400 and len({y for _, y in line}) == 1, "means of ten points are all one half"
+
+
+def test_bars_stand_as_high_as_their_values_and_say_them():
+    bars = [(f"{2**k:,}", f"{EVIL} {k}", float(v)) for k, v in enumerate([0, 3, 1200, 600, 1])]
+    chart = bar_chart(bars, title=EVIL, x_label="长度", y_label="n")
+    page, ys = Page(chart), tick_values(chart, "end")
+    assert "script" not in page.tags and "长度" in page.text
+    shapes = [r for r in svg(chart).iter("rect") if r.get("fill")]
+    (y0, low), (y1, high) = min(ys.items()), max(ys.items())
+    for (_, _, value), shape in zip(bars, shapes, strict=True):
+        assert float(shape.get("height")) == pytest.approx((low - high) * value / (y1 - y0), abs=0.11) and y0 == 0
+    lefts = [float(shape.get("x")) for shape in shapes]
+    assert lefts == sorted(lefts) and float(shapes[0].get("width")) < lefts[1] - lefts[0]
+    assert [t.text for t in svg(chart).iter("title")][2] == f"{EVIL} 2: 1,200".replace("\x00", "␀")
+    crowded = bar_chart([(f"{10**9 + k:,}", "n", 1.0) for k in range(60)], title="t", x_label="x", y_label="y")
+    labels = [t for t in svg(crowded).iter("text") if (t.text or "").startswith("1,000,000")]
+    assert 2 <= len(labels) <= 8, "labels do not run into each other"
+    for nothing in ([], [("a", "a", 0.0)]):
+        assert "no data" in bar_chart(nothing, title="t", x_label="", y_label="")
+
+
+def test_figures_stand_to_the_right():
+    source = table([["a", 1_234_567, "12.3%", "< 0.01%"], ["b", 2, "0.0 %", "4%"]], ["name", "n", "share", "rest"])
+    assert source.count('<td class="number">') == 6 and "1,234,567" in source and source.count("<th class=number>") == 3
+
+
+def test_page_has_its_language_and_style(tmp_path):
+    source = write_page(tmp_path / "p.html", "t", [("h", "b")], language="zh-CN", style=".x { color: red }").read_text("utf-8")
+    assert '<html lang="zh-CN">' in source and ".x { color: red }</style>" in source
 
 
 @settings(max_examples=150, deadline=None)

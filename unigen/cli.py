@@ -74,6 +74,35 @@ COMMANDS: dict[str, Command] = {
         "Generate text and pictures from a prompt and pictures.",
         'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
     ),
+    "preview": Command(
+        "unigen.preview:PreviewOptions",
+        "unigen.preview:preview",
+        "Show samples as the model sees them: tokens, loss, pictures, positions, mask.",
+        "unigen preview data/train.jsonl -n 5 --output preview.html",
+        positional="paths",
+        short={"n": "samples"},
+    ),
+    "fetch": Command(
+        "unigen.data.remote:FetchOptions",
+        "unigen.data.remote:fetch",
+        "Fetch the pictures that records name by http and https addresses.",
+        "unigen fetch data/train.jsonl --output_dir fetched",
+        positional="paths",
+    ),
+    "cache": Command(
+        "unigen.precompute:CacheOptions",
+        "unigen.precompute:run",
+        "Encode the pictures of the data once, so that training need not.",
+        "unigen cache data/train.jsonl --model_path models/BAGEL-7B-MoT --cache_dir cache --bf16",
+        positional="train_data_path",
+    ),
+    "check": Command(
+        "unigen.check:CheckOptions",
+        "unigen.check:run",
+        "Check all data: every problem with its place and cure, statistics, advice.",
+        "unigen check data/train.jsonl --deep --output check.html",
+        positional="paths",
+    ),
     "demo": Command(
         "unigen.cli:DemoOptions",
         "unigen.cli:demo",
@@ -380,7 +409,11 @@ def help_text(options: type, name: str, command: Command) -> str:
     values = f"{command.positional.upper()} ... " if command.positional else ""
     usage = f"unigen {name} {values}[--config RECIPE.yaml ...] [--option value ...]"
     parser = jsonargparse.ArgumentParser(prog=f"unigen {name}", usage=usage, description=command.summary, default_env=False)
-    for topic in [topic for topic in TOPICS if issubclass(options, topic)] or [options]:
+    topics = [topic for topic in TOPICS if issubclass(options, topic)]
+    shared = {field.name for topic in topics for field in fields(topic)}
+    if {field.name for field in fields(options)} - shared:  # what the command has of its own comes first
+        parser.add_class_arguments(options, None, skip=shared)
+    for topic in topics:
         parser.add_class_arguments(topic, None)
     text = re.sub(r", --\w+\+ \S+", "", parser.format_help()).rstrip()  # several values follow one flag here
     text = text.replace("[ITEM,...]", "VALUE ...")

@@ -125,7 +125,7 @@ class DataOptions:
         vae_cond_dropout_prob: The same for the clean VAE tokens of a context image.
         on_bad_record: error stops before training; skip leaves the record out, lists it, and stops above 1 %.
         check_pictures: Before training, decode every picture (full), read their headers only (headers), or decide by their number (auto).
-        num_workers: Processes that decode and pack; 0 does it in the training process.
+        num_workers: Processes that decode and pack; 0 does it in the training process. Default: by the cores, up to 4.
     """
 
     train_data_path: str | list[str] | None = None
@@ -144,7 +144,7 @@ class DataOptions:
     vae_cond_dropout_prob: float = 0.3
     on_bad_record: Literal["error", "skip"] = "error"
     check_pictures: Literal["auto", "full", "headers"] = "auto"
-    num_workers: int = 0
+    num_workers: int | None = None
 
 
 @dataclass
@@ -270,7 +270,7 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
             checks.append((math.isfinite(value) and value >= 0, name, f"is {value}; it must be a finite number of at least 0"))
         checks.append((self.warmup_ratio <= 1, "warmup_ratio", f"is {self.warmup_ratio}; it is a share of all steps, at most 1"))
         checks.append((self.ema is None or 0 < self.ema < 1, "ema", f"is {self.ema}; a decay lies between 0 and 1, such as 0.9999"))
-        checks.append((self.num_workers >= 0, "num_workers", f"is {self.num_workers}; it must be 0 or more"))
+        checks.append((self.num_workers is None or self.num_workers >= 0, "num_workers", f"is {self.num_workers}; it must be 0 or more"))
         for good, name, problem in checks:
             if not good:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")

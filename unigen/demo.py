@@ -49,8 +49,7 @@ QUICK = Size(
     },
     model={"width": 96, "layers": 3, "inner": 256},
 )  # fmt: skip
-# Decoding in the training process: on two cores a worker takes from the matrix products more than it gives.
-TRAINING = {"batch_size": 64, "warmup_steps": 20, "weight_decay": 0.1, "num_workers": 0, "logging_steps": 20}
+TRAINING = {"batch_size": 64, "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 20}
 SAMPLING = {"num_timesteps": 24, "timestep_shift": 1.0, "cfg_text_scale": 1.0, "cfg_img_scale": 1.0, "cfg_interval": (0.0, 1.0)}
 # What the full demo is expected to reach on two cores, and what guessing would.
 BARS = {"understanding_accuracy": 0.95, "generation_accuracy": 0.90, "edit_accuracy": 0.85, "interleaved_accuracy": 0.70}

@@ -11,6 +11,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -50,7 +51,7 @@ img { max-width: 100%; height: auto; border-radius: 6px; vertical-align: top;
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself refuses anything from outside
 
 
-def _escape(value: Any) -> str:
+def escape(value: Any) -> str:
     """Text for an element or an attribute; control characters and lone surrogates, which HTML cannot hold, become visible signs."""
     shown = "".join(c if c in "\n\t" or ord(c) > 31 else chr(0x2400 + ord(c)) for c in str(value).replace("\r\n", "\n"))
     return html.escape(shown.encode("utf-8", "replace").decode("utf-8"), quote=True)
@@ -58,6 +59,10 @@ def _escape(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_figure(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, str) and re.fullmatch(r"(< )?-?[\d.,]+ ?%?", value) is not None)
 
 
 # ---------------------------------------------------------------- charts
@@ -80,7 +85,7 @@ def line_chart(series: Series, *, title: str, x_label: str, y_label: str, log_y:
     note = f'<p class="soft">Points left out: {left_out} (not finite{" or not positive" if log_y else ""}).</p>' if left_out else ""
     every = [point for points in drawn.values() for point in points]
     if not every:
-        return f'<p class="soft">{_escape(title)}: no data.</p>{note}'
+        return f'<p class="soft">{escape(title)}: no data.</p>{note}'
 
     x_ticks = _ticks(min(x for x, _ in every), max(x for x, _ in every))
     y_ticks = (_log_ticks if log_y else _ticks)(min(y for _, y in every), max(y for _, y in every))
@@ -88,11 +93,36 @@ def line_chart(series: Series, *, title: str, x_label: str, y_label: str, log_y:
     place_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT, TOP, log_y)
     rows = _legend_rows(list(drawn), WIDTH - LEFT - RIGHT)
     size = f'viewBox="0 0 {WIDTH} {HEIGHT + 52 + 20 * len(rows)}"'
-    parts = [f'<svg {size} role="img" aria-label="{_escape(title)}" fill="currentColor" font-size="12">']
-    parts.append(f'<text x="{LEFT}" y="22" font-size="14" font-weight="600">{_escape(title)}</text>')
+    parts = [f'<svg {size} role="img" aria-label="{escape(title)}" fill="currentColor" font-size="12">']
+    parts.append(f'<text x="{LEFT}" y="22" font-size="14" font-weight="600">{escape(title)}</text>')
     parts += [_axes([(place_x(v), v) for v in x_ticks], [(place_y(v), v) for v in y_ticks], x_label, y_label)]
     parts += [_line(n, name, points, place_x, place_y) for n, (name, points) in enumerate(drawn.items())]
     return "".join([*parts, _legend(rows, list(drawn), LEFT, HEIGHT + 58), "</svg>", note])
+
+
+def bar_chart(bars: Sequence[tuple[str, str, float]], *, title: str, x_label: str, y_label: str) -> str:
+    """An SVG chart of bars side by side, with axes, grid and tooltips. A bar is its label, what its tooltip calls it, and its value
+    of at least 0. Labels that would run into each other are left out.
+    """
+    assert all(math.isfinite(value) and value >= 0 for _, _, value in bars), "a bar has a length"
+    if not bars or not any(value for *_, value in bars):
+        return f'<p class="soft">{escape(title)}: no data.</p>'
+    ticks = _ticks(0.0, max(value for *_, value in bars))
+    place = _scale(ticks[0], ticks[-1], HEIGHT, TOP, False)
+    step = (WIDTH - LEFT - RIGHT) / len(bars)
+    every = math.ceil((max(_name_width(label) for label, *_ in bars) - 38) / step)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 48}" role="img" aria-label="{escape(title)}" fill="currentColor" font-size="12">']
+    parts.append(f'<text x="{LEFT}" y="22" font-size="14" font-weight="600">{escape(title)}</text>')
+    parts.append(_axes([], [(place(value), value) for value in ticks], x_label, y_label))
+    for n, (label, name, value) in enumerate(bars):
+        x = LEFT + n * step
+        # the whole height catches the pointer, so that the smallest bar can be asked too
+        parts.append(f'<g><title>{escape(name)}: {value:,.6g}</title><rect x="{x:.1f}" y="{TOP}" width="{step:.1f}"')
+        parts.append(f' height="{HEIGHT - TOP}" fill-opacity="0"/><rect x="{x + step * 0.08:.1f}" y="{place(value):.1f}"')
+        parts.append(f' width="{step * 0.84:.1f}" height="{HEIGHT - place(value):.1f}" rx="2" fill="{COLOURS[0]}"/></g>')
+        if n % every == 0:
+            parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT + 17}" text-anchor="middle" fill-opacity=".7">{escape(label)}</text>')
+    return "".join([*parts, "</svg>"])
 
 
 def _axes(xs: Sequence[tuple[float, float]], ys: Sequence[tuple[float, float]], x_label: str, y_label: str) -> str:
@@ -106,8 +136,8 @@ def _axes(xs: Sequence[tuple[float, float]], ys: Sequence[tuple[float, float]], 
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT + 17}" text-anchor="middle" fill-opacity=".7">{value:.6g}</text>')
     parts.append(f'<path d="M{LEFT} {TOP}V{HEIGHT}H{WIDTH - RIGHT}" fill="none" stroke="currentColor" stroke-opacity=".5"/>')
     middle, turn = (LEFT + WIDTH - RIGHT) / 2, f"translate(15 {(TOP + HEIGHT) / 2}) rotate(-90)"
-    parts.append(f'<text x="{middle}" y="{HEIGHT + 36}" text-anchor="middle" fill-opacity=".8">{_escape(x_label)}</text>')
-    parts.append(f'<text transform="{turn}" text-anchor="middle" fill-opacity=".8">{_escape(y_label)}</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT + 36}" text-anchor="middle" fill-opacity=".8">{escape(x_label)}</text>')
+    parts.append(f'<text transform="{turn}" text-anchor="middle" fill-opacity=".8">{escape(y_label)}</text>')
     return "".join(parts)
 
 
@@ -120,7 +150,7 @@ def _line(n: int, name: str, points: Sequence[tuple[float, float]], place_x: Cal
     seen = 1 if len(places) <= 24 else 0
     dots = [
         f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{3 if seen else 6}" fill="{colour}" fill-opacity="{seen}">'
-        f"<title>{_escape(name)}: {y:.6g} ({x:.6g})</title></circle>"
+        f"<title>{escape(name)}: {y:.6g} ({x:.6g})</title></circle>"
         for (px, py), (x, y) in zip(places, points, strict=True)
     ]
     return line + "".join(dots)
@@ -153,7 +183,7 @@ def _legend(rows: Sequence[Sequence[int]], names: Sequence[str], left: int, top:
     for k, row in enumerate(rows):
         x, y = left, top + 20 * k
         for n in row:
-            parts.append(f'<path d="M{x} {y - 4}h22" {_stroke(n)}/><text x="{x + 28}" y="{y}">{_escape(names[n])}</text>')
+            parts.append(f'<path d="M{x} {y - 4}h22" {_stroke(n)}/><text x="{x + 28}" y="{y}">{escape(names[n])}</text>')
             x += _name_width(names[n])
     return "".join(parts)
 
@@ -221,54 +251,55 @@ def _img(picture: Any, caption: str = "", min_width: int = 0) -> str:
     small = max(image.size) <= SMALL
     size = f' width="{image.width * max(1, math.ceil(min_width / image.width))}"' if small and min_width else ""
     data = base64.b64encode(_png(image)).decode("ascii")
-    return f'<img{" class=small" if small else ""}{size} alt="{_escape(caption)}" src="data:image/png;base64,{data}">'
+    return f'<img{" class=small" if small else ""}{size} alt="{escape(caption)}" src="data:image/png;base64,{data}">'
 
 
 def image_grid(items: Sequence[tuple[str, Any]], columns: int) -> str:
     """Pictures with captions, ``columns`` in a row; small pictures are magnified with hard pixels."""
     assert columns >= 1
-    figures = [f"<figure>{_img(picture, caption)}<figcaption>{_escape(caption)}</figcaption></figure>" for caption, picture in items]
+    figures = [f"<figure>{_img(picture, caption)}<figcaption>{escape(caption)}</figcaption></figure>" for caption, picture in items]
     return f'<div class="grid" style="grid-template-columns: repeat({columns}, minmax(0, 1fr))">{"".join(figures)}</div>'
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """A table; numbers stand to the right, floats with four significant digits."""
+    """A table; numbers and texts of figures alone (``12.3 %``) stand to the right, thousands apart, floats with four significant digits."""
 
     def cell(value: Any) -> str:
         if not _is_number(value):
-            return f"<td>{_escape(value)}</td>"
-        return f'<td class="number">{value if isinstance(value, Integral) else format(float(value), ".4g")}</td>'
+            kind = ' class="number"' if _is_figure(value) else ""
+            return f"<td{kind}>{escape(value)}</td>"
+        return f'<td class="number">{format(value, ",") if isinstance(value, Integral) else format(float(value), ".4g")}</td>'
 
     assert all(len(row) == len(header) for row in rows), "every row has a cell for each heading"
-    numbers = [bool(rows) and all(_is_number(row[k]) for row in rows) for k in range(len(header))]
-    heads = "".join(f"<th{' class=number' if right else ''}>{_escape(name)}</th>" for name, right in zip(header, numbers, strict=True))
+    numbers = [bool(rows) and all(_is_figure(row[k]) for row in rows) for k in range(len(header))]
+    heads = "".join(f"<th{' class=number' if right else ''}>{escape(name)}</th>" for name, right in zip(header, numbers, strict=True))
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> Path:
+def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], *, language: str = "en", style: str = "") -> Path:
     """Writes a page of ``sections`` (heading, HTML from this module's functions) to ``path``, whose folder it makes.
 
-    Headings and title are text and are escaped; the bodies are used as they are.
+    Headings and title are text and are escaped; the bodies are used as they are. ``style`` is CSS of the page's own.
     """
-    return _write(path, title, [f"<section>{_heading(heading)}{body}</section>" for heading, body in sections])
+    return _write(path, title, [f"<section>{_heading(heading)}{body}</section>" for heading, body in sections], language, style)
 
 
 def _heading(text: str) -> str:
-    return f"<h2>{_escape(text)}</h2>" if text else ""
+    return f"<h2>{escape(text)}</h2>" if text else ""
 
 
-def _write(path: Path, title: str, sections: Sequence[str]) -> Path:
+def _write(path: Path, title: str, sections: Sequence[str], language: str = "en", style: str = "") -> Path:
     head = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n"
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     body = "\n".join(sections)
-    path.write_text(f"{head}<body><h1>{_escape(title)}</h1>\n{body}\n</body></html>\n", encoding="utf-8", newline="\n")
+    path.write_text(f"{head}<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n", encoding="utf-8", newline="\n")
     return path
 
 
@@ -279,7 +310,7 @@ def _pieces(pieces: Sequence[Any]) -> list[tuple[str | None, Any]]:
 
 
 def _piece(text: str | None, picture: Any) -> str:
-    return f'<p class="piece">{_escape(text)}</p>' if text is not None else f'<div class="piece">{_img(picture, min_width=160)}</div>'
+    return f'<p class="piece">{escape(text)}</p>' if text is not None else f'<div class="piece">{_img(picture, min_width=160)}</div>'
 
 
 def write_pieces(folder: Path, prompt: Sequence[Any], pieces: Sequence[Any], title: str = "Unigen") -> Path:

@@ -1,22 +1,31 @@
 """The data set: what is read, what is refused, and that the index finds every record again."""
 
+import gzip
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from unigen.data.dataset import BadData, UnifiedGenerationDataset, task
+from unigen.data.examine import Numbers, key_of
+from unigen.sequence.images import Confined, image_size, open_image
 from unigen.sequence.types import BadRecord, Record, Text
 from unigen.sequence.types import Image as Picture
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sample_data_format.json"
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def png(size: int = 32, format: str = "PNG") -> bytes:
@@ -284,7 +293,7 @@ def test_truncated_pictures_are_found_by_decoding(tmp_path: Path, format: str) -
     measured = []
     options = {"on_bad_record": "skip", "max_bad_share": 0.5, "measure": lambda r: measured.append(r) or [r.origin.line]}
     dataset = UnifiedGenerationDataset(path, **options)
-    assert dataset.sizes == [[1], [2], [4]] and [r.origin.line for r in dataset] == [1, 2, 4]
+    assert list(dataset.sizes) == [[1], [2], [4]] and [r.origin.line for r in dataset] == [1, 2, 4]
     statistics = dataset.statistics()
     assert statistics["formats"] == {"conversation": 1, "image_to_text": 2}
     assert (statistics["pictures"], statistics["distinct_pictures"], statistics["text_targets"]) == (2, 1, 3)
@@ -326,7 +335,176 @@ def test_measure_may_refuse_a_record(tmp_path: Path) -> None:
 
     error = refused(tmp_path, measure=measure)
     assert [(r.code, r.origin.line) for r in error.records] == [("too_long", 2)]
-    assert UnifiedGenerationDataset(tmp_path, measure=measure, on_bad_record="skip", max_bad_share=0.4).sizes == [[1], [2]]
+    kept = UnifiedGenerationDataset(tmp_path, measure=measure, on_bad_record="skip", max_bad_share=0.4)
+    assert list(kept.sizes) == [[1], [2]]
+
+
+def test_what_measure_says_of_a_piece_names_the_field_it_came_from(tmp_path: Path) -> None:
+    def measure(record: Record) -> list[int]:
+        raise BadRecord("too_large", f"piece {len(record.sample) - 1}", "this", "that", "do so")
+
+    (tmp_path / "a.jsonl").write_bytes(line("a"))
+    assert [r.field for r in refused(tmp_path, measure=measure).records] == ["conversations[1].content"]
+
+
+def test_a_header_is_read_once_and_its_size_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(png(40))
+    (tmp_path / "b.png").write_bytes(png(24))
+    path = write(tmp_path / "a.jsonl", *(caption(name) for name in ("a.png", "b.png", "a.png", "none.png", "none.png")))
+    looked = []
+    monkeypatch.setattr("unigen.data.examine.image_size", lambda source: looked.append(source.name) or image_size(source))
+    options = {"on_bad_record": "skip", "max_bad_share": 0.5, "check_pictures": "headers"}
+    dataset = UnifiedGenerationDataset(path, measure=lambda record: record.sample[0].size, **options)
+    assert looked == ["a.png", "b.png", "none.png"]
+    assert list(dataset.sizes) == [[40, 40], [24, 24], [40, 40]] and len(dataset.bad) == 2
+    assert dataset.statistics()["distinct_pictures"] == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000) | st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3000))
+@settings(max_examples=20)
+def test_numbers_are_a_dictionary(pairs: list[tuple[int, int]]) -> None:
+    numbers, expected = Numbers(), {}
+    for key, value in pairs:
+        assert numbers.get(key) == expected.get(key)
+        numbers[key] = expected[key] = value
+        assert numbers.get(key) == value and len(numbers) == len(expected)
+    assert all(numbers.get(key) == value for key, value in expected.items())
+
+
+def test_numbers_take_at_most_64_bytes_an_entry() -> None:
+    numbers = Numbers()
+    for i in range(20000):
+        numbers[key_of(str(i))] = i
+    assert len(pickle.dumps(numbers)) < 64 * 20000 and numbers.get(key_of("7")) == 7 and len(numbers) == 20000
+
+
+# ---- tables and compressed files ----
+
+
+def table(path: Path, *pictures: bytes, **columns) -> Path:
+    made = {"image": [{"bytes": data, "path": None} for data in pictures], "captions": [f"c{i}" for i in range(len(pictures))]}
+    pq.write_table(pa.table(made | columns), path, row_group_size=2)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def test_records_of_every_kind_of_file_in_one_data_set(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line("a") + b"\n" + line("b")))
+    with pa.CompressedOutputStream(str(tmp_path / "b.json.zst"), "zstd") as out:
+        out.write(json.dumps([talk("c"), talk("d")]).encode())
+    table(tmp_path / "c.parquet", png(24), png(32), png(40))
+    shutil.copytree(FIXTURES / "saved", tmp_path / "d")
+    dataset = UnifiedGenerationDataset(tmp_path, measure=lambda record: [len(record.sample)])
+    texts = [record.sample[-1].text if record.format == "conversation" else record.sample[0].text for record in dataset]
+    assert texts == ["a", "b", "c", "d", "c0", "c1", "c2", "c4", "c0", "c2"]
+    assert dataset[7].sample[0].others == ("caption 4",) and open_image(dataset[7].sample[1].source).size == (40, 30)
+    assert str(dataset.origin(1)) == f"{tmp_path}/a.jsonl.gz:2" and str(dataset.origin(5)) == f"{tmp_path}/c.parquet[1]"
+    assert dataset.runs == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 9), (9, 10)]
+    assert dataset.statistics()["distinct_pictures"] == 6 and list(dataset.sizes) == [[2]] * 10
+    again = pickle.loads(pickle.dumps(dataset))
+    assert [record.sample for record in again] == [record.sample for record in dataset]
+
+
+def test_records_of_one_cost_have_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line("a"))
+    assert UnifiedGenerationDataset(tmp_path).runs is None
+    assert UnifiedGenerationDataset(FIXTURES / "saved").runs is None  # Arrow files are mapped
+    assert UnifiedGenerationDataset(FIXTURES / "exported.parquet").runs == [(0, 2)]
+
+
+@pytest.mark.parametrize("check", ["headers", "full"])
+def test_pictures_inside_a_table_are_checked_like_files(tmp_path: Path, check: str) -> None:
+    good = png(48)
+    path = table(tmp_path / "a.parquet", good, good[: len(good) // 2], b"no picture", good, good[:-200])
+    error = refused(path, check_pictures=check)
+    broken = {"headers": [("not_a_picture", 2)], "full": [("broken_picture", 1), ("not_a_picture", 2), ("broken_picture", 4)]}[check]
+    assert [(r.code, r.origin.index) for r in error.records] == broken
+    assert {r.field for r in error.records} == {"image"} and "the given bytes" in str(error)
+    dataset = UnifiedGenerationDataset(
+        path, check_pictures=check, on_bad_record="skip", max_bad_share=1, measure=lambda r: [r.origin.index]
+    )
+    assert [size[0] for size in dataset.sizes] == [i for i in range(5) if i not in dict(map(reversed, broken))]
+    assert dataset.statistics()["distinct_pictures"] == dataset.statistics()["pictures"] == len(dataset)
+    assert dataset.runs == ([(0, 2), (2, 3), (3, 4)] if check == "headers" else [(0, 1), (1, 2)])
+
+
+def test_paths_in_a_table_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.png").write_bytes(png())
+    rows = pa.table({"image": [{"bytes": None, "path": "x.png"}], "captions": ["c"]})
+    pq.write_table(rows, tmp_path / "data" / "a.parquet")
+    assert UnifiedGenerationDataset(tmp_path / "data")[0].sample[1].source == tmp_path / "data" / "x.png"
+
+
+@pytest.mark.parametrize("on_bad_record", ["error", "skip"])
+def test_a_damaged_file_stops_a_run_and_is_named(tmp_path: Path, on_bad_record: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(line("a") for _ in range(1000)))
+    path = table(tmp_path / "b.parquet", *[png()] * 5)
+    os.truncate(path, path.stat().st_size - 9)
+    error = refused(tmp_path, on_bad_record=on_bad_record)
+    assert [(r.code, r.field, r.origin.file) for r in error.records] == [("broken_file", "(file)", path)]
+
+
+def test_the_fingerprint_follows_what_tables_and_compressed_files_hold(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return UnifiedGenerationDataset(tmp_path).fingerprint
+
+    table(tmp_path / "a.parquet", png(24), png(32))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line("a"), mtime=0))
+    found = [fingerprint(), fingerprint()]
+    table(tmp_path / "a.parquet", png(24), png(32), score=[1, 2])
+    found.append(fingerprint())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line("b"), mtime=0))
+    found.append(fingerprint())
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_every_picture_named_by_a_path_must_lie_in_data_root(tmp_path: Path) -> None:
+    for name in ("root", "root2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(png())
+    inside, outside = tmp_path / "root" / "x.png", tmp_path / "root2" / "x.png"
+    path = write(tmp_path / "a.jsonl", caption("root/x.png"), caption(str(inside)), caption("root/../root2/x.png"), caption(str(outside)))
+    error = refused(path, data_root=tmp_path / "root")
+    assert [(r.code, r.origin.line, r.field) for r in error.records] == [("outside_root", n, "image_path") for n in (3, 4)]
+    dataset = UnifiedGenerationDataset(path, data_root=str(tmp_path / "root"), on_bad_record="skip", max_bad_share=0.5)
+    assert [record.sample[0].source for record in dataset] == [
+        Confined(tmp_path / "root/x.png", tmp_path / "root"),
+        Confined(inside, tmp_path / "root"),
+    ]
+    assert open_image(dataset[0].sample[0].source).size == (32, 32)
+    assert "data_root is no folder" in str(refused(path, data_root=tmp_path / "none"))
+    assert len(UnifiedGenerationDataset(path)) == 4
+    embedded = UnifiedGenerationDataset(table(tmp_path / "b.parquet", png()), data_root=tmp_path / "root")
+    assert isinstance(embedded[0].sample[1].source, bytes)
+
+
+def test_a_truncated_picture_inside_data_root_takes_all_its_records_along(tmp_path: Path) -> None:
+    data = png(64)
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "good.png").write_bytes(data)
+    path = write(tmp_path / "a.jsonl", *(caption(name) for name in ("cut.png", "good.png", "cut.png")))
+    error = refused(path, data_root=tmp_path)
+    assert [(r.code, r.origin.line) for r in error.records] == [("broken_picture", 1), ("broken_picture", 3)]
+
+
+def test_a_bad_record_is_listed_once_however_often_a_run_starts(tmp_path: Path) -> None:
+    path, listing = tmp_path / "a.jsonl", tmp_path / "bad_records.jsonl"
+    path.write_bytes(b"\n".join([line("a")] * 8 + [b"{", b"["]))
+    options = {"on_bad_record": "skip", "max_bad_share": 1, "bad_records_path": listing}
+    UnifiedGenerationDataset(path, **options)
+    with listing.open("a") as file:
+        file.write('{"code": "broken_picture"}\n{"code": "half a li')  # by the trainer, killed at last
+    UnifiedGenerationDataset(path, **options)
+    path.write_bytes(path.read_bytes() + b"\n{]")
+    UnifiedGenerationDataset(path, **options)
+    lines = listing.read_text().splitlines()
+    assert [json.loads(row).get("line") for i, row in enumerate(lines) if i != 3] == [9, 10, None, 11]
+    assert lines[2:4] == ['{"code": "broken_picture"}', '{"code": "half a li']
 
 
 # ---- fingerprint, statistics ----

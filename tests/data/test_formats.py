@@ -1,6 +1,8 @@
-"""The seven formats: what each becomes, and every way a record can be wrong."""
+"""The formats: what each becomes, and every way a record can be wrong."""
 
 import copy
+import datetime
+import decimal
 import json
 from pathlib import Path
 
@@ -8,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unigen.data.formats import FORMATS, parse_record, parse_with_fields
-from unigen.sequence.images import open_image
+from unigen.data.formats import FORMATS, parse_raw, parse_record, parse_with_fields
+from unigen.sequence.images import Confined, open_image
 from unigen.sequence.types import BadRecord, Image, Origin, Text
 
 ORIGIN = Origin(Path("/data/set/train.jsonl"), line=7)
@@ -17,10 +19,14 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "sample_data_format.json"
 
 
 def shape(value) -> list[str]:
-    """The sample in short: ``hello`` for a text, ``[a.png]`` for an image (relative to the file), ``*`` behind a target."""
+    """The sample in short: ``hello`` for a text (``hello|hi`` with another wording), ``[a.png]`` for an image (relative to the
+    file), ``*`` behind a target."""
     pieces = []
     for piece in parse_record(value, ORIGIN).sample:
-        body = piece.text if isinstance(piece, Text) else f"[{piece.source.relative_to('/data/set')}]"
+        if isinstance(piece, Text):
+            body = "|".join((piece.text, *piece.others))
+        else:
+            body = f"[{piece.source!r}]" if isinstance(piece.source, bytes) else f"[{piece.source.relative_to('/data/set')}]"
         pieces.append(body + "*" * piece.target)
     return pieces
 
@@ -31,6 +37,7 @@ def bad(value) -> BadRecord:
     error = caught.value
     assert error.origin == ORIGIN and str(error).startswith("/data/set/train.jsonl:7: ")
     assert error.found and error.expected and error.cure
+    str(error).encode()
     return error
 
 
@@ -190,6 +197,123 @@ def test_messages_with_list_content() -> None:
     assert shape(record) == ["look ", "[x.png]", "[y.png]", "[t.png]", "there", "[z.png]*"]
 
 
+# ---- 8 ShareGPT, LLaVA ----
+
+
+def said(*pairs):
+    return [{"from": speaker, "value": value} for speaker, value in pairs]
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures", "expected"),
+    [
+        ([("human", "q"), ("gpt", "a")], {}, ["q", "a*"]),
+        ([("human", "<image>\nq"), ("gpt", "a")], {"image": "x"}, ["[x]", "q", "a*"]),
+        ([("human", "q\n<image>"), ("gpt", "a")], {"image": "x"}, ["q", "[x]", "a*"]),
+        ([("human", "q"), ("gpt", "a")], {"image": "x"}, ["[x]", "q", "a*"]),  # LLaVA files without the tag
+        ([("human", "<image><image> q"), ("gpt", "a")], {"image": ["x", "y"]}, ["[x]", "[y]", "q", "a*"]),
+        ([("system", "S"), ("user", "q"), ("gpt", "<image>")], {"images": ["x", "y"]}, ["S", "[x]", "q", "[y]*"]),
+        ([("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")], {"images": None, "image": None}, ["q", "a*", "r", "b*"]),
+        ([("human", "<image>q"), ("gpt", "a")], {"image": b"png"}, ["[b'png']", "q", "a*"]),
+    ],
+)
+def test_sharegpt(turns, pictures, expected) -> None:
+    record = {"id": 7, "conversations": said(*turns), **pictures}
+    assert shape(record) == expected and parse_record(record, ORIGIN).format == "sharegpt"
+
+
+@pytest.mark.parametrize("speaker", ["gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"])
+def test_names_of_the_assistant(speaker: str) -> None:
+    assert shape({"conversations": said(("human", "q"), (speaker, "a"))}) == ["q", "a*"]
+
+
+def test_pictures_of_sharegpt_know_their_field() -> None:
+    record = {"conversations": said(("human", "<image>q"), ("gpt", "a"))}
+    assert parse_with_fields(record | {"image": "x"}, ORIGIN)[1] == ["image", "conversations[0].value", "conversations[1].value"]
+    assert parse_with_fields(record | {"image": ["x"]}, ORIGIN)[1][0] == "image[0]"
+    assert parse_with_fields(record | {"images": ["x"]}, ORIGIN)[1][0] == "images[0]"
+
+
+# ---- 9 captioned, 10 edit list ----
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ("a cat", "a cat"),
+        ('{"short": "a", "long": "b", "none": null}', "a|b"),
+        ('["a", "b"]', "a|b"),
+        (' { "x": "a"}', "a"),
+        ({"short": "a", "long": None, "long2": "b"}, "a|b"),
+        (["a", "b", "a"], "a|b|a"),
+        ("[photo] of a cat", "[photo] of a cat"),
+        ("{curly}", "{curly}"),
+        ("12", "12"),
+    ],
+)
+def test_captioned(captions, expected: str) -> None:
+    assert shape({"image": "x", "captions": captions}) == [expected, "[x]*"]
+    assert parse_record({"image": {"bytes": b"png", "path": None}, "captions": captions}, ORIGIN).format == "captioned"
+
+
+def test_edit_list() -> None:
+    record = {"image_list": [b"0", {"bytes": b"1", "path": "x"}, "y"], "instruction_list": [["a", "b"], "c"]}
+    assert shape(record) == ["[b'0']", "a|b", "[b'1']*", "c", "[y]*"]
+    assert parse_with_fields(record, ORIGIN)[1] == [
+        "image_list[0]", "instruction_list[0][0]", "image_list[1]", "instruction_list[1]", "image_list[2]",
+    ]  # fmt: skip
+
+
+# ---- pictures in tables ----
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (b"png", b"png"),
+        ({"bytes": b"png", "path": "x"}, b"png"),
+        ({"bytes": None, "path": "x"}, Path("/data/set/x")),
+        ({"path": "x"}, Path("/data/set/x")),
+        ({"bytes": b"png"}, b"png"),
+    ],
+)
+def test_a_picture_may_be_bytes_in_every_format(value, expected) -> None:
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": value}}]}
+    for record in (
+        {"conversations": [{"role": "assistant", "type": "image", "image_path": value}]},
+        {"input_sequence": [], "target_sequence": [{"type": "image", "image_path": value}]},
+        {"text_prompt": "a", "image_path": value},
+        {"image_path": value, "caption": "a"},
+        {"input_image": value, "editing_steps": [{"instruction": "a", "result_image": value}]},
+        {"sequence": [{"type": "image", "image_path": value}, text("a")]},
+        {"messages": [message, {"role": "assistant", "content": "<image>"}], "images": [value]},
+        {"conversations": said(("human", "<image>"), ("gpt", "a")), "images": [value]},
+        {"image": value, "captions": "a"},
+        {"image_list": [value, value], "instruction_list": ["a"]},
+    ):
+        record, _ = parse_with_fields(record, ORIGIN)
+        sources = [piece.source for piece in record.sample if isinstance(piece, Image)]
+        assert sources and all(source == expected for source in sources), record.format
+
+
+def test_an_empty_cell_is_an_absent_field() -> None:
+    row = {"text_prompt": "a", "image_path": b"png", "caption": None, "captions": float("nan"), "conversations": None, "score": 0.5}
+    record, _ = parse_raw(row, 0, ORIGIN)
+    assert record.format == "text_to_image" and record.sample[1].source == b"png"
+
+
+def test_cells_of_any_kind_can_be_shown() -> None:
+    for value in (b"\xff", [b"x"] * 3, datetime.datetime(2020, 1, 1), decimal.Decimal("1.5"), {"a": b"x"}):
+        error = bad({"text_prompt": value, "image_path": "x"})
+        assert error.code == "wrong_type" and len(error.found) < 100
+    assert bad({"text_prompt": b"abc", "image_path": "x"}).found == '"<3 bytes>"'
+
+
+def test_paths_are_confined_and_bytes_need_not_be() -> None:
+    record, _ = parse_with_fields({"image_list": ["x", b"1"], "instruction_list": ["a"]}, ORIGIN, Path("/data"))
+    assert [piece.source for piece in record.sample if isinstance(piece, Image)] == [Confined(Path("/data/set/x"), Path("/data")), b"1"]
+
+
 # ---- paths, metadata, fields ----
 
 
@@ -281,6 +405,50 @@ WRONG = [
     ({"sequence": []}, "no_target", "sequence"),
     ({"sequence": [image("x")]}, "no_target", "sequence"),
     ({"messages": [message("user", "q")]}, "no_target", "messages"),
+    ({"conversations": [OK_TURN, {"from": "gpt", "value": "a"}]}, "ambiguous_format", "(record)"),
+    ({"conversations": [{"from": "gpt", "content": "a"}]}, "ambiguous_format", "(record)"),
+    ({"conversations": said(("gpt", "a")), "messages": [OK_TURN]}, "ambiguous_format", "(record)"),
+    ({"conversations": said(("gpt", "a")), "image_path": "x"}, "ambiguous_format", "image_path"),
+    ({"conversations": [OK_TURN], "image": "x"}, "ambiguous_format", "image"),
+    ({"text_prompt": "a", "image_path": "x", "image": "y"}, "ambiguous_format", "image"),
+    ({"caption": "a", "captions": "b", "image": "y"}, "ambiguous_format", "(record)"),
+    ({"conversations": said(("gpt", "a")), "image": "x", "images": ["y"]}, "ambiguous_piece", "image"),
+    ({"conversations": [{"from": "gpt"}]}, "missing_field", "conversations[0].value"),
+    ({"conversations": [{"value": "a"}]}, "missing_field", "conversations[0].from"),
+    ({"conversations": said(("gpt", 3))}, "wrong_type", "conversations[0].value"),
+    ({"conversations": said(("tool", "a"))}, "unknown_role", "conversations[0].from"),
+    ({"conversations": said(("gpt", "<image>"))}, "unequal_image_count", "images"),
+    ({"conversations": said(("gpt", "<image><image>")), "image": "x"}, "unequal_image_count", "image"),
+    ({"conversations": said(("human", "a"))}, "no_target", "conversations"),
+    ({"conversations": said(("gpt", ""))}, "empty_text", "conversations[0].value"),
+    ({"conversations": said(("gpt", "a")), "image": 3}, "wrong_type", "image"),
+    ({"image": "x"}, "no_format", "(record)"),
+    ({"captions": "a"}, "missing_field", "image"),
+    ({"image": "x", "captions": []}, "missing_field", "captions"),
+    ({"image": "x", "captions": "{}"}, "missing_field", "captions"),
+    ({"image": "x", "captions": {"a": None}}, "missing_field", "captions"),
+    ({"image": "x", "captions": ""}, "empty_text", "captions"),
+    ({"image": "x", "captions": ["a", ""]}, "empty_text", "captions[1]"),
+    ({"image": "x", "captions": {"short": "a", "long": 3}}, "wrong_type", "captions.long"),
+    ({"image": "x", "captions": ["a", None]}, "wrong_type", "captions[1]"),
+    ({"image": "x", "captions": {"\udc80": 3}}, "wrong_type", "captions.\\udc80"),
+    ({"image": "x", "captions": 3}, "wrong_type", "captions"),
+    ({"image": "x", "captions": '{"a": "b"'}, "bad_json", "captions"),
+    ({"image": "x", "captions": '{"a": "b", "a": "c"}'}, "duplicate_key", "captions"),
+    ({"image": "x", "captions": ["a", "b\ud800"]}, "bad_text", "captions[1]"),
+    ({"image": {"bytes": None, "path": None}, "captions": "a"}, "wrong_type", "image.path"),
+    ({"image": {"bytes": b"", "path": "x"}, "captions": "a"}, "missing_field", "image.bytes"),
+    ({"image": {"bytes": "QUJD"}, "captions": "a"}, "wrong_type", "image.bytes"),
+    ({"image": {"url": "x"}, "captions": "a"}, "wrong_type", "image"),
+    ({"image": b"", "captions": "a"}, "missing_field", "image"),
+    ({"image_list": ["x", "y"]}, "missing_field", "instruction_list"),
+    ({"instruction_list": ["a"]}, "missing_field", "image_list"),
+    ({"image_list": ["x", "y"], "instruction_list": ["a", "b"]}, "unequal_image_count", "image_list"),
+    ({"image_list": [], "instruction_list": []}, "unequal_image_count", "image_list"),
+    ({"image_list": ["x"], "instruction_list": []}, "no_target", "image_list"),
+    ({"image_list": ["x", 3], "instruction_list": ["a"]}, "wrong_type", "image_list[1]"),
+    ({"image_list": ["x", "y"], "instruction_list": [["a", ""]]}, "empty_text", "instruction_list[0][1]"),
+    ({"image_list": ["x", "y"], "instruction_list": [None]}, "wrong_type", "instruction_list[0]"),
 ]
 
 
@@ -309,17 +477,26 @@ def test_messages_help() -> None:
 
 FIELDS = ["conversations", "input_sequence", "target_sequence", "text_prompt", "image_path", "caption", "input_image", "editing_steps"]
 FIELDS += ["sequence", "messages", "images", "role", "type", "content", "text", "image_url", "url", "step", "instruction", "result_image"]
-FIELDS += ["target", "metadata", "other"]
+FIELDS += ["target", "metadata", "other", "from", "value", "image", "captions", "image_list", "instruction_list", "bytes", "path"]
 STRINGS = st.sampled_from(["text", "image", "image_url", "user", "assistant", "a.png", "a <image> b", "<image>", ""]) | st.text(max_size=5)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | STRINGS | st.characters(categories=["Cs"])
 KEYS = st.sampled_from(FIELDS) | st.text(max_size=3) | st.characters(categories=["Cs"])
-VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(KEYS, v, max_size=5), max_leaves=20)
+VALUES = st.recursive(
+    SCALARS | st.binary(max_size=2), lambda v: st.lists(v, max_size=4) | st.dictionaries(KEYS, v, max_size=5), max_leaves=20
+)
+
+
+ROWS = [
+    {"conversations": said(("human", "<image>q"), ("gpt", "a")), "image": "a.png"},
+    {"image": {"bytes": b"png", "path": "a.png"}, "captions": '{"a": "b"}'},
+    {"image_list": [b"0", b"1"], "instruction_list": [["a", "b"]]},
+]
 
 
 @st.composite
 def nearly_right(draw):
     """A right record in which one value, anywhere, is something else."""
-    record = copy.deepcopy(draw(st.sampled_from(json.loads(EXAMPLE.read_text("utf-8")))))
+    record = copy.deepcopy(draw(st.sampled_from(json.loads(EXAMPLE.read_text("utf-8")) + ROWS)))
     holders = []
 
     def visit(node) -> None:
@@ -346,16 +523,19 @@ def test_any_value_is_a_sample_with_a_target_or_a_bad_record(value) -> None:
     assert record.format in FORMATS and len(fields) == len(record.sample)
     assert any(piece.target for piece in record.sample)
     for piece in record.sample:
-        assert isinstance(piece.text, str) if isinstance(piece, Text) else isinstance(piece.source, Path)
+        if isinstance(piece, Text):
+            assert all(isinstance(wording, str) for wording in (piece.text, *piece.others)) and all(piece.others)
+        else:
+            assert isinstance(piece.source, Path | bytes)
 
 
 # ---- the example ----
 
 
-def test_the_example_holds_every_format_with_pictures_that_exist() -> None:
+def test_the_example_holds_the_seven_formats_of_the_guide_with_pictures_that_exist() -> None:
     records = json.loads(EXAMPLE.read_text("utf-8"))
     parsed = [parse_record(value, Origin(EXAMPLE, index=i)) for i, value in enumerate(records)]
-    assert [record.format for record in parsed] == list(FORMATS) == [record.metadata["format"] for record in parsed]
+    assert [record.format for record in parsed] == list(FORMATS)[:7] == [record.metadata["format"] for record in parsed]
     for record in parsed:
         for piece in record.sample:
             if isinstance(piece, Image):
@@ -374,3 +554,19 @@ def test_the_documentation_is_true(name: str) -> None:
     assert {record.format for record in records} == set(FORMATS)
     assert all(piece.source.exists() for record in records for piece in record.sample if isinstance(piece, Image))
     assert all(f"`{code}`" in text for _, code, _ in WRONG)
+
+
+@pytest.mark.parametrize("name", ["data_formats.md", "data_formats.zh-CN.md"])
+def test_the_worked_example_of_a_new_format_works(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (EXAMPLE.parents[1] / "docs" / name).read_text("utf-8")
+    (code,) = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    for format in FORMATS:
+        monkeypatch.setitem(FORMATS, format, FORMATS[format])  # put back as it was
+    monkeypatch.setitem(FORMATS, "quiz", None)
+    exec(code, {})
+    record = {"photo": "x.png", "question": "What is it?", "answer": "A house."}
+    assert shape(record) == ["[x.png]", "What is it?", "A house.*"]
+    assert (bad({"photo": "x.png", "answer": "A house."}).code, bad({"question": "a"}).field) == ("missing_field", "photo")
+    assert bad(record | {"caption": "b"}).code == "ambiguous_format"
+    assert parse_record(record, ORIGIN).format == "quiz"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ import torch
 from unigen.config import Config
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import Place, Row, RowStream, Share, load_rows
+from unigen.data.mixing import Mixture, Part
+from unigen.data.rows import LOOK_AHEAD
 from unigen.model.config import read_config
 from unigen.model.weights import scan_folder
 from unigen.sequence.images import to_image
-from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
 
 N = 11
 START = Place()
 
 
-def write_data(folder: Path, n: int = N) -> Path:
+def write_data(folder: Path, n: int = N, longest: int = 1000) -> Path:
     """Records of text, drawing, and editing in turn, of different lengths."""
     for i in range(3):
         pixels = torch.rand(3, 32, 32 + 16 * i, generator=torch.Generator().manual_seed(i)) * 2 - 1
@@ -33,7 +33,8 @@ def write_data(folder: Path, n: int = N) -> Path:
     records: list[dict[str, Any]] = []
     for i in range(n):
         if i % 3 == 0:
-            roles = [{"role": "user", "content": "Say" * (i + 1)}, {"role": "assistant", "content": "yes " * (i + 1)}]
+            words = i % longest + 1
+            roles = [{"role": "user", "content": "Say" * words}, {"role": "assistant", "content": "yes " * words}]
             records.append({"messages": roles})
         elif i % 3 == 1:
             records.append({"text_prompt": f"picture {i}", "image_path": f"{i % 2}.png"})
@@ -59,8 +60,10 @@ def make_stream(golden: Path, data: Path, training: bool = True, **options: Any)
         vit_transform=small,
         vit_edit_transform=small,
     )
-    planner = Planner(Tokenizer.load(folder), model.geometry, model.transforms(64), Config(**options), 4096)
-    return RowStream(UnifiedGenerationDataset(data, measure=planner.measure), planner, seed=7, training=training)
+    config = Config(max_image_tokens=64, **options)
+    planner = model.planner(Tokenizer.load(folder), config)
+    part = Part("data", UnifiedGenerationDataset(data, measure=planner.measure), planner)
+    return RowStream(Mixture([part], seed=7, training=training), config.batch_size, config.max_num_tokens)
 
 
 def take(stream: RowStream, steps: int, place: Place = START, *, workers: int = 0, rank: int = 0, world: int = 1, rows: int = 1):
@@ -86,11 +89,16 @@ def raw(value: Any) -> Any:
 def test_every_record_is_met_once_an_epoch_in_another_order_each_time(golden: Path, data: Path):
     stream = make_stream(golden, data, batch_size=2)
     steps = [step for step, after in zip_steps(stream, 12)]
-    epochs = [[i for step in steps[n : n + 6] for row in step for i in row] for n in (0, 6)]
+    epochs = [[records_at(stream, epoch, row) for step in steps[n : n + 6] for row in step] for epoch, n in enumerate((0, 6))]
+    epochs = [[i for row in rows for i in row] for rows in epochs]
     for epoch, order in enumerate(epochs):
-        assert sorted(order) == list(range(N)) and order == stream.order(epoch)
+        assert sorted(order) == list(range(N)) and order == stream.mixture.visits(epoch).records.tolist()
     assert epochs[0] != epochs[1] and epochs[0] != list(range(N))
     assert stream.steps_in(0, 1) == 6 and stream.steps_in(0, 4) == 2
+
+
+def records_at(stream: RowStream, epoch: int, places: list[int]) -> list[int]:
+    return stream.mixture.visits(epoch).records[places].tolist()
 
 
 def zip_steps(stream: RowStream, n: int, step_rows: int = 1):
@@ -107,7 +115,7 @@ def test_ranks_together_read_the_one_global_order(golden: Path, data: Path, worl
     ranks = [take(stream, 4, rank=rank, world=world, rows=6 // world) for rank in range(world)]
     for n, (step, after) in enumerate(wanted):
         dealt = [ranks[i % world][n][i // world] for i in range(6)]
-        assert [row.records for row in dealt] == step + [[]] * (6 - len(step))
+        assert [row.records for row in dealt] == [records_at(stream, after.epoch, row) for row in step] + [[]] * (6 - len(step))
         assert {row.after for row in dealt} == {after}
     assert [after for _, after in wanted] == [Place(0, 6), Place(0, N), Place(1, 6), Place(1, N)]
 
@@ -131,15 +139,54 @@ def test_the_last_step_of_an_epoch_has_empty_rows(golden: Path, data: Path):
 
 @pytest.mark.parametrize("options", [{"batch_size": 2}, {"max_num_tokens": 160}])
 def test_going_on_from_any_place_gives_the_same_rows(golden: Path, data: Path, options: dict[str, Any]):
-    """Bit for bit, noise and times too, and across the border of two epochs."""
+    """Bit for bit, noise and times too, in the middle of an epoch, with samples that wait, and across the border of two epochs."""
     stream = make_stream(golden, data, **options)
     count = stream.steps_in(0, 2) + 3
     whole = [[bits(row) for row in step] for step in take(stream, count, rows=2)]
     places = [step[-1][1] for step in whole]
     assert places[0].epoch < places[-1].epoch
+    assert any(place.waiting for place in places) == ("max_num_tokens" in options)
     for done, place in enumerate(places[:-1], 1):
         again = make_stream(golden, data, **options)
         assert [[bits(row) for row in step] for step in take(again, count - done, place, rows=2)] == whole[done:]
+
+
+def test_going_on_with_a_full_buffer_whatever_the_workers_and_ranks(golden: Path, tmp_path: Path):
+    """Three times as many records as the look-ahead, so that the buffer is full in the middle of the epoch; the place after
+    step 5 goes to runs of other workers, and to two ranks of half the rows each."""
+    n = 3 * LOOK_AHEAD
+    stream = make_stream(golden, write_data(tmp_path, n, longest=12), max_num_tokens=300)
+    whole = take(stream, 9, rows=4)
+    place = whole[4][-1].after
+    assert len(place.waiting) >= LOOK_AHEAD // 2 and 0 < place.position < n
+    assert place.done == sum(len(row.records) for step in whole[:5] for row in step)
+    wanted = [[bits(row) for row in step] for step in whole[5:]]
+    for workers in (0, 2):
+        again = take(stream, 4, place, rows=4, workers=workers)
+        assert [[bits(row) for row in step] for step in again] == wanted
+    ranks = [take(stream, 4, place, rank=rank, world=2, rows=2) for rank in range(2)]
+    dealt = [[ranks[i % 2][step][i // 2] for i in range(4)] for step in range(4)]
+    assert [[bits(row) for row in step] for step in dealt] == wanted
+
+
+def test_every_record_once_over_three_epochs_of_full_rows(golden: Path, tmp_path: Path):
+    stream = make_stream(golden, write_data(tmp_path, 400, longest=12), max_num_tokens=600)
+    for epoch in range(3):
+        rows = [row for row, _ in stream.rows(Place(epoch))]
+        assert Counter(at for row in rows for at in row) == Counter(range(400))
+        lengths = [stream._lengths(epoch, torch.tensor(row).numpy()).sum() for row in rows]
+        assert max(lengths) <= 600
+    assert stream.fill() > 0.97
+
+
+def test_resuming_costs_the_same_wherever_it_stands(golden: Path, tmp_path: Path):
+    """The first row of a place needs the lengths of what waits and of one chunk, not of all that came before."""
+    stream = make_stream(golden, write_data(tmp_path, 9000, longest=3), max_num_tokens=600)
+    asked = []
+    lengths = stream._lengths
+    stream._lengths = lambda epoch, places: (asked.append(len(places)), lengths(epoch, places))[1]
+    next(stream.rows(Place(0, 8000, tuple(range(7000, 7100)))))
+    assert sum(asked) <= 100 + 4096
 
 
 def test_a_token_budget_holds_what_fits_and_never_drops(golden: Path, data: Path):
@@ -147,21 +194,35 @@ def test_a_token_budget_holds_what_fits_and_never_drops(golden: Path, data: Path
     rows = [row for step in take(stream, stream.steps_in(0, 1)) for row in step]
     assert Counter(i for row in rows for i in row.records) == Counter(range(N))
     assert any(len(row.records) > 1 for row in rows)
-    for row, following in pairwise(rows):
+    length = {i: sum(map(len, stream.mixture.outline(i, stream.draw(i, 0))[1])) for i in range(N)}
+    for at, row in enumerate(rows):
+        assert len(row.pack) == sum(length[i] for i in row.records)
         assert len(row.pack) <= 160 or len(row.records) == 1
-        lengths = [stream.planner.length(stream.dataset[i].sample, stream.dataset.sizes[i], stream.draw(0, i)) for i in row.records]
-        assert len(row.pack) == sum(lengths)
-        first = following.records[0]
-        assert len(row.pack) + stream.planner.length(stream.dataset[first].sample, stream.dataset.sizes[first], stream.draw(0, first)) > 160
+        later = [i for other in rows[at + 1 :] for i in other.records]
+        assert all(len(row.pack) + length[i] > 160 for i in later), "nothing that waited would have fitted"
+
+
+def test_the_largest_row_is_as_long_as_any_and_a_full_one_near_the_budget(golden: Path, data: Path):
+    for options in ({"batch_size": 2}, {"max_num_tokens": 160}):
+        stream = make_stream(golden, data, **options)
+        largest = len(stream.build_largest().pack)
+        rows = [row for step in take(stream, 2 * stream.steps_in(0, 1)) for row in step]
+        assert largest >= (0.95 if "max_num_tokens" in options else 1) * max(len(row.pack) for row in rows)
+
+
+def test_a_batch_takes_up_what_waited_under_a_token_budget(golden: Path, data: Path):
+    """Going on with other options than before loses nothing."""
+    stream = make_stream(golden, data, batch_size=3)
+    rows = list(stream.rows(Place(0, 8, (1, 4, 5, 7))))
+    assert [row for row, _ in rows] == [[1, 4, 5], [7, 8, 9], [10]] and rows[0][1] == Place(0, 8, (7,)) and rows[-1][1] == Place(0, N)
 
 
 def test_a_record_has_other_noise_in_another_epoch_and_the_same_in_validation(golden: Path, data: Path):
     stream, held_out = make_stream(golden, data), make_stream(golden, data, training=False)
-    epochs = [stream.build([1], epoch, Place()).pack.noise for epoch in (0, 1)]
+    epochs = [stream.build_visits([stream.draw(1, epoch)], Place()).pack.noise for epoch in (0, 1)]
     assert not torch.equal(*epochs)
-    fixed = [held_out.build([1], epoch, Place()).pack for epoch in (0, 1)]
+    fixed = [held_out.build([1], Place(epoch)).pack for epoch in (0, 1)]
     assert torch.equal(fixed[0].noise, fixed[1].noise) and torch.equal(fixed[0].u, fixed[1].u)
-    assert held_out.order(0) == list(range(N))
 
 
 def test_the_random_numbers_of_the_program_are_left_alone(golden: Path, data: Path):

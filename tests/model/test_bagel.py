@@ -300,3 +300,61 @@ def test_generation_tokens_need_the_generation_expert():
     model = tiny.build(visual_gen=False)
     with pytest.raises(AssertionError, match="visual_gen"):
         model.hidden_states(tiny.row([[tiny.image(random.Random(0), Kind.CLEAN)]], model), torch.zeros(9, 48), torch.zeros(9))
+
+
+# ---- pictures that come encoded ---------------------------------------------------------------------------------------
+
+
+def seen_alone(model, block):
+    with torch.no_grad():
+        return model.vit_model(block.patches, tiny.row([[block]], model).vit_position, [block.length])
+
+
+@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_features_in_place_of_patches_change_nothing(chosen):
+    """Some or all pictures of a row bring what the frozen ViT makes of them: same losses, same gradients of all that learns."""
+    model = tiny.build()
+    model.vit_model.requires_grad_(False)
+    r = random.Random(4)
+    samples = [[tiny.image(r, Kind.VIT, i, (2, i + 1)), tiny.text(r, 5, loss=True)] for i in range(3)]
+    ready = [[replace(s[0], patches=None, features=seen_alone(model, s[0])), s[1]] if i in chosen else s for i, s in enumerate(samples)]
+    results = []
+    for row in (samples, ready):
+        model.zero_grad()
+        total = loss(model, tiny.row(row, model))
+        total.backward()
+        results.append((total.detach(), [p.grad.clone() for p in model.connector.parameters()]))
+    (plain, wanted), (found, gradients) = results
+    assert tiny.close(found, plain) and float(wanted[0].abs().max()) > 0
+    assert all(tiny.close(a, b, 1e-4) for a, b in zip(gradients, wanted, strict=True))
+
+
+def test_a_row_whose_pictures_all_bring_features_never_calls_the_vit(monkeypatch):
+    model = tiny.build()
+    r = random.Random(1)
+    block = tiny.image(r, Kind.VIT, 0, (2, 2))
+    ready = replace(block, patches=None, features=seen_alone(model, block))
+    monkeypatch.setattr(model.vit_model, "forward", None)
+    with torch.no_grad():
+        model(tiny.row([[ready, tiny.text(r, 3, loss=True)]], model))
+
+
+def test_ready_latents_and_pixels_mix_in_a_row():
+    """A row in which one picture brings its latent and another its pixels has the losses of the row of pixels."""
+    model = tiny.build()
+    r = random.Random(2)
+    pixels = [torch.rand(3, 4 * n, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    samples = []
+    for i, p in enumerate(pixels):
+        block = replace(tiny.image(r, Kind.NOISED, 0, (p.shape[1] // 4, 2)), latent=None, pixels=p)
+        samples.append([tiny.text(r, 2), block, replace(block, kind=Kind.CLEAN, noise=None, u=float("-inf"), loss=False), tiny.text(r, i)])
+    plain = tiny.row(samples, model)
+    latents = model.latents_of(plain)
+    for ready in ((0,), (1,), (0, 1)):
+        mixed = [
+            [replace(b, pixels=None, latent=latents[i]) if b.pixels is not None and i in ready else b for b in s]
+            for i, s in enumerate(samples)
+        ]
+        with torch.no_grad():
+            found, wanted = losses(model, tiny.row(mixed, model)), losses(model, plain)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)) and len(wanted[2]) == 6

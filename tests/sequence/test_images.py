@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import threading
+import warnings
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,16 @@ def test_first_frame_of_an_animation() -> None:
         assert pixels(open_image(data))[0, 0].tolist() == [255, 0, 0], format
 
 
+def test_opaque_alpha_changes_nothing() -> None:
+    levels = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    rgba = Image.fromarray(np.dstack([levels, np.full((64, 64), 255, np.uint8)]))
+    assert (pixels(open_image(encoded(rgba))) == levels).all()
+    composed = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    assert (pixels(composed) == levels).all()  # so the composition can be left out
+    rgba.putpixel((63, 63), (0, 0, 0, 254))
+    assert pixels(open_image(rgba))[63, 63].tolist() == [1, 1, 1]
+
+
 def test_the_given_picture_is_not_changed_or_shared() -> None:
     picture = Image.fromarray(BLOCKS)
     opened = open_image(picture)
@@ -201,6 +213,123 @@ def test_a_picture_error_crosses_processes() -> None:
     assert copy.code == "broken_picture"
 
 
+def test_odd_metadata_is_passed_over_in_silence(capfd: pytest.CaptureFixture) -> None:
+    """PIL would warn, once for each of the tags, about a picture that is sound; as errors its warnings would refuse it."""
+    tags = b"".join((0x9000 + i).to_bytes(2, "little") + b"\7\0\xff\xff\0\0\0\0\0\0" for i in range(50))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + b"\x32\0" + tags + bytes(4)
+    data = encoded(Image.fromarray(BLOCKS), "JPEG", exif=exif)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("error")
+        assert open_image(data).size == image_size(data) == (80, 48)
+        warnings.simplefilter("always")  # someone else's filter, put before ours
+        assert image_size(data) == (80, 48)
+        with pytest.warns(UserWarning, match="mine"):
+            warnings.warn("mine", stacklevel=1)
+    assert not warned and capfd.readouterr() == ("", "")
+
+
+# ---- large JPEGs, decoded small ----
+
+
+@cache
+def photo(width: int, height: int) -> Image.Image:
+    """Random noise with the spectrum of photographs: amplitude falls with frequency; colours vary together, edges are sharp."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    planes = [np.fft.irfft2(np.fft.rfft2(rng.normal(size=(height, width))) / frequency**1.2, s=(height, width)) for _ in range(4)]
+    light, *tints = (plane / plane.std() for plane in planes)
+    light += 1.5 * (planes[1] > planes[2])
+    levels = np.stack([128 + 45 * light + 12 * tint for tint in tints], axis=-1)
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+
+
+def difference(data: bytes, size: tuple[int, int]) -> tuple[float, float, int]:
+    """Mean and largest difference in levels, and PSNR in dB, of decoding small to decoding whole, after resizing to ``size``."""
+    transform = ImageTransform(1024, 16, 16)
+    whole = pixels(transform.resize(open_image(data), size=size))
+    small = pixels(transform.resize(open_image(data, lambda w, h: size), size=size))
+    gap = np.abs(whole - small)
+    return gap.mean(), float(10 * np.log10(255**2 / max((gap**2).mean(), 1e-9))), int(gap.max())
+
+
+def decoded_size(data: bytes, size: tuple[int, int]) -> tuple[int, int]:
+    return open_image(data, lambda w, h: size).size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "progressive", "4:4:4", "MPO"])
+def test_a_large_jpeg_decoded_small_looks_the_same(kind: str, orientation: int) -> None:
+    """Mean difference below 0.5 level and PSNR above 45 dB, for sizes that no scale divides, however the picture is turned."""
+    picture, exif = photo(787, 653), Image.Exif()
+    exif[0x0112] = orientation
+    options: dict = {"progressive": {"progressive": True}, "4:4:4": {"subsampling": 0}}.get(kind, {})
+    format = "MPO" if kind == "MPO" else "JPEG"
+    if kind == "MPO":
+        options = {"save_all": True, "append_images": [picture.rotate(180)]}
+    if kind in ("L", "CMYK"):
+        picture = picture.convert(kind)
+    data = encoded(picture, format, quality=90, exif=exif, **options)
+    for scale, margin in ((2, 3), (4, 4), (8, 4)):
+        size = (787 // (scale * margin), 653 // (scale * margin))
+        size = size[::-1] if orientation > 4 else size
+        decoded = (-(-787 // scale), -(-653 // scale))
+        assert decoded_size(data, size) == (decoded[::-1] if orientation > 4 else decoded)
+        mean, psnr, largest = difference(data, size)
+        assert mean < 0.5 and psnr > 45 and largest < 16, f"1/{scale}: mean {mean:.2f}, {psnr:.1f} dB, largest {largest}"
+
+
+def test_the_original_covers_less_than_all_of_a_small_decoded_picture() -> None:
+    """Without ``info["box"]`` the picture would be stretched by up to a pixel, which costs 10 dB."""
+    data = encoded(photo(785, 649), "JPEG", quality=90)
+    size = (785 // 32, 649 // 32)
+    opened = open_image(data, lambda w, h: size)
+    assert opened.size == (99, 82) and opened.info == {"box": (0, 0, 785 / 8, 649 / 8)}
+    whole = pixels(open_image(data).resize(size, Image.Resampling.BICUBIC))
+    stretched = np.abs(whole - pixels(opened.resize(size, Image.Resampling.BICUBIC)))
+    assert stretched.mean() > 2 * difference(data, size)[0]
+
+
+def test_only_jpegs_far_above_the_wanted_size_are_decoded_small() -> None:
+    data = encoded(photo(480, 300), "JPEG")
+    assert decoded_size(data, (80, 50)) == (240, 150)
+    assert decoded_size(data, (81, 50)) == decoded_size(data, (80, 51)) == decoded_size(data, (480, 300)) == (480, 300)
+    assert decoded_size(data, (30, 18)) == (120, 75) and decoded_size(data, (15, 9)) == (60, 38)
+    assert decoded_size(data, (31, 18)) == decoded_size(data, (30, 19)) == (240, 150)
+    asked = []
+
+    def fit(width: int, height: int) -> tuple[int, int]:
+        asked.append((width, height))
+        return 8, 8
+
+    for format in ("PNG", "WEBP", "TIFF"):
+        assert open_image(encoded(Image.fromarray(BLOCKS), format), fit).size == (80, 48)
+    given = Image.open(io.BytesIO(data))
+    assert open_image(given, fit).size == given.size == (480, 300)  # the caller's picture stays whole
+    assert not asked
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    open_image(encoded(photo(480, 300), "JPEG", exif=turned), fit)
+    assert asked == [(300, 480)]  # as the picture stands upright
+
+
+def test_a_picture_decoded_small_cannot_be_resized_by_its_own_size() -> None:
+    opened = open_image(encoded(photo(480, 300), "JPEG"), lambda w, h: (32, 16))
+    transform = ImageTransform(64, 32, 16)
+    with pytest.raises(AssertionError, match="give the size"):
+        transform(opened)
+    assert transform(opened, size=(32, 16)).shape == (3, 16, 32)
+    again = open_image(opened)  # as any other picture: what it shows now is all there is
+    assert again.info == {} and transform(again).shape == (3, 32, 64)
+
+
+def test_half_a_jpeg_is_refused_when_it_is_decoded_small() -> None:
+    data = encoded(photo(480, 300), "JPEG")
+    with pytest.raises(PictureError) as cut:
+        open_image(data[: len(data) // 2], lambda w, h: (32, 16))
+    assert cut.value.code == "broken_picture"
+
+
 # ---- sizes ----
 
 
@@ -262,6 +391,16 @@ def test_transform_values_and_layout() -> None:
     x = ImageTransform(64, 32, 16)(picture)
     assert x.shape == (3, 32, 64) and x.dtype == torch.float32 and x.is_contiguous()
     assert x[:, 0, 0].tolist() == pytest.approx([-1.0, -0.6, 1.0], abs=1e-7)
+
+
+def test_every_level_is_normalised_as_the_reference_does() -> None:
+    levels = np.arange(256 * 3, dtype=np.int64).reshape(16, 16, 3) % 256
+    picture = Image.fromarray(np.tile(levels.astype(np.uint8), (9, 9, 1)))  # more rows than are normalised at a time
+    reference = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+    transform = ImageTransform(144, 16, 16)
+    assert torch.equal(transform(picture), reference) and transform(picture).is_contiguous()
+    assert torch.equal(transform(picture, size=(144, 144)), reference)
+    assert transform(picture, size=(32, 48)).shape == (3, 48, 32)
 
 
 def test_resize_is_pillows_bicubic() -> None:

@@ -1,6 +1,7 @@
 """Blocks -> one packed row, against a packer of a few lines that follows the contract's table token by token."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,7 +143,40 @@ def test_map_reaches_every_tensor_and_keeps_the_rest():
     assert copy.origins == ["a.jsonl:3"] and copy.n_und == pack.n_und and torch.equal(copy.latents[0], pack.latents[0])
 
 
-def test_pixels_and_latents_do_not_mix_in_a_row():
-    pixels = Block(Kind.CLEAN, 1, 0, (1, 1), pixels=torch.zeros(3, 4, 4))
-    with pytest.raises(AssertionError, match="not both"):
-        pack_blocks([[pixels], [image(Kind.CLEAN, 1, 1)]], SPECIAL, GEOMETRY)
+def test_ready_latents_are_numbered_before_pictures_with_pixels():
+    """One row mixes both; every block still shows its own picture, and posterior draws stay with their pixels."""
+    pixels = [torch.full((3, 4, 4), float(i)) for i in range(3)]
+    draws = [torch.full((3, 2, 2), float(i)) for i in range(3)]
+
+    def fresh(i, piece=0):
+        return Block(Kind.CLEAN, 1, piece, (1, 1), pixels=pixels[i], posterior=draws[i])
+
+    ready = [image(Kind.CLEAN, 1, 1, piece) for piece in range(2)]
+    pack = pack_blocks(
+        [[fresh(0), ready[1], fresh(1, 2)], [ready[0], fresh(2, 1), replace(fresh(2, 1), kind=Kind.NOISED)]], SPECIAL, GEOMETRY
+    )
+    assert all(a is b for a, b in zip(pack.latents, [ready[1].latent, ready[0].latent], strict=True))
+    assert all(a is b for a, b in zip(pack.vae_pixels, pixels, strict=True))
+    assert all(a is b for a, b in zip(pack.vae_noise, draws, strict=True))
+    assert pack.vae_block == [2, 0, 3, 1, 4, 4]
+    assert (pack.n_ready, pack.n_to_encode) == (2, 3)
+
+
+def test_pictures_drawn_from_posteriors_and_means_do_not_mix_in_a_row():
+    drawn = Block(Kind.CLEAN, 1, 0, (1, 1), pixels=torch.zeros(3, 4, 4), posterior=torch.zeros(3, 2, 2))
+    with pytest.raises(AssertionError, match="or none"):
+        pack_blocks([[drawn], [replace(drawn, posterior=None)]], SPECIAL, GEOMETRY)
+
+
+def test_vit_pictures_with_features_keep_their_place_among_those_with_patches():
+    blocks = [image(Kind.VIT, 1, n, piece=n) for n in (1, 2, 3)]
+    ready = replace(blocks[1], patches=None, features=torch.randn(2, 7))
+    plain, mixed = (pack_blocks([[blocks[0], b], [blocks[2]]], SPECIAL, GEOMETRY) for b in (blocks[1], ready))
+    assert mixed.vit_ready == [False, True, False] and mixed.vit_features[0] is ready.features
+    assert torch.equal(mixed.vit_patches, torch.cat([blocks[0].patches, blocks[2].patches]))
+    assert plain.vit_ready == [] == plain.vit_features and (plain.n_ready, plain.n_to_encode) == (0, 3)
+    assert (mixed.n_ready, mixed.n_to_encode) == (1, 2)
+    same = ("ids", "position", "index", "kind", "span", "image", "vit_position")
+    assert all(torch.equal(getattr(plain, name), getattr(mixed, name)) for name in same) and plain.vit_lengths == mixed.vit_lengths
+    moved = mixed.map(lambda t: t.clone())
+    assert torch.equal(moved.vit_features[0], ready.features) and moved.vit_features[0] is not ready.features

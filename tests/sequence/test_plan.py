@@ -2,15 +2,17 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
 
 from unigen.config import DataOptions
+from unigen.data.ragged import Ragged
 from unigen.sequence.grid import patchify
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import Geometry, pack_blocks
-from unigen.sequence.plan import Draw, Planner, Transforms
+from unigen.sequence.plan import Draw, Measured, Planner, Transforms, structure_numbers
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Image, Kind, Origin, Record, Text
 
@@ -314,3 +316,87 @@ def test_samples_that_only_write_use_the_understanding_resize(planner):
     source = Picture.effect_noise((150, 120), 80).convert("RGB")
     blocks, _ = row_of(planner(), [Image(source), Text("a", True)])
     assert torch.equal(blocks[0].patches, patchify(TRANSFORMS.vit(source), 14)) and blocks[0].pixels is None
+
+
+# ---- lengths of many visits at once ------------------------------------------------------------------------------
+
+
+def measured(p, samples):
+    rows = Ragged([p.measure(record_of(sample)) for sample in samples])
+    return rows, Measured(*rows.arrays())
+
+
+@pytest.mark.parametrize(("limit", "options"), [(4096, {}), (70, {}), (4096, {"train_transitions": False}), (4096, NO_DROPOUT)])
+@pytest.mark.parametrize("epoch", [0, 3, None])
+def test_lengths_of_many_visits_are_those_of_each(planner, limit, options, epoch):
+    p = planner(limit, **options, single_image_stop_prob=0.4)
+    codes = ["Tt", "Ti", "ITt", "ITi", "Tti", "tit", "ITiTi", "TiTt", "i"]
+    samples = [sample_of(code, text="word " * (7 * i + 1), image=picture(40, 30)) for i, code in enumerate(codes)]
+    samples = [sample for sample in samples if fits(p, sample)] * 40
+    assert len(samples) > 150
+    rows, arrays = measured(p, samples)
+    draws = [Draw(9, epoch or 0, 5 + i, training=epoch is not None) for i in range(len(samples))]
+    wanted = [p.length(sample, rows[i], draw) for i, (sample, draw) in enumerate(zip(samples, draws))]
+    found = p.lengths(arrays, np.arange(5, 5 + len(samples)), 9, epoch, first=5)
+    assert found.tolist() == wanted and (epoch is None or len(set(wanted)) > 5)
+    some = np.array([3, 77, 12, 77])
+    assert p.lengths(arrays, 5 + some, 9, epoch, first=5).tolist() == [wanted[i] for i in some]
+    assert (p.full_lengths(arrays, np.arange(len(samples))) >= found).all()
+    assert p.lengths(arrays, np.zeros(0, np.int64), 9, epoch).tolist() == []
+
+
+def fits(p, sample):
+    try:
+        p.measure(record_of(sample))
+    except BadRecord:
+        return False
+    return True
+
+
+def test_the_numbers_that_decide_a_structure_are_uniform_and_independent():
+    drawn = structure_numbers(3, 1, np.arange(20_000), 4)
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert np.allclose(drawn.mean(0), 0.5, atol=0.01) and np.allclose(drawn.var(0), 1 / 12, atol=0.003)
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.03
+    assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < 0.03, "neighbouring records"
+    others = [structure_numbers(*key, np.arange(20_000), 1)[:, 0] for key in [(4, 1), (3, 2), (3, None)]]
+    assert all(abs(np.corrcoef(drawn[:, 0], other)[0, 1]) < 0.03 for other in others)
+    assert Draw(3, 1, 17).structure(4) == drawn[17].tolist()
+
+
+# ---- wordings ----------------------------------------------------------------------------------------------------
+
+
+def test_each_visit_draws_one_wording_and_validation_takes_the_first(planner):
+    p = planner(**NO_DROPOUT)
+    words = ("a cat", "a small grey cat on a red chair", "cat")
+    sample = [Text(words[0], others=words[1:]), Image(picture(), True)]
+    sizes, seen = p.measure(record_of(sample)), set()
+    for i in range(60):
+        draw = Draw(1, 0, i)
+        blocks = p.fill(sample, p.outline(sample, sizes, draw), draw)
+        assert blocks[0].length == len(blocks[0].ids)
+        seen.add(p.tokenizer.decode(blocks[0].ids))
+    assert seen == set(words)
+    held_out = Draw(1, 0, 5, training=False)
+    assert p.tokenizer.decode(p.fill(sample, p.outline(sample, sizes, held_out), held_out)[0].ids) == words[0]
+
+
+def test_a_row_has_room_for_the_longest_wording(planner):
+    p = planner(**NO_DROPOUT)
+    sample = [Text("a cat", others=("a cat " * 20,)), Image(picture(), True)]
+    rows, arrays = measured(p, [sample] * 30)
+    bounds = p.lengths(arrays, np.arange(30), 1, 0)
+    actual = [p.length(sample, rows[i], Draw(1, 0, i)) for i in range(30)]
+    assert all(a <= b for a, b in zip(actual, bounds)) and max(actual) == max(bounds) and len(set(actual)) > 1
+
+
+def test_tokens_by_kind_counts_what_a_sample_shows(planner):
+    p = planner(**NO_DROPOUT)
+    samples = [sample_of("ITi"), sample_of("Tt")]
+    _, arrays = measured(p, samples)
+    blocks = [b for i, s in enumerate(samples) for b in p.outline(s, p.measure(record_of(s)), Draw(0, 0, i, training=False))]
+    wanted = {kind.name.lower(): sum(len(b) for b in blocks if b.kind == kind) for kind in Kind}
+    found = arrays.tokens_by_kind(np.arange(2))
+    assert found.pop("trained_text") == sum(len(b) for b in blocks if b.kind == Kind.TEXT and b.loss)
+    assert found == wanted

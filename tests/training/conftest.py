@@ -58,5 +58,6 @@ def options(small_model: Path, records: Path, tmp_path: Path) -> dict[str, Any]:
         "max_steps": 2,
         "learning_rate": 1e-3,
         "device": "cpu",
+        "num_workers": 0,
         "logging_steps": 1,
     }

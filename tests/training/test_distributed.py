@@ -14,10 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_engine import as_rank, free_port
-from tiny import assert_close, built, gradients, metrics, write_jsonl
+from tiny import assert_close, built, gradients, metrics, row_of, write_jsonl
 
 from unigen.config import UserError
-from unigen.data.loader import Place
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,12 +47,12 @@ def _step_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
     torch.set_num_threads(1)
     for number, case in enumerate(CASES):
         trainer = built(**options_of(case, options))
-        rows = [trainer.stream.build(records, 0, Place()) for records in CASES[case][0][rank]]
+        rows = [row_of(trainer, records) for records in CASES[case][0][rank]]
         result = trainer.train_step(rows, 0.0)
         torch.save((result.text_loss, result.image_loss, result.grad_norm, gradients(trainer)), Path(folder) / f"{number}.{rank}.pt")
     trainer = built(**options | {"model_path": str(Path(folder) / "broken"), "ema": 0.5})
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
-    result = trainer.train_step([trainer.stream.build([1 - rank], 0, Place())], 1.0)
+    result = trainer.train_step([row_of(trainer, [1 - rank])], 1.0)
     same = all(torch.equal(before[name].nan_to_num(7), p.nan_to_num(7)) for name, p in trainer.model.state_dict().items())
     (Path(folder) / f"broken.{rank}.json").write_text(json.dumps([result.skipped, same, len(trainer.optimizer.state)]))
     torch.distributed.destroy_process_group()
@@ -84,7 +83,7 @@ def test_two_processes_give_the_gradient_of_one_row(two_ranks: tuple[Path, dict[
     zero, one = (torch.load(folder / f"{number}.{rank}.pt") for rank in range(2))
     trainer = built(**options_of(case, options))
     everything = [i for rank in CASES[case][0] for row in rank for i in row]
-    result = trainer.train_step([trainer.stream.build(everything, 0, Place())], 0.0)
+    result = trainer.train_step([row_of(trainer, everything)], 0.0)
     assert_close(zero[3], gradients(trainer))
     assert zero[3].keys() == one[3].keys() and all(torch.equal(g, one[3][name]) for name, g in zero[3].items())
     assert zero[:3] == one[:3]
@@ -166,7 +165,7 @@ def test_a_mistake_of_the_user_ends_every_process(options: dict[str, Any], tmp_p
 def _skip_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
     as_rank(rank, world, port)
     trainer = built(**options)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([len(trainer.stream.dataset), trainer.stream.order(0)]))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([len(trainer.stream.mixture), trainer.stream.mixture.visits(0).records.tolist()]))
     other = options | {"train_data_path": options["val_data_path"]} if rank else options
     try:
         built(**other)

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_close, built, gradients
+from tiny import assert_close, built, gradients, row_of
 
-from unigen.data.loader import Place
 from unigen.model.bagel import Output
 from unigen.training.losses import Counts, joint_loss, loss_sums
 from unigen.training.trainer import UnifiedTrainer
@@ -16,7 +15,7 @@ from unigen.training.trainer import UnifiedTrainer
 
 def step(trainer: UnifiedTrainer, split: list[list[int]]) -> tuple[Any, dict[str, torch.Tensor]]:
     """One step over these records, a list a row; its result and the gradients. A learning rate of zero moves nothing."""
-    result = trainer.train_step([trainer.stream.build(records, 0, Place()) for records in split], 0.0)
+    result = trainer.train_step([row_of(trainer, records) for records in split], 0.0)
     return result, gradients(trainer)
 
 
@@ -46,7 +45,7 @@ def test_micro_batches_give_the_gradient_of_one_row(trainer: UnifiedTrainer, spl
 
 def test_the_loss_is_the_mean_over_all_targets(trainer: UnifiedTrainer):
     """Against the definition: cross-entropy over label tokens, squared error over channels and noised tokens."""
-    pack = trainer.stream.build(list(range(7)), 0, Place()).pack
+    pack = row_of(trainer, list(range(7))).pack
     with torch.no_grad():
         output = trainer.model(pack)
     result, _ = step(trainer, [[0, 1, 2], [3, 4, 5, 6]])
@@ -56,7 +55,7 @@ def test_the_loss_is_the_mean_over_all_targets(trainer: UnifiedTrainer):
 
 
 def test_the_gradient_is_that_of_the_weighted_sum(trainer: UnifiedTrainer):
-    pack = trainer.stream.build(list(range(7)), 0, Place()).pack
+    pack = row_of(trainer, list(range(7))).pack
     output = trainer.model(pack)
     trainer.optimizer.zero_grad()
     (0.7 * output.ce.mean() + 1.3 * output.mse.mean()).backward()

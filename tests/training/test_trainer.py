@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import built, draw_picture, metrics, text, write_jsonl
+from tiny import built, draw_picture, metrics, row_of, text, write_jsonl
 
 from unigen.config import Config, UserError, known_options
 from unigen.data.dataset import BadData
@@ -211,7 +211,7 @@ def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records:
     other = tmp_path / "data" / records.name
     other.write_text(other.read_text().replace("A red house", "A red mouse"))
     changed = whole_run | {"output_dir": str(tmp_path / "run"), "train_data_path": str(other)}
-    with pytest.raises(UserError, match=r"is not the data this run began with.*Cure"):
+    with pytest.raises(UserError, match=r"is not what this run began with.*Cure"):
         train(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_3"))
     # The same files in another place are the same data.
     other.write_text(records.read_text())
@@ -322,7 +322,7 @@ def test_freeze_und_leaves_understanding_as_it_was(options: dict[str, Any], smal
     trainer._run()
     after = trainer.evaluate()
     assert after["val_image_loss"] != before["val_image_loss"]
-    pack = trainer.stream.build([0, 2, 5], 0, trainer.place).pack
+    pack = row_of(trainer, [0, 2, 5]).pack
     assert torch.equal(trainer.model(pack).ce, load_bagel(small_model)(pack).ce)
 
 

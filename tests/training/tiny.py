@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from unigen.config import Config
+from unigen.data.loader import Row
 from unigen.sequence.images import to_image
 from unigen.training.engine import Engine
 from unigen.training.trainer import UnifiedTrainer
@@ -49,6 +50,11 @@ def built(**options: Any) -> UnifiedTrainer:
     trainer.engine = Engine(trainer.config)
     trainer.build()
     return trainer
+
+
+def row_of(trainer: UnifiedTrainer, records: list[int]) -> Row:
+    """The row of these records, as the first epoch visits them."""
+    return trainer.stream.build_visits([trainer.stream.draw(record, 0) for record in records], trainer.place)
 
 
 def gradients(trainer: UnifiedTrainer) -> dict[str, torch.Tensor]:

@@ -1,33 +1,45 @@
 """Global order, packing, workers, state.
 
-One global order of records for (seed, epoch); rows are cut from that one stream, and a step's rows are dealt to ranks and
-micro-batches. So the state of a run is (epoch, position), whatever the number of workers and ranks, and going on from it
-replays nothing.
+One global order of visits for (seed, epoch); rows are packed from that one stream with a bounded look-ahead, and a step's rows
+are dealt to ranks and micro-batches. So the state of a run is (epoch, position, the few samples that wait for a row), whatever
+the number of workers and ranks, and going on from it replays nothing.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.mixing import Mixture
+from unigen.data.rows import LOOK_AHEAD, Packer
 from unigen.sequence.images import PictureError
 from unigen.sequence.pack import pack_blocks
-from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.plan import Draw
 from unigen.sequence.types import BadRecord, Pack
+
+CHUNK = 4096  # visits whose lengths are computed at once
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the stream stands: records ``[0, position)`` of the epoch's order are done."""
+    """Where the stream stands: of the epoch's order, visits ``[0, position)`` are done but for those that wait."""
 
     epoch: int = 0
     position: int = 0
+    waiting: tuple[int, ...] = ()  # places in the order, oldest first
+
+    @property
+    def done(self) -> int:
+        """Visits of this epoch that are in a row."""
+        return self.position - len(self.waiting)
 
 
 @dataclass
@@ -39,8 +51,46 @@ class Row:
     after: Place
     bad: list[BadRecord] = field(default_factory=list)
 
-    def pin_memory(self) -> Row:
-        return Row(self.pack.map(lambda t: t.pin_memory()), self.records, self.after, self.bad)
+
+class _Leaf(NamedTuple):
+    """Where a tensor lies in a parcel."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class _Parcel:
+    """A row on its way from a worker, all its tensors in one buffer: each tensor sent by itself would cost a file descriptor
+    and more time than a small picture takes to decode."""
+
+    def __init__(self, row: Row):
+        self.row, parts, self.size = row, [], 0
+
+        def note(tensor: Tensor) -> Any:
+            leaf = _Leaf(self.size, tensor.dtype, tensor.shape)
+            parts.append((self.size, tensor.contiguous()))
+            self.size += -(-tensor.nbytes // 16) * 16  # aligned, so that a view of any type can start here
+            return leaf
+
+        self.row = replace(row, pack=row.pack.map(note))
+        self.buffer = torch.empty(self.size, dtype=torch.uint8)
+        for offset, tensor in parts:
+            if tensor.nbytes:
+                self.buffer[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+
+    def pin_memory(self) -> _Parcel:
+        self.buffer = self.buffer.pin_memory()
+        return self
+
+    def open(self) -> Row:
+        """The row; its tensors are views of the one buffer."""
+
+        def tensor(leaf: _Leaf) -> Tensor:
+            size = leaf.shape.numel() * leaf.dtype.itemsize
+            return self.buffer[leaf.offset : leaf.offset + size].view(leaf.dtype).view(leaf.shape)
+
+        return replace(self.row, pack=self.row.pack.map(tensor, _Leaf))
 
 
 @dataclass(frozen=True)
@@ -57,114 +107,116 @@ class Share:
 
 
 class RowStream:
-    """The rows of a data set in global order, and how many steps they make."""
+    """The rows of a mixture in global order, and how many steps they make."""
 
-    def __init__(self, dataset: UnifiedGenerationDataset, planner: Planner, seed: int, training: bool = True):
-        self.dataset, self.planner, self.seed, self.training = dataset, planner, seed, training
-        self.batch_size, self.budget = planner.options.batch_size, planner.options.max_num_tokens
+    def __init__(self, mixture: Mixture, batch_size: int = 1, budget: int | None = None):
+        """``batch_size`` samples a row, or with ``budget`` as many as its tokens hold."""
+        self.mixture, self.batch_size, self.budget = mixture, batch_size, budget
         self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
 
-    def order(self, epoch: int) -> list[int]:
-        """Record numbers in this epoch's order; validation keeps the file's."""
-        n = len(self.dataset)
-        if not self.training:
-            return list(range(n))
-        return torch.randperm(n, generator=Draw(self.seed, epoch, -1).normal("order")).tolist()
+    def draw(self, record: int, number: int) -> Draw:
+        """The random numbers of a visit: ``number`` is the pass over the record's source."""
+        return Draw(self.mixture.seed, number, record, self.mixture.training)
 
-    def draw(self, epoch: int, record: int) -> Draw:
-        return Draw(self.seed, epoch, record, self.training)
+    def rows(self, place: Place) -> Iterator[tuple[list[int], Place]]:
+        """The rows of the rest of an epoch: places in its order, and the stream's place after each row."""
+        epoch, end = place.epoch, len(self.mixture)
+        position, waiting = place.position, list(place.waiting)
+        if self.budget is None:
+            while waiting or position < end:
+                taken = min(self.batch_size - len(waiting[: self.batch_size]), end - position)
+                row, waiting = waiting[: self.batch_size] + list(range(position, position + taken)), waiting[self.batch_size :]
+                position += taken
+                yield row, Place(epoch, position, tuple(waiting))
+            return
+        packer = Packer(self.budget)
+        for at, length in zip(waiting, self._lengths(epoch, np.array(waiting, np.int64)).tolist()):
+            packer.add(at, length)
+        for start in range(position, end, CHUNK):
+            upcoming = np.arange(start, min(start + CHUNK, end))
+            for at, length in zip(upcoming.tolist(), self._lengths(epoch, upcoming).tolist()):
+                packer.add(at, length)
+                while len(packer) >= LOOK_AHEAD:
+                    row = packer.row()
+                    yield row, Place(epoch, at + 1, packer.waiting)
+        while len(packer):
+            row = packer.row()
+            yield row, Place(epoch, end, packer.waiting)
 
-    def rows(self, epoch: int, position: int = 0) -> Iterator[tuple[list[int], int]]:
-        """(records of the row, position after it), from ``position`` on."""
-        order = self.order(epoch)
-        row, filled, at = [], 0, position
-        for at, record in enumerate(order[position:], start=position):
-            length = 0
-            if self.budget is not None:
-                length = self.planner.length(self.dataset[record].sample, self.dataset.sizes[record], self.draw(epoch, record))
-            full = len(row) >= self.batch_size if self.budget is None else bool(row) and filled + length > self.budget
-            if full:
-                yield row, at
-                row, filled = [], 0
-            row.append(record)
-            filled += length
-        if row:
-            yield row, at + 1
+    def _lengths(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        visits = self.mixture.visits(epoch)
+        return self.mixture.lengths(visits.records[places], visits.passes[places])
 
     def steps(self, place: Place, step_rows: int) -> Iterator[tuple[list[list[int]], Place]]:
         """The rows of each optimiser step and the place after it, epoch after epoch without end. The last step of an
-        epoch may have fewer rows than ``step_rows``; every record is met once an epoch."""
-        epoch, position = place.epoch, place.position
+        epoch may have fewer rows than ``step_rows``; every visit is met once an epoch."""
         while True:
-            if position >= len(self.dataset):
-                epoch, position = epoch + 1, 0
+            if place.position >= len(self.mixture) and not place.waiting:
+                place = Place(place.epoch + 1)
             step: list[list[int]] = []
-            for row, after in self.rows(epoch, position):
+            for row, after in self.rows(place):
                 step.append(row)
-                position = after
+                place = after
                 if len(step) == step_rows:
-                    yield step, Place(epoch, position)
+                    yield step, place
                     step = []
             if step:
-                yield step, Place(epoch, position)
+                yield step, place
 
     def _steps_in(self, epoch: int, step_rows: int) -> int:
         """Optimiser steps of an epoch."""
         if self.budget is None:
-            rows = -(-len(self.dataset) // self.batch_size)
+            rows = -(-len(self.mixture) // self.batch_size)
         else:
-            rows = sum(1 for _ in self.rows(epoch))
+            rows = sum(1 for _ in self.rows(Place(epoch)))
         return -(-rows // step_rows)
 
-    def largest_row(self, limit: int = 2000) -> list[int]:
-        """The records of the longest row that the first ``limit`` records can make."""
-        n = min(len(self.dataset), limit)
-        whole = [Draw(self.seed, 0, i, training=False) for i in range(n)]  # nothing dropped
-        lengths = [self.planner.length(self.dataset[i].sample, self.dataset.sizes[i], whole[i]) for i in range(n)]
-        by_length = sorted(range(n), key=lambda i: -lengths[i])
+    def fill(self, epoch: int = 0) -> float:
+        """How full the rows of an epoch are: tokens over budget, at most 1 a row, on average."""
+        assert self.budget is not None, "rows of batch_size samples have no budget"
+        totals = [min(1.0, self._lengths(epoch, np.array(row)).sum() / self.budget) for row, _ in self.rows(Place(epoch))]
+        return float(np.mean(totals))
+
+    def largest_row(self) -> list[int]:
+        """The records of the longest row that can come."""
+        lengths = self.mixture.full_lengths()
+        by_length = np.argsort(-lengths, kind="stable")
         if self.budget is None:
-            return by_length[: self.batch_size]
-        row: list[int] = []
-        for i in by_length:  # fill the budget, the longest first
-            if not row or sum(lengths[j] for j in row) + lengths[i] <= self.budget:
-                row.append(i)
+            return by_length[: self.batch_size].tolist()
+        row = [int(by_length[0])]
+        free = self.budget - int(lengths[row[0]])
+        for record in by_length[1:][lengths[by_length[1:]] <= free].tolist():  # fill the budget, the longest first
+            if lengths[record] <= free:
+                row.append(record)
+                free -= int(lengths[record])
         return row
 
-    def describe(self) -> str:
-        """Tokens per sample and the share of each modality, over (at most 2,000 samples of) the data."""
-        totals: dict[str, int] = {}
-        lengths = []
-        for i in range(0, len(self.dataset), max(1, len(self.dataset) // 2000)):
-            blocks = self.planner.outline(self.dataset[i].sample, self.dataset.sizes[i], Draw(0, 0, i, training=False))
-            lengths.append(sum(len(b) for b in blocks))
-            for block in blocks:
-                name = block.kind.name.lower()
-                totals[name] = totals.get(name, 0) + len(block)
-        lengths.sort()
-        everything = max(sum(totals.values()), 1)
-        shares = ", ".join(f"{name} {100 * n / everything:.0f} %" for name, n in totals.items())
-        mean, median = sum(lengths) / len(lengths), lengths[len(lengths) // 2]
-        return f"tokens    per sample: mean {mean:,.0f}, median {median:,}, longest {lengths[-1]:,}; {shares}"
+    def build(self, places: Sequence[int], after: Place) -> Row:
+        """Decodes and packs a row (places in the order of ``after.epoch``); records whose pictures turn out unreadable are left
+        out and listed."""
+        visits = self.mixture.visits(after.epoch)
+        at = np.array(places, np.int64)
+        return self.build_visits([self.draw(r, n) for r, n in zip(visits.records[at].tolist(), visits.passes[at].tolist())], after)
 
-    def build(self, records: Sequence[int], epoch: int, after: Place, whole: bool = False) -> Row:
-        """Decodes and packs the records of a row; those whose pictures turn out unreadable are left out and listed.
+    def build_largest(self) -> Row:
+        """:meth:`largest_row` with every copy and nothing dropped."""
+        return self.build_visits([Draw(self.mixture.seed, 0, record, training=False, whole=True) for record in self.largest_row()], Place())
 
-        ``whole`` drops nothing for guidance, so that the row has its full size.
-        """
+    def build_visits(self, draws: Sequence[Draw], after: Place) -> Row:
+        """:meth:`build` for any visits."""
         samples, origins, bad, good = [], [], [], []
-        for i in records:
-            record, draw = self.dataset[i], Draw(self.seed, epoch, i, self.training and not whole)
+        for draw in draws:
+            record, blocks, planner = self.mixture.outline(draw.record, draw)
             try:
-                blocks = self.planner.fill(record.sample, self.planner.outline(record.sample, self.dataset.sizes[i], draw), draw)
+                samples.append(planner.fill(record.sample, blocks, draw))
             except PictureError as error:
                 found = f"{error.name}: {error.problem}"
                 bad.append(BadRecord(error.code, "image", found, "a readable picture", error.cure, record.origin))
                 continue
-            samples.append(blocks)
             origins.append(str(record.origin))
-            good.append(i)
-        planner = self.planner
+            good.append(draw.record)
+        planner = self.mixture.parts[0].planner  # tokens and geometry are those of the model, whatever the source
         return Row(pack_blocks(samples, planner.tokenizer.special, planner.geometry, origins=origins), good, after, bad)
 
 
@@ -185,8 +237,14 @@ class _Rows(IterableDataset):
                 if count % workers == worker:
                     at = micro * self.share.world + self.share.rank
                     # A process without a row of its own still takes part in the step, with an empty one.
-                    yield self.stream.build(step[at] if at < len(step) else [], after.epoch, after)
+                    yield self.stream.build(step[at] if at < len(step) else [], after)
                 count += 1
+
+
+def default_workers(processes: int = 1) -> int:
+    """Workers for each of the training processes on this machine: its cores but one, at most 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, max(0, cores // processes - 1))
 
 
 def load_rows(
@@ -200,15 +258,15 @@ def load_rows(
         _Rows(stream, share, place, limit),
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_same,
+        collate_fn=_Parcel if num_workers or pin else _same,
         pin_memory=pin,
         prefetch_factor=max(2, share.rows) if num_workers else None,
         # It draws a seed for its workers, which use none; from the global generator that draw would change what a resume restores.
         generator=torch.Generator(),
     )
     step: list[Row] = []
-    for row in loader:
-        step.append(row)
+    for item in loader:
+        step.append(item.open() if isinstance(item, _Parcel) else item)
         if len(step) == share.rows:
             yield step
             step = []

@@ -99,11 +99,25 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def latents_of(self, pack: Pack) -> list[Tensor]:
-        """Normalised latents [C, h, w] of the row's VAE pictures: those it brings, or the codec's."""
-        if pack.latents or not pack.vae_pixels:
+        """Normalised latents [C, h, w] of the row's VAE pictures: those it brings, then the codec's of the others."""
+        if not pack.vae_pixels:
             return pack.latents
         assert self.codec is not None, "this model has no codec; load it with load_bagel"
-        return encode_all(self.codec, pack.vae_pixels, pack.vae_noise or None)
+        return pack.latents + encode_all(self.codec, pack.vae_pixels, pack.vae_noise or None)
+
+    def features_of(self, pack: Pack) -> Tensor:
+        """ViT features [N, ViT width] of the row's ViT tokens: those it brings, and the ViT's of the other pictures."""
+        if not pack.vit_features:
+            return self.vit_model(pack.vit_patches, pack.vit_position, pack.vit_lengths)
+        parts: list[Tensor | None] = [None] * len(pack.vit_lengths)
+        fresh = [i for i, ready in enumerate(pack.vit_ready) if not ready]
+        if fresh:  # a ViT that learns must always run, but features are only ever brought for one that is frozen
+            lengths, positions = [pack.vit_lengths[i] for i in fresh], pack.vit_position.split(pack.vit_lengths)
+            seen = self.vit_model(pack.vit_patches, torch.cat([positions[i] for i in fresh]), lengths)
+            for i, features in zip(fresh, seen.split(lengths), strict=True):
+                parts[i] = features
+        ready = iter(pack.vit_features)
+        return torch.cat([next(ready) if part is None else part for part in parts])
 
     def clean_tokens(self, pack: Pack, latents: Sequence[Tensor]) -> Tensor:
         """x_0 of every VAE token, [M, patch_dim] float32, in stored order."""
@@ -118,8 +132,7 @@ class Bagel(nn.Module):
         kind, n = pack.kind, pack.n_und
         words = self.language_model.model.embed_tokens(pack.ids[:n])
         if self.config.visual_und:
-            seen = self.vit_model(pack.vit_patches, pack.vit_position, pack.vit_lengths)
-            seen = self.connector(seen) + self.vit_pos_embed(pack.vit_position)
+            seen = self.connector(self.features_of(pack)) + self.vit_pos_embed(pack.vit_position)
             places = (kind[:n] == Kind.VIT).nonzero().squeeze(1)
             words = words.index_copy(0, places, seen.to(words.dtype))
         if not self.config.visual_gen:

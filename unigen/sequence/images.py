@@ -7,66 +7,77 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import stat
+import re
 import struct
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from unigen.config import UserError
+from unigen.sequence.files import MAX_BYTES, Confined, PictureError, open_file
+
+__all__ = ["Confined", "ImageTransform", "PictureError", "image_size", "open_image", "read_bytes", "to_image"]
 
 PILImage = Image.Image
-Source = str | Path | bytes | PILImage
+Source = str | Path | Confined | bytes | PILImage
+Fit = Callable[[int, int], tuple[int, int]]
 
+_ROWS = 16  # that are normalised at a time: they stay in the cache
 MAX_PIXELS = 64_000_000  # larger pictures are refused from their header, before any memory is spent on them
 
 # Formats that are decoded inside this process by code that reads pixels and nothing else: EPS, for one, would start another program.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "DIB", "PCX")
+# ICO is not among them: PIL decodes its pictures, of any size, while it reads the header.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "DIB", "PCX")
+
+# What PIL may read before the size of a picture is known. Honest headers stay far below; crafted ones would cost minutes.
+_MAX_HEADER_BYTES = 8 * 1024**2
+_MAX_HEADER_READS = 10_000
+_MAX_PNG_TEXT = 16 * 1024**2  # unpacked: all compressed texts and colour profiles together
+
+# Scales at which a JPEG may be decoded, and how many times as large as the wanted picture the decoded one has to be. Over nine sharp
+# photographs of 0.2 to 2 megapixels the worst difference to full decoding, after resizing, is 0.46 of 255 levels in the mean (PSNR
+# 51 dB, no pixel above 9 levels); with 2 in place of 3 and 4 it would be 1.2 levels and 43 dB, at sharp edges visible.
+_DRAFTS = ((8, 4), (4, 4), (2, 3))
 
 _ORIENTATION = 0x0112  # EXIF tag
+_PIL_MODULES = re.compile(r"PIL\.")
 
 
-class PictureError(UserError):
-    """A picture that cannot be used; its string says which, what is wrong with it, and the cure.
-
-    ``code`` is stable: ``missing_picture``, ``not_a_file``, ``unreadable_picture``, ``not_a_picture``, ``broken_picture``,
-    ``huge_picture`` or ``unsupported_picture``.
-    """
-
-    def __init__(self, code: str, name: str, problem: str, cure: str):
-        self.code, self.name, self.problem, self.cure = code, name, problem, cure
-        super().__init__(code, name, problem, cure)
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.problem}. Cure: {self.cure}"
-
-
-def open_image(source: Source) -> PILImage:
+def open_image(source: Source, fit: Fit | None = None) -> PILImage:
     """The picture as RGB, 8 bits, upright (EXIF orientation applied), transparency composed onto white, first frame only.
 
     Args:
         source: A path of a regular file, the bytes of such a file, or an opened picture (which is not changed).
+        fit: Gives, for the picture's upright ``(width, height)``, the largest size that it will be resized to. A JPEG at least six times
+            as large is then decoded at a half, a quarter or an eighth of its size, which no eye can tell after resizing (mean difference
+            below half a level of 255, PSNR above 50 dB) and takes less than half the time. Resize it with :class:`ImageTransform` and an
+            explicit ``size``: the picture returned no longer tells its original size, and its ``info["box"]`` says which part of it the
+            original covers, a fraction of a pixel less than all.
 
     Raises:
-        PictureError: The picture is missing, not a regular file, above 64 megapixels, truncated, or not a picture.
+        PictureError: The picture is missing, not a regular file, outside its root, above 64 megapixels, truncated, or not a picture.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have switched it on: half a picture would pass for a whole one
     with _opened(source) as (picture, name):
         with _explained(name):
             orientation = _orientation(picture)
+            box = None if fit is None or isinstance(source, PILImage) else _draft(picture, orientation, fit)
+            size = picture.size
             picture.load()
+        if picture.size != size:
+            problem = f"its header says {size[0]} x {size[1]}, but it holds {picture.size[0]} x {picture.size[1]}"
+            raise PictureError("broken_picture", name, problem, "save the picture again, or leave the record out")
         upright = _transposed(picture, orientation)
         with _explained(name):
             picture = _to_rgb(upright, name)
-        picture.info = {}  # what was applied above (orientation, transparency) must not be applied again
+        picture.info = {} if box is None else {"box": box}  # what was applied above (orientation, transparency) must not be applied again
         return picture
 
 
@@ -81,6 +92,25 @@ def image_size(source: Source) -> tuple[int, int]:
         return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
 
 
+def read_bytes(source: str | Path | Confined | bytes) -> bytes:
+    """The encoded bytes of a picture, by the same rules for paths as :func:`open_image`, which takes them in place of the path.
+
+    Raises:
+        PictureError: The file is missing, not a regular file, outside its root, cannot be read, or has more than 256 MiB.
+    """
+    if isinstance(source, bytes):
+        return source
+    with open_file(source) as file:
+        try:
+            data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            problem = f"it cannot be read ({error.strerror or error})"
+            raise PictureError("unreadable_picture", str(source), problem, "check the disk and the connection to it") from None
+    if len(data) > MAX_BYTES:  # it grew after it was opened
+        raise PictureError("huge_picture", str(source), f"the file has more than {MAX_BYTES:,} bytes", "scale it down")
+    return data
+
+
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[PILImage, str]]:
     """The picture behind ``source`` with its header read and its size accepted, and the name that messages use."""
@@ -89,31 +119,81 @@ def _opened(source: Source) -> Iterator[tuple[PILImage, str]]:
         _check_size(source, name)
         yield source, name
         return
-    assert isinstance(source, str | Path | bytes), f"a picture is a path, bytes or a PIL image, not {type(source).__name__}"
+    assert isinstance(source, str | Path | Confined | bytes), f"a picture is a path, bytes or a PIL image, not {type(source).__name__}"
     name = "the given bytes" if isinstance(source, bytes) else str(source)
-    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(source) as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
+        header = _Header(file, name)
         with _explained(name):
+            _silence()
             Image.init()
-            picture = Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN])
+            _check_png(header, name)
+            picture = Image.open(header, formats=[f for f in _FORMATS if f in Image.OPEN])
         with picture:
             _check_size(picture, name)
+            header.done()
             yield picture, name
 
 
-def _open_file(path: str | Path) -> BinaryIO:
-    name = str(path)
-    try:
-        # Without O_NONBLOCK the open itself would wait for ever on a named pipe.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    except (FileNotFoundError, NotADirectoryError):
-        raise PictureError("missing_picture", name, "there is no such file", "correct the path or put the picture there") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
-        problem = f"it cannot be opened ({getattr(error, 'strerror', None) or error})"
-        raise PictureError("unreadable_picture", name, problem, "check the path and the permissions") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise PictureError("not_a_file", name, "it is a folder, pipe or device", "name a regular file that holds a picture")
-    return os.fdopen(descriptor, "rb")
+class _Header:
+    """A file of which only so much can be read until :meth:`done` is called. All else goes to the file itself."""
+
+    def __init__(self, file: BinaryIO, name: str):
+        self._file, self._name, self._bytes, self._reads = file, name, 0, 0
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._file, attribute)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        if size >= 0:  # WebP and AVIF are read whole, up to MAX_BYTES, and unpacked later
+            self._bytes, self._reads = self._bytes + len(data), self._reads + 1
+            if self._bytes > _MAX_HEADER_BYTES or self._reads > _MAX_HEADER_READS:
+                problem = f"its header has more than {_MAX_HEADER_BYTES:,} bytes or {_MAX_HEADER_READS:,} parts"
+                raise PictureError("broken_picture", self._name, problem, "save the picture again without its metadata")
+        return data
+
+    def done(self) -> None:
+        self.read = self._file.read
+
+
+def _check_png(header: _Header, name: str) -> None:
+    """Refuses a PNG whose texts would unpack to more than a header may hold: PIL unpacks them before the size can be looked at."""
+    unpacked = 0
+    if header.read(8) == b"\x89PNG\r\n\x1a\n":
+        while len(start := header.read(8)) == 8 and start[4:] not in (b"IDAT", b"IEND"):
+            length = int.from_bytes(start[:4], "big")
+            if start[4:] in (b"zTXt", b"iTXt", b"iCCP"):
+                unpacked += min(1024 * length, 1024**2)  # deflate packs at most a thousandfold, and PIL stops at 1 MiB of one text
+            header.seek(length + 4, io.SEEK_CUR)
+    if unpacked > _MAX_PNG_TEXT:
+        problem = f"its texts may unpack to more than {_MAX_PNG_TEXT:,} bytes"
+        raise PictureError("broken_picture", name, problem, "save the picture again without its metadata")
+    header.seek(0)
+
+
+def _silence() -> None:
+    """PIL warns of odd metadata, a line for each tag, about pictures that are sound; what matters raises. The filter is for good, since
+    ``warnings.catch_warnings`` is not safe in the threads that decode; here it is only put back to the front where others came later."""
+    if not warnings.filters or warnings.filters[0][3] != _PIL_MODULES:
+        warnings.filterwarnings("ignore", module=_PIL_MODULES.pattern)
+
+
+def _draft(picture: PILImage, orientation: int, fit: Fit) -> tuple[float, float, float, float] | None:
+    """Has a large JPEG decoded small. Returns the part of the upright small picture that the original covers; None for other pictures."""
+    if picture.format not in ("JPEG", "MPO"):
+        return None
+    turned = orientation in (5, 6, 7, 8)  # the decoder sees the picture before it is turned upright
+    (width, height), sign = picture.size, -1 if turned else 1
+    wanted = fit(*picture.size[::sign])[::sign]
+    ratio = min(width / wanted[0], height / wanted[1])
+    scale = next((scale for scale, margin in _DRAFTS if ratio >= scale * margin), 1)
+    if scale == 1 or picture.draft(None, (width // scale, height // scale)) is None:
+        return None
+    # The decoder rounds up: the last column and row lie partly outside of the original.
+    covered, small = (width / scale, height / scale)[::sign], picture.size[::sign]
+    left = small[0] - covered[0] if orientation in (2, 3, 6, 7) else 0
+    top = small[1] - covered[1] if orientation in (3, 4, 7, 8) else 0
+    return left, top, left + covered[0], top + covered[1]
 
 
 @contextmanager
@@ -174,6 +254,8 @@ def _to_rgb(picture: PILImage, name: str) -> PILImage:
         raise PictureError("unsupported_picture", name, problem, "save it with 8 or 16 bits per channel")
     if picture.has_transparency_data or picture.mode in ("La", "RGBa"):
         rgba = picture.convert("RGBA")
+        if rgba.getextrema()[3] == (255, 255):  # nothing shows through: the same picture in a fifth of the time
+            return rgba.convert("RGB")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
     if picture.mode == "LAB":
         raise PictureError("unsupported_picture", name, "its colours are CIE L*a*b*", "save it as RGB")
@@ -234,16 +316,26 @@ class ImageTransform:
             w, h = self._within_tokens(w, h, width / height)
         return w, h
 
-    def resize(self, picture: PILImage, images: int = 1) -> PILImage:
-        """The RGB picture at :meth:`size`, bicubic."""
-        size = self.size(*picture.size, images=images)
-        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+    def resize(self, picture: PILImage, images: int = 1, size: tuple[int, int] | None = None) -> PILImage:
+        """The RGB picture at ``size``, bicubic; by default at :meth:`size` of its own. One opened with ``fit`` needs the explicit size."""
+        box = picture.info.get("box")
+        assert box is None or size is not None, "a picture that was decoded small does not know its size: give the size"
+        size = size or self.size(*picture.size, images=images)
+        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC, box)
 
-    def __call__(self, picture: PILImage, images: int = 1) -> Tensor:
-        """``[3, H, W]`` float32 in [-1, 1] of an RGB picture."""
+    def __call__(self, picture: PILImage, images: int = 1, size: tuple[int, int] | None = None) -> Tensor:
+        """``[3, H, W]`` float32 in [-1, 1] of an RGB picture, resized as by :meth:`resize`."""
         assert picture.mode == "RGB", f"open pictures with open_image: mode is {picture.mode}"
-        pixels = torch.from_numpy(np.array(self.resize(picture, images)))
-        return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+        picture = self.resize(picture, images, size)
+        pixels = np.empty((3, picture.height, picture.width), np.float32)
+        for band, plane in zip(picture.split(), pixels):
+            whole = np.asarray(band)
+            for row in range(0, len(plane), _ROWS):
+                levels, out = whole[row : row + _ROWS], plane[row : row + _ROWS]
+                np.divide(levels, np.float32(255), out=out, dtype=np.float32)
+                np.subtract(out, np.float32(0.5), out=out)
+                np.multiply(out, np.float32(2), out=out)
+        return torch.from_numpy(pixels)
 
     def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
         w, h = (max(self.stride, round(round(side * scale) / self.stride) * self.stride) for side in (width, height))

@@ -64,7 +64,7 @@ def pack_blocks(
     index = span = 0
     for s, blocks in enumerate(samples):
         position = positions[s] if positions else 0
-        pictures: dict[int, int] = {}
+        pictures: dict[int, tuple[bool, int]] = {}
         for block in blocks:
             if not block.dropped:
                 _add_block(block, und, gen, special, position=position, index=index, sample=s, span=span)
@@ -124,47 +124,58 @@ class _Content:
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
         self.patches: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self.ready: list[bool] = []
+        self.vit_lengths: list[int] = []
         self.vit_position: list[Tensor] = []
         self.pixels: list[Tensor] = []
         self.posterior: list[Tensor] = []
         self.latents: list[Tensor] = []
-        self.block: list[int] = []
+        self.block: list[tuple[bool, int]] = []  # has it pixels, and the number among its like
         self.grid: list[tuple[int, int]] = []
         self.vae_position: list[Tensor] = []
         self.u: list[Tensor] = []
         self.noise: list[Tensor] = []
 
-    def add(self, block: Block, pictures: dict[int, int]) -> None:
+    def add(self, block: Block, pictures: dict[int, tuple[bool, int]]) -> None:
         """``pictures`` maps the pieces of this sample to the pictures they became."""
         if block.kind == Kind.TEXT:
             return
         assert block.grid is not None and block.grid[0] * block.grid[1] == block.length
         g = self.geometry
         if block.kind == Kind.VIT:
-            assert block.patches is not None
-            self.patches.append(block.patches)
+            self._add_vit(block)
             self.vit_position.append(grid_positions(*block.grid, g.vit_side, g.interpolate))
             return
-        if block.piece < 0 or block.piece not in pictures:
-            pictures[block.piece] = len(self.latents) + len(self.pixels)
-            if block.latent is not None:
-                self.latents.append(block.latent)
-            elif block.pixels is not None:
-                self.pixels.append(block.pixels)
-                if block.posterior is not None:
-                    self.posterior.append(block.posterior)
-            else:  # a picture that is being drawn: the sampler brings x_t
-                pictures.pop(block.piece)
         if block.latent is not None or block.pixels is not None:
+            if block.piece < 0 or block.piece not in pictures:
+                pictures[block.piece] = self._add_picture(block)
             self.block.append(pictures[block.piece])
         self.grid.append(block.grid)
         self.vae_position.append(grid_positions(*block.grid, g.max_latent_size, g.interpolate))
         self.u.append(torch.full((block.length,), block.u))
         self.noise.append(block.noise if block.noise is not None else torch.zeros(block.length, g.patch_dim))
 
+    def _add_vit(self, block: Block) -> None:
+        shown = block.patches if block.features is None else block.features
+        assert shown is not None and len(shown) == block.length
+        (self.patches if block.features is None else self.features).append(shown)
+        self.ready.append(block.features is not None)
+        self.vit_lengths.append(block.length)
+
+    def _add_picture(self, block: Block) -> tuple[bool, int]:
+        if block.latent is not None:
+            self.latents.append(block.latent)
+            return False, len(self.latents) - 1
+        assert block.pixels is not None
+        self.pixels.append(block.pixels)
+        if block.posterior is not None:
+            self.posterior.append(block.posterior)
+        return True, len(self.pixels) - 1
+
 
 def _finish(und: _Half, gen: _Half, content: _Content, n_samples: int, origins: list[str]) -> Pack:
-    assert not (content.latents and content.pixels), "a row brings pixels or latents, not both"
+    assert len(content.posterior) in (0, len(content.pixels)), "all pictures of a row are drawn from their posteriors, or none"
     columns = {name: und.columns[name] + gen.columns[name] for name in und.columns}
     tensors = {
         name: torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64) for name, parts in columns.items()
@@ -184,14 +195,16 @@ def _finish(und: _Half, gen: _Half, content: _Content, n_samples: int, origins: 
         n_samples=n_samples,
         vit_patches=join(content.patches, 0, g.vit_patch**2 * 3),
         vit_position=join(content.vit_position, 0, dtype=torch.int64),
-        vit_lengths=[len(p) for p in content.patches],
+        vit_lengths=content.vit_lengths,
         vae_pixels=content.pixels,
         vae_noise=content.posterior,
         latents=content.latents,
-        vae_block=content.block,
+        vae_block=[number + len(content.latents) * pixels for pixels, number in content.block],
         vae_grid=content.grid,
         vae_position=join(content.vae_position, 0, dtype=torch.int64),
         u=join(content.u, 0),
         noise=join(content.noise, 0, g.patch_dim),
         origins=origins,
+        vit_features=content.features,
+        vit_ready=content.ready if content.features else [],
     )

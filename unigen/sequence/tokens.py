@@ -105,5 +105,9 @@ class WordTokenizer(Tokenizer):
             ids.append(self._ids[word])
         return ids
 
+    def count(self, text: str) -> int:
+        """``len(encode(text))``, without keeping the words."""
+        return len(_PIECES.findall(text))
+
     def decode(self, ids: list[int]) -> str:
         return "".join(self._words[i] for i in ids)

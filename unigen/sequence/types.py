@@ -33,6 +33,7 @@ class Image:
 
     source: Any
     target: bool = False
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # width, height (upright) where they are known
 
 
 Sample = list[Text | Image]
@@ -74,7 +75,7 @@ class Block:
     """One block of a sample (the rows of the table in ``docs/model.md``).
 
     An outline has lengths and labels only; filled in, text blocks carry ``ids`` and image blocks their content:
-    ``patches`` for the ViT, ``pixels`` or a ready ``latent`` for the VAE.
+    ``patches`` or ready ``features`` for the ViT, ``pixels`` or a ready ``latent`` for the VAE.
     """
 
     kind: Kind
@@ -88,6 +89,7 @@ class Block:
     cut_label: int = -100
     ids: list[int] | None = None
     patches: Tensor | None = None  # [rows * columns, patch * patch * 3]
+    features: Tensor | None = None  # [rows * columns, ViT width] what the frozen ViT made of the patches, in place of them
     pixels: Tensor | None = None  # [3, H, W] in [-1, 1]
     latent: Tensor | None = None  # [C, h, w] normalised
     posterior: Tensor | None = None  # [C, h, w] standard normal: which latent is drawn; None for the posterior's mean
@@ -117,20 +119,22 @@ class Pack:
     label: Tensor  # [T] int64, -100 where there is none
     n_und: int  # tokens of the understanding half
     n_samples: int
-    # ViT pictures, in sequence order
-    vit_patches: Tensor  # [N, patch * patch * 3] float
-    vit_position: Tensor  # [N] int64, row * side + column in the position tables
-    vit_lengths: list[int]  # patches of each picture
-    # VAE pictures: blocks in sequence order, each showing one entry of `vae_pixels` (or of `latents`)
-    vae_pixels: list[Tensor]  # [3, H, W] each in [-1, 1]; empty when `latents` is given
-    vae_noise: list[Tensor]  # [C, h, w] each: the posterior's draw; empty for its mean
+    # ViT pictures, in sequence order: the ViT looks at the patches of some, and others bring its features
+    vit_patches: Tensor  # [tokens of the former, patch * patch * 3] float
+    vit_position: Tensor  # [N] int64, row * side + column in the position tables, of all
+    vit_lengths: list[int]  # patches of each picture, of all
+    # VAE pictures: those with ready latents are numbered first, those with pixels after them
+    vae_pixels: list[Tensor]  # [3, H, W] each in [-1, 1]
+    vae_noise: list[Tensor]  # [C, h, w] each: the posterior's draw of each entry of `vae_pixels`; empty for its mean
     latents: list[Tensor]  # [C, h, w] each, normalised latents (cached, or already encoded)
-    vae_block: list[int]  # the picture each VAE block shows
+    vae_block: list[int]  # the picture each VAE block shows, blocks in sequence order
     vae_grid: list[tuple[int, int]]  # rows and columns of tokens of each VAE block
     vae_position: Tensor  # [M] int64, row * max_latent_size + column
     u: Tensor  # [M] float32: time before the time law; -inf is clean
     noise: Tensor  # [M, patch_dim] float32; rows of clean tokens are not read
     origins: list[str] = field(default_factory=list)
+    vit_features: list[Tensor] = field(default_factory=list)  # [patches, ViT width] of each picture that brings them
+    vit_ready: list[bool] = field(default_factory=list)  # of each picture: does it bring features? Empty where none does
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -145,13 +149,23 @@ class Pack:
         """Noised latent tokens of the row: its share of the image loss's denominator."""
         return int((self.kind == Kind.NOISED).sum())
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Pack:
-        """A copy with ``fn`` applied to every tensor: pin, move, cast."""
+    @property
+    def n_ready(self) -> int:
+        """Pictures that come encoded (from a cache), one that both encoders look at counted twice."""
+        return len(self.latents) + len(self.vit_features)
+
+    @property
+    def n_to_encode(self) -> int:
+        """Pictures that the encoders have to look at, counted in the same way."""
+        return len(self.vae_pixels) + len(self.vit_lengths) - len(self.vit_features)
+
+    def map(self, fn: Callable[[Any], Any], kind: type = Tensor) -> Pack:
+        """A copy with ``fn`` applied to every tensor (to every ``kind``, where something else stands for them): pin, move, cast."""
 
         def apply(value: Any) -> Any:
-            if isinstance(value, Tensor):
+            if isinstance(value, kind):
                 return fn(value)
-            if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            if isinstance(value, list) and value and isinstance(value[0], kind):
                 return [fn(v) for v in value]
             return value
 

@@ -24,6 +24,7 @@ class Engine:
     def __init__(self, config: Config):
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         self.device = self._device(config, int(os.environ.get("LOCAL_RANK", "0")))
         self.main = self.rank == 0
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32

@@ -9,13 +9,13 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from unigen.config import Config, ConfigError, UserError
+from unigen.config import Config, ConfigError, Source, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.loader import Place, Row, RowStream, Share, load_rows
+from unigen.data.loader import Place, Row, RowStream, Share, default_workers, load_rows
+from unigen.data.mixing import Mixture, Part
 from unigen.model.bagel import Bagel
 from unigen.model.weights import load_bagel, save_bagel
 from unigen.sequence.plan import Planner
@@ -90,8 +90,10 @@ class UnifiedTrainer:
         self.model = self._load_model(resume)
         self._load_data()
         self.share = Share(engine.rank, engine.world, c.gradient_accumulation_steps)
+        self.workers = default_workers(engine.local_world) if c.num_workers is None else c.num_workers
         self.total_steps = c.max_steps or sum(self.stream.steps_in(e, self.share.step_rows) for e in range(c.num_epochs))
-        self.eval_every = c.eval_steps or self.stream.steps_in(0, self.share.step_rows)
+        # Counting the steps of an epoch packs it; only where the answer is needed.
+        self.eval_every = c.eval_steps or (self.stream.steps_in(0, self.share.step_rows) if self.val_stream else self.total_steps)
         self.optimizer = build_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=c.fp16)
         self.ema = EMA(self.model, c.ema) if c.ema else None
@@ -130,26 +132,38 @@ class UnifiedTrainer:
         vocabulary = model.config.llm.vocab_size
         if max(vars(tokenizer.special).values()) >= vocabulary:
             raise ConfigError(f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}")
-        planner = model.config.planner(tokenizer, c)
-        self.stream = self._stream(c.train_data_path, planner, training=True)
-        self.val_stream = self._stream(c.val_data_path, planner, training=False) if c.val_data_path else None
+        held_out = [Source(c.val_data_path, "val_data_path")] if c.val_data_path else []
+        self.stream = self._stream(c.sources(), tokenizer, training=True)
+        self.val_stream = self._stream(held_out, tokenizer, training=False) if held_out else None
 
-    def _stream(self, paths: Any, planner: Planner, training: bool) -> RowStream:
+    def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> RowStream:
+        c = self.config
+        parts = []
+        for source in sources:
+            planner = self.model.config.planner(tokenizer, c, source)
+            dataset = self._dataset(source, planner)
+            if self.engine.main:
+                log.info("%s data (%s)\n%s", "Training" if training else "Validation", source.name, dataset.describe())
+            parts.append(Part(source.name, dataset, planner, source.weight, source.repeat))
+        mixture = Mixture(parts, c.seed, training)
+        if self.engine.main:
+            log.info("%s", mixture.describe())
+        return RowStream(mixture, c.batch_size, c.max_num_tokens)
+
+    def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
         c, main = self.config, self.engine.main
         dataset = UnifiedGenerationDataset(
-            paths,
+            source.path,
             on_bad_record=c.on_bad_record,
             # With "skip" every process must leave out the same records; with "error" one that looks closely is enough.
             check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
             measure=planner.measure,
             bad_records_path=self.output_dir / "bad_records.jsonl" if main else None,
+            data_root=c.data_root,
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:
-            raise UserError(f"{paths}: the processes read different data. Cure: give every machine the same files")
-        stream = RowStream(dataset, planner, c.seed, training)
-        if main:
-            log.info("%s data\n%s\n%s", "Training" if training else "Validation", dataset.describe(), stream.describe())
-        return stream
+            raise UserError(f"{source.name}: the processes read different data. Cure: give every machine the same files")
+        return dataset
 
     def _describe(self) -> None:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -176,10 +190,10 @@ class UnifiedTrainer:
                 f"with --model_path {folder}"
             )
         state = states["trainer"]
-        if state["fingerprint"] != self.stream.dataset.fingerprint:
+        if state["fingerprint"] != self.stream.mixture.fingerprint:
             raise UserError(
-                f"{folder}: train_data_path is not the data this run began with (its fingerprint differs). "
-                "Cure: resume with the same files, or start a new run with --model_path of this checkpoint"
+                f"{folder}: the training data is not what this run began with (its fingerprint differs). "
+                "Cure: resume with the same files and weights, or start a new run with --model_path of this checkpoint"
             )
         load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
         if self.ema is not None:
@@ -188,7 +202,7 @@ class UnifiedTrainer:
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(tensors["random"]["cpu"].cpu())
         self.step, self.best = state["step"], state["best"] if state["best"] is not None else math.inf
-        self.place = Place(state["epoch"], state["position"])
+        self.place = Place(state["epoch"], state["position"], tuple(state.get("waiting", ())))
         log.info("Resumed from %s at step %d", folder, self.step)
 
     def _save(self, name: str | None = None) -> None:
@@ -213,8 +227,9 @@ class UnifiedTrainer:
                     "step": self.step,
                     "epoch": self.place.epoch,
                     "position": self.place.position,
+                    "waiting": self.place.waiting,
                     "best": self.best if math.isfinite(self.best) else None,
-                    "fingerprint": self.stream.dataset.fingerprint,
+                    "fingerprint": self.stream.mixture.fingerprint,
                     "total_steps": self.total_steps,
                     "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
                 }
@@ -247,7 +262,7 @@ class UnifiedTrainer:
         c = self.config
         rows = load_rows(
             self.stream, self.share, self.place,
-            num_workers=c.num_workers, limit=self.total_steps - self.step, pin=self.engine.device.type == "cuda",
+            num_workers=self.workers, limit=self.total_steps - self.step, pin=self.engine.device.type == "cuda",
         )  # fmt: skip
         metrics: dict[str, float] = {}
         while self.step < self.total_steps:
@@ -334,7 +349,8 @@ class UnifiedTrainer:
                 f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in everyone)
             log.warning("%d record(s) left out: %s", len(everyone), message)
         stream.unreadable |= {f"{record['file']}:{record['index']}" for record in everyone}
-        count, total = len(stream.dataset.bad) + len(stream.unreadable), len(stream.dataset.bad) + len(stream.dataset)
+        mixture = stream.mixture
+        count, total = mixture.left_out + len(stream.unreadable), mixture.left_out + mixture.total
         if count > MAX_BAD_SHARE * total:
             raise TrainingStopped(
                 f"{message}; now {count:,} of {total:,} records cannot be used, more than {MAX_BAD_SHARE:.0%}. "
@@ -347,7 +363,7 @@ class UnifiedTrainer:
             "loss": c.text_loss_weight * result.text_loss + c.image_loss_weight * result.image_loss,
             "grad_norm": result.grad_norm,
             "learning_rate": lr,
-            "epoch": self.place.epoch + self.place.position / len(self.stream.dataset),
+            "epoch": self.place.epoch + self.place.done / len(self.stream.mixture),
             "text_tokens": result.counts.text,
             "image_tokens": result.counts.image,
             "tokens_per_second": result.tokens / seconds,
@@ -366,7 +382,7 @@ class UnifiedTrainer:
     def dry_batch(self) -> None:
         """Forward and backward of the largest row, so that memory runs out now or never."""
         engine, stream = self.engine, self.stream
-        pack = stream.build(stream.largest_row(), 0, self.place, whole=True).pack
+        pack = stream.build_largest().pack
         state = torch.get_rng_state()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         try:
@@ -394,7 +410,7 @@ class UnifiedTrainer:
         share = replace(self.share, rows=1)
         steps = self.val_stream.steps_in(0, share.step_rows)
         self.model.eval()
-        for (row,) in load_rows(self.val_stream, share, Place(), num_workers=0, limit=steps):
+        for (row,) in load_rows(self.val_stream, share, Place(), num_workers=self.workers, limit=steps):
             self._check_rows([row], self.val_stream)
             with engine.autocast():
                 text_sum, image_sum = loss_sums(self.model(row.pack.to(engine.device)))

@@ -1,0 +1,327 @@
+"""The store of encoded pictures that ``unigen cache`` fills and training reads: files by key, whole or absent.
+
+A key is a digest of everything an entry depends on: the picture's bytes, what decoding and resizing make of them, the encoder's
+weights and the dtype it computes in. Change any and the key is another, so a stale entry is never found. No model lives here.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unigen.config import UserError
+from unigen.sequence.contents import PIXELS, View
+from unigen.sequence.types import Pack
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of keys and entries
+MARKER = "unigen-cache.json"
+ABANDONED = 3600  # seconds after which a file still being written has no writer any more
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PART = re.compile(r"\.[0-9a-f]{64}\.\w+\.part")
+_UNSET = "00000000"  # what the checksum is while it is computed
+
+
+class CacheError(UserError):
+    """The cache folder cannot be used; the message says why and the cure."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What an encoder's answer depends on besides the picture.
+
+    Args:
+        name: ``vae`` or ``vit``.
+        weights: digest of its weights and config.
+        dtype: what it computes in, such as ``bfloat16``.
+    """
+
+    name: str
+    weights: str
+    dtype: str
+
+
+def about(encoder: Encoder, picture: str, view: View) -> dict[str, str]:
+    """What an entry is of, as texts; :func:`key_of` digests them. ``picture`` is the digest of the picture's bytes."""
+    size = view.vae if encoder.name == "vae" else view.vit
+    assert size is not None, f"the {encoder.name} does not see this picture"
+    return {
+        "version": str(VERSION),
+        "encoder": encoder.name,
+        "picture": picture,
+        "size": "{}x{}".format(*size),
+        "decoded": "{}x{}".format(*view.decoded),  # a JPEG may be decoded smaller where that suffices for all its uses
+        "pixels": str(PIXELS),
+        "weights": encoder.weights,
+        "dtype": encoder.dtype,
+    }
+
+
+def key_of(encoder: Encoder, picture: str, view: View) -> str:
+    """The key of an entry, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(about(encoder, picture, view), sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+    """A folder of entries, ``ab/cd/abcd....safetensors``, and of notes on the encoders they are of. Any number of processes may
+    read and write it at once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._told: set[str] = set()
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Store:
+        """A store that is there.
+
+        Raises:
+            CacheError: the folder is missing, or is no cache of this version.
+        """
+        folder = Path(folder)
+        try:
+            found = json.loads((folder / MARKER).read_text(encoding="utf-8"))["unigen_cache"]
+        except (OSError, ValueError, KeyError, TypeError):
+            problem = "holds no cache of encoded pictures" if folder.is_dir() else "is not a folder"
+            raise CacheError(f"cache_dir {folder} {problem}. Cure: fill it with unigen cache, or leave cache_dir out") from None
+        if found != VERSION:
+            raise CacheError(
+                f"cache_dir {folder} is a cache of version {found}; this program reads version {VERSION}. Cure: fill another folder with "
+                "unigen cache"
+            )
+        return cls(folder)
+
+    @classmethod
+    def create(cls, folder: Path | str) -> Store:
+        """The store in ``folder``, made where there is none.
+
+        Raises:
+            CacheError: the folder cannot be written, or holds something else.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / MARKER).exists():
+                # Files of other processes that are making the same store right now are no strangers.
+                others = [name for name in os.listdir(folder) if MARKER not in name]
+                if others and not (folder / MARKER).exists():
+                    raise CacheError(
+                        f"cache_dir {folder} holds other files ({', '.join(sorted(others)[:3])}). Cure: choose an empty or a new folder"
+                    )
+                _write(folder / MARKER, json.dumps({"unigen_cache": VERSION}).encode() + b"\n")
+        except OSError as error:
+            raise _failed(folder, error) from error
+        return cls.open(folder)
+
+    def introduce(self, encoder: Encoder) -> None:
+        """Notes that the store has entries of this encoder. Raises CacheError."""
+        try:
+            self._note(encoder).parent.mkdir(exist_ok=True)
+            _write(self._note(encoder), json.dumps(vars(encoder), indent=1).encode() + b"\n")
+        except OSError as error:
+            raise _failed(self.folder, error) from error
+
+    def knows(self, encoder: Encoder) -> bool:
+        """Was this encoder introduced? If not, there is nothing to find."""
+        return self._note(encoder).is_file()
+
+    def _note(self, encoder: Encoder) -> Path:
+        return self.folder / "encoders" / f"{encoder.name}-{encoder.dtype}-{encoder.weights[:32]}.json"
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / key[2:4] / f"{key}.safetensors"
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry in host memory; None where it is missing, or damaged (which is logged once)."""
+        path = self.path(key)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                data = bytearray(os.fstat(file.fileno()).st_size)
+                view, done = memoryview(data), 0
+                while done < len(data) and (got := file.readinto(view[done:])):
+                    done += got
+            return _decode(data, key)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if key not in self._told:
+                self._told.add(key)
+                log.warning("%s is damaged (%s): it is not used; the next run of unigen cache writes it anew", path, error)
+            return None
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> int:
+        """Writes an entry (float tensors, and ``of``: what it is of) in one piece; its bytes on disk.
+
+        Raises:
+            CacheError: the disk is full, or the folder cannot be written. What was there before is untouched.
+        """
+        data = _encode(key, tensors, of)
+        path = self.path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, data, key)
+        except OSError as error:
+            raise _failed(self.folder, error) from error
+        return len(data)
+
+    def entries(self) -> Iterator[tuple[str, int]]:
+        """(key, bytes) of every entry."""
+        for path in self._files():
+            if _ENTRY.fullmatch(path.name) and path.name.startswith(path.parent.parent.name + path.parent.name):
+                try:
+                    yield path.stem, path.stat().st_size
+                except FileNotFoundError:  # another process removed it
+                    continue
+
+    def prune(self, keep: set[str]) -> tuple[int, int]:
+        """Removes all entries but ``keep``, and what killed writers left; (entries removed, their bytes)."""
+        removed = freed = 0
+        for key, size in list(self.entries()):
+            if key not in keep:
+                self.path(key).unlink(missing_ok=True)
+                removed, freed = removed + 1, freed + size
+        for path in self._files():
+            if _PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
+        return removed, freed
+
+    def check_space(self, needed: int) -> None:
+        """Raises CacheError where ``needed`` bytes do not fit onto the disk."""
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise CacheError(
+                f"cache_dir {self.folder}: {needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free. "
+                "Cure: make room, choose another --cache_dir, or lower --max_image_tokens"
+            )
+
+    def _files(self) -> Iterator[Path]:
+        return (path for path in self.folder.glob("[0-9a-f][0-9a-f]/[0-9a-f][0-9a-f]/*") if path.is_file())
+
+
+class FeatureCache:
+    """What training finds in a store for one model: posteriors of its VAE, features of its frozen ViT.
+
+    Args:
+        store: the folder.
+        vae: the model's VAE; None where it is not to be looked for.
+        vit: the model's ViT; None where it learns, or there is none.
+        scale, shift: those of the VAE's config: a latent is ``scale * (z - shift)``.
+    """
+
+    def __init__(self, store: Store, vae: Encoder | None, vit: Encoder | None, scale: float = 1.0, shift: float = 0.0):
+        self.store, self.vae, self.vit, self.scale, self.shift = store, vae, vit, scale, shift
+
+    def posterior(self, picture: str, view: View) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation [C, h, w] of the picture's latent before normalisation; None where there is no entry."""
+        if self.vae is None:
+            return None
+        found = self.store.get(key_of(self.vae, picture, view))
+        return (found["mean"], found["std"]) if found is not None else None
+
+    def features(self, picture: str, view: View) -> Tensor | None:
+        """What the ViT makes of the picture, [patches, width]; None where there is no entry."""
+        if self.vit is None:
+            return None
+        found = self.store.get(key_of(self.vit, picture, view))
+        return found["features"] if found is not None else None
+
+    def latent(self, posterior: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
+        """The normalised latent [C, h, w] that ``noise`` draws: the codec's operations in its order, so the same bits."""
+        mean, std = posterior
+        return self.scale * (mean + std * noise.to(mean.dtype) - self.shift)
+
+
+@dataclass
+class Tally:
+    """How many of the pictures that a run met came from the cache; one that both encoders look at counts twice."""
+
+    ready: int = 0
+    encoded: int = 0
+
+    def add(self, pack: Pack) -> None:
+        self.ready, self.encoded = self.ready + pack.n_ready, self.encoded + pack.n_to_encode
+
+    def __str__(self) -> str:
+        share = self.ready / max(self.ready + self.encoded, 1)
+        return f"{self.ready:,} pictures found in the cache ({share:.1%}), {self.encoded:,} missing and encoded"
+
+
+# ---- the bytes of an entry: a safetensors file whose metadata hold a CRC-32 of all of it
+
+
+def _encode(key: str, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {**of, "key": key, "checksum": _UNSET}}
+    parts, offset = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # wide types first: all are aligned
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + len(data)]}
+        parts.append(data)
+        offset += len(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    whole = b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    at = whole.index(_CHECKSUM) + len(_CHECKSUM)
+    return whole[:at] + b"%08x" % zlib.crc32(whole) + whole[at + len(_UNSET) :]
+
+
+_CHECKSUM = b'"checksum":"'
+
+
+def _decode(data: bytearray, key: str) -> dict[str, Tensor]:
+    """The tensors, which share memory with ``data``. Raises ValueError where anything in it is not as it was written."""
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= len(data) - 8:
+        raise ValueError("it is truncated")
+    at = data.find(_CHECKSUM, 8, 8 + length) + len(_CHECKSUM)
+    if at < len(_CHECKSUM):
+        raise ValueError("it has no checksum")
+    wanted = bytes(data[at : at + len(_UNSET)])
+    data[at : at + len(_UNSET)] = _UNSET.encode()
+    if b"%08x" % zlib.crc32(data) != wanted:
+        raise ValueError("its checksum differs")
+    header = json.loads(data[8 : 8 + length])
+    if header.pop("__metadata__")["key"] != key:
+        raise ValueError("it is the entry of another key")
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        flat = torch.frombuffer(data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=8 + length + start)
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def _write(path: Path, data: bytes, key: str = "0" * 64) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    part = path.with_name(f".{MARKER if path.name == MARKER else key}.{uuid.uuid4().hex}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _failed(folder: Path, error: OSError) -> CacheError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "Cure: make room and run the command again; what is written stays usable"
+        return CacheError(f"cache_dir {folder}: the disk is full ({error.strerror}). {cure}")
+    return CacheError(f"cache_dir {folder} cannot be written ({error}). Cure: choose another --cache_dir")

@@ -1,0 +1,372 @@
+"""Kinds of files, and nothing about what their records mean: finding them, cutting them into parts, reading records.
+
+One table, :data:`CONTAINERS`. A record comes out as ``Raw``: the bytes of its JSON text, or the row of a table as a dict.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from unigen.config import UserError
+from unigen.data import tables
+from unigen.data.json_text import split_json
+from unigen.data.unpack import PACKED, open_packed
+from unigen.sequence.types import BadRecord, Origin
+
+Raw = bytes | dict[str, Any]
+
+PART = 8 << 20  # bytes of a JSON Lines file that are read as one part
+GROUPS = 256 << 20  # bytes of table groups that a Reader keeps in each process
+MAX_LINE = 256 << 20  # a longer line is no record but a file of another kind
+_BOM = b"\xef\xbb\xbf"
+_BLANK_LINE = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t\r]*\n", re.MULTILINE)  # what _content finds nothing in
+_HF_FILES = ("state.json", "dataset_info.json")
+
+
+class BadData(UserError):
+    """Data that a run must not start with. ``records`` holds every :class:`BadRecord` behind it."""
+
+    def __init__(self, message: str, records: list[BadRecord] | None = None):
+        self.records = records or []
+        super().__init__(message)
+
+    def __reduce__(self):
+        return (BadData, (self.args[0], self.records))
+
+
+class Span(NamedTuple):
+    """Where one record lies; a row of an index."""
+
+    file: int
+    offset: int  # byte in the (unpacked) file; of a table the key of the group
+    length: int  # bytes; of a table the row in its group
+    line: int  # 0 where a line holds several records and would not say which, and in tables
+    index: int  # of the record in its file, from 0
+    crc: int  # of its contents
+
+
+class Part(NamedTuple):
+    """A portion of a file that can be read without the others, in any order and in another process."""
+
+    path: Path
+    file: int
+    source: Path  # what is read: the file, or its unpacked copy
+    start: int = 0  # byte, or key of a group
+    stop: int | None = None  # byte; None to the end
+    line: int = 1  # number of its first line
+    index: int = 0  # of its first record
+    size: int = 0  # bytes it stands for, for progress: those of all parts make about the size of the file
+
+
+class Container(NamedTuple):
+    """How files of one kind are cut and read."""
+
+    cut: Callable[[Part, int], Iterator[Part]]
+    walk: Callable[[Part, Any], Iterator[tuple[Span, Raw]]]
+    group: Callable[[Path, int], Any] | None = None  # tables: reads the group of a key
+    runs: bool = False  # reading a record costs reading its group
+
+
+# ---- finding ----
+
+
+def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
+    """Absolute paths of the files, each with the name it has in a fingerprint (which a moved folder keeps).
+
+    Folders are searched recursively, in sorted order, hidden entries left out. A folder that Hugging Face ``datasets`` saved
+    stands for its Arrow files.
+
+    Raises:
+        BadData: No path is given, one does not exist or is of no known kind, or a folder holds nothing to read.
+    """
+    found = []
+    for given in paths:
+        path = Path(given).absolute()
+        if path.is_dir():
+            names = sorted(_in_folder(path))
+            if not names:
+                kinds = "no .json or .jsonl, Parquet or Arrow file"
+                raise BadData(f"{given}: the folder holds {kinds}. Name the folder or the files with the records.")
+            found += [(path / name, name.as_posix()) for name in names]
+        elif not path.is_file():
+            problem = "it is not a regular file" if path.exists() else "there is no such file or folder"
+            raise BadData(f"{given}: {problem}. Correct the path of the data.")
+        elif _kind(path) is None:
+            known = ", ".join(CONTAINERS)
+            raise BadData(
+                f"{given}: its name ends in none of {known}, nor in .json or .jsonl with {' or '.join(PACKED)}. "
+                "Rename it: .jsonl for one record a line, .json for a list of records."
+            )
+        else:
+            found.append((path, path.name))
+    if not found:
+        raise BadData("no data is named. Give a JSON or JSONL file, or a folder of them.")
+    return found
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    """Relative paths of the files with records, in no order."""
+    for place, folders, names in os.walk(folder, onerror=_unlisted):
+        at = Path(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "dataset_dict.json" in names:
+            folders[:] = [_only_split(at, folders)]
+        elif "state.json" in names and "dataset_info.json" in names:
+            yield from (at.relative_to(folder) / name for name in _saved_files(at))
+            folders.clear()
+        else:
+            cached = any(name.endswith(".arrow") for name in names)  # as in the cache of datasets: a description beside the data
+            for name in names:
+                if not name.startswith(".") and _kind(at / name) and (at / name).is_file() and not (cached and name in _HF_FILES):
+                    yield (at / name).relative_to(folder)
+
+
+def _unlisted(error: OSError) -> None:
+    raise BadData(f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions.")
+
+
+def _only_split(folder: Path, folders: list[str]) -> str:
+    splits = [name for name in _json_field(folder / "dataset_dict.json", "splits") if isinstance(name, str)]
+    if len(splits) != 1 or splits[0] not in folders:
+        names = ", ".join(str(folder / name) for name in splits)
+        raise BadData(f"{folder}: it holds {len(splits)} splits, and not all may be meant for this. Name the folder of one: {names}.")
+    return splits[0]
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, checked to be all there."""
+    state = folder / "state.json"
+    if _json_field(state, "_indices_files", missing=[]):
+        raise BadData(f"{folder}: an old version of datasets saved a selection of its rows there. Save it again with datasets 2 or newer.")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in _json_field(state, "_data_files")]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or _kind(Path(name)) is None:
+            raise BadData(f"{state}: _data_files names {name!r}, which is no Arrow file of this folder. Save the data set again.")
+        if not (folder / name).is_file():
+            raise BadData(f"{folder}: {name} is missing, which state.json names. Copy the whole folder again.")
+    return names
+
+
+def _json_field(path: Path, name: str, missing: Any = None) -> list[Any]:
+    try:
+        value = json.loads(path.read_bytes()).get(name, missing)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadData(f"{path}: it cannot be read ({error}). Save the data set again.") from None
+    if not isinstance(value or missing, list):
+        raise BadData(f"{path}: {name} is not a list. Save the data set again.")
+    return value or []
+
+
+# ---- reading through ----
+
+
+def parts(path: Path, number: int, size: int = PART, source: Path | None = None) -> Iterator[Part]:
+    """Portions of a file for reading in parallel; together they hold every record once, in order.
+
+    JSON Lines files are cut at line ends near every ``size`` bytes, tables by their groups; other files are one part.
+    The generator reads a JSON Lines file once, to count its lines, and yields a part as soon as it is known.
+
+    Args:
+        path: A file that :func:`find_files` returned.
+        number: Its number, for ``Span.file``.
+        size: Bytes of a part of a JSON Lines file, about.
+        source: The unpacked copy of a compressed file, which is cut like any other (``Reader.source`` has it).
+
+    Raises:
+        BadRecord: ``broken_file`` or ``unreadable_file``, with origin: the whole file, or what is left of it, is lost.
+    """
+    source = source or path
+    with explained(path):
+        whole = Part(path, number, source, size=source.stat().st_size)
+        if is_packed(source):
+            yield whole
+        else:
+            yield from container_of(path).cut(whole, size)
+
+
+def read_part(part: Part, digest: Any = None) -> Iterator[tuple[Span, Raw]]:
+    """Every record of a part.
+
+    Args:
+        part: From :func:`parts`.
+        digest: A ``hashlib`` object that the contents are fed to; parts in order give the digest of the file.
+
+    Raises:
+        BadRecord: ``broken_file``, ``unreadable_file``, or ``bad_json`` and ``bad_utf8`` of a ``.json`` file, with field "(file)" and
+            origin: what follows in this part is lost.
+    """
+    with explained(part.path):
+        yield from container_of(part.path).walk(part, digest)
+
+
+def feed(raw: Raw | Any, update: Callable[[bytes], Any]) -> None:
+    """Feeds a record to ``update``, so that different records give different bytes."""
+    if isinstance(raw, bytes):
+        update(raw)
+    elif isinstance(raw, str):
+        update(raw.encode("utf-8", "surrogatepass"))
+    elif isinstance(raw, dict | list | tuple):
+        pairs = raw.items() if isinstance(raw, dict) else enumerate(raw)
+        for key, value in pairs:
+            length = len(value) if isinstance(value, bytes | str | dict | list | tuple) else -1
+            update(f"{key!r}:{type(value).__name__}{length}=".encode("utf-8", "backslashreplace"))
+            feed(value, update)
+    else:
+        update(repr(raw).encode("utf-8", "backslashreplace"))
+
+
+def crc_of(raw: Raw) -> int:
+    """CRC-32 of a record's contents."""
+    if isinstance(raw, bytes):
+        return zlib.crc32(raw)
+    crc = 0
+
+    def update(data: bytes) -> None:
+        nonlocal crc
+        crc = zlib.crc32(data, crc)
+
+    feed(raw, update)
+    return crc
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what reading a damaged file raises into BadRecord, and gives a BadRecord of the whole file its place."""
+    try:
+        yield
+    except BadRecord as error:
+        error.origin, error.field = Origin(path), "(file)"
+        raise
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, LookupError, NotImplementedError, MemoryError, zlib.error) as error:
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:
+            cure = "check the path and the permissions"
+            raise BadRecord("unreadable_file", "(file)", error.strerror, "a file that can be read", cure, Origin(path)) from error
+        cure = "fetch or make the file again; what follows the damage cannot be read"
+        raise BadRecord("broken_file", "(file)", f"truncated or damaged contents ({told})", "a whole file", cure, Origin(path)) from error
+
+
+@contextmanager
+def _opened(part: Part) -> Iterator[BinaryIO]:
+    with open_packed(part.source) if is_packed(part.source) else part.source.open("rb") as file:
+        yield file
+
+
+def _cut_lines(whole: Part, size: int) -> Iterator[Part]:
+    start, line, index = 0, 1, 0
+    with whole.source.open("rb") as file:
+        while block := file.read(size):
+            if not block.endswith(b"\n"):
+                block += file.readline(MAX_LINE)
+            yield whole._replace(start=start, stop=start + len(block), line=line, index=index, size=len(block))
+            start, lines = start + len(block), block.count(b"\n")
+            line, index = line + lines, index + lines - _blank_lines(block)
+
+
+def _blank_lines(block: bytes) -> int:
+    """Lines of a block that hold no record; a block without any costs a few scans."""
+    if block[:1] in b" \t\r\n" or any(mark in block for mark in (b"\n\n", b"\n\r", b"\n ", b"\n\t", _BOM)):
+        return len(_BLANK_LINE.findall(block))
+    return 0
+
+
+def _content(line: bytes) -> tuple[int, bytes]:
+    """Where the record of a line starts, and its bytes."""
+    skip = len(_BOM) if line.startswith(_BOM) else 0  # also inside a file: files joined with cat keep theirs
+    return skip, line[skip:].rstrip(b" \t\r\n")
+
+
+def _walk_lines(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
+    offset, index, line = part.start, part.index, part.line
+    with _opened(part) as file:
+        if part.start:
+            file.seek(part.start)
+        while part.stop is None or offset < part.stop:
+            data = file.readline(MAX_LINE)
+            if not data:
+                break
+            if len(data) == MAX_LINE and not data.endswith(b"\n"):
+                raise ValueError(f"line {line} is longer than {MAX_LINE:,} bytes")
+            if digest is not None:
+                digest.update(data)
+            skip, content = _content(data)
+            if content:
+                yield Span(part.file, offset + skip, len(content), line, index, zlib.crc32(content)), content
+                index += 1
+            offset, line = offset + len(data), line + 1
+    if part.stop is not None and offset != part.stop:
+        raise ValueError("it was changed while it was read")
+
+
+def _walk_json(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
+    with _opened(part) as file:
+        data = file.read()
+    if digest is not None:
+        digest.update(data)
+    skip = len(_BOM) if data.startswith(_BOM) else 0
+    records = split_json(data[skip:])
+    lines = [line for _, _, line in records]
+    telling = len(records) == 1 or len(set(lines)) == len(lines)
+    for i, (offset, length, line) in enumerate(records):
+        content = data[skip + offset : skip + offset + length]
+        yield Span(part.file, skip + offset, length, line if telling else 0, i, zlib.crc32(content)), content
+
+
+def _by_group(groups: Callable[[Path], Iterable[tables.Group]]) -> Callable[[Part, int], Iterator[Part]]:
+    def cut(whole: Part, size: int) -> Iterator[Part]:
+        index = 0
+        for key, rows, of in groups(whole.source):
+            yield whole._replace(start=key, index=index, size=of)
+            index += rows
+
+    return cut
+
+
+def _by_row(rows: Callable[[Path, int], Iterator[tables.Row]]) -> Callable[[Part, Any], Iterator[tuple[Span, Raw]]]:
+    def walk(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
+        for i, row in enumerate(rows(part.source, part.start)):
+            if digest is not None:
+                feed(row, digest.update)
+            yield Span(part.file, part.start, i, 0, part.index + i, crc_of(row)), row
+
+    return walk
+
+
+def _one_part(whole: Part, size: int) -> Iterator[Part]:
+    yield whole
+
+
+CONTAINERS: dict[str, Container] = {
+    ".jsonl": Container(_cut_lines, _walk_lines),
+    ".json": Container(_one_part, _walk_json),
+    ".parquet": Container(_by_group(tables.parquet_groups), _by_row(tables.parquet_rows), tables.parquet_group, runs=True),
+    ".arrow": Container(_by_group(tables.arrow_groups), _by_row(tables.arrow_rows), tables.arrow_group),
+}
+
+
+def _kind(path: Path) -> str | None:
+    """The key of a file in CONTAINERS; None where it is of no known kind."""
+    kind = path.suffix.lower()
+    if kind in PACKED:
+        kind = Path(path.stem).suffix.lower()
+        return kind if kind in (".json", ".jsonl") else None
+    return kind if kind in CONTAINERS else None
+
+
+def container_of(path: Path) -> Container:
+    kind = _kind(path)
+    assert kind is not None, f"{path} did not come from find_files"
+    return CONTAINERS[kind]
+
+
+def is_packed(path: Path) -> bool:
+    return path.suffix.lower() in PACKED

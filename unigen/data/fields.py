@@ -1,0 +1,275 @@
+"""What the formats are made of: typed fields of a record, pieces, turns with ``<image>`` tags, alternative wordings.
+
+Every function raises BadRecord (without origin) that names the field. ``where`` is the field that holds the given object, "" for
+the record itself; ``folder`` is that of the file the record stands in. A field that is null is as good as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from unigen.data.json_text import parse_json
+from unigen.sequence.files import printable
+from unigen.sequence.types import BadRecord, Image, Text
+
+Json = dict[str, Any]
+Pieces = list[tuple[Text | Image, str]]  # each piece with the field it came from, which messages name
+Picture = Path | bytes
+
+ROLES = ("user", "assistant", "system")
+SPEAKERS = {
+    "human": "user", "user": "user", "system": "system",
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+}  # fmt: skip
+TAG = "<image>"
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+://|data:)")
+_JSON = re.compile(r"\s*[\[{]\s*[\"\]}]")  # a list or an object of texts; no caption begins like that
+_NAMES = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
+
+
+# ---- fields ----
+
+
+def optional(record: Json, name: str, kind: type, where: str = "") -> Any:
+    """The value of a field, None where it is absent or null."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise BadRecord("wrong_type", join(where, name), show(value), _NAMES[kind], f"write {_NAMES[kind]} there")
+    return value
+
+
+def required(record: Json, name: str, kind: type, where: str) -> Any:
+    value = optional(record, name, kind, where)
+    if value is None:
+        raise _missing(record, name, _NAMES[kind], where)
+    return value
+
+
+def string(record: Json, name: str, where: str) -> str:
+    return _encodable(required(record, name, str, where), join(where, name), "bad_text")
+
+
+def objects(record: Json, name: str, where: str) -> list[tuple[Json, str]]:
+    """The objects of a list, each with its field."""
+    items = required(record, name, list, where)
+    path = join(where, name)
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise BadRecord("wrong_type", f"{path}[{i}]", show(item), "a JSON object", "write it as {...}")
+    return [(item, f"{path}[{i}]") for i, item in enumerate(items)]
+
+
+def picture(record: Json, name: str, where: str, folder: Path) -> Picture:
+    """The picture of a field; see :func:`as_picture`."""
+    if record.get(name) is None:
+        raise _missing(record, name, "the path of a picture", where)
+    return as_picture(record[name], join(where, name), folder)
+
+
+def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[Picture, str]]:
+    """The pictures of a list, each with its field."""
+    return [(as_picture(value, f"{field}[{i}]", folder), f"{field}[{i}]") for i, value in enumerate(values)]
+
+
+def as_picture(value: Any, field: str, folder: Path) -> Picture:
+    """A path, relative ones joined to ``folder``; or bytes, alone or as ``{"bytes", "path"}`` (bytes win), as tables hold them."""
+    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
+        embedded = value.get("bytes")
+        if embedded is not None and not isinstance(embedded, bytes):
+            raise BadRecord("wrong_type", f"{field}.bytes", show(embedded), "bytes", "keep the picture in a table, or name its path")
+        field, value = (f"{field}.bytes", embedded) if embedded is not None else (f"{field}.path", value.get("path"))
+    if isinstance(value, bytes):
+        if not value:
+            raise BadRecord("missing_field", field, "no bytes", "the bytes of a picture", "fill it, or leave the record out")
+        return value
+    if not isinstance(value, str):
+        raise BadRecord("wrong_type", field, show(value), "a string", "write the path of a picture")
+    _encodable(value, field, "bad_path")
+    if _URL.match(value):
+        raise BadRecord("bad_path", field, show(value), "the path of a file", 'run "unigen fetch": training opens no connection')
+    if not value or "\0" in value:
+        raise BadRecord("bad_path", field, show(value), "the path of a file", "write the path of a picture")
+    return folder / value
+
+
+def _missing(record: Json, name: str, expected: str, where: str) -> BadRecord:
+    found = "null" if name in record else f"fields {names(record)}"
+    return BadRecord("missing_field", join(where, name), found, f"{name}: {expected}", f"add {name}")
+
+
+def _encodable(text: str, field: str, code: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"half of a surrogate pair at character {error.start + 1} ({text[error.start]!a})"
+        raise BadRecord(code, field, found, "Unicode text", r"write the character itself, or both of its \u escapes") from None
+    return text
+
+
+# ---- pieces ----
+
+
+def piece(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Image, str]:
+    """A text (``content``) or an image (``image_path``) by its ``type``, with the field that holds it. Its own ``target`` wins."""
+    kind = optional(item, "type", str, where) or "text"
+    own = optional(item, "target", bool, where)
+    target = target if own is None else own
+    if kind not in ("text", "image"):
+        raise BadRecord("unknown_type", f"{where}.type", show(kind), '"text" or "image"', "correct the type")
+    wanted, other = ("content", "image_path") if kind == "text" else ("image_path", "content")
+    if item.get(wanted) is None and item.get(other) is not None:
+        cure = f'write "type": "{"image" if kind == "text" else "text"}", or give {wanted}'
+        raise BadRecord("missing_field", f"{where}.{wanted}", f"{other} alone", f"{wanted} in a piece of type {kind}", cure)
+    if item.get(other) not in (None, ""):
+        cure = "write two pieces, one of each type"
+        raise BadRecord("ambiguous_piece", f"{where}.{other}", show(item[other]), f"{wanted} alone in a piece of type {kind}", cure)
+    if kind == "text":
+        return Text(string(item, "content", where), target), f"{where}.content"
+    return Image(picture(item, "image_path", where, folder), target), f"{where}.image_path"
+
+
+def role_of(item: Json, where: str) -> str:
+    role = required(item, "role", str, where)
+    if role not in ROLES:
+        raise BadRecord("unknown_role", f"{where}.role", show(role), " or ".join(f'"{r}"' for r in ROLES), "correct the role")
+    return role
+
+
+def speaker_of(item: Json, where: str) -> str:
+    """The role behind the ``from`` of ShareGPT."""
+    name = required(item, "from", str, where)
+    if name not in SPEAKERS:
+        raise BadRecord("unknown_role", f"{where}.from", show(name), " or ".join(f'"{s}"' for s in SPEAKERS), "correct the speaker")
+    return SPEAKERS[name]
+
+
+def wordings(value: Any, field: str) -> tuple[Text, str]:
+    """A context text that says one thing in one or several ways, with the field of the first.
+
+    Args:
+        value: A text, a list of texts, an object of named texts (nulls left out), or the JSON text of such a list or object.
+    """
+    if isinstance(value, str) and _JSON.match(value):
+        try:
+            value = parse_json(_encodable(value, field, "bad_text").encode(), 0)
+        except BadRecord as error:
+            error.field = field
+            raise
+    if isinstance(value, dict):
+        found = [(text, join(field, cut(str(name)))) for name, text in value.items() if text is not None]
+    elif isinstance(value, list):
+        found = [(text, f"{field}[{i}]") for i, text in enumerate(value)]
+    else:
+        found = [(value, field)]
+    if not found:
+        raise BadRecord("missing_field", field, show(value), "at least one text", "write a text, or leave the record out")
+    for text, at in found:
+        if not isinstance(text, str):
+            raise BadRecord("wrong_type", at, show(text), "a string", "write a text there")
+        if not text:
+            raise BadRecord("empty_text", at, '""', "a text", "write the text, or leave it out")
+        _encodable(text, at, "bad_text")
+    texts = [text for text, _ in found]
+    return Text(texts[0], others=tuple(texts[1:])), found[0][1]
+
+
+# ---- turns with tags ----
+
+
+def tagged(turns: list[tuple[str, list[tuple[str | Picture, str]]]], images: list[tuple[Picture, str]], field: str) -> Pieces:
+    """The pieces of turns ``(role, contents)``: tags stand for ``images`` in order; surplus images come first, as context.
+
+    Texts of contents are strings, pictures paths or bytes. ``field`` is where the images stand.
+    """
+    tags = sum(part.count(TAG) for _, contents in turns for part, _ in contents if isinstance(part, str))
+    if tags > len(images):
+        cure = "list one image for each tag, or remove the tags that have none"
+        raise BadRecord("unequal_image_count", field, f"{len(images)} images", f"one for each of the {tags} <image> tags", cure)
+    left = iter(images)
+    surplus: Pieces = [(Image(source), at) for source, at in (next(left) for _ in range(len(images) - tags))]
+    pieces: Pieces = []
+    for role, contents in turns:
+        if role != "system":  # the first turn of the talk: the surplus stands before its text, after what frames the whole
+            pieces += surplus
+            surplus = []
+        target = role == "assistant"
+        for part, part_field in contents:
+            if not isinstance(part, str):
+                pieces.append((Image(part, target), part_field))
+                continue
+            for text in _split(part):
+                if text is None:
+                    source, image_field = next(left)
+                    pieces.append((Image(source, target), image_field))
+                else:
+                    pieces.append((Text(text, target), part_field))
+    return surplus + pieces
+
+
+def contents_of(item: Json, where: str, folder: Path) -> list[tuple[str | Picture, str]]:
+    """The content of a message: its text, or the texts and pictures of the list form, each with its field."""
+    if not isinstance(item.get("content"), list):
+        return [(string(item, "content", where), f"{where}.content")]
+    parts: list[tuple[str | Picture, str]] = []
+    for part, field in objects(item, "content", where):
+        kind = required(part, "type", str, field)
+        if kind == "text":
+            parts.append((string(part, "text", field), f"{field}.text"))
+        elif kind == "image_url":
+            field = f"{field}.image_url"
+            if isinstance(part.get("image_url"), str):
+                parts.append((as_picture(part["image_url"], field, folder), field))
+            else:
+                url = required(part, "image_url", dict, field.rpartition(".")[0])
+                parts.append((picture(url, "url", field, folder), f"{field}.url"))
+        else:
+            raise BadRecord("unknown_type", f"{field}.type", show(kind), '"text" or "image_url"', "correct the type")
+    return parts
+
+
+def _split(content: str) -> list[str | None]:
+    """``content`` cut at its tags: texts, and None for each tag. White space next to a tag goes, and so does a text of nothing else."""
+    texts = content.split(TAG)
+    pieces: list[str | None] = []
+    for i, text in enumerate(texts):
+        if i > 0:
+            pieces.append(None)
+            text = text.lstrip()
+        if i < len(texts) - 1:
+            text = text.rstrip()
+        if text or len(texts) == 1:
+            pieces.append(text)
+    return pieces
+
+
+# ---- words for messages ----
+
+
+def join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def show(value: Any) -> str:
+    """``value`` as JSON, cut to a length that a message can carry; always encodable."""
+    return cut(json.dumps(value, ensure_ascii=False, default=_brief))
+
+
+def names(record: Json) -> str:
+    """The fields a record has."""
+    return cut(", ".join(name for name in record if record[name] is not None) or "(none)")
+
+
+def cut(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _brief(value: Any) -> str:
+    """A value that tables have and JSON has not."""
+    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)[:80]

@@ -1,0 +1,213 @@
+"""Several sources as one stream of visits, in one global order for (seed, epoch).
+
+An epoch lasts until the last source that does not repeat has ended, each of its records met exactly once; a source that
+repeats starts again meanwhile, each time in a new order. Weights are rates: a source of weight 2 is met twice as often as one
+of weight 1 while both run. Without weights every source is spread evenly over the epoch. Everything follows from (seed, epoch) by
+counting, so there is no state to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from unigen.config import UserError
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.sequence.plan import Draw, Measured, Planner
+from unigen.sequence.types import Block, Origin, Record
+
+NEAR = 4  # runs of records (Parquet row groups) that are shuffled together: as many are open at once
+
+
+@dataclass
+class Part:
+    """One source: its records, and how they become tokens. ``planner`` is the source's own, with its picture sizes."""
+
+    name: str
+    dataset: UnifiedGenerationDataset
+    planner: Planner
+    weight: float | None = None
+    repeat: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.dataset.sizes is not None, "the data set was built without measure"
+        self.measured = Measured(*self.dataset.sizes.arrays())
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The records of an epoch in order: their numbers over all sources [n] int64, and which pass over its source each one
+    belongs to [n] int64 (the epoch, where a source does not repeat)."""
+
+    records: np.ndarray
+    passes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class Mixture:
+    """Sources as one set of records, numbered through, and the order in which epochs visit them.
+
+    Args:
+        parts: The sources.
+        seed: Seed of every order.
+        training: False keeps the order of the files, each record once, and ignores weights.
+
+    Raises:
+        UserError: every source repeats and none has a weight: an epoch would have no end that means anything.
+    """
+
+    def __init__(self, parts: Sequence[Part], seed: int, training: bool = True):
+        assert parts
+        self.parts, self.seed, self.training = list(parts), seed, training
+        self.starts = np.cumsum([0] + [len(part.dataset) for part in parts])
+        if training and len(parts) > 1 and all(part.repeat for part in parts) and all(part.weight is None for part in parts):
+            raise UserError("train_sources: every source repeats and none has a weight. Cure: give weights, or leave repeat out")
+        weights = [part.weight or float(len(part.dataset)) for part in parts]
+        ends = [len(part.dataset) / weight for part, weight in zip(parts, weights) if not part.repeat]
+        # Where all repeat, an epoch has as many visits as there are records.
+        length = max(ends) if ends else float(self.starts[-1]) / sum(weights)
+        self.counts = [max(1, round(weight * length)) if p.repeat else len(p.dataset) for p, weight in zip(parts, weights)]
+        self._rates = [weight * length for weight in weights]  # visits in an epoch if the source went on until its end
+        self.visits = lru_cache(maxsize=2)(self._visits)
+
+    def __len__(self) -> int:
+        """Visits of an epoch."""
+        return sum(self.counts) if self.training else self.total
+
+    @property
+    def total(self) -> int:
+        """Records of all sources."""
+        return int(self.starts[-1])
+
+    @property
+    def left_out(self) -> int:
+        """Bad records of all sources that the data sets left out."""
+        return sum(len(part.dataset.bad) for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what the order depends on: the records, and with several sources their weights."""
+        if len(self.parts) == 1 and not self.parts[0].repeat:
+            return self.parts[0].dataset.fingerprint
+        rows = [[p.dataset.fingerprint, p.weight, p.repeat] for p in self.parts]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def part(self, record: int) -> tuple[Part, int]:
+        """The source of a record, and its number there."""
+        at = int(np.searchsorted(self.starts, record, side="right")) - 1
+        return self.parts[at], record - int(self.starts[at])
+
+    def __getitem__(self, record: int) -> Record:
+        part, number = self.part(record)
+        return part.dataset[number]
+
+    def origin(self, record: int) -> Origin:
+        part, number = self.part(record)
+        return part.dataset.origin(number)
+
+    def outline(self, record: int, draw: Draw) -> tuple[Record, list[Block], Planner]:
+        """The record, its blocks in this visit (without contents), and the planner that fills them."""
+        part, number = self.part(record)
+        found = part.dataset[number]
+        return found, part.planner.outline(found.sample, part.dataset.sizes[number], draw), part.planner
+
+    def lengths(self, records: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """Tokens [n] int64 of the visits, without reading a record."""
+        found = np.zeros(len(records), np.int64)
+        for i, part in enumerate(self.parts):
+            here = (records >= self.starts[i]) & (records < self.starts[i + 1])
+            for number in np.unique(passes[here]).tolist():
+                chosen = here & (passes == number)
+                epoch = number if self.training else None
+                # Random numbers belong to the number over all sources, as in Draw; sizes to the number in this one.
+                found[chosen] = part.planner.lengths(part.measured, records[chosen], self.seed, epoch, int(self.starts[i]))
+        return found
+
+    def full_lengths(self) -> np.ndarray:
+        """The most tokens [records] int64 that a visit to each record can have."""
+        return np.concatenate([p.planner.full_lengths(p.measured, np.arange(len(p.measured))) for p in self.parts])
+
+    def _visits(self, epoch: int) -> Visits:
+        if not self.training:
+            return Visits(np.arange(self.total), np.zeros(self.total, np.int64))
+        if len(self.parts) == 1 or all(part.weight is None and not part.repeat and part.dataset.runs is None for part in self.parts):
+            return self._shuffled(epoch)
+        records, passes, times = [], [], []
+        for i, part in enumerate(self.parts):
+            count, n = self.counts[i], len(part.dataset)
+            number = np.arange(count) + (epoch * count if part.repeat else epoch * n)
+            chosen = np.zeros(count, np.int64)
+            for once in np.unique(number // n).tolist():
+                inside = number // n == once
+                chosen[inside] = self._pass(i, once)[number[inside] % n]
+            records.append(chosen + self.starts[i])
+            passes.append(number // n)
+            jitter = torch.rand(count, generator=Draw(self.seed, epoch, -1).normal(f"mix/{i}"), dtype=torch.float64).numpy()
+            times.append((np.arange(count) + jitter) / self._rates[i])
+        order = np.argsort(np.concatenate(times), kind="stable")
+        return Visits(np.concatenate(records)[order], np.concatenate(passes)[order])
+
+    def _shuffled(self, epoch: int) -> Visits:
+        """All sources shuffled together, each record once."""
+        if len(self.parts) == 1 and (self.parts[0].repeat or self.parts[0].dataset.runs is not None):
+            records = self._pass(0, epoch)
+        else:
+            records = torch.randperm(self.total, generator=Draw(self.seed, epoch, -1).normal("order")).numpy()
+        return Visits(records, np.full(len(records), epoch))
+
+    def _pass(self, source: int, number: int) -> np.ndarray:
+        """One pass over a source: its records in a random order, near ones together where reading them apart is slow."""
+        dataset = self.parts[source].dataset
+        generator = Draw(self.seed, number, -1).normal(f"order/{source}")
+        if dataset.runs is None:
+            return torch.randperm(len(dataset), generator=generator).numpy()
+        runs = [np.arange(start, stop) for start, stop in dataset.runs]
+        turn = torch.randperm(len(runs), generator=generator).tolist()
+        pieces = []
+        for at in range(0, len(turn), NEAR):
+            near = np.concatenate([runs[i] for i in turn[at : at + NEAR]])
+            pieces.append(near[torch.randperm(len(near), generator=generator).numpy()])
+        return np.concatenate(pieces)
+
+    def describe(self) -> str:
+        """The mix of an epoch: visits, and tokens of each kind, per source; a line each, and one for a weight that cannot hold."""
+        tables = [part.measured.tokens_by_kind(np.arange(len(part.measured))) for part in self.parts]
+        visits = self.counts if self.training else [len(part.dataset) for part in self.parts]
+        scaled = [{k: n * v / len(p.dataset) for k, n in t.items()} for t, v, p in zip(tables, visits, self.parts)]
+        whole = {kind: sum(t[kind] for t in scaled) for kind in scaled[0]}
+        tokens = max(sum(n for kind, n in whole.items() if kind != "trained_text"), 1.0)
+        lines = [f"tokens    {_words(whole, tokens)}"]
+        lengths = np.sort(self.full_lengths())
+        lines.append(f"lengths   mean {tokens / sum(visits):,.0f}, median {lengths[len(lengths) // 2]:,}, longest {lengths[-1]:,} tokens")
+        if len(self.parts) > 1:
+            for part, table, count in zip(self.parts, scaled, visits):
+                mine = sum(n for kind, n in table.items() if kind != "trained_text")
+                share = f"{count:,} visits ({count / sum(visits):.1%}) to {len(part.dataset):,} records, {mine / tokens:.1%} of all tokens"
+                lines.append(f"source    {part.name}: {share}; {_words(table, max(mine, 1.0))}")
+            lines += self._early() if self.training else []
+        return "\n".join(lines)
+
+    def _early(self) -> list[str]:
+        """Sources whose weight holds for a part of the epoch only."""
+        lines = []
+        for part, count, rate in zip(self.parts, self.counts, self._rates):
+            if not part.repeat and part.weight is not None and not math.isclose(count, rate, rel_tol=0.01):
+                lines.append(
+                    f"source    {part.name} ends after {count / rate:.0%} of the epoch; with repeat: true its weight holds throughout"
+                )
+        return lines
+
+
+def _words(table: dict[str, float], tokens: float) -> str:
+    names = {"text": "text", "vit": "ViT", "clean": "clean latents", "noised": "drawn latents"}
+    shares = ", ".join(f"{names[kind]} {table[kind] / tokens:.0%}" for kind in names if table[kind])
+    return f"{shares}; trained: {table['trained_text']:,.0f} text, {table['noised']:,.0f} image"

@@ -1,0 +1,142 @@
+"""Parquet and Arrow files: rows in groups. With ``unpack.py`` the only importer of pyarrow, which is loaded when such a file is met.
+
+A *group* is what is read at once: a row group of Parquet, a record batch of Arrow. Its *key* finds it again: the number of the row
+group or batch, or the byte at which a batch of an Arrow stream begins. Every function raises whatever pyarrow does for a damaged file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+BATCH = 64  # rows of Parquet turned into Python values at once: with pictures in them a whole group may be gigabytes
+
+
+class Group(NamedTuple):
+    """One group of a file."""
+
+    key: int
+    rows: int
+    size: int  # bytes, about
+
+
+def parquet_groups(path: Path) -> list[Group]:
+    with _parquet(path) as file:
+        _check_names(file.schema_arrow.names)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if sum(group.num_rows for group in groups) != file.metadata.num_rows:
+            raise ValueError(f"its row groups do not hold its {file.metadata.num_rows:,} rows")
+        sizes = [sum(group.column(c).total_compressed_size for c in range(group.num_columns)) for group in groups]
+        return [Group(i, group.num_rows, size) for i, (group, size) in enumerate(zip(groups, sizes))]
+
+
+def parquet_rows(path: Path, key: int) -> Iterator[Row]:
+    """The rows of a group, with little of it in memory at a time."""
+    with _parquet(path) as file:
+        count = 0
+        for batch in file.iter_batches(BATCH, row_groups=[key], use_threads=False):
+            yield from _rows(batch)
+            count += batch.num_rows
+        if count != file.metadata.row_group(key).num_rows:
+            raise ValueError(f"a row group holds {count:,} rows in place of {file.metadata.row_group(key).num_rows:,}")
+
+
+def parquet_group(path: Path, key: int) -> Any:
+    """A whole group, for :func:`row` and its ``nbytes``."""
+    with _parquet(path) as file:
+        return file.read_row_group(key, use_threads=False)
+
+
+def arrow_groups(path: Path) -> Iterator[Group]:
+    """The groups of an Arrow file, in its file or its stream format (which ``datasets`` writes)."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            _check_names(file.schema.names)
+            for i in range(file.num_record_batches):
+                batch = file.get_batch(i)
+                yield Group(i, batch.num_rows, batch.nbytes)
+            return
+        source.seek(0)
+        stream = pa.ipc.open_stream(source)
+        _check_names(stream.schema.names)
+        _check_no_dictionary(stream.schema)
+        while True:
+            key = source.tell()
+            try:
+                batch = stream.read_next_batch()
+            except StopIteration:
+                break
+            yield Group(key, batch.num_rows, source.tell() - key)
+        if source.tell() == key:  # cut between two batches it would read well, and be short
+            raise ValueError("its end mark is missing")
+
+
+def arrow_rows(path: Path, key: int) -> Iterator[Row]:
+    batch = arrow_group(path, key)
+    for start in range(0, batch.num_rows, BATCH):
+        yield from _rows(batch.slice(start, BATCH))
+
+
+def arrow_group(path: Path, key: int) -> Any:
+    """A whole group, checked: offsets out of range would otherwise be followed. Uncompressed ones stay in the file's pages."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            batch = pa.ipc.open_file(source).get_batch(key)
+        else:
+            source.seek(0)
+            schema = pa.ipc.open_stream(source).schema
+            source.seek(key)
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
+        batch.validate(full=True)
+        return batch
+
+
+def row(group: Any, i: int) -> Row:
+    """Row ``i`` of what :func:`parquet_group` or :func:`arrow_group` returned."""
+    return next(_rows(group.slice(i, 1)))
+
+
+def _rows(batch: Any) -> Iterator[Row]:
+    try:
+        rows = batch.to_pylist()
+    except ValueError:  # such as a text that is not UTF-8
+        rows = [{name: _value(batch.column(name), i) for name in batch.schema.names} for i in range(batch.num_rows)]
+    yield from rows
+
+
+def _value(column: Any, i: int) -> Any:
+    """A value that spoils its own record only: what cannot be expressed becomes bytes, which no text field takes."""
+    try:
+        return column[i].as_py()
+    except ValueError as error:
+        return str(error).encode("utf-8", "replace")
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        yield file
+
+
+def _check_names(names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two columns are called {twice[0]!r}")
+
+
+def _check_no_dictionary(schema: Any) -> None:
+    import pyarrow as pa
+
+    for field in schema:
+        if pa.types.is_dictionary(field.type):
+            raise ValueError(f"column {field.name!r} is dictionary-encoded, which a stream cannot read at one place; save it as Parquet")

@@ -1,0 +1,133 @@
+"""Compressed files (``.gz``, ``.zst``): read from the start as a stream, or unpacked once into a cache folder for random access."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from unigen.config import UserError
+
+PACKED = (".gz", ".zst")
+RESERVE = 256 << 20  # bytes that stay free on the disk of the cache
+_BLOCK = 4 << 20
+_UNFINISHED = ".unpacking-"
+
+
+def open_packed(path: Path) -> BinaryIO:
+    """The contents as a stream; several members or frames are one after another.
+
+    Reading raises EOFError, OSError, ``zlib.error`` or ValueError where the file is truncated or damaged: it is never just short.
+    """
+    if path.stat().st_size == 0:
+        raise EOFError("it is empty")
+    if path.suffix.lower() == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    import pyarrow as pa
+
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 1 << 20))
+
+
+def unpacked(path: Path) -> Path:
+    """The unpacked copy of ``path``, made if it is not there yet, named by the hash of the compressed bytes.
+
+    It lies in the folder ``unpacked`` of ``$UNIGEN_CACHE``, by default ``~/.cache/unigen``; it may be deleted between runs.
+    Processes that want the same copy at once are safe: one unpacks, the others wait.
+
+    Raises:
+        UserError: There is no room for it, or the folder cannot be written to.
+        EOFError, OSError, zlib.error, ValueError: As :func:`open_packed`.
+    """
+    folder = cache_folder() / "unpacked"
+    name = _hash(path) + Path(path.stem).suffix
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with _alone(folder):
+        if not (folder / name).is_file():
+            _unpack(path, folder / name)
+    return folder / name
+
+
+def cache_folder() -> Path:
+    """``$UNIGEN_CACHE``, or ``~/.cache/unigen``."""
+    return Path(os.environ.get("UNIGEN_CACHE") or "~/.cache/unigen").expanduser().absolute()
+
+
+def _unpack(path: Path, target: Path) -> None:
+    _check_room(path, target.parent, _least_size(path))
+    try:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=_UNFINISHED)
+    except OSError as error:
+        raise _unwritable(target.parent, error) from None
+    try:
+        with os.fdopen(descriptor, "wb") as out, open_packed(path) as packed:
+            while block := packed.read(_BLOCK):
+                _check_room(path, target.parent, len(block))
+                try:
+                    out.write(block)
+                except OSError as error:
+                    raise _unwritable(target.parent, error) from None
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _check_room(path: Path, folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size + RESERVE:
+        raise UserError(
+            f"{path}: no room to unpack it: {free / 2**30:.1f} GiB are free in {folder}, at least {(size + RESERVE) / 2**30:.1f} GiB "
+            "are needed. Make room there, set UNIGEN_CACHE to a folder with more, or unpack the file yourself and name that."
+        )
+
+
+def _least_size(path: Path) -> int:
+    """Bytes that the contents take at least, as far as can be told without unpacking."""
+    size = path.stat().st_size
+    if path.suffix.lower() != ".gz" or size < 18:
+        return size
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return max(size // 1100, struct.unpack("<I", file.read(4))[0])  # of the last member, modulo 4 GiB
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; where the file system knows no locks, several do the same work and the last one's copy stays."""
+    try:
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with lock:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in folder.glob(_UNFINISHED + "*"):  # by a process that was killed
+                left.unlink()
+        yield
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written to ({error.strerror or error}). Set UNIGEN_CACHE to a folder that can.")

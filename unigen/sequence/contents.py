@@ -1,0 +1,141 @@
+"""What the encoders see of a picture; or, from a cache, what they made of it earlier."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from unigen.sequence.grid import patchify
+from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size, open_image, read_bytes
+
+PIXELS = 1  # one more whenever decoding or resizing changes a number: encodings that were cached before no longer fit
+
+Size = tuple[int, int]  # width, height in pixels
+
+
+@dataclass(frozen=True)
+class View:
+    """How a sample shows a picture: the sizes at which the VAE and the ViT see it, None where one does not look."""
+
+    vae: Size | None
+    vit: Size | None
+
+    @property
+    def decoded(self) -> Size:
+        """The size that decoding has to suffice for: that of the larger use."""
+        sizes = [size for size in (self.vae, self.vit) if size is not None]
+        return max(w for w, _ in sizes), max(h for _, h in sizes)
+
+
+class PictureCache(Protocol):
+    """What an encoder made of a picture earlier. ``picture`` is :func:`digest` of its bytes."""
+
+    def posterior(self, picture: str, view: View) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation [C, h, w] of the VAE's latent before normalisation, or None."""
+
+    def features(self, picture: str, view: View) -> Tensor | None:
+        """[patches, width] of the ViT, or None."""
+
+    def latent(self, posterior: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
+        """The normalised latent [C, h, w] that ``noise`` draws."""
+
+
+@dataclass
+class Seen:
+    """A picture: of each encoder that looks at it what it takes, or what it made of that."""
+
+    view: View
+    pixels: Tensor | None = None  # [3, H, W] in [-1, 1], for the VAE
+    posterior: tuple[Tensor, Tensor] | None = None  # mean, standard deviation [C, h, w]
+    patches: Tensor | None = None  # [N, patch * patch * 3], for the ViT
+    features: Tensor | None = None  # [N, ViT width]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.pixels, *(self.posterior or ()), self.patches, self.features)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """How a sample shows its pictures.
+
+    Args:
+        vae: Resize for the VAE; None where the sample does not draw.
+        vit: Resize for the ViT; None where the model has none.
+        images: Pictures of the sample, which share the ViT's pixels.
+        patch: Pixels of a ViT patch's side.
+    """
+
+    vae: ImageTransform | None
+    vit: ImageTransform | None
+    images: int
+    patch: int
+
+    def view(self, width: int, height: int) -> View:
+        """Of a picture of this size."""
+        return View(
+            self.vae.size(width, height) if self.vae is not None else None,
+            self.vit.size(width, height, self.images) if self.vit is not None else None,
+        )
+
+    def look(self, source: Any, vae: bool, vit: bool, cache: PictureCache | None = None) -> Seen:
+        """Opens a picture for the encoders that look at it in this visit, where the cache does not know their answers.
+
+        Raises:
+            PictureError: it cannot be read or decoded.
+        """
+        if cache is None or not isinstance(source, str | Path | Confined | bytes):
+            return self.decode(source, vae, vit)
+        data = read_bytes(source)
+        with named(source):
+            view, picture = self.view(*image_size(data)), digest(data)
+            posterior = cache.posterior(picture, view) if vae else None
+            features = cache.features(picture, view) if vit else None
+            seen = Seen(view)
+            if (vae and posterior is None) or (vit and features is None):
+                seen = self.decode(data, vae and posterior is None, vit and features is None)
+        seen.posterior, seen.features = posterior, features
+        return seen
+
+    def decode(self, source: Any, vae: bool, vit: bool) -> Seen:
+        """The picture as the encoders take it. Raises PictureError."""
+        views: list[View] = []
+
+        def fit(width: int, height: int) -> Size:
+            views.append(self.view(width, height))
+            return views[0].decoded  # whoever looks in this visit: which random choices were made changes no pixel
+
+        picture = open_image(source, fit)
+        view = views[0] if views else self.view(*picture.size)
+        seen = Seen(view)
+        if vae:
+            assert self.vae is not None
+            seen.pixels = self.vae(picture, size=view.vae)
+        if vit:
+            assert self.vit is not None
+            pixels = seen.pixels if seen.pixels is not None and view.vae == view.vit else self.vit(picture, size=view.vit)
+            seen.patches = patchify(pixels, self.patch)
+        return seen
+
+
+def digest(data: bytes) -> str:
+    """Of a picture's bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def named(source: Any) -> Iterator[None]:
+    """Errors about bytes that were read from ``source`` name it."""
+    try:
+        yield
+    except PictureError as error:
+        if isinstance(source, bytes):
+            raise
+        raise PictureError(error.code, str(source), error.problem, error.cure) from error
