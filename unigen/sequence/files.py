@@ -108,17 +108,21 @@ def _open_held(name: str, root: str | Path | None) -> int:
 
 
 def _open_looked_at(name: str, root: str | Path | None) -> int:
-    """As :func:`_open_held` where the system has no such hold: looked at first, and again once it is open."""
-    before = os.stat(name)
-    if root is not None and not _within(os.path.realpath(name), os.path.realpath(root)):
+    """As :func:`_open_held` where the system has no such hold: looked at first, and again once it is open.
+
+    Links are followed once, before everything else. What remains possible is that a folder on the way is exchanged twice in between.
+    """
+    os.stat(name)  # says what is wrong where nothing is there; realpath does not
+    real = os.path.realpath(name)
+    if root is not None and not _within(real, os.path.realpath(root)):
         raise _outside(name, root)
+    before = os.lstat(real)
     _check(name, before)
     if _leads_through_kernel(name):
         raise _not_a_file(name)
-    descriptor = os.open(name, _FLAGS)
+    descriptor = os.open(real, _FLAGS | getattr(os, "O_NOFOLLOW", 0))
     after = os.fstat(descriptor)
-    moved = root is not None and not _within(os.path.realpath(name), os.path.realpath(root))
-    if moved or (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino) or os.path.realpath(real) != real:
         os.close(descriptor)
         raise PictureError("unreadable_picture", name, "it was exchanged while it was opened", "leave the file alone and try again")
     return descriptor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -17,11 +19,13 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return rearrange(tokens, "(h w) (p q c) -> c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
 
 
+@lru_cache(maxsize=1024)
 def grid_positions(rows: int, columns: int, side: int, interpolate: bool = False) -> Tensor:
     """[rows * columns] int64 indexes into a position table of ``side`` x ``side``.
 
     Extrapolated positions count from the top left corner; interpolated ones spread over the whole table: coordinate
-    ``i / n`` falls into the bucket of its multiple of ``1 / side`` (NaViT, Dehghani et al. 2023).
+    ``i / n`` falls into the bucket of its multiple of ``1 / side`` (NaViT, Dehghani et al. 2023). The result is shared: do not
+    write into it.
     """
     if interpolate:
         edges = torch.arange(1 / side, 1.0, 1 / side)

@@ -30,17 +30,14 @@ class Geometry:
     posterior: bool = True  # latents are drawn from a posterior (a pixel codec has none)
 
 
-class _Half:
-    """Columns of one half of the row, block by block."""
+@dataclass(frozen=True)
+class _Placed:
+    """A block with its place in the row."""
 
-    def __init__(self) -> None:
-        self.columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("ids", "position", "index", "kind", "sample", "span", "image", "noised", "label")
-        }
-
-    def add(self, **values: np.ndarray) -> None:
-        for name, value in values.items():
-            self.columns[name].append(value)
+    block: Block
+    position: int  # RoPE position of its first token
+    index: int  # place of its first token in the sequence
+    sample: int
 
 
 def pack_blocks(
@@ -59,20 +56,17 @@ def pack_blocks(
         positions: RoPE position at which each sample goes on (0 where nothing is given).
         origins: where each sample came from, for messages.
     """
-    und, gen = _Half(), _Half()
-    content = _Content(geometry)
-    index = span = 0
+    content, placed, index = _Content(geometry), [], 0
     for s, blocks in enumerate(samples):
         position = positions[s] if positions else 0
         pictures: dict[int, tuple[bool, int]] = {}
         for block in blocks:
             if not block.dropped:
-                _add_block(block, und, gen, special, position=position, index=index, sample=s, span=span)
+                placed.append(_Placed(block, position, index, s))
                 content.add(block, pictures)
                 index += len(block)
-                span += 1
             position = next_position(position, block)
-    return _finish(und, gen, content, len(samples), list(origins))
+    return _finish(placed, special, content, len(samples), list(origins))
 
 
 def next_position(position: int, block: Block) -> int:
@@ -82,40 +76,65 @@ def next_position(position: int, block: Block) -> int:
     return position if block.kind == Kind.NOISED else position + 1
 
 
-def _add_block(block: Block, und: _Half, gen: _Half, special: SpecialIds, *, position: int, index: int, sample: int, span: int) -> None:
-    """Adds a block's tokens: all of a text or ViT image, and a VAE image's markers, to ``und``; its latents to ``gen``."""
-    n = block.length
-    text, noised = block.kind == Kind.TEXT, block.kind == Kind.NOISED
-    label = np.full(n + 2, NO_LABEL, np.int64)
-    ids = np.zeros(n + 2, np.int64)
-    kind = np.full(n + 2, block.kind, np.uint8)
-    if text:
-        assert block.ids is not None and len(block.ids) == n
-        ids[0], ids[1:-1], ids[-1] = special.text_start, block.ids, special.text_end
-        if block.loss:
-            label[:n] = block.ids
-            label[n] = block.cut_label if block.cut else special.text_end
-    else:
-        ids[0], ids[-1] = special.image_start, special.image_end
-        kind[0] = kind[-1] = Kind.TEXT
-    if block.closing_label is not None:
-        label[-1] = block.closing_label
-    columns = {
-        "ids": ids,
-        "position": np.arange(position, position + n + 2) if text else np.full(n + 2, position),
-        "index": np.arange(index, index + n + 2),
-        "kind": kind,
-        "sample": np.full(n + 2, sample),
-        "span": np.full(n + 2, span),
-        "image": np.full(n + 2, not text),
-        "noised": np.full(n + 2, noised),
-        "label": label,
-    }
-    if block.kind in (Kind.CLEAN, Kind.NOISED):
-        und.add(**{name: value[[0, -1]] for name, value in columns.items()})
-        gen.add(**{name: value[1:-1] for name, value in columns.items()})
-    else:
-        und.add(**columns)
+def _und_columns(placed: Sequence[_Placed], special: SpecialIds) -> dict[str, np.ndarray]:
+    """The understanding half: all tokens of texts and ViT images, the two markers of VAE images."""
+    blocks = [p.block for p in placed]
+    kinds = np.array([b.kind for b in blocks], np.uint8)
+    whole = (kinds == Kind.TEXT) | (kinds == Kind.VIT)
+    tokens = np.array([b.length for b in blocks], np.int64) + 2
+    counts = np.where(whole, tokens, 2)
+    ends = np.cumsum(counts)
+    first, last = ends - counts, ends - 1
+    columns, block = _shared_columns(placed, kinds, counts)
+    step = np.arange(len(block)) - first[block]  # the token's place in its block
+    step[last] = tokens - 1
+    text = kinds == Kind.TEXT
+    columns["index"] += step
+    columns["position"] += np.where(text[block], step, 0)
+    columns["kind"][first] = columns["kind"][last] = Kind.TEXT
+    ids = np.zeros(len(block), np.int64)
+    inside = text[block]
+    inside[first] = inside[last] = False
+    words = [i for b in blocks if b.kind == Kind.TEXT for i in b.ids or ()]
+    assert len(words) == inside.sum(), "a text block has as many ids as its length says"
+    ids[inside] = words
+    ids[first] = np.where(text, special.text_start, special.image_start)
+    ids[last] = np.where(text, special.text_end, special.image_end)
+    label = np.full(len(block), NO_LABEL, np.int64)
+    learns = np.array([b.loss for b in blocks], bool) & text
+    predicts = learns[block]
+    predicts[last] = False
+    label[:-1][predicts[:-1]] = ids[1:][predicts[:-1]]  # each token but the closing one learns what follows it
+    for end, b in zip(last.tolist(), blocks):
+        if b.cut and b.loss:
+            label[end - 1] = b.cut_label
+        if b.closing_label is not None:
+            label[end] = b.closing_label
+    return columns | {"ids": ids, "label": label}
+
+
+def _gen_columns(placed: Sequence[_Placed]) -> dict[str, np.ndarray]:
+    """The generation half: the latents of VAE images, without their markers."""
+    kinds = np.array([p.block.kind for p in placed], np.uint8)
+    drawn = (kinds == Kind.CLEAN) | (kinds == Kind.NOISED)
+    counts = np.where(drawn, np.array([p.block.length for p in placed], np.int64), 0)
+    columns, block = _shared_columns(placed, kinds, counts)
+    columns["index"] += 1 + np.arange(len(block)) - (np.cumsum(counts) - counts)[block]
+    return columns | {"ids": np.zeros(len(block), np.int64), "label": np.full(len(block), NO_LABEL, np.int64)}
+
+
+def _shared_columns(placed: Sequence[_Placed], kinds: np.ndarray, counts: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Columns that repeat a block's values over ``counts`` tokens, and the number of each token's block."""
+    block = np.repeat(np.arange(len(placed)), counts)
+    return {
+        "position": np.array([p.position for p in placed], np.int64)[block],
+        "index": np.array([p.index for p in placed], np.int64)[block],
+        "kind": kinds[block],
+        "sample": np.array([p.sample for p in placed], np.int64)[block],
+        "span": block,
+        "image": (kinds != Kind.TEXT)[block],
+        "noised": (kinds == Kind.NOISED)[block],
+    }, block
 
 
 class _Content:
@@ -174,24 +193,20 @@ class _Content:
         return True, len(self.pixels) - 1
 
 
-def _finish(und: _Half, gen: _Half, content: _Content, n_samples: int, origins: list[str]) -> Pack:
+def _finish(placed: Sequence[_Placed], special: SpecialIds, content: _Content, n_samples: int, origins: list[str]) -> Pack:
     assert len(content.posterior) in (0, len(content.pixels)), "all pictures of a row are drawn from their posteriors, or none"
-    columns = {name: und.columns[name] + gen.columns[name] for name in und.columns}
-    tensors = {
-        name: torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64) for name, parts in columns.items()
-    }
-    # A row without blocks has the same types as any other.
-    tensors["kind"] = tensors["kind"].to(torch.uint8)
-    for name in ("image", "noised"):
-        tensors[name] = tensors[name].bool()
+    und, gen = _und_columns(placed, special), _gen_columns(placed)
+    tensors = {name: torch.from_numpy(np.concatenate([und[name], gen[name]])) for name in und}
     g = content.geometry
 
     def join(parts: list[Tensor], *empty: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.cat(parts) if parts else torch.zeros(*empty, dtype=dtype)
+        if not parts:
+            return torch.zeros(*empty, dtype=dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # the patches of one large picture are 11 MB: no copy of them
 
     return Pack(
         **tensors,
-        n_und=sum(len(part) for part in und.columns["ids"]),
+        n_und=len(und["ids"]),
         n_samples=n_samples,
         vit_patches=join(content.patches, 0, g.vit_patch**2 * 3),
         vit_position=join(content.vit_position, 0, dtype=torch.int64),

@@ -10,7 +10,9 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +52,8 @@ class Draw:
 
     def structure(self, n: int) -> list[float]:
         """The numbers in [0, 1) that decide a visit's structure: the first its copies, the others what each block loses."""
-        return structure_numbers(self.seed, self.epoch if self.training else None, np.array([self.record]), n)[0].tolist()
+        key = _scramble(_structure_base(self.seed, self.epoch if self.training else None) + self.record * _STEP & _ALL)
+        return [(_scramble(key + i * _STEP & _ALL) >> 11) * 2.0**-53 for i in range(1, n + 1)]
 
 
 def structure_numbers(seed: int, epoch: int | None, records: np.ndarray, n: int) -> np.ndarray:
@@ -58,19 +61,28 @@ def structure_numbers(seed: int, epoch: int | None, records: np.ndarray, n: int)
 
     A hash of counters (the finaliser of SplitMix64; Steele, Lea and Flood 2014), so that lengths of a whole epoch cost no loop.
     """
-    text = f"{seed}/{'validation' if epoch is None else epoch}/structure"
-    base = np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
-    step = np.uint64(0x9E3779B97F4A7C15)
+    step = np.uint64(_STEP)
     with np.errstate(over="ignore"):
-        keys = _scramble(base + records.astype(np.uint64) * step)
+        keys = _scramble(np.uint64(_structure_base(seed, epoch)) + records.astype(np.uint64) * step)
         bits = _scramble(keys[:, None] + np.arange(1, n + 1, dtype=np.uint64) * step)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _scramble(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+_STEP, _ALL = 0x9E3779B97F4A7C15, 2**64 - 1
+
+
+@lru_cache(maxsize=64)
+def _structure_base(seed: int, epoch: int | None) -> int:
+    text = f"{seed}/{'validation' if epoch is None else epoch}/structure"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _scramble(z: Any) -> Any:
+    """Of a number below 2^64, or of an array of them (whose products wrap by themselves)."""
+    number = np.uint64 if isinstance(z, np.ndarray) else int
+    z = (z ^ (z >> number(30))) * number(0xBF58476D1CE4E5B9) & number(_ALL)
+    z = (z ^ (z >> number(27))) * number(0x94D049BB133111EB) & number(_ALL)
+    return z ^ (z >> number(31))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from unigen.config import Config, ConfigError, Source, UserError
+from unigen.data.cache import Tally
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import Place, Row, RowStream, Share, default_workers, load_rows
 from unigen.data.mixing import Mixture, Part
@@ -23,6 +24,7 @@ from unigen.sequence.tokens import Tokenizer
 from unigen.training.adapters import dtype_of, prepare_model
 from unigen.training.checkpoint import load_checkpoint, prune_checkpoints, resolve_resume, save_checkpoint, sweep_orphans
 from unigen.training.ema import EMA
+from unigen.training.encoders import open_cache
 from unigen.training.engine import Engine
 from unigen.training.losses import Counts, joint_loss, loss_sums
 from unigen.training.optim import (
@@ -132,6 +134,8 @@ class UnifiedTrainer:
         vocabulary = model.config.llm.vocab_size
         if max(vars(tokenizer.special).values()) >= vocabulary:
             raise ConfigError(f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}")
+        self.cache = open_cache(c.cache_dir, self.model, c) if c.cache_dir else None
+        self.tally = Tally()
         held_out = [Source(c.val_data_path, "val_data_path")] if c.val_data_path else []
         self.stream = self._stream(c.sources(), tokenizer, training=True)
         self.val_stream = self._stream(held_out, tokenizer, training=False) if held_out else None
@@ -144,6 +148,7 @@ class UnifiedTrainer:
             dataset = self._dataset(source, planner)
             if self.engine.main:
                 log.info("%s data (%s)\n%s", "Training" if training else "Validation", source.name, dataset.describe())
+            planner.cache = self.cache
             parts.append(Part(source.name, dataset, planner, source.weight, source.repeat))
         mixture = Mixture(parts, c.seed, training)
         if self.engine.main:
@@ -273,6 +278,8 @@ class UnifiedTrainer:
             lr = learning_rate_at(self.step, self.total_steps, c)
             result = self.train_step(step_rows, lr)
             self.step, self.place = self.step + 1, step_rows[-1].after
+            for row in step_rows:
+                self.tally.add(row.pack)
             metrics = self._metrics(result, lr, time.perf_counter() - began, waited)
             if tracker:
                 tracker.log(metrics, self.step)
@@ -282,6 +289,8 @@ class UnifiedTrainer:
                 metrics |= self._validate(tracker)
             if self.step % c.save_steps == 0 or last:
                 self._save()
+        if self.cache is not None:
+            self.progress.write(f"Cache: {self.tally}")
         return metrics
 
     def train_step(self, rows: list[Row], lr: float) -> StepResult:
