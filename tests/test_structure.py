@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # An import may point to a lower number, to the same package, or along an entry of BESIDE.
 LAYER = {"config": 0, "sequence": 0, "model": 1, "data": 1, "inference": 2, "evaluation": 3, "training": 4}
 LAYER |= {"report": 5, "precompute": 5, "cli": 5, "demo": 5, "digits": 5, "web": 5, "__main__": 6}
-LAYER |= {"preview": 5, "preview_view": 5, "preview_blocks": 5, "preview_page": 5, "preview_words": 5}
+LAYER |= {"preview": 5, "fetch": 5}
 LAYER |= {"check": 5, "check_page": 5, "check_report": 5, "check_words": 5}
 TOP = [part for part, layer in LAYER.items() if layer == 5]
 BESIDE = {("sequence", "config")} | {(a, b) for a in TOP for b in TOP}
@@ -25,13 +25,13 @@ HOMES = {
     "transformers": ["sequence/tokens.py", "model/*"],
     "jsonargparse": ["cli.py"],
     "pyarrow": ["data/tables.py", "data/unpack.py"],
-    "socket": ["data/fetch.py"],
-    "ssl": ["data/fetch.py"],
-    "http": ["data/fetch.py"],
-    "urllib.request": ["data/fetch.py"],
-    "urllib3": ["data/fetch.py"],
-    "requests": ["data/fetch.py"],
-    "idna": ["data/addresses.py"],
+    "socket": ["fetch/client.py"],
+    "ssl": ["fetch/client.py"],
+    "http": ["fetch/client.py"],
+    "urllib.request": ["fetch/client.py"],
+    "urllib3": ["fetch/client.py"],
+    "requests": ["fetch/client.py"],
+    "idna": ["fetch/addresses.py"],
 }
 FORBIDDEN = ["pickle", "torchvision"]
 MAX_LINES = 450

@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -162,6 +164,14 @@ def test_pictures_outside_the_root_are_problems(tmp_path, planner):
     assert len(check(path, planner, num_workers=0).problems) == 0
 
 
+def test_what_the_options_make_unusable_is_a_problem_of_its_field(tmp_path):
+    picture(tmp_path / "p" / "x.png")
+    path = write(tmp_path / "a.jsonl", {"text_prompt": "draw", "image_path": "p/x.png"}, {"image_path": "p/x.png", "caption": "cap"})
+    planner = load_planner(None, DataOptions())
+    planner.visual_gen = False
+    assert problems(check(path, planner, num_workers=0)) == [("image_target_without_visual_gen", "a.jsonl", 1, "image_path")]
+
+
 def test_problems_are_all_kept_in_their_file_and_few_in_memory(tmp_path):
     kept = Problems(tmp_path / "new" / "problems.jsonl")
     for n in range(Problems.KEPT + 50):
@@ -185,7 +195,7 @@ def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
     path = mixed(tmp_path, 40)
     options = DataOptions(max_image_tokens=64, max_sequence_length=limit)
     planner = load_planner(golden / "model", options)
-    found = check(path, planner, num_workers=0)
+    found = check(path, planner, limits=[250], num_workers=0)
     dataset = UnifiedGenerationDataset(path, measure=load_planner(golden / "model", DataOptions(max_image_tokens=64)).measure)
     whole = load_planner(golden / "model", DataOptions(max_image_tokens=64))
     kinds: Counter[str] = Counter()
@@ -210,6 +220,8 @@ def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
     refused = [n for n, record in enumerate(dataset) if not fits(planner, record)]
     assert bool(refused) == (limit is not None) and len(found.problems) == len(refused)
     assert {p["line"] for p in found.problems} == {n + 1 for n in refused}
+    if limit is not None:
+        assert found.summary()["limits"][0]["refused"] == len(refused) and found.summary()["good_records"] == 40 - len(refused)
 
 
 def fits(planner: Planner, record) -> bool:
@@ -222,8 +234,11 @@ def fits(planner: Planner, record) -> bool:
 
 def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
     """Records cut, target tokens lost and records refused, against planners with those limits."""
-    path, limits = mixed(tmp_path, 60), (20, 60, 150, 300, 600, 100_000)
+    path = mixed(tmp_path, 60)
     whole = load_planner(golden / "model", DataOptions(max_image_tokens=64))
+    questions = [record.sample[0].text for record in UnifiedGenerationDataset(path) if record.format == "conversation"]
+    least = min(len(whole.tokenizer.encode(question)) for question in questions) + 2 + 3  # with one token of the answer
+    limits = tuple(sorted({20, least - 1, least, 60, 150, 300, 600, 100_000}))
     rows = check(path, whole, limits=limits, num_workers=0).summary()["limits"]
     dataset = UnifiedGenerationDataset(path, measure=whole.measure)
     for row, limit in zip(rows, limits, strict=True):
@@ -266,19 +281,20 @@ def test_batched_lengths_are_those_of_the_tokenizer(golden, planner):
 
 
 def test_pictures_are_counted_with_their_sizes_and_tokens(tmp_path, planner):
-    picture(tmp_path / "p" / "small.png", (100, 80))
+    picture(tmp_path / "p" / "small.png", (700, 300))
     picture(tmp_path / "p" / "large.png", (1600, 1200))
     values = [{"text_prompt": "a b c", "image_path": "p/small.png"}] * 3 + [{"text_prompt": "a b c", "image_path": "p/large.png"}]
     path = write(tmp_path / "a.jsonl", *values, {"image_path": "p/small.png", "caption": "a small one"})
     p = check(path, planner, num_workers=0).summary()["pictures"]
-    small, large = (planner.transforms.vae.size(*size) for size in ((100, 80), (1600, 1200)))
+    small, large = (planner.transforms.vae.size(*size) for size in ((700, 300), (1600, 1200)))
     tokens = [w // 16 * (h // 16) for w, h in (small, small, small, large)]
-    assert p["pieces"] == 5 and p["sizes"] == [[100, 80, 4], [1600, 1200, 1]] and p["distinct_sizes"] == 2
+    assert p["pieces"] == 5 and p["sizes"] == [[700, 300, 4], [1600, 1200, 1]] and p["distinct_sizes"] == 2
     assert p["latent_tokens"]["total"] == sum(tokens) and p["latent_tokens"]["max"] == tokens[-1]
     assert p["upscaled"] == 3, "the one to look at is not encoded by the VAE"
-    w, h = planner.transforms.vit.size(100, 80)
     # a target that nothing follows is shown to the ViT in a share of the visits alone; sizes are known all the same
-    assert p["vit_tokens"]["min"] == w // 14 * (h // 14) and p["vit_tokens"]["count"] == 5
+    drawn, seen = planner.transforms.vit_edit, planner.transforms.vit
+    shown = [drawn.size(700, 300)] * 3 + [drawn.size(1600, 1200), seen.size(700, 300)]
+    assert p["vit_tokens"]["total"] == sum(w // 14 * (h // 14) for w, h in shown) and p["vit_tokens"]["count"] == 5
 
 
 def test_repetitions_are_found_across_parts(tmp_path, planner, monkeypatch):
@@ -294,6 +310,7 @@ def test_repetitions_are_found_across_parts(tmp_path, planner, monkeypatch):
     (tmp_path / "p" / "b.png").write_bytes((tmp_path / "p" / "a.png").read_bytes())
     picture(tmp_path / "p" / "c.png", seed=1)
     values += [{"image_path": f"p/{name}.png", "caption": f"caption {i}"} for i, name in enumerate("abca")]
+    values += [{"sequence": [{"content": "one", "target": first}, {"content": "two"}]} for first in (True, False)]  # not the same
     path = write(tmp_path / "a.jsonl", *values)
     found = check(path, planner, deep=True, num_workers=0)
     assert len(found.parts) > 5
@@ -305,6 +322,26 @@ def test_repetitions_are_found_across_parts(tmp_path, planner, monkeypatch):
     assert of["pictures"]["distinct"] == 3 and of["pictures"]["most"][0]["count"] == 2
     assert of["copies"]["surplus"] == 1 and of["copies"]["most"][0]["what"] == [str(tmp_path / "p" / f"{n}.png") for n in "ab"]
     assert "copies" not in check(path, planner, num_workers=0).summary()["repeats"]
+
+
+def test_tables_with_pictures_inside(tmp_path, planner):
+    """Rows of Parquet: pictures are known by their bytes, places by the number of the row; a damaged file is a problem of its own."""
+    one, two = (picture(tmp_path / f"{n}.png", (64, 48), n).read_bytes() for n in range(2))
+    rows = [
+        {"image": image, "captions": json.dumps({"a": f"caption {i}"})} for i, image in enumerate([one, two, one, b"<html>", one[:200]])
+    ]
+    (tmp_path / "t").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t" / "a.parquet", row_group_size=2)
+    (tmp_path / "t" / "b.parquet").write_bytes((tmp_path / "t" / "a.parquet").read_bytes()[:-50])
+    found = check(tmp_path / "t", planner, deep=True, num_workers=0)
+    assert [(p["code"], Path(p["file"]).name, p["index"]) for p in found.problems] == [
+        ("not_a_picture", "a.parquet", 3), ("broken_picture", "a.parquet", 4), ("broken_file", "b.parquet", 0)
+    ]  # fmt: skip
+    s = found.summary()
+    assert s["good_records"] == 3 and s["pictures"]["pieces"] == 3 and s["pictures"]["sizes"] == [[64, 48, 3]]
+    assert s["repeats"]["pictures"]["distinct"] == 2 and s["repeats"]["copies"]["surplus"] == 0
+    path = tmp_path / "t" / "a.parquet"
+    assert s["repeats"]["pictures"]["most"] == [{"count": 2, "where": [f"{path}[0]", f"{path}[2]"], "what": "(inside the file)"}]
 
 
 def test_near_empty_descriptions_are_found(tmp_path, planner):
@@ -349,7 +386,9 @@ def test_repeats_of_hashes():
 # ---- processes
 
 
-def test_findings_do_not_depend_on_the_processes(tmp_path, planner, monkeypatch):
+def test_findings_do_not_depend_on_the_processes(tmp_path, golden, monkeypatch):
+    """With the tokenizer of a checkpoint, which travels to the processes."""
+    planner = load_planner(golden / "model", DataOptions(max_image_tokens=64))
     monkeypatch.setattr(module, "PART", 2048)
     path = mixed(tmp_path, 80)
     with path.open("a") as file:

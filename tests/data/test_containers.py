@@ -197,6 +197,10 @@ def test_different_rows_feed_different_bytes(one: dict, two: dict) -> None:
         return b"".join(found)
 
     assert (fed(one) == fed(two)) == (repr(one) == repr(two))
+    assert (
+        len({fed({"a": value}) for value in (b"x", "x", ["x"], [b"x"], {"0": "x"}, {0: "x"}, 1, "1", True, 1.0, None, "", b"", [], {})})
+        == 15
+    )
 
 
 # ---- compressed files ----
@@ -356,6 +360,21 @@ def test_damaged_tables_are_refused_or_have_all_their_rows(tmp_path: Path, name:
             assert error.code in ("broken_file", "unreadable_file")
             refusals += 1
     assert refusals > 5
+
+
+def test_a_parquet_footer_that_counts_other_rows_is_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": range(20)}), tmp_path / "x.parquet", row_group_size=10, store_schema=False, write_statistics=False)
+    data = (tmp_path / "x.parquet").read_bytes()
+    footer = int.from_bytes(data[-8:-4], "little")
+    for at in range(len(data) - 8 - footer, len(data) - 8):
+        for bits in (2, 12):  # of a count in its zigzag form: one more or less, ten more or less
+            spoilt = bytearray(data)
+            spoilt[at] ^= bits
+            (tmp_path / "x.parquet").write_bytes(spoilt)
+            try:
+                assert len(read(tmp_path / "x.parquet")) == 20, at
+            except BadRecord as error:
+                assert error.code == "broken_file"
 
 
 def test_groups_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

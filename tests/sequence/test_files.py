@@ -298,7 +298,7 @@ def test_huge_files_are_refused_unread(place: Path, read: Callable) -> None:
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission(place: Path) -> None:
     os.chmod("root/a.png", 0)
-    assert fate("root/a.png") == ("unreadable_picture", [])
+    assert fate("root/a.png")[0] == "unreadable_picture"  # the system refuses it: looking does not show that
 
 
 def test_a_disk_that_fails_is_explained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

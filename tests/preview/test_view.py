@@ -13,8 +13,8 @@ from unigen.config import DataOptions
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.model.flow import training_time
 from unigen.model.weights import load_planner
-from unigen.preview_blocks import CHIPS, SIDE, mask_drawing
-from unigen.preview_view import CAUSAL, FULL, NONE, block_mask, characters, look
+from unigen.preview.blocks import CHIPS, SIDE, mask_drawing
+from unigen.preview.view import CAUSAL, FULL, NONE, block_mask, characters, look
 from unigen.sequence.plan import Draw, Planner
 from unigen.sequence.types import Image, Kind, Pack, Record, Text
 
@@ -185,8 +185,8 @@ def test_a_noised_image_shares_its_position_with_its_copy(tmp_path, planner, rec
 
 def test_noise_hides_as_much_as_its_time_says(estimate):
     """At t = 0 the tile is the picture, at t = 1 it has nothing of it."""
-    from unigen.preview_blocks import noised
-    from unigen.preview_view import Picture
+    from unigen.preview.blocks import noised
+    from unigen.preview.view import Picture
 
     image = PILImage.new("RGB", (64, 64), (200, 40, 90))
     clean = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -20,13 +20,11 @@ from typing import Literal
 from tqdm import tqdm
 
 from unigen.config import UserError
-from unigen.data.addresses import FetchError, Network, is_address, parse_url, shown
 from unigen.data.containers import find_files
-from unigen.data.fetch import Client
-from unigen.data.picture_store import Entry, PictureStore
-from unigen.data.rewrite import Source, Writer, places, records
-
-_RESERVED = ("fetched.jsonl", "failed.jsonl")
+from unigen.fetch.addresses import FetchError, Network, is_address, parse_url, shown
+from unigen.fetch.client import Client
+from unigen.fetch.rewrite import Source, Writer, places, records
+from unigen.fetch.store import Entry, PictureStore
 
 
 @dataclass
@@ -35,7 +33,7 @@ class FetchOptions:
 
     Args:
         paths: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face datasets, folders of them.
-        output_dir: Folder for the new data (JSONL), the pictures, fetched.jsonl and failed.jsonl; the same folder continues a fetch.
+        output_dir: Folder for the new data (JSONL), the pictures, fetched.log and failed.log; the same folder continues a fetch.
         on_failure: skip leaves records with a failed picture out of the new data and lists them; error writes no data then.
         retry_failed: Try addresses again that failed in an earlier run.
         deep: Decode every picture, not only its header; a damaged one counts as failed.
@@ -119,10 +117,9 @@ def _sources(paths: list[str], out: Path) -> list[Source]:
             continue
         stem = Path(name).with_suffix("") if path.suffix.lower() in (".gz", ".zst") else Path(name)
         target = out / stem.with_suffix(".jsonl")
-        if target in found or str(target.relative_to(out)) in _RESERVED:
-            other = found.get(target, "a list that fetch writes itself")
-            raise UserError(f"{path}: {target} would be written for it and for {other}. Fetch it alone, into another --output_dir.")
-        if target.exists() and not (out / "fetched.jsonl").exists():
+        if target in found:
+            raise UserError(f"{path}: {target} would be written for it and for {found[target]}. Fetch it alone, into another --output_dir.")
+        if target.exists() and not (out / "fetched.log").exists():
             raise UserError(f"{target}: it is there already, and no fetch wrote it. Name another --output_dir.")
         found[target] = path
     if not found:
@@ -248,9 +245,8 @@ def _report(urls: dict[str, None], known: set[str], store: PictureStore, sources
         place = f"{first['file']}{line}, {first['field']}" + (f", {shown(first['url'])}" if first["url"] else "")
         print(f"  {reason:<18} {count:>8,}  first in {place}: {first['problem']}. Cure: {first['cure']}")
     if writer.failures:
-        print(f"All failures are listed in {store.folder / 'failed.jsonl'}.")
+        print(f"All failures are listed in {store.folder / 'failed.log'}.")
     if writer.left_out and not writer.written:
         print("No data was written.")
         return
-    names = " ".join(str(source.target) for source in sources[:5]) + (" ..." if len(sources) > 5 else "")
-    print(f"Train with --train_data_path {names}")
+    print(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unigen.model import flow
-from unigen.preview_view import CAUSAL, MIXED, NONE, Picture, Shown, Token, View, block_mask, characters, mask, special_names
+from unigen.preview.view import CAUSAL, MIXED, NONE, Picture, Shown, Token, View, block_mask, characters, mask, special_names
 from unigen.sequence.images import to_image
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Kind

@@ -12,15 +12,16 @@ import torch
 from PIL import Image as PILImage
 from previews import EXAMPLES, HOUSE, PICTURES, ROOT, SAY, Page, packed, page_of, record, sample_page, write
 
-from unigen import cli, preview
+from unigen import cli
 from unigen.config import DataOptions
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.model.weights import load_planner
-from unigen.preview import PreviewOptions, pick
-from unigen.preview_blocks import Ink, mask_drawing, plain, strip, tile_side, visible
-from unigen.preview_page import write_preview
-from unigen.preview_view import look
-from unigen.preview_words import WORDS
+from unigen.preview import command as preview
+from unigen.preview.blocks import Ink, mask_drawing, plain, strip, tile_side, visible
+from unigen.preview.command import PreviewOptions, pick
+from unigen.preview.page import write_preview
+from unigen.preview.view import look
+from unigen.preview.words import WORDS
 from unigen.sequence.plan import Draw, Planner
 from unigen.sequence.types import Image, Origin, Record, Text
 
@@ -257,7 +258,7 @@ def test_every_word_is_there_in_both_languages(tmp_path, estimate, records):
     assert page.of("html")[0]["lang"] == "zh-CN"
     for key in ("legend", "mask_blocks", "dropout", "words_note", "illustration", "sequence"):
         assert WORDS[key][1] in page.text and WORDS[key][0] not in page.text
-    files = [path for path in (ROOT / "unigen").glob("preview_*.py") if path.stem != "preview_words"]
+    files = [path for path in (ROOT / "unigen" / "preview").glob("*.py") if path.stem not in ("words", "command")]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     used = set(re.findall(r'say\(\s*f?["\'](\w+)["\']', source)) - {"k_", "sees_"}
     assert len(used) > 40 and used - set(WORDS) == set()

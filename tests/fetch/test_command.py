@@ -18,12 +18,12 @@ from picture_server import PNG, PictureServer, picture
 
 from unigen import cli
 from unigen.config import UserError
-from unigen.data import fetch
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.formats import FORMATS, parse_with_fields
-from unigen.data.picture_store import PictureStore, kind_of
-from unigen.data.remote import FetchOptions, _Turns
-from unigen.data.rewrite import places
+from unigen.fetch import client as fetch
+from unigen.fetch.command import FetchOptions, _Turns
+from unigen.fetch.rewrite import places
+from unigen.fetch.store import PictureStore, kind_of
 from unigen.sequence.images import open_image
 from unigen.sequence.types import Image, Origin
 
@@ -165,7 +165,7 @@ def test_failures_are_listed_and_their_records_left_out(server, tmp_path, capsys
     out = tmp_path / "out"
     assert run(data, out) == 1
     assert [record["image_path"][:9] for record in lines(out / "data.jsonl")] == ["pictures/"]
-    failed = lines(out / "failed.jsonl")
+    failed = lines(out / "failed.log")
     assert [(entry["line"], entry["field"], entry["reason"]) for entry in failed] == [
         (2, "image_path", "http_404"),
         (3, "image_path", "html"),
@@ -183,15 +183,15 @@ def test_failures_are_listed_and_their_records_left_out(server, tmp_path, capsys
     assert "addresses  1 of 5 fetched" in told and "records    1 written, 9 with failures" in told
     assert f"{data}:2, image_path, {urls[1]}: the server answers 404" in told
     assert "secret" not in told and not any("secret" in path.read_text() for path in out.glob("*.jsonl"))
-    assert {entry["status"] for entry in lines(out / "fetched.jsonl")} == {"fetched", "http_404", "html", "huge_picture", "refused_address"}
+    assert {entry["status"] for entry in lines(out / "fetched.log")} == {"fetched", "http_404", "html", "huge_picture", "refused_address"}
 
 
 def test_with_on_failure_error_no_data_is_written(server, tmp_path):
     data = write(tmp_path / "data.jsonl", [caption(server.url("/good.png")), caption(server.url("/404"))])
     assert run(data, tmp_path / "out", "--on_failure", "error") == 1
-    assert not (tmp_path / "out" / "data.jsonl").exists() and len(lines(tmp_path / "out" / "failed.jsonl")) == 1
+    assert not (tmp_path / "out" / "data.jsonl").exists() and len(lines(tmp_path / "out" / "failed.log")) == 1
     write(data, [caption(server.url("/good.png"))])
-    assert run(data, tmp_path / "out", "--on_failure", "error") == 0 and lines(tmp_path / "out" / "failed.jsonl") == []
+    assert run(data, tmp_path / "out", "--on_failure", "error") == 0 and lines(tmp_path / "out" / "failed.log") == []
 
 
 def test_each_picture_is_asked_for_once_whatever_its_spelling(server, tmp_path):
@@ -214,13 +214,13 @@ def test_a_second_run_asks_only_for_what_is_missing_damaged_or_failed(server, tm
     files[1].unlink()
     damaged = files[2].read_bytes()
     files[2].write_bytes(damaged[:-1] + b"x")
-    with (out / "fetched.jsonl").open("a") as log:
+    with (out / "fetched.log").open("a") as log:
         log.write('{"url": "http://a.b/", "sta')  # a line that a killed run did not finish
     assert run(data, out) == 0
     assert server.asked == {"/colour/1": 1, "/colour/2": 1, "/then-good/404/1": 2}
     assert files[2].read_bytes() == damaged and "damaged    1 pictures" in capsys.readouterr().out
     assert len(lines(out / "data.jsonl")) == 5
-    assert sorted((entry["url"], entry["status"]) for entry in lines(out / "fetched.jsonl")) == sorted((url, "fetched") for url in urls)
+    assert sorted((entry["url"], entry["status"]) for entry in lines(out / "fetched.log")) == sorted((url, "fetched") for url in urls)
 
 
 def test_a_run_that_was_killed_is_continued(server, tmp_path):
@@ -231,7 +231,7 @@ def test_a_run_that_was_killed_is_continued(server, tmp_path):
     process = subprocess.Popen([*command, "--connections_per_host", "2"], cwd=ROOT, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
-        while not ((out / "fetched.jsonl").exists() and (out / "fetched.jsonl").read_bytes().count(b"\n") == 5):
+        while not ((out / "fetched.log").exists() and (out / "fetched.log").read_bytes().count(b"\n") == 5):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         with pytest.raises(UserError, match="another unigen fetch is writing there"):
@@ -281,7 +281,7 @@ def test_deep_finds_what_the_header_does_not_show(server, tmp_path):
     data = write(tmp_path / "data.jsonl", [caption(server.url("/damaged"))])
     assert run(data, tmp_path / "a") == 0
     assert run(data, tmp_path / "b", "--deep") == 1
-    assert [entry["reason"] for entry in lines(tmp_path / "b" / "failed.jsonl")] == ["broken_picture"]
+    assert [entry["reason"] for entry in lines(tmp_path / "b" / "failed.log")] == ["broken_picture"]
 
 
 # Files
@@ -304,7 +304,7 @@ def test_packed_files_lists_and_tables_become_jsonl(server, tmp_path):
     assert first.startswith("pictures/") and second == "../x\ny.png"
     assert [record["image_path"][:9] for record in lines(out / "c.jsonl")] == ["pictures/"]
     assert [(record["image"][-4:], record["captions"]) for record in lines(out / "d.jsonl")] == [(".jpg", '{"a": "b"}')]
-    assert [(entry["file"], entry["field"], entry["reason"]) for entry in lines(out / "failed.jsonl")] == [
+    assert [(entry["file"], entry["field"], entry["reason"]) for entry in lines(out / "failed.log")] == [
         (str(folder / "d.parquet"), "image.bytes", "not_a_picture")
     ]
     assert run(folder, out) == 1 and server.asked["/good.png"] == 1
@@ -344,7 +344,6 @@ def test_local_paths_stay_valid_through_links_and_odd_ones_stay_as_they_are(tmp_
     [
         ({}, ["nothing.jsonl"], "there is no such file"),
         ({"a.jsonl": "", "b/a.jsonl": ""}, ["a.jsonl", "b/a.jsonl"], "would be written for it and for"),
-        ({"fetched.jsonl": ""}, ["fetched.jsonl"], "a list that fetch writes itself"),
         ({"out/a.jsonl": ""}, ["out/a.jsonl"], "lies in the output folder"),
         ({"out/a.jsonl": ""}, ["out"], "lies in the output folder"),
         ({"out/a.jsonl": "", "a.jsonl": ""}, ["a.jsonl"], "no fetch wrote it"),
@@ -369,3 +368,12 @@ def test_training_refuses_addresses_and_names_the_command(tmp_path):
     data = write(tmp_path / "data.jsonl", [caption("http://example.org/x.png")])
     with pytest.raises(UserError, match="unigen fetch"):
         UnifiedGenerationDataset(data)
+
+
+def test_the_output_folder_itself_is_training_data(tmp_path):
+    """The lists that fetch keeps beside the records are not taken for records."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"image_path": "a.png", "caption": "A dot"}) + "\n")
+    assert run(tmp_path / "data.jsonl", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "fetched.log").exists()
+    assert len(UnifiedGenerationDataset(tmp_path / "out")) == 1

@@ -1,6 +1,6 @@
 """Pictures that were fetched: checked by their contents, kept under the name of their hash, and written down as they come.
 
-``pictures/ab/<sha256>.<kind>`` holds the pictures, ``fetched.jsonl`` one line for every attempt. A file appears under its name when it is
+``pictures/ab/<sha256>.<kind>`` holds the pictures, ``fetched.log`` one line for every attempt. A file appears under its name when it is
 whole, never before, so whatever ends the process at whatever moment leaves a folder that the next run continues.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unigen.config import UserError
-from unigen.data.addresses import FetchError
+from unigen.fetch.addresses import FetchError
 from unigen.sequence.images import PictureError, image_size, open_image
 
 FETCHED = "fetched"  # the status of a picture that is there
@@ -42,7 +42,7 @@ _PAGE = re.compile(rb"<!doctype html|<html|<head|<body|<script", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
-    """What became of an address: a line of ``fetched.jsonl``."""
+    """What became of an address: a line of ``fetched.log``."""
 
     url: str
     status: str  # FETCHED, or the reason of a FetchError
@@ -111,7 +111,7 @@ class PictureStore:
     def __init__(self, folder: Path):
         self.folder = folder
         self.drafts = folder / ".new"  # what is not whole yet; on the same disk, so that a rename puts it in its place
-        self.log = folder / "fetched.jsonl"
+        self.log = folder / "fetched.log"
         with self.writing():
             shutil.rmtree(self.drafts, ignore_errors=True)
             self.drafts.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class PictureStore:
             self._log = self.log.open("ab", buffering=0)
 
     def settle(self) -> None:
-        """Leaves one line for each address in ``fetched.jsonl``; nothing may be noted afterwards."""
+        """Leaves one line for each address in ``fetched.log``; nothing may be noted afterwards."""
         with self.writing():
             self.save(self.log, (entry.line() for entry in self.entries.values()))
 

@@ -5,16 +5,16 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from unigen import preview
-from unigen.preview import PreviewOptions
-from unigen.preview_page import write_preview
-from unigen.preview_view import look
-from unigen.preview_words import words
+from unigen.preview import command as preview
+from unigen.preview.command import PreviewOptions
+from unigen.preview.page import write_preview
+from unigen.preview.view import look
+from unigen.preview.words import words
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Draw, Planner
 from unigen.sequence.types import Image, Origin, Pack, Record, Text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "sample_data_format.json"
 PICTURES = ROOT / "examples" / "pictures"
 HOUSE = PICTURES / "house_day.png"

@@ -11,10 +11,10 @@ import tracemalloc
 import pytest
 from picture_server import ANSWERS, PNG, PictureServer
 
-from unigen.data import fetch
-from unigen.data.addresses import FetchError
-from unigen.data.fetch import Client
-from unigen.data.picture_store import kind_of
+from unigen.fetch import client as fetch
+from unigen.fetch.addresses import FetchError
+from unigen.fetch.client import Client
+from unigen.fetch.store import kind_of
 
 TLS = ssl.create_default_context()
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unigen.data.addresses import FetchError, is_address, parse_url, shown, why_refused
+from unigen.fetch.addresses import FetchError, is_address, parse_url, shown, why_refused
 
 READ = {
     "http://example.org": "http://example.org/",

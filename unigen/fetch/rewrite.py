@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.config import UserError
-from unigen.data.addresses import FetchError, is_address, parse_url, shown
 from unigen.data.containers import parts, read_part
 from unigen.data.json_text import parse_json
-from unigen.data.picture_store import PictureStore
+from unigen.fetch.addresses import FetchError, is_address, parse_url, shown
+from unigen.fetch.store import PictureStore
 from unigen.sequence.types import BadRecord, Origin
 
 # Fields that name pictures, and those that lead to more fields. `metadata` and texts are in neither: nothing is fetched for them.
@@ -85,13 +85,13 @@ def _pictures(holder: Any, key: Any, at: str) -> Iterator[Place]:
 
 
 class Writer:
-    """Writes the new data and ``failed.jsonl``.
+    """Writes the new data and ``failed.log``.
 
     Attributes:
         written: Records in the new data.
         left_out: Records with a failure.
         failures: Failures by reason.
-        first: The first of each reason, as in ``failed.jsonl``.
+        first: The first of each reason, as in ``failed.log``.
     """
 
     def __init__(self, store: PictureStore, deep: bool):
@@ -119,7 +119,7 @@ class Writer:
                 for source, draft in zip(sources, drafts):
                     source.target.parent.mkdir(parents=True, exist_ok=True)
                     draft.replace(source.target)
-            listing.replace(self.store.folder / "failed.jsonl")
+            listing.replace(self.store.folder / "failed.log")
 
     def _lines(self, source: Source, listed: BinaryIO) -> Iterator[bytes]:
         for origin, raw, value in records(source):
@@ -170,7 +170,7 @@ class Writer:
 
 
 def _failure(origin: Origin, field: str, reason: str, problem: str, cure: str, url: str | None = None) -> dict[str, Any]:
-    """A line of ``failed.jsonl``."""
+    """A line of ``failed.log``."""
     where = {"file": str(origin.file), "line": origin.line, "index": origin.index, "field": field}
     return {**where, "url": url, "reason": reason, "problem": problem, "cure": cure}
 

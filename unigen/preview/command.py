@@ -14,7 +14,7 @@ from unigen.config import DataOptions, UserError
 
 if TYPE_CHECKING:
     from unigen.data.containers import Raw, Span
-    from unigen.preview_view import Shown, View
+    from unigen.preview.view import Shown, View
     from unigen.sequence.plan import Planner
     from unigen.sequence.types import Origin
 
@@ -122,7 +122,7 @@ def preview(options: PreviewOptions) -> int:
         for _ in looks():
             pass
     else:
-        from unigen.preview_page import write_preview
+        from unigen.preview.page import write_preview
 
         try:
             page = write_preview(Path(options.output), looks(), options, planner)
@@ -235,7 +235,7 @@ def _reservoir(every: Iterator[Found], n: int, choose: random.Random) -> list[Fo
 def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: float) -> Look:
     """The record in its visit, or what is wrong with it, judged as before training."""
     from unigen.data.examine import Pictures, examine
-    from unigen.preview_view import look
+    from unigen.preview.view import look
     from unigen.sequence.images import PictureError
     from unigen.sequence.plan import Draw
     from unigen.sequence.types import BadRecord, Origin

@@ -2,7 +2,7 @@
 
 A name is resolved once, every address it has must be one that ``addresses.py`` lets pass, and the connection goes to exactly the
 address that was checked: a name server that answers differently the second time is never asked a second time. All of it has
-one deadline, and no answer is read beyond its cap. ``remote.py`` is the command on top.
+one deadline, and no answer is read beyond its cap. ``command.py`` is the command on top.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 from unigen import __version__
-from unigen.data.addresses import IP, FetchError, Network, Target, parse_url, shown, why_refused
+from unigen.fetch.addresses import IP, FetchError, Network, Target, parse_url, shown, why_refused
 
 BACK_OFF = 1.0  # seconds before the first retry; doubled for each one after it
 _FRAMING = 8 << 20  # bytes that headers and chunk marks may take besides the picture

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from unigen.data.dataset import task
-from unigen.preview import Look, PreviewOptions
-from unigen.preview_blocks import BLOCKS, KINDS, TOKENS, Ink, block_name, mask_drawing, named, plain, strip, tile, tile_side, visible
-from unigen.preview_view import Shown, View, source_name
-from unigen.preview_words import words
+from unigen.preview.blocks import BLOCKS, KINDS, TOKENS, Ink, block_name, mask_drawing, named, plain, strip, tile, tile_side, visible
+from unigen.preview.command import Look, PreviewOptions
+from unigen.preview.view import Shown, View, source_name
+from unigen.preview.words import words
 from unigen.report import table, write_page
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Image, Kind, Text
