@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, features
 
+from unigen.sequence.grid import patchify
 from unigen.sequence.images import ImageTransform, PictureError, image_size, open_image, to_image
 
 BLOCKS = np.kron(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
@@ -422,3 +423,11 @@ def test_to_image_floors_and_clamps() -> None:
     assert pixels(to_image(x.to(torch.bfloat16)))[0, :, 0].tolist()[-1] == 255
     with pytest.raises(PictureError, match="not finite"):
         to_image(torch.full((3, 2, 2), float("nan")))
+
+
+def test_patches_are_those_of_the_pixels_to_the_bit():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 133, 3), np.uint8))
+    for transform in (ImageTransform(112, 28, 14), ImageTransform(64, 32, 16)):
+        for images in (1, 3):
+            wanted = patchify(transform(picture, images), transform.stride)
+            assert torch.equal(transform.patches(picture, images), wanted)

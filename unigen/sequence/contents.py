@@ -119,9 +119,9 @@ class Viewer:
             assert self.vae is not None
             seen.pixels = self.vae(picture, size=view.vae)
         if vit:
-            assert self.vit is not None
-            pixels = seen.pixels if seen.pixels is not None and view.vae == view.vit else self.vit(picture, size=view.vit)
-            seen.patches = patchify(pixels, self.patch)
+            assert self.vit is not None and self.vit.stride == self.patch
+            same = seen.pixels is not None and view.vae == view.vit
+            seen.patches = patchify(seen.pixels, self.patch) if same else self.vit.patches(picture, size=view.vit)
         return seen
 
 
