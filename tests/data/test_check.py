@@ -7,7 +7,6 @@ import os
 import random
 import signal
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from unigen.data import check as module
 from unigen.data.check import Findings, Problems, check
 from unigen.data.containers import read_part
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
-from unigen.data.statistics import Histogram, find_repeats
 from unigen.model.weights import load_planner
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Draw, Planner
@@ -258,28 +256,6 @@ def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
     assert any(row["cut"] for row in rows) and rows[-1]["cut"] == rows[-1]["refused"] == 0
 
 
-def test_batched_lengths_are_those_of_the_tokenizer(golden, planner):
-    from unigen.data.check_part import _Lengths
-
-    texts = [
-        "",
-        " ",
-        "a",
-        "The quick brown fox",
-        "猫在垫子上",
-        "🙂 x̄ \u202eabc",
-        "<|im_start|>user",
-        "a\n\n\tb   c",
-        "1234567890",
-        "ﬁ" * 99,
-    ]
-    for tokenizer in (load_planner(golden / "model", DataOptions()).tokenizer, planner.tokenizer):
-        batched = _Lengths(tokenizer)
-        batched.learn(texts)
-        batched.learn([*texts, "new one"])
-        assert [len(batched.encode(t)) for t in [*texts, "not learnt"]] == [len(tokenizer.encode(t)) for t in [*texts, "not learnt"]]
-
-
 def test_pictures_are_counted_with_their_sizes_and_tokens(tmp_path, planner):
     picture(tmp_path / "p" / "small.png", (700, 300))
     picture(tmp_path / "p" / "large.png", (1600, 1200))
@@ -354,33 +330,6 @@ def test_near_empty_descriptions_are_found(tmp_path, planner):
     s = check(write(tmp_path / "a.jsonl", *values), planner, num_workers=0).summary()["near_empty"]
     assert [t for _, t in s["first"]] == ["...", "ok", " - \n", "?"] and s["records"] == 4
     assert s["first"][0][0].endswith("a.jsonl:1")
-
-
-def test_histograms_count_like_numpy():
-    r = np.random.default_rng(0)
-    numbers = np.concatenate([r.integers(0, 50, 300), r.integers(0, 100_000, 300), [0, 1 << 40]])
-    whole = Histogram()
-    for piece in np.array_split(numbers, 200):
-        whole.merge(Histogram(piece))
-    assert len(whole) == 602 and whole.total() == numbers.sum()
-    assert [whole.quantile(q) for q in (0.0, 0.25, 0.5, 0.99, 1.0)] == [
-        int(np.quantile(numbers, q, method="inverted_cdf")) for q in (0.0, 0.25, 0.5, 0.99, 1.0)
-    ]
-    for some in (numbers, numbers[:300], np.array([7]), np.array([1000, 1001, 1015]), np.array([0])):
-        bins = Histogram(some).bins()
-        assert sum(n for *_, n in bins) == len(some) and all(a <= b for a, b, _ in bins)
-        assert all(((some >= a) & (some <= b)).sum() == n for a, b, n in bins)
-        assert all(first[1] + 1 == second[0] for first, second in pairwise(bins)) and len(bins) < 100
-    assert np.array_equal(whole.spread(10_000), np.sort(numbers))
-    assert Histogram().describe() == {"count": 0} and len(whole.spread(100)) == 100
-
-
-def test_repeats_of_hashes():
-    hashes = np.array([5, 0, 9, 5, 7, 9, 9, 0], np.uint64)
-    found = find_repeats(hashes, None, 8)
-    assert (found.distinct, found.surplus) == (3, 3)
-    assert [tuple(m) for m in found.most] == [(3, [2, 5, 6]), (2, [0, 3])]
-    assert find_repeats(np.zeros(0, np.uint64), None, 8) == (0, 0, [])
 
 
 # ---- processes

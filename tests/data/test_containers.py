@@ -197,10 +197,8 @@ def test_different_rows_feed_different_bytes(one: dict, two: dict) -> None:
         return b"".join(found)
 
     assert (fed(one) == fed(two)) == (repr(one) == repr(two))
-    assert (
-        len({fed({"a": value}) for value in (b"x", "x", ["x"], [b"x"], {"0": "x"}, {0: "x"}, 1, "1", True, 1.0, None, "", b"", [], {})})
-        == 15
-    )
+    values = (b"x", "x", ["x"], [b"x"], {"0": "x"}, {0: "x"}, 1, "1", True, 1.0, None, "", b"", [], {})
+    assert len({fed({"a": value}) for value in values}) == len(values)
 
 
 # ---- compressed files ----
@@ -362,12 +360,12 @@ def test_damaged_tables_are_refused_or_have_all_their_rows(tmp_path: Path, name:
     assert refusals > 5
 
 
-def test_a_parquet_footer_that_counts_other_rows_is_told(tmp_path: Path) -> None:
+def test_a_damaged_parquet_footer_neither_loses_rows_nor_ends_the_process(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": range(20)}), tmp_path / "x.parquet", row_group_size=10, store_schema=False, write_statistics=False)
     data = (tmp_path / "x.parquet").read_bytes()
     footer = int.from_bytes(data[-8:-4], "little")
     for at in range(len(data) - 8 - footer, len(data) - 8):
-        for bits in (2, 12):  # of a count in its zigzag form: one more or less, ten more or less
+        for bits in (1, 2, 12):  # 2 and 12 make a count, in its zigzag form, one or ten more or less
             spoilt = bytearray(data)
             spoilt[at] ^= bits
             (tmp_path / "x.parquet").write_bytes(spoilt)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from unigen.data.mixing import Mixture
-from unigen.data.rows import LOOK_AHEAD, Packer
+from unigen.data.rows import Packer
 from unigen.sequence.images import PictureError
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Draw
@@ -69,7 +69,7 @@ class _Parcel:
 
         def note(tensor: Tensor) -> Any:
             leaf = _Leaf(self.size, tensor.dtype, tensor.shape)
-            parts.append((self.size, tensor.contiguous()))
+            parts.append((self.size, tensor))
             self.size += -(-tensor.nbytes // 16) * 16  # aligned, so that a view of any type can start here
             return leaf
 
@@ -77,7 +77,7 @@ class _Parcel:
         self.buffer = torch.empty(self.size, dtype=torch.uint8)
         for offset, tensor in parts:
             if tensor.nbytes:
-                self.buffer[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+                self.buffer[offset : offset + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
 
     def pin_memory(self) -> _Parcel:
         self.buffer = self.buffer.pin_memory()
@@ -137,7 +137,7 @@ class RowStream:
             upcoming = np.arange(start, min(start + CHUNK, end))
             for at, length in zip(upcoming.tolist(), self._lengths(epoch, upcoming).tolist()):
                 packer.add(at, length)
-                while len(packer) >= LOOK_AHEAD:
+                while packer.ready:
                     row = packer.row()
                     yield row, Place(epoch, at + 1, packer.waiting)
         while len(packer):
