@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "unigen.config:Config",
         "unigen.cli:train",
-        "Train a checkpoint on JSON or JSONL data.",
+        "Train a checkpoint on JSON, JSONL or Parquet data.",
         "unigen train --model_path models/BAGEL-7B-MoT --train_data_path data/train.jsonl --learning_rate 2e-5 --bf16",
     ),
     "generate": Command(
@@ -73,6 +73,13 @@ COMMANDS: dict[str, Command] = {
         "unigen.cli:generate",
         "Generate text and pictures from a prompt and pictures.",
         'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
+    ),
+    "check": Command(
+        "unigen.check.command:CheckOptions",
+        "unigen.check.command:run",
+        "Check all data: every problem with its place and cure, statistics, advice.",
+        "unigen check data/train.jsonl --deep --output check.html",
+        positional="paths",
     ),
     "preview": Command(
         "unigen.preview.command:PreviewOptions",
@@ -95,13 +102,6 @@ COMMANDS: dict[str, Command] = {
         "Encode the pictures of the data once, so that training need not.",
         "unigen cache data/train.jsonl --model_path models/BAGEL-7B-MoT --cache_dir cache --bf16",
         positional="train_data_path",
-    ),
-    "check": Command(
-        "unigen.check:CheckOptions",
-        "unigen.check:run",
-        "Check all data: every problem with its place and cure, statistics, advice.",
-        "unigen check data/train.jsonl --deep --output check.html",
-        positional="paths",
     ),
     "demo": Command(
         "unigen.cli:DemoOptions",

@@ -153,7 +153,7 @@ LINE_PIECES = [
 ]
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(LINE_PIECES), max_size=30).map(b"".join), st.integers(1, 12))
 def test_lines_are_numbered_alike_however_a_file_is_cut(tmp_path: Path, data: bytes, size: int) -> None:
     path = tmp_path / "x.jsonl"
@@ -189,6 +189,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=2), VALUES, max_size=3), st.dictionaries(st.text(max_size=2), VALUES, max_size=3))
 def test_different_rows_feed_different_bytes(one: dict, two: dict) -> None:
     def fed(row: dict) -> bytes:

@@ -361,7 +361,7 @@ def test_a_header_is_read_once_and_its_size_handed_on(tmp_path: Path, monkeypatc
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000) | st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3000))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_numbers_are_a_dictionary(pairs: list[tuple[int, int]]) -> None:
     numbers, expected = Numbers(), {}
     for key, value in pairs:
@@ -471,6 +471,7 @@ def test_every_picture_named_by_a_path_must_lie_in_data_root(tmp_path: Path) -> 
     path = write(tmp_path / "a.jsonl", caption("root/x.png"), caption(str(inside)), caption("root/../root2/x.png"), caption(str(outside)))
     error = refused(path, data_root=tmp_path / "root")
     assert [(r.code, r.origin.line, r.field) for r in error.records] == [("outside_root", n, "image_path") for n in (3, 4)]
+    assert len(refused(path, data_root=tmp_path / "root", check_pictures="headers").records) == 2
     dataset = UnifiedGenerationDataset(path, data_root=str(tmp_path / "root"), on_bad_record="skip", max_bad_share=0.5)
     assert [record.sample[0].source for record in dataset] == [
         Confined(tmp_path / "root/x.png", tmp_path / "root"),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unigen.data.formats import FORMATS, parse_raw, parse_record, parse_with_fields
@@ -444,6 +444,7 @@ WRONG = [
     ({"image_list": ["x", "y"]}, "missing_field", "instruction_list"),
     ({"instruction_list": ["a"]}, "missing_field", "image_list"),
     ({"image_list": ["x", "y"], "instruction_list": ["a", "b"]}, "unequal_image_count", "image_list"),
+    ({"image_list": ["x", "y", "z"], "instruction_list": ["a"]}, "unequal_image_count", "image_list"),
     ({"image_list": [], "instruction_list": []}, "unequal_image_count", "image_list"),
     ({"image_list": ["x"], "instruction_list": []}, "no_target", "image_list"),
     ({"image_list": ["x", 3], "instruction_list": ["a"]}, "wrong_type", "image_list[1]"),
@@ -511,6 +512,7 @@ def nearly_right(draw):
     return record
 
 
+@settings(deadline=None)
 @given(VALUES | nearly_right())
 def test_any_value_is_a_sample_with_a_target_or_a_bad_record(value) -> None:
     try:

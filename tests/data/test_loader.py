@@ -83,7 +83,11 @@ def bits(row: Row) -> list[Any]:
 def raw(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return (value.dtype, tuple(value.shape), value.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
+    return (
+        value.dtype,
+        tuple(value.shape),
+        value.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes(),
+    )
 
 
 def test_every_record_is_met_once_an_epoch_in_another_order_each_time(golden: Path, data: Path):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unigen.check_report import Bars, Line, Shares, Table, advice_line, percent, sections
-from unigen.check_words import Words
-from unigen.data.advice import Advice
-from unigen.data.check import Findings
+from unigen.check.advice import Advice
+from unigen.check.findings import Findings
+from unigen.check.terminal import Bars, Line, Shares, Table, advice_line, percent, sections
+from unigen.check.words import Words
 from unigen.report import COLOURS, bar_chart, escape, table, write_page
 
 FEW = 5  # problems that are all shown unfolded

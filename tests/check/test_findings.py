@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from unigen.check import findings as module
+from unigen.check.findings import Findings, Problems, check
 from unigen.cli import main
 from unigen.config import DataOptions
-from unigen.data import check as module
-from unigen.data.check import Findings, Problems, check
 from unigen.data.containers import read_part
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
 from unigen.model.weights import load_planner
@@ -350,7 +350,7 @@ def test_findings_do_not_depend_on_the_processes(tmp_path, golden, monkeypatch):
 
 def deadly(*arguments):
     """A checker whose process dies of one record."""
-    from unigen.data import check_part
+    from unigen.check import part as check_part
 
     original = check_part.examine
 

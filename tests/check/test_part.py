@@ -1,7 +1,7 @@
 """The process side of the check: lengths counted in batches."""
 
+from unigen.check.part import _Lengths
 from unigen.config import DataOptions
-from unigen.data.check_part import _Lengths
 from unigen.model.weights import load_planner
 
 

@@ -1,4 +1,4 @@
-"""What the statistics of a data set suggest. The rules are here, their words in ``unigen/check_words.py``."""
+"""What the statistics of a data set suggest. The rules are here, their words in ``unigen/check/words.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Advice(NamedTuple):
 
 
 def advise(summary: dict[str, Any], problems: int, deep: bool) -> list[Advice]:
-    """The suggestions for what :meth:`unigen.data.check.Findings.summary` says; warnings first.
+    """The suggestions for what :meth:`unigen.check.findings.Findings.summary` says; warnings first.
 
     Args:
         summary: The statistics.

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from unigen.data.statistics import Histogram, find_repeats
+from unigen.check.statistics import Histogram, find_repeats
 
 
 def test_histograms_count_like_numpy():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from unigen.check_words import Words
-from unigen.data.advice import Advice
+from unigen.check.advice import Advice
+from unigen.check.words import Words
 
 
 class Line(NamedTuple):

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from unigen.data.check_part import Job, Outcome, checker
+from unigen.check.part import Job, Outcome, checker
+from unigen.check.statistics import Tally, how_full_rows_get, repeats, what_limits_cut
+from unigen.check.workers import Died, in_order
 from unigen.data.containers import Part, Raw, Span, find_files, parts, read_part
 from unigen.data.dataset import TASKS
 from unigen.data.formats import FORMATS, parse_raw
-from unigen.data.statistics import Tally, how_full_rows_get, repeats, what_limits_cut
-from unigen.data.workers import Died, in_order
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text

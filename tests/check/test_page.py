@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from test_report import Page
 
-from unigen import check_page
-from unigen.check import CheckOptions, _columns, run
-from unigen.check_report import percent, sections
-from unigen.check_words import CODES, WORDS, Words
+from unigen.check import advice as rules
+from unigen.check import page as check_page
+from unigen.check.advice import advise
+from unigen.check.command import CheckOptions, _columns, run
+from unigen.check.findings import Findings, Problems, check
+from unigen.check.terminal import percent, sections
+from unigen.check.words import CODES, WORDS, Words
 from unigen.config import DataOptions
-from unigen.data import advice as rules
-from unigen.data.advice import advise
-from unigen.data.check import Findings, Problems, check
 from unigen.model.weights import load_planner
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert(1)</script>"
 
 

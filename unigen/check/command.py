@@ -69,9 +69,9 @@ def run(options: CheckOptions) -> int:
         UserError: There is nothing to check, or an option cannot work.
     """
     _resolve(options)
-    from unigen.check_words import Words
-    from unigen.data.advice import advise
-    from unigen.data.check import BUDGETS, LIMITS, Problems, check
+    from unigen.check.advice import advise
+    from unigen.check.findings import BUDGETS, LIMITS, Problems, check
+    from unigen.check.words import Words
     from unigen.model.weights import load_planner
 
     words = Words(options.language)
@@ -99,7 +99,7 @@ def run(options: CheckOptions) -> int:
         summary = found.summary(budgets)
         advice = advise(summary, len(problems), options.deep)
         if options.output:
-            from unigen import check_page
+            from unigen.check import page as check_page
 
             check_page.write(Path(options.output), found, summary, advice, words)
         if options.json:
@@ -146,8 +146,8 @@ def _bar() -> Iterator[Callable[[int, int, int, int], None]]:
 
 def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> None:
     """One document, its problems written one by one: there may be more of them than fit into memory."""
-    from unigen.check_report import advice_line
-    from unigen.check_words import Words
+    from unigen.check.terminal import advice_line
+    from unigen.check.words import Words
 
     english = Words("en")
     head = {
@@ -178,8 +178,8 @@ def _reader_may_leave() -> Iterator[None]:
 
 
 def _print_report(found: Any, summary: dict[str, Any], advice: Sequence[Any], words: Any, options: CheckOptions) -> None:
-    from unigen.check_page import verdict
-    from unigen.check_report import Line, Table, advice_line, sections
+    from unigen.check.page import verdict
+    from unigen.check.terminal import Line, Table, advice_line, sections
 
     depth = words("deep" if found.deep else "headers")
     lines = [words("covered", records=summary["records"], files=summary["files"], seconds=found.seconds, depth=depth)]
@@ -205,7 +205,7 @@ def _print_report(found: Any, summary: dict[str, Any], advice: Sequence[Any], wo
 
 
 def _problem_lines(found: Any, words: Any) -> Iterator[str]:
-    from unigen.check_page import place
+    from unigen.check.page import place
 
     for code, n in found.problems.counts.most_common():
         yield f"{code}  ({n:,})  {words.of_code(code)}".rstrip()

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unigen.check.statistics import NEAR_EMPTY_SHOWN, Histogram, Tally
+from unigen.check.workers import Mark
 from unigen.data.containers import Part, Raw, Span, read_part
 from unigen.data.dataset import task
 from unigen.data.examine import Pictures, bad_picture, examine, key_of
 from unigen.data.ragged import Ragged
-from unigen.data.statistics import NEAR_EMPTY_SHOWN, Histogram, Tally
-from unigen.data.workers import Mark
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
