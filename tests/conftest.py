@@ -8,9 +8,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Files that the data set unpacks stay out of the home folder. Workers of pytest-xdist inherit the first process's folder.
+_UNPACKED = tempfile.TemporaryDirectory(prefix="unigen-tests-") if "UNIGEN_CACHE" not in os.environ else None
+if _UNPACKED is not None:
+    os.environ["UNIGEN_CACHE"] = _UNPACKED.name
 
 
 def _cuda() -> bool:

@@ -8,7 +8,7 @@ import torch
 from unigen.config import DataOptions
 from unigen.sequence import contents
 from unigen.sequence.contents import View, Viewer, digest
-from unigen.sequence.grid import patchify
+from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import Confined, ImageTransform, PictureError, open_image, to_image
 from unigen.sequence.pack import Geometry
 from unigen.sequence.plan import Draw, Planner, Transforms
@@ -47,7 +47,7 @@ def test_both_encoders_see_the_picture_as_their_transforms_make_it(path):
     seen = VIEWER.look(path, vae=True, vit=True)
     picture = open_image(path)
     assert seen.view == View(VAE.size(60, 48), VIT.size(60, 48)) == View((64, 48), (42, 28))
-    assert torch.equal(seen.pixels, VAE(picture)) and torch.equal(seen.patches, patchify(VIT(picture), 14))
+    assert torch.equal(to_unit(seen.pixels), VAE(picture)) and torch.equal(to_unit(seen.patches), patchify(VIT(picture), 14))
     assert seen.nbytes == 4 * (3 * 64 * 48 + 6 * 588) and seen.posterior is None is seen.features
 
 

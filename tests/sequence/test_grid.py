@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unigen.sequence.grid import grid_positions, patchify, unpatchify
+from unigen.sequence.grid import grid_positions, patchify, to_unit, unpatchify
 
 SIDES = st.integers(1, 5)
 
@@ -49,3 +49,17 @@ def test_interpolated_positions_spread_over_the_table(rows, columns, side):
 def test_interpolation_of_a_full_table_is_the_table():
     assert grid_positions(8, 8, 8, interpolate=True).tolist() == list(range(64))
     assert grid_positions(2, 4, 8, interpolate=True).tolist() == [0, 2, 4, 6, 32, 34, 36, 38]
+
+
+def test_levels_become_the_numbers_of_the_reference_to_the_bit():
+    """All 256, against the operations of the reference in their order; floats are left alone."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    wanted = levels.to(torch.float32).div(255).sub(0.5).div(0.5)
+    assert torch.equal(to_unit(levels), wanted)
+    assert to_unit(wanted) is wanted
+
+
+@pytest.mark.gpu
+def test_levels_become_the_same_bits_on_a_gpu():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_unit(levels.cuda()).cpu(), to_unit(levels))

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, features
 
-from unigen.sequence.grid import patchify
+from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import ImageTransform, PictureError, image_size, open_image, to_image
 
 BLOCKS = np.kron(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
@@ -430,4 +430,5 @@ def test_patches_are_those_of_the_pixels_to_the_bit():
     for transform in (ImageTransform(112, 28, 14), ImageTransform(64, 32, 16)):
         for images in (1, 3):
             wanted = patchify(transform(picture, images), transform.stride)
-            assert torch.equal(transform.patches(picture, images), wanted)
+            found = transform.patches(picture, images)
+            assert found.dtype == torch.uint8 and torch.equal(to_unit(found), wanted)

@@ -9,7 +9,7 @@ from PIL import Image as Picture
 
 from unigen.config import DataOptions
 from unigen.data.ragged import Ragged
-from unigen.sequence.grid import patchify
+from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import Geometry, pack_blocks
 from unigen.sequence.plan import Draw, Measured, Planner, Transforms, structure_numbers
@@ -304,9 +304,9 @@ def test_blocks_of_one_picture_show_it_in_both_ways(planner):
     source = Picture.effect_noise((90, 70), 80).convert("RGB")
     blocks, pack = row_of(planner(**NO_DROPOUT), [Image(source, True), Text("a", True)])
     noised, clean, vit, _ = blocks
-    assert noised.pixels is clean.pixels and torch.equal(clean.pixels, TRANSFORMS.vae(source))
+    assert noised.pixels is clean.pixels and torch.equal(to_unit(clean.pixels), TRANSFORMS.vae(source))
     assert noised.posterior is clean.posterior and noised.posterior.shape == (16, 2 * noised.grid[0], 2 * noised.grid[1])
-    assert torch.equal(vit.patches, patchify(TRANSFORMS.vit_edit(source), 14))
+    assert torch.equal(to_unit(vit.patches), patchify(TRANSFORMS.vit_edit(source), 14))
     assert pack.vae_block == [0, 0] and len(pack.vae_pixels) == 1
     generation = pack.kind[pack.n_und :]
     assert torch.isfinite(pack.u[generation == Kind.NOISED]).all() and (pack.u[generation == Kind.CLEAN] == float("-inf")).all()
@@ -315,7 +315,7 @@ def test_blocks_of_one_picture_show_it_in_both_ways(planner):
 def test_samples_that_only_write_use_the_understanding_resize(planner):
     source = Picture.effect_noise((150, 120), 80).convert("RGB")
     blocks, _ = row_of(planner(), [Image(source), Text("a", True)])
-    assert torch.equal(blocks[0].patches, patchify(TRANSFORMS.vit(source), 14)) and blocks[0].pixels is None
+    assert torch.equal(to_unit(blocks[0].patches), patchify(TRANSFORMS.vit(source), 14)) and blocks[0].pixels is None
 
 
 # ---- lengths of many visits at once ------------------------------------------------------------------------------

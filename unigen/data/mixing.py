@@ -20,10 +20,9 @@ import torch
 
 from unigen.config import UserError
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.reader import LEAST
 from unigen.sequence.plan import Draw, Measured, Planner
 from unigen.sequence.types import Block, Origin, Record
-
-NEAR = 4  # runs of records (Parquet row groups) that are shuffled together: as many are open at once
 
 
 @dataclass
@@ -173,8 +172,8 @@ class Mixture:
         runs = [np.arange(start, stop) for start, stop in dataset.runs]
         turn = torch.randperm(len(runs), generator=generator).tolist()
         pieces = []
-        for at in range(0, len(turn), NEAR):
-            near = np.concatenate([runs[i] for i in turn[at : at + NEAR]])
+        for at in range(0, len(turn), LEAST):  # as many as the reader keeps open are shuffled together
+            near = np.concatenate([runs[i] for i in turn[at : at + LEAST]])
             pieces.append(near[torch.randperm(len(near), generator=generator).numpy()])
         return np.concatenate(pieces)
 

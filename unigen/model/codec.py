@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unigen.sequence.grid import to_unit
+
 
 @dataclass(frozen=True)
 class VaeConfig:
@@ -60,7 +62,7 @@ class Codec(nn.Module):
         return latents / self.config.scale_factor + self.config.shift_factor
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """``pixels`` [B, 3, H, W] in [-1, 1] -> normalised latents [B, C, H / f, W / f]; the posterior's mean, or its
+        """``pixels`` [B, 3, H, W], uint8 or float in [-1, 1] -> normalised latents [B, C, H / f, W / f]; the posterior's mean, or its
         draw with ``noise`` of the latents' shape."""
         raise NotImplementedError(type(self).__name__)
 
@@ -84,6 +86,7 @@ class PixelCodec(Codec):
         self.gray = config.z_channels == gray
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        pixels = to_unit(pixels)
         if self.gray:
             pixels = pixels.mean(dim=1, keepdim=True)
         return self.normalise(F.pixel_unshuffle(pixels, self.downsample))
@@ -127,8 +130,12 @@ class FluxCodec(Codec):
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"ae.safetensors does not hold the VAE that vae_config.json describes: {error}") from error
 
+    def posterior(self, pixels: Tensor) -> Any:
+        """The distribution of the latent before normalisation: ``mean`` and ``std`` [B, C, h, w] of ``pixels`` [B, 3, H, W]."""
+        return self.vae.encode(to_unit(pixels).to(self.vae.dtype)).latent_dist
+
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        posterior = self.posterior(pixels)
         z = posterior.mean
         if noise is not None:
             z = z + posterior.std * noise.to(z.dtype)

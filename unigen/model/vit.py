@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigen.model.attention import Plan, attend, plan_full
+from unigen.sequence.grid import to_unit
 
 
 class VitAttention(nn.Module):
@@ -80,9 +81,10 @@ class VisionModel(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, patches: Tensor, position: Tensor, lengths: Sequence[int]) -> Tensor:
-        """``patches`` [N, patch * patch * 3] of pictures with ``lengths`` patches, ``position`` [N] -> [N, width]."""
+        """``patches`` [N, patch * patch * 3] (uint8, or float in [-1, 1]) of pictures with ``lengths`` patches, ``position`` [N]
+        -> [N, width]."""
         vit = self.vision_model
-        x = vit.embeddings(patches.to(vit.embeddings.patch_embedding.weight.dtype), position)
+        x = vit.embeddings(to_unit(patches).to(vit.embeddings.patch_embedding.weight.dtype), position)
         plan = plan_full(lengths, x.device)
         for layer in vit.encoder.layers:
             x = checkpoint(layer, x, plan, use_reentrant=False) if self.gradient_checkpointing and x.requires_grad else layer(x, plan)

@@ -45,7 +45,7 @@ class Picture:
 
     name: str
     original: tuple[int, int]  # width, height of the upright file
-    pixels: Tensor  # [3, H, W] in [-1, 1], as resized for this block
+    pixels: Tensor  # [3, H, W] uint8, as resized for this block
     time: float | None = None  # of a noised image, after the time law
 
     @property

@@ -51,9 +51,9 @@ class Seen:
     """A picture: of each encoder that looks at it what it takes, or what it made of that."""
 
     view: View
-    pixels: Tensor | None = None  # [3, H, W] in [-1, 1], for the VAE
+    pixels: Tensor | None = None  # [3, H, W] uint8, for the VAE
     posterior: tuple[Tensor, Tensor] | None = None  # mean, standard deviation [C, h, w]
-    patches: Tensor | None = None  # [N, patch * patch * 3], for the ViT
+    patches: Tensor | None = None  # [N, patch * patch * 3] uint8, for the ViT
     features: Tensor | None = None  # [N, ViT width]
 
     @property
@@ -117,7 +117,7 @@ class Viewer:
         seen = Seen(view)
         if vae:
             assert self.vae is not None
-            seen.pixels = self.vae(picture, size=view.vae)
+            seen.pixels = self.vae.levels(picture, size=view.vae)
         if vit:
             assert self.vit is not None and self.vit.stride == self.patch
             same = seen.pixels is not None and view.vae == view.vit

@@ -23,6 +23,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from unigen.sequence.files import MAX_BYTES, Confined, PictureError, open_file
+from unigen.sequence.grid import to_unit
 
 __all__ = ["Confined", "ImageTransform", "PictureError", "image_size", "open_image", "read_bytes", "to_image"]
 
@@ -30,7 +31,6 @@ PILImage = Image.Image
 Source = str | Path | Confined | bytes | PILImage
 Fit = Callable[[int, int], tuple[int, int]]
 
-_ROWS = 16  # that are normalised at a time: they stay in the cache
 MAX_PIXELS = 64_000_000  # larger pictures are refused from their header, before any memory is spent on them
 
 # Formats that are decoded inside this process by code that reads pixels and nothing else: EPS, for one, would start another program.
@@ -326,22 +326,22 @@ class ImageTransform:
 
     def __call__(self, picture: PILImage, images: int = 1, size: tuple[int, int] | None = None) -> Tensor:
         """``[3, H, W]`` float32 in [-1, 1] of an RGB picture, resized as by :meth:`resize`."""
+        return to_unit(self.levels(picture, images, size))
+
+    def levels(self, picture: PILImage, images: int = 1, size: tuple[int, int] | None = None) -> Tensor:
+        """``[3, H, W]`` uint8 of an RGB picture, resized as by :meth:`resize`; ``to_unit`` makes it what models see."""
         assert picture.mode == "RGB", f"open pictures with open_image: mode is {picture.mode}"
         picture = self.resize(picture, images, size)
-        pixels = np.empty((3, picture.height, picture.width), np.float32)
-        for band, plane in zip(picture.split(), pixels):
-            _normalise(np.asarray(band), plane)
-        return torch.from_numpy(pixels)
+        levels = np.empty((3, picture.height, picture.width), np.uint8)
+        for band, plane in zip(picture.split(), levels):
+            plane[:] = band
+        return torch.from_numpy(levels)
 
     def patches(self, picture: PILImage, images: int = 1, size: tuple[int, int] | None = None) -> Tensor:
-        """``[rows * columns, stride * stride * 3]`` float32 in [-1, 1]: ``patchify`` of what :meth:`__call__` gives, with the
-        pixels moved while they are bytes."""
+        """``[rows * columns, stride * stride * 3]`` uint8: ``patchify`` of :meth:`levels`."""
         assert picture.mode == "RGB", f"open pictures with open_image: mode is {picture.mode}"
-        picture = self.resize(picture, images, size)
-        levels = rearrange(np.asarray(picture), "(h p) (w q) c -> (h w) (p q c)", p=self.stride, q=self.stride)
-        found = np.empty(levels.shape, np.float32)
-        _normalise(np.ascontiguousarray(levels), found)
-        return torch.from_numpy(found)
+        levels = np.asarray(self.resize(picture, images, size))
+        return torch.from_numpy(np.ascontiguousarray(rearrange(levels, "(h p) (w q) c -> (h w) (p q c)", p=self.stride, q=self.stride)))
 
     def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
         w, h = (max(self.stride, round(round(side * scale) / self.stride) * self.stride) for side in (width, height))
@@ -358,22 +358,15 @@ class ImageTransform:
         return c * self.stride, r * self.stride
 
 
-def _normalise(levels: np.ndarray, out: np.ndarray) -> None:
-    """``(levels / 255 - 0.5) / 0.5`` into ``out``, some rows at a time so that they stay in the processor's cache."""
-    for row in range(0, len(out), _ROWS):
-        part = out[row : row + _ROWS]
-        np.divide(levels[row : row + _ROWS], np.float32(255), out=part, dtype=np.float32)
-        np.subtract(part, np.float32(0.5), out=part)
-        np.multiply(part, np.float32(2), out=part)
-
-
 def to_image(pixels: Tensor) -> PILImage:
-    """The RGB picture of ``pixels`` ``[3, H, W]`` in [-1, 1]: ``floor(255 * clamp(x / 2 + 1 / 2))``.
+    """The RGB picture of ``pixels`` ``[3, H, W]``: in [-1, 1], ``floor(255 * clamp(x / 2 + 1 / 2))``; or uint8 as it is.
 
     Raises:
         PictureError: ``pixels`` holds NaN or infinite numbers.
     """
     assert pixels.ndim == 3 and pixels.shape[0] == 3, f"pixels are [3, H, W], not {list(pixels.shape)}"
+    if pixels.dtype == torch.uint8:
+        return Image.fromarray(pixels.cpu().permute(1, 2, 0).contiguous().numpy())
     pixels = pixels.detach().to("cpu", torch.float32)
     if not torch.isfinite(pixels).all():
         problem = "it holds numbers that are not finite"

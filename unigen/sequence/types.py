@@ -90,7 +90,7 @@ class Block:
     ids: list[int] | None = None
     patches: Tensor | None = None  # [rows * columns, patch * patch * 3]
     features: Tensor | None = None  # [rows * columns, ViT width] what the frozen ViT made of the patches, in place of them
-    pixels: Tensor | None = None  # [3, H, W] in [-1, 1]
+    pixels: Tensor | None = None  # [3, H, W] uint8, or float in [-1, 1]
     latent: Tensor | None = None  # [C, h, w] normalised
     posterior: Tensor | None = None  # [C, h, w] standard normal: which latent is drawn; None for the posterior's mean
     noise: Tensor | None = None  # [rows * columns, patch_dim] standard normal, of a noised image
@@ -120,11 +120,11 @@ class Pack:
     n_und: int  # tokens of the understanding half
     n_samples: int
     # ViT pictures, in sequence order: the ViT looks at the patches of some, and others bring its features
-    vit_patches: Tensor  # [tokens of the former, patch * patch * 3] float
+    vit_patches: Tensor  # [tokens of the former, patch * patch * 3] uint8, or float in [-1, 1]
     vit_position: Tensor  # [N] int64, row * side + column in the position tables, of all
     vit_lengths: list[int]  # patches of each picture, of all
     # VAE pictures: those with ready latents are numbered first, those with pixels after them
-    vae_pixels: list[Tensor]  # [3, H, W] each in [-1, 1]
+    vae_pixels: list[Tensor]  # [3, H, W] each, uint8, or float in [-1, 1]
     vae_noise: list[Tensor]  # [C, h, w] each: the posterior's draw of each entry of `vae_pixels`; empty for its mean
     latents: list[Tensor]  # [C, h, w] each, normalised latents (cached, or already encoded)
     vae_block: list[int]  # the picture each VAE block shows, blocks in sequence order

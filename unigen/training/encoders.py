@@ -109,8 +109,7 @@ class Encoders:
         with self._autocast():
             if seen.pixels is not None:
                 assert self.codec is not None
-                vae = self.codec.vae
-                posterior = vae.encode(seen.pixels[None].to(self.device, vae.dtype)).latent_dist
+                posterior = self.codec.posterior(seen.pixels[None].to(self.device))
                 found["vae"] = {"mean": posterior.mean[0].cpu(), "std": posterior.std[0].cpu()}
             if seen.patches is not None:
                 assert self.vit is not None and seen.view.vit is not None
