@@ -31,7 +31,14 @@ COVERED = {
 }
 # The workspace of the tests has files where the READMEs say; only what a tiny model and a CPU ask for is changed.
 TINY_TRAIN = "--max_steps 1 --device cpu --max_image_tokens 16 --num_workers 0 --logging_steps 1"
-TINY_GENERATE = "--max_new_tokens 4 --num_timesteps 3 --height 32 --width 32 --device cpu"
+TINY = {
+    "train": TINY_TRAIN,
+    "generate": "--max_new_tokens 4 --num_timesteps 3 --height 32 --width 32 --device cpu",
+    "check": "--num_workers 0",
+    "preview": "--max_image_tokens 16",
+    "fetch": "",  # the records of the workspace name no picture of the web
+    "cache": "--max_image_tokens 16 --device cpu",
+}
 TINY_ARGUMENTS = [("outputs/unified_training/step_1000", "outputs/unified_training/step_1"), ("--nproc_per_node=4", "--nproc_per_node=2")]
 TINY_PYTHON = [
     ('device="cuda"', 'device="cpu"'),
@@ -180,8 +187,7 @@ def test_the_make_targets_exist():
 def test_every_command_of_the_readmes_is_run_somewhere():
     kinds = (
         "python train_unified_generation.py",
-        "unigen train",
-        "unigen generate",
+        *(f"unigen {name}" for name in TINY),
         "torchrun --nproc_per_node=4 train_unified_generation.py",
     )
     assert [line for line in commands(README) if not line.startswith(kinds) and line not in COVERED] == []
@@ -200,7 +206,8 @@ def workspace(tmp_path, golden, monkeypatch):
     (tmp_path / "models" / "BAGEL-7B-MoT").symlink_to(golden / "model")
     (tmp_path / "data" / "pictures").symlink_to(ROOT / "examples" / "pictures")
     for name in ("train", "val"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        lines = [json.dumps(record) + "\n" for record in records * (3 if name == "train" else 1)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     for name in ("recipes", "train_unified_generation.py", "inferencer.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("table.png", "house.png"):
@@ -213,7 +220,7 @@ def workspace(tmp_path, golden, monkeypatch):
 def tiny(line: str) -> list[str]:
     for old, new in TINY_ARGUMENTS:
         line = line.replace(old, new)
-    extra = TINY_GENERATE if line.startswith("unigen generate") else TINY_TRAIN
+    extra = TINY[line.split()[1]] if line.startswith("unigen") else TINY_TRAIN
     if "--resume_from_checkpoint" in line:
         extra = extra.replace("--max_steps 1", "--max_steps 2")
     return shlex.split(line) + shlex.split(extra)
@@ -228,8 +235,8 @@ def run_here(words: list[str]) -> int:
 @pytest.mark.slow
 def test_the_readme_from_top_to_bottom(workspace, capsys, caplog):
     """Every train and generate command in order: later ones use what earlier ones wrote."""
-    lines = [line for line in commands(README) if line.startswith(("unigen train", "unigen generate", "python train_"))]
-    assert len(lines) >= 8
+    lines = [line for line in commands(README) if line.startswith(("unigen ", "python train_")) and line not in COVERED]
+    assert len(lines) >= 12
     caplog.set_level(logging.INFO, "unigen")
     for line in lines:
         assert run_here(tiny(line)) == 0, f"{line}\n{capsys.readouterr().err}"
@@ -272,6 +279,27 @@ def check_python(workspace: Path) -> None:
         assert "cuda" not in body
         exec(compile(body, "README.md", "exec"), {"__name__": "__main__"})
     assert (workspace / "winter.png").exists()
+
+
+DATA_PAGES = ["data_formats.md", "data.md", "check.md", "preview.md", "fetch.md", "cache.md"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", DATA_PAGES)
+def test_the_pages_on_data_from_top_to_bottom(page, workspace, capsys, monkeypatch):
+    (workspace / "data" / "more").mkdir()
+    (workspace / "data" / "more" / "x.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Good day."}]}\n')
+    for line in commands(ROOT / "docs" / page):
+        if line.startswith("torchrun"):  # the processes that it would start, one after the other
+            words, ranks = tiny("unigen" + line.partition("-m unigen")[2]), range(4)
+        else:
+            words, ranks = tiny(line), [None]
+        for rank in ranks:
+            with monkeypatch.context() as context:
+                if rank is not None:
+                    context.setenv("RANK", str(rank))
+                    context.setenv("WORLD_SIZE", "4")
+                assert run_here(words) == 0, f"{line}\n{capsys.readouterr()}"
 
 
 @pytest.mark.slow

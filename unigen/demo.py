@@ -42,7 +42,7 @@ class Size:
 
 FULL = Size(steps=1600, questions=300, learning_rate=3e-3, ema=0.99)
 QUICK = Size(
-    steps=450, questions=50, learning_rate=3e-3, ema=0.97,
+    steps=520, questions=50, learning_rate=3e-3, ema=0.97,
     per_epoch={
         "draw": 800, "caption": 100, "ask": 1300, "ask_messages": 100,
         "edit": 2700, "edit_steps": 60, "add": 1100, "add_sequence": 60,

@@ -341,7 +341,7 @@ class ImageTransform:
         """``[rows * columns, stride * stride * 3]`` uint8: ``patchify`` of :meth:`levels`."""
         assert picture.mode == "RGB", f"open pictures with open_image: mode is {picture.mode}"
         levels = np.asarray(self.resize(picture, images, size))
-        return torch.from_numpy(np.ascontiguousarray(rearrange(levels, "(h p) (w q) c -> (h w) (p q c)", p=self.stride, q=self.stride)))
+        return torch.from_numpy(np.array(rearrange(levels, "(h p) (w q) c -> (h w) (p q c)", p=self.stride, q=self.stride), order="C"))
 
     def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
         w, h = (max(self.stride, round(round(side * scale) / self.stride) * self.stride) for side in (width, height))
