@@ -7,10 +7,12 @@ the number of workers and ranks, and going on from it replays nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from unigen.sequence.plan import Draw
 from unigen.sequence.types import BadRecord, Pack
 
 CHUNK = 4096  # visits whose lengths are computed at once
+SMALL = 2**20  # bytes of a row's tensors up to which they are sent through a pipe
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ class Row:
 
 
 class _Leaf(NamedTuple):
-    """Where a tensor lies in a parcel."""
+    """Where ``count`` tensors of one shape lie in a parcel, one after the other."""
 
     offset: int
     dtype: torch.dtype
-    shape: torch.Size
+    shape: tuple[int, ...]
+    count: int
 
 
 class _Parcel:
@@ -65,32 +69,61 @@ class _Parcel:
     and more time than a small picture takes to decode."""
 
     def __init__(self, row: Row):
-        self.row, parts, self.size = row, [], 0
-
-        def note(tensor: Tensor) -> Any:
-            leaf = _Leaf(self.size, tensor.dtype, tensor.shape)
-            parts.append((self.size, tensor))
-            self.size += -(-tensor.nbytes // 16) * 16  # aligned, so that a view of any type can start here
-            return leaf
-
-        self.row = replace(row, pack=row.pack.map(note))
-        self.buffer = torch.empty(self.size, dtype=torch.uint8)
-        for offset, tensor in parts:
-            if tensor.nbytes:
+        self._parts: list[tuple[int, Sequence[Tensor]]] = []
+        self._size = 0
+        self.fields: dict[str, Any] = {}
+        for f in fields(Pack):
+            value = getattr(row.pack, f.name)
+            if isinstance(value, Tensor):
+                value = self._note([value])
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+                value = [self._note(list(run)) for _, run in groupby(value, key=lambda t: (t.dtype, t.shape))]
+            self.fields[f.name] = value
+        self.buffer = torch.empty(self._size, dtype=torch.uint8)
+        for offset, tensors in self._parts:
+            for tensor in tensors:
                 self.buffer[offset : offset + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+                offset += tensor.nbytes
+        self.rest = (row.records, row.after, row.bad)
+        self._parts = []
+        self._small: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Shared memory is handed over by a thread of the worker, which waits for its turn while the next row is built; so what is
+        small goes through the pipe itself."""
+        small = {"buffer": None, "_small": self.buffer.numpy()} if self._size <= SMALL else {}
+        return {**self.__dict__, **small}
+
+    def _note(self, tensors: Sequence[Tensor]) -> _Leaf:
+        first = tensors[0]
+        leaf = _Leaf(self._size, first.dtype, tuple(first.shape), len(tensors))
+        self._parts.append((self._size, tensors))
+        self._size += -(-first.nbytes * len(tensors) // 16) * 16  # aligned, so that a view of any type can start here
+        return leaf
 
     def pin_memory(self) -> _Parcel:
-        self.buffer = self.buffer.pin_memory()
+        self.buffer = (self.buffer if self._small is None else torch.from_numpy(self._small)).pin_memory()
+        self._small = None
         return self
 
     def open(self) -> Row:
         """The row; its tensors are views of the one buffer."""
 
-        def tensor(leaf: _Leaf) -> Tensor:
-            size = leaf.shape.numel() * leaf.dtype.itemsize
-            return self.buffer[leaf.offset : leaf.offset + size].view(leaf.dtype).view(leaf.shape)
+        if self._small is not None:
+            self.buffer, self._small = torch.from_numpy(self._small), None
 
-        return replace(self.row, pack=self.row.pack.map(tensor, _Leaf))
+        def tensors(leaf: _Leaf) -> Sequence[Tensor]:
+            size = leaf.dtype.itemsize * leaf.count * math.prod(leaf.shape)
+            return self.buffer[leaf.offset : leaf.offset + size].view(leaf.dtype).view(leaf.count, *leaf.shape).unbind()
+
+        opened: dict[str, Any] = {}
+        for name, value in self.fields.items():
+            if isinstance(value, _Leaf):
+                value = tensors(value)[0]
+            elif isinstance(value, list) and value and isinstance(value[0], _Leaf):
+                value = [tensor for leaf in value for tensor in tensors(leaf)]
+            opened[name] = value
+        return Row(Pack(**opened), *self.rest)
 
 
 @dataclass(frozen=True)

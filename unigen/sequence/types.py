@@ -159,13 +159,13 @@ class Pack:
         """Pictures that the encoders have to look at, counted in the same way."""
         return len(self.vae_pixels) + len(self.vit_lengths) - len(self.vit_features)
 
-    def map(self, fn: Callable[[Any], Any], kind: type = Tensor) -> Pack:
-        """A copy with ``fn`` applied to every tensor (to every ``kind``, where something else stands for them): pin, move, cast."""
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Pack:
+        """A copy with ``fn`` applied to every tensor: pin, move, cast."""
 
         def apply(value: Any) -> Any:
-            if isinstance(value, kind):
+            if isinstance(value, Tensor):
                 return fn(value)
-            if isinstance(value, list) and value and isinstance(value[0], kind):
+            if isinstance(value, list) and value and isinstance(value[0], Tensor):
                 return [fn(v) for v in value]
             return value
 
