@@ -217,10 +217,10 @@ def workspace(tmp_path, golden, monkeypatch):
     return tmp_path
 
 
-def tiny(line: str) -> list[str]:
+def tiny(line: str, command: str = "train") -> list[str]:
     for old, new in TINY_ARGUMENTS:
         line = line.replace(old, new)
-    extra = TINY[line.split()[1]] if line.startswith("unigen") else TINY_TRAIN
+    extra = TINY[line.split()[1] if line.startswith("unigen") else command]
     if "--resume_from_checkpoint" in line:
         extra = extra.replace("--max_steps 1", "--max_steps 2")
     return shlex.split(line) + shlex.split(extra)
@@ -286,26 +286,28 @@ DATA_PAGES = ["data_formats.md", "data.md", "check.md", "preview.md", "fetch.md"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", DATA_PAGES)
-def test_the_pages_on_data_from_top_to_bottom(page, workspace, capsys, monkeypatch):
+def test_the_pages_on_data_from_top_to_bottom(page, workspace, capsys):
     (workspace / "data" / "more").mkdir()
     (workspace / "data" / "more" / "x.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Good day."}]}\n')
     for line in commands(ROOT / "docs" / page):
-        if line.startswith("torchrun"):  # the processes that it would start, one after the other
-            words, ranks = tiny("unigen" + line.partition("-m unigen")[2]), range(4)
+        if line.startswith("torchrun"):
+            code, log = torchrun(workspace, tiny(line, "cache"))
+            assert code == 0, log[-2000:]
         else:
-            words, ranks = tiny(line), [None]
-        for rank in ranks:
-            with monkeypatch.context() as context:
-                if rank is not None:
-                    context.setenv("RANK", str(rank))
-                    context.setenv("WORLD_SIZE", "4")
-                assert run_here(words) == 0, f"{line}\n{capsys.readouterr()}"
+            assert run_here(tiny(line)) == 0, f"{line}\n{capsys.readouterr()}"
 
 
 @pytest.mark.slow
 def test_the_torchrun_line_trains_on_two_processes(workspace):
     line = next(line for line in commands(README) if line.startswith("torchrun"))
-    words = tiny(line.replace("--bf16", ""))  # bf16 on a CPU is slow, and covered above
+    code, log = torchrun(workspace, tiny(line.replace("--bf16", "")))  # bf16 on a CPU is slow, and covered above
+    assert code == 0, log[-2000:]
+    assert "2 process(es)" in log
+    assert (workspace / "outputs" / "unified_training" / "step_1" / "manifest.json").exists()
+
+
+def torchrun(workspace: Path, words: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of a ``torchrun`` command."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
     process = subprocess.Popen(argv, cwd=workspace, env=env, stderr=subprocess.PIPE, text=True)
@@ -314,6 +316,4 @@ def test_the_torchrun_line_trains_on_two_processes(workspace):
     finally:
         process.terminate()  # torchrun ends its processes when asked to; killed, it would leave them behind
         process.wait(30)
-    assert process.returncode == 0, log[-2000:]
-    assert "2 process(es)" in log
-    assert (workspace / "outputs" / "unified_training" / "step_1" / "manifest.json").exists()
+    return process.returncode, log
