@@ -5,7 +5,7 @@ The same as ``unigen train``; ``torchrun --nproc_per_node=N train_unified_genera
 
 import sys
 
-from unigen.cli import main
+from unigen.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    program(["train", *sys.argv[1:]])

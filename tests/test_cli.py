@@ -143,3 +143,13 @@ def test_public_names_are_lazy_and_real():
 def test_the_guides_inferencer_is_the_packages():
     done = python("-c", "import inferencer, unigen; assert inferencer.InterleaveInferencer is unigen.InterleaveInferencer", cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("world", "late"), [("1", True), ("2", False)])
+def test_one_of_many_processes_ends_without_winding_up_the_interpreter(world, late, tmp_path):
+    """There a thread of gloo could abort it. What was printed before is not lost, and the exit code is kept."""
+    code = "import atexit, os; atexit.register(lambda: print('late')); from unigen.cli import program; program(['train', '--model_path'])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": world}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--model_path needs a value" in done.stderr
+    assert ("late" in done.stdout) == late

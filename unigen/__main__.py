@@ -1,8 +1,6 @@
 """``python -m unigen`` is ``unigen``."""
 
-import sys
-
-from unigen.cli import main
+from unigen.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

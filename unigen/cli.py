@@ -11,6 +11,7 @@ it has no words for: switches without a value, several values, recipes by line, 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -160,6 +161,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unigen: interrupted", file=sys.stderr)
         return 130
+
+
+def program(argv: list[str] | None = None) -> None:
+    """:func:`main` as the whole program: what ``unigen`` and ``python -m unigen`` run. Does not return."""
+    code = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # One of many processes: a thread of gloo may still hold a tensor of the last collective, since data parallel keeps its
+        # process group alive after its end. Letting go of it while the interpreter ends aborts the process ("terminate called
+        # without an active exception"), a finished run would look failed. Everything is written and closed by now.
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_command(name: str, argv: list[str]) -> int:
