@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unigen.cli import DemoOptions, UsageError, parse_config, parse_options
+from unigen.cli import UsageError, parse_config, parse_options
+from unigen.commands import DemoOptions
 from unigen.config import Config, ConfigError, UserError, known_options
 from unigen.inference.generate import GenerateOptions
 

@@ -1,7 +1,6 @@
 """The command line: ``unigen COMMAND --option value ...``.
 
-A command is a row of :data:`COMMANDS`: a dataclass of options, a function that takes it, one line of help, and an example.
-Both are named as ``module:name`` and imported when the command is called, so ``unigen --help`` needs no PyTorch.
+The commands are the rows of ``commands.py``.
 
 Options are flat and snake_case; the same names are the keys of YAML recipes (``--config recipe.yaml``). A flag wins over every
 recipe, a later recipe over an earlier one. ``jsonargparse`` checks the types and writes the help; this file adds what
@@ -15,15 +14,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
 
 from unigen import __version__
+from unigen.commands import COMMANDS, Command
 from unigen.config import TOPICS, Config, UserError, nearest
 
 T = TypeVar("T")
@@ -31,113 +31,6 @@ T = TypeVar("T")
 
 class UsageError(UserError):
     """The command line or a recipe says something no command understands; names the flag or file:line."""
-
-
-@dataclass
-class DemoOptions:
-    """The demo: real handwritten digits, a tiny model from scratch, a report.
-
-    Args:
-        output_dir: Folder for the data, the run, report.html and metrics.json.
-        quick: A smaller run of the same line, in about a minute.
-        seed: Seed of everything random.
-    """
-
-    output_dir: str = "outputs/demo"
-    quick: bool = False
-    seed: int = 42
-
-
-class Command(NamedTuple):
-    """A row of the table: what it takes, what it does (both ``module:name``), and what the help says.
-
-    ``positional`` is the option of several values that stands first, without a flag; ``short`` gives options of one letter.
-    """
-
-    options: str
-    run: str
-    summary: str
-    example: str
-    positional: str = ""
-    short: Mapping[str, str] = {}
-
-
-COMMANDS: dict[str, Command] = {
-    "train": Command(
-        "unigen.config:Config",
-        "unigen.cli:train",
-        "Train a checkpoint on JSON, JSONL or Parquet data.",
-        "unigen train --model_path models/BAGEL-7B-MoT --train_data_path data/train.jsonl --learning_rate 2e-5 --bf16",
-    ),
-    "generate": Command(
-        "unigen.inference.generate:GenerateOptions",
-        "unigen.cli:generate",
-        "Generate text and pictures from a prompt and pictures.",
-        'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
-    ),
-    "check": Command(
-        "unigen.check.command:CheckOptions",
-        "unigen.check.command:run",
-        "Check all data: every problem with its place and cure, statistics, advice.",
-        "unigen check data/train.jsonl --deep --output check.html",
-        positional="paths",
-    ),
-    "preview": Command(
-        "unigen.preview.command:PreviewOptions",
-        "unigen.preview.command:preview",
-        "Show samples as the model sees them: tokens, loss, pictures, positions, mask.",
-        "unigen preview data/train.jsonl -n 5 --output preview.html",
-        positional="paths",
-        short={"n": "samples"},
-    ),
-    "fetch": Command(
-        "unigen.fetch.command:FetchOptions",
-        "unigen.fetch.command:fetch",
-        "Fetch the pictures that records name by http and https addresses.",
-        "unigen fetch data/train.jsonl --output_dir fetched",
-        positional="paths",
-    ),
-    "cache": Command(
-        "unigen.precompute:CacheOptions",
-        "unigen.precompute:run",
-        "Encode the pictures of the data once, so that training need not.",
-        "unigen cache data/train.jsonl --model_path models/BAGEL-7B-MoT --cache_dir cache --bf16",
-        positional="train_data_path",
-    ),
-    "demo": Command(
-        "unigen.cli:DemoOptions",
-        "unigen.cli:demo",
-        "Train a tiny model on handwritten digits and report what it learnt.",
-        "unigen demo --quick",
-    ),
-}
-
-
-def train(config: Config) -> None:
-    """``unigen train``. Raises ConfigError before PyTorch is imported where an option cannot work."""
-    config.resolve()
-    from unigen.training.trainer import UnifiedTrainer
-
-    UnifiedTrainer(config).train()
-
-
-def generate(options: Any) -> None:
-    """``unigen generate``."""
-    from unigen.inference.generate import answer
-    from unigen.report import write_pieces
-
-    prompt, pieces = answer(options)
-    page = write_pieces(Path(options.output_dir), prompt, pieces, title="Unigen")
-    for piece in pieces:
-        print(piece if isinstance(piece, str) else f"[picture of {piece.width} x {piece.height}]")
-    print(f"Written to {page}")
-
-
-def demo(options: DemoOptions) -> None:
-    """``unigen demo``."""
-    from unigen import demo as module
-
-    module.run(Path(options.output_dir), options.quick, options.seed)
 
 
 def main(argv: list[str] | None = None) -> int:
