@@ -161,6 +161,9 @@ class OptimOptions:
         adam_beta2: AdamW's second decay.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: Gradients are clipped to this total norm; 0 turns clipping off.
+        max_skipped_steps: Stop after so many steps in a row that had to be skipped, their loss or gradient not being finite.
+        spike_sigma: Skip a step whose gradient norm is so many standard deviations above the mean of the last 100. Default: none is.
+        early_stopping_patience: Stop after so many validations in a row without a lower val_loss. Default: never.
         lr_scheduler_type: Shape of the learning rate after the warm-up, over optimiser steps.
         warmup_ratio: Share of all steps over which the learning rate rises from zero.
         warmup_steps: The same as a number of steps; wins over warmup_ratio.
@@ -178,6 +181,9 @@ class OptimOptions:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 10
+    spike_sigma: float | None = None
+    early_stopping_patience: int | None = None
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: float = 0.0
     warmup_steps: int | None = None
@@ -258,9 +264,17 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
             ),
             (not (self.freeze_und and self.freeze_llm), "freeze_und", "with freeze_llm leaves only the latent heads; choose one of them"),
         ]
-        for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps", "save_steps", "max_image_tokens"):
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "num_epochs",
+            "logging_steps",
+            "save_steps",
+            "max_image_tokens",
+            "max_skipped_steps",
+        ):
             checks.append((getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1"))
-        for name in ("max_steps", "eval_steps", "max_num_tokens", "max_sequence_length", "save_total_limit"):
+        for name in ("max_steps", "eval_steps", "max_num_tokens", "max_sequence_length", "save_total_limit", "early_stopping_patience"):
             value = getattr(self, name)
             checks.append((value is None or value >= 1, name, f"is {value}; it must be at least 1"))
         for name in ("single_image_stop_prob", "text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"):
@@ -268,6 +282,11 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "text_loss_weight", "image_loss_weight"):
             value = getattr(self, name)
             checks.append((math.isfinite(value) and value >= 0, name, f"is {value}; it must be a finite number of at least 0"))
+        sigma = self.spike_sigma
+        checks.append((sigma is None or (math.isfinite(sigma) and sigma > 0), "spike_sigma", f"is {sigma}; it must be a number above 0"))
+        checks.append(
+            (self.early_stopping_patience is None or self.val_data_path is not None, "early_stopping_patience", "needs val_data_path")
+        )
         checks.append((self.warmup_ratio <= 1, "warmup_ratio", f"is {self.warmup_ratio}; it is a share of all steps, at most 1"))
         checks.append((self.ema is None or 0 < self.ema < 1, "ema", f"is {self.ema}; a decay lies between 0 and 1, such as 0.9999"))
         checks.append((self.num_workers is None or self.num_workers >= 0, "num_workers", f"is {self.num_workers}; it must be 0 or more"))

@@ -54,7 +54,7 @@ def _step_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     result = trainer.train_step([row_of(trainer, [1 - rank])], 1.0)
     same = all(torch.equal(before[name].nan_to_num(7), p.nan_to_num(7)) for name, p in trainer.model.state_dict().items())
-    (Path(folder) / f"broken.{rank}.json").write_text(json.dumps([result.skipped, same, len(trainer.optimizer.state)]))
+    (Path(folder) / f"broken.{rank}.json").write_text(json.dumps([bool(result.refused), same, len(trainer.optimizer.state)]))
     torch.distributed.destroy_process_group()
 
 

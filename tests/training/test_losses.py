@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_the_weighted_sum(trainer: UnifiedTrainer):
 
 def test_a_row_without_anything_gives_zero_gradients_and_not_none(trainer: UnifiedTrainer):
     result, found = step(trainer, [[]])
-    assert result.text_loss == result.image_loss == 0.0 and not result.skipped
+    assert result.text_loss == result.image_loss == 0.0 and not result.refused
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert found.keys() == trained
     assert all(not g.any() for g in found.values())

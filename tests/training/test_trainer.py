@@ -22,8 +22,9 @@ from unigen.config import Config, UserError, known_options
 from unigen.data.dataset import BadData
 from unigen.model.weights import load_bagel
 from unigen.training.checkpoint import load_checkpoint, verify_checkpoint
+from unigen.training.guards import TrainingStopped
 from unigen.training.optim import learning_rate_at
-from unigen.training.trainer import TrainingStopped, UnifiedTrainer
+from unigen.training.trainer import UnifiedTrainer
 
 ROOT = Path(__file__).parents[2]
 TIMING = {"tokens_per_second", "data_wait"}

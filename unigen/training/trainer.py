@@ -9,6 +9,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -26,6 +27,7 @@ from unigen.training.checkpoint import load_checkpoint, prune_checkpoints, resol
 from unigen.training.ema import EMA
 from unigen.training.encoders import open_cache
 from unigen.training.engine import Engine
+from unigen.training.guards import Guards, TrainingStopped, lock_folder
 from unigen.training.losses import Counts, joint_loss, loss_sums
 from unigen.training.optim import (
     build_optimizer,
@@ -39,12 +41,6 @@ from unigen.training.tracking import Progress, Tracker
 
 log = logging.getLogger("unigen")
 
-MAX_BAD_SHARE = 0.01  # with on_bad_record=skip, of all records; the data set holds the same line before training
-
-
-class TrainingStopped(UserError):
-    """Training cannot go on; the message says why and the cure."""
-
 
 @dataclass
 class StepResult:
@@ -55,7 +51,7 @@ class StepResult:
     counts: Counts
     tokens: float
     grad_norm: float = float("nan")
-    skipped: bool = False
+    refused: str = ""  # why the step changed nothing
 
 
 class UnifiedTrainer:
@@ -73,14 +69,19 @@ class UnifiedTrainer:
         self.step = 0
         self.place = Place()
         self.best = math.inf
+        self._lock: IO[str] | None = None
 
     # ---- build -----------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Runs the training; the last metrics."""
         with Engine(self.config) as self.engine:
-            self.build()
-            return self._run()
+            try:
+                self.build()
+                return self._run()
+            finally:
+                if self._lock is not None:
+                    self._lock.close()
 
     def build(self) -> None:
         """Everything before the first step: folders, data, model, optimiser, state."""
@@ -91,6 +92,7 @@ class UnifiedTrainer:
         resume = resolve_resume(c.resume_from_checkpoint, self.output_dir) if c.resume_from_checkpoint else None
         self.model = self._load_model(resume)
         self._load_data()
+        self.guards = Guards(engine, c, self.output_dir)
         self.share = Share(engine.rank, engine.world, c.gradient_accumulation_steps)
         self.workers = default_workers(engine.local_world) if c.num_workers is None else c.num_workers
         self.total_steps = c.max_steps or sum(self.stream.steps_in(e, self.share.step_rows) for e in range(c.num_epochs))
@@ -107,6 +109,7 @@ class UnifiedTrainer:
     def _prepare_folder(self) -> None:
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.output_dir)
             sweep_orphans(self.output_dir)
             (self.output_dir / "config.json").write_text(
                 json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -207,6 +210,7 @@ class UnifiedTrainer:
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(tensors["random"]["cpu"].cpu())
         self.step, self.best = state["step"], state["best"] if state["best"] is not None else math.inf
+        self.guards.load(state.get("guards", {}))
         self.place = Place(state["epoch"], state["position"], tuple(state.get("waiting", ())))
         log.info("Resumed from %s at step %d", folder, self.step)
 
@@ -236,6 +240,7 @@ class UnifiedTrainer:
                     "best": self.best if math.isfinite(self.best) else None,
                     "fingerprint": self.stream.mixture.fingerprint,
                     "total_steps": self.total_steps,
+                    "guards": self.guards.state(),
                     "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
                 }
             folder = save_checkpoint(self.output_dir, self.step, write_model=write_model, tensors=tensors, states=states, name=name)
@@ -273,7 +278,7 @@ class UnifiedTrainer:
         while self.step < self.total_steps:
             began = time.perf_counter()
             step_rows = next(rows)
-            self._check_rows(step_rows, self.stream)
+            self.guards.check_rows(step_rows, self.stream)
             waited = time.perf_counter() - began
             lr = learning_rate_at(self.step, self.total_steps, c)
             result = self.train_step(step_rows, lr)
@@ -287,8 +292,13 @@ class UnifiedTrainer:
             last = self.step == self.total_steps
             if self.val_stream is not None and (self.step % self.eval_every == 0 or last):
                 metrics |= self._validate(tracker)
+                if self.guards.exhausted:
+                    last = True
+                    self.progress.write(f"Stopped: {self.guards.stale} validations in a row were no better than {self.best:.4f}")
             if self.step % c.save_steps == 0 or last:
                 self._save()
+            if last:
+                break
         if self.cache is not None:
             self.progress.write(f"Cache: {self.tally}")
         return metrics
@@ -315,56 +325,18 @@ class UnifiedTrainer:
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients([p for p in self.model.parameters() if p.requires_grad], c.max_grad_norm)
         result.grad_norm = float(norm)
-        finite = math.isfinite(text_sum) and math.isfinite(image_sum)
-        # With loss scaling an overflowing gradient is the scaler's business: it skips the step and lowers the scale.
-        result.skipped = not finite or (not c.fp16 and not math.isfinite(result.grad_norm))
-        if result.skipped:
-            self._skip(rows, result)
+        result.refused = self.guards.refuses((text_sum, image_sum), result.grad_norm)
+        if result.refused:
+            self.optimizer.zero_grad(set_to_none=True)
+            numbers = {"text_loss": result.text_loss, "image_loss": result.image_loss, "grad_norm": result.grad_norm}
+            self.guards.skipped(self.step + 1, result.refused, rows, numbers)
         else:
+            self.guards.took(result.grad_norm)
             self.scaler.step(self.optimizer)
             if self.ema is not None and math.isfinite(result.grad_norm):
                 self.ema.update()
         self.scaler.update()
         return result
-
-    def _skip(self, rows: list[Row], result: StepResult) -> None:
-        """A step whose loss or gradient is not finite changes nothing; its records are listed in ``bad_steps.jsonl``."""
-        self.optimizer.zero_grad(set_to_none=True)
-        origins = json.dumps([origin for row in rows for origin in row.pack.origins])
-        everyone = [json.loads(part) for part in self.engine.gather(origins)]
-        if self.engine.main:
-            line = {
-                "step": self.step + 1, "text_loss": str(result.text_loss), "image_loss": str(result.image_loss),
-                "grad_norm": str(result.grad_norm), "records": [origin for part in everyone for origin in part],
-            }  # fmt: skip
-            with open(self.output_dir / "bad_steps.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            log.warning("Step %d skipped: its loss or gradient is not finite; its records are listed in bad_steps.jsonl", self.step + 1)
-
-    def _check_rows(self, rows: list[Row], stream: RowStream) -> None:
-        """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl`` while they are few."""
-        bad = [record.to_dict() for row in rows for record in row.bad]
-        everyone = [record for part in self.engine.gather(json.dumps(bad)) for record in json.loads(part)]
-        if not everyone:
-            return
-        first = everyone[0]
-        message = f"{first['file']}:{first['line']}: {first['code']}: {first['found']}"
-        if self.config.on_bad_record == "error":
-            raise TrainingStopped(
-                f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with --resume_from_checkpoint auto"
-            )
-        if self.engine.main:
-            with open(self.output_dir / "bad_records.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in everyone)
-            log.warning("%d record(s) left out: %s", len(everyone), message)
-        stream.unreadable |= {f"{record['file']}:{record['index']}" for record in everyone}
-        mixture = stream.mixture
-        count, total = mixture.left_out + len(stream.unreadable), mixture.left_out + mixture.total
-        if count > MAX_BAD_SHARE * total:
-            raise TrainingStopped(
-                f"{message}; now {count:,} of {total:,} records cannot be used, more than {MAX_BAD_SHARE:.0%}. "
-                "Cure: see bad_records.jsonl, bring the pictures back, then resume with --resume_from_checkpoint auto"
-            )
 
     def _metrics(self, result: StepResult, lr: float, seconds: float, waited: float) -> dict[str, float]:
         c = self.config
@@ -382,7 +354,7 @@ class UnifiedTrainer:
             values["text_loss"] = result.text_loss
         if result.counts.image:
             values["image_loss"] = result.image_loss
-        if result.skipped:
+        if result.refused:
             values["skipped"] = 1.0
         return values
 
@@ -420,7 +392,7 @@ class UnifiedTrainer:
         steps = self.val_stream.steps_in(0, share.step_rows)
         self.model.eval()
         for (row,) in load_rows(self.val_stream, share, Place(), num_workers=self.workers, limit=steps):
-            self._check_rows([row], self.val_stream)
+            self.guards.check_rows([row], self.val_stream)
             with engine.autocast():
                 text_sum, image_sum = loss_sums(self.model(row.pack.to(engine.device)))
             totals += torch.tensor(
@@ -442,7 +414,9 @@ class UnifiedTrainer:
         if tracker:
             tracker.log(values, self.step)
         self.progress.write("Validation: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        if values["val_loss"] < self.best:
+        better = values["val_loss"] < self.best
+        self.guards.validated(better)
+        if better:
             self.best = values["val_loss"]
             self._save("best")
         return values

@@ -1,0 +1,159 @@
+"""What must not ruin a run: records whose pictures broke meanwhile, steps whose numbers make no sense, a metric that stopped improving.
+
+Every decision is the same on all processes, since it rests on sums over all of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from unigen.config import Config, UserError
+from unigen.data.loader import Row, RowStream
+from unigen.training.engine import Engine
+
+log = logging.getLogger("unigen")
+
+MAX_BAD_SHARE = 0.01  # with on_bad_record=skip, of all records; the data set holds the same line before training
+WINDOW, FEWEST = 100, 20  # gradient norms that a spike is measured against: the last ones, and how many there must be
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on; the message says why and the cure."""
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Holds the folder of a run until the file returned is closed or the process ends, in whatever way.
+
+    Raises:
+        UserError: another process holds it; says which.
+    """
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the run)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"output_dir {folder} is in use by {holder}: two runs in one folder would overwrite each other. "
+            "Cure: wait for its end or stop it, or choose another --output_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+class Guards:
+    """Counts what went wrong, lists it in the run's folder, and stops the run where it goes on going wrong."""
+
+    def __init__(self, engine: Engine, config: Config, output_dir: Path):
+        self.engine, self.config, self.output_dir = engine, config, output_dir
+        self.in_a_row = 0  # skipped steps
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+        self.stale = 0  # validations since the best one
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to decide alike."""
+        return {"skipped_in_a_row": self.in_a_row, "grad_norms": list(self.norms), "stale_validations": self.stale}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.in_a_row, self.stale = state.get("skipped_in_a_row", 0), state.get("stale_validations", 0)
+        self.norms.extend(state.get("grad_norms", ()))
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def refuses(self, losses: Sequence[float], grad_norm: float) -> str:
+        """Why a step must not be taken; "" where nothing speaks against it."""
+        if not all(map(math.isfinite, losses)):
+            return "its loss is not finite"
+        # With loss scaling an overflowing gradient is the scaler's business: it skips the step and lowers the scale.
+        if not math.isfinite(grad_norm):
+            return "" if self.config.fp16 else "its gradient is not finite"
+        k = self.config.spike_sigma
+        if k is not None and len(self.norms) >= FEWEST:
+            mean = math.fsum(self.norms) / len(self.norms)
+            deviation = math.sqrt(math.fsum((n - mean) ** 2 for n in self.norms) / len(self.norms))
+            if grad_norm > mean + k * deviation:
+                return f"its gradient norm {grad_norm:.4g} is a spike (the last {len(self.norms)}: {mean:.4g} ± {deviation:.4g})"
+        return ""
+
+    def took(self, grad_norm: float) -> None:
+        """A step was taken."""
+        self.in_a_row = 0
+        if math.isfinite(grad_norm):
+            self.norms.append(grad_norm)
+
+    def skipped(self, step: int, why: str, rows: Sequence[Row], numbers: dict[str, float]) -> None:
+        """A step was left out: its records go to ``bad_steps.jsonl``.
+
+        Raises:
+            TrainingStopped: as many in a row as ``max_skipped_steps`` allows were left out.
+        """
+        self.in_a_row += 1
+        origins = json.dumps([origin for row in rows for origin in row.pack.origins])
+        everyone = [origin for part in self.engine.gather(origins) for origin in json.loads(part)]
+        if self.engine.main:
+            shown = {name: str(value) for name, value in numbers.items()}
+            line = {"step": step, "why": why, **shown, "records": everyone}
+            with open(self.output_dir / "bad_steps.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            log.warning("Step %d skipped: %s; its records are listed in bad_steps.jsonl", step, why)
+        if self.in_a_row >= self.config.max_skipped_steps:
+            raise TrainingStopped(
+                f"step {step}: {why}, as in the {self.in_a_row - 1} steps before it "
+                f"(max_skipped_steps is {self.config.max_skipped_steps}). "
+                "Cure: lower --learning_rate, look at the records in bad_steps.jsonl, then resume with --resume_from_checkpoint auto"
+            )
+
+    # ---- records ---------------------------------------------------------------------------------------------------
+
+    def check_rows(self, rows: Sequence[Row], stream: RowStream) -> None:
+        """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl`` while they are few.
+
+        Raises:
+            TrainingStopped: with ``on_bad_record`` error, or above 1 % of all records.
+        """
+        bad = [record.to_dict() for row in rows for record in row.bad]
+        everyone = [record for part in self.engine.gather(json.dumps(bad)) for record in json.loads(part)]
+        if not everyone:
+            return
+        first = everyone[0]
+        message = f"{first['file']}:{first['line']}: {first['code']}: {first['found']}"
+        if self.config.on_bad_record == "error":
+            raise TrainingStopped(
+                f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with --resume_from_checkpoint auto"
+            )
+        if self.engine.main:
+            with open(self.output_dir / "bad_records.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in everyone)
+            log.warning("%d record(s) left out: %s", len(everyone), message)
+        stream.unreadable |= {f"{record['file']}:{record['index']}" for record in everyone}
+        mixture = stream.mixture
+        count, total = mixture.left_out + len(stream.unreadable), mixture.left_out + mixture.total
+        if count > MAX_BAD_SHARE * total:
+            raise TrainingStopped(
+                f"{message}; now {count:,} of {total:,} records cannot be used, more than {MAX_BAD_SHARE:.0%}. "
+                "Cure: see bad_records.jsonl, bring the pictures back, then resume with --resume_from_checkpoint auto"
+            )
+
+    # ---- validation --------------------------------------------------------------------------------------------------
+
+    def validated(self, better: bool) -> None:
+        """Notes a validation: was it better than all before?"""
+        self.stale = 0 if better else self.stale + 1
+
+    @property
+    def exhausted(self) -> bool:
+        """Were there ``early_stopping_patience`` validations in a row that were no better?"""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.stale >= patience
