@@ -124,7 +124,7 @@ def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path
     printed = command([], options)
     assert "Dry batch:" in printed and "step 2/2" in printed
     run, whole = Path(options["output_dir"]), losses(options["output_dir"])
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "metrics.jsonl", "step_1", "step_2"]
+    assert sorted(p.name for p in run.iterdir()) == [".lock", "config.json", "metrics.jsonl", "step_1", "step_2"]
     wanted = (run / "step_2" / "ema.safetensors").read_bytes()
     shutil.rmtree(run / "step_2")
     command([], options, "--resume_from_checkpoint", str(run / "step_1"))
