@@ -34,7 +34,7 @@ class DemoOptions:
 
     Args:
         output_dir: Folder for the data, the run, report.html and metrics.json.
-        quick: A smaller run of the same line, in about a minute.
+        quick: A smaller run of the same line, in about a minute and a half.
         seed: Seed of everything random.
     """
 

@@ -12,12 +12,12 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from cases import run
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,7 +27,6 @@ from unigen.sequence.types import Image as Picture
 
 CASES = {"bytes": 1024, "text": 400, "values": 300, "fields": 900, "specials": 50, "files": 300, "paths": 90}
 SECONDS = 5.0  # for one case, on a busy machine
-FLAWLESS = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
 CONTROL = {chr(code) for code in (*range(32), *range(127, 160))} - {"\n"}
 
 TALK = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "sound"}]}
@@ -123,21 +122,6 @@ def judge(place: Path, line: bytes) -> str:
         assert [str(error) for error in strict.value.records] == [str(error) for error in dataset.bad]
         assert str(dataset.bad[0]) in str(strict.value)
     return dataset.bad[0].code if dataset.bad else "read" if inner else "empty"
-
-
-def run(count: int, strategy: st.SearchStrategy, case: Callable[..., str]) -> Counter:
-    """Runs ``case`` on at least ``count`` different drawn values; the verdicts, counted."""
-    seen: dict[object, str] = {}
-
-    @settings(FLAWLESS, max_examples=2 * count)
-    @given(strategy)
-    def check(value) -> None:
-        if len(seen) < count:
-            seen[repr(value)] = case(value)
-
-    check()
-    assert len(seen) >= count, f"{len(seen)} cases"
-    return Counter(seen.values())
 
 
 def dumped(value: object) -> bytes:

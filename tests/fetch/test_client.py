@@ -83,16 +83,8 @@ CONTENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = PictureServer()
-    yield server
-    server.close()
-
-
 @pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    monkeypatch.setattr(fetch, "BACK_OFF", 0.01)
+def small_frames(monkeypatch):
     monkeypatch.setattr(fetch, "_FRAMING", 1 << 20)
 
 

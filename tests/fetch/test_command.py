@@ -14,13 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from picture_server import PNG, PictureServer, picture
+from picture_server import PNG, picture
 
 from unigen import cli
 from unigen.config import UserError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.formats import FORMATS, parse_with_fields
-from unigen.fetch import client as fetch
 from unigen.fetch.command import FetchOptions, _Turns
 from unigen.fetch.rewrite import places
 from unigen.fetch.store import PictureStore, kind_of
@@ -29,18 +28,6 @@ from unigen.sequence.types import Image, Origin
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = json.loads((ROOT / "examples" / "sample_data_format.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def server():
-    server = PictureServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    monkeypatch.setattr(fetch, "BACK_OFF", 0.01)
 
 
 def caption(image: str, **more) -> dict:
@@ -267,7 +254,7 @@ def test_a_full_disk_ends_the_run_with_its_cause(server, tmp_path, monkeypatch, 
 def test_one_host_gets_few_connections_and_all_hosts_their_turn(server, tmp_path):
     data = write(tmp_path / "data.jsonl", [caption(server.url(f"/resting/{i}")) for i in range(20)])
     assert run(data, tmp_path / "out", "--connections", "8", "--connections_per_host", "3") == 0
-    assert server.most == 3
+    assert 1 < server.most <= 3  # how many meet at once depends on the machine; never more than allowed
     turns = _Turns([f"http://{host}.test/{i}" for host in "ab" for i in range(3)], 2)
     taken = [turns.take() for _ in range(4)]
     assert [host for host, _ in taken] == ["a.test", "b.test", "a.test", "b.test"]

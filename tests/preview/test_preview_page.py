@@ -22,25 +22,8 @@ from unigen.preview.command import PreviewOptions, pick
 from unigen.preview.page import write_preview
 from unigen.preview.view import look
 from unigen.preview.words import WORDS
-from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.plan import Draw
 from unigen.sequence.types import Image, Origin, Record, Text
-
-
-@pytest.fixture(scope="module")
-def planner(golden: Path) -> Planner:
-    return load_planner(golden / "model", DataOptions(max_image_tokens=16))
-
-
-@pytest.fixture(scope="module")
-def estimate() -> Planner:
-    """What there is without a checkpoint."""
-    return load_planner(None, DataOptions(max_image_tokens=64))
-
-
-@pytest.fixture(scope="module")
-def records() -> list[Record]:
-    return list(UnifiedGenerationDataset(EXAMPLES))
-
 
 # ---- the command
 

@@ -1,39 +1,20 @@
 """The preview shows the pack and nothing else: every number in the page is compared with the tensors that training would use."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
-from previews import EXAMPLES, HOUSE, SAY, TIP, packed, record, sample_page
+from previews import HOUSE, SAY, TIP, packed, record, sample_page
 
 from unigen.config import DataOptions
-from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.model.flow import training_time
 from unigen.model.weights import load_planner
 from unigen.preview.blocks import CHIPS, SIDE, mask_drawing
 from unigen.preview.view import CAUSAL, FULL, NONE, block_mask, characters, look
-from unigen.sequence.plan import Draw, Planner
-from unigen.sequence.types import Image, Kind, Pack, Record, Text
-
-
-@pytest.fixture(scope="module")
-def planner(golden: Path) -> Planner:
-    return load_planner(golden / "model", DataOptions(max_image_tokens=16))
-
-
-@pytest.fixture(scope="module")
-def estimate() -> Planner:
-    """What there is without a checkpoint."""
-    return load_planner(None, DataOptions(max_image_tokens=64))
-
-
-@pytest.fixture(scope="module")
-def records() -> list[Record]:
-    return list(UnifiedGenerationDataset(EXAMPLES))
-
+from unigen.sequence.plan import Draw
+from unigen.sequence.types import Image, Kind, Pack, Text
 
 # ---- tokens and loss
 

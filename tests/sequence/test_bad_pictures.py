@@ -3,17 +3,15 @@
 The cases are generated, by hypothesis with a fixed seed; each test counts its own and fails when there were fewer than CASES says.
 """
 
-import io
 import struct
 import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from cases import chunk, encoded, run
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,19 +20,6 @@ from unigen.sequence.images import ImageTransform, PictureError, image_size, ope
 CASES = {"bytes": 900, "parts": 900, "headers": 300}
 CODES = {"not_a_picture", "broken_picture", "huge_picture", "unsupported_picture"}
 SECONDS = 5.0  # for one case, on a busy machine
-FLAWLESS = settings(
-    max_examples=1, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False
-)
-
-
-def encoded(picture: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _originals() -> dict[str, list[bytes]]:
@@ -101,21 +86,6 @@ def verdict(source: bytes | Path) -> str:
     pixels = ImageTransform(32, 16, 16)(picture)
     assert pixels.isfinite().all() and pixels.abs().max() <= 1
     return "decoded"
-
-
-def run(count: int, strategy: st.SearchStrategy, case: Callable[..., str]) -> Counter:
-    """Runs ``case`` on at least ``count`` different drawn values; the verdicts, counted."""
-    seen: dict[object, str] = {}
-
-    @settings(FLAWLESS, max_examples=2 * count)
-    @given(strategy)
-    def check(value) -> None:
-        if len(seen) < count:
-            seen[repr(value)] = case(value)
-
-    check()
-    assert len(seen) >= count, f"{len(seen)} cases"
-    return Counter(seen.values())
 
 
 def test_the_originals_are_sound() -> None:

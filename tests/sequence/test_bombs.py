@@ -1,6 +1,5 @@
 """Pictures that would cost far more than their size: refused from their headers, within 50 ms and 50 MB each."""
 
-import io
 import json
 import struct
 import subprocess
@@ -11,21 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import chunk, encoded
 from PIL import Image
 
 from unigen.sequence.images import image_size, open_image
 
 CODES = {"not_a_picture", "broken_picture", "huge_picture"}
-
-
-def encoded(picture: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def segment(marker: int, data: bytes) -> bytes:
