@@ -67,7 +67,7 @@ def make_stream(golden: Path, data: Path, training: bool = True, **options: Any)
 
 
 def take(stream: RowStream, steps: int, place: Place = START, *, workers: int = 0, rank: int = 0, world: int = 1, rows: int = 1):
-    share = Share(rank, world, rows)
+    share = Share(rank, world, world * rows)
     return list(load_rows(stream, share, place, num_workers=workers, limit=steps))
 
 

@@ -339,6 +339,30 @@ def test_a_row_whose_pictures_all_bring_features_never_calls_the_vit(monkeypatch
         model(tiny.row([[ready, tiny.text(r, 3, loss=True)]], model))
 
 
+@pytest.mark.parametrize(("sharded", "calls"), [(False, [0, 1, 2]), (True, [1, 2, 3])])
+def test_a_sharded_vit_runs_for_every_row_once(monkeypatch, sharded, calls):
+    """A row whose pictures all bring features skips the ViT, unless other processes wait for its layers: then it sees no patches.
+    Losses are the same."""
+    model = tiny.build()
+    model.vit_model.requires_grad_(False)
+    r = random.Random(1)
+    first, second = (tiny.image(r, Kind.VIT, 0, (2, 2)) for _ in range(2))
+    ready = [replace(block, patches=None, features=seen_alone(model, block)) for block in (first, second)]
+    words = tiny.text(r, 3, loss=True)
+    rows = {name: tiny.row([[*blocks, words]], model) for name, blocks in {"all": ready, "one": [first, ready[1]], "none": [first]}.items()}
+    with torch.no_grad():
+        wanted = {name: model(pack).ce for name, pack in rows.items()}
+    seen, genuine = [], model.vit_model.forward
+    monkeypatch.setattr(model.vit_model, "forward", lambda *args: (seen.append(len(args[0])), genuine(*args))[1])
+    model.sharded = sharded
+    counts = []
+    with torch.no_grad():
+        for name, pack in rows.items():
+            assert torch.equal(model(pack).ce, wanted[name])
+            counts.append(len(seen))
+    assert counts == calls and seen == ([0] if sharded else []) + [4, 4]
+
+
 def test_ready_latents_and_pixels_mix_in_a_row():
     """A row in which one picture brings its latent and another its pixels has the losses of the row of pixels."""
     model = tiny.build()

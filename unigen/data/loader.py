@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import groupby
@@ -128,15 +129,16 @@ class _Parcel:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of every step."""
+    """This process's part of every step, whose rows are dealt one by one."""
 
     rank: int = 0
     world: int = 1
-    rows: int = 1  # rows per process and step (gradient accumulation)
+    step_rows: int = 1  # of all processes together
 
     @property
-    def step_rows(self) -> int:
-        return self.world * self.rows
+    def rows(self) -> int:
+        """Micro-batches of every process; where there are not as many rows, some are empty."""
+        return -(-self.step_rows // self.world)
 
 
 class RowStream:
@@ -281,9 +283,20 @@ def default_workers(processes: int = 1) -> int:
 
 
 def load_rows(
-    stream: RowStream, share: Share, place: Place, *, num_workers: int = 0, limit: int | None = None, pin: bool = False
+    stream: RowStream,
+    share: Share,
+    place: Place,
+    *,
+    num_workers: int = 0,
+    limit: int | None = None,
+    pin: bool = False,
+    worker_init: Callable[[int], None] | None = None,
+    starting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[list[Row]]:
-    """The rows of this process, step by step (``share.rows`` at a time), from ``place`` on; ``limit`` ends it after so many steps."""
+    """The rows of this process, step by step (``share.rows`` at a time), from ``place`` on; ``limit`` ends it after so many steps.
+
+    ``worker_init`` runs first in every worker, ``starting`` is a context around their start.
+    """
     if num_workers:
         # The tokenizers' threads and forked workers do not mix; one thread a worker is the point of workers.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -294,11 +307,14 @@ def load_rows(
         collate_fn=_Parcel if num_workers or pin else _same,
         pin_memory=pin,
         prefetch_factor=max(2, share.rows) if num_workers else None,
+        worker_init_fn=worker_init,
         # It draws a seed for its workers, which use none; from the global generator that draw would change what a resume restores.
         generator=torch.Generator(),
     )
+    with starting():
+        items = iter(loader)
     step: list[Row] = []
-    for item in loader:
+    for item in items:
         step.append(item.open() if isinstance(item, _Parcel) else item)
         if len(step) == share.rows:
             yield step

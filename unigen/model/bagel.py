@@ -57,6 +57,7 @@ class Bagel(nn.Module):
             self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
         object.__setattr__(self, "codec", None)  # not a submodule: its weights live in ae.safetensors
         self.source: Path | None = None
+        self.sharded = False  # layers gather their weights from other processes, which must all call the same ones
 
     codec: Codec | None
 
@@ -64,11 +65,12 @@ class Bagel(nn.Module):
     def device(self) -> torch.device:
         return self.language_model.lm_head.weight.device
 
-    def use_gradient_checkpointing(self, on: bool = True) -> None:
-        """Recompute each layer's activations in the backward pass."""
-        self.language_model.model.gradient_checkpointing = on
-        if self.config.visual_und:
-            self.vit_model.gradient_checkpointing = on
+    def use_gradient_checkpointing(self, on: bool = True, policy: str = "full") -> None:
+        """Recompute each layer's activations in the backward pass: all of them (full), or all but the results of attention and about
+        every second matrix product (selective)."""
+        assert policy in ("full", "selective"), policy
+        for part in [self.language_model.model, *([self.vit_model] if self.config.visual_und else [])]:
+            part.gradient_checkpointing, part.checkpointing_policy = on, policy
 
     @torch.no_grad()
     def initialise(self, std: float = 0.05) -> None:
@@ -111,9 +113,9 @@ class Bagel(nn.Module):
             return self.vit_model(pack.vit_patches, pack.vit_position, pack.vit_lengths)
         parts: list[Tensor | None] = [None] * len(pack.vit_lengths)
         fresh = [i for i, ready in enumerate(pack.vit_ready) if not ready]
-        if fresh:  # a ViT that learns must always run, but features are only ever brought for one that is frozen
+        if fresh or self.sharded:  # a ViT that learns must always run, but features are only ever brought for one that is frozen
             lengths, positions = [pack.vit_lengths[i] for i in fresh], pack.vit_position.split(pack.vit_lengths)
-            seen = self.vit_model(pack.vit_patches, torch.cat([positions[i] for i in fresh]), lengths)
+            seen = self.vit_model(pack.vit_patches, torch.cat([pack.vit_position[:0], *(positions[i] for i in fresh)]), lengths)
             for i, features in zip(fresh, seen.split(lengths), strict=True):
                 parts[i] = features
         ready = iter(pack.vit_features)

@@ -4,7 +4,8 @@ Pretraining"). A row stores its understanding tokens first, so each expert works
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,24 @@ from torch.utils.checkpoint import checkpoint
 
 from unigen.model.attention import Cache, Plan, attend, store
 from unigen.model.layers import RMSNorm, SwiGLU, rope_angles, rotate
+from unigen.model.recompute import recomputed
 from unigen.sequence.types import Pack
 
 GEN = "_moe_gen"
+
+
+def kept_products(experts: int) -> dict[str, list[bool]]:
+    """Which matrix products of a layer's two parts selective checkpointing keeps, in the order they run: about every second.
+
+    The parts lie before and after attention, whose inputs and results stay anyhow. Recomputing a part ends with what the backward pass
+    needs last, so the last product of a part is neither kept nor recomputed.
+    """
+    before = {"q": True, "k": False, "v": False}
+    mlp = {"gate": False, "up": True, "down": True}
+    return {
+        "before": [keep for keep in before.values() for _ in range(experts)],
+        "after": [True] * experts + [*mlp.values()] * (experts - 1) + [*(mlp | {"down": False}).values()],  # o of each, then the MLPs
+    }
 
 
 class Experts(nn.Module):
@@ -45,7 +61,8 @@ class Attention(Experts):
             self.add_module(f"q_norm{twin}", RMSNorm(self.head_width, config.rms_norm_eps))
             self.add_module(f"k_norm{twin}", RMSNorm(self.head_width, config.rms_norm_eps))
 
-    def forward(self, x: Tensor, run: Run, layer: int) -> Tensor:
+    def read(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, d], keys and values [T, G, d] of ``x`` [T, D]."""
         n = run.pack.n_und
         q = self.both("q_proj", x, n).unflatten(1, (self.heads, self.head_width))
         k = self.both("k_proj", x, n).unflatten(1, (self.kv_heads, self.head_width))
@@ -54,10 +71,7 @@ class Attention(Experts):
         k = rotate(self.both("k_norm", k, n), run.cos, run.sin).to(v.dtype)
         if run.freeze_und:
             k, v = (run.detach_und(t) for t in (k, v))
-        y = attend(q, k, v, run.plan, layer, run.caches)
-        if run.caches is not None and run.grow:
-            store(k, v, run.pack, layer, run.caches)
-        return self.both("o_proj", y.flatten(1), n)
+        return q, k, v
 
 
 class Layer(Experts):
@@ -70,8 +84,20 @@ class Layer(Experts):
                 self.add_module(norm + twin, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(self, x: Tensor, run: Run, layer: int) -> Tensor:
+        q, k, v = run.part("before", self.before, x, run)
+        y = attend(q, k, v, run.plan, layer, run.caches)
+        if run.caches is not None and run.grow:
+            store(k, v, run.pack, layer, run.caches)
+        return run.part("after", self.after, x, y, run)
+
+    def before(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads of the layer's input ``x`` [T, D]."""
+        return self.self_attn.read(self.both("input_layernorm", x, run.pack.n_und), run)
+
+    def after(self, x: Tensor, y: Tensor, run: Run) -> Tensor:
+        """The layer's output [T, D] from its input ``x`` [T, D] and what attention gave, ``y`` [T, H, d]."""
         n = run.pack.n_und
-        x = x + self.self_attn(self.both("input_layernorm", x, n), run, layer)
+        x = x + self.self_attn.both("o_proj", y.flatten(1), n)
         if run.freeze_und:
             x = run.detach_und(x)
         return x + self.both("mlp", self.both("post_attention_layernorm", x, n), n)
@@ -84,6 +110,11 @@ class Run:
         self.pack, self.plan, self.caches, self.grow = pack, plan, caches, grow
         self.cos, self.sin = angles
         self.freeze_und = freeze_und and torch.is_grad_enabled()
+        self.kept: dict[str, list[bool]] | None = None  # with selective checkpointing
+
+    def part(self, name: str, f: Callable[..., Any], *args: Any) -> Any:
+        """``f(*args)``, one of a layer's two parts."""
+        return f(*args) if self.kept is None else recomputed(f, *args, kept=self.kept[name])
 
     def detach_und(self, x: Tensor) -> Tensor:
         """Stops gradients into the understanding half."""
@@ -101,7 +132,7 @@ class Decoder(Experts):
         for twin in ("", GEN)[: 1 + visual_gen]:
             self.add_module(f"norm{twin}", RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.rope_theta = float(config.rope_parameters["rope_theta"])
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointing_policy = False, "full"
         self.freeze_und = False
 
     def forward(self, x: Tensor, pack: Pack, plan: Plan, caches: Sequence[Cache] | None = None, grow: bool = True) -> Tensor:
@@ -111,10 +142,14 @@ class Decoder(Experts):
         """
         angles = rope_angles(pack.position, self.layers[0].self_attn.head_width, self.rope_theta)
         run = Run(pack, plan, angles, caches, grow, self.freeze_und)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        full = recompute and self.checkpointing_policy == "full"
+        if recompute and not full:
+            run.kept = kept_products(experts=1 + hasattr(self, f"norm{GEN}"))
         if run.freeze_und:
             x = run.detach_und(x)
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if full:
                 x = checkpoint(layer, x, run, i, use_reentrant=False)
             else:
                 x = layer(x, run, i)

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigen.model.attention import Plan, attend, plan_full
+from unigen.model.recompute import recomputed
 from unigen.sequence.grid import to_unit
+
+# Which products selective checkpointing keeps of what follows attention; what comes before stays, it is small.
+KEPT_AFTER = (False, True, False)  # out, fc1, fc2
 
 
 class VitAttention(nn.Module):
@@ -18,8 +22,9 @@ class VitAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """``x`` [N, width] -> [N, width], before ``out_proj``."""
         q, k, v = (f(x).unflatten(1, (self.heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, plan).flatten(1))
+        return attend(q, k, v, plan).flatten(1)
 
 
 class VitMLP(nn.Module):
@@ -41,8 +46,13 @@ class VitLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VitMLP(config.hidden_size, config.intermediate_size, activation)
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), plan)
+    def forward(self, x: Tensor, plan: Plan, selective: bool = False) -> Tensor:
+        y = self.self_attn(self.layer_norm1(x), plan)
+        return recomputed(self.after, x, y, kept=KEPT_AFTER) if selective else self.after(x, y)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output [N, width] from its input ``x`` and what attention gave, ``y``."""
+        x = x + self.self_attn.out_proj(y)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -78,7 +88,7 @@ class VisionModel(nn.Module):
     def __init__(self, config, activation: nn.Module):
         super().__init__()
         self.vision_model = VitTransformer(config, activation)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointing_policy = False, "full"
 
     def forward(self, patches: Tensor, position: Tensor, lengths: Sequence[int]) -> Tensor:
         """``patches`` [N, patch * patch * 3] (uint8, or float in [-1, 1]) of pictures with ``lengths`` patches, ``position`` [N]
@@ -86,6 +96,8 @@ class VisionModel(nn.Module):
         vit = self.vision_model
         x = vit.embeddings(to_unit(patches).to(vit.embeddings.patch_embedding.weight.dtype), position)
         plan = plan_full(lengths, x.device)
+        recompute = self.gradient_checkpointing and x.requires_grad
+        full = recompute and self.checkpointing_policy == "full"
         for layer in vit.encoder.layers:
-            x = checkpoint(layer, x, plan, use_reentrant=False) if self.gradient_checkpointing and x.requires_grad else layer(x, plan)
+            x = checkpoint(layer, x, plan, use_reentrant=False) if full else layer(x, plan, recompute)
         return vit.post_layernorm(x)
