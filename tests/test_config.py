@@ -34,10 +34,11 @@ def test_nothing_given_is_the_defaults():
 
 def test_every_option_is_a_flag_and_a_key(tmp_path):
     samples = {"bool": ("true", True), "int": ("7", 7), "float": ("0.5", 0.5), "str": ("x", "x"), "int | None": ("7", 7)}
+    samples["Literal['online', 'offline', 'disabled'] | None"] = ("offline", "offline")
     samples |= {"list[dict[str, Any]] | None": ("[{path: a.jsonl, weight: 2}]", [{"path": "a.jsonl", "weight": 2}])}
     samples |= {"float | None": ("0.5", 0.5), "str | None": ("x", "x"), "str | list[str] | None": ("x", "x")}
     for field in dataclasses.fields(Config):
-        if field.type.startswith("Literal"):
+        if field.type.startswith("Literal") and "|" not in field.type:
             written = value = get_args(get_type_hints(Config)[field.name])[-1]
         else:
             written, value = samples[field.type]

@@ -10,15 +10,19 @@ ROOT = Path(__file__).parents[1]
 # An import may point to a lower number, to the same package, or along an entry of BESIDE.
 LAYER = {"config": 0, "sequence": 0, "model": 1, "data": 1, "inference": 2, "evaluation": 3, "training": 4}
 LAYER |= {"report": 5, "precompute": 5, "cli": 5, "commands": 5, "demo": 5, "digits": 5, "web": 5, "__main__": 6}
-LAYER |= {"check": 5, "preview": 5, "fetch": 5}
+LAYER |= {"check": 5, "ckpt": 5, "preview": 5, "fetch": 5, "watch": 5}
 TOP = [part for part, layer in LAYER.items() if layer == 5]
 BESIDE = {("sequence", "config")} | {(a, b) for a in TOP for b in TOP}
 
 # Package -> the only files (relative to unigen/, "model/*" for a folder) that import it.
 HOMES = {
     "PIL": ["sequence/images.py"],
-    "torch.distributed": ["training/engine.py", "training/checkpoint.py"],
-    "wandb": ["training/tracking.py"],
+    "torch.distributed": ["training/engine.py", "training/fsdp.py", "training/zero.py"],
+    "deepspeed": ["training/zero.py"],
+    "bitsandbytes": ["training/adam8bit.py"],
+    "wandb": ["training/service_process.py"],
+    "trackio": ["training/service_process.py"],
+    "tensorboard": ["training/event_files.py"],
     "diffusers": ["model/codec.py"],
     "sklearn": ["demo.py", "digits.py"],
     "transformers": ["sequence/tokens.py", "model/*"],
@@ -179,7 +183,11 @@ def test_a_stranger_is_found(text, tmp_path):
 
 
 def test_at_home_nobody_is_a_stranger(tmp_path):
-    files = {"sequence__images": "from PIL import Image", "model__weights": "import transformers", "training__tracking": "import wandb"}
+    files = {
+        "sequence__images": "from PIL import Image",
+        "model__weights": "import transformers",
+        "training__service_process": "import wandb",
+    }
     assert strangers(house(tmp_path, **files)) == []
 
 

@@ -43,12 +43,15 @@ class DemoOptions:
     seed: int = 42
 
 
-def train(config: Config) -> None:
-    """``unigen train``. Raises ConfigError before PyTorch is imported where an option cannot work."""
+def train(config: Config) -> int:
+    """``unigen train``: 0, or 75 where a signal stopped it. Raises ConfigError before PyTorch is imported where an option cannot work."""
     config.resolve()
+    from unigen.training.stops import EXIT_STOPPED
     from unigen.training.trainer import UnifiedTrainer
 
-    UnifiedTrainer(config).train()
+    trainer = UnifiedTrainer(config)
+    trainer.train()
+    return EXIT_STOPPED if trainer.stopped else 0
 
 
 def generate(options: Any) -> None:
@@ -111,6 +114,20 @@ COMMANDS: dict[str, Command] = {
         "Encode the pictures of the data once, so that training need not.",
         "unigen cache data/train.jsonl --model_path models/BAGEL-7B-MoT --cache_dir cache --bf16",
         positional="train_data_path",
+    ),
+    "ckpt": Command(
+        "unigen.ckpt.command:CkptOptions",
+        "unigen.ckpt.command:run",
+        "List, verify and export the checkpoints of a run.",
+        "unigen ckpt export outputs/unified_training/step_1000 exported --dtype bfloat16",
+        positional="paths",
+    ),
+    "watch": Command(
+        "unigen.watch.command:WatchOptions",
+        "unigen.watch.command:watch",
+        "Show a running or finished training in the terminal, or as a page.",
+        "unigen watch outputs/unified_training --html run.html",
+        positional="run",
     ),
     "demo": Command(
         "unigen.commands:DemoOptions",

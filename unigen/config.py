@@ -170,6 +170,7 @@ class OptimOptions:
         text_loss_weight: Weight of the text cross-entropy.
         image_loss_weight: Weight of the image flow-matching loss.
         ema: Decay of the exponential moving average of the weights (for example 0.9999); none keeps no average.
+        optimizer: adamw, or adamw8bit with its two moments in 8 bits (2 bytes a parameter instead of 8; needs bitsandbytes).
     """
 
     num_epochs: int = 3
@@ -190,6 +191,7 @@ class OptimOptions:
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
     ema: float | None = None
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 @dataclass
@@ -201,10 +203,19 @@ class RunOptions:
         fp16: Compute in float16 with loss scaling.
         bf16: Compute in bfloat16.
         gradient_checkpointing: Recompute activations in the backward pass: slower, far less memory.
+        checkpointing_policy: full keeps nothing of a layer; selective keeps the results of attention and every second matrix product.
+        engine: single, ddp, fsdp2 (all of the model and its state sharded) or deepspeed (ZeRO). Default: single or ddp.
+        shard_size: With fsdp2, processes that share one copy of the model (hybrid sharding), the others hold further copies. Default: all.
+        cpu_offload: With fsdp2, keep parameters, gradients and moments in host memory; far less GPU memory, slower.
+        deepspeed_config: With deepspeed, an ordinary DeepSpeed JSON; "auto" and what is missing come from the options here.
+        hang_timeout: Seconds without progress after which a process reports its rank, step, phase and stack, and ends the run.
         logging_steps: Steps between two lines of the log.
         eval_steps: Steps between two validations; default: once an epoch.
         save_steps: Steps between two checkpoints.
         save_total_limit: Newest checkpoints to keep; the best one is kept besides.
+        async_save: Write checkpoints in the background while training goes on; costs host memory for a copy of what is saved.
+        low_space: When the disk cannot hold the next checkpoint: stop, prune the oldest checkpoints, or wait for space.
+        min_free_gb: Gigabytes (10^9 bytes) of the disk that stay free after a checkpoint.
         resume_from_checkpoint: A step_N folder, or auto for the newest in output_dir.
         seed: Seed of everything random.
         device: cuda, cpu, or auto.
@@ -215,10 +226,19 @@ class RunOptions:
     fp16: bool = False
     bf16: bool = False
     gradient_checkpointing: bool = False
+    checkpointing_policy: Literal["full", "selective"] = "full"
+    engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    shard_size: int | None = None
+    cpu_offload: bool = False
+    deepspeed_config: str | None = None
+    hang_timeout: float = 1800.0
     logging_steps: int = 10
     eval_steps: int | None = None
     save_steps: int = 500
     save_total_limit: int | None = None
+    async_save: bool = True
+    low_space: Literal["stop", "prune", "wait"] = "stop"
+    min_free_gb: float = 1.0
     resume_from_checkpoint: str | None = None
     seed: int = 42
     device: str = "auto"
@@ -232,10 +252,20 @@ class TrackingOptions:
     Args:
         wandb_project: Log to this Weights & Biases project.
         wandb_run_name: Name of the run there.
+        wandb_mode: online, offline (kept in the run's folder, sent later by "wandb sync"), or disabled. Default: what WANDB_MODE says.
+        tensorboard: Write TensorBoard's event files into the run's folder.
+        trackio_project: Log to this Trackio project (kept on this machine).
+        sample_prompts: Texts, or a file of one prompt a line, that the model answers with text or a picture while it trains.
+        sample_steps: Steps between two such answers; default: with every validation, or else with every checkpoint.
     """
 
     wandb_project: str | None = None
     wandb_run_name: str | None = None
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    tensorboard: bool = False
+    trackio_project: str | None = None
+    sample_prompts: str | list[str] | None = None
+    sample_steps: int | None = None
 
 
 TOPICS = (ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOptions)
@@ -274,7 +304,16 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
             "max_skipped_steps",
         ):
             checks.append((getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1"))
-        for name in ("max_steps", "eval_steps", "max_num_tokens", "max_sequence_length", "save_total_limit", "early_stopping_patience"):
+        for name in (
+            "max_steps",
+            "eval_steps",
+            "max_num_tokens",
+            "max_sequence_length",
+            "save_total_limit",
+            "early_stopping_patience",
+            "shard_size",
+            "sample_steps",
+        ):
             value = getattr(self, name)
             checks.append((value is None or value >= 1, name, f"is {value}; it must be at least 1"))
         for name in ("single_image_stop_prob", "text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"):
@@ -290,6 +329,23 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         checks.append((self.warmup_ratio <= 1, "warmup_ratio", f"is {self.warmup_ratio}; it is a share of all steps, at most 1"))
         checks.append((self.ema is None or 0 < self.ema < 1, "ema", f"is {self.ema}; a decay lies between 0 and 1, such as 0.9999"))
         checks.append((self.num_workers is None or self.num_workers >= 0, "num_workers", f"is {self.num_workers}; it must be 0 or more"))
+        for name in ("shard_size", "cpu_offload"):
+            checks.append((not getattr(self, name) or self.engine == "fsdp2", name, "needs engine fsdp2 (--engine fsdp2)"))
+        for name, value in (("hang_timeout", self.hang_timeout), ("min_free_gb", self.min_free_gb)):
+            checks.append((math.isfinite(value) and value >= 0, name, f"is {value}; it must be a finite number of at least 0"))
+        checks += [
+            (
+                self.deepspeed_config is None or self.engine == "deepspeed",
+                "deepspeed_config",
+                "needs engine deepspeed (--engine deepspeed)",
+            ),
+            (
+                self.optimizer == "adamw" or self.engine != "deepspeed",
+                "optimizer",
+                "adamw8bit does not work with engine deepspeed; use fsdp2",
+            ),
+            (self.sample_steps is None or self.sample_prompts is not None, "sample_steps", "needs sample_prompts"),
+        ]
         for good, name, problem in checks:
             if not good:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")

@@ -7,6 +7,7 @@ A picture is a ``PIL.Image.Image``, a path, or encoded bytes.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -16,8 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
-
-from unigen.sequence.types import Image, Text
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -87,8 +86,8 @@ def line_chart(series: Series, *, title: str, x_label: str, y_label: str, log_y:
     if not every:
         return f'<p class="soft">{escape(title)}: no data.</p>{note}'
 
-    x_ticks = _ticks(min(x for x, _ in every), max(x for x, _ in every))
-    y_ticks = (_log_ticks if log_y else _ticks)(min(y for _, y in every), max(y for _, y in every))
+    x_ticks = round_ticks(min(x for x, _ in every), max(x for x, _ in every))
+    y_ticks = (log_ticks if log_y else round_ticks)(min(y for _, y in every), max(y for _, y in every))
     place_x = _scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT, False)
     place_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT, TOP, log_y)
     rows = _legend_rows(list(drawn), WIDTH - LEFT - RIGHT)
@@ -107,7 +106,7 @@ def bar_chart(bars: Sequence[tuple[str, str, float]], *, title: str, x_label: st
     assert all(math.isfinite(value) and value >= 0 for _, _, value in bars), "a bar has a length"
     if not bars or not any(value for *_, value in bars):
         return f'<p class="soft">{escape(title)}: no data.</p>'
-    ticks = _ticks(0.0, max(value for *_, value in bars))
+    ticks = round_ticks(0.0, max(value for *_, value in bars))
     place = _scale(ticks[0], ticks[-1], HEIGHT, TOP, False)
     step = (WIDTH - LEFT - RIGHT) / len(bars)
     every = math.ceil((max(_name_width(label) for label, *_ in bars) - 38) / step)
@@ -203,7 +202,7 @@ def _scale(low: float, high: float, start: float, end: float, log: bool) -> Call
     return lambda value: start + (bend(value) - a) / (b - a) * (end - start)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """About five round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: give it room
         room = abs(low) / 2 or 1.0
@@ -214,7 +213,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
     """Numbers 1, 2, 5 times powers of ten that enclose [low, high]; powers of ten alone, or every few of them, when there are many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     marks, stride = (1, 2, 5) if last - first <= 4 else (1,), math.ceil((last - first + 1) / 12)
@@ -277,34 +276,42 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], *, language: str = "en", style: str = "") -> Path:
+def write_page(
+    path: Path, title: str, sections: Sequence[tuple[str, str]], *, language: str = "en", style: str = "", script: str = ""
+) -> Path:
     """Writes a page of ``sections`` (heading, HTML from this module's functions) to ``path``, whose folder it makes.
 
-    Headings and title are text and are escaped; the bodies are used as they are. ``style`` is CSS of the page's own.
+    Headings and title are text and are escaped; the bodies are used as they are. ``style`` and ``script`` are CSS and JavaScript of
+    the page's own; the browser runs that script and no other, by its SHA-256.
     """
-    return _write(path, title, [f"<section>{_heading(heading)}{body}</section>" for heading, body in sections], language, style)
+    return _write(path, title, [f"<section>{_heading(heading)}{body}</section>" for heading, body in sections], language, style, script)
 
 
 def _heading(text: str) -> str:
     return f"<h2>{escape(text)}</h2>" if text else ""
 
 
-def _write(path: Path, title: str, sections: Sequence[str], language: str = "en", style: str = "") -> Path:
+def _write(path: Path, title: str, sections: Sequence[str], language: str = "en", style: str = "", script: str = "") -> Path:
+    assert "</" not in script, "it would end the element"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = POLICY + (f"; script-src 'sha256-{digest}'" if script else "")
     head = (
         f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n"
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = "\n".join(sections)
+    body = "\n".join([*sections, f"<script>{script}</script>"] if script else sections)
     path.write_text(f"{head}<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n", encoding="utf-8", newline="\n")
     return path
 
 
 def _pieces(pieces: Sequence[Any]) -> list[tuple[str | None, Any]]:
     """(text, None) or (None, PIL picture) for pieces given as text, picture, ``Text`` or ``Image``."""
+    from unigen.sequence.types import Image, Text  # late, since it needs PyTorch, and pages without such pieces do not
+
     plain = [p.text if isinstance(p, Text) else p for p in pieces]
     return [(p, None) if isinstance(p, str) else (None, _open(p.source if isinstance(p, Image) else p)) for p in plain]
 

@@ -1,24 +1,28 @@
-import io
+"""Groups, moments, learning rate, clipping, and the scale of float16 losses."""
+
+from __future__ import annotations
+
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError
-from unigen.training.checkpoint import CheckpointError
 from unigen.training.optim import (
     SCHEDULES,
+    LossScale,
     build_optimizer,
-    clip_gradients,
+    clipping,
     learning_rate_at,
-    load_optimizer_tensors,
-    optimizer_tensors,
+    moments_of,
     parameter_groups,
+    scale_gradients,
     set_learning_rate,
+    set_moments_of,
+    squared_norm,
 )
 
 
@@ -47,14 +51,29 @@ class Model(nn.Module):
         return self.conv(y.reshape(-1, 1, 8)).square().mean()
 
 
+def optimizer_of(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """As a process that holds every parameter whole builds it."""
+    optimizer = build_optimizer(model, dict(model.named_parameters()), config)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    return optimizer
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """As a step of one process does it; the norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = float(squared_norm(grads)) ** 0.5
+    scale_gradients(grads, clipping(norm, max_norm))
+    return norm
+
+
 def train(model: Model, optimizer: torch.optim.AdamW, config: Config, steps: range, rare_from: int = 10**9) -> list[float]:
     losses = []
     for step in steps:
         torch.manual_seed(step)
         set_learning_rate(optimizer, learning_rate_at(step, 10, config))
-        loss = model(torch.randint(11, (3, 4)), rare=step >= rare_from)
+        loss = model(torch.randint(11, (3, 4)).to(model.scale.device), rare=step >= rare_from)
         loss.backward()
-        clip_gradients(model.parameters(), config.max_grad_norm)
+        clip(list(model.parameters()), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
@@ -73,7 +92,7 @@ def test_only_trainable_matrices_that_are_no_embeddings_decay():
 
 
 def test_the_optimiser_remembers_names_and_options():
-    optimizer = build_optimizer(Model(), Config(learning_rate=3e-4, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6))
+    optimizer = optimizer_of(Model(), Config(learning_rate=3e-4, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6))
     group = optimizer.param_groups[0]
     assert group["param_names"] == ["up.weight", "conv.weight", "rare.weight"]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["foreach"]) == (3e-4, (0.8, 0.9), 1e-6, 0.2, True)
@@ -98,73 +117,104 @@ def test_nothing_to_train_is_the_users_error():
         parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.0)
 
 
+def test_the_optimiser_works_on_what_a_process_holds_and_the_model_decides_the_groups():
+    """Some rows of a matrix, flattened or not, decay as the matrix does: their own shape says nothing."""
+    model = Model()
+    held = {name: nn.Parameter(p.detach().reshape(-1)[:3].clone()) for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(model, held, Config(weight_decay=0.2))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
+    assert [id(p) for p in decayed["params"]] == [id(held[name]) for name in ("up.weight", "conv.weight", "rare.weight")]
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in held.values()}
+
+
+# ---- moments
+
+Saved = dict[str, "tuple[float, Tensor, Tensor] | None"]
+
+
+def saved_moments(optimizer: torch.optim.AdamW, model: nn.Module) -> Saved:
+    """Of every trainable parameter, in memory of their own."""
+    found: Saved = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            moments = moments_of(optimizer, p)
+            found[name] = moments and (moments[0], moments[1].clone(), moments[2].clone())
+    return found
+
+
+def load_moments(optimizer: torch.optim.AdamW, model: nn.Module, saved: Saved) -> None:
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            set_moments_of(optimizer, p, *(saved[name] or (0.0, torch.zeros(p.numel()), torch.zeros(p.numel()))))
+
+
+def assert_equal(found: Saved, wanted: Saved) -> None:
+    assert found.keys() == wanted.keys()
+    for name, moments in wanted.items():
+        other = found[name]
+        assert (moments is None) == (other is None), name
+        if moments is not None and other is not None:
+            assert moments[0] == other[0] and all(torch.equal(a, b) for a, b in zip(moments[1:], other[1:], strict=True)), name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rare_from", [0, 7, 10**9], ids=["always", "first used after the resume", "never used"])
-def test_five_steps_saved_loaded_and_five_more_equal_ten_bit_for_bit(dtype: torch.dtype, rare_from: int):
+def test_five_steps_saved_loaded_and_five_more_equal_ten_bit_for_bit(dtype: torch.dtype, rare_from: int, device: str):
     config = Config(learning_rate=0.05, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=3, max_grad_norm=0.5)
     torch.manual_seed(0)
-    straight = Model(dtype)
+    straight = Model(dtype).to(device)
     initial = {k: v.clone() for k, v in straight.state_dict().items()}
-    optimizer = build_optimizer(straight, config)
+    optimizer = optimizer_of(straight, config)
+    assert bool(optimizer.defaults["fused"]) == (device == "cuda")
     expected = train(straight, optimizer, config, range(10), rare_from)
 
-    first = Model(dtype)
+    first = Model(dtype).to(device)
     first.load_state_dict(initial)
-    optimizer_1 = build_optimizer(first, config)
+    optimizer_1 = optimizer_of(first, config)
     losses = train(first, optimizer_1, config, range(5), rare_from)
-    file = save({k: v.contiguous() for k, v in optimizer_tensors(optimizer_1, first).items()})
+    saved = saved_moments(optimizer_1, first)
+    saved = {name: m and (m[0], m[1].cpu(), m[2].cpu()) for name, m in saved.items()}  # a file lies on the host
 
-    second = Model(dtype)
+    second = Model(dtype).to(device)
     second.load_state_dict(first.state_dict())
-    optimizer_2 = build_optimizer(second, config)
-    load_optimizer_tensors(optimizer_2, second, load(file))
+    optimizer_2 = optimizer_of(second, config)
+    load_moments(optimizer_2, second, saved)
     losses += train(second, optimizer_2, config, range(5, 10), rare_from)
 
     assert losses == expected
     for name, value in straight.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-    expected_state, state = optimizer_tensors(optimizer, straight), optimizer_tensors(optimizer_2, second)
-    assert expected_state.keys() == state.keys()
-    assert all(torch.equal(expected_state[k], state[k]) for k in state)
-    assert "frozen.weight" not in "".join(state)
-    assert ("exp_avg.rare.weight" in state) == (rare_from < 10)
+    wanted = saved_moments(optimizer, straight)
+    assert_equal(saved_moments(optimizer_2, second), wanted)
+    assert "frozen.weight" not in wanted and (wanted["rare.weight"] is not None) == (rare_from < 10)
 
 
-def test_loading_replaces_what_the_optimiser_had():
-    config = Config(learning_rate=0.1)
-    model = Model()
-    optimizer = build_optimizer(model, config)
-    fresh = {k: v.clone() for k, v in optimizer_tensors(optimizer, model).items()}
+def test_moments_are_flat_and_live_and_none_before_the_first_update():
+    model, config = Model(), Config(learning_rate=0.1)
+    optimizer = optimizer_of(model, config)
+    assert set(saved_moments(optimizer, model).values()) == {None}
+    train(model, optimizer, config, range(3))
+    moments = moments_of(optimizer, model.up.weight)
+    assert moments is not None and moments[0] == 3.0 and [m.shape for m in moments[1:]] == [(48,), (48,)]
+    before = moments[1].clone()
+    train(model, optimizer, config, range(3, 4))
+    assert not torch.equal(moments[1], before), "a view of what the optimiser holds"
+
+
+def test_what_is_put_back_is_a_copy_and_replaces_what_was_there():
+    model, config = Model(), Config(learning_rate=0.1)
+    optimizer = optimizer_of(model, config)
+    fresh = saved_moments(optimizer, model)
     train(model, optimizer, config, range(2), rare_from=0)
-    load_optimizer_tensors(optimizer, model, fresh)
-    assert not optimizer.state
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda t: t.pop("step.up.weight"), "step.up.weight is missing"),
-        (lambda t: t.pop("exp_avg.up.weight"), "exp_avg.up.weight is missing"),
-        (lambda t: t.update({"exp_avg.other": torch.zeros(1)}), "exp_avg.other is unexpected"),
-        (lambda t: t.update({"exp_avg.up.weight": torch.zeros(6, 8)}), r"exp_avg.up.weight is torch.float32 \[6, 8\] instead of"),
-        (lambda t: t.update({"exp_avg_sq.up.bias": torch.zeros(8).bfloat16()}), "exp_avg_sq.up.bias is torch.bfloat16"),
-        (lambda t: t.update({"step.up.bias": torch.zeros(2)}), r"step.up.bias is torch.float32 \[2\]"),
-        (lambda t: t.update({"exp_avg.rare.weight": torch.zeros(8, 6)}), "exp_avg.rare.weight is unexpected"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(damage, says: str):
-    config = Config(learning_rate=0.1)
-    model = Model()
-    optimizer = build_optimizer(model, config)
-    train(model, optimizer, config, range(2))
-    tensors = {k: v.clone() for k, v in optimizer_tensors(optimizer, model).items()}
-    damage(tensors)
-    train(model, optimizer, config, range(2, 3))
-    before = {k: v.clone() for k, v in optimizer_tensors(optimizer, model).items()}
-    with pytest.raises(CheckpointError, match=says):
-        load_optimizer_tensors(optimizer, model, tensors)
-    after = optimizer_tensors(optimizer, model)
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in after)
+    mine = torch.ones(48)
+    set_moments_of(optimizer, model.up.weight, 7.0, mine, mine)
+    mine.zero_()
+    moments = moments_of(optimizer, model.up.weight)
+    assert moments is not None and moments[0] == 7.0 and moments[1].tolist() == [1.0] * 48 and moments[2].tolist() == [1.0] * 48
+    load_moments(optimizer, model, fresh)
+    assert not optimizer.state, "a step count of 0 is no state at all"
 
 
 # ---- the learning rate
@@ -216,7 +266,7 @@ def test_schedules_agree_with_pytorchs_own():
         scheduler.step()
 
 
-# ---- clipping
+# ---- gradients
 
 
 def parameters(*grads: torch.Tensor | None) -> list[nn.Parameter]:
@@ -232,10 +282,8 @@ def parameters(*grads: torch.Tensor | None) -> list[nn.Parameter]:
 def test_clipping_agrees_with_pytorchs_own(max_norm: float):
     grads = [torch.randn(4, 5), torch.randn(()), None, torch.randn(7)]
     ours, theirs = parameters(*grads), parameters(*grads)
-    norm = clip_gradients(iter(ours), max_norm)
-    expected = nn.utils.clip_grad_norm_(theirs, max_norm)
-    assert norm.shape == () and norm.dtype == torch.float32
-    torch.testing.assert_close(norm, expected)
+    norm = clip(ours, max_norm)
+    assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, max_norm)), rel=1e-6)
     for a, b in zip(ours, theirs):
         assert (a.grad is None) == (b.grad is None)
         if a.grad is not None:
@@ -244,63 +292,92 @@ def test_clipping_agrees_with_pytorchs_own(max_norm: float):
 
 def test_zero_turns_clipping_off_but_still_measures():
     (p,) = parameters(torch.tensor([3.0, 4.0]))
-    assert clip_gradients([p], 0.0).item() == 5.0
+    assert clip([p], 0.0) == 5.0
     assert p.grad.tolist() == [3.0, 4.0]
 
 
 def test_small_gradients_keep_their_bits():
     grad = torch.randn(100)
     (p,) = parameters(grad)
-    clip_gradients([p], 1e3)
+    clip([p], 1e3)
     assert torch.equal(p.grad, grad)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_a_norm_that_is_not_finite_leaves_the_gradients_alone(bad: float):
-    a, b = parameters(torch.tensor([30.0, 40.0]), torch.tensor([bad, 1.0]))
-    assert not clip_gradients([a, b], 1.0).isfinite()
-    assert a.grad.tolist() == [30.0, 40.0]
-    assert b.grad[1].item() == 1.0
+def test_one_bad_element_makes_the_norm_bad(bad: float):
+    """And only the norm: nothing has touched the gradients, so the step can still be refused."""
+    grads = [torch.tensor([30.0, 40.0]), torch.tensor([bad, 1.0])]
+    assert not squared_norm(grads).isfinite()
+    assert grads[0].tolist() == [30.0, 40.0] and grads[1][1] == 1.0
+
+
+def test_a_norm_beyond_float32_when_squared_is_still_a_number():
+    assert float(squared_norm([torch.tensor([3e30]), torch.tensor([4e30])])) == pytest.approx(25e60, rel=1e-6)
+    assert float(squared_norm([torch.tensor([3e-30]), torch.tensor([4e-30])])) == pytest.approx(25e-60, rel=1e-6)
 
 
 def test_no_gradient_at_all_has_norm_zero():
-    assert clip_gradients(parameters(None, None), 1.0).item() == 0.0
-    assert clip_gradients([], 1.0).item() == 0.0
+    assert float(squared_norm([])) == 0.0 and clip(parameters(None, None), 1.0) == 0.0
+    scale_gradients([], 0.5)
+
+
+def test_norms_of_parts_add_up_to_that_of_the_whole():
+    """What processes each hold a piece of."""
+    whole = torch.randn(1000)
+    parts = [float(squared_norm([part])) for part in whole.split(300)]
+    assert sum(parts) == pytest.approx(float(whole.double().square().sum()), rel=1e-6)
 
 
 def test_the_norm_of_bfloat16_gradients_is_taken_in_float32():
     grads = [torch.full((1000,), 0.01).bfloat16(), torch.full((10,), 0.5)]
     ps = parameters(*grads)
     expected = math.sqrt(sum(g.double().square().sum().item() for g in grads))
-    assert clip_gradients(ps, 0.5).item() == pytest.approx(expected, rel=1e-5)
+    assert clip(ps, 0.5) == pytest.approx(expected, rel=1e-5)
     assert [p.grad.dtype for p in ps] == [torch.bfloat16, torch.float32]
     clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in ps))
     assert clipped == pytest.approx(0.5, rel=5e-3)
 
 
-@pytest.mark.gpu
-def test_a_fused_state_moves_between_devices_exactly():
-    config = Config(learning_rate=0.05, max_grad_norm=0.5)
-    device = torch.device("cuda")
-    straight = Model().to(device)
-    optimizer = build_optimizer(straight, config)
-    assert optimizer.param_groups[0]["fused"]
+# ---- the scale of float16 losses
 
-    def step(model: Model, optimizer: torch.optim.AdamW, number: int) -> None:
-        torch.manual_seed(number)
-        model(torch.randint(11, (3, 4)).to(device), rare=False).backward()
-        clip_gradients(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    for number in range(3):
-        step(straight, optimizer, number)
-    buffer = io.BytesIO(save({k: v.cpu() for k, v in optimizer_tensors(optimizer, straight).items()}))
-    other = Model().to(device)
-    other.load_state_dict(straight.state_dict())
-    optimizer_2 = build_optimizer(other, config)
-    load_optimizer_tensors(optimizer_2, other, load(buffer.getvalue()))
-    for number in range(3, 6):
-        step(straight, optimizer, number)
-        step(other, optimizer_2, number)
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), other.parameters()))
+def test_the_scale_follows_pytorchs_rule(monkeypatch: pytest.MonkeyPatch):
+    """Step by step the scale of ``torch.amp.GradScaler``, fed with the same overflows."""
+    monkeypatch.setattr(LossScale, "INTERVAL", 5)
+    ours, theirs = LossScale(True), torch.amp.GradScaler("cpu", growth_interval=5)
+    optimizer = torch.optim.SGD([p := nn.Parameter(torch.zeros(1))], lr=0.0)
+    bad = {3, 4, 12, 18, 30, 31, 32}
+    seen = set()
+    for step in range(60):
+        theirs.scale(p.sum()).backward()
+        if step in bad:
+            p.grad.fill_(math.inf)
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(step in bad)
+        assert ours.scale == theirs.get_scale(), step
+        seen.add(ours.scale)
+    assert min(seen) < 2.0**16 < max(seen)
+
+
+def test_the_scale_resumes_in_the_middle_of_its_interval(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LossScale, "INTERVAL", 5)
+    straight = LossScale(True)
+    for _ in range(3):
+        straight.update(False)
+    second = LossScale(True)
+    second.load(straight.state())
+    for _ in range(4):
+        straight.update(False)
+        second.update(False)
+    assert second.state() == straight.state() == {"scale": 2.0**17, "good": 2}
+
+
+def test_without_float16_the_scale_is_one_for_ever():
+    scale = LossScale(False)
+    for overflow in (True, False) * 2:
+        scale.update(overflow)
+    scale.load({"scale": 2.0**16, "good": 7})  # a run in float16 goes on in another precision
+    assert scale.state() == {"scale": 1.0, "good": 0}
+    assert LossScale(True).state() == {"scale": 2.0**16, "good": 0} and LossScale.INTERVAL == 2000

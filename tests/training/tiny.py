@@ -12,7 +12,7 @@ import torch
 from unigen.config import Config
 from unigen.data.loader import Row
 from unigen.sequence.images import to_image
-from unigen.training.engine import Engine
+from unigen.training.engine import open_engine
 from unigen.training.trainer import UnifiedTrainer
 
 # Latents of 2 x 2 to 4 x 4 tokens and ViT grids of 2 x 2: a step takes a few hundredths of a second.
@@ -47,8 +47,15 @@ def metrics(output_dir: Path | str) -> list[dict[str, Any]]:
 def built(**options: Any) -> UnifiedTrainer:
     """A trainer ready for its first step."""
     trainer = UnifiedTrainer(Config(**options))
-    trainer.engine = Engine(trainer.config)
+    trainer.engine = open_engine(trainer.config)
     trainer.build()
+    step = trainer.engine.step
+
+    def noted(lr: float, norm: float) -> None:
+        trainer.seen = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}  # type: ignore[attr-defined]
+        step(lr, norm)
+
+    trainer.engine.step = noted  # type: ignore[method-assign]
     return trainer
 
 
@@ -58,7 +65,8 @@ def row_of(trainer: UnifiedTrainer, records: list[int]) -> Row:
 
 
 def gradients(trainer: UnifiedTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    """Those of the last step, as they were before it was taken."""
+    return trainer.seen  # type: ignore[attr-defined]
 
 
 def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:

@@ -90,6 +90,8 @@ class InterleaveInferencer:
         self.vae_transform = _within(vae_transform or transforms.vae, transforms.vae)
         self.vit_transform = _within(vit_transform or transforms.vit, transforms.vit)
         self.think_prompts = dict(think_prompts or THINK_PROMPTS)
+        # Where processes share one model every token that was chosen goes through here: they must take the same one.
+        self.agree: Callable[[int], int] = lambda token: token
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str = "auto", dtype: torch.dtype | None = None) -> InterleaveInferencer:
@@ -160,8 +162,12 @@ class InterleaveInferencer:
         drawn = draw(self.model, self.tokenizer.special, canvases, options)
         return [(tokens, decode_pixels(self.model, tokens, canvas.grid)) for tokens, canvas in zip(drawn, canvases, strict=True)]
 
-    def _shape(self, shape: Sequence[int] | None) -> tuple[int, int]:
-        """A height and width the model can draw: multiples of the stride within its position table."""
+    def canvas_shape(self, shape: Sequence[int] | None) -> tuple[int, int]:
+        """The height and width that the model draws where ``shape`` is asked for: multiples of its stride. Default: its largest square.
+
+        Raises:
+            InferenceError: a side is outside what its position table has room for.
+        """
         config = self.model.config
         stride, limit = config.latent_stride, config.max_latent_size * config.latent_stride
         if shape is None:
@@ -222,7 +228,7 @@ class InterleaveInferencer:
                 self.add_image([context], [piece])
         output: list[Any] = []
         if understanding_output or think:
-            pick = _picker(do_sample, text_temperature, [generator])
+            pick = self._picker(do_sample, text_temperature, [generator])
             ids = write(self.model, self.tokenizer.special, [context.full.snapshot()], max_think_token_n, pick)[0]
             trace.setdefault("tokens", []).append(torch.tensor(ids))
             output.append(self._text(ids))
@@ -230,7 +236,7 @@ class InterleaveInferencer:
             return output
         if think:
             self.add_text([context], [output[0]], only_full=True)
-        shape = context.shape or self._shape(image_shapes)
+        shape = context.shape or self.canvas_shape(image_shapes)
         noise = self._noise(shape, generator) if initial_noise is None else initial_noise
         tokens, pixels = self._draw([context], [shape], [noise], options)[0]
         picture = to_image(pixels.cpu())
@@ -251,6 +257,17 @@ class InterleaveInferencer:
         for piece in self.interleave_inference(pieces, **options):
             result["text" if isinstance(piece, str) else "image"] = piece
         return result
+
+    def _picker(self, do_sample: bool, temperature: float, generators: Sequence[torch.Generator]) -> Callable[[Tensor, int], int]:
+        if do_sample and not temperature > 0:
+            raise InferenceError(f"text_temperature is {temperature}; it must be above 0. Cure: do_sample=False takes the likeliest token")
+
+        def pick(logits: Tensor, i: int) -> int:
+            if not do_sample:
+                return self.agree(int(logits.argmax()))
+            return self.agree(int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generators[i])))
+
+        return pick
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids))
@@ -317,11 +334,11 @@ class InterleaveInferencer:
                 break
             writing, drawing = ([i for i in active if kinds[i] == kind] for kind in (TEXT, IMAGE))
             if writing:
-                pick = _picker(do_sample, text_temperature, [generators[i] for i in writing])
+                pick = self._picker(do_sample, text_temperature, [generators[i] for i in writing])
                 for i, text in zip(writing, self._write_pieces([contexts[i] for i in writing], max_new_tokens, pick), strict=True):
                     answers[i].append(text)
             if drawing:
-                shape = None if image_shapes is None else self._shape(image_shapes)
+                shape = None if image_shapes is None else self.canvas_shape(image_shapes)
                 pictures = self._draw_pieces([contexts[i] for i in drawing], shape, [generators[i] for i in drawing], options)
                 for i, picture in zip(drawing, pictures, strict=True):
                     answers[i].append(picture)
@@ -343,14 +360,14 @@ class InterleaveInferencer:
     def _next_kind(self, context: Context, first: bool) -> str | None:
         """What the model opens next: a text, an image, or (None) nothing more."""
         special = self.tokenizer.special
-        choices = {TEXT: special.text_start, IMAGE: special.image_start, None: special.end}
+        kinds: dict[int, str | None] = {special.text_start: TEXT, special.image_start: IMAGE, special.end: None}
         if first:
-            del choices[None]
+            del kinds[special.end]
         if not self.model.config.visual_gen:
-            del choices[IMAGE]
+            del kinds[special.image_start]
         assert context.last is not None
         logits = self.model.logits(context.last)
-        return max(choices, key=lambda kind: float(logits[choices[kind]]))
+        return kinds[self.agree(max(kinds, key=lambda token: float(logits[token])))]
 
     def _write_pieces(self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]) -> list[str]:
         special = self.tokenizer.special
@@ -372,7 +389,7 @@ class InterleaveInferencer:
     ) -> list[Any]:
         self._needs_gen()
         self._replay([c for c in contexts if not c.drawing], drawing=True)
-        shapes = [shape or c.shape or self._shape(None) for c in contexts]
+        shapes = [shape or c.shape or self.canvas_shape(None) for c in contexts]
         noises = [self._noise(s, g) for s, g in zip(shapes, generators, strict=True)]
         pictures = [to_image(pixels.cpu()) for _, pixels in self._draw(contexts, shapes, noises, options)]
         self.add_image(contexts, pictures)
@@ -404,18 +421,6 @@ def _generator(seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
-
-
-def _picker(do_sample: bool, temperature: float, generators: Sequence[torch.Generator]) -> Callable[[Tensor, int], int]:
-    if do_sample and not temperature > 0:
-        raise InferenceError(f"text_temperature is {temperature}; it must be above 0. Cure: do_sample=False takes the likeliest token")
-
-    def pick(logits: Tensor, i: int) -> int:
-        if not do_sample:
-            return int(logits.argmax())
-        return int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generators[i]))
-
-    return pick
 
 
 def _array(picture: Any):

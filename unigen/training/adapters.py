@@ -47,5 +47,5 @@ def prepare_model(model: Bagel, config: Config) -> Bagel:
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
     model.language_model.model.freeze_und = config.freeze_und
-    model.use_gradient_checkpointing(config.gradient_checkpointing)
+    model.use_gradient_checkpointing(config.gradient_checkpointing, config.checkpointing_policy)
     return model

@@ -2,76 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unigen.training.optim import check_tensors
+from unigen.training.shards import Shard
 
 
 class EMA:
     """``average = decay * average + (1 - decay) * weights`` after every optimiser step, in float32, trainable parameters only.
 
-    float32 because one step moves the average by far less than half a unit in the last place of bfloat16.
+    float32 because one step moves the average by far less than half a unit in the last place of bfloat16. Each process averages
+    what it holds.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        """Starts from the weights as they are.
-
-        Args:
-            model: Its parameters that are trainable now are averaged.
-            decay: Share of the old average that a step keeps, between 0 and 1.
-        """
+    def __init__(self, shards: Sequence[Shard], decay: float):
+        """Starts from the weights as they are; ``decay`` is the share of the old average that a step keeps, between 0 and 1."""
         assert 0 < decay < 1
         self.decay = decay
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # A dense copy in the parameter's own memory layout.
-        self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
+        self.shards = [shard for shard in shards if shard.trains]
+        assert all(shard.value.dtype == torch.float32 for shard in self.shards)
+        self.values = {shard.name: shard.value.clone() for shard in self.shards}
         self._swapped = False
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the present weights into the average; once after each optimiser step."""
         assert not self._swapped, "the model holds the average itself now"
-        if not self._average:
-            return
-        weights = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self._average.values()), weights, 1.0 - self.decay)
+        if self.values:
+            torch._foreach_lerp_(list(self.values.values()), [shard.value for shard in self.shards], 1.0 - self.decay)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameter name -> average, float32, the parameter's shape; the live tensors, not copies."""
-        return dict(self._average)
+    def average(self, name: str) -> Tensor:
+        """The average of what this process holds of a parameter: flat float32, live."""
+        assert not self._swapped, "the model holds the average itself now"
+        return self.values[name]
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what :meth:`tensors` gave, bit for bit.
-
-        Raises:
-            CheckpointError: a name is missing or unexpected, or a shape or dtype differs; nothing has been changed then.
-        """
+    def load(self, read: Callable[[Shard, Tensor], None]) -> None:
+        """``read(shard, out)`` fills every average with what was saved."""
         assert not self._swapped, "the model holds the average itself now"
-        expected = {name: (average.shape, torch.float32) for name, average in self._average.items()}
-        check_tensors(tensors, expected, "the average of the weights")
-        for name, average in self._average.items():
-            average.copy_(tensors[name])
+        for shard in self.shards:
+            read(shard, self.values[shard.name])
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """The model holds the averaged weights (in its own dtype) inside the ``with``, and its own bits again after it.
-
-        The tensors change places, nothing is copied where the parameters are float32: inside, evaluate and save, and change no
-        weight.
-        """
+    def swapped(self, refresh: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """The model holds the averaged weights inside the ``with``, and its own bits again after it: inside, evaluate, and change
+        no weight. ``refresh`` tells the engine that the values changed."""
         assert not self._swapped, "already swapped"
-        own = {name: p.data for name, p in self._parameters.items()}
+        self._swap()
         self._swapped = True
         try:
-            for name, p in self._parameters.items():
-                p.data = self._average[name].to(p.dtype)
+            refresh()
             yield
         finally:
-            for name, p in self._parameters.items():
-                p.data = own[name]
+            self._swap()
             self._swapped = False
+            refresh()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for shard in self.shards:
+            own = shard.value.clone()
+            shard.value.copy_(self.values[shard.name])
+            self.values[shard.name].copy_(own)

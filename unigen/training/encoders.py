@@ -7,27 +7,32 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unigen.config import Config
 from unigen.data.cache import Encoder, FeatureCache, Store
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config
+from unigen.model.storage import scan_folder
 from unigen.model.vit import VisionModel
-from unigen.model.weights import load_codec, scan_folder
+from unigen.model.weights import load_codec
 from unigen.sequence.contents import Seen
 from unigen.sequence.grid import grid_positions
 from unigen.training.adapters import dtype_of, is_frozen
 
 log = logging.getLogger("unigen")
+
+
+Named = Callable[[nn.Module], Iterable[tuple[str, Tensor]]]
+"""Gives a module's parameters by name, whole, also where a process holds but a part of them."""
 
 
 @dataclass
@@ -80,8 +85,9 @@ class Encoders:
     def names(self) -> tuple[str, ...]:
         return ("vae",) * (self.codec is not None) + ("vit",) * (self.vit is not None)
 
-    def identity(self, name: str) -> Encoder | None:
-        """What the answers of ``vae`` or ``vit`` depend on, its weights digested; None where there is none to cache."""
+    def identity(self, name: str, whole: Named = nn.Module.named_parameters) -> Encoder | None:
+        """What the answers of ``vae`` or ``vit`` depend on, its weights digested; None where there is none to cache. ``whole`` gives the
+        ViT's parameters by name."""
         c = self.config
         if name == "vae" and self.codec is not None:
             shape = [c.vae.ch, c.vae.ch_mult, c.vae.num_res_blocks, c.vae.z_channels, c.vae.downsample]
@@ -89,7 +95,7 @@ class Encoders:
         elif name == "vit" and self.vit is not None:
             sizes = [c.vit.hidden_size, c.vit.num_hidden_layers, c.vit.num_attention_heads, c.vit.patch_size, c.vit.image_size]
             shape = [*sizes, c.vit.layer_norm_eps, c.vit.hidden_act, c.geometry.vit_side, c.geometry.interpolate]
-            weights = digest_weights(self.vit.named_parameters(), shape)
+            weights = digest_weights(whole(self.vit), shape)
         else:
             return None
         return Encoder(name, weights, str(self.dtype).removeprefix("torch."))
@@ -148,7 +154,7 @@ def digest_weights(tensors: Iterable[tuple[str, Tensor]], shape: object) -> str:
     return hashlib.sha256(json.dumps([shape, rows]).encode()).hexdigest()
 
 
-def open_cache(cache_dir: str | Path, model: Bagel, config: Config) -> FeatureCache | None:
+def open_cache(cache_dir: str | Path, model: Bagel, config: Config, whole: Named = nn.Module.named_parameters) -> FeatureCache | None:
     """What a training run looks up: posteriors of the model's VAE, and features of its ViT where that is frozen.
 
     Returns:
@@ -162,7 +168,7 @@ def open_cache(cache_dir: str | Path, model: Bagel, config: Config) -> FeatureCa
     if not encoders.names:
         log.info("Cache: this model has nothing to look up (no VAE with weights, and no frozen ViT); %s is not used", cache_dir)
         return None
-    found = {name: encoders.identity(name) for name in encoders.names}
+    found = {name: encoders.identity(name, whole) for name in encoders.names}
     known = [name for name, encoder in found.items() if encoder is not None and store.knows(encoder)]
     if known:
         titles = {"vae": "VAE posteriors", "vit": "features of the frozen ViT"}

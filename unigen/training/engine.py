@@ -1,27 +1,84 @@
-"""Processes and devices: one process, or plain data parallel under ``torchrun``."""
+"""Processes and devices. An engine holds the model in its own way; the trainer sees one small interface.
+
+    single      one process
+    ddp         every process a whole model (PyTorch's DistributedDataParallel)
+    fsdp2       parameters, gradients, moments and average in shards (PyTorch's fully_shard), ``fsdp.py``
+    deepspeed   ZeRO 1, 2, 3, ``zero.py``
+
+The optimiser works on plain tensors: on the parameters, or on what this process holds of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError, UserError
+from unigen.model.bagel import Bagel, Output
+from unigen.model.storage import Stored
+from unigen.model.weights import build_bagel, load_codec, read_parameter
+from unigen.sequence.types import Pack
+from unigen.training.adapters import dtype_of, prepare_model
+from unigen.training.optim import (
+    LossScale,
+    build_optimizer,
+    clipping,
+    moments_of,
+    scale_gradients,
+    set_learning_rate,
+    set_moments_of,
+    squared_norm,
+)
+from unigen.training.shards import Shard, shards_of
+
+
+class Channel:
+    """What the processes say to each other, in plain numbers and short texts. ``group`` None is the default one."""
+
+    def __init__(self, world: int, device: torch.device, group: dist.ProcessGroup | None = None):
+        self.world, self.device, self.group = world, device, group
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums of plain numbers over all processes."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def gather(self, text: str) -> list[str]:
+        """A short text of every process, in rank order."""
+        if self.world == 1:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(self.device)[: len(text.encode())]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device), group=self.group)
+        longest = max(int(n) for n in sizes)
+        rows = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
+        dist.all_gather(rows, torch.cat([data, data.new_zeros(longest - len(data))]), group=self.group)
+        return [row[: int(n)].cpu().numpy().tobytes().decode() for row, n in zip(rows, sizes, strict=True)]
 
 
 class Engine:
-    """What the trainer needs of the processes around it.
+    """One process, and the base of the others.
 
     ``torchrun`` sets the environment; without it there is one process. Use as a context manager: it ends the group.
     """
 
+    name = "single"
+    sharded = False  # does a forward gather parameters, so that all processes must do the same forwards in the same order?
+
     def __init__(self, config: Config):
+        self.config = config
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
@@ -30,8 +87,17 @@ class Engine:
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self._start_group()
+        self.channel = Channel(self.world, self.device)
+        self.scale = LossScale(config.fp16)
+        self.tick: Callable[[], None] = lambda: None  # told of progress while loading
+        self._optimised: dict[str, nn.Parameter] = {}  # what the optimiser holds of each trainable parameter
+
+    def _start_group(self) -> None:
+        """The watchdog of the run speaks first (``hang_timeout``); this limit is behind it."""
+        limit = timedelta(seconds=2 * self.config.hang_timeout + 600)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=limit)
 
     @staticmethod
     def _device(config: Config, local_rank: int) -> torch.device:
@@ -49,41 +115,22 @@ class Engine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose forward and backward average gradients over the processes."""
-        if self.world == 1:
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Gradients travel only with the last micro-batch of a step."""
-        return contextlib.nullcontext() if last or self.world == 1 else model.no_sync()
-
-    def autocast(self) -> AbstractContextManager[None]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    # ---- words -----------------------------------------------------------------------------------------------------
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums of plain numbers over all processes."""
-        if self.world == 1:
-            return [float(v) for v in values]
-        total = torch.tensor(list(values), dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.channel.sum(values)
 
     def gather(self, text: str) -> list[str]:
         """A short text of every process, in rank order."""
+        return self.channel.gather(text)
+
+    def background(self) -> Channel:
+        """A channel of its own, for one thread beside the training; all processes call this together."""
         if self.world == 1:
-            return [text]
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
-        longest = max(int(n) for n in sizes)
-        rows = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
-        dist.all_gather(rows, torch.cat([data, data.new_zeros(longest - len(data))]))
-        return [bytes(row[: int(n)].tolist()).decode() for row, n in zip(rows, sizes, strict=True)]
+            return self.channel
+        limit = timedelta(seconds=2 * self.config.hang_timeout + 600)
+        return Channel(self.world, torch.device("cpu"), dist.new_group(backend="gloo", timeout=limit))
 
     def on_main(self, work: Callable[[], None]) -> None:
         """Runs ``work`` on rank 0 while the others wait; its failure is raised everywhere."""
@@ -99,6 +146,151 @@ class Engine:
         if said:
             raise UserError(f"rank 0 stopped: {said}")
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+    # ---- build -----------------------------------------------------------------------------------------------------
+
+    def load_model(self, folder: Path, stored: dict[str, Stored] | None = None) -> Bagel:
+        """The model ready for training, on this process's device. It reads only what it holds.
+
+        Args:
+            folder: a checkpoint folder.
+            stored: where the weights lie, in place of the folder's first choice.
+
+        Raises:
+            CheckpointFolderError: as ``load_bagel``.
+        """
+        c = self.config
+        model, stored = build_bagel(folder, lambda name: dtype_of(name, c), visual_gen=c.visual_gen, visual_und=c.visual_und, stored=stored)
+        object.__setattr__(model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None)
+        self.model = prepare_model(model, c).train()
+        self.place(stored)
+        return self.model
+
+    def place(self, stored: dict[str, Stored]) -> None:
+        """Gives the parameters of ``self.model``, which lie nowhere yet, their memory and their values."""
+        for name, p in list(self.model.named_parameters()):
+            self.tick()
+            value = torch.empty(p.shape, dtype=p.dtype, device=self.device)
+            read_parameter(self.model, name, stored, value.view(-1))
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, nn.Parameter(value, requires_grad=p.requires_grad))
+
+    def start(self) -> None:
+        """Wraps the model for training and builds the optimiser."""
+        self.wrapped = self.wrap(self.model)
+        self._optimised = {name: self.local(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = build_optimizer(self.model, self._optimised, self.config)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module whose forward and backward add up gradients over the processes."""
+        return model
+
+    def local(self, p: nn.Parameter) -> nn.Parameter:
+        """What this process holds of a parameter, as the optimiser's own."""
+        return p
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[None]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def forward(self, pack: Pack) -> Output:
+        """The training forward of a row."""
+        with self.autocast():
+            return self.wrapped(pack)
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; ``last`` of its step."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of this process's part of the step's loss; after the last one it is that of all processes' sum."""
+        (loss * self.scale.scale).backward()
+
+    def grad_norm(self) -> float:
+        """2-norm of the whole gradient, the same number on every process."""
+        return float(squared_norm(self._gradients())) ** 0.5 / self.scale.scale
+
+    def step(self, lr: float, norm: float) -> None:
+        """An update with the gradient, whose norm is ``norm``, clipped to ``max_grad_norm``; the gradient is gone afterwards."""
+        scale_gradients(self._gradients(), clipping(norm, self.config.max_grad_norm) / self.scale.scale)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets the gradient."""
+        for p in self.model.parameters():
+            p.grad = None
+        for local in self._optimised.values():
+            local.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._optimised.values() if p.grad is not None]
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, parts of ``self.model`` may be called directly, not only the whole of it (sampling does)."""
+        return contextlib.nullcontext()
+
+    def tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of a part of the model by name, whole, one after another; all processes do this together."""
+        yield from module.named_parameters()
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def shards(self) -> list[Shard]:
+        """What this process holds of every parameter, in the model's order."""
+        return shards_of(self.model.named_parameters(), self.rank, self.world)
+
+    def moments(self, shard: Shard) -> tuple[float, Tensor, Tensor] | None:
+        """AdamW's step count and its two moments of a shard, flat float32; None before its first update."""
+        return moments_of(self.optimizer, self._optimised[shard.name])
+
+    def set_moments(self, shard: Shard, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """Puts back what :meth:`moments` gave."""
+        set_moments_of(self.optimizer, self._optimised[shard.name], step, exp_avg, exp_avg_sq)
+
+    def refresh(self) -> None:
+        """The values of shards were written to: brings copies of them up to date."""
+
+
+class DataParallel(Engine):
+    """Every process holds the whole model and takes its rows of every step."""
+
+    name = "ddp"
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if last else self.wrapped.no_sync()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss * (self.world * self.scale.scale)).backward()  # gradients are averaged; the loss is a sum over processes
+
+
+ENGINES: dict[str, str] = {
+    "single": "unigen.training.engine:Engine",
+    "ddp": "unigen.training.engine:DataParallel",
+    "fsdp2": "unigen.training.fsdp:FullyShard",
+    "deepspeed": "unigen.training.zero:DeepSpeed",
+}
+"""Name -> class, imported when it is asked for."""
+
+
+def open_engine(config: Config) -> Engine:
+    """The engine that the config asks for; ``auto`` is plain data parallel where there are several processes.
+
+    Raises:
+        ConfigError: ``single`` with several processes; no GPU where one is asked for.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    name = config.engine if config.engine != "auto" else "ddp" if world > 1 else "single"
+    if name == "single" and world > 1:
+        raise ConfigError(f"engine is single, but {world} processes were started; use --engine ddp or fsdp2, or start one without torchrun")
+    if name == "ddp" and world == 1:
+        name = "single"
+    module, _, attribute = ENGINES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)(config)

@@ -18,7 +18,9 @@ from typing import IO, Any
 
 from unigen.config import Config, UserError
 from unigen.data.loader import Row, RowStream
+from unigen.training.checkpoint import sweep_orphans
 from unigen.training.engine import Engine
+from unigen.training.secrets import redacted
 
 log = logging.getLogger("unigen")
 
@@ -51,6 +53,23 @@ def lock_folder(folder: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+def prepare_folder(folder: Path, config: Config) -> IO[str]:
+    """Makes the folder of a run, takes its lock (see :func:`lock_folder`), cleans up after killed runs, and writes the options down.
+
+    Raises:
+        UserError: it cannot be written, or another run is in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+        sweep_orphans(folder)
+        options = json.dumps(redacted(config.to_dict()), indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(options + "\n", encoding="utf-8")
+        return lock
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written ({error}). Cure: choose another --output_dir") from error
 
 
 class Guards:

@@ -1,16 +1,15 @@
-"""AdamW, its groups, its learning rate, its state by parameter name, and gradient clipping."""
+"""AdamW, its groups, its learning rate, its moments, clipping, and the scale of float16 losses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError
-from unigen.training.checkpoint import CheckpointError
 
 _EMBEDDINGS = ("embed_tokens", "position_embedding", "pos_embed")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,9 +41,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of ``model``, in one fused kernel where they all live on CUDA."""
+def build_optimizer(model: nn.Module, held: Mapping[str, nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """AdamW over what this process holds of the trainable parameters of ``model``, in one fused kernel where all of it lives on CUDA.
+
+    Args:
+        model: decides the groups: names and shapes of its parameters.
+        held: trainable parameter name -> what this process holds of it, a plain tensor.
+        config: learning rate, decays, ``optimizer``.
+    """
     groups = parameter_groups(model, config.weight_decay)
+    for group in groups:
+        group["params"] = [(name, held[name]) for name, _ in group["params"]]
+    if config.optimizer == "adamw8bit":
+        from unigen.training.adam8bit import build_adamw8bit
+
+        return build_adamw8bit(groups, config)
     fused = all(parameter.is_cuda for group in groups for _, parameter in group["params"])
     return torch.optim.AdamW(
         groups,
@@ -56,75 +67,31 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     )
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name: ``exp_avg.<name>``, ``exp_avg_sq.<name>`` (the parameter's shape and dtype)
-    and ``step.<name>`` (0-d float32).
+def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[float, Tensor, Tensor] | None:
+    """Updates so far and the two moments, flat float32 [n]: the live ones, but copies with 8 bits. None before the first update."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        from unigen.training import adam8bit
 
-    A parameter that has never had a gradient has no moments; ``step.<name>`` is 0 and stands for it alone, so that every
-    trainable parameter is named and one that went missing is noticed. The tensors are the live ones, not copies.
-    """
-    result = {}
-    for name, parameter in _optimised(optimizer, model).items():
-        state = optimizer.state.get(parameter)
-        result[f"step.{name}"] = state["step"] if state else torch.zeros(())
-        if state:
-            result |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS}
-    return result
+        return adam8bit.moments(optimizer, parameter)
+    state = optimizer.state.get(parameter)
+    return (float(state["step"]), *(state[moment].view(-1) for moment in _MOMENTS)) if state else None
 
 
-def load_optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Puts back what :func:`optimizer_tensors` gave, bit for bit. Learning rate and decay stay those of the optimiser.
+def set_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Puts back what :func:`moments_of` gave, bit for bit. Learning rate and decay stay those of the optimiser."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        from unigen.training import adam8bit
 
-    Raises:
-        CheckpointError: a name is missing or unexpected, or a shape or dtype differs; nothing has been changed then.
-    """
-    parameters = _optimised(optimizer, model)
-    expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    for name, parameter in parameters.items():
-        expected[f"step.{name}"] = (torch.Size(), torch.float32)
-        step = tensors.get(f"step.{name}")
-        if step is None or step.numel() != 1 or step.item() != 0:
-            expected |= {f"{moment}.{name}": (parameter.shape, parameter.dtype) for moment in _MOMENTS}
-    check_tensors(tensors, expected, "the optimiser's state")
-
-    for name, parameter in parameters.items():
-        optimizer.state.pop(parameter, None)
-        step = tensors[f"step.{name}"]
-        if step.item() == 0:
-            continue
-        # A fused step counts on the device, the others on the host.
-        step = torch.empty((), device=parameter.device if optimizer.defaults["fused"] else "cpu").copy_(step)
-        moments = {moment: torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"{moment}.{name}"]) for moment in _MOMENTS}
-        optimizer.state[parameter] = {"step": step, **moments}
-
-
-def _optimised(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, for the parameters the optimiser holds."""
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter in held}
-    assert len(named) == len(held), "the optimiser holds parameters of another model"
-    return named
-
-
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]], what: str) -> None:
-    """Compares names, shapes and dtypes.
-
-    Raises:
-        CheckpointError: they differ; says which and how, ``what`` naming the whole.
-    """
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in expected]
-    for name in expected.keys() & tensors.keys():
-        shape, dtype = expected[name]
-        found = tensors[name]
-        if (found.shape, found.dtype) != (shape, dtype):
-            problems.append(f"{name} is {found.dtype} {list(found.shape)} instead of {dtype} {list(shape)}")
-    if problems:
-        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(
-            f"{what} in the checkpoint does not fit this run: {shown}. "
-            "Cure: resume with the options of the run that saved it (freezing, precision, ema), or start from its weights (--model_path)"
-        )
+        return adam8bit.set_moments(optimizer, parameter, step, exp_avg, exp_avg_sq)
+    optimizer.state.pop(parameter, None)
+    if step == 0:
+        return None
+    fused = bool(optimizer.defaults["fused"])  # a fused step counts on the device, the others on the host
+    state: dict[str, Tensor] = {"step": torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")}
+    for name, moment in zip(_MOMENTS, (exp_avg, exp_avg_sq), strict=True):
+        state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment.view(parameter.shape))
+    optimizer.state[parameter] = state
+    return None
 
 
 # ---- the learning rate
@@ -159,30 +126,59 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-# ---- clipping
+# ---- gradients
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients together so that their total 2-norm is at most ``max_norm`` (0: only measures).
-
-    Parameters without a gradient are left out. Where the norm is not finite the gradients stay as they are, for the caller
-    to skip the step. No value travels to the host.
-
-    Returns:
-        The total norm before clipping, 0-d float32, on the device of the first gradient.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
+def squared_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of all gradients, 0-d float64 on the device of the first; no value travels to the host."""
     if not grads:
-        return torch.zeros(())
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        return torch.zeros((), dtype=torch.float64)
+    norms = [n for same in _by_kind(grads) for n in torch._foreach_norm(same, 2, dtype=torch.float32)]
+    return torch.stack([n.to(grads[0].device, torch.float64) for n in norms]).square().sum()
+
+
+@torch.no_grad()
+def scale_gradients(grads: Sequence[Tensor], factor: float) -> None:
+    """Multiplies all gradients by ``factor``, in place."""
+    if factor != 1:
+        for same in _by_kind(grads):
+            torch._foreach_mul_(same, factor)
+
+
+def _by_kind(grads: Sequence[Tensor]) -> list[list[Tensor]]:
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
-        by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
-    norms = [torch._foreach_norm(same, 2, dtype=torch.float32) for same in by_kind.values()]
-    total = torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for group in norms for n in group]))
-    if max_norm > 0:
-        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        scale = torch.where(torch.isfinite(total), scale, torch.ones_like(scale))
-        for (device, _), same in by_kind.items():
-            torch._foreach_mul_(same, scale.to(device))
-    return total
+        kinds.setdefault((grad.device, grad.dtype), []).append(grad)
+    return list(kinds.values())
+
+
+def clipping(norm: float, max_norm: float) -> float:
+    """What a gradient of this norm is multiplied by, so that its norm is at most ``max_norm`` (0: no limit)."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
+
+
+class LossScale:
+    """The scale of float16 losses (Micikevicius et al. 2018, sec. 3.2): halved at an overflow, doubled after ``INTERVAL`` good steps."""
+
+    INTERVAL = 2000
+
+    def __init__(self, enabled: bool):
+        self.scale, self.good = (2.0**16 if enabled else 1.0), 0
+        self.enabled = enabled
+
+    def update(self, overflow: bool) -> None:
+        if not self.enabled:
+            return
+        self.good = 0 if overflow else self.good + 1
+        if overflow:
+            self.scale /= 2
+        elif self.good == self.INTERVAL:
+            self.scale, self.good = self.scale * 2, 0
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load(self, state: dict[str, float]) -> None:
+        if self.enabled:
+            self.scale, self.good = state["scale"], int(state["good"])

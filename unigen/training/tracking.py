@@ -1,42 +1,56 @@
-"""Who is told how a run goes: ``metrics.jsonl``, Weights & Biases where asked, and the console.
+"""Who is told how a run goes: ``metrics.jsonl`` always; TensorBoard, Weights & Biases and Trackio where asked.
 
-Nothing of the environment is written anywhere; a tracker that fails says so once and never stops a run.
+Nothing of the environment is written anywhere; a tracker that fails says so and never stops or holds a run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
-from unigen.config import Config
+from unigen.config import Config, UserError
+from unigen.training import services
+from unigen.training.appender import Appender
+from unigen.training.console import Progress, describe, duration, plain
+from unigen.training.event_files import EventFiles
+from unigen.training.secrets import hide, redacted
+from unigen.training.services import Complain, Service
+
+__all__ = ["METRICS_FILE", "TRACKERS", "Progress", "Tracker", "describe", "duration"]
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-_WANDB_ID = "wandb_run_id"
-_WANDB_FINISH_S = 120.0  # a lost network must not hold the end of a run for ever
 
 
 class Backend(Protocol):
-    """What a row of :data:`TRACKERS` makes."""
+    """What a row of :data:`TRACKERS` makes. ``finish`` returns at once; ``wait`` ends what is still under way by a deadline."""
 
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
-    def finish(self) -> None: ...
+    def image(self, name: str, path: Path, step: int) -> None: ...
+    def text(self, name: str, text: str, step: int) -> None: ...
+    def finish(self, failed: bool) -> None: ...
+    def wait(self, deadline: float) -> None: ...
 
 
 class Tracker:
-    """Hands every metric to every tracker that the config asks for; one process of a run has one.
+    """Hands everything that is logged to every tracker that the config asks for; one process of a run has one.
+
+    No call raises for a broken tracker, and none waits for a network.
 
     Args:
         output_dir: Folder of the run; made when missing.
-        config: Chooses the trackers, and is shown in them.
+        config: Chooses the trackers, and is shown in them without its secrets.
         resume_step: Optimiser steps done by the checkpoint the run resumes from; what was logged after it is dropped, as it will
             be logged again. None or 0 for a fresh start, which sets an earlier run's log aside.
     """
@@ -44,45 +58,64 @@ class Tracker:
     def __init__(self, output_dir: Path, config: Config, resume_step: int | None = None):
         resume_step = resume_step or None
         self._backends: dict[str, Backend] = {}
-        self._complained: set[str] = set()
+        self._complained: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()  # services complain from threads of theirs
         for name, start in TRACKERS.items():
             try:
-                backend = start(Path(output_dir), config, resume_step)
+                backend = start(Path(output_dir), config, resume_step, self._voice(name))
             except Exception as error:
-                self._complain(name, "cannot start", error)
+                self._complain(name, "cannot start", f"{type(error).__name__}: {error}")
             else:
                 if backend is not None:
                     self._backends[name] = backend
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Logs flat metrics (numbers, strings, None, 0-d tensors) after optimiser step ``step``. Never raises for a broken tracker."""
-        row = {name: _plain(value) for name, value in metrics.items()}
-        for name, backend in list(self._backends.items()):
-            try:
-                backend.log(row, step)
-            except Exception as error:
-                self._complain(name, "cannot log", error)
-                if name != "jsonl":  # a full disk may empty again; a dead service only costs time
-                    del self._backends[name]
+        """Logs flat metrics (numbers, strings, None, 0-d tensors) after optimiser step ``step``."""
+        row = {name: _shown(value) for name, value in metrics.items()}
+        self._each("cannot log", lambda backend: backend.log(row, step))
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Shows the picture in the file ``path`` (PNG or JPEG; it must stay there) under ``name``; not in ``metrics.jsonl``."""
+        self._each("cannot show images", lambda backend: backend.image(name, Path(path), step))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Shows ``text``, word for word, under ``name``; not in ``metrics.jsonl``."""
+        shown = hide(text)
+        self._each("cannot show texts", lambda backend: backend.text(name, shown, step))
 
     def finish(self) -> None:
-        """Closes every tracker; a second call does nothing."""
-        while self._backends:
-            name, backend = self._backends.popitem()
+        """Closes every tracker within ``services.FINISH_S`` seconds; a second call does nothing.
+
+        Where an exception is on its way out, services that know the difference show the run as failed.
+        """
+        failed = sys.exc_info()[0] is not None
+        deadline = time.monotonic() + services.FINISH_S
+        self._each("cannot finish", lambda backend: backend.finish(failed))
+        self._each("cannot finish", lambda backend: backend.wait(deadline))
+        self._backends.clear()
+
+    def _each(self, what: str, call: Callable[[Backend], None]) -> None:
+        for name, backend in self._backends.items():
             try:
-                backend.finish()
+                call(backend)
             except Exception as error:
-                self._complain(name, "cannot finish", error)
+                self._complain(name, what, f"{type(error).__name__}: {error}")
 
-    def _complain(self, name: str, what: str, error: Exception) -> None:
-        if name not in self._complained:
-            self._complained.add(name)
-            log.warning("Tracker %s %s; the run goes on without it. %s: %s", name, what, type(error).__name__, error)
+    def _voice(self, name: str) -> Complain:
+        return lambda what, why: self._complain(name, what, why)
+
+    def _complain(self, name: str, what: str, why: str) -> None:
+        with self._lock:
+            if (name, what) in self._complained:
+                return
+            self._complained.add((name, what))
+        without = " without it" if what == "cannot start" else ""
+        log.warning("Tracker %s %s; the run goes on%s. %s", name, what, without, hide(why))
 
 
-def _plain(value: Any) -> Any:
-    """A tensor or array scalar as a Python number; everything else as it is."""
-    return value.item() if hasattr(value, "item") else value
+def _shown(value: Any) -> Any:
+    value = plain(value)
+    return hide(value) if isinstance(value, str) else value
 
 
 # ---- metrics.jsonl
@@ -91,30 +124,33 @@ def _plain(value: Any) -> Any:
 class JsonLines:
     """One JSON object a line, ``step`` first. What is not finite is null, and its name is listed under ``nonfinite``."""
 
-    def __init__(self, output_dir: Path, config: Config, resume_step: int | None):
-        output_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, output_dir: Path, resume_step: int | None):
         path = output_dir / METRICS_FILE
-        if path.exists():
-            _set_aside(path) if resume_step is None else _drop_after(path, resume_step)
-        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+        def prepare() -> None:
+            if path.exists():
+                _set_aside(path) if resume_step is None else _drop_after(path, resume_step)
+
+        self._file = Appender(path, prepare)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        assert self._file is not None, "already finished"
         nonfinite = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         row = {"step": step} | {name: None if name in nonfinite else value for name, value in metrics.items() if name != "step"}
         if nonfinite:
             row["nonfinite"] = nonfinite
-        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        size = os.fstat(self._file).st_size
-        # One write, so that a reader (or a kill) never meets half a line; a disk that took only half gets it cut off again.
-        if os.write(self._file, line) != len(line):
-            os.ftruncate(self._file, size)
-            raise OSError(f"no space left for a line of {METRICS_FILE}")
+        self._file.append((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
-    def finish(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Pictures are files already."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """So are texts."""
+
+    def finish(self, failed: bool) -> None:
+        self._file.close()
+
+    def wait(self, deadline: float) -> None:
+        """Nothing is under way."""
 
 
 def _set_aside(path: Path) -> None:
@@ -143,136 +179,75 @@ def _drop_after(path: Path, step: int) -> None:
     new.replace(path)
 
 
-# ---- Weights & Biases
+# ---- the table
 
 
-class Wandb:
-    """A run of Weights & Biases; resuming continues the run whose id the output folder remembers."""
-
-    def __init__(self, output_dir: Path, config: Config, resume_step: int | None):
-        # Its crash reports go to a third party; a user who wants that sets the variable.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
-
-        output_dir.mkdir(parents=True, exist_ok=True)
-        remembered = output_dir / _WANDB_ID
-        run_id = remembered.read_text("utf-8").strip() if resume_step is not None and remembered.exists() else None
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name,
-            dir=str(output_dir),
-            config=config.to_dict(),
-            id=run_id,
-            resume="allow" if run_id else None,
-            # No command line, host name, repository or console: they can hold secrets.
-            settings=wandb.Settings(
-                silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True, finish_timeout=_WANDB_FINISH_S
-            ),
-        )
-        remembered.write_text(self._run.id + "\n", "utf-8")
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
+def _start_jsonl(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend:
+    return JsonLines(output_dir, resume_step)
 
 
-def _start_wandb(output_dir: Path, config: Config, resume_step: int | None) -> Backend | None:
-    return Wandb(output_dir, config, resume_step) if config.wandb_project else None
+def _start_tensorboard(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend | None:
+    return EventFiles(output_dir, resume_step) if config.tensorboard else None
 
 
-TRACKERS: dict[str, Callable[[Path, Config, int | None], Backend | None]] = {"jsonl": JsonLines, "wandb": _start_wandb}
-"""Name -> what starts it: (output folder, config, step resumed from) -> a tracker, or None where the config does not ask for it."""
+def _start_wandb(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend | None:
+    if not config.wandb_project or config.wandb_mode == "disabled":
+        return None
+    _need("wandb")
+    run_id, resumed = _remembered(output_dir / "wandb_run_id", resume_step is not None)
+    shown = redacted(config.to_dict())
+    request = {
+        "tracker": "wandb",
+        "project": shown["wandb_project"],
+        "name": shown["wandb_run_name"],
+        "mode": config.wandb_mode,
+        "output_dir": os.path.abspath(output_dir),
+        "run_id": run_id,
+        "resumed": resumed,
+        "config": shown,
+    }
+    return Service(request, complain)
 
 
-# ---- the console
+def _start_trackio(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend | None:
+    if not config.trackio_project:
+        return None
+    _need("trackio")
+    run_id, resumed = _remembered(output_dir / "trackio_run_id", resume_step is not None)
+    shown = redacted(config.to_dict())
+    request = {
+        "tracker": "trackio",
+        "project": shown["trackio_project"],
+        # Trackio finds the run to resume by its name, so no two runs may share one.
+        "run_name": f"{shown['wandb_run_name'] or output_dir.resolve().name}-{run_id}",
+        "resumed": resumed,
+        "resume_step": resume_step if resumed else None,
+        "config": shown,
+    }
+    return Service(request, complain)
 
 
-_SHOWN: dict[str, tuple[str, str]] = {
-    "loss": ("loss", ".4f"),
-    "text_loss": ("text", ".4f"),
-    "image_loss": ("image", ".4f"),
-    "grad_norm": ("norm", ".3f"),
-    "learning_rate": ("lr", ".2e"),
-    "tokens_per_second": ("tok/s", ",.0f"),
-    "data_wait": ("wait", ".0%"),
+def _need(package: str) -> None:
+    """Raises UserError where ``package`` is not installed; does not import it. (A folder of that name is no package.)"""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f'{package} is not installed. Cure: pip install "unigen[{package}]"')
+
+
+def _remembered(path: Path, resume: bool) -> tuple[str, bool]:
+    """The id of the run to go on with, or that of a new one, which the file then holds; (id, is it an old one?)."""
+    if resume and path.exists() and (run_id := path.read_text("utf-8").strip()):
+        return run_id, True
+    run_id = uuid.uuid4().hex[:8]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run_id + "\n", "utf-8")
+    return run_id, False
+
+
+TRACKERS: dict[str, Callable[[Path, Config, int | None, Complain], Backend | None]] = {
+    "jsonl": _start_jsonl,
+    "tensorboard": _start_tensorboard,
+    "wandb": _start_wandb,
+    "trackio": _start_trackio,
 }
-"""Metric -> its short name and format; ``data_wait`` is the share of the time spent waiting for data, in [0, 1]."""
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a plain line every ``every`` steps, and at the last.
-
-    Args:
-        total_steps: Optimiser steps of the whole run.
-        initial: Steps done already, after a resume.
-        every: Steps between two plain lines.
-        enabled: False prints nothing: the other processes of a run.
-        stream: Where to; standard error by default.
-    """
-
-    def __init__(self, total_steps: int, initial: int, every: int, enabled: bool, stream: TextIO | None = None):
-        self._total, self._initial, self._every, self._enabled = total_steps, initial, every, enabled
-        self._stream = stream or sys.stderr
-        self._first: tuple[float, int] | None = None  # when the first step was done, and which: it alone compiles and warms up
-        self._start = time.monotonic()
-        self._bar = None
-        if enabled and self._stream.isatty():
-            from tqdm import tqdm
-
-            # Some containers' terminals say that they have no columns; a bar of no width would be invisible.
-            width = {"dynamic_ncols": True} if os.get_terminal_size(self._stream.fileno()).columns else {"ncols": 160}
-            self._bar = tqdm(total=total_steps, initial=initial, file=self._stream, unit="step", **width)
-
-    def update(self, step: int, metrics: dict[str, Any]) -> None:
-        """Shows that ``step`` optimiser steps are done; of ``metrics`` what is known by name (see ``_SHOWN``) and not None."""
-        if not self._enabled:
-            return
-        now = time.monotonic()
-        if self._bar is not None:
-            if metrics:
-                self._bar.set_postfix_str(describe(metrics), refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif step % self._every == 0 or step == self._total:
-            self._print(f"step {step}/{self._total}  {describe(metrics)}  ETA {self._eta(now, step)}")
-        if self._first is None:
-            self._first = (now, step)
-
-    def write(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._enabled:
-            self._print(text)
-
-    def close(self) -> None:
-        """Leaves the bar as it is; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
-    def _eta(self, now: float, step: int) -> str:
-        since, done = self._first or (self._start, self._initial)
-        if step <= done:
-            return "?"
-        return duration((now - since) / (step - done) * (self._total - step))
-
-
-def describe(metrics: dict[str, Any]) -> str:
-    """The known metrics in a fixed order, for people: ``loss 1.2340  text 0.9000  lr 1.00e-05``."""
-    parts = []
-    for name, (short, form) in _SHOWN.items():
-        value = _plain(metrics.get(name))
-        if value is not None:
-            parts.append(f"{short} {value:{form}}")
-    return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+"""Name -> what starts it: (output folder, config, step resumed from, what to tell of failures) -> a tracker, or None if not asked for."""

@@ -3,55 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
-from unigen.config import Config, ConfigError, Source, UserError
+from unigen.config import Config, UserError
 from unigen.data.cache import Tally
-from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import Place, Row, RowStream, Share, default_workers, load_rows
-from unigen.data.mixing import Mixture, Part
-from unigen.model.bagel import Bagel
-from unigen.model.weights import load_bagel, save_bagel
-from unigen.sequence.plan import Planner
-from unigen.sequence.tokens import Tokenizer
-from unigen.training.adapters import dtype_of, prepare_model
-from unigen.training.checkpoint import load_checkpoint, prune_checkpoints, resolve_resume, save_checkpoint, sweep_orphans
+from unigen.model.storage import scan_folder
+from unigen.model.weights import side_bytes, write_side_files
+from unigen.training.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights, verify_checkpoint
 from unigen.training.ema import EMA
 from unigen.training.encoders import open_cache
-from unigen.training.engine import Engine
-from unigen.training.guards import Guards, TrainingStopped, lock_folder
+from unigen.training.engine import open_engine
+from unigen.training.guards import Guards, prepare_folder
 from unigen.training.losses import Counts, joint_loss, loss_sums
-from unigen.training.optim import (
-    build_optimizer,
-    clip_gradients,
-    learning_rate_at,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from unigen.training.optim import learning_rate_at
+from unigen.training.passes import StepResult, dry_batch, validation_losses
+from unigen.training.samples import Sampler
+from unigen.training.saver import Contents, Saver
+from unigen.training.secrets import hide_in_logs, redacted
+from unigen.training.space import Space, SpaceError
+from unigen.training.state import RunState, rows_of_a_step
+from unigen.training.stops import Stopped, Stops, Watchdog, shielded, worker_init
+from unigen.training.streams import Streams
 from unigen.training.tracking import Progress, Tracker
 
 log = logging.getLogger("unigen")
-
-
-@dataclass
-class StepResult:
-    """What one optimiser step gave: means over all its targets, on all ranks."""
-
-    text_loss: float
-    image_loss: float
-    counts: Counts
-    tokens: float
-    grad_norm: float = float("nan")
-    refused: str = ""  # why the step changed nothing
 
 
 class UnifiedTrainer:
@@ -66,20 +51,34 @@ class UnifiedTrainer:
     def __init__(self, config: Config):
         self.config = config.resolve()
         self.output_dir = Path(config.output_dir)
-        self.step = 0
+        self.step = self.total_steps = 0
         self.place = Place()
         self.best = math.inf
+        self.pending: set[str] = set()  # what a signal kept from being done after the last step
+        self.stops = Stops()
+        self.stopped = False  # did a signal end the run?
+        self.watchdog: Watchdog | None = None
+        self._saved = -1  # the last step with a checkpoint
         self._lock: IO[str] | None = None
 
     # ---- build -----------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
-        """Runs the training; the last metrics."""
-        with Engine(self.config) as self.engine:
+        """Runs the training; the last metrics.
+
+        SIGTERM, SIGINT and SIGUSR1 end it after the step at hand: its state is saved, and ``stopped`` says so.
+        """
+        with self.stops, open_engine(self.config) as self.engine:
             try:
-                self.build()
+                with self.stops.phase("loading", breakable=True):
+                    self.build()
                 return self._run()
+            except Stopped:
+                self.stopped = True
+                return {}
             finally:
+                if self.watchdog is not None:
+                    self.watchdog.close()
                 if self._lock is not None:
                     self._lock.close()
 
@@ -87,330 +86,345 @@ class UnifiedTrainer:
         """Everything before the first step: folders, data, model, optimiser, state."""
         c, engine = self.config, self.engine
         logging.basicConfig(level=logging.INFO if engine.main else logging.WARNING, format="%(message)s")
+        hide_in_logs()
         engine.on_main(self._prepare_folder)
+        ranks = self.output_dir / "ranks"
+        self.watchdog = Watchdog(ranks, engine.rank, engine.world, c.hang_timeout, self.stops, lambda: {"total_steps": self.total_steps})
+        engine.tick = self._tick
         torch.manual_seed(c.seed)  # rows bring their own random numbers; this is for whatever else may draw some
-        resume = resolve_resume(c.resume_from_checkpoint, self.output_dir) if c.resume_from_checkpoint else None
-        self.model = self._load_model(resume)
-        self._load_data()
+        resume = resolve_resume(c.resume_from_checkpoint, self.output_dir, self._verify) if c.resume_from_checkpoint else None
+        states = read_states(resume) if resume else {}
+        if resume and "trainer" not in states:
+            raise CheckpointError(
+                f"{resume} holds weights only, so a run cannot go on from it. Cure: resume from a step_N folder, or start a new run "
+                f"with --model_path {resume}"
+            )
+        self._load_model(resume)
+        self.cache = open_cache(c.cache_dir, self.model, c, engine.tensors) if c.cache_dir else None
+        self.tally = Tally()
+        streams = Streams(c, engine, self.model, self.cache)
+        self.stream, self.val_stream = streams.train, streams.val
         self.guards = Guards(engine, c, self.output_dir)
-        self.share = Share(engine.rank, engine.world, c.gradient_accumulation_steps)
+        self.share = Share(engine.rank, engine.world, rows_of_a_step(c, engine.world, states))
         self.workers = default_workers(engine.local_world) if c.num_workers is None else c.num_workers
         self.total_steps = c.max_steps or sum(self.stream.steps_in(e, self.share.step_rows) for e in range(c.num_epochs))
         # Counting the steps of an epoch packs it; only where the answer is needed.
         self.eval_every = c.eval_steps or (self.stream.steps_in(0, self.share.step_rows) if self.val_stream else self.total_steps)
-        self.optimizer = build_optimizer(self.model, c)
-        self.scaler = torch.amp.GradScaler(engine.device.type, enabled=c.fp16)
-        self.ema = EMA(self.model, c.ema) if c.ema else None
+        engine.start()
+        self.optimizer = engine.optimizer
+        self.ema = EMA(engine.shards(), c.ema) if c.ema else None
+        self.state = RunState(engine, self.ema, scan_folder(Path(c.model_path or "")), resumed=resume is not None)
+        self.saver = Saver(
+            self.output_dir, engine.rank, engine.background(),
+            background=c.async_save, keep=c.save_total_limit, source=Path(c.model_path or ""), tick=self._tick,
+        )  # fmt: skip
+        self.space = Space(self.output_dir, c.low_space, c.min_free_gb, lambda line: log.warning("%s", line), engine, self._verify)
+        self.sampler = Sampler(c, engine, self.model) if c.sample_prompts else None
         if resume is not None:
-            self._restore(resume)
-        self.wrapped = engine.wrap(self.model)
+            self._restore(resume, states["trainer"])
         self._describe()
 
     def _prepare_folder(self) -> None:
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self.output_dir)
-            sweep_orphans(self.output_dir)
-            (self.output_dir / "config.json").write_text(
-                json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-        except OSError as error:
-            raise UserError(f"output_dir {self.output_dir} cannot be written ({error}). Cure: choose another --output_dir") from error
+        self._lock = prepare_folder(self.output_dir, self.config)
 
-    def _load_model(self, resume: Path | None) -> Bagel:
-        c = self.config
-        assert c.model_path is not None
-        # A checkpoint holds the training weights beside the average as model.safetensors.
-        folder, names = (
-            (resume, ("model.safetensors", "ema.safetensors")) if resume else (Path(c.model_path), ("ema.safetensors", "model.safetensors"))
-        )
-        model = load_bagel(
-            folder, self.engine.device, lambda name: dtype_of(name, c), visual_gen=c.visual_gen, visual_und=c.visual_und, weights=names
-        )
-        # Saving compares with, and copies from, the folder the run began with.
-        model.source = Path(c.model_path)
-        return prepare_model(model, c).train()
+    def _verify(self, folder: Path) -> None:
+        verify_checkpoint(folder, (self.engine.rank, self.engine.world), self.engine.gather, self._tick)
 
-    def _load_data(self) -> None:
-        c, model = self.config, self.model
-        tokenizer = Tokenizer.load(Path(c.model_path))
-        vocabulary = model.config.llm.vocab_size
-        if max(vars(tokenizer.special).values()) >= vocabulary:
-            raise ConfigError(f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}")
-        self.cache = open_cache(c.cache_dir, self.model, c) if c.cache_dir else None
-        self.tally = Tally()
-        held_out = [Source(c.val_data_path, "val_data_path")] if c.val_data_path else []
-        self.stream = self._stream(c.sources(), tokenizer, training=True)
-        self.val_stream = self._stream(held_out, tokenizer, training=False) if held_out else None
+    def _tick(self) -> None:
+        """Progress was made."""
+        if self.watchdog is not None:
+            self.watchdog.beat(self.step)
 
-    def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> RowStream:
-        c = self.config
-        parts = []
-        for source in sources:
-            planner = self.model.config.planner(tokenizer, c, source)
-            dataset = self._dataset(source, planner)
-            if self.engine.main:
-                log.info("%s data (%s)\n%s", "Training" if training else "Validation", source.name, dataset.describe())
-            planner.cache = self.cache
-            parts.append(Part(source.name, dataset, planner, source.weight, source.repeat))
-        mixture = Mixture(parts, c.seed, training)
-        if self.engine.main:
-            log.info("%s", mixture.describe())
-        return RowStream(mixture, c.batch_size, c.max_num_tokens)
-
-    def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
-        c, main = self.config, self.engine.main
-        dataset = UnifiedGenerationDataset(
-            source.path,
-            on_bad_record=c.on_bad_record,
-            # With "skip" every process must leave out the same records; with "error" one that looks closely is enough.
-            check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
-            measure=planner.measure,
-            bad_records_path=self.output_dir / "bad_records.jsonl" if main else None,
-            data_root=c.data_root,
-        )
-        if len(set(self.engine.gather(dataset.fingerprint))) > 1:
-            raise UserError(f"{source.name}: the processes read different data. Cure: give every machine the same files")
-        return dataset
+    def _load_model(self, resume: Path | None) -> None:
+        assert self.config.model_path is not None
+        start = Path(self.config.model_path)
+        self.model = self.engine.load_model(resume or start, scan_weights(resume, raw=True) if resume else None)
+        self.model.source = start  # saving copies from the folder the run began with
 
     def _describe(self) -> None:
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
+        shards = self.engine.shards()
+        total, trained = (sum(s.shape.numel() for s in shards if s.trains or everything) for everything in (True, False))
         parts: dict[str, int] = {}
-        for name, p in self.model.named_parameters():
-            part = "generation expert" if "_moe_gen" in name else name.split(".")[0]
-            parts[part] = parts.get(part, 0) + p.numel() * p.requires_grad
+        for s in shards:
+            part = "generation expert" if "_moe_gen" in s.name else s.name.split(".")[0]
+            parts[part] = parts.get(part, 0) + s.shape.numel() * s.trains
         log.info(
             "Model: %s parameters, %s train (%s)", f"{total:,}", f"{trained:,}", ", ".join(f"{k} {v:,}" for k, v in parts.items() if v)
         )
         log.info(
-            "Run: %d steps on %d process(es), %s, %s; from step %d",
-            self.total_steps, self.engine.world, self.engine.device, str(self.engine.dtype).removeprefix("torch."), self.step,
+            "Run: %d steps on %d process(es) (%s), %s, %s; from step %d",
+            self.total_steps, self.engine.world, self.engine.name, self.engine.device, str(self.engine.dtype)[len("torch.") :], self.step,
         )  # fmt: skip
+        nbytes, best = self._bytes(), self._bytes(weights_only=True) if self.val_stream is not None else 0
+        if self.engine.main:
+            c = self.config
+            log.info("%s", self.space.predict(self.step, self.total_steps, c.save_steps, c.save_total_limit, nbytes, best))
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def _restore(self, folder: Path) -> None:
-        tensors, states = load_checkpoint(folder, verify=False)  # resolve_resume has verified it
-        if "trainer" not in states:
-            raise UserError(
-                f"{folder} holds weights only, so a run cannot go on from it. Cure: resume from a step_N folder, or start a new run "
-                f"with --model_path {folder}"
-            )
-        state = states["trainer"]
+    def _restore(self, folder: Path, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.stream.mixture.fingerprint:
             raise UserError(
                 f"{folder}: the training data is not what this run began with (its fingerprint differs). "
                 "Cure: resume with the same files and weights, or start a new run with --model_path of this checkpoint"
             )
-        load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
-        if self.ema is not None:
-            self.ema.load(tensors["ema_average"]) if "ema_average" in tensors else log.warning("%s has no average; it starts anew", folder)
-        if self.scaler.is_enabled() and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(tensors["random"]["cpu"].cpu())
+        self.state.restore(folder)
+        self.engine.scale.load(state["scale"])
         self.step, self.best = state["step"], state["best"] if state["best"] is not None else math.inf
-        self.guards.load(state.get("guards", {}))
-        self.place = Place(state["epoch"], state["position"], tuple(state.get("waiting", ())))
+        self.guards.load(state["guards"])
+        self.pending = set(state["pending"])
+        self._saved = self.step
+        self.place = Place(state["epoch"], state["position"], tuple(state["waiting"]))
         log.info("Resumed from %s at step %d", folder, self.step)
 
     def _save(self, name: str | None = None) -> None:
         """``step_N``: everything a resume needs. ``best``: weights alone."""
+        states: dict[str, Any] = {"training_config": redacted(self.config.to_dict())}
+        if name is None:
+            states["trainer"] = {
+                "step": self.step,
+                "epoch": self.place.epoch,
+                "position": self.place.position,
+                "waiting": self.place.waiting,
+                "best": self.best if math.isfinite(self.best) else None,
+                "fingerprint": self.stream.mixture.fingerprint,
+                "total_steps": self.total_steps,
+                "step_rows": self.share.step_rows,
+                "guards": self.guards.state(),
+                "pending": sorted(self.pending),
+                "scale": self.engine.scale.state(),
+            }
+        with self.stops.phase("saving"):
+            self.saver.wait()
+            self._tell_saved()
+            self.space.need(
+                self._bytes(name is not None),
+                (self.output_dir / f"step_{self._saved}", Path(self.config.model_path or "")),
+                self._wait_for_room,
+            )
+            entries = self.state.entries(weights_only=name is not None)
+            about = {"engine": self.engine.name, "average": self.ema is not None}
+            self.saver.save(Contents(self.step, entries, states, lambda folder: write_side_files(self.model, folder), about), name)
+        if name is None:
+            self._saved = self.step
+        self._tell_saved()
 
-        def write_model(folder: Path) -> None:
-            if self.ema is not None:
-                save_bagel(self.model, folder, weights=self.ema.tensors())
-                if name is None:
-                    save_bagel(self.model, folder, filename="model.safetensors")
-            else:
-                save_bagel(self.model, folder)
+    def _wait_for_room(self) -> None:
+        """Called by all processes together while the disk is too full."""
+        self._tick()
+        if self.engine.sum([self.stops.asked])[0]:
+            raise SpaceError(
+                f"{self.output_dir}: a signal ended the waiting for room; step {self.step} is not saved, earlier ones are untouched. "
+                "Cure: free space there, then go on with --resume_from_checkpoint auto"
+            )
 
-        def work() -> None:
-            tensors, states = {}, {"training_config": self.config.to_dict()}
-            if name is None:
-                tensors["optimizer"] = optimizer_tensors(self.optimizer, self.model)
-                tensors["random"] = {"cpu": torch.get_rng_state()}
-                if self.ema is not None:
-                    tensors["ema_average"] = self.ema.tensors()
-                states["trainer"] = {
-                    "step": self.step,
-                    "epoch": self.place.epoch,
-                    "position": self.place.position,
-                    "waiting": self.place.waiting,
-                    "best": self.best if math.isfinite(self.best) else None,
-                    "fingerprint": self.stream.mixture.fingerprint,
-                    "total_steps": self.total_steps,
-                    "guards": self.guards.state(),
-                    "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
-                }
-            folder = save_checkpoint(self.output_dir, self.step, write_model=write_model, tensors=tensors, states=states, name=name)
-            if name is None:
-                prune_checkpoints(self.output_dir, self.config.save_total_limit, protect=folder)
+    def _bytes(self, weights_only: bool = False) -> int:
+        """Of a checkpoint."""
+        return self.state.nbytes(weights_only) + side_bytes(self.model)
+
+    def _tell_saved(self) -> None:
+        while (folder := self.saver.published()) is not None:
             self.progress.write(f"Saved {folder}")
-
-        self.engine.on_main(work)
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
     def _run(self) -> dict[str, float]:
         c = self.config
         main = self.engine.main
-        self.dry_batch()
+        with self.stops.phase("dry batch", breakable=True):
+            self.dry_batch()
         if c.dry_run:
             log.info("Dry run: everything is ready; nothing was trained")
             return {}
         tracker = Tracker(self.output_dir, c, resume_step=self.step) if main else None
+        if self.sampler is not None:
+            self.sampler.idle = self._idle
         self.progress = Progress(self.total_steps, self.step, c.logging_steps, main)
         try:
-            return self._steps(tracker)
+            metrics = self._steps(tracker)
+            self.saver.wait()
+            self._tell_saved()
+            return metrics
         finally:
+            with contextlib.suppress(CheckpointError):  # a checkpoint on its way is finished, whatever ended the run
+                self.saver.wait()
             self.progress.close()
             if tracker:
                 tracker.finish()
 
     def _steps(self, tracker: Tracker | None) -> dict[str, float]:
         c = self.config
-        rows = load_rows(
-            self.stream, self.share, self.place,
-            num_workers=self.workers, limit=self.total_steps - self.step, pin=self.engine.device.type == "cuda",
-        )  # fmt: skip
-        metrics: dict[str, float] = {}
-        while self.step < self.total_steps:
+        rows = self._rows(self.stream, self.share, self.place, self.total_steps - self.step)
+        metrics = self._look(self.pending, tracker)  # what a signal broke off
+        while self.step < self.total_steps and not self.guards.exhausted:
             began = time.perf_counter()
-            step_rows = next(rows)
-            self.guards.check_rows(step_rows, self.stream)
+            step_rows = self._next_rows(rows)
             waited = time.perf_counter() - began
+            counts = self._agree(step_rows)
             lr = learning_rate_at(self.step, self.total_steps, c)
-            result = self.train_step(step_rows, lr)
+            with self.stops.phase("forward/backward"):
+                result = self.train_step(step_rows, lr, counts)
             self.step, self.place = self.step + 1, step_rows[-1].after
+            self._tick()
             for row in step_rows:
                 self.tally.add(row.pack)
-            metrics = self._metrics(result, lr, time.perf_counter() - began, waited)
+            seconds = time.perf_counter() - began
+            metrics = result.metrics(c) | {
+                "learning_rate": lr,
+                "epoch": self.place.epoch + self.place.done / len(self.stream.mixture),
+                "tokens_per_second": result.tokens / seconds,
+                "data_wait": waited / seconds,
+            }
             if tracker:
                 tracker.log(metrics, self.step)
             self.progress.update(self.step, metrics)
-            last = self.step == self.total_steps
-            if self.val_stream is not None and (self.step % self.eval_every == 0 or last):
-                metrics |= self._validate(tracker)
-                if self.guards.exhausted:
-                    last = True
-                    self.progress.write(f"Stopped: {self.guards.stale} validations in a row were no better than {self.best:.4f}")
-            if self.step % c.save_steps == 0 or last:
+            self._tell_saved()
+            metrics |= self._look(self._due(), tracker)
+            if self.step % c.save_steps == 0 or self.step == self.total_steps or self.guards.exhausted:
                 self._save()
-            if last:
-                break
+        if self.guards.exhausted:
+            self.progress.write(f"Stopped: {self.guards.stale} validations in a row were no better than {self.best:.4f}")
         if self.cache is not None:
             self.progress.write(f"Cache: {self.tally}")
         return metrics
 
-    def train_step(self, rows: list[Row], lr: float) -> StepResult:
-        """One optimiser step over this process's rows (and, with others, theirs)."""
+    def _rows(self, stream: RowStream, share: Share, place: Place, limit: int) -> Iterator[list[Row]]:
+        pin = self.engine.device.type == "cuda"
+        return load_rows(
+            stream, share, place, num_workers=self.workers, limit=limit, pin=pin, worker_init=worker_init, starting=shielded
+        )  # fmt: skip
+
+    def _next_rows(self, rows: Iterator[list[Row]]) -> list[Row]:
+        """This process's rows of the next step; none where a signal broke the waiting off."""
+        try:
+            with self.stops.phase("data", breakable=True):
+                return next(rows)
+        except Stopped:
+            return []
+
+    def _agree(self, rows: list[Row]) -> tuple[float, float, float]:
+        """What all processes have to know before a step: (text targets, image targets, tokens) of all their rows.
+
+        Raises:
+            Stopped: a signal came to one of them; the last step is saved.
+            CheckpointError: the checkpoint that was written beside the training has failed.
+            TrainingStopped: as :meth:`Guards.check_rows`.
+        """
+        packs = [row.pack for row in rows]
+        bad = sum(len(row.bad) for row in rows)
+        said = [self.stops.asked, self.saver.failed, bad, *vars(Counts.of(packs)).values(), sum(len(p) for p in packs)]
+        stop, failed, bad, text, image, tokens = self.engine.sum(said)
+        if failed:
+            self.saver.wait()
+        if stop:
+            self._stop()
+        if bad:
+            self.guards.check_rows(rows, self.stream)
+        return text, image, tokens
+
+    def _stop(self) -> None:
+        """The end that a signal asks for. Raises Stopped."""
+        if self._saved != self.step and self.step:
+            self.progress.write(f"Stopping: step {self.step} is being saved")
+            self._save()
+        self.saver.wait()
+        self._tell_saved()
+        self.progress.write("Stopped by a signal. The same command goes on from here with --resume_from_checkpoint auto")
+        raise Stopped
+
+    def _due(self) -> set[str]:
+        """What is to be done after the step at hand, before it is saved."""
+        c, last = self.config, self.step == self.total_steps
+        validates = self.val_stream is not None and (self.step % self.eval_every == 0 or last)
+        otherwise = validates if self.val_stream is not None else self.step % c.save_steps == 0 or last
+        samples = self.sampler is not None and self.sampler.due(self.step, otherwise)
+        return {work for work, due in (("validating", validates), ("sampling", samples)) if due}
+
+    def _look(self, due: set[str], tracker: Tracker | None) -> dict[str, float]:
+        """Validates and draws samples. A signal breaks it off on all processes; the next run begins with it. Raises Stopped."""
+        self.pending, values = set(due), {}
+        try:
+            if "validating" in due:
+                with self.stops.phase("validating"):
+                    values = self._validate(tracker)
+                self.pending.discard("validating")
+            if "sampling" in due and self.sampler is not None:
+                with self.stops.phase("sampling"), self._averaged():
+                    self.sampler.run(self.step, tracker)
+                self.pending.discard("sampling")
+        except Stopped:
+            self._stop()
+        return values
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The model holds the average inside, where there is one."""
+        return self.ema.swapped(self.engine.refresh) if self.ema is not None else contextlib.nullcontext()
+
+    def _idle(self) -> None:
+        """Called while samples are drawn."""
+        self._tick()
+        if self.stops.asked:
+            raise Stopped
+
+    def train_step(self, rows: list[Row], lr: float, counts: tuple[float, float, float] | None = None) -> StepResult:
+        """One optimiser step over this process's rows (and, with others, theirs); ``counts`` as :meth:`_agree` gives them."""
         c, engine = self.config, self.engine
         packs = [row.pack for row in rows]
-        text, image, tokens = engine.sum([*vars(Counts.of(packs)).values(), sum(len(p) for p in packs)])
-        counts = Counts(text, image)
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        text, image, tokens = counts or engine.sum([*vars(Counts.of(packs)).values(), sum(len(p) for p in packs)])
+        engine.discard()
         sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
         for i, pack in enumerate(packs):
-            with engine.accumulate(self.wrapped, last=i == len(packs) - 1):
-                with engine.autocast():
-                    text_sum, image_sum = loss_sums(self.wrapped(pack.to(engine.device)))
-                # Data parallel averages gradients; the loss is a sum over processes.
-                loss = joint_loss(text_sum, image_sum, counts, c.text_loss_weight, c.image_loss_weight) * engine.world
-                self.scaler.scale(loss).backward()
+            last = i == len(packs) - 1
+            with engine.accumulate(last):
+                text_sum, image_sum = loss_sums(engine.forward(pack.to(engine.device)))
+                loss = joint_loss(text_sum, image_sum, Counts(text, image), c.text_loss_weight, c.image_loss_weight)
+                engine.backward(loss, last)
             sums += torch.stack([text_sum, image_sum]).detach()
         text_sum, image_sum = engine.sum(sums.tolist())
-        result = StepResult(text_sum / max(text, 1), image_sum / max(image, 1), counts, tokens)
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients([p for p in self.model.parameters() if p.requires_grad], c.max_grad_norm)
-        result.grad_norm = float(norm)
-        result.refused = self.guards.refuses((text_sum, image_sum), result.grad_norm)
+        norm = engine.grad_norm()
+        result = StepResult(text_sum / max(text, 1), image_sum / max(image, 1), Counts(text, image), tokens, norm)
+        result.refused = self.guards.refuses((text_sum, image_sum), norm)
+        overflow = not math.isfinite(norm)  # with fp16 the scale's business alone
+        if result.refused or overflow:
+            engine.discard()
+        else:
+            engine.step(lr, norm)
+            if self.ema is not None:
+                self.ema.update()
         if result.refused:
-            self.optimizer.zero_grad(set_to_none=True)
-            numbers = {"text_loss": result.text_loss, "image_loss": result.image_loss, "grad_norm": result.grad_norm}
+            numbers = {"text_loss": result.text_loss, "image_loss": result.image_loss, "grad_norm": norm}
             self.guards.skipped(self.step + 1, result.refused, rows, numbers)
         else:
-            self.guards.took(result.grad_norm)
-            self.scaler.step(self.optimizer)
-            if self.ema is not None and math.isfinite(result.grad_norm):
-                self.ema.update()
-        self.scaler.update()
+            self.guards.took(norm)
+        engine.scale.update(overflow)
         return result
-
-    def _metrics(self, result: StepResult, lr: float, seconds: float, waited: float) -> dict[str, float]:
-        c = self.config
-        values = {
-            "loss": c.text_loss_weight * result.text_loss + c.image_loss_weight * result.image_loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": lr,
-            "epoch": self.place.epoch + self.place.done / len(self.stream.mixture),
-            "text_tokens": result.counts.text,
-            "image_tokens": result.counts.image,
-            "tokens_per_second": result.tokens / seconds,
-            "data_wait": waited / seconds,
-        }
-        if result.counts.text:
-            values["text_loss"] = result.text_loss
-        if result.counts.image:
-            values["image_loss"] = result.image_loss
-        if result.refused:
-            values["skipped"] = 1.0
-        return values
 
     # ---- before, beside ----------------------------------------------------------------------------------------------
 
     def dry_batch(self) -> None:
         """Forward and backward of the largest row, so that memory runs out now or never."""
-        engine, stream = self.engine, self.stream
-        pack = stream.build_largest().pack
-        state = torch.get_rng_state()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        try:
-            # AdamW will make its two moments at the first step; here their place is only held.
-            moments = [torch.empty_like(p) for p in trained for _ in range(2)] if engine.device.type == "cuda" else []
-            with engine.autocast():
-                text_sum, image_sum = loss_sums(self.wrapped(pack.to(engine.device)))
-            joint_loss(text_sum, image_sum, Counts.of([pack]), 1.0, 1.0).backward()
-        except torch.OutOfMemoryError as error:
-            raise TrainingStopped(
-                f"The largest row, {len(pack):,} tokens, does not fit into the memory of {engine.device} ({str(error).splitlines()[0]}). "
-                "Cure: --gradient_checkpointing, --bf16, a smaller --batch_size, --max_num_tokens or --max_image_tokens, or freeze a part"
-            ) from error
-        del moments
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(state)
-        peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if engine.device.type == "cuda" else ""
-        log.info("Dry batch: %s tokens of %d sample(s) went forward and backward%s", f"{len(pack):,}", pack.n_samples, peak)
+        dry_batch(self.engine, self.stream)
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Losses on the validation data with fixed noise and times: the same weights give the same numbers."""
-        assert self.val_stream is not None
-        engine, totals = self.engine, torch.zeros(4, dtype=torch.float64)
-        share = replace(self.share, rows=1)
-        steps = self.val_stream.steps_in(0, share.step_rows)
-        self.model.eval()
-        for (row,) in load_rows(self.val_stream, share, Place(), num_workers=self.workers, limit=steps):
-            self.guards.check_rows([row], self.val_stream)
-            with engine.autocast():
-                text_sum, image_sum = loss_sums(self.model(row.pack.to(engine.device)))
-            totals += torch.tensor(
-                [float(text_sum), float(image_sum), row.pack.n_text_labels, row.pack.n_image_targets], dtype=torch.float64
-            )
-        self.model.train()
-        text_sum, image_sum, text, image = engine.sum(totals.tolist())
-        c, values = self.config, {}
-        if text:
-            values["val_text_loss"] = text_sum / text
-        if image:
-            values["val_image_loss"] = image_sum / image
-        values["val_loss"] = c.text_loss_weight * values.get("val_text_loss", 0.0) + c.image_loss_weight * values.get("val_image_loss", 0.0)
-        return values
+    def evaluate(self) -> dict[str, float] | None:
+        """Losses on the validation data. None where a signal broke it off."""
+        stream, share = self.val_stream, replace(self.share, step_rows=self.share.world)
+        assert stream is not None
+
+        def agree(row: Row) -> bool:
+            self._tick()
+            stop, bad = self.engine.sum([self.stops.asked, len(row.bad)])
+            if bad:
+                self.guards.check_rows([row], stream)
+            return not stop
+
+        rows = self._rows(stream, share, Place(), stream.steps_in(0, share.step_rows))
+        return validation_losses(self.engine, self.config, rows, agree)
 
     def _validate(self, tracker: Tracker | None) -> dict[str, float]:
-        with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
+        with self._averaged():
             values = self.evaluate()
+        if values is None:
+            raise Stopped
         if tracker:
             tracker.log(values, self.step)
         self.progress.write("Validation: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))

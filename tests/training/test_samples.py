@@ -1,0 +1,246 @@
+"""Samples while training: repeatable, as the inferencer answers, without a trace in the training, and never the end of a run."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sampling import files, pixels, sampler_of, write_prompts
+from tiny import built, draw_picture, row_of
+
+from unigen.inference.inferencer import InterleaveInferencer
+from unigen.model.weights import load_bagel
+from unigen.sequence.images import open_image
+from unigen.training.prompts import PromptError
+from unigen.training.samples import Sampler, small_pictures
+from unigen.training.stops import Stopped
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path)
+
+
+@pytest.fixture
+def ready(options: dict[str, Any], prompts: Path) -> Callable[..., Sampler]:
+    """Makes a sampler of one process; keywords are options of the run."""
+
+    def make(**changed: Any) -> Sampler:
+        return sampler_of(options | {"sample_prompts": str(prompts)} | changed)
+
+    return make
+
+
+class Listener:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str, int]] = []
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        assert open_image(path).width
+        self.heard.append(("image", name, step))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self.heard.append(("text", name, step))
+
+
+def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Callable[..., Sampler]):
+    """Passes when the folder holds what index.json says, two runs agree byte for byte, and the tracker hears of every piece."""
+    sampler, tracker = ready(), Listener()
+    sampler.run(3, tracker)
+    first, second = sampler.folder / "step_3", sampler.folder / "step_12"
+    index = json.loads((first / "index.json").read_text("utf-8"))
+    assert [(line["prompt"], line["seed"]) for line in index] == [
+        ("A red house", 42),
+        ("What is this?", 43),
+        ("Make it night", 7),
+        ("and so", 45),
+    ]
+    shapes = [["image" if "image" in piece else "text" for piece in line["pieces"]] for line in index]
+    assert shapes[:3] == [["image"], ["text"], ["image"]] and 1 <= len(shapes[3]) <= 4
+    assert index[0]["pieces"] == [{"image": "000_0.png"}] and index[2]["pieces"] == [{"image": "002_0.png"}]
+    assert open_image(first / "000_0.png").size == (48, 32)
+    named = {piece["image"] for line in index for piece in line["pieces"] if "image" in piece}
+    assert {path.name for path in first.iterdir()} == named | {"index.json"}
+    assert {name for kind, name, _ in tracker.heard if kind == "image"} == {f"samples/{Path(name).stem}" for name in named}
+    assert ("text", "samples/001", 3) in tracker.heard
+    sampler.run(12, None)
+    assert files(first) == files(second)
+    sampler.run(3, None)  # as a resumed run does
+    assert files(first) == files(second) and {path.name for path in sampler.folder.iterdir()} == {"step_3", "step_12"}
+
+
+def test_the_answers_are_those_of_the_inferencer(ready: Callable[..., Sampler], options: dict[str, Any], prompts: Path):
+    """Passes when a drawn picture, an edit and a text equal, to the bit, what InterleaveInferencer gives for the same seed."""
+    sampler = ready()
+    sampler.run(1, None)
+    folder, image = sampler.folder / "step_1", prompts.parent / "a.png"
+    model = load_bagel(options["model_path"], dtype=torch.float32)
+    inferencer = InterleaveInferencer(model, vae_transform=small_pictures(sampler.config, model))
+    drawn = inferencer.interleave_inference(["A red house"], image_shapes=(32, 48), seed=42, num_timesteps=3, cfg_text_scale=3.0)
+    assert np.array_equal(pixels(folder / "000_0.png"), np.asarray(drawn[0], dtype=np.float64))
+    edited = inferencer.interleave_inference([image, "Make it night"], seed=7, num_timesteps=3, cfg_text_scale=3.0)
+    assert np.array_equal(pixels(folder / "002_0.png"), np.asarray(edited[0], dtype=np.float64))
+    (text,) = InterleaveInferencer(model).interleave_inference([image, "What is this?"], understanding_output=True, max_think_token_n=4)
+    assert json.loads((folder / "index.json").read_text("utf-8"))[1]["pieces"] == [{"text": text}]
+
+
+def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Callable[..., Sampler]):
+    """Passes when the side is 256, the model's smallest where that is larger, and its largest where that is smaller."""
+    sampler = ready()
+    model, config = sampler.model, sampler.config
+    found = []
+    for least, most in ((16, 1024), (512, 1024), (16, 64)):
+        model.config.vae_transform.update(min_size=least, max_size=most)
+        found.append(small_pictures(config, model).max_size)
+    assert found == [256, 512, 64]
+    model.config.vae_transform.update(min_size=512, max_size=1024)
+    config.train_sources = [{"path": "a.jsonl", "min_image_size": 128}, {"path": "b.jsonl"}]
+    config.train_data_path = None
+    assert small_pictures(config, model).max_size == 256
+
+
+def test_the_training_goes_on_to_the_bit_as_without_samples(options: dict[str, Any], prompts: Path, tmp_path: Path):
+    """Passes when weights, losses and the default generator are equal to the bit after three steps with and without samples, also
+    where something draws from the default generator while sampling."""
+    found = []
+    for sampling in (False, True):
+        trainer = built(**options | {"sample_prompts": str(prompts), "output_dir": str(tmp_path / f"run-{sampling}")})
+        sampler = Sampler(trainer.config, trainer.engine, trainer.model)
+        sampler.idle = lambda: torch.rand(3)
+        said: list[Any] = []
+        for step in range(3):
+            assert all(module.training for module in trainer.model.modules())
+            result = trainer.train_step([row_of(trainer, [step, step + 3])], 1e-3)
+            said.append((result.text_loss, result.image_loss, result.grad_norm, torch.rand(1).item()))
+            if sampling:
+                sampler.run(step, None)
+                assert all(p.grad is None for p in trainer.model.parameters())
+        found.append((said, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}))
+    (said, weights), (said_sampling, weights_sampling) = found
+    assert said == said_sampling
+    assert all(torch.equal(p, weights_sampling[name]) for name, p in weights.items())
+    pictures = [(tmp_path / "run-True" / "samples" / f"step_{step}" / "000_0.png").read_bytes() for step in range(3)]
+    assert len(set(pictures)) == 3, "the samples do not show that the weights move"
+
+
+@pytest.mark.parametrize("calls", [0, 1, 5, 12])
+def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., Sampler], calls: int):
+    """Passes when Stopped comes out, no new folder stays, and the samples before and after it are whole."""
+    sampler = ready()
+    sampler.run(1, None)
+    before, left = files(sampler.folder), [calls]
+
+    def idle() -> None:
+        if left[0] == 0:
+            raise Stopped
+        left[0] -= 1
+
+    sampler.idle = idle
+    with pytest.raises(Stopped):
+        sampler.run(2, None)
+    assert files(sampler.folder) == before and [path.name for path in sampler.folder.iterdir()] == ["step_1"]
+    assert sampler.model.training and not sampler.model.language_model.model._forward_pre_hooks
+    sampler.idle = lambda: None
+    sampler.run(2, None)
+    assert files(sampler.folder / "step_2") == files(sampler.folder / "step_1")
+
+
+def test_what_fails_is_a_warning_and_the_other_prompts_are_answered(
+    ready: Callable[..., Sampler], prompts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    sampler = ready()
+    (prompts.parent / "a.png").unlink()
+    sampler.run(1, None)
+    index = json.loads((sampler.folder / "step_1" / "index.json").read_text("utf-8"))
+    assert ["error" in line for line in index] == [False, True, True, False]
+    assert "a.png" in index[1]["error"] and index[1]["pieces"] == []
+    assert f"No sample of {prompts}:2 on rank 0" in caplog.text and "Traceback" not in caplog.text
+
+    draw_picture(prompts.parent / "a.png", 1)
+    caplog.clear()
+
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nA long explanation")
+
+    monkeypatch.setattr(sampler.model.codec, "decode", no_memory)
+    sampler.run(2, None)
+    index = json.loads((sampler.folder / "step_2" / "index.json").read_text("utf-8"))
+    assert [line.get("error") for line in index][:3] == [
+        "OutOfMemoryError: CUDA out of memory.",
+        None,
+        "OutOfMemoryError: CUDA out of memory.",
+    ]
+    assert caplog.text.count("No sample of") >= 2 and sampler.model.training
+    monkeypatch.undo()
+
+    caplog.clear()
+    monkeypatch.setattr(sampler.model, "velocities", lambda hidden: hidden[0][0])  # a mistake in the code: its lines are shown
+    sampler.run(3, None)
+    assert "Traceback" in caplog.text and (sampler.folder / "step_3" / "index.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(ready: Callable[..., Sampler], caplog: pytest.LogCaptureFixture):
+    sampler, tracker = ready(), Listener()
+    sampler.folder.parent.mkdir(parents=True)
+    sampler.folder.write_text("not a folder")
+    sampler.run(1, tracker)
+    assert "cannot be written" in caplog.text and tracker.heard == []
+    sampler.folder.unlink()
+    (sampler.folder / ".step_9.new").mkdir(parents=True)  # by a kill
+    sampler.run(2, tracker)
+    assert [path.name for path in sampler.folder.iterdir()] == ["step_2"] and tracker.heard
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("not to be written"), Stopped()])
+def test_what_ends_the_writing_leaves_no_half_folder(
+    error: BaseException, ready: Callable[..., Sampler], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Passes when a disk that fails is a warning, Stopped comes out, and the folder is as before: the last file fails, the pictures lie
+    there already."""
+    sampler, tracker = ready(), Listener()
+    sampler.run(1, None)
+    before = files(sampler.folder)
+
+    def fails(path: Path, *_: Any, **__: Any) -> None:
+        assert path.name == "index.json" and list(path.parent.glob("*.png"))
+        raise error
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    for step in (1, 2):
+        if isinstance(error, Exception):
+            sampler.run(step, tracker)
+            assert f"The samples of step {step} cannot be written" in caplog.text
+        else:
+            with pytest.raises(Stopped):
+                sampler.run(step, tracker)
+    assert files(sampler.folder) == before and [path.name for path in sampler.folder.iterdir()] == ["step_1"]
+    assert tracker.heard == []
+
+
+def test_when_samples_are_due(ready: Callable[..., Sampler]):
+    sampler = ready(sample_steps=3)
+    assert [step for step in range(1, 10) if sampler.due(step, otherwise=step == 4)] == [3, 6, 9]
+    sampler = ready()
+    assert [step for step in range(1, 10) if sampler.due(step, otherwise=step == 4)] == [4]
+
+
+def test_what_this_model_cannot_do_is_told(ready: Callable[..., Sampler], prompts: Path):
+    with pytest.raises(PromptError, match=f"{prompts}:1: kind is draw, but with visual_gen=false"):
+        ready(visual_gen=False)
+    with pytest.raises(PromptError, match=f"{prompts}:2: with visual_und=false"):
+        ready(visual_und=False)
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "height": 32, "width": 100000}\n')
+    with pytest.raises(PromptError, match=f"{prompts}:2: width is 100000"):
+        ready()
+    sampler = ready(visual_gen=False, sample_prompts=["write"])
+    sampler.run(1, None)
+    (line,) = json.loads((sampler.folder / "step_1" / "index.json").read_text("utf-8"))
+    assert line["pieces"] and all("text" in piece for piece in line["pieces"])

@@ -1,0 +1,241 @@
+"""SIGTERM and SIGINT in any phase, to one process or to all: the last finished step is saved, the exit code says so, and the run goes
+on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import free_port
+from tiny import metrics
+
+from unigen.config import Config
+from unigen.training.stops import EXIT_HUNG, EXIT_STOPPED
+from unigen.training.trainer import UnifiedTrainer
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("tokens_per_second", "data_wait")
+
+# phase -> (steps done when the signal comes, the step that must be saved then)
+PHASES = {
+    "loading": (0, None),
+    "dry batch": (0, None),
+    "data": (3, 3),
+    "forward/backward": (3, 4),
+    "saving": (4, 4),
+    "validating": (2, 2),
+    "sampling": (4, 4),
+}
+
+
+def _train_as_rank(
+    rank: int, world: int, port: int, options: dict[str, Any], when: tuple[str, int] | None, who: list[int], log: str
+) -> None:
+    """One process; those of ``who`` get a signal as they enter the phase ``when``."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    output = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    trainer = UnifiedTrainer(Config(**options))
+    phase = trainer.stops.phase
+
+    def watched(name: str, breakable: bool = False) -> Any:
+        if when == (name, trainer.step) and rank in who and not trainer.stops.asked:
+            entered = phase(name, breakable)
+            enter = type(entered).__enter__
+
+            class Signalled:
+                def __enter__(self) -> Any:
+                    result = enter(entered)
+                    os.kill(os.getpid(), signal.SIGINT if rank else signal.SIGTERM)
+                    time.sleep(0.05)  # the handler runs here
+                    return result
+
+                def __exit__(self, *error: Any) -> Any:
+                    return entered.__exit__(*error)
+
+            return Signalled()
+        return phase(name, breakable)
+
+    trainer.stops.phase = watched  # type: ignore[method-assign]
+    trainer.train()
+    os._exit(EXIT_STOPPED if trainer.stopped else 0)
+
+
+def run(options: dict[str, Any], log: Path, world: int = 2, when: tuple[str, int] | None = None, who: tuple[int, ...] = ()) -> list[int]:
+    """The exit codes; processes that wait for one that has gone are ended, as torchrun does it."""
+    ctx = multiprocessing.get_context("forkserver")
+    ctx.set_forkserver_preload(["unigen.training.trainer", "unigen.sequence.tokens", "transformers.models.qwen2"])
+    port = free_port()
+    processes = [ctx.Process(target=_train_as_rank, args=(r, world, port, options, when, list(who), str(log))) for r in range(world)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 120
+    while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        if any(p.exitcode for p in processes):
+            time.sleep(3.0 if when and when[0] != "loading" else 0.2)
+            for process in processes:
+                if process.is_alive() and process.pid:
+                    os.kill(process.pid, signal.SIGTERM)
+                    process.join(20)
+                    process.kill()
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [process.exitcode if process.exitcode is not None else -1 for process in processes]
+
+
+def lines(folder: Path | str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Six steps on two processes that nobody stops."""
+    folder = tmp_path_factory.mktemp("stopping")
+    options = {
+        "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records), "max_steps": 6, "eval_steps": 2,
+        "save_steps": 4, "learning_rate": 1e-3, "device": "cpu", "num_workers": 0, "sample_prompts": ["Say two"], "sample_steps": 4,
+        "output_dir": str(folder / "whole"),
+    }  # fmt: skip
+    assert run(options, folder / "log") == [0, 0], (folder / "log.0").read_text()[-3000:]
+    return options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_to_one_process_in_any_phase_saves_the_last_finished_step(phase: str, whole: dict[str, Any], tmp_path: Path):
+    """Rank 1 alone is told to stop. All end with the documented code, the last finished step is there and no other that is not due, and
+    the stitched log is that of a run nobody stopped."""
+    done, saved = PHASES[phase]
+    options = whole | {"output_dir": str(tmp_path / "run")}
+    codes = run(options, tmp_path / "log", when=(phase, done), who=(1,))
+    printed = (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
+    assert EXIT_STOPPED in codes and codes[1] == EXIT_STOPPED, (codes, printed[-3000:])
+    found = {path.name for path in (tmp_path / "run").glob("step_*")}
+    if saved is None:
+        assert not found
+    else:
+        assert codes == [EXIT_STOPPED] * 2, (codes, printed[-3000:])
+        assert found == {f"step_{saved}"} | ({"step_4"} if saved > 4 else set())
+        assert "goes on from here with --resume_from_checkpoint auto" in printed
+    assert run(options | {"resume_from_checkpoint": "auto"}, tmp_path / "again") == [0, 0], (tmp_path / "again.0").read_text()[-3000:]
+    assert lines(tmp_path / "run") == lines(whole["output_dir"])
+    for name in ("samples/step_4/index.json",):
+        assert (tmp_path / "run" / name).read_bytes() == (Path(whole["output_dir"]) / name).read_bytes()
+    for path in sorted((Path(whole["output_dir"]) / "step_6").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "run" / "step_6" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_signals_to_all_processes_at_once(whole: dict[str, Any], tmp_path: Path):
+    """Rank 0 gets SIGTERM and rank 1 SIGINT in the same step."""
+    options = whole | {"output_dir": str(tmp_path / "run")}
+    assert run(options, tmp_path / "log", when=("forward/backward", 2), who=(0, 1)) == [EXIT_STOPPED] * 2
+    assert {path.name for path in (tmp_path / "run").glob("step_*")} == {"step_3"}
+
+
+def _popen(options: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    argv = [sys.executable, "train_unified_generation.py", *given, *flags]
+    return subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def _await(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists(), process.communicate()[0][-3000:]
+
+
+def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
+    """The guide's script itself, two data workers, SIGTERM to the whole process group as SLURM and Kubernetes send it."""
+    options |= {"max_steps": 400, "save_steps": 5, "num_workers": 2}
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    argv = [sys.executable, "train_unified_generation.py", *given]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    run_folder = Path(options["output_dir"])
+    _await(run_folder / "step_5", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == EXIT_STOPPED, printed[-3000:]
+    assert "Traceback" not in printed and "Stopped by a signal" in printed
+    steps = sorted(int(path.name.removeprefix("step_")) for path in run_folder.glob("step_*"))
+    assert steps[-1] == metrics(run_folder)[-1]["step"], "the last finished step is saved"
+    trainer = UnifiedTrainer(Config(**options | {"max_steps": steps[-1] + 2, "resume_from_checkpoint": "auto", "num_workers": 0}))
+    trainer.train()
+    assert [line["step"] for line in metrics(run_folder)] == list(range(1, steps[-1] + 3))
+
+
+def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_path: Path):
+    """The first comes while a step takes for ever; 1.2 s later the second one does not wait for it."""
+    code = (
+        "import sys, time; from unigen.training.trainer import UnifiedTrainer as T; from unigen.config import Config; import json\n"
+        "T.train_step = lambda *_: (print('in the step', flush=True), time.sleep(600))\n"
+        "T(Config(**json.loads(sys.argv[1]))).train()"
+    )
+    argv = [sys.executable, "-c", code, json.dumps(options)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    assert "in the step" in iter(process.stdout.readline, "").__next__()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert not list(Path(options["output_dir"]).glob("step_*"))
+
+
+def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], log: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    output = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    trainer = UnifiedTrainer(Config(**options))
+    step = trainer.train_step
+
+    def hang_at_the_third(*given: Any) -> Any:
+        if rank == 1 and trainer.step == 2:
+            time.sleep(600)
+        return step(*given)
+
+    trainer.train_step = hang_at_the_third  # type: ignore[method-assign]
+    trainer.train()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str, Any], tmp_path: Path):
+    """Rank 1 sleeps in step 3; rank 0 waits for it in a collective. Both end within the time-out and some seconds."""
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    options = whole | {"output_dir": str(tmp_path / "run"), "hang_timeout": 12.0}
+    options.pop("sample_prompts"), options.pop("sample_steps"), options.pop("val_data_path"), options.pop("eval_steps")
+    ctx = multiprocessing.get_context("forkserver")
+    port = free_port()
+    processes = [ctx.Process(target=_hang_as_rank, args=(r, 2, port, options, str(tmp_path / "log"))) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+        process.kill()
+    printed = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert EXIT_HUNG in [process.exitcode for process in processes], printed
+    assert "rank 1 of 2" in printed[1] and "step 2, phase forward/backward" in printed[1] and "hang_at_the_third" in printed[1]
+    assert "hang_at_the_third" in (tmp_path / "run" / "ranks" / "rank_1.stack.txt").read_text()

@@ -1,0 +1,186 @@
+"""The prompts that a model answers while it trains (``sample_prompts``): texts, a file of one a line, or a JSONL file with options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unigen.config import UserError, nearest
+from unigen.data.json_text import parse_json
+from unigen.sequence.images import image_size
+from unigen.sequence.types import BadRecord
+
+
+class PromptError(UserError):
+    """A prompt cannot be used; the message says which, in which file and line, why, and the cure."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: pictures, then a text.
+
+    ``kind`` is draw (one picture; with a picture given, an edit of it), answer (one text) or auto (what the model decides).
+    ``options`` are those of ``unigen generate`` that the line sets. ``where`` is its place, for messages.
+    """
+
+    text: str
+    where: str
+    seed: int
+    images: tuple[str, ...] = ()
+    kind: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> list[Any]:
+        """As the model gets them."""
+        return [*map(Path, self.images), *([self.text] if self.text else [])]
+
+
+def _whole(low: int, high: int = 2**63 - 1) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _paths(value: Any) -> bool:
+    return bool(value) and all(isinstance(path, str) and path for path in (value if isinstance(value, list) else [value]))
+
+
+# Key of a line -> (is its value good?, what it should be).
+_HEAD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (lambda value: isinstance(value, str), "a text"),
+    "image": (_paths, "the path of a picture, or a list of them"),
+    "kind": (lambda value: value in ("draw", "answer", "auto"), '"draw", "answer" or "auto"'),
+    "seed": (_whole(0), "a whole number of at least 0"),
+}
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (_whole(1), "a whole number above 0"),
+    "num_timesteps": (_whole(2), "a whole number of at least 2"),
+    "cfg_text_scale": (_number, "a number"),
+    "cfg_img_scale": (_number, "a number"),
+    "cfg_interval": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(_number, value)), "a list of two numbers"),
+    "timestep_shift": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "height": (_whole(1), "pixels, a whole number above 0"),
+    "width": (_whole(1), "pixels, a whole number above 0"),
+    "think": (lambda value: isinstance(value, bool), "true or false"),
+    "temperature": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
+    """The prompts of ``sample_prompts``: every entry is a text, or names a file of prompts (``.txt``, ``.jsonl``).
+
+    Prompt i draws its noise from ``seed + i`` where its line sets no seed of its own. Pictures' paths are relative to the file.
+
+    Raises:
+        PromptError: a file, a line or one of its values cannot be used, or a picture cannot be read; says file and line.
+    """
+    found: list[Prompt] = []
+    for number, entry in enumerate([given] if isinstance(given, str) else given, 1):
+        path = _file(entry)
+        if path is None:
+            if not entry.strip():
+                raise PromptError(f"sample_prompts: text {number} is empty. Cure: write the prompt, or leave it out")
+            found.append(Prompt(entry, f"sample_prompts, text {number}", seed + len(found)))
+            continue
+        lines = _lines(path)
+        for line, data in lines:
+            where = f"{path}:{line}"
+            prompt = _record(data, line, where, path.parent, seed + len(found)) if path.suffix == ".jsonl" else None
+            found.append(prompt or Prompt(_text(data, where), where, seed + len(found)))
+        if not lines:
+            raise PromptError(f"sample_prompts: {path} holds no prompt. Cure: write one a line")
+    for prompt in found:
+        try:
+            prompt.text.encode()
+        except UnicodeEncodeError:
+            raise PromptError(f"{prompt.where}: the prompt holds half a character (a lone surrogate). Cure: write it anew") from None
+    if not found:
+        raise PromptError('sample_prompts is empty. Cure: --sample_prompts "a red house", or a file of prompts')
+    return found
+
+
+def _file(entry: str) -> Path | None:
+    """The file that an entry names; None for a text."""
+    path = Path(entry)
+    try:
+        exists = path.is_file()
+    except (OSError, ValueError):  # a text too long for a name, or with a NUL
+        return None
+    named = path.suffix in (".txt", ".jsonl", ".json") and not any(c.isspace() for c in entry)
+    if named and not exists:
+        raise PromptError(f"sample_prompts: there is no file {entry}. Cure: check the path")
+    if named and path.suffix == ".json":
+        raise PromptError(f"sample_prompts: {entry} is JSON. Cure: write one object a line and call it .jsonl")
+    return path if exists else None
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """Number and bytes of the lines that are not blank."""
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise PromptError(f"sample_prompts: {path} cannot be read ({error.strerror}). Cure: check the permissions") from None
+    return [(number, line.strip()) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise PromptError(f"{where}: the line is not UTF-8. Cure: save the file as UTF-8") from None
+
+
+def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prompt:
+    """The prompt of a line of a JSONL file."""
+    try:
+        values = parse_json(data, line)
+    except BadRecord as error:
+        raise PromptError(f"{where}: {error.found}. Cure: {error.cure}") from None
+    if not isinstance(values, dict):
+        raise PromptError(f'{where}: the line is no JSON object. Cure: {{"prompt": "a red house"}}')
+    known = {**_HEAD, **_OPTIONS}
+    for key, value in values.items():
+        if key not in known:
+            near = nearest(key, list(known))
+            raise PromptError(f"{where}: unknown key {key!r}" + (f"; did you mean {near}?" if near else f" (keys: {', '.join(known)})"))
+        good, words = known[key]
+        if not good(value):
+            raise PromptError(f"{where}: {key} is {value!r}. Cure: {words}")
+    image = values.get("image", [])
+    prompt = Prompt(
+        text=values.get("prompt", ""),
+        where=where,
+        seed=values.get("seed", seed),
+        images=tuple(str(folder / path) for path in ([image] if isinstance(image, str) else image)),
+        kind=values.get("kind", "auto"),
+        options={key: value for key, value in values.items() if key in _OPTIONS},
+    )
+    _check(prompt)
+    return prompt
+
+
+def _check(prompt: Prompt) -> None:
+    """Raises PromptError where the values of a line do not go together, or a picture cannot be read."""
+    where, options = prompt.where, prompt.options
+    if not prompt.text.strip() and not prompt.images:
+        raise PromptError(f"{where}: neither prompt nor image says what to answer. Cure: give one, or both")
+    if ("height" in options) != ("width" in options):
+        raise PromptError(f"{where}: height and width go together. Cure: give both, or neither")
+    if "height" in options and prompt.kind == "answer":
+        raise PromptError(f"{where}: height and width are those of a drawn picture, and kind is answer. Cure: leave them out")
+    if "height" in options and prompt.kind == "draw" and prompt.images:
+        raise PromptError(f"{where}: an edit keeps the size of its picture. Cure: leave out height and width")
+    if options.get("think") and prompt.kind == "auto":
+        raise PromptError(f'{where}: think needs to know what follows. Cure: "kind": "draw" or "kind": "answer"')
+    for path in prompt.images:
+        try:
+            image_size(path)
+        except UserError as error:
+            raise PromptError(f"{where}: {error}") from None

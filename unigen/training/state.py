@@ -1,0 +1,156 @@
+"""A run's tensors, out to a checkpoint and back: the same for every engine and every number of processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unigen.config import Config
+from unigen.model.storage import Stored
+from unigen.training.checkpoint import CheckpointError, scan_group, scan_weights
+from unigen.training.ema import EMA
+from unigen.training.engine import Engine
+from unigen.training.saver import Entry
+from unigen.training.shards import Shard, share_out
+
+log = logging.getLogger("unigen")
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def rows_of_a_step(config: Config, processes: int, states: Mapping[str, Any]) -> int:
+    """Rows in an optimiser step: a resumed run keeps them, whatever the number of processes now, unless asked for others.
+
+    Args:
+        config: of this run.
+        processes: of this run.
+        states: of the checkpoint it resumes from; empty for a fresh start.
+    """
+    rows = config.gradient_accumulation_steps * processes
+    if not states:
+        return rows
+    before = states["trainer"]["step_rows"]
+    if states["training_config"]["gradient_accumulation_steps"] != config.gradient_accumulation_steps:
+        if rows != before:
+            log.warning("A step now has %d rows instead of %d, as gradient_accumulation_steps has changed", rows, before)
+        return rows
+    if rows != before:
+        log.info("A step keeps its %d rows: up to %d for each of %d process(es)", before, -(-before // processes), processes)
+    return before
+
+
+class RunState:
+    """Weights, average and moments of a run.
+
+    What does not train keeps the bytes of the checkpoint that the run began with (``source``), also where the model holds it in another
+    dtype, and also the tensors of parts that were left out.
+    """
+
+    def __init__(self, engine: Engine, ema: EMA | None, source: Mapping[str, Stored], resumed: bool):
+        """``resumed``: the weights came from elsewhere, so what is frozen now is compared with the source."""
+        self.engine, self.ema, self.source = engine, ema, source
+        frozen = [shard for shard in engine.shards() if not shard.trains]
+        changed = [float(resumed and not _equal(shard, source.get(shard.name))) for shard in frozen]
+        changed = engine.sum(changed) if frozen and resumed else changed
+        held = {shard.name for shard in engine.shards()}
+        copied = {s.name for s, n in zip(frozen, changed, strict=True) if n == 0 and s.name in source and source[s.name].shape == s.shape}
+        self._copied = [name for name in source if name in copied or name not in held]
+
+    # ---- out -------------------------------------------------------------------------------------------------------
+
+    def entries(self, weights_only: bool = False) -> list[Entry]:
+        """This process's part of a checkpoint; ``weights_only`` for one that is not resumed from."""
+        found = self._copies()
+        for shard in self.engine.shards():
+            if not shard.owned or shard.name in self._copied:
+                continue
+            averaged = shard.trains and self.ema is not None
+            value = self.ema.average(shard.name) if averaged and self.ema else shard.value
+            found.append(Entry("ema", shard.name, tuple(shard.shape), value, shard.start))
+            if not shard.trains or weights_only:
+                continue
+            if averaged:
+                found.append(Entry("model", shard.name, tuple(shard.shape), shard.value, shard.start))
+            moments = self.engine.moments(shard)
+            if shard.start == 0:  # a parameter that never had a gradient is named all the same: its absence would be noticed
+                found.append(Entry("optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0)))
+            for name, moment in zip(_MOMENTS, moments[1:] if moments else (), strict=False):
+                found.append(Entry("optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start))
+        return found
+
+    def _copies(self) -> list[Entry]:
+        stored = [self.source[name] for name in self._copied]
+        owners = share_out([entry.nbytes for entry in stored], self.engine.world)
+        return [
+            Entry("ema", name, entry.shape, torch.empty(entry.shape, dtype=entry.dtype, device="meta"), read=entry.read)
+            for name, entry, owner in zip(self._copied, stored, owners, strict=True)
+            if owner == self.engine.rank
+        ]
+
+    def nbytes(self, weights_only: bool = False) -> int:
+        """Bytes of the next checkpoint, all processes together; moments count even before there are any."""
+        total = sum(entry.nbytes for entry in self._copies())
+        for shard in self.engine.shards():
+            if shard.owned and shard.name not in self._copied:
+                times = 1 if not shard.trains or weights_only else 3 + (self.ema is not None)
+                total += shard.value.numel() * shard.value.element_size() * times
+        return int(self.engine.sum([total])[0])
+
+    # ---- back ------------------------------------------------------------------------------------------------------
+
+    def restore(self, folder: Path) -> None:
+        """Moments and average of a checkpoint (the weights are loaded with the model).
+
+        Raises:
+            CheckpointError: they do not fit this run; nothing has been changed then.
+        """
+        optimizer, averages = scan_group(folder, "optimizer"), scan_weights(folder)
+        trained = [shard for shard in self.engine.shards() if shard.trains]
+        steps = {s.name: optimizer[f"step.{s.name}"].read() for s in trained if f"step.{s.name}" in optimizer}
+        expected: dict[str, tuple[int, ...]] = {}
+        for shard in trained:
+            expected[f"step.{shard.name}"] = ()
+            if shard.name not in steps or steps[shard.name].numel() != 1 or float(steps[shard.name]) != 0:
+                expected |= {f"{moment}.{shard.name}": tuple(shard.shape) for moment in _MOMENTS}
+        _check(folder, optimizer, expected)
+        if self.ema is not None:
+            if scan_group(folder, "model"):
+                self.ema.load(lambda shard, out: averages[shard.name].read_into(out, shard.start))
+            else:
+                log.warning("%s has no average; it starts anew", folder)
+        for shard in trained:
+            step = float(steps[shard.name])
+            if step:
+                self.engine.set_moments(shard, step, *(_part(optimizer[f"{moment}.{shard.name}"], shard) for moment in _MOMENTS))
+        self.engine.refresh()
+
+
+def _part(entry: Stored, shard: Shard) -> Tensor:
+    return entry.read(shard.start, shard.start + len(shard.value))
+
+
+def _equal(shard: Shard, entry: Stored | None) -> bool:
+    """Does the source, in the dtype the model holds, have the same values?"""
+    if entry is None or entry.shape != tuple(shard.shape):
+        return False
+    return torch.equal(_part(entry, shard).to(shard.value.dtype), shard.value.cpu())
+
+
+def _check(folder: Path, found: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if (found[name].shape, found[name].dtype) != (expected[name], torch.float32):
+            has = f"{found[name].dtype} {list(found[name].shape)}"
+            problems.append(f"{name} is {has} instead of {torch.float32} {list(expected[name])}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(
+            f"{folder}: the optimiser's state does not fit this run: {shown}. "
+            "Cure: resume with the options of the run that saved it (freezing, parts left out), or start from its weights (--model_path)"
+        )

@@ -1,0 +1,171 @@
+"""``unigen watch``: a run, or several, in the terminal or as a page, from the files of their folders alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from unigen.config import ConfigError
+
+if TYPE_CHECKING:
+    from unigen.watch.folder import Run
+    from unigen.watch.terminal import View
+
+NARROWEST, WIDEST = 40, 200
+
+
+@dataclass
+class WatchOptions:
+    """Which runs to watch, and how they are shown.
+
+    Args:
+        run: Folder of a run, or of several; of several, curves are compared.
+        html: Write a page to this file, and end.
+        interval: Seconds between two looks at the folder.
+        once: Print what there is now, and end; so it is, too, where the output is no terminal.
+        steps: The part of the curves to show, as FIRST:LAST; either may be missing.
+        smooth: Weight in [0, 1) of what was before in the drawn training curves, an exponential moving average.
+        language: Language: en or zh.
+    """
+
+    run: list[str] = field(default_factory=list)
+    html: str | None = None
+    interval: float = 2.0
+    once: bool = False
+    steps: str | None = None
+    smooth: float = 0.0
+    language: Literal["en", "zh"] = "en"
+
+
+def watch(options: WatchOptions) -> int:
+    """``unigen watch``; returns 0, or 1 where what was shown last is hung or dead.
+
+    Raises:
+        UserError: there is no run, an option cannot work, or the page cannot be written.
+    """
+    steps = _resolve(options)
+    from unigen.watch.folder import Run, find_runs
+    from unigen.watch.words import Words, plain
+
+    words = Words(options.language)
+    runs = [Run(folder, steps, exact=options.html is not None) for folder in find_runs(options.run)]
+    if options.html is not None:
+        _write_page(options, runs)
+    elif options.once or not sys.stdout.isatty():
+        for run in runs:
+            run.update()
+        _print(runs, _view(options))
+    else:
+        _live(options, runs)
+    from unigen.watch.health import judge
+
+    ill = [(run, state) for run in runs if (state := judge(run)).name in ("hung", "dead")]
+    if options.html is not None:
+        for run, state in ill:
+            print(f"{plain(run.name)}: {words(state.name)}; {'; '.join(words(w.key, **w.values) for w in state.why)}", file=sys.stderr)
+    return 1 if ill else 0
+
+
+def _resolve(options: WatchOptions) -> tuple[int, int]:
+    """The steps to show. Raises ConfigError for an option that cannot work."""
+    if not 0 <= options.smooth < 1:
+        raise ConfigError(f"smooth is {options.smooth}; it is a weight in [0, 1), such as 0.9 (--smooth 0.9)")
+    if not 0.1 <= options.interval <= 3600:
+        raise ConfigError(f"interval is {options.interval}; it is a number of seconds from 0.1 to 3600 (--interval 2)")
+    if options.html is not None and Path(options.html).is_dir():
+        raise ConfigError(f"html is {options.html}, which is a folder; name a file (--html run.html)")
+    if options.steps is None:
+        return 0, 1 << 53
+    first, colon, last = options.steps.replace("_", "").partition(":")
+    try:
+        found = int(first or 0), int(last or 1 << 53)
+    except ValueError:
+        found = (1, 0)
+    if not colon or not 0 <= found[0] <= found[1]:
+        raise ConfigError(f"steps is {options.steps!r}; it is FIRST:LAST, such as 1000:2000, 1000: or :500 (--steps 1000:2000)")
+    return found
+
+
+def _write_page(options: WatchOptions, runs: Sequence[Run]) -> None:
+    from unigen.watch.page import write
+
+    for run in runs:
+        run.update()
+    assert options.html is not None
+    try:
+        page = write(Path(options.html), runs, options)
+    except OSError as error:
+        raise ConfigError(
+            f"{options.html}: the page cannot be written ({error.strerror or error}); name another file (--html ...)"
+        ) from error
+    print(f"-> {page}")
+
+
+def _view(options: WatchOptions, live: bool = False) -> View:
+    from unigen.watch.terminal import View
+    from unigen.watch.words import Words
+
+    size = shutil.get_terminal_size((100, 40))
+    width = min(WIDEST, max(NARROWEST, size.columns))
+    height = max(8, size.lines) if sys.stdout.isatty() and live else None
+    return View(Words(options.language), width, height, _has_braille(), options.smooth, live)
+
+
+def _has_braille() -> bool:
+    try:
+        "⣿█━│×●…".encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _has_colour() -> bool:
+    """Colours where the output is a terminal and NO_COLOR (no-color.org) is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _print(runs: Sequence[Run], view: View) -> None:
+    from unigen.watch.terminal import frame, render
+
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "\n".join(render(frame(runs, view), view.width, _has_colour()))
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # unigen watch RUN | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _live(options: WatchOptions, runs: Sequence[Run]) -> None:
+    """Frames on the terminal's second screen until Ctrl-C; the last one stays on the first."""
+    from unigen.watch.terminal import frame, render
+
+    encoding = sys.stdout.encoding or "utf-8"
+    out = sys.stdout
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does, with the screen put right
+    out.write("\x1b[?1049h\x1b[?25l")
+    try:
+        while True:
+            began = time.monotonic()
+            for run in runs:
+                run.update()
+            view = _view(options, live=True)
+            # Each line is written over the old one and its rest erased: a cleared screen would flicker.
+            text = "".join(f"{line}\x1b[K\r\n" for line in render(frame(runs, view), view.width, _has_colour()))
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+            out.write(f"\x1b[H{text.removesuffix(chr(13) + chr(10))}\x1b[J")
+            out.flush()
+            time.sleep(max(0.05, options.interval - (time.monotonic() - began)))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        out.write("\x1b[?25h\x1b[?1049l")
+        out.flush()
+    _print(runs, _view(options))
