@@ -38,6 +38,8 @@ TINY = {
     "preview": "--max_image_tokens 16",
     "fetch": "",  # the records of the workspace name no picture of the web
     "cache": "--max_image_tokens 16 --device cpu",
+    "watch": "--once",
+    "ckpt": "",
 }
 TINY_ARGUMENTS = [("outputs/unified_training/step_1000", "outputs/unified_training/step_1"), ("--nproc_per_node=4", "--nproc_per_node=2")]
 TINY_PYTHON = [
@@ -150,6 +152,8 @@ def test_every_flag_in_a_document_exists(path):
     known = {name for command in cli.COMMANDS.values() for name in cli.get_type_hints(cli.load(command.options))}
     known |= {f"no_{name}" for name in known} | {"config", "help", "version", "name", "no_name"}  # "--name" stands for any
     known |= {"nproc_per_node", "nnodes"}  # torchrun's
+    known |= {"logdir", "project"}  # those of tensorboard and of "trackio show"
+    known |= {"nodes", "requeue", "signal", "time"}  # SLURM's
     named = set(re.findall(r"(?<![\w-])--([a-z]+_\w+|[a-z]\w*)(?![\w-])", path.read_text(encoding="utf-8")))
     assert sorted(named - known) == []
 
@@ -249,18 +253,22 @@ def test_the_readme_from_top_to_bottom(workspace, capsys, caplog):
 
 
 def check_layout(run: Path) -> None:
-    """The files that "What a run writes" lists for every run are those that were written."""
-    listed = next(body for language, body in blocks(README) if language == "text" and body.startswith("outputs/unified_training/"))
+    """What the run wrote is what "What a run writes" lists, in both languages; a folder of its own has a line of its own."""
+    from unigen.model.weights import SIDE_FILES
+
+    needed = {"ema.safetensors", "optimizer.safetensors", "trainer.json", "training_config.json", "manifest.json"}
     inside = {path.name for path in (run / "step_1").iterdir()}
-    assert {"optimizer.safetensors", "random.safetensors", "trainer.json", "manifest.json", "ema.safetensors"} <= inside
-    for name in (
-        "config.json",
-        "metrics.jsonl",
-        "best",
-        *inside & {"optimizer.safetensors", "random.safetensors", "trainer.json", "manifest.json"},
-    ):
-        assert (run / name).exists() or (run / "step_1" / name).exists()
-        assert name in listed
+    assert inside - {"config.json", *SIDE_FILES} == needed
+    outside = {path.name for path in run.iterdir() if not path.name.startswith((".", "step_"))}
+    assert {"config.json", "metrics.jsonl", "best", "ranks"} <= outside
+    for page in (README, CHINESE):
+        listed = next(body for language, body in blocks(page) if language == "text" and body.startswith("outputs/unified_training/"))
+        heads = {word.rstrip("/") for line in listed.splitlines() for word in line[:23].split()}
+        assert sorted(outside - heads) == [] and "step_500" in heads
+        assert sorted(name for name in needed if not re.search(rf"(?<![\w.]){re.escape(name)}", listed)) == []
+        # a file that is listed beside them comes with --ema
+        named = set(re.findall(r"(?<![\w.])\w+\.(?:safetensors|json)\b(?!l)", listed))
+        assert named == needed | {"model.safetensors", "config.json"}
 
 
 def check_python(workspace: Path) -> None:
@@ -281,7 +289,7 @@ def check_python(workspace: Path) -> None:
     assert (workspace / "winter.png").exists()
 
 
-DATA_PAGES = ["data_formats.md", "data.md", "check.md", "preview.md", "fetch.md", "cache.md"]
+DATA_PAGES = ["data_formats.md", "data.md", "check.md", "preview.md", "fetch.md", "cache.md", "watch.md", "checkpoints.md"]
 
 
 @pytest.mark.slow
@@ -300,10 +308,12 @@ def test_the_pages_on_data_from_top_to_bottom(page, workspace, capsys):
 @pytest.mark.slow
 def test_the_torchrun_line_trains_on_two_processes(workspace):
     line = next(line for line in commands(README) if line.startswith("torchrun"))
+    assert "--engine fsdp2" in line
     code, log = torchrun(workspace, tiny(line.replace("--bf16", "")))  # bf16 on a CPU is slow, and covered above
     assert code == 0, log[-2000:]
     assert "2 process(es)" in log
-    assert (workspace / "outputs" / "unified_training" / "step_1" / "manifest.json").exists()
+    manifest = json.loads((workspace / "outputs" / "unified_training" / "step_1" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["engine"], manifest["world"]) == ("fsdp2", 2)
 
 
 def torchrun(workspace: Path, words: list[str]) -> tuple[int, str]:

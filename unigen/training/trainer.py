@@ -66,7 +66,7 @@ class UnifiedTrainer:
     def train(self) -> dict[str, float]:
         """Runs the training; the last metrics.
 
-        SIGTERM, SIGINT and SIGUSR1 end it after the step at hand: its state is saved, and ``stopped`` says so.
+        SIGTERM, SIGINT, SIGUSR1 and SIGHUP end it after the step at hand: its state is saved, and ``stopped`` says so.
         """
         with self.stops, open_engine(self.config) as self.engine:
             try:
