@@ -27,12 +27,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 TIMES = ("tokens_per_second", "data_wait")
 PATIENCE_S = 120.0
+PRELOAD = [
+    "unigen.training.trainer", "unigen.training.fsdp", "unigen.sequence.tokens", "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen2", "transformers.models.siglip", "diffusers.models.autoencoders.autoencoder_kl",
+]  # fmt: skip
 
 
 def context() -> Any:
     """New processes are forks of one that has imported everything: a start then costs a tenth of a second, not five."""
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(["unigen.training.trainer", "unigen.training.fsdp", "unigen.sequence.tokens", "transformers.models.qwen2"])
+    ctx.set_forkserver_preload(PRELOAD)
     return ctx
 
 

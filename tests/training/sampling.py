@@ -45,10 +45,10 @@ def fail_once(sampler: Sampler, error: BaseException) -> None:
     attention = sampler.model.language_model.model.layers[1].self_attn
 
     def fails(*_: Any) -> torch.Tensor:
-        del attention.forward
+        del attention.read
         raise error
 
-    attention.forward = fails
+    attention.read = fails
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from unigen.training.checkpoint import scan_group
 
 STEPS, ROWS = 8, 6
 # (processes, engine, up to step): the run moves on from line to line.
-LEGS = [(2, "fsdp2", 2), (1, "single", 4), (3, "fsdp2", 6), (2, "ddp", 8)]
+LEGS = [(2, "fsdp2", 2), (1, "single", 4), (3, "fsdp2", 6), (2, "deepspeed", 8)]
 
 
 def _leg_as_rank(rank: int, world: int, port: int, options: dict[str, Any], until: int, folder: str) -> None:
@@ -57,7 +57,8 @@ def elastic(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathF
     """The run of ``LEGS`` in ``run``, and the same on one process in ``one``."""
     folder = tmp_path_factory.mktemp("elastic")
     options = {
-        "model_path": str(small_model), "train_data_path": str(records), "max_steps": STEPS, "save_steps": 2, "ema": 0.9,
+        "model_path": str(small_model), "train_data_path": str(records), "max_steps": STEPS, "save_steps": 2,
+        "val_data_path": str(records), "eval_steps": 1, "ema": 0.9,
         "learning_rate": 1e-3, "adam_epsilon": 1e-3, "device": "cpu", "num_workers": 0,
         "gradient_accumulation_steps": ROWS // 2, "resume_from_checkpoint": "auto",
     }  # fmt: skip
@@ -99,11 +100,12 @@ def test_parameters_and_moments_are_equal_to_the_bit_at_load(elastic: tuple[Path
 
 
 def test_losses_are_those_of_one_process_within_1e_6(elastic: tuple[Path, dict[str, Any]]):
+    """Validation, with the average in place of the weights, stands between any two steps and changes none."""
     folder, _ = elastic
     found, wanted = metrics(folder / "run"), metrics(folder / "one")
-    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in found] == [step for step in range(1, STEPS + 1) for _ in ("trained", "validated")]
     for a, b in zip(found, wanted, strict=True):
-        for name in ("loss", "text_loss", "image_loss", "learning_rate", "epoch", "text_tokens", "image_tokens"):
+        for name in ("loss", "text_loss", "image_loss", "learning_rate", "epoch", "text_tokens", "image_tokens", "val_loss"):
             if name in b or name in a:
                 assert a[name] == pytest.approx(b[name], rel=1e-6), (a["step"], name)
 

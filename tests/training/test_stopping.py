@@ -25,6 +25,10 @@ from unigen.training.trainer import UnifiedTrainer
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("tokens_per_second", "data_wait")
+PRELOAD = [  # what a run imports late, so that new processes need not
+    "unigen.training.trainer", "unigen.sequence.tokens", "transformers.models.auto.tokenization_auto", "transformers.models.qwen2",
+    "transformers.models.siglip", "diffusers.models.autoencoders.autoencoder_kl",
+]  # fmt: skip
 
 # phase -> (steps done when the signal comes, the step that must be saved then)
 PHASES = {
@@ -77,7 +81,7 @@ def _train_as_rank(
 def run(options: dict[str, Any], log: Path, world: int = 2, when: tuple[str, int] | None = None, who: tuple[int, ...] = ()) -> list[int]:
     """The exit codes; processes that wait for one that has gone are ended, as torchrun does it."""
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(["unigen.training.trainer", "unigen.sequence.tokens", "transformers.models.qwen2"])
+    ctx.set_forkserver_preload(PRELOAD)
     port = free_port()
     processes = [ctx.Process(target=_train_as_rank, args=(r, world, port, options, when, list(who), str(log))) for r in range(world)]
     for process in processes:
