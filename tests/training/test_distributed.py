@@ -144,7 +144,7 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(options: dict[str, A
     shutil.copy(run / "metrics.jsonl", other)
     command(torchrun(2), two | {"output_dir": str(other)}, "--resume_from_checkpoint", "auto")
     assert losses(other) == losses(run)
-    parts = sorted(path.name for path in (run / "step_4").glob("*.safetensors"))
+    parts = sorted(path.name for path in (run / "step_4").glob("*-of-*.safetensors"))
     assert parts == [f"{group}-0000{n}-of-00002.safetensors" for group in ("ema", "model", "optimizer") for n in (1, 2)]
     for name in parts:
         assert (other / "step_4" / name).read_bytes() == (run / "step_4" / name).read_bytes(), name
