@@ -20,12 +20,12 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TIMES = ("tokens_per_second", "data_wait")
 PATIENCE_S = 120.0
 PRELOAD = [
     "unigen.training.trainer", "unigen.training.fsdp", "unigen.sequence.tokens", "transformers.models.auto.tokenization_auto",
@@ -36,7 +36,11 @@ PRELOAD = [
 def context() -> Any:
     """New processes are forks of one that has imported everything: a start then costs a tenth of a second, not five."""
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(PRELOAD)
+    # Python has one such server in a process; where other code has started it, that has imported what the other code needs.
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._preload_modules != PRELOAD:
+        server._stop()
+        ctx.set_forkserver_preload(PRELOAD)
     return ctx
 
 
@@ -46,19 +50,31 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], notes: str) -> None:
-    """One process of the run; every step's samples are noted in ``notes``."""
+def timeless(output_dir: Path | str) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` without what a clock wrote."""
+    lines = (Path(output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "tokens_per_second", "data_wait")} for line in lines]
+
+
+def become_rank(rank: int, world: int, port: int, log: str = "") -> None:
+    """Makes this process one of a run, as torchrun would; what it prints goes to ``log``.RANK.log, where that is given."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    output = os.open(f"{notes}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    if log:
+        output = os.open(f"{log}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
     import torch
 
+    torch.set_num_threads(1)
+
+
+def train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], notes: str) -> None:
+    """One process of the run; every step's samples are noted in ``notes``."""
+    become_rank(rank, world, port, notes)
     from unigen.config import Config
     from unigen.training.trainer import UnifiedTrainer
 
-    torch.set_num_threads(1)
     trainer = UnifiedTrainer(Config(**options))
     step, samples = trainer.train_step, open(f"{notes}.{rank}", "a", encoding="utf-8")  # noqa: SIM115 (open until the process is killed)
 
@@ -132,8 +148,7 @@ class Run:
         return {path.name for path in self.output_dir.glob("step_*")}
 
     def metrics(self) -> list[dict[str, Any]]:
-        lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+        return timeless(self.output_dir)
 
 
 def kill_again_and_again(run: Run, kills: int, in_save: int, seed: int) -> Killed:

@@ -8,10 +8,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+import signal
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
+
+# A shell that starts the tests in the background has these ignored, and so would every process that a test starts.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Some tests do less of what a benchmark does; the processes they start find it there, too.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 # Files that the data set unpacks stay out of the home folder. Workers of pytest-xdist inherit the first process's folder.
 _UNPACKED = tempfile.TemporaryDirectory(prefix="unigen-tests-") if "UNIGEN_CACHE" not in os.environ else None

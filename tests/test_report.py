@@ -2,59 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import Page
 from PIL import Image as PILImage
 
 from unigen.report import bar_chart, contact_sheet, image_grid, line_chart, read_metrics, table, write_page, write_pieces
 from unigen.sequence.types import Image, Text
 
 EVIL = "<script>alert('x')</script> & \"quoted\" 猫\x00"
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Checks the nesting of tags and collects text, tags and pictures."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.open, self.text, self.tags, self.pictures = [], "", [], []
-        self.feed(source)
-        self.close()
-        assert self.open == [], f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.tags.append(tag)
-        assert not [name for name in values if name.startswith("on") or name in ("href", "srcset")]
-        if tag == "img":
-            kind, data = values["src"].split(",", 1)
-            assert kind == "data:image/png;base64"
-            self.pictures.append(PILImage.open(io.BytesIO(base64.b64decode(data, validate=True))))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.text += data
 
 
 def picture(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> PILImage.Image:

@@ -258,7 +258,7 @@ def _split(folder: Path, train: int, heldout: int, seed: int) -> DigitSet:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("The digits come from scikit-learn, which is not installed. Cure: pip install 'unigen[demo]'") from error
+        raise ImportError("The digits come from scikit-learn, which is not installed. Cure: pip install scikit-learn") from error
     data = load_digits()
     total = len(data.target)
     if min(train, heldout) < 10 or train + heldout > total:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_report import Page
+from pages import Page
 
 from unigen.check import advice as rules
 from unigen.check import page as check_page

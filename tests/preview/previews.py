@@ -1,9 +1,10 @@
-"""What the tests of the preview share: planners, records, and a parser of its page."""
+"""What the tests of the preview share: planners and records."""
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
+
+from pages import Page
 
 from unigen.preview import command as preview
 from unigen.preview.command import PreviewOptions
@@ -39,44 +40,11 @@ def write(folder: Path, *lines: object) -> Path:
     return path
 
 
-class Page(HTMLParser):
-    """The page's elements: checks the nesting, and that nothing leads outside or runs."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.pictures, self.cards = "", 0, []
-        self.feed(source)
-        self.close()
-        assert self.open == [], f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        assert tag != "script" and not [name for name in values if name.startswith("on") or name in ("href", "srcset")]
-        assert "url(" not in (values.get("style") or "") and (values.get("src") or "data:image/").startswith("data:image/")
-        self.elements.append((tag, values))
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
-
-    def of(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
-        return [values for name, values in self.elements if name == tag and (not kind or kind in (values.get("class") or "").split())]
-
-
 def page_of(tmp_path: Path, planner: Planner, *looks: preview.Look, language: str = "en", model: str | None = "m") -> Page:
     options = PreviewOptions(paths=["data.jsonl"], language=language, model_path=model)
-    return Page(write_preview(tmp_path / "preview.html", looks, options, planner).read_text(encoding="utf-8"))
+    page = Page(write_preview(tmp_path / "preview.html", looks, options, planner).read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    return page
 
 
 def sample_page(tmp_path: Path, entry: Record, planner: Planner, epoch: int = 0, number: int = 0) -> Page:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import Page
 from PIL import Image as PILImage
-from previews import EXAMPLES, HOUSE, PICTURES, ROOT, SAY, Page, packed, page_of, record, sample_page, write
+from previews import EXAMPLES, HOUSE, PICTURES, ROOT, SAY, packed, page_of, record, sample_page, write
 
 from unigen import cli
 from unigen.config import DataOptions

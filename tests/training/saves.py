@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -131,3 +134,13 @@ def save_together(output_dir: Path, step: int, world: int = 2) -> Path:
     results = together(world, work)
     assert results == [output_dir / f"step_{step}"] * world, results
     return results[0]
+
+
+def mount_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of ``size`` (such as "4m") in ``folder``; skips the test where none can be mounted."""
+    mount = folder / "disk"
+    mount.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root and its permission")
+    yield mount
+    subprocess.run(["umount", "-l", mount], check=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from saves import ALONE, FILES, contents, contents_of, entry, names, save, write_files
+from saves import ALONE, FILES, contents, contents_of, entry, mount_disk, names, save, write_files
 
 from unigen.training.checkpoint import CheckpointError, prune_checkpoints, read_states, sweep_orphans, verify_checkpoint
 from unigen.training.saver import Saver
@@ -25,12 +25,7 @@ BIG = torch.zeros(300_000)
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root and its permission")
-    yield mount
-    subprocess.run(["umount", "-l", mount], check=True)
+    yield from mount_disk(tmp_path, "1m")
 
 
 # ---- no room

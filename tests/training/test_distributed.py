@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from kills import become_rank, free_port, timeless
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
-from test_engine import as_rank, free_port
 from tiny import assert_close, built, gradients, metrics, row_of, write_jsonl
 
 from unigen.config import UserError
@@ -43,8 +44,7 @@ def options_of(case: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
-    as_rank(rank, world, port)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port)
     for number, case in enumerate(CASES):
         trainer = built(**options_of(case, options))
         rows = [row_of(trainer, records) for records in CASES[case][0][rank]]
@@ -72,7 +72,7 @@ def two_ranks(small_model: Path, records: Path, tmp_path_factory: pytest.TempPat
     token = json.loads((small_model / "vocab.json").read_text())["?"]  # in the first record alone
     weights["language_model.model.embed_tokens.weight"][token] = float("nan")
     save_file(weights, folder / "broken" / "ema.safetensors")
-    torch.multiprocessing.spawn(_step_as_rank, (2, free_port(), options, str(folder)), nprocs=2)
+    run_ranks(_step_as_rank, 2, options, str(folder))
     return folder, options
 
 
@@ -152,8 +152,8 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(options: dict[str, A
     one = built(**options | {"gradient_accumulation_steps": 4, "output_dir": str(tmp_path / "one")})
     one.dry_batch()
     one._run()
-    for found, wanted in zip(metrics(run), metrics(tmp_path / "one"), strict=True):
-        for name in wanted.keys() - {"tokens_per_second", "data_wait"}:
+    for found, wanted in zip(timeless(run), timeless(tmp_path / "one"), strict=True):
+        for name in wanted:
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
 
 
@@ -165,7 +165,7 @@ def test_a_mistake_of_the_user_ends_every_process(options: dict[str, Any], tmp_p
 
 
 def _skip_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
-    as_rank(rank, world, port)
+    become_rank(rank, world, port)
     trainer = built(**options)
     (Path(folder) / f"{rank}.json").write_text(json.dumps([len(trainer.stream.mixture), trainer.stream.mixture.visits(0).records.tolist()]))
     other = options | {"train_data_path": options["val_data_path"]} if rank else options
@@ -183,7 +183,7 @@ def test_every_process_leaves_out_the_same_records(options: dict[str, Any], reco
     lines = [{"text_prompt": "cut", "image_path": "cut.png"}]
     lines += [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]} for i in range(110)]
     options |= {"train_data_path": str(write_jsonl(tmp_path / "skip.jsonl", lines)), "val_data_path": str(records), "on_bad_record": "skip"}
-    torch.multiprocessing.spawn(_skip_as_rank, (2, free_port(), options, str(tmp_path)), nprocs=2)
+    run_ranks(_skip_as_rank, 2, options, str(tmp_path))
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert zero == one and zero[0] == 110
     assert all("the processes read different data" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import as_rank, free_port
+from kills import become_rank
+from processes import run_ranks
 from tiny import built, metrics
 
 from unigen.data.loader import Place
@@ -22,8 +23,7 @@ LEGS = [(2, "fsdp2", 2), (1, "single", 4), (3, "fsdp2", 6), (2, "deepspeed", 8)]
 
 
 def _leg_as_rank(rank: int, world: int, port: int, options: dict[str, Any], until: int, folder: str) -> None:
-    as_rank(rank, world, port)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port)
     trainer = built(**options)
     if trainer.step:
         held = {}
@@ -64,7 +64,7 @@ def elastic(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathF
     }  # fmt: skip
     for world, engine, until in LEGS:
         leg = options | {"engine": engine, "output_dir": str(folder / "run")}
-        torch.multiprocessing.spawn(_leg_as_rank, (world, free_port(), leg, until, str(folder)), nprocs=world)
+        run_ranks(_leg_as_rank, world, leg, until, str(folder))
     one = built(**options | {"gradient_accumulation_steps": ROWS, "engine": "single", "output_dir": str(folder / "one")})
     one._run()
     return folder, options

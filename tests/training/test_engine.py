@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kills import become_rank
+from processes import run_ranks
 from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError, UserError
 from unigen.training.engine import ENGINES, Channel, DataParallel, Engine, open_engine
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def as_rank(rank: int, world: int, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
 
 # ---- which one
 
@@ -170,8 +159,7 @@ TEXTS = (("", "b"), ("", ""), ("ein längerer Text 图", "x" * 10_000), ("\\ud80
 
 
 def _talk(rank: int, world: int, port: int, folder: str) -> None:
-    as_rank(rank, world, port)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port)
     said: dict[str, Any] = {}
     try:
         open_engine(Config(device="cpu", engine="single"))
@@ -218,7 +206,7 @@ def _train(engine: Engine, rank: int) -> dict[str, Any]:
 
 
 def test_two_processes(tmp_path: Path):
-    torch.multiprocessing.spawn(_talk, (2, free_port(), str(tmp_path)), nprocs=2)
+    run_ranks(_talk, 2, str(tmp_path))
     zero, one = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for said in (zero, one):
         assert "2 processes were started" in said["single"] and said["engine"] == "ddp"

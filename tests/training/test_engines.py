@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import as_rank, free_port
+from kills import become_rank
+from processes import run_ranks
 from tiny import built, row_of, write_jsonl
 
 from unigen.training.trainer import UnifiedTrainer
@@ -125,8 +126,7 @@ def spoiled(trainer: UnifiedTrainer, kind: str, here: bool) -> list[Any]:
 
 
 def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str, Any], folder: str) -> None:
-    as_rank(rank, world, port)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port)
     for number, (_, case) in enumerate(cases_of(run).items()):
         given = options_of(case, options, RUNS[run][0])
         trainer = built(**given | {"output_dir": f"{folder}/{run}-{number}"})
@@ -152,10 +152,7 @@ def prepared(small_model: Path, records: Path, tmp_path_factory: pytest.TempPath
 def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(run: str, prepared: tuple[Path, dict[str, Any]]):
     folder, options = prepared
     world = RUNS[run][1]
-    if world == 1:
-        torch.multiprocessing.spawn(_train_as_rank, (world, 0, run, options, str(folder)), nprocs=world)
-    else:
-        torch.multiprocessing.spawn(_train_as_rank, (world, free_port(), run, options, str(folder)), nprocs=world)
+    run_ranks(_train_as_rank, world, run, options, str(folder))
     for rank in range(world):
         bad = json.loads((folder / f"{run}-bad.{rank}.json").read_text())
         assert bad == [["its loss is not finite", True], ["its gradient is not finite", True]], f"NaN on the last process, seen by {rank}"

@@ -28,7 +28,7 @@ def curve(folder: Path, name: str) -> list[tuple[int, float]]:
     return [(event.step, float(tensor_util.make_ndarray(event.tensor_proto))) for event in read(folder / "tensorboard").Tensors(name)]
 
 
-def run(folder: Path, steps: range, resume_step: int | None = None, scale: float = 1.0) -> None:
+def run(folder: Path, steps: range, resume_step: int = 0, scale: float = 1.0) -> None:
     tracker = Tracker(folder, Config(tensorboard=True), resume_step)
     for step in steps:
         tracker.log({"loss": scale / step, "note": "a text", "nothing": None, "count": step}, step)
@@ -68,13 +68,6 @@ def test_a_resumed_run_shows_every_step_once(tmp_path: Path, cut: int):
     assert [step for step, _ in curve(tmp_path, "loss")] == list(range(1, 12))
 
 
-def test_a_fresh_start_sets_the_earlier_files_aside(tmp_path: Path):
-    for last in (2, 3, 4):
-        run(tmp_path, range(1, last))
-    assert [step for step, _ in curve(tmp_path, "loss")] == [1, 2, 3]
-    assert sorted(path.name for path in tmp_path.glob("tensorboard*")) == ["tensorboard", "tensorboard.old-1", "tensorboard.old-2"]
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_loses_no_point(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tracker = Tracker(tmp_path, Config(tensorboard=True))
@@ -106,7 +99,7 @@ def test_without_the_package_the_cure_is_told(tmp_path: Path, caplog: pytest.Log
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     run(tmp_path, range(1, 3))
-    assert len(caplog.messages) == 1 and 'pip install "unigen[tensorboard]"' in caplog.text
+    assert len(caplog.messages) == 1 and "pip install tensorboard" in caplog.text
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from tiny import built, metrics
 
-from unigen.config import Config, ConfigError, UserError
+from unigen.config import Config, ConfigError
 from unigen.training.engine import Engine
 from unigen.training.guards import FEWEST, Guards, TrainingStopped
 from unigen.training.trainer import UnifiedTrainer
@@ -89,27 +87,3 @@ def test_training_stops_when_validation_no_longer_improves_and_its_state_is_save
 def test_early_stopping_needs_something_to_validate_on():
     with pytest.raises(ConfigError, match="early_stopping_patience needs val_data_path"):
         Config(model_path="m", train_data_path="d", early_stopping_patience=2).resolve()
-
-
-def test_a_folder_in_use_is_refused_and_free_again_after_kill_9(options: dict[str, Any], tmp_path: Path):
-    folder = Path(options["output_dir"])
-    folder.mkdir(parents=True)
-    code = f"""
-import time
-from pathlib import Path
-from unigen.training.guards import lock_folder
-held = lock_folder(Path({str(folder)!r}))
-print("held", flush=True)
-time.sleep(600)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"in use by process {holder.pid} on .*Cure: wait for its end or stop it"):
-            UnifiedTrainer(Config(**options)).train()
-        assert not (folder / "config.json").exists() and not list(folder.glob("step_*")), "nothing was touched"
-    finally:
-        holder.kill()
-        holder.wait()
-    UnifiedTrainer(Config(**options)).train()
-    assert (folder / "step_2" / "manifest.json").exists()

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import kills
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def kills() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # the processes it starts find their function there, too
-    return importlib.import_module("kills")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "any_moment", "in_save"), [("ddp", 20, 10), ("fsdp2", 2, 3)])
 def test_kill_9_of_all_ranks_loses_no_published_step_and_changes_no_digit(
-    kills: ModuleType, small_model: Path, tmp_path: Path, engine: str, any_moment: int, in_save: int
+    small_model: Path, tmp_path: Path, engine: str, any_moment: int, in_save: int
 ):
     """20 kills of a run and 10 of a save, three epochs: the stitched log is that of an uninterrupted run, so are the weights, the average
     and the moments; no checkpoint that was once published is ever missing; every sample is met exactly once an epoch."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kills import become_rank
+from processes import run_ranks
 from sampling import fail_once, pixels, sampler_of, write_prompts
-from test_engine import as_rank, free_port
 from tiny import built, row_of
 
 from unigen.training.lockstep import Lockstep
@@ -37,8 +36,7 @@ def test_a_failure_that_the_others_cannot_be_told_of_ends_the_run(options: dict[
 
 def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
     """Both engines, one after the other: samples, a training step, samples again; then what goes wrong on one process alone."""
-    as_rank(rank, world, port)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port)
     heard: dict[str, Any] = {}
     for name in ("ddp", "fsdp2"):
         trainer = built(**options | {"engine": name, "output_dir": f"{folder}/{name}"})
@@ -91,19 +89,6 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
     torch.distributed.destroy_process_group()
 
 
-def spawn(work: Callable[..., None], world: int, seconds: float, *given: Any) -> None:
-    """Runs ``work`` on processes that end: a hang is an error after ``seconds``."""
-    context = torch.multiprocessing.spawn(work, (world, free_port(), *given), nprocs=world, join=False)
-    deadline = time.monotonic() + seconds
-    try:
-        while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, f"the processes hang: {seconds} s have passed"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-
-
 @pytest.fixture(scope="module")
 def two(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples of two processes, and of one that trained on the same rows."""
@@ -111,7 +96,7 @@ def two(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFacto
     options = {"model_path": str(small_model), "train_data_path": str(records), "max_steps": 4, "device": "cpu", "num_workers": 0}
     # Adam divides by the gradient's size: with its usual epsilon, gradients that are zero but for rounding would move weights.
     options |= {"sample_prompts": str(write_prompts(folder)), "text_cond_dropout_prob": 0.0, "adam_epsilon": 1e-3, "hang_timeout": 60.0}
-    spawn(_sample_as_rank, 2, 300, options, str(folder))
+    run_ranks(_sample_as_rank, 2, options, str(folder), seconds=300)
     trainer = built(**options | {"output_dir": str(folder / "one")})
     sampler = Sampler(trainer.config, trainer.engine, trainer.model)
     sampler.run(0, None)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from kills import become_rank
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from saves import (
     ALONE,
@@ -26,7 +28,6 @@ from saves import (
     shared_entries,
     together,
 )
-from test_engine import as_rank, free_port
 
 from unigen.config import Config
 from unigen.model.storage import scan_safetensors
@@ -361,8 +362,7 @@ def test_a_process_that_is_gone_fails_the_save_of_the_others(tmp_path: Path):
 
 
 def _save_as_rank(rank: int, world: int, port: int, folder: str) -> None:
-    as_rank(rank, world, port)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port)
     run = Path(folder) / "run"
     said: dict[str, Any] = {}
     with Engine(Config(device="cpu")) as engine:
@@ -384,7 +384,7 @@ def _save_as_rank(rank: int, world: int, port: int, folder: str) -> None:
 
 def test_two_real_processes_write_beside_the_training(tmp_path: Path):
     """Over gloo: three saves in the background while the processes talk, the two newest stay, a failing fourth is told by both."""
-    torch.multiprocessing.spawn(_save_as_rank, (2, free_port(), str(tmp_path)), nprocs=2)
+    run_ranks(_save_as_rank, 2, str(tmp_path))
     for rank in range(2):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [said[f"sums {step}"] for step in (1, 2, 3)] == [[2 * step + 1, 2] for step in (1, 2, 3)]

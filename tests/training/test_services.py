@@ -106,7 +106,7 @@ def test_without_the_package_the_cure_is_told(tmp_path: Path, caplog, monkeypatc
     tracker = run(tmp_path, range(1, 3), trackio_project="cats")
     tracker.finish()
     assert warnings(caplog) == ["Tracker wandb cannot start", "Tracker trackio cannot start"]
-    assert 'pip install "unigen[wandb]"' in caplog.text and 'pip install "unigen[trackio]"' in caplog.text
+    assert "pip install wandb" in caplog.text and "pip install trackio" in caplog.text
     assert len(log_lines(tmp_path)) == 2
 
 

@@ -1,15 +1,15 @@
 """Room on the disk: on real small file systems where the machine lets us mount one, with pretended numbers elsewhere."""
 
 import errno
-import os
-import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from saves import mount_disk
 
 from unigen.training import space as module
 from unigen.training.checkpoint import verify_checkpoint
@@ -44,14 +44,9 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def disk(tmp_path: Path):
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 4 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mount], capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root and its permission")
-    yield mount
-    subprocess.run(["umount", "-l", mount], check=True)
+    yield from mount_disk(tmp_path, "4m")
 
 
 @pytest.fixture(autouse=True)

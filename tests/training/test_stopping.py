@@ -4,7 +4,6 @@ on as if nothing had been."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_engine import free_port
+from kills import become_rank, context, free_port, timeless
 from tiny import metrics
 
 from unigen.config import Config
@@ -24,12 +22,6 @@ from unigen.training.stops import EXIT_HUNG, EXIT_STOPPED
 from unigen.training.trainer import UnifiedTrainer
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("tokens_per_second", "data_wait")
-PRELOAD = [  # what a run imports late, so that new processes need not
-    "unigen.training.trainer", "unigen.sequence.tokens", "transformers.models.auto.tokenization_auto", "transformers.models.qwen2",
-    "transformers.models.siglip", "diffusers.models.autoencoders.autoencoder_kl",
-]  # fmt: skip
-
 # phase -> (steps done when the signal comes, the step that must be saved then)
 PHASES = {
     "loading": (0, None),
@@ -46,12 +38,7 @@ def _train_as_rank(
     rank: int, world: int, port: int, options: dict[str, Any], when: tuple[str, int] | None, who: list[int], log: str
 ) -> None:
     """One process; those of ``who`` get a signal as they enter the phase ``when``."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    output = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port, log)
     trainer = UnifiedTrainer(Config(**options))
     phase = trainer.stops.phase
 
@@ -80,8 +67,7 @@ def _train_as_rank(
 
 def run(options: dict[str, Any], log: Path, world: int = 2, when: tuple[str, int] | None = None, who: tuple[int, ...] = ()) -> list[int]:
     """The exit codes; processes that wait for one that has gone are ended, as torchrun does it."""
-    ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(PRELOAD)
+    ctx = context()
     port = free_port()
     processes = [ctx.Process(target=_train_as_rank, args=(r, world, port, options, when, list(who), str(log))) for r in range(world)]
     for process in processes:
@@ -102,10 +88,6 @@ def run(options: dict[str, Any], log: Path, world: int = 2, when: tuple[str, int
     return [process.exitcode if process.exitcode is not None else -1 for process in processes]
 
 
-def lines(folder: Path | str) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics(folder)]
-
-
 @pytest.fixture(scope="module")
 def whole(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Six steps on two processes that nobody stops."""
@@ -115,7 +97,7 @@ def whole(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFac
         "save_steps": 4, "learning_rate": 1e-3, "device": "cpu", "num_workers": 0, "sample_prompts": ["Say two"], "sample_steps": 4,
         "output_dir": str(folder / "whole"),
     }  # fmt: skip
-    assert run(options, folder / "log") == [0, 0], (folder / "log.0").read_text()[-3000:]
+    assert run(options, folder / "log") == [0, 0], (folder / "log.0.log").read_text()[-3000:]
     return options
 
 
@@ -127,7 +109,7 @@ def test_a_signal_to_one_process_in_any_phase_saves_the_last_finished_step(phase
     done, saved = PHASES[phase]
     options = whole | {"output_dir": str(tmp_path / "run")}
     codes = run(options, tmp_path / "log", when=(phase, done), who=(1,))
-    printed = (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
+    printed = (tmp_path / "log.0.log").read_text() + (tmp_path / "log.1.log").read_text()
     assert EXIT_STOPPED in codes and codes[1] == EXIT_STOPPED, (codes, printed[-3000:])
     found = {path.name for path in (tmp_path / "run").glob("step_*")}
     if saved is None:
@@ -136,8 +118,8 @@ def test_a_signal_to_one_process_in_any_phase_saves_the_last_finished_step(phase
         assert codes == [EXIT_STOPPED] * 2, (codes, printed[-3000:])
         assert found == {f"step_{saved}"} | ({"step_4"} if saved > 4 else set())
         assert "goes on from here with --resume_from_checkpoint auto" in printed
-    assert run(options | {"resume_from_checkpoint": "auto"}, tmp_path / "again") == [0, 0], (tmp_path / "again.0").read_text()[-3000:]
-    assert lines(tmp_path / "run") == lines(whole["output_dir"])
+    assert run(options | {"resume_from_checkpoint": "auto"}, tmp_path / "again") == [0, 0], (tmp_path / "again.0.log").read_text()[-3000:]
+    assert timeless(tmp_path / "run") == timeless(whole["output_dir"])
     for name in ("samples/step_4/index.json",):
         assert (tmp_path / "run" / name).read_bytes() == (Path(whole["output_dir"]) / name).read_bytes()
     for path in sorted((Path(whole["output_dir"]) / "step_6").glob("*.safetensors")):
@@ -206,12 +188,7 @@ def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_p
 
 
 def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], log: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    output = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
+    become_rank(rank, world, port, log)
     trainer = UnifiedTrainer(Config(**options))
     step = trainer.train_step
 
@@ -231,7 +208,7 @@ def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str,
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     options = whole | {"output_dir": str(tmp_path / "run"), "hang_timeout": 12.0}
     options.pop("sample_prompts"), options.pop("sample_steps"), options.pop("val_data_path"), options.pop("eval_steps")
-    ctx = multiprocessing.get_context("forkserver")
+    ctx = context()
     port = free_port()
     processes = [ctx.Process(target=_hang_as_rank, args=(r, 2, port, options, str(tmp_path / "log"))) for r in range(2)]
     for process in processes:
@@ -239,7 +216,7 @@ def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str,
     for process in processes:
         process.join(90)
         process.kill()
-    printed = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    printed = [(tmp_path / f"log.{rank}.log").read_text() for rank in range(2)]
     assert EXIT_HUNG in [process.exitcode for process in processes], printed
     assert "rank 1 of 2" in printed[1] and "step 2, phase forward/backward" in printed[1] and "hang_at_the_third" in printed[1]
     assert "hang_at_the_third" in (tmp_path / "run" / "ranks" / "rank_1.stack.txt").read_text()

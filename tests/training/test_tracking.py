@@ -16,7 +16,9 @@ from unigen.training.tracking import TRACKERS, Tracker
 
 
 def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    """The log without the clock's times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{name: value for name, value in row.items() if name != "time"} for row in found]
 
 
 # ---- metrics.jsonl
@@ -29,7 +31,8 @@ def test_a_line_holds_the_step_and_the_exact_numbers(tmp_path: Path):
     assert lines(tmp_path / "new") == [
         {"step": 1, "loss": 0.1 + 0.2, "count": 3, "note": "猫", "missing": None, "norm": 1.5, "tiny": 5e-324}
     ]
-    assert next(iter(lines(tmp_path / "new")[0])) == "step"
+    step, now = list(json.loads((tmp_path / "new" / "metrics.jsonl").read_text("utf-8")).items())[:2]
+    assert step == ("step", 1) and now[0] == "time" and abs(now[1] - time.time()) < 60
     tracker.finish()
     tracker.finish()
 
@@ -41,7 +44,7 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path):
     assert b"NaN" not in (tmp_path / "metrics.jsonl").read_bytes()
 
 
-def run(folder: Path, steps: range, resume_step: int | None = None) -> None:
+def run(folder: Path, steps: range, resume_step: int = 0) -> None:
     tracker = Tracker(folder, Config(), resume_step)
     for step in steps:
         tracker.log({"loss": 1 / step}, step)
@@ -57,7 +60,7 @@ def test_a_stitched_log_equals_an_uninterrupted_one(tmp_path: Path, stopped: int
     with open(tmp_path / "stitched" / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 3, "lo')  # a kill in the middle of a write
     run(tmp_path / "stitched", range(resume + 1, 13), resume)
-    assert (tmp_path / "stitched" / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+    assert lines(tmp_path / "stitched") == lines(tmp_path / "straight")
     assert [p.name for p in (tmp_path / "stitched").iterdir()] == ["metrics.jsonl"]
 
 
@@ -66,13 +69,22 @@ def test_resuming_where_there_is_no_log_starts_one(tmp_path: Path):
     assert [row["step"] for row in lines(tmp_path)] == [5, 6]
 
 
-@pytest.mark.parametrize("resume_step", [None, 0])
-def test_a_fresh_start_sets_the_earlier_log_aside(tmp_path: Path, resume_step: int | None):
-    for last in (2, 3, 4):
-        run(tmp_path, range(1, last), resume_step)
-    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3]
-    assert len((tmp_path / "metrics.old-1.jsonl").read_text().splitlines()) == 1
-    assert len((tmp_path / "metrics.old-2.jsonl").read_text().splitlines()) == 2
+def test_a_validation_that_is_repeated_is_in_the_log_once(tmp_path: Path):
+    """A signal broke it off at step 4, the next run repeated and logged it and was killed, the third repeats it again."""
+    run(tmp_path, range(1, 5))
+    for killed in (True, True, False):
+        tracker = Tracker(tmp_path, Config(), 4, repeats=True)
+        tracker.log({"val_loss": 0.5}, 4)
+        if killed:
+            tracker.log({"loss": 0.25}, 5)
+        tracker.finish()
+    assert [(row["step"], "val_loss" in row) for row in lines(tmp_path)] == [(1, False), (2, False), (3, False), (4, False), (4, True)]
+
+
+def test_a_validation_that_was_finished_stays(tmp_path: Path):
+    run(tmp_path, range(1, 5))
+    Tracker(tmp_path, Config(), 4).finish()
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 4]
 
 
 def test_a_kill_leaves_whole_lines(tmp_path: Path):

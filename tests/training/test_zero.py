@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_engine import as_rank, free_port
+from kills import become_rank
+from processes import run_ranks
 from test_engines import THREE, TWO, held, options_of, together, train
 from tiny import built, row_of, write_jsonl
 
@@ -134,7 +134,7 @@ def _state_as_rank(rank: int, zero: str, options: dict[str, Any], folder: Path) 
 
 def _train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], text: str) -> None:
     folder = Path(text)
-    as_rank(rank, world, port)
+    become_rank(rank, world, port)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     torch.set_num_threads(1)
     for processes, zero, name in RUNS:
@@ -169,13 +169,7 @@ def ran(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFacto
     options = {"model_path": str(small_model), "train_data_path": str(records), "max_steps": 3, "device": "cpu", "num_workers": 0}
     folder = tmp_path_factory.mktemp("zero")
     for world in (2, 3):
-        started = torch.multiprocessing.spawn(_train_as_rank, (world, free_port(), options, str(folder)), nprocs=world, join=False)
-        end = time.monotonic() + 400
-        while not started.join(timeout=5):
-            if time.monotonic() > end:
-                for process in started.processes:
-                    process.kill()
-                pytest.fail(f"{world} processes hang")
+        run_ranks(_train_as_rank, world, options, str(folder), seconds=250)
         assert all(file_of(folder, "ended", world, rank).exists() for rank in range(world))
     return folder, options
 

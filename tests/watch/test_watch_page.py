@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import re
 import shutil
 import subprocess
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import Page
 from PIL import Image as PILImage
-from recorded import PROMPTS, beat, record, write_metrics, write_rank, write_samples
+from recorded import PROMPTS, record, write_metrics, write_rank, write_samples
 
 from unigen.report import write_page
 from unigen.watch import chart
@@ -29,54 +27,6 @@ from unigen.watch.words import WORDS, figure
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Checks the nesting of tags; collects text, attributes and pictures, and counts scripts."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.open, self.text, self.tags, self.pictures, self.charts = [], "", [], [], []
-        self.feed(source)
-        self.close()
-        assert self.open == [], f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.tags.append(tag)
-        assert not [name for name in values if name.startswith("on") or name in ("href", "srcset")]
-        if tag == "img":
-            kind, data = values["src"].split(",", 1)
-            assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
-            self.pictures.append(PILImage.open(io.BytesIO(base64.b64decode(data, validate=True))))
-        if "data-curves" in values:
-            self.charts.append(json.loads(values["data-curves"]))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.text += data
-
-
-@pytest.fixture(scope="module")
-def recorded_folder(tmp_path_factory) -> Path:
-    return record(tmp_path_factory.mktemp("runs") / "garden")
-
-
-@pytest.fixture
-def folder(recorded_folder) -> Path:
-    beat(recorded_folder)
-    return recorded_folder
 
 
 def written(path: Path, *folders: Path, **options) -> str:

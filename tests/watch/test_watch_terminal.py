@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from recorded import PROMPTS, beat, record, row, write_checkpoint, write_metrics, write_rank, write_samples
+from recorded import PROMPTS, record, row, write_checkpoint, write_metrics, write_rank, write_samples
 
 from unigen import cli
 from unigen.watch import command
@@ -29,18 +29,6 @@ from unigen.watch.terminal import View, fit, frame, render, wrapped
 from unigen.watch.words import WORDS, Words, columns, figure, plain, size
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def recorded_folder(tmp_path_factory) -> Path:
-    return record(tmp_path_factory.mktemp("runs") / "garden")
-
-
-@pytest.fixture
-def folder(recorded_folder) -> Path:
-    """1,240 of 2,000 steps on eight processes, alive."""
-    beat(recorded_folder)
-    return recorded_folder
 
 
 def look(folder: Path) -> Run:

@@ -34,16 +34,21 @@ def kept_products(experts: int) -> dict[str, list[bool]]:
 
 
 class Experts(nn.Module):
-    """A module whose parts come in two: ``name`` for understanding, ``name_moe_gen`` for generation."""
+    """A module whose parts come in two: ``name`` for understanding, ``name_moe_gen`` for generation.
+
+    ``together``: other processes may have rows for a part that this one has none for, and need it to gather the weights.
+    """
+
+    together = False
 
     def both(self, name: str, x: Tensor, n_und: int) -> Tensor:
         """Part ``name`` on the first ``n_und`` rows of ``x``, its twin on the rest.
 
-        While gradients are recorded both run, also on no rows at all, so that a row without pictures gives the twin's
-        weights gradients of zero instead of none.
+        While gradients are recorded (or with ``together``) both run, also on no rows at all, so that a row without pictures
+        gives the twin's weights gradients of zero instead of none.
         """
         und, gen = getattr(self, name), getattr(self, name + GEN, None)
-        if gen is None or (n_und == x.shape[0] and not torch.is_grad_enabled()):
+        if gen is None or (n_und == x.shape[0] and not (torch.is_grad_enabled() or self.together)):
             assert n_und == x.shape[0], "generation tokens need a model built with visual_gen"
             return und(x)
         return torch.cat([und(x[:n_und]), gen(x[n_und:])])

@@ -24,7 +24,7 @@ class Appender:
         prepare: Called once, before the file is opened for the first time; may raise OSError, and is then called again.
     """
 
-    def __init__(self, path: Path, prepare: Callable[[], None]):
+    def __init__(self, path: Path, prepare: Callable[[], None] = lambda: None):
         self.path = path
         self._prepare: Callable[[], None] | None = prepare
         self._file: int | None = None

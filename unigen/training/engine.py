@@ -75,6 +75,7 @@ class Engine:
     """
 
     name = "single"
+    grouped = False  # does one process alone have a process group, too, and train by the same code as many?
     sharded = False  # does a forward gather parameters, so that all processes must do the same forwards in the same order?
 
     def __init__(self, config: Config):
@@ -96,8 +97,13 @@ class Engine:
     def _start_group(self) -> None:
         """The watchdog of the run speaks first (``hang_timeout``); this limit is behind it."""
         limit = timedelta(seconds=2 * self.config.hang_timeout + 600)
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=limit)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if dist.is_initialized():
+            return
+        if self.world > 1:
+            dist.init_process_group(backend, timeout=limit)
+        elif self.grouped:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
     @staticmethod
     def _device(config: Config, local_rank: int) -> torch.device:

@@ -18,31 +18,31 @@ class EventFiles:
     """Metrics, pictures and texts as TensorBoard shows them, in ``output_dir/tensorboard``.
 
     Every start of a run writes a file of its own. A resumed run tells TensorBoard to drop what was logged after the step it resumes
-    from; a fresh start sets the files of an earlier run aside.
+    from.
 
     Args:
         output_dir: Folder of the run.
-        resume_step: Optimiser steps done by the checkpoint the run resumes from, or None.
+        resume_step: Optimiser steps done by the checkpoint the run resumes from, or 0.
 
     Raises:
         UserError: TensorBoard is not installed.
     """
 
-    def __init__(self, output_dir: Path, resume_step: int | None):
+    def __init__(self, output_dir: Path, resume_step: int):
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
-            raise UserError(f'tensorboard is not installed ({error}). Cure: pip install "unigen[tensorboard]"') from error
+            raise UserError(f"tensorboard is not installed ({error}). Cure: pip install tensorboard") from error
         self._messages, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
         folder = Path(output_dir) / FOLDER
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{os.getpid()}"
-        self._file = Appender(folder / name, lambda: _set_aside(folder) if resume_step is None else None)
+        self._file = Appender(folder / name)
         self._append(event_pb2.Event(file_version="brain.Event:2"))
         # TensorBoard drops what it has read of this step and later ones; the first start of a run it passes over, so that needs one too.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._append(event_pb2.Event(step=(resume_step or 0) + 1, session_log=start))
+        self._append(event_pb2.Event(step=resume_step + 1, session_log=start))
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Numbers alone: TensorBoard has no curve for anything else."""
@@ -88,13 +88,3 @@ class EventFiles:
         record = io.BytesIO()
         self._record_writer(record).write(event.SerializeToString())
         self._file.append(record.getvalue())
-
-
-def _set_aside(folder: Path) -> None:
-    """Renames an earlier run's event files to the first free ``tensorboard.old-N``, and makes the folder."""
-    if any(folder.iterdir()):
-        number = 1
-        while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        folder.rename(old)
-        folder.mkdir()

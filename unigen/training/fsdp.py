@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -31,6 +30,7 @@ class FullyShard(Engine):
     """See the module."""
 
     name = "fsdp2"
+    grouped = True
     sharded = True
 
     def __init__(self, config: Config):
@@ -41,13 +41,6 @@ class FullyShard(Engine):
         names = ("replicate", "shard") if size < self.world else ("shard",)
         shape = (self.world // size, size) if size < self.world else (self.world,)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-
-    def _start_group(self) -> None:
-        """One process has a group too: it trains by the same code."""
-        if self.world == 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        super()._start_group()
 
     # ---- build -----------------------------------------------------------------------------------------------------
 

@@ -5,22 +5,17 @@ Every decision is the same on all processes, since it rests on sums over all of 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
-import platform
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from unigen.config import Config, UserError
 from unigen.data.loader import Row, RowStream
-from unigen.training.checkpoint import sweep_orphans
 from unigen.training.engine import Engine
-from unigen.training.secrets import redacted
 
 log = logging.getLogger("unigen")
 
@@ -30,46 +25,6 @@ WINDOW, FEWEST = 100, 20  # gradient norms that a spike is measured against: the
 
 class TrainingStopped(UserError):
     """Training cannot go on; the message says why and the cure."""
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Holds the folder of a run until the file returned is closed or the process ends, in whatever way.
-
-    Raises:
-        UserError: another process holds it; says which.
-    """
-    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the run)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"output_dir {folder} is in use by {holder}: two runs in one folder would overwrite each other. "
-            "Cure: wait for its end or stop it, or choose another --output_dir"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
-
-
-def prepare_folder(folder: Path, config: Config) -> IO[str]:
-    """Makes the folder of a run, takes its lock (see :func:`lock_folder`), cleans up after killed runs, and writes the options down.
-
-    Raises:
-        UserError: it cannot be written, or another run is in it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-        sweep_orphans(folder)
-        options = json.dumps(redacted(config.to_dict()), indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(options + "\n", encoding="utf-8")
-        return lock
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written ({error}). Cure: choose another --output_dir") from error
 
 
 class Guards:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError
 
-_EMBEDDINGS = ("embed_tokens", "position_embedding", "pos_embed")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+EMBEDDINGS = ("embed_tokens", "position_embedding", "pos_embed")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 # ---- the optimiser
@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         raise ConfigError("no parameter is trainable; unfreeze a part of the model (--freeze_llm, --freeze_vit, --freeze_und)")
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for parameter, known_as in names.items():
-        embedding = any(word in name for name in known_as for word in _EMBEDDINGS)
+        embedding = any(word in name for name in known_as for word in EMBEDDINGS)
         decays = parameter.ndim >= 2 and not embedding
         groups[0 if decays else 1]["params"].append((known_as[0], parameter))
     return [group for group in groups if group["params"]]
@@ -74,7 +74,7 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tup
 
         return adam8bit.moments(optimizer, parameter)
     state = optimizer.state.get(parameter)
-    return (float(state["step"]), *(state[moment].view(-1) for moment in _MOMENTS)) if state else None
+    return (float(state["step"]), *(state[moment].view(-1) for moment in MOMENTS)) if state else None
 
 
 def set_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -88,7 +88,7 @@ def set_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, st
         return None
     fused = bool(optimizer.defaults["fused"])  # a fused step counts on the device, the others on the host
     state: dict[str, Tensor] = {"step": torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")}
-    for name, moment in zip(_MOMENTS, (exp_avg, exp_avg_sq), strict=True):
+    for name, moment in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
         state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment.view(parameter.shape))
     optimizer.state[parameter] = state
     return None

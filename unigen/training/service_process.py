@@ -153,7 +153,7 @@ def main() -> None:
     # The end comes from the training; what stops that one (scancel, kill of a group) must not cut the last calls off.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    calls, answers = os.dup(0), os.dup(1)  # what the packages and their helpers print and read is not our conversation
+    calls, answers = os.dup(0), os.dup(1)  # what the packages and their programs print and read is kept apart
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)

@@ -15,12 +15,11 @@ from unigen.model.storage import Stored
 from unigen.training.checkpoint import CheckpointError, scan_group, scan_weights
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
+from unigen.training.optim import MOMENTS
 from unigen.training.saver import Entry
 from unigen.training.shards import Shard, share_out
 
 log = logging.getLogger("unigen")
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def rows_of_a_step(config: Config, processes: int, states: Mapping[str, Any]) -> int:
@@ -79,7 +78,7 @@ class RunState:
             moments = self.engine.moments(shard)
             if shard.start == 0:  # a parameter that never had a gradient is named all the same: its absence would be noticed
                 found.append(Entry("optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0)))
-            for name, moment in zip(_MOMENTS, moments[1:] if moments else (), strict=False):
+            for name, moment in zip(MOMENTS, moments[1:] if moments else (), strict=False):
                 found.append(Entry("optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start))
         return found
 
@@ -116,7 +115,7 @@ class RunState:
         for shard in trained:
             expected[f"step.{shard.name}"] = ()
             if shard.name not in steps or steps[shard.name].numel() != 1 or float(steps[shard.name]) != 0:
-                expected |= {f"{moment}.{shard.name}": tuple(shard.shape) for moment in _MOMENTS}
+                expected |= {f"{moment}.{shard.name}": tuple(shard.shape) for moment in MOMENTS}
         _check(folder, optimizer, expected)
         if self.ema is not None:
             if scan_group(folder, "model"):
@@ -126,7 +125,7 @@ class RunState:
         for shard in trained:
             step = float(steps[shard.name])
             if step:
-                self.engine.set_moments(shard, step, *(_part(optimizer[f"{moment}.{shard.name}"], shard) for moment in _MOMENTS))
+                self.engine.set_moments(shard, step, *(_part(optimizer[f"{moment}.{shard.name}"], shard) for moment in MOMENTS))
         self.engine.refresh()
 
 

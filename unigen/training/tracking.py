@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +44,17 @@ class Backend(Protocol):
     def wait(self, deadline: float) -> None: ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a tracker is started with; see :class:`Tracker`."""
+
+    output_dir: Path
+    config: Config
+    resume_step: int
+    repeats: bool
+    complain: Complain  # is told of failures
+
+
 class Tracker:
     """Hands everything that is logged to every tracker that the config asks for; one process of a run has one.
 
@@ -51,18 +63,19 @@ class Tracker:
     Args:
         output_dir: Folder of the run; made when missing.
         config: Chooses the trackers, and is shown in them without its secrets.
-        resume_step: Optimiser steps done by the checkpoint the run resumes from; what was logged after it is dropped, as it will
-            be logged again. None or 0 for a fresh start, which sets an earlier run's log aside.
+        resume_step: Optimiser steps done by the checkpoint the run resumes from, 0 for a fresh start. What was logged after it is
+            dropped, as it will be logged again.
+        repeats: The run begins with the validation of ``resume_step``, which a signal broke off. One that is in the log all the same
+            (of a run that was killed after it) is dropped.
     """
 
-    def __init__(self, output_dir: Path, config: Config, resume_step: int | None = None):
-        resume_step = resume_step or None
+    def __init__(self, output_dir: Path, config: Config, resume_step: int = 0, repeats: bool = False):
         self._backends: dict[str, Backend] = {}
         self._complained: set[tuple[str, str]] = set()
         self._lock = threading.Lock()  # services complain from threads of theirs
         for name, start in TRACKERS.items():
             try:
-                backend = start(Path(output_dir), config, resume_step, self._voice(name))
+                backend = start(Start(Path(output_dir), config, resume_step, repeats, self._voice(name)))
             except Exception as error:
                 self._complain(name, "cannot start", f"{type(error).__name__}: {error}")
             else:
@@ -122,20 +135,16 @@ def _shown(value: Any) -> Any:
 
 
 class JsonLines:
-    """One JSON object a line, ``step`` first. What is not finite is null, and its name is listed under ``nonfinite``."""
+    """One JSON object a line, ``step`` and ``time`` (unix seconds) first; names of what is not finite, then null, under ``nonfinite``."""
 
-    def __init__(self, output_dir: Path, resume_step: int | None):
+    def __init__(self, output_dir: Path, resume_step: int, repeats: bool = False):
         path = output_dir / METRICS_FILE
-
-        def prepare() -> None:
-            if path.exists():
-                _set_aside(path) if resume_step is None else _drop_after(path, resume_step)
-
-        self._file = Appender(path, prepare)
+        self._file = Appender(path, lambda: _drop_after(path, resume_step, repeats) if path.exists() else None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         nonfinite = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-        row = {"step": step} | {name: None if name in nonfinite else value for name, value in metrics.items() if name != "step"}
+        row = {"step": step, "time": round(time.time(), 3)}
+        row |= {name: None if name in nonfinite else value for name, value in metrics.items() if name not in row}
         if nonfinite:
             row["nonfinite"] = nonfinite
         self._file.append((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
@@ -153,22 +162,16 @@ class JsonLines:
         """Nothing is under way."""
 
 
-def _set_aside(path: Path) -> None:
-    """Renames an earlier run's log to the first free ``metrics.old-N.jsonl``."""
-    number = 1
-    while (old := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(old)
-    log.info("The folder holds the log of an earlier run; it is now %s", old)
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Rewrites the log, in one rename, without the lines after ``step`` and without a line a kill cut short."""
-    kept = []
+def _drop_after(path: Path, step: int, repeats: bool) -> None:
+    """Rewrites the log, in one rename, without the lines after ``step`` and without a line a kill cut short. With ``repeats`` the step's
+    own line, the first that names it, is the last to stay."""
+    kept, done = [], 0
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            if json.loads(line)["step"] <= step:
+            at = json.loads(line)["step"]
+            if at < step or (at == step and not (repeats and done == step)):
                 kept.append(line + b"\n")
+            done = at
         except (ValueError, KeyError, TypeError):
             log.warning("%s:%d is no line of metrics; it is dropped: %r", path, number, line[:80])
     new = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -182,72 +185,68 @@ def _drop_after(path: Path, step: int) -> None:
 # ---- the table
 
 
-def _start_jsonl(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend:
-    return JsonLines(output_dir, resume_step)
+def _start_jsonl(start: Start) -> Backend:
+    return JsonLines(start.output_dir, start.resume_step, start.repeats)
 
 
-def _start_tensorboard(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend | None:
-    return EventFiles(output_dir, resume_step) if config.tensorboard else None
+def _start_tensorboard(start: Start) -> Backend | None:
+    return EventFiles(start.output_dir, start.resume_step) if start.config.tensorboard else None
 
 
-def _start_wandb(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend | None:
-    if not config.wandb_project or config.wandb_mode == "disabled":
+def _start_wandb(start: Start) -> Backend | None:
+    if not start.config.wandb_project or start.config.wandb_mode == "disabled":
         return None
-    _need("wandb")
-    run_id, resumed = _remembered(output_dir / "wandb_run_id", resume_step is not None)
-    shown = redacted(config.to_dict())
+    run_id, resumed, shown = _identity("wandb", start)
     request = {
-        "tracker": "wandb",
         "project": shown["wandb_project"],
         "name": shown["wandb_run_name"],
-        "mode": config.wandb_mode,
-        "output_dir": os.path.abspath(output_dir),
+        "mode": start.config.wandb_mode,
+        "output_dir": os.path.abspath(start.output_dir),
         "run_id": run_id,
-        "resumed": resumed,
-        "config": shown,
     }
-    return Service(request, complain)
+    return Service({"tracker": "wandb", "resumed": resumed, "config": shown, **request}, start.complain)
 
 
-def _start_trackio(output_dir: Path, config: Config, resume_step: int | None, complain: Complain) -> Backend | None:
-    if not config.trackio_project:
+def _start_trackio(start: Start) -> Backend | None:
+    if not start.config.trackio_project:
         return None
-    _need("trackio")
-    run_id, resumed = _remembered(output_dir / "trackio_run_id", resume_step is not None)
-    shown = redacted(config.to_dict())
+    run_id, resumed, shown = _identity("trackio", start)
     request = {
-        "tracker": "trackio",
         "project": shown["trackio_project"],
         # Trackio finds the run to resume by its name, so no two runs may share one.
-        "run_name": f"{shown['wandb_run_name'] or output_dir.resolve().name}-{run_id}",
-        "resumed": resumed,
-        "resume_step": resume_step if resumed else None,
-        "config": shown,
+        "run_name": f"{shown['wandb_run_name'] or start.output_dir.resolve().name}-{run_id}",
+        "resume_step": start.resume_step if resumed else None,
     }
-    return Service(request, complain)
+    return Service({"tracker": "trackio", "resumed": resumed, "config": shown, **request}, start.complain)
+
+
+def _identity(service: str, start: Start) -> tuple[str, bool, dict[str, Any]]:
+    """The id of the run to go on with, or that of a new one, which is written down; whether it is an old one; the options to show.
+
+    Raises:
+        UserError: the service's package is not installed.
+    """
+    _need(service)
+    shown, path = redacted(start.config.to_dict()), start.output_dir / f"{service}_run_id"
+    if start.resume_step and path.exists() and (run_id := path.read_text("utf-8").strip()):
+        return run_id, True, shown
+    run_id = uuid.uuid4().hex[:8]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run_id + "\n", "utf-8")
+    return run_id, False, shown
 
 
 def _need(package: str) -> None:
     """Raises UserError where ``package`` is not installed; does not import it. (A folder of that name is no package.)"""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f'{package} is not installed. Cure: pip install "unigen[{package}]"')
+        raise UserError(f"{package} is not installed. Cure: pip install {package}")
 
 
-def _remembered(path: Path, resume: bool) -> tuple[str, bool]:
-    """The id of the run to go on with, or that of a new one, which the file then holds; (id, is it an old one?)."""
-    if resume and path.exists() and (run_id := path.read_text("utf-8").strip()):
-        return run_id, True
-    run_id = uuid.uuid4().hex[:8]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run_id + "\n", "utf-8")
-    return run_id, False
-
-
-TRACKERS: dict[str, Callable[[Path, Config, int | None, Complain], Backend | None]] = {
+TRACKERS: dict[str, Callable[[Start], Backend | None]] = {
     "jsonl": _start_jsonl,
     "tensorboard": _start_tensorboard,
     "wandb": _start_wandb,
     "trackio": _start_trackio,
 }
-"""Name -> what starts it: (output folder, config, step resumed from, what to tell of failures) -> a tracker, or None if not asked for."""
+"""Name -> what starts it: a tracker, or None if it is not asked for."""

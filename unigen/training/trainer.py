@@ -23,7 +23,8 @@ from unigen.training.checkpoint import CheckpointError, read_states, resolve_res
 from unigen.training.ema import EMA
 from unigen.training.encoders import open_cache
 from unigen.training.engine import open_engine
-from unigen.training.guards import Guards, prepare_folder
+from unigen.training.folder import prepare_folder
+from unigen.training.guards import Guards
 from unigen.training.losses import Counts, joint_loss, loss_sums
 from unigen.training.optim import learning_rate_at
 from unigen.training.passes import StepResult, dry_batch, validation_losses
@@ -236,7 +237,7 @@ class UnifiedTrainer:
         if c.dry_run:
             log.info("Dry run: everything is ready; nothing was trained")
             return {}
-        tracker = Tracker(self.output_dir, c, resume_step=self.step) if main else None
+        tracker = Tracker(self.output_dir, c, self.step, repeats="validating" in self.pending) if main else None
         if self.sampler is not None:
             self.sampler.idle = self._idle
         self.progress = Progress(self.total_steps, self.step, c.logging_steps, main)

@@ -8,7 +8,6 @@ the run of elements that a parameter and a process's piece have in common; paddi
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import warnings
@@ -23,16 +22,14 @@ from torch import Tensor, nn
 
 from unigen.config import Config, UserError
 from unigen.model.bagel import Output
-from unigen.model.mot import GEN, Experts
+from unigen.model.mot import Experts
 from unigen.model.storage import Stored
 from unigen.model.weights import read_parameter
 from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
-from unigen.training.optim import clipping, parameter_groups, set_learning_rate, squared_norm
+from unigen.training.optim import MOMENTS, clipping, parameter_groups, set_learning_rate, squared_norm
 from unigen.training.shards import Shard, share_out
 from unigen.training.zero_json import loss_scale, read_settings
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,7 @@ class DeepSpeed(Engine):
     """See the module."""
 
     name = "deepspeed"
+    grouped = True
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -66,13 +64,9 @@ class DeepSpeed(Engine):
         self._counts: dict[int, set[float]] = {}
 
     def _start_group(self) -> None:
-        """One process has a group too: it trains by the same code."""
         self.settings = read_settings(self.config, self.world, self.device)  # before a group that would have to be ended
         self.stage = self.settings.stage
         os.environ.setdefault("LOCAL_RANK", "0")
-        if self.world == 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         super()._start_group()
 
     def _check_settings(self) -> None:
@@ -130,7 +124,7 @@ class DeepSpeed(Engine):
         self.model.sharded = True
         for module in self.model.modules():
             if isinstance(module, Experts):
-                module.both = functools.partial(_both, module)
+                module.together = True
 
     def start(self) -> None:
         named = dict(self.model.named_parameters())
@@ -276,14 +270,14 @@ class DeepSpeed(Engine):
         state = self.optimizer.state.get(held.flat) if held is not None else None
         if held is None or not state:
             return None
-        return float(state["step"]), held.of(state[_MOMENTS[0]]), held.of(state[_MOMENTS[1]])
+        return float(state["step"]), held.of(state[MOMENTS[0]]), held.of(state[MOMENTS[1]])
 
     def set_moments(self, shard: Shard, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         held = self._held.get(shard.name)
         if held is None:
             return
         state = self.optimizer.state[held.flat]
-        for name, moment in zip(_MOMENTS, (exp_avg, exp_avg_sq), strict=True):
+        for name, moment in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
             if name not in state:
                 state[name] = torch.zeros_like(held.flat, requires_grad=False)
             held.of(state[name]).copy_(moment)
@@ -317,13 +311,6 @@ def _piece(numel: int, rank: int, world: int) -> tuple[int, int]:
     """First and last + 1 of the elements that ZeRO 3 gives to a process."""
     size = -(-numel // world)
     return min(rank * size, numel), min((rank + 1) * size, numel)
-
-
-def _both(module: Experts, name: str, x: Tensor, n_und: int) -> Tensor:
-    """``Experts.both`` where every linear layer gathers its weights: a twin without rows is run all the same, also in validation, since
-    other processes may have some."""
-    und, gen = getattr(module, name), getattr(module, name + GEN, None)
-    return und(x) if gen is None else torch.cat([und(x[:n_und]), gen(x[n_und:])])
 
 
 def _open_deepspeed(device: torch.device) -> Any:

@@ -97,7 +97,7 @@ class Run:
         self.checkpoints: list[Checkpoint] = []
         self.writing: list[str] = []  # checkpoints that are being written, or were when the run died
         self.sampled: list[int] = []  # steps with samples
-        self.older_logs: list[str] = []
+        self.earlier: list[str] = []
         self.disk_free: int | None = None
         self.locked: bool | None = None  # None: cannot be known here
         self.rank_steps: list[tuple[float, int]] = []  # (time of the run's clock, step) that the first process has told while we looked
@@ -112,7 +112,7 @@ class Run:
         names = _names(self.folder)
         config = self._json(self.folder / "config.json")
         self.config = config if isinstance(config, dict) else {}
-        self.older_logs = [name for name in names if re.fullmatch(r"metrics\.old-\d+\.jsonl", name)]
+        self.earlier = [name for name in names if re.fullmatch(r"old-\d+", name)]
         self.writing = [match[1] for name in names if (match := re.fullmatch(r"\.(\w+)\.partial-\d+", name))]
         found = [self._checkpoint(name) for name in names if re.fullmatch(r"step_\d{1,15}|best", name)]
         self.checkpoints = sorted((c for c in found if c is not None), key=lambda c: (c.step, c.name != "best"))

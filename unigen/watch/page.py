@@ -103,8 +103,8 @@ def _head(run: Run, state: State, words: Words) -> str:
     why = "; ".join(words(told.key, **told.values) for told in state.why)
     when = time.strftime("%Y-%m-%d %H:%M:%S")
     lines.append(f'<p class="soft">{escape(why)}<br>{escape(words("seen", when=when, folder=str(run.folder.resolve())))}</p>')
-    if run.older_logs:
-        lines.append(f'<p class="soft">{escape(words("older_logs", names=", ".join(run.older_logs)))}</p>')
+    if run.earlier:
+        lines.append(f'<p class="soft">{escape(words("earlier", names=", ".join(run.earlier)))}</p>')
     told = [(w.level, words(w.key, **w.values)) for w in worries(run, state)]
     items = "".join(f'<li><span class="mark {level}">!</span><span>{escape(text)}</span></li>' for level, text in told)
     tiles = "".join(

@@ -131,7 +131,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "runs": ("Runs", "运行"),
     "worries": ("Warnings", "警告"),
     "no_metrics": ("No metrics yet: the first step is still to come.", "还没有指标：第一步尚未完成。"),
-    "older_logs": ("Earlier logs in this folder: {names}", "此文件夹中更早的日志：{names}"),
+    "earlier": ("Earlier runs in this folder: {names}", "此文件夹中更早的运行：{names}"),
     "reading": (
         "The log is long: older curves are drawn from samples of it, {share:.0%} are read.",
         "日志很长：较早的曲线取自抽样，已读取 {share:.0%}。",

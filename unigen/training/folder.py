@@ -1,0 +1,105 @@
+"""The folder of a run: one run at a time, and no run's files among another's."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import IO
+
+from unigen.config import Config, UserError
+from unigen.training.checkpoint import number, steps, sweep_orphans
+from unigen.training.secrets import redacted
+
+log = logging.getLogger("unigen")
+
+# What a run leaves in its folder beside its step_N. The heartbeats in ranks/ are removed by those who write them.
+FILES = ("metrics.jsonl", "bad_steps.jsonl", "bad_records.jsonl", "config.json", "wandb_run_id", "trackio_run_id")
+FOLDERS = ("best", "samples", "tensorboard", "wandb")
+
+
+def prepare_folder(folder: Path, config: Config) -> IO[str]:
+    """Makes the folder of a run, takes its lock (see :func:`lock_folder`), cleans up after killed runs, sets an earlier run aside where
+    this one begins anew, and writes the options down.
+
+    Raises:
+        UserError: it cannot be written, another run is in it, or this run begins with weights of the one that it would set aside.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+        sweep_orphans(folder)
+        if not config.dry_run and (not config.resume_from_checkpoint or (config.resume_from_checkpoint == "auto" and not steps(folder))):
+            set_aside(folder, Path(config.model_path or ""))
+        options = json.dumps(redacted(config.to_dict()), indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(options + "\n", encoding="utf-8")
+        return lock
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written ({error}). Cure: choose another --output_dir") from error
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Holds the folder of a run until the file returned is closed or the process ends, in whatever way.
+
+    Raises:
+        UserError: another process holds it; says which.
+    """
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the run)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"output_dir {folder} is in use by {holder}: two runs in one folder would overwrite each other. "
+            "Cure: wait for its end or stop it, or choose another --output_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def set_aside(folder: Path, model: Path) -> None:
+    """Moves an earlier run, whole, to the first free ``old-N`` below: among its checkpoints a new run's would be pruned first, and
+    ``auto`` would resume the wrong one. It can be watched and resumed there.
+
+    Args:
+        folder: of the run; its lock is held.
+        model: the weights that the new run begins with.
+
+    Raises:
+        UserError: ``model`` is one of its checkpoints.
+        OSError: the folder cannot be written.
+    """
+    checkpoints, staged = steps(folder), folder / ".old.new"
+    if not (checkpoints or any((folder / name).exists() for name in ("metrics.jsonl", "samples", "best", staged.name))):
+        _tell_of_earlier(folder)
+        return
+    if any(path.resolve() in (model.resolve(), *model.resolve().parents) for path in [*checkpoints, folder / "best"]):
+        raise UserError(
+            f"output_dir {folder} holds the run whose weights this one begins with ({model}). Cure: choose another --output_dir, or go on "
+            "with that run by --resume_from_checkpoint auto"
+        )
+    aside = next(path for n in range(1, 10**6) if not (path := folder / f"old-{n}").exists())
+    staged.mkdir(exist_ok=True)  # one that was killed here goes on
+    for path in [*(folder / name for name in (*FILES, *FOLDERS)), *checkpoints]:
+        if path.exists():
+            path.rename(staged / path.name)
+    staged.rename(aside)
+    log.warning(
+        "%s held an earlier run%s; it is now in %s%s",
+        folder, f" (to step {number(checkpoints[0])})" if checkpoints else "", aside,
+        f", and goes on from there with --output_dir {aside} --resume_from_checkpoint auto" if checkpoints else "",
+    )  # fmt: skip
+
+
+def _tell_of_earlier(folder: Path) -> None:
+    """Who started anew by mistake, and now wants to go on, must not start anew again without knowing."""
+    if found := [checkpoint for aside in folder.glob("old-*") for checkpoint in steps(aside)[:1]]:
+        newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
+        log.warning("This run starts anew; an earlier one is in %s (to step %d)", newest.parent, number(newest))
