@@ -17,6 +17,8 @@ from unigen.data.loader import Place
 from unigen.model.weights import load_bagel
 from unigen.training.checkpoint import scan_group
 
+pytestmark = pytest.mark.xdist_group("elastic")  # its processes are started once
+
 STEPS, ROWS = 8, 6
 # (processes, engine, up to step): the run moves on from line to line.
 LEGS = [(2, "fsdp2", 2), (1, "single", 4), (3, "fsdp2", 6), (2, "deepspeed", 8)]

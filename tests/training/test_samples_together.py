@@ -18,6 +18,8 @@ from unigen.training.lockstep import Lockstep
 from unigen.training.samples import Sampler
 from unigen.training.stops import Stopped
 
+pytestmark = pytest.mark.xdist_group("samples_together")  # its processes are started once
+
 
 def test_a_failure_that_the_others_cannot_be_told_of_ends_the_run(options: dict[str, Any], tmp_path: Path):
     """Passes when an error between the gatherings of a stack, where the others wait, comes out, and one outside of it does not."""

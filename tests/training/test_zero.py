@@ -24,6 +24,8 @@ from unigen.training.trainer import UnifiedTrainer
 from unigen.training.zero import DeepSpeed
 from unigen.training.zero_json import Settings, loss_scale, read_settings
 
+pytestmark = pytest.mark.xdist_group("zero")  # its processes are started once
+
 # Small pieces: buckets of a few thousand elements, groups that are cut, every parameter gathered when it is needed.
 CUT = {"reduce_bucket_size": 3000, "allgather_bucket_size": 3000}
 ZERO: dict[str, dict[str, Any]] = {
