@@ -153,3 +153,13 @@ def test_one_of_many_processes_ends_without_winding_up_the_interpreter(world, la
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "--model_path needs a value" in done.stderr
     assert ("late" in done.stdout) == late
+
+
+def test_who_reads_no_further_gets_no_traceback():
+    """``unigen ... | head -1``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unigen", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    assert process.wait(60) == 128 + 13 and process.stderr.read() == b""
+    process.stderr.close()

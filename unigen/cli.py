@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
@@ -58,9 +59,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def program(argv: list[str] | None = None) -> None:
     """:func:`main` as the whole program: what ``unigen`` and ``python -m unigen`` run. Does not return."""
-    code = main(argv)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = 0
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on: unigen ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be written has no place
+        code = code or 128 + signal.SIGPIPE
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # One of many processes: a thread of gloo may still hold a tensor of the last collective, since data parallel keeps its
         # process group alive after its end. Letting go of it while the interpreter ends aborts the process ("terminate called

@@ -230,6 +230,19 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path: Path):
     assert resolve_resume("auto", tmp_path / "nowhere") is None
 
 
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``auto`` would start from zero where a network file system refuses for a moment."""
+    save(tmp_path, 3)
+
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", refuse)
+    for look in (lambda: resolve_resume("auto", tmp_path), lambda: sweep_orphans(tmp_path), lambda: prune_checkpoints(tmp_path, 1)):
+        with pytest.raises(CheckpointError, match=r"cannot be listed .*Permission denied.*Cure: allow reading it"):
+            look()
+
+
 def test_a_named_folder_must_be_good_and_the_good_ones_are_listed(tmp_path: Path):
     for step in (1, 2, 3):
         save(tmp_path, step)

@@ -1,17 +1,24 @@
+import contextlib
 import fcntl
 import math
 import os
 import pty
 import re
 import struct
+import subprocess
+import sys
 import termios
 import threading
 import time
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny import metrics
 
+from unigen.training.checkpoint import verify_checkpoint
 from unigen.training.console import Progress, describe, duration
 
 METRICS = {
@@ -89,3 +96,20 @@ def test_a_terminal_gets_a_bar(columns: int):
     text = received.decode()
     assert "4/10" in text and "10/10" in text and "100%" in text and "\r" in text
     assert "loss 1.2500" in text and "hello" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["pipe", "full disk"])
+def test_a_run_whose_output_cannot_be_written_goes_on_to_its_end(options: dict[str, Any], gone: str):
+    """As in ``unigen train 2>&1 | tee log`` where tee ends, or ``> log`` on a disk that fills up."""
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    argv = [sys.executable, "-m", "unigen", "train", *given, "--logging_steps", "1"]
+    with open("/dev/full", "w") if gone == "full disk" else contextlib.nullcontext() as full:
+        where = full or subprocess.PIPE
+        process = subprocess.Popen(argv, stdout=where, stderr=subprocess.STDOUT if gone == "pipe" else where)
+        if process.stdout is not None:
+            process.stdout.close()
+        assert process.wait(120) == 0
+    run = Path(options["output_dir"])
+    verify_checkpoint(run / "step_2")
+    assert len(metrics(run)) == 2

@@ -16,6 +16,7 @@ so the manifest brings it; here it is read, checked, and old ones are removed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -213,7 +214,10 @@ def resolve_resume(value: str | Path | None, output_dir: Path, verify: Verify = 
     try:
         verify(folder)
     except CheckpointError as error:
-        good = dict.fromkeys(p for place in (folder, folder.parent, output_dir) for p in islice(_good_checkpoints(place, verify), 3))
+        good: dict[Path, None] = {}
+        for place in (folder, folder.parent, output_dir):
+            with contextlib.suppress(CheckpointError):
+                good |= dict.fromkeys(islice(_good_checkpoints(place, verify), 3))
         choice = f"good ones nearby: {', '.join(map(str, good))}" if good else "there is no good one nearby"
         raise CheckpointError(f"{error} (--resume_from_checkpoint {value}); {choice}") from error
     newer = [p.name for p in steps(output_dir) if p.resolve() != folder.resolve() and number(p) > read_manifest(folder)["step"]]
@@ -230,8 +234,26 @@ def number(folder: Path) -> int:
 
 
 def steps(output_dir: Path) -> list[Path]:
-    """Every ``step_N`` folder, whole or not, newest first."""
-    return sorted((p for p in output_dir.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()), key=number, reverse=True)
+    """Every ``step_N`` folder, whole or not, newest first.
+
+    Raises:
+        CheckpointError: the folder cannot be listed, so that nobody can say what is in it.
+    """
+    return sorted((p for p in listed(output_dir) if _STEP.fullmatch(p.name) and p.is_dir()), key=number, reverse=True)
+
+
+def listed(folder: Path) -> list[Path]:
+    """What a folder holds; nothing where there is none. (``glob`` takes a folder that it may not list for an empty one.)
+
+    Raises:
+        CheckpointError: it cannot be listed.
+    """
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed ({error}). Cure: allow reading it, or name another folder") from error
 
 
 def _good_checkpoints(output_dir: Path, verify: Verify, warn: bool = False) -> Iterator[Path]:
@@ -285,7 +307,7 @@ def sweep_orphans(output_dir: Path) -> None:
     What was left half written is removed. A checkpoint that was set aside to be replaced, and whose successor never came, gets
     its name back.
     """
-    for path in sorted(Path(output_dir).glob(".*")):
+    for path in listed(Path(output_dir)):
         match = _ORPHAN.fullmatch(path.name)
         if not match:
             continue

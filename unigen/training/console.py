@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ _SHOWN: dict[str, tuple[str, str]] = {
 
 class Progress:
     """A bar on a terminal; elsewhere a plain line every ``every`` steps, and at the last.
+
+    A terminal or a pipe that is gone, or a file on a full disk, is no reason to end a run: what cannot be shown is left out.
 
     Args:
         total_steps: Optimiser steps of the whole run.
@@ -51,7 +54,8 @@ class Progress:
         if self._bar is not None:
             if metrics:
                 self._bar.set_postfix_str(describe(metrics), refresh=False)
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
         elif step % self._every == 0 or step == self._total:
             self._print(f"step {step}/{self._total}  {describe(metrics)}  ETA {self._eta(now, step)}")
         if self._first is None:
@@ -60,17 +64,20 @@ class Progress:
     def write(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            with contextlib.suppress(OSError):
+                self._bar.write(text, file=self._stream)
         elif self._enabled:
             self._print(text)
 
     def close(self) -> None:
         """Leaves the bar as it is; a second call does nothing."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, file=self._stream, flush=True)
 
     def _eta(self, now: float, step: int) -> str:
         since, done = self._first or (self._start, self._initial)

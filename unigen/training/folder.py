@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import platform
+import re
 from pathlib import Path
 from typing import IO
 
 from unigen.config import Config, UserError
-from unigen.training.checkpoint import number, steps, sweep_orphans
+from unigen.training.checkpoint import listed, number, steps, sweep_orphans
 from unigen.training.secrets import redacted
 
 log = logging.getLogger("unigen")
@@ -100,6 +101,6 @@ def set_aside(folder: Path, model: Path) -> None:
 
 def _tell_of_earlier(folder: Path) -> None:
     """Who started anew by mistake, and now wants to go on, must not start anew again without knowing."""
-    if found := [checkpoint for aside in folder.glob("old-*") for checkpoint in steps(aside)[:1]]:
+    if found := [newest for path in listed(folder) if re.fullmatch(r"old-\d+", path.name) for newest in steps(path)[:1]]:
         newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
         log.warning("This run starts anew; an earlier one is in %s (to step %d)", newest.parent, number(newest))
