@@ -49,6 +49,7 @@ QUICK = Size(
     },
     model={"width": 96, "layers": 3, "inner": 256},
 )  # fmt: skip
+SAMPLES = 8  # times that the model is asked while it trains
 TRAINING = {"batch_size": 64, "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 20}
 SAMPLING = {"num_timesteps": 24, "timestep_shift": 1.0, "cfg_text_scale": 1.0, "cfg_img_scale": 1.0, "cfg_interval": (0.0, 1.0)}
 # What the full demo is expected to reach on two cores, and what guessing would.
@@ -75,7 +76,7 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
     digits = write_digits(output_dir / "data", seed=0, per_epoch=size.per_epoch)
     create_model(output_dir / "model", seed, **size.model)
     prepared = time.perf_counter()
-    checkpoint = _train(output_dir, size, seed)
+    checkpoint = _train(output_dir, size, seed, _write_prompts(output_dir / "prompts.jsonl", digits))
     trained = time.perf_counter()
     exam = Exam(checkpoint, digits, limit=size.questions, seed=seed)
     metrics: dict[str, Any] = exam.take()
@@ -95,16 +96,42 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
     for name, bar in BARS.items():
         print(f"{name:<24} {metrics[name]:.3f}   (bar {bar:.2f}, chance {CHANCE[name]:.2f})")
     print(f"{'the judge on real digits':<24} {exam.judge.heldout_accuracy:.3f}\n{metrics['seconds_total']:.0f} s in all. Look at {page}")
+    print(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
     return metrics
 
 
-def _train(output_dir: Path, size: Size, seed: int) -> Path:
+def _write_prompts(path: Path, digits: DigitSet) -> Path:
+    """What the model is asked now and then while it trains; ``unigen watch`` shows the answers over the steps."""
+
+    def first(task: str) -> dict[str, Any]:
+        with open(digits.heldout / f"{task}.jsonl", encoding="utf-8") as lines:
+            record: dict[str, Any] = json.loads(next(lines))
+        return record
+
+    def place(picture: str) -> str:
+        return os.path.relpath(digits.heldout / picture, path.parent)
+
+    asked, edit, add = first("ask"), first("edit"), first("add")
+    addends = [place(piece["image_path"]) for piece in add["input_sequence"] if "image_path" in piece]
+    prompts = [
+        *({"prompt": f"draw {NUMBERS[n]}", "kind": "draw"} for n in (0, 3, 7)),
+        {"prompt": QUESTION, "image": place(asked["conversations"][0]["image_path"]), "kind": "answer"},
+        {"prompt": edit["editing_steps"][0]["instruction"], "image": place(edit["input_image"]), "kind": "draw"},
+        {"prompt": "add", "image": addends, "kind": "auto"},
+    ]
+    with open(path, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(prompt | SAMPLING) + "\n" for prompt in prompts)
+    return path
+
+
+def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
     """Runs ``unigen train`` as a user would; the last checkpoint."""
     from unigen.cli import main
 
     flags = {
         "model_path": output_dir / "model", "train_data_path": output_dir / "data" / "train", "output_dir": output_dir / "run",
-        "max_steps": size.steps, "save_steps": size.steps, "learning_rate": size.learning_rate, "ema": size.ema, "seed": seed, **TRAINING,
+        "max_steps": size.steps, "save_steps": size.steps, "learning_rate": size.learning_rate, "ema": size.ema, "seed": seed,
+        "sample_prompts": prompts, "sample_steps": size.steps // SAMPLES, **TRAINING,
     }  # fmt: skip
     argv = ["train", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
     print("unigen " + " ".join(argv), flush=True)

@@ -40,6 +40,7 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp2-1": ({"engine": "fsdp2"}, 1),
     "fsdp2-2": ({"engine": "fsdp2"}, 2),
     "fsdp2-2-offload": ({"engine": "fsdp2", "cpu_offload": True}, 2),
+    "fsdp2-2-bf16": ({"engine": "fsdp2", "bf16": True}, 2),
     "fsdp2-3": ({"engine": "fsdp2"}, 3),
     "fsdp2-2x2": ({"engine": "fsdp2", "shard_size": 2}, 4),
 }
@@ -47,7 +48,7 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
 
 def cases_of(run: str) -> dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]]:
     world = RUNS[run][1]
-    if run.endswith("offload"):
+    if run.endswith(("offload", "bf16")):
         return {"mixed": TWO["mixed"]}
     if world == 4:
         return {"mixed": ([[[[0], [3]], [[2], []], [[5], [1]], [[], [6]]], [[[1], [2]], [[4], []], [[0], []], [[], []]]], {})}
@@ -158,7 +159,8 @@ def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(run: str, pr
         assert bad == [["its loss is not finite", True], ["its gradient is not finite", True]], f"NaN on the last process, seen by {rank}"
     for number, (name, case) in enumerate(cases_of(run).items()):
         parts = [torch.load(folder / f"{run}-{number}.{rank}.pt", weights_only=False) for rank in range(world)]
-        trainer = built(**options_of(case, options, {"engine": "single"}) | {"output_dir": str(folder / f"one-{run}-{number}")})
+        alone = options_of(case, options, RUNS[run][0] | {"engine": "single", "cpu_offload": False})
+        trainer = built(**alone | {"output_dir": str(folder / f"one-{run}-{number}")})
         wanted_losses = train(trainer, case[0], None, world)
         for losses, _ in parts:
             assert losses == parts[0][0], f"{name}: the processes disagree"

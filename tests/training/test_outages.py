@@ -217,13 +217,13 @@ from unigen.training.secrets import hide_in_logs
 from unigen.training.tracking import Tracker
 logging.basicConfig(level=logging.INFO, filename=sys.argv[1] + "/log.txt", format="%(levelname)s %(message)s")
 hide_in_logs()
-folder, resume = Path(sys.argv[1]), int(sys.argv[2]) or None
+folder, resume = Path(sys.argv[1]), int(sys.argv[2])
 config = Config(
     wandb_project="cats", wandb_run_name="tabby", wandb_mode="offline", trackio_project="cats", tensorboard=True,
     model_path="https://me:option-4711@example.invalid/model",
 )
 tracker = Tracker(folder, config, resume)
-for step in range((resume or 0) + 1, (resume or 0) + 4):
+for step in range(resume + 1, resume + 4):
     tracker.log({"loss": 1.0 / step, "bad": float("nan"), "none": None, "note": "key " + sys.argv[4]}, step)
 tracker.image("samples/0", Path(sys.argv[3]), step)
 tracker.text("prompts/0", "a ``` <b>cat</b>, --token " + sys.argv[4], step)

@@ -191,6 +191,28 @@ def test_without_background_it_is_published_when_save_returns(tmp_path: Path):
     assert saver.published() is None
 
 
+def test_where_memory_is_too_small_for_a_copy_all_processes_write_at_once_and_say_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Two machines, of which one has too little; a process that wrote beside the training alone would be waited for, for ever."""
+    place = threading.local()
+    monkeypatch.setattr(saving.platform, "node", lambda: place.machine)
+    monkeypatch.setattr(saving, "free_memory", lambda: 100 << 30 if place.machine == "roomy" else saving._SPARE + 10)
+
+    def work(rank: int, channel: Channel) -> list[Path | None]:
+        place.machine = ["roomy", "tight"][rank]
+        saver = Saver(tmp_path, rank, channel, background=True)
+        told = []
+        for step in (1, 2):
+            saver.save(contents(step, *shared_entries(rank, 2, step)))
+            told.append(saver.published())
+        return told
+
+    assert together(2, work) == [[tmp_path / "step_1", tmp_path / "step_2"]] * 2
+    assert ["tight would need" in message for message in caplog.messages] == [True]
+    verify_checkpoint(tmp_path / "step_2")
+
+
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path, slow_disk: threading.Event):
     saver = Saver(tmp_path, 0, ALONE, background=True)
     saver.save(contents(1))

@@ -49,8 +49,8 @@ class FullyShard(Engine):
         c, model = self.config, self.model
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if c.cpu_offload else OffloadPolicy()
         # Layers are gathered in the dtype they compute in. Embeddings, text head, final norms, and the residual stream between
-        # layers stay as they are without sharding.
-        dtype = None if self.dtype == torch.float32 else self.dtype
+        # layers stay as they are without sharding. On a CPU autocast alone lowers the precision, of what it can be lowered for.
+        dtype = None if self.dtype == torch.float32 or self.device.type == "cpu" else self.dtype
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
         layers: list[nn.Module] = [*model.language_model.model.layers]
         if model.config.visual_und:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import logging
 import os
+import platform
 import re
 import shutil
 import threading
@@ -23,7 +25,11 @@ from unigen.config import UserError
 from unigen.model.storage import NAMES, write_json, write_safetensors
 from unigen.training.checkpoint import FORMAT, MANIFEST, CheckpointError, manifest_hash, prune_checkpoints, remove, sha256_of
 from unigen.training.engine import Channel
+from unigen.training.host_memory import free_memory
 
+log = logging.getLogger("unigen")
+
+_SPARE = 1 << 30  # bytes of memory that copies leave alone
 _PATIENCE_S = 20.0  # until a folder made on another machine must be visible here
 
 
@@ -72,7 +78,7 @@ class Saver:
         output_dir: folder of the run.
         rank: of this process.
         channel: of its own, since the writing thread speaks through it.
-        background: write beside the training, from copies in host memory.
+        background: write beside the training, from copies in host memory, where there is room for them.
         keep: newest checkpoints to keep; None keeps all.
         source: a folder that is never removed: the one the run copies from.
         tick: called about once a second while :meth:`wait` waits.
@@ -94,6 +100,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._untold: deque[Path] = deque()
+        self._short: set[str] = set()  # machines whose memory was too small for copies
 
     def save(self, contents: Contents, name: str | None = None) -> None:
         """Begins to write ``step_N`` (or ``name``); without ``background`` it is published when this returns.
@@ -107,7 +114,7 @@ class Saver:
         final = self.output_dir / name
         for key, state in contents.states.items():
             _assert_json_keys(state, key)
-        if self.background:
+        if self.background and self._room_for_copies(contents):
             kept = [entry.kept() for entry in contents.entries]
             contents = replace(contents, entries=kept, states=copy.deepcopy(contents.states), about=copy.deepcopy(contents.about))
             self._thread = threading.Thread(target=self._run, args=(contents, final), name="checkpoint")
@@ -115,6 +122,23 @@ class Saver:
         else:
             self._run(contents, final)
             self.wait()
+
+    def _room_for_copies(self, contents: Contents) -> bool:
+        """Does the memory of every machine hold what its processes would copy? The same answer on all of them."""
+        need = sum(entry.nbytes for entry in contents.entries if entry.read is None)
+        said = [json.loads(text) for text in self.channel.gather(json.dumps([platform.node(), need, free_memory()]))]
+        for machine in dict.fromkeys(name for name, _, _ in said):
+            wanted = sum(need for name, need, _ in said if name == machine)
+            free = min(free for name, _, free in said if name == machine)
+            if wanted + _SPARE > free:
+                if self.rank == 0 and machine not in self._short:
+                    log.warning(
+                        "Checkpoints are written while the training waits: beside it, %s would need %.1f GB of memory for a copy, and has "
+                        "%.1f GB. (--no_async_save does the same without this line)", machine, wanted / 1e9, free / 1e9,
+                    )  # fmt: skip
+                self._short.add(machine)
+                return False
+        return True
 
     @property
     def failed(self) -> bool:
