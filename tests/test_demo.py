@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pages import Page
 
 from unigen.data.formats import FORMATS
 
@@ -68,6 +69,21 @@ def test_it_is_the_ordinary_training_command(demo):
     for loss in ("text_loss", "image_loss"):
         values = [row[loss] for row in rows if row.get(loss) is not None]
         assert sum(values[-10:]) < 0.8 * sum(values[:10]), loss
+
+
+def test_how_it_learned_is_shown_by_watch(demo, tmp_path):
+    """The line of the README: every question's answers over the steps, and the pictures that were asked about."""
+    from unigen.cli import main
+    from unigen.demo import SAMPLES
+
+    assert main(["watch", str(demo.out / "run"), "--html", str(tmp_path / "run.html")]) == 0
+    page = Page((tmp_path / "run.html").read_text(encoding="utf-8"))
+    index = json.loads((demo.out / "run" / "samples" / f"step_{demo.metrics['steps']}" / "index.json").read_text(encoding="utf-8"))
+    assert len(index) == 6 and all(entry["pieces"] and "error" not in entry for entry in index)
+    assert len(list((demo.out / "run" / "samples").iterdir())) == SAMPLES
+    drawn = sum("image" in piece for entry in index for piece in entry["pieces"])
+    assert drawn >= 4 and len(page.of("img", "small")) >= 4 + 4 * SAMPLES, "given ones, and four that are drawn every time"
+    assert "finished" in page.text and len(page.charts) >= 6
 
 
 def test_the_report_holds_the_pictures_and_needs_nothing_else(demo):

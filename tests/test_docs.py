@@ -27,6 +27,7 @@ COVERED = {
     "make demo": "tests/test_demo.py",
     "make test": "tests",
     "unigen demo --quick": "tests/test_demo.py",
+    "unigen watch outputs/demo/run --html outputs/demo/run.html": "tests/test_demo.py",
     "source .venv/bin/activate": "Makefile",
 }
 # The workspace of the tests has files where the READMEs say; only what a tiny model and a CPU ask for is changed.

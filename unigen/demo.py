@@ -49,7 +49,7 @@ QUICK = Size(
     },
     model={"width": 96, "layers": 3, "inner": 256},
 )  # fmt: skip
-SAMPLES = 8  # times that the model is asked while it trains
+SAMPLES = 5  # times that the model is asked while it trains
 TRAINING = {"batch_size": 64, "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 20}
 SAMPLING = {"num_timesteps": 24, "timestep_shift": 1.0, "cfg_text_scale": 1.0, "cfg_img_scale": 1.0, "cfg_interval": (0.0, 1.0)}
 # What the full demo is expected to reach on two cores, and what guessing would.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import memory
 import pytest
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("memory"),
@@ -20,21 +17,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def memory() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    return importlib.import_module("memory")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(memory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
     folder = tmp_path_factory.mktemp("memory")
     yield folder / "model", memory.make_checkpoint(folder / "model", 1.0)
     shutil.rmtree(folder)
 
 
-def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_its_size_and_1_gb(
-    memory: ModuleType, checkpoint: tuple[Path, int]
-):
+def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_its_size_and_1_gb(checkpoint: tuple[Path, int]):
     """Together, interpreters and libraries included; and what they hold afterwards is the checkpoint once. (With ``ddp``, twice: the
     benchmark shows 3.9 GB for 1.2 GB, where 2.4 GB are allowed.)"""
     folder, size = checkpoint

@@ -18,7 +18,7 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import open_image
 from unigen.training.prompts import PromptError
-from unigen.training.samples import Sampler, small_pictures
+from unigen.training.samples import GIVEN_SIDE, Sampler, small_pictures
 from unigen.training.stops import Stopped
 
 
@@ -68,7 +68,10 @@ def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Ca
     assert index[0]["pieces"] == [{"image": "000_0.png"}] and index[2]["pieces"] == [{"image": "002_0.png"}]
     assert open_image(first / "000_0.png").size == (48, 32)
     named = {piece["image"] for line in index for piece in line["pieces"] if "image" in piece}
-    assert {path.name for path in first.iterdir()} == named | {"index.json"}
+    given = {name for line in index for name in line.get("given", [])}
+    assert len(given) == sum(len(line.get("images", [])) for line in index) >= 2
+    assert all(max(open_image(first / name).size) <= GIVEN_SIDE for name in given)
+    assert {path.name for path in first.iterdir()} == named | given | {"index.json"}
     assert {name for kind, name, _ in tracker.heard if kind == "image"} == {f"samples/{Path(name).stem}" for name in named}
     assert ("text", "samples/001", 3) in tracker.heard
     sampler.run(12, None)

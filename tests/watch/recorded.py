@@ -89,7 +89,10 @@ def write_samples(folder: Path, steps: list[int], prompts: list[str] = PROMPTS, 
         for n, prompt in enumerate(prompts):
             picture(n, max(0.0, 0.95 * (1 - step / (0.7 * total)))).save(place / f"{n:03}.png")
             words = f"Here is what I drew after {step} steps."
-            entries.append({"prompt": prompt, "seed": 42 + n, "pieces": [{"text": words}, {"image": f"{n:03}.png"}]})
+            given = {"given": [f"{n:03}_given_0.png"]} if n == 1 else {}
+            for name in given.get("given", []):
+                picture(n, 1.0).resize((48, 48)).save(place / name)
+            entries.append({"prompt": prompt, "seed": 42 + n, **given, "pieces": [{"text": words}, {"image": f"{n:03}.png"}]})
         (place / "index.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
 
 

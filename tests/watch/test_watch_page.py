@@ -53,7 +53,8 @@ def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, la
         assert WORDS[key][column] in page.text
     for part in ("step_1000", "best", "88 GB", "node-2", "forward/backward", "data/train.jsonl:88", "broken_picture", *PROMPTS):
         assert part in page.text
-    assert len(page.charts) == 7 and len(page.pictures) == 12 and {p.size for p in page.pictures} == {(128, 128)}
+    assert len(page.charts) == 7 and sorted(p.size for p in page.pictures) == [(48, 48)] + [(128, 128)] * 12
+    assert len(page.of("img", "small")) == 1, "the picture that the second prompt gives"
 
 
 def test_the_charts_hold_the_numbers_of_the_log(folder, tmp_path):
@@ -77,7 +78,7 @@ def test_several_runs_are_compared(folder, tmp_path):
     page = Page(written(tmp_path / "page.html", folder, other, smooth=0.9))
     assert "2 runs" in page.text and "garden, step 1,200" in page.text and "other, step 400" in page.text
     assert {c["n"] for c in page.charts[0]["curves"]} == {"garden", "garden · validation", "other", "other · validation"}
-    assert len(page.pictures) == 4
+    assert len(page.pictures) == 5
 
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">' \" & \u202e\x00\x1b[2J 猫 </style>"

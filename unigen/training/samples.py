@@ -21,7 +21,7 @@ from torch import nn
 from unigen.config import Config, UserError
 from unigen.inference.inferencer import InferenceError, InterleaveInferencer
 from unigen.model.bagel import Bagel
-from unigen.sequence.images import ImageTransform
+from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.tokens import Tokenizer
 from unigen.training.engine import Engine
 from unigen.training.lockstep import Elsewhere, Lockstep, expected, stopped
@@ -31,6 +31,7 @@ from unigen.training.tracking import Tracker
 log = logging.getLogger("unigen")
 
 FOLDER = "samples"
+GIVEN_SIDE = 192  # longest side in pixels of the copy of a prompt's picture
 SIDE = 256  # longest side in pixels of a drawn picture, where the model draws so small
 MAX_PIECES = 4  # of an answer whose pieces the model chooses
 
@@ -231,11 +232,25 @@ class Sampler:
                     piece = {"image": name}
                 pieces.append(piece)
             asked: dict[str, Any] = {"prompt": prompt.text, "kind": prompt.kind, "seed": prompt.seed}
-            asked |= {"images": prompt.images} if prompt.images else {}
+            if prompt.images:
+                asked |= {"images": prompt.images, "given": self._given(folder, number, prompt)}
             asked |= {"options": prompt.options} if prompt.options else {}
             index.append({**asked, **answer, "pieces": pieces})
         (folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return index
+
+    def _given(self, folder: Path, number: int, prompt: Prompt) -> list[str]:
+        """Small copies of a prompt's pictures, so that the folder alone shows what was asked; none of one that is gone by now."""
+        names = []
+        for n, path in enumerate(prompt.images):
+            try:
+                picture = open_image(path)
+            except (OSError, ValueError):  # its answer says so
+                continue
+            picture.thumbnail((GIVEN_SIDE, GIVEN_SIDE))
+            names.append(f"{number:03}_given_{n}.png")
+            picture.save(folder / names[-1])
+        return names
 
     def _tell(self, tracker: Tracker, folder: Path, index: Sequence[dict[str, Any]], step: int) -> None:
         for number, line in enumerate(index):

@@ -68,13 +68,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model made of a prompt at a step; pieces are {"text": str} or {"image": path}. ``error`` says why there are none."""
+    """What the model made of a prompt at a step; pieces are {"text": str} or {"image": path}. ``given`` are the prompt's pictures.
+    ``error`` says why there are no pieces."""
 
     step: int
     prompt: str
     seed: int | None
     pieces: tuple[dict[str, Any], ...]
     error: str = ""
+    given: tuple[Path, ...] = ()
 
 
 class Run:
@@ -166,7 +168,9 @@ class Run:
                 elif isinstance(piece, dict) and (path := _inside(folder, piece.get("image"))):
                     pieces.append({"image": path})
             seed = entry.get("seed") if isinstance(entry.get("seed"), int) else None
-            answers.append(Answer(step, str(entry.get("prompt", "")), seed, tuple(pieces), str(entry.get("error") or "")))
+            names = entry.get("given") if isinstance(entry.get("given"), list) else []
+            given = tuple(path for name in names if (path := _inside(folder, name)))
+            answers.append(Answer(step, str(entry.get("prompt", "")), seed, tuple(pieces), str(entry.get("error") or ""), given))
         return answers
 
     # ---- files -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from unigen.watch.words import Words, figure, plain, size
 if TYPE_CHECKING:
     from unigen.watch.command import WatchOptions
 
+HARD_PIXELS = 64  # pictures up to this side are magnified with hard pixels
 SHOWN_STEPS = 7  # of the samples: the first, the last, and some between
 SHOWN_PROMPTS = 24
 PICTURE_BYTES = 120_000  # a larger file is scaled down
@@ -44,7 +46,9 @@ STYLE = """
 .prompt small { color: var(--soft); font-weight: 400; margin-left: 10px; }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(126px, 1fr)); gap: 12px; }
 .answers.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); overflow: visible; }
-.answers figcaption { margin: 0 0 5px; font-variant-numeric: tabular-nums; } .answers img { width: 100%; margin: 0 0 6px; }
+.answers figcaption { margin: 0 0 5px; font-variant-numeric: tabular-nums; }
+.prompt img { height: 56px; width: auto; margin: 0 8px 0 0; vertical-align: middle; }
+.answers img { width: 100%; margin: 0 0 6px; }
 .answers p { font-size: 13px; margin: 0 0 6px; white-space: pre-wrap; line-height: 1.45; }
 details > summary { cursor: pointer; font-weight: 600; } details[open] > summary { margin-bottom: 12px; }
 h3 { font-size: 15px; margin: 20px 0 8px; } section > h3:first-child { margin-top: 0; }
@@ -168,7 +172,8 @@ class Pictures:
         if len(data) > self.left:
             return self._missing(path, "too_large")
         self.left -= len(data)
-        return f'<img alt="{escape(caption)}" src="data:image/{kind};base64,{base64.b64encode(data).decode("ascii")}">'
+        small = " class=small" if kind == "png" and max(struct.unpack(">II", data[16:24].ljust(8, b"\0"))) <= HARD_PIXELS else ""
+        return f'<img{small} alt="{escape(caption)}" src="data:image/{kind};base64,{base64.b64encode(data).decode("ascii")}">'
 
     def _missing(self, path: Path, why: str) -> str:
         return f'<p class="soft">{escape(path.name)}: {escape(self.words("not_shown", why=self.words(why)))}</p>'
@@ -210,14 +215,15 @@ def _samples(run: Run, pictures: Pictures, words: Words) -> str:
     for key in list(newest)[:SHOWN_PROMPTS]:
         there = [found[key] for found in columns if key in found]
         figures = [_answer(words("step_alone", step=a.step), a, pictures) for a in there]
-        body.append(_prompt(newest[key], figures, len(there)))
+        body.append(_prompt(newest[key], figures, len(there), pictures))
     return "".join([*body, _more(len(newest) - SHOWN_PROMPTS, words)])
 
 
-def _prompt(answer: Answer, figures: Sequence[str], count: int) -> str:
+def _prompt(answer: Answer, figures: Sequence[str], count: int, pictures: Pictures) -> str:
     seed = f"<small>seed {answer.seed}</small>" if answer.seed is not None else ""
     wide = " wide" if count <= 4 else ""
-    shown = f'<p class="prompt">{escape(_cut(answer.prompt))}{seed}</p>'
+    given = "".join(pictures.show(path, answer.prompt[:200]) for path in answer.given)
+    shown = f'<p class="prompt">{given}{escape(_cut(answer.prompt))}{seed}</p>'
     return f'{shown}<div class="answers{wide}">{"".join(figures)}</div>'
 
 
@@ -333,5 +339,5 @@ def _compared_samples(runs: Sequence[Run], words: Words) -> str:
     for key in keys[:SHOWN_PROMPTS]:
         there = [(run, found[key]) for run, found in newest if key in found]
         figures = [_answer(f"{plain(run.name)}, {words('step_alone', step=a.step)}", a, pictures) for run, a in there]
-        body.append(_prompt(there[0][1], figures, len(there)))
+        body.append(_prompt(there[0][1], figures, len(there), pictures))
     return "".join([*body, _more(len(keys) - SHOWN_PROMPTS, words)])
