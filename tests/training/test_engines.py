@@ -159,7 +159,7 @@ def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(run: str, pr
         assert bad == [["its loss is not finite", True], ["its gradient is not finite", True]], f"NaN on the last process, seen by {rank}"
     for number, (name, case) in enumerate(cases_of(run).items()):
         parts = [torch.load(folder / f"{run}-{number}.{rank}.pt", weights_only=False) for rank in range(world)]
-        alone = options_of(case, options, RUNS[run][0] | {"engine": "single", "cpu_offload": False})
+        alone = options_of(case, options, {"engine": "single", "bf16": run.endswith("bf16")})
         trainer = built(**alone | {"output_dir": str(folder / f"one-{run}-{number}")})
         wanted_losses = train(trainer, case[0], None, world)
         for losses, _ in parts:

@@ -35,6 +35,7 @@ from unigen.training import saver as saving
 from unigen.training.checkpoint import CheckpointError, read_manifest, read_states, verify_checkpoint
 from unigen.training.engine import Channel, Engine
 from unigen.training.saver import Saver
+from unigen.training.trainer import UnifiedTrainer
 
 # ---- what goes in comes out
 
@@ -189,6 +190,33 @@ def test_without_background_it_is_published_when_save_returns(tmp_path: Path):
     assert saver.published() == tmp_path / "step_1"
     saver.wait()
     assert saver.published() is None
+
+
+def test_training_goes_on_within_2_s_of_a_save_on_a_disk_that_takes_longer(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """A real run whose every file takes 1.5 s: the step after a save begins before that is published, and at most 2 s after the last."""
+    write, moments = saving.write_safetensors, []
+
+    def slow(*args: Any, **more: Any) -> Any:
+        time.sleep(1.5)
+        return write(*args, **more)
+
+    monkeypatch.setattr(saving, "write_safetensors", slow)
+    trainer = UnifiedTrainer(Config(**options | {"max_steps": 3, "save_steps": 2, "ema": 0.9}))
+    step = trainer.train_step
+
+    def noted(*given: Any) -> Any:
+        began = time.monotonic()
+        published = (trainer.output_dir / "step_2").exists()
+        result = step(*given)
+        moments.append((began, time.monotonic(), published))
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", noted)
+    trainer.train()
+    (_, saved_at, _), (went_on, _, published) = moments[1:]
+    assert went_on - saved_at < 2.0 and not published
+    verify_checkpoint(trainer.output_dir / "step_2")
+    verify_checkpoint(trainer.output_dir / "step_3")
 
 
 def test_where_memory_is_too_small_for_a_copy_all_processes_write_at_once_and_say_so_once(

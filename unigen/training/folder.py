@@ -35,8 +35,10 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
         sweep_orphans(folder)
         if not config.dry_run and (not config.resume_from_checkpoint or (config.resume_from_checkpoint == "auto" and not steps(folder))):
             set_aside(folder, Path(config.model_path or ""))
-        options = json.dumps(redacted(config.to_dict()), indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(options + "\n", encoding="utf-8")
+        written = folder / "config.json"
+        if not (config.dry_run and written.exists()):  # the options of a run stay those of the run
+            options = json.dumps(redacted(config.to_dict()), indent=2, ensure_ascii=False)
+            written.write_text(options + "\n", encoding="utf-8")
         return lock
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error}). Cure: choose another --output_dir") from error
