@@ -167,16 +167,27 @@ def kill_again_and_again(run: Run, kills: int, in_save: int, seed: int) -> Kille
         went.kills += plan[-1] == "any"
         went.in_save += plan[-1] == "save"
         plan.pop()
-        went.lost += sorted(there - run.published())
+        went.lost += _lost(there, run)
         there = run.published()
     else:
         run.start()
         went.starts += 1
         run.finish()
-    went.lost += sorted(there - run.published())
+    went.lost += _lost(there, run)
     if plan:
         went.problems.append(f"the run was done with {len(plan)} kills to go; give it more steps")
     return went
+
+
+def _lost(before: set[str], run: Run) -> list[str]:
+    """Checkpoints that are gone, but for the oldest ones where ``save_total_limit`` prunes."""
+
+    def step(name: str) -> int:
+        return int(name.removeprefix("step_"))
+
+    now = run.published()
+    oldest = min(map(step, now), default=0) if run.options["save_total_limit"] else 0
+    return sorted((name for name in before - now if step(name) > oldest), key=step)
 
 
 def _reach(run: Run, moment: str, rng: random.Random) -> bool:
@@ -267,11 +278,14 @@ def main() -> int:
     straight = time.perf_counter() - began
     run = Run(folder / "killed", given.processes, options)
     went = kill_again_and_again(run, given.kills - given.kills // 2, given.kills // 2, given.seed)
-    went.lost = []  # old ones are pruned here
     compare(run, whole, went, samples)
     print(f"{went.kills} kills at any moment, {went.in_save} in a save, {went.starts} starts, {steps} steps")
     print(f"{straight:.0f} s without kills, {time.perf_counter() - began - straight:.0f} s with them")
-    print("\n".join(went.problems) or "the log, the last checkpoint and the samples of every epoch are those of a run nobody killed")
+    went.problems += [f"published and lost: {name}" for name in went.lost]
+    print(
+        "\n".join(went.problems)
+        or "no checkpoint was lost; the log, the last checkpoint and the samples of every epoch are those of a run nobody killed"
+    )
     shutil.rmtree(folder)
     return 1 if went.problems else 0
 
