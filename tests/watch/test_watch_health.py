@@ -171,6 +171,18 @@ def test_speed_and_time_left_come_from_the_logs_times(folder):
     assert pace.tokens_per_second == pytest.approx(21_500, rel=0.02) and 0 < pace.data_wait < 0.03
 
 
+def test_the_night_before_a_run_was_resumed_is_no_time_of_its_steps(folder):
+    """40 of the last 100 steps before, 60 after."""
+    rows = [row(step, random.Random(step)) for step in range(1, 101)]
+    for line in rows[:40]:
+        line["time"] -= 8 * 3600
+    write_metrics(folder / "metrics.jsonl", rows)
+    assert speed(look(folder)).seconds_per_step > 200
+    write_rank(folder, 0, step=100, total_steps=2000, started=rows[40]["time"] - 1.0)
+    pace = speed(look(folder))
+    assert pace.seconds_per_step == pytest.approx(2.9) and pace.eta == pytest.approx(1900 * 2.9)
+
+
 def test_speed_without_times_comes_from_durations_heartbeats_or_checkpoints(folder):
     def write(**changes) -> None:
         values = [row(step, random.Random(step)) | changes for step in range(1, 61)]

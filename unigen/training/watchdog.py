@@ -44,9 +44,9 @@ class _Peer:
 class Watchdog:
     """Heartbeats of this process into ``folder``, and the report when it, or another, hangs.
 
-    ``rank_R.json``, every two seconds: rank, world, step, phase, since (unix seconds when this phase or step began), quiet (seconds
-    without progress), time (unix, of this heartbeat), pid, host, signal (its name, where one has asked for the end), and what ``facts``
-    gives. At the end of the run the phase is "ended". ``rank_R.stack.txt``: after a hang.
+    ``rank_R.json``, every two seconds: rank, world, started (unix seconds when the process began), step, phase, since (unix seconds when
+    this phase or step began), quiet (seconds without progress), time (unix, of this heartbeat), pid, host, signal (its name, where one
+    has asked for the end), and what ``facts`` gives. At the end of the run the phase is "ended". ``rank_R.stack.txt``: after a hang.
 
     Progress is a :meth:`beat` or a change of ``stops``' phase. Without any for ``timeout`` seconds the process reports itself and, where
     no other process moves any more (or after twice the time), ends with ``EXIT_HUNG``; where C code holds the interpreter, with 1. Time
@@ -68,6 +68,7 @@ class Watchdog:
     ):  # fmt: skip
         self.folder, self.rank, self.world, self.timeout = Path(folder), rank, world, timeout
         self._stops, self._facts = stops, facts
+        self._started = time.time()
         self._step, self._since, self._moved = 0, time.time(), time.monotonic()
         self._quiet = 0.0
         self._period = min(_BEAT_S, max(timeout / 8, 0.2)) if timeout else _BEAT_S
@@ -196,7 +197,7 @@ class Watchdog:
             with contextlib.suppress(Exception):  # it reads what the main thread is changing
                 facts |= self._facts()
         return {
-            "rank": self.rank, "world": self.world, "step": self._step, "phase": phase or (at.name if at else ""),
+            "rank": self.rank, "world": self.world, "started": self._started, "step": self._step, "phase": phase or (at.name if at else ""),
             "since": max(self._since, at.since if at else 0.0), "quiet": round(self._quiet, 1), "time": time.time(),
             "pid": os.getpid(), "host": self._host, **facts,
         }  # fmt: skip

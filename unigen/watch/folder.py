@@ -133,6 +133,12 @@ class Run:
         return max([logged, *(rank.step for rank in self.ranks if rank.rank == 0)])
 
     @property
+    def started(self) -> float:
+        """Unix seconds, by the run's clock, when its processes began; 0 where that is not told. A run that was resumed began then."""
+        told = [rank.facts.get("started") for rank in self.ranks if rank.rank == 0]
+        return next((float(t) for t in told if type(t) in (int, float) and 0 < t < 1e300), 0.0)
+
+    @property
     def total_steps(self) -> int | None:
         """Steps of the whole run."""
         told = [rank.facts.get("total_steps") for rank in self.ranks if rank.rank == 0]

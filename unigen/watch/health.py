@@ -122,7 +122,8 @@ def speed(run: Run) -> Speed:
 
 def _seconds_per_step(run: Run, rows: list[dict[str, Any]]) -> float | None:
     """From the log's times or durations, else from heartbeats, else from the last checkpoints."""
-    times = [(t, row["step"]) for row in rows for t in numbers([row], "time")]
+    # The time between the end of a run and its resuming is no time of steps.
+    times = [(t, row["step"]) for row in rows for t in numbers([row], "time") if t >= run.started]
     rates = [_rate(times), _median(numbers(rows, "seconds")), _rate(run.rank_steps), _rate(_marks(run))]
     return next((rate for rate in rates if rate is not None), None)
 
