@@ -44,10 +44,23 @@ def test_a_resumed_run_decides_alike(tmp_path: Path):
     for i in range(40):
         g.took(1.0 + 0.05 * (i % 7))
     g.stale = 2
-    other.load(json.loads(json.dumps(g.state())))
+    other.load(json.loads(json.dumps(g.state())), 40)
     for norm in (1.1, 1.3, 1.5, 2.0):
         assert g.refuses((0.0, 0.0), norm) == other.refuses((0.0, 0.0), norm)
     assert other.stale == 2
+
+
+def test_steps_that_will_be_taken_again_are_listed_once(tmp_path: Path):
+    """Steps 2, 4 and 5 were skipped, the kill cut the last line, and the run goes on from 4."""
+    g = guards(tmp_path, max_skipped_steps=9)
+    for step in (2, 4, 5):
+        g.skipped(step, "x", [], {})
+    path = tmp_path / "bad_steps.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "wh')
+    other = guards(tmp_path, max_skipped_steps=9)
+    other.load(g.state(), 4)
+    other.skipped(5, "x", [], {})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
 
 
 def poison(model: torch.nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""A file that grows record by record, whatever the disk does."""
+"""A file that grows record by record, whatever the disk does; and is cut back where a run goes on from an earlier step."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import deque
@@ -80,3 +81,27 @@ class Appender:
         if written != len(record):  # a disk that took only a part gets it cut off again
             os.ftruncate(file, size)
             raise OSError(f"no space left: {written} of {len(record)} bytes were taken")
+
+
+def drop_after(path: Path, step: int, repeats: bool = False) -> None:
+    """Rewrites a log of a JSON object with ``step`` a line, in one rename, without the lines after ``step`` and without one that a kill cut
+    short. With ``repeats`` the step's own line, the first that names it, is the last to stay.
+
+    Raises:
+        OSError: it cannot be read or written; it is as it was then.
+    """
+    kept, done = [], 0
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            at = json.loads(line)["step"]
+            if at < step or (at == step and not (repeats and done == step)):
+                kept.append(line + b"\n")
+            done = at
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s:%d is no line with a step; it is dropped: %r", path, number, line[:80])
+    new = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with open(new, "wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

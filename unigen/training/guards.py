@@ -15,6 +15,7 @@ from typing import Any
 
 from unigen.config import Config, UserError
 from unigen.data.loader import Row, RowStream
+from unigen.training.appender import drop_after
 from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
@@ -40,7 +41,14 @@ class Guards:
         """What a resumed run needs to decide alike."""
         return {"skipped_in_a_row": self.in_a_row, "grad_norms": list(self.norms), "stale_validations": self.stale}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], step: int) -> None:
+        """Goes on from ``step``: later ones will be taken, and listed, again."""
+        path = self.output_dir / "bad_steps.jsonl"
+        if self.engine.main and path.exists():
+            try:
+                drop_after(path, step)
+            except OSError as error:
+                log.warning("%s may list steps twice, as it cannot be rewritten: %s", path, error)
         self.in_a_row, self.stale = state.get("skipped_in_a_row", 0), state.get("stale_validations", 0)
         self.norms.extend(state.get("grad_norms", ()))
 
@@ -108,8 +116,11 @@ class Guards:
                 f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with --resume_from_checkpoint auto"
             )
         if self.engine.main:
-            with open(self.output_dir / "bad_records.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in everyone)
+            with open(self.output_dir / "bad_records.jsonl", "a+", encoding="utf-8") as f:
+                f.seek(0)
+                listed = set(f)  # by the run that this one resumes
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in everyone]
+                f.writelines(line for line in lines if line not in listed)
             log.warning("%d record(s) left out: %s", len(everyone), message)
         stream.unreadable |= {f"{record['file']}:{record['index']}" for record in everyone}
         mixture = stream.mixture

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from unigen.config import Config, UserError
 from unigen.training import services
-from unigen.training.appender import Appender
+from unigen.training.appender import Appender, drop_after
 from unigen.training.console import Progress, describe, duration, plain
 from unigen.training.event_files import EventFiles
 from unigen.training.secrets import hide, redacted
@@ -139,7 +139,7 @@ class JsonLines:
 
     def __init__(self, output_dir: Path, resume_step: int, repeats: bool = False):
         path = output_dir / METRICS_FILE
-        self._file = Appender(path, lambda: _drop_after(path, resume_step, repeats) if path.exists() else None)
+        self._file = Appender(path, lambda: drop_after(path, resume_step, repeats) if path.exists() else None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         nonfinite = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -160,26 +160,6 @@ class JsonLines:
 
     def wait(self, deadline: float) -> None:
         """Nothing is under way."""
-
-
-def _drop_after(path: Path, step: int, repeats: bool) -> None:
-    """Rewrites the log, in one rename, without the lines after ``step`` and without a line a kill cut short. With ``repeats`` the step's
-    own line, the first that names it, is the last to stay."""
-    kept, done = [], 0
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            at = json.loads(line)["step"]
-            if at < step or (at == step and not (repeats and done == step)):
-                kept.append(line + b"\n")
-            done = at
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s:%d is no line of metrics; it is dropped: %r", path, number, line[:80])
-    new = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with open(new, "wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 # ---- the table

@@ -172,7 +172,7 @@ class UnifiedTrainer:
         self.state.restore(folder)
         self.engine.scale.load(state["scale"])
         self.step, self.best = state["step"], state["best"] if state["best"] is not None else math.inf
-        self.guards.load(state["guards"])
+        self.guards.load(state["guards"], self.step)
         self.pending = set(state["pending"])
         self._saved = self.step
         self.place = Place(state["epoch"], state["position"], tuple(state["waiting"]))
