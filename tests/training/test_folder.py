@@ -25,8 +25,9 @@ def leave_a_run(folder: Path, *checkpoints: int) -> dict[str, bytes]:
     for name in FILES:
         (folder / name).write_text(f"earlier {name}")
     for name in (*FOLDERS, *(f"step_{n}" for n in checkpoints)):
-        (folder / name).mkdir()
-        (folder / name / "file").write_text(f"earlier {name}")
+        file = folder / name / ("step_2/index.json" if name == "samples" else "file")
+        file.parent.mkdir(parents=True)
+        file.write_text(f"earlier {name}")
     return contents(folder)
 
 
@@ -79,6 +80,26 @@ def test_weights_that_would_be_moved_away_are_refused(tmp_path: Path, model: str
     with pytest.raises(UserError, match=r"holds the run whose weights this one begins with .*Cure: choose another --output_dir"):
         prepare_folder(tmp_path, Config(model_path=str(tmp_path / model)))
     assert contents(tmp_path) == left
+
+
+def test_folders_of_the_user_stay_where_they_are(tmp_path: Path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "cat.png").write_text("no answer of a model")
+    (tmp_path / "best").mkdir()
+    prepare_folder(tmp_path, Config()).close()
+    assert (tmp_path / "samples" / "cat.png").exists() and (tmp_path / "best").exists(), "no run has been here"
+    (tmp_path / "metrics.jsonl").write_text("")
+    prepare_folder(tmp_path, Config()).close()
+    assert (tmp_path / "samples" / "cat.png").exists() and (tmp_path / "old-1" / "metrics.jsonl").exists()
+
+
+def test_the_folder_of_a_model_is_refused(options: dict[str, Any]):
+    """Its config.json says what the model is."""
+    model = Path(options["model_path"])
+    before = contents(model)
+    with pytest.raises(UserError, match=r"is the folder of a model.*Cure: choose another"):
+        UnifiedTrainer(Config(**options | {"output_dir": str(model)})).train()
+    assert contents(model) == before
 
 
 def test_who_starts_anew_beside_an_earlier_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):

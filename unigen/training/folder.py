@@ -27,8 +27,11 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
     this one begins anew, and writes the options down.
 
     Raises:
-        UserError: it cannot be written, another run is in it, or this run begins with weights of the one that it would set aside.
+        UserError: it cannot be written, it is a model, another run is in it, or this run begins with weights of the one that it would
+            set aside.
     """
+    if (folder / "llm_config.json").exists():
+        raise UserError(f"output_dir {folder} is the folder of a model, whose config.json would be replaced. Cure: choose another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
@@ -80,7 +83,7 @@ def set_aside(folder: Path, model: Path) -> None:
         OSError: the folder cannot be written.
     """
     checkpoints, staged = steps(folder), folder / ".old.new"
-    if not (checkpoints or any((folder / name).exists() for name in ("metrics.jsonl", "samples", "best", staged.name))):
+    if not (checkpoints or (folder / "metrics.jsonl").exists() or staged.exists()):
         _tell_of_earlier(folder)
         return
     if any(path.resolve() in (model.resolve(), *model.resolve().parents) for path in [*checkpoints, folder / "best"]):
@@ -91,7 +94,7 @@ def set_aside(folder: Path, model: Path) -> None:
     aside = next(path for n in range(1, 10**6) if not (path := folder / f"old-{n}").exists())
     staged.mkdir(exist_ok=True)  # one that was killed here goes on
     for path in [*(folder / name for name in (*FILES, *FOLDERS)), *checkpoints]:
-        if path.exists():
+        if path.exists() and (path.name != "samples" or all(re.match(r"\.?step_\d", entry.name) for entry in listed(path))):
             path.rename(staged / path.name)
     staged.rename(aside)
     log.warning(
