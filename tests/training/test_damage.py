@@ -79,6 +79,7 @@ def test_two_hundred_flipped_bits_over_all_files_are_all_noticed(checkpoint: Pat
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_truncated_extended_emptied_or_missing_file_is_named(checkpoint: Path, name: str):
+    """Passes when every file, too short, one byte too long, gone, or a folder instead, is an error that names it and the cure."""
     path = checkpoint / name
     data = path.read_bytes()
     lengths = [len(data) - 1, len(data) // 2, 8, 0]

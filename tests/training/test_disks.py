@@ -153,6 +153,8 @@ def test_a_folder_that_cannot_be_synced_is_fine_where_the_file_system_has_no_suc
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EDQUOT, errno.ENOSPC])
 def test_a_disk_that_refuses_folders_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+    """Passes when mkdir and rename that fail with such a code are errors with the cure, and the checkpoint before is as it was."""
+
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
@@ -168,6 +170,7 @@ def test_a_disk_that_refuses_folders_is_a_clear_error(tmp_path: Path, monkeypatc
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; EACCES is forced in other tests")
 def test_a_folder_without_permission_is_a_clear_error(tmp_path: Path):
+    """Passes when a folder that may not be written is an error that says so, with the cure."""
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EACCES)}.*Cure"):
         save(tmp_path, 1)
@@ -175,6 +178,7 @@ def test_a_folder_without_permission_is_a_clear_error(tmp_path: Path):
 
 
 def test_a_read_only_disk_is_a_clear_error(small_disk: Path):
+    """A real file system that turns read-only: passes when the save is an error with the cure and the checkpoint before verifies."""
     old = save(small_disk, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EROFS)}.*Cure"):
@@ -196,6 +200,8 @@ def test_a_place_that_is_no_folder_is_a_clear_error(tmp_path: Path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), SafetensorError("x"), OSError(errno.EIO, "I/O error")])
 def test_an_interrupted_or_failing_writer_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path, error: BaseException):
+    """Passes when the folder is as it was after the failure, which is told once, and the next save publishes a whole checkpoint."""
+
     def fail(folder: Path) -> None:
         write_files(folder)
         raise error

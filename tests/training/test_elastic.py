@@ -73,6 +73,7 @@ def elastic(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_every_step_has_the_same_rows_whatever_the_number_of_processes(elastic: tuple[Path, dict[str, Any]]):
+    """Passes when the samples of every step, over 2, 1, 3 and 2 processes, are those that a stream nobody stopped gives."""
     folder, options = elastic
     stream = built(**options | {"engine": "single", "output_dir": str(folder / "rows")}).stream
     steps = stream.steps(Place(), ROWS)
@@ -87,6 +88,7 @@ def test_every_step_has_the_same_rows_whatever_the_number_of_processes(elastic: 
 
 
 def test_parameters_and_moments_are_equal_to_the_bit_at_load(elastic: tuple[Path, dict[str, Any]]):
+    """Passes when what the processes of each leg hold after loading is, element by element, all that the leg before has saved."""
     folder, _ = elastic
     for (world, _, _), begun in zip(LEGS[1:], (2, 4, 6), strict=True):
         step = folder / "run" / f"step_{begun}"

@@ -129,6 +129,7 @@ def test_both_runs_are_whole_and_the_earlier_one_goes_on(options: dict[str, Any]
 
 
 def test_a_folder_in_use_is_refused_and_free_again_after_kill_9(options: dict[str, Any], tmp_path: Path):
+    """Two runs into one folder: passes when the second is refused, touches nothing and names the first; after ``kill -9`` it may."""
     folder = Path(options["output_dir"])
     folder.mkdir(parents=True)
     code = f"""

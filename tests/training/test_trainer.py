@@ -103,11 +103,13 @@ def test_the_learning_rate_follows_the_schedule_over_optimiser_steps(options: di
 
 
 def test_num_workers_change_nothing(options: dict[str, Any], tmp_path: Path):
+    """Passes when log and checkpoint are the same with 0, 2 and 4 data workers."""
     train(**options | {"gradient_accumulation_steps": 2})
     for workers in (2, 4):
         folder = tmp_path / f"workers-{workers}"
         train(**options | {"gradient_accumulation_steps": 2, "num_workers": workers, "output_dir": str(folder)})
         assert timeless(folder) == timeless(options["output_dir"])
+        assert_same_checkpoint(folder / "step_2", Path(options["output_dir"]) / "step_2")
 
 
 def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_last_window(options: dict[str, Any], tmp_path: Path):
@@ -158,6 +160,9 @@ def whole_run(request: pytest.FixtureRequest, small_model: Path, records: Path, 
 
 @pytest.mark.parametrize("stopped", range(1, 12))
 def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp_path: Path, stopped: int):
+    """Passes when a run resumed after each of its steps, in the middle of an epoch and at its end, has the same log, and the same weights,
+    average, moments and place in every later checkpoint, as the run that was not stopped.
+    """
     whole = Path(whole_run["output_dir"])
     shutil.copytree(whole / f"step_{stopped}", tmp_path / f"step_{stopped}")
     shutil.copy(whole / "metrics.jsonl", tmp_path)

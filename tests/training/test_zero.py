@@ -207,6 +207,7 @@ def assert_within(found: dict[Any, torch.Tensor], wanted: dict[Any, torch.Tensor
 
 @pytest.mark.parametrize(("world", "zero", "name"), RUNS)
 def test_zero_trains_to_the_weights_of_one_process_within_1e_6(ran: Any, alone: Any, world: int, zero: str, name: str):
+    """Passes when losses, weights, average and moments are those of one process, as for the other engines, and the same tensors moved."""
     parts = [torch.load(file_of(ran[0], world, zero, name, rank), weights_only=False) for rank in range(world)]
     case = (TWO if world == 2 else THREE)[name]
     first, wanted_losses, wanted = alone(f"{world} {name}", case)
@@ -222,6 +223,7 @@ def test_zero_trains_to_the_weights_of_one_process_within_1e_6(ran: Any, alone: 
 
 @pytest.mark.parametrize("zero", STATES)
 def test_a_poisoned_step_changes_no_bit_and_leaves_nothing_to_the_next(ran: Any, alone: Any, zero: str):
+    """Passes when a NaN of one micro-batch of one process is seen by both, nothing held changes, and the next step is as without it."""
     parts = [torch.load(file_of(ran[0], "state", zero, rank), weights_only=False) for rank in range(2)]
     for said in parts:
         assert said["poisoned"] != said["poisoned"]  # NaN on both processes, made on one
