@@ -3,12 +3,14 @@
 Makes a checkpoint of random float32 weights in the published layout, then lets every engine load it with 1, 2 and 3 fresh processes on
 this CPU. Reported are the most memory of all processes together (PSS, so that shared pages count once, sampled every 50 ms; interpreters
 and libraries included) and the sum of what each process says was its own most (VmHWM, which misses no moment but counts shared pages once
-a process). For fsdp2 the first must stay below 1.2 times the checkpoint + 1 GB. ``tests/training/test_memory.py`` runs the same on 1 GB.
+a process). For fsdp2 and ZeRO 3 (zero3) the first must stay below 1.2 times the checkpoint + 1 GB. ``tests/training/test_memory.py`` runs
+the same on 1 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -18,8 +20,9 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ENGINES = ("single", "ddp", "fsdp2")
+ENGINES = ("single", "ddp", "fsdp2", "zero3")
 INTERVAL_S = 0.05
 PATIENCE_S = 300.0
 GB = 10**9
@@ -94,16 +97,23 @@ def load(folder: str, engine: str) -> None:
     from unigen.training.engine import open_engine
 
     torch.set_num_threads(1)
-    with open_engine(Config(device="cpu", engine=engine)) as opened:
+    options: dict[str, Any] = {"engine": engine}
+    if engine == "zero3":
+        json_file = Path(tempfile.mkdtemp()) / "ds.json"
+        json_file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+        options = {"engine": "deepspeed", "deepspeed_config": str(json_file)}
+    with open_engine(Config(device="cpu", **options)) as opened:
         opened.gather("all here")
         print("ready", flush=True)
         sys.stdin.readline()
         began = time.perf_counter()
         opened.load_model(Path(folder))
-        opened.start()
+        if engine != "zero3":  # there DeepSpeed makes copies, moments and gradients, which the others make with the first step
+            opened.start()
         seconds = time.perf_counter() - began
         opened.gather("all done")
-        held = sum(shard.value.numel() * shard.value.element_size() for shard in opened.shards())
+        parts = [p.ds_tensor for p in opened.model.parameters()] if engine == "zero3" else [shard.value for shard in opened.shards()]
+        held = sum(part.numel() * part.element_size() for part in parts)
         most = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
         print(f"took {int(most.split()[1]) * 1024} {held} {seconds:.3f}", flush=True)
         sys.stdin.readline()
@@ -205,10 +215,10 @@ def main() -> None:
         print(f"{'engine':8} {'processes':>9} {'before':>8} {'peak PSS':>9} {'sum VmHWM':>10} {'held':>8} {'seconds':>8}   (GB)")
         for engine in options.engines:
             for world in options.processes:
-                if (engine == "single") != (world == 1) and engine != "fsdp2":
+                if (engine == "single") != (world == 1) and engine not in ("fsdp2", "zero3"):
                     continue
                 p = measure(Path(folder) / "model", engine, world)
-                verdict = ("  holds" if p.together <= limit(size) else "  TOO MUCH") if engine == "fsdp2" else ""
+                verdict = ("  holds" if p.together <= limit(size) else "  TOO MUCH") if engine in ("fsdp2", "zero3") else ""
                 numbers = f"{p.start / GB:8.3f} {p.together / GB:9.3f} {p.separate / GB:10.3f} {p.held / GB:8.3f} {p.seconds:8.1f}"
                 print(f"{engine:8} {world:9} {numbers}{verdict}", flush=True)
 

@@ -23,12 +23,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path,
     shutil.rmtree(folder)
 
 
-def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_its_size_and_1_gb(checkpoint: tuple[Path, int]):
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_its_size_and_1_gb(
+    checkpoint: tuple[Path, int], engine: str
+):
     """Together, interpreters and libraries included; and what they hold afterwards is the checkpoint once. (With ``ddp``, twice: the
     benchmark shows 3.9 GB for 1.2 GB, where 2.4 GB are allowed.)"""
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
     folder, size = checkpoint
     assert 1.0e9 <= size < 1.1e9
-    peak = memory.measure(folder, "fsdp2", 2)
+    peak = memory.measure(folder, engine, 2)
     assert peak.held == size
     assert size < peak.together - peak.start  # the samples saw it
     assert peak.together <= memory.limit(size), peak
