@@ -1,6 +1,5 @@
 """``unigen preview`` as its user meets it: which records, exit codes, the terminal, and a page that data cannot break."""
 
-import io
 import re
 import string
 from dataclasses import fields
@@ -56,22 +55,6 @@ def test_the_short_form(tmp_path, capsys):
         "  264 tokens, 0.8% of 32,768; loss on 7 text labels, 0 image tokens",
     ]
     assert not (tmp_path / "preview.html").exists()
-
-
-def test_colours_are_for_terminals(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("sys.stdout", Terminal())
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert preview.colours().end == "\x1b[0m"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert preview.colours() == preview.Colours()
-    monkeypatch.delenv("NO_COLOR")
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert preview.colours() == preview.Colours()
 
 
 def test_data_cannot_steer_the_terminal(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from unigen.watch.health import judge, worries
 from unigen.watch.metrics import Point
 from unigen.watch.plot import plot, sparkline
 from unigen.watch.terminal import View, fit, frame, render, wrapped
-from unigen.watch.words import WORDS, Words, columns, figure, plain, size
+from unigen.watch.words import WORDS, Words, columns, figure, size
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,20 +157,7 @@ def test_nothing_in_a_folder_can_steer_the_terminal(tmp_path):
         assert not {c for line in lines for c in line if not c.isprintable()}
 
 
-def test_colours_are_for_terminals_and_off_where_asked(folder, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("sys.stdout", Terminal())
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert command._has_colour()
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert not command._has_colour()
-    monkeypatch.delenv("NO_COLOR")
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert not command._has_colour()
+def test_without_colours_the_text_is_the_same(folder):
     found = frame([look(folder)], View(Words("en"), 100))
     lines = render(found, 100, colour=True)
     assert "\x1b[32m● running\x1b[0m" in lines[0]
@@ -295,7 +281,3 @@ def test_an_output_that_has_no_braille_is_no_error(folder, tmp_path):
         argv = [sys.executable, "-m", "unigen", "watch", str(folder), "--language", language]
         done = subprocess.run(argv, env=env, capture_output=True, timeout=60)
         assert done.returncode == 0 and done.stdout.isascii() and b"****" in done.stdout, done.stderr
-
-
-def test_plain_text_is_one_line():
-    assert plain("a\nb\tc\x1b\u202e猫") == "a b c\ufffd\ufffd猫"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unigen.config import ConfigError, DataOptions
+from unigen.tty import reader_may_leave, say
 
 FEW = 3  # problems of a code that the terminal shows in full
 
@@ -161,20 +161,11 @@ def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> N
         "statistics": summary,
         "advice": [{"code": a.code, "level": a.level, **a.values, "text": advice_line(a, english)} for a in advice],
     }
-    with _reader_may_leave():
+    with reader_may_leave():
         print(json.dumps(head, indent=1)[:-2] + ',\n "problems": [', end="")
         for i, problem in enumerate(found.problems):
             print(("," if i else "") + "\n  " + json.dumps(problem), end="")
         print("\n ]\n}", flush=True)
-
-
-@contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """``unigen check ... | head`` is no error."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def _print_report(found: Any, summary: dict[str, Any], advice: Sequence[Any], words: Any, options: CheckOptions) -> None:
@@ -199,9 +190,7 @@ def _print_report(found: Any, summary: dict[str, Any], advice: Sequence[Any], wo
         lines += [f"{'!' if a.level == 'warn' else '-'} {advice_line(a, words)}" for a in advice]
     if options.output:
         lines += ["", f"-> {options.output}"]
-    encoding = sys.stdout.encoding or "utf-8"
-    with _reader_may_leave():
-        print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    say("\n".join(lines))
 
 
 def _problem_lines(found: Any, words: Any) -> Iterator[str]:

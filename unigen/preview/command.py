@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from unigen.config import DataOptions, UserError
+from unigen.tty import harmless, has_colour, say
 
 if TYPE_CHECKING:
     from unigen.data.containers import Raw, Span
@@ -272,8 +271,8 @@ class Colours(NamedTuple):
 
 
 def colours() -> Colours:
-    """Colours where the output is a terminal and NO_COLOR (no-color.org) is not set."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    """As the output wants them."""
+    if not has_colour():
         return Colours()
     return Colours("\x1b[34m", "\x1b[32m", "\x1b[1;33m", "\x1b[2m", "\x1b[1;31m", "\x1b[0m")
 
@@ -315,14 +314,3 @@ def _piece(group: list[Shown], ink: Colours) -> str:
         state = " dropped" if shown.block.dropped else time
         forms.append(f"{shown.kind.name.lower()} {rows}x{columns}={shown.block.length:,}{state}{loss if shown.block.loss else ''}")
     return f"[{ink.image}image{ink.end}{original} -> {', '.join(forms)}]"
-
-
-def harmless(value: object) -> str:
-    """Text from the data on one line, without the control characters that would steer the terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(value))
-
-
-def say(text: str) -> None:
-    """Prints; a character that the terminal's encoding lacks becomes a question mark."""
-    encoding: Any = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from unigen.config import ConfigError
+from unigen.tty import harmless, has_colour, say, showable
 
 if TYPE_CHECKING:
     from unigen.watch.folder import Run
@@ -52,7 +52,7 @@ def watch(options: WatchOptions) -> int:
     """
     steps = _resolve(options)
     from unigen.watch.folder import Run, find_runs
-    from unigen.watch.words import Words, plain
+    from unigen.watch.words import Words
 
     words = Words(options.language)
     runs = [Run(folder, steps, exact=options.html is not None) for folder in find_runs(options.run)]
@@ -69,7 +69,7 @@ def watch(options: WatchOptions) -> int:
     ill = [(run, state) for run in runs if (state := judge(run)).name in ("hung", "dead")]
     if options.html is not None:
         for run, state in ill:
-            print(f"{plain(run.name)}: {words(state.name)}; {'; '.join(words(w.key, **w.values) for w in state.why)}", file=sys.stderr)
+            print(f"{harmless(run.name)}: {words(state.name)}; {'; '.join(words(w.key, **w.values) for w in state.why)}", file=sys.stderr)
     return 1 if ill else 0
 
 
@@ -126,27 +126,16 @@ def _has_braille() -> bool:
     return True
 
 
-def _has_colour() -> bool:
-    """Colours where the output is a terminal and NO_COLOR (no-color.org) is not set."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 def _print(runs: Sequence[Run], view: View) -> None:
     from unigen.watch.terminal import frame, render
 
-    encoding = sys.stdout.encoding or "utf-8"
-    text = "\n".join(render(frame(runs, view), view.width, _has_colour()))
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # unigen watch RUN | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say("\n".join(render(frame(runs, view), view.width, has_colour())))
 
 
 def _live(options: WatchOptions, runs: Sequence[Run]) -> None:
     """Frames on the terminal's second screen until Ctrl-C; the last one stays on the first."""
     from unigen.watch.terminal import frame, render
 
-    encoding = sys.stdout.encoding or "utf-8"
     out = sys.stdout
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does, with the screen put right
     out.write("\x1b[?1049h\x1b[?25l")
@@ -157,9 +146,8 @@ def _live(options: WatchOptions, runs: Sequence[Run]) -> None:
                 run.update()
             view = _view(options, live=True)
             # Each line is written over the old one and its rest erased: a cleared screen would flicker.
-            text = "".join(f"{line}\x1b[K\r\n" for line in render(frame(runs, view), view.width, _has_colour()))
-            text = text.encode(encoding, "backslashreplace").decode(encoding)
-            out.write(f"\x1b[H{text.removesuffix(chr(13) + chr(10))}\x1b[J")
+            text = "".join(f"{line}\x1b[K\r\n" for line in render(frame(runs, view), view.width, has_colour()))
+            out.write(f"\x1b[H{showable(text).removesuffix(chr(13) + chr(10))}\x1b[J")
             out.flush()
             time.sleep(max(0.05, options.interval - (time.monotonic() - began)))
     except KeyboardInterrupt:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigen.report import escape, table, write_page
+from unigen.tty import harmless
 from unigen.watch import chart
 from unigen.watch.curves import curves_of, panels_of
 from unigen.watch.folder import Answer, Run
 from unigen.watch.health import State, judge, speed, worries
-from unigen.watch.words import Words, figure, plain, size
+from unigen.watch.words import Words, figure, size
 
 if TYPE_CHECKING:
     from unigen.watch.command import WatchOptions
@@ -142,7 +143,7 @@ def _tiles(run: Run, state: State, words: Words) -> list[tuple[str, str, str]]:
 
 
 def _charts(runs: Sequence[Run], options: WatchOptions, words: Words) -> str:
-    panels, names = panels_of(runs), [plain(run.name) for run in runs]
+    panels, names = panels_of(runs), [harmless(run.name) for run in runs]
     if not panels:
         return f'<p class="soft">{escape(words("no_metrics"))}</p>'
     drawn = []
@@ -236,7 +237,7 @@ def _answer(caption: str, answer: Answer, pictures: Pictures) -> str:
 
 def _cut(text: str) -> str:
     """Text of a sample, line breaks kept, without characters that would turn the order of the page's own."""
-    kept = "\n".join(plain(line) for line in text[: TEXT_LENGTH + 1].split("\n"))
+    kept = "\n".join(harmless(line) for line in text[: TEXT_LENGTH + 1].split("\n"))
     return kept if len(text) <= TEXT_LENGTH else kept[:TEXT_LENGTH] + " …"
 
 
@@ -261,7 +262,7 @@ def _ranks(run: Run, words: Words) -> str:
     rows = []
     for r in run.ranks[:256]:
         times = [words.duration(r.busy), words("ago", t=words.duration(r.age))]
-        rows.append([r.rank, plain(r.host), str(r.pid), f"{r.step:,}", plain(r.phase) or "–", *times])
+        rows.append([r.rank, harmless(r.host), str(r.pid), f"{r.step:,}", harmless(r.phase) or "–", *times])
     header = [words(key) for key in ("rank", "host", "pid", "step", "phase", "phase_for", "last_sign")]
     return table(rows, header) + _more(len(run.ranks) - 256, words)
 
@@ -289,7 +290,7 @@ def _records(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = plain(value)
+    text = harmless(value)
     return text if len(text) <= VALUE_LENGTH else text[:VALUE_LENGTH] + " …"
 
 
@@ -320,8 +321,8 @@ def _many(runs: Sequence[Run], options: WatchOptions, words: Words) -> list[tupl
         best = min((p.low for p in run.metrics.log.points("val_loss")), default=None)
         left = words.duration(pace.eta) if pace.eta is not None and state.name == "running" else "–"
         figures = [figure(latest.get("loss")), figure(latest.get("val_loss")), figure(best), figure(pace.tokens_per_second)]
-        rows.append([plain(run.name), f"{MARKS[state.name][0]} {words(state.name)}", steps, *figures, left])
-        told += [(w.level, f"{plain(run.name)}: {words(w.key, **w.values)}") for w in worries(run, state) if w.level == "bad"]
+        rows.append([harmless(run.name), f"{MARKS[state.name][0]} {words(state.name)}", steps, *figures, left])
+        told += [(w.level, f"{harmless(run.name)}: {words(w.key, **w.values)}") for w in worries(run, state) if w.level == "bad"]
     header = [words(key) for key in ("run", "state", "step", "loss", "validation", "best", "tokens_per_second", "eta")]
     items = "".join(f'<li><span class="mark {level}">!</span><span>{escape(text)}</span></li>' for level, text in told)
     head = table(rows, header) + (f'<ul class="worries">{items}</ul>' if items else "")
@@ -338,6 +339,6 @@ def _compared_samples(runs: Sequence[Run], words: Words) -> str:
     body = [f'<p class="soft">{escape(words("samples_of_runs"))}</p>'] if keys else []
     for key in keys[:SHOWN_PROMPTS]:
         there = [(run, found[key]) for run, found in newest if key in found]
-        figures = [_answer(f"{plain(run.name)}, {words('step_alone', step=a.step)}", a, pictures) for run, a in there]
+        figures = [_answer(f"{harmless(run.name)}, {words('step_alone', step=a.step)}", a, pictures) for run, a in there]
         body.append(_prompt(there[0][1], figures, len(there), pictures))
     return "".join([*body, _more(len(keys) - SHOWN_PROMPTS, words)])

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from unigen.tty import harmless
 from unigen.watch.curves import Curve, Panel, curves_of, panels_of, span, value_range
 from unigen.watch.folder import Run
 from unigen.watch.health import State, judge, speed, worries
 from unigen.watch.plot import plot, sparkline
-from unigen.watch.words import Words, columns, figure, plain, size
+from unigen.watch.words import Words, columns, figure, size
 
 MARKS = {"running": "●", "hung": "■", "dead": "✕", "stopped": "■", "finished": "✓", "new": "○"}
 STATE_STYLES = {"running": "good", "hung": "bad", "dead": "bad", "stopped": "warn", "finished": "good", "new": "soft"}
@@ -137,7 +138,7 @@ def _one(run: Run, view: View) -> list[Line]:
 def _head(run: Run, state: State, view: View) -> list[Line]:
     words, pace, total = view.words, speed(run), run.total_steps
     mark = MARKS[state.name] if view.unicode else "*"
-    first = [Span(f"{plain(run.name)}  ", "bold"), Span(f"{mark} {words(state.name)}", STATE_STYLES[state.name])]
+    first = [Span(f"{harmless(run.name)}  ", "bold"), Span(f"{mark} {words(state.name)}", STATE_STYLES[state.name])]
     place = words("of_steps", step=run.step, total=total) if total else words("step_alone", step=run.step)
     first.append(Span(f"   {place}"))
     if total:
@@ -281,7 +282,14 @@ def _ranks(run: Run, view: View) -> list[Line]:
         return []
     shown = sorted(run.ranks, key=lambda rank: (-round(rank.age, -1), rank.step, rank.rank))[:8]
     rows = [
-        [str(r.rank), plain(r.host), f"{r.step:,}", plain(r.phase) or "–", words.duration(r.busy), words("ago", t=words.duration(r.age))]
+        [
+            str(r.rank),
+            harmless(r.host),
+            f"{r.step:,}",
+            harmless(r.phase) or "–",
+            words.duration(r.busy),
+            words("ago", t=words.duration(r.age)),
+        ]
         for r in sorted(shown, key=lambda rank: rank.rank)
     ]
     lines = _table([words(key) for key in ("rank", "host", "step", "phase", "phase_for", "last_sign")], rows)
@@ -304,8 +312,8 @@ def describe(entry: object) -> str:
     """A line of ``bad_steps.jsonl`` or ``bad_records.jsonl`` in a few words."""
     assert isinstance(entry, dict)
     if "why" in entry:
-        return plain(f"{entry.get('step')}: {entry['why']}")
-    return plain(f"{entry.get('file')}:{entry.get('line')}: {entry.get('code')}: {entry.get('found')}")
+        return harmless(f"{entry.get('step')}: {entry['why']}")
+    return harmless(f"{entry.get('file')}:{entry.get('line')}: {entry.get('code')}: {entry.get('found')}")
 
 
 def _samples(run: Run, view: View) -> list[Line]:
@@ -317,7 +325,7 @@ def _samples(run: Run, view: View) -> list[Line]:
         made = "  ".join(
             piece["text"] if "text" in piece else f"[{view.words('picture')} {piece['image'].name}]" for piece in answer.pieces
         )
-        lines.append([Span(f"  {fit(plain(answer.prompt), max(12, view.width // 3))}  ", "soft"), Span(plain(made or answer.error))])
+        lines.append([Span(f"  {fit(harmless(answer.prompt), max(12, view.width // 3))}  ", "soft"), Span(harmless(made or answer.error))])
     return lines
 
 
@@ -346,7 +354,7 @@ def _many(runs: Sequence[Run], view: View) -> list[Line]:
         latest, pace = run.metrics.log.latest, speed(run)
         steps = f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else "")
         left = words.duration(pace.eta) if pace.eta is not None and state.name == "running" else "–"
-        shown = [fit(plain(run.name), 28), words(state.name), steps, figure(latest.get("loss")), figure(latest.get("val_loss"))]
+        shown = [fit(harmless(run.name), 28), words(state.name), steps, figure(latest.get("loss")), figure(latest.get("val_loss"))]
         rows.append([*shown, figure(pace.tokens_per_second), left])
     header = [words(key) for key in ("run", "state", "step", "loss", "validation", "tokens_per_second", "eta")]
     lines = _table(header, rows)
@@ -356,7 +364,7 @@ def _many(runs: Sequence[Run], view: View) -> list[Line]:
         lines += [[], *_compared(runs, panel, view)]
     for run, state in zip(runs, states, strict=True):
         bad = [worry for worry in worries(run, state) if worry.level == "bad"]
-        lines += [line for w in bad for line in wrapped(f"{plain(run.name)}: {words(w.key, **w.values)}", view.width, "bad", "! ")]
+        lines += [line for w in bad for line in wrapped(f"{harmless(run.name)}: {words(w.key, **w.values)}", view.width, "bad", "! ")]
     return lines
 
 
@@ -366,12 +374,12 @@ def _compared(runs: Sequence[Run], panel: Panel, view: View) -> list[Line]:
     values, steps = value_range(panel, curves), span(curves)
     unit = " %" if panel.unit == "unit_share" else ""
     lines: list[Line] = [[Span(name, "bold"), Span(f"  {figure(values.low)} … {figure(values.high)}{unit}", "soft")]]
-    names = min(24, max(columns(plain(run.name)) for run in runs))
+    names = min(24, max(columns(harmless(run.name)) for run in runs))
     wide = max(8, view.width - names - 26)
     for curve in curves:
         style = "val" if curve.is_validation else "train"
         kind = words("validation") if curve.is_validation else ""
-        label = _padded([Span(fit(plain(runs[curve.run].name), names))], names)
+        label = _padded([Span(fit(harmless(runs[curve.run].name), names))], names)
         spark = sparkline(curve, (*steps, values), wide, view.unicode)
         lines.append([*label, Span(" "), Span(spark, style), Span(f" {figure(curve.points[-1].mean):>9} "), Span(kind, "soft")])
     return lines

@@ -6,6 +6,8 @@ import math
 import unicodedata
 from typing import Any
 
+from unigen.tty import harmless
+
 LANGUAGES = ("en", "zh")
 
 WORDS: dict[str, tuple[str, str]] = {
@@ -195,8 +197,8 @@ class Words:
         if name in DURATIONS:
             return self.duration(value)
         if name == "phase":
-            return plain(value) or "–"
-        return size(value) if name in SIZES else plain(value) if isinstance(value, str) else value
+            return harmless(value) or "–"
+        return size(value) if name in SIZES else harmless(value) if isinstance(value, str) else value
 
     def duration(self, seconds: float) -> str:
         """``45 s``, ``12 min``, ``3 h 5 min``, ``2 d 4 h``."""
@@ -230,11 +232,6 @@ def figure(value: float | None) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.3g}"
-
-
-def plain(text: Any) -> str:
-    """Text of the run's files on one line, without characters that steer a terminal or turn the order of what stands beside them."""
-    return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in str(text))
 
 
 def columns(text: str) -> int:
