@@ -138,7 +138,6 @@ def _train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], te
     folder = Path(text)
     become_rank(rank, world, port)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
-    torch.set_num_threads(1)
     for processes, zero, name in RUNS:
         if processes == world:
             case = (TWO if world == 2 else THREE)[name]
