@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,30 +188,41 @@ def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_p
     assert not list(Path(options["output_dir"]).glob("step_*"))
 
 
-def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], log: str) -> None:
+def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], where: str, log: str) -> None:
     become_rank(rank, world, port, log)
     trainer = UnifiedTrainer(Config(**options))
-    step = trainer.train_step
+    step, rows = trainer.train_step, trainer._rows
 
     def hang_at_the_third(*given: Any) -> Any:
         if rank == 1 and trainer.step == 2:
             time.sleep(600)
         return step(*given)
 
-    trainer.train_step = hang_at_the_third  # type: ignore[method-assign]
+    def hang_before_the_third(*given: Any) -> Iterator[Any]:
+        for number, taken in enumerate(rows(*given)):
+            if rank == 1 and number == 2:
+                time.sleep(600)
+            yield taken
+
+    if where == "data":
+        trainer._rows = hang_before_the_third  # type: ignore[method-assign]
+    else:
+        trainer.train_step = hang_at_the_third  # type: ignore[method-assign]
     trainer.train()
     os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str, Any], tmp_path: Path):
-    """Rank 1 sleeps in step 3; rank 0 waits for it in a collective. Both end within the time-out and some seconds."""
+@pytest.mark.parametrize(("where", "function"), [("forward/backward", "hang_at_the_third"), ("data", "hang_before_the_third")])
+def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str, Any], tmp_path: Path, where: str, function: str):
+    """Rank 1 sleeps in step 3, or waits for its rows; rank 0 waits for it in a collective. Both end within the time-out and some seconds.
+    Where rank 0 only waits, both name rank 1; inside of a step the stacks tell."""
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     options = whole | {"output_dir": str(tmp_path / "run"), "hang_timeout": 12.0}
     options.pop("sample_prompts"), options.pop("sample_steps"), options.pop("val_data_path"), options.pop("eval_steps")
     ctx = context()
     port = free_port()
-    processes = [ctx.Process(target=_hang_as_rank, args=(r, 2, port, options, str(tmp_path / "log"))) for r in range(2)]
+    processes = [ctx.Process(target=_hang_as_rank, args=(r, 2, port, options, where, str(tmp_path / "log"))) for r in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -218,5 +230,10 @@ def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str,
         process.kill()
     printed = [(tmp_path / f"log.{rank}.log").read_text() for rank in range(2)]
     assert EXIT_HUNG in [process.exitcode for process in processes], printed
-    assert "rank 1 of 2" in printed[1] and "step 2, phase forward/backward" in printed[1] and "hang_at_the_third" in printed[1]
-    assert "hang_at_the_third" in (tmp_path / "run" / "ranks" / "rank_1.stack.txt").read_text()
+    assert "rank 1 of 2" in printed[1] and f"step 2, phase {where}" in printed[1] and function in printed[1]
+    assert function in (tmp_path / "run" / "ranks" / "rank_1.stack.txt").read_text()
+    if where == "data":
+        for text in printed:
+            assert (
+                "unigen: rank 1 hangs: step 2, phase data, for" in text and "unigen: rank 0: step 2, phase waiting for the others" in text
+            )

@@ -13,7 +13,7 @@ from children import Child
 from children import start as start
 
 from unigen.training.stops import Stops
-from unigen.training.watchdog import EXIT_HUNG, Watchdog, _blame
+from unigen.training.watchdog import EXIT_HUNG, WAITING, Watchdog, _blame
 
 # ---- hung processes ----------------------------------------------------------------------------------------------------
 
@@ -164,6 +164,13 @@ def test_who_is_to_blame_when_nobody_hangs_visibly():
         "rank 1: step 7, phase sampling, moves, but too slowly for the others to wait",
         "ranks 0, 2: step 7, phase forward/backward, waiting or hanging",
     ]
+    waits = (7, WAITING, 64.0)  # of its own time it knows more than of that of others
+    assert told(r0=waits, r1=(7, "data", 61.0), r2=waits) == [
+        "rank 1 hangs: step 7, phase data, for 61 s",
+        f"ranks 0, 2: step 7, phase {WAITING}, waiting",
+    ]
+    (line,) = told(r0=waits, r1=waits)
+    assert line.startswith(f"ranks 0, 1: step 7, phase {WAITING}: all hang in the same place, or in a collective")
     assert told(r0=same, r1=(7, "data", 64.0), r2=(7, "", 61.0), r3=same, r9=(7, "data", 63.0)) == [
         "rank 1 hangs: step 7, phase data, for 64 s",
         "rank 9 hangs: step 7, phase data, for 63 s",

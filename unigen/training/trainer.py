@@ -36,6 +36,7 @@ from unigen.training.state import RunState, rows_of_a_step
 from unigen.training.stops import Stopped, Stops, Watchdog, shielded, worker_init
 from unigen.training.streams import Streams
 from unigen.training.tracking import Progress, Tracker
+from unigen.training.watchdog import WAITING
 
 log = logging.getLogger("unigen")
 
@@ -314,7 +315,8 @@ class UnifiedTrainer:
         packs = [row.pack for row in rows]
         bad = sum(len(row.bad) for row in rows)
         said = [self.stops.asked, self.saver.failed, bad, *vars(Counts.of(packs)).values(), sum(len(p) for p in packs)]
-        stop, failed, bad, text, image, tokens = self.engine.sum(said)
+        with self.stops.phase(WAITING):
+            stop, failed, bad, text, image, tokens = self.engine.sum(said)
         if failed:
             self.saver.wait()
         if stop:

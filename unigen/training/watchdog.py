@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 EXIT_HUNG = 76
 """A process made no progress for ``hang_timeout`` seconds."""
 
+WAITING = "waiting for the others"
+"""The phase of a process that only waits: it never holds up those that are in another one."""
+
 _BEAT_S = 2.0
 _STDERR = 2
 _KEYS = ("step", "phase", "quiet", "time", "pid", "host")  # of a heartbeat, that others read
@@ -305,9 +308,10 @@ def _blame(alive: dict[int, dict[str, Any]], timeout: float, accused: bool) -> l
         if accused:
             return [f"{where}, waiting"]
         return [f"{where}: all hang in the same place, or in a collective that never ends (network, GPU); compare the stacks"]
-    # Those in an earlier step; in the same step those in the phase that has stood still for the longest: the others came later.
+    # Those in an earlier step; in the same step whoever does not just wait, in the phase that has stood still for the longest: the
+    # others came later. (Seconds alone would not do: those of the others were told up to a heartbeat ago.)
     first = min(steps)
-    longest = max((b for b in still.values() if b["step"] == first), key=lambda b: b["quiet"])
+    longest = max((b for b in still.values() if b["step"] == first), key=lambda b: (b["phase"] != WAITING, b["quiet"]))
     late = {r: b for r, b in still.items() if b["step"] == first and (len(steps) > 1 or b["phase"] == longest["phase"])}
     lines = [f"rank {r} hangs: step {b['step']}, {_phase(b)}, for {b['quiet']:.0f} s" for r, b in sorted(late.items())]
     return lines + [f"{where}, waiting" for where in _places({r: b for r, b in still.items() if r not in late})]
