@@ -16,7 +16,7 @@ from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 
 from unigen.inference.inferencer import InterleaveInferencer
-from unigen.model.attention import Tokens, allowed
+from unigen.model.mask import Tokens, allowed
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.pack import pack_blocks

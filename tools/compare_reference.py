@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unigen.inference.inferencer import InterleaveInferencer
-from unigen.model.attention import Tokens, allowed
 from unigen.model.bagel import Bagel
 from unigen.model.config import CONSTANTS
+from unigen.model.mask import Tokens, allowed
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.pack import pack_blocks

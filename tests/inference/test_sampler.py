@@ -7,7 +7,8 @@ import torch
 
 from unigen.inference.sampler import Canvas, ImageOptions, draw, extend, feed, write
 from unigen.model import flow
-from unigen.model.attention import Cache
+from unigen.model.kv_cache import Cache
+from unigen.model.sdpa import join
 from unigen.model.weights import load_bagel
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
@@ -119,7 +120,7 @@ def slow(model, tokenizer, c, o):
     def velocity(x, t, cache):
         n = c.grid[0] * c.grid[1]
         pack = pack_blocks([[Block(Kind.NOISED, n, 0, c.grid)]], tokenizer.special, model.config.geometry, [cache.position])
-        hidden = model.hidden_states(pack, x, torch.full((n,), t), [cache], grow=False)
+        hidden = join(model.hidden_states(pack, x, torch.full((n,), t), [cache], grow=False))
         return model.velocities(hidden[pack.n_und :])
 
     x = c.noise

@@ -9,8 +9,9 @@ import tiny_model as tiny
 import torch
 
 from unigen.model import flow
-from unigen.model.attention import Cache
 from unigen.model.bagel import token_losses
+from unigen.model.kv_cache import Cache
+from unigen.model.sdpa import join
 from unigen.sequence.grid import patchify
 from unigen.sequence.pack import next_position
 from unigen.sequence.types import Block, Kind
@@ -68,7 +69,7 @@ def extend(model, caches, blocks):
     x0 = model.clean_tokens(pack, model.latents_of(pack))
     t = flow.training_time(pack.u, model.config.timestep_shift)
     grows = all(b.kind != Kind.NOISED for b in blocks)
-    hidden = tiny.in_order(pack, model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, grow=grows))
+    hidden = tiny.in_order(pack, join(model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, grow=grows)))
     if grows:
         for cache, block in zip(caches, blocks, strict=True):
             cache.position = next_position(cache.position, block)

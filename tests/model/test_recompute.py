@@ -13,10 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
-import unigen.model.mot
-import unigen.model.vit
+import unigen.model.sdpa
 from unigen.model.bagel import Bagel
-from unigen.model.mot import kept_products
+from unigen.model.mot import EXPERTS, KEPT_PRODUCTS
 from unigen.model.recompute import PRODUCTS, _Keep, recomputed
 from unigen.sequence.types import Kind, Pack
 
@@ -127,10 +126,8 @@ def test_attention_runs_once_and_half_of_the_products_are_not_repeated(monkeypat
     """Of the 14 products of a layer with two experts, full checkpointing repeats 13, selective 6: k, v and gate of each."""
     model = tiny.build()
     pack = row(model, ROWS["mixed"])
-    calls = []
-    for module in (unigen.model.mot, unigen.model.vit):
-        genuine = module.attend
-        monkeypatch.setattr(module, "attend", lambda *args, genuine=genuine: (calls.append(1), genuine(*args))[1])
+    calls, genuine = [], unigen.model.sdpa.Groups.__call__
+    monkeypatch.setattr(unigen.model.sdpa.Groups, "__call__", lambda *args: (calls.append(1), genuine(*args))[1])
     decoder, vit = 3, 2  # layers
     repeated, ran = {}, {}
     for policy in ("none", "full", "selective"):
@@ -162,11 +159,11 @@ def test_a_part_with_more_products_than_promised_is_noticed():
         recomputed(lambda x: x @ w @ w, x, kept=[True])
 
 
-@pytest.mark.parametrize(("experts", "products"), [(1, 7), (2, 14)])
-def test_every_product_of_a_layer_has_its_mark(experts: int, products: int):
-    marks = kept_products(experts)
-    assert (len(marks["before"]), len(marks["after"])) == (3 * experts, 4 * experts)
-    assert len(marks["before"] + marks["after"]) == products and not marks["after"][-1]
+def test_every_product_of_a_layer_has_its_mark():
+    model = tiny.build()
+    linear = [name for name, part in model.language_model.model.layers[0].named_modules() if isinstance(part, torch.nn.Linear)]
+    marks = KEPT_PRODUCTS["before"] + KEPT_PRODUCTS["after"]
+    assert len(linear) == len(EXPERTS) * len(marks) and not marks[-1]
 
 
 def test_the_option_reaches_both_halves_of_the_model():

@@ -144,9 +144,9 @@ class Share:
 class RowStream:
     """The rows of a mixture in global order, and how many steps they make."""
 
-    def __init__(self, mixture: Mixture, batch_size: int = 1, budget: int | None = None):
-        """``batch_size`` samples a row, or with ``budget`` as many as its tokens hold."""
-        self.mixture, self.batch_size, self.budget = mixture, batch_size, budget
+    def __init__(self, mixture: Mixture, batch_size: int = 1, budget: int | None = None, masks: bool = False):
+        """``batch_size`` samples a row, or with ``budget`` as many as its tokens hold; ``masks`` as in :func:`pack_blocks`."""
+        self.mixture, self.batch_size, self.budget, self.masks = mixture, batch_size, budget, masks
         self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
 
@@ -252,7 +252,8 @@ class RowStream:
             origins.append(str(record.origin))
             good.append(draw.record)
         planner = self.mixture.parts[0].planner  # tokens and geometry are those of the model, whatever the source
-        return Row(pack_blocks(samples, planner.tokenizer.special, planner.geometry, origins=origins), good, after, bad)
+        pack = pack_blocks(samples, planner.tokenizer.special, planner.geometry, origins=origins, masks=self.masks)
+        return Row(pack, good, after, bad)
 
 
 class _Rows(IterableDataset):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from unigen.config import UserError
 from unigen.inference.sampler import Canvas, ImageOptions, decode_pixels, draw, extend, feed, write
-from unigen.model.attention import Cache
 from unigen.model.bagel import Bagel
+from unigen.model.kv_cache import Cache
 from unigen.model.weights import load_bagel
 from unigen.sequence.grid import patchify
 from unigen.sequence.images import ImageTransform, open_image, to_image

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from unigen.model import flow
-from unigen.model.attention import Cache, plan_attention
+from unigen.model.attention import prepare_attention
 from unigen.model.bagel import Bagel
+from unigen.model.kv_cache import Cache
 from unigen.sequence.grid import unpatchify
 from unigen.sequence.pack import next_position, pack_blocks
 from unigen.sequence.tokens import SpecialIds
-from unigen.sequence.types import Block, Kind, Pack
+from unigen.sequence.types import Block, Kind, Pack, Sight
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,31 @@ def extend(model: Bagel, special: SpecialIds, caches: Sequence[Cache], blocks: S
     assert all(block.kind != Kind.NOISED for block in blocks)
     pack = pack_blocks([[block] for block in blocks], special, model.config.geometry, [c.position for c in caches]).to(model.device)
     x0 = model.clean_tokens(pack, model.latents_of(pack))
-    hidden = model.hidden_states(pack, x0, torch.zeros(len(x0), device=model.device), caches)
+    hidden = model.hidden_states(pack, x0, torch.zeros(len(x0), device=model.device), caches)[0]
     for cache, block in zip(caches, blocks, strict=True):
         cache.position = next_position(cache.position, block)
-    ends = torch.tensor([len(block) for block in blocks], device=model.device).cumsum(0) - 1
-    return hidden[pack.index.argsort()[ends]]
+    return hidden[torch.tensor(pack.und_lengths).cumsum(0).to(model.device) - 1]  # the closing token is the last of its sample's half
 
 
 @torch.no_grad()
 def feed(model: Bagel, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
     """Appends one text token to each context; hidden states [B, D]."""
+    pack = token_pack(ids, [c.position for c in caches], model)
+    hidden = model.hidden_states(pack, pack.noise, pack.u, caches)[0]
+    for cache in caches:
+        cache.position += 1
+    return hidden
+
+
+def token_pack(ids: Sequence[int], positions: Sequence[int], model: Bagel) -> Pack:
+    """One text token for each of several contexts, as :func:`pack_blocks` would pack them, without its work."""
     n, device = len(ids), model.device
     count, zeros = torch.arange(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-    no = torch.zeros(n, dtype=torch.bool, device=device)
+    no, none = torch.zeros(n, dtype=torch.bool, device=device), zeros[:0]
     geometry = model.config.geometry
-    pack = Pack(
+    return Pack(
         ids=torch.tensor(ids, device=device),
-        position=torch.tensor([c.position for c in caches], device=device),
+        position=torch.tensor(positions, device=device),
         index=count,
         kind=zeros.to(torch.uint8),
         sample=count,
@@ -68,23 +77,26 @@ def feed(model: Bagel, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
         noised=no,
         label=zeros - 100,
         n_und=n,
-        n_samples=n,
+        und_lengths=[1] * n,
+        gen_lengths=[0] * n,
+        sight=[Sight.FULL] * n,
+        vit_rows=none,
+        label_rows=none,
+        noised_rows=none,
         vit_patches=torch.zeros(0, geometry.vit_patch**2 * 3, device=device),
-        vit_position=zeros[:0],
+        vit_position=none,
         vit_lengths=[],
         vae_pixels=[],
         vae_noise=[],
         latents=[],
         vae_block=[],
         vae_grid=[],
-        vae_position=zeros[:0],
+        vae_position=none,
+        vae_first=none,
+        vae_number=none,
         u=torch.zeros(0, device=device),
         noise=torch.zeros(0, geometry.patch_dim, device=device),
     )
-    hidden = model.hidden_states(pack, pack.noise, pack.u, caches)
-    for cache in caches:
-        cache.position += 1
-    return hidden
 
 
 @torch.no_grad()
@@ -168,13 +180,13 @@ class _Row:
         self.copies, self.text = len(contexts), text
         blocks = [[Block(Kind.NOISED, c.grid[0] * c.grid[1], 0, c.grid)] for _ in contexts for c in canvases]
         self.pack = pack_blocks(blocks, special, model.config.geometry, [c.position for c in self.caches]).to(model.device)
-        self.plan = plan_attention(self.pack, self.caches)
+        self.attention = prepare_attention(self.pack, self.caches, grow=False)
 
     def velocities(self, x: Sequence[Tensor], t: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         """Velocities of every canvas in the full, the no-text and the no-image context (empty where not asked for)."""
         x_t = torch.cat([*x] * self.copies)
-        hidden = self.model.hidden_states(self.pack, x_t, t.expand(len(x_t)), self.caches, grow=False, plan=self.plan)
-        v = self.model.velocities(hidden[self.pack.n_und :]).split([len(part) for part in x] * self.copies)
+        hidden = self.model.hidden_states(self.pack, x_t, t.expand(len(x_t)), self.caches, False, self.attention)
+        v = self.model.velocities(hidden[1]).split([len(part) for part in x] * self.copies)
         n = self.n
         return v[:n], v[n : 2 * n], v[2 * n : 3 * n]
 

@@ -16,20 +16,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigen.model import flow
-from unigen.model.attention import Cache, Plan, plan_attention
+from unigen.model.attention import Attention, prepare_attention
 from unigen.model.codec import Codec, encode_all
 from unigen.model.config import BagelConfig
+from unigen.model.kv_cache import Cache
 from unigen.model.layers import Connector, PositionTable, TimeEmbedder
 from unigen.model.mot import LanguageModel
+from unigen.model.sdpa import Halves, join
 from unigen.model.vit import VisionModel
 from unigen.sequence.grid import patchify
-from unigen.sequence.types import Kind, Pack
+from unigen.sequence.types import Pack
 
 
 class Output(NamedTuple):
-    hidden: Tensor  # [T, D] after the final norms, in stored order
+    halves: Halves  # [n, D] after the final norms
     ce: Tensor  # [labels] cross-entropy of each label token, float32, in stored order
     mse: Tensor  # [noised tokens, patch_dim] squared error of the velocity, float32
+
+    @property
+    def hidden(self) -> Tensor:
+        """[T, D] in stored order."""
+        return join(self.halves)
 
 
 class Bagel(nn.Module):
@@ -129,34 +136,40 @@ class Bagel(nn.Module):
             tokens.append(patchify(latents[picture][:, : rows * p, : columns * p], p))
         return torch.cat(tokens).float() if tokens else pack.noise.new_zeros(0, self.config.patch_dim)
 
-    def embed(self, pack: Pack, x_t: Tensor, t: Tensor) -> Tensor:
-        """Embedded tokens [T, D] of a row whose VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]."""
-        kind, n = pack.kind, pack.n_und
-        words = self.language_model.model.embed_tokens(pack.ids[:n])
-        if self.config.visual_und:
+    def embed(self, pack: Pack, x_t: Tensor, t: Tensor) -> Halves:
+        """Halves [n, D] of embedded tokens, whose VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M], one for each picture."""
+        words = self.language_model.model.embed_tokens(pack.ids[: pack.n_und])
+        if self.config.visual_und and (len(pack.vit_rows) or torch.is_grad_enabled() or self.sharded):
             seen = self.connector(self.features_of(pack)) + self.vit_pos_embed(pack.vit_position)
-            places = (kind[:n] == Kind.VIT).nonzero().squeeze(1)
-            words = words.index_copy(0, places, seen.to(words.dtype))
+            words = words.index_copy(0, pack.vit_rows, seen.to(words.dtype))
         if not self.config.visual_gen:
-            assert n == len(pack), "VAE tokens need a model built with visual_gen"
-            return words
-        weight = self.vae2llm.weight
-        drawn = self.vae2llm(x_t.to(weight.dtype)) + self.time_embedder(t) + self.latent_pos_embed(pack.vae_position)
-        return torch.cat([words, drawn.to(words.dtype)])
+            assert pack.n_und == len(pack), "VAE tokens need a model built with visual_gen"
+            return (words,)
+        if not len(x_t) and not torch.is_grad_enabled() and not self.sharded:
+            return words, words[:0]
+        times = self.time_embedder(t[pack.vae_first])[pack.vae_number]
+        drawn = self.vae2llm(x_t.to(self.vae2llm.weight.dtype)) + times + self.latent_pos_embed(pack.vae_position)
+        return words, drawn.to(words.dtype)
 
     def hidden_states(
-        self, pack: Pack, x_t: Tensor, t: Tensor, caches: Sequence[Cache] | None = None, grow: bool = True, plan: Plan | None = None
-    ) -> Tensor:
-        """Hidden states [T, D] after the final norms, in stored order.
+        self,
+        pack: Pack,
+        x_t: Tensor,
+        t: Tensor,
+        caches: Sequence[Cache] | None = None,
+        grow: bool = True,
+        attention: Attention | None = None,
+    ) -> Halves:
+        """Halves [n, D] of hidden states after the final norms.
 
-        VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]. Sample i continues ``caches[i]``; with ``grow`` the
-        row stays in the caches. ``plan`` saves planning the same row again.
+        VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]. Sample i continues ``caches[i]``; with ``grow`` its tokens
+        stay in the cache. ``attention`` saves preparing the same pack again.
         """
-        x = self.embed(pack, x_t, t)
-        hidden = self.language_model.model(x, pack, plan or plan_attention(pack, caches), caches, grow)
+        attention = attention or prepare_attention(pack, caches, grow)
+        hidden = self.language_model.model(self.embed(pack, x_t, t), pack, attention)
         if caches is not None and grow:
-            for cache, n in zip(caches, torch.bincount(pack.sample, minlength=pack.n_samples).tolist(), strict=True):
-                cache.length += n
+            for cache, n_und, n_gen in zip(caches, pack.und_lengths, pack.gen_lengths, strict=True):
+                cache.length += n_und + n_gen
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -175,13 +188,11 @@ class Bagel(nn.Module):
         x0 = self.clean_tokens(pack, self.latents_of(pack) if latents is None else latents)
         t = flow.training_time(pack.u, self.config.timestep_shift)
         hidden = self.hidden_states(pack, flow.mix(x0, pack.noise, t), t)
-        labelled = (pack.label >= 0).nonzero().squeeze(1)
-        ce = token_losses(self.language_model.lm_head, hidden[labelled], pack.label[labelled])
+        ce = token_losses(self.language_model.lm_head, hidden[0][pack.label_rows], pack.label[pack.label_rows])
         if not self.config.visual_gen:
-            return Output(hidden, ce, hidden.new_zeros(0, 0, dtype=torch.float32))
-        noised = (pack.kind[pack.n_und :] == Kind.NOISED).nonzero().squeeze(1)
-        predicted = self.velocities(hidden[pack.n_und :][noised])
-        mse = (predicted - flow.velocity(x0, pack.noise)[noised]) ** 2
+            return Output(hidden, ce, hidden[0].new_zeros(0, 0, dtype=torch.float32))
+        predicted = self.velocities(hidden[1][pack.noised_rows])
+        mse = (predicted - flow.velocity(x0, pack.noise)[pack.noised_rows]) ** 2
         return Output(hidden, ce, mse)
 
 

@@ -98,14 +98,13 @@ def sincos_table(side: int, width: int) -> Tensor:
 
 
 def rope_angles(position: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, d] float32 of rotary embedding at ``position`` [T] (Su et al. 2021)."""
+    """Cosines and signed sines [T, 1, d] float32 of rotary embedding at ``position`` [T] (Su et al. 2021), for :func:`rotate`."""
     freqs = theta ** (-torch.arange(0, width, 2, dtype=torch.int64, device=position.device).float() / width)
-    angles = position[:, None].float() * freqs
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    angles = (position[:, None].float() * freqs)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary embedding to ``x`` [T, heads, d]; halves of the width form the pairs."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    """Applies rotary embedding to ``x`` [T, heads, d]; halves of the width form the pairs: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -1,166 +1,147 @@
 """The decoder: Qwen2 with a mixture of transformers. Text and ViT tokens run through the base weights, VAE tokens through
-their twins with the suffix ``_moe_gen``; attention is joint (Deng et al. 2025, "Emerging Properties in Unified Multimodal
-Pretraining"). A row stores its understanding tokens first, so each expert works on one contiguous half."""
+copies of them with the suffix ``_moe_gen``; attention is joint (Deng et al. 2025, "Emerging Properties in Unified Multimodal
+Pretraining"). A packed sequence stores its understanding tokens first, and its two halves stay two tensors through every
+layer; they meet in attention alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unigen.model.attention import Cache, Plan, attend, store
+from unigen.model.attention import Attention
 from unigen.model.layers import RMSNorm, SwiGLU, rope_angles, rotate
 from unigen.model.recompute import recomputed
+from unigen.model.sdpa import Halves
 from unigen.sequence.types import Pack
 
 GEN = "_moe_gen"
+EXPERTS = ("", GEN)
+"""Suffixes of the experts' parameter names: understanding, generation."""
+
+KEPT_PRODUCTS = {"before": (True, False, False), "after": (True, False, True, False)}
+"""Which matrix products of a layer's two parts selective checkpointing keeps, about every second: q, k, v; o, gate, up, down.
+
+The parts lie before and after attention, whose inputs and results stay anyhow. Recomputing a part ends with what the
+backward pass needs last, so the last product of a part is neither kept nor recomputed.
+"""
 
 
-def kept_products(experts: int) -> dict[str, list[bool]]:
-    """Which matrix products of a layer's two parts selective checkpointing keeps, in the order they run: about every second.
+class SelfAttention(nn.Module):
+    """The projections and norms of attention, for both experts."""
 
-    The parts lie before and after attention, whose inputs and results stay anyhow. Recomputing a part ends with what the backward pass
-    needs last, so the last product of a part is neither kept nor recomputed.
-    """
-    before = {"q": True, "k": False, "v": False}
-    mlp = {"gate": False, "up": True, "down": True}
-    return {
-        "before": [keep for keep in before.values() for _ in range(experts)],
-        "after": [True] * experts + [*mlp.values()] * (experts - 1) + [*(mlp | {"down": False}).values()],  # o of each, then the MLPs
-    }
-
-
-class Experts(nn.Module):
-    """A module whose parts come in two: ``name`` for understanding, ``name_moe_gen`` for generation.
-
-    ``together``: other processes may have rows for a part that this one has none for, and need it to gather the weights.
-    """
-
-    together = False
-
-    def both(self, name: str, x: Tensor, n_und: int) -> Tensor:
-        """Part ``name`` on the first ``n_und`` rows of ``x``, its twin on the rest.
-
-        While gradients are recorded (or with ``together``) both run, also on no rows at all, so that a row without pictures
-        gives the twin's weights gradients of zero instead of none.
-        """
-        und, gen = getattr(self, name), getattr(self, name + GEN, None)
-        if gen is None or (n_und == x.shape[0] and not (torch.is_grad_enabled() or self.together)):
-            assert n_und == x.shape[0], "generation tokens need a model built with visual_gen"
-            return und(x)
-        return torch.cat([und(x[:n_und]), gen(x[n_und:])])
-
-
-class Attention(Experts):
     def __init__(self, config, visual_gen: bool):
         super().__init__()
         width, self.heads, self.kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_width = getattr(config, "head_dim", None) or width // self.heads
-        for twin in ("", GEN)[: 1 + visual_gen]:
+        for expert in EXPERTS[: 1 + visual_gen]:
             for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
-                self.add_module(f"{part}_proj{twin}", nn.Linear(width, heads * self.head_width, bias=True))
-            self.add_module(f"o_proj{twin}", nn.Linear(self.heads * self.head_width, width, bias=False))
-            self.add_module(f"q_norm{twin}", RMSNorm(self.head_width, config.rms_norm_eps))
-            self.add_module(f"k_norm{twin}", RMSNorm(self.head_width, config.rms_norm_eps))
+                self.add_module(f"{part}_proj{expert}", nn.Linear(width, heads * self.head_width, bias=True))
+            self.add_module(f"o_proj{expert}", nn.Linear(self.heads * self.head_width, width, bias=False))
+            self.add_module(f"q_norm{expert}", RMSNorm(self.head_width, config.rms_norm_eps))
+            self.add_module(f"k_norm{expert}", RMSNorm(self.head_width, config.rms_norm_eps))
 
-    def read(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, d], keys and values [T, G, d] of ``x`` [T, D]."""
-        n = run.pack.n_und
-        q = self.both("q_proj", x, n).unflatten(1, (self.heads, self.head_width))
-        k = self.both("k_proj", x, n).unflatten(1, (self.kv_heads, self.head_width))
-        v = self.both("v_proj", x, n).unflatten(1, (self.kv_heads, self.head_width))
-        q = rotate(self.both("q_norm", q, n), run.cos, run.sin).to(v.dtype)
-        k = rotate(self.both("k_norm", k, n), run.cos, run.sin).to(v.dtype)
-        if run.freeze_und:
-            k, v = (run.detach_und(t) for t in (k, v))
+    def read(self, x: Tensor, cos: Tensor, sin: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [n, H, d], keys and values [n, G, d] of ``x`` [n, D], the tokens of one expert."""
+        q, k, v = (getattr(self, f"{part}_proj{expert}")(x).unflatten(1, (-1, self.head_width)) for part in "qkv")
+        q, k = (rotate(getattr(self, f"{part}_norm{expert}")(y), cos, sin).to(v.dtype) for part, y in (("q", q), ("k", k)))
         return q, k, v
 
 
-class Layer(Experts):
+class Layer(nn.Module):
+    """One layer of the decoder."""
+
     def __init__(self, config, visual_gen: bool):
         super().__init__()
-        self.self_attn = Attention(config, visual_gen)
-        for twin in ("", GEN)[: 1 + visual_gen]:
-            self.add_module(f"mlp{twin}", SwiGLU(config.hidden_size, config.intermediate_size))
+        self.self_attn = SelfAttention(config, visual_gen)
+        for expert in EXPERTS[: 1 + visual_gen]:
+            self.add_module(f"mlp{expert}", SwiGLU(config.hidden_size, config.intermediate_size))
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                self.add_module(norm + twin, RMSNorm(config.hidden_size, config.rms_norm_eps))
+                self.add_module(norm + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, x: Tensor, run: Run, layer: int) -> Tensor:
-        q, k, v = run.part("before", self.before, x, run)
-        y = attend(q, k, v, run.plan, layer, run.caches)
-        if run.caches is not None and run.grow:
-            store(k, v, run.pack, layer, run.caches)
-        return run.part("after", self.after, x, y, run)
+    def forward(self, x: Halves, run: Run, layer: int) -> Halves:
+        """Halves ``x`` [n, D] -> [n, D]."""
+        read = [run.part("before", self.before, i, half, *angles) for i, (half, angles) in enumerate(zip(x, run.angles))]
+        q, k, v = zip(*read, strict=True)
+        y = run.attention(q, k, v, layer)
+        return tuple(run.part("after", self.after, i, *halves) for i, halves in enumerate(zip(x, y, strict=True)))
 
-    def before(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention reads of the layer's input ``x`` [T, D]."""
-        return self.self_attn.read(self.both("input_layernorm", x, run.pack.n_und), run)
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads of an expert's half ``x`` [n, D] of the layer's input."""
+        return self.self_attn.read(getattr(self, f"input_layernorm{expert}")(x), cos, sin, expert)
 
-    def after(self, x: Tensor, y: Tensor, run: Run) -> Tensor:
-        """The layer's output [T, D] from its input ``x`` [T, D] and what attention gave, ``y`` [T, H, d]."""
-        n = run.pack.n_und
-        x = x + self.self_attn.both("o_proj", y.flatten(1), n)
-        if run.freeze_und:
-            x = run.detach_und(x)
-        return x + self.both("mlp", self.both("post_attention_layernorm", x, n), n)
+    def after(self, x: Tensor, y: Tensor, expert: str) -> Tensor:
+        """An expert's half [n, D] of the layer's output, from that of its input ``x`` [n, D] and what attention gave, ``y`` [n, H, d]."""
+        x = x + getattr(self.self_attn, f"o_proj{expert}")(y.flatten(1))
+        return x + getattr(self, f"mlp{expert}")(getattr(self, f"post_attention_layernorm{expert}")(x))
 
 
 class Run:
-    """What every layer of one forward shares: the row, its angles, its attention plan, the caches."""
+    """What every layer of one forward shares: the angles of each half, the attention, and how gradients come about."""
 
-    def __init__(self, pack: Pack, plan: Plan, angles: tuple[Tensor, Tensor], caches: Sequence[Cache] | None, grow: bool, freeze_und: bool):
-        self.pack, self.plan, self.caches, self.grow = pack, plan, caches, grow
-        self.cos, self.sin = angles
-        self.freeze_und = freeze_und and torch.is_grad_enabled()
-        self.kept: dict[str, list[bool]] | None = None  # with selective checkpointing
+    def __init__(self, angles: Sequence[tuple[Tensor, Tensor]], attention: Attention, frozen: bool, selective: bool):
+        self.angles, self.attention = angles, attention
+        self.frozen = frozen  # the understanding half learns nothing: it records and passes on no gradients
+        self.selective = selective
 
-    def part(self, name: str, f: Callable[..., Any], *args: Any) -> Any:
-        """``f(*args)``, one of a layer's two parts."""
-        return f(*args) if self.kept is None else recomputed(f, *args, kept=self.kept[name])
+    def gradients(self, half: int) -> AbstractContextManager[Any]:
+        """Around what a half computes."""
+        return torch.no_grad() if self.frozen and half == 0 else contextlib.nullcontext()
 
-    def detach_und(self, x: Tensor) -> Tensor:
-        """Stops gradients into the understanding half."""
-        n = self.pack.n_und
-        return torch.cat([x[:n].detach(), x[n:]])
+    def part(self, name: str, f: Callable[..., Any], half: int, *args: Any) -> Any:
+        """``f`` of one of a layer's two parts, for a half."""
+        with self.gradients(half):
+            if self.selective and torch.is_grad_enabled():
+                return recomputed(f, *args, EXPERTS[half], kept=KEPT_PRODUCTS[name])
+            return f(*args, EXPERTS[half])
 
 
-class Decoder(Experts):
+class Decoder(nn.Module):
     """Embeddings, layers and final norms; ``forward`` takes embedded tokens."""
 
     def __init__(self, config, visual_gen: bool):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, visual_gen) for _ in range(config.num_hidden_layers))
-        for twin in ("", GEN)[: 1 + visual_gen]:
-            self.add_module(f"norm{twin}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.visual_gen = visual_gen
+        for expert in EXPERTS[: 1 + visual_gen]:
+            self.add_module(f"norm{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.rope_theta = float(config.rope_parameters["rope_theta"])
         self.gradient_checkpointing, self.checkpointing_policy = False, "full"
         self.freeze_und = False
+        self.together = False  # other processes may have generation tokens where this one has none, and need it to gather weights
 
-    def forward(self, x: Tensor, pack: Pack, plan: Plan, caches: Sequence[Cache] | None = None, grow: bool = True) -> Tensor:
-        """``x`` [T, D] embedded tokens in stored order -> [T, D] after the final norms.
+    def forward(self, x: Halves, pack: Pack, attention: Attention) -> Halves:
+        """Halves ``x`` [n, D] of embedded tokens -> [n, D] after the final norms.
 
-        ``caches`` (one per sample) are continued; with ``grow`` the row's keys and values stay in them.
+        While gradients are recorded (or with ``together``) the generation expert runs also on no tokens at all, so that a
+        sequence without pictures gives its weights gradients of zero instead of none.
         """
-        angles = rope_angles(pack.position, self.layers[0].self_attn.head_width, self.rope_theta)
-        run = Run(pack, plan, angles, caches, grow, self.freeze_und)
+        assert self.visual_gen or pack.n_und == len(pack), "generation tokens need a model built with visual_gen"
+        if len(x) > 1 and not len(x[1]) and not torch.is_grad_enabled() and not self.together:
+            x, rest = x[:1], x[1:]
+        else:
+            rest = ()
+        cos, sin = rope_angles(pack.position, self.layers[0].self_attn.head_width, self.rope_theta)
+        angles = list(zip(cos.split([pack.n_und, len(pack) - pack.n_und]), sin.split([pack.n_und, len(pack) - pack.n_und])))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         full = recompute and self.checkpointing_policy == "full"
-        if recompute and not full:
-            run.kept = kept_products(experts=1 + hasattr(self, f"norm{GEN}"))
-        if run.freeze_und:
-            x = run.detach_und(x)
+        run = Run(angles, attention, self.freeze_und and torch.is_grad_enabled(), recompute and not full)
+        if run.frozen:
+            x = (x[0].detach(), *x[1:])
         for i, layer in enumerate(self.layers):
-            if full:
-                x = checkpoint(layer, x, run, i, use_reentrant=False)
-            else:
-                x = layer(x, run, i)
-            if run.freeze_und:
-                x = run.detach_und(x)
-        return self.both("norm", x, pack.n_und)
+            x = checkpoint(layer, x, run, i, use_reentrant=False) if full else layer(x, run, i)
+        normed = []
+        for i, half in enumerate(x):
+            with run.gradients(i):
+                normed.append(getattr(self, f"norm{EXPERTS[i]}")(half))
+        return (*normed, *rest)
 
 
 class LanguageModel(nn.Module):

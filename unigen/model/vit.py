@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unigen.model.attention import Plan, attend, plan_full
+from unigen.model.attention import Attention, picture_attention
 from unigen.model.recompute import recomputed
 from unigen.sequence.grid import to_unit
 
@@ -21,10 +21,10 @@ class VitAttention(nn.Module):
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
         """``x`` [N, width] -> [N, width], before ``out_proj``."""
         q, k, v = (f(x).unflatten(1, (self.heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return attend(q, k, v, plan).flatten(1)
+        return attention((q,), (k,), (v,))[0].flatten(1)
 
 
 class VitMLP(nn.Module):
@@ -46,8 +46,8 @@ class VitLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VitMLP(config.hidden_size, config.intermediate_size, activation)
 
-    def forward(self, x: Tensor, plan: Plan, selective: bool = False) -> Tensor:
-        y = self.self_attn(self.layer_norm1(x), plan)
+    def forward(self, x: Tensor, attention: Attention, selective: bool = False) -> Tensor:
+        y = self.self_attn(self.layer_norm1(x), attention)
         return recomputed(self.after, x, y, kept=KEPT_AFTER) if selective else self.after(x, y)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ class VisionModel(nn.Module):
         -> [N, width]."""
         vit = self.vision_model
         x = vit.embeddings(to_unit(patches).to(vit.embeddings.patch_embedding.weight.dtype), position)
-        plan = plan_full(lengths, x.device)
+        attention = picture_attention(lengths, x, vit.encoder.layers[0].self_attn.heads)
         recompute = self.gradient_checkpointing and x.requires_grad
         full = recompute and self.checkpointing_policy == "full"
         for layer in vit.encoder.layers:
-            x = checkpoint(layer, x, plan, use_reentrant=False) if full else layer(x, plan, recompute)
+            x = checkpoint(layer, x, attention, use_reentrant=False) if full else layer(x, attention, recompute)
         return vit.post_layernorm(x)

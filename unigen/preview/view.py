@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from unigen.model.attention import Tokens, allowed
 from unigen.model.flow import training_time
+from unigen.model.mask import Tokens, allowed
 from unigen.sequence.grid import unpatchify
 from unigen.sequence.images import image_size
 from unigen.sequence.pack import next_position, pack_blocks

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unigen.sequence.blockmask import flex_mask
 from unigen.sequence.grid import grid_positions
 from unigen.sequence.tokens import SpecialIds
-from unigen.sequence.types import Block, Kind, Pack
+from unigen.sequence.types import Block, Kind, Pack, Sight
 
 NO_LABEL = -100
 
@@ -46,6 +47,7 @@ def pack_blocks(
     geometry: Geometry,
     positions: Sequence[int] | None = None,
     origins: Sequence[str] = (),
+    masks: bool = False,
 ) -> Pack:
     """Packs filled-in blocks of several samples into one row.
 
@@ -55,6 +57,7 @@ def pack_blocks(
         geometry: the model's sizes.
         positions: RoPE position at which each sample goes on (0 where nothing is given).
         origins: where each sample came from, for messages.
+        masks: add the mask as flex attention takes it.
     """
     content, placed, index = _Content(geometry), [], 0
     for s, blocks in enumerate(samples):
@@ -66,7 +69,16 @@ def pack_blocks(
                 content.add(block, pictures)
                 index += len(block)
             position = next_position(position, block)
-    return _finish(placed, special, content, len(samples), list(origins))
+    pack = _finish(placed, special, content, len(samples), list(origins))
+    return with_mask(pack) if masks else pack
+
+
+def with_mask(pack: Pack) -> Pack:
+    """The pack with its mask as flex attention takes it."""
+    columns = (pack.index, pack.sample, pack.span, pack.image, pack.noised)
+    rule, blocks = flex_mask(*(column.cpu().numpy() for column in columns), pack.n_und)
+    device = pack.ids.device
+    return replace(pack, mask_rule=torch.from_numpy(rule).to(device), mask_blocks=torch.from_numpy(blocks).to(device))
 
 
 def next_position(position: int, block: Block) -> int:
@@ -196,7 +208,9 @@ class _Content:
 def _finish(placed: Sequence[_Placed], special: SpecialIds, content: _Content, n_samples: int, origins: list[str]) -> Pack:
     assert len(content.posterior) in (0, len(content.pixels)), "all pictures of a row are drawn from their posteriors, or none"
     und, gen = _und_columns(placed, special), _gen_columns(placed)
-    tensors = {name: torch.from_numpy(np.concatenate([und[name], gen[name]])) for name in und}
+    columns = {name: np.concatenate([und[name], gen[name]]) for name in und}
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    n_und = len(und["ids"])
     g = content.geometry
 
     def join(parts: list[Tensor], *empty: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -206,8 +220,13 @@ def _finish(placed: Sequence[_Placed], special: SpecialIds, content: _Content, n
 
     return Pack(
         **tensors,
-        n_und=len(und["ids"]),
-        n_samples=n_samples,
+        n_und=n_und,
+        und_lengths=np.bincount(und["sample"], minlength=n_samples).tolist(),
+        gen_lengths=np.bincount(gen["sample"], minlength=n_samples).tolist(),
+        sight=_sights(placed, n_samples),
+        vit_rows=_rows(columns["kind"] == Kind.VIT),
+        label_rows=_rows(columns["label"] >= 0),
+        noised_rows=_rows(gen["kind"] == Kind.NOISED),
         vit_patches=join(content.patches, 0, g.vit_patch**2 * 3),
         vit_position=join(content.vit_position, 0, dtype=torch.int64),
         vit_lengths=content.vit_lengths,
@@ -217,9 +236,23 @@ def _finish(placed: Sequence[_Placed], special: SpecialIds, content: _Content, n
         vae_block=[number + len(content.latents) * pixels for pixels, number in content.block],
         vae_grid=content.grid,
         vae_position=join(content.vae_position, 0, dtype=torch.int64),
+        vae_first=torch.from_numpy(np.cumsum([0, *(rows * width for rows, width in content.grid)])[:-1].astype(np.int64)),
+        vae_number=torch.from_numpy(np.repeat(np.arange(len(content.grid)), [rows * width for rows, width in content.grid])),
         u=join(content.u, 0),
         noise=join(content.noise, 0, g.patch_dim),
         origins=origins,
         vit_features=content.features,
         vit_ready=content.ready if content.features else [],
     )
+
+
+def _rows(chosen: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(chosen))
+
+
+def _sights(placed: Sequence[_Placed], n_samples: int) -> list[Sight]:
+    found: list[list[Block]] = [[] for _ in range(n_samples)]
+    for p in placed:
+        found[p.sample].append(p.block)
+    single = [blocks[0].kind if len(blocks) == 1 else None for blocks in found]
+    return [Sight.MIXED if kind is None else Sight.CAUSAL if kind == Kind.TEXT else Sight.FULL for kind in single]

@@ -70,6 +70,14 @@ class Kind(IntEnum):
     NOISED = 3  # VAE latents at t > 0, trained with the flow-matching loss: `_moe_gen` weights
 
 
+class Sight(IntEnum):
+    """How the tokens of one sample see one another; of samples of a single block it is known without a mask."""
+
+    MIXED = 0  # as the mask rule says
+    CAUSAL = 1  # a single text
+    FULL = 2  # a single image, or a single token
+
+
 @dataclass
 class Block:
     """One block of a sample (the rows of the table in ``docs/model.md``).
@@ -118,7 +126,13 @@ class Pack:
     noised: Tensor  # [T] bool, the span is a noised image, which no other span sees
     label: Tensor  # [T] int64, -100 where there is none
     n_und: int  # tokens of the understanding half
-    n_samples: int
+    # What is known while packing, so that no forward has to ask the device for it
+    und_lengths: list[int]  # understanding tokens of each sample; they lie one sample after another
+    gen_lengths: list[int]  # generation tokens of each sample, likewise
+    sight: list[Sight]  # how the tokens of each sample see one another
+    vit_rows: Tensor  # [N] int64, places of the VIT tokens
+    label_rows: Tensor  # [labels] int64, places of the tokens with a label
+    noised_rows: Tensor  # [noised tokens] int64, places of the NOISED tokens in the generation half
     # ViT pictures, in sequence order: the ViT looks at the patches of some, and others bring its features
     vit_patches: Tensor  # [tokens of the former, patch * patch * 3] uint8, or float in [-1, 1]
     vit_position: Tensor  # [N] int64, row * side + column in the position tables, of all
@@ -130,24 +144,33 @@ class Pack:
     vae_block: list[int]  # the picture each VAE block shows, blocks in sequence order
     vae_grid: list[tuple[int, int]]  # rows and columns of tokens of each VAE block
     vae_position: Tensor  # [M] int64, row * max_latent_size + column
+    vae_first: Tensor  # [VAE blocks] int64, place in the generation half of each block's first token
+    vae_number: Tensor  # [M] int64, number of the block that a token belongs to
     u: Tensor  # [M] float32: time before the time law; -inf is clean
     noise: Tensor  # [M, patch_dim] float32; rows of clean tokens are not read
     origins: list[str] = field(default_factory=list)
     vit_features: list[Tensor] = field(default_factory=list)  # [patches, ViT width] of each picture that brings them
     vit_ready: list[bool] = field(default_factory=list)  # of each picture: does it bring features? Empty where none does
+    # The mask as flex attention takes it (`sequence/blockmask.py`); None where nobody asked for it
+    mask_rule: Tensor | None = None  # [5, padded tokens] int32
+    mask_blocks: Tensor | None = None  # [blocks, blocks] uint8
 
     def __len__(self) -> int:
         return self.ids.numel()
 
     @property
+    def n_samples(self) -> int:
+        return len(self.und_lengths)
+
+    @property
     def n_text_labels(self) -> int:
         """Label tokens of the row: its share of the text loss's denominator."""
-        return int((self.label >= 0).sum())
+        return len(self.label_rows)
 
     @property
     def n_image_targets(self) -> int:
         """Noised latent tokens of the row: its share of the image loss's denominator."""
-        return int((self.kind == Kind.NOISED).sum())
+        return len(self.noised_rows)
 
     @property
     def n_ready(self) -> int:

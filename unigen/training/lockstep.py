@@ -119,7 +119,7 @@ class Lockstep:
             raise _Unwind
 
     def _guard(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def guarded(x: Any, *rest: Any) -> Any:
             if self.failure is None:
                 try:
                     return forward(x, *rest)

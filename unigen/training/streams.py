@@ -51,7 +51,8 @@ class Streams:
         mixture = Mixture(parts, c.seed, training)
         if self.engine.main:
             log.info("%s", mixture.describe())
-        return RowStream(mixture, c.batch_size, c.max_num_tokens)
+        # On a GPU attention takes its mask from the loader.
+        return RowStream(mixture, c.batch_size, c.max_num_tokens, masks=self.engine.device.type == "cuda")
 
     def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
         c, main = self.config, self.engine.main

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from unigen.config import Config, UserError
 from unigen.model.bagel import Output
-from unigen.model.mot import Experts
 from unigen.model.storage import Stored
 from unigen.model.weights import read_parameter
 from unigen.sequence.types import Pack
@@ -122,9 +121,7 @@ class DeepSpeed(Engine):
             whole.partition()
             whole.ds_tensor.data.view(-1)[: stop - start].copy_(piece)
         self.model.sharded = True
-        for module in self.model.modules():
-            if isinstance(module, Experts):
-                module.together = True
+        self.model.language_model.model.together = True
 
     def start(self) -> None:
         named = dict(self.model.named_parameters())
