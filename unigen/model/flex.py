@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.model.compiler import dynamo_settings, is_compile_failure, reason_of
 from unigen.model.sdpa import Groups, Halves
 from unigen.sequence.blockmask import BLOCK, FULL, PARTIAL, padded
 from unigen.sequence.pack import with_mask
@@ -42,10 +43,9 @@ class Flex:
         try:
             return self._flex(q, k, v)
         except Exception as error:
-            if not _compiler_is_missing(error):
+            if not is_compile_failure(error):
                 raise
-            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            _give_up(reason, "install a C compiler, Python's headers (python3-dev) and Triton")
+            _give_up(reason_of(error), "install a C compiler, Python's headers (python3-dev) and Triton")
             return self(q, k, v, layer)
 
     def _flex(self, q: Halves, k: Halves, v: Halves) -> Halves:
@@ -91,8 +91,7 @@ def _compiled() -> Any:
 
     if not torch.cuda.is_available():
         return flex_attention  # uncompiled it writes every score; it serves tests on a CPU
-    # At its limit Dynamo would go on uncompiled and fill the memory with scores.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    dynamo_settings()
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -105,14 +104,6 @@ def _options(cuda: bool) -> dict[str, Any] | None:
 
     known = "BACKEND" in FlexKernelOptions.__annotations__
     return ({"BACKEND": "TRITON"} if known else {"FORCE_USE_FLEX_ATTENTION": True}) | {"IS_DIVISIBLE": True}
-
-
-def _compiler_is_missing(error: Exception) -> bool:
-    """Did compiling fail, other than by asking for too many versions?"""
-    if type(error).__name__ in ("FailOnRecompileLimitHit", "OutOfMemoryError"):
-        return False
-    home = type(error).__module__
-    return home.startswith(("torch._dynamo", "torch._inductor", "triton")) or isinstance(error, ImportError | FileNotFoundError)
 
 
 def _give_up(reason: str, fix: str) -> None:

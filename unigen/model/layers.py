@@ -12,6 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW_ROWS, LARGE = 64, 1 << 17
+"""On a CPU a product of at most so many rows with a matrix of at least so many numbers goes to oneDNN."""
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, whose products of few rows (a token that is being written) take half the time on a CPU without gradients.
+
+    PyTorch's own choice there, MKL, reads the weights at a third of the memory's speed; the operation called instead is the one
+    that ``torch.compile`` chooses on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, inputs] -> [n, outputs]."""
+        few = x.ndim == 2 and x.shape[0] <= FEW_ROWS and self.weight.numel() >= LARGE
+        if few and x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and _plain():
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+def _plain() -> bool:
+    """Is nothing to be recorded, cast or traced here?"""
+    busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return not busy and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
@@ -22,7 +46,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+        # PyTorch computes it in float32, whatever comes in.
+        return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -30,9 +55,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -43,9 +68,9 @@ class Connector(nn.Module):
 
     def __init__(self, in_width: int, width: int, activation: nn.Module):
         super().__init__()
-        self.fc1 = nn.Linear(in_width, width)
+        self.fc1 = Linear(in_width, width)
         self.activation = activation
-        self.fc2 = nn.Linear(width, width)
+        self.fc2 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigen.model.attention import Attention
-from unigen.model.layers import RMSNorm, SwiGLU, rope_angles, rotate
+from unigen.model.layers import Linear, RMSNorm, SwiGLU, rope_angles, rotate
 from unigen.model.recompute import recomputed
 from unigen.model.sdpa import Halves
 from unigen.sequence.types import Pack
@@ -42,8 +42,8 @@ class SelfAttention(nn.Module):
         self.head_width = getattr(config, "head_dim", None) or width // self.heads
         for expert in EXPERTS[: 1 + visual_gen]:
             for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
-                self.add_module(f"{part}_proj{expert}", nn.Linear(width, heads * self.head_width, bias=True))
-            self.add_module(f"o_proj{expert}", nn.Linear(self.heads * self.head_width, width, bias=False))
+                self.add_module(f"{part}_proj{expert}", Linear(width, heads * self.head_width, bias=True))
+            self.add_module(f"o_proj{expert}", Linear(self.heads * self.head_width, width, bias=False))
             self.add_module(f"q_norm{expert}", RMSNorm(self.head_width, config.rms_norm_eps))
             self.add_module(f"k_norm{expert}", RMSNorm(self.head_width, config.rms_norm_eps))
 
@@ -150,4 +150,4 @@ class LanguageModel(nn.Module):
     def __init__(self, config, visual_gen: bool):
         super().__init__()
         self.model = Decoder(config, visual_gen)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
