@@ -139,15 +139,6 @@ def kernels(work: Callable[[], object]) -> int:
     return counted.count
 
 
-# ---- compiled parts ----------------------------------------------------------------------------------------
-
-
-def compile_parts(model: Any) -> bool:
-    """Compiles what the program compiles of a model that trains; False where it compiles nothing."""
-    # The one place to change when the program learns to compile parts: call it here, and return True.
-    return False
-
-
 # ---- options and output ------------------------------------------------------------------------------------
 
 

@@ -144,15 +144,12 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         Disagreement: the variants do not give the same answers.
     """
     size = SMALL if options.small else FULL
-    model, compiled = build_model(size), build_model(size)
+    model = build_model(size)
     inferencer = InterleaveInferencer(model, tokenizer=WordIds())
     ways: dict[str, Callable[[Request], Any]] = {
         PLAIN: lambda r: r.plain(model),
         "unigen": lambda r: r.unigen(inferencer),
     }
-    if in_turn.compile_parts(compiled):
-        faster = InterleaveInferencer(compiled, tokenizer=WordIds())
-        ways["unigen, compiled"] = lambda r: r.unigen(faster)
     asked = requests(size)
     errors: dict[str, dict[str, float]] = {}
     for name, request in asked.items():

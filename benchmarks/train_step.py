@@ -29,6 +29,7 @@ from small_bagel import FULL, SMALL, build_model, training_pack
 from torch import Tensor, nn
 
 from unigen.model.bagel import Bagel
+from unigen.model.compiling import CompiledLayers
 from unigen.model.mask import Tokens, allowed
 from unigen.sequence.types import Pack
 from unigen.training.losses import Counts, joint_loss, loss_sums
@@ -133,8 +134,9 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     model = build_model(size).train()
     pack = training_pack(model.config, size)
     steps = {PLAIN: plain_step(model, pack), "unigen": project_step(model, pack)}
-    compiled = build_model(size).train()
-    if in_turn.compile_parts(compiled):
+    if options.compile:
+        compiled = build_model(size).train()
+        CompiledLayers(compiled, strict=True)
         steps["unigen, compiled"] = project_step(compiled, pack)
     errors = {name: check(steps[PLAIN], own) for name, own in steps.items() if name != PLAIN}
     products, attention = step_flops(model, pack)
@@ -168,7 +170,9 @@ def lines_of(results: dict[str, Any], times: Times) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    in_turn.run(measure, in_turn.parser(__doc__), arguments)
+    parser = in_turn.parser(__doc__)
+    parser.add_argument("--compile", action="store_true", help="time compiled layers, too (compiling takes a minute)")
+    in_turn.run(measure, parser, arguments)
 
 
 if __name__ == "__main__":

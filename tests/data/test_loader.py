@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from unigen.data.rows import LOOK_AHEAD
 from unigen.model.config import read_config
 from unigen.model.weights import scan_folder
 from unigen.sequence.images import to_image
+from unigen.sequence.pack import with_mask
 from unigen.sequence.tokens import Tokenizer
 
 N = 11
@@ -130,6 +131,15 @@ def test_workers_change_nothing(golden: Path, data: Path, workers: int):
     alone = take(stream, 5, rows=3)
     with_workers = take(stream, 5, rows=3, workers=workers)
     assert [[bits(row) for row in step] for step in with_workers] == [[bits(row) for row in step] for step in alone]
+
+
+def test_workers_bring_the_mask_where_it_is_asked_for(golden: Path, data: Path):
+    stream = make_stream(golden, data, batch_size=2)
+    assert take(stream, 1)[0][0].pack.mask_rule is None
+    stream.masks = True
+    for (row,) in take(stream, 2, workers=1):
+        wanted = with_mask(replace(row.pack, mask_rule=None, mask_blocks=None))
+        assert torch.equal(row.pack.mask_rule, wanted.mask_rule) and torch.equal(row.pack.mask_blocks, wanted.mask_blocks)
 
 
 def test_the_last_step_of_an_epoch_has_empty_rows(golden: Path, data: Path):

@@ -139,6 +139,38 @@ def test_attention_runs_once_and_half_of_the_products_are_not_repeated(monkeypat
     assert (full, selective) == (decoder * 13 + vit * 5, decoder * 6 + vit * 1)
 
 
+@pytest.mark.parametrize("policy", ["none", "full", "selective"])
+def test_an_understanding_half_that_learns_nothing_costs_no_backward_pass_and_no_memory(policy: str):
+    """It is most of this sequence. Its products run forward (and again where all is recomputed), and have no gradients."""
+    model = tiny.build()
+    for name, p in model.named_parameters():
+        und = "_moe_gen" not in name and name.startswith(("language_model.", "connector.", "vit_model."))
+        p.requires_grad_(p.requires_grad and not und)
+    r = random.Random(3)
+    pack = tiny.row([[tiny.text(r, 200), tiny.image(r, Kind.NOISED, 1, (2, 2))]], model)
+
+    def run() -> tuple[int, int]:
+        model.use_gradient_checkpointing(policy != "none", policy if policy != "none" else "full")
+        with Watch() as watch:
+            mse = model(pack).mse.sum()
+            held, forward = watch.held(), watch.products
+            mse.backward()
+        return held, watch.products - forward
+
+    wide, _ = run()
+    model.language_model.model.freeze_und = True
+    narrow, backward = run()
+    gen, layers = 7, 3  # products of the generation expert in a layer
+    heads = 2 + 3 + 1  # of the velocity head, of the time embedder, of the projection of latents
+    again = {"none": 0, "full": layers * (7 + gen - 1), "selective": layers * 3}[policy]
+    assert backward == layers * 2 * gen + heads + again
+    # Joint attention keeps its inputs, result and mask; of the other tensors of that half nothing is left.
+    joint = layers * len(pack) * (2 * 4 + 2 * 2) * 8 * 4 + len(pack) ** 2 * 4
+    weights = sum(p.nbytes for p in model.parameters())
+    assert narrow < joint + weights if policy != "full" else narrow <= wide
+    assert policy != "none" or wide > joint + weights
+
+
 def test_memory_lies_between_full_checkpointing_and_none():
     """With an MLP 5.3 times as wide as the model, as BAGEL's. Measured: full 0.22, selective 0.52 of what is held without checkpointing."""
     config = tiny.config()

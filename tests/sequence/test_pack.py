@@ -8,7 +8,7 @@ import torch
 
 from unigen.sequence.pack import Geometry, pack_blocks
 from unigen.sequence.tokens import SpecialIds
-from unigen.sequence.types import Block, Kind, Pack
+from unigen.sequence.types import Block, Kind, Pack, Sight
 
 SPECIAL = SpecialIds(50, 51, 52, 53, 54)
 GEOMETRY = Geometry(latent_stride=4, latent_patch=2, patch_dim=12, max_latent_size=16, vit_patch=2, vit_side=8)
@@ -84,6 +84,29 @@ def test_rows_follow_the_table(seed):
     assert pack.n_samples == len(samples)
     assert pack.n_text_labels == sum(t["label"] >= 0 for t in expected)
     assert pack.n_image_targets == sum(t["kind"] == Kind.NOISED for t in expected)
+    kinds, halves = pack.kind.tolist(), (range(pack.n_und), range(pack.n_und, len(pack)))
+    for lengths, half in zip((pack.und_lengths, pack.gen_lengths), halves, strict=True):
+        assert [s for s, n in enumerate(lengths) for _ in range(n)] == [int(pack.sample[i]) for i in half]
+    assert pack.vit_rows.tolist() == [i for i in halves[0] if kinds[i] == Kind.VIT]
+    assert pack.label_rows.tolist() == [i for i in range(len(pack)) if pack.label[i] >= 0] and all(i < pack.n_und for i in pack.label_rows)
+    assert pack.noised_rows.tolist() == [i - pack.n_und for i in halves[1] if kinds[i] == Kind.NOISED]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_of_a_picture_know_its_block(seed):
+    """What is the same for all tokens of a picture, such as its time, is computed once and handed to each."""
+    r = random.Random(seed)
+    pack = pack_blocks([random_sample(r) for _ in range(3)], SPECIAL, GEOMETRY)
+    assert torch.equal(pack.u[pack.vae_first][pack.vae_number], pack.u)
+    spans = pack.span[pack.n_und :]
+    assert torch.equal(spans[pack.vae_first][pack.vae_number], spans) and len(pack.vae_first) == len(spans.unique())
+
+
+def test_samples_of_one_block_need_no_rule():
+    text_, seen, drawn = text(3), image(Kind.VIT, 2, 2), image(Kind.NOISED, 2, 2)
+    samples = [[text_], [seen], [drawn], [text_, drawn], [], [replace(seen, dropped=True), text_]]
+    found = pack_blocks(samples, SPECIAL, GEOMETRY).sight
+    assert found == [Sight.CAUSAL, Sight.FULL, Sight.FULL, Sight.MIXED, Sight.MIXED, Sight.CAUSAL]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -18,15 +18,35 @@ Halves = tuple[Tensor, ...]
 """The understanding tokens, and after them, where the generation expert runs, the generation tokens."""
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool = False) -> Tensor:
     """``scaled_dot_product_attention`` of q [B, L, H, d] over k and v [B, P + L, G, d] -> [B, L, H, d]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and mask is not None and q.is_cuda:
         # With a mask and grouped heads a GPU falls back to plain products and writes every score.
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
+    added = None if mask is None else mask.of(q.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=causal, enable_gqa=groups > 1)
     return y.transpose(1, 2)
+
+
+class Mask:
+    """A mask that all layers share, as what is added to scores: made once, where attention itself would make it in every layer and
+    keep it for the backward pass.
+
+    Args:
+        allowed: bool, True where a key is seen.
+    """
+
+    def __init__(self, allowed: Tensor):
+        self.allowed = allowed
+        self._added: dict[torch.dtype, Tensor] = {}
+
+    def of(self, dtype: torch.dtype) -> Tensor:
+        """0 where a key is seen, else minus infinity."""
+        if dtype not in self._added:
+            self._added[dtype] = torch.zeros_like(self.allowed, dtype=dtype).masked_fill_(~self.allowed, -torch.inf)
+        return self._added[dtype]
 
 
 def join(halves: Halves) -> Tensor:
@@ -65,7 +85,7 @@ class _Batch(NamedTuple):
 
     size: int  # B
     longest: int  # L
-    mask: Tensor | None  # [B, 1, L or 1, L] bool; None: everything is seen
+    mask: Mask | None  # [B, 1, L or 1, L]; None: everything is seen
     causal: bool = False
 
 
@@ -107,7 +127,7 @@ class Groups:
             if not alike or sights not in ({Sight.FULL}, {Sight.CAUSAL}):
                 part = Tokens(*(t[start : start + size * longest].view(size, longest) for t in tokens))
                 real = self.real[start : start + size * longest].view(size, longest)
-                mask = (allowed(part.unsqueeze(2), part.unsqueeze(1)) & real[:, None, :])[:, None]
+                mask = Mask((allowed(part.unsqueeze(2), part.unsqueeze(1)) & real[:, None, :])[:, None])
             self.batches.append(_Batch(size, longest, mask, mask is None and sights == {Sight.CAUSAL}))
             start += size * longest
         return self
@@ -120,7 +140,7 @@ class Groups:
         for members in self.members:
             size, longest = len(members), lengths[members[0]]
             real = self.real[start : start + size * longest].view(size, 1, 1, longest)
-            self.batches.append(_Batch(size, longest, None if all(lengths[i] == longest for i in members) else real))
+            self.batches.append(_Batch(size, longest, None if all(lengths[i] == longest for i in members) else Mask(real)))
             start += size * longest
         return self
 
@@ -178,14 +198,14 @@ class Cached:
         self.causal = [pack.sight[i] == Sight.CAUSAL and not caches[i].length for i in range(pack.n_samples)]
         self.beside: dict[tuple[int, int], Tensor] = {}
 
-    def _mask(self, pack: Pack, i: int) -> Tensor | None:
-        """[1, 1, L, P + L] bool, or None where everything is seen."""
+    def _mask(self, pack: Pack, i: int) -> Mask | None:
+        """[1, 1, L, P + L], or None where everything is seen."""
         past = self.caches[i].length
         if pack.sight[i] == Sight.FULL or (pack.sight[i] == Sight.CAUSAL and not past):
             return None
         und, gen = self.parts[i]
         tokens = Tokens(*(torch.cat([t[: pack.n_und][und], t[pack.n_und :][gen]]) for t in Tokens.of(pack)))
-        return F.pad(allowed(tokens.unsqueeze(1), tokens.unsqueeze(0)), (past, 0), value=True)[None, None]
+        return Mask(F.pad(allowed(tokens.unsqueeze(1), tokens.unsqueeze(0)), (past, 0), value=True)[None, None])
 
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
         out = []
