@@ -143,6 +143,7 @@ def test_tensors_on_a_gpu(tmp_path: Path, background: bool):
     expected = value.cpu()
     saver = Saver(tmp_path, 0, ALONE, background=background)
     saver.save(contents(1, entry("a", "v", value), entry("a", "s", torch.ones((), device="cuda"))))
+    saver.settle()
     value.zero_()  # the next step
     saver.wait()
     assert torch.equal(read_group(tmp_path / "step_1", "a")["v"], expected)

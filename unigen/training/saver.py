@@ -26,6 +26,7 @@ from unigen.model.storage import NAMES, write_json, write_safetensors
 from unigen.training.checkpoint import FORMAT, MANIFEST, CheckpointError, manifest_hash, prune_checkpoints, remove, sha256_of
 from unigen.training.engine import Channel
 from unigen.training.host_memory import free_memory
+from unigen.training.snapshot import GpuLane, Lane, copied_later, copy_out
 
 log = logging.getLogger("unigen")
 
@@ -52,9 +53,14 @@ class Entry:
     def nbytes(self) -> int:
         return self.value.numel() * self.value.element_size()
 
+    @property
+    def copied_later(self) -> bool:
+        """Is its value still the run's own, until :func:`copy_out` has taken it?"""
+        return self.read is None and copied_later(self.value)
+
     def kept(self) -> Entry:
-        """The same with a value that training does not change."""
-        return self if self.read is not None else replace(self, value=self.value.detach().to("cpu", copy=True))
+        """The same with a value that training does not change, but for one that is copied later."""
+        return self if self.read is not None or self.copied_later else replace(self, value=self.value.detach().to("cpu", copy=True))
 
     def make(self) -> Tensor:
         return self.value if self.read is None else self.read()
@@ -101,6 +107,9 @@ class Saver:
         self._error: BaseException | None = None
         self._untold: deque[Path] = deque()
         self._short: set[str] = set()  # machines whose memory was too small for copies
+        self._lane: Lane | None = None  # from the GPU to host memory
+        self._settled = threading.Event()
+        self._settled.set()
 
     def save(self, contents: Contents, name: str | None = None) -> None:
         """Begins to write ``step_N`` (or ``name``); without ``background`` it is published when this returns.
@@ -117,11 +126,23 @@ class Saver:
         if self.background and self._room_for_copies(contents):
             kept = [entry.kept() for entry in contents.entries]
             contents = replace(contents, entries=kept, states=copy.deepcopy(contents.states), about=copy.deepcopy(contents.about))
+            if device := next((entry.value.device for entry in kept if entry.copied_later), None):
+                self._lane = self._lane or GpuLane(device)
+                self._lane.begin()
+                self._settled.clear()
             self._thread = threading.Thread(target=self._run, args=(contents, final), name="checkpoint")
             self._thread.start()
         else:
             self._run(contents, final)
             self.wait()
+
+    def settle(self) -> None:
+        """Waits until nothing that is being saved is the run's own tensor any more.
+
+        To be called before the weights, the moments or the average change.
+        """
+        while not self._settled.wait(1.0):
+            self.tick()
 
     def _room_for_copies(self, contents: Contents) -> bool:
         """Does the memory of every machine hold what its processes would copy? The same answer on all of them."""
@@ -177,6 +198,7 @@ class Saver:
             raise
 
     def _write(self, contents: Contents, final: Path) -> None:
+        self._together(contents, final, lambda: self._copy_out(contents))
         # All processes write into the folder that the first one made; its name holds that one's process id.
         (pid, *_) = self.channel.gather(str(os.getpid()))
         staging = self.output_dir / f".{final.name}.partial-{pid}"
@@ -190,6 +212,18 @@ class Saver:
         finally:
             if main and not published:
                 shutil.rmtree(staging, ignore_errors=True)
+
+    def _copy_out(self, contents: Contents) -> None:
+        """Puts copies in the place of the run's own tensors, which may change afterwards."""
+        if self._settled.is_set():
+            return
+        try:
+            later = [entry for entry in contents.entries if entry.copied_later]
+            assert self._lane is not None
+            copies = iter(copy_out(self._lane, [entry.value for entry in later]))
+            contents.entries = [replace(e, value=next(copies)) if e.copied_later else e for e in contents.entries]
+        finally:
+            self._settled.set()
 
     def _together(self, contents: Contents, final: Path, work: Callable[[], Any]) -> list[Any]:
         """Does a part of the work on every process; what each has to say of it. If one fails, all do."""

@@ -361,7 +361,10 @@ class UnifiedTrainer:
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The model holds the average inside, where there is one."""
-        return self.ema.swapped(self.engine.refresh) if self.ema is not None else contextlib.nullcontext()
+        if self.ema is None:
+            return contextlib.nullcontext()
+        self.saver.settle()
+        return self.ema.swapped(self.engine.refresh)
 
     def _idle(self) -> None:
         """Called while samples are drawn."""
@@ -391,6 +394,7 @@ class UnifiedTrainer:
         if result.refused or overflow:
             engine.discard()
         else:
+            self.saver.settle()
             engine.step(lr, norm)
             if self.ema is not None:
                 self.ema.update()
