@@ -71,6 +71,18 @@ def test_pictures_of_mixed_sizes_come_back_in_order(flux, drawn):
     assert encode_all(flux, []) == []
 
 
+def test_at_most_a_megapixel_goes_through_the_vae_at_once(monkeypatch):
+    """But a picture that is larger goes alone."""
+    codec, batches, encode = PixelCodec(PIXEL), [], PixelCodec.encode
+    monkeypatch.setattr(codec, "encode", lambda pixels, noise: batches.append(tuple(pixels.shape)) or encode(codec, pixels, noise))
+    pixels = [torch.zeros(3, *size) for size in [(512, 512)] * 5 + [(1024, 1024)] * 2 + [(1024, 1028)] * 2 + [(256, 512)]]
+    latents = encode_all(codec, pixels)
+    assert [tuple(latent.shape) for latent in latents] == [(48, p.shape[1] // 4, p.shape[2] // 4) for p in pixels]
+    assert [(n, h, w) for n, _, h, w in batches] == [
+        (4, 512, 512), (1, 512, 512), *[(1, 1024, 1024)] * 2, *[(1, 1024, 1028)] * 2, (1, 256, 512),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_in_a_codec_learns(golden, dtype):
     model = load_bagel(golden / "model", dtype=dtype)

@@ -156,8 +156,8 @@ def encode_all(codec: Codec, pixels: list[Tensor], noise: list[Tensor] | None = 
     for i, p in enumerate(pixels):
         by_size.setdefault(tuple(p.shape), []).append(i)
     for size, members in by_size.items():
-        # At most about four megapixels at once: the VAE's activations, not its weights, fill the memory.
-        step = max(1, 4 * 2**20 // (size[1] * size[2]))
+        # At most a megapixel at once: the VAE's activations, not its weights, fill the memory, and more pictures are no faster.
+        step = max(1, 2**20 // (size[1] * size[2]))
         for start in range(0, len(members), step):
             part = members[start : start + step]
             drawn = torch.stack([noise[i] for i in part]) if noise else None
