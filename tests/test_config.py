@@ -35,6 +35,7 @@ def test_nothing_given_is_the_defaults():
 def test_every_option_is_a_flag_and_a_key(tmp_path):
     samples = {"bool": ("true", True), "int": ("7", 7), "float": ("0.5", 0.5), "str": ("x", "x"), "int | None": ("7", 7)}
     samples["Literal['online', 'offline', 'disabled'] | None"] = ("offline", "offline")
+    samples["bool | None"] = ("true", True)
     samples |= {"list[dict[str, Any]] | None": ("[{path: a.jsonl, weight: 2}]", [{"path": "a.jsonl", "weight": 2}])}
     samples |= {"float | None": ("0.5", 0.5), "str | None": ("x", "x"), "str | list[str] | None": ("x", "x")}
     for field in dataclasses.fields(Config):
@@ -273,7 +274,6 @@ def test_a_valid_config_resolves_to_itself():
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"fp16": True, "bf16": True}, "fp16"),
         ({"freeze_und": True, "visual_gen": False}, "freeze_und"),
         ({"freeze_und": True, "freeze_llm": True}, "freeze_und"),
         ({"visual_gen": False, "visual_und": False, "freeze_llm": True}, "freeze_llm"),

@@ -23,6 +23,7 @@ from unigen.sequence import contents
 from unigen.sequence.images import to_image
 from unigen.training.encoders import Encoders, digest_weights, open_cache
 from unigen.training.engine import Engine
+from unigen.training.precision import DeviceFacts, choose_precision
 from unigen.training.trainer import UnifiedTrainer
 
 SMALL = {
@@ -75,7 +76,11 @@ def options(model: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
 
 def fill(**options: Any) -> precompute.Report:
     config = CacheOptions(**options)
-    return Filler(config, Encoders.load(config.resolve(), torch.device("cpu"))).run()
+    return Filler(config, Encoders.load(config.resolve(), torch.device("cpu"), computes(config))).run()
+
+
+def computes(config: CacheOptions) -> torch.dtype:
+    return choose_precision(config, DeviceFacts("cpu")).dtype
 
 
 def trainer(with_cache: bool, **options: Any) -> UnifiedTrainer:
@@ -86,7 +91,7 @@ def trainer(with_cache: bool, **options: Any) -> UnifiedTrainer:
     made.engine = Engine(config)
     made.build()
     for part in [*made.stream.mixture.parts, *(made.val_stream.mixture.parts if made.val_stream else [])]:
-        part.planner.cache = open_cache(cache_dir, made.model, config) if with_cache else None
+        part.planner.cache = open_cache(cache_dir, made.model, config, computes(config)) if with_cache else None
     return made
 
 
@@ -161,10 +166,10 @@ def test_a_cached_latent_is_the_codecs_to_the_bit(options, model, dtype):
     """For the same noise: mean and deviation are kept in the dtype they have, and are put together in the codec's order."""
     config = CacheOptions(**options, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
     whole = load_bagel(model)
-    encoders = Encoders.of(whole, config)
+    encoders = Encoders.of(whole, config, computes(config))
     filler = Filler(config, encoders)
     filler.run()
-    lookup = open_cache(config.cache_dir, whole, config)
+    lookup = open_cache(config.cache_dir, whole, config, computes(config))
     noise = torch.Generator().manual_seed(0)
     for job in filler.jobs():
         if "vae" not in job.names:
@@ -182,7 +187,8 @@ def test_a_cached_latent_is_the_codecs_to_the_bit(options, model, dtype):
 
 
 def test_a_vit_that_learns_is_not_cached(options):
-    frozen = Encoders.load(CacheOptions(**{**options, "freeze_vit": False, "freeze_und": True}), torch.device("cpu"))
+    only_gen = CacheOptions(**{**options, "freeze_vit": False, "freeze_und": True})
+    frozen = Encoders.load(only_gen, torch.device("cpu"), torch.float32)
     assert frozen.names == ("vae", "vit")  # freeze_und keeps the ViT too
     report = fill(**{**options, "freeze_vit": False})
     assert report.written == 3 and all("mean" in load_file(p) for p in Path(options["cache_dir"]).glob("*/*/*.safetensors"))

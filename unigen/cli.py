@@ -147,7 +147,7 @@ def read_flags(
                 break
             given.append(argv[position])
             position += 1
-        if name.startswith("no_") and name not in types and types.get(name[3:]) is bool:
+        if name.startswith("no_") and name not in types and is_switch(types.get(name[3:])):
             if given and not positional:
                 raise UsageError(f"{flag} takes no value, found {given[0]!r}; write --{name[3:]} {given[0]} instead")
             if positional:
@@ -160,7 +160,7 @@ def read_flags(
 
 def belongs(token: str, kind: Any, taken: int) -> bool:
     """Whether a value after a flag is the flag's, where a command also takes values without one."""
-    if kind is bool:
+    if is_switch(kind):
         return taken == 0 and token.lower() in ("true", "false")
     return takes_several(kind) or taken == 0
 
@@ -183,7 +183,7 @@ def collect(flags: list[tuple[str, str, list[str]]], types: dict[str, Any]) -> d
 
 def flag_value(flag: str, given: list[str], kind: Any) -> Any:
     """The value for the type check: a switch without a value is on; several values are a list."""
-    if kind is bool and not given:
+    if is_switch(kind) and not given:
         return "true"
     if not given:
         raise UsageError(f"{flag} needs a value: {describe(kind)}")
@@ -275,6 +275,11 @@ def describe(kind: Any) -> str:
 def members(kind: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the type alone."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def is_switch(kind: Any) -> bool:
+    """Whether an option is on without a value: true or false, or not said."""
+    return bool in members(kind) and set(members(kind)) <= {bool, type(None)}
 
 
 def takes_several(kind: Any) -> bool:

@@ -200,8 +200,9 @@ class RunOptions:
 
     Args:
         output_dir: Folder of the run: checkpoints, metrics.jsonl, logs.
-        fp16: Compute in float16 with loss scaling.
-        bf16: Compute in bfloat16.
+        precision: Matrix products in bf16, fp16 (with loss scaling) or fp32; auto is bf16 on a GPU that has it, else fp32.
+        fp16: The same as precision fp16.
+        bf16: The same as precision bf16; when off, auto does not choose it.
         gradient_checkpointing: Recompute activations in the backward pass: slower, far less memory.
         checkpointing_policy: full keeps nothing of a layer; selective keeps the results of attention and every second matrix product.
         engine: single, ddp, fsdp2 (all of the model and its state sharded) or deepspeed (ZeRO). Default: single or ddp.
@@ -223,8 +224,9 @@ class RunOptions:
     """
 
     output_dir: str = "outputs/unified_training"
-    fp16: bool = False
-    bf16: bool = False
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    fp16: bool | None = None
+    bf16: bool | None = None
     gradient_checkpointing: bool = False
     checkpointing_policy: Literal["full", "selective"] = "full"
     engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
@@ -285,7 +287,6 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
             (self.model_path, "model_path", "is missing; give the folder of a BAGEL checkpoint"),
             (self.train_data_path or self.train_sources, "train_data_path", "is missing; give a JSON or JSONL file, or a folder of them"),
             (not (self.train_data_path and self.train_sources), "train_sources", "and train_data_path exclude each other; keep one"),
-            (not (self.fp16 and self.bf16), "fp16", "and bf16 exclude each other; keep bf16 where the GPU has it"),
             (self.visual_gen or self.visual_und or not self.freeze_llm, "freeze_llm", "with no visual part leaves nothing to train"),
             (
                 not (self.freeze_und and not self.visual_gen),
@@ -349,8 +350,27 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         for good, name, problem in checks:
             if not good:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")
+        self.asked_precision()
         self.sources()
         return self
+
+    def asked_precision(self) -> str:
+        """``precision`` and its two switches as one: bf16, fp16, fp32 or auto. Without bf16, auto can only be fp32.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        switches = {"bf16": self.bf16, "fp16": self.fp16}
+        on = [name for name, value in switches.items() if value]
+        if len(on) == 2:
+            raise ConfigError("fp16 and bf16 exclude each other. Fix: keep one, bf16 where the GPU has it (--no_fp16 --precision bf16)")
+        said = [*(name for name in on if self.precision not in ("auto", name))]
+        if said or switches.get(self.precision) is False:
+            switch, turn = (f"{said[0]} is on", f"--no_{said[0]}") if said else (f"{self.precision} is off", f"--{self.precision}")
+            raise ConfigError(f"precision is {self.precision}, but {switch}. Fix: {turn}, or another --precision")
+        if on:
+            return on[0]
+        return "fp32" if self.precision == "auto" and self.bf16 is False else self.precision
 
     def sources(self) -> list[Source]:
         """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one.

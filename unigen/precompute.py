@@ -97,7 +97,8 @@ def run(options: CacheOptions) -> int:
         shard = parse_shard(options.shard) if options.shard else (engine.rank, engine.world)
         if options.prune and shard[1] > 1:
             raise ConfigError("prune needs to see every picture, and shard leaves some to others (run it once more, alone, with --prune)")
-        encoders = Encoders.load(options, engine.device)
+        log.info("%s", engine.precision)
+        encoders = Encoders.load(options, engine.device, engine.dtype)
         if not encoders.names:
             log.info("Nothing is worth caching: a pixel codec costs nothing, and there is no frozen ViT (--freeze_vit)")
             return 0

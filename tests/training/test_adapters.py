@@ -28,7 +28,7 @@ def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_byte
     folder = golden / "model"
     config = Config(model_path=str(folder), train_data_path="x", freeze_und=True, bf16=True)
     plain = prepare_model(load_bagel(folder), config).train()
-    halved = prepare_model(load_bagel(folder, dtype=lambda name: dtype_of(name, config)), config).train()
+    halved = prepare_model(load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)), config).train()
     assert halved.language_model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     assert halved.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.dtype == torch.float32
 

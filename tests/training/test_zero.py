@@ -20,6 +20,7 @@ from tiny import built, row_of, write_jsonl
 
 from unigen.config import Config, UserError
 from unigen.training.losses import Counts, joint_loss, loss_sums
+from unigen.training.precision import DeviceFacts, choose_precision
 from unigen.training.trainer import UnifiedTrainer
 from unigen.training.zero import DeepSpeed
 from unigen.training.zero_json import Settings, loss_scale, read_settings
@@ -159,8 +160,10 @@ def _low_precision_as_rank(rank: int, options: dict[str, Any], folder: Path) -> 
     """One step of each stage in bfloat16: by DeepSpeed's own way and, in ZeRO 3, by autocast."""
     for zero, more in (("1", {}), ("2", {}), ("3", {}), ("3", {"torch_autocast": {"enabled": True}})):
         trainer = trainer_of(zero, ([], {"bf16": True}), options, folder, f"bf16 {zero} {len(more)}", **more)
-        first = held(trainer)
+        first, kept = held(trainer), []
+        trainer.model.register_forward_pre_hook(lambda *_, kept=kept: kept.append(torch.is_autocast_cache_enabled()))
         torch.save((first, train(trainer, [FIRST], rank, 2), held(trainer)), file_of(folder, "bf16", zero, len(more), rank))
+        assert kept and not any(kept), "autocast keeps copies of the weights"
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +278,8 @@ def settings(tmp_path: Path, content: Any, world: int = 2, **options: Any) -> Se
     file = tmp_path / "ds.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     config = Config(engine="deepspeed", deepspeed_config=str(file), **options)
-    return read_settings(config, world, torch.device(options.get("device", "cpu")))
+    device = options.get("device", "cpu")
+    return read_settings(config, world, torch.device(device), choose_precision(config, DeviceFacts(device)).name)
 
 
 def test_what_a_json_leaves_open_comes_from_the_options(tmp_path: Path):
@@ -301,7 +305,7 @@ def test_what_a_json_leaves_open_comes_from_the_options(tmp_path: Path):
     assert "optimizer" not in found.values and "auto" not in json.dumps(found.values)
     agreed = {"zero_optimization": {"stage": 2}, "train_batch_size": 12, "gradient_clipping": 0.5, "bf16": {"enabled": False}}
     assert settings(tmp_path, agreed, world=3, batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.5).held_dtype is None
-    assert read_settings(Config(engine="deepspeed"), 1, torch.device("cpu")).stage == 2
+    assert read_settings(Config(engine="deepspeed"), 1, torch.device("cpu"), "fp32").stage == 2
 
 
 BAD = {
@@ -322,9 +326,9 @@ BAD = {
     "betas": ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, {}, r"optimizer\.params\.betas is \[0\.9, 0\.999\]"),
     "amsgrad": ({"optimizer": {"params": {"amsgrad": True}}}, {}, r"optimizer\.params\.amsgrad is not an option"),
     "scheduler": ({"scheduler": {"type": "WarmupLR"}}, {}, "scheduler cannot be used here.*--lr_scheduler_type"),
-    "bf16": ({"bf16": {"enabled": True}}, {}, r"bf16\.enabled is true, but --bf16 says false"),
+    "bf16": ({"bf16": {"enabled": True}}, {}, r"bf16\.enabled is true, but the precision, fp32 \(--precision\), says false"),
     "fp16 on a CPU": ({}, {"fp16": True}, r"fp16\.enabled is true, which DeepSpeed cannot do on a CPU"),
-    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {"bf16": True}, "computes in float16, but the options say bf"),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {"bf16": True}, "computes in fp16, but the run in bf16"),
     "both": ({"torch_autocast": {"enabled": True}, "bf16": {"enabled": True}}, {"bf16": True}, "exclude each other"),
     "nvme": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, {}, r'offload_optimizer\.device is "nvme"'),
     "compiled": ({"zero_force_ds_cpu_optimizer": True}, {}, "it compiles DeepSpeedCPUAdam"),
@@ -355,10 +359,10 @@ def test_what_asks_for_nothing_is_no_error(tmp_path: Path):
 def test_the_scale_of_float16_losses_is_that_of_the_json(tmp_path: Path):
     fp16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 5, "hysteresis": 2}
     found = settings(tmp_path, {"zero_optimization": {"stage": 2}, "fp16": fp16}, fp16=True, device="cuda")
-    scale = loss_scale(found, Config(fp16=True))
+    scale = loss_scale(found)
     assert (scale.scale, scale.INTERVAL, scale.enabled) == (256.0, 5, True) and found.values["fp16"]["loss_scale"] == 1.0
     fp16["loss_scale"] = 64
-    fixed = loss_scale(settings(tmp_path, {"zero_optimization": {"stage": 2}, "fp16": fp16}, fp16=True, device="cuda"), Config(fp16=True))
+    fixed = loss_scale(settings(tmp_path, {"zero_optimization": {"stage": 2}, "fp16": fp16}, fp16=True, device="cuda"))
     fixed.update(overflow=True)
     assert fixed.scale == 64.0
 

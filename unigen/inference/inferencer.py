@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unigen.config import UserError
 from unigen.inference.sampler import Canvas, ImageOptions, decode_pixels, draw, extend, feed, write
+from unigen.model.backends import prefer_flash
 from unigen.model.bagel import Bagel
 from unigen.model.kv_cache import Cache
 from unigen.model.weights import load_bagel
@@ -78,6 +79,7 @@ class InterleaveInferencer:
         new_token_ids: Mapping[str, int] | None = None,
         think_prompts: Mapping[str, str] | None = None,
     ):
+        prefer_flash()
         self.model = model.eval()
         if vae_model is not None:
             object.__setattr__(model, "codec", vae_model)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unigen.model import flow
 from unigen.model.attention import prepare_attention
+from unigen.model.backends import repeated_shapes
 from unigen.model.bagel import Bagel
 from unigen.model.kv_cache import Cache
 from unigen.sequence.grid import unpatchify
@@ -141,6 +142,7 @@ class Canvas:
 
 
 @torch.no_grad()
+@repeated_shapes()
 def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options: ImageOptions) -> list[Tensor]:
     """Integrates the flow from noise to data for every canvas; final latent tokens [rows * columns, patch_dim] float32.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unigen.config import DataOptions
+from unigen.model.backends import use_expandable_segments
 from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec, VaeConfig
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config, read_json
@@ -85,6 +86,8 @@ def load_bagel(
     Raises:
         CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all listed).
     """
+    if torch.device(device).type == "cuda":
+        use_expandable_segments()
     model, stored = build_bagel(folder, dtype, visual_gen=visual_gen, visual_und=visual_und, constants=constants, weights=weights)
     for name, parameter in list(model.named_parameters()):
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)

@@ -22,13 +22,13 @@ def is_frozen(name: str, config: Config) -> bool:
     )
 
 
-def dtype_of(name: str, config: Config) -> torch.dtype:
-    """The dtype a parameter is held in: float32, and bfloat16 for matrices that do not learn when ``bf16`` is on.
+def dtype_of(name: str, config: Config, computes: torch.dtype) -> torch.dtype:
+    """The dtype a parameter is held in: float32, and bfloat16 for matrices that do not learn where the run ``computes`` in it.
 
     Under bf16 autocast a linear layer casts its weights to bfloat16 anyway, so this changes no number and halves their
     memory; saving writes their stored bytes all the same.
     """
-    halved = config.bf16 and is_frozen(name, config) and not any(part in name for part in _NOT_LINEAR)
+    halved = computes == torch.bfloat16 and is_frozen(name, config) and not any(part in name for part in _NOT_LINEAR)
     return torch.bfloat16 if halved else torch.float32
 
 

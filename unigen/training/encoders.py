@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from unigen.config import Config
 from unigen.data.cache import Encoder, FeatureCache, Store
+from unigen.model.backends import autocast
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config
@@ -49,15 +48,15 @@ class Encoders:
     device: torch.device
 
     @classmethod
-    def of(cls, model: Bagel, config: Config) -> Encoders:
-        """Those of a model that is to be trained with ``config``."""
+    def of(cls, model: Bagel, config: Config, dtype: torch.dtype) -> Encoders:
+        """Those of a model that is to be trained with ``config``, computing in ``dtype``."""
         codec = model.codec if isinstance(model.codec, FluxCodec) else None
         vit = model.vit_model if _vit_is_frozen(config) else None
-        return cls(model.config, codec, vit, _compute_dtype(config), model.device)
+        return cls(model.config, codec, vit, dtype, model.device)
 
     @classmethod
-    def load(cls, config: Config, device: torch.device) -> Encoders:
-        """Those of the checkpoint ``model_path`` alone, held in the dtypes that training holds them in.
+    def load(cls, config: Config, device: torch.device, dtype: torch.dtype) -> Encoders:
+        """Those of the checkpoint ``model_path`` alone, held in the dtypes that training in ``dtype`` holds them in.
 
         Raises:
             CheckpointFolderError: the folder lacks a file, or one is damaged.
@@ -73,13 +72,15 @@ class Encoders:
             with torch.device("meta"):
                 vit = Bagel(shape).vit_model
             names = {name: f"vit_model.{name}" for name, _ in vit.named_parameters()}
-            tensors = {name: stored[whole].read().to(device, dtype_of(whole, config)) for name, whole in names.items() if whole in stored}
+            tensors = {
+                name: stored[whole].read().to(device, dtype_of(whole, config, dtype)) for name, whole in names.items() if whole in stored
+            }
             try:
                 vit.load_state_dict(tensors, assign=True)
             except RuntimeError as error:
                 raise CheckpointFolderError(f"{folder}: the ViT's weights do not fit vit_config.json: {error}") from error
             vit.requires_grad_(False).eval()
-        return cls(shape, codec, vit, _compute_dtype(config), device)
+        return cls(shape, codec, vit, dtype, device)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ class Encoders:
         """The answers for one picture on its own, by encoder, in host memory: ``mean`` and ``std`` [C, h, w] of ``vae``,
         ``features`` [patches, width] of ``vit``. They are what training computes, in the dtype it computes in."""
         found: dict[str, dict[str, Tensor]] = {}
-        with self._autocast():
+        with autocast(self.device, self.dtype, cache=False):
             if seen.pixels is not None:
                 assert self.codec is not None
                 posterior = self.codec.posterior(seen.pixels[None].to(self.device))
@@ -127,18 +128,9 @@ class Encoders:
                 found["vit"] = {"features": features.to(self.dtype).cpu()}
         return found
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
 
 def _vit_is_frozen(config: Config) -> bool:
     return config.visual_und and is_frozen("vit_model.", config)
-
-
-def _compute_dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
 def digest_weights(tensors: Iterable[tuple[str, Tensor]], shape: object) -> str:
@@ -154,8 +146,11 @@ def digest_weights(tensors: Iterable[tuple[str, Tensor]], shape: object) -> str:
     return hashlib.sha256(json.dumps([shape, rows]).encode()).hexdigest()
 
 
-def open_cache(cache_dir: str | Path, model: Bagel, config: Config, whole: Named = nn.Module.named_parameters) -> FeatureCache | None:
-    """What a training run looks up: posteriors of the model's VAE, and features of its ViT where that is frozen.
+def open_cache(
+    cache_dir: str | Path, model: Bagel, config: Config, dtype: torch.dtype, whole: Named = nn.Module.named_parameters
+) -> FeatureCache | None:
+    """What a training run that computes in ``dtype`` looks up: posteriors of the model's VAE, features of its ViT where that
+    is frozen.
 
     Returns:
         The cache for :attr:`Planner.cache`; None where this model has nothing to look up, which is logged.
@@ -164,7 +159,7 @@ def open_cache(cache_dir: str | Path, model: Bagel, config: Config, whole: Named
         CacheError: the folder is missing or is no cache.
     """
     store = Store.open(cache_dir)
-    encoders = Encoders.of(model, config)
+    encoders = Encoders.of(model, config, dtype)
     if not encoders.names:
         log.info("Cache: this model has nothing to look up (no VAE with weights, and no frozen ViT); %s is not used", cache_dir)
         return None

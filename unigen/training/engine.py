@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError, UserError
+from unigen.model.backends import autocast, prefer_flash, use_expandable_segments, use_tf32
 from unigen.model.bagel import Bagel, Output
 from unigen.model.storage import Stored
 from unigen.model.weights import build_bagel, load_codec, read_parameter
@@ -38,6 +39,7 @@ from unigen.training.optim import (
     set_moments_of,
     squared_norm,
 )
+from unigen.training.precision import DeviceFacts, check_head_width, choose_precision
 from unigen.training.shards import Shard, shards_of
 
 
@@ -85,12 +87,18 @@ class Engine:
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         self.device = self._device(config, int(os.environ.get("LOCAL_RANK", "0")))
         self.main = self.rank == 0
-        self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
         if self.device.type == "cuda":
+            use_expandable_segments()
             torch.cuda.set_device(self.device)
+        prefer_flash()
+        self.facts = DeviceFacts.of(self.device)
+        self.precision = choose_precision(config, self.facts)
+        if self.device.type == "cuda" and self.dtype == torch.float32:
+            use_tf32()
         self._start_group()
         self.channel = Channel(self.world, self.device)
-        self.scale = LossScale(config.fp16)
+        self._compute_alike()
+        self.scale = LossScale(self.dtype == torch.float16)
         self.tick: Callable[[], None] = lambda: None  # told of progress while loading
         self._optimised: dict[str, nn.Parameter] = {}  # what the optimiser holds of each trainable parameter
 
@@ -113,6 +121,18 @@ class Engine:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError("device is cuda, but no GPU is visible (--device cpu, or check the driver)")
         return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+
+    def _compute_alike(self) -> None:
+        """Raises ConfigError where processes chose different precisions: their GPUs differ."""
+        said = self.gather(self.precision.name)
+        if len(set(said)) > 1:
+            where = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(said))
+            raise ConfigError(f"precision differs from process to process ({where}), as GPUs or options do. Fix: --precision ...")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return self.precision.dtype
 
     def __enter__(self) -> Engine:
         return self
@@ -163,9 +183,13 @@ class Engine:
 
         Raises:
             CheckpointFolderError: as ``load_bagel``.
+            ConfigError: nothing would train, or attention in this precision does not fit the GPU.
         """
         c = self.config
-        model, stored = build_bagel(folder, lambda name: dtype_of(name, c), visual_gen=c.visual_gen, visual_und=c.visual_und, stored=stored)
+        model, stored = build_bagel(
+            folder, lambda name: dtype_of(name, c, self.dtype), visual_gen=c.visual_gen, visual_und=c.visual_und, stored=stored
+        )
+        check_head_width(self.precision, model.language_model.model.layers[0].self_attn.head_width, self.facts)
         object.__setattr__(model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None)
         self.model = prepare_model(model, c).train()
         self.place(stored)
@@ -197,13 +221,12 @@ class Engine:
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[None]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        """Around sampling, which uses every weight again and again."""
+        return autocast(self.device, self.dtype, cache=True)
 
     def forward(self, pack: Pack) -> Output:
-        """The training forward of a row."""
-        with self.autocast():
+        """The training forward of a row. It uses every weight once, so no lowered copy is kept."""
+        with autocast(self.device, self.dtype, cache=False):
             return self.wrapped(pack)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:

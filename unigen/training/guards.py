@@ -60,7 +60,7 @@ class Guards:
             return "its loss is not finite"
         # With loss scaling an overflowing gradient is the scaler's business: it skips the step and lowers the scale.
         if not math.isfinite(grad_norm):
-            return "" if self.config.fp16 else "its gradient is not finite"
+            return "" if self.engine.precision.name == "fp16" else "its gradient is not finite"
         k = self.config.spike_sigma
         if k is not None and len(self.norms) >= FEWEST:
             mean = math.fsum(self.norms) / len(self.norms)

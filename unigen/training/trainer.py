@@ -25,9 +25,10 @@ from unigen.training.encoders import open_cache
 from unigen.training.engine import open_engine
 from unigen.training.folder import prepare_folder
 from unigen.training.guards import Guards
-from unigen.training.losses import Counts, joint_loss, loss_sums
+from unigen.training.losses import Counts
 from unigen.training.optim import learning_rate_at
-from unigen.training.passes import StepResult, dry_batch, validation_losses
+from unigen.training.passes import StepResult, dry_batch, micro_batches, validation_losses
+from unigen.training.precision import stored_precision, tell_change
 from unigen.training.samples import Sampler
 from unigen.training.saver import Contents, Saver
 from unigen.training.secrets import hide_in_logs, redacted
@@ -89,6 +90,7 @@ class UnifiedTrainer:
         c, engine = self.config, self.engine
         logging.basicConfig(level=logging.INFO if engine.main else logging.WARNING, format="%(message)s")
         hide_in_logs()
+        log.info("%s", engine.precision)
         engine.on_main(self._prepare_folder)
         ranks = self.output_dir / "ranks"
         self.watchdog = Watchdog(ranks, engine.rank, engine.world, c.hang_timeout, self.stops, lambda: {"total_steps": self.total_steps})
@@ -101,8 +103,10 @@ class UnifiedTrainer:
                 f"{resume} holds weights only, so a run cannot go on from it. Cure: resume from a step_N folder, or start a new run "
                 f"with --model_path {resume}"
             )
+        if resume:
+            tell_change(states["training_config"], engine.precision)
         self._load_model(resume)
-        self.cache = open_cache(c.cache_dir, self.model, c, engine.tensors) if c.cache_dir else None
+        self.cache = open_cache(c.cache_dir, self.model, c, engine.dtype, engine.tensors) if c.cache_dir else None
         self.tally = Tally()
         streams = Streams(c, engine, self.model, self.cache)
         self.stream, self.val_stream = streams.train, streams.val
@@ -123,7 +127,7 @@ class UnifiedTrainer:
         self.space = Space(self.output_dir, c.low_space, c.min_free_gb, lambda line: log.warning("%s", line), engine, self._verify)
         self.sampler = Sampler(c, engine, self.model) if c.sample_prompts else None
         if resume is not None:
-            self._restore(resume, states["trainer"])
+            self._restore(resume, states)
         self._describe()
 
     def _prepare_folder(self) -> None:
@@ -164,14 +168,16 @@ class UnifiedTrainer:
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def _restore(self, folder: Path, state: dict[str, Any]) -> None:
+    def _restore(self, folder: Path, states: dict[str, Any]) -> None:
+        state = states["trainer"]
         if state["fingerprint"] != self.stream.mixture.fingerprint:
             raise UserError(
                 f"{folder}: the training data is not what this run began with (its fingerprint differs). "
                 "Cure: resume with the same files and weights, or start a new run with --model_path of this checkpoint"
             )
         self.state.restore(folder)
-        self.engine.scale.load(state["scale"])
+        if stored_precision(states["training_config"]) == self.engine.precision.name:
+            self.engine.scale.load(state["scale"])
         self.step, self.best = state["step"], state["best"] if state["best"] is not None else math.inf
         self.guards.load(state["guards"], self.step)
         self.pending = set(state["pending"])
@@ -181,7 +187,8 @@ class UnifiedTrainer:
 
     def _save(self, name: str | None = None) -> None:
         """``step_N``: everything a resume needs. ``best``: weights alone."""
-        states: dict[str, Any] = {"training_config": redacted(self.config.to_dict())}
+        options = self.config.to_dict() | {"precision": self.engine.precision.name}
+        states: dict[str, Any] = {"training_config": redacted(options)}
         if name is None:
             states["trainer"] = {
                 "step": self.step,
@@ -379,18 +386,13 @@ class UnifiedTrainer:
         text, image, tokens = counts or engine.sum([*vars(Counts.of(packs)).values(), sum(len(p) for p in packs)])
         engine.discard()
         sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        for i, pack in enumerate(packs):
-            last = i == len(packs) - 1
-            with engine.accumulate(last):
-                text_sum, image_sum = loss_sums(engine.forward(pack.to(engine.device)))
-                loss = joint_loss(text_sum, image_sum, Counts(text, image), c.text_loss_weight, c.image_loss_weight)
-                engine.backward(loss, last)
-            sums += torch.stack([text_sum, image_sum]).detach()
+        for found in micro_batches(engine, packs, Counts(text, image), c):
+            sums += found
         text_sum, image_sum = engine.sum(sums.tolist())
         norm = engine.grad_norm()
         result = StepResult(text_sum / max(text, 1), image_sum / max(image, 1), Counts(text, image), tokens, norm)
         result.refused = self.guards.refuses((text_sum, image_sum), norm)
-        overflow = not math.isfinite(norm)  # with fp16 the scale's business alone
+        overflow = not math.isfinite(norm)  # in float16 the scale's business alone
         if result.refused or overflow:
             engine.discard()
         else:
@@ -410,7 +412,7 @@ class UnifiedTrainer:
 
     def dry_batch(self) -> None:
         """Forward and backward of the largest row, so that memory runs out now or never."""
-        dry_batch(self.engine, self.stream)
+        dry_batch(self.engine, self.stream, self.share.rows)
 
     def evaluate(self) -> dict[str, float] | None:
         """Losses on the validation data. None where a signal broke it off."""

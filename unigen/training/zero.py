@@ -55,7 +55,7 @@ class DeepSpeed(Engine):
         super().__init__(config)
         self.deepspeed = _open_deepspeed(self.device)
         self._check_settings()
-        self.scale = loss_scale(self.settings, config)
+        self.scale = loss_scale(self.settings)
         self.sharded = self.stage == 3
         self.wrapped: Any = None
         self._zero: Any = None
@@ -63,7 +63,8 @@ class DeepSpeed(Engine):
         self._counts: dict[int, set[float]] = {}
 
     def _start_group(self) -> None:
-        self.settings = read_settings(self.config, self.world, self.device)  # before a group that would have to be ended
+        # Before a group that would have to be ended.
+        self.settings = read_settings(self.config, self.world, self.device, self.precision.name)
         self.stage = self.settings.stage
         os.environ.setdefault("LOCAL_RANK", "0")
         super()._start_group()
@@ -170,7 +171,8 @@ class DeepSpeed(Engine):
         return contextlib.nullcontext()  # DeepSpeed's own: it holds the weights in what it computes in, or casts by `torch_autocast`
 
     def forward(self, pack: Pack) -> Output:
-        return self.wrapped(pack)
+        with torch.autocast(self.device.type, enabled=False, cache_enabled=False):  # DeepSpeed's own inherits that nothing is kept
+            return self.wrapped(pack)
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

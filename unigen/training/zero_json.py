@@ -122,8 +122,8 @@ class Settings:
         return copy.deepcopy(self.values)
 
 
-def read_settings(config: Config, world: int, device: torch.device) -> Settings:
-    """The DeepSpeed settings of a run.
+def read_settings(config: Config, world: int, device: torch.device, precision: str) -> Settings:
+    """The DeepSpeed settings of a run that computes in ``precision`` (bf16, fp16 or fp32).
 
     Raises:
         UserError: they cannot work, or contradict the options; names file and key.
@@ -137,7 +137,7 @@ def read_settings(config: Config, world: int, device: torch.device) -> Settings:
     _check_zero(settings)
     _check_batch(settings, config, world)
     _check_optimizer(settings, config)
-    _check_precision(settings, config, device)
+    _check_precision(settings, precision, device)
     _fill(settings)
     settings.values = _without_auto(settings.values)
     for key in [key for key in settings.values if key in _REFUSED and key not in _KNOWN]:
@@ -145,10 +145,10 @@ def read_settings(config: Config, world: int, device: torch.device) -> Settings:
     return settings
 
 
-def loss_scale(settings: Settings, config: Config) -> LossScale:
+def loss_scale(settings: Settings) -> LossScale:
     """The scale of float16 losses, begun and kept as ``fp16`` says. DeepSpeed's own is 1: one place decides about skipped steps."""
-    scale = LossScale(config.fp16)
-    if config.fp16:
+    scale = LossScale(settings.get("fp16.enabled"))
+    if scale.enabled:
         fixed, power = settings.values["fp16"].pop("loss_scale", 0), settings.values["fp16"].get("initial_scale_power", 16)
         scale.INTERVAL = settings.values["fp16"].get("loss_scale_window", scale.INTERVAL)  # type: ignore[misc]
         scale.scale, scale.enabled = float(fixed or 2.0**power), not fixed
@@ -228,22 +228,21 @@ def _check_optimizer(settings: Settings, config: Config) -> None:
     settings.values["gradient_clipping"] = 0.0  # the trainer's: it decides by the norm whether to step at all
 
 
-def _check_precision(settings: Settings, config: Config, device: torch.device) -> None:
+def _check_precision(settings: Settings, precision: str, device: torch.device) -> None:
     if settings.get("torch_autocast.enabled"):
-        wanted = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
-        said = str(settings.get("torch_autocast.dtype") or wanted).removeprefix("torch.")
-        said = {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}.get(said, said)
-        if said != wanted or wanted != "bfloat16":
-            settings.fail("torch_autocast", f"computes in {said}, but the options say {wanted}", "use it with bfloat16 and --bf16")
+        said = str(settings.get("torch_autocast.dtype") or precision).removeprefix("torch.")
+        said = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}.get(said, said)
+        if said != precision or precision != "bf16":
+            settings.fail("torch_autocast", f"computes in {said}, but the run in {precision}", "use it with bfloat16 and --precision bf16")
         if settings.get("bf16.enabled"):
             settings.fail("torch_autocast.enabled", "and bf16.enabled exclude each other", "keep one")
         settings.put("torch_autocast.dtype", "bfloat16")
         settings.put("bf16.enabled", False)
     else:
-        settings.agree("bf16.enabled", config.bf16, "--bf16")
-    settings.agree("fp16.enabled", config.fp16, "--fp16")
-    if config.fp16 and device.type == "cpu":
-        settings.fail("fp16.enabled", "is true, which DeepSpeed cannot do on a CPU", "--bf16, or neither")
+        settings.agree("bf16.enabled", precision == "bf16", f"the precision, {precision} (--precision),")
+    settings.agree("fp16.enabled", precision == "fp16", f"the precision, {precision} (--precision),")
+    if precision == "fp16" and device.type == "cpu":
+        settings.fail("fp16.enabled", "is true, which DeepSpeed cannot do on a CPU", "--precision bf16 or fp32")
     low, accumulated = settings.held_dtype is not None, settings.get("data_types.grad_accum_dtype")
     if low and settings.stage == 1 and accumulated == "fp32":
         settings.fail("data_types.grad_accum_dtype", 'is "fp32", which ZeRO 1 does by another optimiser', "ZeRO 2, or leave it out")

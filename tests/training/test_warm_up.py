@@ -1,0 +1,182 @@
+"""What memory training takes: the warm-up batch goes as far as a step does, and autocast keeps no copy of a weight."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kills import become_rank
+from processes import run_ranks
+from tiny import built
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unigen.config import Config
+from unigen.training import passes
+from unigen.training.guards import TrainingStopped
+from unigen.training.trainer import UnifiedTrainer
+
+# ---- the warm-up batch
+
+
+def gradients_held(trainer: UnifiedTrainer) -> int:
+    """Elements of gradients that lie in memory, in whatever way the engine keeps them between micro-batches."""
+    grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    if trainer.engine.name == "deepspeed":
+        zero = trainer.engine._zero  # type: ignore[attr-defined]
+        grads += [g for group in zero.averaged_gradients.values() for g in group or () if g is not None]
+        grads += [g for group in getattr(zero, "all_grad_tensors", {}).values() for g in group or () if g is not None]
+    return sum(g.numel() for g in grads)
+
+
+def warmed_up(trainer: UnifiedTrainer) -> list[tuple[int, bool, int]]:
+    """(tokens, is the forward without gradients before it?, averages held) of every forward of the warm-up batch."""
+    seen, forward = [], trainer.engine.forward
+
+    def watched(pack: Any) -> Any:
+        seen.append((len(pack), gradients_held(trainer) == 0, len(trainer.ema.values) if trainer.ema else 0))
+        return forward(pack)
+
+    trainer.engine.forward = watched  # type: ignore[method-assign]
+    before = {shard.name: shard.value.clone() for shard in trainer.engine.shards()}
+    trainer.dry_batch()
+    trainer.engine.forward = forward  # type: ignore[method-assign]
+    assert gradients_held(trainer) == 0
+    assert all(torch.equal(shard.value, before[shard.name]) for shard in trainer.engine.shards())
+    return seen
+
+
+def _warm_up_as_rank(rank: int, world: int, port: int, cases: list[dict[str, Any]], folder: str) -> None:
+    become_rank(rank, world, port)
+    found = []
+    for number, options in enumerate(cases):
+        trainer = built(**options | {"output_dir": f"{folder}/{number}"})
+        found.append(warmed_up(trainer))
+        result = trainer.train_step([trainer.stream.build_largest()] * trainer.share.rows, 1e-3)
+        assert result.grad_norm > 0 and not result.refused
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+TOGETHER = {"single": 1, "ddp fsdp2": 2, "deepspeed-1 deepspeed-2 deepspeed-3": 2}  # engines -> processes
+
+
+@pytest.mark.parametrize("engines", TOGETHER)
+def test_the_second_micro_batch_runs_while_the_gradients_of_the_first_are_held(options: dict[str, Any], tmp_path: Path, engines: str):
+    """Two go where a step has several on a process, however many; one where it has one."""
+    if "deepspeed" in engines:
+        pytest.importorskip("deepspeed")
+    cases = []
+    for engine in engines.split():
+        name, _, stage = engine.partition("-")
+        more: dict[str, Any] = {"engine": name, "ema": 0.5}
+        if stage:
+            (tmp_path / f"{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": int(stage)}}))
+            more["deepspeed_config"] = str(tmp_path / f"{stage}.json")
+        cases += [options | more | {"gradient_accumulation_steps": n} for n in (1, 3)]
+    (tmp_path / "runs").mkdir()
+    run_ranks(_warm_up_as_rank, TOGETHER[engines], cases, str(tmp_path / "runs"))
+    for rank in range(TOGETHER[engines]):
+        found = json.loads((tmp_path / "runs" / f"{rank}.json").read_text())
+        for one, several in zip(found[::2], found[1::2], strict=True):
+            ((tokens, first, averages),) = one
+            assert tokens > 50 and first and averages > 10
+            assert several == [[tokens, True, averages], [tokens, False, averages]]
+
+
+def test_memory_that_runs_out_in_the_second_micro_batch_is_told_with_its_number(options: dict[str, Any]):
+    trainer = built(**options, gradient_accumulation_steps=2)
+    forward, calls = trainer.engine.forward, []
+
+    def full(pack: Any) -> Any:
+        calls.append(pack)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return forward(pack)
+
+    trainer.engine.forward = full  # type: ignore[method-assign]
+    with pytest.raises(TrainingStopped, match=r"micro-batch 2 of a step.*Tried to allocate 2 GiB.*--gradient_checkpointing"):
+        trainer.dry_batch()
+
+
+@pytest.mark.parametrize(("optimizer", "nbytes"), [("adamw", 4), ("adamw8bit", 1)])
+def test_a_gpu_s_memory_for_the_moments_is_held_until_the_optimiser_has_them(optimizer: str, nbytes: int):
+    values = [torch.ones(5), torch.ones(3)]
+    shards = [SimpleNamespace(value=value, trains=trains) for value, trains in zip(values, (True, False), strict=True)]
+
+    def place(device: str, state: dict[str, Any]) -> int:
+        engine: Any = SimpleNamespace(
+            device=torch.device(device), optimizer=SimpleNamespace(state=state), config=Config(optimizer=optimizer), shards=lambda: shards
+        )
+        return sum(t.nbytes for t in passes._moments_to_come(engine))
+
+    assert place("cuda", {}) == 2 * 5 * nbytes
+    assert place("cuda", {"w": {}}) == 0, "a resumed run has them"
+    assert place("cpu", {}) == 0
+
+
+@pytest.mark.gpu
+def test_both_peaks_are_told_and_the_second_is_the_higher(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    trainer = built(**options | {"device": "cuda"}, gradient_accumulation_steps=2)
+    peaks, restart = [], passes._restart_peak
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(passes, "_restart_peak", lambda device: peaks.append(restart(device)) or peaks[-1])
+        trainer.dry_batch()
+    assert len(peaks) == 3 and 0 < peaks[1] < peaks[2]
+    assert [line.count("GiB") for line in caplog.messages if "Dry batch" in line] == [2]
+
+
+# ---- autocast
+
+
+class Living(TorchDispatchMode):
+    """Knows the bfloat16 tensors that were made inside, by their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.bfloat16:
+            storage = result.untyped_storage()
+            self.made.append((StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def nbytes(self) -> int:
+        gc.collect()
+        return sum({ref.cdata: nbytes for ref, nbytes in self.made if not ref.expired()}.values())
+
+
+def living_after(trainer: UnifiedTrainer, sampling: bool) -> int:
+    """Bytes of bfloat16 alive when the forward of a row ends, before its autocast does."""
+    engine, living, found = trainer.engine, Living(), []
+    model = engine.wrapped
+
+    def counted(pack: Any) -> Any:
+        with living:
+            output = model(pack)
+        found.append(living.nbytes())
+        return output
+
+    pack = trainer.stream.build_largest().pack
+    if sampling:
+        with engine.autocast():
+            counted(pack)
+    else:
+        engine.wrapped = counted  # type: ignore[assignment]
+        engine.forward(pack)
+        engine.wrapped = model
+    return found[0]
+
+
+def test_the_training_forward_keeps_no_lowered_copy_of_a_weight_and_sampling_does(options: dict[str, Any]):
+    """With recomputed activations next to nothing in bfloat16 is left; with the cache that sampling has, every trained matrix is."""
+    trainer = built(**options, precision="bf16", gradient_checkpointing=True)
+    matrices = sum(2 * p.numel() for name, p in trainer.model.named_parameters() if p.ndim == 2 and p.requires_grad and "embed" not in name)
+    assert living_after(trainer, sampling=True) > 0.9 * matrices
+    assert living_after(trainer, sampling=False) < 0.25 * matrices
