@@ -87,6 +87,12 @@ def test_switches(argv, value):
     assert parse_config(argv).bf16 is value
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_a_word_of_a_choice_is_no_truth_value_of_yaml(word, tmp_path):
+    assert parse_config(["--compile", word]).compile == word
+    assert parse_config(["--config", recipe(tmp_path, f"compile: {word}\n")]).compile == word
+
+
 def test_a_switch_that_is_on_by_default_turns_off():
     assert parse_config(["--no_visual_gen"]).visual_gen is False
     assert parse_config(["--train_transitions", "false"]).train_transitions is False

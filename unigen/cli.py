@@ -231,6 +231,8 @@ def node_value(node: yaml.Node, kind: Any, where: str) -> Any:
     """The YAML value; a scalar where a text is asked for keeps its spelling (a run named ``2026-11-01`` is no date)."""
     if isinstance(node, yaml.ScalarNode) and accepts_text(kind) and not node.tag.endswith(":null"):
         return node.value
+    if isinstance(node, yaml.ScalarNode) and node.value in choices(kind):  # `compile: on` is no truth value
+        return node.value
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
@@ -292,6 +294,11 @@ def takes_list(kind: Any) -> bool:
 
 def accepts_text(kind: Any) -> bool:
     return str in members(kind)
+
+
+def choices(kind: Any) -> tuple[Any, ...]:
+    """The words that an option can be."""
+    return tuple(word for member in members(kind) if get_origin(member) is Literal for word in get_args(member))
 
 
 def is_text(value: Any, kind: Any) -> bool:

@@ -204,6 +204,7 @@ class RunOptions:
         fp16: The same as precision fp16.
         bf16: The same as precision bf16; when off, auto does not choose it.
         gradient_checkpointing: Recompute activations in the backward pass: slower, far less memory.
+        compile: Compile the layers, which takes a minute and makes steps faster; auto does on a GPU, but for selective and deepspeed.
         checkpointing_policy: full keeps nothing of a layer; selective keeps the results of attention and every second matrix product.
         engine: single, ddp, fsdp2 (all of the model and its state sharded) or deepspeed (ZeRO). Default: single or ddp.
         shard_size: With fsdp2, processes that share one copy of the model (hybrid sharding), the others hold further copies. Default: all.
@@ -228,6 +229,7 @@ class RunOptions:
     fp16: bool | None = None
     bf16: bool | None = None
     gradient_checkpointing: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
     checkpointing_policy: Literal["full", "selective"] = "full"
     engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     shard_size: int | None = None
@@ -346,6 +348,16 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
                 "adamw8bit does not work with engine deepspeed; use fsdp2",
             ),
             (self.sample_steps is None or self.sample_prompts is not None, "sample_steps", "needs sample_prompts"),
+            (
+                self.compile != "on" or not self.recomputes_selectively,
+                "compile",
+                "is on, but checkpointing_policy selective cannot see the products inside of compiled layers; use full, or compile off",
+            ),
+            (
+                self.compile != "on" or self.engine != "deepspeed",
+                "compile",
+                "is on, which engine deepspeed cannot; use fsdp2",
+            ),
         ]
         for good, name, problem in checks:
             if not good:
@@ -353,6 +365,10 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         self.asked_precision()
         self.sources()
         return self
+
+    @property
+    def recomputes_selectively(self) -> bool:
+        return self.gradient_checkpointing and self.checkpointing_policy == "selective"
 
     def asked_precision(self) -> str:
         """``precision`` and its two switches as one: bf16, fp16, fp32 or auto. Without bf16, auto can only be fp32.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from unigen.config import Config
+from unigen.config import Config, ConfigError
 from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Block, Kind
-from unigen.training.adapters import dtype_of, prepare_model
+from unigen.training.adapters import compiles, dtype_of, prepare_model, tell_compiling
 
 
 def a_row(model, folder: Path):
@@ -46,3 +47,39 @@ def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_byte
     before, after = scan_safetensors(folder / "ema.safetensors"), scan_safetensors(tmp_path / "saved" / "ema.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(entry.read(), after[name].read()) for name, entry in before.items())
+
+
+SELECTIVE = {"gradient_checkpointing": True, "checkpointing_policy": "selective"}
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "engine", "compiled"),
+    [
+        ({}, "cuda", "single", True),
+        ({}, "cuda", "fsdp2", True),
+        ({}, "cuda", "deepspeed", False),
+        ({}, "cpu", "single", False),
+        (SELECTIVE, "cuda", "single", False),
+        ({"checkpointing_policy": "selective"}, "cuda", "single", True),  # nothing is recomputed
+        ({"compile": "on"}, "cpu", "single", True),
+        ({"compile": "off"}, "cuda", "single", False),
+    ],
+)
+def test_layers_are_compiled_where_it_pays(options, device, engine, compiled):
+    on, why = compiles(Config(**options), device, engine)
+    assert on == compiled and why
+
+
+@pytest.mark.parametrize("options", [SELECTIVE, {"engine": "deepspeed"}], ids=["selective", "deepspeed"])
+def test_what_cannot_be_compiled_is_refused_where_it_was_asked_for(options):
+    with pytest.raises(ConfigError, match="compile"):
+        Config(model_path="m", train_data_path="d", compile="on", **options).resolve()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"), [(None, False, False), ("off", False, False), ("on", True, False), (None, True, True), ("on", False, True)]
+)
+def test_a_resumed_run_says_where_its_layers_are_compiled_otherwise(before, now, told, caplog):
+    tell_compiling({} if before is None else {"compile": before}, now)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * told
+    assert not told or f"--compile {before or 'off'}" in caplog.text

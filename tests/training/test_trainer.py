@@ -51,6 +51,21 @@ def assert_same_checkpoint(found: Path, wanted: Path) -> None:
 # ---- a run
 
 
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    torch._dynamo.reset()
+    runs = {}
+    for compile in ("off", "on"):
+        run = tmp_path / compile
+        train(**options | {"output_dir": str(run), "compile": compile, "gradient_accumulation_steps": 2})
+        runs[compile] = [line["loss"] for line in metrics(run)]
+        assert read_states(run / "step_2")["training_config"]["compile"] == compile
+    assert runs["on"] == pytest.approx(runs["off"], rel=1e-5)
+    caplog.clear()
+    train(**options | {"output_dir": str(tmp_path / "on"), "resume_from_checkpoint": "auto", "max_steps": 3, "compile": "off"})
+    assert "--compile on" in caplog.text
+
+
 def test_a_run_logs_every_step_and_saves_what_the_model_loader_reads(options: dict[str, Any], small_model: Path):
     last = train(**options, batch_size=3, max_num_tokens=None)
     run = Path(options["output_dir"])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from unigen.config import Config, ConfigError
 from unigen.model.bagel import Bagel
+from unigen.model.compiling import CompiledLayers
+
+log = logging.getLogger("unigen")
 
 # Parameters that are not the weight or bias of a linear layer.
 _NOT_LINEAR = ("norm", "embed_tokens", "position_embedding", "pos_embed")
@@ -30,6 +37,36 @@ def dtype_of(name: str, config: Config, computes: torch.dtype) -> torch.dtype:
     """
     halved = computes == torch.bfloat16 and is_frozen(name, config) and not any(part in name for part in _NOT_LINEAR)
     return torch.bfloat16 if halved else torch.float32
+
+
+def compiles(config: Config, device: str, engine: str) -> tuple[bool, str]:
+    """Are the layers of a run compiled, and why so? ``device`` is cuda or cpu."""
+    if config.compile != "auto":
+        return config.compile == "on", "asked for"
+    if device != "cuda":
+        return False, "auto: steps on a CPU gain less than compiling costs"
+    if config.recomputes_selectively:
+        return False, "auto: checkpointing_policy is selective"
+    if engine == "deepspeed":
+        return False, "auto: the engine is deepspeed"
+    return True, "auto: the device is a GPU"
+
+
+def compile_layers(model: Bagel, config: Config, device: str, engine: str) -> CompiledLayers | None:
+    """Compiles the layers of a prepared model where the config says so, and logs it."""
+    on, why = compiles(config, device, engine)
+    log.info("Layers: %s (%s)", "compiled, in the dry batch" if on else "not compiled", why)
+    return CompiledLayers(model, strict=config.compile == "on") if on else None
+
+
+def tell_compiling(options: Mapping[str, Any], compiled: bool) -> None:
+    """Says where a resumed run goes on with layers compiled unlike those of its checkpoint, whose options are ``options``."""
+    before = options.get("compile", "off") == "on"
+    if before != compiled:
+        log.warning(
+            "This run's layers were %s and are %s now: its numbers can differ in the last digits from here on. Fix: --compile %s",
+            *("compiled" if so else "not compiled" for so in (before, compiled)), "on" if before else "off",
+        )  # fmt: skip
 
 
 def prepare_model(model: Bagel, config: Config) -> Bagel:

@@ -28,7 +28,7 @@ from unigen.model.bagel import Bagel, Output
 from unigen.model.storage import Stored
 from unigen.model.weights import build_bagel, load_codec, read_parameter
 from unigen.sequence.types import Pack
-from unigen.training.adapters import dtype_of, prepare_model
+from unigen.training.adapters import compile_layers, dtype_of, prepare_model
 from unigen.training.optim import (
     LossScale,
     build_optimizer,
@@ -192,6 +192,7 @@ class Engine:
         check_head_width(self.precision, model.language_model.model.layers[0].self_attn.head_width, self.facts)
         object.__setattr__(model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None)
         self.model = prepare_model(model, c).train()
+        self.compiled = compile_layers(self.model, c, self.device.type, self.name)
         self.place(stored)
         return self.model
 
@@ -219,6 +220,11 @@ class Engine:
         return p
 
     # ---- the step --------------------------------------------------------------------------------------------------
+
+    @property
+    def compiles(self) -> bool:
+        """Do the layers run compiled?"""
+        return self.compiled is not None and self.compiled.on
 
     def autocast(self) -> AbstractContextManager[None]:
         """Around sampling, which uses every weight again and again."""

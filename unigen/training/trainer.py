@@ -19,6 +19,7 @@ from unigen.data.cache import Tally
 from unigen.data.loader import Place, Row, RowStream, Share, default_workers, load_rows
 from unigen.model.storage import scan_folder
 from unigen.model.weights import side_bytes, write_side_files
+from unigen.training.adapters import tell_compiling
 from unigen.training.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights, verify_checkpoint
 from unigen.training.ema import EMA
 from unigen.training.encoders import open_cache
@@ -106,6 +107,8 @@ class UnifiedTrainer:
         if resume:
             tell_change(states["training_config"], engine.precision)
         self._load_model(resume)
+        if resume:
+            tell_compiling(states["training_config"], engine.compiles)
         self.cache = open_cache(c.cache_dir, self.model, c, engine.dtype, engine.tensors) if c.cache_dir else None
         self.tally = Tally()
         streams = Streams(c, engine, self.model, self.cache)
@@ -187,7 +190,7 @@ class UnifiedTrainer:
 
     def _save(self, name: str | None = None) -> None:
         """``step_N``: everything a resume needs. ``best``: weights alone."""
-        options = self.config.to_dict() | {"precision": self.engine.precision.name}
+        options = self.config.to_dict() | {"precision": self.engine.precision.name, "compile": "on" if self.engine.compiles else "off"}
         states: dict[str, Any] = {"training_config": redacted(options)}
         if name is None:
             states["trainer"] = {
