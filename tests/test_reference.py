@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image as Picture
+from pictures import noise
 from safetensors.torch import load_file, save_file
 
 from unigen.inference.inferencer import InterleaveInferencer
@@ -201,7 +201,7 @@ def other(golden, tmp_path_factory):
     (folder / "model" / "ema.safetensors").unlink()
     (folder / "meta.json").write_text(json.dumps(CONSTANTS))
     (folder / "think_prompts.json").write_text(json.dumps(PROMPTS))
-    Picture.effect_noise((70, 50), 90).convert("RGB").save(folder / "input.png")
+    noise(70, 50).save(folder / "input.png")
     model, tokenizer = load_bagel(golden / "model", constants=CONSTANTS), Tokenizer.load(golden / "model")
     write_training(folder, model, tokenizer)
     write_inference(folder, model, tokenizer)

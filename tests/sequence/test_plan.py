@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from pictures import noise
 from PIL import Image as Picture
 
 from unigen.config import DataOptions
@@ -301,7 +302,7 @@ def test_an_unreadable_picture_is_a_bad_record(planner, tmp_path):
 
 
 def test_blocks_of_one_picture_show_it_in_both_ways(planner):
-    source = Picture.effect_noise((90, 70), 80).convert("RGB")
+    source = noise(90, 70)
     blocks, pack = row_of(planner(**NO_DROPOUT), [Image(source, True), Text("a", True)])
     noised, clean, vit, _ = blocks
     assert noised.pixels is clean.pixels and torch.equal(to_unit(clean.pixels), TRANSFORMS.vae(source))
@@ -313,7 +314,7 @@ def test_blocks_of_one_picture_show_it_in_both_ways(planner):
 
 
 def test_samples_that_only_write_use_the_understanding_resize(planner):
-    source = Picture.effect_noise((150, 120), 80).convert("RGB")
+    source = noise(150, 120)
     blocks, _ = row_of(planner(), [Image(source), Text("a", True)])
     assert torch.equal(to_unit(blocks[0].patches), patchify(TRANSFORMS.vit(source), 14)) and blocks[0].pixels is None
 
