@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from unigen.config import DataOptions
-from unigen.sequence.contents import PictureCache, Seen, Viewer
+from unigen.sequence.contents import PictureCache, Seen, View, Viewer
 from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size
 from unigen.sequence.pack import Geometry
 from unigen.sequence.tokens import Tokenizer
@@ -139,9 +139,7 @@ class Planner:
                 view = viewer.view(*(piece.size or image_size(piece.source)))
             except PictureError as error:
                 raise BadRecord(error.code, f"piece {i}", f"{error.name}: {error.problem}", "a readable picture", error.cure) from error
-            (w, h), (vw, vh) = view.vae or (0, 0), view.vit or (0, 0)
-            stride, patch = self.geometry.latent_stride, self.geometry.vit_patch
-            sizes += [h // stride, w // stride, vh // patch, vw // patch]
+            sizes += self._grids(view)
         blocks = self._blocks(sample, _sizes(sample, sizes, None), copies=True)
         self._check_length(blocks)
         always = len(self._blocks(sample, _sizes(sample, sizes, None), copies=False))
@@ -235,16 +233,18 @@ class Planner:
             if isinstance(size, int):
                 blocks.append(Block(Kind.TEXT, size, i, loss=piece.target, closing_label=follower))
                 continue
-            latent, vit = size[:2], size[2:]
-            shown = []
             if piece.target:
-                blocks.append(Block(Kind.NOISED, latent[0] * latent[1], i, latent, loss=True))
-            if not piece.target or self._copied(sample, i, copies):
-                shown = [(Kind.CLEAN, latent)] * draws + [(Kind.VIT, vit)] * self.visual_und
-            blocks += [Block(kind, grid[0] * grid[1], i, grid) for kind, grid in shown]
+                blocks.append(Block(Kind.NOISED, size[0] * size[1], i, size[:2], loss=True))
+            shown = self._shown(size, i, draws) if not piece.target or self._copied(sample, i, copies) else []
+            blocks += shown
             if shown:
                 blocks[-1].closing_label = follower
         return blocks
+
+    def _shown(self, size: tuple[int, int, int, int], piece: int, draws: bool) -> list[Block]:
+        """The blocks that show a picture to what follows; ``size`` is that of :meth:`_grids`."""
+        shown = [(Kind.CLEAN, size[:2])] * draws + [(Kind.VIT, size[2:])] * self.visual_und
+        return [Block(kind, grid[0] * grid[1], piece, grid) for kind, grid in shown]
 
     def _copied(self, sample: Sample, i: int, copies: bool) -> bool:
         """Do clean copies follow target image ``i``? Where anything follows that must see it; and, with transitions, at
@@ -308,15 +308,39 @@ class Planner:
                 filled.append(replace(block, **shown, noise=drawn, u=u))
         return filled
 
+    def context_blocks(self, source: Any, viewer: Viewer) -> list[Block]:
+        """The blocks of one context picture with their contents, nothing dropped: what inference continues.
+
+        Raises:
+            PictureError: the picture cannot be decoded.
+        """
+        seen = viewer.decode(source, viewer.vae is not None, viewer.vit is not None)
+        blocks = self._shown(self._grids(seen.view), 0, viewer.vae is not None)
+        for block in blocks:
+            if block.kind == Kind.CLEAN:
+                block.pixels = seen.pixels
+            else:
+                block.patches = seen.patches
+        return blocks
+
     def viewer(self, sample: Sample) -> Viewer:
         """How this sample shows its pictures."""
-        draws = _draws(sample)
+        return self.viewer_of(_draws(sample), sum(isinstance(piece, Image) for piece in sample))
+
+    def viewer_of(self, draws: bool, images: int) -> Viewer:
+        """How samples of ``images`` pictures show them; ``draws``: the model has to draw in the sample."""
         # Pictures of samples that draw are seen one by one; those of others share the ViT's pixels.
-        images = 1 if draws else max(1, sum(isinstance(piece, Image) for piece in sample))
+        images = 1 if draws else max(1, images)
         if (draws, images) not in self._viewers:
             vit = (self.transforms.vit_edit if draws else self.transforms.vit) if self.visual_und else None
             self._viewers[draws, images] = Viewer(self.transforms.vae if draws else None, vit, images, self.geometry.vit_patch)
         return self._viewers[draws, images]
+
+    def _grids(self, view: View) -> tuple[int, int, int, int]:
+        """Latent rows and columns, ViT rows and columns of a picture shown so; zeros where one does not look."""
+        (w, h), (vw, vh) = view.vae or (0, 0), view.vit or (0, 0)
+        stride, patch = self.geometry.latent_stride, self.geometry.vit_patch
+        return h // stride, w // stride, vh // patch, vw // patch
 
     def _look(self, piece: Image, viewer: Viewer, vae: bool, vit: bool) -> Seen:
         """The picture for the encoders that look at it."""
