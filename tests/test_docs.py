@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from unigen import cli
-from unigen.config import Config, known_options
+from unigen.config import Config, SamplingOptions, known_options
 
 ROOT = Path(__file__).parents[1]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -46,7 +46,7 @@ TINY_ARGUMENTS = [("outputs/unified_training/step_1000", "outputs/unified_traini
 TINY_PYTHON = [
     ('device="cuda"', 'device="cpu"'),
     ("torch.bfloat16", "torch.float32"),
-    ("seed=42", "seed=42, max_pieces=2, max_new_tokens=4, num_timesteps=3, image_shapes=(32, 32)"),
+    ("seed=42", "seed=42, max_pieces=2, max_new_tokens=4, num_timesteps=3, height=32, width=32"),
     ("seed=7", "seed=7, num_timesteps=3"),
     ("understanding_output=True", "understanding_output=True, max_think_token_n=4"),
 ]
@@ -146,6 +146,18 @@ def same_value(cell: str, default: object) -> bool:
     if isinstance(default, int | float):
         return float(cell) == default
     return cell == default
+
+
+@pytest.mark.parametrize("name", ["model.md", "model.zh-CN.md"])
+def test_the_table_of_sampling_settings_is_the_dataclass(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    table = page[page.index("`unigen.config.SamplingOptions`") :].split("\n\n")[1]
+    shown = {}
+    for names, default, _ in (line.strip("| ").split(" | ") for line in table.splitlines()[2:]):
+        shown |= {setting: default for setting in re.findall(r"`(\w+)`", names)}
+    words = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value).replace("N", "n")  # noqa: E731
+    defaults = {f.name: words(f.default) for f in dataclasses.fields(SamplingOptions)}
+    assert shown == defaults | {"think": "false", "do_sample": "false"} and not (SamplingOptions.think or SamplingOptions.do_sample)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

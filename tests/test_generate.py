@@ -2,10 +2,12 @@
 
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 
 from unigen import cli
+from unigen.config import SamplingOptions
 from unigen.inference import inferencer as module
 from unigen.sequence.images import open_image
 
@@ -86,6 +88,36 @@ def test_thinking_gives_a_text_and_then_the_picture(generate):
     assert code == 0 and [path.suffix for path in pieces(out)] == [".txt", ".png"]
 
 
+def test_a_model_that_decides_thinks_first(generate, monkeypatch):
+    ways = iter(["image", None])
+    monkeypatch.setattr(module.InterleaveInferencer, "_next_kind", lambda self, context, first: next(ways))
+    code, _, _, out = generate("--prompt", "a cat", "--think", *SHAPE)
+    assert code == 0 and [path.suffix for path in pieces(out)] == [".txt", ".png"]
+
+
+def test_a_size_that_is_asked_for_is_drawn_in_an_edit_too(generate, golden):
+    code, _, _, out = generate("--prompt", "Make it winter", "--image", str(golden / "input.png"), "--mode", "edit", *SHAPE)
+    assert code == 0 and open_image(pieces(out)[0]).size == (48, 32)
+
+
+def test_every_sampling_setting_is_a_flag(generate, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(module.InterleaveInferencer, "unified_generate", lambda self, prompt, **k: asked.update(k) or ["x"])
+    flags = {
+        "think": True, "max_new_tokens": 7, "do_sample": True, "temperature": 0.5, "height": 32, "width": 48, "num_timesteps": 9,
+        "timestep_shift": 2.0, "cfg_text_scale": 4.0, "cfg_img_scale": 2.0, "cfg_interval": (0.1, 0.9), "cfg_renorm_min": 0.5,
+        "cfg_renorm_type": "channel", "seed": None,
+    }  # fmt: skip
+    argv = []
+    for name, value in flags.items():
+        words = [] if value is True else map(str, value) if isinstance(value, tuple) else ["none" if value is None else str(value)]
+        argv += [f"--{name}", *words]
+    code, _, error, _ = generate("--prompt", "a", "--mode", "image", *argv)
+    assert code == 0, error
+    assert set(flags) == {f.name for f in fields(SamplingOptions)}
+    assert {name: getattr(asked["options"], name) for name in flags} == flags
+
+
 def test_the_seed_makes_it_repeatable(generate):
     drawn = []
     for seed in ("5", "5", "6"):
@@ -103,6 +135,9 @@ def test_the_seed_makes_it_repeatable(generate):
         (["--prompt", "Make it winter", "--mode", "edit"], "mode edit redraws a picture, and none is given"),
         (["--prompt", "a", "--height", "32"], "height and width go together"),
         (["--prompt", "a", "--mode", "image", "--height", "32", "--width", "100000"], "width is 100000 pixels"),
+        (["--prompt", "a", "--cfg_renorm_type", "local"], "--cfg_renorm_type: 'local' does not fit"),
+        (["--prompt", "a", "--do_sample", "--temperature", "0"], "temperature is 0.0"),
+        (["--prompt", "a", "--num_timesteps", "1"], "num_timesteps is 1"),
         (["--prompt", "a", "--mode", "picture"], "--mode: 'picture' does not fit"),
         (["--prompt", "a", "--image", "nowhere.png", "--mode", "text"], "nowhere.png"),
         (["--prompt", "a", "--promt", "b"], "did you mean --prompt?"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unigen.config import Config as Config
+    from unigen.config import SamplingOptions as SamplingOptions
     from unigen.data.dataset import UnifiedGenerationDataset as UnifiedGenerationDataset
     from unigen.inference.inferencer import InterleaveInferencer as InterleaveInferencer
     from unigen.model.weights import load_bagel as load_bagel
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Config": "unigen.config",
     "InterleaveInferencer": "unigen.inference.inferencer",
+    "SamplingOptions": "unigen.config",
     "UnifiedGenerationDataset": "unigen.data.dataset",
     "UnifiedTrainer": "unigen.training.trainer",
     "load_bagel": "unigen.model.weights",

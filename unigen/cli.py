@@ -25,7 +25,7 @@ import yaml
 
 from unigen import __version__
 from unigen.commands import COMMANDS, Command
-from unigen.config import TOPICS, Config, UserError, nearest
+from unigen.config import TOPICS, Config, SamplingOptions, UserError, nearest
 
 T = TypeVar("T")
 
@@ -333,7 +333,7 @@ def help_text(options: type, name: str, command: Command) -> str:
     values = f"{command.positional.upper()} ... " if command.positional else ""
     usage = f"unigen {name} {values}[--config RECIPE.yaml ...] [--option value ...]"
     parser = jsonargparse.ArgumentParser(prog=f"unigen {name}", usage=usage, description=command.summary, default_env=False)
-    topics = [topic for topic in TOPICS if issubclass(options, topic)]
+    topics = [topic for topic in (*TOPICS, SamplingOptions) if issubclass(options, topic)]
     shared = {field.name for topic in topics for field in fields(topic)}
     if {field.name for field in fields(options)} - shared:  # what the command has of its own comes first
         parser.add_class_arguments(options, None, skip=shared)

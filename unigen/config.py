@@ -407,6 +407,45 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         return asdict(self)
 
 
+@dataclass
+class SamplingOptions:
+    """How texts are written and pictures drawn.
+
+    The command line, Python and samples while training take these names and defaults.
+
+    Args:
+        think: Let the model reason in text before it answers or draws.
+        max_new_tokens: Most tokens of one text, thinking included.
+        do_sample: Sample tokens instead of taking the most likely one.
+        temperature: Temperature of sampled tokens; read only with do_sample.
+        height: Height of a drawn picture in pixels; default: the last picture's, or the largest square's.
+        width: Width of a drawn picture in pixels; default: the last picture's, or the largest square's.
+        num_timesteps: Points of the time grid from noise to picture; N points are N - 1 Euler steps.
+        timestep_shift: Shift of the time grid; larger spends more steps near the noise.
+        cfg_text_scale: Guidance by the text; 1 turns it off.
+        cfg_img_scale: Guidance by the context pictures, on top of the text's; 1 turns it off.
+        cfg_interval: The times (low, high] in which guidance acts.
+        cfg_renorm_min: Least factor by which a guided velocity is scaled back to its unguided length.
+        cfg_renorm_type: What lengths are of: the picture, each token, or each token right after the text step.
+        seed: Seed of the noise and of the sampled tokens; none takes another one each time.
+    """
+
+    think: bool = False
+    max_new_tokens: int = 1000
+    do_sample: bool = False
+    temperature: float = 0.3
+    height: int | None = None
+    width: int | None = None
+    num_timesteps: int = 50
+    timestep_shift: float = 3.0
+    cfg_text_scale: float = 3.0
+    cfg_img_scale: float = 1.5
+    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    cfg_renorm_min: float = 0.0
+    cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
+    seed: int | None = 42
+
+
 def known_options() -> list[str]:
     return [f.name for f in fields(Config)]
 

@@ -3,17 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image as Picture
+from pictures import noise
 
-from unigen.inference.inferencer import THINK_PROMPTS, Context, InferenceError, InterleaveInferencer, image_option_values
+from unigen.inference.context import Context
+from unigen.inference.inferencer import THINK_PROMPTS, InterleaveInferencer
+from unigen.inference.options import InferenceError, sampling_options
+from unigen.inference.pictures import blocks_as_reference
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
-from unigen.sequence.types import Block, Kind
+from unigen.sequence.types import Block, Image, Kind, Text
 
 FAST = {"num_timesteps": 3, "image_shapes": (32, 32)}
 LETTER = 65
+AXES = ("text_start", "text_end", "image_end", "letter")
+IMAGE_END = AXES.index("image_end")
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +28,13 @@ def model(golden):
 
 @pytest.fixture(scope="module")
 def inferencer(model):
-    return InterleaveInferencer(model, vae_transform=ImageTransform(64, 32, 16), vit_transform=ImageTransform(56, 28, 14))
+    transforms = {"vae": ImageTransform(64, 32, 16), "vit": ImageTransform(56, 28, 14), "vit_edit": ImageTransform(42, 28, 14)}
+    return InterleaveInferencer(model, **{f"{name}_transform": transform for name, transform in transforms.items()})
 
 
 @pytest.fixture(scope="module")
 def picture():
-    return Picture.effect_noise((48, 32), 90).convert("RGB")
+    return noise(48, 32)
 
 
 def same(a, b):
@@ -54,7 +60,7 @@ def machine(golden, **follows):
     with torch.no_grad():
         head.zero_()
         decoder.norm.weight.fill_(1.0)
-        for axis, name in enumerate(("text_start", "text_end", "image_end", "letter")):
+        for axis, name in enumerate(AXES):
             decoder.embed_tokens.weight[ids[name]] = 1000.0 * torch.nn.functional.one_hot(torch.tensor(axis), 64)
             if name in follows:
                 head[ids[follows[name]], axis] = 1.0
@@ -104,6 +110,8 @@ def test_a_model_that_cannot_draw_writes(golden):
 
 def test_contexts_of_a_batch_take_their_own_ways(golden, picture):
     inferencer = machine(golden, **WRITES, text_end="image_start", image_end="end")
+    with torch.no_grad():  # an answer may not begin with the end: after a picture its next best beginning is a text
+        inferencer.model.language_model.lm_head.weight[inferencer.tokenizer.special.text_start, IMAGE_END] = 0.5
     batch = inferencer.unified_generate_batch([["a"], [picture], ["b", picture, "c"]], max_pieces=3, seed=4, **FAST)
     assert [kinds(answer) for answer in batch] == [["image"], ["text", "image"], ["image"]]
 
@@ -125,7 +133,7 @@ def test_seeds_repeat_an_answer_and_others_do_not(inferencer, picture, do_sample
         outputs=["text", "image"],
         max_new_tokens=8,
         do_sample=do_sample,
-        text_temperature=2.0,
+        temperature=2.0,
         seed=seed,
         num_timesteps=3,
     )
@@ -143,7 +151,7 @@ def test_a_batch_is_its_prompts_one_by_one(inferencer, picture, do_sample):
         "max_new_tokens": 6,
         "do_sample": do_sample,
         "num_timesteps": 3,
-        "text_temperature": 1.0,
+        "temperature": 1.0,
     }
     options |= {"image_shapes": (32, 48), "cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0)}
     together = inferencer.unified_generate_batch(prompts, seed=10, **options)
@@ -155,11 +163,14 @@ def test_a_batch_is_its_prompts_one_by_one(inferencer, picture, do_sample):
 
 
 def test_a_picture_keeps_the_size_of_the_one_before(inferencer, picture):
-    assert inferencer.unified_generate(["change it", picture], outputs=["image"], num_timesteps=2, seed=0)[
-        0
-    ].size == inferencer.vae_transform.size(*picture.size)
-    largest = inferencer.unified_generate("draw", outputs=["image"], num_timesteps=2, cfg_text_scale=1.0, seed=0)[0]
-    assert largest.size == (256, 256)  # the largest square of a table of 16 x 16 tokens of 16 pixels
+    edit = inferencer.unified_generate(["change it", picture], outputs=["image"], num_timesteps=2, seed=0)
+    assert edit[0].size == inferencer.vae_transform.size(*picture.size)
+
+
+def test_without_one_it_is_the_largest_square_that_training_draws(inferencer, model):
+    draw = lambda i: i.unified_generate("draw", outputs=["image"], num_timesteps=2, cfg_text_scale=1.0, seed=0)[0]  # noqa: E731
+    assert draw(inferencer).size == (64, 64)
+    assert draw(InterleaveInferencer(model)).size == (256, 256)  # all of a table of 16 x 16 tokens of 16 pixels
 
 
 # ---- contexts --------------------------------------------------------------------------------------------------------
@@ -173,20 +184,25 @@ def equal(a, b):
     )
 
 
+def sample(*pieces):
+    return [Text(piece) if isinstance(piece, str) else Image(piece) for piece in pieces]
+
+
 def test_a_context_rebuilt_for_drawing_is_a_fresh_one(inferencer, picture):
     """Pictures enter through the ViT alone while the answer is text; when it draws, through the VAE too."""
-    context, fresh = Context(3), Context(3)
-    context.pieces = fresh.pieces = ["a", picture, "make it blue"]
-    inferencer._replay([context], drawing=False)
+    context, builder = Context(3), inferencer.builder
+    context.pieces = sample("a", picture, "make it blue")
+    builder.replay([context], drawing=False)
     seen = context.full.length
     written = inferencer._write_pieces([context], 4, lambda logits, i: LETTER)[0]
-    inferencer._replay([context], drawing=True)
-    fresh.pieces = ["a", picture, "make it blue", written]
+    builder.replay([context], drawing=True)
+    fresh = Context(3)
+    fresh.pieces = sample("a", picture, "make it blue", written)
     fresh.reset(drawing=True)
-    inferencer.add_text([fresh], ["a"])
-    inferencer.add_image([fresh], [picture])
-    inferencer.add_text([fresh], ["make it blue"])
-    inferencer.add_text([fresh], [written])
+    builder.add_text([fresh], ["a"])
+    builder.add_image([fresh], [builder.shown(fresh, 1)])
+    builder.add_text([fresh], ["make it blue"])
+    builder.add_text([fresh], [written])
     for name in ("full", "no_text", "no_image"):
         assert equal(getattr(context, name), getattr(fresh, name)), name
     assert context.shape == fresh.shape and torch.allclose(context.last, fresh.last, atol=1e-5)
@@ -194,12 +210,9 @@ def test_a_context_rebuilt_for_drawing_is_a_fresh_one(inferencer, picture):
 
 
 def test_a_written_text_leaves_the_contexts_that_a_given_one_leaves(inferencer, picture):
-    written, given = Context(3), Context(3)
-    for context in (written, given):
-        context.reset(drawing=True)
-        inferencer.add_image([context], [picture])
+    written, given = _context(inferencer, [picture]), _context(inferencer, [picture])
     text = inferencer._write_pieces([written], 4, lambda logits, i: LETTER)[0]
-    inferencer.add_text([given], [text])
+    inferencer.builder.add_text([given], [text])
     for name in ("full", "no_text", "no_image"):
         assert equal(getattr(written, name), getattr(given, name)), name
     assert torch.allclose(written.last, given.last, atol=1e-5)
@@ -213,20 +226,43 @@ def test_what_guidance_compares_with(inferencer, picture):
     c = build("a", "b c", picture)
     assert equal(c.no_text, c.full) and equal(c.no_image, build("a", "b c").full)
     c = build("a")
-    assert c.no_text.length == 0 and equal(c.no_image, c.full)
+    assert c.no_text.length == 0 and c.no_image is c.full  # one and the same as long as no picture came in
+
+
+@pytest.mark.parametrize(
+    ("prompt", "think", "contexts"),
+    [(["a cat"], False, 2), (["a", "cat"], False, 2), (["a cat"], True, 3), (["PICTURE", "blue"], False, 3)],
+)
+@pytest.mark.parametrize("entrance", ["reference", "unified"])
+def test_contexts_that_go_through_the_model_at_every_step(inferencer, picture, monkeypatch, prompt, think, contexts, entrance):
+    """With texts alone the no-image context is the full one, and its velocity is not computed again."""
+    rows, forward = [], inferencer.model.hidden_states
+
+    def counted(pack, *rest, **options):
+        if pack.noised.any():
+            rows.append(pack.n_samples)
+        return forward(pack, *rest, **options)
+
+    monkeypatch.setattr(inferencer.model, "hidden_states", counted)
+    pieces = [picture if piece == "PICTURE" else piece for piece in prompt]
+    settings = {"think": think, "max_new_tokens": 3, "num_timesteps": 3, "cfg_interval": (0.0, 1.0), "seed": 0}
+    if entrance == "reference":
+        inferencer.interleave_inference(pieces, **settings, image_shapes=(32, 32))
+    else:
+        inferencer.unified_generate(pieces, outputs=["image"], **settings, height=32, width=32)
+    assert rows == [contexts, contexts]
 
 
 def _context(inferencer, pieces):
     context = Context(3)
-    context.pieces = list(pieces)
-    inferencer._replay([context], drawing=True)
+    context.pieces = sample(*pieces)
+    inferencer.builder.replay([context], drawing=True)
     return context
 
 
 def test_pictures_of_contexts_that_draw_come_as_latents_then_patches(inferencer, model, tokenizer_special, picture):
     context = _context(inferencer, [picture])
-    resized = inferencer.vae_transform.resize(picture)
-    blocks = [inferencer._vae_block(resized), inferencer._vit_block(resized)]
+    blocks = inferencer.builder.shown(context, 0)
     pack = pack_blocks([blocks], tokenizer_special, model.config.geometry)
     with torch.no_grad():
         hidden = model(pack).hidden[pack.index.argsort()]
@@ -265,13 +301,18 @@ def test_thinking_puts_the_prompt_first_and_the_thought_into_the_full_context_al
     thought, drawn = inferencer.interleave_inference(
         [picture, "make it blue"], think=True, max_think_token_n=5, initial_noise=noise, trace=trace, **options
     )
-    context = _context(inferencer, [THINK_PROMPTS["generate"], picture, "make it blue"])
+    context, builder = Context(3), inferencer.builder
+    context.reset(drawing=True)
+    builder.add_text([context], [THINK_PROMPTS["generate"]])
+    shown = blocks_as_reference(model.config, inferencer.vae_transform, inferencer.vit_transform, picture, draws=True)
+    builder.add_image([context], [shown])
+    builder.add_text([context], ["make it blue"])
     no_text, no_image = context.no_text.snapshot(), context.no_image.snapshot()
     ids = trace["tokens"][0].tolist()
     assert thought == inferencer.tokenizer.decode(ids[1:]).split("<|im_end|>")[0].split("<|im_start|>")[0]
-    inferencer.add_text([context], [thought], only_full=True)
+    builder.add_text([context], [thought], only_full=True)
     assert equal(context.no_text, no_text) and equal(context.no_image, no_image) and context.full.length > no_text.length
-    tokens, _ = inferencer._draw([context], [(32, 48)], [noise], image_option_values(**options))[0]
+    tokens, _ = inferencer._draw([context], [(32, 48)], [noise], sampling_options(**options))[0]
     assert torch.allclose(tokens, trace["latent"][0], atol=1e-4) and drawn.size == (48, 32)
 
 
@@ -311,7 +352,7 @@ def test_requests_that_cannot_be_are_explained(inferencer, golden, picture):
         inferencer.unified_generate([])
     with pytest.raises(InferenceError, match="'video'"):
         inferencer.unified_generate("a", outputs=["video"])
-    with pytest.raises(InferenceError, match=r"cfg_txt_scale.*Cure"):
+    with pytest.raises(InferenceError, match=r"cfg_txt_scale.*did you mean cfg_text_scale"):
         inferencer.unified_generate("a", cfg_txt_scale=3)
     with pytest.raises(InferenceError, match="cfg_renorm_type"):
         inferencer.interleave_inference(["a"], cfg_renorm_type="none")
@@ -332,9 +373,26 @@ def test_a_model_without_eyes_says_so(golden, picture):
     assert kinds(blind.unified_generate([picture, "blue"], outputs=["image"], num_timesteps=2, seed=0)) == ["image"]
 
 
+def test_the_reference_s_entrance_takes_both_names_but_not_at_once(inferencer):
+    ask = lambda **settings: inferencer.interleave_inference(["a"], understanding_output=True, **settings)  # noqa: E731
+    assert ask(max_new_tokens=5) == ask(max_think_token_n=5) != ask(max_new_tokens=2)
+    with pytest.raises(InferenceError, match="max_think_token_n"):
+        ask(max_new_tokens=5, max_think_token_n=6)
+    with pytest.raises(InferenceError, match="did you mean max_new_tokens"):
+        ask(max_new_token=5)
+    drawn = inferencer.interleave_inference(["a"], height=32, width=48, num_timesteps=2, enable_taylorseer=False, seed=0)
+    assert drawn[0].size == (48, 32)
+
+
+@pytest.mark.parametrize("method", ["interleave_inference", "unified_generate"])
+def test_taylorseer_is_refused_not_ignored(inferencer, method):
+    with pytest.raises(InferenceError, match="enable_taylorseer"):
+        getattr(inferencer, method)(["a"], enable_taylorseer=True)
+
+
 def test_a_temperature_of_zero_is_explained(inferencer):
-    with pytest.raises(InferenceError, match="text_temperature"):
-        inferencer.unified_generate("a", outputs=["text"], do_sample=True, text_temperature=0.0)
+    with pytest.raises(InferenceError, match="temperature"):
+        inferencer.unified_generate("a", outputs=["text"], do_sample=True, temperature=0.0)
 
 
 def test_a_model_without_a_folder_needs_a_tokenizer(model, golden):

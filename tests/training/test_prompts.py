@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import draw_picture
 
-from unigen.training.prompts import PromptError, read_prompts
+from unigen.inference.options import sampling_options
+from unigen.training.prompts import SAMPLES, PromptError, read_prompts
 
 
 def test_prompts_come_as_texts_as_lines_and_as_json_lines(tmp_path: Path):
@@ -19,6 +21,7 @@ def test_prompts_come_as_texts_as_lines_and_as_json_lines(tmp_path: Path):
     assert [p.seed for p in found] == [10, 11, 12, 13, 5, 15]
     assert [p.where for p in found][3:] == [f"{tmp_path / 'lines.txt'}:4", f"{tmp_path / 'more.jsonl'}:1", f"{tmp_path / 'more.jsonl'}:2"]
     assert found[4].images == (str(tmp_path / "b.png"),) and found[4].options == {"cfg_interval": [0, 1]}
+    assert found[4].sampling == sampling_options(SAMPLES, seed=5, cfg_interval=(0, 1)) and found[3].sampling == replace(SAMPLES, seed=13)
     assert read_prompts("x" * 5000, 0)[0].kind == "auto"  # longer than any name of a file
 
 
@@ -38,10 +41,10 @@ BAD_LINES: dict[str, tuple[str, str]] = {
     "interval": ('{"prompt": "a", "cfg_interval": [0.4]}', "list of two numbers"),
     "half a size": ('{"prompt": "a", "height": 32}', "go together"),
     "a size to answer": ('{"prompt": "a", "kind": "answer", "height": 32, "width": 32}', "kind is answer"),
-    "an edit's size": ('{"prompt": "a", "image": "a.png", "kind": "draw", "height": 32, "width": 32}', "keeps the size of its picture"),
     "half a character": ('{"prompt": "a \\ud800"}', ""),
-    "think": ('{"prompt": "a", "think": true}', "think needs to know"),
-    "temperature": ('{"prompt": "a", "temperature": 0}', "above 0"),
+    "null": ('{"prompt": "a", "height": null}', "leave it out"),
+    "no type of renormalisation": ('{"prompt": "a", "cfg_renorm_type": "local"}', "cfg_renorm_type is 'local'"),
+    "temperature": ('{"prompt": "a", "temperature": 0, "do_sample": true}', "temperature is 0"),
     "no picture": ('{"prompt": "a", "image": "gone.png"}', "gone.png"),
     "a broken picture": ('{"prompt": "a", "image": "prompts.jsonl"}', "prompts.jsonl"),
 }

@@ -14,9 +14,13 @@ import torch
 from sampling import files, pixels, sampler_of, write_prompts
 from tiny import built, draw_picture, row_of
 
+from unigen.inference.context import ContextBuilder
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import open_image
+from unigen.sequence.plan import Draw
+from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.types import Image, Origin, Record, Text
 from unigen.training.prompts import PromptError
 from unigen.training.samples import GIVEN_SIDE, Sampler, small_pictures
 from unigen.training.stops import Stopped
@@ -87,12 +91,33 @@ def test_the_answers_are_those_of_the_inferencer(ready: Callable[..., Sampler], 
     folder, image = sampler.folder / "step_1", prompts.parent / "a.png"
     model = load_bagel(options["model_path"], dtype=torch.float32)
     inferencer = InterleaveInferencer(model, vae_transform=small_pictures(sampler.config, model))
-    drawn = inferencer.interleave_inference(["A red house"], image_shapes=(32, 48), seed=42, num_timesteps=3, cfg_text_scale=3.0)
+    fast = {"num_timesteps": 3, "cfg_text_scale": 3.0, "cfg_img_scale": 1.5}
+    drawn = inferencer.unified_generate("A red house", outputs=["image"], height=32, width=48, seed=42, **fast)
     assert np.array_equal(pixels(folder / "000_0.png"), np.asarray(drawn[0], dtype=np.float64))
-    edited = inferencer.interleave_inference([image, "Make it night"], seed=7, num_timesteps=3, cfg_text_scale=3.0)
+    edited = inferencer.unified_generate([image, "Make it night"], outputs=["image"], seed=7, **fast)
     assert np.array_equal(pixels(folder / "002_0.png"), np.asarray(edited[0], dtype=np.float64))
-    (text,) = InterleaveInferencer(model).interleave_inference([image, "What is this?"], understanding_output=True, max_think_token_n=4)
+    (text,) = InterleaveInferencer(model).unified_generate([image, "What is this?"], outputs=["text"], max_new_tokens=4)
     assert json.loads((folder / "index.json").read_text("utf-8"))[1]["pieces"] == [{"text": text}]
+
+
+def test_pictures_are_shown_as_the_run_trains_on_them(options: dict[str, Any], prompts: Path, monkeypatch: pytest.MonkeyPatch):
+    """Passes when a picture to look at and one to redraw become the blocks that the run's own planner makes, by its own limits."""
+    line = [{"path": options.pop("train_data_path"), "max_image_size": 48, "min_image_size": 16}]
+    sampler = sampler_of(options | {"sample_prompts": str(prompts), "train_sources": line, "max_image_tokens": 4})
+    config, seen, add_image = sampler.config, [], ContextBuilder.add_image
+
+    def noted(self: ContextBuilder, contexts: Any, shown: Any) -> None:
+        seen.extend([(b.kind, b.grid) for b in blocks] for blocks in shown)
+        return add_image(self, contexts, shown)
+
+    monkeypatch.setattr(ContextBuilder, "add_image", noted)
+    sampler.run(1, None)
+    planner = sampler.model.config.planner(Tokenizer.load(options["model_path"]), config, config.sources()[0])
+    image = Image(prompts.parent / "a.png")
+    for target, shown in ((Text("x", True), seen[0]), (Image(image.source, True), seen[1])):
+        sample = [image, Text("?"), target]
+        blocks = planner.outline(sample, planner.measure(Record(sample, Origin(Path("x")), "direct")), Draw(0, 0, 0, training=False))
+        assert shown == [(b.kind, b.grid) for b in blocks if b.piece == 0]
 
 
 def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Callable[..., Sampler]):
@@ -108,6 +133,8 @@ def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Calla
     config.train_sources = [{"path": "a.jsonl", "min_image_size": 128}, {"path": "b.jsonl"}]
     config.train_data_path = None
     assert small_pictures(config, model).max_size == 256
+    config.train_sources = [{"path": "a.jsonl", "min_image_size": 128, "max_image_size": 192}]
+    assert small_pictures(config, model).max_size == 192
 
 
 def test_the_training_goes_on_to_the_bit_as_without_samples(options: dict[str, Any], prompts: Path, tmp_path: Path):

@@ -59,10 +59,10 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
             fail_once(sampler, torch.OutOfMemoryError("CUDA out of memory."))
         sampler.run(3, None)
         if rank == 1:
-            sampler._shape = lambda prompt: 1 / 0  # fails outside of every layer
+            sampler._ask = lambda prompt: 1 / 0  # fails outside of every layer
         sampler.run(4, None)
         if rank == 1:
-            del sampler._shape
+            del sampler._ask
 
         heard[name] = []
         left = [7]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from unigen.config import UserError
-from unigen.inference.sampler import Canvas, ImageOptions, decode_pixels, draw, extend, feed, write
+from unigen.config import SamplingOptions
+from unigen.inference.context import Context, ContextBuilder
+from unigen.inference.options import InferenceError, Renamed, Settings, sampling_options
+from unigen.inference.pictures import blocks_as_reference, trained_transform, within
+from unigen.inference.sampler import Canvas, decode_pixels, draw, feed, write
 from unigen.model.backends import prefer_flash
 from unigen.model.bagel import Bagel
-from unigen.model.kv_cache import Cache
 from unigen.model.weights import load_bagel
-from unigen.sequence.grid import patchify
-from unigen.sequence.images import ImageTransform, open_image, to_image
+from unigen.sequence.images import ImageTransform, to_image
+from unigen.sequence.plan import Transforms
 from unigen.sequence.tokens import Tokenizer
-from unigen.sequence.types import Block, Kind
+from unigen.sequence.types import Block, Image, Kind, Text
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The system prompts of thinking mode, with which the released checkpoints were trained (exact, blanks included).
 THINK_PROMPTS = {
@@ -32,28 +36,7 @@ Piece = Any  # str, or a picture: PIL image, pathlib.Path, bytes
 TEXT, IMAGE = "text", "image"
 
 
-class InferenceError(UserError):
-    """A request cannot be answered; the message says why and the cure."""
-
-
-class Context:
-    """One conversation: the full context, and the two that guidance compares with.
-
-    The no-text context is the one that stood before the last text (or after the last image, if that came later); the
-    no-image context has only the texts.
-    """
-
-    def __init__(self, n_layers: int):
-        self.n_layers = n_layers
-        self.pieces: list[Piece] = []
-        self.reset(drawing=False)
-
-    def reset(self, drawing: bool) -> None:
-        """Empties the caches; with ``drawing``, pictures will enter through the VAE too and guidance is possible."""
-        self.full, self.no_text, self.no_image = (Cache(self.n_layers) for _ in range(3))
-        self.drawing = drawing
-        self.last: Tensor | None = None  # hidden state [D] of the last closing token
-        self.shape: tuple[int, int] | None = None  # height, width of the last picture
+_DEFAULT = SamplingOptions()
 
 
 class InterleaveInferencer:
@@ -63,10 +46,16 @@ class InterleaveInferencer:
         model: from ``load_bagel``.
         vae_model: a codec; default the model's own.
         tokenizer: a :class:`Tokenizer`, or a transformers tokenizer; default that of the folder the model came from.
-        vae_transform: how pictures are resized for the VAE; default the model's.
-        vit_transform: the same for the ViT.
+        vae_transform: how pictures are resized for the VAE, and the size an edit keeps; default: as the run that
+            wrote the model's folder resized them, otherwise by the model's own constants.
+        vit_transform: how they are resized for the ViT where the model looks at them to answer; default the
+            model's.
         new_token_ids: accepted for the reference's signature; the tokenizer knows its ids.
         think_prompts: system prompts of thinking mode, ``{"understand": ..., "generate": ...}``.
+        vit_edit_transform: how they are resized for the ViT where the model draws; default the model's.
+
+    :meth:`unified_generate` shows pictures as training does. :meth:`interleave_inference` shows them as the reference
+    does: resized by ``vae_transform`` (default: the model's constants), then for the ViT always by ``vit_transform``.
     """
 
     def __init__(
@@ -78,6 +67,8 @@ class InterleaveInferencer:
         vit_transform: ImageTransform | None = None,
         new_token_ids: Mapping[str, int] | None = None,
         think_prompts: Mapping[str, str] | None = None,
+        *,
+        vit_edit_transform: ImageTransform | None = None,
     ):
         prefer_flash()
         self.model = model.eval()
@@ -88,9 +79,15 @@ class InterleaveInferencer:
                 raise InferenceError("tokenizer is missing and the model was not loaded from a folder. Cure: pass tokenizer=")
             tokenizer = Tokenizer.load(model.source)
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
-        transforms = model.config.transforms()
-        self.vae_transform = _within(vae_transform or transforms.vae, transforms.vae)
-        self.vit_transform = _within(vit_transform or transforms.vit, transforms.vit)
+        config, own = model.config, model.config.transforms()
+        self.vae_transform = within(vae_transform or own.vae, own.vae)
+        self.vit_transform = within(vit_transform or own.vit, own.vit)
+        transforms = Transforms(
+            vae=self.vae_transform if vae_transform else trained_transform(config, model.source),
+            vit=self.vit_transform,
+            vit_edit=within(vit_edit_transform or own.vit_edit, own.vit_edit),
+        )
+        self.builder = ContextBuilder(model, self.tokenizer, transforms)
         self.think_prompts = dict(think_prompts or THINK_PROMPTS)
         # Where processes share one model every token that was chosen goes through here: they must take the same one.
         self.agree: Callable[[int], int] = lambda token: token
@@ -102,58 +99,10 @@ class InterleaveInferencer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(load_bagel(folder, device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16)))
 
-    # ---- contexts --------------------------------------------------------------------------------------------------
-
-    def add_text(self, contexts: Sequence[Context], texts: Sequence[str], only_full: bool = False) -> None:
-        """Appends a text to each context; ``only_full`` hides it from the guidance's contexts."""
-        blocks = []
-        for text in texts:
-            ids = self.tokenizer.encode(text)
-            blocks.append(Block(Kind.TEXT, len(ids), ids=ids))
-        if not only_full:
-            for context in contexts:
-                context.no_text = context.full.snapshot()
-        self._extend(contexts, blocks)
-        drawing = [i for i, context in enumerate(contexts) if context.drawing]
-        if drawing and not only_full:
-            extend(self.model, self.tokenizer.special, [contexts[i].no_image for i in drawing], [blocks[i] for i in drawing])
-
-    def add_image(self, contexts: Sequence[Context], pictures: Sequence[Piece]) -> None:
-        """Appends a picture to each context: to the ViT, and before it to the VAE where the context draws."""
-        resized = [self.vae_transform.resize(open_image(picture)) for picture in pictures]
-        drawing = [i for i, context in enumerate(contexts) if context.drawing]
-        if not self.model.config.visual_und and len(drawing) < len(contexts):
-            raise InferenceError(
-                "this model was loaded with visual_und=False and sees pictures only where it is asked to draw. Cure: load it with "
-                "visual_und=True, or ask for a picture"
-            )
-        if drawing:
-            self._extend([contexts[i] for i in drawing], [self._vae_block(resized[i]) for i in drawing])
-        if self.model.config.visual_und:
-            self._extend(contexts, [self._vit_block(picture) for picture in resized])
-        for context, picture in zip(contexts, resized, strict=True):
-            context.no_text = context.full.snapshot()
-            context.shape = (picture.height, picture.width)
-
-    def _extend(self, contexts: Sequence[Context], blocks: Sequence[Block]) -> None:
-        hidden = extend(self.model, self.tokenizer.special, [context.full for context in contexts], blocks)
-        for context, last in zip(contexts, hidden, strict=True):
-            context.last = last
-
-    def _vae_block(self, picture: Any) -> Block:
-        pixels = self.vae_transform(picture)
-        stride = self.model.config.latent_stride
-        grid = (pixels.shape[1] // stride, pixels.shape[2] // stride)
-        return Block(Kind.CLEAN, grid[0] * grid[1], 0, grid, pixels=pixels)
-
-    def _vit_block(self, picture: Any) -> Block:
-        pixels = self.vit_transform(picture)
-        patch = self.model.config.vit.patch_size
-        grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
-        return Block(Kind.VIT, grid[0] * grid[1], 0, grid, patches=patchify(pixels, patch))
+    # ---- drawing ---------------------------------------------------------------------------------------------------
 
     def _draw(
-        self, contexts: Sequence[Context], shapes: Sequence[tuple[int, int]], noises: Sequence[Tensor], options: ImageOptions
+        self, contexts: Sequence[Context], shapes: Sequence[tuple[int, int]], noises: Sequence[Tensor], options: SamplingOptions
     ) -> list[Any]:
         """Draws a picture of ``shapes`` (height, width) in each context; (latent tokens, pixels) of each."""
         stride = self.model.config.latent_stride
@@ -196,49 +145,77 @@ class InterleaveInferencer:
     def interleave_inference(
         self,
         input_lists: Sequence[Piece],
-        think: bool = False,
+        think: bool = _DEFAULT.think,
         understanding_output: bool = False,
-        max_think_token_n: int = 1000,
-        do_sample: bool = False,
-        text_temperature: float = 0.3,
+        max_think_token_n: int = _DEFAULT.max_new_tokens,
+        do_sample: bool = _DEFAULT.do_sample,
+        text_temperature: float = _DEFAULT.temperature,
+        cfg_text_scale: float = _DEFAULT.cfg_text_scale,
+        cfg_img_scale: float = _DEFAULT.cfg_img_scale,
+        cfg_interval: Sequence[float] = _DEFAULT.cfg_interval,
+        timestep_shift: float = _DEFAULT.timestep_shift,
+        num_timesteps: int = _DEFAULT.num_timesteps,
+        cfg_renorm_min: float = _DEFAULT.cfg_renorm_min,
+        cfg_renorm_type: str = _DEFAULT.cfg_renorm_type,
         image_shapes: Sequence[int] | None = None,
+        enable_taylorseer: bool = False,
         *,
         seed: int | None = None,
         initial_noise: Tensor | None = None,
         trace: dict[str, list[Tensor]] | None = None,
-        cfg_text_scale: float = 3.0,
-        **image_options: Any,
+        **settings: Unpack[Renamed],
     ) -> list[Any]:
         """One request as the reference answers it: a text (``understanding_output``), or a picture, after a thought with ``think``.
 
-        ``image_options`` are those of :class:`ImageOptions`; ``image_shapes`` is (height, width), the last input picture's
-        where there is one. ``seed`` makes it repeatable; ``trace`` collects tokens, latents and pictures as tensors.
+        The parameters are the reference's; ``settings`` may name those of :class:`SamplingOptions` that are called
+        otherwise here (``max_new_tokens``, ``temperature``, ``height`` and ``width``). ``image_shapes`` is (height,
+        width), the last input picture's where there is one. ``seed`` makes it repeatable; ``trace`` collects tokens,
+        latents and pictures as tensors.
+
+        Raises:
+            InferenceError: a setting is unknown or cannot work, or this model cannot do what is asked.
         """
-        trace = trace if trace is not None else {}
-        generator = _generator(seed)
-        options = image_option_values(cfg_text_scale=cfg_text_scale, **image_options)
+        asked: dict[str, Any] = {
+            "think": bool(think), "do_sample": bool(do_sample), "cfg_text_scale": cfg_text_scale, "cfg_img_scale": cfg_img_scale,
+            "cfg_interval": cfg_interval, "timestep_shift": timestep_shift, "num_timesteps": num_timesteps,
+            "cfg_renorm_min": cfg_renorm_min, "cfg_renorm_type": cfg_renorm_type, "seed": seed,
+            "enable_taylorseer": enable_taylorseer, **settings,
+        }  # fmt: skip
+        for old, value, default in (
+            ("max_think_token_n", max_think_token_n, _DEFAULT.max_new_tokens),
+            ("text_temperature", text_temperature, _DEFAULT.temperature),
+            ("image_shapes", image_shapes, None),
+        ):
+            if value != default:
+                asked[old] = value
+        options, trace = sampling_options(**asked), {} if trace is None else trace
+        generator = _generator(options.seed)
         if not understanding_output:
             self._needs_gen()
         context = Context(self.model.config.llm.num_hidden_layers)
         context.reset(drawing=not understanding_output)
+        config, builder = self.model.config, self.builder
         if think:
-            self.add_text([context], [self.think_prompts["understand" if understanding_output else "generate"]])
+            builder.add_text([context], [self.think_prompts["understand" if understanding_output else "generate"]])
         for piece in input_lists:
             if isinstance(piece, str):
-                self.add_text([context], [piece])
+                builder.add_text([context], [piece])
             else:
-                self.add_image([context], [piece])
+                builder.check_sees(context.drawing)
+                shown = blocks_as_reference(config, self.vae_transform, self.vit_transform, piece, context.drawing)
+                builder.add_image([context], [shown])
         output: list[Any] = []
         if understanding_output or think:
-            pick = self._picker(do_sample, text_temperature, [generator])
-            ids = write(self.model, self.tokenizer.special, [context.full.snapshot()], max_think_token_n, pick)[0]
+            pick = self._picker(options, [generator])
+            past = [context.full.snapshot()]
+            ids = write(self.model, self.tokenizer.special, past, options.max_new_tokens, pick)[0]
             trace.setdefault("tokens", []).append(torch.tensor(ids))
             output.append(self._text(ids))
         if understanding_output:
             return output
         if think:
-            self.add_text([context], [output[0]], only_full=True)
-        shape = context.shape or self.canvas_shape(image_shapes)
+            builder.add_text([context], [output[0]], only_full=True)
+        shape = context.shape or self.canvas_shape(_shape(options))
         noise = self._noise(shape, generator) if initial_noise is None else initial_noise
         tokens, pixels = self._draw([context], [shape], [noise], options)[0]
         picture = to_image(pixels.cpu())
@@ -260,14 +237,11 @@ class InterleaveInferencer:
             result["text" if isinstance(piece, str) else "image"] = piece
         return result
 
-    def _picker(self, do_sample: bool, temperature: float, generators: Sequence[torch.Generator]) -> Callable[[Tensor, int], int]:
-        if do_sample and not temperature > 0:
-            raise InferenceError(f"text_temperature is {temperature}; it must be above 0. Cure: do_sample=False takes the likeliest token")
-
+    def _picker(self, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Callable[[Tensor, int], int]:
         def pick(logits: Tensor, i: int) -> int:
-            if not do_sample:
+            if not options.do_sample:
                 return self.agree(int(logits.argmax()))
-            return self.agree(int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generators[i])))
+            return self.agree(int(torch.multinomial((logits / options.temperature).softmax(-1).cpu(), 1, generator=generators[i])))
 
         return pick
 
@@ -277,10 +251,18 @@ class InterleaveInferencer:
 
     # ---- answers of any shape --------------------------------------------------------------------------------------
 
-    def unified_generate(self, prompt: Piece | Sequence[Piece], **options: Any) -> list[Any]:
+    def unified_generate(
+        self,
+        prompt: Piece | Sequence[Piece],
+        *,
+        outputs: Sequence[str] | None = None,
+        max_pieces: int = 8,
+        options: SamplingOptions | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Any]:
         """Answers one prompt (a text, a picture, or a list of both) with texts and pictures; see :meth:`unified_generate_batch`."""
         pieces = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        return self.unified_generate_batch([pieces], **options)[0]
+        return self.unified_generate_batch([pieces], outputs=outputs, max_pieces=max_pieces, options=options, **settings)[0]
 
     @torch.no_grad()
     def unified_generate_batch(
@@ -289,75 +271,92 @@ class InterleaveInferencer:
         *,
         outputs: Sequence[str] | None = None,
         max_pieces: int = 8,
-        max_new_tokens: int = 500,
-        do_sample: bool = False,
-        text_temperature: float = 0.3,
-        image_shapes: Sequence[int] | None = None,
-        seed: int | None = None,
-        **image_options: Any,
+        options: SamplingOptions | None = None,
+        **settings: Unpack[Settings],
     ) -> list[list[Any]]:
         """Answers several prompts at once.
 
         The model decides by its trained transitions when to write, when to draw and when to stop; what it draws it sees
         before it goes on. ``outputs``, such as ``["text", "image"]``, prescribes the pieces where a checkpoint was never
         trained to decide. Pictures of a prompt enter as the model was trained: through the ViT alone while the answer is
-        text, through the VAE too from the moment it draws.
+        text, through the VAE too from the moment it draws, in the sizes of training.
 
         Args:
             prompts: lists of texts and pictures.
             outputs: the pieces to produce, in order; default: the model's own choice.
             max_pieces: most pieces of one answer.
-            max_new_tokens: most tokens of one text.
-            do_sample: sample texts with ``text_temperature`` instead of taking the likeliest token.
-            text_temperature: temperature of sampled texts.
-            image_shapes: (height, width) of drawn pictures; default: the last picture's of the prompt, else the model's largest square.
-            seed: makes the answers repeatable; prompt i uses ``seed + i``.
-            image_options: fields of :class:`ImageOptions`.
+            options: how to write and draw; default :class:`SamplingOptions`. Prompt i uses ``seed + i``.
+            settings: fields of :class:`SamplingOptions` that differ from ``options``. With ``think`` the first
+                piece is thought about: a thought precedes a picture as a text of its own, a text holds it.
+
+        Raises:
+            InferenceError: a setting is unknown or cannot work, or this model cannot do what is asked.
         """
-        options = image_option_values(**image_options)
+        o = sampling_options(options, **settings)
+        self._check_outputs(outputs)
+        shape = None if o.height is None else self.canvas_shape(_shape(o))
+        generators = [_generator(None if o.seed is None else o.seed + i) for i in range(len(prompts))]
+        contexts = [self._context(pieces) for pieces in prompts]
+        answers: list[list[Any]] = [[] for _ in prompts]
+
+        def write_in(chosen: list[int], by: Callable[..., list[str]], *rest: bool) -> None:
+            pick = self._picker(o, [generators[i] for i in chosen])
+            for i, text in zip(chosen, by([contexts[i] for i in chosen], o.max_new_tokens, pick, *rest), strict=True):
+                answers[i].append(text)
+
+        turns, active, kinds = len(outputs) if outputs is not None else max_pieces, list(range(len(prompts))), {}
+        for turn in range(turns):
+            if turn == 0:
+                kinds = dict(enumerate(self._begin(contexts, outputs, o.think)))
+            else:
+                kinds = {i: outputs[turn] if outputs is not None else self._next_kind(contexts[i], first=False) for i in active}
+            active, last = [i for i in active if kinds[i] is not None], turn == turns - 1
+            writing, drawing = ([i for i in active if kinds[i] == kind] for kind in (TEXT, IMAGE))
+            if writing:
+                write_in(writing, self._write_pieces, last)
+            if drawing and o.think and turn == 0:
+                write_in(drawing, self._think)
+            if drawing:
+                noises = [generators[i] for i in drawing]
+                pictures = self._draw_pieces([contexts[i] for i in drawing], shape, noises, o, last)
+                for i, picture in zip(drawing, pictures, strict=True):
+                    answers[i].append(picture)
+        return answers
+
+    def _check_outputs(self, outputs: Sequence[str] | None) -> None:
         for kind in outputs or ():
             if kind not in (TEXT, IMAGE):
                 raise InferenceError(f"outputs names {kind!r}; a piece is 'text' or 'image'")
         if outputs and IMAGE in outputs:
             self._needs_gen()
-        generators = [_generator(None if seed is None else seed + i) for i in range(len(prompts))]
-        contexts = [Context(self.model.config.llm.num_hidden_layers) for _ in prompts]
-        for context, pieces in zip(contexts, prompts, strict=True):
-            if not pieces:
-                raise InferenceError("a prompt is empty. Cure: give at least one text or picture")
-            context.pieces = list(pieces)
-        self._replay(contexts, drawing=bool(outputs and IMAGE in outputs))
-        answers: list[list[Any]] = [[] for _ in prompts]
-        active = list(range(len(prompts)))
-        for turn in range(len(outputs) if outputs is not None else max_pieces):
-            kinds = {i: outputs[turn] if outputs is not None else self._next_kind(contexts[i], first=turn == 0) for i in active}
-            active = [i for i in active if kinds[i] is not None]
-            if not active:
-                break
-            writing, drawing = ([i for i in active if kinds[i] == kind] for kind in (TEXT, IMAGE))
-            if writing:
-                pick = self._picker(do_sample, text_temperature, [generators[i] for i in writing])
-                for i, text in zip(writing, self._write_pieces([contexts[i] for i in writing], max_new_tokens, pick), strict=True):
-                    answers[i].append(text)
-            if drawing:
-                shape = None if image_shapes is None else self.canvas_shape(image_shapes)
-                pictures = self._draw_pieces([contexts[i] for i in drawing], shape, [generators[i] for i in drawing], options)
-                for i, picture in zip(drawing, pictures, strict=True):
-                    answers[i].append(picture)
-        return answers
 
-    def _replay(self, contexts: Sequence[Context], drawing: bool) -> None:
-        """Builds the caches anew from the pieces so far."""
-        for context in contexts:
-            context.reset(drawing)
-        for turn in range(max((len(c.pieces) for c in contexts), default=0)):
-            at = [c for c in contexts if turn < len(c.pieces)]
-            texts = [c for c in at if isinstance(c.pieces[turn], str)]
-            images = [c for c in at if not isinstance(c.pieces[turn], str)]
-            if texts:
-                self.add_text(texts, [c.pieces[turn] for c in texts])
-            if images:
-                self.add_image(images, [c.pieces[turn] for c in images])
+    def _context(self, pieces: Sequence[Piece]) -> Context:
+        if not pieces:
+            raise InferenceError("a prompt is empty. Cure: give at least one text or picture")
+        context = Context(self.model.config.llm.num_hidden_layers)
+        context.pieces = [Text(piece) if isinstance(piece, str) else Image(piece) for piece in pieces]
+        return context
+
+    def _begin(self, contexts: Sequence[Context], outputs: Sequence[str] | None, think: bool) -> list[str | None]:
+        """Builds the contexts; what each answer begins with.
+
+        The system prompt of thinking says what follows the thought, so that is decided before it: by ``outputs``, or
+        by the model from the prompt alone.
+        """
+        draws = IMAGE in (outputs or ())
+        if outputs is None:
+            self.builder.replay(contexts, drawing=False)
+            kinds = [self._next_kind(context, first=True) for context in contexts]
+        else:
+            kinds = [outputs[0]] * len(contexts)
+        if think:
+            for context, kind in zip(contexts, kinds, strict=True):
+                context.pieces.insert(0, Text(self.think_prompts["generate" if kind == IMAGE else "understand"]))
+        if think or outputs is not None:
+            for drawing in (False, True):
+                these = [c for c, kind in zip(contexts, kinds, strict=True) if (draws or kind == IMAGE) == drawing]
+                self.builder.replay(these, drawing)
+        return kinds
 
     def _next_kind(self, context: Context, first: bool) -> str | None:
         """What the model opens next: a text, an image, or (None) nothing more."""
@@ -371,49 +370,64 @@ class InterleaveInferencer:
         logits = self.model.logits(context.last)
         return kinds[self.agree(max(kinds, key=lambda token: float(logits[token])))]
 
-    def _write_pieces(self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]) -> list[str]:
+    def _think(self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]) -> list[str]:
+        """Writes a thought in each context, which then holds it in the full context alone."""
+        special = self.tokenizer.special
+        written = write(self.model, special, [c.full.snapshot() for c in contexts], max_tokens, pick, (special.text_end, special.end))
+        texts = [self.tokenizer.decode(ids[1:]) for ids in written]
+        for context, text in zip(contexts, texts, strict=True):
+            context.thought = len(context.pieces)
+            context.pieces.append(Text(text, target=True))
+        self.builder.add_text(contexts, texts, only_full=True)
+        return texts
+
+    def _write_pieces(
+        self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int], last: bool = False
+    ) -> list[str]:
+        """Writes a text in each context; nothing follows the ``last`` one."""
         special = self.tokenizer.special
         before = [c.full.snapshot() for c in contexts]
         written = write(self.model, special, [c.full for c in contexts], max_tokens, pick, stop=(special.text_end, special.end))
-        hidden = feed(self.model, [c.full for c in contexts], [special.text_end] * len(contexts))
         texts = [self.tokenizer.decode(ids[1:]) for ids in written]
-        for context, past, last, text in zip(contexts, before, hidden, texts, strict=True):
-            context.no_text, context.last = past, last
-            context.pieces.append(text)
-        drawing = [(c, ids) for c, ids in zip(contexts, written, strict=True) if c.drawing]
-        if drawing:
-            blocks = [Block(Kind.TEXT, len(ids) - 1, ids=ids[1:]) for _, ids in drawing]
-            extend(self.model, special, [c.no_image for c, _ in drawing], blocks)
+        if last:
+            return texts
+        hidden = feed(self.model, [c.full for c in contexts], [special.text_end] * len(contexts))
+        for context, past, state, text in zip(contexts, before, hidden, texts, strict=True):
+            context.no_text, context.last = past, state
+            context.pieces.append(Text(text, target=True))
+        self.builder.extend_no_image(contexts, [Block(Kind.TEXT, len(ids) - 1, ids=ids[1:]) for ids in written])
         return texts
 
     def _draw_pieces(
-        self, contexts: Sequence[Context], shape: tuple[int, int] | None, generators: Sequence[torch.Generator], options: ImageOptions
+        self,
+        contexts: Sequence[Context],
+        shape: tuple[int, int] | None,
+        generators: Sequence[torch.Generator],
+        options: SamplingOptions,
+        last: bool = False,
     ) -> list[Any]:
+        """Draws a picture in each context, which then sees it; nothing follows the ``last`` picture."""
         self._needs_gen()
-        self._replay([c for c in contexts if not c.drawing], drawing=True)
-        shapes = [shape or c.shape or self.canvas_shape(None) for c in contexts]
+        self.builder.replay([c for c in contexts if not c.drawing], drawing=True)
+        shapes = [shape or c.shape or self._square() for c in contexts]
         noises = [self._noise(s, g) for s, g in zip(shapes, generators, strict=True)]
         pictures = [to_image(pixels.cpu()) for _, pixels in self._draw(contexts, shapes, noises, options)]
-        self.add_image(contexts, pictures)
+        if last:
+            return pictures
         for context, picture in zip(contexts, pictures, strict=True):
-            context.pieces.append(picture)
+            context.pieces.append(Image(picture, target=True))
+        self.builder.add_image(contexts, [self.builder.shown(c, len(c.pieces) - 1) for c in contexts])
         return pictures
 
-
-def image_option_values(**values: Any) -> ImageOptions:
-    """:class:`ImageOptions` from keywords; a YAML or JSON list becomes the interval."""
-    values.pop("enable_taylorseer", None)  # the reference's approximate cache; ours are exact
-    if "cfg_interval" in values:
-        values["cfg_interval"] = tuple(values["cfg_interval"])
-    try:
-        return ImageOptions(**values)
-    except (TypeError, ValueError) as error:
-        raise InferenceError(f"{error}. Cure: see the options of InterleaveInferencer.interleave_inference") from error
+    def _square(self) -> tuple[int, int]:
+        """Height and width of the largest square that training draws."""
+        vae = self.builder.planner.transforms.vae
+        width, height = vae.size(vae.max_size, vae.max_size)
+        return height, width
 
 
-def _within(transform: ImageTransform, own: ImageTransform) -> ImageTransform:
-    """``transform`` kept within the model's position table."""
-    return replace(transform, limit=min(transform.limit or own.limit, own.limit))
+def _shape(options: SamplingOptions) -> tuple[int, int] | None:
+    return None if options.height is None or options.width is None else (options.height, options.width)
 
 
 def _generator(seed: int | None) -> torch.Generator:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from unigen.config import SamplingOptions
 from unigen.model import flow
 from unigen.model.attention import prepare_attention
 from unigen.model.backends import repeated_shapes
@@ -18,25 +19,6 @@ from unigen.sequence.grid import unpatchify
 from unigen.sequence.pack import next_position, pack_blocks
 from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack, Sight
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How a picture is drawn; the defaults are the reference's. See ``docs/model.md`` for the formulas."""
-
-    num_timesteps: int = 50
-    timestep_shift: float = 3.0
-    cfg_text_scale: float = 4.0
-    cfg_img_scale: float = 1.5
-    cfg_interval: tuple[float, float] = (0.4, 1.0)
-    cfg_renorm_min: float = 0.0
-    cfg_renorm_type: str = "global"
-
-    def __post_init__(self) -> None:
-        if self.cfg_renorm_type not in flow.RENORM_TYPES:
-            raise ValueError(f"cfg_renorm_type is {self.cfg_renorm_type!r}; known types are {', '.join(flow.RENORM_TYPES)}")
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}; drawing takes at least 2 (one Euler step)")
 
 
 @torch.no_grad()
@@ -132,7 +114,10 @@ def write(
 
 @dataclass
 class Canvas:
-    """One picture to draw: its contexts, its grid of latent tokens, and the noise [rows * columns, patch_dim] it starts from."""
+    """One picture to draw: its contexts, its grid of latent tokens, and the noise [rows * columns, patch_dim] it starts from.
+
+    Where ``no_image`` is ``full`` itself both hold the same pieces, and the velocity is not computed twice.
+    """
 
     full: Cache
     no_text: Cache
@@ -143,7 +128,7 @@ class Canvas:
 
 @torch.no_grad()
 @repeated_shapes()
-def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options: ImageOptions) -> list[Tensor]:
+def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options: SamplingOptions) -> list[Tensor]:
     """Integrates the flow from noise to data for every canvas; final latent tokens [rows * columns, patch_dim] float32.
 
     All pictures and all contexts of the guidance go through the model in one row.
@@ -175,22 +160,24 @@ class _Row:
 
     def __init__(self, model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], text: bool, image: bool):
         self.model, self.n = model, len(canvases)
-        contexts = [[c.full for c in canvases]]
-        contexts += [[c.no_text for c in canvases]] if text else []
-        contexts += [[c.no_image for c in canvases]] if image else []
-        self.caches = [cache for group in contexts for cache in group]
-        self.copies, self.text = len(contexts), text
-        blocks = [[Block(Kind.NOISED, c.grid[0] * c.grid[1], 0, c.grid)] for _ in contexts for c in canvases]
+        every = range(len(canvases))
+        self.apart = [i for i, c in enumerate(canvases) if image and c.no_image is not c.full]
+        self.shown = [*every, *(every if text else []), *self.apart]  # the canvas of each sample of the row
+        self.caches = [c.full for c in canvases] + ([c.no_text for c in canvases] if text else [])
+        self.caches += [canvases[i].no_image for i in self.apart]
+        grids = [canvases[i].grid for i in self.shown]
+        blocks = [[Block(Kind.NOISED, rows * columns, 0, (rows, columns))] for rows, columns in grids]
         self.pack = pack_blocks(blocks, special, model.config.geometry, [c.position for c in self.caches]).to(model.device)
         self.attention = prepare_attention(self.pack, self.caches, grow=False)
 
     def velocities(self, x: Sequence[Tensor], t: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """Velocities of every canvas in the full, the no-text and the no-image context (empty where not asked for)."""
-        x_t = torch.cat([*x] * self.copies)
+        """Velocities of every canvas in the full, the no-text and the no-image context, for those the step asks for."""
+        x_t = torch.cat([x[i] for i in self.shown])
         hidden = self.model.hidden_states(self.pack, x_t, t.expand(len(x_t)), self.caches, False, self.attention)
-        v = self.model.velocities(hidden[1]).split([len(part) for part in x] * self.copies)
-        n = self.n
-        return v[:n], v[n : 2 * n], v[2 * n : 3 * n]
+        v = self.model.velocities(hidden[1]).split([len(x[i]) for i in self.shown])
+        n, no_image = self.n, dict(enumerate(v[: self.n]))
+        no_image |= zip(self.apart, v[len(v) - len(self.apart) :])
+        return v[:n], v[n : 2 * n], [no_image[i] for i in range(n)]
 
 
 @torch.no_grad()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unigen.config import UserError, nearest
+from unigen.config import SamplingOptions, UserError, nearest
 from unigen.data.json_text import parse_json
+from unigen.inference.options import NAMES, InferenceError, sampling_options, wrong_value
 from unigen.sequence.images import image_size
 from unigen.sequence.types import BadRecord
+
+# The settings of samples where a line sets none. What is named here differs from everywhere else, to save time.
+SAMPLES = SamplingOptions(max_new_tokens=200, num_timesteps=30)
 
 
 class PromptError(UserError):
@@ -23,7 +26,7 @@ class Prompt:
     """One prompt: pictures, then a text.
 
     ``kind`` is draw (one picture; with a picture given, an edit of it), answer (one text) or auto (what the model decides).
-    ``options`` are those of ``unigen generate`` that the line sets. ``where`` is its place, for messages.
+    ``options`` are the fields of :class:`SamplingOptions` that the line sets. ``where`` is its place, for messages.
     """
 
     text: str
@@ -38,13 +41,10 @@ class Prompt:
         """As the model gets them."""
         return [*map(Path, self.images), *([self.text] if self.text else [])]
 
-
-def _whole(low: int, high: int = 2**63 - 1) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How it is answered."""
+        return sampling_options(SAMPLES, seed=self.seed, **self.options)
 
 
 def _paths(value: Any) -> bool:
@@ -56,21 +56,15 @@ _HEAD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (lambda value: isinstance(value, str), "a text"),
     "image": (_paths, "the path of a picture, or a list of them"),
     "kind": (lambda value: value in ("draw", "answer", "auto"), '"draw", "answer" or "auto"'),
-    "seed": (_whole(0), "a whole number of at least 0"),
 }
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (_whole(1), "a whole number above 0"),
-    "num_timesteps": (_whole(2), "a whole number of at least 2"),
-    "cfg_text_scale": (_number, "a number"),
-    "cfg_img_scale": (_number, "a number"),
-    "cfg_interval": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(_number, value)), "a list of two numbers"),
-    "timestep_shift": (lambda value: _number(value) and value > 0, "a number above 0"),
-    "height": (_whole(1), "pixels, a whole number above 0"),
-    "width": (_whole(1), "pixels, a whole number above 0"),
-    "think": (lambda value: isinstance(value, bool), "true or false"),
-    "temperature": (lambda value: _number(value) and value > 0, "a number above 0"),
-    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-}
+
+
+def _wrong(key: str, value: Any) -> str | None:
+    """What the key's value should be where ``value`` cannot be it; every sampling setting is a key, too."""
+    if key in NAMES:
+        return "leave it out" if value is None else wrong_value(key, value)
+    good, words = _HEAD[key]
+    return None if good(value) else words
 
 
 def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
@@ -145,13 +139,12 @@ def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prom
         raise PromptError(f"{where}: {error.found}. Cure: {error.cure}") from None
     if not isinstance(values, dict):
         raise PromptError(f'{where}: the line is no JSON object. Cure: {{"prompt": "a red house"}}')
-    known = {**_HEAD, **_OPTIONS}
+    known = [*_HEAD, *NAMES]
     for key, value in values.items():
         if key not in known:
-            near = nearest(key, list(known))
+            near = nearest(key, known)
             raise PromptError(f"{where}: unknown key {key!r}" + (f"; did you mean {near}?" if near else f" (keys: {', '.join(known)})"))
-        good, words = known[key]
-        if not good(value):
+        if words := _wrong(key, value):
             raise PromptError(f"{where}: {key} is {value!r}. Cure: {words}")
     image = values.get("image", [])
     prompt = Prompt(
@@ -160,7 +153,7 @@ def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prom
         seed=values.get("seed", seed),
         images=tuple(str(folder / path) for path in ([image] if isinstance(image, str) else image)),
         kind=values.get("kind", "auto"),
-        options={key: value for key, value in values.items() if key in _OPTIONS},
+        options={key: value for key, value in values.items() if key in NAMES and key != "seed"},
     )
     _check(prompt)
     return prompt
@@ -171,14 +164,12 @@ def _check(prompt: Prompt) -> None:
     where, options = prompt.where, prompt.options
     if not prompt.text.strip() and not prompt.images:
         raise PromptError(f"{where}: neither prompt nor image says what to answer. Cure: give one, or both")
-    if ("height" in options) != ("width" in options):
-        raise PromptError(f"{where}: height and width go together. Cure: give both, or neither")
+    try:
+        sampling_options(SAMPLES, **options)
+    except InferenceError as error:
+        raise PromptError(f"{where}: {error}") from None
     if "height" in options and prompt.kind == "answer":
         raise PromptError(f"{where}: height and width are those of a drawn picture, and kind is answer. Cure: leave them out")
-    if "height" in options and prompt.kind == "draw" and prompt.images:
-        raise PromptError(f"{where}: an edit keeps the size of its picture. Cure: leave out height and width")
-    if options.get("think") and prompt.kind == "auto":
-        raise PromptError(f'{where}: think needs to know what follows. Cure: "kind": "draw" or "kind": "answer"')
     for path in prompt.images:
         try:
             image_size(path)

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from unigen.config import Config, UserError
 from unigen.inference.inferencer import InferenceError, InterleaveInferencer
+from unigen.inference.pictures import run_transform
 from unigen.model.bagel import Bagel
 from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.tokens import Tokenizer
@@ -35,19 +37,8 @@ GIVEN_SIDE = 192  # longest side in pixels of the copy of a prompt's picture
 SIDE = 256  # longest side in pixels of a drawn picture, where the model draws so small
 MAX_PIECES = 4  # of an answer whose pieces the model chooses
 
-# What a line of the prompts' file may set, and what holds where it does not; the names are those of ``unigen generate``.
-DEFAULTS: dict[str, Any] = {
-    "max_new_tokens": 200,
-    "num_timesteps": 30,
-    "cfg_text_scale": 3.0,
-    "cfg_img_scale": 1.5,
-    "cfg_interval": (0.4, 1.0),
-    "timestep_shift": 3.0,
-    "think": False,
-    "do_sample": False,
-    "temperature": 0.3,
-}
-_DRAWING = ("num_timesteps", "cfg_text_scale", "cfg_img_scale", "cfg_interval", "timestep_shift")
+# Kind of a prompt -> the pieces of its answer; None: as the model decides.
+OUTPUTS: dict[str, list[str] | None] = {"draw": ["image"], "answer": ["text"], "auto": None}
 Answer = dict[str, Any]  # {"pieces": [{"text": str} | {"image": PNG in base64}], and "error": str where there is none}
 
 
@@ -71,12 +62,11 @@ class Sampler:
         self.idle: Callable[[], None] = lambda: None  # called before every prompt, token and Euler step; it may raise to end the samples
         self.prompts = read_prompts(config.sample_prompts, config.seed)
         training, tokenizer = model.training, Tokenizer.load(model.source)
-        self._whole = InterleaveInferencer(model, tokenizer=tokenizer)  # its answers may need every detail of a picture
-        self._small = InterleaveInferencer(model, tokenizer=tokenizer, vae_transform=small_pictures(config, model))
+        self._inferencer = InterleaveInferencer(model, tokenizer=tokenizer, vae_transform=small_pictures(config, model))
         model.train(training)
         self._lockstep = Lockstep(engine, model, self._idle) if engine.sharded else None
         if self._lockstep is not None:
-            self._whole.agree = self._small.agree = self._lockstep.meet
+            self._inferencer.agree = self._lockstep.meet
         for prompt in self.prompts:
             self._check(prompt)
 
@@ -123,34 +113,17 @@ class Sampler:
             raise PromptError(f"{prompt.where}: kind is draw, but with visual_gen=false the model cannot draw. Cure: --visual_gen true")
         if prompt.images and prompt.kind != "draw" and not config.visual_und:
             raise PromptError(f"{prompt.where}: with visual_und=false the model sees pictures only to draw. Cure: --visual_und true")
-        try:
-            self._shape(prompt)
-        except InferenceError as error:
-            raise PromptError(f"{prompt.where}: {error}") from None
-
-    def _shape(self, prompt: Prompt) -> tuple[int, int] | None:
-        """Height and width of what is drawn; None: those of the last picture."""
         if "height" in prompt.options:
-            return self._small.canvas_shape((prompt.options["height"], prompt.options["width"]))
-        if prompt.images or not self.model.config.visual_gen:
-            return None
-        side = self._small.vae_transform.max_size
-        width, height = self._small.vae_transform.size(side, side)
-        return height, width
+            try:
+                self._inferencer.canvas_shape((prompt.options["height"], prompt.options["width"]))
+            except InferenceError as error:
+                raise PromptError(f"{prompt.where}: {error}") from None
 
     def _ask(self, prompt: Prompt) -> list[Any]:
         """The answer: texts and pictures."""
-        o = DEFAULTS | prompt.options
-        drawing = {name: o[name] for name in _DRAWING}
-        common: dict[str, Any] = {"image_shapes": self._shape(prompt), "seed": prompt.seed}
-        common |= {"do_sample": o["do_sample"], "text_temperature": o["temperature"]}
-        if prompt.kind == "auto":
-            common |= {"max_new_tokens": o["max_new_tokens"], "max_pieces": MAX_PIECES}
-            return self._small.unified_generate(prompt.pieces, **common, **drawing)
-        answers = prompt.kind == "answer"
-        inferencer = self._whole if answers else self._small
-        common |= {"think": o["think"], "understanding_output": answers, "max_think_token_n": o["max_new_tokens"]}
-        return inferencer.interleave_inference(prompt.pieces, **common, **drawing)
+        return self._inferencer.unified_generate(
+            prompt.pieces, outputs=OUTPUTS[prompt.kind], max_pieces=MAX_PIECES, options=prompt.sampling
+        )
 
     def _warn(self, prompt: Prompt, error: BaseException) -> str:
         """Says on this process why a prompt has no answer; the words."""
@@ -263,12 +236,12 @@ class Sampler:
 
 
 def small_pictures(config: Config, model: Bagel) -> ImageTransform:
-    """How prompts' pictures are resized where the model draws: to at most ``SIDE`` pixels, or what it (or the smallest training
-    source) has as its smallest side."""
-    own = model.config.vae_transform
-    least = min(source.min_image_size or own["min_size"] for source in config.sources())
-    most = max(least, min(SIDE, own["max_size"]))
-    return model.config.transforms(config.max_image_tokens, max_size=most, min_size=least).vae
+    """How samples resize pictures for the VAE: as the run does, but to at most ``SIDE`` pixels or the run's smallest side.
+
+    So drawn and redrawn pictures are small; what the ViT sees is as in training.
+    """
+    run = run_transform(model.config, config.sources(), config.max_image_tokens)
+    return replace(run, max_size=max(run.min_size, min(SIDE, run.max_size)))
 
 
 def packed(pieces: Sequence[Any]) -> list[dict[str, str]]:

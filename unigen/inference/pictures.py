@@ -1,0 +1,98 @@
+"""How a prompt's pictures become blocks: as in training, by the planner; or as the reference shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unigen.config import Config, Source
+from unigen.inference.options import InferenceError
+from unigen.model.config import BagelConfig
+from unigen.sequence.contents import Viewer
+from unigen.sequence.grid import patchify
+from unigen.sequence.images import ImageTransform, open_image
+from unigen.sequence.plan import Planner
+from unigen.sequence.types import Block, Image, Kind, Sample
+
+RUN_OPTIONS = "training_config.json"  # beside the weights of a run's checkpoints
+
+
+def run_transform(config: BagelConfig, sources: Sequence[Source], max_image_tokens: int) -> ImageTransform:
+    """How a run resizes pictures for the VAE; where its sources differ, by the widest of their limits."""
+    own = config.vae_transform
+    return config.transforms(
+        max(source.max_image_tokens or max_image_tokens for source in sources),
+        max_size=max(source.max_image_size or own["max_size"] for source in sources),
+        min_size=min(source.min_image_size or own["min_size"] for source in sources),
+    ).vae
+
+
+def trained_transform(config: BagelConfig, folder: Path | None) -> ImageTransform:
+    """How the run that wrote the checkpoint ``folder`` resized pictures for the VAE; without one, the default options.
+
+    Raises:
+        InferenceError: the run's options cannot be read.
+    """
+    run, path = Config(), None if folder is None else folder / RUN_OPTIONS
+    if path is not None and path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no JSON object")
+            names = ("max_image_tokens", "train_sources")
+            run = Config(**{name: stored[name] for name in names if name in stored})
+            if not isinstance(run.max_image_tokens, int) or run.max_image_tokens < 1:
+                raise ValueError(f"max_image_tokens is {run.max_image_tokens!r}")
+            return run_transform(config, run.sources(), run.max_image_tokens)
+        except (OSError, ValueError, TypeError) as error:
+            raise InferenceError(
+                f"{path} cannot be read ({error}). Fix: copy the checkpoint again, or remove the file: "
+                "pictures are then shown as with the default options"
+            ) from error
+    return run_transform(config, run.sources(), run.max_image_tokens)
+
+
+def within(transform: ImageTransform, own: ImageTransform) -> ImageTransform:
+    """``transform`` kept within the model's position table."""
+    return replace(transform, limit=min(transform.limit or own.limit, own.limit))
+
+
+def blocks_as_trained(planner: Planner, sample: Sample, number: int, draws: bool) -> list[Block]:
+    """The blocks of picture ``number`` of a conversation, as training shows a context picture of such a sample.
+
+    One that the model drew (``target``) keeps the grid it was drawn with, as the clean copy of a target does.
+
+    Raises:
+        PictureError: the picture cannot be read or decoded.
+    """
+    picture = sample[number]
+    assert isinstance(picture, Image)
+    viewer = planner.viewer_of(draws, sum(isinstance(piece, Image) for piece in sample))
+    if picture.target:
+        viewer = _unresized(viewer, *picture.source.size)
+    return planner.context_blocks(picture.source, viewer)
+
+
+def _unresized(viewer: Viewer, width: int, height: int) -> Viewer:
+    """``viewer`` with a VAE that sees pictures of this size as they are."""
+    assert viewer.vae is not None, "a context in which the model drew shows pictures to the VAE"
+    sizes = {"max_size": max(width, height), "min_size": min(width, height), "max_pixels": width * height}
+    return replace(viewer, vae=replace(viewer.vae, **sizes, max_tokens=None))
+
+
+def blocks_as_reference(config: BagelConfig, vae: ImageTransform, vit: ImageTransform, picture: Any, draws: bool) -> list[Block]:
+    """The blocks of a picture as the reference shows it: resized for the VAE; both encoders see the result."""
+    resized = vae.resize(open_image(picture))
+    blocks = []
+    if draws:
+        pixels = vae(resized)
+        grid = (pixels.shape[1] // config.latent_stride, pixels.shape[2] // config.latent_stride)
+        blocks.append(Block(Kind.CLEAN, grid[0] * grid[1], 0, grid, pixels=pixels))
+    if config.visual_und:
+        pixels, patch = vit(resized), config.vit.patch_size
+        grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+        blocks.append(Block(Kind.VIT, grid[0] * grid[1], 0, grid, patches=patchify(pixels, patch)))
+    return blocks
