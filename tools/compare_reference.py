@@ -41,12 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         description="Compare Unigen with the reference's numbers.", epilog="example: python tools/compare_reference.py tests/golden"
     )
     parser.add_argument("folder", type=Path, help="a folder laid out like tests/golden")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("--device", default="cpu", help="where the model runs: cpu (default) or cuda")
+    options = parser.parse_args(argv)
+    folder = options.folder
     if not (folder / "model").is_dir():
         parser.error(f"{folder} has no folder model/; give a folder laid out like tests/golden")
     torch.set_grad_enabled(True)
     failed = 0
-    for case, error, tolerance in run(folder):
+    for case, error, tolerance in run(folder, options.device):
         good = error <= tolerance  # a NaN is not
         failed += not good
         print(f"{'pass' if good else 'FAIL'}  {case:<44} largest error {error:.2e}  tolerance {tolerance:.0e}", flush=True)
@@ -54,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run(folder: Path) -> Iterator[Result]:
-    """Every case of the folder."""
+def run(folder: Path, device: str = "cpu") -> Iterator[Result]:
+    """Every case of the folder, computed on ``device``."""
     meta = read(folder / "meta.json")
     constants = {name: meta[name] for name in CONSTANTS if name in meta}
-    model = load_bagel(folder / "model", dtype=torch.float32, constants=constants)
+    model = load_bagel(folder / "model", device, torch.float32, constants=constants)
     special = special_ids(meta, Tokenizer.load(folder / "model"))
     if (folder / "state_dict_shapes.json").exists():
         yield compare_shapes(folder, model)
@@ -94,7 +96,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
         return float("inf")
     if theirs.numel() == 0:
         return 0.0
-    ours, theirs = ours.detach().double(), theirs.double()
+    ours, theirs = ours.detach().double().cpu(), theirs.double()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
 
 
@@ -102,7 +104,7 @@ def unequal(ours: Tensor, theirs: Tensor) -> float:
     """How many entries differ."""
     if tuple(ours.shape) != tuple(theirs.shape):
         return float("inf")
-    return float((ours.to(theirs.dtype) != theirs).sum())
+    return float((ours.cpu().to(theirs.dtype) != theirs).sum())
 
 
 # ---- weights, pictures ---------------------------------------------------------------------------------------------
@@ -126,8 +128,8 @@ def compare_resize(folder: Path) -> Result:
 def compare_vae(folder: Path, model: Bagel) -> Iterator[Result]:
     theirs = load_file(folder / "vae.safetensors")
     with torch.no_grad():
-        yield "VAE: posterior mean", relative(model.codec.encode(theirs["image"]), theirs["latent_mean"]), HIDDEN
-        yield "VAE: decoding", relative(model.codec.decode(theirs["latent_mean"]), theirs["decoded"]), HIDDEN
+        yield "VAE: posterior mean", relative(model.codec.encode(theirs["image"].to(model.device)), theirs["latent_mean"]), HIDDEN
+        yield "VAE: decoding", relative(model.codec.decode(theirs["latent_mean"].to(model.device)), theirs["decoded"]), HIDDEN
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -141,6 +143,7 @@ def compare_training(folder: Path, name: str, case: dict[str, Any], model: Bagel
     yield f"{name}: packing, {len(wrong)} fields" + (f" (wrong: {', '.join(bad)})" if bad else ""), float(sum(wrong.values())), 0
 
     model.zero_grad(set_to_none=True)
+    pack = pack.to(model.device)
     output = model(pack)
     order = pack.index.argsort()
     ce = output.ce[pack.index[pack.label >= 0].argsort()]
@@ -149,7 +152,7 @@ def compare_training(folder: Path, name: str, case: dict[str, Any], model: Bagel
         yield f"{name}: text cross-entropy", relative(ce, theirs["out.ce"]), HIDDEN
     if "out.mse" in theirs:
         yield f"{name}: image squared error", relative(output.mse, theirs["out.mse"]), HIDDEN
-    loss = sum((x.mean() for x in (output.ce, output.mse) if x.numel()), torch.zeros(()))
+    loss = sum((x.mean() for x in (output.ce, output.mse) if x.numel()), torch.zeros((), device=model.device))
     yield f"{name}: loss", relative(loss.reshape(1), theirs["out.loss"].reshape(1)), HIDDEN
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters()}
