@@ -20,6 +20,7 @@ from unigen.config import Config
 from unigen.model.attention import prepare_attention
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec, VaeConfig
+from unigen.model.compiling import CompiledLayers
 from unigen.model.config import BagelConfig
 from unigen.model.mask import Tokens, allowed
 from unigen.sequence.pack import pack_blocks
@@ -216,11 +217,14 @@ def random_codec(config: VaeConfig) -> FluxCodec:
         return FluxCodec(config).to(Here.device).eval().requires_grad_(False)
 
 
-def engine_of(layers: int, **options: Any) -> Engine:
+def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
     """A training engine that holds a random model of so many decoder layers, prepared as a run with these options prepares it."""
+    fresh()
     config = Config(device=Here.device, bf16=True, **options)
     engine = open_engine(config)
     engine.model = prepare_model(random_model(published(layers), lambda name: dtype_of(name, config)), config).train()
+    if compiled:
+        CompiledLayers(engine.model, strict=True)
     engine.start()
     return engine
 

@@ -63,12 +63,16 @@ def env() -> None:
 
 def products() -> None:
     """TFLOP/s of the model's matrix products."""
-    shapes = [(16384, 3584, 18944), (16384, 18944, 3584), (16384, 3584, 3584), (16384, 3584, 512), (4096, 3584, 18944)]
-    for t, k, n in [(64, 64, 64)] if Here.small else shapes:
-        with tried(f"product {t} x {k} x {n}"):
-            say(f"product {t} x {k} x {n}", product(t, k, n, torch.bfloat16), "TFLOP/s")
+    shapes = {
+        "gate, up": (16384, 3584, 18944), "down": (16384, 18944, 3584), "q, o": (16384, 3584, 3584), "k, v": (16384, 3584, 512),
+        "gate, up of 4,096 tokens": (4096, 3584, 18944),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        with tried(f"product: {name}"):
+            shape = (64, 64, 64) if Here.small else shape
+            say(f"product: {name}", product(*shape, torch.bfloat16), "TFLOP/s", shape=shape)
     side = 64 if Here.small else 4096
-    for name, precision in {"product in float32": "highest", "product in float32, TF32": "high"}.items():
+    for name, precision in {"product: float32": "highest", "product: float32, TF32": "high"}.items():
         with tried(name):
             torch.set_float32_matmul_precision(precision)
             say(name, product(side, side, side, torch.float32), "TFLOP/s")

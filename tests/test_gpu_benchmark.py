@@ -31,7 +31,7 @@ GUIDE = ROOT / "benchmarks" / "gpu.md"
 # What a part must give at least; patterns.
 ATTENTION = [f"{dtype} heads 4/2 of {width}" for dtype in ("bfloat16", "float32") for width in (16, 32)]
 EXPECTED = {
-    "env": ["versions", "card", "copy", "product *", "product in float32, TF32"],
+    "env": ["versions", "card", "copy", "product: gate, up", "product: float32, TF32"],
     "flex": [
         *(f"{heads}, {tokens} tokens: error" for heads in ATTENTION for tokens in (60, 107, 128, 300, 1000)),
         *(f"attention {what}: {how}" for what in ("drawing", "edit") for how in ("forward", "forward and backward", "made ready")),
@@ -53,7 +53,7 @@ EXPECTED = {
         *("weights", "decode", "kernels a token", "prefill", "VAE encodes *", "VAE decodes *: peak"),
         *(f"Euler step, {guidance}" for guidance in ("no guidance", "text guidance", "text and image guidance")),
     ],
-    "full": ["weights", "peak of the first micro-batch", "peak of the second micro-batch", "step", "step: honest MFU"],
+    "full": ["layers", "step: peak of the first micro-batch", "step: peak of the second micro-batch", "step", "step: honest MFU"],
     "vit": ["a new size costs", "patches a second"],
     "kernels": ["top", "share of products", "share of attention", "share of other kernels"],
     "small": [
@@ -66,7 +66,7 @@ EXPECTED = {
     "options": ["as the model: forward"],
 }
 # Predictions of what a tiny run on a CPU does not do.
-GPU_ONLY = ["vit/cuDNN*", "*, compiled: *"]
+GPU_ONLY = ["vit/cuDNN*", "*, compiled: *", "full/compiled *"]
 
 
 def read(path: Path) -> list[dict]:
@@ -202,9 +202,9 @@ def test_a_prediction_holds_fails_or_is_for_another_card():
     assert judged("train", "bfloat16: resumed", 0.0, "cpu")[1] is True
     assert judged("train", "bfloat16: resumed", 1e-7, "cpu")[1] is False
     assert judged("train", "bfloat16: resumed", float("nan"), "cpu")[1] is False
-    assert judged("full", "peak with the update", 104.0, "cpu", value=100.0)[1] is True
-    assert judged("full", "peak with the update", 89.0, "cpu", value=100.0)[1] is False
-    assert judged("full", "peak with the update", None, "cpu", value=100.0)[1] is None
+    assert judged("full", "step: peak with the update", 104.0, "cpu", value=100.0)[1] is True
+    assert judged("full", "step: peak with the update", 89.0, "cpu", value=100.0)[1] is False
+    assert judged("full", "step: peak with the update", None, "cpu", value=100.0)[1] is None
     assert judged("env", "card", {"name": "x"}, "cpu") == ("", None)
 
 
