@@ -1,10 +1,12 @@
-"""Everything that only a GPU can tell, in one call of at most eight minutes: ``python benchmarks/gpu.py --out results``.
+"""Everything that only a GPU can tell, in one call of at most eight minutes.
 
-What decides most comes first. Every part is a process of its own with a limit of its own, and every result is one line of JSON, printed
-and written at once, so that a part that fails, hangs or crashes costs its own results only. Beside what was measured stands what was
-predicted (``gpu_predictions.py``), and whether the prediction holds. ``gpu.md`` says how to run this on a bare machine.
+What decides most comes first. Every part is a process of its own with a limit of its own, and every result is one
+line of JSON, printed and written at once, so that a part that fails, hangs or crashes costs its own results only.
+Beside what was measured stands what was predicted (``gpu_predictions.py``), and whether the prediction holds.
+``gpu.md`` says how to run this on a bare machine.
 
-    python benchmarks/gpu.py --small                        all parts with tiny sizes, on a CPU: does the benchmark itself work?
+    python benchmarks/gpu.py --out results                  all parts, on a GPU
+    python benchmarks/gpu.py --small                        all parts with tiny sizes, on a CPU
     python benchmarks/gpu.py --only flex,layers             these parts alone
     python benchmarks/gpu.py --report results/gpu.jsonl     the results as a page of Markdown
 """
@@ -43,12 +45,16 @@ class Part:
 
 PARTS = {
     "env": Part("gpu_speed", 45, "versions, the card, its memory bandwidth and matrix products"),
-    "flex": Part("gpu_right", 110, "flex attention against dense float64 attention, values and gradients; its speed"),
-    "agree": Part("gpu_right", 60, "the reference's losses, gradients, tokens, latents; bfloat16 against float32"),
-    "train": Part("gpu_right", 90, "the first documented training command; precisions, engines, optimisers; resume"),
-    "layers": Part("gpu_train_speed", 110, "time and memory of decoder layers at full width, and so of 28 of them"),
+    "flex": Part("gpu_right", 110, "flex attention against dense attention, values and gradients; its speed"),
+    "agree": Part("gpu_right", 60, "the reference's losses, gradients, tokens, latents; bfloat16"),
+    "train": Part("gpu_right", 90, "the first documented command; precisions, engines, optimisers; resume"),
+    "layers": Part("gpu_train_speed", 110, "time and memory of layers at full width, and so of 28 of them"),
     "infer": Part("gpu_speed", 90, "decoded tokens, Euler steps at 1024 x 1024, prefill, the VAE"),
-    "full": Part("gpu_train_speed", 90, "training steps of the whole model, or of as many layers as fit: memory as predicted?"),
+    "full": Part(
+        "gpu_train_speed",
+        90,
+        "training steps of the whole model, or of as many layers as fit: memory as predicted?",
+    ),
     "vit": Part("gpu_speed", 40, "the ViT on pictures of new sizes"),
     "kernels": Part("gpu_train_speed", 45, "which kernels take a training step's time"),
     "small": Part("gpu_right", 45, "sequences that lack something; unigen generate from end to end"),
@@ -71,7 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, interrupt)
     with Runner(out, o.seconds, o.small) as runner:
-        runner.say("run", "began", measured=time.strftime("%Y-%m-%d %H:%M:%S %Z"), commit=commit(), small=o.small, parts=names)
+        runner.say(
+            "run",
+            "began",
+            measured=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+            commit=commit(),
+            small=o.small,
+            parts=names,
+        )
         try:
             runner.run(names)
         except KeyboardInterrupt:
@@ -89,7 +102,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"parts, in this order, and their limits:\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", default="outputs/gpu", help=f"folder for {RESULTS} (appended to) and {LOG} (the parts' messages)")
+    parser.add_argument(
+        "--out",
+        default="outputs/gpu",
+        help=f"folder for {RESULTS} (appended to) and {LOG} (the parts' messages)",
+    )
     parser.add_argument("--seconds", type=float, default=450, help="most that all parts together may take")
     parser.add_argument("--only", default="", help="names of parts, with commas between them")
     parser.add_argument("--small", action="store_true", help="tiny sizes, on the CPU")
@@ -108,11 +125,16 @@ def interrupt(*_: object) -> None:
 
 def commit() -> str:
     """Which sources these are, as far as git knows."""
-    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
-# ---- the runner ------------------------------------------------------------------------------------------------------
+# ---- the runner --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -213,7 +235,12 @@ class Runner:
         errors, pipe = Path(self.folder.name) / f"{name}.txt", subprocess.PIPE
         with open(errors, "wb") as stderr:
             process = subprocess.Popen(
-                self.command(name), stdin=pipe, stdout=pipe, stderr=stderr, env=environment(self.small), start_new_session=True
+                self.command(name),
+                stdin=pipe,
+                stdout=pipe,
+                stderr=stderr,
+                env=environment(self.small),
+                start_new_session=True,
             )
         self.children.append(Child(name, process, errors))
         return self.children[-1]
@@ -261,11 +288,14 @@ def environment(small: bool) -> dict[str, str]:
     return {**kept, **os.environ, **asked}
 
 
-# ---- the process of a part -------------------------------------------------------------------------------------------
+# ---- the process of a part ---------------------------------------------------------------------------------
 
 
 def run_part(name: str, small: bool) -> int:
-    """Gets ready, waits for a line, and runs the part; does not return from that. Only results go to the standard output."""
+    """Gets ready, waits for a line, and runs the part; does not return from that.
+
+    Only results go to the standard output.
+    """
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import importlib

@@ -1,9 +1,10 @@
 """What was predicted of ``gpu.py``'s results before any GPU was seen, with the source of each figure.
 
-Marks of sources: *promise*: the project says so and tests hold it on the CPU. *counted*: bytes, FLOPs or kernels, counted with the
-project's modules on fake tensors of full size or in the CPU build. *estimate*: arithmetic over such counts, with 0.70 PFLOP/s of matrix
-products, 2.7 TB/s (H100) or 3.9 TB/s (H200) of memory, 420 and 330 TFLOP/s of attention forward and backward; it passes when the measured
-value is at most a quarter worse. *published*: others measured it, on the card and the versions that are named.
+Marks of sources: *promise*: the project says so and tests hold it on the CPU. *counted*: bytes, FLOPs or kernels,
+counted with the project's modules on fake tensors of full size or in the CPU build. *estimate*: arithmetic over such
+counts, with 0.70 PFLOP/s of matrix products, 2.7 TB/s (H100) or 3.9 TB/s (H200) of memory, 420 and 330 TFLOP/s of
+attention forward and backward; it passes when the measured value is at most a quarter worse. *published*: others
+measured it, on the card and the versions that are named.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class Prediction:
 
     def words(self) -> str:
         """The range as a text."""
-        ends = [f"≥ {self.least:.4g}" if self.least is not None else "", f"≤ {self.most:.4g}" if self.most is not None else ""]
+        ends = [
+            f"≥ {self.least:.4g}" if self.least is not None else "",
+            f"≤ {self.most:.4g}" if self.most is not None else "",
+        ]
         limits = " and ".join(end for end in ends if end)
         return (f"{self.said} ({limits})" if self.said else limits) + (f" on {self.card}" if self.card else "")
 
@@ -64,7 +68,7 @@ def formula(source: str) -> Prediction:
 EQUAL = "promise: stopped and resumed is not stopped, to the digit"
 RESULT_OF_FLEX = "rounding of the dtype; the same comparison holds on the CPU"
 MEMORY = "activations, gradients, weights, moments: step_peaks below"
-BASE = "drawing only, full recompute, 16,384 tokens: products 1.13 s, other kernels 0.74 s (H200 0.51), attention 0.36 s"
+BASE = "drawing only, full recompute, 16,384 tokens: products 1.13 s, other kernels 0.74 (H200 0.51), attention 0.36"
 COMPILED = f"{BASE}; less 0.41 s of other kernels"
 
 TABLE: list[tuple[str, Prediction]] = [
@@ -80,12 +84,18 @@ TABLE: list[tuple[str, Prediction]] = [
     ("flex/bfloat16 *: error", most(2e-2, RESULT_OF_FLEX)),
     ("flex/float32 *: error", most(1e-4, RESULT_OF_FLEX)),
     ("flex/*: compilations", most(2, "counted: one for all lengths, one more for a first one of up to 128")),
-    ("flex/fell back to other attention", most(0, "promise: with a C compiler and Triton, heads of 16 and more need not")),
+    (
+        "flex/fell back to other attention",
+        most(0, "promise: with a C compiler and Triton, heads of 16 and more need not"),
+    ),
     ("flex/attention *: forward", speed(420, "attention, bfloat16, width 128", "H100")),
     ("flex/attention *: forward", speed(420, "attention, bfloat16, width 128", "H200")),
     ("flex/attention *: forward and backward", speed(350, "4 FLOPs at 420 and 10 at 330 TFLOP/s", "H100")),
     ("flex/attention *: forward and backward", speed(350, "4 FLOPs at 420 and 10 at 330 TFLOP/s", "H200")),
-    ("agree/reference: *", most(1.0, "promise: float32 within the reference's tolerances (tools/compare_reference.py)")),
+    (
+        "agree/reference: *",
+        most(1.0, "promise: float32 within the reference's tolerances (tools/compare_reference.py)"),
+    ),
     ("agree/bfloat16: losses", most(2e-2, "rounding of bfloat16")),
     ("agree/bfloat16: gradients", most(5e-2, "rounding of bfloat16")),
     ("train/first documented command", most(0, "promise: exit code 0 (docs/training.md)")),
@@ -93,22 +103,46 @@ TABLE: list[tuple[str, Prediction]] = [
     ("train/*: resumed", most(0, EQUAL)),
     ("layers/drawing, draws only, full recompute: 28 layers, reference's MFU", speed(0.36, BASE, "H100")),
     ("layers/drawing, draws only, full recompute: 28 layers, reference's MFU", speed(0.40, BASE, "H200")),
-    ("layers/drawing, draws only, full recompute, compiled: 28 layers, reference's MFU", speed(0.44, COMPILED, "H100")),
-    ("layers/drawing, draws only, full recompute, compiled: 28 layers, reference's MFU", speed(0.48, COMPILED, "H200")),
+    (
+        "layers/drawing, draws only, full recompute, compiled: 28 layers, reference's MFU",
+        speed(0.44, COMPILED, "H100"),
+    ),
+    (
+        "layers/drawing, draws only, full recompute, compiled: 28 layers, reference's MFU",
+        speed(0.48, COMPILED, "H200"),
+    ),
     ("layers/*, peak", formula(MEMORY)),
-    ("infer/decode", slowest(15, "weights 5.1 ms, the rest launches; 12 to 15 ms before launches were saved", "H100")),
-    ("infer/decode", slowest(15, "weights 3.6 ms, the rest launches; 12 to 15 ms before launches were saved", "H200")),
+    (
+        "infer/decode",
+        slowest(15, "weights 5.1 ms, the rest launches; 12 to 15 ms before launches were saved", "H100"),
+    ),
+    (
+        "infer/decode",
+        slowest(15, "weights 3.6 ms, the rest launches; 12 to 15 ms before launches were saved", "H200"),
+    ),
     ("infer/kernels a token", most(1749, "counted: in the CPU build, before launches were saved", "NVIDIA")),
-    ("infer/Euler step, text guidance", slowest(0.27, "60 TFLOP a context; three contexts take 0.4 s", "H100")),
-    ("infer/Euler step, text and image guidance", slowest(0.4, "60 TFLOP a context; three contexts take 0.4 s", "H100")),
-    ("infer/VAE encodes 1024 x 1024: peak", Prediction(None, 3.0, "counted: 2.6 KB a pixel in float32, 2.7 GB")),
+    (
+        "infer/Euler step, text guidance",
+        slowest(0.27, "60 TFLOP a context; three contexts take 0.4 s", "H100"),
+    ),
+    (
+        "infer/Euler step, text and image guidance",
+        slowest(0.4, "60 TFLOP a context; three contexts take 0.4 s", "H100"),
+    ),
+    (
+        "infer/VAE encodes 1024 x 1024: peak",
+        Prediction(None, 3.0, "counted: 2.6 KB a pixel in float32, 2.7 GB"),
+    ),
     ("full/*: peak *", formula(MEMORY)),
     ("full/step: reference's MFU", speed(0.40, BASE, "H200")),
     ("full/step: reference's MFU", speed(0.36, BASE, "H100")),
     ("full/compiled step: reference's MFU", speed(0.44, COMPILED, "H100")),
     ("full/compiled step: reference's MFU", speed(0.48, COMPILED, "H200")),
     ("vit/a new size costs", most(0.1, "no plans: varlen attention; cuDNN would take 0.95 s", "NVIDIA")),
-    ("vit/cuDNN, a new shape costs", Prediction(None, None, "published: 0.4 s forward (sglang #4650; FunASR #3704, B200, torch 2.11)")),
+    (
+        "vit/cuDNN, a new shape costs",
+        Prediction(None, None, "published: 0.4 s forward (sglang #4650; FunASR #3704, B200, torch 2.11)"),
+    ),
     ("kernels/share of attention", most(0.25, "estimate: 0.36 of 2.3 s", "H100")),
     ("kernels/share of other kernels", most(0.40, "estimate: 0.74 of 2.3 s", "H100")),
     ("kernels/share of products", least(0.40, "estimate: 1.13 of 2.3 s", "H100")),
@@ -138,7 +172,7 @@ def judged(part: str, name: str, measured: Any, card: str, value: float | None =
     return text, prediction.holds(measured) if judgeable else None
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -152,8 +186,16 @@ class Held:
 
 
 def token_bytes(llm: Any, policy: str, und: float) -> float:
-    """Bytes a token and layer that stay for the backward pass, under bfloat16 autocast. ``und``: share of understanding tokens."""
-    hidden, inner, heads, kv_heads = llm.hidden_size, llm.intermediate_size, llm.num_attention_heads, llm.num_key_value_heads
+    """Bytes a token and layer that stay for the backward pass, under bfloat16 autocast.
+
+    ``und`` is the share of understanding tokens.
+    """
+    hidden, inner, heads, kv_heads = (
+        llm.hidden_size,
+        llm.intermediate_size,
+        llm.num_attention_heads,
+        llm.num_key_value_heads,
+    )
     width = hidden // heads
     q, kv = heads * width, kv_heads * width
     return {
@@ -164,7 +206,7 @@ def token_bytes(llm: Any, policy: str, und: float) -> float:
 
 
 def step_peaks(llm: Any, policy: str, tokens: int, und: int, held: Held) -> tuple[float, float]:
-    """Bytes at the peak of a step's first micro-batch and of a later one, whose forward finds gradients in memory.
+    """Bytes at the peak of a step's first micro-batch, and of a later one, whose forward finds gradients there.
 
     Autocast keeps no copies of weights; the pictures' latents are there; the ViT is frozen and sees nothing.
     """

@@ -1,4 +1,4 @@
-"""The results of ``gpu.py`` as Markdown, for ``RESULTS.md``: card, versions, date; figure, measured, predicted, holds or not."""
+"""The results of ``gpu.py`` as Markdown, for ``RESULTS.md``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def report(path: Path) -> str:
 
 def page(results: list[dict[str, Any]]) -> str:
     """One run."""
-    began, figures = results[0], [r for r in results if r["part"] != "run" and r["name"] not in ("part", "card", "versions")]
+    began, figures = (
+        results[0],
+        [r for r in results if r["part"] != "run" and r["name"] not in ("part", "card", "versions")],
+    )
     found = {r["name"]: r["measured"] for r in results if r["part"] == "env" and r.get("measured")}
     judged = [r["pass"] for r in figures if r.get("pass") is not None]
     lines = [

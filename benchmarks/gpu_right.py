@@ -1,4 +1,4 @@
-"""Parts of ``gpu.py`` that ask whether the GPU computes what it should: attention, the reference's numbers, training, generating."""
+"""Parts of ``gpu.py`` that ask whether the GPU computes what it should."""
 
 from __future__ import annotations
 
@@ -17,7 +17,20 @@ from typing import Any
 import compare_reference as reference
 import tiny_model as tiny
 import torch
-from gpu_setup import GOLDEN, ROOT, Here, attention_of, fresh, packed, pairs, published, say, seconds, sync, tried
+from gpu_setup import (
+    GOLDEN,
+    ROOT,
+    Here,
+    attention_of,
+    fresh,
+    packed,
+    pairs,
+    published,
+    say,
+    seconds,
+    sync,
+    tried,
+)
 from torch import Tensor
 
 import unigen.model.flex
@@ -31,7 +44,7 @@ from unigen.sequence.types import Kind, Pack
 from unigen.training.losses import loss_sums
 from unigen.training.trainer import UnifiedTrainer
 
-# ---- attention -------------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------------------
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 HEADS = [
@@ -42,11 +55,17 @@ HEADS = [
     (BFLOAT16, 4, 2, 32),
     (FLOAT32, 4, 2, 32),
 ]
-LENGTHS = (107, 60, 128, 300, 1000)  # 65 to 127 tokens and a power of two of heads a group chose kernels that fail
+LENGTHS = (
+    107,
+    60,
+    128,
+    300,
+    1000,
+)  # 65 to 127 tokens and a power of two of heads a group chose kernels that fail
 
 
 def flex() -> None:
-    """Training's attention against dense float64 attention, and its speed on sequences of the published size."""
+    """Training's attention against dense float64 attention, and its speed at the published size."""
     for dtype, heads, kv_heads, width in HEADS:
         if Here.small and width > 32:
             continue
@@ -86,7 +105,10 @@ def two_samples(tokens: int) -> Pack:
     half = (tokens - 6) // 2
     rows = next(n for n in range(int((half / 2) ** 0.5), 0, -1) if (half - half // 2) % n == 0)
     grid = (rows, (half - half // 2) // rows)
-    samples = [[tiny.text(r, half // 2), tiny.image(r, Kind.NOISED, grid=grid)], [tiny.text(r, tokens - half - 6)]]
+    samples = [
+        [tiny.text(r, half // 2), tiny.image(r, Kind.NOISED, grid=grid)],
+        [tiny.text(r, tokens - half - 6)],
+    ]
     pack = tiny.row(samples, model).to(Here.device)
     assert len(pack) == tokens, len(pack)
     return pack
@@ -102,9 +124,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
 
 
 def attention_speed() -> None:
-    """TFLOP/s over the pairs that attend (4 and 14 FLOPs a pair and number of a head), and what getting ready costs."""
+    """TFLOP/s over the pairs that attend (4 and 14 FLOPs a pair and number of a head), and getting ready."""
     c = published().llm
-    heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
+    heads, kv_heads, width = (
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        c.hidden_size // c.num_attention_heads,
+    )
     for what in ("drawing", "edit"):
         with tried(f"attention {what}"):
             pack = packed(published(), what)
@@ -117,16 +143,22 @@ def attention_speed() -> None:
             way = torch.randn_like(q)
             forward = seconds(lambda attention=attention, qkv=(q, k, v): attention(*qkv))
             both = seconds(lambda attention=attention, qkv=(q, k, v), way=way: attention(*qkv).backward(way))
-            say(f"attention {what}: forward", 4 * number / forward / 1e12, "TFLOP/s", ms=forward * 1e3, tokens=len(pack))
+            say(
+                f"attention {what}: forward",
+                4 * number / forward / 1e12,
+                "TFLOP/s",
+                ms=forward * 1e3,
+                tokens=len(pack),
+            )
             say(f"attention {what}: forward and backward", 14 * number / both / 1e12, "TFLOP/s", ms=both * 1e3)
             say(f"attention {what}: made ready", seconds(lambda pack=pack: attention_of(pack)) * 1e3, "ms")
 
 
-# ---- the reference's numbers -----------------------------------------------------------------------------------------
+# ---- the reference's numbers -------------------------------------------------------------------------------
 
 
 def agree() -> None:
-    """The golden checkpoint: hidden states, losses, gradients, tokens, latents of the reference; then bfloat16 against float32."""
+    """The golden checkpoint: the reference's losses, gradients, tokens, latents; bfloat16 against float32."""
     torch.backends.cudnn.allow_tf32 = False  # the VAE's convolutions would round to TF32, which is no error
     worst: dict[str, tuple[float, str]] = {}
     with tried("reference: all cases"):
@@ -140,7 +172,12 @@ def agree() -> None:
     with tried("bfloat16: losses"):
         wanted, gradients = golden_step(bf16=False)
         losses, ours = golden_step(bf16=True)
-        say("bfloat16: losses", max(abs(a - b) / b for a, b in zip(losses, wanted, strict=True)), float32=wanted, bfloat16=losses)
+        say(
+            "bfloat16: losses",
+            max(abs(a - b) / b for a, b in zip(losses, wanted, strict=True)),
+            float32=wanted,
+            bfloat16=losses,
+        )
         squares = sum(float(((ours[n] - g) ** 2).sum()) for n, g in gradients.items()) / sum(
             float((g**2).sum()) for g in gradients.values()
         )
@@ -161,7 +198,7 @@ def golden_step(bf16: bool) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"bf16": True},
@@ -176,7 +213,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def train() -> None:
-    """`unigen train` on the golden checkpoint: as documented, then in many ways, each of them stopped and resumed."""
+    """`unigen train` on the golden checkpoint: as documented, then in many ways, each stopped and resumed."""
     place = Path(tempfile.mkdtemp(prefix="unigen-gpu-train-"))
     try:
         with tried("first documented command"):
@@ -199,7 +236,13 @@ def documented(folder: Path) -> None:
     code = cli.main(["train", *words, *(["--device", "cpu"] if Here.small else [])])
     losses = losses_of(folder)
     say("first documented command", code, "exit code", seconds=time.perf_counter() - began, steps=len(losses))
-    say("first documented command: loss", losses[-1] / losses[0], "of the first", first=losses[0], last=losses[-1])
+    say(
+        "first documented command: loss",
+        losses[-1] / losses[0],
+        "of the first",
+        first=losses[0],
+        last=losses[-1],
+    )
 
 
 def resumed(name: str, folder: Path, options: dict[str, Any]) -> None:
@@ -217,7 +260,14 @@ def resumed(name: str, folder: Path, options: dict[str, Any]) -> None:
     once = time.perf_counter() - began
     shutil.copytree(folder, again)
     shutil.rmtree(again / f"step_{steps}")
-    UnifiedTrainer(Config(**config, output_dir=str(again), resume_from_checkpoint=str(again / f"step_{steps // 2}"), **options)).train()
+    UnifiedTrainer(
+        Config(
+            **config,
+            output_dir=str(again),
+            resume_from_checkpoint=str(again / f"step_{steps // 2}"),
+            **options,
+        )
+    ).train()
     whole, later = losses_of(folder), losses_of(again)[-steps // 2 :]
     differences = [abs(a - b) for a, b in zip(whole[-len(later) :], later, strict=True)]
     say(f"{name}: resumed", max(differences), "largest difference of losses", losses=whole, seconds=once)
@@ -228,11 +278,11 @@ def losses_of(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-# ---- small things ----------------------------------------------------------------------------------------------------
+# ---- small things ------------------------------------------------------------------------------------------
 
 
 def small() -> None:
-    """Sequences that lack something, since nothing of size zero may fail; and `unigen generate` from end to end."""
+    """Sequences that lack something (nothing of size zero may fail), and `unigen generate` from end to end."""
     model = tiny.build().to(Here.device).train()
     object.__setattr__(model, "codec", None)
     model.requires_grad_(True)
@@ -254,7 +304,16 @@ def small() -> None:
 
 def generate() -> None:
     """`unigen generate` with the golden checkpoint: a text, a picture, an edit."""
-    common = ["--model_path", str(GOLDEN / "model"), "--device", Here.device, "--max_new_tokens", "8", "--num_timesteps", "4"]
+    common = [
+        "--model_path",
+        str(GOLDEN / "model"),
+        "--device",
+        Here.device,
+        "--max_new_tokens",
+        "8",
+        "--num_timesteps",
+        "4",
+    ]
     picture = ["--image", str(GOLDEN / "input.png")]
     with tempfile.TemporaryDirectory() as folder:
         for mode, more in {"text": [], "image": ["--height", "64", "--width", "64"], "edit": picture}.items():
@@ -262,6 +321,16 @@ def generate() -> None:
                 began = time.perf_counter()
                 with redirect_stdout(io.StringIO()):
                     code = cli.main(
-                        ["generate", *common, "--mode", mode, "--prompt", "a red circle", "--output_dir", f"{folder}/{mode}", *more]
+                        [
+                            "generate",
+                            *common,
+                            "--mode",
+                            mode,
+                            "--prompt",
+                            "a red circle",
+                            "--output_dir",
+                            f"{folder}/{mode}",
+                            *more,
+                        ]
                     )
                 say(f"generate {mode}: exit code", code, seconds=time.perf_counter() - began)

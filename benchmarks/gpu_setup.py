@@ -1,4 +1,4 @@
-"""What the parts of ``gpu.py`` share: results, time, memory, models of the published size with random weights, packed sequences, FLOPs."""
+"""What the parts of ``gpu.py`` share: results, time and memory, random models, packed sequences, FLOPs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,16 @@ from unigen.training.losses import Counts, joint_loss, loss_sums
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 GB = 1e9
-# Dense bfloat16 products with float32 sums, FLOP/s, as NVIDIA's data sheets give them (half of their figures "with sparsity").
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+# Dense bfloat16 products with float32 sums, FLOP/s, from NVIDIA's data sheets (half of what they give "with sparsity").
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 class Here:
@@ -46,7 +54,7 @@ class Here:
     results: IO[str]
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------------------------
 
 
 def prepare(part: str, small: bool, results: IO[str]) -> None:
@@ -55,7 +63,7 @@ def prepare(part: str, small: bool, results: IO[str]) -> None:
 
 
 def begin(seconds: float) -> None:
-    """The part begins, and may take so long: a moment before, the stacks of its threads go to its messages."""
+    """The part begins. A moment before its time is over, the stacks of its threads go to its messages."""
     faulthandler.dump_traceback_later(max(1.0, seconds - 1.0))
     torch.manual_seed(0)
     if Here.small:
@@ -70,9 +78,16 @@ def card() -> str:
 
 
 def say(name: str, measured: Any, unit: str = "", formula: float | None = None, **more: Any) -> None:
-    """Writes one result, and beside it what was predicted. ``formula`` is the value that a formula predicts."""
+    """Writes one result, and beside it what was predicted; ``formula`` is the value that a formula predicts."""
     expected, good = gpu_predictions.judged(Here.part, name, measured, card(), formula)
-    line = {"name": name, "measured": rounded(measured), "unit": unit, "predicted": expected, "pass": good, **rounded(more)}
+    line = {
+        "name": name,
+        "measured": rounded(measured),
+        "unit": unit,
+        "predicted": expected,
+        "pass": good,
+        **rounded(more),
+    }
     Here.results.write(json.dumps(line, ensure_ascii=False) + "\n")
     Here.results.flush()
 
@@ -99,7 +114,7 @@ def tried(name: str) -> Iterator[None]:
         free()
 
 
-# ---- time and memory -------------------------------------------------------------------------------------------------
+# ---- time and memory ---------------------------------------------------------------------------------------
 
 
 def sync() -> None:
@@ -109,7 +124,7 @@ def sync() -> None:
 
 
 def seconds(work: Callable[[], Any], repeats: int = 3, warm: int = 1) -> float:
-    """The median wall time of ``work``, the device drained before and after; good for milliseconds and more."""
+    """The median wall time of ``work`` with the device drained; good for milliseconds and more."""
     for _ in range(warm):
         work()
     times = []
@@ -132,7 +147,7 @@ def free() -> None:
 
 
 def fresh() -> None:
-    """Forgets what was compiled (files of it are kept): a run compiles for one model, and a process may for eight shapes at most."""
+    """Forgets what was compiled (files of it are kept): a process may hold few versions, and a run has one model."""
     free()
     torch._dynamo.reset()
 
@@ -155,7 +170,7 @@ def share_of_peak(flops: float, took: float) -> float | None:
 
 
 def kernel_times(work: Callable[[], Any]) -> list[tuple[str, float, int]]:
-    """(name, milliseconds, calls) of every kernel of ``work`` (of every operator, on a CPU), the longest first."""
+    """(name, milliseconds, calls) of every kernel of ``work`` (on a CPU: operator), the longest first."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -165,11 +180,12 @@ def kernel_times(work: Callable[[], Any]) -> list[tuple[str, float, int]]:
         sync()
     of, kind = ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
     # Beside kernels there are the host's calls that launch them, and ranges that span several.
-    events = [e for e in profiled.key_averages() if e.device_type == kind and not e.is_user_annotation and not e.key.startswith("## ")]
+    events = [e for e in profiled.key_averages() if e.device_type == kind]
+    events = [e for e in events if not e.is_user_annotation and not e.key.startswith("## ")]
     return sorted(((e.key, getattr(e, of) / 1e3, e.count) for e in events), key=lambda e: -e[1])
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 
 def published(layers: int = 28) -> BagelConfig:
@@ -181,7 +197,12 @@ def published(layers: int = 28) -> BagelConfig:
             rope_parameters=rope, tie_word_embeddings=False,
         )  # fmt: skip
         vit = SiglipVisionConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=980, patch_size=14
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=980,
+            patch_size=14,
         )
         sides = {"max_size": 64, "min_size": 32}
         vae = VaeConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
@@ -191,7 +212,12 @@ def published(layers: int = 28) -> BagelConfig:
         num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_parameters=rope, tie_word_embeddings=False,
     )  # fmt: skip
     vit = SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=980, patch_size=14
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=980,
+        patch_size=14,
     )
     return BagelConfig(llm, vit, VaeConfig())
 
@@ -218,7 +244,7 @@ def random_codec(config: VaeConfig) -> FluxCodec:
 
 
 def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
-    """A training engine that holds a random model of so many decoder layers, prepared as a run with these options prepares it."""
+    """A training engine with a random model of so many decoder layers, prepared as a run with these options does."""
     fresh()
     config = Config(device=Here.device, bf16=True, **options)
     engine = open_engine(config)
@@ -236,12 +262,15 @@ def micro_batch(engine: Engine, pack: Pack, counts: Counts, last: bool = True) -
         engine.backward(joint_loss(text, image, counts, 1.0, 1.0), last)
 
 
-# ---- packed sequences ------------------------------------------------------------------------------------------------
+# ---- packed sequences --------------------------------------------------------------------------------------
 
 
 def packed(config: BagelConfig, what: str) -> Pack:
-    """A packed sequence on the device, of pictures of 1024 x 1024 (latents ready): ``drawing`` is four short prompts, each with the
-    picture to draw; ``edit`` is two pictures, each seen by VAE and ViT, with an instruction and the picture it becomes."""
+    """A packed sequence on the device, of pictures of 1024 x 1024 whose latents are ready.
+
+    ``drawing``: four short prompts, each with the picture to draw. ``edit``: two pictures, each seen by VAE and ViT, with
+    an instruction and the picture to draw.
+    """
     side, seen = (4, 3) if Here.small else (64, 37)
     p, vit_patch = config.latent_patch_size, config.vit.patch_size
 
@@ -279,11 +308,11 @@ def attention_of(pack: Pack) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def training_flops(config: BagelConfig, pack: Pack) -> tuple[float, float]:
-    """FLOPs of forward and backward: (by the reference's formula, of what has to be computed when everything trains).
+    """FLOPs of forward and backward: (by the reference's formula, of what has to be computed when all trains).
 
-    The reference (``train/pretrain_unified_navit.py``) counts six for each weight of one expert, embeddings and text head for every
-    token, and 12 x width x layers for each of a sample's length squared. The other counts the products of each token's own expert,
-    the head for labels, and the pairs that attend; the ViT and the VAE are in neither.
+    The reference (``train/pretrain_unified_navit.py``) counts for every token six for each weight of one expert, of the
+    embeddings and of the text head, and for every sample 12 x width x layers x its length squared. The other counts the
+    products of each token's own expert, the head for labels, and the pairs that attend. ViT and VAE are in neither.
     """
     c = config.llm
     width = c.hidden_size // c.num_attention_heads

@@ -34,14 +34,28 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.sequence.images import to_image
 from unigen.sequence.tokens import Tokenizer
 
-PACKAGES = ("triton", "transformers", "diffusers", "bitsandbytes", "jsonargparse", "peft", "accelerate", "numpy", "PIL")
+PACKAGES = (
+    "triton",
+    "transformers",
+    "diffusers",
+    "bitsandbytes",
+    "jsonargparse",
+    "peft",
+    "accelerate",
+    "numpy",
+    "PIL",
+)
 
-# ---- the card --------------------------------------------------------------------------------------------------------
+# ---- the card ----------------------------------------------------------------------------------------------
 
 
 def env() -> None:
-    """Versions, the card, and how fast it copies and multiplies: what all other figures are to be read with."""
-    found: dict[str, Any] = {"unigen": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    """Versions, the card, and how fast it copies and multiplies."""
+    found: dict[str, Any] = {
+        "unigen": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     for name in PACKAGES:
         try:
@@ -51,7 +65,15 @@ def env() -> None:
     say("versions", found)
     if Here.device == "cuda":
         p = torch.cuda.get_device_properties(0)
-        say("card", {"name": p.name, "GB": p.total_memory / GB, "SMs": p.multi_processor_count, "capability": f"{p.major}.{p.minor}"})
+        say(
+            "card",
+            {
+                "name": p.name,
+                "GB": p.total_memory / GB,
+                "SMs": p.multi_processor_count,
+                "capability": f"{p.major}.{p.minor}",
+            },
+        )
     else:
         say("card", {"name": card(), "threads": torch.get_num_threads()})
     with tried("copy"):
@@ -84,7 +106,7 @@ def product(t: int, k: int, n: int, dtype: torch.dtype) -> float:
     return 5 * 2 * t * k * n / seconds(lambda: [F.linear(a, b) for _ in range(5)]) / 1e12
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 def infer() -> None:
@@ -122,8 +144,13 @@ def writing(inferencer: InterleaveInferencer) -> None:
         took = (times[many] - times[few]) / more if more > 0 else float("nan")
         say("decode", took * 1e3, "ms a token", tokens_a_second=1 / took, tokens=lengths)
     with tried("kernels a token"):
-        counts = [sum(calls for _, _, calls in kernel_times(lambda n=n: write(inferencer, prompt, n))) for n in (few, few + 4)]
-        say("kernels a token", (counts[1] - counts[0]) / 4, "kernels" if Here.device == "cuda" else "operators")
+        profiles = [kernel_times(lambda n=n: write(inferencer, prompt, n)) for n in (few, few + 4)]
+        counts = [sum(calls for _, _, calls in profile) for profile in profiles]
+        say(
+            "kernels a token",
+            (counts[1] - counts[0]) / 4,
+            "kernels" if Here.device == "cuda" else "operators",
+        )
 
 
 def drawing(inferencer: InterleaveInferencer) -> None:
@@ -157,7 +184,15 @@ def reading(inferencer: InterleaveInferencer) -> None:
         width = c.hidden_size // c.num_attention_heads
         layer = c.hidden_size * (3 * c.intermediate_size + 2 * c.hidden_size + 2 * c.num_key_value_heads * width)
         flops = c.num_hidden_layers * (2 * layer * n + 2 * c.hidden_size * n * n)
-        say("prefill", n / took, "tokens/s", tokens=n, seconds=took, share_of_peak=share_of_peak(flops, took), peak=peak())
+        say(
+            "prefill",
+            n / took,
+            "tokens/s",
+            tokens=n,
+            seconds=took,
+            share_of_peak=share_of_peak(flops, took),
+            peak=peak(),
+        )
 
 
 def vae(codec: Any) -> None:
@@ -166,7 +201,10 @@ def vae(codec: Any) -> None:
     pixels = torch.rand(1, 3, side, side, device=Here.device) * 2 - 1
     with torch.no_grad():
         latents = codec.encode(pixels)
-        for name, work in {"encodes": lambda: codec.encode(pixels), "decodes": lambda: codec.decode(latents)}.items():
+        for name, work in {
+            "encodes": lambda: codec.encode(pixels),
+            "decodes": lambda: codec.decode(latents),
+        }.items():
             with tried(f"VAE {name} 1024 x 1024"):
                 work()
                 before = torch.cuda.memory_allocated() / GB if Here.device == "cuda" else None
@@ -175,7 +213,7 @@ def vae(codec: Any) -> None:
                 say(f"VAE {name} 1024 x 1024: peak", None if before is None else peak() - before, "GB")
 
 
-# ---- the ViT ---------------------------------------------------------------------------------------------------------
+# ---- the ViT -----------------------------------------------------------------------------------------------
 
 
 def vit() -> None:
@@ -187,7 +225,12 @@ def vit() -> None:
         look(model, 36 if Here.small else 1024)  # whatever is compiled once
         for n in sizes * 2:
             times[n].append(seconds(lambda n=n: look(model, n), repeats=1, warm=0))
-        say("a new size costs", max(a - b for a, b in times.values()), "s", first=[t[0] for t in times.values()])
+        say(
+            "a new size costs",
+            max(a - b for a, b in times.values()),
+            "s",
+            first=[t[0] for t in times.values()],
+        )
         n = sizes[-1]
         took = statistics.median(seconds(lambda: look(model, n), repeats=1, warm=0) for _ in range(3))
         say("patches a second", n / took, "patches/s", patches=n, ms=took * 1e3)
@@ -204,7 +247,7 @@ def look(model: torch.nn.Module, n: int) -> None:
 
 
 def cudnn() -> None:
-    """Attention by cuDNN, which plans for every new shape: the reason why the model goes without it where shapes change."""
+    """Attention by cuDNN, which plans for every new shape: why the model goes without it where shapes change."""
     with tried("cuDNN, a new shape costs"), sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
         q, k = (torch.randn(1, 28, n, 128, device="cuda", dtype=torch.bfloat16) for n in (1, 400))
         F.scaled_dot_product_attention(q, k, k)
@@ -213,4 +256,9 @@ def cudnn() -> None:
             for _ in range(2):
                 x = torch.randn(1, 28, n, 128, device="cuda", dtype=torch.bfloat16)
                 times.append(seconds(lambda x=x: F.scaled_dot_product_attention(q, x, x), repeats=1, warm=0))
-        say("cuDNN, a new shape costs", statistics.median(a - b for a, b in zip(times[::2], times[1::2])), "s", all=times)
+        say(
+            "cuDNN, a new shape costs",
+            statistics.median(a - b for a, b in zip(times[::2], times[1::2])),
+            "s",
+            all=times,
+        )

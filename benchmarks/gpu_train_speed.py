@@ -60,16 +60,17 @@ def held(engine: Engine, moments: float = 0.0) -> Held:
     """What :func:`step_peaks` wants to know of a model; ``moments`` are bytes a trained parameter."""
     parameters = dict(engine.model.named_parameters())
     trained = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
-    layer = sum(n for name, n in trained.items() if ".layers.0." in name and "language_model" in name and parameters[name].ndim == 2)
+    first = [name for name in trained if name.startswith("language_model.model.layers.0.")]
+    layer = sum(trained[name] for name in first if parameters[name].ndim == 2)
     weights = sum(p.numel() * p.element_size() for p in parameters.values())
     return Held(weights, sum(trained.values()), layer, moments * sum(trained.values()))
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def layers() -> None:
-    """Forward and backward with two and with four decoder layers: the difference, 13 times more, is the model of 28."""
+    """Forward and backward with two and with four decoder layers; 12 such differences more make the model of 28."""
     for what, name, options in VARIANTS:
         if Here.small and "compiled" in options:
             continue  # a C++ compiler takes longer than all the rest, and tests of the model compile
@@ -82,8 +83,18 @@ def layers() -> None:
             reference, needed = training_flops(published(28), pack)
             say(f"{what}, {name}: 28 layers", whole, "s", tokens=len(pack), und=pack.n_und)
             say(f"{what}, {name}: 28 layers, tokens a second", len(pack) / whole, "tokens/s")
-            say(f"{what}, {name}: 28 layers, reference's MFU", share_of_peak(reference, whole), "of the peak", TFLOP=reference / 1e12)
-            say(f"{what}, {name}: 28 layers, honest MFU", share_of_peak(needed, whole), "of the peak", TFLOP=needed / 1e12)
+            say(
+                f"{what}, {name}: 28 layers, reference's MFU",
+                share_of_peak(reference, whole),
+                "of the peak",
+                TFLOP=reference / 1e12,
+            )
+            say(
+                f"{what}, {name}: 28 layers, honest MFU",
+                share_of_peak(needed, whole),
+                "of the peak",
+                TFLOP=needed / 1e12,
+            )
 
 
 def layer_time(n: int, pack: Pack, name: str, options: dict[str, Any]) -> float:
@@ -101,17 +112,17 @@ def layer_time(n: int, pack: Pack, name: str, options: dict[str, Any]) -> float:
     forget_peak()
     took = seconds(work, warm=0)
     say(name, took, "s", first=first)
-    # What a compiled part keeps for the backward pass is the compiler's choice: at most what is counted for eager ones.
+    # What a compiled part keeps for the backward pass is the compiler's choice.
     expected = step_peaks(engine.model.config.llm, policy(options), len(pack), pack.n_und, held(engine))[0] / GB
     say(f"{name}, peak", peak(), "GB", formula=expected)
     return took
 
 
-# ---- the whole model -------------------------------------------------------------------------------------------------
+# ---- the whole model ---------------------------------------------------------------------------------------
 
 
 def full() -> None:
-    """Two steps of two micro-batches, drawing only, moments in 8 bits: the whole model where it fits, else as many layers as do."""
+    """Steps of two micro-batches, drawing only, moments in 8 bits: the whole model, or the layers that fit."""
     options = {**DRAWS, **FULL, "optimizer": "adamw8bit"}
     with tried("layers"):
         pack = packed(published(), "drawing")
@@ -157,23 +168,38 @@ def fitting_layers(pack: Pack, options: dict[str, Any]) -> int:
     memory = torch.cuda.get_device_properties(0).total_memory
     engine = engine_of(1, **options)
     one = held(engine, moments=2.03)
-    inside = [p for name, p in engine.model.named_parameters() if ".layers.0." in name and "language_model" in name]
-    weights, trained = sum(p.numel() * p.element_size() for p in inside), sum(p.numel() for p in inside if p.requires_grad)
+    inside = [p for name, p in engine.model.named_parameters() if name.startswith("language_model.model.layers.0.")]
+    weights, trained = (
+        sum(p.numel() * p.element_size() for p in inside),
+        sum(p.numel() for p in inside if p.requires_grad),
+    )
     del engine, inside
     gc.collect()
     free()
 
     def needs(n: int) -> float:
         more = n - 1
-        grown = Held(one.weights + more * weights, one.trained + more * trained, one.trained_layer, one.moments + 2.03 * more * trained)
+        grown = Held(
+            one.weights + more * weights,
+            one.trained + more * trained,
+            one.trained_layer,
+            one.moments + 2.03 * more * trained,
+        )
         return step_peaks(published(n).llm, policy(options), len(pack), pack.n_und, grown)[1]
 
     return max((n for n in range(1, 29) if needs(n) < 0.9 * memory), default=1)
 
 
-# ---- kernels ---------------------------------------------------------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------
 
-ATTENTION = ("flex", "flash", "fmha", "attention", "sdpa", "triton_tem")  # Inductor's templates serve attention alone here
+ATTENTION = (
+    "flex",
+    "flash",
+    "fmha",
+    "attention",
+    "sdpa",
+    "triton_tem",
+)  # Inductor's templates serve attention alone here
 PRODUCTS = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "::mm", "addmm", "bmm")
 
 
@@ -202,7 +228,7 @@ def kind_of(kernel: str) -> str:
     return "products" if any(word in name for word in PRODUCTS) else "other kernels"
 
 
-# ---- options of flex attention ---------------------------------------------------------------------------------------
+# ---- options of flex attention -----------------------------------------------------------------------------
 
 # All compile for sm_90 with PyTorch 2.11 and fit its shared memory.
 KERNEL_OPTIONS: dict[str, dict[str, Any]] = {
@@ -214,7 +240,7 @@ KERNEL_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def options() -> None:
-    """Flex attention on the drawing sequence: as the model calls it, with other kernel options, and under a plain causal mask."""
+    """Flex attention as the model calls it, with other kernel options, and under a plain causal mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     pack = packed(published(), "drawing")

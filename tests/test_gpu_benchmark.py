@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py``: every part gives its results, whatever happens to one part costs only that one, and the tables are right."""
+"""``benchmarks/gpu.py``: every part gives its results, and what happens to one costs that one only."""
 
 import json
 import os
@@ -42,18 +42,39 @@ EXPECTED = {
         *("bfloat16: losses", "bfloat16: gradients"),
     ],
     "train": [
-        *("first documented command", "first documented command: loss", "bfloat16: resumed", "float32: resumed", "float16: resumed"),
-        *("fsdp2: resumed", "fsdp2, offloaded: resumed", "8-bit Adam: resumed", "selective: resumed", "draws only: resumed"),
+        *(
+            "first documented command",
+            "first documented command: loss",
+            "bfloat16: resumed",
+            "float32: resumed",
+            "float16: resumed",
+        ),
+        *(
+            "fsdp2: resumed",
+            "fsdp2, offloaded: resumed",
+            "8-bit Adam: resumed",
+            "selective: resumed",
+            "draws only: resumed",
+        ),
     ],
     "layers": [
-        *("drawing, draws only, full recompute: 28 layers", "drawing, draws only, full recompute: 28 layers, *MFU"),
+        *(
+            "drawing, draws only, full recompute: 28 layers",
+            "drawing, draws only, full recompute: 28 layers, *MFU",
+        ),
         *("edit, everything, *: 4 layers", "*: 4 layers, peak", "*tokens a second"),
     ],
     "infer": [
         *("weights", "decode", "kernels a token", "prefill", "VAE encodes *", "VAE decodes *: peak"),
         *(f"Euler step, {guidance}" for guidance in ("no guidance", "text guidance", "text and image guidance")),
     ],
-    "full": ["layers", "step: peak of the first micro-batch", "step: peak of the second micro-batch", "step", "step: honest MFU"],
+    "full": [
+        "layers",
+        "step: peak of the first micro-batch",
+        "step: peak of the second micro-batch",
+        "step",
+        "step: honest MFU",
+    ],
     "vit": ["a new size costs", "patches a second"],
     "kernels": ["top", "share of products", "share of attention", "share of other kernels"],
     "small": [
@@ -73,14 +94,17 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---- the whole of it -------------------------------------------------------------------------------------------------
+# ---- the whole of it ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_part_gives_its_results_on_a_cpu(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--small", "--seconds", "800", "--out", tmp_path], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, "--small", "--seconds", "800", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     results = read(tmp_path / gpu.RESULTS)
     failed = [r for r in results if "failed" in r or "skipped" in r]
@@ -101,7 +125,7 @@ def test_every_part_gives_its_results_on_a_cpu(tmp_path):
     assert all(f"| {r['part']} | {r['name']} |" in page for r in results if r["part"] == "train" and r["name"] != "part")
 
 
-# ---- whatever happens to a part --------------------------------------------------------------------------------------
+# ---- whatever happens to a part ----------------------------------------------------------------------------
 
 READY = """
 import json, os, subprocess, sys, time
@@ -174,9 +198,10 @@ sys.exit(gpu.main(["--only", "env,flex,layers", "--out", {str(tmp_path)!r}]))
     run.communicate(timeout=60)
     assert run.returncode == 130
     results = read(tmp_path / gpu.RESULTS)
-    assert [r["name"] for r in results if r["part"] == "run"] == ["began", "interrupted"] and ("env", "good") in [
-        (r["part"], r["name"]) for r in results
-    ]
+    assert [r["name"] for r in results if r["part"] == "run"] == ["began", "interrupted"] and (
+        "env",
+        "good",
+    ) in [(r["part"], r["name"]) for r in results]
     deadline = time.monotonic() + 30
     while alive(grandchild) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -190,12 +215,15 @@ def test_unknown_parts_are_refused(capsys):
     assert stopped.value.code == 2 and "lawyers" in capsys.readouterr().err
 
 
-# ---- predictions and the report --------------------------------------------------------------------------------------
+# ---- predictions and the report ----------------------------------------------------------------------------
 
 
 def test_a_prediction_holds_fails_or_is_for_another_card():
     judged = gpu_predictions.judged
-    assert judged("env", "copy", 2.9, "NVIDIA H100 80GB HBM3") == ("≥ 2.7 on H100; what the estimates below assume", True)
+    assert judged("env", "copy", 2.9, "NVIDIA H100 80GB HBM3") == (
+        "≥ 2.7 on H100; what the estimates below assume",
+        True,
+    )
     assert judged("env", "copy", 2.9, "NVIDIA H200")[1] is False
     text, good = judged("env", "copy", 0.9, "NVIDIA L4")
     assert "H100" in text and good is None
@@ -214,7 +242,7 @@ def test_every_prediction_has_a_part_and_a_source():
         assert prediction.source, pattern
 
 
-# Simulated on fake tensors of full size: GB above weights and moments in the second micro-batch, without autocast's copies.
+# Simulated on fake tensors of full size: GB above weights and moments in the second micro-batch.
 SIMULATED = [
     ("full", True, 4096, 64, 29.8), ("full", True, 16384, 304, 39.3), ("full", True, 32768, 608, 52.2),
     ("selective", True, 4096, 64, 37.2), ("selective", True, 16384, 304, 68.9), ("selective", True, 32768, 608, 111.3),
@@ -230,7 +258,12 @@ def published():
         rope_parameters=rope, tie_word_embeddings=False,
     )  # fmt: skip
     vit = SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=980, patch_size=14
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=980,
+        patch_size=14,
     )
     with torch.device("meta"):
         return Bagel(BagelConfig(llm, vit, VaeConfig()))
@@ -254,8 +287,21 @@ def test_the_report_is_a_table_of_what_was_measured(tmp_path):
         {"part": "env", "name": "card", "measured": {"name": "NVIDIA H100", "GB": 85.0}},
         {"part": "env", "name": "versions", "measured": {"torch": "2.11.0"}},
         {"part": "env", "name": "copy", "measured": 2.9, "unit": "TB/s", "predicted": "≥ 2.7", "pass": True},
-        {"part": "infer", "name": "decode", "measured": 30.0, "unit": "ms a token", "predicted": "≤ 15", "pass": False},
-        {"part": "infer", "name": "prefill", "measured": None, "pass": False, "failed": "OutOfMemoryError: a | b"},
+        {
+            "part": "infer",
+            "name": "decode",
+            "measured": 30.0,
+            "unit": "ms a token",
+            "predicted": "≤ 15",
+            "pass": False,
+        },
+        {
+            "part": "infer",
+            "name": "prefill",
+            "measured": None,
+            "pass": False,
+            "failed": "OutOfMemoryError: a | b",
+        },
         {"part": "flex", "name": "part", "measured": 100, "failed": "killed after 100 s"},
         {"part": "vit", "name": "part", "skipped": "no time left: 2 of 450 s"},
     ]
@@ -268,7 +314,7 @@ def test_the_report_is_a_table_of_what_was_measured(tmp_path):
     assert "- flex: killed after 100 s" in page and "- vit: no time left" in page and "did not come to its end" in page
 
 
-# ---- a bare machine --------------------------------------------------------------------------------------------------
+# ---- a bare machine ----------------------------------------------------------------------------------------
 
 
 def carried() -> list[str]:
@@ -319,10 +365,15 @@ print("missing" if "pyarrow" not in allowed and "pyarrow" in sys.modules else "d
 
 @pytest.mark.slow
 def test_the_carried_packages_are_enough_for_a_bare_machine(tmp_path):
-    """With no package but those of the machine that the guide describes and those it takes along: the parts import, train, generate."""
+    """With the packages of the machine in the guide and those it takes along alone, the parts train and generate."""
     machine = needed(["torch", "transformers", "pillow"])
     along = {word.partition("==")[0].lower().replace("_", "-") for word in carried()}
-    assert {"jsonargparse", "diffusers", "bitsandbytes"} <= along and not along & {"torch", "numpy", "triton", "transformers"}
+    assert {"jsonargparse", "diffusers", "bitsandbytes"} <= along and not along & {
+        "torch",
+        "numpy",
+        "triton",
+        "transformers",
+    }
     top = {
         name for name, dists in packages_distributions().items() if {re.sub(r"[-_.]+", "-", d).lower() for d in dists} & (machine | along)
     }
