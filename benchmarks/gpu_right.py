@@ -201,14 +201,15 @@ def golden_step(bf16: bool) -> tuple[list[float], dict[str, Tensor]]:
 # ---- training ----------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bfloat16": {"bf16": True},
-    "draws only": {"bf16": True, "freeze_und": True, "freeze_vit": True},
-    "float32": {},
-    "fsdp2": {"bf16": True, "engine": "fsdp2"},
-    "8-bit Adam": {"bf16": True, "optimizer": "adamw8bit"},
-    "selective": {"bf16": True, "gradient_checkpointing": True, "checkpointing_policy": "selective"},
-    "fsdp2, offloaded": {"bf16": True, "engine": "fsdp2", "cpu_offload": True},
-    "float16": {"fp16": True},
+    "bfloat16": {"precision": "bf16"},
+    "not compiled": {"precision": "bf16", "compile": "off"},
+    "draws only": {"precision": "bf16", "freeze_und": True, "freeze_vit": True},
+    "float32": {"precision": "fp32"},
+    "fsdp2": {"precision": "bf16", "engine": "fsdp2"},
+    "8-bit Adam": {"precision": "bf16", "optimizer": "adamw8bit"},
+    "selective": {"precision": "bf16", "gradient_checkpointing": True, "checkpointing_policy": "selective"},
+    "fsdp2, offloaded": {"precision": "bf16", "engine": "fsdp2", "cpu_offload": True},
+    "float16": {"precision": "fp16"},
 }
 
 

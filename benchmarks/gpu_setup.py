@@ -28,7 +28,6 @@ from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack
 from unigen.training.adapters import dtype_of, prepare_model
 from unigen.training.engine import Engine, open_engine
-from unigen.training.losses import Counts, joint_loss, loss_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -246,20 +245,14 @@ def random_codec(config: VaeConfig) -> FluxCodec:
 def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
     """A training engine with a random model of so many decoder layers, prepared as a run with these options does."""
     fresh()
-    config = Config(device=Here.device, bf16=True, **options)
+    config = Config(device=Here.device, precision="bf16", **options)
     engine = open_engine(config)
-    engine.model = prepare_model(random_model(published(layers), lambda name: dtype_of(name, config)), config).train()
+    model = random_model(published(layers), lambda name: dtype_of(name, config, engine.dtype))
+    engine.model = prepare_model(model, config).train()
     if compiled:
         CompiledLayers(engine.model, strict=True)
     engine.start()
     return engine
-
-
-def micro_batch(engine: Engine, pack: Pack, counts: Counts, last: bool = True) -> None:
-    """Forward and backward as a training step does them."""
-    with engine.accumulate(last):
-        text, image = loss_sums(engine.forward(pack))
-        engine.backward(joint_loss(text, image, counts, 1.0, 1.0), last)
 
 
 # ---- packed sequences --------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from gpu_setup import (
     free,
     fresh,
     kernel_times,
-    micro_batch,
     packed,
     peak,
     published,
@@ -31,6 +30,7 @@ from unigen.model import flex
 from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
 from unigen.training.losses import Counts
+from unigen.training.passes import micro_batches
 
 DRAWS = {"freeze_und": True, "freeze_vit": True}
 EVERYTHING = {"freeze_vit": True}  # of the decoder
@@ -104,7 +104,8 @@ def layer_time(n: int, pack: Pack, name: str, options: dict[str, Any]) -> float:
 
     def work() -> None:
         engine.discard()
-        micro_batch(engine, pack, counts)
+        for _ in micro_batches(engine, [pack], counts, engine.config):
+            pass
 
     work()
     first = time.perf_counter() - began
@@ -141,10 +142,10 @@ def steps_of(name: str, n: int, pack: Pack, options: dict[str, Any]) -> None:
     whole_step(engine, pack, counts)
     first, later = step_peaks(engine.model.config.llm, policy(options), len(pack), pack.n_und, held(engine, moments=2.03))
     forget_peak()
-    micro_batch(engine, pack, counts, last=False)
-    say(f"{name}: peak of the first micro-batch", peak(), "GB", formula=first / GB)
-    micro_batch(engine, pack, counts)
-    say(f"{name}: peak of the second micro-batch", peak(), "GB", formula=later / GB)
+    expected = iter({"first": first, "second": later}.items())
+    for _ in micro_batches(engine, [pack, pack], counts, engine.config):
+        which, nbytes = next(expected)
+        say(f"{name}: peak of the {which} micro-batch", peak(), "GB", formula=nbytes / GB)
     engine.step(1e-5, engine.grad_norm())
     say(f"{name}: peak with the update", peak(), "GB", formula=later / GB, weights=held(engine).weights / GB)
     took = seconds(lambda: whole_step(engine, pack, counts), repeats=1, warm=0)
@@ -156,8 +157,8 @@ def steps_of(name: str, n: int, pack: Pack, options: dict[str, Any]) -> None:
 
 def whole_step(engine: Engine, pack: Pack, counts: Counts) -> None:
     """An optimiser step of two micro-batches."""
-    micro_batch(engine, pack, counts, last=False)
-    micro_batch(engine, pack, counts)
+    for _ in micro_batches(engine, [pack, pack], counts, engine.config):
+        pass
     engine.step(1e-5, engine.grad_norm())
 
 
@@ -208,8 +209,9 @@ def kernels() -> None:
     with tried("top"):
         pack = packed(published(), "drawing")
         engine, counts = engine_of(SHORT, **DRAWS, **FULL), Counts.of([pack])
-        micro_batch(engine, pack, counts)
-        found = kernel_times(lambda: micro_batch(engine, pack, counts))
+        for _ in micro_batches(engine, [pack], counts, engine.config):  # compiles
+            pass
+        found = kernel_times(lambda: list(micro_batches(engine, [pack], counts, engine.config)))
         total = sum(ms for _, ms, _ in found)
         top = [{"kernel": name[:100], "ms": ms, "calls": calls, "share": ms / total} for name, ms, calls in found[:25]]
         say("top", top, "", total_ms=total, kernels=sum(calls for _, _, calls in found))

@@ -135,16 +135,16 @@ def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options:
     """
     device = model.device
     x = [canvas.noise.to(device=device, dtype=torch.float32) for canvas in canvases]
-    times = flow.sampling_times(options.num_timesteps, options.timestep_shift, device)
-    rows: dict[tuple[bool, bool], _Row] = {}
+    times = flow.sampling_times(options.num_timesteps, options.timestep_shift)  # on the host, which chooses by them
+    row, used = None, None
     low, high = options.cfg_interval
-    for t, t_next in pairwise(times):
-        inside = bool(t > low) and bool(t <= high)
-        text = inside and options.cfg_text_scale > 1
+    for (host, _), (t, t_next) in zip(pairwise(times), pairwise(times.to(device)), strict=True):
+        text = bool(low < host <= high) and options.cfg_text_scale > 1
         use = (text, text and options.cfg_img_scale > 1)
-        if use not in rows:
-            rows[use] = _Row(model, special, canvases, *use)
-        v, no_text, no_image = rows[use].velocities(x, t)
+        if row is None or use != used:
+            row = None  # its copies of the contexts go before those of the next come
+            row, used = _Row(model, special, canvases, *use), use
+        v, no_text, no_image = row.velocities(x, t)
         for i in range(len(canvases)):
             guided = flow.guide(
                 v[i], no_text[i] if use[0] else None, no_image[i] if use[1] else None,
