@@ -344,3 +344,21 @@ def test_keys_and_values_stay_in_the_caches_only_where_they_grow(seed, grow, mod
             cache.length += len(mine)
             past = torch.cat([past, torch.stack([k[mine], v[mine]])], dim=1)
         assert torch.equal(cache.past(0), past) if cache.length else not past.shape[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[300], [5, 200, 17], [1369, 1370]])
+def test_pictures_on_a_gpu_need_no_batches(lengths):
+    """In FlashAttention's kernel for sequences of any lengths; heads of the ViT's width, 72."""
+    from unigen.model.attention import Pictures, picture_attention
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(lengths), 4 * 72, generator=g).cuda().bfloat16()
+    attention = picture_attention(lengths, x, 4)
+    assert isinstance(attention, Pictures)
+    q, k, v = (torch.randn(sum(lengths), 4, 72, generator=g).cuda().bfloat16().requires_grad_() for _ in range(3))
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+    (ours,), theirs = attention((q,), (k,), (v,)), dense(q, k, v, number[:, None] == number)
+    found, wanted = (torch.autograd.grad(y.sum(), (q, k, v)) for y in (ours, theirs))
+    for a, b in zip((ours, *found), (theirs, *wanted), strict=True):
+        assert (a.double() - b.double()).norm() <= 2e-2 * b.double().norm() + 1e-3

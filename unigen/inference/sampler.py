@@ -135,23 +135,23 @@ def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options:
     """
     device = model.device
     x = [canvas.noise.to(device=device, dtype=torch.float32) for canvas in canvases]
-    times = flow.sampling_times(options.num_timesteps, options.timestep_shift)  # on the host, which chooses by them
+    times, (low, high) = flow.sampling_times(options.num_timesteps, options.timestep_shift), options.cfg_interval
+    guided = ((times > low) & (times <= high)).tolist()  # on the host, which chooses by it
     row, used = None, None
-    low, high = options.cfg_interval
-    for (host, _), (t, t_next) in zip(pairwise(times), pairwise(times.to(device)), strict=True):
-        text = bool(low < host <= high) and options.cfg_text_scale > 1
+    for inside, (t, t_next) in zip(guided, pairwise(times.to(device))):
+        text = inside and options.cfg_text_scale > 1
         use = (text, text and options.cfg_img_scale > 1)
         if row is None or use != used:
             row = None  # its copies of the contexts go before those of the next come
             row, used = _Row(model, special, canvases, *use), use
         v, no_text, no_image = row.velocities(x, t)
         for i in range(len(canvases)):
-            guided = flow.guide(
+            v_guided = flow.guide(
                 v[i], no_text[i] if use[0] else None, no_image[i] if use[1] else None,
                 options.cfg_text_scale if use[0] else 1.0, options.cfg_img_scale if use[1] else 1.0,
                 options.cfg_renorm_type, options.cfg_renorm_min,
             )  # fmt: skip
-            x[i] = flow.euler_step(x[i], guided, t, t_next)
+            x[i] = flow.euler_step(x[i], v_guided, t, t_next)
     return x
 
 
