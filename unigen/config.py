@@ -297,26 +297,11 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
             ),
             (not (self.freeze_und and self.freeze_llm), "freeze_und", "with freeze_llm leaves only the latent heads; choose one of them"),
         ]
-        for name in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "num_epochs",
-            "logging_steps",
-            "save_steps",
-            "max_image_tokens",
-            "max_skipped_steps",
-        ):
+        counts = ("batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps", "save_steps")
+        for name in (*counts, "max_image_tokens", "max_skipped_steps"):
             checks.append((getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1"))
-        for name in (
-            "max_steps",
-            "eval_steps",
-            "max_num_tokens",
-            "max_sequence_length",
-            "save_total_limit",
-            "early_stopping_patience",
-            "shard_size",
-            "sample_steps",
-        ):
+        optional = ("max_steps", "eval_steps", "max_num_tokens", "max_sequence_length")
+        for name in (*optional, "save_total_limit", "early_stopping_patience", "shard_size", "sample_steps"):
             value = getattr(self, name)
             checks.append((value is None or value >= 1, name, f"is {value}; it must be at least 1"))
         for name in ("single_image_stop_prob", "text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"):
