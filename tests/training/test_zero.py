@@ -219,7 +219,9 @@ def test_zero_trains_to_the_weights_of_one_process_within_1e_6(ran: Any, alone: 
             assert one == pytest.approx(other, rel=2e-6, abs=1e-7)
     found = together([part for _, part in parts])
     assert_within(found, wanted)
-    moved, wanted_moved = ([key for key, value in first.items() if not torch.equal(value, after[key])] for after in (found, wanted))
+    # The bias of the ViT's keys adds the same to all scores of a query: it moves by rounding, or not at all.
+    steady = [key for key in first if not (key[1].startswith("vit_model") and key[1].endswith("k_proj.bias"))]
+    moved, wanted_moved = ([key for key in steady if not torch.equal(first[key], after[key])] for after in (found, wanted))
     assert len(moved) > 10 and moved == wanted_moved
 
 
