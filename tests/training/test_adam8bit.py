@@ -278,3 +278,14 @@ def test_a_missing_library_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"adamw8bit needs bitsandbytes.*pip install"):
         build_adamw8bit([{"params": [("a", nn.Parameter(torch.ones(4)))]}], CONFIG)
+
+
+@pytest.mark.gpu
+def test_moments_of_a_gpu_come_in_host_memory():
+    """In float32 those of all parameters would not fit beside the run."""
+    p = torch.nn.Parameter(torch.randn(8192, device="cuda"))
+    optimizer = build_adamw8bit([{"params": [p], "weight_decay": 0.0}], Config())
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    found = moments(optimizer, p)
+    assert found is not None and all(moment.device.type == "cpu" and moment.dtype == torch.float32 for moment in found[1:])

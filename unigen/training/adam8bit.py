@@ -110,19 +110,23 @@ def _place(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[i
 
 
 def _plain(state: dict[str, Any], number: int) -> Tensor:
+    """A moment as float32 [n] in host memory: on the GPU those of all parameters would not fit beside the run."""
     stored = state[f"state{number}"].view(-1)
     if stored.dtype == torch.float32:
-        return stored.clone()
+        return stored.to("cpu", copy=True)
     return dequantise(stored, state[f"absmax{number}"], state[f"qmap{number}"])
 
 
 def dequantise(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """``codes`` [n] uint8, ``scales`` [ceil(n / 256)], ``table`` [256] -> [n] float32, the values that the optimiser computes with."""
-    values = torch.empty(len(codes), device=codes.device)
+    """``codes`` [n] uint8, ``scales`` [ceil(n / 256)], ``table`` [256] -> [n] float32, the values that the optimiser computes with.
+
+    The result lies in host memory.
+    """
+    values = torch.empty(len(codes))
     for at in range(0, len(codes), CHUNK):
         piece = codes[at : at + CHUNK]
         scale = scales[at // BLOCK : -(-(at + len(piece)) // BLOCK)].repeat_interleave(BLOCK)[: len(piece)]
-        torch.mul(table[piece.int()], scale, out=values[at : at + len(piece)])
+        values[at : at + len(piece)] = table[piece.int()] * scale
     return values
 
 

@@ -68,7 +68,7 @@ def build_optimizer(model: nn.Module, held: Mapping[str, nn.Parameter], config: 
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[float, Tensor, Tensor] | None:
-    """Updates so far and the two moments, flat float32 [n]: the live ones, but copies with 8 bits. None before the first update."""
+    """Updates so far and the two moments, flat float32 [n]: the live ones, with 8 bits copies in host memory. None before an update."""
     if not isinstance(optimizer, torch.optim.AdamW):
         from unigen.training import adam8bit
 

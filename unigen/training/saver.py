@@ -44,6 +44,7 @@ class Entry:
     value: Tensor  # any device and layout; or a stand-in of the right dtype where ``read`` makes it
     start: int = 0
     read: Callable[[], Tensor] | None = None  # makes the value when it is written, from a file say
+    own: bool = False  # nobody else holds the value, so it needs no copy
 
     @property
     def whole(self) -> bool:
@@ -56,11 +57,15 @@ class Entry:
     @property
     def copied_later(self) -> bool:
         """Is its value still the run's own, until :func:`copy_out` has taken it?"""
-        return self.read is None and copied_later(self.value)
+        return self.read is None and not self.own and copied_later(self.value)
 
     def kept(self) -> Entry:
         """The same with a value that training does not change, but for one that is copied later."""
-        return self if self.read is not None or self.copied_later else replace(self, value=self.value.detach().to("cpu", copy=True))
+        return (
+            self
+            if self.own or self.read is not None or self.copied_later
+            else replace(self, value=self.value.detach().to("cpu", copy=True))
+        )
 
     def make(self) -> Tensor:
         return self.value if self.read is None else self.read()
@@ -146,7 +151,7 @@ class Saver:
 
     def _room_for_copies(self, contents: Contents) -> bool:
         """Does the memory of every machine hold what its processes would copy? The same answer on all of them."""
-        need = sum(entry.nbytes for entry in contents.entries if entry.read is None)
+        need = sum(entry.nbytes for entry in contents.entries if entry.read is None and not entry.own)
         said = [json.loads(text) for text in self.channel.gather(json.dumps([platform.node(), need, free_memory()]))]
         for machine in dict.fromkeys(name for name, _, _ in said):
             wanted = sum(need for name, need, _ in said if name == machine)

@@ -79,7 +79,8 @@ class RunState:
             if shard.start == 0:  # a parameter that never had a gradient is named all the same: its absence would be noticed
                 found.append(Entry("optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0)))
             for name, moment in zip(MOMENTS, moments[1:] if moments else (), strict=False):
-                found.append(Entry("optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start))
+                own = self.engine.config.optimizer == "adamw8bit"
+                found.append(Entry("optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start, own=own))
         return found
 
     def _copies(self) -> list[Entry]:
