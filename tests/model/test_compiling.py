@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import tiny_model as tiny
@@ -49,6 +50,26 @@ def test_compiled_layers_give_the_same_numbers_and_few_versions(policy, freeze_u
         apart = sum(float(((mine[name] - g).double() ** 2).sum()) for name, g in gradients.items()) ** 0.5
         assert mine.keys() == gradients.keys() and apart <= 1e-6 * whole
     assert compiled.on and torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * 2 + 2  # parts x experts, and recomputing
+
+
+def test_halves_of_any_length_share_a_version(monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    torch._dynamo.reset()
+    model = tiny.build().train()
+    layer = model.language_model.model.layers[0]
+    CompiledLayers(model, strict=True)
+    attention = layer.self_attn
+    for n in (7, 63, 64, 65, 300):  # few rows are special to `Linear`, but not while they are traced
+        angles = torch.zeros(n, 1, attention.head_width)
+        layer.before(torch.zeros(n, 32), angles, angles, "")
+        layer.after(torch.zeros(n, 32), torch.zeros(n, attention.heads, attention.head_width), "")
+    assert len(graphs) == 2
 
 
 def test_outside_of_training_nothing_is_compiled(monkeypatch):

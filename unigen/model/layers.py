@@ -25,8 +25,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, inputs] -> [n, outputs]."""
-        few = x.ndim == 2 and x.shape[0] <= FEW_ROWS and self.weight.numel() >= LARGE
-        if few and x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and _plain():
+        # The number of rows is looked at last: while a compiler traces, that would make a version of its own for few rows.
+        plain = x.is_cpu and _plain() and x.dtype == self.weight.dtype == torch.float32
+        if plain and x.ndim == 2 and self.weight.numel() >= LARGE and x.shape[0] <= FEW_ROWS:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
