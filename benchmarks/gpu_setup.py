@@ -23,10 +23,11 @@ from unigen.model.codec import FluxCodec, VaeConfig
 from unigen.model.compiling import CompiledLayers
 from unigen.model.config import BagelConfig
 from unigen.model.mask import Tokens, allowed
+from unigen.model.parts import dtype_of
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack
-from unigen.training.adapters import dtype_of, prepare_model
+from unigen.training.adapters import prepare_model
 from unigen.training.engine import Engine, open_engine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -271,7 +271,7 @@ def published():
 
 @pytest.mark.parametrize(("policy", "draws", "tokens", "und", "simulated"), SIMULATED)
 def test_the_memory_formula_is_the_simulation(published, policy, draws, tokens, und, simulated):
-    from unigen.training.adapters import is_frozen
+    from unigen.model.parts import is_frozen
 
     config = Config(freeze_und=draws, freeze_vit=draws)
     trained = {name: p for name, p in published.named_parameters() if not is_frozen(name, config)}

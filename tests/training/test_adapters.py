@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from unigen.config import Config, ConfigError
+from unigen.model.parts import dtype_of
 from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Block, Kind
-from unigen.training.adapters import compiles, dtype_of, prepare_model, tell_compiling
+from unigen.training.adapters import compiles, prepare_model, tell_compiling
 
 
 def a_row(model, folder: Path):

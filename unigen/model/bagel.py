@@ -22,6 +22,7 @@ from unigen.model.config import BagelConfig
 from unigen.model.kv_cache import Cache
 from unigen.model.layers import Connector, PositionTable, TimeEmbedder
 from unigen.model.mot import LanguageModel
+from unigen.model.parts import GEN, is_embedding, is_generation_expert, is_table, writes_into_residual
 from unigen.model.sdpa import Halves, join
 from unigen.model.vit import VisionModel
 from unigen.sequence.grid import patchify
@@ -92,14 +93,16 @@ class Bagel(nn.Module):
         for name, p in parameters.items():
             if p.ndim < 2:
                 nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            elif "embed_tokens" in name or "position_embedding" in name or "lm_head" in name:
+            elif is_table(name):
+                continue
+            elif is_embedding(name) or "lm_head" in name:
                 nn.init.normal_(p, std=std)
-            elif not name.endswith("pos_embed.pos_embed"):
-                writes = any(part in name for part in ("o_proj", "down_proj", "out_proj", "mlp.fc2"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * depth[name.split(".")[0]] if writes else 1)) ** -0.5)
+            else:
+                terms = 2 * depth[name.split(".")[0]] if writes_into_residual(name) else 1  # that add up in the residual stream
+                nn.init.normal_(p, std=(p.shape[1] * terms) ** -0.5)
         for name, p in parameters.items():
-            if "_moe_gen" in name:
-                p.copy_(parameters[name.replace("_moe_gen", "")])
+            if is_generation_expert(name):
+                p.copy_(parameters[name.replace(GEN, "")])
         for table in ("latent_pos_embed", "vit_pos_embed"):
             if hasattr(self, table):
                 getattr(self, table).fill()

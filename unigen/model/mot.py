@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from unigen.model.attention import Attention
 from unigen.model.layers import Linear, RMSNorm, SwiGLU, rope_angles, rotate
+from unigen.model.parts import GEN
 from unigen.model.recompute import recomputed
 from unigen.model.sdpa import Halves
 from unigen.sequence.types import Pack
 
-GEN = "_moe_gen"
 EXPERTS = ("", GEN)
 """Suffixes of the experts' parameter names: understanding, generation."""
 

@@ -21,6 +21,7 @@ from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec, VaeConfig
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config, read_json
 from unigen.model.layers import sincos_table
+from unigen.model.parts import is_left_out, is_table
 from unigen.model.storage import WEIGHTS, Stored, few, scan_folder, scan_safetensors, write_json, write_safetensors
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
@@ -137,7 +138,7 @@ def read_parameter(model: Bagel, name: str, stored: Mapping[str, Stored], out: T
     A position table that the checkpoint lacks, or holds for another size, is computed.
     """
     entry, shape = stored.get(name), tuple(model.get_parameter(name).shape)
-    if name.endswith("pos_embed.pos_embed") and (entry is None or entry.shape != shape):
+    if is_table(name) and (entry is None or entry.shape != shape):
         table = sincos_table(math.isqrt(shape[0]), shape[1])
         out.copy_(table.view(-1)[start : start + len(out)])
     else:
@@ -164,9 +165,9 @@ def load_codec(folder: Path, config: BagelConfig, device: torch.device | str = "
 
 def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]]) -> None:
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    tables = {name for name in wanted if name.endswith("pos_embed.pos_embed")}
+    tables = {name for name in wanted if is_table(name)}
     missing = [name for name in wanted if name not in shapes and name not in tables]
-    unexpected = [name for name in shapes if name not in wanted and not _left_out(name, model.config)]
+    unexpected = [name for name in shapes if name not in wanted and not is_left_out(name, model.config.visual_gen, model.config.visual_und)]
     misshapen = [
         f"{name} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -183,13 +184,6 @@ def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]
             + "\n  ".join(problems)
             + "\nCure: take weights and config files of one and the same checkpoint"
         )
-
-
-def _left_out(name: str, config: BagelConfig) -> bool:
-    """Is this key of a part that the caller asked to leave out?"""
-    gen = "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed."))
-    und = name.startswith(("vit_model.", "connector.", "vit_pos_embed."))
-    return (gen and not config.visual_gen) or (und and not config.visual_und)
 
 
 def save_bagel(model: Bagel, folder: Path | str, *, weights: Mapping[str, Tensor] | None = None, filename: str = WEIGHTS) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import Config, UserError
-from unigen.training.optim import EMBEDDINGS
+from unigen.model.parts import is_embedding
 
 BLOCK = 256  # elements that share a scale; bitsandbytes has no other for its optimisers
 CHUNK = 1 << 22  # elements quantised at a time, a multiple of BLOCK
@@ -45,7 +45,7 @@ def build_adamw8bit(groups: Sequence[dict[str, Any]], config: Config) -> torch.o
 
 def _bits(name: str) -> int:
     """Rows of an embedding are met rarely and unevenly, so that their second moment needs its full range."""
-    return 32 if any(word in name for word in EMBEDDINGS) else 8
+    return 32 if is_embedding(name) else 8
 
 
 @cache

@@ -6,37 +6,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from unigen.config import Config, ConfigError
 from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
+from unigen.model.parts import is_frozen
 
 log = logging.getLogger("unigen")
-
-# Parameters that are not the weight or bias of a linear layer.
-_NOT_LINEAR = ("norm", "embed_tokens", "position_embedding", "pos_embed")
-
-
-def is_frozen(name: str, config: Config) -> bool:
-    """Does the config keep this parameter as it is? The position tables never learn."""
-    und = "_moe_gen" not in name and name.startswith(("language_model.", "vit_model.", "connector."))
-    return (
-        name.endswith("pos_embed.pos_embed")
-        or (config.freeze_llm and name.startswith("language_model."))
-        or (config.freeze_vit and name.startswith("vit_model."))
-        or (config.freeze_und and und)
-    )
-
-
-def dtype_of(name: str, config: Config, computes: torch.dtype) -> torch.dtype:
-    """The dtype a parameter is held in: float32, and bfloat16 for matrices that do not learn where the run ``computes`` in it.
-
-    Under bf16 autocast a linear layer casts its weights to bfloat16 anyway, so this changes no number and halves their
-    memory; saving writes their stored bytes all the same.
-    """
-    halved = computes == torch.bfloat16 and is_frozen(name, config) and not any(part in name for part in _NOT_LINEAR)
-    return torch.bfloat16 if halved else torch.float32
 
 
 def compiles(config: Config, device: str, engine: str) -> tuple[bool, str]:

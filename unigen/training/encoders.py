@@ -20,12 +20,12 @@ from unigen.model.backends import autocast
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config
+from unigen.model.parts import dtype_of, is_frozen
 from unigen.model.storage import scan_folder
 from unigen.model.vit import VisionModel
 from unigen.model.weights import load_codec
 from unigen.sequence.contents import Seen
 from unigen.sequence.grid import grid_positions
-from unigen.training.adapters import dtype_of, is_frozen
 
 log = logging.getLogger("unigen")
 

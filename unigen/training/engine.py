@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from unigen.config import Config, ConfigError, UserError
 from unigen.model.backends import autocast, prefer_flash, use_expandable_segments, use_tf32
 from unigen.model.bagel import Bagel, Output
+from unigen.model.parts import dtype_of
 from unigen.model.storage import Stored
 from unigen.model.weights import build_bagel, load_codec, read_parameter
 from unigen.sequence.types import Pack
-from unigen.training.adapters import compile_layers, dtype_of, prepare_model
+from unigen.training.adapters import compile_layers, prepare_model
 from unigen.training.optim import (
     LossScale,
     build_optimizer,

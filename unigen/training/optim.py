@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError
+from unigen.model.parts import is_embedding
 
-EMBEDDINGS = ("embed_tokens", "position_embedding", "pos_embed")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         raise ConfigError("no parameter is trainable; unfreeze a part of the model (--freeze_llm, --freeze_vit, --freeze_und)")
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for parameter, known_as in names.items():
-        embedding = any(word in name for name in known_as for word in EMBEDDINGS)
+        embedding = any(map(is_embedding, known_as))
         decays = parameter.ndim >= 2 and not embedding
         groups[0 if decays else 1]["params"].append((known_as[0], parameter))
     return [group for group in groups if group["params"]]

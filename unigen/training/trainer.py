@@ -17,6 +17,7 @@ import torch
 from unigen.config import Config, UserError
 from unigen.data.cache import Tally
 from unigen.data.loader import Place, Row, RowStream, Share, default_workers, load_rows
+from unigen.model.parts import title
 from unigen.model.storage import scan_folder
 from unigen.model.weights import side_bytes, write_side_files
 from unigen.training.adapters import tell_compiling
@@ -155,7 +156,7 @@ class UnifiedTrainer:
         total, trained = (sum(s.shape.numel() for s in shards if s.trains or everything) for everything in (True, False))
         parts: dict[str, int] = {}
         for s in shards:
-            part = "generation expert" if "_moe_gen" in s.name else s.name.split(".")[0]
+            part = title(s.name)
             parts[part] = parts.get(part, 0) + s.shape.numel() * s.trains
         log.info(
             "Model: %s parameters, %s train (%s)", f"{total:,}", f"{trained:,}", ", ".join(f"{k} {v:,}" for k, v in parts.items() if v)
