@@ -1,4 +1,4 @@
-"""What is done to a model for training, from outside and in one order: dtypes at loading, time law, freezing, checkpointing."""
+"""What is done to a model for training, from outside and in one order: time law, freezing, checkpointing, compiling."""
 
 from __future__ import annotations
 
