@@ -14,9 +14,9 @@ import torch
 from checkpoints import write_checkpoint
 
 from unigen import cli, load_bagel
-from unigen.ckpt.command import CkptOptions
 from unigen.ckpt.export import ExportError, export
 from unigen.ckpt.listing import describe, listed
+from unigen.ckpt.options import CkptOptions
 from unigen.config import Config
 from unigen.model.storage import scan_folder, scan_safetensors
 from unigen.training.checkpoint import read_manifest
@@ -352,7 +352,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(whole: Path
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from unigen.ckpt.command import CkptOptions
+from unigen.ckpt.options import CkptOptions
 from unigen.ckpt.export import export
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import unigen
-from unigen import cli, commands
+from unigen import cli
 from unigen.config import Config, ConfigError, UserError, known_options
+from unigen.demo import command
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb"]
@@ -95,27 +96,27 @@ def test_which_errors_are_the_users():
 
 def test_only_user_errors_lose_their_traceback(monkeypatch, capsys):
     def fail(error: BaseException):
-        def run(options: commands.DemoOptions) -> None:
+        def run(options: command.DemoOptions) -> None:
             raise error
 
         return run
 
-    row = cli.COMMANDS["demo"]._replace(run="unigen.commands:demo")
+    row = cli.COMMANDS["demo"]._replace(run="unigen.demo.command:demo")
     monkeypatch.setitem(cli.COMMANDS, "demo", row)
-    monkeypatch.setattr(commands, "demo", fail(ValueError("inner")))
+    monkeypatch.setattr(command, "demo", fail(ValueError("inner")))
     with pytest.raises(ValueError, match="inner"):
         cli.main(["demo"])
-    monkeypatch.setattr(commands, "demo", fail(ConfigError("learning_rate is odd")))
+    monkeypatch.setattr(command, "demo", fail(ConfigError("learning_rate is odd")))
     assert cli.main(["demo"]) == 2 and capsys.readouterr().err == "unigen: error: learning_rate is odd\n"
-    monkeypatch.setattr(commands, "demo", fail(KeyboardInterrupt()))
+    monkeypatch.setattr(command, "demo", fail(KeyboardInterrupt()))
     assert cli.main(["demo"]) == 130
 
 
 def test_a_command_gets_its_options_and_gives_the_exit_code(monkeypatch):
     seen = []
-    monkeypatch.setattr(commands, "demo", lambda options: seen.append(options) or 3)
+    monkeypatch.setattr(command, "demo", lambda options: seen.append(options) or 3)
     assert cli.main(["demo", "--quick", "--output_dir", "x"]) == 3
-    assert seen == [commands.DemoOptions(output_dir="x", quick=True)]
+    assert seen == [command.DemoOptions(output_dir="x", quick=True)]
 
 
 def test_the_guides_script_is_unigen_train(tmp_path):

@@ -38,7 +38,7 @@ def demo(tmp_path_factory):
 
 
 def test_the_floors_are_above_chance():
-    from unigen.demo import BARS, CHANCE
+    from unigen.demo.exam import BARS, CHANCE
 
     assert FLOORS.keys() == CHANCE.keys() == BARS.keys()
     assert all(CHANCE[name] + 0.1 <= FLOORS[name] <= BARS[name] for name in FLOORS)
@@ -74,7 +74,7 @@ def test_it_is_the_ordinary_training_command(demo):
 def test_how_it_learned_is_shown_by_watch(demo, tmp_path):
     """The line of the README: every question's answers over the steps, and the pictures that were asked about."""
     from unigen.cli import main
-    from unigen.demo import SAMPLES
+    from unigen.demo.exam import SAMPLES
 
     assert main(["watch", str(demo.out / "run"), "--html", str(tmp_path / "run.html")]) == 0
     page = Page((tmp_path / "run.html").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unigen.data.formats import FORMATS, parse_record
-from unigen.digits import (
+from unigen.demo.digits import (
     NUMBERS,
     SPECIAL_TOKENS,
     TASKS,

@@ -175,7 +175,7 @@ def test_every_flag_in_a_document_exists(path):
 
 
 def test_the_bars_in_the_readmes_are_the_demos():
-    from unigen.demo import BARS, CHANCE
+    from unigen.demo.exam import BARS, CHANCE
 
     for path in (README, CHINESE):
         shown = {match[0]: (float(row[1]), float(row[2])) for row in table_rows(path) if (match := re.match(r"\w+_accuracy", row[0]))}
@@ -186,7 +186,7 @@ def test_the_bars_in_the_readmes_are_the_demos():
 def test_the_tree_and_the_reading_path_name_what_exists(path):
     tree = next(body for language, body in blocks(path) if language == "text" and "unigen/\n" in body)
     for line in tree.splitlines():
-        names = line.strip().split("  ") if line.startswith("  demo.py") else [line.strip().split(" ")[0]]
+        names = line.strip().split("  ") if line.startswith("  report.py") else [line.strip().split(" ")[0]]
         for name in names:
             assert (ROOT / ("unigen" if line.startswith("  ") else "") / name).exists(), line
     steps = re.findall(r"^\d+\. .*$", prose(path), re.M)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # An import may point to a lower number, to the same package, or along an entry of BESIDE.
 LAYER = {"config": 0, "tty": 0, "sequence": 0, "model": 1, "data": 1, "inference": 2, "evaluation": 3, "training": 4}
-LAYER |= {"report": 5, "precompute": 5, "cli": 5, "commands": 5, "demo": 5, "digits": 5, "web": 5, "__main__": 6}
+LAYER |= {"report": 5, "precompute": 5, "cli": 5, "commands": 5, "demo": 5, "web": 5, "__main__": 6}
 LAYER |= {"check": 5, "ckpt": 5, "preview": 5, "fetch": 5, "watch": 5}
 TOP = [part for part, layer in LAYER.items() if layer == 5]
 BESIDE = {("sequence", "config")} | {(a, b) for a in TOP for b in TOP}
@@ -24,7 +24,7 @@ HOMES = {
     "trackio": ["training/service_process.py"],
     "tensorboard": ["training/event_files.py"],
     "diffusers": ["model/codec.py"],
-    "sklearn": ["demo.py", "digits.py"],
+    "sklearn": ["demo/*"],
     "transformers": ["sequence/tokens.py", "model/*"],
     "jsonargparse": ["cli.py"],
     "pyarrow": ["data/tables.py", "data/unpack.py"],
@@ -83,6 +83,28 @@ def wrong_ways(package: Path) -> list[str]:
     return found
 
 
+def circles(package: Path) -> list[str]:
+    """Imports that lead back to the file they stand in, late ones and those for types too."""
+    files = {".".join((package.name, *path.relative_to(package).with_suffix("").parts)): path for path in package.rglob("*.py")}
+    arrows = {name: {(line, target) for line, target in imports(path, package)} for name, path in files.items()}
+    leads: dict[str, set[str]] = {}
+    for name in files:
+        ahead = [name]
+        leads[name] = set()
+        while ahead:
+            for _, target in arrows[ahead.pop()]:
+                target = target if target in files else target.rpartition(".")[0]
+                if target in files and target not in leads[name]:
+                    leads[name].add(target)
+                    ahead.append(target)
+    return [
+        f"{name}:{line}: {target} leads back here"
+        for name in sorted(files)
+        for line, target in sorted(arrows[name])
+        if name in leads.get(target if target in files else target.rpartition(".")[0], set())
+    ]
+
+
 def strangers(package: Path) -> list[str]:
     """Imports of a heavy package outside its home, or of one that is not used at all."""
     found = []
@@ -104,6 +126,10 @@ def oversized(package: Path) -> list[str]:
 
 def test_imports_point_one_way():
     assert wrong_ways(ROOT / "unigen") == []
+
+
+def test_no_import_leads_back():
+    assert circles(ROOT / "unigen") == []
 
 
 def test_heavy_packages_stay_in_their_files():
@@ -162,6 +188,20 @@ def test_right_ways_are_not_found(tmp_path):
         "cli": "from unigen import __version__",
     }
     assert wrong_ways(house(tmp_path, **files)) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from unigen.watch.command import Options",
+        "def f():\n    from unigen.watch import command",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import unigen.watch.command",
+        "from .command import Options",
+    ],
+)
+def test_an_import_that_leads_back_is_found(back, tmp_path):
+    files = {"watch__command": "from unigen.watch import folder", "watch__folder": "import unigen.watch.page", "watch__page": back}
+    assert len(circles(house(tmp_path, **files, watch__words="from unigen.watch import page"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ A command is a dataclass of options, a function that takes it, one line of help,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,21 +25,6 @@ class Command(NamedTuple):
     example: str
     positional: str = ""
     short: Mapping[str, str] = {}
-
-
-@dataclass
-class DemoOptions:
-    """The demo: real handwritten digits, a tiny model from scratch, a report.
-
-    Args:
-        output_dir: Folder for the data, the run, report.html and metrics.json.
-        quick: A smaller run of the same line, in about a minute and a half.
-        seed: Seed of everything random.
-    """
-
-    output_dir: str = "outputs/demo"
-    quick: bool = False
-    seed: int = 42
 
 
 def train(config: Config) -> int:
@@ -66,13 +50,6 @@ def generate(options: Any) -> None:
     print(f"Written to {page}")
 
 
-def demo(options: DemoOptions) -> None:
-    """``unigen demo``."""
-    from unigen import demo as module
-
-    module.run(Path(options.output_dir), options.quick, options.seed)
-
-
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "unigen.config:Config",
@@ -94,7 +71,7 @@ COMMANDS: dict[str, Command] = {
         positional="paths",
     ),
     "preview": Command(
-        "unigen.preview.command:PreviewOptions",
+        "unigen.preview.pick:PreviewOptions",
         "unigen.preview.command:preview",
         "Show samples as the model sees them: tokens, loss, pictures, positions, mask.",
         "unigen preview data/train.jsonl -n 5 --output preview.html",
@@ -116,22 +93,22 @@ COMMANDS: dict[str, Command] = {
         positional="train_data_path",
     ),
     "ckpt": Command(
-        "unigen.ckpt.command:CkptOptions",
+        "unigen.ckpt.options:CkptOptions",
         "unigen.ckpt.command:run",
         "List, verify and export the checkpoints of a run.",
         "unigen ckpt export outputs/unified_training/step_1000 exported --dtype bfloat16",
         positional="paths",
     ),
     "watch": Command(
-        "unigen.watch.command:WatchOptions",
+        "unigen.watch.options:WatchOptions",
         "unigen.watch.command:watch",
         "Show a running or finished training in the terminal, or as a page.",
         "unigen watch outputs/unified_training --html run.html",
         positional="run",
     ),
     "demo": Command(
-        "unigen.commands:DemoOptions",
-        "unigen.commands:demo",
+        "unigen.demo.command:DemoOptions",
+        "unigen.demo.command:demo",
         "Train a tiny model on handwritten digits and report what it learnt.",
         "unigen demo --quick",
     ),

@@ -7,8 +7,8 @@ from pathlib import Path
 from pages import Page
 
 from unigen.preview import command as preview
-from unigen.preview.command import PreviewOptions
 from unigen.preview.page import write_preview
+from unigen.preview.pick import PreviewOptions
 from unigen.preview.view import look
 from unigen.preview.words import words
 from unigen.sequence.pack import pack_blocks

@@ -18,8 +18,8 @@ from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.model.weights import load_planner
 from unigen.preview import command as preview
 from unigen.preview.blocks import Ink, mask_drawing, plain, strip, tile_side, visible
-from unigen.preview.command import PreviewOptions, pick
 from unigen.preview.page import write_preview
+from unigen.preview.pick import PreviewOptions, pick
 from unigen.preview.view import look
 from unigen.preview.words import WORDS
 from unigen.sequence.plan import Draw

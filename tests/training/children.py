@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAD = """
 import ctypes, os, signal, sys, threading, time
-from unigen.training.stops import Stopped, Stops, Watchdog, shielded, worker_init
+from unigen.training.stops import Stopped, Stops, shielded, worker_init
+from unigen.training.watchdog import Watchdog
 
 def say(*words):
     print(*words, flush=True)

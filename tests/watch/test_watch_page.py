@@ -19,9 +19,9 @@ from recorded import PROMPTS, record, write_metrics, write_rank, write_samples
 from unigen.report import write_page
 from unigen.watch import chart
 from unigen.watch import page as page_module
-from unigen.watch.command import WatchOptions
 from unigen.watch.curves import MAX_POINTS
 from unigen.watch.folder import Run
+from unigen.watch.options import WatchOptions
 from unigen.watch.page import write
 from unigen.watch.words import WORDS, figure
 

@@ -18,11 +18,11 @@ from recorded import PROMPTS, record, row, write_checkpoint, write_metrics, writ
 
 from unigen import cli
 from unigen.watch import command
-from unigen.watch.command import WatchOptions
 from unigen.watch.curves import Curve, Panel, Range, smooth, thin, value_range
 from unigen.watch.folder import Run
 from unigen.watch.health import judge, worries
 from unigen.watch.metrics import Point
+from unigen.watch.options import WatchOptions
 from unigen.watch.plot import plot, sparkline
 from unigen.watch.terminal import View, fit, frame, render, wrapped
 from unigen.watch.words import WORDS, Words, columns, figure, size

@@ -6,10 +6,9 @@ One process, no accelerator, no process group: a checkpoint says itself how many
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from unigen.ckpt.options import CkptOptions
 from unigen.config import UserError, nearest
 
 _TAKES = {
@@ -18,29 +17,6 @@ _TAKES = {
     "export": ("two folders: unigen ckpt export CHECKPOINT NEW_FOLDER", 2, 2),
 }
 """Action -> what it takes in words, how many folders at least and at most."""
-
-
-@dataclass
-class CkptOptions:
-    """List, verify and export the checkpoints of a run.
-
-    Args:
-        paths: What to do, and with what: ls RUN; verify CHECKPOINT_OR_RUN ...; export CHECKPOINT NEW_FOLDER.
-        json: With ls and verify, print one JSON document.
-        weights: With export: ema, the average (the weights themselves where the run kept none), or raw, those that train.
-        dtype: With export: dtype of the tensors. as_stored keeps what trained in float32 and the rest as it was read.
-        max_shard_gb: With export: split the weights into files of at most so many gigabytes (10^9 bytes). Default: one file.
-        overwrite: With export: replace an earlier export.
-        verify: With export: first read and check every byte that will be exported.
-    """
-
-    paths: list[str] = field(default_factory=list)
-    json: bool = False
-    weights: Literal["ema", "raw"] = "ema"
-    dtype: Literal["as_stored", "bfloat16", "float32"] = "as_stored"
-    max_shard_gb: float | None = None
-    overwrite: bool = False
-    verify: bool = True
 
 
 def run(options: CkptOptions) -> int:

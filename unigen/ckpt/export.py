@@ -9,21 +9,19 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from unigen import __version__
 from unigen.ckpt.listing import is_checkpoint, listed
+from unigen.ckpt.options import CkptOptions
 from unigen.ckpt.verify import of_group, problems_of
 from unigen.config import UserError
 from unigen.model.storage import WEIGHTS, Stored, write_json, write_safetensors
 from unigen.training.checkpoint import GROUPS, read_manifest, scan_weights
 from unigen.training.space import free_bytes, gb, mount_of
-
-if TYPE_CHECKING:
-    from unigen.ckpt.command import CkptOptions
 
 
 class ExportError(UserError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unigen.data.dataset import task
 from unigen.preview.blocks import BLOCKS, KINDS, TOKENS, Ink, block_name, mask_drawing, named, plain, strip, tile, tile_side, visible
-from unigen.preview.command import Look, PreviewOptions
+from unigen.preview.pick import Look, PreviewOptions
 from unigen.preview.view import Shown, View, source_name
 from unigen.preview.words import words
 from unigen.report import table, write_page

@@ -19,9 +19,6 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from unigen.training.watchdog import EXIT_HUNG as EXIT_HUNG
-from unigen.training.watchdog import Watchdog as Watchdog
-
 EXIT_STOPPED = 75
 """Stopped by a signal, the last finished step is saved: run again with ``--resume_from_checkpoint auto`` (EX_TEMPFAIL)."""
 

@@ -36,10 +36,10 @@ from unigen.training.saver import Contents, Saver
 from unigen.training.secrets import hide_in_logs, redacted
 from unigen.training.space import Space, SpaceError
 from unigen.training.state import RunState, rows_of_a_step
-from unigen.training.stops import Stopped, Stops, Watchdog, shielded, worker_init
+from unigen.training.stops import Stopped, Stops, shielded, worker_init
 from unigen.training.streams import Streams
 from unigen.training.tracking import Progress, Tracker
-from unigen.training.watchdog import WAITING
+from unigen.training.watchdog import WAITING, Watchdog
 
 log = logging.getLogger("unigen")
 

@@ -7,41 +7,18 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from unigen.config import ConfigError
 from unigen.tty import harmless, has_colour, say, showable
+from unigen.watch.options import WatchOptions
 
 if TYPE_CHECKING:
     from unigen.watch.folder import Run
     from unigen.watch.terminal import View
 
 NARROWEST, WIDEST = 40, 200
-
-
-@dataclass
-class WatchOptions:
-    """Which runs to watch, and how they are shown.
-
-    Args:
-        run: Folder of a run, or of several; of several, curves are compared.
-        html: Write a page to this file, and end.
-        interval: Seconds between two looks at the folder.
-        once: Print what there is now, and end; so it is, too, where the output is no terminal.
-        steps: The part of the curves to show, as FIRST:LAST; either may be missing.
-        smooth: Weight in [0, 1) of what was before in the drawn training curves, an exponential moving average.
-        language: Language: en or zh.
-    """
-
-    run: list[str] = field(default_factory=list)
-    html: str | None = None
-    interval: float = 2.0
-    once: bool = False
-    steps: str | None = None
-    smooth: float = 0.0
-    language: Literal["en", "zh"] = "en"
 
 
 def watch(options: WatchOptions) -> int:

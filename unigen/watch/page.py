@@ -9,7 +9,7 @@ import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unigen.report import escape, table, write_page
 from unigen.tty import harmless
@@ -17,10 +17,8 @@ from unigen.watch import chart
 from unigen.watch.curves import curves_of, panels_of
 from unigen.watch.folder import Answer, Run
 from unigen.watch.health import State, judge, speed, worries
+from unigen.watch.options import WatchOptions
 from unigen.watch.words import Words, figure, size
-
-if TYPE_CHECKING:
-    from unigen.watch.command import WatchOptions
 
 HARD_PIXELS = 64  # pictures up to this side are magnified with hard pixels
 SHOWN_STEPS = 7  # of the samples: the first, the last, and some between

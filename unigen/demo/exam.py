@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from unigen import report
-from unigen.digits import NUMBERS, QUESTION, DigitSet, Judge, write_digits, write_tokenizer
+from unigen.demo.digits import NUMBERS, QUESTION, DigitSet, Judge, write_digits, write_tokenizer
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.bagel import Bagel
 from unigen.model.config import small_config

@@ -1,0 +1,29 @@
+"""The options of ``unigen watch``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class WatchOptions:
+    """Which runs to watch, and how they are shown.
+
+    Args:
+        run: Folder of a run, or of several; of several, curves are compared.
+        html: Write a page to this file, and end.
+        interval: Seconds between two looks at the folder.
+        once: Print what there is now, and end; so it is, too, where the output is no terminal.
+        steps: The part of the curves to show, as FIRST:LAST; either may be missing.
+        smooth: Weight in [0, 1) of what was before in the drawn training curves, an exponential moving average.
+        language: Language: en or zh.
+    """
+
+    run: list[str] = field(default_factory=list)
+    html: str | None = None
+    interval: float = 2.0
+    once: bool = False
+    steps: str | None = None
+    smooth: float = 0.0
+    language: Literal["en", "zh"] = "en"
