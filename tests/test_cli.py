@@ -25,8 +25,8 @@ def python(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[s
 def test_overview_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name, command in cli.COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.M)
+    for name, row in cli.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(row.summary)}$", text, re.M)
     assert cli.main([]) == 2
 
 
