@@ -9,7 +9,8 @@ As in the reference (github.com/ByteDance-Seed/Bagel at 056b5fd), one process, e
 - Pictures: three forwards a step: in the full context, without the text, and without the picture.
 
 Where the reference does more than its algorithm needs, this does not: its 3-D masks keep PyTorch from its
-fast attention for CPUs, these are 2-D; no index lists are made for every token; contexts share their past
+fast attention for CPUs, these are 2-D (``Row.as_reference`` gives the others); no index lists are made for
+every token; contexts share their past
 instead of copying it; the picture that was drawn is not decoded.
 
 Shapes: T tokens, D width, H query and G key-value heads of width d, M latent tokens, P tokens of the past.
@@ -18,7 +19,7 @@ Shapes: T tokens, D width, H query and G key-value heads of width d, M latent to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -183,6 +184,10 @@ class Row:
     noise: Tensor
     vae_position: Tensor
     u: Tensor  # [M] times before the time law
+
+    def as_reference(self) -> Row:
+        """The row with masks [1, L, L], as the reference gives them to ``scaled_dot_product_attention``."""
+        return replace(self, masks=[mask[None] for mask in self.masks])
 
     @classmethod
     def of(cls, pack: Pack, latent_patch: int) -> Row:

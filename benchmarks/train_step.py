@@ -63,9 +63,10 @@ def project_step(model: Bagel, pack: Pack) -> Step:
     return Step(model, lambda: loss_sums(model(pack)), Counts.of([pack]))
 
 
-def plain_step(model: Bagel, pack: Pack) -> Step:
-    """The step of the plain version, for which the row is laid out once."""
+def plain_step(model: Bagel, pack: Pack, as_reference: bool = False) -> Step:
+    """The step of the plain version, for which the row is laid out once; ``as_reference`` with the reference's 3-D masks."""
     row = plain.Row.of(pack, model.config.latent_patch_size)
+    row = row.as_reference() if as_reference else row
     return Step(model, lambda: plain.losses(model, row), Counts.of([pack]))
 
 
@@ -124,6 +125,9 @@ def step_flops(model: Bagel, pack: Pack) -> tuple[float, float]:
     return products, 12.0 * ways
 
 
+REFERENCE = "plain, 3-D masks"  # as the reference runs on a CPU
+
+
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Checks and times; the results as JSON values, and as lines to read.
 
@@ -133,7 +137,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     size = SMALL if options.small else FULL
     model = build_model(size).train()
     pack = training_pack(model.config, size)
-    steps = {PLAIN: plain_step(model, pack), "unigen": project_step(model, pack)}
+    steps = {PLAIN: plain_step(model, pack), REFERENCE: plain_step(model, pack, True), "unigen": project_step(model, pack)}
     if options.compile:
         compiled = build_model(size).train()
         CompiledLayers(compiled, strict=True)
@@ -164,6 +168,9 @@ def lines_of(results: dict[str, Any], times: Times) -> list[str]:
         within = ", ".join(f"{what} within {e:.0e}" for what, e in error.items())
         lines.append(f"equal to the plain version, {name}: {within}")
     lines += ["", in_turn.HEAD, *in_turn.table("step", times), ""]
+    for name in [name for name in times.seconds if name not in (PLAIN, REFERENCE)]:
+        ratios = in_turn.spread(a / b for a, b in zip(times.seconds[REFERENCE], times.seconds[name], strict=True))
+        lines.append(f"{name} beside {REFERENCE}: {ratios['median']:.2f}x ({ratios['min']:.2f}x to {ratios['max']:.2f}x)")
     side = in_turn.product_side(results["small"])
     lines.append(f"{side}-cubed product: {rate:.1f} GFLOP/s; of this rate reach")
     return lines + [f"  {name}: {share:.0%}" for name, share in results["share_of_product_rate"].items()]
