@@ -59,8 +59,13 @@ def norms(module: nn.Module, name: str) -> Run:
     return lambda suffix, rows: norm(getattr(module, name + suffix), rows)
 
 
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer as PyTorch computes it by itself (the program's own ``Linear`` chooses the operation)."""
+    return F.linear(x, module.weight, module.bias)
+
+
 def mlp(module: nn.Module, x: Tensor) -> Tensor:
-    return module.down_proj(F.silu(module.gate_proj(x)) * module.up_proj(x))
+    return linear(module.down_proj, F.silu(linear(module.gate_proj, x)) * linear(module.up_proj, x))
 
 
 def by_expert(run: Run, x: Tensor, at: At | None, width: int | None = None) -> Tensor:
@@ -80,14 +85,14 @@ def project(block: nn.Module, x: Tensor, at: At | None) -> list[Tensor]:
     """Queries [T, H, d], keys and values [T, G, d]; each expert's rows are gathered once for the three."""
     heads = [block.heads, block.kv_heads, block.kv_heads]
     if at is None:
-        made = [getattr(block, f"{n}_proj")(x) for n in "qkv"]
+        made = [linear(getattr(block, f"{n}_proj"), x) for n in "qkv"]
     else:
         und, gen = x[at.und], x[at.gen]
         made = []
         for n, h in zip("qkv", heads, strict=True):
             out = x.new_zeros(len(x), h * block.head_width)
-            out[at.und] = getattr(block, f"{n}_proj")(und)
-            out[at.gen] = getattr(block, f"{n}_proj{GEN}")(gen)
+            out[at.und] = linear(getattr(block, f"{n}_proj"), und)
+            out[at.gen] = linear(getattr(block, f"{n}_proj{GEN}"), gen)
             made.append(out)
     return [y.view(len(x), h, block.head_width) for y, h in zip(made, heads, strict=True)]
 
@@ -105,7 +110,7 @@ def run_layer(layer: nn.Module, x: Tensor, at: At | None, angles: Angles, attend
     q = turned(by_expert(norms(block, "q_norm"), q, at), *angles)
     k = turned(by_expert(norms(block, "k_norm"), k, at), *angles)
     y = attend(q, k, v).reshape(len(x), -1)
-    x = x + by_expert(lambda s, rows: getattr(block, f"o_proj{s}")(rows), y, at, x.shape[1])
+    x = x + by_expert(lambda s, rows: linear(getattr(block, f"o_proj{s}"), rows), y, at, x.shape[1])
     normed = norms(layer, "post_attention_layernorm")
     return x + by_expert(lambda s, rows: mlp(getattr(layer, f"mlp{s}"), normed(s, rows)), x, at)
 
