@@ -199,8 +199,8 @@ def test_the_tree_and_the_reading_path_name_what_exists(path):
 
 
 def test_the_make_targets_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    named = {word for path in DOCUMENTS for word in re.findall(r"(?:^|`)make (\w+)", path.read_text(encoding="utf-8"), re.M)}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = {word for path in DOCUMENTS for word in re.findall(r"(?:^|`)make ([\w-]+)", path.read_text(encoding="utf-8"), re.M)}
     assert {"demo", "test"} <= named <= targets
 
 
