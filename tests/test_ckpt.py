@@ -176,7 +176,8 @@ def test_verify_reads_every_file(whole: Path, tmp_path: Path, capsys):
 
 def test_verify_also_asks_whether_the_tensors_are_there(tmp_path: Path, capsys):
     """Passes when an index with a gap that was sealed as it is, so that every checksum is right, is found."""
-    from unigen.training.checkpoint import manifest_hash, sha256_of
+    from unigen.files import sha256_of
+    from unigen.training.checkpoint import manifest_hash
 
     folder = write_checkpoint(tmp_path, 1)
     path = folder / "ema.safetensors.index.json"

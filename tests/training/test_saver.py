@@ -282,7 +282,7 @@ def test_a_failure_beside_the_training_shows_and_is_never_called_saved(tmp_path:
     before = contents_of(tmp_path)
     saver = Saver(tmp_path, 0, ALONE, background=True)
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "_fsync", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        patch.setattr(saving, "fsync", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         saver.save(contents(2))
         deadline = time.monotonic() + 30
         while not saver.failed:

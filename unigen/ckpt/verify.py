@@ -12,10 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from unigen.files import CHUNK
 from unigen.model.config import CheckpointFolderError
 from unigen.training.checkpoint import CheckpointError, read_manifest, scan_group, verify_checkpoint
-
-_PIECE = 1 << 22  # bytes read between two ticks
 
 
 def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
@@ -42,7 +41,7 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
 
         def tick() -> None:
             with lock:
-                bar.update(min(_PIECE, total - bar.n))
+                bar.update(min(CHUNK, total - bar.n))
 
         jobs = {pool.submit(verify_checkpoint, folder, (i, len(files)), tick=tick): i for i in chosen}
         try:

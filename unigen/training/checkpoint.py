@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -30,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unigen.config import UserError
+from unigen.files import remove, sha256_of
 from unigen.model.storage import Stored, scan_set
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ MANIFEST = "manifest.json"
 GROUPS = ("ema", "model", "optimizer")
 _STEP = re.compile(r"step_(\d+)")
 _ORPHAN = re.compile(r"\.(?P<name>\w+)\.(?P<role>partial|old)-(?P<pid>\d+)")
-_CHUNK = 1 << 22  # bytes read at a time
 
 
 class CheckpointError(UserError):
@@ -161,16 +160,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def manifest_hash(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sha256_of(path: Path, tick: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; ``tick`` is called with every piece read."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            tick()
-    return digest.hexdigest()
 
 
 # ---- which one
@@ -319,11 +308,3 @@ def sweep_orphans(output_dir: Path) -> None:
                 remove(path)
         except OSError as error:
             log.warning("Cannot clean up %s: %s", path, error)
-
-
-def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it; missing is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

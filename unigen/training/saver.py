@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import logging
 import os
@@ -22,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from unigen.config import UserError
+from unigen.files import fsync, make_empty, publish, sha256_of
 from unigen.model.storage import NAMES, write_json, write_safetensors
-from unigen.training.checkpoint import FORMAT, MANIFEST, CheckpointError, manifest_hash, prune_checkpoints, remove, sha256_of
+from unigen.training.checkpoint import FORMAT, MANIFEST, CheckpointError, manifest_hash, prune_checkpoints
 from unigen.training.engine import Channel
 from unigen.training.host_memory import free_memory
 from unigen.training.snapshot import GpuLane, Lane, copied_later, copy_out
@@ -210,7 +210,7 @@ class Saver:
         main = self.rank == 0
         published = False
         try:
-            self._together(contents, final, lambda: _make(self.output_dir, staging) if main else None)
+            self._together(contents, final, lambda: make_empty(staging) if main else None)
             said = self._together(contents, final, lambda: self._write_files(staging, contents))
             self._together(contents, final, lambda: self._publish(staging, final, contents, said) if main else None)
             published = True
@@ -283,7 +283,7 @@ class Saver:
         now = round(time.time(), 3)
         about = {"format": FORMAT, "step": contents.step, "time": now, "world": self.channel.world, **contents.about}
         _seal(staging, about | {"groups": groups, "states": sorted(contents.states)}, known)
-        _rename(staging, final)
+        publish(staging, final, replace=True)
         if final.name == f"step_{contents.step}":
             prune_checkpoints(self.output_dir, self.keep, protect=final, source=self.source)
 
@@ -316,12 +316,6 @@ def _numel(shape: Sequence[int]) -> int:
     for n in shape:
         count *= n
     return count
-
-
-def _make(output_dir: Path, staging: Path) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove(staging)
-    staging.mkdir()
 
 
 def _await_folder(folder: Path) -> None:
@@ -357,7 +351,7 @@ def _seal(folder: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any
     entries = {}
     for name, path in files.items():
         if name not in known:
-            _fsync(path)
+            fsync(path)
         entries[name] = known.get(name) or {"size": path.stat().st_size, "sha256": sha256_of(path)}
         if path.stat().st_size != entries[name]["size"]:
             raise CheckpointError(f"{name} has {path.stat().st_size} bytes, {entries[name]['size']} were written")
@@ -365,39 +359,8 @@ def _seal(folder: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any
     manifest["sha256"] = manifest_hash(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
     for path in [folder / MANIFEST, *(p for p in paths if p.is_dir()), folder]:
-        _fsync(path)
+        fsync(path)
 
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _rename(staging: Path, final: Path) -> None:
-    """Gives the staged folder its name; one that has it already is set aside first and removed afterwards."""
-    aside = final.with_name(f".{final.name}.old-{os.getpid()}")
-    replacing = final.is_dir()
-    if replacing:
-        remove(aside)
-        final.rename(aside)
-    try:
-        staging.rename(final)
-        _fsync(final.parent)
-    except BaseException:
-        if not staging.exists():
-            final.rename(staging)
-        if replacing:
-            aside.rename(final)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and user-space file systems cannot sync a folder; there is nothing more to do there.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(descriptor)
