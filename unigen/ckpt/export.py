@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ from unigen.ckpt.listing import is_checkpoint, listed
 from unigen.ckpt.options import CkptOptions
 from unigen.ckpt.verify import of_group, problems_of
 from unigen.config import UserError
+from unigen.files import free_bytes, staged
 from unigen.model.storage import WEIGHTS, Stored, write_json, write_safetensors
 from unigen.training.checkpoint import GROUPS, read_manifest, scan_weights
-from unigen.training.space import free_bytes, gb, mount_of
+from unigen.training.space import gb, mount_of
 
 
 class ExportError(UserError):
@@ -53,13 +52,16 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     exported = {name for name in manifest["files"] if name in others or any(of_group(name, group) for group in groups)}
     if options.verify and (problems := problems_of(source, exported.__contains__)):
         raise ExportError(f"{source}: damaged checkpoint: {'; '.join(problems)}. Cure: export another one; --no_verify exports it as it is")
-    with _staged(out, replacing) as staging:
-        files = _write_weights(source, staging, options)
-        for name in others:
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, staging / name)
-        about = {"unigen": __version__, "step": manifest["step"], "average": average, "dtype": options.dtype}
-        write_json(staging / "export.json", about | {"checkpoint": manifest["sha256"], "files": files})
+    try:
+        with staged(out, replace=replacing) as staging:
+            files = _write_weights(source, staging, options)
+            for name in others:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, staging / name)
+            about = {"unigen": __version__, "step": manifest["step"], "average": average, "dtype": options.dtype}
+            write_json(staging / "export.json", about | {"checkpoint": manifest["sha256"], "files": files})
+    except OSError as error:
+        raise ExportError(f"{out}: cannot write the export: {error}. Cure: free space there, or choose another folder") from error
     size = sum(entry["size"] for entry in files.values())
     print(f"Exported step {manifest['step']} ({'average' if average else 'weights'}, {size:,} bytes, {len(files)} file(s)) to {out}")
 
@@ -126,38 +128,3 @@ def _shards(sizes: dict[str, int], max_gb: float | None) -> list[list[str]]:
         shards[-1].append(name)
         room -= size
     return shards
-
-
-@contextlib.contextmanager
-def _staged(out: Path, replacing: bool) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place, synced, when all went well, and is gone otherwise."""
-    staging, aside = (out.with_name(f".{out.name}.{role}-{os.getpid()}") for role in ("partial", "old"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        for path in [*sorted(staging.rglob("*")), staging]:
-            _fsync(path)
-        if replacing:
-            out.rename(aside)
-        try:
-            staging.rename(out)
-        except BaseException:
-            if replacing:
-                aside.rename(out)
-            raise
-        _fsync(out.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise ExportError(f"{out}: cannot write the export: {error}. Cure: free space there, or choose another folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # some file systems cannot sync a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

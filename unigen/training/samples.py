@@ -8,7 +8,6 @@ import base64
 import io
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from unigen.config import Config, UserError
+from unigen.files import remove, staged
 from unigen.inference.inferencer import InferenceError, InterleaveInferencer
 from unigen.inference.pictures import run_transform
 from unigen.model.bagel import Bagel
@@ -174,27 +174,21 @@ class Sampler:
 
     def _publish(self, step: int, answers: Sequence[Answer], tracker: Tracker | None) -> None:
         """Writes a hidden folder and renames it; a disk that fails is a warning."""
-        target, staged, old = (self.folder / name for name in (f"step_{step}", f".step_{step}.new", f".step_{step}.old"))
+        target = self.folder / f"step_{step}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".step_*"):  # by a kill
-                shutil.rmtree(left)
-            index = self._write(staged, answers)
-            if target.exists():  # a resumed run comes here again
-                target.rename(old)
-            staged.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+                remove(left)
+            with staged(target, replace=True, sync=False) as folder:  # a resumed run comes here again
+                index = self._write(folder, answers)
         except (OSError, ValueError) as error:
             log.warning("The samples of step %d cannot be written to %s: %s", step, self.folder, error)
             return
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
         if tracker is not None:
             self._tell(tracker, target, index, step)
 
     def _write(self, folder: Path, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """The pictures and ``index.json``; its content."""
-        folder.mkdir()
         index = []
         for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
             pieces: list[dict[str, str]] = []
