@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from itertools import pairwise
@@ -68,7 +69,7 @@ def test_any_run_of_elements_is_read_however_the_tensor_is_cut(data: st.DataObje
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage.os, "fsync", lambda descriptor: None)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         write_pieces(Path(folder), {"w": whole, "other": torch.arange(3)}, {"w": cuts, "other": []}, files=4)
         found = scan_set(Path(folder), "w.safetensors")
         assert found is not None and found.keys() == {"w", "other"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.files import atomic
 from unigen.model.config import CheckpointFolderError, read_json
 
 DTYPES = {
@@ -236,19 +236,12 @@ def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")  # `plan` may read from the very file that is being replaced
     digest, size = hashlib.sha256(), 0
-    try:
-        with open(part, "wb") as f:
-            for piece in _bytes_of(len(text).to_bytes(8, "little") + text, plan, order):
-                f.write(piece)
-                digest.update(piece)
-                size += len(piece)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic(path, path.with_name(path.name + ".part")) as f:  # `plan` may read from the very file that is being replaced
+        for piece in _bytes_of(len(text).to_bytes(8, "little") + text, plan, order):
+            f.write(piece)
+            digest.update(piece)
+            size += len(piece)
     return size, digest.hexdigest()
 
 

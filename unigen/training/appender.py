@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from unigen.files import atomic
+
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64 * 2**20  # bytes kept in memory while the disk takes none
@@ -99,9 +101,5 @@ def drop_after(path: Path, step: int, repeats: bool = False) -> None:
             done = at
         except (ValueError, KeyError, TypeError):
             log.warning("%s:%d is no line with a step; it is dropped: %r", path, number, line[:80])
-    new = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with open(new, "wb") as file:
+    with atomic(path) as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

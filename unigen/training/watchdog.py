@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unigen.files import atomic
+
 if TYPE_CHECKING:
     from unigen.training.stops import Stops
 
@@ -206,10 +208,9 @@ class Watchdog:
         }  # fmt: skip
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.folder / f".{name}.partial"
-        with contextlib.suppress(OSError):  # a disk that is full or gone costs heartbeats, nothing else
-            partial.write_text(text, "utf-8")
-            os.replace(partial, self.folder / name)
+        # A disk that is full or gone costs heartbeats, nothing else.
+        with contextlib.suppress(OSError), atomic(self.folder / name, self.folder / f".{name}.partial", sync=False) as file:
+            file.write(text.encode())
 
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(OSError):
