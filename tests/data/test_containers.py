@@ -289,9 +289,8 @@ def test_processes_that_want_the_same_copy_make_it_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("free", [0, unpack.RESERVE + 100])
 def test_no_room_is_told_before_or_while_unpacking(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     path = make(tmp_path)[1]
-    usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(unpack, "_least_size", lambda path: 10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
+    monkeypatch.setattr(unpack, "free_bytes", lambda folder: free)
     with pytest.raises(UserError, match="no room to unpack") as caught:
         Reader([path])
     assert "UNIGEN_CACHE" in str(caught.value) and str(path) in str(caught.value)

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 import uuid
 import zlib
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from unigen.config import UserError
+from unigen.files import atomic, free_bytes
 from unigen.sequence.contents import PIXELS, View
 from unigen.sequence.types import Pack
 
@@ -203,7 +203,7 @@ class Store:
 
     def check_space(self, needed: int) -> None:
         """Raises CacheError where ``needed`` bytes do not fit onto the disk."""
-        free = shutil.disk_usage(self.folder).free
+        free = free_bytes(self.folder)
         if needed > free:
             raise CacheError(
                 f"cache_dir {self.folder}: {needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free. "
@@ -308,16 +308,9 @@ def _decode(data: bytearray, key: str) -> dict[str, Tensor]:
 
 
 def _write(path: Path, data: bytes, key: str = "0" * 64) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    part = path.with_name(f".{MARKER if path.name == MARKER else key}.{uuid.uuid4().hex}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Writes a file so that it is there whole or not at all, whoever else writes it now."""
+    with atomic(path, path.with_name(f".{MARKER if path.name == MARKER else key}.{uuid.uuid4().hex}.part")) as file:
+        file.write(data)
 
 
 def _failed(folder: Path, error: OSError) -> CacheError:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import os
-import shutil
 import struct
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from unigen.config import UserError
+from unigen.files import atomic, free_bytes, locked, sha256_of
 
 PACKED = (".gz", ".zst")
 RESERVE = 256 << 20  # bytes that stay free on the disk of the cache
@@ -47,7 +46,7 @@ def unpacked(path: Path) -> Path:
         EOFError, OSError, zlib.error, ValueError: As :func:`open_packed`.
     """
     folder = cache_folder() / "unpacked"
-    name = _hash(path) + Path(path.stem).suffix
+    name = sha256_of(path) + Path(path.stem).suffix
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,28 +64,23 @@ def cache_folder() -> Path:
 
 def _unpack(path: Path, target: Path) -> None:
     _check_room(path, target.parent, _least_size(path))
-    try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=_UNFINISHED)
-    except OSError as error:
-        raise _unwritable(target.parent, error) from None
-    try:
-        with os.fdopen(descriptor, "wb") as out, open_packed(path) as packed:
-            while block := packed.read(_BLOCK):
-                _check_room(path, target.parent, len(block))
-                try:
-                    out.write(block)
-                except OSError as error:
-                    raise _unwritable(target.parent, error) from None
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    draft = target.with_name(_UNFINISHED + uuid.uuid4().hex)
+    with ExitStack() as stack:
+        try:
+            out = stack.enter_context(atomic(target, draft, mode=0o600))
+        except OSError as error:
+            raise _unwritable(target.parent, error) from None
+        packed = stack.enter_context(open_packed(path))
+        while block := packed.read(_BLOCK):
+            _check_room(path, target.parent, len(block))
+            try:
+                out.write(block)
+            except OSError as error:
+                raise _unwritable(target.parent, error) from None
 
 
 def _check_room(path: Path, folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < size + RESERVE:
         raise UserError(
             f"{path}: no room to unpack it: {free / 2**30:.1f} GiB are free in {folder}, at least {(size + RESERVE) / 2**30:.1f} GiB "
@@ -104,26 +98,16 @@ def _least_size(path: Path) -> int:
         return max(size // 1100, struct.unpack("<I", file.read(4))[0])  # of the last member, modulo 4 GiB
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; where the file system knows no locks, several do the same work and the last one's copy stays."""
     try:
-        lock = (folder / ".lock").open("a")
+        (folder / ".lock").touch()
     except OSError as error:
         raise _unwritable(folder, error) from None
-    with lock:
-        with suppress(OSError, ImportError):
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(locked(folder / ".lock"))
             for left in folder.glob(_UNFINISHED + "*"):  # by a process that was killed
                 left.unlink()
         yield

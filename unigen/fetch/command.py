@@ -6,13 +6,12 @@ the addresses, and, when the pictures are there, to write the new data.
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,7 @@ from unigen.fetch.addresses import FetchError, Network, is_address, parse_url, s
 from unigen.fetch.client import Client
 from unigen.fetch.rewrite import Source, Writer, places, records
 from unigen.fetch.store import Entry, PictureStore
+from unigen.files import Busy, locked
 
 
 @dataclass
@@ -130,16 +130,14 @@ def _sources(paths: list[str], out: Path) -> list[Source]:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Holds the output folder for this process; the system lets go of it however the process ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("ab")
-    except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror or error}). Name another --output_dir.") from None
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / ".lock", wait=False))
+        except Busy:
             raise UserError(f"{out}: another unigen fetch is writing there. Wait for it, or name another --output_dir.") from None
+        except OSError as error:
+            raise UserError(f"{out}: cannot write there ({error.strerror or error}). Name another --output_dir.") from None
         yield
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from unigen.config import UserError
 from unigen.fetch.addresses import FetchError
+from unigen.files import atomic, sha256_of
 from unigen.sequence.images import PictureError, image_size, open_image
 
 FETCHED = "fetched"  # the status of a picture that is there
@@ -157,12 +158,8 @@ class PictureStore:
     def save(self, path: Path, parts: Iterable[bytes]) -> None:
         """A whole file or none: written beside, flushed to the disk, renamed. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.drafts / uuid.uuid4().hex
-        with draft.open("xb") as file:
+        with atomic(path, self.drafts / uuid.uuid4().hex) as file:
             file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
 
     def verify(self, urls: Iterable[str]) -> int:
         """Forgets the pictures of ``urls`` that are not there, or not what was fetched; the number of those with another content."""
@@ -178,16 +175,12 @@ class PictureStore:
 
     def _sound(self, file: str) -> bool | None:
         """Whether a file has the content its name says; None where there is none."""
-        digest = hashlib.sha256()
         try:
-            with (self.folder / file).open("rb") as opened:
-                while block := opened.read(1 << 20):
-                    digest.update(block)
+            return sha256_of(self.folder / file) == Path(file).stem
         except FileNotFoundError:
             return None
         except OSError:
             return False
-        return digest.hexdigest() == Path(file).stem
 
 
 def _read(path: Path) -> Iterator[Entry]:
