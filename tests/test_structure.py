@@ -36,6 +36,7 @@ HOMES = {
     "requests": ["fetch/client.py"],
     "idna": ["fetch/addresses.py"],
     "filelock": ["files.py"],
+    "fcntl": ["files.py"],
 }
 FORBIDDEN = ["pickle", "torchvision"]
 MAX_LINES = 450

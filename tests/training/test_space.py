@@ -11,11 +11,12 @@ import pytest
 import torch
 from saves import mount_disk
 
+from unigen.files import free_bytes
 from unigen.training import space as module
 from unigen.training.checkpoint import verify_checkpoint
 from unigen.training.engine import Channel
 from unigen.training.saver import Contents, Entry, Saver
-from unigen.training.space import Space, SpaceError, free_bytes, gb, mount_of, refused_by_quota
+from unigen.training.space import Space, SpaceError, gb, mount_of, refused_by_quota
 
 MB = 1_000_000
 

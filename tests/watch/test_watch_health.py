@@ -23,7 +23,7 @@ from unigen.watch.health import judge, speed, worries
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A run of 60 of 2,000 steps on two processes of another machine, alive."""
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000 * GB})())
+    monkeypatch.setattr(module, "free_bytes", lambda path: 10_000 * GB)
     return record(tmp_path / "run", 60, ranks=2)
 
 
@@ -248,7 +248,7 @@ def test_a_missing_and_an_old_checkpoint(folder):
 def test_a_disk_that_cannot_hold_the_next_checkpoint(folder, monkeypatch):
     write_checkpoint(folder, "step_50", 50, age=60, size=100 * GB)
     for free, wanted in ((121.5, []), (120.5, ["disk_full"])):  # 1.2 x 100 and min_free_gb
-        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": int(free * GB)})())
+        monkeypatch.setattr(module, "free_bytes", lambda path, free=free: int(free * GB))
         assert keys(folder) == wanted
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
-import platform
 import re
 from pathlib import Path
 from typing import IO
 
 from unigen.config import Config, UserError
+from unigen.files import Busy, hold
 from unigen.training.checkpoint import listed, number, steps, sweep_orphans
 from unigen.training.secrets import redacted
 
@@ -53,21 +51,13 @@ def lock_folder(folder: Path) -> IO[str]:
     Raises:
         UserError: another process holds it; says which.
     """
-    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the run)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
+        return hold(folder / ".lock")
+    except Busy as busy:
         raise UserError(
-            f"output_dir {folder} is in use by {holder}: two runs in one folder would overwrite each other. "
+            f"output_dir {folder} is in use by {str(busy) or 'another process'}: two runs in one folder would overwrite each other. "
             "Cure: wait for its end or stop it, or choose another --output_dir"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
 
 
 def set_aside(folder: Path, model: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from unigen.config import UserError
+from unigen.files import existing, free_bytes
 from unigen.training.checkpoint import MANIFEST, CheckpointError, remove_checkpoint, steps, verify_checkpoint
 
 POLL_S = 5.0  # between two looks at a full disk
@@ -217,12 +218,6 @@ def _first_without_room(room: int, held: list[int], nbytes: int, at: list[int], 
 # ---- the disk
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that an ordinary user may still write on the disk of a folder, which need not exist yet. Raises OSError."""
-    status = os.statvfs(_existing(folder))
-    return status.f_bavail * status.f_frsize
-
-
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder; 0 where there is none."""
     total = 0
@@ -234,7 +229,7 @@ def folder_bytes(folder: Path) -> int:
 
 def mount_of(folder: Path) -> Path:
     """Where the file system of a folder is mounted."""
-    place = _existing(folder).resolve()
+    place = existing(folder).resolve()
     return next(path for path in (place, *place.parents) if os.path.ismount(path))
 
 
@@ -245,7 +240,7 @@ def refused_by_quota(folder: Path, nbytes: int) -> bool:
     writing, and is gone as soon as it is closed, also when the process is killed. Only the word "quota" counts: on a file system made
     of many disks, one file may be too large where several are not.
     """
-    place = _existing(folder)
+    place = existing(folder)
     if nbytes <= 0 or _file_system(place) in _IN_MEMORY:
         return False
     try:
@@ -273,12 +268,6 @@ def _file_system(folder: Path) -> str:
         return ""
     found = [entry[2] for entry in entries if re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), entry[1]) == place]
     return found[-1] if found else ""
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    folder = Path(os.path.abspath(folder))
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def gb(nbytes: float) -> str:

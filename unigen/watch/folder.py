@@ -10,15 +10,13 @@ import json
 import os
 import platform
 import re
-import shutil
-import struct
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unigen.config import UserError
+from unigen.files import free_bytes, is_held
 from unigen.watch.metrics import MAX_STEP, Lines, Metrics
 
 MAX_JSON = 64 << 20  # bytes; a larger file is none of a run's
@@ -120,9 +118,9 @@ class Run:
         self.checkpoints = sorted((c for c in found if c is not None), key=lambda c: (c.step, c.name != "best"))
         self.sampled = sorted(int(m[1]) for name in _names(self.folder / "samples") if (m := re.fullmatch(r"step_(\d{1,15})", name)))
         self._update_ranks(_names(self.folder / "ranks"))
-        self.locked = _is_locked(self.folder / ".lock")
+        self.locked = is_held(self.folder / ".lock")
         with contextlib.suppress(OSError):
-            self.disk_free = shutil.disk_usage(self.folder).free
+            self.disk_free = free_bytes(self.folder)
 
     # ---- what is known together --------------------------------------------------------------------------------------
 
@@ -286,22 +284,6 @@ def _inside(folder: Path, name: Any) -> Path | None:
         path = (folder / name).resolve()
         return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
     except OSError:
-        return None
-
-
-def _is_locked(path: Path) -> bool | None:
-    """Does a process hold the run's lock? Asked for only, never taken: a training that begins now must get it. None: unknown."""
-    if not sys.platform.startswith("linux"):
-        return None
-    import fcntl
-
-    try:
-        with open(path, "rb") as file:
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-            return struct.unpack("hhqqi0q", answer)[0] != fcntl.F_UNLCK
-    except FileNotFoundError:
-        return False
-    except (OSError, struct.error):
         return None
 
 
