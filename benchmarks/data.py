@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from unigen.cache.store import about, key_of
 from unigen.config import Config
-from unigen.data.cache import about, key_of
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import Place, RowStream, Share, load_rows
 from unigen.data.mixing import Mixture, Part
@@ -176,11 +176,11 @@ def rows(folder: Path, n: int) -> None:
 
 def cache(folder: Path, n: int) -> None:
     """A full-size FLUX VAE with random weights on pictures of 512 pixels: decoded and encoded, and found in the cache."""
-    from unigen.data.cache import FeatureCache, Store
+    from unigen.cache.encoders import Encoders
+    from unigen.cache.store import FeatureCache, Store
     from unigen.model.codec import FluxCodec, VaeConfig
     from unigen.model.config import BagelConfig
     from unigen.sequence.types import Image, Text
-    from unigen.training.encoders import Encoders
 
     found = []
     for i in range(n):

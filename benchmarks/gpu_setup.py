@@ -27,8 +27,8 @@ from unigen.model.parts import dtype_of
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack
-from unigen.training.adapters import prepare_model
 from unigen.training.engine import Engine, open_engine
+from unigen.training.prepare import prepare_model
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

@@ -29,10 +29,10 @@ from gpu_setup import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unigen import __version__
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.sequence.images import to_image
 from unigen.sequence.tokens import Tokenizer
+from unigen.version import __version__
 
 PACKAGES = (
     "triton",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unigen.training.saver import Contents, Entry, Saver
+from unigen.runs.saver import Contents, Entry, Saver
 
 
 class Threads:

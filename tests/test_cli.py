@@ -10,8 +10,8 @@ import pytest
 
 import unigen
 from unigen import cli
+from unigen.commands.demo import command
 from unigen.config import Config, ConfigError, UserError, known_options
-from unigen.demo import command
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb"]
@@ -101,7 +101,7 @@ def test_only_user_errors_lose_their_traceback(monkeypatch, capsys):
 
         return run
 
-    row = cli.COMMANDS["demo"]._replace(run="unigen.demo.command:demo")
+    row = cli.COMMANDS["demo"]._replace(run="unigen.commands.demo.command:demo")
     monkeypatch.setitem(cli.COMMANDS, "demo", row)
     monkeypatch.setattr(command, "demo", fail(ValueError("inner")))
     with pytest.raises(ValueError, match="inner"):

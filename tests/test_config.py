@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unigen.cli import UsageError, parse_config, parse_options
+from unigen.commands.demo.command import DemoOptions
+from unigen.commands.generate import GenerateOptions
 from unigen.config import Config, ConfigError, UserError, known_options
-from unigen.demo.command import DemoOptions
-from unigen.inference.generate import GenerateOptions
 
 ROOT = Path(__file__).parents[1]
 

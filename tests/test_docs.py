@@ -24,10 +24,10 @@ PAIRS = [(path, path.with_name(f"{path.stem}.zh-CN.md")) for path in ENGLISH]
 
 # Commands of the READMEs that another test runs, or that run the tests themselves.
 COVERED = {
-    "make demo": "tests/test_demo.py",
+    "make demo": "tests/commands/demo/test_demo.py",
     "make test": "tests",
-    "unigen demo --quick": "tests/test_demo.py",
-    "unigen watch outputs/demo/run --html outputs/demo/run.html": "tests/test_demo.py",
+    "unigen demo --quick": "tests/commands/demo/test_demo.py",
+    "unigen watch outputs/demo/run --html outputs/demo/run.html": "tests/commands/demo/test_demo.py",
     "source .venv/bin/activate": "Makefile",
 }
 # The workspace of the tests has files where the READMEs say; only what a tiny model and a CPU ask for is changed.
@@ -175,7 +175,7 @@ def test_every_flag_in_a_document_exists(path):
 
 
 def test_the_bars_in_the_readmes_are_the_demos():
-    from unigen.demo.exam import BARS, CHANCE
+    from unigen.commands.demo.exam import BARS, CHANCE
 
     for path in (README, CHINESE):
         shown = {match[0]: (float(row[1]), float(row[2])) for row in table_rows(path) if (match := re.match(r"\w+_accuracy", row[0]))}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unigen.version import __version__
+
 if TYPE_CHECKING:
     from unigen.config import Config as Config
     from unigen.config import SamplingOptions as SamplingOptions
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from unigen.model.weights import load_bagel as load_bagel
     from unigen.model.weights import save_bagel as save_bagel
     from unigen.training.trainer import UnifiedTrainer as UnifiedTrainer
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "Config": "unigen.config",

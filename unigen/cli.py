@@ -23,9 +23,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import jsonargparse
 import yaml
 
-from unigen import __version__
-from unigen.commands import COMMANDS, Command
+from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, SamplingOptions, UserError, nearest
+from unigen.version import __version__
 
 T = TypeVar("T")
 

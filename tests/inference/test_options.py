@@ -8,12 +8,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from unigen.commands.generate import GenerateOptions
 from unigen.config import Config, SamplingOptions
-from unigen.inference.generate import GenerateOptions
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import _VALUES, NAMES, OLD_NAMES, InferenceError, Settings, sampling_options
+from unigen.inference.prompts import SAMPLES
 from unigen.model.flow import RENORM_TYPES
-from unigen.training.prompts import SAMPLES
 
 # The reference's interleave_inference: names in order, and defaults.
 REFERENCE = {

@@ -9,11 +9,11 @@ from pictures import noise
 from PIL import Image as Picture
 
 from unigen.config import DataOptions
-from unigen.data.ragged import Ragged
 from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import Geometry, pack_blocks
 from unigen.sequence.plan import Draw, Measured, Planner, Transforms, structure_numbers
+from unigen.sequence.ragged import Ragged
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Image, Kind, Origin, Record, Text
 

@@ -15,7 +15,7 @@ from tiny import built, metrics
 
 from unigen.data.loader import Place
 from unigen.model.weights import load_bagel
-from unigen.training.checkpoint import scan_group
+from unigen.runs.checkpoint import scan_group
 
 pytestmark = pytest.mark.xdist_group("elastic")  # its processes are started once
 

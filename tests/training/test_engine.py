@@ -12,7 +12,8 @@ from processes import run_ranks
 from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError, UserError
-from unigen.training.engine import ENGINES, Channel, DataParallel, Engine, open_engine
+from unigen.runs.channel import Channel
+from unigen.training.engine import ENGINES, DataParallel, Engine, open_engine
 
 # ---- which one
 

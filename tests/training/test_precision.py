@@ -14,7 +14,7 @@ from kills import become_rank
 from processes import run_ranks
 
 from unigen.config import Config, ConfigError
-from unigen.training.checkpoint import read_states
+from unigen.runs.checkpoint import read_states
 from unigen.training.engine import Engine, open_engine
 from unigen.training.precision import DeviceFacts, Precision, check_head_width, choose_precision, stored_precision
 from unigen.training.trainer import UnifiedTrainer

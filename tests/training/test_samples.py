@@ -16,14 +16,14 @@ from tiny import built, draw_picture, row_of
 
 from unigen.inference.context import ContextBuilder
 from unigen.inference.inferencer import InterleaveInferencer
+from unigen.inference.prompts import PromptError
 from unigen.model.weights import load_bagel
+from unigen.runs.signals import Stopped
 from unigen.sequence.images import open_image
 from unigen.sequence.plan import Draw
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Image, Origin, Record, Text
-from unigen.training.prompts import PromptError
 from unigen.training.samples import GIVEN_SIDE, Sampler, small_pictures
-from unigen.training.stops import Stopped
 
 
 @pytest.fixture

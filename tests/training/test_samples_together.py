@@ -14,9 +14,9 @@ from processes import run_ranks
 from sampling import fail_once, pixels, sampler_of, write_prompts
 from tiny import built, row_of
 
+from unigen.runs.signals import Stopped
 from unigen.training.lockstep import Lockstep
 from unigen.training.samples import Sampler
-from unigen.training.stops import Stopped
 
 pytestmark = pytest.mark.xdist_group("samples_together")  # its processes are started once
 

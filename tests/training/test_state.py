@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from unigen.config import Config
 from unigen.model.storage import Stored, scan_safetensors
+from unigen.runs.channel import Channel
+from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights, verify_checkpoint
+from unigen.runs.saver import Contents, Saver
 from unigen.training import state
-from unigen.training.checkpoint import CheckpointError, scan_group, scan_weights, verify_checkpoint
 from unigen.training.ema import EMA
-from unigen.training.engine import Channel, Engine
-from unigen.training.saver import Contents, Saver
+from unigen.training.engine import Engine
 from unigen.training.shards import Shard
 from unigen.training.state import RunState
 

@@ -19,9 +19,9 @@ from kills import become_rank, context, free_port, timeless
 from tiny import metrics
 
 from unigen.config import Config
-from unigen.training.stops import EXIT_STOPPED
+from unigen.runs.heartbeat import EXIT_HUNG
+from unigen.runs.signals import EXIT_STOPPED
 from unigen.training.trainer import UnifiedTrainer
-from unigen.training.watchdog import EXIT_HUNG
 
 ROOT = Path(__file__).parents[2]
 # phase -> (steps done when the signal comes, the step that must be saved then)

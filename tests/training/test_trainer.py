@@ -22,7 +22,7 @@ from tiny import built, draw_picture, metrics, row_of, text, write_jsonl
 from unigen.config import Config, UserError, known_options
 from unigen.data.dataset import BadData
 from unigen.model.weights import load_bagel
-from unigen.training.checkpoint import read_states, verify_checkpoint
+from unigen.runs.checkpoint import read_states, verify_checkpoint
 from unigen.training.guards import TrainingStopped
 from unigen.training.optim import learning_rate_at
 from unigen.training.trainer import UnifiedTrainer

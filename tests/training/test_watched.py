@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from unigen.watch.folder import Run, is_run
-from unigen.watch.health import judge
-from unigen.watch.terminal import View, frame, render
-from unigen.watch.words import Words
+from unigen.commands.watch.health import judge
+from unigen.commands.watch.terminal import View, frame, render
+from unigen.commands.watch.words import WORDS
+from unigen.runs.reader import Run, is_run
+from unigen.show.language import Words
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
                 run.update()
                 seen.append((judge(run).name, run.step))
                 if len(seen) % 5 == 0:
-                    render(frame([run], View(Words("en"), 100)), 100, colour=False)
+                    render(frame([run], View(Words("en", WORDS), 100)), 100, colour=False)
             time.sleep(0.03)
         assert process.wait(5) == 0, log.read_text()
         run.update()
@@ -48,5 +49,5 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
     assert judge(run).name == "finished" and run.step == run.total_steps == 12
     assert [c.name for c in run.checkpoints if c.name != "best"] == ["step_6", "step_12"] and run.checkpoints[-1].size > 1000
     assert run.metrics.log.n_unreadable == 0 and run.metrics.log.n_lines >= 12
-    text = "\n".join(render(frame([run], View(Words("en"), 100)), 100, colour=False))
+    text = "\n".join(render(frame([run], View(Words("en", WORDS), 100)), 100, colour=False))
     assert "finished" in text and "100.0%" in text and "step_12" in text

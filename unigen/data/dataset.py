@@ -23,9 +23,9 @@ import numpy as np
 from unigen.data.containers import BadData, Raw, Span, find_files, parts, read_part
 from unigen.data.examine import Measure, Numbers, Pictures, bad_picture, examine, key_of
 from unigen.data.formats import FORMATS, parse_raw
-from unigen.data.ragged import Ragged
 from unigen.data.reader import Reader
 from unigen.sequence.images import PictureError, open_image
+from unigen.sequence.ragged import Ragged
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample
 
 __all__ = ["TASKS", "BadData", "UnifiedGenerationDataset", "task"]

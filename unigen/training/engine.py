@@ -28,8 +28,8 @@ from unigen.model.bagel import Bagel, Output
 from unigen.model.parts import dtype_of
 from unigen.model.storage import Stored
 from unigen.model.weights import build_bagel, load_codec, read_parameter
+from unigen.runs.channel import Channel
 from unigen.sequence.types import Pack
-from unigen.training.adapters import compile_layers, prepare_model
 from unigen.training.optim import (
     LossScale,
     build_optimizer,
@@ -41,34 +41,8 @@ from unigen.training.optim import (
     squared_norm,
 )
 from unigen.training.precision import DeviceFacts, check_head_width, choose_precision
+from unigen.training.prepare import compile_layers, prepare_model
 from unigen.training.shards import Shard, shards_of
-
-
-class Channel:
-    """What the processes say to each other, in plain numbers and short texts. ``group`` None is the default one."""
-
-    def __init__(self, world: int, device: torch.device, group: dist.ProcessGroup | None = None):
-        self.world, self.device, self.group = world, device, group
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums of plain numbers over all processes."""
-        if self.world == 1:
-            return [float(v) for v in values]
-        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.group)
-        return total.tolist()
-
-    def gather(self, text: str) -> list[str]:
-        """A short text of every process, in rank order."""
-        if self.world == 1:
-            return [text]
-        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(self.device)[: len(text.encode())]
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device), group=self.group)
-        longest = max(int(n) for n in sizes)
-        rows = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
-        dist.all_gather(rows, torch.cat([data, data.new_zeros(longest - len(data))]), group=self.group)
-        return [row[: int(n)].cpu().numpy().tobytes().decode() for row, n in zip(rows, sizes, strict=True)]
 
 
 class Engine:
@@ -311,7 +285,7 @@ ENGINES: dict[str, str] = {
     "single": "unigen.training.engine:Engine",
     "ddp": "unigen.training.engine:DataParallel",
     "fsdp2": "unigen.training.fsdp:FullyShard",
-    "deepspeed": "unigen.training.zero:DeepSpeed",
+    "deepspeed": "unigen.training.deepspeed:DeepSpeed",
 }
 """Name -> class, imported when it is asked for."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from unigen.config import Config, UserError
 from unigen.data.loader import Row, RowStream
-from unigen.training.appender import drop_after
+from unigen.runs.log import drop_after
 from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")

@@ -31,7 +31,7 @@ def expected(error: BaseException) -> bool:
 
 
 def stopped() -> BaseException:
-    from unigen.training.stops import Stopped
+    from unigen.runs.signals import Stopped
 
     return Stopped()
 

@@ -22,13 +22,13 @@ from unigen.config import Config, UserError
 from unigen.files import remove, staged
 from unigen.inference.inferencer import InferenceError, InterleaveInferencer
 from unigen.inference.pictures import run_transform
+from unigen.inference.prompts import Prompt, PromptError, read_prompts
 from unigen.model.bagel import Bagel
 from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.tokens import Tokenizer
+from unigen.tracking.tracker import Tracker
 from unigen.training.engine import Engine
 from unigen.training.lockstep import Elsewhere, Lockstep, expected, stopped
-from unigen.training.prompts import Prompt, PromptError, read_prompts
-from unigen.training.tracking import Tracker
 
 log = logging.getLogger("unigen")
 

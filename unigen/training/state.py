@@ -12,11 +12,11 @@ from torch import Tensor
 
 from unigen.config import Config
 from unigen.model.storage import Stored
-from unigen.training.checkpoint import CheckpointError, scan_group, scan_weights
+from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights
+from unigen.runs.saver import Entry
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
 from unigen.training.optim import MOMENTS
-from unigen.training.saver import Entry
 from unigen.training.shards import Shard, share_out
 
 log = logging.getLogger("unigen")

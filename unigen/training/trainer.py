@@ -14,32 +14,32 @@ from typing import IO, Any
 
 import torch
 
+from unigen.cache.encoders import open_cache
+from unigen.cache.store import Tally
 from unigen.config import Config, UserError
-from unigen.data.cache import Tally
 from unigen.data.loader import Place, Row, RowStream, Share, default_workers, load_rows
 from unigen.model.parts import title
 from unigen.model.storage import scan_folder
 from unigen.model.weights import side_bytes, write_side_files
-from unigen.training.adapters import tell_compiling
-from unigen.training.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights, verify_checkpoint
+from unigen.runs.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights, verify_checkpoint
+from unigen.runs.heartbeat import WAITING, Watchdog
+from unigen.runs.layout import prepare_folder
+from unigen.runs.saver import Contents, Saver
+from unigen.runs.secrets import hide_in_logs, redacted
+from unigen.runs.signals import Stopped, Stops, shielded, worker_init
+from unigen.runs.space import Space, SpaceError
+from unigen.tracking.tracker import Progress, Tracker
+from unigen.training.datasets import Streams
 from unigen.training.ema import EMA
-from unigen.training.encoders import open_cache
 from unigen.training.engine import open_engine
-from unigen.training.folder import prepare_folder
 from unigen.training.guards import Guards
 from unigen.training.losses import Counts
 from unigen.training.optim import learning_rate_at
 from unigen.training.passes import StepResult, dry_batch, micro_batches, validation_losses
 from unigen.training.precision import stored_precision, tell_change
+from unigen.training.prepare import tell_compiling
 from unigen.training.samples import Sampler
-from unigen.training.saver import Contents, Saver
-from unigen.training.secrets import hide_in_logs, redacted
-from unigen.training.space import Space, SpaceError
 from unigen.training.state import RunState, rows_of_a_step
-from unigen.training.stops import Stopped, Stops, shielded, worker_init
-from unigen.training.streams import Streams
-from unigen.training.tracking import Progress, Tracker
-from unigen.training.watchdog import WAITING, Watchdog
 
 log = logging.getLogger("unigen")
 

@@ -1,0 +1,421 @@
+"""The check: every problem with its place, numbers that agree with the planner, findings that no number of processes changes."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from unigen.cli import main
+from unigen.commands.check import findings as module
+from unigen.commands.check.findings import Findings, Problems, check
+from unigen.config import DataOptions
+from unigen.data.containers import read_part
+from unigen.data.dataset import BadData, UnifiedGenerationDataset
+from unigen.model.weights import load_planner
+from unigen.sequence.pack import pack_blocks
+from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.types import BadRecord, Kind
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "sample_data_format.json"
+WORDS = [f"word{i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return load_planner(None, DataOptions())
+
+
+def text(r: random.Random, n: int) -> str:
+    return " ".join(r.choices(WORDS, k=n))
+
+
+def talk(question: str, answer: str) -> dict:
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def picture(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).resize(size).save(path)
+    return path
+
+
+def write(path: Path, *values: dict | str) -> Path:
+    lines = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def mixed(folder: Path, records: int = 120) -> Path:
+    """Records of all tasks with pictures of several sizes."""
+    r = random.Random(0)
+    names = [
+        picture(folder / "p" / f"{i}.png", (r.randint(30, 900), r.randint(30, 900)), i).relative_to(folder).as_posix() for i in range(6)
+    ]
+    values: list[dict] = []
+    for _ in range(records):
+        kind = r.randrange(5)
+        name = r.choice(names)
+        if kind == 0:
+            values.append(talk(text(r, r.randint(1, 40)), text(r, r.randint(1, 300))))
+        elif kind == 1:
+            values.append({"text_prompt": text(r, r.randint(3, 30)), "image_path": name})
+        elif kind == 2:
+            values.append({"image_path": name, "caption": text(r, r.randint(3, 200))})
+        elif kind == 3:
+            values.append({"input_image": name, "editing_steps": [{"instruction": text(r, 5), "result_image": r.choice(names)}] * 2})
+        else:
+            pieces = [
+                {"type": "text", "content": text(r, 20)},
+                {"type": "image", "image_path": name},
+                {"type": "text", "content": text(r, 90)},
+            ]
+            values.append({"sequence": pieces})
+    return write(folder / "mixed.jsonl", *values)
+
+
+def problems(found: Findings) -> list[tuple[str, str, int | None, str]]:
+    return [(p["code"], Path(p["file"]).name, p["line"], p["field"]) for p in found.problems]
+
+
+# ---- problems
+
+
+def test_every_problem_has_its_code_place_and_cure(tmp_path, planner):
+    """One of each kind, among good records, at known lines; found in this order and no other."""
+    good = talk("q", "a")
+    picture(tmp_path / "p" / "good.png")
+    whole = picture(tmp_path / "p" / "whole.jpg").read_bytes()
+    (tmp_path / "p" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "p" / "page.png").write_bytes(b"<html>")
+    (tmp_path / "p" / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "p" / "pipe.png")
+    twelve = {"input_image": "p/good.png", "editing_steps": [{"instruction": "x", "result_image": "p/good.png"}] * 12}
+    cases = [
+        ('{"caption": "half', "bad_json", "(record)"),
+        ('{"conversations": NaN}', "bad_json", "(record)"),
+        ('{"a": 1, "a": 2}', "duplicate_key", "(record)"),
+        ("[1]", "not_an_object", "(record)"),
+        ({"promt": "x"}, "no_format", "(record)"),
+        ({"image_path": "p/good.png", "caption": "c", "text_prompt": "t"}, "ambiguous_format", "(record)"),
+        ({"conversations": [{"role": "usr", "content": "x"}]}, "unknown_role", "conversations[0].role"),
+        ({"conversations": [{"role": "user", "content": "x"}]}, "no_target", "conversations"),
+        ({"conversations": 3}, "wrong_type", "conversations"),
+        ({"image_path": "p/good.png", "caption": ""}, "empty_text", "caption"),
+        ({"image_path": "p/none.png", "caption": "c"}, "missing_picture", "image_path"),
+        ({"image_path": "p/folder.png", "caption": "c"}, "not_a_file", "image_path"),
+        ({"image_path": "p/pipe.png", "caption": "c"}, "not_a_file", "image_path"),
+        ({"image_path": "p/page.png", "caption": "c"}, "not_a_picture", "image_path"),
+        ({"sequence": [{"type": "image", "image_path": "p/cut.jpg"}, {"content": "c"}]}, "broken_picture", "sequence[0].image_path"),
+        ({"messages": [{"role": "user", "content": "<image>"}], "images": []}, "unequal_image_count", "images"),
+        (twelve, "too_long", "sample"),
+    ]
+    lines: list = []
+    expected = []
+    for value, code, where in cases:
+        lines += [good, value]
+        expected.append((code, "bad.jsonl", len(lines), where))
+    path = write(tmp_path / "bad.jsonl", *lines)
+    small = load_planner(None, DataOptions(max_sequence_length=20_000))
+    found = check(path, small, deep=True, num_workers=0)
+    assert problems(found) == expected
+    assert all(p["found"] and p["expected"] and p["cure"] for p in found.problems)
+    assert found.summary()["good_records"] == len(cases) and found.tally.read == 2 * len(cases)
+    headers = check(path, small, num_workers=0)
+    assert set(problems(found)) - set(problems(headers)) == {("broken_picture", "bad.jsonl", 30, "sequence[0].image_path")}
+
+
+def test_the_check_refuses_what_the_data_set_refuses(tmp_path, planner):
+    path = write(tmp_path / "a.jsonl", talk("q", "a"), "{", {"image_path": "x.png", "caption": "c"}, '{"caption": 1}', talk("q", ""))
+    with pytest.raises(BadData) as refused:
+        UnifiedGenerationDataset(path, measure=planner.measure)
+    assert [error.to_dict() for error in refused.value.records] == list(check(path, planner, num_workers=0).problems)
+
+
+def test_files_that_cannot_be_read_are_problems_too(tmp_path, planner):
+    """A broken list, a truncated archive: the rest is read all the same."""
+    (tmp_path / "b.json").write_text('[{"caption": "c"')
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps(talk("q", "a")).encode() * 50)[:-20])
+    write(tmp_path / "d.jsonl", talk("q", "a"))
+    found = check(tmp_path, planner, num_workers=0)
+    assert [entry[:2] for entry in problems(found)] == [("bad_json", "b.json"), ("broken_file", "c.jsonl.gz")]
+    assert [p["field"] for p in found.problems] == ["(file)", "(file)"] and found.summary()["good_records"] == 1
+
+
+def test_pictures_outside_the_root_are_problems(tmp_path, planner):
+    picture(tmp_path / "x.png")
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "in" / "y.png")
+    path = write(tmp_path / "in" / "a.jsonl", {"image_path": "../x.png", "caption": "cap"}, {"image_path": "y.png", "caption": "cap"})
+    found = check(path, planner, data_root=tmp_path / "in", num_workers=0)
+    assert problems(found) == [("outside_root", "a.jsonl", 1, "image_path")]
+    assert len(check(path, planner, num_workers=0).problems) == 0
+
+
+def test_what_the_options_make_unusable_is_a_problem_of_its_field(tmp_path):
+    picture(tmp_path / "p" / "x.png")
+    path = write(tmp_path / "a.jsonl", {"text_prompt": "draw", "image_path": "p/x.png"}, {"image_path": "p/x.png", "caption": "cap"})
+    planner = load_planner(None, DataOptions())
+    planner.visual_gen = False
+    assert problems(check(path, planner, num_workers=0)) == [("image_target_without_visual_gen", "a.jsonl", 1, "image_path")]
+
+
+def test_problems_are_all_kept_in_their_file_and_few_in_memory(tmp_path):
+    kept = Problems(tmp_path / "new" / "problems.jsonl")
+    for n in range(Problems.KEPT + 50):
+        kept.add(BadRecord("a" if n % 2 else "b", "f", "x", "y", "z").to_dict() | {"line": n})
+    assert len(kept) == Problems.KEPT + 50 and kept.counts == {"a": 125, "b": 125}
+    kept.add({"code": "a", "line": -1})
+    assert [p["line"] for p in kept] == [*range(250), -1] == [p["line"] for p in kept], "read twice alike"
+    for _ in range(200):
+        kept.add({"code": "a", "line": 0})
+    assert len(kept.first["a"]) == Problems.KEPT
+    kept.close()
+    assert len((tmp_path / "new" / "problems.jsonl").read_text().splitlines()) == 451
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("limit", [None, 250])
+def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
+    """With a checkpoint: every token of the rows that training would build, by kind and by loss, counted from the packs."""
+    path = mixed(tmp_path, 40)
+    options = DataOptions(max_image_tokens=64, max_sequence_length=limit)
+    planner = load_planner(golden / "model", options)
+    found = check(path, planner, limits=[250], num_workers=0)
+    dataset = UnifiedGenerationDataset(path, measure=load_planner(golden / "model", DataOptions(max_image_tokens=64)).measure)
+    whole = load_planner(golden / "model", DataOptions(max_image_tokens=64))
+    kinds: Counter[str] = Counter()
+    lengths, text_tokens, image_tokens = [], 0, 0
+    for i, record in enumerate(dataset):
+        draw = Draw(0, 0, i, training=False)
+        blocks = whole.fill(record.sample, whole.outline(record.sample, dataset.sizes[i], draw), draw)
+        pack = pack_blocks([blocks], whole.tokenizer.special, whole.geometry)
+        lengths.append(len(pack))
+        trained = [b for b in blocks if b.kind == Kind.TEXT and b.loss]
+        text_tokens += sum(len(b) for b in trained)
+        image_tokens += pack.n_image_targets
+        for b in blocks:
+            kinds[b.kind.name.lower()] += len(b)
+    if limit is None:
+        assert len(found.problems) == 0
+        assert np.array_equal(found.tally.lengths.spread(1000), sorted(lengths))
+        s = found.summary()
+        assert s["lengths"]["unit"] == "tokens" and s["lengths"]["total"] == sum(lengths)
+        assert s["targets"]["text_tokens"] == text_tokens and s["targets"]["image_tokens"] == image_tokens > 0
+        assert s["tokens"]["noised"] == kinds["noised"] and s["tokens"]["text"] == kinds["text"]
+    refused = [n for n, record in enumerate(dataset) if not fits(planner, record)]
+    assert bool(refused) == (limit is not None) and len(found.problems) == len(refused)
+    assert {p["line"] for p in found.problems} == {n + 1 for n in refused}
+    if limit is not None:
+        assert found.summary()["limits"][0]["refused"] == len(refused) and found.summary()["good_records"] == 40 - len(refused)
+
+
+def fits(planner: Planner, record) -> bool:
+    try:
+        planner.measure(record)
+    except BadRecord:
+        return False
+    return True
+
+
+def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
+    """Records cut, target tokens lost and records refused, against planners with those limits."""
+    path = mixed(tmp_path, 60)
+    whole = load_planner(golden / "model", DataOptions(max_image_tokens=64))
+    questions = [record.sample[0].text for record in UnifiedGenerationDataset(path) if record.format == "conversation"]
+    least = min(len(whole.tokenizer.encode(question)) for question in questions) + 2 + 3  # with one token of the answer
+    limits = tuple(sorted({20, least - 1, least, 60, 150, 300, 600, 100_000}))
+    rows = check(path, whole, limits=limits, num_workers=0).summary()["limits"]
+    dataset = UnifiedGenerationDataset(path, measure=whole.measure)
+    for row, limit in zip(rows, limits, strict=True):
+        planner = load_planner(golden / "model", DataOptions(max_image_tokens=64))
+        planner.max_length = limit
+        cut = lost = refused = 0
+        for i, record in enumerate(dataset):
+            if not fits(planner, record):
+                refused += 1
+                continue
+            full, short = (
+                sum(len(b) for b in p.outline(record.sample, dataset.sizes[i], Draw(0, 0, i, training=False))) for p in (whole, planner)
+            )
+            cut, lost = cut + (short < full), lost + full - short
+        assert row == {"max_sequence_length": limit, "cut": cut, "tokens_lost": lost, "share_lost": row["share_lost"], "refused": refused}
+    assert [row["refused"] for row in rows] == sorted((row["refused"] for row in rows), reverse=True)
+    assert any(row["cut"] for row in rows) and rows[-1]["cut"] == rows[-1]["refused"] == 0
+
+
+def test_pictures_are_counted_with_their_sizes_and_tokens(tmp_path, planner):
+    picture(tmp_path / "p" / "small.png", (700, 300))
+    picture(tmp_path / "p" / "large.png", (1600, 1200))
+    values = [{"text_prompt": "a b c", "image_path": "p/small.png"}] * 3 + [{"text_prompt": "a b c", "image_path": "p/large.png"}]
+    path = write(tmp_path / "a.jsonl", *values, {"image_path": "p/small.png", "caption": "a small one"})
+    p = check(path, planner, num_workers=0).summary()["pictures"]
+    small, large = (planner.transforms.vae.size(*size) for size in ((700, 300), (1600, 1200)))
+    tokens = [w // 16 * (h // 16) for w, h in (small, small, small, large)]
+    assert p["pieces"] == 5 and p["sizes"] == [[700, 300, 4], [1600, 1200, 1]] and p["distinct_sizes"] == 2
+    assert p["latent_tokens"]["total"] == sum(tokens) and p["latent_tokens"]["max"] == tokens[-1]
+    assert p["upscaled"] == 3, "the one to look at is not encoded by the VAE"
+    # a target that nothing follows is shown to the ViT in a share of the visits alone; sizes are known all the same
+    drawn, seen = planner.transforms.vit_edit, planner.transforms.vit
+    shown = [drawn.size(700, 300)] * 3 + [drawn.size(1600, 1200), seen.size(700, 300)]
+    assert p["vit_tokens"]["total"] == sum(w // 14 * (h // 14) for w, h in shown) and p["vit_tokens"]["count"] == 5
+
+
+def test_repetitions_are_found_across_parts(tmp_path, planner, monkeypatch):
+    """Same records, same answers, same picture contents under two names, with the places of the first ones."""
+    monkeypatch.setattr(module, "PART", 512)
+    monkeypatch.setattr(module, "DEEP_PART", 512)
+    r = random.Random(1)
+    values = [talk(text(r, 20), text(r, 10)) for _ in range(30)]
+    values[25] = {**values[3], "metadata": {"other": 1}}
+    values[28] = values[3]
+    values[20] = talk("another question", values[7]["conversations"][1]["content"])
+    picture(tmp_path / "p" / "a.png")
+    (tmp_path / "p" / "b.png").write_bytes((tmp_path / "p" / "a.png").read_bytes())
+    picture(tmp_path / "p" / "c.png", seed=1)
+    values += [{"image_path": f"p/{name}.png", "caption": f"caption {i}"} for i, name in enumerate("abca")]
+    values += [{"sequence": [{"content": "one", "target": first}, {"content": "two"}]} for first in (True, False)]  # not the same
+    path = write(tmp_path / "a.jsonl", *values)
+    found = check(path, planner, deep=True, num_workers=0)
+    assert len(found.parts) > 5
+    of = found.summary()["repeats"]
+    at = [f"{path}:{n + 1}" for n in range(len(values))]
+    assert of["records"]["surplus"] == 2 and of["records"]["most"][0]["where"] == [at[3], at[25], at[28]]
+    assert of["texts"]["surplus"] == 3 and [m["where"] for m in of["texts"]["most"]] == [[at[3], at[25], at[28]], [at[7], at[20]]]
+    assert of["texts"]["most"][1]["what"] == values[7]["conversations"][1]["content"]
+    assert of["pictures"]["distinct"] == 3 and of["pictures"]["most"][0]["count"] == 2
+    assert of["copies"]["surplus"] == 1 and of["copies"]["most"][0]["what"] == [str(tmp_path / "p" / f"{n}.png") for n in "ab"]
+    assert "copies" not in check(path, planner, num_workers=0).summary()["repeats"]
+
+
+def test_tables_with_pictures_inside(tmp_path, planner):
+    """Rows of Parquet: pictures are known by their bytes, places by the number of the row; a damaged file is a problem of its own."""
+    one, two = (picture(tmp_path / f"{n}.png", (64, 48), n).read_bytes() for n in range(2))
+    rows = [
+        {"image": image, "captions": json.dumps({"a": f"caption {i}"})} for i, image in enumerate([one, two, one, b"<html>", one[:200]])
+    ]
+    (tmp_path / "t").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t" / "a.parquet", row_group_size=2)
+    (tmp_path / "t" / "b.parquet").write_bytes((tmp_path / "t" / "a.parquet").read_bytes()[:-50])
+    found = check(tmp_path / "t", planner, deep=True, num_workers=0)
+    assert [(p["code"], Path(p["file"]).name, p["index"]) for p in found.problems] == [
+        ("not_a_picture", "a.parquet", 3), ("broken_picture", "a.parquet", 4), ("broken_file", "b.parquet", 0)
+    ]  # fmt: skip
+    s = found.summary()
+    assert s["good_records"] == 3 and s["pictures"]["pieces"] == 3 and s["pictures"]["sizes"] == [[64, 48, 3]]
+    assert s["repeats"]["pictures"]["distinct"] == 2 and s["repeats"]["copies"]["surplus"] == 0
+    path = tmp_path / "t" / "a.parquet"
+    assert s["repeats"]["pictures"]["most"] == [{"count": 2, "where": [f"{path}[0]", f"{path}[2]"], "what": "(inside the file)"}]
+
+
+def test_near_empty_descriptions_are_found(tmp_path, planner):
+    picture(tmp_path / "p" / "a.png")
+    texts = ["...", "ok", "a cat", "猫", "红猫", " - \n", "12 o'clock"]
+    values = [{"image_path": "p/a.png", "caption": t} for t in texts] + [
+        {"text_prompt": "?", "image_path": "p/a.png"},
+        talk("1 + 1 =", "2"),
+    ]
+    s = check(write(tmp_path / "a.jsonl", *values), planner, num_workers=0).summary()["near_empty"]
+    assert [t for _, t in s["first"]] == ["...", "ok", " - \n", "?"] and s["records"] == 4
+    assert s["first"][0][0].endswith("a.jsonl:1")
+
+
+# ---- processes
+
+
+def test_findings_do_not_depend_on_the_processes(tmp_path, golden, monkeypatch):
+    """With the tokenizer of a checkpoint, which travels to the processes."""
+    planner = load_planner(golden / "model", DataOptions(max_image_tokens=64))
+    monkeypatch.setattr(module, "PART", 2048)
+    path = mixed(tmp_path, 80)
+    with path.open("a") as file:
+        file.write('{"bad": 1}\n{"image_path": "p/none.png", "caption": "c"}\n')
+    alone, two = (check([path, EXAMPLE], planner, num_workers=n) for n in (0, 2))
+    assert alone.summary() == two.summary() and list(alone.problems) == list(two.problems) and len(alone.problems) == 2
+    assert len(alone.parts) > 4 and [part.index for part in alone.parts] == [part.index for part in two.parts]
+    assert sum(1 for part in alone.parts for _ in read_part(part)) == alone.tally.read == 82 + 7
+
+
+def deadly(*arguments):
+    """A checker whose process dies of one record."""
+    from unigen.commands.check import part as check_part
+
+    original = check_part.examine
+
+    def examine(raw, span, *others, **named):
+        if b"poison" in raw:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(raw, span, *others, **named)
+
+    check_part.examine = examine
+    return check_part.checker(*arguments)
+
+
+def test_a_record_that_kills_its_process_is_named_and_the_rest_is_checked(tmp_path, planner, monkeypatch):
+    monkeypatch.setattr(module, "checker", deadly)
+    values = [talk("q", f"answer {i}") for i in range(40)]
+    values[17] = talk("poison", "a")
+    found = check(write(tmp_path / "a.jsonl", *values), planner, num_workers=1)
+    assert problems(found) == [("check_died", "a.jsonl", 18, "(record)")]
+    assert "want of memory" in next(iter(found.problems))["found"]
+    assert found.summary()["good_records"] == 39
+    monkeypatch.setattr(module, "DEATHS", 0)
+    found = check(write(tmp_path / "a.jsonl", *values), planner, num_workers=1)
+    assert problems(found) == [("check_died", "a.jsonl", None, "(file)")]
+
+
+# ---- the command
+
+
+def test_the_command_tells_clean_from_bad_from_impossible(tmp_path, capsys):
+    """0 clean, 1 problems, 2 cannot run; --json prints one document and nothing else."""
+    bad = write(tmp_path / "bad.jsonl", talk("q", "a"), '{"x": 1}', talk("q", "a"))
+    assert main(["check", str(EXAMPLE)]) == 0
+    assert "No problem found" in capsys.readouterr().out
+    assert main(["check", str(bad), "--problems", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "p.html")]) == 1
+    out = capsys.readouterr().out
+    assert f"{bad}:2" in out and "no_format  (1)" in out and json.loads((tmp_path / "p.jsonl").read_text())["line"] == 2
+    assert "no_format" in (tmp_path / "p.html").read_text()
+    assert main(["check", str(bad), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["problem_count"] == 1 and document["problems"][0]["line"] == 2 and not document["clean"]
+    assert document["statistics"]["good_records"] == 2 and {"code": "duplicates"}.items() <= document["advice"][1].items()
+    impossible = ["--num_workers -1", f"--model_path {tmp_path}", f"--data_root {bad}", "--max_num_tokens 0", f"--output {tmp_path}"]
+    for argv in ([], [str(tmp_path / "none.jsonl")], *([str(bad), *options.split()] for options in impossible)):
+        assert main(["check", *argv]) == 2, argv
+        assert capsys.readouterr().err.startswith("unigen: error: ")
+
+
+def test_an_interrupt_ends_with_what_was_found_until_then(tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the middle: a report that says so, exit code 130, no process left."""
+    monkeypatch.setattr(module, "PART", 4096)
+    values = [talk(f"question {i}", "answer") for i in range(3000)]
+    path = write(tmp_path / "a.jsonl", '{"x": 1}', *values)
+    merge, before = module.Tally.merge, set(multiprocessing.active_children())
+
+    def interrupted(tally, other):
+        merge(tally, other)
+        if tally.read > 500:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module.Tally, "merge", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program started in the background ignores it
+    try:
+        assert main(["check", str(path), "--json", "--num_workers", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    document = json.loads(capsys.readouterr().out)
+    assert document["interrupted"] and 500 < document["statistics"]["records"] < 3000 and document["problem_count"] == 1
+    assert set(multiprocessing.active_children()) <= before

@@ -1,0 +1,271 @@
+"""The preview shows the pack and nothing else: every number in the page is compared with the tensors that training would use."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+from previews import HOUSE, SAY, TIP, packed, record, sample_page
+
+from unigen.commands.preview.blocks import CHIPS, SIDE, mask_drawing
+from unigen.commands.preview.view import CAUSAL, FULL, NONE, block_mask, characters, look
+from unigen.config import DataOptions
+from unigen.model.flow import training_time
+from unigen.model.weights import load_planner
+from unigen.sequence.plan import Draw
+from unigen.sequence.types import Image, Kind, Pack, Text
+
+# ---- tokens and loss
+
+
+@pytest.mark.parametrize("epoch", range(3))
+@pytest.mark.parametrize("number", range(7))
+def test_every_token_in_the_page_is_a_column_of_the_pack(number, epoch, tmp_path, planner, records):
+    """Index, position, id and label of every text token and marker of the seven formats, with dropout as it falls."""
+    pack = packed(records[number], number, planner, epoch)
+    page = sample_page(tmp_path, records[number], planner, epoch, number)
+    shown = {}
+    for _, values in page.elements:
+        for index, *numbers in TIP.findall(values.get("title") or ""):
+            assert int(index) not in shown
+            shown[int(index)] = [int(n) if n else -100 for n in numbers]
+    texts = (pack.kind == Kind.TEXT) & ~pack.image
+    columns = zip(pack.index[texts].tolist(), pack.position[texts], pack.ids[texts], pack.label[texts], strict=True)
+    assert shown == {index: [int(position), int(id), int(label)] for index, position, id, label in columns}
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_what_is_marked_as_learnt_is_what_carries_labels(number, tmp_path, planner, records):
+    """Learnt tokens, transitions and labels behind a cut are together the pack's labels, in each of some visits."""
+    for epoch in range(4):
+        view = look(records[number], number, planner, Draw(42, epoch, number))
+        pack = packed(records[number], number, planner, epoch)
+        learnt = sum(token.learnt for shown in view.blocks for token in shown.tokens)
+        transitions = sum(shown.transition is not None for shown in view.blocks)
+        assert learnt + transitions == pack.n_text_labels == view.pack.n_text_labels
+        page = sample_page(tmp_path, records[number], planner, epoch, number)
+        legend = 1  # of each mark
+        assert len(page.of("bdi", "t")) - legend == transitions
+        lit = [values for tag in ("span", "bdi") for values in page.of(tag, "y")]
+        assert sum(len(TIP.findall(values.get("title") or "")) for values in lit) == learnt
+
+
+def test_the_sums_in_the_page_are_the_packs(tmp_path, estimate, records):
+    pack = packed(records[1], 1, estimate)
+    text = sample_page(tmp_path, records[1], estimate, number=1).text
+    share = pack.n_image_targets / (pack.n_image_targets + pack.n_text_labels)
+    assert f"{len(pack)}length: {len(pack) / 32768:.1%} of the 32,768 tokens" in text.replace(f"{len(pack):,}", str(len(pack)))
+    assert f"{pack.n_text_labels}text labels: {pack.n_text_labels / len(pack):.1%} of the sample's tokens" in text
+    assert f"{pack.n_image_targets}image target tokens" in text and f"{share:.1%} of its targets" in text
+
+
+def test_a_cut_text_shows_what_is_lost(tmp_path, golden):
+    short = load_planner(golden / "model", DataOptions(max_sequence_length=40))
+    entry = record(Text("Say it."), Text("What is cut off here is shown as lost, every word of it.", target=True))
+    view = look(entry, 0, short, Draw(42, 0, 0))
+    pack = packed(entry, 0, short)
+    (shown,) = [shown for shown in view.blocks if shown.block.cut]
+    ids = short.tokenizer.encode(entry.sample[1].text)
+    kept = [token.id for token in shown.tokens[1:-1]]
+    assert len(pack) == 40 and kept + shown.lost == ids and shown.lost
+    assert shown.tokens[-2].label == shown.lost[0] and not shown.tokens[-1].learnt
+    page = sample_page(tmp_path, entry, short)
+    assert short.tokenizer.decode(shown.lost) in page.text
+    assert f"cut: {len(shown.lost)} text tokens are lost" in page.text
+    learnt = sum(token.learnt for token in shown.tokens)
+    assert learnt + 1 + sum(s.transition is not None for s in view.blocks) == pack.n_text_labels  # one stands behind the cut
+
+
+def test_a_long_text_folds_and_loses_nothing(tmp_path, planner):
+    text = " ".join(f"word{i}" for i in range(600))
+    entry = record(Text("Count."), Text(text, target=True))
+    page = sample_page(tmp_path, entry, planner)
+    assert len(page.of("details", "fold")) == 1
+    assert text in re.sub(r"…… \S+|… [\d,]+ more tokens", "", page.text)
+    assert 0 < sum(len(TIP.findall(values.get("title") or "")) for _, values in page.elements) <= CHIPS + 4
+
+
+def test_parts_of_characters_are_joined(planner, estimate):
+    """Byte-level tokens of a character form one part; the parts are the text, and no token is lost."""
+    text = "你好 😀 \u00e9 مرحبا שלום 👩‍👩‍👧‍👦\n"
+    for tokenizer in (planner.tokenizer, estimate.tokenizer):
+        ids = tokenizer.encode(text)
+        parts = characters(tokenizer, ids)
+        assert "".join(part for part, _ in parts) == text and sum(n for _, n in parts) == len(ids)
+        assert not any("\ufffd" in part for part, _ in parts)
+    assert max(n for _, n in characters(planner.tokenizer, planner.tokenizer.encode(text))) > 1
+    broken = planner.tokenizer.encode("你")[:1]  # as a cut leaves it
+    assert [n for _, n in characters(planner.tokenizer, broken)] == [1]
+
+
+def test_a_special_token_inside_a_text_is_pointed_out(tmp_path, planner):
+    assert "special token inside the text" in sample_page(tmp_path, record(Text("a <|im_end|> b"), Text("c", target=True)), planner).text
+    assert "special token inside the text" not in sample_page(tmp_path, record(Text("a"), Text("c", target=True)), planner).text
+
+
+def test_the_wording_of_the_visit_is_shown(tmp_path, planner):
+    entry = record(Text("one", others=("two", "three")), Text("c", target=True))
+    seen = set()
+    for epoch in range(12):
+        view = look(entry, 0, planner, Draw(42, epoch, 0))
+        k, n = view.blocks[0].wording
+        text = planner.tokenizer.decode([token.id for token in view.blocks[0].tokens[1:-1]])
+        assert n == 3 and text == ("one", "two", "three")[k - 1]
+        seen.add(k)
+    assert len(seen) > 1 and f"wording {k} of 3" in sample_page(tmp_path, entry, planner, epoch=11).text
+
+
+# ---- pictures, positions
+
+
+def test_tiles_show_the_tensors_of_the_pack(planner, records):
+    pack = packed(records[4], 4, planner, epoch=2)
+    view = look(records[4], 4, planner, Draw(42, 2, 4), shift=3.0)
+    shown = [s for s in view.blocks if s.picture]
+    assert {s.kind for s in shown} == {Kind.VIT, Kind.CLEAN, Kind.NOISED}
+    vae = [s for s in shown if s.kind != Kind.VIT]
+    for entry, number in zip(vae, pack.vae_block, strict=True):
+        assert torch.equal(entry.picture.pixels, pack.vae_pixels[number])
+    times = [float(t[0]) for t in training_time(pack.u, 3.0).split([r * c for r, c in pack.vae_grid])]
+    assert [s.picture.time or 0.0 for s in vae] == times and max(times) > 0
+    rows = [s.picture.pixels for s in shown if s.kind == Kind.VIT]
+    patch = planner.geometry.vit_patch
+    cells = [p.unfold(1, patch, patch).unfold(2, patch, patch).permute(1, 2, 3, 4, 0).reshape(-1, patch * patch * 3) for p in rows]
+    assert torch.equal(torch.cat(cells), pack.vit_patches)
+
+
+def test_the_page_says_what_the_resize_did(tmp_path, estimate):
+    PILImage.new("RGB", (640, 480), "teal").save(tmp_path / "wide.png")
+    entry = record(Image(tmp_path / "wide.png"), Text("Small?"), Image(HOUSE, target=True))
+    view = look(entry, 0, estimate, Draw(42, 0, 0))
+    page = sample_page(tmp_path, entry, estimate)
+    for shown in view.blocks:
+        if shown.picture:
+            (w0, h0), (w, h), grid = shown.picture.original, shown.picture.size, shown.block.grid
+            assert f"{w0:,} × {h0:,} → {w:,} × {h:,} px" in page.text
+            assert f"{grid[0]} × {grid[1]} = {grid[0] * grid[1]}" in page.text
+            assert shown.picture.upscaled == (min(w / w0, h / h0) > 1.1)
+    enlarged = [shown for shown in view.blocks if shown.picture and shown.picture.upscaled]
+    assert page.text.count("this adds no detail") == len(enlarged)
+    assert "scaled down to" in page.text and view.blocks[0].picture.original == (640, 480)
+
+
+def test_a_noised_image_shares_its_position_with_its_copy(tmp_path, planner, records):
+    view = look(records[0], 0, planner, Draw(42, 0, 0))
+    pack = packed(records[0], 0, planner)
+    for shown in view.kept:
+        inside = pack.position[(pack.index >= shown.start) & (pack.index < shown.stop)]
+        assert shown.positions == (int(inside.min()), int(inside.max()))
+    (noised,) = [s for s in view.kept if s.kind == Kind.NOISED]
+    (copied,) = [s for s in view.kept if s.kind == Kind.CLEAN]
+    assert noised.twins == [copied.number] and copied.twins == [noised.number]
+    assert sum(bool(s.twins) for s in view.kept) == 2
+    assert f"same position as {copied.number}" in sample_page(tmp_path, records[0], planner).text
+
+
+def test_noise_hides_as_much_as_its_time_says(estimate):
+    """At t = 0 the tile is the picture, at t = 1 it has nothing of it."""
+    from unigen.commands.preview.blocks import noised
+    from unigen.commands.preview.view import Picture
+
+    image = PILImage.new("RGB", (64, 64), (200, 40, 90))
+    clean = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    assert torch.allclose(noised(image, Picture("", (1, 1), clean, 0.0), (4, 4)), clean)
+    other = PILImage.new("RGB", (64, 64), "white")
+    assert torch.equal(noised(image, Picture("", (1, 1), clean, 1.0), (4, 4)), noised(other, Picture("", (1, 1), clean, 1.0), (4, 4)))
+
+
+# ---- the mask
+
+
+def rule(pack: Pack) -> np.ndarray:
+    """The mask as docs/model.md states it, token by token in the order of the sequence."""
+    order = pack.index.argsort().tolist()
+    sample, span, image, noised = (getattr(pack, name).tolist() for name in ("sample", "span", "image", "noised"))
+    seen = np.zeros((len(order), len(order)), bool)
+    for i, q in enumerate(order):
+        for j, k in enumerate(order):
+            same = span[q] == span[k]
+            seen[i, j] = sample[q] == sample[k] and (i >= j or (same and image[q])) and (not noised[k] or same)
+    return seen
+
+
+def drawn(svg: str, length: int) -> np.ndarray:
+    """The rectangles of a token-by-token drawing as a matrix."""
+    seen = np.zeros((length, length), bool)
+    left = float(re.search(r'viewBox="0 0 (\S+)', svg)[1]) - SIDE - 4
+    unit = SIDE / length
+    for path in re.findall(r'<path class="f-\w+" d="([^"]+)"', svg):
+        for x, y, w, h in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)H", path):
+            column, row, columns, rows = (round(v / unit) for v in (float(x) - left, float(y) - 18, float(w), float(h)))
+            assert not seen[row : row + rows, column : column + columns].any(), "drawn twice"
+            seen[row : row + rows, column : column + columns] = True
+    return seen
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_the_drawn_mask_is_the_rule(number, planner, records):
+    view = look(records[number], number, planner, Draw(42, 1, number))
+    assert len(view.pack) <= 400
+    svg = mask_drawing(view, SAY)
+    assert np.array_equal(drawn(svg, len(view.pack)), rule(view.pack))
+    assert svg.count("<title>") == len(view.kept) * (len(view.kept) + 1) // 2
+
+
+def test_the_mask_of_blocks_is_the_rule(estimate, records):
+    """Full, causal or nothing for every pair of blocks, by all of their tokens."""
+    view = look(records[5], 5, estimate, Draw(42, 0, 5))
+    assert len(view.pack) > 400
+    seen = rule(view.pack)
+    for a, row in zip(view.kept, block_mask(view), strict=True):
+        for b, verdict in zip(view.kept, row, strict=True):
+            cell = seen[a.start : a.stop, b.start : b.stop]
+            full, nothing = cell.all(), not cell.any()
+            assert verdict == (FULL if full else NONE if nothing else CAUSAL), (a.number, b.number)
+            if verdict == CAUSAL:
+                assert np.array_equal(cell, np.tril(np.ones_like(cell)))
+    svg = mask_drawing(view, SAY)
+    hidden = sum(verdict == NONE for i, row in enumerate(block_mask(view)) for verdict in row[:i])
+    assert hidden and re.search(r'class="hidden" d="([^"]+)"', svg)[1].count("M") == hidden
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_what_may_be_left_out_is_what_is_left_out_at_some_time(number, planner, records):
+    """Over many visits the planner drops exactly the blocks that the preview calls droppable, about as often as it says."""
+    entry = records[number]
+    view = look(entry, number, planner, Draw(42, 0, number))
+    sizes = planner.measure(entry)
+    visits = [planner.outline(entry.sample, sizes, Draw(7, epoch, number)) for epoch in range(300)]
+    visits = [blocks for blocks in visits if len(blocks) == len(view.blocks)]
+    for i, shown in enumerate(view.blocks):
+        share = sum(blocks[i].dropped for blocks in visits) / len(visits)
+        assert (share > 0) == bool(shown.option) and abs(share - shown.chance) < 0.12
+        if shown.option:
+            assert shown.chance == getattr(planner.options, shown.option)
+    now = planner.outline(entry.sample, sizes, Draw(42, 0, number))
+    assert [shown.block.dropped for shown in view.blocks] == [block.dropped for block in now]
+
+
+def test_what_the_visit_left_out_is_told(tmp_path, golden, records):
+    planner = load_planner(golden / "model", DataOptions(max_image_tokens=16, text_cond_dropout_prob=1.0, vit_cond_dropout_prob=0.0))
+    view = look(records[4], 4, planner, Draw(42, 0, 4))
+    page = sample_page(tmp_path, records[4], planner, number=4)
+    gone = [shown for shown in view.blocks if shown.block.dropped]
+    assert {shown.kind for shown in gone} >= {Kind.TEXT} and len(page.of("div", "card")) == len(view.blocks)
+    assert len([v for v in page.of("div", "gone") if "card" in v["class"]]) == len(gone)
+    assert "Paint the walls blue." in page.text and "A dropped text leaves nothing" in page.text
+    assert "text_cond_dropout_prob100%left out in this visit" in page.text
+
+
+def test_copies_after_a_single_image_are_told(planner, records):
+    """In the share of the visits that the option says, and this visit's state is the planner's."""
+    entry = records[2]
+    views = [look(entry, 2, planner, Draw(42, epoch, 2)) for epoch in range(40)]
+    assert {view.copies for view in views} == {planner.options.single_image_stop_prob}
+    assert [view.copied for view in views] == [any(s.kind == Kind.CLEAN for s in view.blocks) for view in views]
+    assert 0 < sum(view.copied for view in views) < 20
+    assert look(records[3], 3, planner, Draw(42, 0, 3)).copies is None

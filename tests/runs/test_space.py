@@ -1,0 +1,360 @@
+"""Room on the disk: on real small file systems where the machine lets us mount one, with pretended numbers elsewhere."""
+
+import errno
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from saves import mount_disk
+
+from unigen.files import free_bytes
+from unigen.runs import space as module
+from unigen.runs.channel import Channel
+from unigen.runs.checkpoint import verify_checkpoint
+from unigen.runs.saver import Contents, Entry, Saver
+from unigen.runs.space import Space, SpaceError, gb, mount_of, refused_by_quota
+
+MB = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifests say one and the same time, so that all checkpoints have one size."""
+    monkeypatch.setattr("unigen.runs.saver.time", SimpleNamespace(time=lambda: 1.8e9, monotonic=time.monotonic, sleep=time.sleep))
+
+
+def save(run: Path, step: int, nbytes: int = 400_000, name: str | None = None) -> Path:
+    entries = [Entry("ema", "w", (nbytes // 4,), torch.full((nbytes // 4,), float(step)))]
+    Saver(run, 0, Channel(1, torch.device("cpu"))).save(Contents(step, entries, {"trainer": {"step": step}}, lambda _: None, {}), name)
+    return run / (name or f"step_{step}")
+
+
+def damage(folder: Path) -> None:
+    path = folder / "ema.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MiB."""
+    yield from mount_disk(tmp_path, "4m")
+
+
+@pytest.fixture(autouse=True)
+def no_endless_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that never ends is a failure, not a hanging test."""
+    looks = iter(range(1000))
+    real = Space._lack
+
+    def lack(self: Space, nbytes: int) -> str:
+        assert next(looks, None) is not None, "it looks again and again"
+        return real(self, nbytes)
+
+    monkeypatch.setattr(Space, "_lack", lack)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch):
+    """Free space as a test says; a removed folder gives back its bytes."""
+    free = {"bytes": 0}
+    monkeypatch.setattr(module, "free_bytes", lambda folder: free["bytes"])
+    real = module.remove_checkpoint
+
+    def remove(folder: Path) -> None:
+        size = module.folder_bytes(folder)
+        real(folder)
+        free["bytes"] += size
+
+    monkeypatch.setattr(module, "remove_checkpoint", remove)
+    return free
+
+
+def space(run: Path, policy: str = "stop", min_free_gb: float = 0.0, **more) -> tuple[Space, list[str]]:
+    said: list[str] = []
+    return Space(run, policy, min_free_gb, said.append, **more), said
+
+
+# ---- stop
+
+
+def test_stop_raises_with_what_is_needed_free_where_and_the_cure_only_when_it_does_not_fit(disk: Path):
+    """Passes when 3 MB fit on 4.2 MB, and 5 MB, or 3 MB with 2 MB to stay free, do not."""
+    run = disk / "run"  # it need not exist
+    assert space(run)[0].need(3 * MB) is None
+    with pytest.raises(SpaceError) as caught:
+        space(run)[0].need(5 * MB)
+    text = str(caught.value)
+    assert str(run) in text and "takes 5.0 MB" in text and "4.2 MB are free" in text and f"on {disk}" in text
+    for word in ("Cure:", "--output_dir", "--save_total_limit", "--low_space prune or wait", "--resume_from_checkpoint auto"):
+        assert word in text
+    with pytest.raises(SpaceError, match=r"2\.0 MB are to stay free \(min_free_gb\)"):
+        space(run, min_free_gb=0.002)[0].need(3 * MB)
+
+
+def test_a_quota_of_the_user_counts_and_a_file_system_that_cannot_say_does_not(tmp_path: Path, monkeypatch):
+    asked = []
+
+    def answer(code: int):
+        monkeypatch.setattr(module, "_allocate", lambda file, nbytes: asked.append(nbytes) or code)
+
+    for code in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOSPC, errno.EFBIG):
+        answer(code)
+        space(tmp_path)[0].need(3 * MB)
+    answer(errno.EDQUOT)
+    with pytest.raises(SpaceError, match=r"takes 3\.0 MB, more than your quota on .* allows.*Cure:"):
+        space(tmp_path)[0].need(3 * MB)
+    assert asked == [3 * MB] * 6 and names(tmp_path) == []
+
+
+def test_asking_for_a_quota_takes_no_space_and_leaves_no_file(tmp_path: Path, disk: Path):
+    before = free_bytes(tmp_path)
+    assert not refused_by_quota(tmp_path, 1_000 * MB) and not refused_by_quota(tmp_path, 10**15)
+    assert names(tmp_path) == ["disk"] and abs(free_bytes(tmp_path) - before) < 500 * MB
+    assert not refused_by_quota(disk, 3 * MB) and names(disk) == []
+    with open(tmp_path / "f", "wb") as file:  # the kernel really answers
+        assert module._allocate(file.fileno(), 1 << 20) in (0, errno.EOPNOTSUPP)
+    assert module._allocate(-1, 1 << 20) == errno.EBADF
+    assert mount_of(disk / "a" / "b") == disk and module._file_system(disk / "a") == "tmpfs"
+
+
+def test_a_disk_that_cannot_be_asked_is_a_space_error(tmp_path: Path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(module.os, "statvfs", fail)
+    with pytest.raises(SpaceError, match=r"I/O error.*Cure"):
+        space(tmp_path)[0].need(1)
+
+
+# ---- prune
+
+
+def test_prune_removes_the_oldest_until_it_fits_and_says_each(disk: Path):
+    """Passes when of 1, 2, 3, 4 and best, 1 and 2 go for 1.9 MB on a disk with 2.2 - 0.5 MB left, and no more."""
+    for step in (1, 2, 3, 4):
+        save(disk, step)
+    save(disk, 1, name="best")
+    free = free_bytes(disk)
+    asking, said = space(disk, "prune")
+    asking.need(free - 200_000)
+    assert len(names(disk)) == 5 and said == []
+    asking.need(free + 500_000)
+    assert names(disk) == ["best", "step_3", "step_4"]
+    assert [str(disk / f"step_{n}") in line and "Removed" in line and "low_space is prune" in line for n, line in enumerate(said, 1)] == [
+        True,
+        True,
+    ]
+    for folder in disk.iterdir():
+        verify_checkpoint(folder)
+
+
+def test_prune_never_removes_the_newest_good_one_the_best_or_one_protected_or_being_written(tmp_path: Path, pretended):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    save(tmp_path, 4, name="best")
+    (tmp_path / ".step_5.partial-1").mkdir()
+    (tmp_path / "step_6").mkdir()  # no manifest
+    damage(tmp_path / "step_4")
+    size = module.folder_bytes(tmp_path / "step_1")
+    asking, said = space(tmp_path, "prune")
+    asking.need(2 * size, protect=[tmp_path / "step_1"])  # 2, and then the damaged 4: 3 is the newest good one
+    assert names(tmp_path) == [".step_5.partial-1", "best", "step_1", "step_3", "step_6"]
+    assert "step_4" in said[0] and "does not count" in said[0] and len(said) == 3
+    pretended["bytes"] = 0
+    with pytest.raises(SpaceError, match=r"removing the checkpoints that may go .* would not do"):
+        asking.need(size, protect=[tmp_path / "step_1"])
+    assert "step_1" in names(tmp_path)
+
+
+def test_prune_removes_nothing_where_all_would_not_be_enough(tmp_path: Path, pretended):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    with pytest.raises(SpaceError, match="would not do"):
+        space(tmp_path, "prune")[0].need(3 * 400_000)
+    assert names(tmp_path) == ["step_1", "step_2", "step_3"]
+
+
+def test_prune_removes_nothing_while_no_checkpoint_is_good(tmp_path: Path, pretended):
+    for step in (1, 2, 3):
+        damage(save(tmp_path, step))
+    with pytest.raises(SpaceError):
+        space(tmp_path, "prune")[0].need(400_000)
+    assert names(tmp_path) == ["step_1", "step_2", "step_3"]
+
+
+def test_prune_waits_for_a_file_system_that_frees_late_instead_of_removing_more(tmp_path: Path, pretended, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    remove = module.remove_checkpoint
+
+    def late(folder: Path) -> None:
+        before = pretended["bytes"]
+        remove(folder)
+        after, pretended["bytes"] = pretended["bytes"], before
+        threading.Timer(0.2, lambda: pretended.update(bytes=after)).start()
+
+    monkeypatch.setattr(module, "remove_checkpoint", late)
+    space(tmp_path, "prune")[0].need(400_000)
+    assert names(tmp_path) == ["step_2", "step_3"]
+
+
+# ---- wait
+
+
+def test_wait_goes_on_when_there_is_room_and_calls_idle_meanwhile(disk: Path, monkeypatch):
+    """Passes when it returns only after the file that filled the disk is gone, having said twice, once each, what it does."""
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    (disk / "full").write_bytes(bytes(3 * MB))
+    rounds = []
+
+    def idle() -> None:
+        rounds.append((disk / "full").exists())
+        if len(rounds) == 3:
+            (disk / "full").unlink()
+
+    asking, said = space(disk, "wait")
+    asking.need(2 * MB, idle=idle)
+    assert rounds == [True] * 3
+    assert len(said) == 2 and said[0].startswith("Waiting for room") and "takes 2.0 MB" in said[0] and "going on" in said[1]
+    asking.need(2 * MB)
+    assert len(said) == 2
+
+
+def test_what_idle_raises_ends_the_waiting(disk: Path):
+    def idle() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        space(disk, "wait")[0].need(5 * MB, idle=idle)
+
+
+# ---- several processes
+
+
+class Talk:
+    """Processes that are threads."""
+
+    def __init__(self, world: int):
+        self.barrier, self.words = threading.Barrier(world, timeout=20), [""] * world
+
+    def of(self, rank: int):
+        talk = self
+
+        class One:
+            main = rank == 0
+
+            def gather(self, text: str) -> list[str]:
+                talk.words[rank] = text
+                talk.barrier.wait()
+                words = list(talk.words)
+                talk.barrier.wait()
+                return words
+
+        return One()
+
+
+@pytest.mark.parametrize("policy", ["stop", "prune", "wait"])
+def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(tmp_path: Path, pretended, monkeypatch, policy: str):
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    for step in (1, 2):
+        save(tmp_path, step)
+    world, rounds, ends, said = 3, [0, 0, 0], {}, [[], [], []]
+    talk = Talk(world)
+
+    def one(rank: int) -> None:
+        def idle() -> None:
+            rounds[rank] += 1
+            if rounds[0] == 2:
+                pretended["bytes"] = MB
+
+        try:
+            Space(tmp_path, policy, 0.0, said[rank].append, talk.of(rank)).need(400_000, idle=idle)
+            ends[rank] = "room"
+        except SpaceError as error:
+            ends[rank] = str(error)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(ends) == world and len(set(ends.values())) == 1
+    assert (ends[0] == "room") == (policy != "stop") and len(said[0]) == {"stop": 0, "prune": 1, "wait": 2}[policy]
+    assert said[1:] == [[], []] and rounds[1] == rounds[0] == rounds[2]
+    assert names(tmp_path) == (["step_2"] if policy == "prune" else ["step_1", "step_2"])
+
+
+# ---- beforehand
+
+
+def test_the_prediction_says_how_many_how_large_and_how_much_is_free(tmp_path: Path, pretended):
+    pretended["bytes"] = 812 * 10**9
+    asking, _ = space(tmp_path, min_free_gb=1.0)
+    one = int(233.1e9)
+    place = mount_of(tmp_path)
+    assert asking.predict(0, 1200, 500, None, one) == f"Checkpoints: 3 of 233.1 GB each, 699.3 GB in all; 812.0 GB free on {place}"
+    text = asking.predict(0, 10_000, 500, 2, one)
+    assert text.startswith("Checkpoints: 2 of 233.1 GB each, one more while it is written, 699.3 GB in all") and "Warning" not in text
+    text = asking.predict(0, 1200, 500, None, one, best=int(58e9))
+    assert "and 58.0 GB for the best one, 757.3 GB in all" in text and "Warning" not in text
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "save_steps", "keep", "full"),
+    [
+        (0, 3000, 500, None, 2000),  # 812 GB hold three of 233.1 and leave 1 free
+        (0, 1501, 500, None, 1501),  # the last step is saved as well
+        (0, 1500, 500, None, None),
+        (499, 3000, 500, None, 2000),
+        (500, 3000, 500, None, 2500),
+        (0, 10**6, 1, 2, None),
+        (0, 10**6, 1, 3, 4),
+        (3000, 3000, 500, None, None),
+    ],
+)
+def test_the_warning_names_the_step_whose_checkpoint_will_find_no_room(tmp_path: Path, pretended, step, total, save_steps, keep, full):
+    pretended["bytes"] = 812 * 10**9
+    text = space(tmp_path, min_free_gb=1.0)[0].predict(step, total, save_steps, keep, int(233.1e9))
+    assert ("Warning" in text) == (full is not None)
+    if full is not None:
+        assert f"step {full};" in text and "low_space is stop" in text and "--save_total_limit 2 would fit" in text
+
+
+def test_what_is_there_already_counts_and_is_pruned_by_the_limit(tmp_path: Path, pretended):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    size = module.folder_bytes(tmp_path / "step_1")
+    pretended["bytes"] = size
+    assert "Warning" not in space(tmp_path)[0].predict(3, 50, 1, 3, size)
+    assert "step 5;" in space(tmp_path)[0].predict(3, 50, 1, 4, size)
+    pretended["bytes"] = size - 1
+    text = space(tmp_path, "prune")[0].predict(3, 50, 1, 3, size)
+    assert "step 4; the oldest will be removed then" in text and "--save_total_limit 2 would fit" in text
+
+
+def test_the_prediction_is_what_happens_on_a_real_disk(disk: Path):
+    """Passes when the step that the prediction names is the first for which there is no room."""
+    size = module.folder_bytes(save(disk, 1))
+    asking, _ = space(disk)
+    text = asking.predict(1, 50, 1, None, size)
+    for step in range(2, 50):
+        try:
+            asking.need(size)
+        except SpaceError:
+            break
+        save(disk, step)
+    assert 5 < step < 12 and f"step {step};" in text
+
+
+def test_sizes_are_in_units_of_1000():
+    assert [gb(n) for n in (233.1e9, 1e12, 999_900, 4.2e6, 0)] == ["233.1 GB", "1.0 TB", "999.9 kB", "4.2 MB", "0.0 kB"]

@@ -1,0 +1,86 @@
+"""What is done to a model before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unigen.config import Config, ConfigError
+from unigen.model.parts import dtype_of
+from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
+from unigen.sequence.pack import pack_blocks
+from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.types import Block, Kind
+from unigen.training.prepare import compiles, prepare_model, tell_compiling
+
+
+def a_row(model, folder: Path):
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode("A red circle")
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(16, 4, 4, generator=generator)
+    noise = torch.randn(4, 64, generator=generator)
+    blocks = [Block(Kind.TEXT, len(ids), 0, ids=ids), Block(Kind.NOISED, 4, 1, (2, 2), loss=True, latent=latent, noise=noise, u=0.3)]
+    return pack_blocks([blocks], tokenizer.special, model.config.geometry)
+
+
+def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_bytes(golden: Path, tmp_path: Path) -> None:
+    folder = golden / "model"
+    config = Config(model_path=str(folder), train_data_path="x", freeze_und=True, bf16=True)
+    plain = prepare_model(load_bagel(folder), config).train()
+    halved = prepare_model(load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)), config).train()
+    assert halved.language_model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
+    assert halved.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.dtype == torch.float32
+
+    gradients = []
+    for model in (plain, halved):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(a_row(model, folder)).mse.mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None), name
+        assert gradient is None or torch.equal(gradient, gradients[1][name]), name
+
+    save_bagel(halved, tmp_path / "saved")
+    before, after = scan_safetensors(folder / "ema.safetensors"), scan_safetensors(tmp_path / "saved" / "ema.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(entry.read(), after[name].read()) for name, entry in before.items())
+
+
+SELECTIVE = {"gradient_checkpointing": True, "checkpointing_policy": "selective"}
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "engine", "compiled"),
+    [
+        ({}, "cuda", "single", True),
+        ({}, "cuda", "fsdp2", True),
+        ({}, "cuda", "deepspeed", False),
+        ({}, "cpu", "single", False),
+        (SELECTIVE, "cuda", "single", False),
+        ({"checkpointing_policy": "selective"}, "cuda", "single", True),  # nothing is recomputed
+        ({"compile": "on"}, "cpu", "single", True),
+        ({"compile": "off"}, "cuda", "single", False),
+    ],
+)
+def test_layers_are_compiled_where_it_pays(options, device, engine, compiled):
+    on, why = compiles(Config(**options), device, engine)
+    assert on == compiled and why
+
+
+@pytest.mark.parametrize("options", [SELECTIVE, {"engine": "deepspeed"}], ids=["selective", "deepspeed"])
+def test_what_cannot_be_compiled_is_refused_where_it_was_asked_for(options):
+    with pytest.raises(ConfigError, match="compile"):
+        Config(model_path="m", train_data_path="d", compile="on", **options).resolve()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"), [(None, False, False), ("off", False, False), ("on", True, False), (None, True, True), ("on", False, True)]
+)
+def test_a_resumed_run_says_where_its_layers_are_compiled_otherwise(before, now, told, caplog):
+    tell_compiling({} if before is None else {"compile": before}, now)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * told
+    assert not told or f"--compile {before or 'off'}" in caplog.text

@@ -1,0 +1,225 @@
+"""``unigen check``: reads all data, reports every problem and what the data holds. Exit code 0 clean, 1 problems, 2 cannot run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from unigen.config import ConfigError, DataOptions
+from unigen.show.terminal import columns, reader_may_leave, say
+
+FEW = 3  # problems of a code that the terminal shows in full
+
+
+@dataclass
+class CheckOptions:
+    """What to check, how thoroughly, and where the report goes.
+
+    Args:
+        paths: Files and folders of records, as train_data_path of the training.
+        deep: Decode every picture to its last row; otherwise only headers are read.
+        json: Print one JSON document in place of the report.
+        output: An HTML page to write the report to.
+        problems: A JSONL file to write every problem to.
+        model_path: Folder of a checkpoint, whose tokenizer and picture sizes make the lengths exact; its weights are not needed.
+        data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
+        max_sequence_length: Longest sample in tokens; says what it would cut. Default: the model's limit.
+        max_num_tokens: A token budget of packed rows; says how full they would get.
+        max_image_tokens: Most latent tokens of one picture, as in the training.
+        visual_gen: Whether the model is to draw; false makes image targets a problem.
+        visual_und: Whether the model is to see; false makes pictures to look at a problem.
+        num_workers: Processes; 0 for none. Default: one for each core.
+        language: Language of the report: en or zh.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    deep: bool = False
+    json: bool = False
+    output: str | None = None
+    problems: str | None = None
+    model_path: str | None = None
+    data_root: str | None = None
+    max_sequence_length: int | None = None
+    max_num_tokens: int | None = None
+    max_image_tokens: int = 4096
+    visual_gen: bool = True
+    visual_und: bool = True
+    num_workers: int | None = None
+    language: Literal["en", "zh"] = "en"
+
+
+@dataclass
+class _ModelAndData(DataOptions):
+    """What a planner is made of."""
+
+    visual_gen: bool = True
+    visual_und: bool = True
+
+
+def run(options: CheckOptions) -> int:
+    """``unigen check``; returns 0 where all is well, 1 where there are problems, 130 where it was interrupted.
+
+    Raises:
+        UserError: There is nothing to check, or an option cannot work.
+    """
+    _resolve(options)
+    from unigen.commands.check.advice import advise
+    from unigen.commands.check.findings import BUDGETS, LIMITS, Problems, check
+    from unigen.commands.check.words import Words
+    from unigen.model.weights import load_planner
+
+    words = Words(options.language)
+    data = _ModelAndData(
+        max_sequence_length=options.max_sequence_length,
+        max_image_tokens=options.max_image_tokens,
+        visual_gen=options.visual_gen,
+        visual_und=options.visual_und,
+    )
+    planner = load_planner(options.model_path, data)
+    budgets = [*BUDGETS, options.max_num_tokens] if options.max_num_tokens else list(BUDGETS)
+    problems = Problems(Path(options.problems) if options.problems else None)
+    try:
+        with _bar() as progress:
+            found = check(
+                options.paths,
+                planner,
+                deep=options.deep,
+                data_root=options.data_root,
+                limits=[*LIMITS, planner.max_length],
+                num_workers=options.num_workers,
+                problems=problems,
+                progress=progress,
+            )
+        summary = found.summary(budgets)
+        advice = advise(summary, len(problems), options.deep)
+        if options.output:
+            from unigen.commands.check import page as check_page
+
+            check_page.write(Path(options.output), found, summary, advice, words)
+        if options.json:
+            _print_json(found, summary, advice)
+        else:
+            _print_report(found, summary, advice, words, options)
+        return 130 if found.interrupted else 1 if len(problems) else 0
+    finally:
+        problems.close()
+
+
+def _resolve(options: CheckOptions) -> None:
+    """Raises ConfigError for an option that cannot work."""
+    if not options.paths:
+        raise ConfigError("paths are missing; name the files or folders to check (unigen check data/train.jsonl)")
+    for name in ("max_sequence_length", "max_num_tokens", "max_image_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1 (--{name} ...)")
+    if options.num_workers is not None and options.num_workers < 0:
+        raise ConfigError(f"num_workers is {options.num_workers}; it must be 0 or more (--num_workers ...)")
+    if options.data_root is not None and not Path(options.data_root).is_dir():
+        raise ConfigError(f"data_root is {options.data_root}, which is no folder; name the folder of the pictures (--data_root ...)")
+    for name in ("output", "problems"):
+        value = getattr(options, name)
+        if value is not None and Path(value).is_dir():
+            raise ConfigError(f"{name} is {value}, which is a folder; name a file (--{name} ...)")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, int, int], None]]:
+    """A progress bar on stderr where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, disable=None, file=sys.stderr, desc="check") as bar:
+
+        def progress(done: int, total: int, records: int, problems: int) -> None:
+            bar.total = max(total, done)
+            bar.set_postfix(records=f"{records:,}", problems=f"{problems:,}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> None:
+    """One document, its problems written one by one: there may be more of them than fit into memory."""
+    from unigen.commands.check.terminal import advice_line
+    from unigen.commands.check.words import Words
+
+    english = Words("en")
+    head = {
+        "clean": not len(found.problems),
+        "interrupted": found.interrupted,
+        "deep": found.deep,
+        "seconds": round(found.seconds, 3),
+        "paths": [str(path) for path in found.files],
+        "problem_count": len(found.problems),
+        "problems_by_code": dict(found.problems.counts.most_common()),
+        "statistics": summary,
+        "advice": [{"code": a.code, "level": a.level, **a.values, "text": advice_line(a, english)} for a in advice],
+    }
+    with reader_may_leave():
+        print(json.dumps(head, indent=1)[:-2] + ',\n "problems": [', end="")
+        for i, problem in enumerate(found.problems):
+            print(("," if i else "") + "\n  " + json.dumps(problem), end="")
+        print("\n ]\n}", flush=True)
+
+
+def _print_report(found: Any, summary: dict[str, Any], advice: Sequence[Any], words: Any, options: CheckOptions) -> None:
+    from unigen.commands.check.page import verdict
+    from unigen.commands.check.terminal import Line, Table, advice_line, sections
+
+    depth = words("deep" if found.deep else "headers")
+    lines = [words("covered", records=summary["records"], files=summary["files"], seconds=found.seconds, depth=depth)]
+    if found.interrupted:
+        lines.append(words("interrupted", n=summary["records"]))
+    lines += ["", f"== {verdict(found, words)} ==", *_problem_lines(found, words)]
+    for heading, blocks in sections(summary, words):
+        lines += ["", f"== {heading} =="]
+        for block in blocks:
+            if isinstance(block, Table):
+                lines += [*_columns([block.header, *block.rows]), ""]
+            elif isinstance(block, Line):
+                lines += [block.text, ""]
+        lines = lines[:-1] if lines[-1] == "" else lines
+    if advice:
+        lines += ["", f"== {words('advice')} =="]
+        lines += [f"{'!' if a.level == 'warn' else '-'} {advice_line(a, words)}" for a in advice]
+    if options.output:
+        lines += ["", f"-> {options.output}"]
+    say("\n".join(lines))
+
+
+def _problem_lines(found: Any, words: Any) -> Iterator[str]:
+    from unigen.commands.check.page import place
+
+    for code, n in found.problems.counts.most_common():
+        yield f"{code}  ({n:,})  {words.of_code(code)}".rstrip()
+        for p in found.problems.first[code][:FEW]:
+            yield f"  {place(p)}"
+            yield f"    {words('field')} {p['field']}: {words('found')} {p['found']}; {words('expected')} {p['expected']}"
+            yield f"    {words('cure')}: {p['cure']}"
+        if n > FEW:
+            path = found.problems.path
+            yield "  " + (words("more_in", n=n - FEW, path=path) if path else words("more_how", n=n - FEW))
+
+
+def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A table in plain text: numbers to the right, Chinese characters two columns wide."""
+    cells = [[f"{value:,}" if isinstance(value, int) else str(value).split("\n")[0] for value in row] for row in rows]
+    right = [all(_is_numeric(value) for value in column[1:]) for column in zip(*cells)]
+    widths = [max(map(columns, column)) for column in zip(*cells)]
+    lines = []
+    for row in cells:
+        parts = []
+        for value, width, to_right in zip(row, widths, right):
+            room = " " * (width - columns(value))
+            parts.append(room + value if to_right else value + room)
+        lines.append(("  " + "  ".join(parts)).rstrip())
+    return lines
+
+
+def _is_numeric(text: str) -> bool:
+    return text.lstrip("< ").rstrip("% ").replace(",", "").replace(".", "", 1).isdigit()

@@ -1,0 +1,64 @@
+"""``unigen ckpt``: what checkpoints a run has, whether they are whole, and one of them as a folder in the published layout.
+
+One process, no accelerator, no process group: a checkpoint says itself how many processes wrote it and what lies where.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from unigen.commands.ckpt.options import CkptOptions
+from unigen.config import UserError, nearest
+
+_TAKES = {
+    "ls": ("one folder: unigen ckpt ls RUN", 1, 1),
+    "verify": ("folders: unigen ckpt verify CHECKPOINT_OR_RUN ...", 1, 1 << 30),
+    "export": ("two folders: unigen ckpt export CHECKPOINT NEW_FOLDER", 2, 2),
+}
+"""Action -> what it takes in words, how many folders at least and at most."""
+
+
+def run(options: CkptOptions) -> int:
+    """Runs the command: 0 for success, 1 where ``verify`` found damage.
+
+    Raises:
+        UserError: an unknown action, a wrong number of folders, or an export that cannot be made.
+    """
+    action, *folders = options.paths or [""]
+    if action not in _TAKES:
+        found = nearest(action, list(_TAKES))
+        said = f"{action!r} is none of them" if action else "nothing was said"
+        raise UserError(f"unigen ckpt: say what to do: {', '.join(_TAKES)}; {said}{f'; did you mean {found}?' if found else ''}")
+    takes, fewest, most = _TAKES[action]
+    if not fewest <= len(folders) <= most:
+        raise UserError(f"unigen ckpt {action} takes {takes}; found {len(folders)}")
+    from unigen.commands.ckpt.export import export
+    from unigen.commands.ckpt.listing import list_checkpoints
+
+    if action == "ls":
+        return list_checkpoints(Path(folders[0]), options.json)
+    if action == "verify":
+        return verify(list(map(Path, folders)), options.json)
+    export(Path(folders[0]), Path(folders[1]), options)
+    return 0
+
+
+def verify(folders: list[Path], as_json: bool = False) -> int:
+    """Reads every byte of checkpoints, or of all of a run's, and prints ``OK`` or every problem; 1 where there is one."""
+    from unigen.commands.ckpt.listing import listed
+    from unigen.commands.ckpt.verify import problems_of
+
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        checkpoints = [p for p in listed(folder) if not p.name.startswith(".")] if folder.is_dir() else [folder]
+        if not checkpoints:
+            raise UserError(f"{folder} holds no checkpoints. Cure: name a step_N folder, or the folder of a run")
+        for checkpoint in checkpoints:
+            problems = problems_of(checkpoint)
+            found[str(checkpoint)] = problems
+            if not as_json:
+                print(f"{checkpoint}: {'damaged' if problems else 'OK'}", *problems, sep="\n  ", flush=True)
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    return 1 if any(found.values()) else 0

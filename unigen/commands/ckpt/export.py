@@ -1,0 +1,130 @@
+"""A checkpoint's weights, whoever wrote it, as a folder in the published layout."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from unigen.commands.ckpt.listing import is_checkpoint, listed
+from unigen.commands.ckpt.options import CkptOptions
+from unigen.commands.ckpt.verify import of_group, problems_of
+from unigen.config import UserError
+from unigen.files import free_bytes, staged
+from unigen.model.storage import WEIGHTS, Stored, write_json, write_safetensors
+from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
+from unigen.runs.space import gb, mount_of
+from unigen.version import __version__
+
+
+class ExportError(UserError):
+    """A checkpoint cannot be exported; the message says why, and the cure."""
+
+
+def export(source: Path, out: Path, options: CkptOptions) -> None:
+    """Writes the weights of a checkpoint, whoever wrote it, as a folder in the published layout.
+
+    Tensors are read, converted and written one after another through one buffer: host memory holds the largest tensor. The folder is
+    staged beside its place and renamed when it is whole.
+
+    Raises:
+        ExportError: the checkpoint is damaged, or has no such weights; the place is taken, too small or cannot be written.
+        CheckpointError: there is no checkpoint, or its manifest is damaged.
+    """
+    if options.max_shard_gb is not None and not 0 < options.max_shard_gb < float("inf"):
+        raise ExportError(f"max_shard_gb is {options.max_shard_gb}; it must be above 0 (--max_shard_gb ...)")
+    if not is_checkpoint(source) and (inside := [p.name for p in listed(source)] if source.is_dir() else []):
+        raise ExportError(f"{source} is a run. Cure: name one of its checkpoints: {', '.join(inside)}")
+    manifest, out = read_manifest(source), Path(os.path.abspath(out))
+    replacing = _check_place(source.resolve(), out, options.overwrite)
+    if options.weights == "raw" and manifest.get("average", True) and "model" not in manifest["groups"]:
+        raise ExportError(f"{source} holds the average alone. Cure: export a step_N folder, or leave --weights raw out")
+    average = options.weights == "ema" and manifest.get("average", True)
+    groups = ("ema", "model") if options.weights == "raw" else ("ema",)
+    others = [name for name in manifest["files"] if not any(of_group(name, group) for group in GROUPS)]
+    others = [name for name in others if name.removesuffix(".json") not in manifest["states"]]
+    exported = {name for name in manifest["files"] if name in others or any(of_group(name, group) for group in groups)}
+    if options.verify and (problems := problems_of(source, exported.__contains__)):
+        raise ExportError(f"{source}: damaged checkpoint: {'; '.join(problems)}. Cure: export another one; --no_verify exports it as it is")
+    try:
+        with staged(out, replace=replacing) as staging:
+            files = _write_weights(source, staging, options)
+            for name in others:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, staging / name)
+            about = {"unigen": __version__, "step": manifest["step"], "average": average, "dtype": options.dtype}
+            write_json(staging / "export.json", about | {"checkpoint": manifest["sha256"], "files": files})
+    except OSError as error:
+        raise ExportError(f"{out}: cannot write the export: {error}. Cure: free space there, or choose another folder") from error
+    size = sum(entry["size"] for entry in files.values())
+    print(f"Exported step {manifest['step']} ({'average' if average else 'weights'}, {size:,} bytes, {len(files)} file(s)) to {out}")
+
+
+def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
+    """Whether ``out`` is to be replaced. Raises ExportError where it must not be."""
+    place = out.resolve()
+    if place.is_relative_to(source) or source.is_relative_to(place):
+        raise ExportError(f"{out} and the checkpoint {source} lie in each other. Cure: choose another folder")
+    if place.parent == source.parent and re.fullmatch(r"step_\d+|best", place.name):
+        raise ExportError(f"{out} would look like a checkpoint of the run. Cure: choose another name")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not overwrite or not out.is_dir():
+        raise ExportError(f"{out} exists already. Cure: choose another folder{'' if not out.is_dir() else ', or --overwrite'}")
+    if not (out / "export.json").is_file():
+        raise ExportError(f"{out} is no earlier export (it has no export.json), so --overwrite leaves it. Cure: choose another folder")
+    return True
+
+
+def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[str, dict[str, Any]]:
+    """The weights in one file, or in several and their index; size and SHA-256 of each."""
+    stored = scan_weights(source, raw=options.weights == "raw")
+    dtypes = {name: _dtype(entry.dtype, options.dtype) for name, entry in stored.items()}
+    sizes = {name: entry.numel * dtypes[name].itemsize for name, entry in stored.items()}
+    total, free = sum(sizes.values()), free_bytes(staging)
+    if free < total:
+        raise ExportError(f"{staging.parent}: the export takes {gb(total)}, {gb(free)} are free on {mount_of(staging)}. Cure: another disk")
+    shards = _shards(sizes, options.max_shard_gb)
+    stem = WEIGHTS.removesuffix(".safetensors")
+    names = [WEIGHTS] if len(shards) == 1 else [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)  # each tensor is on the disk before the next is read
+    written = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", leave=False, disable=None, file=sys.stderr) as bar:
+
+        def make(name: str, entry: Stored) -> torch.Tensor:
+            flat = buffer[: sizes[name]].view(dtypes[name])
+            entry.read_into(flat)
+            bar.update(sizes[name])
+            return flat.view(entry.shape)
+
+        for file, shard in zip(names, shards, strict=True):
+            plan = {n: (dtypes[n], stored[n].shape, lambda n=n: make(n, stored[n])) for n in shard}
+            size, digest = write_safetensors(staging / file, plan)
+            written[file] = {"size": size, "sha256": digest}
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_json(staging / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    return written
+
+
+def _dtype(stored: torch.dtype, asked: str) -> torch.dtype:
+    return stored if asked == "as_stored" or not stored.is_floating_point else getattr(torch, asked)
+
+
+def _shards(sizes: dict[str, int], max_gb: float | None) -> list[list[str]]:
+    """The tensors in order, in files of at most ``max_gb``; a larger tensor has a file of its own."""
+    shards: list[list[str]] = [[]]
+    room = most = float("inf") if max_gb is None else max_gb * 1e9
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size
+    return shards

@@ -1,0 +1,28 @@
+"""``unigen demo``: its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class DemoOptions:
+    """The demo: real handwritten digits, a tiny model from scratch, a report.
+
+    Args:
+        output_dir: Folder for the data, the run, report.html and metrics.json.
+        quick: A smaller run of the same line, in about a minute and a half.
+        seed: Seed of everything random.
+    """
+
+    output_dir: str = "outputs/demo"
+    quick: bool = False
+    seed: int = 42
+
+
+def demo(options: DemoOptions) -> None:
+    """``unigen demo``."""
+    from unigen.commands.demo.exam import run
+
+    run(Path(options.output_dir), options.quick, options.seed)

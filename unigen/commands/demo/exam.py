@@ -1,0 +1,266 @@
+"""``unigen demo``: real handwritten digits, a tiny model from scratch, minutes on a CPU.
+
+The ordinary ``unigen train`` and the ordinary inferencer do the work; this file writes the data and the model, asks the
+questions and counts the right answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigen.commands.demo.digits import NUMBERS, QUESTION, DigitSet, Judge, write_digits, write_tokenizer
+from unigen.commands.train import train
+from unigen.config import Config
+from unigen.inference.inferencer import InterleaveInferencer
+from unigen.model.bagel import Bagel
+from unigen.model.config import small_config
+from unigen.model.weights import save_bagel
+from unigen.sequence.images import open_image
+from unigen.show import pages as report
+
+SIDE = 8  # pixels of a picture's side: what the digits have
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the same line is done."""
+
+    steps: int
+    questions: int  # of each kind, at most
+    learning_rate: float
+    ema: float
+    per_epoch: dict[str, int] = field(default_factory=dict)  # records a task, where not as in digits.TASKS
+    model: dict[str, int] = field(default_factory=dict)  # sizes of the model, where not the defaults
+
+
+FULL = Size(steps=1600, questions=300, learning_rate=3e-3, ema=0.99)
+QUICK = Size(
+    steps=520, questions=50, learning_rate=3e-3, ema=0.97,
+    per_epoch={
+        "draw": 800, "caption": 100, "ask": 1300, "ask_messages": 100,
+        "edit": 2700, "edit_steps": 60, "add": 1100, "add_sequence": 60,
+    },
+    model={"width": 96, "layers": 3, "inner": 256},
+)  # fmt: skip
+SAMPLES = 5  # times that the model is asked while it trains
+TRAINING = {"batch_size": 64, "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 20}
+SAMPLING = {"num_timesteps": 24, "timestep_shift": 1.0, "cfg_text_scale": 1.0, "cfg_img_scale": 1.0, "cfg_interval": (0.0, 1.0)}
+# What the full demo is expected to reach on two cores, and what guessing would.
+BARS = {"understanding_accuracy": 0.95, "generation_accuracy": 0.90, "edit_accuracy": 0.85, "interleaved_accuracy": 0.70}
+MARK = {True: "✓", False: "✗"}
+CHANCE = {"understanding_accuracy": 0.1, "generation_accuracy": 0.1, "edit_accuracy": 0.0, "interleaved_accuracy": 0.0}
+
+
+def create_model(folder: Path, seed: int = 0, **sizes: int) -> None:
+    """Writes a tiny BAGEL with random weights and its tokenizer, in the published layout, for pictures of 8 x 8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = small_config(write_tokenizer(folder), SIDE, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Bagel(config)
+        model.initialise()
+    save_bagel(model, folder)
+
+
+def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]:
+    """The whole demo; what ``metrics.json`` holds."""
+    began = time.perf_counter()
+    output_dir, size = Path(output_dir), QUICK if quick else FULL
+    digits = write_digits(output_dir / "data", seed=0, per_epoch=size.per_epoch)
+    create_model(output_dir / "model", seed, **size.model)
+    prepared = time.perf_counter()
+    checkpoint = _train(output_dir, size, seed, _write_prompts(output_dir / "prompts.jsonl", digits))
+    trained = time.perf_counter()
+    exam = Exam(checkpoint, digits, limit=size.questions, seed=seed)
+    metrics: dict[str, Any] = exam.take()
+    ended = time.perf_counter()
+    metrics |= {
+        "judge_heldout_accuracy": exam.judge.heldout_accuracy,
+        "seconds_preparing": prepared - began,
+        "seconds_training": trained - prepared,
+        "seconds_sampling": ended - trained,
+        "seconds_total": ended - began,
+        "steps": size.steps,
+        "seed": seed,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+    }
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    page = _write_report(output_dir, metrics, exam)
+    for name, bar in BARS.items():
+        print(f"{name:<24} {metrics[name]:.3f}   (bar {bar:.2f}, chance {CHANCE[name]:.2f})")
+    print(f"{'the judge on real digits':<24} {exam.judge.heldout_accuracy:.3f}\n{metrics['seconds_total']:.0f} s in all. Look at {page}")
+    print(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
+    return metrics
+
+
+def _write_prompts(path: Path, digits: DigitSet) -> Path:
+    """What the model is asked now and then while it trains; ``unigen watch`` shows the answers over the steps."""
+
+    def first(task: str) -> dict[str, Any]:
+        with open(digits.heldout / f"{task}.jsonl", encoding="utf-8") as lines:
+            record: dict[str, Any] = json.loads(next(lines))
+        return record
+
+    def place(picture: str) -> str:
+        return os.path.relpath(digits.heldout / picture, path.parent)
+
+    asked, edit, add = first("ask"), first("edit"), first("add")
+    addends = [place(piece["image_path"]) for piece in add["input_sequence"] if "image_path" in piece]
+    prompts = [
+        *({"prompt": f"draw {NUMBERS[n]}", "kind": "draw"} for n in (0, 3, 7)),
+        {"prompt": QUESTION, "image": place(asked["conversations"][0]["image_path"]), "kind": "answer"},
+        {"prompt": edit["editing_steps"][0]["instruction"], "image": place(edit["input_image"]), "kind": "draw"},
+        {"prompt": "add", "image": addends, "kind": "auto"},
+    ]
+    with open(path, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(prompt | SAMPLING) + "\n" for prompt in prompts)
+    return path
+
+
+def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
+    """Trains as ``unigen train`` with the printed flags does; the last checkpoint."""
+    flags: dict[str, Any] = {
+        "model_path": str(output_dir / "model"), "train_data_path": str(output_dir / "data" / "train"),
+        "output_dir": str(output_dir / "run"), "max_steps": size.steps, "save_steps": size.steps, "learning_rate": size.learning_rate,
+        "ema": size.ema, "seed": seed, "sample_prompts": str(prompts), "sample_steps": size.steps // SAMPLES, **TRAINING,
+    }  # fmt: skip
+    print("unigen train " + " ".join(f"--{name} {value}" for name, value in flags.items()), flush=True)
+    if train(Config(**flags)) != 0:
+        raise RuntimeError("training was stopped before its end")
+    return output_dir / "run" / f"step_{size.steps}"
+
+
+class Exam:
+    """Asks a trained model about held-out digits, in batches, and marks the answers. The model decides by itself what
+    to write, what to draw and when to stop."""
+
+    def __init__(self, checkpoint: Path, digits: DigitSet, limit: int, seed: int):
+        self.inferencer = InterleaveInferencer.from_pretrained(checkpoint, "cpu")
+        self.digits, self.limit, self.seed = digits, limit, seed
+        self.judge = Judge(digits)
+        self.drawings: list[tuple[str, Any]] = []  # caption, picture
+        self.edits: list[tuple[str, Any]] = []
+        self.sums: list[tuple[str, Any]] = []
+
+    def take(self) -> dict[str, float]:
+        return {**self.understanding(), **self.generation(), **self.editing(), **self.chains(), **self.sums_()}
+
+    def records(self, task: str) -> list[dict[str, Any]]:
+        lines = (self.digits.heldout / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines[: self.limit]]
+
+    def picture(self, path: str) -> Path:
+        return self.digits.heldout / path
+
+    def ask(self, prompts: Sequence[Sequence[Any]], **options: Any) -> list[list[Any]]:
+        answers: list[list[Any]] = []
+        for start in range(0, len(prompts), 100):
+            part = prompts[start : start + 100]
+            answers += self.inferencer.unified_generate_batch(
+                part, seed=self.seed + start, max_new_tokens=16, max_pieces=4, **(SAMPLING | options)
+            )
+        return answers
+
+    def understanding(self) -> dict[str, float]:
+        """Held-out digit and question in, the number's word out, and nothing after it."""
+        records = self.records("ask")
+        answers = self.ask([[self.picture(r["conversations"][0]["image_path"]), QUESTION] for r in records])
+        right = [answer == [NUMBERS[r["metadata"]["label"]]] for r, answer in zip(records, answers, strict=True)]
+        return {"understanding_accuracy": _share(right)}
+
+    def generation(self) -> dict[str, float]:
+        """A word in, one drawing out that the judge reads as that number, and nothing after it."""
+        labels = [i % 10 for i in range(min(self.limit, 300))]
+        answers = self.ask([[f"draw {NUMBERS[label]}"] for label in labels], cfg_text_scale=2.0)
+        right = [_pictures(answer) and self.judge.classify(answer)[0] == label for label, answer in zip(labels, answers, strict=True)]
+        self.drawings = [(NUMBERS[label], answer[0]) for label, answer in zip(labels, answers, strict=True) if _pictures(answer)][:60]
+        return {"generation_accuracy": _share(right)}
+
+    def editing(self) -> dict[str, float]:
+        """Held-out digit and one instruction in, the exact edit out."""
+        records = self.records("edit")
+        answers = self.ask([[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records])
+        right = []
+        for r, answer in zip(records, answers, strict=True):
+            expected = open_image(self.picture(r["editing_steps"][0]["result_image"]))
+            meta = r["metadata"]
+            right.append(_pictures(answer) and self.judge.edit_correct(answer[0], expected, meta["label"], meta["edits"]))
+            if _pictures(answer) and len(self.edits) < 36:
+                given = open_image(self.picture(r["input_image"]))
+                self.edits += [("given", given), (f"{meta['edits'][0]} {MARK[bool(right[-1])]}", answer[0]), ("exact", expected)]
+        values = {"edit_accuracy": _share(right)}
+        for name in ("invert", "rotate"):
+            values[f"edit_{name}_accuracy"] = _share([ok for ok, r in zip(right, records, strict=True) if r["metadata"]["edits"] == [name]])
+        return values
+
+    def chains(self) -> dict[str, float]:
+        """Two instructions one after the other, each on the model's own picture; the last one is marked."""
+        records = self.records("edit_steps")
+        first = self.ask([[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records], outputs=["image"])
+        second = self.ask(
+            [
+                [self.picture(r["input_image"]), r["editing_steps"][0]["instruction"], made[0], r["editing_steps"][1]["instruction"]]
+                for r, made in zip(records, first, strict=True)
+            ],
+            outputs=["image"],
+        )
+        right = [
+            self.judge.edit_correct(
+                made[0], open_image(self.picture(r["editing_steps"][1]["result_image"])), r["metadata"]["label"], r["metadata"]["edits"]
+            )
+            for r, made in zip(records, second, strict=True)
+        ]
+        return {"two_step_edit_accuracy": _share(right)}
+
+    def sums_(self) -> dict[str, float]:
+        """Two held-out digits in; the sum in figures and its drawing out, then a stop of the model's own."""
+        records = self.records("add")
+        answers = self.ask([[*(self.picture(p["image_path"]) for p in r["input_sequence"][:2]), "add"] for r in records])
+        wrote, drew = [], []
+        for r, answer in zip(records, answers, strict=True):
+            whole = len(answer) == 2 and isinstance(answer[0], str) and not isinstance(answer[1], str)
+            wrote.append(whole and answer[0] == r["target_sequence"][0]["content"])
+            drew.append(whole and self.judge.classify(answer[1:])[0] == r["metadata"]["label"])
+            if whole and len(self.sums) < 36:
+                given = [("given", open_image(self.picture(p["image_path"]))) for p in r["input_sequence"][:2]]
+                self.sums += [*given, (f"{answer[0]} {MARK[bool(wrote[-1] and drew[-1])]}", answer[1])]
+        return {
+            "interleaved_accuracy": _share([a and b for a, b in zip(wrote, drew, strict=True)]),
+            "interleaved_text_accuracy": _share(wrote),
+            "interleaved_drawing_accuracy": _share(drew),
+        }
+
+
+def _pictures(answer: Sequence[Any]) -> bool:
+    """Is the answer one single picture?"""
+    return len(answer) == 1 and not isinstance(answer[0], str)
+
+
+def _share(right: Sequence[Any]) -> float:
+    return sum(map(bool, right)) / max(len(right), 1)
+
+
+def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path:
+    curves = report.read_metrics(output_dir / "run" / "metrics.jsonl")
+    report.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(output_dir / "drawings.png")
+    rows = [(name.replace("_", " "), *(f"{share:.1%}" for share in (metrics[name], bar, CHANCE[name]))) for name, bar in BARS.items()]
+    more = [(name.replace("_", " "), value) for name, value in metrics.items() if name not in BARS]
+    losses = {name: curves[key] for name, key in (("text", "text_loss"), ("image", "image_loss")) if key in curves}
+    sections = [
+        ("What it learnt", report.table(rows, ("task, on held-out digits", "right", "bar", "chance"))),
+        ("Drawings", report.image_grid(exam.drawings, 10)),
+        ("Edits: given, drawn, exact", report.image_grid(exam.edits, 12)),
+        ("Sums: two digits in, text and drawing out", report.image_grid(exam.sums, 12)),
+        ("Losses", report.line_chart(losses, title="Training loss", x_label="step", y_label="loss", log_y=True)),
+        ("Figures", report.table(more, ("figure", "value"))),
+    ]
+    return report.write_page(output_dir / "report.html", "Unigen demo: handwritten digits", sections)

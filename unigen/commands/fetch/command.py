@@ -1,0 +1,250 @@
+"""``unigen fetch``: records whose pictures are addresses become records whose pictures are files.
+
+Training never opens a connection; this command does, once, and what it writes needs no network. It reads the records twice: to collect
+the addresses, and, when the pictures are there, to write the new data.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from unigen.commands.fetch.addresses import FetchError, Network, is_address, parse_url, shown
+from unigen.commands.fetch.client import Client
+from unigen.commands.fetch.rewrite import Source, Writer, places, records
+from unigen.commands.fetch.store import Entry, PictureStore
+from unigen.config import UserError
+from unigen.data.containers import find_files
+from unigen.files import Busy, locked
+
+
+@dataclass
+class FetchOptions:
+    """Fetch the pictures that records name by http and https addresses, and write the data again with files in their place.
+
+    Args:
+        paths: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face datasets, folders of them.
+        output_dir: Folder for the new data (JSONL), the pictures, fetched.log and failed.log; the same folder continues a fetch.
+        on_failure: skip leaves records with a failed picture out of the new data and lists them; error writes no data then.
+        retry_failed: Try addresses again that failed in an earlier run.
+        deep: Decode every picture, not only its header; a damaged one counts as failed.
+        max_bytes: Largest picture in bytes.
+        timeout: Seconds for one picture, all in all: connection, redirects, retries and their waits.
+        connect_timeout: Seconds for one connection.
+        max_redirects: Redirects to follow; each one is checked as the first address was.
+        retries: Further attempts after answers 429 and 5xx and after lost connections.
+        connections: Pictures fetched at the same time.
+        connections_per_host: Of them from one host.
+        allow_network: Networks that are not public and yet trusted, such as 10.1.0.0/16; all others that are not public are refused.
+    """
+
+    paths: list[str]
+    output_dir: str = "fetched"
+    on_failure: Literal["skip", "error"] = "skip"
+    retry_failed: bool = True
+    deep: bool = False
+    max_bytes: int = 32 << 20
+    timeout: float = 60.0
+    connect_timeout: float = 10.0
+    max_redirects: int = 0
+    retries: int = 3
+    connections: int = 16
+    connections_per_host: int = 4
+    allow_network: list[str] = field(default_factory=list)
+
+    def client(self) -> Client:
+        """Raises UserError for a value out of range."""
+        for name, most in {"max_bytes": 1 << 30, "timeout": 86400, "connect_timeout": 86400, "connections": 1024}.items():
+            if not 0 < getattr(self, name) <= most:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be above 0 and at most {most:,}")
+        for name, least in {"max_redirects": 0, "retries": 0, "connections_per_host": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be {least} or above")
+        allowed = tuple(map(_network, self.allow_network))
+        return Client(self.max_bytes, self.timeout, self.connect_timeout, self.max_redirects, self.retries, allowed)
+
+
+def fetch(options: FetchOptions) -> int:
+    """Runs the command: 0 when every picture was fetched, 1 when records are left out.
+
+    Raises:
+        UserError: Nothing can be read or written, or an option cannot work.
+    """
+    client, out = options.client(), Path(options.output_dir)
+    sources = _sources(options.paths, out)
+    with _alone(out), closing(PictureStore(out)) as store:
+        urls = {url: None for source in sources for url in _addresses(source)}
+        damaged = store.verify(urls)
+        known = {url for url in urls if (entry := store.entries.get(url)) and (entry.good or not options.retry_failed)}
+        if damaged:
+            print(f"damaged    {damaged:,} pictures of an earlier run; they are fetched again")
+        _fetch_all([url for url in urls if url not in known], client, store, options)
+        writer = Writer(store, options.deep)
+        writer.run(sources, options.on_failure == "skip")
+        store.settle()
+        _report(urls, known, store, sources, writer)
+    return 1 if writer.failures else 0
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text.strip(), strict=False)
+    except ValueError:
+        raise UserError(f"--allow_network {text!r} is no network; write an address, or one with a prefix such as 10.1.0.0/16") from None
+
+
+# ---- reading ----
+
+
+def _sources(paths: list[str], out: Path) -> list[Source]:
+    """The files to read and to write. What an earlier run wrote is no source, also where the output lies in a source's folder."""
+    root = out.resolve()
+    found: dict[Path, Path] = {}
+    named = {Path(path).resolve() for path in paths}
+    for path, name in find_files(paths):
+        if path.resolve().is_relative_to(root):
+            if path.resolve() in named or root in named:
+                raise UserError(f"{path}: it lies in the output folder {out}. Name another --output_dir.")
+            continue
+        stem = Path(name).with_suffix("") if path.suffix.lower() in (".gz", ".zst") else Path(name)
+        target = out / stem.with_suffix(".jsonl")
+        if target in found:
+            raise UserError(f"{path}: {target} would be written for it and for {found[target]}. Fetch it alone, into another --output_dir.")
+        if target.exists() and not (out / "fetched.log").exists():
+            raise UserError(f"{target}: it is there already, and no fetch wrote it. Name another --output_dir.")
+        found[target] = path
+    if not found:
+        raise UserError(f"there is nothing to read outside of the output folder {out}. Name the files with the records.")
+    return [Source(path, target) for target, path in found.items()]
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the output folder for this process; the system lets go of it however the process ends."""
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / ".lock", wait=False))
+        except Busy:
+            raise UserError(f"{out}: another unigen fetch is writing there. Wait for it, or name another --output_dir.") from None
+        except OSError as error:
+            raise UserError(f"{out}: cannot write there ({error.strerror or error}). Name another --output_dir.") from None
+        yield
+
+
+def _addresses(source: Source) -> Iterator[str]:
+    """The addresses that can be asked, in the one spelling under which they are stored."""
+    for _, _, value in records(source):
+        for place in places(value):
+            if isinstance(place.value, str) and is_address(place.value):
+                try:
+                    yield str(parse_url(place.value))
+                except FetchError:
+                    continue  # refused again, and listed, when the data is written
+
+
+# ---- fetching ----
+
+
+class _Turns:
+    """Addresses in turn over their hosts, at most ``limit`` of one host at a time."""
+
+    def __init__(self, urls: Iterable[str], limit: int):
+        self._limit = limit
+        self._waiting: dict[str, deque[str]] = {}
+        for url in urls:
+            self._waiting.setdefault(parse_url(url).host, deque()).append(url)
+        self._ready = deque(self._waiting)  # hosts with something to ask and a connection to spare
+        self._busy: Counter[str] = Counter()
+        self._changed = threading.Condition()
+
+    def take(self) -> tuple[str, str] | None:
+        """The next host and address, when there is one; None when nothing is left."""
+        with self._changed:
+            while self._waiting and not self._ready:
+                self._changed.wait()
+            if not self._waiting:
+                return None
+            host = self._ready.popleft()
+            url = self._waiting[host].popleft()
+            self._busy[host] += 1
+            if not self._waiting[host]:
+                del self._waiting[host]
+                self._changed.notify_all()
+            elif self._busy[host] < self._limit:
+                self._ready.append(host)
+            return host, url
+
+    def done(self, host: str) -> None:
+        with self._changed:
+            if self._busy[host] == self._limit and host in self._waiting:
+                self._ready.append(host)
+                self._changed.notify()
+            self._busy[host] -= 1
+
+    def stop(self) -> None:
+        with self._changed:
+            self._waiting.clear()
+            self._changed.notify_all()
+
+
+def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: FetchOptions) -> None:
+    """Fetches ``urls``; every result is in the store as soon as it is there. Raises UserError when the disk fails."""
+    turns, results = _Turns(urls, options.connections_per_host), queue.SimpleQueue[Entry | BaseException]()
+
+    def work() -> None:
+        while got := turns.take():
+            host, url = got
+            try:
+                results.put(store.keep(url, client.get(url), options.deep))
+            except FetchError as error:
+                results.put(Entry.failed(url, error))
+            except BaseException as error:
+                results.put(error)
+            finally:
+                turns.done(host)
+
+    for _ in range(min(options.connections, len(urls))):
+        threading.Thread(target=work, daemon=True).start()  # a daemon: Ctrl-C does not wait for slow servers
+    failed = 0
+    with tqdm(total=len(urls), desc="pictures", unit="", disable=None if urls else True) as bar:
+        try:
+            for _ in urls:
+                entry = results.get()
+                if isinstance(entry, BaseException):
+                    raise entry
+                store.note(entry)
+                failed += not entry.good
+                bar.set_postfix(failed=failed, refresh=False)
+                bar.update()
+        finally:
+            turns.stop()
+
+
+def _report(urls: dict[str, None], known: set[str], store: PictureStore, sources: list[Source], writer: Writer) -> None:
+    """The summary, and the failures by reason with the first of each."""
+    good = [entry for url in urls if (entry := store.entries[url]).good]
+    size = sum({entry.file: entry.bytes for entry in good}.values())
+    before = sum(entry.url in known for entry in good)
+    print(f"addresses  {len(good):,} of {len(urls):,} fetched, {before:,} of them in an earlier run ({size / 1e6:,.1f} MB)")
+    print(f"records    {writer.written:,} written, {writer.left_out:,} with failures")
+    for reason, count in writer.failures.most_common():
+        first = writer.first[reason]
+        line = f":{first['line']}" if first["line"] else f"[{first['index']}]"
+        place = f"{first['file']}{line}, {first['field']}" + (f", {shown(first['url'])}" if first["url"] else "")
+        print(f"  {reason:<18} {count:>8,}  first in {place}: {first['problem']}. Cure: {first['cure']}")
+    if writer.failures:
+        print(f"All failures are listed in {store.folder / 'failed.log'}.")
+    if writer.left_out and not writer.written:
+        print("No data was written.")
+        return
+    print(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")

@@ -1,0 +1,69 @@
+"""``unigen generate``: from a prompt and pictures to files to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from unigen.config import SamplingOptions, UserError
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(SamplingOptions):
+    """What to generate, and from what.
+
+    Args:
+        model_path: Folder of the checkpoint, in the published BAGEL layout.
+        prompt: The text to start from; a question, a description, or an instruction.
+        image: Pictures to start from, in order; they come before the prompt.
+        mode: text answers in text, image draws, edit redraws the last picture; auto lets the model decide what comes next.
+        output_dir: Folder for the texts, the pictures and index.html.
+        device: cuda, cpu, or auto.
+    """
+
+    model_path: str
+    prompt: str = ""
+    image: list[str] = field(default_factory=list)
+    mode: Literal["auto", "text", "image", "edit"] = "auto"
+    output_dir: str = "outputs/generate"
+    device: str = "auto"
+
+
+class GenerateError(UserError):
+    """The options of ``unigen generate`` cannot work; the message says which, why, and the cure."""
+
+
+OUTPUTS: dict[str, list[str] | None] = {"auto": None, "text": ["text"], "image": ["image"], "edit": ["image"]}
+
+
+def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
+    """The prompt (pictures, then the text) and the answer, each a list of texts and pictures.
+
+    Raises:
+        GenerateError: nothing is asked, or an edit has no picture.
+        UserError: a setting cannot work, the checkpoint or a picture cannot be read, or the size cannot be drawn.
+    """
+    o = options
+    prompt: list[Any] = [Path(path) for path in o.image] + ([o.prompt] if o.prompt else [])
+    if not prompt:
+        raise GenerateError('prompt is empty and no image is given. Cure: --prompt "..." or --image a.png')
+    if o.mode == "edit" and not o.image:
+        raise GenerateError("mode edit redraws a picture, and none is given. Cure: --image a.png, or --mode image")
+    from unigen.inference.inferencer import InterleaveInferencer
+    from unigen.inference.options import check_sampling
+
+    check_sampling(o)  # before the model is loaded
+    inferencer = InterleaveInferencer.from_pretrained(o.model_path, o.device)
+    return prompt, inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
+
+
+def generate(options: GenerateOptions) -> None:
+    """``unigen generate``."""
+    from unigen.show.pages import write_pieces
+
+    prompt, pieces = answer(options)
+    page = write_pieces(Path(options.output_dir), prompt, pieces, title="Unigen")
+    for piece in pieces:
+        print(piece if isinstance(piece, str) else f"[picture of {piece.width} x {piece.height}]")
+    print(f"Written to {page}")

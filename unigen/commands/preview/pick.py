@@ -1,0 +1,217 @@
+"""Which records ``unigen preview`` shows, and what there is to show of each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from unigen.config import DataOptions, UserError
+
+if TYPE_CHECKING:
+    from unigen.commands.preview.view import View
+    from unigen.data.containers import Raw, Span
+    from unigen.sequence.plan import Planner
+    from unigen.sequence.types import Origin
+
+
+@dataclass
+class PreviewOptions:
+    """Which records to look at, and the options of a training run that decide how they become tokens.
+
+    Args:
+        paths: JSON, JSONL (also .gz, .zst), Parquet or Arrow files, folders of them.
+        samples: How many records to show (-n).
+        records: Numbers of particular records, from 0, in place of the first ones.
+        shuffled: Draw the records from all of the data instead of taking the first ones.
+        output: The HTML page to write; none writes no page.
+        language: Language of the page: en or zh.
+        model_path: Folder of a checkpoint, of which no weights are read; default: sizes of BAGEL-7B-MoT, and texts cut into words.
+        seed: Seed of the visit: of dropout, times, and of what shuffled draws.
+        epoch: Epoch of the visit.
+        data_root: Folder that every picture must lie in, links resolved. Default: no limit.
+        max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the model's limit.
+        max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x 1024).
+        train_transitions: Train the tokens that decide what comes next.
+        single_image_stop_prob: Share of the draws in which an answer of one single image also learns to stop after it.
+        text_cond_dropout_prob: Chance that a context text is left out of a sample that draws.
+        vit_cond_dropout_prob: The same for the ViT tokens of a context image.
+        vae_cond_dropout_prob: The same for the clean VAE tokens of a context image.
+        timestep_shift: Shift of the flow-matching time law; default: the checkpoint's own, 1.0 where it says nothing.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    samples: int = 5
+    records: list[int] = field(default_factory=list)
+    shuffled: bool = False
+    output: str | None = "preview.html"
+    language: Literal["en", "zh"] = "en"
+    model_path: str | None = None
+    seed: int = 42
+    epoch: int = 0
+    data_root: str | None = DataOptions.data_root
+    max_sequence_length: int | None = DataOptions.max_sequence_length
+    max_image_tokens: int = DataOptions.max_image_tokens
+    train_transitions: bool = DataOptions.train_transitions
+    single_image_stop_prob: float = DataOptions.single_image_stop_prob
+    text_cond_dropout_prob: float = DataOptions.text_cond_dropout_prob
+    vit_cond_dropout_prob: float = DataOptions.vit_cond_dropout_prob
+    vae_cond_dropout_prob: float = DataOptions.vae_cond_dropout_prob
+    timestep_shift: float | None = None
+
+    def data_options(self) -> DataOptions:
+        """Those of a training run with the same values."""
+        shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(self)}
+        return DataOptions(**{name: getattr(self, name) for name in shared})
+
+
+class PreviewError(UserError):
+    """The options of ``unigen preview`` cannot work; the message says which, why, and the cure."""
+
+
+class Found(NamedTuple):
+    """A record that is to be shown, not yet parsed. A file of which no more can be read stands as its ``problem``."""
+
+    number: int  # over all files, from 0, bad ones counted
+    file: Path
+    span: Span | None = None
+    raw: Raw | None = None
+    problem: UserError | None = None
+
+
+class Look(NamedTuple):
+    """What there is to show of a record: its view, or what is wrong with it."""
+
+    number: int
+    origin: Origin | None
+    view: View | None
+    problem: UserError | None
+    raw: Raw | None = None  # as it stands in the file
+
+
+def check(options: PreviewOptions) -> None:
+    """Raises PreviewError for an option that cannot work."""
+    checks = [
+        (bool(options.paths), "no data is named. Cure: unigen preview data.jsonl"),
+        (options.samples >= 1, f"samples is {options.samples}; it must be at least 1"),
+        (all(number >= 0 for number in options.records), f"records is {options.records}; numbers count from 0"),
+        (not (options.records and options.shuffled), "records and shuffled exclude each other; keep one"),
+        (options.epoch >= 0, f"epoch is {options.epoch}; epochs count from 0"),
+        (options.max_image_tokens >= 1, f"max_image_tokens is {options.max_image_tokens}; it must be at least 1"),
+        (
+            options.max_sequence_length is None or options.max_sequence_length >= 1,
+            f"max_sequence_length is {options.max_sequence_length}; it must be at least 1",
+        ),
+        (options.timestep_shift is None or options.timestep_shift > 0, f"timestep_shift is {options.timestep_shift}; it must be above 0"),
+    ]
+    for name in ("single_image_stop_prob", "text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"):
+        checks.append((0 <= getattr(options, name) <= 1, f"{name} is {getattr(options, name)}; a probability lies in [0, 1]"))
+    for good, problem in checks:
+        if not good:
+            raise PreviewError(problem)
+
+
+def time_shift(options: PreviewOptions) -> float:
+    """The shift that training would use."""
+    if options.timestep_shift is not None:
+        return options.timestep_shift
+    if options.model_path is None:
+        return 1.0
+    from unigen.model.config import read_config
+
+    return read_config(Path(options.model_path), {}).timestep_shift
+
+
+# ---- which records
+
+
+def pick(options: PreviewOptions) -> list[Found]:
+    """The records to show, in the order of the files.
+
+    Raises:
+        PreviewError: there is no record, or not the one asked for.
+        BadData: the paths hold no data.
+    """
+    if options.shuffled:
+        found = _reservoir(_walk(options.paths), options.samples, random.Random(f"{options.seed}/{options.epoch}/preview"))
+    elif options.records:
+        found = _numbered(_walk(options.paths), set(options.records))
+    else:
+        found = [entry for _, entry in zip(range(options.samples), _walk(options.paths))]
+    if not found:
+        raise PreviewError(f"there is no record in {', '.join(options.paths)}. Cure: give files with at least one record")
+    return found
+
+
+def _walk(paths: list[str]) -> Iterator[Found]:
+    """Every record in the order of the files, and in place of what cannot be read its problem."""
+    from unigen.data.containers import find_files, parts, read_part
+    from unigen.sequence.types import BadRecord
+
+    number = 0
+    for file, (path, _) in enumerate(find_files(paths)):
+        try:
+            for part in parts(path, file):
+                for span, raw in read_part(part):
+                    yield Found(number, path, span, raw)
+                    number += 1
+        except BadRecord as error:
+            yield Found(number, path, problem=error)
+
+
+def _numbered(every: Iterator[Found], wanted: set[int]) -> list[Found]:
+    found, count = [], 0
+    for entry in every:
+        count = max(count, entry.number + (entry.problem is None))
+        if entry.number in wanted or entry.problem:
+            found.append(entry)
+        if entry.problem is None and entry.number == max(wanted):
+            break
+    missing = sorted(wanted - {entry.number for entry in found if entry.problem is None})
+    if missing and not any(entry.problem for entry in found):
+        raise PreviewError(f"there is no record {missing[0]}: the data has {count:,}, numbered from 0. Cure: other --records")
+    return found
+
+
+def _reservoir(every: Iterator[Found], n: int, choose: random.Random) -> list[Found]:
+    """``n`` records of all, each with the same chance, in one pass and without keeping the others (Vitter 1985, algorithm R)."""
+    kept: list[Found] = []
+    problems: list[Found] = []
+    for entry in every:
+        if entry.problem is not None:
+            problems.append(entry)
+        elif len(kept) < n:
+            kept.append(entry)
+        elif (place := choose.randrange(entry.number + 1)) < n:
+            kept[place] = entry
+    return sorted(kept + problems, key=lambda entry: entry.number)
+
+
+def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: float) -> Look:
+    """The record in its visit, or what is wrong with it, judged as before training."""
+    from unigen.commands.preview.view import look
+    from unigen.data.examine import Pictures, examine
+    from unigen.sequence.images import PictureError
+    from unigen.sequence.plan import Draw
+    from unigen.sequence.types import BadRecord, Origin
+
+    if found.span is None:
+        return Look(found.number, Origin(found.file), None, found.problem)
+    assert found.raw is not None
+    origin = Origin(found.file, found.span.line or None, found.span.index)
+    problem: UserError
+    try:
+        record, _, sizes = examine(found.raw, found.span, found.file, Pictures(), planner.measure, options.data_root)
+        draw = Draw(options.seed, options.epoch, found.number)
+        return Look(found.number, origin, look(record, found.number, planner, draw, shift, sizes), None)
+    except BadRecord as error:
+        problem = error
+    except PictureError as error:  # of one that only decoding finds broken
+        cause = f"{error.name}: {error.problem}"
+        problem = BadRecord(error.code, "(record)", cause, "a picture that can be decoded", error.cure, origin)
+    return Look(found.number, origin, None, problem, found.raw)
+
+
+# ---- in the terminal

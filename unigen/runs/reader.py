@@ -1,0 +1,300 @@
+"""The folder of a run, read and never written: who works on it, its checkpoints, samples, problems, and the disk it lies on.
+
+Any file may be missing, half written, or of another version; what cannot be read is as if it were not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unigen.config import UserError
+from unigen.files import free_bytes, is_held
+from unigen.runs.metrics import MAX_STEP, Lines, Metrics
+
+MAX_JSON = 64 << 20  # bytes; a larger file is none of a run's
+AHEAD_S = 5.0  # a heartbeat from further in the future is another clock's
+
+
+class WatchError(UserError):
+    """There is no run to watch; the message says where it was looked for."""
+
+
+@dataclass
+class Rank:
+    """A process of the run, as its last heartbeat told. ``since`` and ``time`` are unix seconds of its own clock."""
+
+    rank: int
+    step: int
+    phase: str
+    since: float
+    time: float
+    pid: int
+    host: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    age: float = 0.0  # seconds since it gave a sign of life, by what is known here
+
+    @property
+    def busy(self) -> float:
+        """Seconds from the begin of its phase to its last heartbeat, by its own clock."""
+        return max(0.0, self.time - self.since)
+
+    @property
+    def quiet(self) -> float:
+        """Seconds without progress: a long validation goes on within its phase. As long as the phase where that is not told."""
+        told = self.facts.get("quiet")
+        return max(0.0, float(told)) if isinstance(told, (int, float)) and told < 1e300 else self.busy
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint. ``time`` is unix seconds, ``size`` bytes, ``world`` how many processes wrote it."""
+
+    name: str
+    step: int
+    time: float
+    size: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model made of a prompt at a step; pieces are {"text": str} or {"image": path}. ``given`` are the prompt's pictures.
+    ``error`` says why there are no pieces."""
+
+    step: int
+    prompt: str
+    seed: int | None
+    pieces: tuple[dict[str, Any], ...]
+    error: str = ""
+    given: tuple[Path, ...] = ()
+
+
+class Run:
+    """A run's folder; :meth:`update` reads what is new.
+
+    Args:
+        folder: Of the run.
+        steps: First and last step of the curves.
+        exact: Read the whole log in the first update.
+    """
+
+    def __init__(self, folder: Path, steps: tuple[int, int] = (0, MAX_STEP), exact: bool = False):
+        self.folder = Path(folder)
+        self.name = self.folder.resolve().name
+        self.metrics = Metrics(self.folder / "metrics.jsonl", steps, exact)
+        self.bad_steps, self.bad_records = Lines(self.folder / "bad_steps.jsonl"), Lines(self.folder / "bad_records.jsonl")
+        self.config: dict[str, Any] = {}
+        self.ranks: list[Rank] = []
+        self.stacks: list[str] = []
+        self.checkpoints: list[Checkpoint] = []
+        self.writing: list[str] = []  # checkpoints that are being written, or were when the run died
+        self.sampled: list[int] = []  # steps with samples
+        self.earlier: list[str] = []
+        self.disk_free: int | None = None
+        self.locked: bool | None = None  # None: cannot be known here
+        self.rank_steps: list[tuple[float, int]] = []  # (time of the run's clock, step) that the first process has told while we looked
+        self._read: dict[Path, tuple[tuple[int, int], Any]] = {}  # JSON files: (mtime in ns, size) and the value
+        self._signs: dict[int, tuple[float, float, bool]] = {}  # rank -> (heartbeat, when it was first seen here, has it changed)
+
+    def update(self) -> None:
+        """Looks at the folder again."""
+        self.metrics.update()
+        self.bad_steps.update()
+        self.bad_records.update()
+        names = _names(self.folder)
+        config = self._json(self.folder / "config.json")
+        self.config = config if isinstance(config, dict) else {}
+        self.earlier = [name for name in names if re.fullmatch(r"old-\d+", name)]
+        self.writing = [match[1] for name in names if (match := re.fullmatch(r"\.(\w+)\.partial-\d+", name))]
+        found = [self._checkpoint(name) for name in names if re.fullmatch(r"step_\d{1,15}|best", name)]
+        self.checkpoints = sorted((c for c in found if c is not None), key=lambda c: (c.step, c.name != "best"))
+        self.sampled = sorted(int(m[1]) for name in _names(self.folder / "samples") if (m := re.fullmatch(r"step_(\d{1,15})", name)))
+        self._update_ranks(_names(self.folder / "ranks"))
+        self.locked = is_held(self.folder / ".lock")
+        with contextlib.suppress(OSError):
+            self.disk_free = free_bytes(self.folder)
+
+    # ---- what is known together --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        logged = self.metrics.log.last_step or 0
+        return max([logged, *(rank.step for rank in self.ranks if rank.rank == 0)])
+
+    @property
+    def started(self) -> float:
+        """Unix seconds, by the run's clock, when its processes began; 0 where that is not told. A run that was resumed began then."""
+        told = [rank.facts.get("started") for rank in self.ranks if rank.rank == 0]
+        return next((float(t) for t in told if type(t) in (int, float) and 0 < t < 1e300), 0.0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run."""
+        told = [rank.facts.get("total_steps") for rank in self.ranks if rank.rank == 0]
+        newest = next((c for c in reversed(self.checkpoints) if c.name != "best"), None)
+        if newest is not None:
+            state = self._json(self.folder / newest.name / "trainer.json")
+            told.append(state.get("total_steps") if isinstance(state, dict) else None)
+        told.append(self.config.get("max_steps"))
+        return next((n for n in told if type(n) is int and 0 < n < MAX_STEP), None)
+
+    @property
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest one that a resume could take."""
+        return next((c for c in reversed(self.checkpoints) if c.name != "best"), None)
+
+    def option(self, name: str, default: float) -> float:
+        """A number of the run's options; ``default`` where it is none."""
+        value = self.config.get(name)
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 else default
+
+    def answers(self, step: int) -> list[Answer]:
+        """The samples of a step, in the order of the prompts."""
+        folder = self.folder / "samples" / f"step_{step}"
+        found = self._json(folder / "index.json")
+        answers = []
+        for entry in found if isinstance(found, list) else []:
+            if not isinstance(entry, dict) or not isinstance(entry.get("pieces"), list):
+                continue
+            pieces = []
+            for piece in entry["pieces"]:
+                if isinstance(piece, dict) and isinstance(piece.get("text"), str):
+                    pieces.append({"text": piece["text"]})
+                elif isinstance(piece, dict) and (path := _inside(folder, piece.get("image"))):
+                    pieces.append({"image": path})
+            seed = entry.get("seed") if isinstance(entry.get("seed"), int) else None
+            names = entry.get("given") if isinstance(entry.get("given"), list) else []
+            given = tuple(path for name in names if (path := _inside(folder, name)))
+            answers.append(Answer(step, str(entry.get("prompt", "")), seed, tuple(pieces), str(entry.get("error") or ""), given))
+        return answers
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def _json(self, path: Path) -> Any:
+        """The value of a JSON file, read again where it has changed; None where it cannot be read."""
+        try:
+            stat = path.stat()
+            key = (stat.st_mtime_ns, stat.st_size)
+            if path in self._read and self._read[path][0] == key:
+                return self._read[path][1]
+            if stat.st_size > MAX_JSON:
+                return None
+            value = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        self._read[path] = (key, value)
+        return value
+
+    def _checkpoint(self, name: str) -> Checkpoint | None:
+        manifest = self._json(self.folder / name / "manifest.json")
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+            return None
+        sizes = [entry.get("size") for entry in manifest["files"].values() if isinstance(entry, dict)]
+        step, world, when = manifest.get("step"), manifest.get("world", 1), manifest.get("time")
+        if not isinstance(when, (int, float)):
+            when = (self.folder / name / "manifest.json").stat().st_mtime
+        size = sum(size for size in sizes if type(size) is int)
+        return Checkpoint(name, step, float(when), size, world if type(world) is int else 1) if type(step) is int else None
+
+    def _update_ranks(self, names: list[str]) -> None:
+        found = [self._rank(self._json(self.folder / "ranks" / name)) for name in names if re.fullmatch(r"rank_\d{1,7}\.json", name)]
+        self.ranks = sorted((rank for rank in found if rank is not None), key=lambda rank: rank.rank)
+        self.stacks = [f"ranks/{name}" for name in names if re.fullmatch(r"rank_\d{1,7}\.stack\.txt", name)]
+        for rank in self.ranks[:1]:
+            if not self.rank_steps or rank.time != self.rank_steps[-1][0]:
+                self.rank_steps = [*self.rank_steps[-200:], (rank.time, rank.step)]
+
+    def _rank(self, value: Any) -> Rank | None:
+        known = {"rank": int, "step": int, "phase": str, "since": (int, float), "time": (int, float), "pid": int, "host": str}
+        if not isinstance(value, dict) or not all(isinstance(value.get(name), kind) for name, kind in known.items()):
+            return None
+        rank = Rank(**{name: value[name] for name in known}, facts={name: v for name, v in value.items() if name not in known})
+        rank.age = self._age(rank)
+        return rank
+
+    def _age(self, rank: Rank) -> float:
+        """Seconds since the last sign of life. A heartbeat seen to change here tells more than the clocks of two machines."""
+        now = time.monotonic()
+        before = self._signs.get(rank.rank)
+        if before is None or before[0] != rank.time:
+            self._signs[rank.rank] = before = (rank.time, now, before is not None)
+        _, seen, changed = before
+        by_clock = time.time() - rank.time
+        return now - seen if changed or by_clock < -AHEAD_S else max(0.0, by_clock)
+
+    def clock_offset(self) -> float:
+        """Seconds that the run's clock seems to be ahead of this one's; 0 where heartbeats do not show it."""
+        told = [(rank.time - time.time(), self._signs[rank.rank]) for rank in self.ranks]
+        ahead = [offset for offset, _ in told if offset > AHEAD_S]
+        behind = [offset + (time.monotonic() - seen) for offset, (_, seen, changed) in told if changed]
+        return max(ahead) if ahead else min(behind, default=0.0)
+
+
+def find_runs(paths: list[str]) -> list[Path]:
+    """The folders of the runs that paths name: each a run, or a folder of runs.
+
+    Raises:
+        WatchError: nothing is named, or a path holds no run.
+    """
+    if not paths:
+        raise WatchError("no run is named. Cure: name the folder of a run (unigen watch outputs/unified_training)")
+    found: list[Path] = []
+    for given in paths:
+        path = Path(given)
+        if not path.is_dir():
+            raise WatchError(f"{given}: there is no such folder. Cure: name the folder of a run, its --output_dir")
+        runs = [path] if is_run(path) else [path / name for name in _names(path) if is_run(path / name)]
+        if not runs:
+            raise WatchError(
+                f"{given}: no run is there, neither metrics.jsonl nor config.json. Cure: name the --output_dir of a training, or a folder "
+                "of several"
+            )
+        found += runs
+    return list(dict.fromkeys(found))
+
+
+def is_run(folder: Path) -> bool:
+    """Is it the output folder of a training? A checkpoint has a config.json too, but is sealed by a manifest."""
+    if (folder / "metrics.jsonl").is_file() or (folder / "ranks").is_dir():
+        return True
+    return (folder / "config.json").is_file() and (folder / ".lock").is_file()
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _inside(folder: Path, name: Any) -> Path | None:
+    """A file of the folder; None for a name that leads elsewhere, since a run may come from someone else."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    try:
+        path = (folder / name).resolve()
+        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    except OSError:
+        return None
+
+
+def is_gone(rank: Rank) -> bool:
+    """Has the process of a heartbeat ended? Known only for processes of this machine."""
+    if rank.host != platform.node() or not 0 < rank.pid < 1 << 31:
+        return False
+    try:
+        os.kill(rank.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False

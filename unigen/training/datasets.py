@@ -1,0 +1,70 @@
+"""The data of a run as streams of rows: training and validation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from unigen.cache.store import FeatureCache
+from unigen.config import Config, ConfigError, Source, UserError
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.loader import RowStream
+from unigen.data.mixing import Mixture, Part
+from unigen.model.bagel import Bagel
+from unigen.sequence.plan import Planner
+from unigen.sequence.tokens import Tokenizer
+from unigen.training.engine import Engine
+
+log = logging.getLogger("unigen")
+
+
+class Streams:
+    """Reads and checks the data that the config names, on every process.
+
+    ``train`` and ``val`` (None without validation data) are the streams.
+
+    Raises:
+        UserError: the data, or the tokenizer, cannot be used; or the processes read different data.
+    """
+
+    def __init__(self, config: Config, engine: Engine, model: Bagel, cache: FeatureCache | None):
+        self.config, self.engine, self.model, self.cache = config, engine, model, cache
+        assert config.model_path is not None
+        tokenizer = Tokenizer.load(Path(config.model_path))
+        vocabulary = model.config.llm.vocab_size
+        if max(vars(tokenizer.special).values()) >= vocabulary:
+            raise ConfigError(f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}")
+        held_out = [Source(config.val_data_path, "val_data_path")] if config.val_data_path else []
+        self.train = self._stream(config.sources(), tokenizer, training=True)
+        self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
+
+    def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> RowStream:
+        c = self.config
+        parts = []
+        for source in sources:
+            planner = self.model.config.planner(tokenizer, c, source)
+            dataset = self._dataset(source, planner)
+            if self.engine.main:
+                log.info("%s data (%s)\n%s", "Training" if training else "Validation", source.name, dataset.describe())
+            planner.cache = self.cache
+            parts.append(Part(source.name, dataset, planner, source.weight, source.repeat))
+        mixture = Mixture(parts, c.seed, training)
+        if self.engine.main:
+            log.info("%s", mixture.describe())
+        # On a GPU attention takes its mask from the loader.
+        return RowStream(mixture, c.batch_size, c.max_num_tokens, masks=self.engine.device.type == "cuda")
+
+    def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
+        c, main = self.config, self.engine.main
+        dataset = UnifiedGenerationDataset(
+            source.path,
+            on_bad_record=c.on_bad_record,
+            # With "skip" every process must leave out the same records; with "error" one that looks closely is enough.
+            check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
+            measure=planner.measure,
+            bad_records_path=Path(c.output_dir) / "bad_records.jsonl" if main else None,
+            data_root=c.data_root,
+        )
+        if len(set(self.engine.gather(dataset.fingerprint))) > 1:
+            raise UserError(f"{source.name}: the processes read different data. Cure: give every machine the same files")
+        return dataset
