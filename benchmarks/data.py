@@ -5,7 +5,8 @@
 - rows: how full rows of 16,384 tokens get on a mixed set, and what packing costs.
 - cache: pictures a second through decoding and the encoders, against reading what ``unigen cache`` stored.
 
-Everything is made in a temporary folder. Run it on an idle machine; the figures of the last run are in docs/data.md.
+Everything is made in a temporary folder. Run it on an idle machine; the figures of the last run are in
+docs/data.md.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def photograph(seed: int, width: int, height: int) -> Any:
     """A picture with the spectrum of a photograph: noise whose amplitude falls with frequency."""
     generator = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    spectrum = np.fft.rfft2(generator.standard_normal((3, height, width)), axes=(1, 2)) / np.maximum(frequency, 1 / max(width, height))
+    spectrum = np.fft.rfft2(generator.standard_normal((3, height, width)), axes=(1, 2)) / np.maximum(
+        frequency, 1 / max(width, height)
+    )
     pixels = np.fft.irfft2(spectrum, s=(height, width), axes=(1, 2))
     return to_image(torch.from_numpy(pixels / (3 * pixels.std())).float())
 
@@ -53,7 +56,8 @@ def peak_memory(process: subprocess.Popen[bytes]) -> int:
         for pid in descendants(process.pid):
             try:
                 lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))  # shared pages count once
+                # shared pages count once
+                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
             except (OSError, IndexError):
                 continue
         most = max(most, total)
@@ -75,7 +79,23 @@ def descendants(pid: int) -> Iterator[int]:
 def check(folder: Path, lines: int) -> None:
     """``unigen check`` of ``lines`` text records, as a user calls it."""
     path, pick = folder / "lines.jsonl", random.Random(0)
-    words = ["the", "model", "reads", "and", "writes", "text", "pictures", "of", "cats", "dogs", "houses", "模型", "读写", "文字", "图片"]
+    words = [
+        "the",
+        "model",
+        "reads",
+        "and",
+        "writes",
+        "text",
+        "pictures",
+        "of",
+        "cats",
+        "dogs",
+        "houses",
+        "模型",
+        "读写",
+        "文字",
+        "图片",
+    ]
     with path.open("w", encoding="utf-8") as file:
         for i in range(lines):
             question, answer = (" ".join(pick.choices(words, k=pick.randint(5, 40))) for _ in range(2))
@@ -86,7 +106,11 @@ def check(folder: Path, lines: int) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = peak_memory(process)
     seconds = time.perf_counter() - began
-    print(f"check    {lines:,} lines, {path.stat().st_size / 2**20:.0f} MiB: {seconds:.1f} s ({lines / seconds:,.0f} a second), ", end="")
+    print(
+        f"check    {lines:,} lines, {path.stat().st_size / 2**20:.0f} MiB: {seconds:.1f} s"
+        f" ({lines / seconds:,.0f} a second), ",
+        end="",
+    )
     print(f"at most {most / 2**20:.0f} MiB in all processes; exit code {process.returncode}")
     path.unlink()
 
@@ -101,7 +125,8 @@ def pictures(folder: Path, n: int) -> list[Path]:
 
 
 def loader(folder: Path, n: int) -> None:
-    """One process decodes, resizes, draws noise and packs, against PIL decoding and resizing the same pictures to the same sizes.
+    """One process decodes, resizes, draws noise and packs, against PIL decoding and resizing the same
+    pictures to the same sizes.
 
     Pictures of the environment variable PICTURES (a folder), or made ones of the spectrum of photographs.
     """
@@ -125,7 +150,9 @@ def loader(folder: Path, n: int) -> None:
         def plain(transform: Any = transform) -> None:
             for p in found:
                 with Image.open(p) as picture:
-                    np.asarray(picture.convert("RGB").resize(transform.size(*picture.size), Image.Resampling.BICUBIC))
+                    np.asarray(
+                        picture.convert("RGB").resize(transform.size(*picture.size), Image.Resampling.BICUBIC)
+                    )
 
         def ours(stream: RowStream = stream) -> None:
             for _ in load_rows(stream, Share(), Place(), limit=len(found)):
@@ -139,7 +166,10 @@ def loader(folder: Path, n: int) -> None:
                 best[name] = min(best[name], time.perf_counter() - began)
         rates = {name: len(found) / seconds for name, seconds in best.items()}
         ratio = rates["ours"] / rates["plain"]
-        print(f"loader   {kind}: {rates['ours']:.1f} samples/s a worker, plain decode + resize {rates['plain']:.1f}: {ratio:.2f} of it")
+        print(
+            f"loader   {kind}: {rates['ours']:.1f} samples/s a worker, plain decode + resize"
+            f" {rates['plain']:.1f}: {ratio:.2f} of it"
+        )
 
 
 def rows(folder: Path, n: int) -> None:
@@ -156,10 +186,15 @@ def rows(folder: Path, n: int) -> None:
         return "word " * pick.randint(5, most)
 
     makers = [
-        lambda: {"messages": [{"role": "user", "content": words(60)}, {"role": "assistant", "content": words(900)}]},
+        lambda: {
+            "messages": [{"role": "user", "content": words(60)}, {"role": "assistant", "content": words(900)}]
+        },
         lambda: {"image_path": name(), "caption": words(300)},
         lambda: {"text_prompt": words(80), "image_path": name()},
-        lambda: {"input_image": name(), "editing_steps": [{"instruction": words(20), "result_image": name()}]},
+        lambda: {
+            "input_image": name(),
+            "editing_steps": [{"instruction": words(20), "result_image": name()}],
+        },
     ]
     path = folder / "mixed.jsonl"
     path.write_text("".join(json.dumps(pick.choice(makers)()) + "\n" for _ in range(n)))
@@ -170,12 +205,14 @@ def rows(folder: Path, n: int) -> None:
     steps = stream.steps_in(0, 1)
     seconds = time.perf_counter() - began
     print(
-        f"rows     {n:,} samples in {steps:,} rows of 16,384 tokens: {stream.fill():.2%} full; {seconds / n * 1e6:.0f} µs a sample to pack"
+        f"rows     {n:,} samples in {steps:,} rows of 16,384 tokens: {stream.fill():.2%} full;"
+        f" {seconds / n * 1e6:.0f} µs a sample to pack"
     )
 
 
 def cache(folder: Path, n: int) -> None:
-    """A full-size FLUX VAE with random weights on pictures of 512 pixels: decoded and encoded, and found in the cache."""
+    """A full-size FLUX VAE with random weights on pictures of 512 pixels: decoded and encoded, and found in
+    the cache."""
     from unigen.cache.encoders import Encoders
     from unigen.cache.store import FeatureCache, Store
     from unigen.model.codec import FluxCodec, VaeConfig
@@ -189,7 +226,9 @@ def cache(folder: Path, n: int) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     planner = load_planner(None, Config())
     vae = VaeConfig()
-    encoders = Encoders(BagelConfig(None, None, vae), FluxCodec(vae).eval(), None, torch.float32, torch.device("cpu"))
+    encoders = Encoders(
+        BagelConfig(None, None, vae), FluxCodec(vae).eval(), None, torch.float32, torch.device("cpu")
+    )
     encoder = encoders.identity("vae")
     assert encoder is not None
     store = Store.create(folder / "cache")
@@ -198,14 +237,22 @@ def cache(folder: Path, n: int) -> None:
     for path in found:
         data = path.read_bytes()
         seen = viewer.decode(data, True, False)
-        store.put(key_of(encoder, digest(data), seen.view), encoders.encode(seen)["vae"], about(encoder, digest(data), seen.view))
+        store.put(
+            key_of(encoder, digest(data), seen.view),
+            encoders.encode(seen)["vae"],
+            about(encoder, digest(data), seen.view),
+        )
     encoded = (time.perf_counter() - began) / n
     looked_up = FeatureCache(store, encoder, None, vae.scale_factor, vae.shift_factor)
     began = time.perf_counter()
     for path in found:
         assert viewer.look(path, True, False, looked_up).posterior is not None
     ready = (time.perf_counter() - began) / n
-    print(f"cache    a 512 x 512 picture: {encoded * 1000:,.0f} ms to decode, encode and store, {ready * 1000:.1f} ms to find", end="")
+    print(
+        f"cache    a 512 x 512 picture: {encoded * 1000:,.0f} ms to decode, encode and store,"
+        f" {ready * 1000:.1f} ms to find",
+        end="",
+    )
     print(f": {encoded / ready:,.0f} times faster")
 
 
@@ -213,9 +260,15 @@ PARTS = {"check": (check, 1_000_000), "loader": (loader, 48), "rows": (rows, 20_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; everything by default")
-    parser.add_argument("--number", type=int, help="lines, pictures or samples, in place of each part's own number")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, []], help="what to measure; everything by default"
+    )
+    parser.add_argument(
+        "--number", type=int, help="lines, pictures or samples, in place of each part's own number"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"

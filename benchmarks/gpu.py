@@ -1,9 +1,9 @@
 """Everything that only a GPU can tell, in one call of at most eight minutes.
 
-What decides most comes first. Every part is a process of its own with a limit of its own, and every result is one
-line of JSON, printed and written at once, so that a part that fails, hangs or crashes costs its own results only.
-Beside what was measured stands what was predicted (``gpu_predictions.py``), and whether the prediction holds.
-``gpu.md`` says how to run this on a bare machine.
+What decides most comes first. Every part is a process of its own with a limit of its own, and every result is
+one line of JSON, printed and written at once, so that a part that fails, hangs or crashes costs its own
+results only. Beside what was measured stands what was predicted (``gpu_predictions.py``), and whether the
+prediction holds. ``gpu.md`` says how to run this on a bare machine.
 
     python benchmarks/gpu.py --out results                  all parts, on a GPU
     python benchmarks/gpu.py --small                        all parts with tiny sizes, on a CPU
@@ -134,7 +134,7 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-# ---- the runner --------------------------------------------------------------------------------------------
+# ---- the runner
 
 
 @dataclass
@@ -214,7 +214,9 @@ class Runner:
     def say(self, part: str, name: str, **values: Any) -> None:
         """Prints and writes one result."""
         self.failures += "failed" in values
-        line = json.dumps({"part": part, "name": name, **values, "at": round(self.passed(), 1)}, ensure_ascii=False)
+        line = json.dumps(
+            {"part": part, "name": name, **values, "at": round(self.passed(), 1)}, ensure_ascii=False
+        )
         print(line, flush=True)
         with open(self.results, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -268,7 +270,9 @@ class Runner:
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(f"==== {child.name}\n{messages}\n")
         more = {"failed": failed, "stderr": messages[-TAIL:]} if failed else {}
-        self.say(child.name, "part", measured=round(self.passed() - began, 1), unit="s", limit=round(limit), **more)
+        self.say(
+            child.name, "part", measured=round(self.passed() - began, 1), unit="s", limit=round(limit), **more
+        )
 
 
 def environment(small: bool) -> dict[str, str]:
@@ -288,7 +292,7 @@ def environment(small: bool) -> dict[str, str]:
     return {**kept, **os.environ, **asked}
 
 
-# ---- the process of a part ---------------------------------------------------------------------------------
+# ---- the process of a part
 
 
 def run_part(name: str, small: bool) -> int:

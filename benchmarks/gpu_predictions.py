@@ -1,10 +1,10 @@
 """What was predicted of ``gpu.py``'s results before any GPU was seen, with the source of each figure.
 
-Marks of sources: *promise*: the project says so and tests hold it on the CPU. *counted*: bytes, FLOPs or kernels,
-counted with the project's modules on fake tensors of full size or in the CPU build. *estimate*: arithmetic over such
-counts, with 0.70 PFLOP/s of matrix products, 2.7 TB/s (H100) or 3.9 TB/s (H200) of memory, 420 and 330 TFLOP/s of
-attention forward and backward; it passes when the measured value is at most a quarter worse. *published*: others
-measured it, on the card and the versions that are named.
+Marks of sources: *promise*: the project says so and tests hold it on the CPU. *counted*: bytes, FLOPs or
+kernels, counted with the project's modules on fake tensors of full size or in the CPU build. *estimate*:
+arithmetic over such counts, with 0.70 PFLOP/s of matrix products, 2.7 TB/s (H100) or 3.9 TB/s (H200) of
+memory, 420 and 330 TFLOP/s of attention forward and backward; it passes when the measured value is at most a
+quarter worse. *published*: others measured it, on the card and the versions that are named.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Prediction:
             f"≤ {self.most:.4g}" if self.most is not None else "",
         ]
         limits = " and ".join(end for end in ends if end)
-        return (f"{self.said} ({limits})" if self.said else limits) + (f" on {self.card}" if self.card else "")
+        return (f"{self.said} ({limits})" if self.said else limits) + (
+            f" on {self.card}" if self.card else ""
+        )
 
     def holds(self, value: float) -> bool:
         """Does the value lie in the range? NaN does not."""
@@ -68,7 +70,10 @@ def formula(source: str) -> Prediction:
 EQUAL = "promise: stopped and resumed is not stopped, to the digit"
 RESULT_OF_FLEX = "rounding of the dtype; the same comparison holds on the CPU"
 MEMORY = "activations, gradients, weights, moments: step_peaks below"
-BASE = "drawing only, full recompute, 16,384 tokens: products 1.13 s, other kernels 0.74 (H200 0.51), attention 0.36"
+BASE = (
+    "drawing only, full recompute, 16,384 tokens: products 1.13 s, other kernels 0.74 (H200 0.51), attention"
+    " 0.36"
+)
 COMPILED = f"{BASE}; less 0.41 s of other kernels"
 
 TABLE: list[tuple[str, Prediction]] = [
@@ -150,7 +155,9 @@ TABLE: list[tuple[str, Prediction]] = [
 ]
 
 
-def judged(part: str, name: str, measured: Any, card: str, value: float | None = None) -> tuple[str, bool | None]:
+def judged(
+    part: str, name: str, measured: Any, card: str, value: float | None = None
+) -> tuple[str, bool | None]:
     """What was predicted, as a text, and whether it holds: None where nothing was predicted for this device.
 
     Args:
@@ -168,11 +175,13 @@ def judged(part: str, name: str, measured: Any, card: str, value: float | None =
         wide = prediction.share * value
         prediction = replace(prediction, least=value - wide, most=value + wide, said=f"{value:.4g}")
     text = "; ".join(part for part in (prediction.words(), prediction.source) if part)
-    judgeable = isinstance(measured, int | float) and fitting and (prediction.least, prediction.most) != (None, None)
+    judgeable = (
+        isinstance(measured, int | float) and fitting and (prediction.least, prediction.most) != (None, None)
+    )
     return text, prediction.holds(measured) if judgeable else None
 
 
-# ---- memory ------------------------------------------------------------------------------------------------
+# ---- memory
 
 
 @dataclass(frozen=True)
@@ -200,19 +209,25 @@ def token_bytes(llm: Any, policy: str, und: float) -> float:
     q, kv = heads * width, kv_heads * width
     return {
         "none": 26 * hidden + 10 * (q + kv) + 8 * inner + 8 * heads + 4 * kv_heads + 8 + 8 * width,
-        "selective": 4 * hidden + 4 * q + 4 * kv + 4 * heads + 2 * q + 2 * hidden + 2 * inner + 2 * hidden * und,
+        "selective": (
+            4 * hidden + 4 * q + 4 * kv + 4 * heads + 2 * q + 2 * hidden + 2 * inner + 2 * hidden * und
+        ),
         "full": 4 * hidden,
     }[policy]
 
 
 def step_peaks(llm: Any, policy: str, tokens: int, und: int, held: Held) -> tuple[float, float]:
-    """Bytes at the peak of a step's first micro-batch, and of a later one, whose forward finds gradients there.
+    """Bytes at the peak of a step's first micro-batch, and of a later one, whose forward finds gradients
+    there.
 
     Autocast keeps no copies of weights; the pictures' latents are there; the ViT is frozen and sees nothing.
     """
     kept = llm.num_hidden_layers * token_bytes(llm, policy, und / tokens)
     forward = tokens * (kept + 8 * llm.intermediate_size + 6 * llm.hidden_size)
-    backward = tokens * (kept + token_bytes(llm, "none", und / tokens) + 4 * llm.intermediate_size) + 2 * held.trained_layer
+    backward = (
+        tokens * (kept + token_bytes(llm, "none", und / tokens) + 4 * llm.intermediate_size)
+        + 2 * held.trained_layer
+    )
     gradients = 4 * held.trained
     fixed = held.weights + held.moments
     return fixed + max(forward, gradients + backward), fixed + gradients + max(forward, backward)

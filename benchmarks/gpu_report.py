@@ -32,7 +32,10 @@ def page(results: list[dict[str, Any]]) -> str:
     lines = [
         f"## {found.get('card', {}).get('name', 'unknown card')}, {began['measured']}",
         "",
-        f"Sources: {began['commit']}. Card: {words(found.get('card'))}. Versions: {words(found.get('versions'))}.",
+        (
+            f"Sources: {began['commit']}. Card: {words(found.get('card'))}. Versions:"
+            f" {words(found.get('versions'))}."
+        ),
         f"Predictions that hold: {sum(judged)} of {len(judged)}.",
         "",
         "| part | figure | measured | predicted | holds |",
@@ -44,7 +47,9 @@ def page(results: list[dict[str, Any]]) -> str:
 
 def row(r: dict[str, Any]) -> str:
     """A result as a line of the table."""
-    measured = f"FAILED: {r['failed']}" if "failed" in r else f"{words(r['measured'])} {r.get('unit', '')}".strip()
+    measured = (
+        f"FAILED: {r['failed']}" if "failed" in r else f"{words(r['measured'])} {r.get('unit', '')}".strip()
+    )
     cells = (r["part"], r["name"], measured, r.get("predicted", ""), HOLDS[r.get("pass")])
     return "| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in cells) + " |"
 

@@ -44,7 +44,7 @@ from unigen.sequence.types import Kind, Pack
 from unigen.training.losses import loss_sums
 from unigen.training.trainer import UnifiedTrainer
 
-# ---- attention ---------------------------------------------------------------------------------------------
+# ---- attention
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 HEADS = [
@@ -84,11 +84,16 @@ def flex() -> None:
     say("fell back to other attention", float(bool(unigen.model.flex._broken)), why=unigen.model.flex._broken)
 
 
-def attention_errors(dtype: torch.dtype, heads: int, kv_heads: int, width: int, tokens: int) -> dict[str, float]:
+def attention_errors(
+    dtype: torch.dtype, heads: int, kv_heads: int, width: int, tokens: int
+) -> dict[str, float]:
     """Relative errors (2-norms) of the result and of three gradients."""
     pack = two_samples(tokens)
     g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(tokens, n, width, generator=g).to(Here.device, dtype).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(tokens, n, width, generator=g).to(Here.device, dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    )
     way = torch.randn(tokens, heads, width, generator=g).to(Here.device, dtype)
     out = attention_of(pack)(q, k, v)
     ours = (out.detach(), *torch.autograd.grad((out * way).sum(), (q, k, v)))
@@ -96,7 +101,10 @@ def attention_errors(dtype: torch.dtype, heads: int, kv_heads: int, width: int, 
     dense = dense_attention(*exact, pack)
     theirs = (dense.detach(), *torch.autograd.grad((dense * way.double()).sum(), exact))
     names = ("out", "dq", "dk", "dv")
-    return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(names, ours, theirs, strict=True)}
+    return {
+        name: float((a.double() - b).norm() / b.norm())
+        for name, a, b in zip(names, ours, theirs, strict=True)
+    }
 
 
 def two_samples(tokens: int) -> Pack:
@@ -150,11 +158,13 @@ def attention_speed() -> None:
                 ms=forward * 1e3,
                 tokens=len(pack),
             )
-            say(f"attention {what}: forward and backward", 14 * number / both / 1e12, "TFLOP/s", ms=both * 1e3)
+            say(
+                f"attention {what}: forward and backward", 14 * number / both / 1e12, "TFLOP/s", ms=both * 1e3
+            )
             say(f"attention {what}: made ready", seconds(lambda pack=pack: attention_of(pack)) * 1e3, "ms")
 
 
-# ---- the reference's numbers -------------------------------------------------------------------------------
+# ---- the reference's numbers
 
 
 def agree() -> None:
@@ -165,7 +175,9 @@ def agree() -> None:
         for case, error, tolerance in reference.run(GOLDEN, Here.device):
             group = case.split(":")[0]
             ratio = error / tolerance if tolerance else float(error > 0) * 2
-            worst[group] = max(worst.get(group, (-1.0, "")), (ratio if ratio == ratio else float("inf"), case))
+            worst[group] = max(
+                worst.get(group, (-1.0, "")), (ratio if ratio == ratio else float("inf"), case)
+            )
         for group, (ratio, case) in worst.items():
             say(f"reference: {group}", ratio, "of the tolerance", worst=case)
     fresh()
@@ -189,7 +201,9 @@ def golden_step(bf16: bool) -> tuple[list[float], dict[str, Tensor]]:
     model = load_bagel(GOLDEN / "model", Here.device, torch.float32).requires_grad_(True)
     tokenizer = Tokenizer.load(GOLDEN / "model")
     case = json.loads((GOLDEN / "train_cases.json").read_text(encoding="utf-8"))["edit"]
-    blocks = reference.reference_blocks(case, reference.load_file(GOLDEN / "train_edit.safetensors"), model, tokenizer)
+    blocks = reference.reference_blocks(
+        case, reference.load_file(GOLDEN / "train_edit.safetensors"), model, tokenizer
+    )
     pack = pack_blocks(blocks, tokenizer.special, model.config.geometry).to(Here.device)
     with torch.autocast(Here.device, BFLOAT16, enabled=bf16):
         sums = loss_sums(model(pack))
@@ -198,7 +212,7 @@ def golden_step(bf16: bool) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
-# ---- training ----------------------------------------------------------------------------------------------
+# ---- training
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bf16"},
@@ -229,7 +243,11 @@ def train() -> None:
 def documented(folder: Path) -> None:
     """The first command of docs/training.md, word for word but for the folder of the run."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    command = next(c for c in re.findall(r"```bash\n(.*?)```", page, re.S) if c.startswith("python train_unified_generation.py"))
+    command = next(
+        c
+        for c in re.findall(r"```bash\n(.*?)```", page, re.S)
+        if c.startswith("python train_unified_generation.py")
+    )
     words = shlex.split(command.replace("\\\n", " "))[2:]
     words = [str(folder) if before == "--output_dir" else word for before, word in zip(["", *words], words)]
     words = [str(ROOT / word) if (ROOT / word).exists() and "/" in word else word for word in words]
@@ -251,8 +269,10 @@ def resumed(name: str, folder: Path, options: dict[str, Any]) -> None:
     fresh()
     steps = 2 if Here.small else 4
     config = {
-        "model_path": str(GOLDEN / "model"), "train_data_path": str(ROOT / "examples" / "sample_data_format.json"), "max_steps": steps,
-        "learning_rate": 1e-3, "max_image_tokens": 16 if Here.small else 64, "logging_steps": 1, "device": Here.device, "num_workers": 0,
+        "model_path": str(GOLDEN / "model"),
+        "train_data_path": str(ROOT / "examples" / "sample_data_format.json"), "max_steps": steps,
+        "learning_rate": 1e-3, "max_image_tokens": 16 if Here.small else 64, "logging_steps": 1,
+        "device": Here.device, "num_workers": 0,
         "save_steps": steps // 2, "gradient_accumulation_steps": 2,
     }  # fmt: skip
     again = folder.with_name(folder.name + "_again")
@@ -276,14 +296,18 @@ def resumed(name: str, folder: Path, options: dict[str, Any]) -> None:
 
 def losses_of(folder: Path) -> list[float]:
     """The losses of a run, step by step."""
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["loss"]
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
-# ---- small things ------------------------------------------------------------------------------------------
+# ---- small things
 
 
 def small() -> None:
-    """Sequences that lack something (nothing of size zero may fail), and `unigen generate` from end to end."""
+    """Sequences that lack something (nothing of size zero may fail), and `unigen generate` from end to
+    end."""
     model = tiny.build().to(Here.device).train()
     object.__setattr__(model, "codec", None)
     model.requires_grad_(True)

@@ -33,7 +33,8 @@ from unigen.training.prepare import prepare_model
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 GB = 1e9
-# Dense bfloat16 products with float32 sums, FLOP/s, from NVIDIA's data sheets (half of what they give "with sparsity").
+# Dense bfloat16 products with float32 sums, FLOP/s, from NVIDIA's data sheets (half of what they give "with
+# sparsity").
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -54,7 +55,7 @@ class Here:
     results: IO[str]
 
 
-# ---- results -----------------------------------------------------------------------------------------------
+# ---- results
 
 
 def prepare(part: str, small: bool, results: IO[str]) -> None:
@@ -78,7 +79,8 @@ def card() -> str:
 
 
 def say(name: str, measured: Any, unit: str = "", formula: float | None = None, **more: Any) -> None:
-    """Writes one result, and beside it what was predicted; ``formula`` is the value that a formula predicts."""
+    """Writes one result, and beside it what was predicted; ``formula`` is the value that a formula
+    predicts."""
     expected, good = gpu_predictions.judged(Here.part, name, measured, card(), formula)
     line = {
         "name": name,
@@ -108,13 +110,15 @@ def tried(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         failed = f"{type(error).__name__}: {str(error)[:800]}"
-        Here.results.write(json.dumps({"name": name, "measured": None, "pass": False, "failed": failed}) + "\n")
+        Here.results.write(
+            json.dumps({"name": name, "measured": None, "pass": False, "failed": failed}) + "\n"
+        )
         Here.results.flush()
     finally:
         free()
 
 
-# ---- time and memory ---------------------------------------------------------------------------------------
+# ---- time and memory
 
 
 def sync() -> None:
@@ -147,7 +151,8 @@ def free() -> None:
 
 
 def fresh() -> None:
-    """Forgets what was compiled (files of it are kept): a process may hold few versions, and a run has one model."""
+    """Forgets what was compiled (files of it are kept): a process may hold few versions, and a run has one
+    model."""
     free()
     torch._dynamo.reset()
 
@@ -178,14 +183,16 @@ def kernel_times(work: Callable[[], Any]) -> list[tuple[str, float, int]]:
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         work()
         sync()
-    of, kind = ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
+    of, kind = (
+        ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
+    )
     # Beside kernels there are the host's calls that launch them, and ranges that span several.
     events = [e for e in profiled.key_averages() if e.device_type == kind]
     events = [e for e in events if not e.is_user_annotation and not e.key.startswith("## ")]
     return sorted(((e.key, getattr(e, of) / 1e3, e.count) for e in events), key=lambda e: -e[1])
 
 
-# ---- models ------------------------------------------------------------------------------------------------
+# ---- models
 
 
 def published(layers: int = 28) -> BagelConfig:
@@ -193,7 +200,8 @@ def published(layers: int = 28) -> BagelConfig:
     rope = {"rope_type": "default", "rope_theta": 1e6}
     if Here.small:
         llm = Qwen2Config(
-            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2,
             rope_parameters=rope, tie_word_embeddings=False,
         )  # fmt: skip
         vit = SiglipVisionConfig(
@@ -208,8 +216,10 @@ def published(layers: int = 28) -> BagelConfig:
         vae = VaeConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
         return BagelConfig(llm, vit, vae, vae_transform=sides, vit_transform={"max_size": 56, "min_size": 28})
     llm = Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_parameters=rope, tie_word_embeddings=False,
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers,
+        num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_parameters=rope,
+        tie_word_embeddings=False,
     )  # fmt: skip
     vit = SiglipVisionConfig(
         hidden_size=1152,
@@ -244,7 +254,8 @@ def random_codec(config: VaeConfig) -> FluxCodec:
 
 
 def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
-    """A training engine with a random model of so many decoder layers, prepared as a run with these options does."""
+    """A training engine with a random model of so many decoder layers, prepared as a run with these options
+    does."""
     fresh()
     config = Config(device=Here.device, precision="bf16", **options)
     engine = open_engine(config)
@@ -256,14 +267,14 @@ def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
     return engine
 
 
-# ---- packed sequences --------------------------------------------------------------------------------------
+# ---- packed sequences
 
 
 def packed(config: BagelConfig, what: str) -> Pack:
     """A packed sequence on the device, of pictures of 1024 x 1024 whose latents are ready.
 
-    ``drawing``: four short prompts, each with the picture to draw. ``edit``: two pictures, each seen by VAE and ViT, with
-    an instruction and the picture to draw.
+    ``drawing``: four short prompts, each with the picture to draw. ``edit``: two pictures, each seen by VAE
+    and ViT, with an instruction and the picture to draw.
     """
     side, seen = (4, 3) if Here.small else (64, 37)
     p, vit_patch = config.latent_patch_size, config.vit.patch_size
@@ -272,7 +283,11 @@ def packed(config: BagelConfig, what: str) -> Pack:
         return Block(Kind.TEXT, n, ids=[7] * n, loss=loss)
 
     def picture(kind: Kind, segment: int) -> Block:
-        noised = {"noise": torch.randn(side * side, config.patch_dim), "u": 0.3, "loss": True} if kind == Kind.NOISED else {}
+        noised = (
+            {"noise": torch.randn(side * side, config.patch_dim), "u": 0.3, "loss": True}
+            if kind == Kind.NOISED
+            else {}
+        )
         latent = torch.randn(config.vae.z_channels, side * p, side * p)
         return Block(kind, side * side, segment, (side, side), latent=latent, **noised)
 
@@ -283,7 +298,9 @@ def packed(config: BagelConfig, what: str) -> Pack:
     if what == "drawing":
         samples = [[text(60, loss=True), picture(Kind.NOISED, 0)] for _ in range(4)]
     else:
-        samples = [[picture(Kind.CLEAN, 0), look(), text(30, loss=True), picture(Kind.NOISED, 1)] for _ in range(2)]
+        samples = [
+            [picture(Kind.CLEAN, 0), look(), text(30, loss=True), picture(Kind.NOISED, 1)] for _ in range(2)
+        ]
     return pack_blocks(samples, SpecialIds(1, 2, 3, 4, 5), config.geometry, masks=True).to(Here.device)
 
 
@@ -302,11 +319,13 @@ def attention_of(pack: Pack) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def training_flops(config: BagelConfig, pack: Pack) -> tuple[float, float]:
-    """FLOPs of forward and backward: (by the reference's formula, of what has to be computed when all trains).
+    """FLOPs of forward and backward: (by the reference's formula, of what has to be computed when all
+    trains).
 
-    The reference (``train/pretrain_unified_navit.py``) counts for every token six for each weight of one expert, of the
-    embeddings and of the text head, and for every sample 12 x width x layers x its length squared. The other counts the
-    products of each token's own expert, the head for labels, and the pairs that attend. ViT and VAE are in neither.
+    The reference (``train/pretrain_unified_navit.py``) counts for every token six for each weight of one
+    expert, of the embeddings and of the text head, and for every sample 12 x width x layers x its length
+    squared. The other counts the products of each token's own expert, the head for labels, and the pairs that
+    attend. ViT and VAE are in neither.
     """
     c = config.llm
     width = c.hidden_size // c.num_attention_heads

@@ -46,7 +46,7 @@ PACKAGES = (
     "PIL",
 )
 
-# ---- the card ----------------------------------------------------------------------------------------------
+# ---- the card
 
 
 def env() -> None:
@@ -86,7 +86,8 @@ def env() -> None:
 def products() -> None:
     """TFLOP/s of the model's matrix products."""
     shapes = {
-        "gate, up": (16384, 3584, 18944), "down": (16384, 18944, 3584), "q, o": (16384, 3584, 3584), "k, v": (16384, 3584, 512),
+        "gate, up": (16384, 3584, 18944), "down": (16384, 18944, 3584), "q, o": (16384, 3584, 3584),
+        "k, v": (16384, 3584, 512),
         "gate, up of 4,096 tokens": (4096, 3584, 18944),
     }  # fmt: skip
     for name, shape in shapes.items():
@@ -106,7 +107,7 @@ def product(t: int, k: int, n: int, dtype: torch.dtype) -> float:
     return 5 * 2 * t * k * n / seconds(lambda: [F.linear(a, b) for _ in range(5)]) / 1e12
 
 
-# ---- answers -----------------------------------------------------------------------------------------------
+# ---- answers
 
 
 def infer() -> None:
@@ -128,7 +129,9 @@ def infer() -> None:
 def write(inferencer: InterleaveInferencer, prompt: str, tokens: int) -> int:
     """Answers ``prompt`` in so many tokens, or fewer where the random model stops; how many."""
     trace: dict[str, list[torch.Tensor]] = {}
-    inferencer.interleave_inference([prompt], understanding_output=True, max_think_token_n=tokens, trace=trace)
+    inferencer.interleave_inference(
+        [prompt], understanding_output=True, max_think_token_n=tokens, trace=trace
+    )
     return len(trace["tokens"][0])
 
 
@@ -139,7 +142,9 @@ def writing(inferencer: InterleaveInferencer) -> None:
         write(inferencer, prompt, few)
         times, lengths = {}, {}
         for n in (few, many):
-            times[n] = seconds(lambda n=n: lengths.update({n: write(inferencer, prompt, n)}), repeats=3, warm=0)
+            times[n] = seconds(
+                lambda n=n: lengths.update({n: write(inferencer, prompt, n)}), repeats=3, warm=0
+            )
         more = lengths[many] - lengths[few]
         took = (times[many] - times[few]) / more if more > 0 else float("nan")
         say("decode", took * 1e3, "ms a token", tokens_a_second=1 / took, tokens=lengths)
@@ -166,7 +171,9 @@ def drawing(inferencer: InterleaveInferencer) -> None:
             options = {"cfg_text_scale": text, "cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0), "seed": 0}
 
             def draw(points: int, prompt: list[Any] = prompt, options: dict[str, Any] = options) -> None:
-                inferencer.interleave_inference(prompt, image_shapes=(side, side), num_timesteps=points, **options)
+                inferencer.interleave_inference(
+                    prompt, image_shapes=(side, side), num_timesteps=points, **options
+                )
 
             draw(2)
             forget_peak()
@@ -182,7 +189,9 @@ def reading(inferencer: InterleaveInferencer) -> None:
         took = seconds(lambda: write(inferencer, prompt, 1))
         c = inferencer.model.config.llm
         width = c.hidden_size // c.num_attention_heads
-        layer = c.hidden_size * (3 * c.intermediate_size + 2 * c.hidden_size + 2 * c.num_key_value_heads * width)
+        layer = c.hidden_size * (
+            3 * c.intermediate_size + 2 * c.hidden_size + 2 * c.num_key_value_heads * width
+        )
         flops = c.num_hidden_layers * (2 * layer * n + 2 * c.hidden_size * n * n)
         say(
             "prefill",
@@ -213,7 +222,7 @@ def vae(codec: Any) -> None:
                 say(f"VAE {name} 1024 x 1024: peak", None if before is None else peak() - before, "GB")
 
 
-# ---- the ViT -----------------------------------------------------------------------------------------------
+# ---- the ViT
 
 
 def vit() -> None:
@@ -247,7 +256,8 @@ def look(model: torch.nn.Module, n: int) -> None:
 
 
 def cudnn() -> None:
-    """Attention by cuDNN, which plans for every new shape: why the model goes without it where shapes change."""
+    """Attention by cuDNN, which plans for every new shape: why the model goes without it where shapes
+    change."""
     with tried("cuDNN, a new shape costs"), sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
         q, k = (torch.randn(1, 28, n, 128, device="cuda", dtype=torch.bfloat16) for n in (1, 400))
         F.scaled_dot_product_attention(q, k, k)

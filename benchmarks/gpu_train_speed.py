@@ -66,11 +66,12 @@ def held(engine: Engine, moments: float = 0.0) -> Held:
     return Held(weights, sum(trained.values()), layer, moments * sum(trained.values()))
 
 
-# ---- layers ------------------------------------------------------------------------------------------------
+# ---- layers
 
 
 def layers() -> None:
-    """Forward and backward with two and with four decoder layers; 12 such differences more make the model of 28."""
+    """Forward and backward with two and with four decoder layers; 12 such differences more make the model of
+    28."""
     for what, name, options in VARIANTS:
         if Here.small and "compiled" in options:
             continue  # a C++ compiler takes longer than all the rest, and tests of the model compile
@@ -114,16 +115,19 @@ def layer_time(n: int, pack: Pack, name: str, options: dict[str, Any]) -> float:
     took = seconds(work, warm=0)
     say(name, took, "s", first=first)
     # What a compiled part keeps for the backward pass is the compiler's choice.
-    expected = step_peaks(engine.model.config.llm, policy(options), len(pack), pack.n_und, held(engine))[0] / GB
+    expected = (
+        step_peaks(engine.model.config.llm, policy(options), len(pack), pack.n_und, held(engine))[0] / GB
+    )
     say(f"{name}, peak", peak(), "GB", formula=expected)
     return took
 
 
-# ---- the whole model ---------------------------------------------------------------------------------------
+# ---- the whole model
 
 
 def full() -> None:
-    """Steps of two micro-batches, drawing only, moments in 8 bits: the whole model, or the layers that fit."""
+    """Steps of two micro-batches, drawing only, moments in 8 bits: the whole model, or the layers that
+    fit."""
     options = {**DRAWS, **FULL, "optimizer": "adamw8bit"}
     with tried("layers"):
         pack = packed(published(), "drawing")
@@ -140,7 +144,9 @@ def steps_of(name: str, n: int, pack: Pack, options: dict[str, Any]) -> None:
     """Memory at each point of an optimiser step, and its time."""
     engine, counts = engine_of(n, **options), Counts.of([pack, pack])
     whole_step(engine, pack, counts)
-    first, later = step_peaks(engine.model.config.llm, policy(options), len(pack), pack.n_und, held(engine, moments=2.03))
+    first, later = step_peaks(
+        engine.model.config.llm, policy(options), len(pack), pack.n_und, held(engine, moments=2.03)
+    )
     forget_peak()
     expected = iter({"first": first, "second": later}.items())
     for _ in micro_batches(engine, [pack, pack], counts, engine.config):
@@ -169,7 +175,9 @@ def fitting_layers(pack: Pack, options: dict[str, Any]) -> int:
     memory = torch.cuda.get_device_properties(0).total_memory
     engine = engine_of(1, **options)
     one = held(engine, moments=2.03)
-    inside = [p for name, p in engine.model.named_parameters() if name.startswith("language_model.model.layers.0.")]
+    inside = [
+        p for name, p in engine.model.named_parameters() if name.startswith("language_model.model.layers.0.")
+    ]
     weights, trained = (
         sum(p.numel() * p.element_size() for p in inside),
         sum(p.numel() for p in inside if p.requires_grad),
@@ -191,7 +199,7 @@ def fitting_layers(pack: Pack, options: dict[str, Any]) -> int:
     return max((n for n in range(1, 29) if needs(n) < 0.9 * memory), default=1)
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------
+# ---- kernels
 
 ATTENTION = (
     "flex",
@@ -213,7 +221,10 @@ def kernels() -> None:
             pass
         found = kernel_times(lambda: list(micro_batches(engine, [pack], counts, engine.config)))
         total = sum(ms for _, ms, _ in found)
-        top = [{"kernel": name[:100], "ms": ms, "calls": calls, "share": ms / total} for name, ms, calls in found[:25]]
+        top = [
+            {"kernel": name[:100], "ms": ms, "calls": calls, "share": ms / total}
+            for name, ms, calls in found[:25]
+        ]
         say("top", top, "", total_ms=total, kernels=sum(calls for _, _, calls in found))
         shares = {"attention": 0.0, "products": 0.0, "other kernels": 0.0}
         for name, ms, _ in found:
@@ -230,7 +241,7 @@ def kind_of(kernel: str) -> str:
     return "products" if any(word in name for word in PRODUCTS) else "other kernels"
 
 
-# ---- options of flex attention -----------------------------------------------------------------------------
+# ---- options of flex attention
 
 # All compile for sm_90 with PyTorch 2.11 and fit its shared memory.
 KERNEL_OPTIONS: dict[str, dict[str, Any]] = {
@@ -267,7 +278,9 @@ def compare_options(name: str, mask: Any, options: dict[str, Any]) -> None:
     with tried(f"{name}: forward"):
         call = torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
         q, k, v = (
-            torch.randn(1, heads, length, width, device=Here.device, dtype=torch.bfloat16, requires_grad=on_gpu)
+            torch.randn(
+                1, heads, length, width, device=Here.device, dtype=torch.bfloat16, requires_grad=on_gpu
+            )
             for heads in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         )
 

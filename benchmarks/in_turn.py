@@ -42,7 +42,7 @@ def agree(name: str, got: Tensor, wanted: Tensor) -> float:
     return error
 
 
-# ---- time --------------------------------------------------------------------------------------------------
+# ---- time
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def time_in_turn(variants: Mapping[str, Callable[[], object]], options: argparse
     return times
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------
+# ---- kernels
 
 
 class KernelCount(TorchDispatchMode):
@@ -139,7 +139,7 @@ def kernels(work: Callable[[], object]) -> int:
     return counted.count
 
 
-# ---- options and output ------------------------------------------------------------------------------------
+# ---- options and output
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

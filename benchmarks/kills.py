@@ -1,8 +1,10 @@
-"""A run that is killed again and again: ``python benchmarks/kills.py [--kills 100] [--processes 2] [--engine fsdp2]``.
+"""A run that is killed again and again: ``python benchmarks/kills.py [--kills 100] [--processes 2] [--engine
+fsdp2]``.
 
-All processes of a small run are killed (SIGKILL) at random moments, half of them while a checkpoint is being written, and started again
-with ``--resume_from_checkpoint auto``, until it is done. Then: its log is that of a run nobody killed, digit for digit; no published
-checkpoint was lost; every sample was met exactly once an epoch. ``tests/training/test_kills.py`` runs the same with fewer kills.
+All processes of a small run are killed (SIGKILL) at random moments, half of them while a checkpoint is being
+written, and started again with ``--resume_from_checkpoint auto``, until it is done. Then: its log is that of
+a run nobody killed, digit for digit; no published checkpoint was lost; every sample was met exactly once an
+epoch. ``tests/training/test_kills.py`` runs the same with fewer kills.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 120.0
 PRELOAD = [
-    "unigen.training.trainer", "unigen.training.fsdp", "unigen.sequence.tokens", "transformers.models.auto.tokenization_auto",
+    "unigen.training.trainer", "unigen.training.fsdp", "unigen.sequence.tokens",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.qwen2", "transformers.models.siglip", "diffusers.models.autoencoders.autoencoder_kl",
 ]  # fmt: skip
 
 
 def context() -> Any:
-    """New processes are forks of one that has imported everything: a start then costs a tenth of a second, not five."""
+    """New processes are forks of one that has imported everything: a start then costs a tenth of a second,
+    not five."""
     ctx = multiprocessing.get_context("forkserver")
-    # Python has one such server in a process; where other code has started it, that has imported what the other code needs.
+    # Python has one such server in a process; where other code has started it, that has imported what the
+    # other code needs.
     server = forkserver._forkserver  # type: ignore[attr-defined]
     if server._preload_modules != PRELOAD:
         server._stop()
@@ -53,12 +58,18 @@ def free_port() -> int:
 def timeless(output_dir: Path | str) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` without what a clock wrote."""
     lines = (Path(output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "tokens_per_second", "data_wait")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("time", "tokens_per_second", "data_wait")}
+        for line in lines
+    ]
 
 
 def become_rank(rank: int, world: int, port: int, log: str = "") -> None:
-    """Makes this process one of a run, as torchrun would; what it prints goes to ``log``.RANK.log, where that is given."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    """Makes this process one of a run, as torchrun would; what it prints goes to ``log``.RANK.log, where that
+    is given."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     if log:
         output = os.open(f"{log}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -80,7 +91,11 @@ def train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], not
 
     def noted(rows: list[Any], *rest: Any) -> Any:
         result = step(rows, *rest)
-        line = {"step": trainer.step + 1, "epoch": rows[-1].after.epoch, "samples": [o for row in rows for o in row.pack.origins]}
+        line = {
+            "step": trainer.step + 1,
+            "epoch": rows[-1].after.epoch,
+            "samples": [o for row in rows for o in row.pack.origins],
+        }
         samples.write(json.dumps(line) + "\n")
         samples.flush()
         return result
@@ -117,7 +132,9 @@ class Run:
 
     def start(self) -> None:
         port = free_port()
-        args = [(rank, self.world, port, self.options, str(self.folder / "samples")) for rank in range(self.world)]
+        args = [
+            (rank, self.world, port, self.options, str(self.folder / "samples")) for rank in range(self.world)
+        ]
         self.processes = [self.ctx.Process(target=train_as_rank, args=a, daemon=True) for a in args]
         for process in self.processes:
             process.start()
@@ -152,7 +169,8 @@ class Run:
 
 
 def kill_again_and_again(run: Run, kills: int, in_save: int, seed: int) -> Killed:
-    """Kills the run ``kills`` times at any moment and ``in_save`` times while it writes a checkpoint, then lets it finish."""
+    """Kills the run ``kills`` times at any moment and ``in_save`` times while it writes a checkpoint, then
+    lets it finish."""
     rng, went = random.Random(seed), Killed()
     plan = ["save"] * in_save + ["any"] * kills
     rng.shuffle(plan)
@@ -197,7 +215,9 @@ def _reach(run: Run, moment: str, rng: random.Random) -> bool:
         # A quarter of the kills fall into the start; the others behind one to three steps.
         starting, behind, before = rng.random() < 0.25, rng.randint(1, 3), run.published()
         until = time.monotonic() + rng.uniform(0.1, 1.5)
-        while run.running and (time.monotonic() < until if starting else len(run.published() - before) < behind):
+        while run.running and (
+            time.monotonic() < until if starting else len(run.published() - before) < behind
+        ):
             assert time.monotonic() < deadline, f"no step came:\n{run.log()}"
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.15))
@@ -218,8 +238,14 @@ def compare(run: Run, whole: Run, went: Killed, samples: int) -> None:
     """Adds to ``went.problems`` whatever differs from the run nobody killed."""
     found, wanted = run.metrics(), whole.metrics()
     if found != wanted:
-        first = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
-        went.problems.append(f"the logs part at line {first + 1}: {found[first : first + 1]} instead of {wanted[first : first + 1]}")
+        first = next(
+            (i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
+            min(len(found), len(wanted)),
+        )
+        went.problems.append(
+            f"the logs part at line {first + 1}: {found[first : first + 1]} instead of"
+            f" {wanted[first : first + 1]}"
+        )
     last = max(run.published(), key=lambda name: int(name.removeprefix("step_")))
     for path in sorted((whole.output_dir / last).glob("*.safetensors")):
         if path.read_bytes() != (run.output_dir / last / path.name).read_bytes():
@@ -229,13 +255,16 @@ def compare(run: Run, whole: Run, went: Killed, samples: int) -> None:
     for rank in range(run.world):
         for line in (run.folder / f"samples.{rank}").read_text().splitlines():
             note = json.loads(line)
-            by_step[note["step"], rank] = note["samples"]  # a later try of the same step replaces the earlier one
+            # a later try of the same step replaces the earlier one
+            by_step[note["step"], rank] = note["samples"]
             epochs[note["step"]] = note["epoch"]
     for epoch in sorted(set(epochs.values())):
         met = Counter(s for (step, _), names in by_step.items() if epochs[step] == epoch for s in names)
         complete = epoch < max(epochs.values()) or len(met) == samples
         if complete and (len(met) != samples or set(met.values()) != {1}):
-            went.problems.append(f"epoch {epoch}: {len(met)} of {samples} samples, some {max(met.values())} times")
+            went.problems.append(
+                f"epoch {epoch}: {len(met)} of {samples} samples, some {max(met.values())} times"
+            )
     leftovers = [path.name for path in run.output_dir.glob(".*") if path.name != ".lock"]
     if leftovers:
         went.problems.append(f"left behind: {leftovers}")
@@ -244,8 +273,10 @@ def compare(run: Run, whole: Run, went: Killed, samples: int) -> None:
 def small_run(model: Path, data: Path, steps: int, **more: Any) -> dict[str, Any]:
     """Options of a run whose steps take some hundredths of a second, each with a checkpoint."""
     return {
-        "model_path": str(model), "train_data_path": str(data), "max_steps": steps, "save_steps": 1, "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-3, "ema": 0.9, "device": "cpu", "num_workers": 0, "save_total_limit": None, **more,
+        "model_path": str(model), "train_data_path": str(data), "max_steps": steps, "save_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3, "ema": 0.9, "device": "cpu", "num_workers": 0, "save_total_limit": None,
+        **more,
     }  # fmt: skip
 
 
@@ -253,7 +284,10 @@ def write_samples(path: Path, count: int) -> int:
     """Short texts; how many."""
     with open(path, "w", encoding="utf-8") as f:
         for i in range(count):
-            question, answer = {"role": "user", "content": f"{i} and {i}?"}, {"role": "assistant", "content": f"It is {2 * i}."}
+            question, answer = (
+                {"role": "user", "content": f"{i} and {i}?"},
+                {"role": "assistant", "content": f"It is {2 * i}."},
+            )
             f.write(json.dumps({"messages": [question, answer]}) + "\n")
     return count
 

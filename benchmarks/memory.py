@@ -1,10 +1,12 @@
-"""Host memory of loading and sharding a checkpoint: ``python benchmarks/memory.py [--gigabytes 1.2] [--processes 1 2 3]``.
+"""Host memory of loading and sharding a checkpoint: ``python benchmarks/memory.py [--gigabytes 1.2]
+[--processes 1 2 3]``.
 
-Makes a checkpoint of random float32 weights in the published layout, then lets every engine load it with 1, 2 and 3 fresh processes on
-this CPU. Reported are the most memory of all processes together (PSS, so that shared pages count once, sampled every 50 ms; interpreters
-and libraries included) and the sum of what each process says was its own most (VmHWM, which misses no moment but counts shared pages once
-a process). For fsdp2 and ZeRO 3 (zero3) the first must stay below 1.2 times the checkpoint + 1 GB. ``tests/training/test_memory.py`` runs
-the same on 1 GB.
+Makes a checkpoint of random float32 weights in the published layout, then lets every engine load it with 1, 2
+and 3 fresh processes on this CPU. Reported are the most memory of all processes together (PSS, so that shared
+pages count once, sampled every 50 ms; interpreters and libraries included) and the sum of what each process
+says was its own most (VmHWM, which misses no moment but counts shared pages once a process). For fsdp2 and
+ZeRO 3 (zero3) the first must stay below 1.2 times the checkpoint + 1 GB. ``tests/training/test_memory.py``
+runs the same on 1 GB.
 """
 
 from __future__ import annotations
@@ -44,11 +46,12 @@ def limit(checkpoint: int) -> float:
     return 1.2 * checkpoint + GB
 
 
-# ---- the checkpoint --------------------------------------------------------------------------------------------------
+# ---- the checkpoint
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Writes a checkpoint of about ``gigabytes`` (10^9 bytes) of random float32, a tensor at a time; its exact size in bytes."""
+    """Writes a checkpoint of about ``gigabytes`` (10^9 bytes) of random float32, a tensor at a time; its
+    exact size in bytes."""
     import torch
     from transformers import Qwen2Config, SiglipVisionConfig
 
@@ -60,11 +63,13 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
 
     def model_of(layers: int) -> Bagel:
         llm = Qwen2Config(
-            hidden_size=1024, intermediate_size=5504, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=2,
+            hidden_size=1024, intermediate_size=5504, num_hidden_layers=layers, num_attention_heads=16,
+            num_key_value_heads=2,
             vocab_size=4096, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )  # fmt: skip
         vit = SiglipVisionConfig(
-            hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4, image_size=224, patch_size=14,
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4,
+            image_size=224, patch_size=14,
             hidden_act="gelu_pytorch_tanh",
         )  # fmt: skip
         with torch.device("meta"):
@@ -78,7 +83,11 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     plan = {
-        name: (torch.float32, tuple(p.shape), lambda shape=tuple(p.shape): torch.randn(shape, generator=generator) * 0.02)
+        name: (
+            torch.float32,
+            tuple(p.shape),
+            lambda shape=tuple(p.shape): torch.randn(shape, generator=generator) * 0.02,
+        )
         for name, p in model.named_parameters()
     }
     write_safetensors(folder / WEIGHTS, plan)
@@ -86,7 +95,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     return bytes_of(model)
 
 
-# ---- a process of a run ----------------------------------------------------------------------------------------------
+# ---- a process of a run
 
 
 def load(folder: str, engine: str) -> None:
@@ -108,18 +117,25 @@ def load(folder: str, engine: str) -> None:
         sys.stdin.readline()
         began = time.perf_counter()
         opened.load_model(Path(folder))
-        if engine != "zero3":  # there DeepSpeed makes copies, moments and gradients, which the others make with the first step
+        # there DeepSpeed makes copies, moments and gradients, which the others make with the first step
+        if engine != "zero3":
             opened.start()
         seconds = time.perf_counter() - began
         opened.gather("all done")
-        parts = [p.ds_tensor for p in opened.model.parameters()] if engine == "zero3" else [shard.value for shard in opened.shards()]
+        parts = (
+            [p.ds_tensor for p in opened.model.parameters()]
+            if engine == "zero3"
+            else [shard.value for shard in opened.shards()]
+        )
         held = sum(part.numel() * part.element_size() for part in parts)
-        most = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        most = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
+        )
         print(f"took {int(most.split()[1]) * 1024} {held} {seconds:.3f}", flush=True)
         sys.stdin.readline()
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+# ---- measuring
 
 
 def pss(pid: int) -> int:
@@ -135,11 +151,14 @@ def pss(pid: int) -> int:
 
 def start(folder: Path, engine: str, world: int, port: int, rank: int) -> subprocess.Popen[str]:
     environment = {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, __file__, "--load", str(folder), engine]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def answer(process: subprocess.Popen[str], word: str) -> list[str]:
@@ -195,11 +214,19 @@ def measure(folder: Path, engine: str, world: int) -> Peak:
         for process in processes:
             process.kill()
             process.communicate()
-    return Peak(samples[0], max(samples), sum(int(t[0]) for t in told), sum(int(t[1]) for t in told), max(float(t[2]) for t in told))
+    return Peak(
+        samples[0],
+        max(samples),
+        sum(int(t[0]) for t in told),
+        sum(int(t[1]) for t in told),
+        max(float(t[2]) for t in told),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=1.2, help="size of the checkpoint, in 10^9 bytes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
@@ -212,14 +239,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="unigen-memory-", dir=options.folder) as folder:
         size = make_checkpoint(Path(folder) / "model", options.gigabytes)
         print(f"S = {size / GB:.3f} GB; 1.2 S + 1 GB = {limit(size) / GB:.3f} GB")
-        print(f"{'engine':8} {'processes':>9} {'before':>8} {'peak PSS':>9} {'sum VmHWM':>10} {'held':>8} {'seconds':>8}   (GB)")
+        print(
+            f"{'engine':8} {'processes':>9} {'before':>8} {'peak PSS':>9} {'sum VmHWM':>10} {'held':>8}"
+            f" {'seconds':>8}   (GB)"
+        )
         for engine in options.engines:
             for world in options.processes:
                 if (engine == "single") != (world == 1) and engine not in ("fsdp2", "zero3"):
                     continue
                 p = measure(Path(folder) / "model", engine, world)
-                verdict = ("  holds" if p.together <= limit(size) else "  TOO MUCH") if engine in ("fsdp2", "zero3") else ""
-                numbers = f"{p.start / GB:8.3f} {p.together / GB:9.3f} {p.separate / GB:10.3f} {p.held / GB:8.3f} {p.seconds:8.1f}"
+                verdict = (
+                    ("  holds" if p.together <= limit(size) else "  TOO MUCH")
+                    if engine in ("fsdp2", "zero3")
+                    else ""
+                )
+                numbers = (
+                    f"{p.start / GB:8.3f} {p.together / GB:9.3f} {p.separate / GB:10.3f} {p.held / GB:8.3f}"
+                    f" {p.seconds:8.1f}"
+                )
                 print(f"{engine:8} {world:9} {numbers}{verdict}", flush=True)
 
 

@@ -46,7 +46,7 @@ class At(NamedTuple):
     gen: Tensor
 
 
-# ---- the decoder -------------------------------------------------------------------------------------------
+# ---- the decoder
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ def norms(module: nn.Module, name: str) -> Run:
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer as PyTorch computes it by itself (the program's own ``Linear`` chooses the operation)."""
+    """A linear layer as PyTorch computes it by itself (the program's own ``Linear`` chooses the
+    operation)."""
     return F.linear(x, module.weight, module.bias)
 
 
@@ -165,7 +166,7 @@ def latent_tokens(model: Bagel, x_t: Tensor, t: Tensor, position: Tensor) -> Ten
     return model.vae2llm(x_t) + time_features(model, t) + model.latent_pos_embed.pos_embed[position]
 
 
-# ---- training ----------------------------------------------------------------------------------------------
+# ---- training
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def losses(model: Bagel, row: Row) -> tuple[Tensor, Tensor]:
     return ce.sum(), mse.mean(dim=-1).sum()
 
 
-# ---- inference ---------------------------------------------------------------------------------------------
+# ---- inference
 
 
 @dataclass

@@ -64,7 +64,8 @@ def project_step(model: Bagel, pack: Pack) -> Step:
 
 
 def plain_step(model: Bagel, pack: Pack, as_reference: bool = False) -> Step:
-    """The step of the plain version, for which the row is laid out once; ``as_reference`` with the reference's 3-D masks."""
+    """The step of the plain version, for which the row is laid out once; ``as_reference`` with the
+    reference's 3-D masks."""
     row = plain.Row.of(pack, model.config.latent_patch_size)
     row = row.as_reference() if as_reference else row
     return Step(model, lambda: plain.losses(model, row), Counts.of([pack]))
@@ -137,7 +138,11 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     size = SMALL if options.small else FULL
     model = build_model(size).train()
     pack = training_pack(model.config, size)
-    steps = {PLAIN: plain_step(model, pack), REFERENCE: plain_step(model, pack, True), "unigen": project_step(model, pack)}
+    steps = {
+        PLAIN: plain_step(model, pack),
+        REFERENCE: plain_step(model, pack, True),
+        "unigen": project_step(model, pack),
+    }
     if options.compile:
         compiled = build_model(size).train()
         CompiledLayers(compiled, strict=True)
@@ -169,8 +174,13 @@ def lines_of(results: dict[str, Any], times: Times) -> list[str]:
         lines.append(f"equal to the plain version, {name}: {within}")
     lines += ["", in_turn.HEAD, *in_turn.table("step", times), ""]
     for name in [name for name in times.seconds if name not in (PLAIN, REFERENCE)]:
-        ratios = in_turn.spread(a / b for a, b in zip(times.seconds[REFERENCE], times.seconds[name], strict=True))
-        lines.append(f"{name} beside {REFERENCE}: {ratios['median']:.2f}x ({ratios['min']:.2f}x to {ratios['max']:.2f}x)")
+        ratios = in_turn.spread(
+            a / b for a, b in zip(times.seconds[REFERENCE], times.seconds[name], strict=True)
+        )
+        lines.append(
+            f"{name} beside {REFERENCE}: {ratios['median']:.2f}x ({ratios['min']:.2f}x to"
+            f" {ratios['max']:.2f}x)"
+        )
     side = in_turn.product_side(results["small"])
     lines.append(f"{side}-cubed product: {rate:.1f} GFLOP/s; of this rate reach")
     return lines + [f"  {name}: {share:.0%}" for name, share in results["share_of_product_rate"].items()]
@@ -178,7 +188,9 @@ def lines_of(results: dict[str, Any], times: Times) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = in_turn.parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="time compiled layers, too (compiling takes a minute)")
+    parser.add_argument(
+        "--compile", action="store_true", help="time compiled layers, too (compiling takes a minute)"
+    )
     in_turn.run(measure, parser, arguments)
 
 

@@ -14,7 +14,9 @@ SIZE, FINE = 128, 4  # drawn four times as large and averaged down, for smooth e
 Colour = tuple[int, int, int]
 
 
-def scene(sky: Colour, ground: Colour, disc: Colour, wall: Colour = (214, 178, 130), window: Colour = (96, 120, 150)) -> Tensor:
+def scene(
+    sky: Colour, ground: Colour, disc: Colour, wall: Colour = (214, 178, 130), window: Colour = (96, 120, 150)
+) -> Tensor:
     """A house, a tree and the sun or the moon: ``[3, 128, 128]`` in [-1, 1]."""
     y, x = torch.meshgrid(*[(torch.arange(SIZE * FINE) + 0.5) / (SIZE * FINE)] * 2, indexing="ij")
     parts = [

@@ -14,7 +14,12 @@ from PIL import Image
 
 # The same cases every time; a case may take long on a busy machine.
 FLAWLESS = settings(
-    max_examples=1, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False
+    max_examples=1,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,
 )
 
 

@@ -1,4 +1,5 @@
-"""What the tests of checkpoints share: checkpoints of several processes, written by the real Saver, its processes being threads."""
+"""What the tests of checkpoints share: checkpoints of several processes, written by the real Saver, its
+processes being threads."""
 
 from __future__ import annotations
 
@@ -68,13 +69,15 @@ def small_tensors() -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Tensor] | None = None, *, world: int = 2, average: bool = True,
+    run: Path, step: int, tensors: Mapping[str, Tensor] | None = None, *, world: int = 2,
+    average: bool = True,
     model: Path | None = None, name: str | None = None,
 ) -> Path:  # fmt: skip
     """``step_N`` (or ``name``, weights only) as ``world`` processes write it.
 
-    The average holds ``tensors``; the weights that train, all but those named "frozen", hold ``tensors + 1``, or ``tensors`` without an
-    average; the moments hold ``tensors * 2`` and ``tensors ** 2``. Float32 tensors of several elements are cut into flat pieces.
+    The average holds ``tensors``; the weights that train, all but those named "frozen", hold ``tensors + 1``,
+    or ``tensors`` without an average; the moments hold ``tensors * 2`` and ``tensors ** 2``. Float32 tensors
+    of several elements are cut into flat pieces.
     """
     tensors = small_tensors() if tensors is None else tensors
     whole: list[tuple[str, str, Tensor]] = []
@@ -83,7 +86,11 @@ def write_checkpoint(
         if "frozen" in key or name is not None:
             continue
         whole += [("model", key, value + 1)] if average else []
-        moments = {"step": torch.tensor(float(step)), "exp_avg": value.float() * 2, "exp_avg_sq": value.float() ** 2}
+        moments = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": value.float() * 2,
+            "exp_avg_sq": value.float() ** 2,
+        }
         whole += [("optimizer", f"{moment}.{key}", numbers) for moment, numbers in moments.items()]
 
     def entries(rank: int) -> list[Entry]:
@@ -108,5 +115,10 @@ def write_checkpoint(
 
     states = {"training_config": {"seed": 1}} | ({} if name else {"trainer": {"step": step}})
     about = {"engine": "single" if world == 1 else "fsdp2", "average": average}
-    together(world, lambda v: Saver(run, v.rank, v).save(Contents(step, entries(v.rank), states, write_files, about), name))
+    together(
+        world,
+        lambda v: Saver(run, v.rank, v).save(
+            Contents(step, entries(v.rank), states, write_files, about), name
+        ),
+    )
     return run / (name or f"step_{step}")

@@ -27,11 +27,24 @@ def say(*words):
 class Child:
     """A program under test; whatever happens, it does not outlive the test."""
 
-    def __init__(self, code: str, *args: object, env: dict[str, str] | None = None, before: list[str] | None = None):
+    def __init__(
+        self, code: str, *args: object, env: dict[str, str] | None = None, before: list[str] | None = None
+    ):
         command = [*(before or []), sys.executable, "-c", HEAD + code, *map(str, args)]
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "1", **(env or {})}
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "1",
+            **(env or {}),
+        }
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+            start_new_session=True,
         )
 
     def line(self) -> str:

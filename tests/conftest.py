@@ -21,7 +21,8 @@ import pytest
 from recorded import beat, record
 from tiny import SMALL, draw_picture, text, write_jsonl
 
-# A shell that starts the tests in the background has these ignored, and so would every process that a test starts.
+# A shell that starts the tests in the background has these ignored, and so would every process that a test
+# starts.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -29,7 +30,8 @@ if threading.current_thread() is threading.main_thread():
 # Some tests do less of what a benchmark does; the processes they start find it there, too.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-# Files that the data set unpacks stay out of the home folder. Workers of pytest-xdist inherit the first process's folder.
+# Files that the data set unpacks stay out of the home folder. Workers of pytest-xdist inherit the first
+# process's folder.
 _UNPACKED = tempfile.TemporaryDirectory(prefix="unigen-tests-") if "UNIGEN_CACHE" not in os.environ else None
 if _UNPACKED is not None:
     os.environ["UNIGEN_CACHE"] = _UNPACKED.name
@@ -60,7 +62,8 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
-# Small things to train with: a checkpoint whose pictures are tiny, and records of every task; and a recorded run.
+# Small things to train with: a checkpoint whose pictures are tiny, and records of every task; and a recorded
+# run.
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +88,10 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"image_path": b, "caption": "A small tree beside the house."},
             {
                 "input_image": a,
-                "editing_steps": [{"instruction": "Make it night", "result_image": c}, {"instruction": "And snow", "result_image": b}],
+                "editing_steps": [
+                    {"instruction": "Make it night", "result_image": c},
+                    {"instruction": "And snow", "result_image": b},
+                ],
             },
             {
                 "sequence": [

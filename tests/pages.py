@@ -14,8 +14,8 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """A page's elements, text, pictures and curves. Checks the nesting, that nothing leads outside, and that no attribute runs code; of
-    scripts the caller judges."""
+    """A page's elements, text, pictures and curves. Checks the nesting, that nothing leads outside, and that
+    no attribute runs code; of scripts the caller judges."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -34,7 +34,11 @@ class Page(HTMLParser):
 
     def of(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
         """The attributes of the elements of a tag, and a class where one is given."""
-        return [values for name, values in self.elements if name == tag and (not kind or kind in (values.get("class") or "").split())]
+        return [
+            values
+            for name, values in self.elements
+            if name == tag and (not kind or kind in (values.get("class") or "").split())
+        ]
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)

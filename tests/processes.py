@@ -1,4 +1,5 @@
-"""Tests of several processes: started in a fraction of a second, each with one thread, ended whatever happens."""
+"""Tests of several processes: started in a fraction of a second, each with one thread, ended whatever
+happens."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from kills import context, free_port
 
 
 def run_ranks(work: Callable[..., None], world: int, *given: Any, seconds: float = 120.0) -> None:
-    """``work(rank, world, port, *given)`` on ``world`` processes; the error of one is raised here, and a hang is an error, too.
+    """``work(rank, world, port, *given)`` on ``world`` processes; the error of one is raised here, and a hang
+    is an error, too.
 
     A process of these begins with ``become_rank``.
     """

@@ -40,7 +40,10 @@ def row(step: int, random_: random.Random, total: int = 2000, **changes: Any) ->
 
 def validation(step: int, random_: random.Random, total: int = 2000) -> dict[str, Any]:
     clean = row(step, random.Random(0), total)
-    text, image = clean["text_loss"] + 0.08 + random_.gauss(0, 0.02), clean["image_loss"] + 0.02 + random_.gauss(0, 0.004)
+    text, image = (
+        clean["text_loss"] + 0.08 + random_.gauss(0, 0.02),
+        clean["image_loss"] + 0.02 + random_.gauss(0, 0.004),
+    )
     return {"step": step, "val_text_loss": text, "val_image_loss": image, "val_loss": text + image}
 
 
@@ -53,7 +56,15 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> Path:
 def write_rank(folder: Path, rank: int, **changes: Any) -> None:
     """A heartbeat of this moment from another machine, unless ``changes`` say otherwise."""
     now = time.time()
-    values = {"rank": rank, "step": 1240, "phase": "forward/backward", "since": now - 1, "time": now, "pid": 4000 + rank, "host": "node-1"}
+    values = {
+        "rank": rank,
+        "step": 1240,
+        "phase": "forward/backward",
+        "since": now - 1,
+        "time": now,
+        "pid": 4000 + rank,
+        "host": "node-1",
+    }
     (folder / "ranks").mkdir(parents=True, exist_ok=True)
     (folder / "ranks" / f"rank_{rank}.json").write_text(json.dumps(values | changes))
 
@@ -74,7 +85,11 @@ def picture(seed: int, noise: float, side: int = 128) -> PILImage.Image:
     pixels = np.stack([0.45 + 0.3 * y, 0.65 + 0.2 * y, 0.95 - 0.1 * y], -1)
     shift = 0.06 * (seed % 3) - 0.05
     pixels[y > 0.72] = (0.36, 0.58, 0.30)
-    pixels[(abs(x - 0.42 - shift) < 0.2) & (y > 0.48) & (y < 0.8)] = ((0.80, 0.25, 0.22), (0.92, 0.62, 0.25), (0.35, 0.45, 0.75))[seed % 3]
+    pixels[(abs(x - 0.42 - shift) < 0.2) & (y > 0.48) & (y < 0.8)] = (
+        (0.80, 0.25, 0.22),
+        (0.92, 0.62, 0.25),
+        (0.35, 0.45, 0.75),
+    )[seed % 3]
     pixels[(y > 0.28) & (y < 0.48) & (abs(x - 0.42 - shift) < (y - 0.26) * 1.2)] = (0.42, 0.20, 0.16)
     pixels[(x - 0.8) ** 2 + (y - 0.52) ** 2 < 0.018] = (0.16, 0.45, 0.22)
     grain = np.random.default_rng(seed).normal(0.5, 0.25, pixels.shape)
@@ -92,17 +107,32 @@ def write_samples(folder: Path, steps: list[int], prompts: list[str] = PROMPTS, 
             given = {"given": [f"{n:03}_given_0.png"]} if n == 1 else {}
             for name in given.get("given", []):
                 picture(n, 1.0).resize((48, 48)).save(place / name)
-            entries.append({"prompt": prompt, "seed": 42 + n, **given, "pieces": [{"text": words}, {"image": f"{n:03}.png"}]})
+            entries.append(
+                {
+                    "prompt": prompt,
+                    "seed": 42 + n,
+                    **given,
+                    "pieces": [{"text": words}, {"image": f"{n:03}.png"}],
+                }
+            )
         (place / "index.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
 
 
 def beat(folder: Path, steps: int = 1240, total: int = 2000, ranks: int = 8) -> None:
     """Heartbeats of this moment."""
     for rank in range(ranks):
-        write_rank(folder, rank, step=steps, host=f"node-{1 + rank // 4}", **({"total_steps": total} if rank == 0 else {}))
+        write_rank(
+            folder,
+            rank,
+            step=steps,
+            host=f"node-{1 + rank // 4}",
+            **({"total_steps": total} if rank == 0 else {}),
+        )
 
 
-def record(folder: Path, steps: int = 1240, *, total: int = 2000, seed: int = 0, ranks: int = 8, **changes: Any) -> Path:
+def record(
+    folder: Path, steps: int = 1240, *, total: int = 2000, seed: int = 0, ranks: int = 8, **changes: Any
+) -> Path:
     """A run in its middle, alive on another machine; ``changes`` are options of its config."""
     random_ = random.Random(seed)
     rows: list[dict[str, Any]] = []
@@ -113,7 +143,13 @@ def record(folder: Path, steps: int = 1240, *, total: int = 2000, seed: int = 0,
         if step % 100 == 0:
             rows.append(validation(step, random_, total))
     write_metrics(folder / "metrics.jsonl", rows)
-    config = {"model_path": "models/BAGEL-7B-MoT", "output_dir": str(folder), "save_steps": 500, "eval_steps": 100, "max_steps": total}
+    config = {
+        "model_path": "models/BAGEL-7B-MoT",
+        "output_dir": str(folder),
+        "save_steps": 500,
+        "eval_steps": 100,
+        "max_steps": total,
+    }
     (folder / "config.json").write_text(json.dumps(config | changes))
     beat(folder, steps, total, ranks)
     for step in range(500, steps + 1, 500):
@@ -122,10 +158,20 @@ def record(folder: Path, steps: int = 1240, *, total: int = 2000, seed: int = 0,
         write_checkpoint(folder, "best", 1200, 180.0, 29 * GB)
     write_samples(folder, [step for step in range(200, steps + 1, 200)], total=total)
     skipped = [
-        {"step": s, "why": "its gradient norm 41 is a spike (the last 100: 0.9 ± 0.2)", "records": [["data/train.jsonl", 17]]}
+        {
+            "step": s,
+            "why": "its gradient norm 41 is a spike (the last 100: 0.9 ± 0.2)",
+            "records": [["data/train.jsonl", 17]],
+        }
         for s in (412, 413)
     ]
     write_metrics(folder / "bad_steps.jsonl", skipped)
-    bad = {"file": "data/train.jsonl", "line": 88, "index": 87, "code": "broken_picture", "found": "pictures/88.png is cut short"}
+    bad = {
+        "file": "data/train.jsonl",
+        "line": 88,
+        "index": 87,
+        "code": "broken_picture",
+        "found": "pictures/88.png is cut short",
+    }
     write_metrics(folder / "bad_records.jsonl", [bad])
     return folder

@@ -20,7 +20,14 @@ from unigen.runs.checkpoint import scan_group
 from unigen.runs.saver import Contents, Entry, Saver
 
 ALONE = Channel(1, torch.device("cpu"))
-FILES = ["ema.safetensors", "llm_config.json", "manifest.json", "optimizer.safetensors", "tokenizer", "trainer.json"]
+FILES = [
+    "ema.safetensors",
+    "llm_config.json",
+    "manifest.json",
+    "optimizer.safetensors",
+    "tokenizer",
+    "trainer.json",
+]
 
 
 def names(folder: Path) -> list[str]:
@@ -45,11 +52,21 @@ def entry(group: str, name: str, value: Tensor, **more: Any) -> Entry:
 
 def contents(step: int, *entries: Entry, **more: Any) -> Contents:
     """What is saved; without ``entries`` two small groups, whose values tell the step."""
-    chosen = entries or (entry("ema", "w", torch.arange(5.0)), entry("optimizer", "exp_avg.w", torch.full((3,), float(step))))
+    chosen = entries or (
+        entry("ema", "w", torch.arange(5.0)),
+        entry("optimizer", "exp_avg.w", torch.full((3,), float(step))),
+    )
     return replace(Contents(step, chosen, {"trainer": {"step": step}}, write_files, {}), **more)
 
 
-def save(output_dir: Path, step: int, *entries: Entry, name: str | None = None, keep: int | None = None, **more: Any) -> Path:
+def save(
+    output_dir: Path,
+    step: int,
+    *entries: Entry,
+    name: str | None = None,
+    keep: int | None = None,
+    **more: Any,
+) -> Path:
     """Writes ``step_N`` (or ``name``) as one process does; the folder."""
     saver = Saver(output_dir, 0, ALONE, keep=keep)
     saver.save(contents(step, *entries, **more), name)
@@ -87,11 +104,15 @@ class Seat(Channel):
         return said
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        return [float(sum(column)) for column in zip(*map(json.loads, self.gather(json.dumps(list(values)))), strict=True)]
+        return [
+            float(sum(column))
+            for column in zip(*map(json.loads, self.gather(json.dumps(list(values)))), strict=True)
+        ]
 
 
 def together(world: int, work: Callable[[int, Channel], Any], patience: float = 20.0) -> list[Any]:
-    """What ``work(rank, channel)`` gave or raised on each of ``world`` processes; who waits for one that is gone gives up."""
+    """What ``work(rank, channel)`` gave or raised on each of ``world`` processes; who waits for one that is
+    gone gives up."""
     said, barrier = [""] * world, threading.Barrier(world, timeout=patience)
     results: list[Any] = [None] * world
 
@@ -109,7 +130,9 @@ def together(world: int, work: Callable[[int, Channel], Any], patience: float = 
     return results
 
 
-def pieces(rank: int, world: int, group: str, name: str, value: Tensor, cuts: list[int] | None = None) -> list[Entry]:
+def pieces(
+    rank: int, world: int, group: str, name: str, value: Tensor, cuts: list[int] | None = None
+) -> list[Entry]:
     """The elements of ``value`` that a process holds: between its cut and the next."""
     cuts = cuts or [value.numel() * r // world for r in range(world + 1)]
     part = value.reshape(-1)[cuts[rank] : cuts[rank + 1]]
@@ -137,10 +160,16 @@ def save_together(output_dir: Path, step: int, world: int = 2) -> Path:
 
 
 def mount_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A real file system of ``size`` (such as "4m") in ``folder``; skips the test where none can be mounted."""
+    """A real file system of ``size`` (such as "4m") in ``folder``; skips the test where none can be
+    mounted."""
     mount = folder / "disk"
     mount.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a file system needs root and its permission")
     yield mount
     subprocess.run(["umount", "-l", mount], check=True)

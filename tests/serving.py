@@ -62,4 +62,6 @@ def run(folder: Path, steps: range, resume_step: int | None = None, **options: s
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What each warning begins with."""
-    return [record.getMessage().partition(";")[0] for record in caplog.records if record.levelname == "WARNING"]
+    return [
+        record.getMessage().partition(";")[0] for record in caplog.records if record.levelname == "WARNING"
+    ]

@@ -40,7 +40,7 @@ def inferencer(model):
     return InterleaveInferencer(model, tokenizer=small_bagel.WordIds())
 
 
-# ---- training --------------------------------------------------------------------------------------------
+# ---- training
 
 
 def test_the_full_row_is_the_one_that_is_written_down():
@@ -115,7 +115,7 @@ def test_operations_are_those_of_each_token_s_own_expert(model):
     assert attention == 12 * c.num_hidden_layers * c.hidden_size * n * (n + 1) / 2
 
 
-# ---- inference -------------------------------------------------------------------------------------------
+# ---- inference
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -148,7 +148,7 @@ def test_a_text_that_ends_early_is_not_timed():
         inference.check("text", tokens, tokens, SMALL)
 
 
-# ---- timing ----------------------------------------------------------------------------------------------
+# ---- timing
 
 
 def options(**values) -> argparse.Namespace:

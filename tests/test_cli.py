@@ -19,7 +19,9 @@ HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb"]
 
 def python(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_overview_names_every_command(capsys):
@@ -50,7 +52,11 @@ def test_help_of_train_is_grouped_and_says_what_the_docstrings_say(capsys, monke
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["train", "-h"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    titles = ["Which model, and which of its parts learn", "Which data, and how a record becomes tokens", "How the weights move"]
+    titles = [
+        "Which model, and which of its parts learn",
+        "Which data, and how a record becomes tokens",
+        "How the weights move",
+    ]
     titles += ["Where and how it runs", "Who is told"]
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
@@ -60,9 +66,14 @@ def test_help_of_train_is_grouped_and_says_what_the_docstrings_say(capsys, monke
             assert option in known_options() and " ".join(help_line.split()) in text
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["demo", "--help"], ["train", "--lerning_rate", "1"], ["train"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["demo", "--help"], ["train", "--lerning_rate", "1"], ["train"]]
+)
 def test_help_and_errors_need_no_heavy_package(argv):
-    code = f"import sys; from unigen.cli import main; main({argv!r}); print([m for m in {HEAVY!r} if m in sys.modules])"
+    code = (
+        f"import sys; from unigen.cli import main; main({argv!r}); print([m for m in {HEAVY!r} if m in"
+        " sys.modules])"
+    )
     assert python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
@@ -72,7 +83,10 @@ def test_help_and_errors_need_no_heavy_package(argv):
         (["trian"], "unknown command 'trian'; did you mean train?"),
         (["train", "--lerning_rate", "1"], "unknown option --lerning_rate; did you mean --learning_rate?"),
         (["train", "--train_data_path", "x.jsonl"], "model_path is missing"),
-        (["train", "--model_path", "m", "--train_data_path", "x.jsonl", "--fp16", "--bf16"], "fp16 and bf16 exclude each other"),
+        (
+            ["train", "--model_path", "m", "--train_data_path", "x.jsonl", "--fp16", "--bf16"],
+            "fp16 and bf16 exclude each other",
+        ),
         (["demo", "--seed", "many"], "--seed: 'many' does not fit"),
         (["--quick"], "unknown command '--quick'"),
     ],
@@ -124,7 +138,11 @@ def test_the_guides_script_is_unigen_train(tmp_path):
     shown = python(script, "--help", cwd=tmp_path)
     assert shown.returncode == 0 and "--learning_rate" in shown.stdout
     failed = python(script, "--model_path", "m", "--leraning_rate", "1", cwd=tmp_path)
-    assert failed.returncode == 2 and "did you mean --learning_rate?" in failed.stderr and "Traceback" not in failed.stderr
+    assert (
+        failed.returncode == 2
+        and "did you mean --learning_rate?" in failed.stderr
+        and "Traceback" not in failed.stderr
+    )
 
 
 def test_python_m_unigen():
@@ -134,7 +152,13 @@ def test_python_m_unigen():
 
 def test_public_names_are_lazy_and_real():
     assert unigen.Config is Config
-    assert {"load_bagel", "save_bagel", "UnifiedGenerationDataset", "UnifiedTrainer", "InterleaveInferencer"} <= set(dir(unigen))
+    assert {
+        "load_bagel",
+        "save_bagel",
+        "UnifiedGenerationDataset",
+        "UnifiedTrainer",
+        "InterleaveInferencer",
+    } <= set(dir(unigen))
     with pytest.raises(AttributeError, match="nothing"):
         _ = unigen.nothing
     for name in unigen.__all__:
@@ -142,14 +166,22 @@ def test_public_names_are_lazy_and_real():
 
 
 def test_the_guides_inferencer_is_the_packages():
-    done = python("-c", "import inferencer, unigen; assert inferencer.InterleaveInferencer is unigen.InterleaveInferencer", cwd=ROOT)
+    done = python(
+        "-c",
+        "import inferencer, unigen; assert inferencer.InterleaveInferencer is unigen.InterleaveInferencer",
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("world", "late"), [("1", True), ("2", False)])
 def test_one_of_many_processes_ends_without_winding_up_the_interpreter(world, late, tmp_path):
-    """There a thread of gloo could abort it. What was printed before is not lost, and the exit code is kept."""
-    code = "import atexit, os; atexit.register(lambda: print('late')); from unigen.cli import program; program(['train', '--model_path'])"
+    """There a thread of gloo could abort it. What was printed before is not lost, and the exit code is
+    kept."""
+    code = (
+        "import atexit, os; atexit.register(lambda: print('late')); from unigen.cli import program;"
+        " program(['train', '--model_path'])"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": world}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "--model_path needs a value" in done.stderr
@@ -159,7 +191,10 @@ def test_one_of_many_processes_ends_without_winding_up_the_interpreter(world, la
 def test_who_reads_no_further_gets_no_traceback():
     """``unigen ... | head -1``."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "unigen", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-m", "unigen", "train", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
     )
     process.stdout.close()
     assert process.wait(60) == 128 + 13 and process.stderr.read() == b""

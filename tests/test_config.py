@@ -33,10 +33,18 @@ def test_nothing_given_is_the_defaults():
 
 
 def test_every_option_is_a_flag_and_a_key(tmp_path):
-    samples = {"bool": ("true", True), "int": ("7", 7), "float": ("0.5", 0.5), "str": ("x", "x"), "int | None": ("7", 7)}
+    samples = {
+        "bool": ("true", True),
+        "int": ("7", 7),
+        "float": ("0.5", 0.5),
+        "str": ("x", "x"),
+        "int | None": ("7", 7),
+    }
     samples["Literal['online', 'offline', 'disabled'] | None"] = ("offline", "offline")
     samples["bool | None"] = ("true", True)
-    samples |= {"list[dict[str, Any]] | None": ("[{path: a.jsonl, weight: 2}]", [{"path": "a.jsonl", "weight": 2}])}
+    samples |= {
+        "list[dict[str, Any]] | None": ("[{path: a.jsonl, weight: 2}]", [{"path": "a.jsonl", "weight": 2}])
+    }
     samples |= {"float | None": ("0.5", 0.5), "str | None": ("x", "x"), "str | list[str] | None": ("x", "x")}
     for field in dataclasses.fields(Config):
         if field.type.startswith("Literal") and "|" not in field.type:
@@ -100,10 +108,15 @@ def test_a_switch_that_is_on_by_default_turns_off():
 
 def test_several_paths(tmp_path):
     assert parse_config(["--train_data_path", "a.jsonl"]).train_data_path == "a.jsonl"
-    assert parse_config(["--train_data_path", "a.jsonl", "b c.jsonl", "--bf16"]).train_data_path == ["a.jsonl", "b c.jsonl"]
+    assert parse_config(["--train_data_path", "a.jsonl", "b c.jsonl", "--bf16"]).train_data_path == [
+        "a.jsonl",
+        "b c.jsonl",
+    ]
     assert parse_config(["--train_data_path", "[a.jsonl, b.jsonl]"]).train_data_path == ["a.jsonl", "b.jsonl"]
     assert parse_config(["--train_data_path", "[a].jsonl"]).train_data_path == "[a].jsonl"
-    assert parse_config(["--train_data_path", "a", "--seed", "1", "--train_data_path", "b"]).train_data_path == ["a", "b"]
+    assert parse_config(
+        ["--train_data_path", "a", "--seed", "1", "--train_data_path", "b"]
+    ).train_data_path == ["a", "b"]
     text = "train_data_path:\n  - a.jsonl\n  - b.jsonl\nval_data_path: [c.jsonl]\n"
     config = parse_config(["--config", recipe(tmp_path, text)])
     assert config.train_data_path == ["a.jsonl", "b.jsonl"] and config.val_data_path == ["c.jsonl"]
@@ -113,14 +126,22 @@ def test_a_path_that_exists_stays_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a parser that opens what looks like a file would read it
     (tmp_path / "a.jsonl").write_text('{"text_prompt": "x"}\n')
     (tmp_path / "list.yaml").write_text("[p, q]\n")
-    assert parse_config(["--train_data_path", "a.jsonl", "list.yaml"]).train_data_path == ["a.jsonl", "list.yaml"]
-    assert parse_config(["--train_data_path", "list.yaml", "--output_dir", "list.yaml"]).train_data_path == "list.yaml"
+    assert parse_config(["--train_data_path", "a.jsonl", "list.yaml"]).train_data_path == [
+        "a.jsonl",
+        "list.yaml",
+    ]
+    assert (
+        parse_config(["--train_data_path", "list.yaml", "--output_dir", "list.yaml"]).train_data_path
+        == "list.yaml"
+    )
 
 
 def test_texts_are_not_read_as_yaml(tmp_path):
     assert parse_config(["--wandb_run_name", "2026-11-01"]).wandb_run_name == "2026-11-01"
     assert parse_config(["--output_dir", "007", "--wandb_project", "a: b # c"]).wandb_project == "a: b # c"
-    config = parse_config(["--config", recipe(tmp_path, "wandb_run_name: 2026-11-01\noutput_dir: 007\nwandb_project: 1e3\n")])
+    config = parse_config(
+        ["--config", recipe(tmp_path, "wandb_run_name: 2026-11-01\noutput_dir: 007\nwandb_project: 1e3\n")]
+    )
     assert (config.wandb_run_name, config.output_dir, config.wandb_project) == ("2026-11-01", "007", "1e3")
 
 
@@ -133,7 +154,10 @@ def test_none_is_no_value(tmp_path):
 
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_flags_win_wherever_config_stands(place, tmp_path):
-    config = ["--config", recipe(tmp_path, "seed: 1\nlearning_rate: 3e-4\nbf16: true\ntrain_data_path: [r]\n")]
+    config = [
+        "--config",
+        recipe(tmp_path, "seed: 1\nlearning_rate: 3e-4\nbf16: true\ntrain_data_path: [r]\n"),
+    ]
     flags = ["--seed", "2", "--no_bf16", "--train_data_path", "f"]
     parsed = parse_config(config + flags if place == "before" else flags + config)
     assert (parsed.seed, parsed.learning_rate, parsed.bf16, parsed.train_data_path) == (2, 3e-4, False, "f")
@@ -153,7 +177,9 @@ def test_an_empty_recipe_changes_nothing(tmp_path):
 
 
 def test_an_unknown_flag_names_the_nearest():
-    assert "--lerning_rate" in error("--lerning_rate", "1") and "did you mean --learning_rate?" in error("--lerning_rate", "1")
+    assert "--lerning_rate" in error("--lerning_rate", "1") and "did you mean --learning_rate?" in error(
+        "--lerning_rate", "1"
+    )
     assert "did you mean --learning_rate?" in error("--learnin-rate=1")
     assert "did you mean" not in error("--zzzzqqqq", "1")
     assert "unknown option -x" in error("-x", "1")
@@ -224,14 +250,34 @@ def test_numbers_in_a_list_of_a_recipe(tmp_path):
 
 
 def test_generate_options():
-    argv = ["--model_path", "m", "--prompt", "-- 3 + 4 = ?", "--image", "a.png", "2", "null", "--cfg_interval", "0.2", "0.9", "--think"]
+    argv = [
+        "--model_path",
+        "m",
+        "--prompt",
+        "-- 3 + 4 = ?",
+        "--image",
+        "a.png",
+        "2",
+        "null",
+        "--cfg_interval",
+        "0.2",
+        "0.9",
+        "--think",
+    ]
     options = parse_options(GenerateOptions, argv)
-    assert options.prompt == "-- 3 + 4 = ?" and options.image == ["a.png", "2", "null"] and options.think is True
+    assert (
+        options.prompt == "-- 3 + 4 = ?" and options.image == ["a.png", "2", "null"] and options.think is True
+    )
     assert options.cfg_interval == (0.2, 0.9)
-    assert parse_options(GenerateOptions, ["--model_path", "m", "--image", "a.png", "--image", "[b].png"]).image == ["a.png", "[b].png"]
+    assert parse_options(
+        GenerateOptions, ["--model_path", "m", "--image", "a.png", "--image", "[b].png"]
+    ).image == ["a.png", "[b].png"]
     assert parse_options(GenerateOptions, ["--model_path", "m", "--prompt", "[1, 2]"]).prompt == "[1, 2]"
     assert parse_options(GenerateOptions, ["--model_path", "m", "--prompt=--bf16"]).prompt == "--bf16"
-    assert parse_options(GenerateOptions, ["--model_path", "m", "--cfg_interval=[0, 1e-1]"]).cfg_interval == (0.0, 0.1)
+    assert parse_options(GenerateOptions, ["--model_path", "m", "--cfg_interval=[0, 1e-1]"]).cfg_interval == (
+        0.0,
+        0.1,
+    )
     with pytest.raises(UsageError, match="--cfg_interval"):
         parse_options(GenerateOptions, ["--model_path", "m", "--cfg_interval", "0.2"])
     with pytest.raises(UsageError, match="--model_path is missing"):
@@ -308,12 +354,22 @@ def test_model_and_data_are_required():
 
 
 def test_errors_are_one_family():
-    assert issubclass(ConfigError, UserError) and issubclass(UsageError, UserError) and issubclass(UserError, ValueError)
+    assert (
+        issubclass(ConfigError, UserError)
+        and issubclass(UsageError, UserError)
+        and issubclass(UserError, ValueError)
+    )
 
 
 def test_the_options_the_guide_names_exist():
-    guide = "model_path train_data_path val_data_path output_dir batch_size gradient_accumulation_steps num_epochs learning_rate"
-    guide += " wandb_project wandb_run_name text_loss_weight image_loss_weight lr_scheduler_type fp16 bf16 resume_from_checkpoint"
+    guide = (
+        "model_path train_data_path val_data_path output_dir batch_size gradient_accumulation_steps"
+        " num_epochs learning_rate"
+    )
+    guide += (
+        " wandb_project wandb_run_name text_loss_weight image_loss_weight lr_scheduler_type fp16 bf16"
+        " resume_from_checkpoint"
+    )
     guide += " max_sequence_length num_workers"
     assert set(guide.split()) <= set(known_options())
 

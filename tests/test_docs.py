@@ -30,7 +30,8 @@ COVERED = {
     "unigen watch outputs/demo/run --html outputs/demo/run.html": "tests/commands/demo/test_demo.py",
     "source .venv/bin/activate": "Makefile",
 }
-# The workspace of the tests has files where the READMEs say; only what a tiny model and a CPU ask for is changed.
+# The workspace of the tests has files where the READMEs say; only what a tiny model and a CPU ask for is
+# changed.
 TINY_TRAIN = "--max_steps 1 --device cpu --max_image_tokens 16 --num_workers 0 --logging_steps 1"
 TINY = {
     "train": TINY_TRAIN,
@@ -42,7 +43,10 @@ TINY = {
     "watch": "--once",
     "ckpt": "",
 }
-TINY_ARGUMENTS = [("outputs/unified_training/step_1000", "outputs/unified_training/step_1"), ("--nproc_per_node=4", "--nproc_per_node=2")]
+TINY_ARGUMENTS = [
+    ("outputs/unified_training/step_1000", "outputs/unified_training/step_1"),
+    ("--nproc_per_node=4", "--nproc_per_node=2"),
+]
 TINY_PYTHON = [
     ('device="cuda"', 'device="cpu"'),
     ("torch.bfloat16", "torch.float32"),
@@ -69,12 +73,16 @@ def headings(path: Path) -> list[tuple[int, str]]:
 def commands(path: Path) -> list[str]:
     """Every command of the bash blocks on one line."""
     text = "".join(body for language, body in blocks(path) if language == "bash").replace("\\\n", " ")
-    lines = [re.sub(r"(^|\s+)# .*", "", line) for line in text.splitlines()]  # a comment has its page's language
+    # a comment has its page's language
+    lines = [re.sub(r"(^|\s+)# .*", "", line) for line in text.splitlines()]
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def table_rows(path: Path) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in re.findall(r"^\| .*\|$", prose(path), re.M)]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in re.findall(r"^\| .*\|$", prose(path), re.M)
+    ]
 
 
 def anchor(title: str) -> str:
@@ -88,7 +96,8 @@ def relative_links(path: Path) -> list[str]:
 
 
 def is_there(page: Path, link: str) -> bool:
-    """Whether a relative link of ``page`` leads to a file of this project, and to one of its headings where it names one."""
+    """Whether a relative link of ``page`` leads to a file of this project, and to one of its headings where
+    it names one."""
     target, _, fragment = link.partition("#")
     file = (page.parent / target).resolve() if target else page
     if not file.exists() or not file.is_relative_to(ROOT):
@@ -121,11 +130,16 @@ def test_every_link_and_picture_is_there(path):
 def test_a_broken_link_would_be_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# Two words, one\n[a](b.md) ![c](d.png) [`e`](f.py#g) [web](https://example.org)\n```text\n[x](y.md)\n```\n", encoding="utf-8"
+        "# Two words, one\n[a](b.md) ![c](d.png) [`e`](f.py#g) [web](https://example.org)\n```text\n[x](y.md)\n```\n",
+        encoding="utf-8",
     )
     assert relative_links(page) == ["b.md", "d.png", "f.py#g"]
     assert anchor(headings(page)[0][1]) == "two-words-one"
-    assert not is_there(README, "nothing.md") and not is_there(README, "#nothing") and not is_there(README, "../../outside")
+    assert (
+        not is_there(README, "nothing.md")
+        and not is_there(README, "#nothing")
+        and not is_there(README, "../../outside")
+    )
     assert is_there(README, "#memory") and is_there(CHINESE, "#显存")
 
 
@@ -134,10 +148,16 @@ FLAG_TABLES = [README, CHINESE, ROOT / "docs" / "training.md", ROOT / "docs" / "
 
 @pytest.mark.parametrize("path", FLAG_TABLES, ids=lambda path: path.name)
 def test_the_tables_name_every_flag_and_its_default(path):
-    rows = [(row[0].strip("`"), row[1]) for row in table_rows(path) if len(row) == 3 and re.fullmatch(r"`\w+`", row[0])]
+    rows = [
+        (row[0].strip("`"), row[1])
+        for row in table_rows(path)
+        if len(row) == 3 and re.fullmatch(r"`\w+`", row[0])
+    ]
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     assert sorted(name for name, _ in rows) == sorted(known_options())
-    assert [(name, shown, defaults[name]) for name, shown in rows if not same_value(shown, defaults[name])] == []
+    assert [
+        (name, shown, defaults[name]) for name, shown in rows if not same_value(shown, defaults[name])
+    ] == []
 
 
 def same_value(cell: str, default: object) -> bool:
@@ -155,20 +175,30 @@ def test_the_table_of_sampling_settings_is_the_dataclass(name):
     shown = {}
     for names, default, _ in (line.strip("| ").split(" | ") for line in table.splitlines()[2:]):
         shown |= {setting: default for setting in re.findall(r"`(\w+)`", names)}
-    words = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value).replace("N", "n")  # noqa: E731
+
+    def words(value):
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).replace("N", "n")
+
     defaults = {f.name: words(f.default) for f in dataclasses.fields(SamplingOptions)}
-    assert shown == defaults | {"think": "false", "do_sample": "false"} and not (SamplingOptions.think or SamplingOptions.do_sample)
+    assert shown == defaults | {"think": "false", "do_sample": "false"} and not (
+        SamplingOptions.think or SamplingOptions.do_sample
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_in_a_document_exists(path):
-    known = {name for command in cli.COMMANDS.values() for name in cli.get_type_hints(cli.load(command.options))}
-    known |= {f"no_{name}" for name in known} | {"config", "help", "version", "name", "no_name"}  # "--name" stands for any
+    known = {
+        name for command in cli.COMMANDS.values() for name in cli.get_type_hints(cli.load(command.options))
+    }
+    # "--name" stands for any
+    known |= {f"no_{name}" for name in known} | {"config", "help", "version", "name", "no_name"}
     known |= {"nproc_per_node", "nnodes"}  # torchrun's
     known |= {"logdir", "project"}  # those of tensorboard and of "trackio show"
     known |= {"nodes", "requeue", "signal", "time"}  # SLURM's
     known |= {
-        name for script in (ROOT / "benchmarks").glob("*.py") for name in re.findall(r'add_argument\("--(\w+)"', script.read_text("utf-8"))
+        name
+        for script in (ROOT / "benchmarks").glob("*.py")
+        for name in re.findall(r'add_argument\("--(\w+)"', script.read_text("utf-8"))
     }
     named = set(re.findall(r"(?<![\w-])--([a-z]+_\w+|[a-z]\w*)(?![\w-])", path.read_text(encoding="utf-8")))
     assert sorted(named - known) == []
@@ -178,7 +208,11 @@ def test_the_bars_in_the_readmes_are_the_demos():
     from unigen.commands.demo.exam import BARS, CHANCE
 
     for path in (README, CHINESE):
-        shown = {match[0]: (float(row[1]), float(row[2])) for row in table_rows(path) if (match := re.match(r"\w+_accuracy", row[0]))}
+        shown = {
+            match[0]: (float(row[1]), float(row[2]))
+            for row in table_rows(path)
+            if (match := re.match(r"\w+_accuracy", row[0]))
+        }
         assert shown == {name: (BARS[name], CHANCE[name]) for name in BARS}
 
 
@@ -192,7 +226,9 @@ def test_the_tree_and_the_reading_path_name_what_exists(path):
     steps = re.findall(r"^\d+\. .*$", prose(path), re.M)
     assert len(steps) >= 8
     for step in steps:
-        sources = "".join((ROOT / link).read_text(encoding="utf-8") for link in re.findall(r"\]\((.+?)\)", step))
+        sources = "".join(
+            (ROOT / link).read_text(encoding="utf-8") for link in re.findall(r"\]\((.+?)\)", step)
+        )
         for symbol in re.findall(r"`([\w.]+)`(?!\])", step):
             name = symbol.split(".")[-1]
             assert re.search(rf"\b{name}\b", sources), f"{symbol} in: {step}"
@@ -200,7 +236,11 @@ def test_the_tree_and_the_reading_path_name_what_exists(path):
 
 def test_the_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    named = {word for path in DOCUMENTS for word in re.findall(r"(?:^|`)make ([\w-]+)", path.read_text(encoding="utf-8"), re.M)}
+    named = {
+        word
+        for path in DOCUMENTS
+        for word in re.findall(r"(?:^|`)make ([\w-]+)", path.read_text(encoding="utf-8"), re.M)
+    }
     assert {"demo", "test"} <= named <= targets
 
 
@@ -219,7 +259,8 @@ def test_every_command_of_the_readmes_is_run_somewhere():
 
 @pytest.fixture
 def workspace(tmp_path, golden, monkeypatch):
-    """models/BAGEL-7B-MoT (the tiny checkpoint), data/*.jsonl, the pictures that are named, and the scripts."""
+    """models/BAGEL-7B-MoT (the tiny checkpoint), data/*.jsonl, the pictures that are named, and the
+    scripts."""
     records = json.loads((ROOT / "examples" / "sample_data_format.json").read_text(encoding="utf-8"))
     (tmp_path / "models").mkdir()
     (tmp_path / "data").mkdir()
@@ -247,38 +288,61 @@ def tiny(line: str, command: str = "train") -> list[str]:
 
 
 def run_here(words: list[str]) -> int:
-    """``unigen ...`` and the guide's script in this process, as an import of PyTorch for each takes longer than they do."""
-    words = words[1:] if words[0] == "unigen" else ["train", *words[words.index("train_unified_generation.py") + 1 :]]
+    """``unigen ...`` and the guide's script in this process, as an import of PyTorch for each takes longer
+    than they do."""
+    words = (
+        words[1:]
+        if words[0] == "unigen"
+        else ["train", *words[words.index("train_unified_generation.py") + 1 :]]
+    )
     return cli.main(words)
 
 
 @pytest.mark.slow
 def test_the_readme_from_top_to_bottom(workspace, capsys, caplog):
     """Every train and generate command in order: later ones use what earlier ones wrote."""
-    lines = [line for line in commands(README) if line.startswith(("unigen ", "python train_")) and line not in COVERED]
+    lines = [
+        line
+        for line in commands(README)
+        if line.startswith(("unigen ", "python train_")) and line not in COVERED
+    ]
     assert len(lines) >= 12
     caplog.set_level(logging.INFO, "unigen")
     for line in lines:
         assert run_here(tiny(line)) == 0, f"{line}\n{capsys.readouterr().err}"
     run = workspace / "outputs" / "unified_training"
     assert (run / "step_1" / "ema.safetensors").exists() and (run / "best" / "ema.safetensors").exists()
-    assert "Resumed from outputs/unified_training/step_1 at step 1" in caplog.text and (run / "step_2" / "manifest.json").exists()
+    assert (
+        "Resumed from outputs/unified_training/step_1 at step 1" in caplog.text
+        and (run / "step_2" / "manifest.json").exists()
+    )
     assert (workspace / "outputs" / "cat" / "index.html").exists()
     check_layout(run)
     check_python(workspace)
 
 
 def check_layout(run: Path) -> None:
-    """What the run wrote is what "What a run writes" lists, in both languages; a folder of its own has a line of its own."""
+    """What the run wrote is what "What a run writes" lists, in both languages; a folder of its own has a line
+    of its own."""
     from unigen.model.weights import SIDE_FILES
 
-    needed = {"ema.safetensors", "optimizer.safetensors", "trainer.json", "training_config.json", "manifest.json"}
+    needed = {
+        "ema.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+        "training_config.json",
+        "manifest.json",
+    }
     inside = {path.name for path in (run / "step_1").iterdir()}
     assert inside - {"config.json", *SIDE_FILES} == needed
     outside = {path.name for path in run.iterdir() if not path.name.startswith((".", "step_"))}
     assert {"config.json", "metrics.jsonl", "best", "ranks"} <= outside
     for page in (README, CHINESE):
-        listed = next(body for language, body in blocks(page) if language == "text" and body.startswith("outputs/unified_training/"))
+        listed = next(
+            body
+            for language, body in blocks(page)
+            if language == "text" and body.startswith("outputs/unified_training/")
+        )
         heads = {word.rstrip("/") for line in listed.splitlines() for word in line[:23].split()}
         assert sorted(outside - heads) == [] and "step_500" in heads
         assert sorted(name for name in needed if not re.search(rf"(?<![\w.]){re.escape(name)}", listed)) == []
@@ -294,7 +358,10 @@ def check_python(workspace: Path) -> None:
     from unigen import load_bagel
 
     (workspace / "path" / "to").mkdir(parents=True)
-    torch.save(load_bagel(workspace / "outputs" / "unified_training" / "best").state_dict(), workspace / "path" / "to" / "trained_model.pt")
+    torch.save(
+        load_bagel(workspace / "outputs" / "unified_training" / "best").state_dict(),
+        workspace / "path" / "to" / "trained_model.pt",
+    )
     code = [body for language, body in blocks(README) if language == "python"]
     assert len(code) == 2
     for body in code:
@@ -305,14 +372,25 @@ def check_python(workspace: Path) -> None:
     assert (workspace / "winter.png").exists()
 
 
-DATA_PAGES = ["data_formats.md", "data.md", "check.md", "preview.md", "fetch.md", "cache.md", "watch.md", "checkpoints.md"]
+DATA_PAGES = [
+    "data_formats.md",
+    "data.md",
+    "check.md",
+    "preview.md",
+    "fetch.md",
+    "cache.md",
+    "watch.md",
+    "checkpoints.md",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", DATA_PAGES)
 def test_the_pages_on_data_from_top_to_bottom(page, workspace, capsys):
     (workspace / "data" / "more").mkdir()
-    (workspace / "data" / "more" / "x.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Good day."}]}\n')
+    (workspace / "data" / "more" / "x.jsonl").write_text(
+        '{"messages": [{"role": "assistant", "content": "Good day."}]}\n'
+    )
     for line in commands(ROOT / "docs" / page):
         if line.startswith("torchrun"):
             code, log = torchrun(workspace, tiny(line, "cache"))
@@ -325,10 +403,13 @@ def test_the_pages_on_data_from_top_to_bottom(page, workspace, capsys):
 def test_the_torchrun_line_trains_on_two_processes(workspace):
     line = next(line for line in commands(README) if line.startswith("torchrun"))
     assert "--engine fsdp2" in line
-    code, log = torchrun(workspace, tiny(line.replace("--bf16", "")))  # bf16 on a CPU is slow, and covered above
+    # bf16 on a CPU is slow, and covered above
+    code, log = torchrun(workspace, tiny(line.replace("--bf16", "")))
     assert code == 0, log[-2000:]
     assert "2 process(es)" in log
-    manifest = json.loads((workspace / "outputs" / "unified_training" / "step_1" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(
+        (workspace / "outputs" / "unified_training" / "step_1" / "manifest.json").read_text(encoding="utf-8")
+    )
     assert (manifest["engine"], manifest["world"]) == ("fsdp2", 2)
 
 

@@ -34,7 +34,11 @@ EXPECTED = {
     "env": ["versions", "card", "copy", "product: gate, up", "product: float32, TF32"],
     "flex": [
         *(f"{heads}, {tokens} tokens: error" for heads in ATTENTION for tokens in (60, 107, 128, 300, 1000)),
-        *(f"attention {what}: {how}" for what in ("drawing", "edit") for how in ("forward", "forward and backward", "made ready")),
+        *(
+            f"attention {what}: {how}"
+            for what in ("drawing", "edit")
+            for how in ("forward", "forward and backward", "made ready")
+        ),
         "fell back to other attention",
     ],
     "agree": [
@@ -66,7 +70,10 @@ EXPECTED = {
     ],
     "infer": [
         *("weights", "decode", "kernels a token", "prefill", "VAE encodes *", "VAE decodes *: peak"),
-        *(f"Euler step, {guidance}" for guidance in ("no guidance", "text guidance", "text and image guidance")),
+        *(
+            f"Euler step, {guidance}"
+            for guidance in ("no guidance", "text guidance", "text and image guidance")
+        ),
     ],
     "full": [
         "layers",
@@ -94,7 +101,7 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---- the whole of it ---------------------------------------------------------------------------------------
+# ---- the whole of it
 
 
 @pytest.mark.slow
@@ -113,19 +120,32 @@ def test_every_part_gives_its_results_on_a_cpu(tmp_path):
     names = {part: [r["name"] for r in results if r["part"] == part] for part in gpu.PARTS}
     assert EXPECTED.keys() == gpu.PARTS.keys()
     missing = [
-        (part, wanted) for part, those in EXPECTED.items() for wanted in those if not any(fnmatchcase(n, wanted) for n in names[part])
+        (part, wanted)
+        for part, those in EXPECTED.items()
+        for wanted in those
+        if not any(fnmatchcase(n, wanted) for n in names[part])
     ]
     assert missing == []
     assert [(r["name"], r["measured"]) for r in results if r.get("pass") is False] == []
     assert [r["name"] for r in results if r.get("pass")], "nothing was judged"
     full_names = [f"{part}/{name}" for part, those in names.items() for name in those]
-    predicted = [pattern for pattern, _ in gpu_predictions.TABLE if not any(fnmatchcase(pattern, known) for known in GPU_ONLY)]
-    assert [pattern for pattern in predicted if not any(fnmatchcase(name, pattern) for name in full_names)] == []
+    predicted = [
+        pattern
+        for pattern, _ in gpu_predictions.TABLE
+        if not any(fnmatchcase(pattern, known) for known in GPU_ONLY)
+    ]
+    assert [
+        pattern for pattern in predicted if not any(fnmatchcase(name, pattern) for name in full_names)
+    ] == []
     page = gpu_report.report(tmp_path / gpu.RESULTS)
-    assert all(f"| {r['part']} | {r['name']} |" in page for r in results if r["part"] == "train" and r["name"] != "part")
+    assert all(
+        f"| {r['part']} | {r['name']} |" in page
+        for r in results
+        if r["part"] == "train" and r["name"] != "part"
+    )
 
 
-# ---- whatever happens to a part ----------------------------------------------------------------------------
+# ---- whatever happens to a part
 
 READY = """
 import json, os, subprocess, sys, time
@@ -134,7 +154,10 @@ sys.stdin.readline()
 """
 PROGRAMS = {
     "env": READY + "say('good')",
-    "flex": READY + "say('before'); child = subprocess.Popen(['sleep', '600']); say(str(child.pid)); time.sleep(600)",
+    "flex": (
+        READY
+        + "say('before'); child = subprocess.Popen(['sleep', '600']); say(str(child.pid)); time.sleep(600)"
+    ),
     "agree": READY + "say('before'); print('the reason', file=sys.stderr, flush=True); os.abort()",
     "train": "raise SystemExit('cannot even start')",
     "layers": READY + "say('after')",
@@ -161,13 +184,16 @@ def test_a_part_that_hangs_or_dies_costs_itself_only(tmp_path, monkeypatch):
         runner.run(list(PROGRAMS))
     results = read(tmp_path / gpu.RESULTS)
     assert [(r["part"], r["name"]) for r in results if not r["name"].isdigit()] == [
-        ("env", "good"), ("env", "part"), ("flex", "before"), ("flex", "part"), ("agree", "before"), ("agree", "part"), ("train", "part"),
+        ("env", "good"), ("env", "part"), ("flex", "before"), ("flex", "part"), ("agree", "before"),
+        ("agree", "part"), ("train", "part"),
         ("layers", "after"), ("layers", "part"),
     ]  # fmt: skip
     ended = {r["part"]: r for r in results if r["name"] == "part"}
     assert "killed after 3 s" in ended["flex"]["failed"]
     assert str(-signal.SIGABRT) in ended["agree"]["failed"] and "the reason" in ended["agree"]["stderr"]
-    assert "cannot even start" in ended["train"]["stderr"] and "the reason" in (tmp_path / gpu.LOG).read_text()
+    assert (
+        "cannot even start" in ended["train"]["stderr"] and "the reason" in (tmp_path / gpu.LOG).read_text()
+    )
     assert "failed" not in ended["env"] and "failed" not in ended["layers"] and runner.failures == 3
     (grandchild,) = (int(r["name"]) for r in results if r["name"].isdigit())
     assert not alive(grandchild)
@@ -177,7 +203,7 @@ def test_parts_without_time_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part("", 60, "") for name in PROGRAMS})
     with Pretended(tmp_path, gpu.LEAST + 2, small=False) as runner:
         runner.run(["flex", "layers"])
-    (killed, skipped) = [r for r in read(tmp_path / gpu.RESULTS) if r["name"] == "part"]
+    killed, skipped = [r for r in read(tmp_path / gpu.RESULTS) if r["name"] == "part"]
     assert "killed" in killed["failed"] and killed["limit"] <= gpu.LEAST + 2
     assert skipped["part"] == "layers" and "no time left" in skipped["skipped"]
 
@@ -215,7 +241,7 @@ def test_unknown_parts_are_refused(capsys):
     assert stopped.value.code == 2 and "lawyers" in capsys.readouterr().err
 
 
-# ---- predictions and the report ----------------------------------------------------------------------------
+# ---- predictions and the report
 
 
 def test_a_prediction_holds_fails_or_is_for_another_card():
@@ -245,7 +271,8 @@ def test_every_prediction_has_a_part_and_a_source():
 # Simulated on fake tensors of full size: GB above weights and moments in the second micro-batch.
 SIMULATED = [
     ("full", True, 4096, 64, 29.8), ("full", True, 16384, 304, 39.3), ("full", True, 32768, 608, 52.2),
-    ("selective", True, 4096, 64, 37.2), ("selective", True, 16384, 304, 68.9), ("selective", True, 32768, 608, 111.3),
+    ("selective", True, 4096, 64, 37.2), ("selective", True, 16384, 304, 68.9), ("selective", True, 32768,
+    608, 111.3),
     ("full", False, 4096, 64, 61.8), ("full", False, 16384, 304, 70.3), ("full", False, 32768, 608, 83.2),
 ]  # fmt: skip
 
@@ -254,7 +281,8 @@ SIMULATED = [
 def published():
     rope = {"rope_type": "default", "rope_theta": 1e6}
     llm = Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4,
         rope_parameters=rope, tie_word_embeddings=False,
     )  # fmt: skip
     vit = SiglipVisionConfig(
@@ -275,7 +303,11 @@ def test_the_memory_formula_is_the_simulation(published, policy, draws, tokens, 
 
     config = Config(freeze_und=draws, freeze_vit=draws)
     trained = {name: p for name, p in published.named_parameters() if not is_frozen(name, config)}
-    layer = sum(p.numel() for name, p in trained.items() if name.startswith("language_model.model.layers.0.") and p.ndim == 2)
+    layer = sum(
+        p.numel()
+        for name, p in trained.items()
+        if name.startswith("language_model.model.layers.0.") and p.ndim == 2
+    )
     held = gpu_predictions.Held(0.0, sum(p.numel() for p in trained.values()), layer, 0.0)
     later = gpu_predictions.step_peaks(published.config.llm, policy, tokens, und, held)[1] / 1e9
     assert later == pytest.approx(simulated, rel=0.05)
@@ -308,19 +340,38 @@ def test_the_report_is_a_table_of_what_was_measured(tmp_path):
     file = tmp_path / "gpu.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     page = gpu_report.report(file)
-    assert page.startswith("## NVIDIA H100, 2026-11-27 10:00:00 UTC") and "torch 2.11.0" in page and "1 of 3" in page
-    assert "| env | copy | 2.9 TB/s | ≥ 2.7 | yes |" in page and "| infer | decode | 30.0 ms a token | ≤ 15 | **no** |" in page
+    assert (
+        page.startswith("## NVIDIA H100, 2026-11-27 10:00:00 UTC")
+        and "torch 2.11.0" in page
+        and "1 of 3" in page
+    )
+    assert (
+        "| env | copy | 2.9 TB/s | ≥ 2.7 | yes |" in page
+        and "| infer | decode | 30.0 ms a token | ≤ 15 | **no** |" in page
+    )
     assert "| infer | prefill | FAILED: OutOfMemoryError: a / b |  | **no** |" in page
-    assert "- flex: killed after 100 s" in page and "- vit: no time left" in page and "did not come to its end" in page
+    assert (
+        "- flex: killed after 100 s" in page
+        and "- vit: no time left" in page
+        and "did not come to its end" in page
+    )
 
 
-# ---- a bare machine ----------------------------------------------------------------------------------------
+# ---- a bare machine
 
 
 def carried() -> list[str]:
     """The packages that the guide takes along, with their versions."""
-    command = next(c for c in re.findall(r"```bash\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S) if "pip install" in c)
-    return [word for word in shlex.split(command.replace("\\\n", " "), comments=True) if re.fullmatch(r"[\w-]+==[\w.]+", word)]
+    command = next(
+        c
+        for c in re.findall(r"```bash\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S)
+        if "pip install" in c
+    )
+    return [
+        word
+        for word in shlex.split(command.replace("\\\n", " "), comments=True)
+        if re.fullmatch(r"[\w-]+==[\w.]+", word)
+    ]
 
 
 def needed(names: list[str]) -> set[str]:
@@ -365,7 +416,8 @@ print("missing" if "pyarrow" not in allowed and "pyarrow" in sys.modules else "d
 
 @pytest.mark.slow
 def test_the_carried_packages_are_enough_for_a_bare_machine(tmp_path):
-    """With the packages of the machine in the guide and those it takes along alone, the parts train and generate."""
+    """With the packages of the machine in the guide and those it takes along alone, the parts train and
+    generate."""
     machine = needed(["torch", "transformers", "pillow"])
     along = {word.partition("==")[0].lower().replace("_", "-") for word in carried()}
     assert {"jsonargparse", "diffusers", "bitsandbytes"} <= along and not along & {
@@ -375,7 +427,9 @@ def test_the_carried_packages_are_enough_for_a_bare_machine(tmp_path):
         "transformers",
     }
     top = {
-        name for name, dists in packages_distributions().items() if {re.sub(r"[-_.]+", "-", d).lower() for d in dists} & (machine | along)
+        name
+        for name, dists in packages_distributions().items()
+        if {re.sub(r"[-_.]+", "-", d).lower() for d in dists} & (machine | along)
     }
     own = {"unigen", "tiny_model", "compare_reference", *(file.stem for file in SCRIPT.parent.glob("*.py"))}
     assert "pyarrow" not in top and "torch" in top
@@ -387,7 +441,11 @@ def test_the_carried_packages_are_enough_for_a_bare_machine(tmp_path):
 
 
 def test_the_carried_versions_are_those_that_tests_run_on():
-    pinned = dict(line.partition(";")[0].split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[::-1] if "==" in line)
+    pinned = dict(
+        line.partition(";")[0].split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()[::-1]
+        if "==" in line
+    )
     versions = {name.strip().lower().replace("_", "-"): version.strip() for name, version in pinned.items()}
     for word in carried():
         name, _, version = word.partition("==")

@@ -1,5 +1,5 @@
-"""``tools/compare_reference.py``: passes on the reference's numbers, fails on any that is changed, and reads every
-constant from the folder it is given."""
+"""``tools/compare_reference.py``: passes on the reference's numbers, fails on any that is changed, and reads
+every constant from the folder it is given."""
 
 import importlib.util
 import json
@@ -37,7 +37,9 @@ def compare():
 
 
 def command(folder):
-    return subprocess.run([sys.executable, str(TOOL), str(folder)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(TOOL), str(folder)], capture_output=True, text=True, check=False
+    )
 
 
 def edit_tensors(file: Path, change) -> None:
@@ -78,7 +80,7 @@ def test_a_folder_without_a_model_is_explained(tmp_path, compare, capsys):
     assert stopped.value.code == 2 and "has no folder model/" in capsys.readouterr().err
 
 
-# ---- one number changed ----------------------------------------------------------------------------------------------
+# ---- one number changed
 
 
 def bump(name, at=0, by=1):
@@ -101,8 +103,16 @@ CHANGES = [  # file, what is changed in it, what the failing line says
     ("train_edit.safetensors", bump("in.packed_text_ids", 3), "edit: packing*packed_text_ids"),
     ("train_edit.safetensors", bump("in.packed_text_indexes", 3), "edit: packing*packed_text_indexes"),
     ("train_edit.safetensors", bump("in.packed_position_ids", 20), "edit: packing*packed_position_ids"),
-    ("train_edit.safetensors", bump("in.packed_vit_position_ids", 5), "edit: packing*packed_vit_position_ids"),
-    ("train_edit.safetensors", bump("in.packed_latent_position_ids", 5), "edit: packing*packed_latent_position_ids"),
+    (
+        "train_edit.safetensors",
+        bump("in.packed_vit_position_ids", 5),
+        "edit: packing*packed_vit_position_ids",
+    ),
+    (
+        "train_edit.safetensors",
+        bump("in.packed_latent_position_ids", 5),
+        "edit: packing*packed_latent_position_ids",
+    ),
     ("train_edit.safetensors", bump("in.mse_loss_indexes", 2), "edit: packing*mse_loss_indexes"),
     ("train_edit.safetensors", bump("in.allowed_attention.0", 700), "edit: packing*mask 0"),
     ("train_edit.safetensors", bump("in.noise", 900, 0.5), "edit: image squared error"),
@@ -111,17 +121,29 @@ CHANGES = [  # file, what is changed in it, what the failing line says
     ("train_edit.safetensors", bump("out.last_hidden_state", 7, float("nan")), "edit: hidden states"),
     ("train_edit.safetensors", bump("out.loss", 0, 0.001), "edit: loss"),
     ("train_edit.safetensors", bump_largest("grad.vae2llm.weight", 1.01), "edit: gradient vae2llm.weight"),
-    ("train_interleaved.safetensors", bump("in.packed_label_ids", 2), "interleaved: packing*packed_label_ids"),
+    (
+        "train_interleaved.safetensors",
+        bump("in.packed_label_ids", 2),
+        "interleaved: packing*packed_label_ids",
+    ),
     ("train_interleaved.safetensors", bump("out.ce", 2, 0.01), "interleaved: text cross-entropy"),
     ("train_packed.safetensors", bump("in.allowed_attention.2", 9), "packed: packing*mask 2"),
     ("inference.safetensors", bump("understand.tokens", 4), "understand: tokens"),
     ("inference.safetensors", bump("edit.final_latent", 4, 0.05), "edit: final latent"),
     ("inference.safetensors", bump("t2i.image", 4, 9), "t2i: picture"),
     ("vae.safetensors", bump("latent_mean", 4, 0.05), "VAE: posterior mean"),
-    ("model/ema.safetensors", bump("language_model.model.layers.1.mlp_moe_gen.down_proj.weight", 0, 0.5), "edit: hidden states"),
+    (
+        "model/ema.safetensors",
+        bump("language_model.model.layers.1.mlp_moe_gen.down_proj.weight", 0, 0.5),
+        "edit: hidden states",
+    ),
     ("model/ema.safetensors", bump("connector.fc1.weight", 0, 0.5), "vlm: hidden states"),
     ("train_cases.json", lambda c: c["edit"]["sample_lens"].__setitem__(0, 55), "edit: packing*sample_lens"),
-    ("train_cases.json", lambda c: c["edit"]["grad_norms"].update({"llm2vae.bias": 1.0}), "edit: 136 gradient norms"),
+    (
+        "train_cases.json",
+        lambda c: c["edit"]["grad_norms"].update({"llm2vae.bias": 1.0}),
+        "edit: 136 gradient norms",
+    ),
     ("train_cases.json", lambda c: c["edit"]["grad_norms"].pop("llm2vae.bias"), "edit: 135 gradient norms"),
     ("inference_cases.json", lambda c: c["jobs"]["understand"].update(text=["no"]), "understand: text"),
     ("image_resize.json", lambda c: c[17].update(out=[14, 14]), "image resize: 240 sizes"),
@@ -138,13 +160,21 @@ def reduced(golden: Path, folder: Path, file: str, expected: str) -> Path:
         if name != file and not (name in inference and file in inference):
             (folder / name).unlink()
     training = file.startswith(("train", "model"))
-    edit_json(folder / "train_cases.json", lambda cases: [cases.pop(c) for c in list(cases) if not training or c != case])
+    edit_json(
+        folder / "train_cases.json",
+        lambda cases: [cases.pop(c) for c in list(cases) if not training or c != case],
+    )
     if file in inference:
-        edit_json(folder / "inference_cases.json", lambda cases: [cases["jobs"].pop(c) for c in list(cases["jobs"]) if c != case])
+        edit_json(
+            folder / "inference_cases.json",
+            lambda cases: [cases["jobs"].pop(c) for c in list(cases["jobs"]) if c != case],
+        )
     return folder
 
 
-@pytest.mark.parametrize(("file", "change", "expected"), CHANGES, ids=[f"{c[0]}-{c[2]}-{i}" for i, c in enumerate(CHANGES)])
+@pytest.mark.parametrize(
+    ("file", "change", "expected"), CHANGES, ids=[f"{c[0]}-{c[2]}-{i}" for i, c in enumerate(CHANGES)]
+)
 def test_one_changed_number_fails_its_case(golden, tmp_path, compare, capsys, file, change, expected):
     folder = reduced(golden, tmp_path / "changed", file, expected)
     (edit_json if file.endswith(".json") else edit_tensors)(folder / file, change)
@@ -172,23 +202,44 @@ def test_a_failure_is_the_exit_status(golden, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 1 and "FAIL  VAE: decoding" in out and "1 failed" in out
 
 
-# ---- other constants -------------------------------------------------------------------------------------------------
+# ---- other constants
 
-CONSTANTS = {"interpolate_pos": True, "timestep_shift": 2.5, "latent_patch_size": 2, "max_latent_size": 16, "vit_max_num_patch_per_side": 8}
+CONSTANTS = {
+    "interpolate_pos": True,
+    "timestep_shift": 2.5,
+    "latent_patch_size": 2,
+    "max_latent_size": 16,
+    "vit_max_num_patch_per_side": 8,
+}
 PROMPTS = {"understand": "think first", "generate": "plan it, then draw"}
-DRAWING = {"num_timesteps": 4, "timestep_shift": 1.7, "cfg_interval": [0.2, 0.9], "cfg_renorm_type": "channel", "cfg_renorm_min": 0.3}
+DRAWING = {
+    "num_timesteps": 4,
+    "timestep_shift": 1.7,
+    "cfg_interval": [0.2, 0.9],
+    "cfg_renorm_type": "channel",
+    "cfg_renorm_min": 0.3,
+}
 JOBS = {
-    "draw": (["a blue square"], {"image_shapes": [32, 48], "cfg_text_scale": 2.5, "cfg_img_scale": 1.0, **DRAWING}),
+    "draw": (
+        ["a blue square"],
+        {"image_shapes": [32, 48], "cfg_text_scale": 2.5, "cfg_img_scale": 1.0, **DRAWING},
+    ),
     "edit_channel": (["input.png", "add a hat"], {"cfg_text_scale": 3.0, "cfg_img_scale": 2.0, **DRAWING}),
-    "think_draw": (["a red circle"], {"think": True, "max_think_token_n": 7, "image_shapes": [32, 32], "cfg_text_scale": 4.0, **DRAWING}),
-    "think_answer": (["input.png", "what is it"], {"think": True, "understanding_output": True, "max_think_token_n": 9}),
+    "think_draw": (
+        ["a red circle"],
+        {"think": True, "max_think_token_n": 7, "image_shapes": [32, 32], "cfg_text_scale": 4.0, **DRAWING},
+    ),
+    "think_answer": (
+        ["input.png", "what is it"],
+        {"think": True, "understanding_output": True, "max_think_token_n": 9},
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def other(golden, tmp_path_factory):
-    """A folder in the golden layout with other constants and cases and a sharded checkpoint. Its numbers are our own:
-    what it shows is that the tool takes everything from the folder."""
+    """A folder in the golden layout with other constants and cases and a sharded checkpoint. Its numbers are
+    our own: what it shows is that the tool takes everything from the folder."""
     folder = tmp_path_factory.mktemp("other")
     shutil.copytree(golden / "model", folder / "model")
     tensors = load_file(folder / "model" / "ema.safetensors")
@@ -210,20 +261,46 @@ def other(golden, tmp_path_factory):
 
 def write_training(folder, model, tokenizer):
     g = torch.Generator().manual_seed(0)
-    items = [("vae", (48, 32), 0), ("vit", (42, 28), 0), ("text", "add a hat", 1), ("vae", (32, 64), 1), ("text", "done", 1)]
+    items = [
+        ("vae", (48, 32), 0),
+        ("vit", (42, 28), 0),
+        ("text", "add a hat", 1),
+        ("vae", (32, 64), 1),
+        ("text", "done", 1),
+    ]
     sample, blocks, u = [], [], 0.4
     for i, (kind, content, with_loss) in enumerate(items):
         text = kind == "text"
-        item = {"kind": kind, "text": content if text else None, "size_hw": None if text else list(content), "loss": with_loss}
+        item = {
+            "kind": kind,
+            "text": content if text else None,
+            "size_hw": None if text else list(content),
+            "loss": with_loss,
+        }
         sample.append({**item, "special_token_label": 423 if i == 2 else None})
         if text:
             ids = tokenizer.encode(content)
-            blocks.append(Block(Kind.TEXT, len(ids), i, loss=bool(with_loss), closing_label=423 if i == 2 else None, ids=ids))
+            blocks.append(
+                Block(
+                    Kind.TEXT,
+                    len(ids),
+                    i,
+                    loss=bool(with_loss),
+                    closing_label=423 if i == 2 else None,
+                    ids=ids,
+                )
+            )
             continue
         stride = 14 if kind == "vit" else 16
         grid = (content[0] // stride, content[1] // stride)
         n = grid[0] * grid[1]
-        block = Block(Kind.VIT if kind == "vit" else Kind.NOISED if with_loss else Kind.CLEAN, n, i, grid, loss=bool(with_loss))
+        block = Block(
+            Kind.VIT if kind == "vit" else Kind.NOISED if with_loss else Kind.CLEAN,
+            n,
+            i,
+            grid,
+            loss=bool(with_loss),
+        )
         if kind == "vit":
             block.patches = torch.randn(n, 588, generator=g)
         else:
@@ -240,11 +317,14 @@ def write_training(folder, model, tokenizer):
         padded[i, :, : latent.shape[1], : latent.shape[2]] = latent
     tokens = Tokens.of(pack).at(order)
     inputs = {
-        "packed_text_ids": pack.ids[order][kind == Kind.TEXT], "packed_text_indexes": place(kind == Kind.TEXT),
+        "packed_text_ids": pack.ids[order][kind == Kind.TEXT],
+        "packed_text_indexes": place(kind == Kind.TEXT),
         "packed_position_ids": pack.position[order], "packed_vit_token_indexes": place(kind == Kind.VIT),
         "packed_vit_position_ids": pack.vit_position, "vit_token_seqlens": torch.tensor(pack.vit_lengths),
-        "packed_vae_token_indexes": place(vae), "packed_latent_position_ids": pack.vae_position, "packed_timesteps": pack.u,
-        "ce_loss_indexes": place(label >= 0), "packed_label_ids": label[label >= 0], "mse_loss_indexes": place(kind == Kind.NOISED),
+        "packed_vae_token_indexes": place(vae), "packed_latent_position_ids": pack.vae_position,
+        "packed_timesteps": pack.u,
+        "ce_loss_indexes": place(label >= 0), "packed_label_ids": label[label >= 0],
+        "mse_loss_indexes": place(kind == Kind.NOISED),
         "packed_vit_tokens": pack.vit_patches, "padded_latent": padded, "noise": pack.noise,
         "allowed_attention.0": allowed(tokens.unsqueeze(1), tokens.unsqueeze(0)),
     }  # fmt: skip
@@ -255,7 +335,10 @@ def write_training(folder, model, tokenizer):
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     saved = {f"in.{n}": t for n, t in inputs.items()} | {f"out.{n}": t.detach() for n, t in outputs.items()}
     save_file(
-        {n: t.contiguous() for n, t in (saved | {"grad.llm2vae.weight": gradients["llm2vae.weight"]}).items()},
+        {
+            n: t.contiguous()
+            for n, t in (saved | {"grad.llm2vae.weight": gradients["llm2vae.weight"]}).items()
+        },
         folder / "train_mine.safetensors",
     )
     norms = {n: float(t.norm()) for n, t in gradients.items()}
@@ -270,7 +353,9 @@ def write_training(folder, model, tokenizer):
 
 def write_inference(folder, model, tokenizer):
     transforms = {"vae_transform": (96, 32, 16), "vit_transform": (84, 28, 14)}
-    cases = {name: dict(zip(("max_size", "min_size", "stride"), v, strict=True)) for name, v in transforms.items()}
+    cases = {
+        name: dict(zip(("max_size", "min_size", "stride"), v, strict=True)) for name, v in transforms.items()
+    }
     made = {name: ImageTransform(*v) for name, v in transforms.items()}
     inferencer = InterleaveInferencer(model, tokenizer=tokenizer, think_prompts=PROMPTS, **made)
     cases["jobs"], saved = {}, {}
@@ -281,11 +366,23 @@ def write_inference(folder, model, tokenizer):
         if shape is None and not options.get("understanding_output"):
             resized = inferencer.vae_transform.resize(pieces[0])
             shape = [resized.height, resized.width]
-        noise = None if shape is None else torch.randn(shape[0] * shape[1] // 256, 64, generator=torch.Generator().manual_seed(1))
+        noise = (
+            None
+            if shape is None
+            else torch.randn(shape[0] * shape[1] // 256, 64, generator=torch.Generator().manual_seed(1))
+        )
         output = inferencer.interleave_inference(pieces, initial_noise=noise, trace=trace, **options)
-        cases["jobs"][job] = {"inputs": inputs, "kwargs": options, "text": [x for x in output if isinstance(x, str)]}
+        cases["jobs"][job] = {
+            "inputs": inputs,
+            "kwargs": options,
+            "text": [x for x in output if isinstance(x, str)],
+        }
         if noise is not None:
-            saved |= {f"{job}.init_noise": noise, f"{job}.final_latent": trace["latent"][0], f"{job}.image": trace["image"][0]}
+            saved |= {
+                f"{job}.init_noise": noise,
+                f"{job}.final_latent": trace["latent"][0],
+                f"{job}.image": trace["image"][0],
+            }
         if trace.get("tokens"):
             saved[f"{job}.tokens"] = trace["tokens"][0]
     save_file(saved, folder / "inference.safetensors")
@@ -319,9 +416,21 @@ def test_another_folder_with_other_constants_passes(other, compare, capsys):
             lambda c: c["jobs"]["edit_channel"]["kwargs"].update(cfg_renorm_type="global"),
             "edit_channel: final latent",
         ),
-        ("inference_cases.json", lambda c: c["jobs"]["draw"]["kwargs"].update(timestep_shift=3.0), "draw: final latent"),
-        ("inference_cases.json", lambda c: c["jobs"]["draw"]["kwargs"].update(cfg_interval=[0.0, 1.0]), "draw: final latent"),
-        ("inference_cases.json", lambda c: c["vit_transform"].update(max_size=56), "edit_channel: final latent"),
+        (
+            "inference_cases.json",
+            lambda c: c["jobs"]["draw"]["kwargs"].update(timestep_shift=3.0),
+            "draw: final latent",
+        ),
+        (
+            "inference_cases.json",
+            lambda c: c["jobs"]["draw"]["kwargs"].update(cfg_interval=[0.0, 1.0]),
+            "draw: final latent",
+        ),
+        (
+            "inference_cases.json",
+            lambda c: c["vit_transform"].update(max_size=56),
+            "edit_channel: final latent",
+        ),
     ],
 )
 def test_every_constant_comes_from_the_folder(other, tmp_path, compare, capsys, file, change, expected):

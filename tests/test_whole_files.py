@@ -58,8 +58,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, call: str, code: int, folders: bool
 
 def child(code: str, *args: object, **options: Any) -> subprocess.Popen:
     """A process that runs ``code`` up to a line on its standard output."""
-    lines = "import os, signal, sys\nfrom pathlib import Path\nfrom unigen.files import *\npath = Path(sys.argv[1])\n"
-    process = subprocess.Popen([sys.executable, "-c", lines + code, *map(str, args)], stdin=-1, stdout=-1, text=True, **options)
+    lines = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom unigen.files import *\npath ="
+        " Path(sys.argv[1])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", lines + code, *map(str, args)], stdin=-1, stdout=-1, text=True, **options
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
@@ -107,7 +112,9 @@ def test_whatever_ends_the_block_leaves_the_old_file_alone(tmp_path: Path, error
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EINVAL])
-def test_a_disk_that_refuses_is_an_error_and_leaves_the_old_file(tmp_path: Path, monkeypatch, call: str, code: int):
+def test_a_disk_that_refuses_is_an_error_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch, call: str, code: int
+):
     """Also where it cannot sync a file, whatever the code: nobody could say then that it is there."""
     put(tmp_path / "a", b"old")
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(code)):
@@ -142,7 +149,9 @@ def test_a_draft_that_cannot_be_opened_is_not_removed(tmp_path: Path):
     assert names(tmp_path) == ["theirs"]
 
 
-def test_a_kill_between_the_write_and_the_rename_leaves_the_old_file_and_the_next_writer_goes_on(tmp_path: Path):
+def test_a_kill_between_the_write_and_the_rename_leaves_the_old_file_and_the_next_writer_goes_on(
+    tmp_path: Path,
+):
     put(tmp_path / "a", b"old")
     code = """
 def kill(*_):
@@ -163,7 +172,9 @@ with atomic(path, path.with_name("draft")) as file:
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_cannot_sync_folders_is_fine_and_one_that_cannot_sync_files_is_not(tmp_path: Path, monkeypatch, code: int):
+def test_a_file_system_that_cannot_sync_folders_is_fine_and_one_that_cannot_sync_files_is_not(
+    tmp_path: Path, monkeypatch, code: int
+):
     (tmp_path / "file").touch()
     with monkeypatch.context() as patch:
         failing(patch, "fsync", code, folders=True)
@@ -231,14 +242,22 @@ def test_only_an_empty_folder_gives_way_unless_told(tmp_path: Path):
     (tmp_path / "file").write_text("a file")
     with pytest.raises(NotADirectoryError):
         stage(tmp_path / "file", "new", replace=True)
-    assert names(tmp_path) == ["empty", "file"] and read(tmp_path / "empty") == "new" and (tmp_path / "file").read_text() == "a file"
+    assert (
+        names(tmp_path) == ["empty", "file"]
+        and read(tmp_path / "empty") == "new"
+        and (tmp_path / "file").read_text() == "a file"
+    )
 
 
 def test_a_link_to_a_folder_gives_way_and_the_folder_stays(tmp_path: Path):
     stage(tmp_path / "theirs", "theirs", replace=False)
     (tmp_path / "link").symlink_to("theirs")
     stage(tmp_path / "link", "ours", replace=True)
-    assert read(tmp_path / "link") == "ours" and read(tmp_path / "theirs") == "theirs" and names(tmp_path) == ["link", "theirs"]
+    assert (
+        read(tmp_path / "link") == "ours"
+        and read(tmp_path / "theirs") == "theirs"
+        and names(tmp_path) == ["link", "theirs"]
+    )
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -334,7 +353,9 @@ def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path: Path):
             hold(path)
 
 
-def test_a_file_system_without_locks_is_an_error_and_leaves_no_other_kind_of_lock(tmp_path: Path, monkeypatch):
+def test_a_file_system_without_locks_is_an_error_and_leaves_no_other_kind_of_lock(
+    tmp_path: Path, monkeypatch
+):
     import fcntl
 
     def refuse(*_: Any) -> None:
@@ -356,7 +377,9 @@ def test_who_holds_a_lock_is_told_and_asking_does_not_take_it(tmp_path: Path):
         assert is_held(path) is True
         with pytest.raises(Busy, match=rf"^process {holder.pid} on "):
             hold(path)
-        assert path.read_text().startswith(f"process {holder.pid} on "), "who does not get it leaves it as it is"
+        assert path.read_text().startswith(f"process {holder.pid} on "), (
+            "who does not get it leaves it as it is"
+        )
     finally:
         holder.kill()
         holder.wait()
@@ -400,5 +423,11 @@ def test_a_disk_that_cannot_be_asked_is_an_error(tmp_path: Path, monkeypatch):
 
 def test_it_needs_nothing_heavy():
     """Whoever only reads imports it; the lock's package is for whoever locks."""
-    code = "import sys, unigen.files; print(sorted({'torch', 'numpy', 'filelock', 'fcntl'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, unigen.files; print(sorted({'torch', 'numpy', 'filelock', 'fcntl'} &"
+        " sys.modules.keys()))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

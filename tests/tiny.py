@@ -52,7 +52,9 @@ def built(**options: Any) -> UnifiedTrainer:
     step = trainer.engine.step
 
     def noted(lr: float, norm: float) -> None:
-        trainer.seen = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}  # type: ignore[attr-defined]
+        trainer.seen = {
+            name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
+        }  # type: ignore[attr-defined]
         step(lr, norm)
 
     trainer.engine.step = noted  # type: ignore[method-assign]
@@ -69,8 +71,11 @@ def gradients(trainer: UnifiedTrainer) -> dict[str, torch.Tensor]:
     return trainer.seen  # type: ignore[attr-defined]
 
 
-def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
-    """Relative to each tensor's norm; gradients that are zero but for rounding are measured against all of them."""
+def assert_close(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
+    """Relative to each tensor's norm; gradients that are zero but for rounding are measured against all of
+    them."""
     assert found.keys() == wanted.keys()
     total = math.sqrt(sum(float(g.double().pow(2).sum()) for g in wanted.values()))
     assert total > 0.1

@@ -3,8 +3,8 @@
 
     python tools/compare_reference.py FOLDER
 
-FOLDER is laid out like ``tests/golden`` (its README says what each file holds). One line a case: the largest error and pass
-or fail; the exit status is non-zero when any case fails.
+FOLDER is laid out like ``tests/golden`` (its README says what each file holds). One line a case: the largest
+error and pass or fail; the exit status is non-zero when any case fails.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ Result = tuple[str, float, float]  # case, error, tolerance
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Compare Unigen with the reference's numbers.", epilog="example: python tools/compare_reference.py tests/golden"
+        description="Compare Unigen with the reference's numbers.",
+        epilog="example: python tools/compare_reference.py tests/golden",
     )
     parser.add_argument("folder", type=Path, help="a folder laid out like tests/golden")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu (default) or cuda")
@@ -51,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     for case, error, tolerance in run(folder, options.device):
         good = error <= tolerance  # a NaN is not
         failed += not good
-        print(f"{'pass' if good else 'FAIL'}  {case:<44} largest error {error:.2e}  tolerance {tolerance:.0e}", flush=True)
+        print(
+            f"{'pass' if good else 'FAIL'}  {case:<44} largest error {error:.2e}  tolerance {tolerance:.0e}",
+            flush=True,
+        )
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0
 
@@ -68,8 +72,12 @@ def run(folder: Path, device: str = "cpu") -> Iterator[Result]:
         yield compare_resize(folder)
     if (folder / "vae.safetensors").exists():
         yield from compare_vae(folder, model)
-    for name, case in read(folder / "train_cases.json").items() if (folder / "train_cases.json").exists() else ():
-        yield from compare_training(folder, name, case, model, Tokenizer(Tokenizer.load(folder / "model").tokenizer, special))
+    for name, case in (
+        read(folder / "train_cases.json").items() if (folder / "train_cases.json").exists() else ()
+    ):
+        yield from compare_training(
+            folder, name, case, model, Tokenizer(Tokenizer.load(folder / "model").tokenizer, special)
+        )
     if (folder / "inference_cases.json").exists():
         yield from compare_inference(folder, model, special)
 
@@ -107,7 +115,7 @@ def unequal(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.cpu().to(theirs.dtype) != theirs).sum())
 
 
-# ---- weights, pictures ---------------------------------------------------------------------------------------------
+# ---- weights, pictures
 
 
 def compare_shapes(folder: Path, model: Bagel) -> Result:
@@ -128,19 +136,35 @@ def compare_resize(folder: Path) -> Result:
 def compare_vae(folder: Path, model: Bagel) -> Iterator[Result]:
     theirs = load_file(folder / "vae.safetensors")
     with torch.no_grad():
-        yield "VAE: posterior mean", relative(model.codec.encode(theirs["image"].to(model.device)), theirs["latent_mean"]), HIDDEN
-        yield "VAE: decoding", relative(model.codec.decode(theirs["latent_mean"].to(model.device)), theirs["decoded"]), HIDDEN
+        yield (
+            "VAE: posterior mean",
+            relative(model.codec.encode(theirs["image"].to(model.device)), theirs["latent_mean"]),
+            HIDDEN,
+        )
+        yield (
+            "VAE: decoding",
+            relative(model.codec.decode(theirs["latent_mean"].to(model.device)), theirs["decoded"]),
+            HIDDEN,
+        )
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
+# ---- training
 
 
-def compare_training(folder: Path, name: str, case: dict[str, Any], model: Bagel, tokenizer: Tokenizer) -> Iterator[Result]:
+def compare_training(
+    folder: Path, name: str, case: dict[str, Any], model: Bagel, tokenizer: Tokenizer
+) -> Iterator[Result]:
     theirs = load_file(folder / f"train_{name}.safetensors")
-    pack = pack_blocks(reference_blocks(case, theirs, model, tokenizer), tokenizer.special, model.config.geometry)
+    pack = pack_blocks(
+        reference_blocks(case, theirs, model, tokenizer), tokenizer.special, model.config.geometry
+    )
     wrong = packing_differences(pack, case, theirs)
     bad = [key for key, count in wrong.items() if count]
-    yield f"{name}: packing, {len(wrong)} fields" + (f" (wrong: {', '.join(bad)})" if bad else ""), float(sum(wrong.values())), 0
+    yield (
+        f"{name}: packing, {len(wrong)} fields" + (f" (wrong: {', '.join(bad)})" if bad else ""),
+        float(sum(wrong.values())),
+        0,
+    )
 
     model.zero_grad(set_to_none=True)
     pack = pack.to(model.device)
@@ -171,11 +195,15 @@ def compare_training(folder: Path, name: str, case: dict[str, Any], model: Bagel
             ours = 0.0 if gradients.get(key) is None else float(gradients[key].double().norm())
             # Beside its own size, a norm is compared at the scale of float32's rounding in the largest one.
             worst = max(worst, abs(ours - (norm or 0.0)) / max(norm or 0.0, 1e-4 * largest))
-        extra = [k for k, g in gradients.items() if k not in norms and g is not None and float(g.abs().max()) > 0]
+        extra = [
+            k for k, g in gradients.items() if k not in norms and g is not None and float(g.abs().max()) > 0
+        ]
         yield f"{name}: {len(norms)} gradient norms", worst if not extra else float("inf"), GRADIENT
 
 
-def reference_blocks(case: dict[str, Any], theirs: dict[str, Tensor], model: Bagel, tokenizer: Tokenizer) -> list[list[Block]]:
+def reference_blocks(
+    case: dict[str, Any], theirs: dict[str, Tensor], model: Bagel, tokenizer: Tokenizer
+) -> list[list[Block]]:
     """The samples of a case as blocks, with the reference's latents, patches, noise and times."""
     geometry = model.config.geometry
     picture, patch_at, latent_at, samples = 0, 0, 0, []
@@ -185,7 +213,9 @@ def reference_blocks(case: dict[str, Any], theirs: dict[str, Tensor], model: Bag
             label = item.get("special_token_label")
             if item["kind"] == "text":
                 ids = tokenizer.encode(item["text"])
-                blocks.append(Block(Kind.TEXT, len(ids), i, loss=bool(item["loss"]), closing_label=label, ids=ids))
+                blocks.append(
+                    Block(Kind.TEXT, len(ids), i, loss=bool(item["loss"]), closing_label=label, ids=ids)
+                )
                 continue
             height, width = item["size_hw"]
             vit = item["kind"] == "vit"
@@ -235,7 +265,9 @@ def packing_differences(pack: Pack, case: dict[str, Any], theirs: dict[str, Tens
     lengths = torch.bincount(pack.sample, minlength=pack.n_samples)
     wrong["sample_lens"] = unequal(lengths, torch.tensor(case["sample_lens"]))
     if case.get("patchified_vae_latent_shapes"):
-        wrong["latent shapes"] = unequal(torch.tensor(pack.vae_grid), torch.tensor(case["patchified_vae_latent_shapes"]))
+        wrong["latent shapes"] = unequal(
+            torch.tensor(pack.vae_grid), torch.tensor(case["patchified_vae_latent_shapes"])
+        )
     tokens = Tokens.of(pack).at(order)
     dense = allowed(tokens.unsqueeze(1), tokens.unsqueeze(0))
     start, inside = 0, torch.zeros_like(dense)
@@ -249,7 +281,7 @@ def packing_differences(pack: Pack, case: dict[str, Any], theirs: dict[str, Tens
     return wrong
 
 
-# ---- inference -----------------------------------------------------------------------------------------------------
+# ---- inference
 
 
 def compare_inference(folder: Path, model: Bagel, special: SpecialIds) -> Iterator[Result]:
@@ -279,7 +311,9 @@ def compare_inference(folder: Path, model: Bagel, special: SpecialIds) -> Iterat
             image = theirs[f"{job}.image"]
             # The picture is floored to whole numbers: rounding can move a value across one of them.
             ours = trace["image"][0]
-            error = float("inf") if ours.shape != image.shape else float((ours.int() - image.int()).abs().max())
+            error = (
+                float("inf") if ours.shape != image.shape else float((ours.int() - image.int()).abs().max())
+            )
             yield f"{job}: picture, largest difference of 255", error, 1
 
 

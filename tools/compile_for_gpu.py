@@ -190,7 +190,7 @@ def in_a_process(card: str, options: argparse.Namespace) -> tuple[list[Line], in
     return lines, process.returncode
 
 
-# ---- what is compiled ----------------------------------------------------------------------------
+# ---- what is compiled
 
 
 def compile_all(card: str, models: Sequence[str], parts: Sequence[str]) -> Iterator[Line]:
@@ -297,7 +297,7 @@ def failed(case: Case, direction: str, tokens: int, why: str) -> Line:
     return Line(*case, direction, tokens, "", 0, 0, 0, 0, 0, CARDS[case.card].shared, "", 0, why)
 
 
-# ---- judging -------------------------------------------------------------------------------------
+# ---- judging
 
 
 def judged(case: Case, direction: str, tokens: int, binaries: Sequence[Binary]) -> Line:

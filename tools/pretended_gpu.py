@@ -129,7 +129,7 @@ class PretendedGPU:
         return launch
 
 
-# ---- reading machine code ------------------------------------------------------------------------
+# ---- reading machine code
 
 
 def resources(report: str) -> tuple[int, int]:
@@ -161,7 +161,7 @@ def _tool(name: str, code: bytes, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-# ---- who asks about the card ---------------------------------------------------------------------
+# ---- who asks about the card
 
 
 def _answer_triton(gpu: PretendedGPU) -> None:
@@ -239,7 +239,7 @@ def _answer_inductor(gpu: PretendedGPU) -> None:
         device_interface.register_interface_for_device(name, Interface)
 
 
-# ---- between tracing and lowering ----------------------------------------------------------------
+# ---- between tracing and lowering
 
 
 def _take_over_lowering(gpu: PretendedGPU) -> None:

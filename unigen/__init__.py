@@ -1,6 +1,8 @@
-"""Unigen trains, evaluates and samples BAGEL-style unified models: one transformer that reads and writes text and images.
+"""Unigen trains, evaluates and samples BAGEL-style unified models: one transformer that reads and writes text
+and images.
 
-The public names below are imported on first use (PEP 562), so that ``import unigen`` and ``unigen --help`` need no PyTorch.
+The public names below are imported on first use (PEP 562), so that ``import unigen`` and ``unigen --help``
+need no PyTorch.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 The commands are the rows of ``commands.py``.
 
-Options are flat and snake_case; the same names are the keys of YAML recipes (``--config recipe.yaml``). A flag wins over every
-recipe, a later recipe over an earlier one. ``jsonargparse`` checks the types and writes the help; this file adds what
-it has no words for: switches without a value, several values, recipes by line, and "did you mean".
+Options are flat and snake_case; the same names are the keys of YAML recipes (``--config recipe.yaml``). A
+flag wins over every recipe, a later recipe over an earlier one. ``jsonargparse`` checks the types and writes
+the help; this file adds what it has no words for: switches without a value, several values, recipes by line,
+and "did you mean".
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class UsageError(UserError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 where the user can put the cause right, 130 when interrupted.
+    """Runs one command and returns its exit code: 0, 2 where the user can put the cause right, 130 when
+    interrupted.
 
     Args:
         argv: Arguments after the program's name; default: those of the process.
@@ -67,9 +69,10 @@ def program(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be written has no place
         code = code or 128 + signal.SIGPIPE
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # One of many processes: a thread of gloo may still hold a tensor of the last collective, since data parallel keeps its
-        # process group alive after its end. Letting go of it while the interpreter ends aborts the process ("terminate called
-        # without an active exception"), a finished run would look failed. Everything is written and closed by now.
+        # One of many processes: a thread of gloo may still hold a tensor of the last collective, since data
+        # parallel keeps its process group alive after its end. Letting go of it while the interpreter ends
+        # aborts the process ("terminate called without an active exception"), a finished run would look
+        # failed. Everything is written and closed by now.
         os._exit(code)
     sys.exit(code)
 
@@ -77,7 +80,9 @@ def program(argv: list[str] | None = None) -> None:
 def run_command(name: str, argv: list[str]) -> int:
     """Parses the options of a command and calls its function; a function that returns None has succeeded."""
     if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
+        raise UsageError(
+            f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})"
+        )
     command = COMMANDS[name]
     options = load(command.options)
     if any(token in ("-h", "--help") for token in argv):
@@ -88,7 +93,8 @@ def run_command(name: str, argv: list[str]) -> int:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The training options in flags and recipes, types checked, ranges not (:meth:`Config.resolve` does that).
+    """The training options in flags and recipes, types checked, ranges not (:meth:`Config.resolve` does
+    that).
 
     Raises:
         UsageError: an unknown option or key, a missing value, a wrong type, an unreadable recipe.
@@ -96,7 +102,9 @@ def parse_config(argv: list[str]) -> Config:
     return parse_options(Config, argv)
 
 
-def parse_options(options: type[T], argv: list[str], positional: str = "", short: Mapping[str, str] | None = None) -> T:
+def parse_options(
+    options: type[T], argv: list[str], positional: str = "", short: Mapping[str, str] | None = None
+) -> T:
     """Any dataclass of options from flags and recipes: defaults, then recipes in order, then flags.
 
     Args:
@@ -129,7 +137,8 @@ def parse_options(options: type[T], argv: list[str], positional: str = "", short
 def read_flags(
     argv: list[str], types: dict[str, Any], positional: str = "", short: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, str, list[str]]]:
-    """(flag as written, option, its values) in order; ``--a=b`` gives one value, ``--no_switch`` gives ``false``."""
+    """(flag as written, option, its values) in order; ``--a=b`` gives one value, ``--no_switch`` gives
+    ``false``."""
     position = 0
     while position < len(argv):
         token = argv[position]
@@ -140,7 +149,11 @@ def read_flags(
             yield positional, positional, [token]
             continue
         flag, equals, value = token.partition("=")
-        name = (short or {}).get(flag[1:], "") if re.fullmatch(r"-[A-Za-z]", flag) else flag.lstrip("-").replace("-", "_")
+        name = (
+            (short or {}).get(flag[1:], "")
+            if re.fullmatch(r"-[A-Za-z]", flag)
+            else flag.lstrip("-").replace("-", "_")
+        )
         given = [value] if equals else []
         while not equals and position < len(argv) and not is_flag(argv[position]):
             if positional and name in types and not belongs(argv[position], types[name], len(given)):
@@ -149,7 +162,9 @@ def read_flags(
             position += 1
         if name.startswith("no_") and name not in types and is_switch(types.get(name[3:])):
             if given and not positional:
-                raise UsageError(f"{flag} takes no value, found {given[0]!r}; write --{name[3:]} {given[0]} instead")
+                raise UsageError(
+                    f"{flag} takes no value, found {given[0]!r}; write --{name[3:]} {given[0]} instead"
+                )
             if positional:
                 position -= len(given)
             name, given = name[3:], ["false"]
@@ -166,11 +181,14 @@ def belongs(token: str, kind: Any, taken: int) -> bool:
 
 
 def is_flag(token: str) -> bool:
-    """``--name``, ``--name=...`` and ``-x`` are flags; negative numbers and a prompt with dashes are values."""
+    """``--name``, ``--name=...`` and ``-x`` are flags; negative numbers and a prompt with dashes are
+    values."""
     return re.match(r"--[A-Za-z][\w-]*(=|$)|-[A-Za-z]$|--$", token) is not None
 
 
-def collect(flags: list[tuple[str, str, list[str]]], types: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
+def collect(
+    flags: list[tuple[str, str, list[str]]], types: dict[str, Any]
+) -> dict[str, tuple[str, list[str]]]:
     """Option -> its last flag; an option of several values adds up what its flags gave."""
     found: dict[str, tuple[str, list[str]]] = {}
     for flag, name, given in flags:
@@ -214,7 +232,10 @@ def read_recipe(path: Path, types: dict[str, Any]) -> Iterator[tuple[str, str, A
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{path}:{root.start_mark.line + 1}: a recipe is a list of 'option: value' lines, found something else")
+        raise UsageError(
+            f"{path}:{root.start_mark.line + 1}: a recipe is a list of 'option: value' lines, found something"
+            " else"
+        )
     seen: dict[str, int] = {}
     for key, node in root.value:
         name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
@@ -228,7 +249,8 @@ def read_recipe(path: Path, types: dict[str, Any]) -> Iterator[tuple[str, str, A
 
 
 def node_value(node: yaml.Node, kind: Any, where: str) -> Any:
-    """The YAML value; a scalar where a text is asked for keeps its spelling (a run named ``2026-11-01`` is no date)."""
+    """The YAML value; a scalar where a text is asked for keeps its spelling (a run named ``2026-11-01`` is no
+    date)."""
     if isinstance(node, yaml.ScalarNode) and accepts_text(kind) and not node.tag.endswith(":null"):
         return node.value
     if isinstance(node, yaml.ScalarNode) and node.value in choices(kind):  # `compile: on` is no truth value
@@ -238,7 +260,9 @@ def node_value(node: yaml.Node, kind: Any, where: str) -> Any:
         return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         problem = getattr(error, "problem", None) or error
-        raise UsageError(f"{where}: cannot be read: {problem}; write a plain number, text, true, false, or a list") from None
+        raise UsageError(
+            f"{where}: cannot be read: {problem}; write a plain number, text, true, false, or a list"
+        ) from None
     finally:
         loader.dispose()
 
@@ -267,10 +291,20 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join(str(value) for value in get_args(kind))
     if get_origin(kind) in (list, tuple):
         items = [describe(item) for item in get_args(kind)]
-        return f"several of: {items[0]}" if get_origin(kind) is list else f"{len(items)} values: " + ", ".join(items)
+        return (
+            f"several of: {items[0]}"
+            if get_origin(kind) is list
+            else f"{len(items)} values: " + ", ".join(items)
+        )
     if get_args(kind):
         return ", or ".join(describe(item) for item in get_args(kind))
-    names = {bool: "true or false", int: "a whole number (int)", float: "a number (float)", str: "a text (str)", type(None): "none"}
+    names = {
+        bool: "true or false",
+        int: "a whole number (int)",
+        float: "a number (float)",
+        str: "a text (str)",
+        type(None): "none",
+    }
     return names.get(kind, str(kind))
 
 
@@ -298,14 +332,21 @@ def accepts_text(kind: Any) -> bool:
 
 def choices(kind: Any) -> tuple[Any, ...]:
     """The words that an option can be."""
-    return tuple(word for member in members(kind) if get_origin(member) is Literal for word in get_args(member))
+    return tuple(
+        word for member in members(kind) if get_origin(member) is Literal for word in get_args(member)
+    )
 
 
 def is_text(value: Any, kind: Any) -> bool:
-    """Whether the value is the text or texts asked for as they stand; jsonargparse would read one that looks like YAML."""
+    """Whether the value is the text or texts asked for as they stand; jsonargparse would read one that looks
+    like YAML."""
     if isinstance(value, str):
         return accepts_text(kind) and not (takes_several(kind) and bracketed(value))
-    return list[str] in members(kind) and isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return (
+        list[str] in members(kind)
+        and isinstance(value, list)
+        and all(isinstance(item, str) for item in value)
+    )
 
 
 def bracketed(text: str) -> bool:
@@ -329,10 +370,13 @@ def overview() -> str:
 
 
 def help_text(options: type, name: str, command: Command) -> str:
-    """What ``unigen NAME --help`` prints: the options by topic, with the docstrings of their dataclass, and an example."""
+    """What ``unigen NAME --help`` prints: the options by topic, with the docstrings of their dataclass, and
+    an example."""
     values = f"{command.positional.upper()} ... " if command.positional else ""
     usage = f"unigen {name} {values}[--config RECIPE.yaml ...] [--option value ...]"
-    parser = jsonargparse.ArgumentParser(prog=f"unigen {name}", usage=usage, description=command.summary, default_env=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"unigen {name}", usage=usage, description=command.summary, default_env=False
+    )
     topics = [topic for topic in (*TOPICS, SamplingOptions) if issubclass(options, topic)]
     shared = {field.name for topic in topics for field in fields(topic)}
     if {field.name for field in fields(options)} - shared:  # what the command has of its own comes first
@@ -341,14 +385,12 @@ def help_text(options: type, name: str, command: Command) -> str:
         parser.add_class_arguments(topic, None)
     text = re.sub(r", --\w+\+ \S+", "", parser.format_help()).rstrip()  # several values follow one flag here
     text = text.replace("[ITEM,...]", "VALUE ...")
+    letters = "".join(f"-{letter} is short for --{option}.\n" for letter, option in command.short.items())
     return (
-        f"{text}\n\n"
-        "recipes:\n"
-        "  --config RECIPE.yaml ...\n"
-        "                        YAML files with the same names as keys; later ones win, and flags win over all.\n\n"
-        "A switch is turned on by --name or --name true, off by --no_name or --name false.\n"
-        f"{''.join(f'-{letter} is short for --{option}.{chr(10)}' for letter, option in command.short.items())}\n"
-        f"example:\n  {command.example}"
+        f"{text}\n\nrecipes:\n  --config RECIPE.yaml ...\n                        YAML files with the same"
+        " names as keys; later ones win, and flags win over all.\n\nA switch is turned on by --name or"
+        f" --name true, off by --no_name or --name false.\n{letters}\nexample:\n"
+        f"  {command.example}"
     )
 
 

@@ -1,6 +1,7 @@
 """Whole or not there: files and folders that take their place in one rename, locks, checksums, free space.
 
-A kill at any moment leaves what was there before or what is new, never half of it; a power cut too, where :func:`fsync` was called.
+A kill at any moment leaves what was there before or what is new, never half of it; a power cut too, where
+:func:`fsync` was called.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ class Busy(Exception):
 
 
 @contextmanager
-def atomic(path: Path, draft: Path | None = None, *, sync: bool = True, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file opened for writing that takes the name ``path`` when the block ends, in place of what has that name.
+def atomic(
+    path: Path, draft: Path | None = None, *, sync: bool = True, mode: int = 0o666
+) -> Iterator[BinaryIO]:
+    """A file opened for writing that takes the name ``path`` when the block ends, in place of what has that
+    name.
 
     Where the block or the disk fails, the draft is removed and ``path`` is as it was.
 
     Args:
         path: its folder is there.
-        draft: the name until then, on the same file system; default ``.NAME.partial-PID`` beside ``path``. What has that name is
-            overwritten, so writers that may meet need names of their own.
+        draft: the name until then, on the same file system; default ``.NAME.partial-PID`` beside ``path``.
+            What has that name is overwritten, so writers that may meet need names of their own.
         sync: bring the bytes to the disk before the rename. Without it a power cut may leave an empty file.
         mode: permissions of the file, less the umask.
 
@@ -62,7 +66,8 @@ def fsync(path: Path) -> None:
     """Brings a file's bytes, or the names in a folder, to the disk.
 
     Raises:
-        OSError: that failed. A file system that has no such call for folders is no failure: there is nothing more to do there.
+        OSError: that failed. A file system that has no such call for folders is no failure: there is nothing
+            more to do there.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -104,8 +109,9 @@ def make_empty(folder: Path) -> None:
 
 @contextmanager
 def staged(final: Path, *, replace: bool, sync: bool = True) -> Iterator[Path]:
-    """An empty folder ``.NAME.partial-PID`` that takes the name ``final`` when the block ends (see :func:`publish`), and is removed
-    where anything fails. With ``sync`` all that is in it is brought to the disk first. Raises OSError."""
+    """An empty folder ``.NAME.partial-PID`` that takes the name ``final`` when the block ends (see
+    :func:`publish`), and is removed where anything fails. With ``sync`` all that is in it is brought to the
+    disk first. Raises OSError."""
     staging = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
         make_empty(staging)
@@ -124,7 +130,8 @@ def publish(staging: Path, final: Path, *, replace: bool, sync: bool = True) -> 
     Args:
         staging: the folder, beside ``final``.
         final: its name from now on.
-        replace: a folder of that name is set aside as ``.NAME.old-PID`` first, and removed afterwards. Else only an empty one gives way.
+        replace: a folder of that name is set aside as ``.NAME.old-PID`` first, and removed afterwards. Else
+            only an empty one gives way.
         sync: bring the new name to the disk.
 
     Raises:
@@ -176,9 +183,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def hold(path: Path) -> IO[str]:
-    """Holds the lock file ``path`` until the file returned is closed or the process ends, and writes down who holds it.
+    """Holds the lock file ``path`` until the file returned is closed or the process ends, and writes down who
+    holds it.
 
-    It is a record lock, in place of that of :func:`locked`: :func:`is_held` can ask for it, also from another machine.
+    It is a record lock, in place of that of :func:`locked`: :func:`is_held` can ask for it, also from another
+    machine.
 
     Raises:
         Busy: another process holds it; with what that wrote.
@@ -204,14 +213,17 @@ def hold(path: Path) -> IO[str]:
 
 
 def is_held(path: Path) -> bool | None:
-    """Does another process hold a lock by :func:`hold`? Asked for only, never taken: who wants it now must get it. None: unknown."""
+    """Does another process hold a lock by :func:`hold`? Asked for only, never taken: who wants it now must
+    get it. None: unknown."""
     if not sys.platform.startswith("linux"):
         return None
     import fcntl
 
     try:
         with open(path, "rb") as file:
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            answer = fcntl.fcntl(
+                file, fcntl.F_GETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            )
             return struct.unpack("hhqqi0q", answer)[0] != fcntl.F_UNLCK
     except FileNotFoundError:
         return False
@@ -223,7 +235,8 @@ def is_held(path: Path) -> bool | None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that an ordinary user may still write on the disk of a folder, which need not exist yet. Raises OSError."""
+    """Bytes that an ordinary user may still write on the disk of a folder, which need not exist yet. Raises
+    OSError."""
     status = os.statvfs(existing(folder))
     return status.f_bavail * status.f_frsize
 

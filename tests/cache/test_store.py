@@ -1,4 +1,5 @@
-"""The store of encoded pictures: entries come back bit for bit or not at all, whatever happens to their files or their writers."""
+"""The store of encoded pictures: entries come back bit for bit or not at all, whatever happens to their files
+or their writers."""
 
 import errno
 import json
@@ -51,7 +52,10 @@ def same(found: dict[str, torch.Tensor] | None, wanted: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_entry_comes_back_bit_for_bit(store, dtype):
-    wanted = {"a": torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(dtype).t(), "b": torch.full((1,), float("nan"))}
+    wanted = {
+        "a": torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(dtype).t(),
+        "b": torch.full((1,), float("nan")),
+    }
     size = store.put(KEY, wanted, {})
     found = store.get(KEY)
     assert found["a"].dtype == dtype and torch.equal(found["a"], wanted["a"]) and found["b"].isnan().all()
@@ -62,7 +66,12 @@ def test_an_entry_is_a_safetensors_file_that_says_what_it_is_of(store):
     with safe_open(put(store), "pt") as file:
         assert same({name: file.get_tensor(name) for name in file.keys()}, tensors())  # noqa: SIM118
         said = file.metadata()
-    assert said["key"] == KEY and said["encoder"] == "vae" and said["size"] == "64x48" and said["decoded"] == "64x48"
+    assert (
+        said["key"] == KEY
+        and said["encoder"] == "vae"
+        and said["size"] == "64x48"
+        and said["decoded"] == "64x48"
+    )
 
 
 def test_a_missing_entry_is_none_without_a_word(store, caplog):
@@ -97,7 +106,11 @@ def test_a_new_transform_or_store_version_changes_the_key(monkeypatch, name):
 
 
 def test_what_the_vit_does_not_see_leaves_the_key_of_the_vae_alone():
-    assert key_of(VAE, "picture", View((64, 48), None)) == KEY == key_of(VAE, "picture", View((64, 48), (28, 28)))
+    assert (
+        key_of(VAE, "picture", View((64, 48), None))
+        == KEY
+        == key_of(VAE, "picture", View((64, 48), (28, 28)))
+    )
 
 
 # ---- damage
@@ -132,7 +145,10 @@ def test_damage_is_reported_once_and_repaired_by_writing(store, caplog):
     path.write_bytes(path.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
         assert store.get(KEY) is None and store.get(KEY) is None
-    assert [str(path) in record.getMessage() and "unigen cache" in record.getMessage() for record in caplog.records] == [True]
+    assert [
+        str(path) in record.getMessage() and "unigen cache" in record.getMessage()
+        for record in caplog.records
+    ] == [True]
     put(store)
     assert same(store.get(KEY), tensors())
 
@@ -172,7 +188,10 @@ def test_any_number_of_writers_of_the_same_entries(store):
     keys = [key_of(VAE, str(i), VIEW) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: put(store, i % 8, keys[i % 8]), range(160)))
-    assert all(same(store.get(key), tensors(i)) for i, key in enumerate(keys)) and len(list(store.entries())) == 8
+    assert (
+        all(same(store.get(key), tensors(i)) for i, key in enumerate(keys))
+        and len(list(store.entries())) == 8
+    )
     assert not list(store.folder.rglob("*.part"))
 
 
@@ -185,7 +204,8 @@ def write_for_ever(folder: Path, began) -> None:
 
 
 def test_a_killed_writer_leaves_no_half_entry(tmp_path):
-    """Killed without warning at ten random moments: every entry is whole, and what it left over is swept away."""
+    """Killed without warning at ten random moments: every entry is whole, and what it left over is swept
+    away."""
     folder, r, fork = tmp_path / "cache", random.Random(0), multiprocessing.get_context("fork")
     for _ in range(10):
         began = fork.Event()
@@ -236,7 +256,9 @@ def test_a_folder_with_other_files_is_not_made_a_cache(tmp_path):
 
 def test_a_store_is_made_once_and_found_again(store):
     put(store)
-    assert same(Store.create(store.folder).get(KEY), tensors()) and same(Store.open(store.folder).get(KEY), tensors())
+    assert same(Store.create(store.folder).get(KEY), tensors()) and same(
+        Store.open(store.folder).get(KEY), tensors()
+    )
 
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
@@ -264,7 +286,11 @@ def test_room_is_checked(store):
 
 def test_encoders_are_known_by_weights_and_dtype(store):
     store.introduce(VAE)
-    assert store.knows(VAE) and not store.knows(replace(VAE, dtype="float16")) and not store.knows(replace(VAE, weights="x"))
+    assert (
+        store.knows(VAE)
+        and not store.knows(replace(VAE, dtype="float16"))
+        and not store.knows(replace(VAE, weights="x"))
+    )
     assert not store.knows(replace(VAE, name="vit"))
 
 
@@ -286,4 +312,6 @@ def test_the_tally_counts_what_rows_bring():
     tally = Tally()
     tally.add(type("Pack", (), {"n_ready": 3, "n_to_encode": 1}))
     tally.add(type("Pack", (), {"n_ready": 0, "n_to_encode": 0}))
-    assert str(tally) == "3 pictures found in the cache (75.0%), 1 missing and encoded" and "(0.0%)" in str(Tally())
+    assert str(tally) == "3 pictures found in the cache (75.0%), 1 missing and encoded" and "(0.0%)" in str(
+        Tally()
+    )

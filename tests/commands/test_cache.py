@@ -1,4 +1,5 @@
-"""``unigen cache``: training with it is training without it, to the bit; nothing stale is ever used; every way it can go wrong says so."""
+"""``unigen cache``: training with it is training without it, to the bit; nothing stale is ever used; every
+way it can go wrong says so."""
 
 import json
 import logging
@@ -50,8 +51,9 @@ def picture(path: Path, seed: int, width: int, height: int) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Five records, one ViT picture at most in each, and no two pictures of one size: none is encoded together with another.
-    The JPEG is so large that it is decoded small. Entries: the VAE's of a, b and c, the ViT's of a and (in two sizes) of b."""
+    """Five records, one ViT picture at most in each, and no two pictures of one size: none is encoded
+    together with another. The JPEG is so large that it is decoded small. Entries: the VAE's of a, b and c,
+    the ViT's of a and (in two sizes) of b."""
     a, b = picture(tmp_path / "a.png", 0, 48, 32), picture(tmp_path / "b.png", 1, 64, 48)
     c = picture(tmp_path / "c.jpg", 2, 512, 640)
     records = [
@@ -59,7 +61,13 @@ def data(tmp_path: Path) -> Path:
         {"image_path": b, "caption": "A small tree beside the house."},
         {"input_image": a, "editing_steps": [{"instruction": "Make it night", "result_image": c}]},
         {"text_prompt": "Nothing at all", "image_path": c},
-        {"sequence": [{"type": "text", "content": "First"}, {"type": "image", "image_path": b}, {"type": "text", "content": "the end."}]},
+        {
+            "sequence": [
+                {"type": "text", "content": "First"},
+                {"type": "image", "image_path": b},
+                {"type": "text", "content": "the end."},
+            ]
+        },
     ]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -69,7 +77,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def options(model: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
     return {
-        "model_path": str(model), "train_data_path": str(data), "device": "cpu", "freeze_vit": True, "single_image_stop_prob": 0.0,
+        "model_path": str(model), "train_data_path": str(data), "device": "cpu", "freeze_vit": True,
+        "single_image_stop_prob": 0.0,
         "output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"),
     }  # fmt: skip
 
@@ -91,12 +100,17 @@ def trainer(with_cache: bool, **options: Any) -> UnifiedTrainer:
     made.engine = Engine(config)
     made.build()
     for part in [*made.stream.mixture.parts, *(made.val_stream.mixture.parts if made.val_stream else [])]:
-        part.planner.cache = open_cache(cache_dir, made.model, config, computes(config)) if with_cache else None
+        part.planner.cache = (
+            open_cache(cache_dir, made.model, config, computes(config)) if with_cache else None
+        )
     return made
 
 
-def losses(made: UnifiedTrainer, steps: int = 6) -> tuple[list[tuple[float, float, float]], list[tuple[int, int]]]:
-    """(text loss, image loss, gradient norm) of every step, and how many pictures of it were (ready, to encode)."""
+def losses(
+    made: UnifiedTrainer, steps: int = 6
+) -> tuple[list[tuple[float, float, float]], list[tuple[int, int]]]:
+    """(text loss, image loss, gradient norm) of every step, and how many pictures of it were (ready, to
+    encode)."""
     results, pictures = [], []
     for rows in load_rows(made.stream, made.share, made.place, limit=steps):
         result = made.train_step(rows, 1e-3)
@@ -110,7 +124,8 @@ def losses(made: UnifiedTrainer, steps: int = 6) -> tuple[list[tuple[float, floa
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
 def test_training_with_the_cache_is_training_without_it_to_the_bit(options, precision, monkeypatch):
-    """Losses and gradient norms of six steps, with posterior sampling and dropout; no encoder runs and no picture is decoded."""
+    """Losses and gradient norms of six steps, with posterior sampling and dropout; no encoder runs and no
+    picture is decoded."""
     plain, counts = losses(trainer(False, **options, **precision))
     assert all(ready == 0 and encoded > 0 for ready, encoded in counts)
     assert fill(**options, **precision).written == 6
@@ -118,7 +133,11 @@ def test_training_with_the_cache_is_training_without_it_to_the_bit(options, prec
     monkeypatch.setattr(bagel, "encode_all", None)
     monkeypatch.setattr(contents, "open_image", None)
     see = made.model.vit_model.forward
-    monkeypatch.setattr(made.model.vit_model, "forward", lambda patches, *rest: see(patches, *rest) if not len(patches) else None)
+    monkeypatch.setattr(
+        made.model.vit_model,
+        "forward",
+        lambda patches, *rest: see(patches, *rest) if not len(patches) else None,
+    )
     found, ready = losses(made)
     assert found == plain and ready == [(encoded, 0) for _, encoded in counts]
     assert len({loss for loss, _, _ in plain} | {loss for _, loss, _ in plain}) > 6
@@ -136,13 +155,16 @@ def long(data: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("frozen", [False, True], ids=["vae", "vae and vit"])
 def test_a_row_of_which_only_some_pictures_are_cached_has_the_same_losses(options, long, first, frozen):
-    """Every second entry is lost, so rows mix ready latents and pixels, features and patches. Latents: to the bit. The ViT sees the
-    pictures of a row in one matrix product, whose rounding depends on its size: the last bits may differ."""
+    """Every second entry is lost, so rows mix ready latents and pixels, features and patches. Latents: to the
+    bit. The ViT sees the pictures of a row in one matrix product, whose rounding depends on its size: the
+    last bits may differ."""
     options["freeze_vit"] = frozen
     plain, _ = losses(trainer(False, **options), 4)
     fill(**options)
     for name in ("mean", "features"):
-        entries = sorted(path for path in Path(options["cache_dir"]).glob("*/*/*.safetensors") if name in load_file(path))
+        entries = sorted(
+            path for path in Path(options["cache_dir"]).glob("*/*/*.safetensors") if name in load_file(path)
+        )
         assert len(entries) == (4 if name == "mean" else 3 * frozen)  # nobody looks at the last answer
         for path in entries[first::2]:
             path.unlink()
@@ -154,16 +176,21 @@ def test_a_row_of_which_only_some_pictures_are_cached_has_the_same_losses(option
 def test_pictures_of_one_size_in_a_row_differ_by_rounding_only(options, data, tmp_path):
     """Without a cache they go through the VAE together, which changes the last bits of its float32."""
     names = [picture(tmp_path / f"{i}.png", i, 64, 64) for i in range(4)]
-    data.write_text("".join(json.dumps({"text_prompt": "A house", "image_path": name}) + "\n" for name in names))
+    data.write_text(
+        "".join(json.dumps({"text_prompt": "A house", "image_path": name}) + "\n" for name in names)
+    )
     plain, _ = losses(trainer(False, **options, batch_size=4), 3)
     fill(**options)
     found, pictures = losses(trainer(True, **options, batch_size=4), 3)
-    assert torch.allclose(torch.tensor(found), torch.tensor(plain), rtol=1e-4) and all(encoded == 0 for _, encoded in pictures)
+    assert torch.allclose(torch.tensor(found), torch.tensor(plain), rtol=1e-4) and all(
+        encoded == 0 for _, encoded in pictures
+    )
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_cached_latent_is_the_codecs_to_the_bit(options, model, dtype):
-    """For the same noise: mean and deviation are kept in the dtype they have, and are put together in the codec's order."""
+    """For the same noise: mean and deviation are kept in the dtype they have, and are put together in the
+    codec's order."""
     config = CacheOptions(**options, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
     whole = load_bagel(model)
     encoders = Encoders.of(whole, config, computes(config))
@@ -191,15 +218,27 @@ def test_a_vit_that_learns_is_not_cached(options):
     frozen = Encoders.load(only_gen, torch.device("cpu"), torch.float32)
     assert frozen.names == ("vae", "vit")  # freeze_und keeps the ViT too
     report = fill(**{**options, "freeze_vit": False})
-    assert report.written == 3 and all("mean" in load_file(p) for p in Path(options["cache_dir"]).glob("*/*/*.safetensors"))
+    assert report.written == 3 and all(
+        "mean" in load_file(p) for p in Path(options["cache_dir"]).glob("*/*/*.safetensors")
+    )
 
 
 def test_workers_and_pinned_rows_carry_what_the_cache_gave(options):
     fill(**options)
     made = trainer(True, **options)
-    rows = [[row for step in load_rows(made.stream, made.share, made.place, num_workers=n, limit=5) for row in step] for n in (0, 2)]
+    rows = [
+        [
+            row
+            for step in load_rows(made.stream, made.share, made.place, num_workers=n, limit=5)
+            for row in step
+        ]
+        for n in (0, 2)
+    ]
     for here, there in zip(*rows, strict=True):
-        assert here.pack.n_to_encode == there.pack.n_to_encode == 0 and here.pack.n_ready == there.pack.n_ready > 0
+        assert (
+            here.pack.n_to_encode == there.pack.n_to_encode == 0
+            and here.pack.n_ready == there.pack.n_ready > 0
+        )
         parts = (
             *zip(here.pack.latents, there.pack.latents, strict=True),
             *zip(here.pack.vit_features, there.pack.vit_features, strict=True),
@@ -228,7 +267,8 @@ def change_weights(folder: Path, file: str, prefix: str) -> None:
     ],
 )
 def test_whatever_changed_is_computed_anew(options, change, stays, tmp_path, caplog):
-    """Other precision, sizes, weights or pictures: what is stale is not found, and losses are those without a cache."""
+    """Other precision, sizes, weights or pictures: what is stale is not found, and losses are those without a
+    cache."""
     fill(**options)
     if isinstance(change, dict):
         options |= change
@@ -242,14 +282,20 @@ def test_whatever_changed_is_computed_anew(options, change, stays, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         found, pictures = losses(trainer(True, **options), 5)
     assert found == plain
-    assert (sum(r for r, _ in pictures) < sum(e for _, e in counts)) and (stays == 0) == (sum(r for r, _ in pictures) == 0)
+    assert (sum(r for r, _ in pictures) < sum(e for _, e in counts)) and (stays == 0) == (
+        sum(r for r, _ in pictures) == 0
+    )
     told = " ".join(record.getMessage() for record in caplog.records)
-    assert ("run unigen cache with the options of this run" in told) == (change != "picture" and "max_image_tokens" not in change)
+    assert ("run unigen cache with the options of this run" in told) == (
+        change != "picture" and "max_image_tokens" not in change
+    )
     report = fill(**options)
     assert (report.found, report.found + report.written) == (stays, 6)
 
 
-def test_a_picture_that_changes_between_the_two_passes_is_stored_as_what_it_is(options, tmp_path, monkeypatch):
+def test_a_picture_that_changes_between_the_two_passes_is_stored_as_what_it_is(
+    options, tmp_path, monkeypatch
+):
     look_up = Filler._look_up
 
     def then_change(self, *arguments):
@@ -295,7 +341,11 @@ def test_fingerprints_cover_values_names_dtypes_and_config():
 
 
 def run(options: dict[str, Any], *more: str) -> int:
-    flags = [f"--{name}={value}" for name, value in options.items() if name not in ("train_data_path", "output_dir")]
+    flags = [
+        f"--{name}={value}"
+        for name, value in options.items()
+        if name not in ("train_data_path", "output_dir")
+    ]
     return main(["cache", options["train_data_path"], *flags, *more])
 
 
@@ -304,14 +354,21 @@ def test_the_command_fills_once_and_says_what_it_did(options, caplog):
         assert run(options) == 0 and run(options) == 0
     told = [record.getMessage() for record in caplog.records]
     summaries = [text for text in told if text.startswith("Cache ")]
-    assert len(summaries) == 2 and "6 entries of this data, 6 of them new" in summaries[0] and "0 of them new" in summaries[1]
+    assert (
+        len(summaries) == 2
+        and "6 entries of this data, 6 of them new" in summaries[0]
+        and "0 of them new" in summaries[1]
+    )
     assert "kB an entry" in summaries[0] and "to decode and" in summaries[0] and "saving" in summaries[0]
     assert any("6 entries are there; 0 pictures are to be encoded" in text for text in told)
 
 
 def test_a_recipe_of_the_training_run_is_all_it_needs(options, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("".join(f"{name}: {value}\n" for name, value in options.items()) + "learning_rate: 1e-4\nnum_epochs: 3\n")
+    recipe.write_text(
+        "".join(f"{name}: {value}\n" for name, value in options.items())
+        + "learning_rate: 1e-4\nnum_epochs: 3\n"
+    )
     assert main(["cache", "--config", str(recipe)]) == 0
     assert fill(**options).found == 6
 
@@ -319,21 +376,32 @@ def test_a_recipe_of_the_training_run_is_all_it_needs(options, tmp_path):
 def test_sources_and_validation_data_are_cached_as_they_are_shown(options, data, tmp_path):
     """Each source with its own sizes; the held-out file too."""
     other = tmp_path / "other.jsonl"
-    other.write_text(json.dumps({"text_prompt": "House", "image_path": picture(tmp_path / "d.png", 5, 64, 64)}) + "\n")
+    other.write_text(
+        json.dumps({"text_prompt": "House", "image_path": picture(tmp_path / "d.png", 5, 64, 64)}) + "\n"
+    )
     options |= {"train_data_path": None, "val_data_path": str(other), "freeze_vit": False}
-    options["train_sources"] = [{"path": str(data), "name": "a"}, {"path": str(data), "name": "b", "max_image_tokens": 4}]
+    options["train_sources"] = [
+        {"path": str(data), "name": "a"},
+        {"path": str(data), "name": "b", "max_image_tokens": 4},
+    ]
     fill(**options)
-    sizes = [tuple(load_file(path)["mean"].shape[1:]) for path in Path(options["cache_dir"]).glob("*/*/*.safetensors")]
+    sizes = [
+        tuple(load_file(path)["mean"].shape[1:])
+        for path in Path(options["cache_dir"]).glob("*/*/*.safetensors")
+    ]
     assert len(sizes) == 7 and (8, 8) in sizes and sum(h * w <= 16 for h, w in sizes) == 3
     made = trainer(True, **options)
     packs = [row.pack for rows in load_rows(made.stream, made.share, made.place, limit=10) for row in rows]
-    packs += [row.pack for rows in load_rows(made.val_stream, made.share, made.place, limit=1) for row in rows]
+    packs += [
+        row.pack for rows in load_rows(made.val_stream, made.share, made.place, limit=1) for row in rows
+    ]
     assert sum(len(pack.latents) for pack in packs) == 11 and not any(pack.vae_pixels for pack in packs)
 
 
 def test_copies_that_only_some_visits_make_are_cached_too(options):
     """With single_image_stop_prob above 0 an answer of one image is shown to the ViT now and then."""
-    assert fill(**options).written == 6 and fill(**{**options, "single_image_stop_prob": 0.01}).written == 1  # c, by the ViT
+    # c, by the ViT
+    assert fill(**options).written == 6 and fill(**{**options, "single_image_stop_prob": 0.01}).written == 1
 
 
 def test_shards_together_are_the_whole(options, tmp_path):

@@ -1,4 +1,5 @@
-"""``unigen generate`` on the tiny checkpoint: every mode writes its pieces and a page; every mistake is one clear line."""
+"""``unigen generate`` on the tiny checkpoint: every mode writes its pieces and a page; every mistake is one
+clear line."""
 
 import re
 import shutil
@@ -21,7 +22,17 @@ def generate(golden, tmp_path, capsys):
 
     def run(*argv: str, model: str | None = None):
         out = tmp_path / "out"
-        code = cli.main(["generate", "--model_path", model or str(golden / "model"), "--output_dir", str(out), *TINY, *argv])
+        code = cli.main(
+            [
+                "generate",
+                "--model_path",
+                model or str(golden / "model"),
+                "--output_dir",
+                str(out),
+                *TINY,
+                *argv,
+            ]
+        )
         captured = capsys.readouterr()
         return code, captured.out, captured.err, out
 
@@ -34,7 +45,9 @@ def pieces(folder):
 
 
 def test_text_mode_writes_one_text(generate, golden):
-    code, shown, _, out = generate("--prompt", "What is this?", "--image", str(golden / "input.png"), "--mode", "text")
+    code, shown, _, out = generate(
+        "--prompt", "What is this?", "--image", str(golden / "input.png"), "--mode", "text"
+    )
     assert code == 0
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "What is this?" in page and page.count("<img") == 1  # the prompt's picture
@@ -55,7 +68,9 @@ def test_image_mode_draws_one_picture_of_the_size_asked_for(generate):
 
 
 def test_edit_mode_keeps_the_size_of_its_picture(generate, golden):
-    code, _, _, out = generate("--prompt", "Make it winter", "--image", str(golden / "input.png"), "--mode", "edit")
+    code, _, _, out = generate(
+        "--prompt", "Make it winter", "--image", str(golden / "input.png"), "--mode", "edit"
+    )
     assert code == 0
     (path,) = pieces(out)
     model = module.InterleaveInferencer.from_pretrained(golden / "model", "cpu")
@@ -69,9 +84,13 @@ def test_auto_mode_writes_what_the_model_decides(generate, golden):
     code, shown, _, out = generate("--prompt", "a", *SHAPE, "--seed", "3")
     assert code == 0
     model = module.InterleaveInferencer.from_pretrained(golden / "model", "cpu")
-    answer = model.unified_generate("a", max_new_tokens=4, image_shapes=(32, 48), seed=3, num_timesteps=3, cfg_interval=(0.4, 1.0))
+    answer = model.unified_generate(
+        "a", max_new_tokens=4, image_shapes=(32, 48), seed=3, num_timesteps=3, cfg_interval=(0.4, 1.0)
+    )
     assert answer
-    assert [path.suffix for path in pieces(out)] == [".txt" if isinstance(piece, str) else ".png" for piece in answer]
+    assert [path.suffix for path in pieces(out)] == [
+        ".txt" if isinstance(piece, str) else ".png" for piece in answer
+    ]
     assert shown.count("[picture of 48 x 32]") == sum(not isinstance(piece, str) for piece in answer)
 
 
@@ -96,21 +115,33 @@ def test_a_model_that_decides_thinks_first(generate, monkeypatch):
 
 
 def test_a_size_that_is_asked_for_is_drawn_in_an_edit_too(generate, golden):
-    code, _, _, out = generate("--prompt", "Make it winter", "--image", str(golden / "input.png"), "--mode", "edit", *SHAPE)
+    code, _, _, out = generate(
+        "--prompt", "Make it winter", "--image", str(golden / "input.png"), "--mode", "edit", *SHAPE
+    )
     assert code == 0 and open_image(pieces(out)[0]).size == (48, 32)
 
 
 def test_every_sampling_setting_is_a_flag(generate, monkeypatch):
     asked = {}
-    monkeypatch.setattr(module.InterleaveInferencer, "unified_generate", lambda self, prompt, **k: asked.update(k) or ["x"])
+    monkeypatch.setattr(
+        module.InterleaveInferencer, "unified_generate", lambda self, prompt, **k: asked.update(k) or ["x"]
+    )
     flags = {
-        "think": True, "max_new_tokens": 7, "do_sample": True, "temperature": 0.5, "height": 32, "width": 48, "num_timesteps": 9,
-        "timestep_shift": 2.0, "cfg_text_scale": 4.0, "cfg_img_scale": 2.0, "cfg_interval": (0.1, 0.9), "cfg_renorm_min": 0.5,
+        "think": True, "max_new_tokens": 7, "do_sample": True, "temperature": 0.5, "height": 32, "width": 48,
+        "num_timesteps": 9,
+        "timestep_shift": 2.0, "cfg_text_scale": 4.0, "cfg_img_scale": 2.0, "cfg_interval": (0.1, 0.9),
+        "cfg_renorm_min": 0.5,
         "cfg_renorm_type": "channel", "seed": None,
     }  # fmt: skip
     argv = []
     for name, value in flags.items():
-        words = [] if value is True else map(str, value) if isinstance(value, tuple) else ["none" if value is None else str(value)]
+        words = (
+            []
+            if value is True
+            else map(str, value)
+            if isinstance(value, tuple)
+            else ["none" if value is None else str(value)]
+        )
         argv += [f"--{name}", *words]
     code, _, error, _ = generate("--prompt", "a", "--mode", "image", *argv)
     assert code == 0, error
@@ -134,7 +165,10 @@ def test_the_seed_makes_it_repeatable(generate):
         ([], "prompt is empty and no image is given"),
         (["--prompt", "Make it winter", "--mode", "edit"], "mode edit redraws a picture, and none is given"),
         (["--prompt", "a", "--height", "32"], "height and width go together"),
-        (["--prompt", "a", "--mode", "image", "--height", "32", "--width", "100000"], "width is 100000 pixels"),
+        (
+            ["--prompt", "a", "--mode", "image", "--height", "32", "--width", "100000"],
+            "width is 100000 pixels",
+        ),
         (["--prompt", "a", "--cfg_renorm_type", "local"], "--cfg_renorm_type: 'local' does not fit"),
         (["--prompt", "a", "--do_sample", "--temperature", "0"], "temperature is 0.0"),
         (["--prompt", "a", "--num_timesteps", "1"], "num_timesteps is 1"),

@@ -1,4 +1,5 @@
-"""Kinds of files: found, cut into parts, read through, read at one place; damage is told and never makes them shorter."""
+"""Kinds of files: found, cut into parts, read through, read at one place; damage is told and never makes them
+shorter."""
 
 import gzip
 import hashlib
@@ -26,8 +27,15 @@ from unigen.data.reader import Reader
 from unigen.sequence.types import BadRecord
 
 FIXTURES = Path(__file__).parent / "fixtures"
-LINES = b"".join(json.dumps({"a": i, "t": "é" * (i % 50)}).encode() + b"\n" + b" \r\n" * (i % 7 == 0) for i in range(300))
-TABLE = pa.table({"image": [b"\x00\xff" * i for i in range(200)], "captions": [None if i % 9 == 0 else f"c{i}é" for i in range(200)]})
+LINES = b"".join(
+    json.dumps({"a": i, "t": "é" * (i % 50)}).encode() + b"\n" + b" \r\n" * (i % 7 == 0) for i in range(300)
+)
+TABLE = pa.table(
+    {
+        "image": [b"\x00\xff" * i for i in range(200)],
+        "captions": [None if i % 9 == 0 else f"c{i}é" for i in range(200)],
+    }
+)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +91,7 @@ def broken(path: Path) -> BadRecord:
     return error
 
 
-# ---- every kind, one contract ----
+# ---- every kind, one contract
 
 
 def test_parts_of_any_size_hold_every_record_once_and_random_access_finds_each(tmp_path: Path) -> None:
@@ -183,14 +191,22 @@ def test_a_file_that_shrank_between_cutting_and_reading_is_told(tmp_path: Path) 
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4) | st.binary(max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=4)
+    | st.binary(max_size=4),
     lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=2), v, max_size=3),
     max_leaves=8,
 )
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.text(max_size=2), VALUES, max_size=3), st.dictionaries(st.text(max_size=2), VALUES, max_size=3))
+@given(
+    st.dictionaries(st.text(max_size=2), VALUES, max_size=3),
+    st.dictionaries(st.text(max_size=2), VALUES, max_size=3),
+)
 def test_different_rows_feed_different_bytes(one: dict, two: dict) -> None:
     def fed(row: dict) -> bytes:
         found = []
@@ -202,7 +218,7 @@ def test_different_rows_feed_different_bytes(one: dict, two: dict) -> None:
     assert len({fed({"a": value}) for value in values}) == len(values)
 
 
-# ---- compressed files ----
+# ---- compressed files
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "c.jsonl.zst"])
@@ -250,7 +266,9 @@ def test_an_empty_file_was_not_compressed(tmp_path: Path, suffix: str) -> None:
     assert "empty" in broken(tmp_path / f"x.jsonl.{suffix}").found
 
 
-def test_unpacked_once_and_named_by_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpacked_once_and_named_by_content(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = make(tmp_path)
     copy = Reader(files[1:2]).source(0)
     assert copy.parent == cache and copy.read_bytes() == LINES
@@ -287,7 +305,9 @@ def test_processes_that_want_the_same_copy_make_it_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("free", [0, unpack.RESERVE + 100])
-def test_no_room_is_told_before_or_while_unpacking(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+def test_no_room_is_told_before_or_while_unpacking(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
     path = make(tmp_path)[1]
     monkeypatch.setattr(unpack, "_least_size", lambda path: 10)
     monkeypatch.setattr(unpack, "free_bytes", lambda folder: free)
@@ -320,7 +340,7 @@ def test_a_copy_that_was_deleted_while_in_use_is_told(tmp_path: Path) -> None:
         access.read(span)
 
 
-# ---- tables ----
+# ---- tables
 
 
 @pytest.mark.parametrize("name", ["f.parquet", "g.arrow", "h.arrow"])
@@ -344,13 +364,16 @@ def test_an_arrow_stream_cut_between_two_batches_is_not_taken_for_a_short_one(tm
 
 @pytest.mark.parametrize("name", ["f.parquet", "g.arrow", "h.arrow"])
 def test_damaged_tables_are_refused_or_have_all_their_rows(tmp_path: Path, name: str) -> None:
-    """Arrow and Parquet (by default) keep no checksums, so a changed value may pass; a missing row and a crash may not."""
+    """Arrow and Parquet (by default) keep no checksums, so a changed value may pass; a missing row and a
+    crash may not."""
     make(tmp_path)
     data, rng, refusals = (tmp_path / name).read_bytes(), random.Random(2), 0
     path = tmp_path / ("spoilt" + Path(name).suffix)
     for _ in range(150):
         spoilt = bytearray(data)
-        spoilt[rng.choice([rng.randrange(len(data)), len(data) - 1 - rng.randrange(800)])] = rng.randrange(256)
+        spoilt[rng.choice([rng.randrange(len(data)), len(data) - 1 - rng.randrange(800)])] = rng.randrange(
+            256
+        )
         path.write_bytes(spoilt)
         try:
             assert len(read(path)) == len(TABLE)
@@ -361,7 +384,13 @@ def test_damaged_tables_are_refused_or_have_all_their_rows(tmp_path: Path, name:
 
 
 def test_a_damaged_parquet_footer_neither_loses_rows_nor_ends_the_process(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"a": range(20)}), tmp_path / "x.parquet", row_group_size=10, store_schema=False, write_statistics=False)
+    pq.write_table(
+        pa.table({"a": range(20)}),
+        tmp_path / "x.parquet",
+        row_group_size=10,
+        store_schema=False,
+        write_statistics=False,
+    )
     data = (tmp_path / "x.parquet").read_bytes()
     footer = int.from_bytes(data[-8:-4], "little")
     for at in range(len(data) - 8 - footer, len(data) - 8):
@@ -375,7 +404,9 @@ def test_a_damaged_parquet_footer_neither_loses_rows_nor_ends_the_process(tmp_pa
                 assert error.code == "broken_file"
 
 
-def test_groups_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_kept_up_to_a_size_and_read_again_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path)
     path = tmp_path / "f.parquet"
     spans = [span._replace(file=0) for span, _ in read(path)]
@@ -385,7 +416,9 @@ def test_groups_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, monke
         loads.append(key)
         return tables.parquet_group(path, key)
 
-    monkeypatch.setitem(containers.CONTAINERS, ".parquet", containers.CONTAINERS[".parquet"]._replace(group=load))
+    monkeypatch.setitem(
+        containers.CONTAINERS, ".parquet", containers.CONTAINERS[".parquet"]._replace(group=load)
+    )
     access = Reader([path])
     for i in (0, 1, 31, 2, 29, 60, 0, 31):
         assert access.read(spans[i])["image"] == b"\x00\xff" * i
@@ -441,7 +474,10 @@ def test_a_text_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path) -> None:
     texts = pa.array([b"a", b"\xff\xfe", b"c"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"captions": texts, "n": [1, 2, 3]}), tmp_path / "x.parquet")
     rows = [raw for _, raw in read(tmp_path / "x.parquet")]
-    assert [row["n"] for row in rows] == [1, 2, 3] and [rows[0]["captions"], rows[2]["captions"]] == ["a", "c"]
+    assert [row["n"] for row in rows] == [1, 2, 3] and [rows[0]["captions"], rows[2]["captions"]] == [
+        "a",
+        "c",
+    ]
     assert isinstance(rows[1]["captions"], bytes)
 
 
@@ -457,7 +493,7 @@ def test_an_arrow_stream_with_dictionaries_is_told(tmp_path: Path) -> None:
     assert "save it as Parquet" in broken(tmp_path / "x.arrow").found
 
 
-# ---- folders ----
+# ---- folders
 
 
 def captions(paths: list) -> list[str]:
@@ -479,7 +515,10 @@ def test_folders_saved_by_datasets_are_read_in_their_order() -> None:
     [
         ({"_indices_files": [{"filename": "indices.arrow"}]}, "Save it again with datasets 2"),
         ({"_data_files": [{"filename": "none.arrow"}]}, "none.arrow is missing"),
-        ({"_data_files": [{"filename": "../saved/data-00000-of-00002.arrow"}]}, "no Arrow file of this folder"),
+        (
+            {"_data_files": [{"filename": "../saved/data-00000-of-00002.arrow"}]},
+            "no Arrow file of this folder",
+        ),
         ({"_data_files": "x"}, "not a list"),
         (None, "cannot be read"),
     ],
@@ -527,7 +566,9 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Path, "open", refuse)
     error = broken(path)
-    assert error.code == "unreadable_file" and "Permission denied" in error.found and "permissions" in error.cure
+    assert (
+        error.code == "unreadable_file" and "Permission denied" in error.found and "permissions" in error.cure
+    )
 
 
 def test_a_json_file_with_a_syntax_error_names_the_file(tmp_path: Path) -> None:

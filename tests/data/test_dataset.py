@@ -62,7 +62,7 @@ def refused(path, **options) -> BadData:
     return caught.value
 
 
-# ---- reading ----
+# ---- reading
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -87,7 +87,9 @@ def test_files_joined_with_their_byte_order_marks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_list_and_single_record(tmp_path: Path, bom: bytes, indent: int | None) -> None:
     values = [talk(a) for a in ("é", "猫 [] {} , \\", "c")]
-    (tmp_path / "list.json").write_bytes(bom + json.dumps(values, indent=indent, ensure_ascii=False).encode() + b"\r\n")
+    (tmp_path / "list.json").write_bytes(
+        bom + json.dumps(values, indent=indent, ensure_ascii=False).encode() + b"\r\n"
+    )
     dataset = UnifiedGenerationDataset(str(tmp_path / "list.json"))
     assert answers(dataset) == ["é", "猫 [] {} , \\", "c"]
     assert [dataset.origin(i).index for i in range(3)] == [0, 1, 2]
@@ -95,7 +97,9 @@ def test_json_list_and_single_record(tmp_path: Path, bom: bytes, indent: int | N
     for i in range(3):
         at = dataset.origin(i).line
         assert (at is None) == (indent is None)  # one line for all would not say which
-        assert at is None or (text[at - 1].strip() == "{" and str(dataset.origin(i)).endswith(f"list.json:{at}"))
+        assert at is None or (
+            text[at - 1].strip() == "{" and str(dataset.origin(i)).endswith(f"list.json:{at}")
+        )
     (tmp_path / "one.json").write_text("\n" + json.dumps(values[0], indent=indent))
     assert answers(UnifiedGenerationDataset(tmp_path / "one.json")) == ["é"]
     assert UnifiedGenerationDataset(tmp_path / "one.json").origin(0).line == 2
@@ -107,7 +111,11 @@ def test_folder_is_searched_in_sorted_order(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(line(name))
     (tmp_path / "notes.txt").write_text("no record")
     assert answers(UnifiedGenerationDataset(tmp_path)) == ["a/c.jsonl", "a/z.json", "b.jsonl"]
-    assert answers(UnifiedGenerationDataset([tmp_path / "b.jsonl", str(tmp_path / "a")])) == ["b.jsonl", "a/c.jsonl", "a/z.json"]
+    assert answers(UnifiedGenerationDataset([tmp_path / "b.jsonl", str(tmp_path / "a")])) == [
+        "b.jsonl",
+        "a/c.jsonl",
+        "a/z.json",
+    ]
 
 
 def test_index_and_negative_index(tmp_path: Path) -> None:
@@ -153,11 +161,15 @@ def test_threads_and_forks_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert answers(pickle.loads(pickle.dumps(dataset))) == expected
 
 
-def test_reads_that_return_less_than_asked_for_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_that_return_less_than_asked_for_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(line("a") + b"\n" + line("b"))
     dataset = UnifiedGenerationDataset(tmp_path)
     pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: pread(descriptor, min(length, 7), offset))
+    monkeypatch.setattr(
+        os, "pread", lambda descriptor, length, offset: pread(descriptor, min(length, 7), offset)
+    )
     assert answers(dataset) == ["a", "b"]
 
 
@@ -180,7 +192,7 @@ def test_a_file_changed_while_in_use_is_noticed(tmp_path: Path) -> None:
         dataset[0]
 
 
-# ---- refusing ----
+# ---- refusing
 
 
 @pytest.mark.parametrize(
@@ -201,7 +213,11 @@ def test_broken_lines(tmp_path: Path, data: bytes, code: str, where: str) -> Non
     (tmp_path / "a.jsonl").write_bytes(line("a") + b"\n" + data + b"\n" + line("b"))
     error = refused(tmp_path)
     assert [r.code for r in error.records] == [code]
-    assert where in str(error) and f"{tmp_path}/a.jsonl:2: {code}" in str(error) and "1 of 3 records" in str(error)
+    assert (
+        where in str(error)
+        and f"{tmp_path}/a.jsonl:2: {code}" in str(error)
+        and "1 of 3 records" in str(error)
+    )
     dataset = UnifiedGenerationDataset(tmp_path, on_bad_record="skip", max_bad_share=0.5)
     assert answers(dataset) == ["a", "b"] and [r.code for r in dataset.bad] == [code]
 
@@ -211,7 +227,10 @@ def test_wrong_values_in_a_json_list_spoil_their_record_alone(tmp_path: Path) ->
     (tmp_path / "a.json").write_text(text)
     dataset = UnifiedGenerationDataset(tmp_path, on_bad_record="skip", max_bad_share=1)
     assert answers(dataset) == ["x"]
-    assert [(r.code, r.origin.line, r.origin.index) for r in dataset.bad] == [("bad_json", 2, 0), ("not_an_object", 5, 2)]
+    assert [(r.code, r.origin.line, r.origin.index) for r in dataset.bad] == [
+        ("bad_json", 2, 0),
+        ("not_an_object", 5, 2),
+    ]
     assert "line 3, column 8" in dataset.bad[0].found
 
 
@@ -263,20 +282,30 @@ def test_error_collects_all_and_shows_twenty(tmp_path: Path) -> None:
     assert str(copy) == str(error) and len(copy.records) == 30
 
 
-def test_skip_lists_counts_and_stops_above_one_percent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skip_lists_counts_and_stops_above_one_percent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path, listing = tmp_path / "a.jsonl", tmp_path / "out" / "bad_records.jsonl"
     path.write_bytes(b"\n".join([line("a")] * 99 + [b"{"]))
-    dataset = UnifiedGenerationDataset(path, on_bad_record="skip", bad_records_path=listing)  # exactly 1 % may go
-    assert len(dataset) == 99 and dataset.statistics()["bad_records"] == 1 and "1 bad ones left out" in dataset.describe()
+    # exactly 1 % may go
+    dataset = UnifiedGenerationDataset(path, on_bad_record="skip", bad_records_path=listing)
+    assert (
+        len(dataset) == 99
+        and dataset.statistics()["bad_records"] == 1
+        and "1 bad ones left out" in dataset.describe()
+    )
     assert "1 of 100 records" in caplog.text
     path.write_bytes(b"\n".join([line("a")] * 98 + [b"{"]))
     error = refused(path, on_bad_record="skip", bad_records_path=listing)
     assert "more than the 1%" in str(error) and len(error.records) == 1
     written = [json.loads(row) for row in listing.read_text().splitlines()]
-    assert [(row["code"], row["line"], row["file"]) for row in written] == [("bad_json", 100, str(path)), ("bad_json", 99, str(path))]
+    assert [(row["code"], row["line"], row["file"]) for row in written] == [
+        ("bad_json", 100, str(path)),
+        ("bad_json", 99, str(path)),
+    ]
 
 
-# ---- pictures ----
+# ---- pictures
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
@@ -287,11 +316,17 @@ def test_truncated_pictures_are_found_by_decoding(tmp_path: Path, format: str) -
     path = write(tmp_path / "a.jsonl", caption("good"), talk("x"), caption("cut"), caption("good"))
     for check in ("auto", "full"):
         error = refused(path, check_pictures=check)
-        assert [(r.code, r.origin.line, r.field) for r in error.records] == [("broken_picture", 3, "image_path")]
+        assert [(r.code, r.origin.line, r.field) for r in error.records] == [
+            ("broken_picture", 3, "image_path")
+        ]
     assert len(UnifiedGenerationDataset(path, check_pictures="headers")) == 4
 
     measured = []
-    options = {"on_bad_record": "skip", "max_bad_share": 0.5, "measure": lambda r: measured.append(r) or [r.origin.line]}
+    options = {
+        "on_bad_record": "skip",
+        "max_bad_share": 0.5,
+        "measure": lambda r: measured.append(r) or [r.origin.line],
+    }
     dataset = UnifiedGenerationDataset(path, **options)
     assert list(dataset.sizes) == [[1], [2], [4]] and [r.origin.line for r in dataset] == [1, 2, 4]
     statistics = dataset.statistics()
@@ -347,12 +382,18 @@ def test_what_measure_says_of_a_piece_names_the_field_it_came_from(tmp_path: Pat
     assert [r.field for r in refused(tmp_path, measure=measure).records] == ["conversations[1].content"]
 
 
-def test_a_header_is_read_once_and_its_size_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_is_read_once_and_its_size_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.png").write_bytes(png(40))
     (tmp_path / "b.png").write_bytes(png(24))
-    path = write(tmp_path / "a.jsonl", *(caption(name) for name in ("a.png", "b.png", "a.png", "none.png", "none.png")))
+    path = write(
+        tmp_path / "a.jsonl", *(caption(name) for name in ("a.png", "b.png", "a.png", "none.png", "none.png"))
+    )
     looked = []
-    monkeypatch.setattr("unigen.data.examine.image_size", lambda source: looked.append(source.name) or image_size(source))
+    monkeypatch.setattr(
+        "unigen.data.examine.image_size", lambda source: looked.append(source.name) or image_size(source)
+    )
     options = {"on_bad_record": "skip", "max_bad_share": 0.5, "check_pictures": "headers"}
     dataset = UnifiedGenerationDataset(path, measure=lambda record: record.sample[0].size, **options)
     assert looked == ["a.png", "b.png", "none.png"]
@@ -360,7 +401,11 @@ def test_a_header_is_read_once_and_its_size_handed_on(tmp_path: Path, monkeypatc
     assert dataset.statistics()["distinct_pictures"] == 2
 
 
-@given(st.lists(st.tuples(st.integers(1, 5000) | st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3000))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5000) | st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3000
+    )
+)
 @settings(max_examples=20, deadline=None)
 def test_numbers_are_a_dictionary(pairs: list[tuple[int, int]]) -> None:
     numbers, expected = Numbers(), {}
@@ -378,11 +423,14 @@ def test_numbers_take_at_most_64_bytes_an_entry() -> None:
     assert len(pickle.dumps(numbers)) < 64 * 20000 and numbers.get(key_of("7")) == 7 and len(numbers) == 20000
 
 
-# ---- tables and compressed files ----
+# ---- tables and compressed files
 
 
 def table(path: Path, *pictures: bytes, **columns) -> Path:
-    made = {"image": [{"bytes": data, "path": None} for data in pictures], "captions": [f"c{i}" for i in range(len(pictures))]}
+    made = {
+        "image": [{"bytes": data, "path": None} for data in pictures],
+        "captions": [f"c{i}" for i in range(len(pictures))],
+    }
     pq.write_table(pa.table(made | columns), path, row_group_size=2)
     return path
 
@@ -399,10 +447,19 @@ def test_records_of_every_kind_of_file_in_one_data_set(tmp_path: Path) -> None:
     table(tmp_path / "c.parquet", png(24), png(32), png(40))
     shutil.copytree(FIXTURES / "saved", tmp_path / "d")
     dataset = UnifiedGenerationDataset(tmp_path, measure=lambda record: [len(record.sample)])
-    texts = [record.sample[-1].text if record.format == "conversation" else record.sample[0].text for record in dataset]
+    texts = [
+        record.sample[-1].text if record.format == "conversation" else record.sample[0].text
+        for record in dataset
+    ]
     assert texts == ["a", "b", "c", "d", "c0", "c1", "c2", "c4", "c0", "c2"]
-    assert dataset[7].sample[0].others == ("caption 4",) and open_image(dataset[7].sample[1].source).size == (40, 30)
-    assert str(dataset.origin(1)) == f"{tmp_path}/a.jsonl.gz:2" and str(dataset.origin(5)) == f"{tmp_path}/c.parquet[1]"
+    assert dataset[7].sample[0].others == ("caption 4",) and open_image(dataset[7].sample[1].source).size == (
+        40,
+        30,
+    )
+    assert (
+        str(dataset.origin(1)) == f"{tmp_path}/a.jsonl.gz:2"
+        and str(dataset.origin(5)) == f"{tmp_path}/c.parquet[1]"
+    )
     assert dataset.runs == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 9), (9, 10)]
     assert dataset.statistics()["distinct_pictures"] == 6 and list(dataset.sizes) == [[2]] * 10
     again = pickle.loads(pickle.dumps(dataset))
@@ -421,13 +478,18 @@ def test_pictures_inside_a_table_are_checked_like_files(tmp_path: Path, check: s
     good = png(48)
     path = table(tmp_path / "a.parquet", good, good[: len(good) // 2], b"no picture", good, good[:-200])
     error = refused(path, check_pictures=check)
-    broken = {"headers": [("not_a_picture", 2)], "full": [("broken_picture", 1), ("not_a_picture", 2), ("broken_picture", 4)]}[check]
+    broken = {
+        "headers": [("not_a_picture", 2)],
+        "full": [("broken_picture", 1), ("not_a_picture", 2), ("broken_picture", 4)],
+    }[check]
     assert [(r.code, r.origin.index) for r in error.records] == broken
     assert {r.field for r in error.records} == {"image"} and "the given bytes" in str(error)
     dataset = UnifiedGenerationDataset(
         path, check_pictures=check, on_bad_record="skip", max_bad_share=1, measure=lambda r: [r.origin.index]
     )
-    assert [size[0] for size in dataset.sizes] == [i for i in range(5) if i not in dict(map(reversed, broken))]
+    assert [size[0] for size in dataset.sizes] == [
+        i for i in range(5) if i not in dict(map(reversed, broken))
+    ]
     assert dataset.statistics()["distinct_pictures"] == dataset.statistics()["pictures"] == len(dataset)
     assert dataset.runs == ([(0, 2), (2, 3), (3, 4)] if check == "headers" else [(0, 1), (1, 2)])
 
@@ -468,11 +530,21 @@ def test_every_picture_named_by_a_path_must_lie_in_data_root(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(png())
     inside, outside = tmp_path / "root" / "x.png", tmp_path / "root2" / "x.png"
-    path = write(tmp_path / "a.jsonl", caption("root/x.png"), caption(str(inside)), caption("root/../root2/x.png"), caption(str(outside)))
+    path = write(
+        tmp_path / "a.jsonl",
+        caption("root/x.png"),
+        caption(str(inside)),
+        caption("root/../root2/x.png"),
+        caption(str(outside)),
+    )
     error = refused(path, data_root=tmp_path / "root")
-    assert [(r.code, r.origin.line, r.field) for r in error.records] == [("outside_root", n, "image_path") for n in (3, 4)]
+    assert [(r.code, r.origin.line, r.field) for r in error.records] == [
+        ("outside_root", n, "image_path") for n in (3, 4)
+    ]
     assert len(refused(path, data_root=tmp_path / "root", check_pictures="headers").records) == 2
-    dataset = UnifiedGenerationDataset(path, data_root=str(tmp_path / "root"), on_bad_record="skip", max_bad_share=0.5)
+    dataset = UnifiedGenerationDataset(
+        path, data_root=str(tmp_path / "root"), on_bad_record="skip", max_bad_share=0.5
+    )
     assert [record.sample[0].source for record in dataset] == [
         Confined(tmp_path / "root/x.png", tmp_path / "root"),
         Confined(inside, tmp_path / "root"),
@@ -508,14 +580,16 @@ def test_a_bad_record_is_listed_once_however_often_a_run_starts(tmp_path: Path) 
     assert lines[2:4] == ['{"code": "broken_picture"}', '{"code": "half a li']
 
 
-# ---- fingerprint, statistics ----
+# ---- fingerprint, statistics
 
 
 def test_fingerprint_follows_contents_not_places(tmp_path: Path) -> None:
     for folder, data in (("one", "a"), ("two", "a"), ("three", "b")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.jsonl").write_bytes(line(data))
-    one, two, three = (UnifiedGenerationDataset(tmp_path / name).fingerprint for name in ("one", "two", "three"))
+    one, two, three = (
+        UnifiedGenerationDataset(tmp_path / name).fingerprint for name in ("one", "two", "three")
+    )
     assert one == two != three and len(one) == 64 and int(one, 16)
     (tmp_path / "two" / "a.jsonl").rename(tmp_path / "two" / "b.jsonl")
     assert UnifiedGenerationDataset(tmp_path / "two").fingerprint != one
@@ -537,7 +611,15 @@ def test_statistics_of_the_example() -> None:
         "files": 1,
         "bad_records": 0,
         "formats": dict.fromkeys(
-            ("conversation", "direct", "text_to_image", "image_to_text", "editing", "interleaved", "messages"),
+            (
+                "conversation",
+                "direct",
+                "text_to_image",
+                "image_to_text",
+                "editing",
+                "interleaved",
+                "messages",
+            ),
             1,
         ),
         "tasks": {"understand": 1, "generate": 1, "edit": 1, "interleaved": 4},

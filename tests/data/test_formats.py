@@ -19,14 +19,18 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "sample_data_format.json"
 
 
 def shape(value) -> list[str]:
-    """The sample in short: ``hello`` for a text (``hello|hi`` with another wording), ``[a.png]`` for an image (relative to the
-    file), ``*`` behind a target."""
+    """The sample in short: ``hello`` for a text (``hello|hi`` with another wording), ``[a.png]`` for an image
+    (relative to the file), ``*`` behind a target."""
     pieces = []
     for piece in parse_record(value, ORIGIN).sample:
         if isinstance(piece, Text):
             body = "|".join((piece.text, *piece.others))
         else:
-            body = f"[{piece.source!r}]" if isinstance(piece.source, bytes) else f"[{piece.source.relative_to('/data/set')}]"
+            body = (
+                f"[{piece.source!r}]"
+                if isinstance(piece.source, bytes)
+                else f"[{piece.source.relative_to('/data/set')}]"
+            )
         pieces.append(body + "*" * piece.target)
     return pieces
 
@@ -54,11 +58,17 @@ def image(path, **more):
     return {"type": "image", "image_path": path, **more}
 
 
-# ---- 1 conversation ----
+# ---- 1 conversation
 
 
 def test_conversation_keeps_order_and_trains_the_assistant() -> None:
-    turns = [turn("system", "S"), turn("user", "a"), turn("user", image="x.png"), turn("assistant", "b"), turn("assistant", image="y.png")]
+    turns = [
+        turn("system", "S"),
+        turn("user", "a"),
+        turn("user", image="x.png"),
+        turn("assistant", "b"),
+        turn("assistant", image="y.png"),
+    ]
     assert shape({"conversations": [*turns, turn("user", "c"), turn("assistant", "d")]}) == [
         "S",
         "a",
@@ -71,20 +81,31 @@ def test_conversation_keeps_order_and_trains_the_assistant() -> None:
 
 
 def test_type_defaults_to_text_and_texts_stay_apart_and_unstripped() -> None:
-    turns = [{"role": "user", "content": " a\n"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": " c "}]
+    turns = [
+        {"role": "user", "content": " a\n"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": " c "},
+    ]
     assert shape({"conversations": turns}) == [" a\n", "b", " c *"]
 
 
 def test_an_image_tag_is_ordinary_text_outside_messages() -> None:
-    assert shape({"conversations": [turn("user", "a <image> b"), turn("assistant", "c")]}) == ["a <image> b", "c*"]
+    assert shape({"conversations": [turn("user", "a <image> b"), turn("assistant", "c")]}) == [
+        "a <image> b",
+        "c*",
+    ]
 
 
 def test_target_of_a_piece_wins_over_its_role() -> None:
-    turns = [turn("user", "a", target=True), turn("assistant", image="x.png", target=False), turn("assistant", "b", target=None)]
+    turns = [
+        turn("user", "a", target=True),
+        turn("assistant", image="x.png", target=False),
+        turn("assistant", "b", target=None),
+    ]
     assert shape({"conversations": turns}) == ["a*", "[x.png]", "b*"]
 
 
-# ---- 2 direct ----
+# ---- 2 direct
 
 
 def test_direct() -> None:
@@ -95,21 +116,25 @@ def test_direct() -> None:
     assert shape({"input_sequence": [], "target_sequence": [text("b")]}) == ["b*"]
 
 
-# ---- 3, 4 pairs ----
+# ---- 3, 4 pairs
 
 
 def test_pairs() -> None:
     assert shape({"text_prompt": "a", "image_path": "x.png"}) == ["a", "[x.png]*"]
     assert shape({"image_path": "x.png", "caption": "a"}) == ["[x.png]", "a*"]
-    assert shape({"image_path": "x.png", "caption": "a", "text_prompt": None}) == ["[x.png]", "a*"]  # null is as absent
+    # null is as absent
+    assert shape({"image_path": "x.png", "caption": "a", "text_prompt": None}) == ["[x.png]", "a*"]
 
 
-# ---- 5 editing ----
+# ---- 5 editing
 
 
 def steps(*numbers):
     made = [{"instruction": f"do {i}", "result_image": f"{i}.png"} for i in range(len(numbers))]
-    return {"input_image": "in.png", "editing_steps": [s | ({} if n is None else {"step": n}) for s, n in zip(made, numbers)]}
+    return {
+        "input_image": "in.png",
+        "editing_steps": [s | ({} if n is None else {"step": n}) for s, n in zip(made, numbers)],
+    }
 
 
 def test_editing() -> None:
@@ -121,20 +146,23 @@ def test_steps_that_count_up(numbers) -> None:
     assert len(shape(steps(*numbers))) == 1 + 2 * len(numbers)
 
 
-@pytest.mark.parametrize(("numbers", "at"), [((1, 3), 1), ((1, 1), 1), ((2, 1), 1), ((1, None, 2), 2), ((1, 2, 4), 2)])
+@pytest.mark.parametrize(
+    ("numbers", "at"), [((1, 3), 1), ((1, 1), 1), ((2, 1), 1), ((1, None, 2), 2), ((1, 2, 4), 2)]
+)
 def test_steps_that_do_not(numbers, at: int) -> None:
     error = bad(steps(*numbers))
     assert (error.code, error.field) == ("bad_step_number", f"editing_steps[{at}].step")
 
 
-# ---- 6 interleaved ----
+# ---- 6 interleaved
 
 
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [
         ([text("a"), image("x")], ["a", "[x]*"]),
-        ([text("a"), text("b"), image("x"), text("c")], ["a", "b*", "[x]*", "c*"]),  # an image anywhere after it
+        # an image anywhere after it
+        ([text("a"), text("b"), image("x"), text("c")], ["a", "b*", "[x]*", "c*"]),
         ([text("a"), text("b")], ["a*", "b*"]),
         ([text("a")], ["a*"]),
         ([image("x"), text("a")], ["[x]", "a*"]),
@@ -149,7 +177,7 @@ def test_interleaved(pieces, expected) -> None:
     assert shape({"sequence": pieces}) == expected
 
 
-# ---- 7 messages ----
+# ---- 7 messages
 
 
 def message(role, content):
@@ -170,7 +198,10 @@ def message(role, content):
     ],
 )
 def test_messages(user, assistant, images, expected) -> None:
-    assert shape({"messages": [message("user", user), message("assistant", assistant)], "images": images}) == expected
+    assert (
+        shape({"messages": [message("user", user), message("assistant", assistant)], "images": images})
+        == expected
+    )
 
 
 def test_messages_without_images_field() -> None:
@@ -178,7 +209,10 @@ def test_messages_without_images_field() -> None:
 
 
 def test_surplus_images_stand_before_the_first_user_text_but_after_the_system_prompt() -> None:
-    record = {"messages": [message("system", "S"), message("user", "q"), message("assistant", "<image>")], "images": ["x", "y"]}
+    record = {
+        "messages": [message("system", "S"), message("user", "q"), message("assistant", "<image>")],
+        "images": ["x", "y"],
+    }
     assert shape(record) == ["S", "[x]", "q", "[y]*"]
     assert shape({"messages": [message("assistant", "a")], "images": ["x"]}) == ["[x]", "a*"]
 
@@ -191,13 +225,16 @@ def test_messages_with_list_content() -> None:
         {"type": "text", "text": " <image> there"},
     ]
     record = {
-        "messages": [message("user", parts), message("assistant", [{"type": "image_url", "image_url": "z.png"}])],
+        "messages": [
+            message("user", parts),
+            message("assistant", [{"type": "image_url", "image_url": "z.png"}]),
+        ],
         "images": ["t.png"],
     }
     assert shape(record) == ["look ", "[x.png]", "[y.png]", "[t.png]", "there", "[z.png]*"]
 
 
-# ---- 8 ShareGPT, LLaVA ----
+# ---- 8 ShareGPT, LLaVA
 
 
 def said(*pairs):
@@ -212,8 +249,16 @@ def said(*pairs):
         ([("human", "q\n<image>"), ("gpt", "a")], {"image": "x"}, ["q", "[x]", "a*"]),
         ([("human", "q"), ("gpt", "a")], {"image": "x"}, ["[x]", "q", "a*"]),  # LLaVA files without the tag
         ([("human", "<image><image> q"), ("gpt", "a")], {"image": ["x", "y"]}, ["[x]", "[y]", "q", "a*"]),
-        ([("system", "S"), ("user", "q"), ("gpt", "<image>")], {"images": ["x", "y"]}, ["S", "[x]", "q", "[y]*"]),
-        ([("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")], {"images": None, "image": None}, ["q", "a*", "r", "b*"]),
+        (
+            [("system", "S"), ("user", "q"), ("gpt", "<image>")],
+            {"images": ["x", "y"]},
+            ["S", "[x]", "q", "[y]*"],
+        ),
+        (
+            [("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")],
+            {"images": None, "image": None},
+            ["q", "a*", "r", "b*"],
+        ),
         ([("human", "<image>q"), ("gpt", "a")], {"image": b"png"}, ["[b'png']", "q", "a*"]),
     ],
 )
@@ -229,12 +274,16 @@ def test_names_of_the_assistant(speaker: str) -> None:
 
 def test_pictures_of_sharegpt_know_their_field() -> None:
     record = {"conversations": said(("human", "<image>q"), ("gpt", "a"))}
-    assert parse_with_fields(record | {"image": "x"}, ORIGIN)[1] == ["image", "conversations[0].value", "conversations[1].value"]
+    assert parse_with_fields(record | {"image": "x"}, ORIGIN)[1] == [
+        "image",
+        "conversations[0].value",
+        "conversations[1].value",
+    ]
     assert parse_with_fields(record | {"image": ["x"]}, ORIGIN)[1][0] == "image[0]"
     assert parse_with_fields(record | {"images": ["x"]}, ORIGIN)[1][0] == "images[0]"
 
 
-# ---- 9 captioned, 10 edit list ----
+# ---- 9 captioned, 10 edit list
 
 
 @pytest.mark.parametrize(
@@ -253,7 +302,10 @@ def test_pictures_of_sharegpt_know_their_field() -> None:
 )
 def test_captioned(captions, expected: str) -> None:
     assert shape({"image": "x", "captions": captions}) == [expected, "[x]*"]
-    assert parse_record({"image": {"bytes": b"png", "path": None}, "captions": captions}, ORIGIN).format == "captioned"
+    assert (
+        parse_record({"image": {"bytes": b"png", "path": None}, "captions": captions}, ORIGIN).format
+        == "captioned"
+    )
 
 
 def test_edit_list() -> None:
@@ -264,7 +316,7 @@ def test_edit_list() -> None:
     ]  # fmt: skip
 
 
-# ---- pictures in tables ----
+# ---- pictures in tables
 
 
 @pytest.mark.parametrize(
@@ -297,7 +349,14 @@ def test_a_picture_may_be_bytes_in_every_format(value, expected) -> None:
 
 
 def test_an_empty_cell_is_an_absent_field() -> None:
-    row = {"text_prompt": "a", "image_path": b"png", "caption": None, "captions": float("nan"), "conversations": None, "score": 0.5}
+    row = {
+        "text_prompt": "a",
+        "image_path": b"png",
+        "caption": None,
+        "captions": float("nan"),
+        "conversations": None,
+        "score": 0.5,
+    }
     record, _ = parse_raw(row, 0, ORIGIN)
     assert record.format == "text_to_image" and record.sample[1].source == b"png"
 
@@ -310,32 +369,50 @@ def test_cells_of_any_kind_can_be_shown() -> None:
 
 
 def test_paths_are_confined_and_bytes_need_not_be() -> None:
-    record, _ = parse_with_fields({"image_list": ["x", b"1"], "instruction_list": ["a"]}, ORIGIN, Path("/data"))
-    assert [piece.source for piece in record.sample if isinstance(piece, Image)] == [Confined(Path("/data/set/x"), Path("/data")), b"1"]
+    record, _ = parse_with_fields(
+        {"image_list": ["x", b"1"], "instruction_list": ["a"]}, ORIGIN, Path("/data")
+    )
+    assert [piece.source for piece in record.sample if isinstance(piece, Image)] == [
+        Confined(Path("/data/set/x"), Path("/data")),
+        b"1",
+    ]
 
 
-# ---- paths, metadata, fields ----
+# ---- paths, metadata, fields
 
 
 def test_paths_are_relative_to_the_file_or_absolute() -> None:
-    sample = parse_record({"sequence": [image("/abs/x.png"), image("../y.png"), image("./z.png")]}, ORIGIN).sample
-    assert [piece.source for piece in sample] == [Path("/abs/x.png"), Path("/data/set/../y.png"), Path("/data/set/z.png")]
+    sample = parse_record(
+        {"sequence": [image("/abs/x.png"), image("../y.png"), image("./z.png")]}, ORIGIN
+    ).sample
+    assert [piece.source for piece in sample] == [
+        Path("/abs/x.png"),
+        Path("/data/set/../y.png"),
+        Path("/data/set/z.png"),
+    ]
 
 
 def test_metadata_and_unknown_fields() -> None:
-    record = parse_record({"text_prompt": "a", "image_path": "x", "metadata": {"id": 3}, "source": "web"}, ORIGIN)
+    record = parse_record(
+        {"text_prompt": "a", "image_path": "x", "metadata": {"id": 3}, "source": "web"}, ORIGIN
+    )
     assert (record.metadata, record.format, record.origin) == ({"id": 3}, "text_to_image", ORIGIN)
     assert parse_record({"text_prompt": "a", "image_path": "x", "metadata": None}, ORIGIN).metadata == {}
 
 
 def test_every_piece_knows_its_field() -> None:
     record = {"messages": [message("user", "q"), message("assistant", "a<image>")], "images": ["x", "y"]}
-    assert parse_with_fields(record, ORIGIN)[1] == ["images[0]", "messages[0].content", "messages[1].content", "images[1]"]
+    assert parse_with_fields(record, ORIGIN)[1] == [
+        "images[0]",
+        "messages[0].content",
+        "messages[1].content",
+        "images[1]",
+    ]
     fields = parse_with_fields(steps(1), ORIGIN)[1]
     assert fields == ["input_image", "editing_steps[0].instruction", "editing_steps[0].result_image"]
 
 
-# ---- what is wrong, and where ----
+# ---- what is wrong, and where
 
 OK_TURN = {"role": "assistant", "content": "a"}
 WRONG = [
@@ -354,18 +431,42 @@ WRONG = [
     ({"target_sequence": [text("a")]}, "missing_field", "input_sequence"),
     ({"input_image": "x"}, "missing_field", "editing_steps"),
     ({"editing_steps": [{"instruction": "a", "result_image": "x"}]}, "missing_field", "input_image"),
-    ({"input_image": "x", "editing_steps": [{"result_image": "x"}]}, "missing_field", "editing_steps[0].instruction"),
-    ({"input_image": "x", "editing_steps": [{"instruction": "a"}]}, "missing_field", "editing_steps[0].result_image"),
+    (
+        {"input_image": "x", "editing_steps": [{"result_image": "x"}]},
+        "missing_field",
+        "editing_steps[0].instruction",
+    ),
+    (
+        {"input_image": "x", "editing_steps": [{"instruction": "a"}]},
+        "missing_field",
+        "editing_steps[0].result_image",
+    ),
     ({"images": ["x"]}, "missing_field", "messages"),
     ({"conversations": [{"content": "a"}]}, "missing_field", "conversations[0].role"),
     ({"conversations": [OK_TURN, {"role": "user"}]}, "missing_field", "conversations[1].content"),
-    ({"conversations": [OK_TURN, {"role": "user", "type": "image"}]}, "missing_field", "conversations[1].image_path"),
-    ({"conversations": [OK_TURN, {"role": "user", "image_path": "x"}]}, "missing_field", "conversations[1].content"),
+    (
+        {"conversations": [OK_TURN, {"role": "user", "type": "image"}]},
+        "missing_field",
+        "conversations[1].image_path",
+    ),
+    (
+        {"conversations": [OK_TURN, {"role": "user", "image_path": "x"}]},
+        "missing_field",
+        "conversations[1].content",
+    ),
     ({"sequence": [text("a"), {"type": "image", "content": "x"}]}, "missing_field", "sequence[1].image_path"),
     ({"messages": [{"role": "user"}]}, "missing_field", "messages[0].content"),
     ({"messages": [message("user", [{"text": "a"}])]}, "missing_field", "messages[0].content[0].type"),
-    ({"messages": [message("user", [{"type": "image_url"}])]}, "missing_field", "messages[0].content[0].image_url"),
-    ({"messages": [message("user", [{"type": "image_url", "image_url": {}}])]}, "missing_field", "messages[0].content[0].image_url.url"),
+    (
+        {"messages": [message("user", [{"type": "image_url"}])]},
+        "missing_field",
+        "messages[0].content[0].image_url",
+    ),
+    (
+        {"messages": [message("user", [{"type": "image_url", "image_url": {}}])]},
+        "missing_field",
+        "messages[0].content[0].image_url.url",
+    ),
     ({"text_prompt": 3, "image_path": "x"}, "wrong_type", "text_prompt"),
     ({"text_prompt": "a", "image_path": ["x"]}, "wrong_type", "image_path"),
     ({"conversations": OK_TURN}, "wrong_type", "conversations"),
@@ -375,7 +476,11 @@ WRONG = [
     ({"conversations": [OK_TURN], "metadata": "m"}, "wrong_type", "metadata"),
     ({"messages": [OK_TURN], "images": "x"}, "wrong_type", "images"),
     ({"messages": [OK_TURN], "images": [3]}, "wrong_type", "images[0]"),
-    ({"messages": [message("user", [{"type": "image_url", "image_url": 3}])]}, "wrong_type", "messages[0].content[0].image_url"),
+    (
+        {"messages": [message("user", [{"type": "image_url", "image_url": 3}])]},
+        "wrong_type",
+        "messages[0].content[0].image_url",
+    ),
     (steps("1"), "wrong_type", "editing_steps[0].step"),
     (steps(True), "wrong_type", "editing_steps[0].step"),
     (steps(1.0), "wrong_type", "editing_steps[0].step"),
@@ -393,9 +498,17 @@ WRONG = [
     ({"image_path": "a\0b", "caption": "a"}, "bad_path", "image_path"),
     ({"image_path": "a\udc00b", "caption": "a"}, "bad_path", "image_path"),
     ({"image_path": "https://example.org/a.png", "caption": "a"}, "bad_path", "image_path"),
-    ({"messages": [message("assistant", "<image>")], "images": ["data:image/png;base64,AAAA"]}, "bad_path", "images[0]"),
+    (
+        {"messages": [message("assistant", "<image>")], "images": ["data:image/png;base64,AAAA"]},
+        "bad_path",
+        "images[0]",
+    ),
     ({"messages": [message("assistant", "<image>")]}, "unequal_image_count", "images"),
-    ({"messages": [message("user", "<image>"), message("assistant", "<image>")], "images": ["x"]}, "unequal_image_count", "images"),
+    (
+        {"messages": [message("user", "<image>"), message("assistant", "<image>")], "images": ["x"]},
+        "unequal_image_count",
+        "images",
+    ),
     (steps(1, 3), "bad_step_number", "editing_steps[1].step"),
     (steps(), "no_target", "editing_steps"),
     ({"conversations": []}, "no_target", "conversations"),
@@ -453,7 +566,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("value", "code", "field"), WRONG, ids=[f"{c}-{f}-{i}" for i, (_, c, f) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    ("value", "code", "field"), WRONG, ids=[f"{c}-{f}-{i}" for i, (_, c, f) in enumerate(WRONG)]
+)
 def test_bad_records_name_code_and_field(value, code: str, field: str) -> None:
     error = bad(value)
     assert (error.code, error.field) == (code, field), str(error)
@@ -474,16 +589,54 @@ def test_messages_help() -> None:
     assert len(bad({"text_prompt": ["long"] * 1000, "image_path": "x"}).found) < 100
 
 
-# ---- any value at all ----
+# ---- any value at all
 
-FIELDS = ["conversations", "input_sequence", "target_sequence", "text_prompt", "image_path", "caption", "input_image", "editing_steps"]
-FIELDS += ["sequence", "messages", "images", "role", "type", "content", "text", "image_url", "url", "step", "instruction", "result_image"]
-FIELDS += ["target", "metadata", "other", "from", "value", "image", "captions", "image_list", "instruction_list", "bytes", "path"]
-STRINGS = st.sampled_from(["text", "image", "image_url", "user", "assistant", "a.png", "a <image> b", "<image>", ""]) | st.text(max_size=5)
+FIELDS = [
+    "conversations",
+    "input_sequence",
+    "target_sequence",
+    "text_prompt",
+    "image_path",
+    "caption",
+    "input_image",
+    "editing_steps",
+]
+FIELDS += [
+    "sequence",
+    "messages",
+    "images",
+    "role",
+    "type",
+    "content",
+    "text",
+    "image_url",
+    "url",
+    "step",
+    "instruction",
+    "result_image",
+]
+FIELDS += [
+    "target",
+    "metadata",
+    "other",
+    "from",
+    "value",
+    "image",
+    "captions",
+    "image_list",
+    "instruction_list",
+    "bytes",
+    "path",
+]
+STRINGS = st.sampled_from(
+    ["text", "image", "image_url", "user", "assistant", "a.png", "a <image> b", "<image>", ""]
+) | st.text(max_size=5)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | STRINGS | st.characters(categories=["Cs"])
 KEYS = st.sampled_from(FIELDS) | st.text(max_size=3) | st.characters(categories=["Cs"])
 VALUES = st.recursive(
-    SCALARS | st.binary(max_size=2), lambda v: st.lists(v, max_size=4) | st.dictionaries(KEYS, v, max_size=5), max_leaves=20
+    SCALARS | st.binary(max_size=2),
+    lambda v: st.lists(v, max_size=4) | st.dictionaries(KEYS, v, max_size=5),
+    max_leaves=20,
 )
 
 
@@ -526,18 +679,24 @@ def test_any_value_is_a_sample_with_a_target_or_a_bad_record(value) -> None:
     assert any(piece.target for piece in record.sample)
     for piece in record.sample:
         if isinstance(piece, Text):
-            assert all(isinstance(wording, str) for wording in (piece.text, *piece.others)) and all(piece.others)
+            assert all(isinstance(wording, str) for wording in (piece.text, *piece.others)) and all(
+                piece.others
+            )
         else:
             assert isinstance(piece.source, Path | bytes)
 
 
-# ---- the example ----
+# ---- the example
 
 
 def test_the_example_holds_the_seven_formats_of_the_guide_with_pictures_that_exist() -> None:
     records = json.loads(EXAMPLE.read_text("utf-8"))
     parsed = [parse_record(value, Origin(EXAMPLE, index=i)) for i, value in enumerate(records)]
-    assert [record.format for record in parsed] == list(FORMATS)[:7] == [record.metadata["format"] for record in parsed]
+    assert (
+        [record.format for record in parsed]
+        == list(FORMATS)[:7]
+        == [record.metadata["format"] for record in parsed]
+    )
     for record in parsed:
         for piece in record.sample:
             if isinstance(piece, Image):
@@ -545,7 +704,7 @@ def test_the_example_holds_the_seven_formats_of_the_guide_with_pictures_that_exi
                 assert piece.source.stat().st_size < 8192
 
 
-# ---- the documentation ----
+# ---- the documentation
 
 
 @pytest.mark.parametrize("name", ["data_formats.md", "data_formats.zh-CN.md"])
@@ -554,7 +713,9 @@ def test_the_documentation_is_true(name: str) -> None:
     shown = [json.loads(block.partition("```")[0]) for block in text.split("```json\n")[1:]]
     records = [parse_record(value, Origin(EXAMPLE, index=i)) for i, value in enumerate(shown)]
     assert {record.format for record in records} == set(FORMATS)
-    assert all(piece.source.exists() for record in records for piece in record.sample if isinstance(piece, Image))
+    assert all(
+        piece.source.exists() for record in records for piece in record.sample if isinstance(piece, Image)
+    )
     assert all(f"`{code}`" in text for _, code, _ in WRONG)
 
 
@@ -569,6 +730,9 @@ def test_the_worked_example_of_a_new_format_works(name: str, monkeypatch: pytest
     exec(code, {})
     record = {"photo": "x.png", "question": "What is it?", "answer": "A house."}
     assert shape(record) == ["[x.png]", "What is it?", "A house.*"]
-    assert (bad({"photo": "x.png", "answer": "A house."}).code, bad({"question": "a"}).field) == ("missing_field", "photo")
+    assert (bad({"photo": "x.png", "answer": "A house."}).code, bad({"question": "a"}).field) == (
+        "missing_field",
+        "photo",
+    )
     assert bad(record | {"caption": "b"}).code == "ambiguous_format"
     assert parse_record(record, ORIGIN).format == "quiz"

@@ -35,12 +35,20 @@ def write_data(folder: Path, n: int = N, longest: int = 1000) -> Path:
     for i in range(n):
         if i % 3 == 0:
             words = i % longest + 1
-            roles = [{"role": "user", "content": "Say" * words}, {"role": "assistant", "content": "yes " * words}]
+            roles = [
+                {"role": "user", "content": "Say" * words},
+                {"role": "assistant", "content": "yes " * words},
+            ]
             records.append({"messages": roles})
         elif i % 3 == 1:
             records.append({"text_prompt": f"picture {i}", "image_path": f"{i % 2}.png"})
         else:
-            records.append({"input_image": "2.png", "editing_steps": [{"instruction": "turn it", "result_image": f"{i % 3}.png"}]})
+            records.append(
+                {
+                    "input_image": "2.png",
+                    "editing_steps": [{"instruction": "turn it", "result_image": f"{i % 3}.png"}],
+                }
+            )
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -67,7 +75,16 @@ def make_stream(golden: Path, data: Path, training: bool = True, **options: Any)
     return RowStream(Mixture([part], seed=7, training=training), config.batch_size, config.max_num_tokens)
 
 
-def take(stream: RowStream, steps: int, place: Place = START, *, workers: int = 0, rank: int = 0, world: int = 1, rows: int = 1):
+def take(
+    stream: RowStream,
+    steps: int,
+    place: Place = START,
+    *,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    rows: int = 1,
+):
     share = Share(rank, world, world * rows)
     return list(load_rows(stream, share, place, num_workers=workers, limit=steps))
 
@@ -94,7 +111,10 @@ def raw(value: Any) -> Any:
 def test_every_record_is_met_once_an_epoch_in_another_order_each_time(golden: Path, data: Path):
     stream = make_stream(golden, data, batch_size=2)
     steps = [step for step, after in zip_steps(stream, 12)]
-    epochs = [[records_at(stream, epoch, row) for step in steps[n : n + 6] for row in step] for epoch, n in enumerate((0, 6))]
+    epochs = [
+        [records_at(stream, epoch, row) for step in steps[n : n + 6] for row in step]
+        for epoch, n in enumerate((0, 6))
+    ]
     epochs = [[i for row in rows for i in row] for rows in epochs]
     for epoch, order in enumerate(epochs):
         assert sorted(order) == list(range(N)) and order == stream.mixture.visits(epoch).records.tolist()
@@ -120,7 +140,9 @@ def test_ranks_together_read_the_one_global_order(golden: Path, data: Path, worl
     ranks = [take(stream, 4, rank=rank, world=world, rows=6 // world) for rank in range(world)]
     for n, (step, after) in enumerate(wanted):
         dealt = [ranks[i % world][n][i // world] for i in range(6)]
-        assert [row.records for row in dealt] == [records_at(stream, after.epoch, row) for row in step] + [[]] * (6 - len(step))
+        assert [row.records for row in dealt] == [records_at(stream, after.epoch, row) for row in step] + [
+            []
+        ] * (6 - len(step))
         assert {row.after for row in dealt} == {after}
     assert [after for _, after in wanted] == [Place(0, 6), Place(0, N), Place(1, 6), Place(1, N)]
 
@@ -130,7 +152,9 @@ def test_workers_change_nothing(golden: Path, data: Path, workers: int):
     stream = make_stream(golden, data, batch_size=2)
     alone = take(stream, 5, rows=3)
     with_workers = take(stream, 5, rows=3, workers=workers)
-    assert [[bits(row) for row in step] for step in with_workers] == [[bits(row) for row in step] for step in alone]
+    assert [[bits(row) for row in step] for step in with_workers] == [
+        [bits(row) for row in step] for step in alone
+    ]
 
 
 def test_workers_bring_the_mask_where_it_is_asked_for(golden: Path, data: Path):
@@ -139,7 +163,9 @@ def test_workers_bring_the_mask_where_it_is_asked_for(golden: Path, data: Path):
     stream.masks = True
     for (row,) in take(stream, 2, workers=1):
         wanted = with_mask(replace(row.pack, mask_rule=None, mask_blocks=None))
-        assert torch.equal(row.pack.mask_rule, wanted.mask_rule) and torch.equal(row.pack.mask_blocks, wanted.mask_blocks)
+        assert torch.equal(row.pack.mask_rule, wanted.mask_rule) and torch.equal(
+            row.pack.mask_blocks, wanted.mask_blocks
+        )
 
 
 def test_the_last_step_of_an_epoch_has_empty_rows(golden: Path, data: Path):
@@ -147,13 +173,16 @@ def test_the_last_step_of_an_epoch_has_empty_rows(golden: Path, data: Path):
     last = take(stream, 3, rows=4)[2]
     assert [len(row.records) for row in last] == [1, 1, 1, 0]
     empty = last[3].pack
-    assert len(empty) == 0 and empty.n_samples == 0 and empty.n_text_labels == 0 and empty.n_image_targets == 0
+    assert (
+        len(empty) == 0 and empty.n_samples == 0 and empty.n_text_labels == 0 and empty.n_image_targets == 0
+    )
     assert last[3].after == Place(0, N)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 2}, {"max_num_tokens": 160}])
 def test_going_on_from_any_place_gives_the_same_rows(golden: Path, data: Path, options: dict[str, Any]):
-    """Bit for bit, noise and times too, in the middle of an epoch, with samples that wait, and across the border of two epochs."""
+    """Bit for bit, noise and times too, in the middle of an epoch, with samples that wait, and across the
+    border of two epochs."""
     stream = make_stream(golden, data, **options)
     count = stream.steps_in(0, 2) + 3
     whole = [[bits(row) for row in step] for step in take(stream, count, rows=2)]
@@ -162,12 +191,14 @@ def test_going_on_from_any_place_gives_the_same_rows(golden: Path, data: Path, o
     assert any(place.waiting for place in places) == ("max_num_tokens" in options)
     for done, place in enumerate(places[:-1], 1):
         again = make_stream(golden, data, **options)
-        assert [[bits(row) for row in step] for step in take(again, count - done, place, rows=2)] == whole[done:]
+        assert [[bits(row) for row in step] for step in take(again, count - done, place, rows=2)] == whole[
+            done:
+        ]
 
 
 def test_going_on_with_a_full_buffer_whatever_the_workers_and_ranks(golden: Path, tmp_path: Path):
-    """Three times as many records as the look-ahead, so that the buffer is full in the middle of the epoch; the place after
-    step 5 goes to runs of other workers, and to two ranks of half the rows each."""
+    """Three times as many records as the look-ahead, so that the buffer is full in the middle of the epoch;
+    the place after step 5 goes to runs of other workers, and to two ranks of half the rows each."""
     n = 3 * LOOK_AHEAD
     stream = make_stream(golden, write_data(tmp_path, n, longest=12), max_num_tokens=300)
     whole = take(stream, 9, rows=4)
@@ -194,7 +225,8 @@ def test_every_record_once_over_three_epochs_of_full_rows(golden: Path, tmp_path
 
 
 def test_resuming_costs_the_same_wherever_it_stands(golden: Path, tmp_path: Path):
-    """The first row of a place needs the lengths of what waits and of one chunk, not of all that came before."""
+    """The first row of a place needs the lengths of what waits and of one chunk, not of all that came
+    before."""
     stream = make_stream(golden, write_data(tmp_path, 9000, longest=3), max_num_tokens=600)
     asked = []
     lengths = stream._lengths
@@ -228,7 +260,11 @@ def test_a_batch_takes_up_what_waited_under_a_token_budget(golden: Path, data: P
     """Going on with other options than before loses nothing."""
     stream = make_stream(golden, data, batch_size=3)
     rows = list(stream.rows(Place(0, 8, (1, 4, 5, 7))))
-    assert [row for row, _ in rows] == [[1, 4, 5], [7, 8, 9], [10]] and rows[0][1] == Place(0, 8, (7,)) and rows[-1][1] == Place(0, N)
+    assert (
+        [row for row, _ in rows] == [[1, 4, 5], [7, 8, 9], [10]]
+        and rows[0][1] == Place(0, 8, (7,))
+        and rows[-1][1] == Place(0, N)
+    )
 
 
 def test_a_record_has_other_noise_in_another_epoch_and_the_same_in_validation(golden: Path, data: Path):
@@ -254,6 +290,8 @@ def test_a_picture_that_broke_after_the_check_is_told(golden: Path, data: Path, 
     broken = {i for i in range(N) if i % 3 == 1 and i % 2 == 1}
     assert sorted(row.records) == sorted(set(range(N)) - broken)
     assert {(bad.origin.file, bad.origin.line) for bad in row.bad} == {(data, i + 1) for i in broken}
-    assert all(bad.code == "broken_picture" and "1.png" in str(bad) and "Cure:" in str(bad) for bad in row.bad)
+    assert all(
+        bad.code == "broken_picture" and "1.png" in str(bad) and "Cure:" in str(bad) for bad in row.bad
+    )
     assert row.pack.n_samples == N - len(broken) == len(row.pack.origins)
     assert row.after == Place(0, N)

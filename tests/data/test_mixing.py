@@ -1,4 +1,5 @@
-"""Several sources as one stream: exact counts, rates that hold, orders that follow from (seed, epoch) alone."""
+"""Several sources as one stream: exact counts, rates that hold, orders that follow from (seed, epoch)
+alone."""
 
 from __future__ import annotations
 
@@ -17,10 +18,15 @@ from unigen.model.weights import load_planner
 from unigen.sequence.plan import Draw
 
 
-def source(folder: Path, name: str, n: int, weight: float | None = None, repeat: bool = False, words: int = 3) -> Part:
+def source(
+    folder: Path, name: str, n: int, weight: float | None = None, repeat: bool = False, words: int = 3
+) -> Part:
     path = folder / f"{name}.jsonl"
     roles = [{"role": "user", "content": "Say something"}]
-    lines = [{"messages": [*roles, {"role": "assistant", "content": f"{name} " * (words + i % 3)}]} for i in range(n)]
+    lines = [
+        {"messages": [*roles, {"role": "assistant", "content": f"{name} " * (words + i % 3)}]}
+        for i in range(n)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     planner = load_planner(None, Config())
     return Part(name, UnifiedGenerationDataset(path, measure=planner.measure), planner, weight, repeat)
@@ -49,8 +55,11 @@ def test_one_source_has_the_order_it_has_without_a_mixture(tmp_path: Path):
 
 
 def test_a_weight_is_a_rate_that_holds_all_the_epoch_when_the_source_repeats(tmp_path: Path):
-    """b is a tenth as large as a, but half of all visits: met ten times over, each pass whole before the next begins."""
-    mixture = Mixture([source(tmp_path, "a", 500, weight=1), source(tmp_path, "b", 50, weight=1, repeat=True)], seed=1)
+    """b is a tenth as large as a, but half of all visits: met ten times over, each pass whole before the next
+    begins."""
+    mixture = Mixture(
+        [source(tmp_path, "a", 500, weight=1), source(tmp_path, "b", 50, weight=1, repeat=True)], seed=1
+    )
     assert len(mixture) == 1000
     for epoch in range(2):
         visits, order = mixture.visits(epoch), names(mixture, epoch)
@@ -60,7 +69,9 @@ def test_a_weight_is_a_rate_that_holds_all_the_epoch_when_the_source_repeats(tmp
             assert 45 <= Counter(order[start : start + 100])["a"] <= 55, "evenly from start to end"
         mine = visits.records >= 500
         passes = visits.passes[mine]
-        assert passes.tolist() == sorted(passes.tolist()) and set(passes.tolist()) == set(range(10 * epoch, 10 * epoch + 10))
+        assert passes.tolist() == sorted(passes.tolist()) and set(passes.tolist()) == set(
+            range(10 * epoch, 10 * epoch + 10)
+        )
         for number in set(passes.tolist()):
             assert sorted(visits.records[mine][passes == number].tolist()) == list(range(500, 550))
     orders = {tuple(visits.records[mine][passes == number].tolist()) for number in set(passes.tolist())}
@@ -68,7 +79,9 @@ def test_a_weight_is_a_rate_that_holds_all_the_epoch_when_the_source_repeats(tmp
 
 
 def test_a_pass_that_an_epoch_cuts_goes_on_in_the_next(tmp_path: Path):
-    mixture = Mixture([source(tmp_path, "a", 30, weight=3), source(tmp_path, "b", 7, weight=1, repeat=True)], seed=1)
+    mixture = Mixture(
+        [source(tmp_path, "a", 30, weight=3), source(tmp_path, "b", 7, weight=1, repeat=True)], seed=1
+    )
     assert mixture.counts == [30, 10]
     met = [r for epoch in range(7) for r in mixture.visits(epoch).records.tolist() if r >= 30]
     assert set(Counter(met).values()) == {10}, "70 visits to 7 records, over 7 epochs: all equally often"
@@ -78,11 +91,17 @@ def test_a_finite_source_ends_early_and_the_log_says_so(tmp_path: Path):
     mixture = Mixture([source(tmp_path, "a", 100, weight=1), source(tmp_path, "b", 25, weight=1)], seed=1)
     order = names(mixture, 0)
     assert len(order) == 125 and "b" not in order[60:] and 20 <= Counter(order[:50])["b"] <= 30
-    assert "b ends after 25% of the epoch; with repeat: true" in mixture.describe() and "a ends" not in mixture.describe()
+    assert (
+        "b ends after 25% of the epoch; with repeat: true" in mixture.describe()
+        and "a ends" not in mixture.describe()
+    )
 
 
 def test_where_all_repeat_an_epoch_has_as_many_visits_as_there_are_records(tmp_path: Path):
-    mixture = Mixture([source(tmp_path, "a", 90, weight=1, repeat=True), source(tmp_path, "b", 10, weight=3, repeat=True)], seed=1)
+    mixture = Mixture(
+        [source(tmp_path, "a", 90, weight=1, repeat=True), source(tmp_path, "b", 10, weight=3, repeat=True)],
+        seed=1,
+    )
     assert mixture.counts == [25, 75]
     met = Counter(r for epoch in range(18) for r in mixture.visits(epoch).records.tolist() if r < 90)
     assert set(met.values()) == {5}, "also the slow source is gone through whole before anything comes again"
@@ -91,8 +110,14 @@ def test_where_all_repeat_an_epoch_has_as_many_visits_as_there_are_records(tmp_p
 
 
 def test_a_repeated_visit_has_random_numbers_of_its_own(tmp_path: Path):
-    mixture = Mixture([source(tmp_path, "a", 40, weight=1), source(tmp_path, "b", 4, weight=1, repeat=True)], seed=1)
-    visits = [(r, n) for epoch in range(3) for r, n in zip(mixture.visits(epoch).records.tolist(), mixture.visits(epoch).passes.tolist())]
+    mixture = Mixture(
+        [source(tmp_path, "a", 40, weight=1), source(tmp_path, "b", 4, weight=1, repeat=True)], seed=1
+    )
+    visits = [
+        (r, n)
+        for epoch in range(3)
+        for r, n in zip(mixture.visits(epoch).records.tolist(), mixture.visits(epoch).passes.tolist())
+    ]
     assert len(set(visits)) == len(visits)
 
 
@@ -112,19 +137,26 @@ def test_lengths_come_from_each_source_s_own_planner(tmp_path: Path, training: b
 def test_validation_keeps_the_files_order_and_ignores_weights(tmp_path: Path):
     parts = [source(tmp_path, "a", 4, weight=1), source(tmp_path, "b", 3, weight=9, repeat=True)]
     mixture = Mixture(parts, seed=1, training=False)
-    assert len(mixture) == 7 and mixture.visits(0).records.tolist() == mixture.visits(5).records.tolist() == list(range(7))
+    assert len(mixture) == 7 and mixture.visits(0).records.tolist() == mixture.visits(
+        5
+    ).records.tolist() == list(range(7))
 
 
 def test_other_weights_are_other_data_for_a_resume(tmp_path: Path):
     def fingerprint(weight: float, repeat: bool) -> str:
-        return Mixture([source(tmp_path, "a", 5, weight=1), source(tmp_path, "b", 5, weight=weight, repeat=repeat)], seed=1).fingerprint
+        return Mixture(
+            [source(tmp_path, "a", 5, weight=1), source(tmp_path, "b", 5, weight=weight, repeat=repeat)],
+            seed=1,
+        ).fingerprint
 
     found = [fingerprint(1, False), fingerprint(2, False), fingerprint(2, True)]
     assert len(set(found)) == 3 and fingerprint(2, True) == found[2]
 
 
 def test_the_log_counts_visits_and_tokens_of_each_source(tmp_path: Path):
-    mixture = Mixture([source(tmp_path, "a", 30, weight=3), source(tmp_path, "b", 5, weight=1, repeat=True)], seed=1)
+    mixture = Mixture(
+        [source(tmp_path, "a", 30, weight=3), source(tmp_path, "b", 5, weight=1, repeat=True)], seed=1
+    )
     text = mixture.describe()
     whole = sum(mixture.lengths(np.arange(35), np.zeros(35, np.int64)) * np.array([1] * 30 + [2] * 5))
     share = sum(mixture.lengths(np.arange(30, 35), np.zeros(5, np.int64)) * 2) / whole

@@ -1,4 +1,5 @@
-"""``InterleaveInferencer``: repeatable, the same in a batch, contexts as in training, and answers that stop by themselves."""
+"""``InterleaveInferencer``: repeatable, the same in a batch, contexts as in training, and answers that stop
+by themselves."""
 
 import numpy as np
 import pytest
@@ -28,8 +29,14 @@ def model(golden):
 
 @pytest.fixture(scope="module")
 def inferencer(model):
-    transforms = {"vae": ImageTransform(64, 32, 16), "vit": ImageTransform(56, 28, 14), "vit_edit": ImageTransform(42, 28, 14)}
-    return InterleaveInferencer(model, **{f"{name}_transform": transform for name, transform in transforms.items()})
+    transforms = {
+        "vae": ImageTransform(64, 32, 16),
+        "vit": ImageTransform(56, 28, 14),
+        "vit_edit": ImageTransform(42, 28, 14),
+    }
+    return InterleaveInferencer(
+        model, **{f"{name}_transform": transform for name, transform in transforms.items()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +47,15 @@ def picture():
 def same(a, b):
     """Equal answers: texts as they are, pictures pixel by pixel."""
     assert len(a) == len(b)
-    return all(x == y if isinstance(x, str) else np.array_equal(np.array(x), np.array(y)) for x, y in zip(a, b, strict=True))
+    return all(
+        x == y if isinstance(x, str) else np.array_equal(np.array(x), np.array(y))
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def machine(golden, **follows):
-    """A model in which a token alone decides the next one: each of the tokens below owns a direction of the hidden state,
-    and ``follows`` says what the text head reads in it."""
+    """A model in which a token alone decides the next one: each of the tokens below owns a direction of the
+    hidden state, and ``follows`` says what the text head reads in it."""
     model = load_bagel(golden / "model", dtype=torch.float32)
     s = Tokenizer.load(golden / "model").special
     ids = {
@@ -61,7 +71,9 @@ def machine(golden, **follows):
         head.zero_()
         decoder.norm.weight.fill_(1.0)
         for axis, name in enumerate(AXES):
-            decoder.embed_tokens.weight[ids[name]] = 1000.0 * torch.nn.functional.one_hot(torch.tensor(axis), 64)
+            decoder.embed_tokens.weight[ids[name]] = 1000.0 * torch.nn.functional.one_hot(
+                torch.tensor(axis), 64
+            )
             if name in follows:
                 head[ids[follows[name]], axis] = 1.0
     return InterleaveInferencer(model)
@@ -74,7 +86,7 @@ def kinds(answer):
     return ["text" if isinstance(piece, str) else "image" for piece in answer]
 
 
-# ---- transitions -----------------------------------------------------------------------------------------------------
+# ---- transitions
 
 
 @pytest.mark.parametrize(
@@ -110,13 +122,18 @@ def test_a_model_that_cannot_draw_writes(golden):
 
 def test_contexts_of_a_batch_take_their_own_ways(golden, picture):
     inferencer = machine(golden, **WRITES, text_end="image_start", image_end="end")
-    with torch.no_grad():  # an answer may not begin with the end: after a picture its next best beginning is a text
-        inferencer.model.language_model.lm_head.weight[inferencer.tokenizer.special.text_start, IMAGE_END] = 0.5
-    batch = inferencer.unified_generate_batch([["a"], [picture], ["b", picture, "c"]], max_pieces=3, seed=4, **FAST)
+    # an answer may not begin with the end: after a picture its next best beginning is a text
+    with torch.no_grad():
+        inferencer.model.language_model.lm_head.weight[inferencer.tokenizer.special.text_start, IMAGE_END] = (
+            0.5
+        )
+    batch = inferencer.unified_generate_batch(
+        [["a"], [picture], ["b", picture, "c"]], max_pieces=3, seed=4, **FAST
+    )
     assert [kinds(answer) for answer in batch] == [["image"], ["text", "image"], ["image"]]
 
 
-# ---- a given plan, seeds, batches ------------------------------------------------------------------------------------
+# ---- a given plan, seeds, batches
 
 
 @pytest.mark.parametrize("outputs", [["text"], ["image"], ["text", "image"], ["image", "text", "image"], []])
@@ -145,7 +162,11 @@ def test_seeds_repeat_an_answer_and_others_do_not(inferencer, picture, do_sample
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_a_batch_is_its_prompts_one_by_one(inferencer, picture, do_sample):
-    prompts = [["a cat"], ["add a hat", picture], [picture, "and make it a good deal larger than it was before", picture]]
+    prompts = [
+        ["a cat"],
+        ["add a hat", picture],
+        [picture, "and make it a good deal larger than it was before", picture],
+    ]
     options = {
         "outputs": ["text", "image", "text"],
         "max_new_tokens": 6,
@@ -153,7 +174,12 @@ def test_a_batch_is_its_prompts_one_by_one(inferencer, picture, do_sample):
         "num_timesteps": 3,
         "temperature": 1.0,
     }
-    options |= {"image_shapes": (32, 48), "cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0)}
+    options |= {
+        "image_shapes": (32, 48),
+        "cfg_text_scale": 3.0,
+        "cfg_img_scale": 1.5,
+        "cfg_interval": (0.0, 1.0),
+    }
     together = inferencer.unified_generate_batch(prompts, seed=10, **options)
     for i, prompt in enumerate(prompts):
         alone = inferencer.unified_generate(prompt, seed=10 + i, **options)
@@ -168,12 +194,15 @@ def test_a_picture_keeps_the_size_of_the_one_before(inferencer, picture):
 
 
 def test_without_one_it_is_the_largest_square_that_training_draws(inferencer, model):
-    draw = lambda i: i.unified_generate("draw", outputs=["image"], num_timesteps=2, cfg_text_scale=1.0, seed=0)[0]  # noqa: E731
+    def draw(i):
+        return i.unified_generate("draw", outputs=["image"], num_timesteps=2, cfg_text_scale=1.0, seed=0)[0]
+
     assert draw(inferencer).size == (64, 64)
-    assert draw(InterleaveInferencer(model)).size == (256, 256)  # all of a table of 16 x 16 tokens of 16 pixels
+    # all of a table of 16 x 16 tokens of 16 pixels
+    assert draw(InterleaveInferencer(model)).size == (256, 256)
 
 
-# ---- contexts --------------------------------------------------------------------------------------------------------
+# ---- contexts
 
 
 def equal(a, b):
@@ -219,7 +248,8 @@ def test_a_written_text_leaves_the_contexts_that_a_given_one_leaves(inferencer, 
 
 
 def test_what_guidance_compares_with(inferencer, picture):
-    """No text: what stood before the last text, or after the last image if that came later; no image: the texts alone."""
+    """No text: what stood before the last text, or after the last image if that came later; no image: the
+    texts alone."""
     build = lambda *pieces: _context(inferencer, pieces)  # noqa: E731
     c = build("a", picture, "b c")
     assert equal(c.no_text, build("a", picture).full) and equal(c.no_image, build("a", "b c").full)
@@ -234,7 +264,9 @@ def test_what_guidance_compares_with(inferencer, picture):
     [(["a cat"], False, 2), (["a", "cat"], False, 2), (["a cat"], True, 3), (["PICTURE", "blue"], False, 3)],
 )
 @pytest.mark.parametrize("entrance", ["reference", "unified"])
-def test_contexts_that_go_through_the_model_at_every_step(inferencer, picture, monkeypatch, prompt, think, contexts, entrance):
+def test_contexts_that_go_through_the_model_at_every_step(
+    inferencer, picture, monkeypatch, prompt, think, contexts, entrance
+):
     """With texts alone the no-image context is the full one, and its velocity is not computed again."""
     rows, forward = [], inferencer.model.hidden_states
 
@@ -245,7 +277,13 @@ def test_contexts_that_go_through_the_model_at_every_step(inferencer, picture, m
 
     monkeypatch.setattr(inferencer.model, "hidden_states", counted)
     pieces = [picture if piece == "PICTURE" else piece for piece in prompt]
-    settings = {"think": think, "max_new_tokens": 3, "num_timesteps": 3, "cfg_interval": (0.0, 1.0), "seed": 0}
+    settings = {
+        "think": think,
+        "max_new_tokens": 3,
+        "num_timesteps": 3,
+        "cfg_interval": (0.0, 1.0),
+        "seed": 0,
+    }
     if entrance == "reference":
         inferencer.interleave_inference(pieces, **settings, image_shapes=(32, 32))
     else:
@@ -260,13 +298,19 @@ def _context(inferencer, pieces):
     return context
 
 
-def test_pictures_of_contexts_that_draw_come_as_latents_then_patches(inferencer, model, tokenizer_special, picture):
+def test_pictures_of_contexts_that_draw_come_as_latents_then_patches(
+    inferencer, model, tokenizer_special, picture
+):
     context = _context(inferencer, [picture])
     blocks = inferencer.builder.shown(context, 0)
     pack = pack_blocks([blocks], tokenizer_special, model.config.geometry)
     with torch.no_grad():
         hidden = model(pack).hidden[pack.index.argsort()]
-    assert torch.allclose(context.last, hidden[-1], atol=1e-5) and context.full.length == len(pack) and context.full.position == 2
+    assert (
+        torch.allclose(context.last, hidden[-1], atol=1e-5)
+        and context.full.length == len(pack)
+        and context.full.position == 2
+    )
     assert [b.kind for b in blocks] == [Kind.CLEAN, Kind.VIT] and context.no_image.length == 0
 
 
@@ -275,7 +319,7 @@ def tokenizer_special(golden):
     return Tokenizer.load(golden / "model").special
 
 
-# ---- as the reference ------------------------------------------------------------------------------------------------
+# ---- as the reference
 
 
 def test_call_takes_a_picture_a_text_or_both(inferencer, picture):
@@ -291,27 +335,46 @@ def test_call_takes_a_picture_a_text_or_both(inferencer, picture):
 
 def test_call_is_interleave_inference_with_the_picture_first(inferencer, picture):
     options = {"understanding_output": True, "max_think_token_n": 6}
-    assert inferencer(picture, "what is it", **options)["text"] == inferencer.interleave_inference([picture, "what is it"], **options)[0]
+    assert (
+        inferencer(picture, "what is it", **options)["text"]
+        == inferencer.interleave_inference([picture, "what is it"], **options)[0]
+    )
 
 
-def test_thinking_puts_the_prompt_first_and_the_thought_into_the_full_context_alone(model, inferencer, picture):
+def test_thinking_puts_the_prompt_first_and_the_thought_into_the_full_context_alone(
+    model, inferencer, picture
+):
     """Against the same steps taken by hand."""
     noise = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    trace, options = {}, {"num_timesteps": 3, "cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0)}
+    trace, options = (
+        {},
+        {"num_timesteps": 3, "cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0)},
+    )
     thought, drawn = inferencer.interleave_inference(
-        [picture, "make it blue"], think=True, max_think_token_n=5, initial_noise=noise, trace=trace, **options
+        [picture, "make it blue"],
+        think=True,
+        max_think_token_n=5,
+        initial_noise=noise,
+        trace=trace,
+        **options,
     )
     context, builder = Context(3), inferencer.builder
     context.reset(drawing=True)
     builder.add_text([context], [THINK_PROMPTS["generate"]])
-    shown = blocks_as_reference(model.config, inferencer.vae_transform, inferencer.vit_transform, picture, draws=True)
+    shown = blocks_as_reference(
+        model.config, inferencer.vae_transform, inferencer.vit_transform, picture, draws=True
+    )
     builder.add_image([context], [shown])
     builder.add_text([context], ["make it blue"])
     no_text, no_image = context.no_text.snapshot(), context.no_image.snapshot()
     ids = trace["tokens"][0].tolist()
     assert thought == inferencer.tokenizer.decode(ids[1:]).split("<|im_end|>")[0].split("<|im_start|>")[0]
     builder.add_text([context], [thought], only_full=True)
-    assert equal(context.no_text, no_text) and equal(context.no_image, no_image) and context.full.length > no_text.length
+    assert (
+        equal(context.no_text, no_text)
+        and equal(context.no_image, no_image)
+        and context.full.length > no_text.length
+    )
     tokens, _ = inferencer._draw([context], [(32, 48)], [noise], sampling_options(**options))[0]
     assert torch.allclose(tokens, trace["latent"][0], atol=1e-4) and drawn.size == (48, 32)
 
@@ -319,8 +382,13 @@ def test_thinking_puts_the_prompt_first_and_the_thought_into_the_full_context_al
 def test_the_prompt_of_thinking_matters(model):
     drawn = []
     for prompt in ("x", "a long prompt", "x"):
-        trace, inferencer = {}, InterleaveInferencer(model, think_prompts={"understand": "-", "generate": prompt})
-        inferencer.interleave_inference(["a"], think=True, max_think_token_n=3, seed=0, trace=trace, cfg_text_scale=1.0, **FAST)
+        trace, inferencer = (
+            {},
+            InterleaveInferencer(model, think_prompts={"understand": "-", "generate": prompt}),
+        )
+        inferencer.interleave_inference(
+            ["a"], think=True, max_think_token_n=3, seed=0, trace=trace, cfg_text_scale=1.0, **FAST
+        )
         drawn.append(trace["latent"][0])
     assert torch.equal(drawn[0], drawn[2]) and not torch.allclose(drawn[0], drawn[1], atol=1e-3)
 
@@ -330,11 +398,12 @@ def test_seeds_repeat_interleave_inference(inferencer):
     assert same(draw(1), draw(1)) and not same(draw(1), draw(2))
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((8, 32), "height is 8 pixels; this model draws from 16 to 256"), ((32, 272), "width is 272 pixels")]
+    ("shape", "message"),
+    [((8, 32), "height is 8 pixels; this model draws from 16 to 256"), ((32, 272), "width is 272 pixels")],
 )
 def test_sizes_beyond_the_table_are_explained(inferencer, shape, message):
     with pytest.raises(InferenceError, match=message):
@@ -344,7 +413,9 @@ def test_sizes_beyond_the_table_are_explained(inferencer, shape, message):
 
 
 def test_sizes_are_rounded_down_to_tokens(inferencer):
-    assert inferencer.unified_generate("a", outputs=["image"], image_shapes=(40, 63), num_timesteps=2, seed=0)[0].size == (48, 32)
+    assert inferencer.unified_generate(
+        "a", outputs=["image"], image_shapes=(40, 63), num_timesteps=2, seed=0
+    )[0].size == (48, 32)
 
 
 def test_requests_that_cannot_be_are_explained(inferencer, golden, picture):
@@ -370,7 +441,9 @@ def test_a_model_without_eyes_says_so(golden, picture):
         blind.unified_generate([picture, "what is it"], outputs=["text"])
     with pytest.raises(InferenceError, match="visual_und"):
         blind.interleave_inference([picture], understanding_output=True)
-    assert kinds(blind.unified_generate([picture, "blue"], outputs=["image"], num_timesteps=2, seed=0)) == ["image"]
+    assert kinds(blind.unified_generate([picture, "blue"], outputs=["image"], num_timesteps=2, seed=0)) == [
+        "image"
+    ]
 
 
 def test_the_reference_s_entrance_takes_both_names_but_not_at_once(inferencer):
@@ -380,7 +453,9 @@ def test_the_reference_s_entrance_takes_both_names_but_not_at_once(inferencer):
         ask(max_new_tokens=5, max_think_token_n=6)
     with pytest.raises(InferenceError, match="did you mean max_new_tokens"):
         ask(max_new_token=5)
-    drawn = inferencer.interleave_inference(["a"], height=32, width=48, num_timesteps=2, enable_taylorseer=False, seed=0)
+    drawn = inferencer.interleave_inference(
+        ["a"], height=32, width=48, num_timesteps=2, enable_taylorseer=False, seed=0
+    )
     assert drawn[0].size == (48, 32)
 
 

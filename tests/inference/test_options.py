@@ -17,8 +17,10 @@ from unigen.model.flow import RENORM_TYPES
 
 # The reference's interleave_inference: names in order, and defaults.
 REFERENCE = {
-    "think": False, "understanding_output": False, "max_think_token_n": 1000, "do_sample": False, "text_temperature": 0.3,
-    "cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": (0.4, 1.0), "timestep_shift": 3.0, "num_timesteps": 50,
+    "think": False, "understanding_output": False, "max_think_token_n": 1000, "do_sample": False,
+    "text_temperature": 0.3,
+    "cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": (0.4, 1.0), "timestep_shift": 3.0,
+    "num_timesteps": 50,
     "cfg_renorm_min": 0.0, "cfg_renorm_type": "global",
 }  # fmt: skip
 
@@ -48,12 +50,16 @@ def test_keywords_and_checks_are_those_of_the_dataclass():
 
 
 def test_older_names_mean_the_new_ones():
-    found = sampling_options(max_think_token_n=7, text_temperature=1.0, image_shapes=(32, 48), cfg_interval=[0, 1])
+    found = sampling_options(
+        max_think_token_n=7, text_temperature=1.0, image_shapes=(32, 48), cfg_interval=[0, 1]
+    )
     assert (found.max_new_tokens, found.temperature, found.height, found.width) == (7, 1.0, 32, 48)
     assert found.cfg_interval == (0, 1)
     assert sampling_options(image_shapes=None, enable_taylorseer=False) == SamplingOptions()
     base = SamplingOptions(num_timesteps=9)
-    assert sampling_options(base, seed=1) == SamplingOptions(num_timesteps=9, seed=1) and base == SamplingOptions(num_timesteps=9)
+    assert sampling_options(base, seed=1) == SamplingOptions(
+        num_timesteps=9, seed=1
+    ) and base == SamplingOptions(num_timesteps=9)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from unigen.sequence.types import Block, Image, Kind, Origin, Record, Text
 # Sizes of the release, divided; all different, so that no mistake hides.
 SIZES = {
     "vae_transform": {"max_size": 128, "min_size": 64},
-    "vit_transform": {"max_size": 112, "min_size": 28, "max_pixels": 15_000},  # two pictures have to share them
+    # two pictures have to share them
+    "vit_transform": {"max_size": 112, "min_size": 28, "max_pixels": 15_000},
     "vit_edit_transform": {"max_size": 70, "min_size": 28, "max_pixels": 6_000},
 }
 NOTHING_DROPPED = {"text_cond_dropout_prob": 0.0, "vit_cond_dropout_prob": 0.0, "vae_cond_dropout_prob": 0.0}
@@ -93,7 +94,11 @@ def source(width, height, seed, jpeg):
 
 
 PICTURES = st.builds(source, SIDES, SIDES, st.integers(0, 3), JPEG)
-PIECES = st.lists(st.one_of(st.sampled_from(["a cat", "", "Mach es blau. 猫"]).map(Text), PICTURES.map(Image)), min_size=1, max_size=4)
+PIECES = st.lists(
+    st.one_of(st.sampled_from(["a cat", "", "Mach es blau. 猫"]).map(Text), PICTURES.map(Image)),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)
@@ -149,10 +154,11 @@ def test_the_figures_of_the_release(golden, entered):
         inferencer.builder.replay([context], drawing)
         lengths.append([(block.kind, block.length) for block in entered.pop(id(context.full))])
     assert lengths == [[(Kind.CLEAN, 3072), (Kind.VIT, 1036)], [(Kind.VIT, 256)]]
-    assert InterleaveInferencer(inferencer.model).vit_transform.size(1024, 768) == (980, 728)  # 3,640 tokens, as the reference
+    # 3,640 tokens, as the reference
+    assert InterleaveInferencer(inferencer.model).vit_transform.size(1024, 768) == (980, 728)
 
 
-# ---- every entrance ----------------------------------------------------------------------------------------------
+# ---- every entrance
 
 
 @pytest.fixture
@@ -173,7 +179,8 @@ FAST = {"num_timesteps": 2, "max_new_tokens": 3, "seed": 0}
 
 
 @pytest.mark.parametrize(
-    ("outputs", "think"), [(["text"], False), (["text"], True), (["image"], False), (["image"], True), (["text", "image"], False)]
+    ("outputs", "think"),
+    [(["text"], False), (["text"], True), (["image"], False), (["image"], True), (["text", "image"], False)],
 )
 def test_an_answer_of_given_pieces_shows_pictures_as_training_does(model, seen, outputs, think):
     inferencer, prompt = InterleaveInferencer(model), [noise(200, 90), noise(90, 90, 1), "what?"]
@@ -187,18 +194,41 @@ def test_the_reference_s_entrance_resizes_for_the_vae_first(model, seen):
     inferencer, picture = InterleaveInferencer(model), noise(200, 90)
     inferencer.interleave_inference([picture, "what?"], understanding_output=True, max_think_token_n=2)
     resized = inferencer.vae_transform.resize(picture)
-    assert [b.grid for blocks in seen for b in blocks] == [tuple(n // 14 for n in inferencer.vit_transform.size(*resized.size)[::-1])]
+    assert [b.grid for blocks in seen for b in blocks] == [
+        tuple(n // 14 for n in inferencer.vit_transform.size(*resized.size)[::-1])
+    ]
 
 
 @pytest.mark.parametrize(("mode", "draws"), [("text", False), ("image", True), ("edit", True)])
 @pytest.mark.parametrize("think", [False, True])
-def test_the_command_line_shows_pictures_as_training_does(golden, tmp_path, monkeypatch, seen, mode, draws, think):
+def test_the_command_line_shows_pictures_as_training_does(
+    golden, tmp_path, monkeypatch, seen, mode, draws, think
+):
     load = load_bagel
     monkeypatch.setattr(inferencer_module, "load_bagel", lambda *a, **k: load(*a, **k, constants=SIZES))
     path = tmp_path / "a.png"
     noise(200, 90).save(path)
-    argv = ["--model_path", str(golden / "model"), "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--mode", mode]
-    argv += ["--image", str(path), "--prompt", "what?", "--num_timesteps", "2", "--max_new_tokens", "3", *["--think"] * think]
+    argv = [
+        "--model_path",
+        str(golden / "model"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--mode",
+        mode,
+    ]
+    argv += [
+        "--image",
+        str(path),
+        "--prompt",
+        "what?",
+        "--num_timesteps",
+        "2",
+        "--max_new_tokens",
+        "3",
+        *["--think"] * think,
+    ]
     assert cli.main(["generate", *argv]) == 0
     inferencer = InterleaveInferencer(load(golden / "model", constants=SIZES))
     target = Image(noise(64, 64), True) if draws else Text("x", True)
@@ -223,11 +253,13 @@ def test_a_model_that_decides_to_draw_sees_the_prompt_anew(model, seen, monkeypa
     assert drawn[0].grid == (2, 3)
 
 
-# ---- thinking ----------------------------------------------------------------------------------------------------
+# ---- thinking
 
 
 @pytest.mark.parametrize(("kind", "system"), [("text", "understand"), ("image", "generate")])
-def test_a_model_that_decides_thinks_first_with_the_prompt_of_what_it_decided(model, monkeypatch, kind, system):
+def test_a_model_that_decides_thinks_first_with_the_prompt_of_what_it_decided(
+    model, monkeypatch, kind, system
+):
     """A drawing has a thought before it, in the full context alone; a text holds its thought."""
     inferencer, ways, texts = InterleaveInferencer(model), iter([kind, None]), []
     monkeypatch.setattr(inferencer, "_next_kind", lambda context, first: next(ways))
@@ -240,17 +272,29 @@ def test_a_model_that_decides_thinks_first_with_the_prompt_of_what_it_decided(mo
     monkeypatch.setattr(ContextBuilder, "add_text", noted)
     answer = inferencer.unified_generate("a cat", think=True, height=32, width=32, **FAST)
     assert [isinstance(piece, str) for piece in answer] == ([True] if kind == "text" else [True, False])
-    assert texts[:3] == [["a cat"], [THINK_PROMPTS[system]], ["a cat"]] and texts[3:] == ([] if kind == "text" else [answer[:1]])
+    assert texts[:3] == [["a cat"], [THINK_PROMPTS[system]], ["a cat"]] and texts[3:] == (
+        [] if kind == "text" else [answer[:1]]
+    )
 
 
 def test_thinking_draws_what_the_reference_draws(model):
     """The same thought and the same picture as ``interleave_inference`` for a prompt of one text."""
     inferencer = InterleaveInferencer(model)
-    settings = {"think": True, "num_timesteps": 4, "max_new_tokens": 6, "seed": 3, "height": 32, "width": 48, "cfg_interval": (0.0, 1.0)}
+    settings = {
+        "think": True,
+        "num_timesteps": 4,
+        "max_new_tokens": 6,
+        "seed": 3,
+        "height": 32,
+        "width": 48,
+        "cfg_interval": (0.0, 1.0),
+    }
     theirs = inferencer.interleave_inference(["a cat"], **settings)
     ours = inferencer.unified_generate("a cat", outputs=["image"], **settings)
     assert ours[0] == theirs[0]
-    difference = (torch.tensor(list(ours[1].tobytes())).int() - torch.tensor(list(theirs[1].tobytes())).int()).abs()
+    difference = (
+        torch.tensor(list(ours[1].tobytes())).int() - torch.tensor(list(theirs[1].tobytes())).int()
+    ).abs()
     assert difference.max() <= 1  # floored to whole numbers
 
 
@@ -266,7 +310,7 @@ def test_a_thought_stays_hidden_when_the_context_is_built_anew(model):
     assert context.no_image.length < context.full.length
 
 
-# ---- the run's own sizes -----------------------------------------------------------------------------------------
+# ---- the run's own sizes
 
 
 def test_explicit_transforms_win(model):
@@ -274,30 +318,49 @@ def test_explicit_transforms_win(model):
     given = InterleaveInferencer(model, vae_transform=vae, vit_transform=vit, vit_edit_transform=edit)
     found = given.builder.planner.transforms
     assert [replace(t, limit=None) for t in (found.vae, found.vit, found.vit_edit)] == [vae, vit, edit]
-    plain = InterleaveInferencer(model, vit_transform=vit).builder.planner.transforms  # as the reference's users pass it
-    assert plain.vit_edit == planner_of(given).transforms.vit_edit and plain.vae == planner_of(given).transforms.vae
+    # as the reference's users pass it
+    plain = InterleaveInferencer(model, vit_transform=vit).builder.planner.transforms
+    assert (
+        plain.vit_edit == planner_of(given).transforms.vit_edit
+        and plain.vae == planner_of(given).transforms.vae
+    )
 
 
 def test_a_checkpoint_of_a_run_shows_pictures_as_that_run_did(golden, tmp_path):
     config = load_bagel(golden / "model", constants=SIZES).config
     folder = tmp_path / "step_1"
     folder.mkdir()
-    (folder / RUN_OPTIONS).write_text(json.dumps(Config(max_image_tokens=12, train_data_path="x.jsonl").to_dict()))
-    assert trained_transform(config, folder) == config.planner(None, DataOptions(max_image_tokens=12)).transforms.vae
+    (folder / RUN_OPTIONS).write_text(
+        json.dumps(Config(max_image_tokens=12, train_data_path="x.jsonl").to_dict())
+    )
+    assert (
+        trained_transform(config, folder)
+        == config.planner(None, DataOptions(max_image_tokens=12)).transforms.vae
+    )
     assert trained_transform(config, None) == config.planner(None, DataOptions()).transforms.vae
     assert trained_transform(config, tmp_path) == trained_transform(config, None)
 
 
 def test_of_several_sources_the_widest_limits_hold(golden):
     config = load_bagel(golden / "model", constants=SIZES).config
-    entries = [{"path": "a", "max_image_size": 96, "max_image_tokens": 9}, {"path": "b", "min_image_size": 32}]
+    entries = [
+        {"path": "a", "max_image_size": 96, "max_image_tokens": 9},
+        {"path": "b", "min_image_size": 32},
+    ]
     run = Config(train_sources=entries, max_image_tokens=20)
     found = run_transform(config, run.sources(), run.max_image_tokens)
     assert (found.max_size, found.min_size, found.max_tokens) == (128, 32, 20)
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"max_image_tokens": "many"}', '{"max_image_tokens": 0}', '{"train_sources": [{"pth": "a"}]}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"max_image_tokens": "many"}',
+        '{"max_image_tokens": 0}',
+        '{"train_sources": [{"pth": "a"}]}',
+    ],
 )
 def test_options_of_a_run_that_cannot_be_read_are_named(golden, tmp_path, text):
     (tmp_path / RUN_OPTIONS).write_text(text)

@@ -1,4 +1,5 @@
-"""Prompts that are answered while training: read from texts and files, and every mistake named with file and line."""
+"""Prompts that are answered while training: read from texts and files, and every mistake named with file and
+line."""
 
 from __future__ import annotations
 
@@ -15,13 +16,21 @@ from unigen.inference.prompts import SAMPLES, PromptError, read_prompts
 def test_prompts_come_as_texts_as_lines_and_as_json_lines(tmp_path: Path):
     (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n  two words \n\xe7\x8c\xab")
     draw_picture(tmp_path / "b.png", 2)
-    (tmp_path / "more.jsonl").write_text('{"prompt": "x", "image": "b.png", "seed": 5, "cfg_interval": [0, 1]}\n{"image": "b.png"}\n')
+    (tmp_path / "more.jsonl").write_text(
+        '{"prompt": "x", "image": "b.png", "seed": 5, "cfg_interval": [0, 1]}\n{"image": "b.png"}\n'
+    )
     found = read_prompts(["a red house.", str(tmp_path / "lines.txt"), str(tmp_path / "more.jsonl")], 10)
     assert [p.text for p in found] == ["a red house.", "a cat", "two words", "猫", "x", ""]
     assert [p.seed for p in found] == [10, 11, 12, 13, 5, 15]
-    assert [p.where for p in found][3:] == [f"{tmp_path / 'lines.txt'}:4", f"{tmp_path / 'more.jsonl'}:1", f"{tmp_path / 'more.jsonl'}:2"]
+    assert [p.where for p in found][3:] == [
+        f"{tmp_path / 'lines.txt'}:4",
+        f"{tmp_path / 'more.jsonl'}:1",
+        f"{tmp_path / 'more.jsonl'}:2",
+    ]
     assert found[4].images == (str(tmp_path / "b.png"),) and found[4].options == {"cfg_interval": [0, 1]}
-    assert found[4].sampling == sampling_options(SAMPLES, seed=5, cfg_interval=(0, 1)) and found[3].sampling == replace(SAMPLES, seed=13)
+    assert found[4].sampling == sampling_options(SAMPLES, seed=5, cfg_interval=(0, 1)) and found[
+        3
+    ].sampling == replace(SAMPLES, seed=13)
     assert read_prompts("x" * 5000, 0)[0].kind == "auto"  # longer than any name of a file
 
 
@@ -43,7 +52,10 @@ BAD_LINES: dict[str, tuple[str, str]] = {
     "a size to answer": ('{"prompt": "a", "kind": "answer", "height": 32, "width": 32}', "kind is answer"),
     "half a character": ('{"prompt": "a \\ud800"}', ""),
     "null": ('{"prompt": "a", "height": null}', "leave it out"),
-    "no type of renormalisation": ('{"prompt": "a", "cfg_renorm_type": "local"}', "cfg_renorm_type is 'local'"),
+    "no type of renormalisation": (
+        '{"prompt": "a", "cfg_renorm_type": "local"}',
+        "cfg_renorm_type is 'local'",
+    ),
     "temperature": ('{"prompt": "a", "temperature": 0, "do_sample": true}', "temperature is 0"),
     "no picture": ('{"prompt": "a", "image": "gone.png"}', "gone.png"),
     "a broken picture": ('{"prompt": "a", "image": "prompts.jsonl"}', "prompts.jsonl"),
@@ -72,7 +84,10 @@ def test_a_bad_file_is_named(tmp_path: Path):
         ([], "is empty"),
         (["a", " "], "text 2"),
     ]
-    cases += [(str(tmp_path / "latin.txt"), "latin.txt:2: the line is not UTF-8"), (str(tmp_path / "list.json"), "call it .jsonl")]
+    cases += [
+        (str(tmp_path / "latin.txt"), "latin.txt:2: the line is not UTF-8"),
+        (str(tmp_path / "list.json"), "call it .jsonl"),
+    ]
     for given, words in cases:
         with pytest.raises(PromptError, match=words.replace(".", r"\.")):
             read_prompts(given, 0)

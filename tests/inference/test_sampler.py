@@ -1,4 +1,5 @@
-"""Next tokens and the image ODE, with several contexts at once, against one at a time and against loops without a cache."""
+"""Next tokens and the image ODE, with several contexts at once, against one at a time and against loops
+without a cache."""
 
 import itertools
 
@@ -76,7 +77,9 @@ def test_texts_stop_on_their_own(model, tokenizer):
 
 
 def test_max_tokens_counts_the_opening_one(model, tokenizer):
-    assert write(model, tokenizer.special, contexts(model, tokenizer, ["a"]), 1, lambda logits, i: 65) == [[tokenizer.special.text_start]]
+    assert write(model, tokenizer.special, contexts(model, tokenizer, ["a"]), 1, lambda logits, i: 65) == [
+        [tokenizer.special.text_start]
+    ]
     assert write(model, tokenizer.special, contexts(model, tokenizer, ["a"]), 3, lambda logits, i: 65) == [
         [tokenizer.special.text_start, 65, 65]
     ]
@@ -88,16 +91,23 @@ def test_feeding_token_by_token_is_extending_by_the_text(model, tokenizer):
     whole = extend(model, s, [one], [words])
     for token in [s.text_start, *words.ids, s.text_end]:
         last = feed(model, [other], [token])
-    assert torch.allclose(whole, last, atol=1e-5) and one.position == other.position and one.length == other.length
+    assert (
+        torch.allclose(whole, last, atol=1e-5)
+        and one.position == other.position
+        and one.length == other.length
+    )
     assert torch.allclose(one.past(2), other.past(2), atol=1e-5)
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- drawing
 
 
 def canvas(model, tokenizer, i):
     """A context of its own size, a picture of its own size."""
-    full, no_image = contexts(model, tokenizer, [PROMPTS[i]])[0], contexts(model, tokenizer, ["other " * i])[0]
+    full, no_image = (
+        contexts(model, tokenizer, [PROMPTS[i]])[0],
+        contexts(model, tokenizer, ["other " * i])[0],
+    )
     grid = [(2, 3), (4, 2), (1, 1)][i]
     noise = torch.randn(grid[0] * grid[1], 64, generator=torch.Generator().manual_seed(i))
     return Canvas(full, Cache(3), no_image, grid, noise)
@@ -107,10 +117,20 @@ OPTIONS = [
     SamplingOptions(num_timesteps=4, cfg_text_scale=1.0),
     SamplingOptions(num_timesteps=4, cfg_text_scale=4.0, cfg_img_scale=1.0),
     SamplingOptions(
-        num_timesteps=5, cfg_text_scale=3.0, cfg_img_scale=2.0, cfg_interval=(0.3, 0.9), cfg_renorm_type="channel", timestep_shift=1.5
+        num_timesteps=5,
+        cfg_text_scale=3.0,
+        cfg_img_scale=2.0,
+        cfg_interval=(0.3, 0.9),
+        cfg_renorm_type="channel",
+        timestep_shift=1.5,
     ),
     SamplingOptions(
-        num_timesteps=4, cfg_text_scale=3.0, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel", cfg_renorm_min=0.5
+        num_timesteps=4,
+        cfg_text_scale=3.0,
+        cfg_img_scale=2.0,
+        cfg_interval=(0.0, 1.0),
+        cfg_renorm_type="text_channel",
+        cfg_renorm_min=0.5,
     ),
 ]
 
@@ -120,7 +140,9 @@ def slow(model, tokenizer, c, o):
 
     def velocity(x, t, cache):
         n = c.grid[0] * c.grid[1]
-        pack = pack_blocks([[Block(Kind.NOISED, n, 0, c.grid)]], tokenizer.special, model.config.geometry, [cache.position])
+        pack = pack_blocks(
+            [[Block(Kind.NOISED, n, 0, c.grid)]], tokenizer.special, model.config.geometry, [cache.position]
+        )
         hidden = join(model.hidden_states(pack, x, torch.full((n,), t), [cache], grow=False))
         return model.velocities(hidden[pack.n_und :])
 
@@ -131,7 +153,15 @@ def slow(model, tokenizer, c, o):
         v = velocity(x, t, c.full)
         if o.cfg_interval[0] < t <= o.cfg_interval[1]:
             with_image = velocity(x, t, c.no_image)
-            v = flow.guide(v, velocity(x, t, c.no_text), with_image, o.cfg_text_scale, o.cfg_img_scale, o.cfg_renorm_type, o.cfg_renorm_min)
+            v = flow.guide(
+                v,
+                velocity(x, t, c.no_text),
+                with_image,
+                o.cfg_text_scale,
+                o.cfg_img_scale,
+                o.cfg_renorm_type,
+                o.cfg_renorm_min,
+            )
         x = x - (t - t_next) * v
     return x
 
@@ -164,16 +194,20 @@ GUIDED = SamplingOptions(num_timesteps=4, cfg_text_scale=3.0, cfg_img_scale=1.5,
 
 @torch.no_grad()
 def test_a_context_that_is_the_full_one_is_not_computed_again(golden, tokenizer, monkeypatch):
-    """One step of the three is outside of the interval: a context a picture; the others take two in place of three.
+    """One step of the three is outside of the interval: a context a picture; the others take two in place of
+    three.
 
-    The decoder computes in float64, velocities are float32: how many rows a matrix product has changes no bit of them.
+    The decoder computes in float64, velocities are float32: how many rows a matrix product has changes no bit
+    of them.
     """
     model = load_bagel(golden / "model", dtype=torch.float64)
     shared, apart = canvas(model, tokenizer, 0), canvas(model, tokenizer, 1)
     shared.no_image = shared.full
     copy = Canvas(shared.full, shared.no_text, shared.full.snapshot(), shared.grid, shared.noise)
     rows = lengths_of_rows(model, monkeypatch)
-    assert torch.equal(draw(model, tokenizer.special, [shared], GUIDED)[0], draw(model, tokenizer.special, [copy], GUIDED)[0])
+    assert torch.equal(
+        draw(model, tokenizer.special, [shared], GUIDED)[0], draw(model, tokenizer.special, [copy], GUIDED)[0]
+    )
     assert rows == [2, 2, 1, 3, 3, 1]
     rows.clear()
     mixed = draw(model, tokenizer.special, [shared, apart], GUIDED)

@@ -51,7 +51,12 @@ def rule(pack):
 def test_the_rule_is_the_table(seed, model):
     samples = random_rows(seed, model)
     pack = tiny.row(samples, model)
-    places = [(s, b, block.kind, i) for s, blocks in enumerate(samples) for b, block in enumerate(blocks) for i in range(len(block))]
+    places = [
+        (s, b, block.kind, i)
+        for s, blocks in enumerate(samples)
+        for b, block in enumerate(blocks)
+        for i in range(len(block))
+    ]
     expected = torch.zeros(len(places), len(places), dtype=torch.bool)
     for q, (s, b, kind, i) in enumerate(places):
         for k, (s2, b2, kind2, j) in enumerate(places):
@@ -82,18 +87,23 @@ def test_attention_in_batches_is_dense_attention_with_gradients(seed, model):
         assert tiny.close(a, b.float())
 
 
-@pytest.mark.parametrize("kinds", [[Kind.TEXT], [Kind.VIT], [Kind.NOISED], [Kind.TEXT, Kind.TEXT], [Kind.TEXT, Kind.NOISED]])
+@pytest.mark.parametrize(
+    "kinds", [[Kind.TEXT], [Kind.VIT], [Kind.NOISED], [Kind.TEXT, Kind.TEXT], [Kind.TEXT, Kind.NOISED]]
+)
 def test_samples_of_one_block_need_no_mask(kinds, model):
     """Texts are causal, pictures full; where both share a batch, or lengths differ, a mask says so."""
     r = random.Random(0)
-    pack = tiny.row([[tiny.text(r, 7) if kind == Kind.TEXT else tiny.image(r, kind, grid=(3, 3))] for kind in kinds], model)
+    pack = tiny.row(
+        [[tiny.text(r, 7) if kind == Kind.TEXT else tiny.image(r, kind, grid=(3, 3))] for kind in kinds],
+        model,
+    )
     attention = Groups.of(pack)
     assert [batch.mask is None for batch in attention.batches] == [len(set(kinds)) == 1]
     q, k, v = qkv(len(pack))
     assert tiny.close(attend(attention, pack, q, k, v).double(), dense(q, k, v, rule(pack)))
 
 
-# ---- flex attention ------------------------------------------------------------------------------------------------
+# ---- flex attention
 
 
 def long_rows(model):
@@ -102,7 +112,14 @@ def long_rows(model):
     image = lambda kind, *grid: tiny.image(r, kind, grid=grid)  # noqa: E731
     yield [[tiny.text(r, 70), image(Kind.NOISED, 7, 8), image(Kind.CLEAN, 8, 8)], [tiny.text(r, 90)]]
     yield [
-        [image(Kind.VIT, 8, 8), image(Kind.CLEAN, 8, 8), image(Kind.VIT, 8, 8), image(Kind.VIT, 8, 8), tiny.text(r, 60)] for _ in range(2)
+        [
+            image(Kind.VIT, 8, 8),
+            image(Kind.CLEAN, 8, 8),
+            image(Kind.VIT, 8, 8),
+            image(Kind.VIT, 8, 8),
+            tiny.text(r, 60),
+        ]
+        for _ in range(2)
     ]
     yield [[tiny.text(r, n) for n in (5, 200, 40)] for _ in range(3)]
     yield [[image(Kind.NOISED, 8, 8)] for _ in range(7)]
@@ -161,7 +178,12 @@ def unbroken(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [ImportError("no module triton"), FileNotFoundError("cc"), torch._dynamo.exc.TorchDynamoException("no compiler")]
+    "error",
+    [
+        ImportError("no module triton"),
+        FileNotFoundError("cc"),
+        torch._dynamo.exc.TorchDynamoException("no compiler"),
+    ],
 )
 def test_without_a_compiler_attention_goes_on_and_says_so_once(error, model, unbroken, monkeypatch, caplog):
     def refuse(*args, **options):
@@ -173,11 +195,16 @@ def test_without_a_compiler_attention_goes_on_and_says_so_once(error, model, unb
     for _ in range(2):
         attention = Flex(pack)
         for layer in range(2):
-            assert tiny.close(attend(attention, pack, q, k, v, layer=layer).double(), dense(q, k, v, rule(pack)))
+            assert tiny.close(
+                attend(attention, pack, q, k, v, layer=layer).double(), dense(q, k, v, rule(pack))
+            )
     assert len(caplog.records) == 1 and str(error) in caplog.text and "Fix:" in caplog.text
 
 
-@pytest.mark.parametrize("error", [torch._dynamo.exc.FailOnRecompileLimitHit("limit"), torch.OutOfMemoryError("full"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [torch._dynamo.exc.FailOnRecompileLimitHit("limit"), torch.OutOfMemoryError("full"), ValueError("x")],
+)
 def test_other_failures_of_flex_attention_are_loud(error, model, unbroken, monkeypatch):
     def refuse(*args, **options):
         raise error
@@ -192,21 +219,34 @@ def test_other_failures_of_flex_attention_are_loud(error, model, unbroken, monke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 16), (4, 2, 64), (28, 4, 128)])
 @pytest.mark.parametrize("tokens", [60, 107, 128, 300, 1000])
-def test_flex_attention_on_a_gpu_is_dense_attention_with_gradients(tokens, heads, kv_heads, width, dtype, model, unbroken):
+def test_flex_attention_on_a_gpu_is_dense_attention_with_gradients(
+    tokens, heads, kv_heads, width, dtype, model, unbroken
+):
     if dtype == torch.float32 and width == 128 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("float32 with heads of width 128 does not fit the shared memory of this card")
     r, half = random.Random(tokens), (tokens - 6) // 2
-    samples = [[tiny.text(r, half // 2), tiny.image(r, Kind.NOISED, grid=(1, half - half // 2))], [tiny.text(r, tokens - half - 6)]]
+    samples = [
+        [tiny.text(r, half // 2), tiny.image(r, Kind.NOISED, grid=(1, half - half // 2))],
+        [tiny.text(r, tokens - half - 6)],
+    ]
     wide = tiny.build(max_latent_size=1000)
     pack = tiny.row(samples, wide).to("cuda")
     g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(tokens, n, width, generator=g).to("cuda", dtype).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(tokens, n, width, generator=g).to("cuda", dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    )
     ours, theirs = attend(Flex(pack), pack, q, k, v), dense(q, k, v, rule(pack))
     assert not flex._broken
     way = torch.randn(ours.shape, generator=g).cuda()
     found = torch.autograd.grad((ours * way).sum(), (q, k, v))
-    for a, b in zip((ours, *found), (theirs, *torch.autograd.grad((theirs * way).sum(), (q, k, v))), strict=True):
-        assert (a.double() - b.double()).norm() / b.double().norm() < (2e-2 if dtype == torch.bfloat16 else 2e-3)  # TF32
+    for a, b in zip(
+        (ours, *found), (theirs, *torch.autograd.grad((theirs * way).sum(), (q, k, v))), strict=True
+    ):
+        # TF32
+        assert (a.double() - b.double()).norm() / b.double().norm() < (
+            2e-2 if dtype == torch.bfloat16 else 2e-3
+        )
 
 
 @pytest.mark.gpu
@@ -222,7 +262,11 @@ def test_pictures_attend_to_the_whole_of_themselves(lengths):
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
     q, k, v = qkv(n)
     (ours,) = Groups.pictures(lengths, torch.device("cpu"))((q,), (k,), (v,))
-    assert tiny.close(ours.double(), dense(q, k, v, number[:, None] == number)) if n else ours.shape == (0, HEADS, WIDTH)
+    assert (
+        tiny.close(ours.double(), dense(q, k, v, number[:, None] == number))
+        if n
+        else ours.shape == (0, HEADS, WIDTH)
+    )
 
 
 def test_groups_hold_similar_lengths_and_every_sample_once():
@@ -236,7 +280,7 @@ def test_groups_hold_similar_lengths_and_every_sample_once():
     assert int(slots.real.sum()) == sum(lengths)
 
 
-# ---- cache ---------------------------------------------------------------------------------------------------------
+# ---- cache
 
 
 def grow(cache, n, seed):
@@ -299,14 +343,19 @@ def test_a_snapshot_shares_memory_until_it_grows_apart():
 
 
 def cached_case(seed, model):
-    """Contexts of their own lengths that go on with short blocks, or with pictures and texts of more than 32 tokens."""
+    """Contexts of their own lengths that go on with short blocks, or with pictures and texts of more than 32
+    tokens."""
     r = random.Random(seed)
     n = r.randint(1, 5)
     caches, pasts = [Cache(1) for _ in range(n)], []
     for i, cache in enumerate(caches):
         length = r.choice([0, 0, 3, 9, 9, 17])
         pasts.append(grow(cache, length, i) if length else torch.zeros(2, 0, KV_HEADS, WIDTH))
-    long = [lambda: tiny.text(r, 40), lambda: tiny.image(r, Kind.NOISED, grid=(6, 6)), lambda: tiny.image(r, Kind.CLEAN, grid=(5, 8))]
+    long = [
+        lambda: tiny.text(r, 40),
+        lambda: tiny.image(r, Kind.NOISED, grid=(6, 6)),
+        lambda: tiny.image(r, Kind.CLEAN, grid=(5, 8)),
+    ]
     blocks = [[r.choice(long)()] if r.random() < 0.6 else tiny.sample(r, 1) for _ in range(n)]
     return caches, pasts, tiny.row(blocks, model)
 
@@ -327,7 +376,9 @@ def test_attention_over_caches_of_different_lengths_is_dense(seed, grow, model):
         ours = attend(attention, pack, q, k, v)
         for s, past in enumerate(pasts):
             mine = stored(pack, s)
-            mask = torch.cat([torch.ones(len(mine), past.shape[1], dtype=torch.bool), rule(pack)[mine][:, mine]], dim=1)
+            mask = torch.cat(
+                [torch.ones(len(mine), past.shape[1], dtype=torch.bool), rule(pack)[mine][:, mine]], dim=1
+            )
             expected = dense(q[mine], torch.cat([past[0], k[mine]]), torch.cat([past[1], v[mine]]), mask)
             assert tiny.close(ours[mine].double(), expected)
 
@@ -356,7 +407,9 @@ def test_pictures_on_a_gpu_need_no_batches(lengths):
     x = torch.randn(sum(lengths), 4 * 72, generator=g).cuda().bfloat16()
     attention = picture_attention(lengths, x, 4)
     assert isinstance(attention, Pictures)
-    q, k, v = (torch.randn(sum(lengths), 4, 72, generator=g).cuda().bfloat16().requires_grad_() for _ in range(3))
+    q, k, v = (
+        torch.randn(sum(lengths), 4, 72, generator=g).cuda().bfloat16().requires_grad_() for _ in range(3)
+    )
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
     (ours,), theirs = attention((q,), (k,), (v,)), dense(q, k, v, number[:, None] == number)
     found, wanted = (torch.autograd.grad(y.sum(), (q, k, v)) for y in (ours, theirs))

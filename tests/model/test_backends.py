@@ -54,7 +54,8 @@ def test_it_is_on_where_shapes_repeat_and_as_before_after_it():
 
 
 def test_of_several_threads_the_last_to_leave_restores_it():
-    """The first comes when it is off, leaves while the second is inside, and an inferencer is made meanwhile."""
+    """The first comes when it is off, leaves while the second is inside, and an inferencer is made
+    meanwhile."""
     prefer_flash()
     entered, leave = threading.Event(), threading.Event()
 
@@ -78,9 +79,15 @@ def test_of_several_threads_the_last_to_leave_restores_it():
 def test_a_picture_is_drawn_with_it_and_a_text_is_written_without_it(golden: Path):
     inferencer = InterleaveInferencer(load_bagel(golden / "model"))
     seen: list[tuple[int, bool]] = []
-    inferencer.model.language_model.model.register_forward_pre_hook(lambda module, args: seen.append((int(args[1].noised.sum()), cudnn())))
-    inferencer.interleave_inference(["A red circle"], think=True, max_think_token_n=3, image_shapes=(32, 32), num_timesteps=3)
-    assert {on for noised, on in seen if noised} == {True} and {on for noised, on in seen if not noised} == {False}
+    inferencer.model.language_model.model.register_forward_pre_hook(
+        lambda module, args: seen.append((int(args[1].noised.sum()), cudnn()))
+    )
+    inferencer.interleave_inference(
+        ["A red circle"], think=True, max_think_token_n=3, image_shapes=(32, 32), num_timesteps=3
+    )
+    assert {on for noised, on in seen if noised} == {True} and {on for noised, on in seen if not noised} == {
+        False
+    }
     assert not cudnn()
 
 
@@ -107,7 +114,10 @@ def test_a_cpu_run_leaves_float32_exact():
     [
         ({}, False, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         ({}, True, {}),
-        *(({name: "max_split_size_mb:64"}, False, {name: "max_split_size_mb:64"}) for name in backends.ALLOCATOR),
+        *(
+            ({name: "max_split_size_mb:64"}, False, {name: "max_split_size_mb:64"})
+            for name in backends.ALLOCATOR
+        ),
     ],
 )
 def test_segments_grow_unless_the_user_says_otherwise(
@@ -127,7 +137,8 @@ def test_segments_grow_unless_the_user_says_otherwise(
 
 @pytest.mark.gpu
 def test_this_pytorch_grows_its_segments(tmp_path: Path):
-    """In a process of its own: the variable is set after PyTorch is imported, and the first allocation obeys it."""
+    """In a process of its own: the variable is set after PyTorch is imported, and the first allocation obeys
+    it."""
     import subprocess
     import sys
 

@@ -1,5 +1,5 @@
-"""The whole forward: packed = one by one, cached = full, who influences whom, which expert does what, and gradients
-that are zero and never missing."""
+"""The whole forward: packed = one by one, cached = full, who influences whom, which expert does what, and
+gradients that are zero and never missing."""
 
 import random
 from dataclasses import replace
@@ -51,7 +51,9 @@ def test_a_packed_row_is_its_samples_one_by_one(model, seed):
 def test_packing_changes_no_gradient(model):
     samples = rows(11)
     together = torch.autograd.grad(loss(model, tiny.row(samples, model)), trainable(model).values())
-    alone = torch.autograd.grad(sum(loss(model, tiny.row([s], model)) for s in samples), trainable(model).values())
+    alone = torch.autograd.grad(
+        sum(loss(model, tiny.row([s], model)) for s in samples), trainable(model).values()
+    )
     for name, a, b in zip(trainable(model), together, alone, strict=True):
         assert tiny.close(a, b, 1e-4), name
 
@@ -60,7 +62,7 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ---- cached = full ---------------------------------------------------------------------------------------------------
+# ---- cached = full
 
 
 def extend(model, caches, blocks):
@@ -69,7 +71,9 @@ def extend(model, caches, blocks):
     x0 = model.clean_tokens(pack, model.latents_of(pack))
     t = flow.training_time(pack.u, model.config.timestep_shift)
     grows = all(b.kind != Kind.NOISED for b in blocks)
-    hidden = tiny.in_order(pack, join(model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, grow=grows)))
+    hidden = tiny.in_order(
+        pack, join(model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, grow=grows))
+    )
     if grows:
         for cache, block in zip(caches, blocks, strict=True):
             cache.position = next_position(cache.position, block)
@@ -78,7 +82,8 @@ def extend(model, caches, blocks):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cached_block_by_block_is_the_full_forward(model, seed):
-    """Several contexts of different lengths grow together; noised images are looked at without entering the cache."""
+    """Several contexts of different lengths grow together; noised images are looked at without entering the
+    cache."""
     r = random.Random(seed)
     samples = [tiny.sample(r) for _ in range(3)]
     with torch.no_grad():
@@ -87,7 +92,11 @@ def test_cached_block_by_block_is_the_full_forward(model, seed):
         found: list[list[torch.Tensor]] = [[] for _ in samples]
         for turn in range(max(map(len, samples))):
             for noised in (False, True):
-                at = [i for i, s in enumerate(samples) if turn < len(s) and (s[turn].kind == Kind.NOISED) == noised]
+                at = [
+                    i
+                    for i, s in enumerate(samples)
+                    if turn < len(s) and (s[turn].kind == Kind.NOISED) == noised
+                ]
                 if at:
                     hidden = extend(model, [caches[i] for i in at], [samples[i][turn] for i in at])
                     for i, h in zip(at, hidden, strict=True):
@@ -108,13 +117,20 @@ def test_looking_without_growing_leaves_the_cache_alone(model):
     assert all(torch.equal(cache.past(i), b) for i, b in enumerate(before))
 
 
-# ---- who influences whom ---------------------------------------------------------------------------------------------
+# ---- who influences whom
 
 
 def conversation(r):
     target = tiny.image(r, Kind.NOISED, 1, (2, 2))
     clean = tiny.image(r, Kind.CLEAN, 2, (2, 2))
-    return [tiny.text(r, 3), target, clean, tiny.image(r, Kind.VIT, 1), tiny.text(r, 4, loss=True), tiny.image(r, Kind.NOISED, 3)]
+    return [
+        tiny.text(r, 3),
+        target,
+        clean,
+        tiny.image(r, Kind.VIT, 1),
+        tiny.text(r, 4, loss=True),
+        tiny.image(r, Kind.NOISED, 3),
+    ]
 
 
 def changed(model, samples, other):
@@ -126,7 +142,10 @@ def changed(model, samples, other):
 
 
 def replaced(samples, s, b, **values):
-    return [[replace(block, **values) if (i, j) == (s, b) else block for j, block in enumerate(blocks)] for i, blocks in enumerate(samples)]
+    return [
+        [replace(block, **values) if (i, j) == (s, b) else block for j, block in enumerate(blocks)]
+        for i, blocks in enumerate(samples)
+    ]
 
 
 def test_a_noised_image_is_seen_by_nobody_else(model):
@@ -136,19 +155,31 @@ def test_a_noised_image_is_seen_by_nobody_else(model):
     assert moved == {1}
 
 
-@pytest.mark.parametrize(("block", "seen_by"), [(0, {0, 1, 2, 3, 4, 5}), (2, {2, 3, 4, 5}), (3, {3, 4, 5}), (4, {4, 5}), (5, {5})])
+@pytest.mark.parametrize(
+    ("block", "seen_by"), [(0, {0, 1, 2, 3, 4, 5}), (2, {2, 3, 4, 5}), (3, {3, 4, 5}), (4, {4, 5}), (5, {5})]
+)
 def test_a_block_is_seen_by_itself_and_what_follows_in_its_sample(model, block, seen_by):
     r = random.Random(6)
     samples = [conversation(r), conversation(r)]
     old = samples[0][block]
     new = tiny.text(r, old.length) if old.kind == Kind.TEXT else tiny.image(r, old.kind, old.piece, old.grid)
-    values = {"ids": new.ids} if old.kind == Kind.TEXT else {"patches": new.patches, "latent": new.latent, "noise": new.noise}
+    values = (
+        {"ids": new.ids}
+        if old.kind == Kind.TEXT
+        else {"patches": new.patches, "latent": new.latent, "noise": new.noise}
+    )
     assert changed(model, samples, replaced(samples, 0, block, **values)) == seen_by
 
 
 @pytest.mark.parametrize("twin", ["", "_moe_gen"])
 @pytest.mark.parametrize(
-    "part", ["mlp{}.down_proj.weight", "self_attn.o_proj{}.weight", "self_attn.q_proj{}.bias", "self_attn.q_norm{}.weight"]
+    "part",
+    [
+        "mlp{}.down_proj.weight",
+        "self_attn.o_proj{}.weight",
+        "self_attn.q_proj{}.bias",
+        "self_attn.q_norm{}.weight",
+    ],
 )
 def test_each_expert_works_on_its_own_tokens(part, twin):
     """In the last layer, what an expert does with a token stays in that token."""
@@ -165,10 +196,14 @@ def test_each_expert_works_on_its_own_tokens(part, twin):
 
 def test_markers_of_a_drawn_image_are_text_for_the_experts(model):
     pack = tiny.row([[tiny.image(random.Random(0), Kind.NOISED, grid=(2, 3))]], model)
-    assert pack.n_und == 2 and pack.ids[:2].tolist() == [tiny.SPECIAL.image_start, tiny.SPECIAL.image_end] and pack.image.all()
+    assert (
+        pack.n_und == 2
+        and pack.ids[:2].tolist() == [tiny.SPECIAL.image_start, tiny.SPECIAL.image_end]
+        and pack.image.all()
+    )
 
 
-# ---- losses ----------------------------------------------------------------------------------------------------------
+# ---- losses
 
 
 def test_losses_are_those_of_their_own_tokens(model):
@@ -190,7 +225,9 @@ def test_losses_are_those_of_their_own_tokens(model):
 def test_the_latents_given_win_over_the_pictures(model):
     r = random.Random(2)
     block = tiny.image(r, Kind.NOISED, grid=(2, 2))
-    pixels = Block(Kind.NOISED, 4, 0, (2, 2), loss=True, pixels=torch.rand(3, 8, 8) * 2 - 1, noise=block.noise, u=block.u)
+    pixels = Block(
+        Kind.NOISED, 4, 0, (2, 2), loss=True, pixels=torch.rand(3, 8, 8) * 2 - 1, noise=block.noise, u=block.u
+    )
     by_pixels, by_latent = tiny.row([[pixels]], model), tiny.row([[block]], model)
     with torch.no_grad():
         assert torch.equal(model(by_pixels, [block.latent]).mse, model(by_latent).mse)
@@ -203,11 +240,13 @@ def test_the_head_in_pieces_has_equal_losses_and_gradients():
     hidden, labels = torch.randn(23, 8, requires_grad=True), torch.randint(11, (23,))
     whole, pieces = token_losses(head, hidden, labels), token_losses(head, hidden, labels, chunk=5)
     assert torch.allclose(whole, pieces)
-    for a, b in zip(*(torch.autograd.grad(x.sum(), (hidden, head.weight)) for x in (whole, pieces)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x.sum(), (hidden, head.weight)) for x in (whole, pieces)), strict=True
+    ):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-# ---- zero, not missing -----------------------------------------------------------------------------------------------
+# ---- zero, not missing
 
 
 def gradients(model, pack):
@@ -242,7 +281,9 @@ def test_every_trainable_weight_learns_from_a_mixed_row(model):
     found = gradients(model, tiny.row([conversation(r), conversation(r)], model))
     # The ViT's key biases shift all scores of a query alike, which softmax ignores: zero but for rounding.
     assert [
-        name for name, size in found.items() if size < 1e-6 and not (name.startswith("vit_model") and name.endswith("k_proj.bias"))
+        name
+        for name, size in found.items()
+        if size < 1e-6 and not (name.startswith("vit_model") and name.endswith("k_proj.bias"))
     ] == []
 
 
@@ -250,14 +291,18 @@ def test_every_trainable_weight_learns_from_a_mixed_row(model):
 def test_a_model_without_a_part_has_gradients_everywhere(part):
     model = tiny.build(**{part: False})
     names = [name for name, _ in model.named_parameters()]
-    gone = ("_moe_gen", "llm2vae", "latent_pos_embed") if part == "visual_gen" else ("vit_model", "connector", "vit_pos_embed")
+    gone = (
+        ("_moe_gen", "llm2vae", "latent_pos_embed")
+        if part == "visual_gen"
+        else ("vit_model", "connector", "vit_pos_embed")
+    )
     assert not [n for n in names if any(g in n for g in gone)]
     r = random.Random(0)
     gradients(model, tiny.row([[tiny.text(r, 4, loss=True)]], model))
     gradients(model, tiny.row([], model))
 
 
-# ---- switches --------------------------------------------------------------------------------------------------------
+# ---- switches
 
 
 def test_gradient_checkpointing_changes_no_number(model):
@@ -294,16 +339,21 @@ def test_a_fresh_model_starts_from_twins_and_a_silent_velocity_head():
     for name, value in values.items():
         if "_moe_gen" in name:
             assert torch.equal(value, values[name.replace("_moe_gen", "")]), name
-    assert not values["llm2vae.weight"].any() and torch.isfinite(torch.cat([v.flatten() for v in values.values()])).all()
+    assert (
+        not values["llm2vae.weight"].any()
+        and torch.isfinite(torch.cat([v.flatten() for v in values.values()])).all()
+    )
 
 
 def test_generation_tokens_need_the_generation_expert():
     model = tiny.build(visual_gen=False)
     with pytest.raises(AssertionError, match="visual_gen"):
-        model.hidden_states(tiny.row([[tiny.image(random.Random(0), Kind.CLEAN)]], model), torch.zeros(9, 48), torch.zeros(9))
+        model.hidden_states(
+            tiny.row([[tiny.image(random.Random(0), Kind.CLEAN)]], model), torch.zeros(9, 48), torch.zeros(9)
+        )
 
 
-# ---- pictures that come encoded ---------------------------------------------------------------------------------------
+# ---- pictures that come encoded
 
 
 def seen_alone(model, block):
@@ -313,12 +363,16 @@ def seen_alone(model, block):
 
 @pytest.mark.parametrize("chosen", [(0,), (1,), (0, 2), (0, 1, 2)])
 def test_features_in_place_of_patches_change_nothing(chosen):
-    """Some or all pictures of a row bring what the frozen ViT makes of them: same losses, same gradients of all that learns."""
+    """Some or all pictures of a row bring what the frozen ViT makes of them: same losses, same gradients of
+    all that learns."""
     model = tiny.build()
     model.vit_model.requires_grad_(False)
     r = random.Random(4)
     samples = [[tiny.image(r, Kind.VIT, i, (2, i + 1)), tiny.text(r, 5, loss=True)] for i in range(3)]
-    ready = [[replace(s[0], patches=None, features=seen_alone(model, s[0])), s[1]] if i in chosen else s for i, s in enumerate(samples)]
+    ready = [
+        [replace(s[0], patches=None, features=seen_alone(model, s[0])), s[1]] if i in chosen else s
+        for i, s in enumerate(samples)
+    ]
     results = []
     for row in (samples, ready):
         model.zero_grad()
@@ -342,19 +396,24 @@ def test_a_row_whose_pictures_all_bring_features_never_calls_the_vit(monkeypatch
 
 @pytest.mark.parametrize(("sharded", "calls"), [(False, [0, 1, 2]), (True, [1, 2, 3])])
 def test_a_sharded_vit_runs_for_every_row_once(monkeypatch, sharded, calls):
-    """A row whose pictures all bring features skips the ViT, unless other processes wait for its layers: then it sees no patches.
-    Losses are the same."""
+    """A row whose pictures all bring features skips the ViT, unless other processes wait for its layers: then
+    it sees no patches. Losses are the same."""
     model = tiny.build()
     model.vit_model.requires_grad_(False)
     r = random.Random(1)
     first, second = (tiny.image(r, Kind.VIT, 0, (2, 2)) for _ in range(2))
     ready = [replace(block, patches=None, features=seen_alone(model, block)) for block in (first, second)]
     words = tiny.text(r, 3, loss=True)
-    rows = {name: tiny.row([[*blocks, words]], model) for name, blocks in {"all": ready, "one": [first, ready[1]], "none": [first]}.items()}
+    rows = {
+        name: tiny.row([[*blocks, words]], model)
+        for name, blocks in {"all": ready, "one": [first, ready[1]], "none": [first]}.items()
+    }
     with torch.no_grad():
         wanted = {name: model(pack).ce for name, pack in rows.items()}
     seen, genuine = [], model.vit_model.forward
-    monkeypatch.setattr(model.vit_model, "forward", lambda *args: (seen.append(len(args[0])), genuine(*args))[1])
+    monkeypatch.setattr(
+        model.vit_model, "forward", lambda *args: (seen.append(len(args[0])), genuine(*args))[1]
+    )
     model.sharded = sharded
     counts = []
     with torch.no_grad():
@@ -365,19 +424,30 @@ def test_a_sharded_vit_runs_for_every_row_once(monkeypatch, sharded, calls):
 
 
 def test_ready_latents_and_pixels_mix_in_a_row():
-    """A row in which one picture brings its latent and another its pixels has the losses of the row of pixels."""
+    """A row in which one picture brings its latent and another its pixels has the losses of the row of
+    pixels."""
     model = tiny.build()
     r = random.Random(2)
     pixels = [torch.rand(3, 4 * n, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
     samples = []
     for i, p in enumerate(pixels):
         block = replace(tiny.image(r, Kind.NOISED, 0, (p.shape[1] // 4, 2)), latent=None, pixels=p)
-        samples.append([tiny.text(r, 2), block, replace(block, kind=Kind.CLEAN, noise=None, u=float("-inf"), loss=False), tiny.text(r, i)])
+        samples.append(
+            [
+                tiny.text(r, 2),
+                block,
+                replace(block, kind=Kind.CLEAN, noise=None, u=float("-inf"), loss=False),
+                tiny.text(r, i),
+            ]
+        )
     plain = tiny.row(samples, model)
     latents = model.latents_of(plain)
     for ready in ((0,), (1,), (0, 1)):
         mixed = [
-            [replace(b, pixels=None, latent=latents[i]) if b.pixels is not None and i in ready else b for b in s]
+            [
+                replace(b, pixels=None, latent=latents[i]) if b.pixels is not None and i in ready else b
+                for b in s
+            ]
             for i, s in enumerate(samples)
         ]
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Pixels <-> latents: the exact codec, the FLUX VAE against the reference's numbers, and pictures of mixed sizes."""
+"""Pixels <-> latents: the exact codec, the FLUX VAE against the reference's numbers, and pictures of mixed
+sizes."""
 
 import json
 
@@ -23,7 +24,8 @@ def flux(golden):
 
 
 def test_the_pixel_codec_is_exact():
-    codec, pixels = PixelCodec(PIXEL), torch.randint(-8, 9, (2, 3, 8, 12)) / 8  # values that halves and quarters keep exact
+    # values that halves and quarters keep exact
+    codec, pixels = PixelCodec(PIXEL), torch.randint(-8, 9, (2, 3, 8, 12)) / 8
     latents = codec.encode(pixels)
     assert latents.shape == (2, 48, 2, 3) and not list(codec.parameters())
     assert torch.equal(codec.decode(latents), pixels)
@@ -31,7 +33,9 @@ def test_the_pixel_codec_is_exact():
 
 def test_the_pixel_codec_moves_every_pixel_to_its_cell():
     latents = PixelCodec(PIXEL).encode(torch.arange(3 * 8 * 12.0).reshape(1, 3, 8, 12))[0]
-    assert torch.equal(latents[:, 1, 2], 0.5 * (torch.arange(288.0).reshape(3, 8, 12)[:, 4:8, 8:12].flatten() - 0.25))
+    assert torch.equal(
+        latents[:, 1, 2], 0.5 * (torch.arange(288.0).reshape(3, 8, 12)[:, 4:8, 8:12].flatten() - 0.25)
+    )
 
 
 def test_a_gray_pixel_codec_keeps_gray_pictures():
@@ -44,7 +48,10 @@ def test_a_gray_pixel_codec_keeps_gray_pictures():
 @torch.no_grad()
 def test_the_flux_codec_has_the_reference_s_numbers(golden, flux):
     theirs = load_file(golden / "vae.safetensors")
-    for ours, expected in ((flux.encode(theirs["image"]), theirs["latent_mean"]), (flux.decode(theirs["latent_mean"]), theirs["decoded"])):
+    for ours, expected in (
+        (flux.encode(theirs["image"]), theirs["latent_mean"]),
+        (flux.decode(theirs["latent_mean"]), theirs["decoded"]),
+    ):
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -74,10 +81,19 @@ def test_pictures_of_mixed_sizes_come_back_in_order(flux, drawn):
 def test_at_most_a_megapixel_goes_through_the_vae_at_once(monkeypatch):
     """But a picture that is larger goes alone."""
     codec, batches, encode = PixelCodec(PIXEL), [], PixelCodec.encode
-    monkeypatch.setattr(codec, "encode", lambda pixels, noise: batches.append(tuple(pixels.shape)) or encode(codec, pixels, noise))
-    pixels = [torch.zeros(3, *size) for size in [(512, 512)] * 5 + [(1024, 1024)] * 2 + [(1024, 1028)] * 2 + [(256, 512)]]
+    monkeypatch.setattr(
+        codec,
+        "encode",
+        lambda pixels, noise: batches.append(tuple(pixels.shape)) or encode(codec, pixels, noise),
+    )
+    pixels = [
+        torch.zeros(3, *size)
+        for size in [(512, 512)] * 5 + [(1024, 1024)] * 2 + [(1024, 1028)] * 2 + [(256, 512)]
+    ]
     latents = encode_all(codec, pixels)
-    assert [tuple(latent.shape) for latent in latents] == [(48, p.shape[1] // 4, p.shape[2] // 4) for p in pixels]
+    assert [tuple(latent.shape) for latent in latents] == [
+        (48, p.shape[1] // 4, p.shape[2] // 4) for p in pixels
+    ]
     assert [(n, h, w) for n, _, h, w in batches] == [
         (4, 512, 512), (1, 512, 512), *[(1, 1024, 1024)] * 2, *[(1, 1024, 1028)] * 2, (1, 256, 512),
     ]  # fmt: skip
@@ -91,12 +107,18 @@ def test_nothing_in_a_codec_learns(golden, dtype):
     assert not [name for name in model.state_dict() if name.startswith("codec")]
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors
 
 
 def test_a_missing_vae_config_means_flux(tmp_path):
     config = read_vae_config(tmp_path)
-    assert (config.type, config.ch, config.ch_mult, config.z_channels, config.downsample) == ("flux", 128, (1, 2, 4, 4), 16, 8)
+    assert (config.type, config.ch, config.ch_mult, config.z_channels, config.downsample) == (
+        "flux",
+        128,
+        (1, 2, 4, 4),
+        16,
+        8,
+    )
     assert (config.num_res_blocks, config.scale_factor, config.shift_factor) == (2, 0.3611, 0.1159)
 
 
@@ -109,7 +131,9 @@ def test_a_missing_vae_config_means_flux(tmp_path):
     ],
 )
 def test_a_vae_config_that_cannot_be_is_explained(tmp_path, values, message):
-    (tmp_path / "vae_config.json").write_text(json.dumps({**values, "ch_mult": list(values.get("ch_mult", [1, 2, 4, 4]))}))
+    (tmp_path / "vae_config.json").write_text(
+        json.dumps({**values, "ch_mult": list(values.get("ch_mult", [1, 2, 4, 4]))})
+    )
     with pytest.raises(ValueError, match=message):
         config = read_vae_config(tmp_path)
         (PixelCodec if config.type == "pixel" else FluxCodec)(config)

@@ -27,7 +27,10 @@ def rows(model):
     r = random.Random(2)
     yield tiny.row([tiny.sample(r) for _ in range(4)], model)
     yield tiny.row([[tiny.text(r, 9, loss=True)]], model)  # the generation expert has nothing to do
-    yield tiny.row([[tiny.image(r, Kind.NOISED, 0, (3, 3))], [tiny.image(r, Kind.VIT), tiny.text(r, 5, loss=True)]], model)
+    yield tiny.row(
+        [[tiny.image(r, Kind.NOISED, 0, (3, 3))], [tiny.image(r, Kind.VIT), tiny.text(r, 5, loss=True)]],
+        model,
+    )
     yield tiny.row([], model)
 
 
@@ -49,7 +52,8 @@ def test_compiled_layers_give_the_same_numbers_and_few_versions(policy, freeze_u
         whole = sum(float((g.double() ** 2).sum()) for g in gradients.values()) ** 0.5
         apart = sum(float(((mine[name] - g).double() ** 2).sum()) for name, g in gradients.items()) ** 0.5
         assert mine.keys() == gradients.keys() and apart <= 1e-6 * whole
-    assert compiled.on and torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * 2 + 2  # parts x experts, and recomputing
+    # parts x experts, and recomputing
+    assert compiled.on and torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * 2 + 2
 
 
 def test_halves_of_any_length_share_a_version(monkeypatch):
@@ -115,7 +119,10 @@ def test_where_compiling_was_asked_for_its_failure_is_an_error(monkeypatch):
         model(next(rows(model)))
 
 
-@pytest.mark.parametrize("error", [torch._dynamo.exc.FailOnRecompileLimitHit("limit"), torch.OutOfMemoryError("full"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [torch._dynamo.exc.FailOnRecompileLimitHit("limit"), torch.OutOfMemoryError("full"), ValueError("x")],
+)
 def test_other_failures_are_passed_on(error, monkeypatch):
     def compile(part, **options):
         def run(*args):

@@ -16,7 +16,9 @@ SHIFT = st.floats(0.2, 8)
 
 @given(UNIT, SHIFT)
 def test_the_shift(t, s):
-    assert float(flow.shift_time(torch.tensor(t, dtype=torch.float64), s)) == pytest.approx(s * t / (1 + (s - 1) * t), abs=1e-9)
+    assert float(flow.shift_time(torch.tensor(t, dtype=torch.float64), s)) == pytest.approx(
+        s * t / (1 + (s - 1) * t), abs=1e-9
+    )
 
 
 def test_the_shift_keeps_its_ends_and_one_leaves_time_alone():
@@ -29,7 +31,9 @@ def test_the_shift_keeps_its_ends_and_one_leaves_time_alone():
 @given(st.floats(-8, 8), SHIFT)
 def test_training_time(u, s):
     t = 1 / (1 + math.exp(-u))
-    assert float(flow.training_time(torch.tensor(u, dtype=torch.float64), s)) == pytest.approx(s * t / (1 + (s - 1) * t), abs=1e-9)
+    assert float(flow.training_time(torch.tensor(u, dtype=torch.float64), s)) == pytest.approx(
+        s * t / (1 + (s - 1) * t), abs=1e-9
+    )
 
 
 def test_minus_infinity_is_a_clean_image():
@@ -42,7 +46,9 @@ def test_mix_velocity_and_step_agree():
     t = torch.rand(6)
     expected = torch.stack([(1 - t[i]) * x0[i] + t[i] * noise[i] for i in range(6)])
     assert torch.allclose(flow.mix(x0, noise, t), expected)
-    assert torch.equal(flow.mix(x0, noise, torch.zeros(6)), x0) and torch.equal(flow.mix(x0, noise, torch.ones(6)), noise)
+    assert torch.equal(flow.mix(x0, noise, torch.zeros(6)), x0) and torch.equal(
+        flow.mix(x0, noise, torch.ones(6)), noise
+    )
     x, times = noise, flow.sampling_times(7, 3.0)
     for a, b in itertools.pairwise(times):
         x = flow.euler_step(x, flow.velocity(x0, noise), a, b)
@@ -57,7 +63,7 @@ def test_sampling_times(points, shift):
     assert times[0] == 1 and times[-1] == 0
 
 
-# ---- guidance --------------------------------------------------------------------------------------------------------
+# ---- guidance
 
 
 def guided(v, no_text, no_image, a, b, kind, least):
@@ -76,7 +82,9 @@ def guided(v, no_text, no_image, a, b, kind, least):
         return out
 
     def step(base, towards, w):
-        return [[x + w * (y - x) for x, y in zip(p, q, strict=True)] for p, q in zip(base, towards, strict=True)]
+        return [
+            [x + w * (y - x) for x, y in zip(p, q, strict=True)] for p, q in zip(base, towards, strict=True)
+        ]
 
     if a <= 1:
         return v
@@ -97,14 +105,17 @@ def test_guidance(kind, a, b, least):
     v, no_text, no_image = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(3))
     no_text[0] = 3 * v[0]  # here guidance shortens, so that the renormalisation must not lengthen
     found = flow.guide(v, no_text, no_image, a, b, kind, least)
-    expected = torch.tensor(guided(v.tolist(), no_text.tolist(), no_image.tolist(), a, b, kind, least), dtype=torch.float64)
+    expected = torch.tensor(
+        guided(v.tolist(), no_text.tolist(), no_image.tolist(), a, b, kind, least), dtype=torch.float64
+    )
     assert torch.allclose(found, expected, atol=1e-12)
 
 
 def test_guidance_asks_only_for_what_it_uses():
     v = torch.randn(3, 2)
     assert flow.guide(v, None, None, 1.0, 2.0, "global", 0.0) is v
-    assert torch.equal(flow.guide(v, v, None, 2.0, 1.0, "global", 0.0), v)  # without a difference nothing moves
+    # without a difference nothing moves
+    assert torch.equal(flow.guide(v, v, None, 2.0, 1.0, "global", 0.0), v)
     with pytest.raises(AssertionError):
         flow.guide(v, v, None, 2.0, 2.0, "global", 0.0)
 
@@ -113,4 +124,6 @@ def test_renormalisation_never_lengthens():
     g = torch.Generator().manual_seed(1)
     v, no_text, no_image = (torch.randn(64, 4, generator=g) for _ in range(3))
     assert flow.guide(v, no_text, no_image, 5.0, 2.0, "global", 0.0).norm() <= v.norm() * 1.0001
-    assert (flow.guide(v, no_text, no_image, 5.0, 2.0, "channel", 0.0).norm(dim=1) <= v.norm(dim=1) * 1.0001).all()
+    assert (
+        flow.guide(v, no_text, no_image, 5.0, 2.0, "channel", 0.0).norm(dim=1) <= v.norm(dim=1) * 1.0001
+    ).all()

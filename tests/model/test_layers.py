@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from unigen.model.layers import PositionTable, RMSNorm, SwiGLU, TimeEmbedder, rope_angles, rotate, sincos_table
+from unigen.model.layers import (
+    PositionTable,
+    RMSNorm,
+    SwiGLU,
+    TimeEmbedder,
+    rope_angles,
+    rotate,
+    sincos_table,
+)
 
 
 def test_rms_norm():
@@ -14,7 +22,9 @@ def test_rms_norm():
     x = torch.randn(3, 4)
     for row, out in zip(x.tolist(), norm(x).tolist(), strict=True):
         size = math.sqrt(sum(v * v for v in row) / 4 + 0.1)
-        assert out == pytest.approx([v / size * w for v, w in zip(row, norm.weight.tolist(), strict=True)], rel=1e-5)
+        assert out == pytest.approx(
+            [v / size * w for v, w in zip(row, norm.weight.tolist(), strict=True)], rel=1e-5
+        )
 
 
 def test_rms_norm_squares_in_float32():
@@ -56,7 +66,9 @@ def test_time_embedding_is_cosines_then_sines():
     t = 0.37
     angles = [t * 10000 ** (-i / 128) for i in range(128)]
     raw = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
-    assert embedder(torch.tensor([t]))[0].tolist() == pytest.approx([v / (1 + math.exp(-v)) for v in raw], abs=1e-5)
+    assert embedder(torch.tensor([t]))[0].tolist() == pytest.approx(
+        [v / (1 + math.exp(-v)) for v in raw], abs=1e-5
+    )
 
 
 def test_rotary_embedding_turns_pairs_of_the_two_halves():
@@ -75,6 +87,13 @@ def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
 
     def score(a, b):
-        return float((rotate(q, *rope_angles(torch.tensor([a]), 8, 1e4)) * rotate(k, *rope_angles(torch.tensor([b]), 8, 1e4))).sum())
+        return float(
+            (
+                rotate(q, *rope_angles(torch.tensor([a]), 8, 1e4))
+                * rotate(k, *rope_angles(torch.tensor([b]), 8, 1e4))
+            ).sum()
+        )
 
-    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4) and score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4) and score(7, 3) != pytest.approx(
+        score(7, 4), abs=1e-3
+    )

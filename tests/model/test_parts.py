@@ -1,4 +1,5 @@
-"""Every parameter of the published checkpoint belongs to one part, and what is asked of names agrees with the modules."""
+"""Every parameter of the published checkpoint belongs to one part, and what is asked of names agrees with the
+modules."""
 
 from __future__ import annotations
 
@@ -44,7 +45,10 @@ def test_what_is_left_out_is_what_a_smaller_model_has_not(golden, model, left_ou
     [
         ({"freeze_und": True}, {"generation expert", "time_embedder", "vae2llm", "llm2vae"}),
         ({"freeze_llm": True}, {"vit_model", "connector", "time_embedder", "vae2llm", "llm2vae"}),
-        ({"freeze_vit": True}, {"language_model", "generation expert", "connector", "time_embedder", "vae2llm", "llm2vae"}),
+        (
+            {"freeze_vit": True},
+            {"language_model", "generation expert", "connector", "time_embedder", "vae2llm", "llm2vae"},
+        ),
     ],
 )
 def test_frozen_parts(model, options, learns):
@@ -55,6 +59,12 @@ def test_frozen_parts(model, options, learns):
 
 def test_only_matrices_that_do_not_learn_are_held_in_bfloat16(model):
     config = Config(freeze_und=True)
-    halved = {name for name, _ in model.named_parameters() if parts.dtype_of(name, config, torch.bfloat16) == torch.bfloat16}
+    halved = {
+        name
+        for name, _ in model.named_parameters()
+        if parts.dtype_of(name, config, torch.bfloat16) == torch.bfloat16
+    }
     assert halved and all(parts.is_linear(name) and not parts.is_generation_expert(name) for name in halved)
-    assert not any(parts.dtype_of(name, config, torch.float32) != torch.float32 for name, _ in model.named_parameters())
+    assert not any(
+        parts.dtype_of(name, config, torch.float32) != torch.float32 for name, _ in model.named_parameters()
+    )

@@ -1,4 +1,5 @@
-"""Selective checkpointing: the same numbers, attention run once, and memory between that of all and of nothing."""
+"""Selective checkpointing: the same numbers, attention run once, and memory between that of all and of
+nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def row(model: Bagel, kinds: tuple[Kind, ...], samples: int = 2) -> Pack:
     r = random.Random(3)
     made = []
     for _ in range(samples):
-        blocks = [tiny.text(r, 5, loss=True) if kind == Kind.TEXT else tiny.image(r, kind, i, (3, 3)) for i, kind in enumerate(kinds)]
+        blocks = [
+            tiny.text(r, 5, loss=True) if kind == Kind.TEXT else tiny.image(r, kind, i, (3, 3))
+            for i, kind in enumerate(kinds)
+        ]
         made.append(blocks)
     return tiny.row(made, model)
 
@@ -90,7 +94,9 @@ def test_gradients_are_those_without_checkpointing_to_the_bit(kind: str, freeze:
     if freeze != "nothing":
         for name, p in model.named_parameters():
             und = "_moe_gen" not in name and name.startswith(("language_model.", "connector.", "vit_model."))
-            p.requires_grad_(p.requires_grad and not (und if freeze == "und" else name.startswith("vit_model.")))
+            p.requires_grad_(
+                p.requires_grad and not (und if freeze == "und" else name.startswith("vit_model."))
+            )
     pack = row(model, ROWS[kind])
     if freeze == "und" and not model(pack).mse.numel():
         pytest.skip("nothing of this row learns")
@@ -108,7 +114,10 @@ def test_gradients_are_those_without_checkpointing_to_the_bit(kind: str, freeze:
 @pytest.mark.parametrize("part", ["visual_gen", "visual_und"])
 def test_a_model_without_a_part_has_the_same_gradients(part: str):
     model = tiny.build(**{part: False})
-    pack = row(model, (Kind.TEXT, Kind.VIT, Kind.TEXT) if part == "visual_gen" else (Kind.TEXT, Kind.CLEAN, Kind.NOISED))
+    pack = row(
+        model,
+        (Kind.TEXT, Kind.VIT, Kind.TEXT) if part == "visual_gen" else (Kind.TEXT, Kind.CLEAN, Kind.NOISED),
+    )
     wanted, found = learn(model, pack, "none")[1], learn(model, pack, "selective")[1]
     for name, gradient in wanted.items():
         assert gradient is not None and torch.equal(found[name], gradient), name
@@ -119,15 +128,20 @@ def test_under_autocast_too():
     pack = row(model, ROWS["mixed"])
     with torch.autocast("cpu", torch.bfloat16):
         wanted, found = learn(model, pack, "none")[1], learn(model, pack, "selective")[1]
-    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items() if gradient is not None)
+    assert all(
+        torch.equal(found[name], gradient) for name, gradient in wanted.items() if gradient is not None
+    )
 
 
 def test_attention_runs_once_and_half_of_the_products_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
-    """Of the 14 products of a layer with two experts, full checkpointing repeats 13, selective 6: k, v and gate of each."""
+    """Of the 14 products of a layer with two experts, full checkpointing repeats 13, selective 6: k, v and
+    gate of each."""
     model = tiny.build()
     pack = row(model, ROWS["mixed"])
     calls, genuine = [], unigen.model.sdpa.Groups.__call__
-    monkeypatch.setattr(unigen.model.sdpa.Groups, "__call__", lambda *args: (calls.append(1), genuine(*args))[1])
+    monkeypatch.setattr(
+        unigen.model.sdpa.Groups, "__call__", lambda *args: (calls.append(1), genuine(*args))[1]
+    )
     decoder, vit = 3, 2  # layers
     repeated, ran = {}, {}
     for policy in ("none", "full", "selective"):
@@ -141,7 +155,8 @@ def test_attention_runs_once_and_half_of_the_products_are_not_repeated(monkeypat
 
 @pytest.mark.parametrize("policy", ["none", "full", "selective"])
 def test_an_understanding_half_that_learns_nothing_costs_no_backward_pass_and_no_memory(policy: str):
-    """It is most of this sequence. Its products run forward (and again where all is recomputed), and have no gradients."""
+    """It is most of this sequence. Its products run forward (and again where all is recomputed), and have no
+    gradients."""
     model = tiny.build()
     for name, p in model.named_parameters():
         und = "_moe_gen" not in name and name.startswith(("language_model.", "connector.", "vit_model."))
@@ -172,13 +187,21 @@ def test_an_understanding_half_that_learns_nothing_costs_no_backward_pass_and_no
 
 
 def test_memory_lies_between_full_checkpointing_and_none():
-    """With an MLP 5.3 times as wide as the model, as BAGEL's. Measured: full 0.22, selective 0.52 of what is held without checkpointing."""
+    """With an MLP 5.3 times as wide as the model, as BAGEL's. Measured: full 0.22, selective 0.52 of what is
+    held without checkpointing."""
     config = tiny.config()
     config.llm.hidden_size, config.llm.intermediate_size = 128, 680
     model = Bagel(config)
     model.initialise()
     r = random.Random(0)
-    samples = [[tiny.text(r, 50, loss=True), tiny.image(r, Kind.VIT, 1, (8, 8)), tiny.image(r, Kind.NOISED, 2, (8, 8))] for _ in range(4)]
+    samples = [
+        [
+            tiny.text(r, 50, loss=True),
+            tiny.image(r, Kind.VIT, 1, (8, 8)),
+            tiny.image(r, Kind.NOISED, 2, (8, 8)),
+        ]
+        for _ in range(4)
+    ]
     pack = tiny.row(samples, model)
     held = {policy: cost(model, pack, policy)[0] for policy in ("none", "full", "selective")}
     assert held["full"] < 0.3 * held["none"]
@@ -193,7 +216,11 @@ def test_a_part_with_more_products_than_promised_is_noticed():
 
 def test_every_product_of_a_layer_has_its_mark():
     model = tiny.build()
-    linear = [name for name, part in model.language_model.model.layers[0].named_modules() if isinstance(part, torch.nn.Linear)]
+    linear = [
+        name
+        for name, part in model.language_model.model.layers[0].named_modules()
+        if isinstance(part, torch.nn.Linear)
+    ]
     marks = KEPT_PRODUCTS["before"] + KEPT_PRODUCTS["after"]
     assert len(linear) == len(EXPERTS) * len(marks) and not marks[-1]
 

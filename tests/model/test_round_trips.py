@@ -1,4 +1,5 @@
-"""What a forward asks the device for: on a GPU every answer that Python waits for stops the queue of kernels."""
+"""What a forward asks the device for: on a GPU every answer that Python waits for stops the queue of
+kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +17,20 @@ from unigen.model.kv_cache import Cache
 from unigen.sequence.types import Kind
 
 WAITS = {"_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero"}
-NO_KERNEL = {"view", "t", "transpose", "slice", "unsqueeze", "select", "expand", "as_strided", "detach", "_unsafe_view", "alias", "unbind"}
+NO_KERNEL = {
+    "view",
+    "t",
+    "transpose",
+    "slice",
+    "unsqueeze",
+    "select",
+    "expand",
+    "as_strided",
+    "detach",
+    "_unsafe_view",
+    "alias",
+    "unbind",
+}
 NO_KERNEL |= {"split", "split_with_sizes", "squeeze", "permute", "_reshape_alias"}
 
 
@@ -61,7 +75,8 @@ def test_a_decoded_token_waits_for_nothing_and_sorts_nothing(model, contexts):
 
 
 def test_a_decoded_token_takes_few_kernels(model):
-    """46 a layer on a CPU, of which 20 are the parts of its RMS norms (one kernel each on a GPU); it was 62."""
+    """46 a layer on a CPU, of which 20 are the parts of its RMS norms (one kernel each on a GPU); it was
+    62."""
     counts = {}
     for layers in (3, 5):
         other = model
@@ -79,7 +94,11 @@ def test_a_decoded_token_takes_few_kernels(model):
 
 def test_training_waits_for_nothing(model):
     r = random.Random(3)
-    pack = tiny.row([tiny.sample(r) for _ in range(3)] + [[tiny.text(r, 5, loss=True), tiny.image(r, Kind.NOISED, 1, (2, 2))]], model)
+    pack = tiny.row(
+        [tiny.sample(r) for _ in range(3)]
+        + [[tiny.text(r, 5, loss=True), tiny.image(r, Kind.NOISED, 1, (2, 2))]],
+        model,
+    )
     with Calls() as calls:
         out = model(pack)
         (out.ce.sum() + out.mse.sum()).backward()
@@ -88,7 +107,13 @@ def test_training_waits_for_nothing(model):
 
 def test_a_step_of_drawing_waits_for_nothing(model):
     full, none = context(model, 4), Cache(model.config.llm.num_hidden_layers)
-    canvas = Canvas(full, none, full, (3, 3), torch.randn(9, model.config.patch_dim, generator=torch.Generator().manual_seed(0)))
+    canvas = Canvas(
+        full,
+        none,
+        full,
+        (3, 3),
+        torch.randn(9, model.config.patch_dim, generator=torch.Generator().manual_seed(0)),
+    )
     with Calls() as calls:
         draw(model, tiny.SPECIAL, [canvas], SamplingOptions(num_timesteps=4, cfg_interval=(0.0, 1.0)))
     assert not calls.waits

@@ -1,4 +1,5 @@
-"""safetensors files and sets of them: any run of elements is read, whatever file it lies in; what makes no sense is refused."""
+"""safetensors files and sets of them: any run of elements is read, whatever file it lies in; what makes no
+sense is refused."""
 
 from __future__ import annotations
 
@@ -21,11 +22,21 @@ from torch import Tensor
 
 from unigen.model import storage
 from unigen.model.config import CheckpointFolderError
-from unigen.model.storage import DTYPES, NAMES, Stored, scan_folder, scan_safetensors, scan_set, write_safetensors
+from unigen.model.storage import (
+    DTYPES,
+    NAMES,
+    Stored,
+    scan_folder,
+    scan_safetensors,
+    scan_set,
+    write_safetensors,
+)
 
 
 def sample(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    bits = torch.randint(0, 256, (torch.Size(shape).numel() * dtype.itemsize,), generator=torch.Generator().manual_seed(seed))
+    bits = torch.randint(
+        0, 256, (torch.Size(shape).numel() * dtype.itemsize,), generator=torch.Generator().manual_seed(seed)
+    )
     return (bits % 2 if dtype == torch.bool else bits).to(torch.uint8).view(dtype).view(shape)
 
 
@@ -34,10 +45,14 @@ def raw(tensor: Tensor) -> bytes:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    return write_safetensors(path, {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()})
+    return write_safetensors(
+        path, {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+    )
 
 
-def write_pieces(folder: Path, tensors: dict[str, Tensor], cuts: dict[str, list[int]], files: int = 2) -> Path:
+def write_pieces(
+    folder: Path, tensors: dict[str, Tensor], cuts: dict[str, list[int]], files: int = 2
+) -> Path:
     """Every tensor in as many parts as its cuts make, the parts dealt to files in turn; the index."""
     held: list[dict[str, Tensor]] = [{} for _ in range(files)]
     pieces: dict[str, Any] = {}
@@ -60,7 +75,8 @@ def write_pieces(folder: Path, tensors: dict[str, Tensor], cuts: dict[str, list[
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_run_of_elements_is_read_however_the_tensor_is_cut(data: st.DataObject):
-    """Every dtype, any shape, any cut into up to four parts over as many files, also empty ones; any range, any target."""
+    """Every dtype, any shape, any cut into up to four parts over as many files, also empty ones; any range,
+    any target."""
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
     whole = sample(dtype, shape, data.draw(st.integers(0, 99)))
@@ -74,10 +90,17 @@ def test_any_run_of_elements_is_read_however_the_tensor_is_cut(data: st.DataObje
         found = scan_set(Path(folder), "w.safetensors")
         assert found is not None and found.keys() == {"w", "other"}
         stored = found["w"]
-        assert (stored.dtype, stored.shape, stored.numel, stored.nbytes) == (dtype, shape, n, n * dtype.itemsize)
+        assert (stored.dtype, stored.shape, stored.numel, stored.nbytes) == (
+            dtype,
+            shape,
+            n,
+            n * dtype.itemsize,
+        )
         assert stored.read().shape == shape and raw(stored.read()) == raw(whole)
         flat = whole.reshape(-1)[start:stop]
-        assert stored.read(start, stop).shape == (stop - start,) and raw(stored.read(start, stop)) == raw(flat)
+        assert stored.read(start, stop).shape == (stop - start,) and raw(stored.read(start, stop)) == raw(
+            flat
+        )
         assert raw(stored.read(start)) == raw(whole.reshape(-1)[start:])
         out = torch.zeros(stop - start, dtype=dtype)
         stored.read_into(out, start)
@@ -95,7 +118,9 @@ def test_reading_into_another_dtype_or_layout_goes_by_chunks(
     write_pieces(tmp_path, {"w": whole}, {"w": [4]})
     stored = (scan_set(tmp_path, "w.safetensors") or {})["w"]
     read, sizes = Stored.read, []
-    monkeypatch.setattr(Stored, "read", lambda self, start=0, stop=None: sizes.append(stop - start) or read(self, start, stop))
+    monkeypatch.setattr(
+        Stored, "read", lambda self, start=0, stop=None: sizes.append(stop - start) or read(self, start, stop)
+    )
     around = torch.full((2 * 23 + 2,), -1.0, dtype=dtype)
     stored.read_into(around[1:-1:2], 3)
     assert torch.equal(around[1:-1:2], whole.view(-1)[3:26].to(dtype)) and around[::2].eq(-1).all()
@@ -119,7 +144,11 @@ def test_a_range_outside_of_the_tensor_is_a_programmers_error(tmp_path: Path):
     """Memory that nobody filled would look like numbers."""
     write(tmp_path / "a.safetensors", {"w": torch.arange(4.0)})
     stored = scan_safetensors(tmp_path / "a.safetensors")["w"]
-    for use in (lambda: stored.read(0, 5), lambda: stored.read(-1, 2), lambda: stored.read_into(torch.zeros(3), 2)):
+    for use in (
+        lambda: stored.read(0, 5),
+        lambda: stored.read(-1, 2),
+        lambda: stored.read_into(torch.zeros(3), 2),
+    ):
         with pytest.raises(AssertionError):
             use()
 
@@ -156,7 +185,9 @@ def test_every_cut_and_every_flipped_bit_of_a_header_is_refused_or_read_within_t
             continue
         for name, stored in found.items():
             (part,) = stored.parts
-            assert head - 64 <= part.offset <= part.offset + stored.nbytes <= len(whole) and stored.numel >= 0, name
+            assert (
+                head - 64 <= part.offset <= part.offset + stored.nbytes <= len(whole) and stored.numel >= 0
+            ), name
             stored.read()
 
 
@@ -205,7 +236,9 @@ def test_a_folder_in_place_of_a_file_is_told(tmp_path: Path):
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
     """Ten elements in two pieces, and ``whole`` in the second file."""
-    index = write_pieces(tmp_path, {"w": torch.arange(10.0).view(2, 5), "whole": torch.ones(3)}, {"w": [4], "whole": []})
+    index = write_pieces(
+        tmp_path, {"w": torch.arange(10.0).view(2, 5), "whole": torch.ones(3)}, {"w": [4], "whole": []}
+    )
     described = json.loads(index.read_text())
     described["weight_map"]["whole"] = "w-0.safetensors"
     del described["pieces"]["whole"]
@@ -215,7 +248,9 @@ def index(tmp_path: Path) -> Path:
 
 def test_pieces_and_whole_tensors_stand_side_by_side_and_a_single_file_comes_first(index: Path):
     found = scan_set(index.parent, "w.safetensors") or {}
-    assert found["whole"].read().tolist() == [1, 1, 1] and torch.equal(found["w"].read(), torch.arange(10.0).view(2, 5))
+    assert found["whole"].read().tolist() == [1, 1, 1] and torch.equal(
+        found["w"].read(), torch.arange(10.0).view(2, 5)
+    )
     assert scan_set(index.parent, "x.safetensors") is None
     write(index.parent / "w.safetensors", {"one": torch.ones(1)})
     assert (scan_set(index.parent, "w.safetensors") or {}).keys() == {"one"}
@@ -272,7 +307,11 @@ def test_an_index_that_names_files_outside_of_its_folder_is_refused(
     """Though they are there and fit."""
     outside = tmp_path_factory.mktemp("outside") / "w.safetensors"
     (index.parent / "sub").mkdir()
-    for copy in (outside, index.parent / "sub" / "w.safetensors", index.parent.parent / "outside.safetensors"):
+    for copy in (
+        outside,
+        index.parent / "sub" / "w.safetensors",
+        index.parent.parent / "outside.safetensors",
+    ):
         shutil.copy(index.parent / "w-0.safetensors", copy)
     described = json.loads(index.read_text())
     name = str(outside) if name == "ABSOLUTE" else name
@@ -290,15 +329,23 @@ def test_an_index_that_names_files_outside_of_its_folder_is_refused(
 
 def test_the_size_and_hash_of_what_was_written_and_every_dtype_for_every_reader(tmp_path: Path):
     path = tmp_path / "a.safetensors"
-    tensors = {name: sample(dtype, (3, 2)) for name, dtype in DTYPES.items()} | {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.0)}
+    tensors = {name: sample(dtype, (3, 2)) for name, dtype in DTYPES.items()} | {
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.0),
+    }
     size, digest = write(path, tensors)
     data = path.read_bytes()
     assert (size, digest) == (len(data), hashlib.sha256(data).hexdigest())
     theirs, ours = load_file(path), scan_safetensors(path)
     assert theirs.keys() == ours.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert raw(theirs[name]) == raw(ours[name].read()) == raw(tensor) and theirs[name].shape == ours[name].shape == tensor.shape
-    assert all(stored.parts[0].offset % stored.dtype.itemsize == 0 for stored in ours.values()), "aligned for readers that map the file"
+        assert (
+            raw(theirs[name]) == raw(ours[name].read()) == raw(tensor)
+            and theirs[name].shape == ours[name].shape == tensor.shape
+        )
+    assert all(stored.parts[0].offset % stored.dtype.itemsize == 0 for stored in ours.values()), (
+        "aligned for readers that map the file"
+    )
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -306,10 +353,14 @@ def test_the_size_and_hash_of_what_was_written_and_every_dtype_for_every_reader(
 def test_files_of_the_librarys_own_writer_are_read(tmp_path: Path):
     tensors = {name: sample(dtype, (4, 3), seed=1) for name, dtype in DTYPES.items()}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"any": "thing"})
-    assert {n: raw(s.read()) for n, s in scan_safetensors(tmp_path / "a.safetensors").items()} == {n: raw(t) for n, t in tensors.items()}
+    assert {n: raw(s.read()) for n, s in scan_safetensors(tmp_path / "a.safetensors").items()} == {
+        n: raw(t) for n, t in tensors.items()
+    }
 
 
-def test_tensors_are_made_one_at_a_time_and_written_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tensors_are_made_one_at_a_time_and_written_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(storage, "CHUNK", 16)
     made: list[str] = []
 
@@ -317,10 +368,16 @@ def test_tensors_are_made_one_at_a_time_and_written_in_chunks(tmp_path: Path, mo
         made.append(name)
         return torch.full((10,), float(len(made))).view(5, 2).t()  # not contiguous
 
-    size, digest = write_safetensors(tmp_path / "a", {n: (torch.float32, (2, 5), lambda n=n: make(n)) for n in "abc"})
+    size, digest = write_safetensors(
+        tmp_path / "a", {n: (torch.float32, (2, 5), lambda n=n: make(n)) for n in "abc"}
+    )
     assert made == ["a", "b", "c"] and size == (tmp_path / "a").stat().st_size
     assert digest == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
-    assert [s.read().unique().tolist() for s in scan_safetensors(tmp_path / "a").values()] == [[1.0], [2.0], [3.0]]
+    assert [s.read().unique().tolist() for s in scan_safetensors(tmp_path / "a").values()] == [
+        [1.0],
+        [2.0],
+        [3.0],
+    ]
 
 
 def test_a_file_can_be_replaced_from_itself_and_stays_when_writing_fails(tmp_path: Path):
@@ -332,10 +389,14 @@ def test_a_file_can_be_replaced_from_itself_and_stays_when_writing_fails(tmp_pat
         raise OSError(5, "Input/output error")
 
     with pytest.raises(OSError):
-        write_safetensors(path, {"v": (torch.float32, (2,), stored["v"].read), "w": (torch.float32, (4,), fail)})
+        write_safetensors(
+            path, {"v": (torch.float32, (2,), stored["v"].read), "w": (torch.float32, (4,), fail)}
+        )
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     with pytest.raises(AssertionError):  # a tensor that is not what was announced
         write_safetensors(path, {"w": (torch.float32, (3,), stored["w"].read)})
     assert path.read_bytes() == before
     write_safetensors(path, {"w": (torch.float32, (4,), lambda: stored["w"].read() + 1)})
-    assert scan_safetensors(path)["w"].read().tolist() == [1, 2, 3, 4] and scan_safetensors(path).keys() == {"w"}
+    assert scan_safetensors(path)["w"].read().tolist() == [1, 2, 3, 4] and scan_safetensors(path).keys() == {
+        "w"
+    }

@@ -34,7 +34,10 @@ def rewrite(folder: Path, change=lambda tensors: None, dtype=None) -> dict[str, 
 
 def shard(folder: Path, name="model.safetensors", parts=3) -> None:
     tensors = load_file(folder / "ema.safetensors")
-    names, files = sorted(tensors), [f"{name[:-12]}-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
+    names, files = (
+        sorted(tensors),
+        [f"{name[:-12]}-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)],
+    )
     for i, file in enumerate(files):
         save_file({n: tensors[n] for n in names[i::parts]}, folder / file)
     index = {"metadata": {}, "weight_map": {n: files[i % parts] for i, n in enumerate(names)}}
@@ -46,11 +49,12 @@ def same(a, b) -> bool:
     """Equal names, dtypes, shapes and bytes."""
     view = lambda t: t.contiguous().reshape(-1).view(torch.uint8)  # noqa: E731
     return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(view(a[n]), view(b[n])) for n in a
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(view(a[n]), view(b[n]))
+        for n in a
     )
 
 
-# ---- bit-identical ---------------------------------------------------------------------------------------------------
+# ---- bit-identical
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -94,13 +98,19 @@ def test_given_values_win_over_the_model_s(golden, tmp_path):
     model = load_bagel(golden / "model")
     average = {"connector.fc1.bias": torch.full((64,), 3.0)}
     save_bagel(model, tmp_path, weights=average, filename="average.safetensors")
-    assert torch.equal(load_file(tmp_path / "average.safetensors")["connector.fc1.bias"], average["connector.fc1.bias"])
+    assert torch.equal(
+        load_file(tmp_path / "average.safetensors")["connector.fc1.bias"], average["connector.fc1.bias"]
+    )
     loaded = load_bagel(tmp_path, weights=("average.safetensors",))
     assert loaded.connector.fc1.bias.tolist() == [3.0] * 64
 
 
 def test_a_saved_folder_is_complete_and_says_its_constants(golden, tmp_path):
-    constants = {"interpolate_pos": True, "timestep_shift": 2.5, "vit_transform": {"max_size": 56, "min_size": 28}}
+    constants = {
+        "interpolate_pos": True,
+        "timestep_shift": 2.5,
+        "vit_transform": {"max_size": 56, "min_size": 28},
+    }
     save_bagel(load_bagel(golden / "model", constants=constants), tmp_path)
     for name in (
         "llm_config.json",
@@ -116,7 +126,11 @@ def test_a_saved_folder_is_complete_and_says_its_constants(golden, tmp_path):
     assert config["model_type"] == "bagel" and config["architectures"] == ["BagelForConditionalGeneration"]
     assert {"llm_config", "vit_config", "vae_config"} <= set(config)
     loaded = load_bagel(tmp_path).config
-    assert (loaded.interpolate_pos, loaded.timestep_shift, loaded.vit_transform) == (True, 2.5, {"max_size": 56, "min_size": 28})
+    assert (loaded.interpolate_pos, loaded.timestep_shift, loaded.vit_transform) == (
+        True,
+        2.5,
+        {"max_size": 56, "min_size": 28},
+    )
     assert loaded.max_latent_size == 16  # from the stored table, which no file of the source says
 
 
@@ -128,7 +142,7 @@ def test_saving_over_the_source_loses_nothing(golden, tmp_path):
     assert not [p.name for p in folder.iterdir() if p.name.endswith((".part", ".tmp"))]
 
 
-# ---- parts left out --------------------------------------------------------------------------------------------------
+# ---- parts left out
 
 
 @pytest.mark.parametrize("part", ["visual_gen", "visual_und"])
@@ -146,10 +160,12 @@ def test_a_part_left_out_keeps_its_bytes(golden, tmp_path, part):
     load_bagel(tmp_path)
 
 
-# ---- shards, other names ---------------------------------------------------------------------------------------------
+# ---- shards, other names
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "ema.safetensors", "diffusion_pytorch_model.safetensors"]
+)
 def test_sharded_sets_load(golden, tmp_path, name):
     folder = copy_of(golden / "model", tmp_path)
     tensors = load_file(folder / "ema.safetensors")
@@ -182,10 +198,14 @@ def test_the_guide_s_own_lines(golden, tmp_path):
             p.mul_(1.25)
     torch.save(trained.state_dict(), tmp_path / "trained_model.pt")
     result = model.load_state_dict(torch.load(tmp_path / "trained_model.pt"))
-    assert not result.missing_keys and not result.unexpected_keys and same(model.state_dict(), trained.state_dict())
+    assert (
+        not result.missing_keys
+        and not result.unexpected_keys
+        and same(model.state_dict(), trained.state_dict())
+    )
 
 
-# ---- strict ----------------------------------------------------------------------------------------------------------
+# ---- strict
 
 
 def test_every_wrong_key_is_in_one_error(golden, tmp_path):
@@ -200,7 +220,8 @@ def test_every_wrong_key_is_in_one_error(golden, tmp_path):
         load_bagel(folder)
     message = str(error.value)
     for part in (
-        "2 missing: ", "connector.fc1.bias", "language_model.model.norm_moe_gen.weight", "1 unexpected: extra.weight",
+        "2 missing: ", "connector.fc1.bias", "language_model.model.norm_moe_gen.weight",
+        "1 unexpected: extra.weight",
         "1 misshapen: vae2llm.bias [3] instead of [64]", "Cure",
     ):  # fmt: skip
         assert part in message
@@ -219,12 +240,15 @@ def test_a_truncated_file_is_explained(golden, tmp_path, cut):
     folder = copy_of(golden / "model", tmp_path)
     file = folder / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(CheckpointFolderError, match=r"ema\.safetensors is not a whole safetensors file: .*Cure"):
+    with pytest.raises(
+        CheckpointFolderError, match=r"ema\.safetensors is not a whole safetensors file: .*Cure"
+    ):
         load_bagel(folder)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0" * 7, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"version https://git-lfs.github.com/spec/v1\n"]
+    "content",
+    [b"", b"\0" * 7, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"version https://git-lfs.github.com/spec/v1\n"],
 )
 def test_a_file_that_is_no_safetensors_is_explained(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
@@ -249,7 +273,7 @@ def test_a_folder_that_is_no_checkpoint_is_explained(golden, tmp_path, spoil, me
         load_bagel(folder)
 
 
-# ---- position tables -------------------------------------------------------------------------------------------------
+# ---- position tables
 
 
 def test_tables_of_another_size_are_recomputed(golden, tmp_path):
@@ -274,7 +298,7 @@ def test_stored_tables_are_the_computed_ones(golden):
     assert torch.allclose(model.vit_pos_embed.pos_embed, sincos_table(8, 64), atol=1e-6)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory
 
 MEASURE = """
 import gc, sys, torch
@@ -302,16 +326,24 @@ for folder in sys.argv[2:]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures through Linux's /proc")
 def test_loading_and_saving_take_no_second_copy(golden, tmp_path):
-    """About 300 MB in float32, stored as float32 and as bfloat16; ru_maxrss would not do, as a child starts with its parent's."""
+    """About 300 MB in float32, stored as float32 and as bfloat16; ru_maxrss would not do, as a child starts
+    with its parent's."""
     noise = torch.randn(2**21, generator=torch.Generator().manual_seed(0))
     folders = []
     for dtype in (torch.float32, torch.bfloat16):
         folder = copy_of(golden / "model", tmp_path / str(dtype))
         llm = json.loads((folder / "llm_config.json").read_text())
-        (folder / "llm_config.json").write_text(json.dumps(llm | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9}))
+        (folder / "llm_config.json").write_text(
+            json.dumps(llm | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9})
+        )
         with torch.device("meta"):
-            shapes = {n: p.shape for n, p in Bagel(read_config(folder, {}, max_latent_size=16)).named_parameters()}
-        save_file({n: noise[: math.prod(s)].reshape(s).to(dtype, copy=True) for n, s in shapes.items()}, folder / "ema.safetensors")
+            shapes = {
+                n: p.shape for n, p in Bagel(read_config(folder, {}, max_latent_size=16)).named_parameters()
+            }
+        save_file(
+            {n: noise[: math.prod(s)].reshape(s).to(dtype, copy=True) for n, s in shapes.items()},
+            folder / "ema.safetensors",
+        )
         folders.append(folder)
     command = [sys.executable, "-c", MEASURE, str(golden / "model"), *map(str, folders)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

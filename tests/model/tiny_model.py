@@ -17,7 +17,8 @@ SPECIAL = SpecialIds(35, 36, 37, 38, 39)
 
 def config(**overrides) -> BagelConfig:
     llm = Qwen2Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=40,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=40,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     vit = SiglipVisionConfig(
@@ -30,7 +31,12 @@ def config(**overrides) -> BagelConfig:
         hidden_act="gelu_pytorch_tanh",
     )
     vae = VaeConfig(type="pixel", downsample=2, z_channels=12, scale_factor=2.0, shift_factor=0.25)
-    return BagelConfig(llm, vit, vae, **{"max_latent_size": 8, "vit_max_num_patch_per_side": 8, "timestep_shift": 2.0, **overrides})
+    return BagelConfig(
+        llm,
+        vit,
+        vae,
+        **{"max_latent_size": 8, "vit_max_num_patch_per_side": 8, "timestep_shift": 2.0, **overrides},
+    )
 
 
 def build(seed: int = 0, **overrides) -> Bagel:
@@ -41,7 +47,10 @@ def build(seed: int = 0, **overrides) -> Bagel:
         model.initialise()
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.15 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+                p.copy_(
+                    torch.randn(p.shape, generator=generator) * 0.15
+                    + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                )
     object.__setattr__(model, "codec", PixelCodec(model.config.vae))
     return model.eval()
 
@@ -51,7 +60,9 @@ def text(r: random.Random, length: int | None = None, loss: bool = False, **opti
     return Block(Kind.TEXT, n, ids=[r.randrange(35) for _ in range(n)], loss=loss, **options)
 
 
-def image(r: random.Random, kind: Kind, piece: int = 0, grid: tuple[int, int] | None = None, **options) -> Block:
+def image(
+    r: random.Random, kind: Kind, piece: int = 0, grid: tuple[int, int] | None = None, **options
+) -> Block:
     grid = grid or (r.randint(1, 3), r.randint(1, 3))
     n, g = grid[0] * grid[1], torch.Generator().manual_seed(r.randrange(2**31))
     content = (
@@ -60,7 +71,11 @@ def image(r: random.Random, kind: Kind, piece: int = 0, grid: tuple[int, int] | 
         else {"latent": torch.randn(12, grid[0] * 2, grid[1] * 2, generator=g)}
     )
     if kind == Kind.NOISED:
-        content |= {"noise": torch.randn(n, 48, generator=g), "u": float(torch.randn((), generator=g)), "loss": True}
+        content |= {
+            "noise": torch.randn(n, 48, generator=g),
+            "u": float(torch.randn((), generator=g)),
+            "loss": True,
+        }
     return Block(kind, n, piece, grid, **content, **options)
 
 
@@ -70,7 +85,9 @@ def sample(r: random.Random, blocks: int | None = None, kinds=tuple(Kind)) -> li
         kind = r.choice(kinds)
         closing = r.choice([None, None, SPECIAL.end])
         made.append(
-            text(r, loss=r.random() < 0.6, closing_label=closing) if kind == Kind.TEXT else image(r, kind, piece, closing_label=closing)
+            text(r, loss=r.random() < 0.6, closing_label=closing)
+            if kind == Kind.TEXT
+            else image(r, kind, piece, closing_label=closing)
         )
     return made
 
@@ -85,5 +102,7 @@ def in_order(pack: Pack, values: torch.Tensor) -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
     return a.shape == b.shape and bool(
-        torch.allclose(a, b, atol=tolerance * max(1.0, float(b.detach().abs().max()) if b.numel() else 1.0), rtol=0)
+        torch.allclose(
+            a, b, atol=tolerance * max(1.0, float(b.detach().abs().max()) if b.numel() else 1.0), rtol=0
+        )
     )

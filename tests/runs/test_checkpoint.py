@@ -41,14 +41,21 @@ def forge(folder: Path, **changes: Any) -> None:
 # ---- what is damaged is noticed
 
 
-def test_every_flipped_bit_of_the_manifest_and_many_of_each_file_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also at a time whose last digits a float cannot tell apart: 1795432000.1234567 and ...68 are the same number."""
+def test_every_flipped_bit_of_the_manifest_and_many_of_each_file_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also at a time whose last digits a float cannot tell apart: 1795432000.1234567 and ...68 are the same
+    number."""
     monkeypatch.setattr(saver.time, "time", lambda: 1795432000.1234567)
     folder = save(tmp_path, 1)
     files = contents_of(folder)
     assert len(files) == 6
     for name, whole in files.items():
-        bits = range(8 * len(whole)) if name == "manifest.json" else random.Random(0).sample(range(8 * len(whole)), 24)
+        bits = (
+            range(8 * len(whole))
+            if name == "manifest.json"
+            else random.Random(0).sample(range(8 * len(whole)), 24)
+        )
         for bit in bits:
             data = bytearray(whole)
             data[bit // 8] ^= 1 << bit % 8
@@ -63,7 +70,11 @@ def test_200_single_bits_over_all_files_of_two_processes_are_all_noticed(tmp_pat
     """Parts, indexes, states, configs and manifest alike; the file is named."""
     folder = save_together(tmp_path, 1)
     files = contents_of(folder)
-    assert {"ema-00001-of-00002.safetensors", "ema.safetensors.index.json", "optimizer.safetensors.index.json"} < files.keys()
+    assert {
+        "ema-00001-of-00002.safetensors",
+        "ema.safetensors.index.json",
+        "optimizer.safetensors.index.json",
+    } < files.keys()
     rng = random.Random(0)
     for number in range(200):
         name = sorted(files)[number % len(files)]
@@ -76,7 +87,10 @@ def test_200_single_bits_over_all_files_of_two_processes_are_all_noticed(tmp_pat
     verify_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["ema.safetensors", "optimizer.safetensors", "trainer.json", "tokenizer/merges.txt", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["ema.safetensors", "optimizer.safetensors", "trainer.json", "tokenizer/merges.txt", "manifest.json"],
+)
 def test_a_missing_short_long_or_unreadable_file_is_named(tmp_path: Path, name: str):
     folder = save(tmp_path, 1)
     path = folder / name
@@ -97,7 +111,12 @@ def test_a_missing_short_long_or_unreadable_file_is_named(tmp_path: Path, name: 
 def test_states_that_cannot_be_read_are_named(tmp_path: Path, name: str):
     folder = save(tmp_path, 1)
     assert read_states(folder) == {"trainer": {"step": 1}}
-    for damage_it in (lambda path: path.write_text("{"), lambda path: path.write_bytes(b"\xff"), Path.unlink, Path.mkdir):
+    for damage_it in (
+        lambda path: path.write_text("{"),
+        lambda path: path.write_bytes(b"\xff"),
+        Path.unlink,
+        Path.mkdir,
+    ):
         damage_it(folder / name)
         with pytest.raises(CheckpointError, match=f"{name}.*Cure:"):
             read_states(folder)
@@ -125,32 +144,50 @@ def test_every_damaged_file_is_listed_and_an_extra_file_is_fine(tmp_path: Path):
     (folder / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"damaged checkpoint: .*; ") as caught:
         verify_checkpoint(folder)
-    assert "optimizer.safetensors has 0 bytes instead of " in str(caught.value) and "trainer.json is missing" in str(caught.value)
+    assert "optimizer.safetensors has 0 bytes instead of " in str(
+        caught.value
+    ) and "trainer.json is missing" in str(caught.value)
     assert "ema.safetensors" not in str(caught.value)
 
 
-def test_several_processes_read_every_file_once_and_all_hear_of_the_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_several_processes_read_every_file_once_and_all_hear_of_the_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = save(tmp_path, 1)
     read: list[str] = []
     hash_of = checkpoint.sha256_of
-    monkeypatch.setattr(checkpoint, "sha256_of", lambda path, *tick: read.append(path.name) or hash_of(path, *tick))
-    assert together(3, lambda rank, channel: verify_checkpoint(folder, (rank, 3), channel.gather)) == [None] * 3
+    monkeypatch.setattr(
+        checkpoint, "sha256_of", lambda path, *tick: read.append(path.name) or hash_of(path, *tick)
+    )
+    assert (
+        together(3, lambda rank, channel: verify_checkpoint(folder, (rank, 3), channel.gather)) == [None] * 3
+    )
     assert sorted(read) == sorted(name.rpartition("/")[2] for name in read_manifest(folder)["files"])
     damage(folder)
     damage(folder, "ema.safetensors")
     errors = together(3, lambda rank, channel: verify_checkpoint(folder, (rank, 3), channel.gather))
     for error in errors:
         assert isinstance(error, CheckpointError) and str(error) == str(errors[0])
-        assert str(error).count("has changed") == 2 and "ema.safetensors" in str(error) and "optimizer.safetensors" in str(error)
+        assert (
+            str(error).count("has changed") == 2
+            and "ema.safetensors" in str(error)
+            and "optimizer.safetensors" in str(error)
+        )
     damage(folder, "manifest.json")
     errors = together(3, lambda rank, channel: verify_checkpoint(folder, (rank, 3), channel.gather))
-    assert all(str(error).count("manifest.json") == 1 for error in errors), "the manifest is told once, not once a process"
+    assert all(str(error).count("manifest.json") == 1 for error in errors), (
+        "the manifest is told once, not once a process"
+    )
 
 
 def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path):
     (tmp_path / "secret.json").write_text('{"a": 1}')
     for n, change in enumerate(
-        ({"states": ["../secret"]}, {"groups": ["../ema"]}, {"files": {"/etc/hostname": {"size": 0, "sha256": ""}}})
+        (
+            {"states": ["../secret"]},
+            {"groups": ["../ema"]},
+            {"files": {"/etc/hostname": {"size": 0, "sha256": ""}}},
+        )
     ):
         folder = save(tmp_path, n)
         forge(folder, **change)
@@ -189,13 +226,17 @@ def test_groups_are_found_whole_or_in_pieces_and_raw_weights_stand_before_the_av
     index = (two / "ema.safetensors.index.json").read_text().replace("ema-", "model-")
     (two / "model.safetensors.index.json").write_text(index)
     averages, raw = scan_weights(two), scan_weights(two, raw=True)
-    assert {p.file.name[:4] for p in averages["w"].parts} == {"ema-"} and {p.file.name[:6] for p in raw["w"].parts} == {"model-"}
+    assert {p.file.name[:4] for p in averages["w"].parts} == {"ema-"} and {
+        p.file.name[:6] for p in raw["w"].parts
+    } == {"model-"}
 
 
 # ---- which one to resume from
 
 
-def test_the_newest_good_one_is_found_and_a_bad_newer_one_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_newest_good_one_is_found_and_a_bad_newer_one_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "nowhere") is None
     for step in (9, 10, 100):
         save(tmp_path, step)
@@ -220,7 +261,9 @@ def test_auto_passes_over_the_newest_one_or_two_and_refuses_when_all_are_bad(tmp
     if bad < 3:
         assert resolve_resume("auto", tmp_path) == tmp_path / f"step_{3 - bad}"
     else:
-        with pytest.raises(CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Cure"):
+        with pytest.raises(
+            CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Cure"
+        ):
             resolve_resume("auto", tmp_path)
 
 
@@ -238,8 +281,14 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("os.listdir", refuse)
-    for look in (lambda: resolve_resume("auto", tmp_path), lambda: sweep_orphans(tmp_path), lambda: prune_checkpoints(tmp_path, 1)):
-        with pytest.raises(CheckpointError, match=r"cannot be listed .*Permission denied.*Cure: allow reading it"):
+    for look in (
+        lambda: resolve_resume("auto", tmp_path),
+        lambda: sweep_orphans(tmp_path),
+        lambda: prune_checkpoints(tmp_path, 1),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"cannot be listed .*Permission denied.*Cure: allow reading it"
+        ):
             look()
 
 
@@ -276,7 +325,9 @@ def test_processes_choose_together_and_alike(tmp_path: Path):
     damage(tmp_path / "step_2", "optimizer-00002-of-00002.safetensors")
 
     def choose(rank: int, channel: Any) -> Path | None:
-        return resolve_resume("auto", tmp_path, lambda folder: verify_checkpoint(folder, (rank, 2), channel.gather))
+        return resolve_resume(
+            "auto", tmp_path, lambda folder: verify_checkpoint(folder, (rank, 2), channel.gather)
+        )
 
     assert together(2, choose) == [tmp_path / "step_1"] * 2
 
@@ -300,7 +351,9 @@ def test_pruning_keeps_the_newest_the_best_and_what_is_not_ours(tmp_path: Path):
         verify_checkpoint(tmp_path / name)
 
 
-def test_one_that_cannot_be_removed_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_one_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     for step in (1, 2, 3):
         save(tmp_path, step)
 
@@ -309,12 +362,19 @@ def test_one_that_cannot_be_removed_is_a_warning(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "rename", refuse)
     prune_checkpoints(tmp_path, 1)
-    assert names(tmp_path) == ["step_1", "step_2", "step_3"] and caplog.text.count("Cannot remove the old checkpoint") == 2
+    assert (
+        names(tmp_path) == ["step_1", "step_2", "step_3"]
+        and caplog.text.count("Cannot remove the old checkpoint") == 2
+    )
 
 
-def test_what_is_half_removed_no_longer_looks_like_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_half_removed_no_longer_looks_like_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = save(tmp_path, 1)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     with pytest.raises(OSError):
         remove_checkpoint(folder)
     monkeypatch.undo()
@@ -324,10 +384,25 @@ def test_what_is_half_removed_no_longer_looks_like_a_checkpoint(tmp_path: Path, 
 
 
 def test_sweeping_removes_what_runs_left_half_done_and_nothing_else(tmp_path: Path):
-    """Whoever's process id it bears: only the holder of the folder's lock sweeps, so nobody else is writing."""
+    """Whoever's process id it bears: only the holder of the folder's lock sweeps, so nobody else is
+    writing."""
     save(tmp_path, 1)
-    kept = [".cache", ".notes.txt.partial-3", ".step_3", ".step_2.partial-", ".step_2.partial-1x", "step_2.partial-1", ".step_2.other-1"]
-    for name in (".step_2.partial-1", f".step_2.partial-{os.getpid()}", f".best.partial-{os.getppid()}", ".step_1.old-1", *kept):
+    kept = [
+        ".cache",
+        ".notes.txt.partial-3",
+        ".step_3",
+        ".step_2.partial-",
+        ".step_2.partial-1x",
+        "step_2.partial-1",
+        ".step_2.other-1",
+    ]
+    for name in (
+        ".step_2.partial-1",
+        f".step_2.partial-{os.getpid()}",
+        f".best.partial-{os.getppid()}",
+        ".step_1.old-1",
+        *kept,
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     (tmp_path / ".step_9.partial-7").touch()

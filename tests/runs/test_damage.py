@@ -1,4 +1,5 @@
-"""Damage to a checkpoint that two processes wrote: always noticed, never loaded, and a run goes on from the newest one that is whole."""
+"""Damage to a checkpoint that two processes wrote: always noticed, never loaded, and a run goes on from the
+newest one that is whole."""
 
 import json
 import logging
@@ -45,7 +46,8 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_the_checkpoint_is_what_it_is_taken_for(whole: Path):
-    """Passes when it has two parts and an index a group, verifies, and every tensor comes back to the bit from its pieces."""
+    """Passes when it has two parts and an index a group, verifies, and every tensor comes back to the bit
+    from its pieces."""
     assert sorted(p.name for p in whole.iterdir()) == FILES
     verify_checkpoint(whole)
     pieces = json.loads((whole / "ema.safetensors.index.json").read_text("utf-8"))["pieces"]
@@ -55,7 +57,10 @@ def test_the_checkpoint_is_what_it_is_taken_for(whole: Path):
         found = scan_weights(whole, raw)
         assert found.keys() == tensors.keys()
         for name, value in tensors.items():
-            assert torch.equal(found[name].read(), value + add * (name != "frozen")) and found[name].dtype == value.dtype
+            assert (
+                torch.equal(found[name].read(), value + add * (name != "frozen"))
+                and found[name].dtype == value.dtype
+            )
     assert torch.equal(scan_group(whole, "optimizer")["exp_avg.weight"].read(), tensors["weight"] * 2)
 
 
@@ -64,7 +69,10 @@ def test_two_hundred_flipped_bits_over_all_files_are_all_noticed(checkpoint: Pat
     rng = random.Random(0)
     sizes = {name: 8 * (checkpoint / name).stat().st_size for name in FILES}
     flips = [(name, rng.randrange(bits)) for name, bits in sizes.items() for _ in range(10)]
-    flips += [(name, rng.randrange(sizes[name])) for name in rng.choices(FILES, weights=list(sizes.values()), k=200 - len(flips))]
+    flips += [
+        (name, rng.randrange(sizes[name]))
+        for name in rng.choices(FILES, weights=list(sizes.values()), k=200 - len(flips))
+    ]
     assert len(flips) == 200
     noticed = 0
     for name, bit in flips:
@@ -79,12 +87,18 @@ def test_two_hundred_flipped_bits_over_all_files_are_all_noticed(checkpoint: Pat
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_truncated_extended_emptied_or_missing_file_is_named(checkpoint: Path, name: str):
-    """Passes when every file, too short, one byte too long, gone, or a folder instead, is an error that names it and the cure."""
+    """Passes when every file, too short, one byte too long, gone, or a folder instead, is an error that names
+    it and the cure."""
     path = checkpoint / name
     data = path.read_bytes()
     lengths = [len(data) - 1, len(data) // 2, 8, 0]
     changes: list[Callable[[], object]] = [lambda n=n: path.write_bytes(data[:n]) for n in lengths]
-    for change in [*changes, lambda: path.write_bytes(data + b"\0"), path.unlink, lambda: (path.unlink(), path.mkdir())]:
+    for change in [
+        *changes,
+        lambda: path.write_bytes(data + b"\0"),
+        path.unlink,
+        lambda: (path.unlink(), path.mkdir()),
+    ]:
         change()
         with pytest.raises(CheckpointError, match=name) as caught:
             verify_checkpoint(checkpoint)
@@ -115,8 +129,11 @@ def exchange(a: Path, b: Path) -> None:
 
 
 def test_files_of_another_step_are_noticed(checkpoint: Path):
-    """Passes when no file of step 4 can stand in step 3, though all have the same sizes; those that are equal may."""
-    other = write_checkpoint(checkpoint.parent, 4, {name: value + 1 for name, value in small_tensors().items()})
+    """Passes when no file of step 4 can stand in step 3, though all have the same sizes; those that are equal
+    may."""
+    other = write_checkpoint(
+        checkpoint.parent, 4, {name: value + 1 for name, value in small_tensors().items()}
+    )
     for name in FILES:
         mine, theirs = (checkpoint / name).read_bytes(), (other / name).read_bytes()
         (checkpoint / name).write_bytes(theirs)
@@ -131,8 +148,11 @@ def test_files_of_another_step_are_noticed(checkpoint: Path):
 
 @pytest.mark.parametrize("extra", ["ema.safetensors", "model.safetensors", "optimizer.safetensors"])
 def test_an_extra_file_never_takes_the_place_of_verified_ones(whole: Path, checkpoint: Path, extra: str):
-    """Passes when a whole group beside the two-part one, as an unclean copy of folders leaves it, is refused or not read."""
-    alone = write_checkpoint(checkpoint.parent / "other", 3, {name: value * 0 for name, value in small_tensors().items()}, world=1)
+    """Passes when a whole group beside the two-part one, as an unclean copy of folders leaves it, is refused
+    or not read."""
+    alone = write_checkpoint(
+        checkpoint.parent / "other", 3, {name: value * 0 for name, value in small_tensors().items()}, world=1
+    )
     shutil.copyfile(alone / extra, checkpoint / extra)
     group = extra.removesuffix(".safetensors")
     wanted = {name: entry.read() for name, entry in scan_group(whole, group).items()}
@@ -170,9 +190,11 @@ def wound(folder: Path, kind: int) -> str:
 
 @pytest.mark.parametrize("bad", [1, 2, 3])
 @pytest.mark.parametrize("kind", range(4))
-def test_the_newest_whole_one_is_taken_and_each_bad_newer_one_is_named(tmp_path: Path, caplog, bad: int, kind: int):
-    """Passes when of steps 1, 2, 3 with the newest 1 or 2 bad, 2 or 1 is resumed from; with all bad nothing is, and nothing starts
-    afresh."""
+def test_the_newest_whole_one_is_taken_and_each_bad_newer_one_is_named(
+    tmp_path: Path, caplog, bad: int, kind: int
+):
+    """Passes when of steps 1, 2, 3 with the newest 1 or 2 bad, 2 or 1 is resumed from; with all bad nothing
+    is, and nothing starts afresh."""
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, step)
     damaged = {step: wound(tmp_path / f"step_{step}", kind + i) for i, step in enumerate([3, 2, 1][:bad])}
@@ -180,17 +202,23 @@ def test_the_newest_whole_one_is_taken_and_each_bad_newer_one_is_named(tmp_path:
     with caplog.at_level(logging.WARNING):
         if bad == 3:
             assert latest_checkpoint(tmp_path) is None
-            with pytest.raises(CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Cure"):
+            with pytest.raises(
+                CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Cure"
+            ):
                 resolve_resume("auto", tmp_path)
         else:
             assert resolve_resume("auto", tmp_path) == tmp_path / f"step_{3 - bad}"
     for step, name in damaged.items():
-        assert any(f"step_{step}" in line and name in line and "Passing over" in line for line in caplog.messages)
-    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before  # damaged ones are left for people to look at
+        assert any(
+            f"step_{step}" in line and name in line and "Passing over" in line for line in caplog.messages
+        )
+    # damaged ones are left for people to look at
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
 
 
 def test_a_run_goes_on_from_the_newest_whole_one(options, caplog):
-    """Passes when a run of 3 steps whose step_3 is damaged resumes at step 2, and its end is that of a run that was never damaged."""
+    """Passes when a run of 3 steps whose step_3 is damaged resumes at step 2, and its end is that of a run
+    that was never damaged."""
     from unigen.config import Config
     from unigen.training.trainer import UnifiedTrainer
 
@@ -220,7 +248,16 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-BOMBS = [".metadata", "__0_0.distcp", "optimizer.pt", "trainer.pt", "trainer.pkl", "pytorch_model.bin", "ema.pt", "random.pth"]
+BOMBS = [
+    ".metadata",
+    "__0_0.distcp",
+    "optimizer.pt",
+    "trainer.pt",
+    "trainer.pkl",
+    "pytorch_model.bin",
+    "ema.pt",
+    "random.pth",
+]
 
 
 def plant(folder: Path, fuse: Path) -> None:
@@ -236,7 +273,8 @@ def test_the_bomb_works(tmp_path: Path):
 
 
 def test_resuming_runs_nothing_that_was_planted_in_a_checkpoint(options, tmp_path: Path):
-    """Passes when a run resumes from a folder full of pickles that write a file, trains on, and there is no such file."""
+    """Passes when a run resumes from a folder full of pickles that write a file, trains on, and there is no
+    such file."""
     from unigen.config import Config
     from unigen.training.trainer import UnifiedTrainer
 
@@ -250,12 +288,18 @@ def test_resuming_runs_nothing_that_was_planted_in_a_checkpoint(options, tmp_pat
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_pickle_in_the_place_of_a_file_is_refused_and_not_run(checkpoint: Path, tmp_path: Path, name: str):
-    """Passes when the file is an error even where nobody looked at the checksums first, or is none of the files that are read."""
+    """Passes when the file is an error even where nobody looked at the checksums first, or is none of the
+    files that are read."""
     torch.save(Bomb(tmp_path / "fuse"), checkpoint / name)
     with pytest.raises(CheckpointError, match=name):
         verify_checkpoint(checkpoint)
     refused = 0
-    for use in (read_states, scan_weights, lambda folder: scan_weights(folder, raw=True), lambda folder: scan_group(folder, "optimizer")):
+    for use in (
+        read_states,
+        scan_weights,
+        lambda folder: scan_weights(folder, raw=True),
+        lambda folder: scan_group(folder, "optimizer"),
+    ):
         try:
             use(checkpoint)
         except ValueError as error:

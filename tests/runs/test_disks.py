@@ -16,7 +16,13 @@ import torch
 from safetensors import SafetensorError
 from saves import ALONE, FILES, contents, contents_of, entry, mount_disk, names, save, write_files
 
-from unigen.runs.checkpoint import CheckpointError, prune_checkpoints, read_states, sweep_orphans, verify_checkpoint
+from unigen.runs.checkpoint import (
+    CheckpointError,
+    prune_checkpoints,
+    read_states,
+    sweep_orphans,
+    verify_checkpoint,
+)
 from unigen.runs.saver import Saver
 
 BIG = torch.zeros(300_000)
@@ -62,7 +68,9 @@ def test_a_full_disk_costs_only_the_new_checkpoint(small_disk: Path, background:
 def test_a_disk_that_is_full_at_20_offsets_of_a_save_keeps_the_earlier_checkpoint(small_disk: Path):
     """From no room at all to all but the last page, in even steps; then the same save succeeds."""
     page, value = os.sysconf("SC_PAGESIZE"), torch.arange(20_000.0)
-    new = contents(2, entry("ema", "w", value), entry("optimizer", "exp_avg.w", value), states={"trainer": {"step": 2}})
+    new = contents(
+        2, entry("ema", "w", value), entry("optimizer", "exp_avg.w", value), states={"trainer": {"step": 2}}
+    )
     Saver(small_disk, 0, ALONE).save(new, "measured")
     whole = sum(-(-len(data) // page) for data in contents_of(small_disk / "measured").values())
     shutil.rmtree(small_disk / "measured")
@@ -73,7 +81,9 @@ def test_a_disk_that_is_full_at_20_offsets_of_a_save_keeps_the_earlier_checkpoin
         with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
             Saver(small_disk, 0, ALONE).save(new)
         (small_disk / "filler").unlink()
-        assert contents_of(small_disk) == before and names(small_disk) == ["step_1"], f"with room for {room} bytes"
+        assert contents_of(small_disk) == before and names(small_disk) == ["step_1"], (
+            f"with room for {room} bytes"
+        )
         verify_checkpoint(old)
     Saver(small_disk, 0, ALONE).save(new)
     verify_checkpoint(small_disk / "step_2")
@@ -86,7 +96,8 @@ def fill(disk: Path, room: int) -> None:
 
 
 def test_the_kernel_refusing_at_20_offsets_of_a_file_keeps_the_earlier_checkpoint(tmp_path: Path):
-    """A limit on the size of files, which needs no root: in the header, in every quarter of the data, before the last byte."""
+    """A limit on the size of files, which needs no root: in the header, in every quarter of the data, before
+    the last byte."""
     old, value = save(tmp_path, 1), torch.arange(25_000.0)
     new = contents(2, entry("ema", "w", value))
     Saver(tmp_path, 0, ALONE).save(new, "measured")
@@ -111,8 +122,11 @@ def test_the_kernel_refusing_at_20_offsets_of_a_file_keeps_the_earlier_checkpoin
 
 
 @pytest.mark.parametrize("name", ["step_3", "best", "step_2"], ids=["new", "best", "taken"])
-def test_a_disk_that_cannot_sync_at_any_moment_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    """EIO at each fsync of a save, also at the very last one, after the rename: the old one is back and nothing else is there."""
+def test_a_disk_that_cannot_sync_at_any_moment_keeps_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """EIO at each fsync of a save, also at the very last one, after the rename: the old one is back and
+    nothing else is there."""
     save(tmp_path, 2)
     save(tmp_path, 1, name="best")
     before, sync, calls = contents_of(tmp_path), os.fsync, 0
@@ -133,13 +147,19 @@ def test_a_disk_that_cannot_sync_at_any_moment_keeps_the_earlier_checkpoint(tmp_
         calls, saver = 0, Saver(tmp_path, 0, ALONE)
         with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
             saver.save(contents(3), name)
-        assert saver.published() is None and contents_of(tmp_path) == before and names(tmp_path) == ["best", "step_2"], refused
+        assert (
+            saver.published() is None
+            and contents_of(tmp_path) == before
+            and names(tmp_path) == ["best", "step_2"]
+        ), refused
     refused = -1
     Saver(tmp_path, 0, ALONE).save(contents(3), name)
     assert read_states(tmp_path / name) == {"trainer": {"step": 3}}
 
 
-def test_a_folder_that_cannot_be_synced_is_fine_where_the_file_system_has_no_such_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_synced_is_fine_where_the_file_system_has_no_such_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     sync = os.fsync
 
     def refuse(descriptor: int) -> None:
@@ -152,8 +172,11 @@ def test_a_folder_that_cannot_be_synced_is_fine_where_the_file_system_has_no_suc
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EDQUOT, errno.ENOSPC])
-def test_a_disk_that_refuses_folders_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
-    """Passes when mkdir and rename that fail with such a code are errors with the cure, and the checkpoint before is as it was."""
+def test_a_disk_that_refuses_folders_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    """Passes when mkdir and rename that fail with such a code are errors with the cure, and the checkpoint
+    before is as it was."""
 
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code), str(path))
@@ -163,7 +186,9 @@ def test_a_disk_that_refuses_folders_is_a_clear_error(tmp_path: Path, monkeypatc
     for call in ("mkdir", "rename"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, call, refuse)
-            with pytest.raises(CheckpointError, match=f"{os.strerror(code)}.*Earlier checkpoints are untouched.*Cure"):
+            with pytest.raises(
+                CheckpointError, match=f"{os.strerror(code)}.*Earlier checkpoints are untouched.*Cure"
+            ):
                 save(tmp_path, 2)
         assert contents_of(tmp_path) == before and names(tmp_path) == ["step_1"]
 
@@ -178,7 +203,8 @@ def test_a_folder_without_permission_is_a_clear_error(tmp_path: Path):
 
 
 def test_a_read_only_disk_is_a_clear_error(small_disk: Path):
-    """A real file system that turns read-only: passes when the save is an error with the cure and the checkpoint before verifies."""
+    """A real file system that turns read-only: passes when the save is an error with the cure and the
+    checkpoint before verifies."""
     old = save(small_disk, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EROFS)}.*Cure"):
@@ -198,9 +224,14 @@ def test_a_place_that_is_no_folder_is_a_clear_error(tmp_path: Path):
     assert names(tmp_path) == ["file", "step_2"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), SafetensorError("x"), OSError(errno.EIO, "I/O error")])
-def test_an_interrupted_or_failing_writer_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path, error: BaseException):
-    """Passes when the folder is as it was after the failure, which is told once, and the next save publishes a whole checkpoint."""
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("bug"), SafetensorError("x"), OSError(errno.EIO, "I/O error")]
+)
+def test_an_interrupted_or_failing_writer_leaves_nothing_and_the_next_one_succeeds(
+    tmp_path: Path, error: BaseException
+):
+    """Passes when the folder is as it was after the failure, which is told once, and the next save publishes
+    a whole checkpoint."""
 
     def fail(folder: Path) -> None:
         write_files(folder)
@@ -330,7 +361,8 @@ def refused():
         best = check(root / "best", {1, 2})
         assert check(root / "step_1", {1}) == 1
         done = (root / "step_2").exists() and check(root / "step_2", {2})
-        # All that may stay is the old one that was replaced and could not be removed; the next start sweeps it.
+        # All that may stay is the old one that was replaced and could not be removed; the next start sweeps
+        # it.
         left = {p.name for p in root.iterdir()} - {"best", "step_1", "step_2"}
         assert all(name.startswith(".best.old-") for name in left) and (not left or best == 2), (n, left)
         if not os.path.islink(root.with_name("reached")):
@@ -382,8 +414,9 @@ for pid, name in modes.items():
 
 
 def test_kill_9_or_a_refusal_at_any_moment_leaves_whole_checkpoints_only(tmp_path: Path):
-    """``every``: killed before each single file operation of saving and pruning; ``refused``: each of them fails once with EACCES;
-    ``at_random``: killed by the clock, in the middle of writes, beside the training or not."""
+    """``every``: killed before each single file operation of saving and pruning; ``refused``: each of them
+    fails once with EACCES; ``at_random``: killed by the clock, in the middle of writes, beside the training
+    or not."""
     args = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run(args, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,7 +15,7 @@ from children import start as start
 from unigen.runs.heartbeat import EXIT_HUNG, WAITING, Watchdog, _blame
 from unigen.runs.signals import Stops
 
-# ---- hung processes ----------------------------------------------------------------------------------------------------
+# ---- hung processes
 
 RANK = """
 def never_ends():
@@ -66,7 +66,8 @@ def _ranks_of(start, folder: Path, timeout: float, plans: list[list[tuple[int, s
 
 
 def test_a_process_that_hangs_reports_itself_and_ends(start, tmp_path: Path):
-    """In Python: EXIT_HUNG soon after the timeout; stderr and rank_0.stack.txt say rank, host, step, phase, seconds, and where."""
+    """In Python: EXIT_HUNG soon after the timeout; stderr and rank_0.stack.txt say rank, host, step, phase,
+    seconds, and where."""
     (child,) = _ranks_of(start, tmp_path / "ranks", 1.0, [[(7, "data", "never_ends()")]])
     began = time.monotonic()
     code, _, err = child.end()
@@ -75,12 +76,16 @@ def test_a_process_that_hangs_reports_itself_and_ends(start, tmp_path: Path):
     assert stack == err
     head, main, *_ = stack.splitlines()
     assert head.startswith("rank 0 of 1 (host ") and f"pid {child.process.pid}" in head
-    assert head.endswith("has made no progress for 1 s: step 7, phase data") and main == "Thread MainThread (most recent call last):"
+    assert (
+        head.endswith("has made no progress for 1 s: step 7, phase data")
+        and main == "Thread MainThread (most recent call last):"
+    )
     assert "in never_ends" in stack and "unigen-watch" not in stack
 
 
 def test_a_process_whose_interpreter_is_held_by_C_prints_its_stack_and_ends(start, tmp_path: Path):
-    """No Python thread can run: faulthandler's timer prints the stack and ends the process with 1, within the timeout and some s."""
+    """No Python thread can run: faulthandler's timer prints the stack and ends the process with 1, within the
+    timeout and some s."""
     (child,) = _ranks_of(start, tmp_path / "ranks", 1.0, [[(7, "forward/backward", "held_by_c()")]])
     began = time.monotonic()
     code, _, err = child.end()
@@ -89,7 +94,8 @@ def test_a_process_whose_interpreter_is_held_by_C_prints_its_stack_and_ends(star
 
 
 def test_of_three_the_one_that_hangs_is_named_and_all_end(start, tmp_path: Path):
-    """Rank 1 waits for data without end in step 7, the others for it in step 8: each says so, with the stack of its own."""
+    """Rank 1 waits for data without end in step 7, the others for it in step 8: each says so, with the stack
+    of its own."""
     behind = [(6, "forward/backward", "waits(0)"), (7, "data", "never_ends()")]
     waiting = [(7, "data", "waits(0)"), (8, "forward/backward", "waits(600)")]
     children = _ranks_of(start, tmp_path, 1.5, [waiting, behind, waiting])
@@ -107,10 +113,12 @@ def test_of_three_the_one_that_hangs_is_named_and_all_end(start, tmp_path: Path)
 
 
 def test_frozen_and_killed_ranks_are_reported_by_the_others(start, tmp_path: Path):
-    """Of four, rank 1 is stopped by SIGSTOP, and rank 2, which still moved when the others were late, is killed: the others say which give
-    no sign of life and why, and end."""
+    """Of four, rank 1 is stopped by SIGSTOP, and rank 2, which still moved when the others were late, is
+    killed: the others say which give no sign of life and why, and end."""
     plan = [(7, "forward/backward", "waits(600)")]
-    zero, one, two, three = _ranks_of(start, tmp_path, 2.0, [plan, plan, [(7, "sampling", "beats(600)")], plan])
+    zero, one, two, three = _ranks_of(
+        start, tmp_path, 2.0, [plan, plan, [(7, "sampling", "beats(600)")], plan]
+    )
     for rank, phase in ((1, "forward/backward"), (2, "sampling")):
         _await_beat(tmp_path / f"rank_{rank}.json", phase)
     one.send(signal.SIGSTOP)
@@ -125,24 +133,31 @@ def test_frozen_and_killed_ranks_are_reported_by_the_others(start, tmp_path: Pat
         assert code == EXIT_HUNG
         lines = [line for line in err.splitlines() if line.startswith("unigen: ")]
         assert lines == [
-            "unigen: rank 1 gives no sign of life, last at step 7, phase forward/backward: its process is stopped (SIGSTOP); "
-            "no stack of it can be had",
-            "unigen: rank 2 gives no sign of life, last at step 7, phase sampling: its process does not run any more; "
-            "no stack of it can be had",
+            (
+                "unigen: rank 1 gives no sign of life, last at step 7, phase forward/backward: its process is"
+                " stopped (SIGSTOP); no stack of it can be had"
+            ),
+            (
+                "unigen: rank 2 gives no sign of life, last at step 7, phase sampling: its process does not"
+                " run any more; no stack of it can be had"
+            ),
             "unigen: ranks 0, 3: step 7, phase forward/backward, waiting",
         ], err
     assert not (tmp_path / "rank_1.stack.txt").exists()
 
 
 def test_slow_is_not_hung_nor_is_waiting_for_who_is_slow(start, tmp_path: Path):
-    """Rank 1 beats within the timeout while its phase lasts longer; rank 0 waits for it, for longer than the timeout and less than twice:
-    it says so once and goes on. Both finish; no stack is left, the last heartbeats say that they ended."""
+    """Rank 1 beats within the timeout while its phase lasts longer; rank 0 waits for it, for longer than the
+    timeout and less than twice: it says so once and goes on. Both finish; no stack is left, the last
+    heartbeats say that they ended."""
     slow = [(7, "sampling", "beats_until_ended(0)")]
     waiting = [(7, "forward/backward", "waits(3.6)")]
     children = _ranks_of(start, tmp_path, 2.0, [waiting, slow])
     (zero, _, said), (one, _, quiet) = (child.end() for child in children)
     assert (zero, one) == (0, 0), said + quiet
-    assert [line.partition(":")[0] for line in said.splitlines()] == ["rank 0"] and "rank 1 still moves" in said
+    assert [line.partition(":")[0] for line in said.splitlines()] == [
+        "rank 0"
+    ] and "rank 1 still moves" in said
     assert quiet == ""
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["rank_0.json", "rank_1.json"]
     assert {json.loads(path.read_text())["phase"] for path in tmp_path.glob("*.json")} == {"ended"}
@@ -150,16 +165,22 @@ def test_slow_is_not_hung_nor_is_waiting_for_who_is_slow(start, tmp_path: Path):
 
 
 def test_who_is_to_blame_when_nobody_hangs_visibly():
-    """All in one place: a collective, or the same hang everywhere. One that moves while the others wait for twice the time: it is too slow.
-    In one step but different phases: whoever has stood still for the longest."""
+    """All in one place: a collective, or the same hang everywhere. One that moves while the others wait for
+    twice the time: it is too slow. In one step but different phases: whoever has stood still for the
+    longest."""
 
     def told(timeout: float = 60.0, **ranks: tuple[int, str, float]) -> list[str]:
-        alive = {int(r[1:]): {"step": step, "phase": phase, "quiet": quiet} for r, (step, phase, quiet) in ranks.items()}
+        alive = {
+            int(r[1:]): {"step": step, "phase": phase, "quiet": quiet}
+            for r, (step, phase, quiet) in ranks.items()
+        }
         return _blame(alive, timeout, accused=False)
 
     same = (7, "forward/backward", 61.0)
     (line,) = told(r0=same, r1=same, r2=same)
-    assert line.startswith("ranks 0-2: step 7, phase forward/backward: all hang in the same place, or in a collective")
+    assert line.startswith(
+        "ranks 0-2: step 7, phase forward/backward: all hang in the same place, or in a collective"
+    )
     assert told(r0=same, r1=(7, "sampling", 2.0), r2=same) == [
         "rank 1: step 7, phase sampling, moves, but too slowly for the others to wait",
         "ranks 0, 2: step 7, phase forward/backward, waiting or hanging",
@@ -170,7 +191,9 @@ def test_who_is_to_blame_when_nobody_hangs_visibly():
         f"ranks 0, 2: step 7, phase {WAITING}, waiting",
     ]
     (line,) = told(r0=waits, r1=waits)
-    assert line.startswith(f"ranks 0, 1: step 7, phase {WAITING}: all hang in the same place, or in a collective")
+    assert line.startswith(
+        f"ranks 0, 1: step 7, phase {WAITING}: all hang in the same place, or in a collective"
+    )
     assert told(r0=same, r1=(7, "data", 64.0), r2=(7, "", 61.0), r3=same, r9=(7, "data", 63.0)) == [
         "rank 1 hangs: step 7, phase data, for 64 s",
         "rank 9 hangs: step 7, phase data, for 63 s",
@@ -198,14 +221,22 @@ def test_a_stop_is_not_in_the_way_of_the_report(start, tmp_path: Path):
     assert json.loads((tmp_path / "rank_0.json").read_text())["signal"] == "SIGTERM"
 
 
-# ---- heartbeats --------------------------------------------------------------------------------------------------------
+# ---- heartbeats
 
 
 def test_heartbeats_say_where_a_process_is(tmp_path: Path):
-    """Every field; phase and step as they are now; what an earlier run left is gone, the other ranks' files of this one are not."""
+    """Every field; phase and step as they are now; what an earlier run left is gone, the other ranks' files
+    of this one are not."""
     folder = tmp_path / "ranks"
     folder.mkdir()
-    for name in ("rank_0.stack.txt", "rank_1.json", "rank_2.json", "rank_11.stack.txt", ".rank_2.json.partial", "notes.txt"):
+    for name in (
+        "rank_0.stack.txt",
+        "rank_1.json",
+        "rank_2.json",
+        "rank_11.stack.txt",
+        ".rank_2.json.partial",
+        "notes.txt",
+    ):
         (folder / name).write_text("{}")
     with Stops() as stops:
         before = time.time()
@@ -215,7 +246,13 @@ def test_heartbeats_say_where_a_process_is(tmp_path: Path):
             beat = _await_beat(folder / "rank_0.json", "saving")
         watchdog.close()
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "rank_0.json", "rank_1.json"]
-    assert (beat["rank"], beat["world"], beat["step"], beat["pid"], beat["total_steps"]) == (0, 2, 4, os.getpid(), 12)
+    assert (beat["rank"], beat["world"], beat["step"], beat["pid"], beat["total_steps"]) == (
+        0,
+        2,
+        4,
+        os.getpid(),
+        12,
+    )
     assert before <= beat["since"] <= beat["time"] <= time.time() and beat["host"] and beat["quiet"] >= 0
     assert json.loads((folder / "rank_0.json").read_text())["phase"] == "ended"
 
@@ -261,7 +298,8 @@ def test_a_heartbeat_costs_less_than_two_microseconds(tmp_path: Path):
 
 
 def test_outside_of_a_run_phases_ask_for_nothing(tmp_path: Path):
-    """What a program does that builds a trainer and never runs it: no thread, no file, no end of the process."""
+    """What a program does that builds a trainer and never runs it: no thread, no file, no end of the
+    process."""
     stops, threads = Stops(), threading.active_count()
     with stops.phase("data", breakable=True):
         assert stops.at.name == "data" and not stops.asked

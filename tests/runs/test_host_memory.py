@@ -30,7 +30,11 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def two(limit: str, used: int, cache: int) -> dict[str, str]:
-    return {"memory.max": limit + "\n", "memory.current": f"{used}\n", "memory.stat": f"anon 5\ninactive_file {cache}\n"}
+    return {
+        "memory.max": limit + "\n",
+        "memory.current": f"{used}\n",
+        "memory.stat": f"anon 5\ninactive_file {cache}\n",
+    }
 
 
 def one(limit: int, used: int, cache: int) -> dict[str, str]:
@@ -57,7 +61,10 @@ def test_in_a_container_the_root_is_the_limit(pretend):
 
 def test_the_older_version_too(pretend):
     own = "12:cpu,cpuacct:/job\n5:memory:/job\n0::/\n"
-    assert pretend(own, {"memory/job": one(8 * 10**9, 2 * 10**9, 10**9), "memory": one(2**63 - 4096, 0, 0)}) == 7e9
+    assert (
+        pretend(own, {"memory/job": one(8 * 10**9, 2 * 10**9, 10**9), "memory": one(2**63 - 4096, 0, 0)})
+        == 7e9
+    )
 
 
 def test_where_nobody_says_there_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -34,7 +34,9 @@ def test_curves_of_a_short_log_are_the_log(tmp_path):
     wanted = read_metrics(path)
     for name in CURVES:
         points = metrics.log.points(name)
-        assert [(p.step, p.mean) for p in points] == wanted[name] and all(p.low == p.mean == p.high for p in points)
+        assert [(p.step, p.mean) for p in points] == wanted[name] and all(
+            p.low == p.mean == p.high for p in points
+        )
 
 
 def test_later_looks_read_only_what_is_new(tmp_path):
@@ -62,7 +64,10 @@ def test_a_long_curve_keeps_mean_least_and_greatest(tmp_path):
     for point in points:
         first = int(point.step) // 8 * 8
         inside = [v["loss"] for v in values[max(0, first - 1) : first + 7]]
-        assert point.mean == pytest.approx(sum(inside) / len(inside)) and (point.low, point.high) == (min(inside), max(inside))
+        assert point.mean == pytest.approx(sum(inside) / len(inside)) and (point.low, point.high) == (
+            min(inside),
+            max(inside),
+        )
     assert [p.step for p in points] == sorted(p.step for p in points)
 
 
@@ -155,7 +160,13 @@ def test_values_that_are_no_numbers_are_left_out():
 
 def test_skipped_steps_and_what_is_not_finite_are_counted():
     log = Log()
-    log.add([{"step": 1, "loss": 1.0}, {"step": 2, "loss": None, "nonfinite": ["loss"], "skipped": 1.0}, {"step": 3, "skipped": 1.0}])
+    log.add(
+        [
+            {"step": 1, "loss": 1.0},
+            {"step": 2, "loss": None, "nonfinite": ["loss"], "skipped": 1.0},
+            {"step": 3, "skipped": 1.0},
+        ]
+    )
     assert (log.n_skipped, list(log.skipped), log.n_not_finite, log.not_finite_step) == (2, [2, 3], 1, 2)
 
 
@@ -163,11 +174,14 @@ def test_the_part_asked_for_alone_is_drawn_and_in_full(tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl", rows(9000))
     metrics = Metrics(path, steps=(4000, 4010))
     metrics.update()
-    assert [p.step for p in metrics.log.points("loss")] == list(range(4000, 4011)) and metrics.log.last_step == 9000
+    assert [p.step for p in metrics.log.points("loss")] == list(
+        range(4000, 4011)
+    ) and metrics.log.last_step == 9000
 
 
 def test_a_long_log_is_looked_at_first_and_read_in_full_later(tmp_path, monkeypatch):
-    """The first look parses a part, with its end in full; later ones end at exactly what one reading finds, also while it grows."""
+    """The first look parses a part, with its end in full; later ones end at exactly what one reading finds,
+    also while it grows."""
     monkeypatch.setattr(module, "BUDGET", 400_000)
     monkeypatch.setattr(module, "END", 100_000)
     monkeypatch.setattr(module, "PART", 8 << 10)
@@ -190,14 +204,19 @@ def test_a_long_log_is_looked_at_first_and_read_in_full_later(tmp_path, monkeypa
         assert looks < 12
     whole = Metrics(path, exact=True)
     assert whole.update() == path.stat().st_size
-    assert metrics.log.points("loss") == whole.log.points("loss") and metrics.log.n_lines == whole.log.n_lines == 6001
+    assert (
+        metrics.log.points("loss") == whole.log.points("loss")
+        and metrics.log.n_lines == whole.log.n_lines == 6001
+    )
     assert metrics.update() == 0
 
 
 def test_parse_agrees_with_json_line_by_line():
     data = "".join(json.dumps(r) + "\n" for r in rows(50)).encode()
     assert parse(data) == ([json.loads(line) for line in data.splitlines()], 0)
-    assert parse(b'{"step": 1}, {"step": 2}\n{"step": 3}\n') == ([{"step": 3}], 1), "two objects on a line are no line of ours"
+    assert parse(b'{"step": 1}, {"step": 2}\n{"step": 3}\n') == ([{"step": 3}], 1), (
+        "two objects on a line are no line of ours"
+    )
 
 
 def test_lines_are_counted_and_the_last_kept(tmp_path):

@@ -77,11 +77,21 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path, background:
         assert (got.dtype, got.shape) == (value.dtype, value.shape), name
         raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (got, value)]
         assert torch.equal(*raw), name
-    assert load_file(tmp_path / "step_1" / "a.safetensors").keys() == found.keys(), "the library's own reader agrees"
+    assert load_file(tmp_path / "step_1" / "a.safetensors").keys() == found.keys(), (
+        "the library's own reader agrees"
+    )
 
 
 def test_states_come_back_as_json_does(tmp_path: Path):
-    state = {"数据": "猫", "best": float("inf"), "seed": 2**70, "rate": 0.1 + 0.2, "none": None, "nested": [{"a": [True]}], "bad": "\ud800"}
+    state = {
+        "数据": "猫",
+        "best": float("inf"),
+        "seed": 2**70,
+        "rate": 0.1 + 0.2,
+        "none": None,
+        "nested": [{"a": [True]}],
+        "bad": "\ud800",
+    }
     folder = save(tmp_path, 1, states={"loader": state, "list": [1, 2], "tuple": (1, 2)})
     assert read_states(folder) == {"loader": state, "list": [1, 2], "tuple": [1, 2]}
 
@@ -99,7 +109,12 @@ def test_the_folder_holds_the_groups_the_states_the_files_and_nothing_else(tmp_p
 
 
 def test_a_name_or_key_that_cannot_be_right_is_a_programmers_error(tmp_path: Path):
-    for more, name in [({"states": {"x": {"a": [{1: 2}]}}}, None), ({}, "../elsewhere"), ({}, "a.b"), ({}, ".hidden")]:
+    for more, name in [
+        ({"states": {"x": {"a": [{1: 2}]}}}, None),
+        ({}, "../elsewhere"),
+        ({}, "a.b"),
+        ({}, ".hidden"),
+    ]:
         with pytest.raises(AssertionError):
             save(tmp_path, 1, name=name, **more)
         assert names(tmp_path) == [] and not (tmp_path.parent / "elsewhere").exists()
@@ -127,7 +142,9 @@ def test_saving_keeps_as_many_as_asked_and_the_one_just_written(tmp_path: Path):
     assert names(tmp_path) == ["best", "step_1", "step_3", "step_4"]
 
 
-def test_what_an_earlier_process_of_the_same_number_left_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_an_earlier_process_of_the_same_number_left_is_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(saving.os, "getpid", lambda: 77)
     (tmp_path / ".step_1.partial-77").mkdir()
     (tmp_path / ".step_1.partial-77" / "left_over").touch()
@@ -167,12 +184,17 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go.set()
 
 
-def test_a_slow_disk_does_not_hold_the_trainer_and_what_is_saved_is_of_the_moment_of_the_call(tmp_path: Path, slow_disk: threading.Event):
-    """``save`` returns while the write still blocks; weights, moments and states change afterwards, and what is written does not."""
+def test_a_slow_disk_does_not_hold_the_trainer_and_what_is_saved_is_of_the_moment_of_the_call(
+    tmp_path: Path, slow_disk: threading.Event
+):
+    """``save`` returns while the write still blocks; weights, moments and states change afterwards, and what
+    is written does not."""
     weights, moments, state = torch.ones(2, 3), torch.zeros(6).view(2, 3).t(), {"waiting": [1, 2]}
     wanted = [weights.clone(), moments.clone()]
     saver = Saver(tmp_path, 0, ALONE, background=True)
-    saver.save(contents(1, entry("ema", "w", weights), entry("optimizer", "m", moments), states={"trainer": state}))
+    saver.save(
+        contents(1, entry("ema", "w", weights), entry("optimizer", "m", moments), states={"trainer": state})
+    )
     assert saver.published() is None and not saver.failed and not (tmp_path / "step_1").exists()
     weights.fill_(9)
     moments.add_(1)
@@ -194,8 +216,11 @@ def test_without_background_it_is_published_when_save_returns(tmp_path: Path):
     assert saver.published() is None
 
 
-def test_training_goes_on_within_2_s_of_a_save_on_a_disk_that_takes_longer(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """A real run whose every file takes 1.5 s: the step after a save begins before that is published, and at most 2 s after the last."""
+def test_training_goes_on_within_2_s_of_a_save_on_a_disk_that_takes_longer(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """A real run whose every file takes 1.5 s: the step after a save begins before that is published, and at
+    most 2 s after the last."""
     write, moments = saving.write_safetensors, []
 
     def slow(*args: Any, **more: Any) -> Any:
@@ -224,10 +249,13 @@ def test_training_goes_on_within_2_s_of_a_save_on_a_disk_that_takes_longer(optio
 def test_where_memory_is_too_small_for_a_copy_all_processes_write_at_once_and_say_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """Two machines, of which one has too little; a process that wrote beside the training alone would be waited for, for ever."""
+    """Two machines, of which one has too little; a process that wrote beside the training alone would be
+    waited for, for ever."""
     place = threading.local()
     monkeypatch.setattr(saving.platform, "node", lambda: place.machine)
-    monkeypatch.setattr(saving, "free_memory", lambda: 100 << 30 if place.machine == "roomy" else saving._SPARE + 10)
+    monkeypatch.setattr(
+        saving, "free_memory", lambda: 100 << 30 if place.machine == "roomy" else saving._SPARE + 10
+    )
 
     def work(rank: int, channel: Channel) -> list[Path | None]:
         place.machine = ["roomy", "tight"][rank]
@@ -254,10 +282,14 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path, slow_disk: threa
     second.join(30)
     saver.wait()
     assert names(tmp_path) == ["step_1", "step_2"]
-    assert [saver.published() for _ in range(3)] == [tmp_path / "step_1", tmp_path / "step_2", None], "each is told, though nobody asked"
+    assert [saver.published() for _ in range(3)] == [tmp_path / "step_1", tmp_path / "step_2", None], (
+        "each is told, though nobody asked"
+    )
 
 
-def test_what_was_published_before_is_not_told_again_while_the_next_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_was_published_before_is_not_told_again_while_the_next_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Also before the writing thread has done anything."""
 
     class Late(threading.Thread):
@@ -277,8 +309,11 @@ def test_what_was_published_before_is_not_told_again_while_the_next_is_written(t
 
 
 @pytest.mark.parametrize("then", ["wait", "save"])
-def test_a_failure_beside_the_training_shows_and_is_never_called_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str):
-    """``failed`` tells it while the run goes on; ``wait`` or the next ``save`` raises it, once; the one after that succeeds."""
+def test_a_failure_beside_the_training_shows_and_is_never_called_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+):
+    """``failed`` tells it while the run goes on; ``wait`` or the next ``save`` raises it, once; the one after
+    that succeeds."""
     save(tmp_path, 1)
     before = contents_of(tmp_path)
     saver = Saver(tmp_path, 0, ALONE, background=True)
@@ -325,11 +360,14 @@ def test_every_process_writes_its_part_and_the_parts_are_one_tensor(tmp_path: Pa
 
 
 def test_whole_tensors_of_two_processes_make_an_ordinary_sharded_set(tmp_path: Path):
-    """The index of the published kind, which every reader knows; a process without a tensor of a group writes no file of it."""
+    """The index of the published kind, which every reader knows; a process without a tensor of a group writes
+    no file of it."""
 
     def work(rank: int, channel: Channel) -> None:
         only = [entry("optimizer", "step.w", torch.tensor(1.0))] if rank else []
-        Saver(tmp_path, rank, channel).save(contents(1, entry("ema", f"w{rank}", torch.full((2,), float(rank))), *only))
+        Saver(tmp_path, rank, channel).save(
+            contents(1, entry("ema", f"w{rank}", torch.full((2,), float(rank))), *only)
+        )
 
     assert together(2, work) == [None, None]
     folder = tmp_path / "step_1"
@@ -356,9 +394,15 @@ def test_pieces_that_do_not_cover_their_tensor_are_never_published(tmp_path: Pat
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(
     ("error", "says"),
-    [(OSError(28, "No space left on device"), "No space left"), (RuntimeError("bug"), "RuntimeError: bug"), (OSError(), "OSError")],
+    [
+        (OSError(28, "No space left on device"), "No space left"),
+        (RuntimeError("bug"), "RuntimeError: bug"),
+        (OSError(), "OSError"),
+    ],
 )
-def test_the_error_of_one_process_fails_all_names_it_and_leaves_nothing(tmp_path: Path, error: Exception, says: str, background: bool):
+def test_the_error_of_one_process_fails_all_names_it_and_leaves_nothing(
+    tmp_path: Path, error: Exception, says: str, background: bool
+):
     """At once, whatever the error: nobody waits for a process that has given up."""
     save_together(tmp_path, 1)
     before = contents_of(tmp_path)
@@ -378,14 +422,19 @@ def test_the_error_of_one_process_fails_all_names_it_and_leaves_nothing(tmp_path
     began = time.monotonic()
     errors = together(2, work, patience=5)
     for found in errors:
-        assert isinstance(found, CheckpointError) and "process 1: " in str(found) and "process 0: " not in str(found), errors
+        assert (
+            isinstance(found, CheckpointError)
+            and "process 1: " in str(found)
+            and "process 0: " not in str(found)
+        ), errors
         assert says in str(found) and "step 2" in str(found) and "Cure" in str(found)
     assert time.monotonic() - began < 4
     assert contents_of(tmp_path) == before and names(tmp_path) == ["step_1"]
 
 
 def test_a_folder_that_the_machines_do_not_share_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Either the other machine does not see the first one's folder, or its files are not seen by the first."""
+    """Either the other machine does not see the first one's folder, or its files are not seen by the
+    first."""
     monkeypatch.setattr(saving, "_PATIENCE_S", 0.2)
     for made in (False, True):
         run = tmp_path / str(made)
@@ -421,10 +470,13 @@ def _save_as_rank(rank: int, world: int, port: int, folder: str) -> None:
         saver = Saver(run, rank, engine.background(), background=True, keep=2)
         for step in (1, 2, 3):
             saver.save(contents(step, *shared_entries(rank, world, step)))
-            said[f"sums {step}"] = engine.sum([rank + step, 1])  # training goes on over its own channel meanwhile
+            # training goes on over its own channel meanwhile
+            said[f"sums {step}"] = engine.sum([rank + step, 1])
         saver.wait()
         said["published"] = [str(saver.published()) for _ in range(4)]
-        spoiled = [entry("ema", "spoiled", torch.empty(3, device="meta"), read=lambda: 1 / 0)] if rank == 1 else []
+        spoiled = (
+            [entry("ema", "spoiled", torch.empty(3, device="meta"), read=lambda: 1 / 0)] if rank == 1 else []
+        )
         saver.save(contents(4, *shared_entries(rank, world, 4), *spoiled))
         try:
             saver.wait()
@@ -435,7 +487,8 @@ def _save_as_rank(rank: int, world: int, port: int, folder: str) -> None:
 
 
 def test_two_real_processes_write_beside_the_training(tmp_path: Path):
-    """Over gloo: three saves in the background while the processes talk, the two newest stay, a failing fourth is told by both."""
+    """Over gloo: three saves in the background while the processes talk, the two newest stay, a failing
+    fourth is told by both."""
     run_ranks(_save_as_rank, 2, str(tmp_path))
     for rank in range(2):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -444,4 +497,6 @@ def test_two_real_processes_write_beside_the_training(tmp_path: Path):
         assert "process 1: ZeroDivisionError" in said["error"] and "process 0: " not in said["error"]
     assert names(tmp_path / "run") == ["step_2", "step_3"]
     verify_checkpoint(tmp_path / "run" / "step_3")
-    assert torch.equal(read_group(tmp_path / "run" / "step_3", "optimizer")["exp_avg.w"], torch.full((6, 4), 3.0))
+    assert torch.equal(
+        read_group(tmp_path / "run" / "step_3", "optimizer")["exp_avg.w"], torch.full((6, 4), 3.0)
+    )

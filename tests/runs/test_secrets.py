@@ -69,7 +69,11 @@ def test_what_looks_like_a_secret_is_hidden_and_the_rest_stays(text: str, secret
     assert hide(shown, []) == shown
     if "BEGIN" in text:
         return
-    words = [word for word in text.replace("{{", "{").replace("}}", "}").split() if "{}" not in word and "KEY" not in word]
+    words = [
+        word
+        for word in text.replace("{{", "{").replace("}}", "}").split()
+        if "{}" not in word and "KEY" not in word
+    ]
     assert all(word.strip("{}',\"") in shown for word in words)
 
 
@@ -79,10 +83,15 @@ def test_ordinary_texts_stay_as_they_are(text: str):
     assert redacted({"x": [text], "y": {"z": text}}) == {"x": [text], "y": {"z": text}}
 
 
-NAMES = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. 猫", min_size=1, max_size=24)
+NAMES = st.text(
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. 猫", min_size=1, max_size=24
+)
 HASHES = st.text("0123456789abcdef", min_size=40, max_size=40)
 PART = NAMES | HASHES.map("model-{}".format) | HASHES.map("{}.bin".format) | HASHES.map("snapshots/{}".format)
-PATHS = st.tuples(st.sampled_from(["/", "./", "../", "C:\\", "data/", "hf://org/", "s3://bucket/"]), st.lists(PART, min_size=1, max_size=6))
+PATHS = st.tuples(
+    st.sampled_from(["/", "./", "../", "C:\\", "data/", "hf://org/", "s3://bucket/"]),
+    st.lists(PART, min_size=1, max_size=6),
+)
 
 
 @given(PATHS)
@@ -96,31 +105,40 @@ def test_ordinary_paths_stay_as_they_are(path):
     }
 
 
-@given(st.sampled_from(known_options()), st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none())
+@given(
+    st.sampled_from(known_options()), st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
+)
 def test_numbers_of_our_options_stay(name: str, value):
     assert redacted({name: value}) == {name: value}
 
 
 def test_an_ordinary_config_is_saved_as_it_is():
     config = Config(
-        model_path="models/BAGEL-7B-MoT", train_data_path=["a.jsonl", "/data/b"], wandb_project="cats", max_num_tokens=4096
+        model_path="models/BAGEL-7B-MoT",
+        train_data_path=["a.jsonl", "/data/b"],
+        wandb_project="cats",
+        max_num_tokens=4096,
     ).to_dict()
     assert redacted(config) == config and redacted(config) is not config
 
 
 def test_names_hide_their_values_also_in_lists_and_nested():
     values = {
-        "api_key": "a", "HF_TOKEN": "b", "db.password": 1234, "clientSecret": "c", "keys": {"access-key": ["d", "e"]},
+        "api_key": "a", "HF_TOKEN": "b", "db.password": 1234, "clientSecret": "c",
+        "keys": {"access-key": ["d", "e"]},
         "sources": [{"path": "x", "token": "f"}, ("--password", "g", "--steps", "3")],
-        "eos_token": "<|im_end|>", "image_token": 5, "max_num_tokens": 6, "secret": None, "commit": HEX, "other": HEX, "path": Path("/a/b"),
+        "eos_token": "<|im_end|>", "image_token": 5, "max_num_tokens": 6, "secret": None, "commit": HEX,
+        "other": HEX, "path": Path("/a/b"),
         "link": Path("/a") / HEX,
     }  # fmt: skip
     before = json.dumps(values, default=str)
     shown = redacted(values)
     assert shown == {
-        "api_key": HIDDEN, "HF_TOKEN": HIDDEN, "db.password": HIDDEN, "clientSecret": HIDDEN, "keys": {"access-key": [HIDDEN, HIDDEN]},
+        "api_key": HIDDEN, "HF_TOKEN": HIDDEN, "db.password": HIDDEN, "clientSecret": HIDDEN,
+        "keys": {"access-key": [HIDDEN, HIDDEN]},
         "sources": [{"path": "x", "token": HIDDEN}, ("--password", HIDDEN, "--steps", "3")],
-        "eos_token": "<|im_end|>", "image_token": 5, "max_num_tokens": 6, "secret": None, "commit": HEX, "other": HIDDEN,
+        "eos_token": "<|im_end|>", "image_token": 5, "max_num_tokens": 6, "secret": None, "commit": HEX,
+        "other": HIDDEN,
         "path": Path("/a/b"), "link": Path("/a") / HEX,
     }  # fmt: skip
     assert json.dumps(values, default=str) == before, "the values themselves were changed"
@@ -131,8 +149,15 @@ def test_values_of_the_environment_are_hidden_in_every_form(monkeypatch: pytest.
     monkeypatch.setenv("MY_LONG_KEY", "first line of it\nsecond line of it")
     monkeypatch.setenv("MY_SHORT_KEY", "train")
     monkeypatch.setenv("MY_TOKENS", "not a secret")
-    for text in ['quo"te/s&me thing', 'quo\\"te/s&me thing', "quo%22te%2Fs%26me%20thing", "second line of it"]:
-        assert hide(f"a {text} b") == f"a {HIDDEN} b" and redacted({"x": f"a {text} b"}) == {"x": f"a {HIDDEN} b"}
+    for text in [
+        'quo"te/s&me thing',
+        'quo\\"te/s&me thing',
+        "quo%22te%2Fs%26me%20thing",
+        "second line of it",
+    ]:
+        assert hide(f"a {text} b") == f"a {HIDDEN} b" and redacted({"x": f"a {text} b"}) == {
+            "x": f"a {HIDDEN} b"
+        }
     assert hide("train not a secret") == "train not a secret"
     assert environment_secrets() == sorted(environment_secrets(), key=len, reverse=True)
 
@@ -178,11 +203,14 @@ def test_ordinary_records_and_wrong_formats_pass_unchanged(logged):
     logging.getLogger().handlers[0].addFilter(lambda record: bool(records.append(record)) or True)
     log.warning("%s of %d", "one", 3)
     assert records[0].args == ("one", 3) and stream.getvalue() == "one of 3\n"
-    assert HideSecrets().filter(logging.LogRecord("a", logging.INFO, "b", 1, "%d", ("no number",), None)) is True
+    assert (
+        HideSecrets().filter(logging.LogRecord("a", logging.INFO, "b", 1, "%d", ("no number",), None)) is True
+    )
 
 
 def test_the_time_grows_with_the_length_alone():
-    """Pass: texts of 100 kB that mislead the search take under half a second each, the best of three (quadratic: 50 s)."""
+    """Pass: texts of 100 kB that mislead the search take under half a second each, the best of three
+    (quadratic: 50 s)."""
     parts = [
         "a",
         "token",

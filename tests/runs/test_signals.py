@@ -13,16 +13,24 @@ from children import start as start
 
 from unigen.runs.signals import EXIT_STOPPED, SIGNALS, Stopped, Stops
 
-PHASES = [("loading", True), ("data", True), ("forward/backward", False), ("saving", False), ("validating", False), ("sampling", False)]
+PHASES = [
+    ("loading", True),
+    ("data", True),
+    ("forward/backward", False),
+    ("saving", False),
+    ("validating", False),
+    ("sampling", False),
+]
 
 
-# ---- the first signal --------------------------------------------------------------------------------------------------
+# ---- the first signal
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: signal.Signals(n).name)
 def test_a_signal_breaks_off_a_breakable_phase_at_once_and_only_asks_in_any_other(start, number: int):
-    """Loading and data: Stopped within a second, out of a wait of a minute. The others, and between two phases: they end by themselves,
-    ``asked`` is set; the next breakable phase does not begin. One line on stderr each time."""
+    """Loading and data: Stopped within a second, out of a wait of a minute. The others, and between two
+    phases: they end by themselves, ``asked`` is set; the next breakable phase does not begin. One line on
+    stderr each time."""
     code = """
 for name, breakable in eval(sys.argv[1]) + [("", False)]:
     done = entered = False
@@ -45,7 +53,8 @@ for name, breakable in eval(sys.argv[1]) + [("", False)]:
         say(name, "finished" if done else "broken off", stops.signal, entered)
 """
     code = code.replace(
-        "with stops.phase(name, breakable) if name else stops:", "with stops.phase(name, breakable) if name else nothing():"
+        "with stops.phase(name, breakable) if name else stops:",
+        "with stops.phase(name, breakable) if name else nothing():",
     )
     code = "from contextlib import nullcontext as nothing\n" + code
     child = start(code, PHASES)
@@ -54,20 +63,25 @@ for name, breakable in eval(sys.argv[1]) + [("", False)]:
         time.sleep(0.05)
         child.send(number)
         began = time.monotonic()
-        assert child.line() == f"{name} {'broken off' if breakable else 'finished'} {int(number)} False".strip()
+        assert (
+            child.line() == f"{name} {'broken off' if breakable else 'finished'} {int(number)} False".strip()
+        )
         assert time.monotonic() - began < 5
     code, _, err = child.end()
     assert code == 0 and err.count("\n") == len(PHASES) + 1, err
     said = err.splitlines()
     for line, (name, breakable) in zip(said, PHASES, strict=False):
-        assert line.startswith(f"unigen: {signal.Signals(number).name}: {name} is {'broken off' if breakable else 'finished'}, "), line
+        assert line.startswith(
+            f"unigen: {signal.Signals(number).name}: {name} is {'broken off' if breakable else 'finished'}, "
+        ), line
         assert f"exit code {EXIT_STOPPED}" in line and "second signal" in line
     assert "what is under way is finished" in said[-1]
 
 
 def test_a_phase_inside_another_counts_and_the_outer_one_is_broken_off_after_it(start):
-    """A signal during a save inside of loading: the save is finished, then Stopped leaves loading. No phase that can be broken off begins
-    any more, and a copy of the signal breaks off no clean-up, also not one in an outer phase that could be."""
+    """A signal during a save inside of loading: the save is finished, then Stopped leaves loading. No phase
+    that can be broken off begins any more, and a copy of the signal breaks off no clean-up, also not one in
+    an outer phase that could be."""
     child = start(
         """
 with Stops() as stops, stops.phase("outside"):
@@ -104,8 +118,8 @@ with Stops() as stops, stops.phase("outside"):
 
 
 def test_random_moments_never_leave_a_wrong_state(start):
-    """200 signals at random moments of quickly changing phases: Stopped, or ``asked`` at the end of the round; and the innermost phase
-    is then again what it was before."""
+    """200 signals at random moments of quickly changing phases: Stopped, or ``asked`` at the end of the
+    round; and the innermost phase is then again what it was before."""
     child = start("""
 import random
 random.seed(1)
@@ -137,7 +151,8 @@ say(broken)
 
 
 def test_a_raise_that_is_swallowed_comes_again_at_the_end_of_the_phase(start):
-    """Where the handler runs in a ``__del__``, Python prints and forgets the exception: the phase still ends with Stopped."""
+    """Where the handler runs in a ``__del__``, Python prints and forgets the exception: the phase still ends
+    with Stopped."""
     child = start("""
 class Slow:
     def __del__(self):
@@ -158,20 +173,28 @@ with Stops() as stops:
     assert child.end()[:2] == (0, "stopped\n")
 
 
-# ---- the second signal -------------------------------------------------------------------------------------------------
+# ---- the second signal
 
 STUCK = {
     "in Python": "for _ in range(6000): time.sleep(0.01)",
     # Locks what it holds already: no signal wakes it, and the interpreter runs none of its handlers.
-    "in C": "lock = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in range(2)]",
+    "in C": (
+        "lock = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in"
+        " range(2)]"
+    ),
 }
 
 
-@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "in Python"), (signal.SIGINT, "in C")], ids=["in Python", "in C"])
+@pytest.mark.parametrize(
+    ("number", "where"), [(signal.SIGTERM, "in Python"), (signal.SIGINT, "in C")], ids=["in Python", "in C"]
+)
 def test_a_second_signal_ends_the_process_at_once_but_not_one_within_a_second(start, number: int, where: str):
-    """Copies of the first signal some ms later change nothing; one after a second ends with 128 + its number, also where the main thread
-    never comes back from C. stderr has one line for each."""
-    child = start(f"with Stops() as stops:\n    with stops.phase('forward/backward'):\n        say('ready')\n        {STUCK[where]}")
+    """Copies of the first signal some ms later change nothing; one after a second ends with 128 + its number,
+    also where the main thread never comes back from C. stderr has one line for each."""
+    child = start(
+        "with Stops() as stops:\n    with stops.phase('forward/backward'):\n        say('ready')\n       "
+        f" {STUCK[where]}"
+    )
     assert child.line() == "ready"
     time.sleep(0.1)
     for pause in (0.02, 0.3):
@@ -191,7 +214,8 @@ def test_a_second_signal_ends_the_process_at_once_but_not_one_within_a_second(st
 
 
 def test_copies_that_C_code_held_back_are_no_second_signal(start):
-    """Two signals 50 ms apart, while C code holds the interpreter for two seconds: when Python sees the second one does not count."""
+    """Two signals 50 ms apart, while C code holds the interpreter for two seconds: when Python sees the
+    second one does not count."""
     child = start("""
 with Stops() as stops, stops.phase("forward/backward"):
     say("ready")
@@ -211,13 +235,14 @@ with Stops() as stops, stops.phase("forward/backward"):
     assert (code, out.split()) == (0, ["held", "alive"])
 
 
-# ---- whose handlers ----------------------------------------------------------------------------------------------------
+# ---- whose handlers
 
 
 def test_SIGINT_and_SIGHUP_stay_ignored_where_the_program_was_started_so(start):
     """As nohup and background jobs of a script start programs; SIGTERM still asks."""
     child = start(
-        "with Stops() as stops:\n    say('ready')\n    while not stops.asked: time.sleep(0.01)\n    say(stops.signal)",
+        "with Stops() as stops:\n    say('ready')\n    while not stops.asked: time.sleep(0.01)\n   "
+        " say(stops.signal)",
         before=["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"],
     )
     assert child.line() == "ready"
@@ -228,7 +253,8 @@ def test_SIGINT_and_SIGHUP_stay_ignored_where_the_program_was_started_so(start):
 
 
 def test_the_earlier_handlers_and_files_come_back():
-    """After the run, and after a second one: the same handlers, the same wake-up file, no open file or thread more."""
+    """After the run, and after a second one: the same handlers, the same wake-up file, no open file or thread
+    more."""
     handlers = [signal.getsignal(n) for n in SIGNALS]
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     stops = Stops()
@@ -242,7 +268,8 @@ def test_the_earlier_handlers_and_files_come_back():
 
 
 def test_in_another_thread_signals_stay_as_they_are_and_phases_are_tracked():
-    """A notebook's or a server's thread: no handler, no error; the phases of a thread beside the run's are not the run's."""
+    """A notebook's or a server's thread: no handler, no error; the phases of a thread beside the run's are
+    not the run's."""
     handlers = [signal.getsignal(n) for n in SIGNALS]
     seen: list[object] = []
 
@@ -265,7 +292,7 @@ def test_in_another_thread_signals_stay_as_they_are_and_phases_are_tracked():
     assert seen == ["loading", "loading", True]
 
 
-# ---- processes of the run's own ----------------------------------------------------------------------------------------
+# ---- processes of the run's own
 
 
 def test_a_forked_child_has_the_earlier_handlers_and_its_signals_do_not_reach_the_run(start):
@@ -287,8 +314,8 @@ with Stops() as stops:
 
 
 def test_a_worker_ignores_all_but_its_parent(start):
-    """Signals from elsewhere pass a worker by, also those that come before it is ready; SIGTERM of its parent ends it, as Python's own
-    exit needs it, and so does the parent's death."""
+    """Signals from elsewhere pass a worker by, also those that come before it is ready; SIGTERM of its parent
+    ends it, as Python's own exit needs it, and so does the parent's death."""
     child = start("""
 import multiprocessing
 fork = multiprocessing.get_context("fork")
@@ -360,8 +387,9 @@ if __name__ == "__main__":
 
 
 def test_a_signal_to_all_processes_ends_a_run_with_workers_cleanly(start):
-    """To the whole group, as torchrun, SLURM and a terminal send it: the step at hand is finished, workers end with the loader, stderr
-    has one line and no traceback, all within seconds. A SIGTERM to each worker before that changes nothing."""
+    """To the whole group, as torchrun, SLURM and a terminal send it: the step at hand is finished, workers
+    end with the loader, stderr has one line and no traceback, all within seconds. A SIGTERM to each worker
+    before that changes nothing."""
     child = start(LOADER, "flowing")
     workers = [int(pid) for pid in child.line().split()]
     assert child.line() == "ready"

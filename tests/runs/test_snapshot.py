@@ -1,4 +1,5 @@
-"""Copies of a GPU's tensors beside the training: no buffer is read before its copy is there, nor filled before it is emptied."""
+"""Copies of a GPU's tensors beside the training: no buffer is read before its copy is there, nor filled
+before it is emptied."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateLane:
 
 
 def test_the_trainer_waits_before_it_changes_what_is_not_copied_yet(tmp_path: Path, late: LateLane):
-    """``save`` returns while nothing is copied; ``settle`` does not before everything is; what is written is of the moment of the call."""
+    """``save`` returns while nothing is copied; ``settle`` does not before everything is; what is written is
+    of the moment of the call."""
     weights, count = torch.ones(100), torch.tensor([7])
     ticks: list[float] = []
     saver = Saver(tmp_path, 0, ALONE, background=True, tick=lambda: ticks.append(time.monotonic()))
@@ -131,10 +133,15 @@ def test_the_buffers_serve_every_save(tmp_path: Path, late: LateLane, monkeypatc
         saver.save(contents(step))
         saver.wait()
     assert len(made) == 1 and late.begun == 3
-    assert [read_group(tmp_path / f"step_{n}", "optimizer")["exp_avg.w"].tolist() for n in (1, 3)] == [[1.0] * 3, [3.0] * 3]
+    assert [read_group(tmp_path / f"step_{n}", "optimizer")["exp_avg.w"].tolist() for n in (1, 3)] == [
+        [1.0] * 3,
+        [3.0] * 3,
+    ]
 
 
-def test_a_copy_that_fails_on_one_process_is_an_error_on_all_and_holds_nobody(tmp_path: Path, late: LateLane, monkeypatch):
+def test_a_copy_that_fails_on_one_process_is_an_error_on_all_and_holds_nobody(
+    tmp_path: Path, late: LateLane, monkeypatch
+):
     assert late.go is not None
     late.go.set()
     lanes = [LateLane(), LateLane()]
@@ -152,17 +159,27 @@ def test_a_copy_that_fails_on_one_process_is_an_error_on_all_and_holds_nobody(tm
         saver.wait()
 
     errors = together(2, work)
-    assert all(isinstance(error, CheckpointError) and "process 1: RuntimeError: the GPU is lost" in str(error) for error in errors)
+    assert all(
+        isinstance(error, CheckpointError) and "process 1: RuntimeError: the GPU is lost" in str(error)
+        for error in errors
+    )
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(("step", ".step"))]
 
 
-def test_a_run_whose_copies_are_late_saves_the_same_bytes(options: dict[str, Any], late: LateLane, monkeypatch, tmp_path: Path):
-    """Each copy is held back until the trainer waits for it: the next step must, and the average before it is swapped in for samples,
-    which follow the save of the best weights."""
+def test_a_run_whose_copies_are_late_saves_the_same_bytes(
+    options: dict[str, Any], late: LateLane, monkeypatch, tmp_path: Path
+):
+    """Each copy is held back until the trainer waits for it: the next step must, and the average before it is
+    swapped in for samples, which follow the save of the best weights."""
     assert late.go is not None
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Say", "kind": "answer", "max_new_tokens": 2}\n')
-    given = options | {"save_steps": 1, "ema": 0.5, "val_data_path": options["train_data_path"], "eval_steps": 1}
+    given = options | {
+        "save_steps": 1,
+        "ema": 0.5,
+        "val_data_path": options["train_data_path"],
+        "eval_steps": 1,
+    }
     given |= {"sample_prompts": str(prompts), "sample_steps": 1}
     late.go.set()
     with monkeypatch.context() as plain:
@@ -186,7 +203,11 @@ def test_a_run_whose_copies_are_late_saves_the_same_bytes(options: dict[str, Any
 
     monkeypatch.setattr(Saver, "settle", let_go)
     monkeypatch.setattr(Saver, "wait", wait_for_all)
-    trainer, swaps, swap = UnifiedTrainer(Config(**given | {"output_dir": str(tmp_path / "late")})), [], EMA._swap
+    trainer, swaps, swap = (
+        UnifiedTrainer(Config(**given | {"output_dir": str(tmp_path / "late")})),
+        [],
+        EMA._swap,
+    )
     monkeypatch.setattr(EMA, "_swap", lambda ema: swaps.append(trainer.saver._settled.is_set()) or swap(ema))
     trainer.train()
     assert any(waited), "the trainer never had to wait: the test shows nothing"
@@ -201,7 +222,8 @@ def test_a_run_whose_copies_are_late_saves_the_same_bytes(options: dict[str, Any
 
 @pytest.mark.gpu
 def test_a_gpu_s_tensors_are_of_the_moment_of_the_call_and_the_pinned_memory_is_bounded(tmp_path: Path):
-    """The save is called behind a second of work that has not run yet; the next step changes everything as soon as it may."""
+    """The save is called behind a second of work that has not run yet; the next step changes everything as
+    soon as it may."""
     big = torch.zeros(5 * BUFFER // 8, device="cuda")  # 2.5 buffers
     saver = Saver(tmp_path, 0, ALONE, background=True)
     product = torch.randn(4096, 4096, device="cuda")
@@ -216,4 +238,8 @@ def test_a_gpu_s_tensors_are_of_the_moment_of_the_call_and_the_pinned_memory_is_
         found = read_group(tmp_path / f"step_{step}", "a")
         assert bool((found["big"] == step).all()) and bool((found["strided"] == step).all())
     lane = saver._lane
-    assert isinstance(lane, GpuLane) and sum(b.numel() for b in lane.buffers) == 2 * BUFFER and all(b.is_pinned() for b in lane.buffers)
+    assert (
+        isinstance(lane, GpuLane)
+        and sum(b.numel() for b in lane.buffers) == 2 * BUFFER
+        and all(b.is_pinned() for b in lane.buffers)
+    )

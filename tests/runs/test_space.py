@@ -1,4 +1,5 @@
-"""Room on the disk: on real small file systems where the machine lets us mount one, with pretended numbers elsewhere."""
+"""Room on the disk: on real small file systems where the machine lets us mount one, with pretended numbers
+elsewhere."""
 
 import errno
 import threading
@@ -24,12 +25,17 @@ MB = 1_000_000
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifests say one and the same time, so that all checkpoints have one size."""
-    monkeypatch.setattr("unigen.runs.saver.time", SimpleNamespace(time=lambda: 1.8e9, monotonic=time.monotonic, sleep=time.sleep))
+    monkeypatch.setattr(
+        "unigen.runs.saver.time",
+        SimpleNamespace(time=lambda: 1.8e9, monotonic=time.monotonic, sleep=time.sleep),
+    )
 
 
 def save(run: Path, step: int, nbytes: int = 400_000, name: str | None = None) -> Path:
     entries = [Entry("ema", "w", (nbytes // 4,), torch.full((nbytes // 4,), float(step)))]
-    Saver(run, 0, Channel(1, torch.device("cpu"))).save(Contents(step, entries, {"trainer": {"step": step}}, lambda _: None, {}), name)
+    Saver(run, 0, Channel(1, torch.device("cpu"))).save(
+        Contents(step, entries, {"trainer": {"step": step}}, lambda _: None, {}), name
+    )
     return run / (name or f"step_{step}")
 
 
@@ -95,7 +101,13 @@ def test_stop_raises_with_what_is_needed_free_where_and_the_cure_only_when_it_do
         space(run)[0].need(5 * MB)
     text = str(caught.value)
     assert str(run) in text and "takes 5.0 MB" in text and "4.2 MB are free" in text and f"on {disk}" in text
-    for word in ("Cure:", "--output_dir", "--save_total_limit", "--low_space prune or wait", "--resume_from_checkpoint auto"):
+    for word in (
+        "Cure:",
+        "--output_dir",
+        "--save_total_limit",
+        "--low_space prune or wait",
+        "--resume_from_checkpoint auto",
+    ):
         assert word in text
     with pytest.raises(SpaceError, match=r"2\.0 MB are to stay free \(min_free_gb\)"):
         space(run, min_free_gb=0.002)[0].need(3 * MB)
@@ -140,7 +152,8 @@ def test_a_disk_that_cannot_be_asked_is_a_space_error(tmp_path: Path, monkeypatc
 
 
 def test_prune_removes_the_oldest_until_it_fits_and_says_each(disk: Path):
-    """Passes when of 1, 2, 3, 4 and best, 1 and 2 go for 1.9 MB on a disk with 2.2 - 0.5 MB left, and no more."""
+    """Passes when of 1, 2, 3, 4 and best, 1 and 2 go for 1.9 MB on a disk with 2.2 - 0.5 MB left, and no
+    more."""
     for step in (1, 2, 3, 4):
         save(disk, step)
     save(disk, 1, name="best")
@@ -150,15 +163,17 @@ def test_prune_removes_the_oldest_until_it_fits_and_says_each(disk: Path):
     assert len(names(disk)) == 5 and said == []
     asking.need(free + 500_000)
     assert names(disk) == ["best", "step_3", "step_4"]
-    assert [str(disk / f"step_{n}") in line and "Removed" in line and "low_space is prune" in line for n, line in enumerate(said, 1)] == [
-        True,
-        True,
-    ]
+    assert [
+        str(disk / f"step_{n}") in line and "Removed" in line and "low_space is prune" in line
+        for n, line in enumerate(said, 1)
+    ] == [True, True]
     for folder in disk.iterdir():
         verify_checkpoint(folder)
 
 
-def test_prune_never_removes_the_newest_good_one_the_best_or_one_protected_or_being_written(tmp_path: Path, pretended):
+def test_prune_never_removes_the_newest_good_one_the_best_or_one_protected_or_being_written(
+    tmp_path: Path, pretended
+):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     save(tmp_path, 4, name="best")
@@ -167,7 +182,8 @@ def test_prune_never_removes_the_newest_good_one_the_best_or_one_protected_or_be
     damage(tmp_path / "step_4")
     size = module.folder_bytes(tmp_path / "step_1")
     asking, said = space(tmp_path, "prune")
-    asking.need(2 * size, protect=[tmp_path / "step_1"])  # 2, and then the damaged 4: 3 is the newest good one
+    # 2, and then the damaged 4: 3 is the newest good one
+    asking.need(2 * size, protect=[tmp_path / "step_1"])
     assert names(tmp_path) == [".step_5.partial-1", "best", "step_1", "step_3", "step_6"]
     assert "step_4" in said[0] and "does not count" in said[0] and len(said) == 3
     pretended["bytes"] = 0
@@ -192,7 +208,9 @@ def test_prune_removes_nothing_while_no_checkpoint_is_good(tmp_path: Path, prete
     assert names(tmp_path) == ["step_1", "step_2", "step_3"]
 
 
-def test_prune_waits_for_a_file_system_that_frees_late_instead_of_removing_more(tmp_path: Path, pretended, monkeypatch):
+def test_prune_waits_for_a_file_system_that_frees_late_instead_of_removing_more(
+    tmp_path: Path, pretended, monkeypatch
+):
     for step in (1, 2, 3):
         save(tmp_path, step)
     remove = module.remove_checkpoint
@@ -212,7 +230,8 @@ def test_prune_waits_for_a_file_system_that_frees_late_instead_of_removing_more(
 
 
 def test_wait_goes_on_when_there_is_room_and_calls_idle_meanwhile(disk: Path, monkeypatch):
-    """Passes when it returns only after the file that filled the disk is gone, having said twice, once each, what it does."""
+    """Passes when it returns only after the file that filled the disk is gone, having said twice, once each,
+    what it does."""
     monkeypatch.setattr(module, "POLL_S", 0.01)
     (disk / "full").write_bytes(bytes(3 * MB))
     rounds = []
@@ -225,7 +244,12 @@ def test_wait_goes_on_when_there_is_room_and_calls_idle_meanwhile(disk: Path, mo
     asking, said = space(disk, "wait")
     asking.need(2 * MB, idle=idle)
     assert rounds == [True] * 3
-    assert len(said) == 2 and said[0].startswith("Waiting for room") and "takes 2.0 MB" in said[0] and "going on" in said[1]
+    assert (
+        len(said) == 2
+        and said[0].startswith("Waiting for room")
+        and "takes 2.0 MB" in said[0]
+        and "going on" in said[1]
+    )
     asking.need(2 * MB)
     assert len(said) == 2
 
@@ -264,7 +288,9 @@ class Talk:
 
 
 @pytest.mark.parametrize("policy", ["stop", "prune", "wait"])
-def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(tmp_path: Path, pretended, monkeypatch, policy: str):
+def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(
+    tmp_path: Path, pretended, monkeypatch, policy: str
+):
     monkeypatch.setattr(module, "POLL_S", 0.01)
     for step in (1, 2):
         save(tmp_path, step)
@@ -289,7 +315,9 @@ def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(tmp_pat
     for thread in threads:
         thread.join(30)
     assert len(ends) == world and len(set(ends.values())) == 1
-    assert (ends[0] == "room") == (policy != "stop") and len(said[0]) == {"stop": 0, "prune": 1, "wait": 2}[policy]
+    assert (ends[0] == "room") == (policy != "stop") and len(said[0]) == {"stop": 0, "prune": 1, "wait": 2}[
+        policy
+    ]
     assert said[1:] == [[], []] and rounds[1] == rounds[0] == rounds[2]
     assert names(tmp_path) == (["step_2"] if policy == "prune" else ["step_1", "step_2"])
 
@@ -302,9 +330,15 @@ def test_the_prediction_says_how_many_how_large_and_how_much_is_free(tmp_path: P
     asking, _ = space(tmp_path, min_free_gb=1.0)
     one = int(233.1e9)
     place = mount_of(tmp_path)
-    assert asking.predict(0, 1200, 500, None, one) == f"Checkpoints: 3 of 233.1 GB each, 699.3 GB in all; 812.0 GB free on {place}"
+    assert (
+        asking.predict(0, 1200, 500, None, one)
+        == f"Checkpoints: 3 of 233.1 GB each, 699.3 GB in all; 812.0 GB free on {place}"
+    )
     text = asking.predict(0, 10_000, 500, 2, one)
-    assert text.startswith("Checkpoints: 2 of 233.1 GB each, one more while it is written, 699.3 GB in all") and "Warning" not in text
+    assert (
+        text.startswith("Checkpoints: 2 of 233.1 GB each, one more while it is written, 699.3 GB in all")
+        and "Warning" not in text
+    )
     text = asking.predict(0, 1200, 500, None, one, best=int(58e9))
     assert "and 58.0 GB for the best one, 757.3 GB in all" in text and "Warning" not in text
 
@@ -322,12 +356,18 @@ def test_the_prediction_says_how_many_how_large_and_how_much_is_free(tmp_path: P
         (3000, 3000, 500, None, None),
     ],
 )
-def test_the_warning_names_the_step_whose_checkpoint_will_find_no_room(tmp_path: Path, pretended, step, total, save_steps, keep, full):
+def test_the_warning_names_the_step_whose_checkpoint_will_find_no_room(
+    tmp_path: Path, pretended, step, total, save_steps, keep, full
+):
     pretended["bytes"] = 812 * 10**9
     text = space(tmp_path, min_free_gb=1.0)[0].predict(step, total, save_steps, keep, int(233.1e9))
     assert ("Warning" in text) == (full is not None)
     if full is not None:
-        assert f"step {full};" in text and "low_space is stop" in text and "--save_total_limit 2 would fit" in text
+        assert (
+            f"step {full};" in text
+            and "low_space is stop" in text
+            and "--save_total_limit 2 would fit" in text
+        )
 
 
 def test_what_is_there_already_counts_and_is_pruned_by_the_limit(tmp_path: Path, pretended):
@@ -357,4 +397,10 @@ def test_the_prediction_is_what_happens_on_a_real_disk(disk: Path):
 
 
 def test_sizes_are_in_units_of_1000():
-    assert [gb(n) for n in (233.1e9, 1e12, 999_900, 4.2e6, 0)] == ["233.1 GB", "1.0 TB", "999.9 kB", "4.2 MB", "0.0 kB"]
+    assert [gb(n) for n in (233.1e9, 1e12, 999_900, 4.2e6, 0)] == [
+        "233.1 GB",
+        "1.0 TB",
+        "999.9 kB",
+        "4.2 MB",
+        "0.0 kB",
+    ]

@@ -1,6 +1,8 @@
-"""Damaged pictures: whatever the bytes, a picture is decoded to RGB of the announced size or refused with a reason.
+"""Damaged pictures: whatever the bytes, a picture is decoded to RGB of the announced size or refused with a
+reason.
 
-The cases are generated, by hypothesis with a fixed seed; each test counts its own and fails when there were fewer than CASES says.
+The cases are generated, by hypothesis with a fixed seed; each test counts its own and fails when there were
+fewer than CASES says.
 """
 
 import struct
@@ -24,7 +26,9 @@ SECONDS = 5.0  # for one case, on a busy machine
 
 def _originals() -> dict[str, list[bytes]]:
     rng = np.random.default_rng(7)
-    rgb = Image.fromarray(np.kron(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)))
+    rgb = Image.fromarray(
+        np.kron(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    )
     rgba = rgb.copy()
     rgba.putalpha(Image.fromarray(rng.integers(0, 256, (40, 48), dtype=np.uint8)))
     deep = Image.fromarray(rng.integers(0, 65536, (40, 48), dtype=np.uint16))
@@ -60,7 +64,8 @@ PICTURES = [(format, data) for format, datas in ORIGINALS.items() for data in da
 
 
 def verdict(source: bytes | Path) -> str:
-    """What became of a picture: ``decoded`` or the code of its refusal, after checking all that must hold in either case."""
+    """What became of a picture: ``decoded`` or the code of its refusal, after checking all that must hold in
+    either case."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -92,7 +97,7 @@ def test_the_originals_are_sound() -> None:
     assert [verdict(data) for _, data in PICTURES] == ["decoded"] * len(PICTURES)
 
 
-# ---- damage that knows nothing of the format ----
+# ---- damage that knows nothing of the format
 
 
 def truncated(data: bytes, at: float, *_) -> bytes:
@@ -127,7 +132,9 @@ def repeated(data: bytes, at: float, size: float, other: bytes) -> bytes:
 
 
 def tailed(data: bytes, at: float, size: float, other: bytes) -> bytes:
-    return data[: max(1, int(at * len(data)))] + np.random.default_rng(int(at * 1e9)).bytes(len(data) - int(at * len(data)))
+    return data[: max(1, int(at * len(data)))] + np.random.default_rng(int(at * 1e9)).bytes(
+        len(data) - int(at * len(data))
+    )
 
 
 def appended(data: bytes, at: float, size: float, other: bytes) -> bytes:
@@ -146,7 +153,9 @@ DAMAGES = [truncated, flipped, zeroed, deleted, inserted, repeated, tailed, appe
 SHARE = st.floats(0, 1, exclude_max=True, width=32)
 
 
-def test_damaged_bytes_are_decoded_to_the_announced_size_or_refused_with_a_reason(tmp_path: Path, capfd) -> None:
+def test_damaged_bytes_are_decoded_to_the_announced_size_or_refused_with_a_reason(
+    tmp_path: Path, capfd
+) -> None:
     verdicts, path = {damage: Counter() for damage in DAMAGES}, tmp_path / "a picture"
 
     def case(drawn) -> str:
@@ -159,15 +168,23 @@ def test_damaged_bytes_are_decoded_to_the_announced_size_or_refused_with_a_reaso
         return found
 
     pictures = st.sampled_from(PICTURES)
-    run(CASES["bytes"], st.tuples(st.sampled_from(DAMAGES), pictures, pictures, SHARE, SHARE, st.booleans()), case)
+    run(
+        CASES["bytes"],
+        st.tuples(st.sampled_from(DAMAGES), pictures, pictures, SHARE, SHARE, st.booleans()),
+        case,
+    )
     for damage, found in verdicts.items():
         assert found.total() >= 20, f"{damage.__name__} was hardly tried"
-    assert verdicts[truncated]["decoded"] <= verdicts[truncated].total() // 10, "half pictures pass for whole ones"
-    assert verdicts[appended]["decoded"] >= verdicts[appended].total() * 3 // 4, "what follows a picture is not its damage"
+    assert verdicts[truncated]["decoded"] <= verdicts[truncated].total() // 10, (
+        "half pictures pass for whole ones"
+    )
+    assert verdicts[appended]["decoded"] >= verdicts[appended].total() * 3 // 4, (
+        "what follows a picture is not its damage"
+    )
     assert capfd.readouterr() == ("", "")
 
 
-# ---- damage to the parts of a format ----
+# ---- damage to the parts of a format
 
 
 def split_png(data: bytes) -> list[bytes]:
@@ -198,20 +215,36 @@ def split_webp(data: bytes) -> list[bytes]:
 
 
 SPLIT = {"PNG": split_png, "JPEG": split_jpeg, "WEBP": split_webp}
-PARTS = ["swap", "repeat", "drop", "lie about the length", "wrong checksum", "empty", "from another", "many times", "garble one"]
+PARTS = [
+    "swap",
+    "repeat",
+    "drop",
+    "lie about the length",
+    "wrong checksum",
+    "empty",
+    "from another",
+    "many times",
+    "garble one",
+]
 
 
 def rebuilt(format: str, parts: list[bytes], honest: bool) -> bytes:
-    """The parts joined; ``honest`` makes checksums and the RIFF length right again, so that decoders look further."""
+    """The parts joined; ``honest`` makes checksums and the RIFF length right again, so that decoders look
+    further."""
     if honest and format == "PNG":
-        parts = [parts[0], *(p[:-4] + struct.pack(">I", zlib.crc32(p[4:-4])) if len(p) >= 12 else p for p in parts[1:])]
+        parts = [
+            parts[0],
+            *(p[:-4] + struct.pack(">I", zlib.crc32(p[4:-4])) if len(p) >= 12 else p for p in parts[1:]),
+        ]
     data = b"".join(parts)
     if honest and format == "WEBP" and len(data) >= 12:
         data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
     return data
 
 
-def with_parts_damaged(format: str, data: bytes, other: bytes, how: str, places: tuple[int, int, int]) -> bytes:
+def with_parts_damaged(
+    format: str, data: bytes, other: bytes, how: str, places: tuple[int, int, int]
+) -> bytes:
     parts, others = SPLIT[format](data), SPLIT[format](other)
     assert b"".join(parts) == data
     a, b = (1 + place % (len(parts) - 1) for place in places[:2])
@@ -230,7 +263,9 @@ def with_parts_damaged(format: str, data: bytes, other: bytes, how: str, places:
     elif how == "wrong checksum":
         parts[a], honest = part[:-4] + noise.bytes(4), False
     elif how == "empty":
-        parts[a] = {"PNG": chunk(part[4:8], b""), "JPEG": part[:2] + b"\0\2", "WEBP": part[:4] + bytes(4)}[format]
+        parts[a] = {"PNG": chunk(part[4:8], b""), "JPEG": part[:2] + b"\0\2", "WEBP": part[:4] + bytes(4)}[
+            format
+        ]
     elif how == "from another":
         parts[a] = others[1 + places[1] % (len(others) - 1)]
     elif how == "many times":
@@ -255,7 +290,11 @@ def test_damaged_parts_are_decoded_to_the_announced_size_or_refused_with_a_reaso
 
     numbers = st.integers(0, 999)
     total = run(
-        CASES["parts"], st.tuples(st.sampled_from(PARTS), st.sampled_from(PICTURES), numbers, st.tuples(numbers, numbers, numbers)), case
+        CASES["parts"],
+        st.tuples(
+            st.sampled_from(PARTS), st.sampled_from(PICTURES), numbers, st.tuples(numbers, numbers, numbers)
+        ),
+        case,
     )
     for how, found in verdicts.items():
         assert found.total() >= 20, f"{how} was hardly tried"
@@ -263,31 +302,46 @@ def test_damaged_parts_are_decoded_to_the_announced_size_or_refused_with_a_reaso
     assert capfd.readouterr() == ("", "")
 
 
-# ---- headers that lie ----
+# ---- headers that lie
 
 SIDES = [0, 1, 2, 39, 41, 47, 49, 300, 1500, 8001, 16383, 30000, 65535]
-PNG_KINDS = [(depth, colour, interlace) for depth in (1, 2, 4, 8, 16, 3, 255) for colour in range(8) for interlace in (0, 1, 2)]
+PNG_KINDS = [
+    (depth, colour, interlace)
+    for depth in (1, 2, 4, 8, 16, 3, 255)
+    for colour in range(8)
+    for interlace in (0, 1, 2)
+]
 
 
 def lying(format: str, data: bytes, width: int, height: int, kind: int) -> bytes:
     """The picture with another size, and another kind of pixels, in its header; checksums are right."""
     if format == "PNG":
         depth, colour, interlace = (data[24], data[25], 0) if kind < 100 else PNG_KINDS[kind % len(PNG_KINDS)]
-        return data[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)) + data[33:]
+        return (
+            data[:8]
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+            + data[33:]
+        )
     if format == "JPEG":
         parts = split_jpeg(data)
         at = next(i for i, part in enumerate(parts) if part[:1] == b"\xff" and part[1] in (0xC0, 0xC2))
         frame = bytearray(parts[at])
         frame[5:9] = struct.pack(">HH", height, width)
         if kind >= 100:
-            frame[(4, 9, 11, 12, 1)[kind % 5]] = (1, 3, 4, 8, 12, 0x11, 0x22, 0xC1, 0xC2, 0xC9)[kind // 5 % 10]
+            frame[(4, 9, 11, 12, 1)[kind % 5]] = (1, 3, 4, 8, 12, 0x11, 0x22, 0xC1, 0xC2, 0xC9)[
+                kind // 5 % 10
+            ]
         parts[at] = bytes(frame)
         return b"".join(parts)
     if data[12:16] == b"VP8X":
         sides = (struct.pack("<I", max(side, 1) - 1)[:3] for side in (width, height))
         return data[:24] + b"".join(sides) + data[30:]
     if data[12:16] == b"VP8L":
-        return data[:21] + struct.pack("<I", (width & 16383) | (height & 16383) << 14 | (kind % 8) << 28) + data[25:]
+        return (
+            data[:21]
+            + struct.pack("<I", (width & 16383) | (height & 16383) << 14 | (kind % 8) << 28)
+            + data[25:]
+        )
     return data[:26] + struct.pack("<HH", width & 16383, height & 16383) + data[30:]
 
 
@@ -300,7 +354,11 @@ def test_headers_that_lie_about_size_or_pixels(capfd) -> None:
         return found
 
     total = run(
-        CASES["headers"], st.tuples(st.sampled_from(PICTURES), st.sampled_from(SIDES), st.sampled_from(SIDES), st.integers(0, 999)), case
+        CASES["headers"],
+        st.tuples(
+            st.sampled_from(PICTURES), st.sampled_from(SIDES), st.sampled_from(SIDES), st.integers(0, 999)
+        ),
+        case,
     )
     assert total["huge_picture"] >= 20 and total["broken_picture"] + total["not_a_picture"] >= 100, total
     assert capfd.readouterr() == ("", "")

@@ -1,4 +1,5 @@
-"""Pictures that would cost far more than their size: refused from their headers, within 50 ms and 50 MB each."""
+"""Pictures that would cost far more than their size: refused from their headers, within 50 ms and 50 MB
+each."""
 
 import json
 import struct
@@ -34,11 +35,18 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
     data = chunk(b"IDAT", zlib.compress(bytes(64)))
-    return PNG_START + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(chunks) + data + chunk(b"IEND", b"")
+    return (
+        PNG_START
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + b"".join(chunks)
+        + data
+        + chunk(b"IEND", b"")
+    )
 
 
 def bits(side: int) -> bytes:
-    """A whole black PNG of a bit a pixel: 20 kB for 13,000 x 13,000 pixels, which PIL holds in a byte each."""
+    """A whole black PNG of a bit a pixel: 20 kB for 13,000 x 13,000 pixels, which PIL holds in a byte
+    each."""
     data = zlib.compress(bytes((1 + (side + 7) // 8) * side))
     start = PNG_START + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
     return start + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -53,17 +61,34 @@ def jpeg(*segments: bytes, size: tuple[int, int] | None = None) -> bytes:
 
 
 def webp(*chunks: tuple[bytes, bytes]) -> bytes:
-    body = b"WEBP" + b"".join(kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2) for kind, data in chunks)
+    body = b"WEBP" + b"".join(
+        kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2) for kind, data in chunks
+    )
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def gif(width: int, height: int, *blocks: bytes, frames: int = 1) -> bytes:
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\0"
-    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + b"".join(blocks) + frame * frames + b";"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", width, height, 0x80, 0, 0)
+        + bytes(6)
+        + b"".join(blocks)
+        + frame * frames
+        + b";"
+    )
 
 
 def tiff(width: int, height: int, *tags: tuple[int, int, int, int], tail: bytes = b"") -> bytes:
-    grey = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1)]
+    grey = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (273, 4, 1, 8),
+        (277, 3, 1, 1),
+    ]
     rows = [(278, 4, 1, height), (279, 4, 1, width * height & 0xFFFFFFFF)]
     return ifd(*sorted({tag[0]: tag for tag in (*grey, *rows, *tags)}.values()), tail=tail)
 
@@ -77,7 +102,10 @@ def _bombs() -> dict[str, bytes]:
     packed, million = zlib.compress(bytes(200_000_000), 1), zlib.compress(bytes(1_000_000), 9)
     huge, many = struct.pack(">II", 100_000, 100_000), 300_000
     still = encoded(SMALL, "WEBP", lossless=True)[20:]
-    frame = b"ANMF", bytes(6) + struct.pack("<I", 15)[:3] * 2 + bytes(4) + b"VP8L" + struct.pack("<I", len(still)) + still
+    frame = (
+        b"ANMF",
+        bytes(6) + struct.pack("<I", 15)[:3] * 2 + bytes(4) + b"VP8L" + struct.pack("<I", len(still)) + still,
+    )
     animation = [(b"ANIM", bytes(6)), *[frame] * 100]
     tags = [(1 + i, 7, 9_000_000, 8) for i in range(4000)]
     bitmap, two_sides = encoded(SMALL, "BMP"), struct.pack("<ii", 100_000, 100_000)
@@ -93,7 +121,9 @@ def _bombs() -> dict[str, bytes]:
         "png many iCCP": png(16, 16, *[chunk(b"iCCP", b"a\0\0" + million)] * 300),
         "png big tEXt": png(16, 16, chunk(b"tEXt", b"a\0" + bytes(20_000_000))),
         "png many chunks": png(16, 16, chunk(b"abCd", b"") * many),
-        "png many frames": png(8000, 8000, chunk(b"acTL", struct.pack(">II", 0x7FFFFFFF, 0)), chunk(b"fcTL", bytes(26)) * many),
+        "png many frames": png(
+            8000, 8000, chunk(b"acTL", struct.pack(">II", 0x7FFFFFFF, 0)), chunk(b"fcTL", bytes(26)) * many
+        ),
         "png exif tags": png(16, 16, chunk(b"eXIf", ifd(*tags, tail=bytes(9_000_000)))),
         "jpeg 65500 x 65500": jpeg(size=(65500, 65500)),
         "jpeg 8001 x 8000": jpeg(size=(8001, 8000)),
@@ -106,14 +136,26 @@ def _bombs() -> dict[str, bytes]:
         "tiff tag count": ifd((256, 3, 1, 16), count=65535),
         "tiff long array": tiff(16, 16, (700, 4, 2_500_000, 8), tail=bytes(10_000_000)),
         "tiff rational array": tiff(16, 16, (282, 5, 1_250_000, 8), tail=bytes(10_000_000)),
-        "tiff strips": tiff(7000, 9000, (273, 4, 2_500_000, 8), (279, 4, 2_500_000, 8), tail=bytes(10_000_000)),
+        "tiff strips": tiff(
+            7000, 9000, (273, 4, 2_500_000, 8), (279, 4, 2_500_000, 8), tail=bytes(10_000_000)
+        ),
         "webp animation 16384 x 16384": webp((b"VP8X", b"\2\0\0\0" + b"\xff\x3f\0" * 2), *animation),
-        "webp animation 2 ** 24 x 200": webp((b"VP8X", b"\2\0\0\0" + b"\xff\xff\xff" + b"\xc7\0\0"), *animation),
-        "webp animation 8000 x 8001": webp((b"VP8X", b"\2\0\0\0" + b"\x3f\x1f\0" + b"\x40\x1f\0"), *animation),
-        "webp lossless 16383 x 16383": webp((b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(99))),
-        "webp lossy 16383 x 16383": webp((b"VP8 ", b"\x10\0\0\x9d\1\x2a" + struct.pack("<HH", 16383, 16383) + bytes(99))),
+        "webp animation 2 ** 24 x 200": webp(
+            (b"VP8X", b"\2\0\0\0" + b"\xff\xff\xff" + b"\xc7\0\0"), *animation
+        ),
+        "webp animation 8000 x 8001": webp(
+            (b"VP8X", b"\2\0\0\0" + b"\x3f\x1f\0" + b"\x40\x1f\0"), *animation
+        ),
+        "webp lossless 16383 x 16383": webp(
+            (b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(99))
+        ),
+        "webp lossy 16383 x 16383": webp(
+            (b"VP8 ", b"\x10\0\0\x9d\1\x2a" + struct.pack("<HH", 16383, 16383) + bytes(99))
+        ),
         "gif 65535 x 65535": gif(65535, 65535),
-        "gif frame beyond its screen": replaced(gif(16, 16), b"\x2c\0\0\0\0", 5, struct.pack("<HH", 65535, 65535)),
+        "gif frame beyond its screen": replaced(
+            gif(16, 16), b"\x2c\0\0\0\0", 5, struct.pack("<HH", 65535, 65535)
+        ),
         "gif many comments": gif(16, 16, b"\x21\xfe\4aaaa\0" * many),
         "bmp 1e5 x 1e5": bitmap[:18] + two_sides + bitmap[26:],
         "dib 1e5 x 1e5": bitmap[14:18] + two_sides + bitmap[26:],
@@ -122,9 +164,15 @@ def _bombs() -> dict[str, bytes]:
         "ppm 1e5 x 1e5": b"P6\n100000 100000\n255\n" + bytes(99),
         "ppm spaces": b"P6\n" + b" " * 10_000_000 + b"16 16\n255\n" + bytes(768),
         "ppm comment": b"P6\n#" + b"a" * 10_000_000 + b"\n16 16\n255\n" + bytes(768),
-        "tga 65535 x 65535": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65535, 65535, 24, 0) + bytes(99),
-        "pcx 65535 x 65535": struct.pack("<BBBBHHHHHH", 10, 5, 1, 8, 0, 0, 65534, 65534, 72, 72) + bytes(49) + b"\3\xff\xff\1" + bytes(58),
-        "ico with a png": b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, 99, 22) + bits(13_000),
+        "tga 65535 x 65535": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65535, 65535, 24, 0)
+        + bytes(99),
+        "pcx 65535 x 65535": struct.pack("<BBBBHHHHHH", 10, 5, 1, 8, 0, 0, 65534, 65534, 72, 72)
+        + bytes(49)
+        + b"\3\xff\xff\1"
+        + bytes(58),
+        "ico with a png": b"\0\0\1\0\1\0"
+        + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, 99, 22)
+        + bits(13_000),
     }
     if "AVIF" in Image.SAVE:
         found["avif 1e5 x 1e5"] = replaced(encoded(Image.new("RGB", (64, 64)), "AVIF"), b"ispe", 8, huge)
@@ -195,7 +243,9 @@ def test_ordinary_metadata_is_no_bomb() -> None:
     noise = np.random.default_rng(0)
     still = encoded(Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)), "PNG")
     assert open_image(still[:33] + b"".join(texts) + profile + still[33:]).size == (16, 16)
-    assert open_image(jpeg(*[segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + noise.bytes(60_000)) for _ in range(50)])).size == (16, 16)
+    assert open_image(
+        jpeg(*[segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + noise.bytes(60_000)) for _ in range(50)])
+    ).size == (16, 16)
 
 
 @pytest.mark.parametrize("format", ["BMP", "TIFF", "PNG", "PPM", "TGA"])

@@ -1,4 +1,5 @@
-"""What the encoders see of a picture: opened for those that look, found in a cache where it is, the same pixels in every visit."""
+"""What the encoders see of a picture: opened for those that look, found in a cache where it is, the same
+pixels in every visit."""
 
 from pathlib import Path
 
@@ -21,7 +22,9 @@ VIEWER = Viewer(VAE, VIT, 1, 14)
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    to_image(torch.rand(3, 48, 60, generator=torch.Generator().manual_seed(0)) * 2 - 1).save(tmp_path / "a.png")
+    to_image(torch.rand(3, 48, 60, generator=torch.Generator().manual_seed(0)) * 2 - 1).save(
+        tmp_path / "a.png"
+    )
     return tmp_path / "a.png"
 
 
@@ -47,7 +50,9 @@ def test_both_encoders_see_the_picture_as_their_transforms_make_it(path):
     seen = VIEWER.look(path, vae=True, vit=True)
     picture = open_image(path)
     assert seen.view == View(VAE.size(60, 48), VIT.size(60, 48)) == View((64, 48), (42, 28))
-    assert torch.equal(to_unit(seen.pixels), VAE(picture)) and torch.equal(to_unit(seen.patches), patchify(VIT(picture), 14))
+    assert torch.equal(to_unit(seen.pixels), VAE(picture)) and torch.equal(
+        to_unit(seen.patches), patchify(VIT(picture), 14)
+    )
     assert seen.nbytes == 3 * 64 * 48 + 6 * 588 and seen.posterior is None is seen.features
 
 
@@ -61,7 +66,12 @@ def test_nothing_is_made_for_an_encoder_that_does_not_look(path, vae, vit):
 
 @pytest.mark.parametrize(
     ("vae", "vit", "decoded"),
-    [((64, 48), (42, 28), (64, 48)), ((32, 64), (56, 28), (56, 64)), (None, (42, 28), (42, 28)), ((32, 16), None, (32, 16))],
+    [
+        ((64, 48), (42, 28), (64, 48)),
+        ((32, 64), (56, 28), (56, 64)),
+        (None, (42, 28), (42, 28)),
+        ((32, 16), None, (32, 16)),
+    ],
 )
 def test_decoding_suffices_for_the_larger_use(vae, vit, decoded):
     assert View(vae, vit).decoded == decoded
@@ -69,8 +79,11 @@ def test_decoding_suffices_for_the_larger_use(vae, vit, decoded):
 
 @pytest.mark.parametrize(("vae", "vit"), [(True, True), (True, False), (False, True)])
 def test_a_large_jpeg_is_decoded_alike_whoever_looks(tmp_path, vae, vit, monkeypatch):
-    """The size that decoding is fitted to is that of both encoders' uses, also where a visit drops one of them."""
-    to_image(torch.rand(3, 800, 600, generator=torch.Generator().manual_seed(0)) * 2 - 1).save(tmp_path / "a.jpg", quality=95)
+    """The size that decoding is fitted to is that of both encoders' uses, also where a visit drops one of
+    them."""
+    to_image(torch.rand(3, 800, 600, generator=torch.Generator().manual_seed(0)) * 2 - 1).save(
+        tmp_path / "a.jpg", quality=95
+    )
     fitted, viewer = [], Viewer(ImageTransform(32, 32, 16), ImageTransform(98, 28, 14), 1, 14)
 
     def opened(source, fit):
@@ -98,7 +111,9 @@ def test_what_the_cache_knows_is_not_decoded(path, confined, monkeypatch):
 @pytest.mark.parametrize("known", [(), ("vae",), ("vit",)])
 def test_what_the_cache_does_not_know_is_decoded(path, known):
     seen, plain = VIEWER.look(path, True, True, Known(*known)), VIEWER.look(path, True, True)
-    assert (seen.posterior is None) == ("vae" not in known) and (seen.features is None) == ("vit" not in known)
+    assert (seen.posterior is None) == ("vae" not in known) and (seen.features is None) == (
+        "vit" not in known
+    )
     assert seen.pixels is None if "vae" in known else torch.equal(seen.pixels, plain.pixels)
     assert seen.patches is None if "vit" in known else torch.equal(seen.patches, plain.patches)
 
@@ -132,17 +147,23 @@ def test_errors_about_bytes_say_so():
 
 
 def planner() -> Planner:
-    geometry = Geometry(latent_stride=16, latent_patch=2, patch_dim=16, max_latent_size=8, vit_patch=14, vit_side=8)
+    geometry = Geometry(
+        latent_stride=16, latent_patch=2, patch_dim=16, max_latent_size=8, vit_patch=14, vit_side=8
+    )
     return Planner(WordTokenizer(), geometry, Transforms(VAE, VIT, VIT), DataOptions(), 4096)
 
 
 def test_what_is_dropped_changes_no_random_number_of_other_pictures(path):
-    """The second picture's posterior draw is the same whether the first one shows its latents, its ViT tokens, or both."""
+    """The second picture's posterior draw is the same whether the first one shows its latents, its ViT
+    tokens, or both."""
     make, draws = planner(), []
     sample = [Image(path), Text("x"), Image(path, target=True)]
     grid = {Kind.VIT: (2, 3), Kind.CLEAN: (3, 4), Kind.NOISED: (3, 4)}
     for dropped in (None, Kind.CLEAN, Kind.VIT):
-        context = [Block(kind, grid[kind][0] * grid[kind][1], 0, grid[kind], dropped=kind == dropped) for kind in (Kind.CLEAN, Kind.VIT)]
+        context = [
+            Block(kind, grid[kind][0] * grid[kind][1], 0, grid[kind], dropped=kind == dropped)
+            for kind in (Kind.CLEAN, Kind.VIT)
+        ]
         target = Block(Kind.NOISED, 12, 2, grid[Kind.NOISED], loss=True)
         draws.append(make.fill(sample, [*context, target], Draw(0, 0, 0))[-1].posterior)
     assert draws[0].shape == (4, 6, 8) and all(torch.equal(draws[0], draw) for draw in draws)
@@ -160,5 +181,9 @@ def test_a_cached_picture_fills_blocks_with_one_latent_and_features(path):
     for a, b in images:
         assert a.pixels is None is a.patches and (a.noise is None) == (b.noise is None) and a.u == b.u
     (noised, b), (clean, _), (vit, _) = images
-    assert noised.latent is clean.latent and torch.equal(noised.latent, b.posterior) and torch.equal(noised.noise, b.noise)
+    assert (
+        noised.latent is clean.latent
+        and torch.equal(noised.latent, b.posterior)
+        and torch.equal(noised.noise, b.noise)
+    )
     assert vit.features.shape == (6, 5) and vit.latent is None

@@ -1,6 +1,8 @@
-"""Which files are opened as pictures: every trick with a path is either a picture that lies where it must, or refused unopened.
+"""Which files are opened as pictures: every trick with a path is either a picture that lies where it must, or
+refused unopened.
 
-What is opened is seen by an audit hook of the interpreter, so "never opened" is observed and not inferred from an error.
+What is opened is seen by an audit hook of the interpreter, so "never opened" is observed and not inferred
+from an error.
 """
 
 import errno
@@ -24,7 +26,9 @@ from unigen.sequence import files
 from unigen.sequence.images import MAX_BYTES, Confined, PictureError, image_size, open_image, read_bytes
 
 LOOK = getattr(os, "O_PATH", 0)
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the paths of this test exist on Linux")
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the paths of this test exist on Linux"
+)
 
 _watched: list[str] | None = None
 
@@ -67,7 +71,8 @@ INSIDE, OUTSIDE = picture((0, 255, 0)), picture((255, 0, 0))
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with ``root`` (its pictures are green) and things outside of it (red), links between them, and what is no file."""
+    """A folder with ``root`` (its pictures are green) and things outside of it (red), links between them, and
+    what is no file."""
     for folder in ("root/sub", "root2", "outside", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
     for name in (
@@ -89,10 +94,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "root/in": "a.png", "root/out": "../outside/a.png", "root/abs_in": tmp_path / "root/a.png",
         "root/abs_out": tmp_path / "outside/a.png", "root/folder_in": "sub", "root/folder_out": "../outside",
         "root/chain": "chain2", "root/chain2": "folder_out/a.png",
-        "root/chain_in": "in", "root/loop": "loop2", "root/loop2": "loop", "root/self": "self", "root/dangling": "nothing.png",
-        "root/dangling_out": "../outside/nothing.png", "root/top": "/", "root/up": "..", "root/zero": "/dev/zero",
-        "root/environ": "/proc/self/environ", "root/stdin": "/dev/stdin", "root/magic": "/proc/self/root", "root/cwd": "/proc/self/cwd",
-        "outside/in": "../root/a.png", "root_link": "root", "root/to_link": "../root_link/a.png", "elsewhere/root": "../root",
+        "root/chain_in": "in", "root/loop": "loop2", "root/loop2": "loop", "root/self": "self",
+        "root/dangling": "nothing.png",
+        "root/dangling_out": "../outside/nothing.png", "root/top": "/", "root/up": "..",
+        "root/zero": "/dev/zero",
+        "root/environ": "/proc/self/environ", "root/stdin": "/dev/stdin", "root/magic": "/proc/self/root",
+        "root/cwd": "/proc/self/cwd",
+        "outside/in": "../root/a.png", "root_link": "root", "root/to_link": "../root_link/a.png",
+        "elsewhere/root": "../root",
     }  # fmt: skip
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
@@ -104,7 +113,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         yield tmp_path
 
 
-# Path, as joined to the folder of the files -> the verdict without a root, and with root/. "in" and "out": that picture is opened.
+# Path, as joined to the folder of the files -> the verdict without a root, and with root/. "in" and "out":
+# that picture is opened.
 SAME = ("in", "in")
 ESCAPES = ("out", "outside_root")
 NO_FILE = ("not_a_file", "not_a_file")
@@ -114,42 +124,69 @@ GONE = ("missing_picture", "outside_root")
 UNREADABLE = ("unreadable_picture", "unreadable_picture")
 NOWHERE = ("unreadable_picture", "outside_root")
 TRICKS: dict[str, tuple[str, str]] = {
-    "root/a.png": SAME, "root/sub/b.png": SAME, "root/./a.png": SAME, "root//a.png": SAME, "root/sub/../a.png": SAME,
-    "root/é.png": SAME, "root/e\u0301.png": MISSING, "root/．．.png": SAME, "root/．．/outside/a.png": MISSING, "root/\u202egnp.a": SAME,
-    "root/ a.png ": SAME, "root/a.png.": SAME, "root/..png": SAME, os.fsdecode(b"root/\xff.png"): SAME, "root／a.png": GONE,
+    "root/a.png": SAME, "root/sub/b.png": SAME, "root/./a.png": SAME, "root//a.png": SAME,
+    "root/sub/../a.png": SAME,
+    "root/é.png": SAME, "root/e\u0301.png": MISSING, "root/．．.png": SAME, "root/．．/outside/a.png": MISSING,
+    "root/\u202egnp.a": SAME,
+    "root/ a.png ": SAME, "root/a.png.": SAME, "root/..png": SAME, os.fsdecode(b"root/\xff.png"): SAME,
+    "root／a.png": GONE,
     "root∕..∕outside∕a.png": GONE,
-    "root/../root/a.png": SAME, "root/../outside/a.png": ESCAPES, "root/sub/../../outside/a.png": ESCAPES, "outside/a.png": ESCAPES,
-    "root2/a.png": ESCAPES, "root.png": ESCAPES, "root/../root2/a.png": ESCAPES, "root/....//outside/a.png": MISSING,
-    "root/%2e%2e/outside/a.png": MISSING, "root/..\\outside\\a.png": MISSING, "root/in": SAME, "root/out": ESCAPES, "root/abs_in": SAME,
-    "root/abs_out": ESCAPES, "root/folder_in/b.png": SAME, "root/folder_out/a.png": ESCAPES, "root/folder_out/../a.png": GONE,
-    "root/folder_in/../a.png": SAME, "root/chain": ESCAPES, "root/chain_in": SAME, "root/loop": UNREADABLE, "root/self": UNREADABLE,
-    "root/dangling": MISSING, "root/dangling_out": GONE, "root/up/outside/a.png": ESCAPES, "root/up/root/a.png": SAME,
+    "root/../root/a.png": SAME, "root/../outside/a.png": ESCAPES, "root/sub/../../outside/a.png": ESCAPES,
+    "outside/a.png": ESCAPES,
+    "root2/a.png": ESCAPES, "root.png": ESCAPES, "root/../root2/a.png": ESCAPES,
+    "root/....//outside/a.png": MISSING,
+    "root/%2e%2e/outside/a.png": MISSING, "root/..\\outside\\a.png": MISSING, "root/in": SAME,
+    "root/out": ESCAPES, "root/abs_in": SAME,
+    "root/abs_out": ESCAPES, "root/folder_in/b.png": SAME, "root/folder_out/a.png": ESCAPES,
+    "root/folder_out/../a.png": GONE,
+    "root/folder_in/../a.png": SAME, "root/chain": ESCAPES, "root/chain_in": SAME, "root/loop": UNREADABLE,
+    "root/self": UNREADABLE,
+    "root/dangling": MISSING, "root/dangling_out": GONE, "root/up/outside/a.png": ESCAPES,
+    "root/up/root/a.png": SAME,
     "outside/in": SAME, "root_link/a.png": SAME, "root/to_link": SAME, "elsewhere/root/a.png": SAME,
     "elsewhere/root/../root2/a.png": ESCAPES,
-    "root/pipe": NO_FILE, "outside/pipe": KERNEL, "root/socket": NO_FILE, "root": KERNEL, "root/": KERNEL, "root/.": KERNEL,
-    "root/sub": NO_FILE, "root/sub/..": KERNEL, "root/a.png/": MISSING, "root/a.png/.": MISSING, "root/a.png/../a.png": MISSING,
-    "root/zero": KERNEL, "root/environ": KERNEL, "root/stdin": ("not_a_file", "*"), "root/magic/{top}/root/a.png": NO_FILE,
-    "root/magic/{top}/outside/a.png": KERNEL, "root/cwd/root/a.png": NO_FILE, "root/top/{top}/root/a.png": SAME,
-    "root/top/{top}/outside/a.png": ESCAPES, "root/top/proc/self/environ": KERNEL, "root/top/dev/zero": KERNEL,
-    "root/a.png\0": NOWHERE, "root/a.png\0.jpg": NOWHERE, "root/\0": NOWHERE, chr(0xD800): NOWHERE, "root/" + chr(0xDFFF): NOWHERE,
-    "root/" + "a" * 256: UNREADABLE, "root/" + "a/" * 3000: UNREADABLE, "root/" + "é" * 200: UNREADABLE, "root/\x1b[2J.png": MISSING,
-    "root/a\n.png": MISSING, "root/none.png": MISSING, "none/a.png": GONE, "outside/none.png": GONE, "root/sub/../../outside/none": GONE,
-    "/dev/zero": KERNEL, "/dev/null": KERNEL, "/dev/stdin": ("not_a_file", "*"), "/dev/fd/0": ("not_a_file", "*"), "/dev/full": KERNEL,
-    "/proc/self/environ": KERNEL, "/proc/self/mem": KERNEL, "/proc/self/fd/0": ("not_a_file", "*"), "/proc/kmsg": KERNEL,
-    "/proc/self/root/{top}/root/a.png": NO_FILE, "/proc/self/cwd/root/a.png": NO_FILE, "/proc/self/cwd/outside/a.png": KERNEL,
-    "/proc/self/exe": KERNEL, "/proc/version": KERNEL, "/proc/../dev/zero": KERNEL, "/sys/kernel/notes": KERNEL, "/sys": KERNEL,
-    "//dev//zero": KERNEL, "/dev/../{top}/root/a.png": NO_FILE, "/dev/shm/../zero": KERNEL, "/": KERNEL, "/..": KERNEL,
+    "root/pipe": NO_FILE, "outside/pipe": KERNEL, "root/socket": NO_FILE, "root": KERNEL, "root/": KERNEL,
+    "root/.": KERNEL,
+    "root/sub": NO_FILE, "root/sub/..": KERNEL, "root/a.png/": MISSING, "root/a.png/.": MISSING,
+    "root/a.png/../a.png": MISSING,
+    "root/zero": KERNEL, "root/environ": KERNEL, "root/stdin": ("not_a_file", "*"),
+    "root/magic/{top}/root/a.png": NO_FILE,
+    "root/magic/{top}/outside/a.png": KERNEL, "root/cwd/root/a.png": NO_FILE,
+    "root/top/{top}/root/a.png": SAME,
+    "root/top/{top}/outside/a.png": ESCAPES, "root/top/proc/self/environ": KERNEL,
+    "root/top/dev/zero": KERNEL,
+    "root/a.png\0": NOWHERE, "root/a.png\0.jpg": NOWHERE, "root/\0": NOWHERE, chr(0xD800): NOWHERE,
+    "root/" + chr(0xDFFF): NOWHERE,
+    "root/" + "a" * 256: UNREADABLE, "root/" + "a/" * 3000: UNREADABLE, "root/" + "é" * 200: UNREADABLE,
+    "root/\x1b[2J.png": MISSING,
+    "root/a\n.png": MISSING, "root/none.png": MISSING, "none/a.png": GONE, "outside/none.png": GONE,
+    "root/sub/../../outside/none": GONE,
+    "/dev/zero": KERNEL, "/dev/null": KERNEL, "/dev/stdin": ("not_a_file", "*"), "/dev/fd/0": ("not_a_file",
+    "*"), "/dev/full": KERNEL,
+    "/proc/self/environ": KERNEL, "/proc/self/mem": KERNEL, "/proc/self/fd/0": ("not_a_file", "*"),
+    "/proc/kmsg": KERNEL,
+    "/proc/self/root/{top}/root/a.png": NO_FILE, "/proc/self/cwd/root/a.png": NO_FILE,
+    "/proc/self/cwd/outside/a.png": KERNEL,
+    "/proc/self/exe": KERNEL, "/proc/version": KERNEL, "/proc/../dev/zero": KERNEL,
+    "/sys/kernel/notes": KERNEL, "/sys": KERNEL,
+    "//dev//zero": KERNEL, "/dev/../{top}/root/a.png": NO_FILE, "/dev/shm/../zero": KERNEL, "/": KERNEL,
+    "/..": KERNEL,
     "": ("*", "outside_root"), ".": KERNEL, "..": KERNEL,
 }  # fmt: skip
 
 
 def fate(source: str | Confined) -> tuple[str, list[str]]:
-    """``in`` or ``out`` (the picture that was opened) or the code of the refusal, and the real paths that were opened."""
+    """``in`` or ``out`` (the picture that was opened) or the code of the refusal, and the real paths that
+    were opened."""
     with watched() as opened:
         try:
             colour = open_image(source).getpixel((0, 0))
         except PictureError as error:
-            assert str(error) == f"{error.name}: {error.problem}. Cure: {error.cure}" and error.problem and error.cure
+            assert (
+                str(error) == f"{error.name}: {error.problem}. Cure: {error.cure}"
+                and error.problem
+                and error.cure
+            )
             assert str(error).isprintable() and len(str(error)) < 2000
             assert error.name == str(source) or len(str(source)) > 1000 or not str(source).isprintable()
             return error.code, opened
@@ -161,10 +198,14 @@ def ordinary(path: str) -> bool:
 
 
 @linux
-@pytest.mark.parametrize("root", [None, "root", "root/", "{top}/root", "root_link", "elsewhere/root", "root/sub/..", "./root2/../root"])
+@pytest.mark.parametrize(
+    "root",
+    [None, "root", "root/", "{top}/root", "root_link", "elsewhere/root", "root/sub/..", "./root2/../root"],
+)
 @pytest.mark.timeout(60)
 def test_every_trick_with_a_path(place: Path, root: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opened only where it lies right, else refused with the expected code, and then nothing at all was opened."""
+    """Opened only where it lies right, else refused with the expected code, and then nothing at all was
+    opened."""
     assert len(TRICKS) >= 100
     wrong = []
     for trick, expected in TRICKS.items():
@@ -196,7 +237,9 @@ def test_the_detector_sees_an_ordinary_open(place: Path) -> None:
 
 
 @linux
-@pytest.mark.parametrize("root", ["/", "{top}", "/proc", "/dev", "/sys", "none", "root/a.png", "", "root\0", "\ud800", "root/loop"])
+@pytest.mark.parametrize(
+    "root", ["/", "{top}", "/proc", "/dev", "/sys", "none", "root/a.png", "", "root\0", "\ud800", "root/loop"]
+)
 def test_unusual_roots(place: Path, root: str) -> None:
     folder = root.replace("{top}", str(place))
     wanted = "in" if root in ("/", "{top}") else "outside_root"
@@ -218,7 +261,9 @@ def test_without_a_hold_on_files_the_rules_are_the_same(place: Path, monkeypatch
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_a_link_that_is_turned_while_it_is_opened_never_leads_outside(place: Path, hold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_is_turned_while_it_is_opened_never_leads_outside(
+    place: Path, hold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not hold:
         monkeypatch.setattr(files, "_LOOK", None)
     stop, targets = threading.Event(), ("a.png", "../outside/a.png", "pipe", "/dev/zero")
@@ -261,11 +306,15 @@ def exchanged_after(look: Callable, replace: Callable[[], None]) -> Callable:
 def test_what_was_looked_at_is_what_is_opened(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is exchanged after the last look at it: the one that was looked at is read, or nothing."""
     check = files._check
-    monkeypatch.setattr(files, "_check", exchanged_after(check, lambda: os.replace("outside/a.png", "root/a.png")))
+    monkeypatch.setattr(
+        files, "_check", exchanged_after(check, lambda: os.replace("outside/a.png", "root/a.png"))
+    )
     assert read_bytes(Confined("root/a.png", "root")) == INSIDE
     assert (place / "root/a.png").read_bytes() == OUTSIDE
     monkeypatch.setattr(files, "_LOOK", None)
-    monkeypatch.setattr(files, "_check", exchanged_after(check, lambda: os.replace("root2/a.png", "root/a.png")))
+    monkeypatch.setattr(
+        files, "_check", exchanged_after(check, lambda: os.replace("root2/a.png", "root/a.png"))
+    )
     with pytest.raises(PictureError, match="exchanged"):
         read_bytes("root/a.png")
 
@@ -276,7 +325,12 @@ def test_a_hard_link_cannot_be_told_from_its_file(place: Path) -> None:
 
 
 def test_read_bytes_gives_what_open_image_decodes(place: Path) -> None:
-    for source in ("root/a.png", place / "root/a.png", Confined("root/a.png", "root"), Confined(place / "root/in", place / "root")):
+    for source in (
+        "root/a.png",
+        place / "root/a.png",
+        Confined("root/a.png", "root"),
+        Confined(place / "root/in", place / "root"),
+    ):
         assert read_bytes(source) == INSIDE
         assert image_size(source) == open_image(source).size == (8, 8)
     assert read_bytes(INSIDE) is INSIDE

@@ -12,9 +12,16 @@ SIDES = st.integers(1, 5)
 
 @given(SIDES, SIDES, st.integers(1, 4), st.integers(1, 4))
 def test_patches_run_row_column_and_inside_y_x_channel(rows, columns, patch, channels):
-    x = torch.arange(channels * rows * columns * patch * patch).reshape(channels, rows * patch, columns * patch)
+    x = torch.arange(channels * rows * columns * patch * patch).reshape(
+        channels, rows * patch, columns * patch
+    )
     expected = [
-        [int(x[c, r * patch + y, k * patch + z]) for y in range(patch) for z in range(patch) for c in range(channels)]
+        [
+            int(x[c, r * patch + y, k * patch + z])
+            for y in range(patch)
+            for z in range(patch)
+            for c in range(channels)
+        ]
         for r in range(rows)
         for k in range(columns)
     ]
@@ -30,7 +37,9 @@ def test_sides_must_be_whole_patches():
 
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_extrapolated_positions_count_from_the_corner(rows, columns):
-    assert grid_positions(rows, columns, 16).tolist() == [r * 16 + c for r in range(rows) for c in range(columns)]
+    assert grid_positions(rows, columns, 16).tolist() == [
+        r * 16 + c for r in range(rows) for c in range(columns)
+    ]
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([8, 16, 64, 70]))
@@ -43,7 +52,9 @@ def test_interpolated_positions_spread_over_the_table(rows, columns, side):
             exact, rest = divmod(i * side, n)
             # Exactly on an edge, float32 (the reference's, too) may fall to either side.
             assert bucket == exact if rest else bucket in (exact, exact - 1)
-    assert torch.equal(row, row[:, :1].expand(-1, columns)) and torch.equal(column, column[:1].expand(rows, -1))
+    assert torch.equal(row, row[:, :1].expand(-1, columns)) and torch.equal(
+        column, column[:1].expand(rows, -1)
+    )
 
 
 def test_interpolation_of_a_full_table_is_the_table():

@@ -20,7 +20,9 @@ from PIL import Image, ImageFile, ImageOps, features
 from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import ImageTransform, PictureError, image_size, open_image, to_image
 
-BLOCKS = np.kron(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
+BLOCKS = np.kron(
+    np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)
+)
 
 
 def encoded(picture: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -41,7 +43,7 @@ def failure(source) -> PictureError:
     return opened.value
 
 
-# ---- opening ----
+# ---- opening
 
 
 def test_path_string_bytes_and_picture_are_the_same(tmp_path: Path) -> None:
@@ -59,7 +61,9 @@ def test_orientation_is_applied_and_known_from_the_header(format: str, orientati
         pytest.skip("this Pillow reads no AVIF")
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(BLOCKS), format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    data = encoded(
+        Image.fromarray(BLOCKS), format, exif=exif, **({"lossless": True} if format == "WEBP" else {})
+    )
     with Image.open(io.BytesIO(data)) as lying:
         expected = ImageOps.exif_transpose(lying).convert("RGB")
     upright = open_image(data)
@@ -104,7 +108,13 @@ def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
     grey = pixels(open_image(encoded(Image.fromarray(values), format)))
     assert grey[0, :, 0].tolist() == [0, 1, 1, 128, 255]
     assert (grey[..., :1] == grey).all()
-    assert pixels(open_image(Image.fromarray(values.astype(np.int32))))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+    assert pixels(open_image(Image.fromarray(values.astype(np.int32))))[0, :, 0].tolist() == [
+        0,
+        1,
+        1,
+        128,
+        255,
+    ]
 
 
 def test_numbers_without_a_known_range_are_refused() -> None:
@@ -118,13 +128,21 @@ def test_other_modes_become_rgb(mode: str) -> None:
     expected = red.convert("RGB")
     assert (pixels(open_image(red)) == pixels(expected)).all()
     if mode == "CMYK":
-        assert pixels(open_image(encoded(red, "JPEG", quality=100)))[0, 0].tolist() == pytest.approx([255, 0, 0], abs=4)
+        assert pixels(open_image(encoded(red, "JPEG", quality=100)))[0, 0].tolist() == pytest.approx(
+            [255, 0, 0], abs=4
+        )
 
 
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     for format in ("GIF", "WEBP", "PNG"):
-        data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {}))
+        data = encoded(
+            frames[0],
+            format,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if format == "WEBP" else {}),
+        )
         assert pixels(open_image(data))[0, 0].tolist() == [255, 0, 0], format
 
 
@@ -145,7 +163,7 @@ def test_the_given_picture_is_not_changed_or_shared() -> None:
     assert (pixels(picture) == BLOCKS).all()
 
 
-# ---- refusing ----
+# ---- refusing
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
@@ -166,7 +184,9 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     assert errors and errors[0].code == "not_a_file", "opening a pipe waited for a writer"
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
+)
 def test_what_is_no_picture(data: bytes) -> None:
     assert failure(data).code in ("not_a_picture", "broken_picture")
     with pytest.raises(PictureError):
@@ -174,7 +194,9 @@ def test_what_is_no_picture(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_half_a_picture_is_refused_even_where_a_library_allowed_it(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_picture_is_refused_even_where_a_library_allowed_it(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, format)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -215,7 +237,8 @@ def test_a_picture_error_crosses_processes() -> None:
 
 
 def test_odd_metadata_is_passed_over_in_silence(capfd: pytest.CaptureFixture) -> None:
-    """PIL would warn, once for each of the tags, about a picture that is sound; as errors its warnings would refuse it."""
+    """PIL would warn, once for each of the tags, about a picture that is sound; as errors its warnings would
+    refuse it."""
     tags = b"".join((0x9000 + i).to_bytes(2, "little") + b"\7\0\xff\xff\0\0\0\0\0\0" for i in range(50))
     exif = b"Exif\0\0II*\0\x08\0\0\0" + b"\x32\0" + tags + bytes(4)
     data = encoded(Image.fromarray(BLOCKS), "JPEG", exif=exif)
@@ -229,16 +252,20 @@ def test_odd_metadata_is_passed_over_in_silence(capfd: pytest.CaptureFixture) ->
     assert not warned and capfd.readouterr() == ("", "")
 
 
-# ---- large JPEGs, decoded small ----
+# ---- large JPEGs, decoded small
 
 
 @cache
 def photo(width: int, height: int) -> Image.Image:
-    """Random noise with the spectrum of photographs: amplitude falls with frequency; colours vary together, edges are sharp."""
+    """Random noise with the spectrum of photographs: amplitude falls with frequency; colours vary together,
+    edges are sharp."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
-    planes = [np.fft.irfft2(np.fft.rfft2(rng.normal(size=(height, width))) / frequency**1.2, s=(height, width)) for _ in range(4)]
+    planes = [
+        np.fft.irfft2(np.fft.rfft2(rng.normal(size=(height, width))) / frequency**1.2, s=(height, width))
+        for _ in range(4)
+    ]
     light, *tints = (plane / plane.std() for plane in planes)
     light += 1.5 * (planes[1] > planes[2])
     levels = np.stack([128 + 45 * light + 12 * tint for tint in tints], axis=-1)
@@ -246,7 +273,8 @@ def photo(width: int, height: int) -> Image.Image:
 
 
 def difference(data: bytes, size: tuple[int, int]) -> tuple[float, float, int]:
-    """Mean and largest difference in levels, and PSNR in dB, of decoding small to decoding whole, after resizing to ``size``."""
+    """Mean and largest difference in levels, and PSNR in dB, of decoding small to decoding whole, after
+    resizing to ``size``."""
     transform = ImageTransform(1024, 16, 16)
     whole = pixels(transform.resize(open_image(data), size=size))
     small = pixels(transform.resize(open_image(data, lambda w, h: size), size=size))
@@ -261,7 +289,8 @@ def decoded_size(data: bytes, size: tuple[int, int]) -> tuple[int, int]:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "progressive", "4:4:4", "MPO"])
 def test_a_large_jpeg_decoded_small_looks_the_same(kind: str, orientation: int) -> None:
-    """Mean difference below 0.5 level and PSNR above 45 dB, for sizes that no scale divides, however the picture is turned."""
+    """Mean difference below 0.5 level and PSNR above 45 dB, for sizes that no scale divides, however the
+    picture is turned."""
     picture, exif = photo(787, 653), Image.Exif()
     exif[0x0112] = orientation
     options: dict = {"progressive": {"progressive": True}, "4:4:4": {"subsampling": 0}}.get(kind, {})
@@ -277,7 +306,9 @@ def test_a_large_jpeg_decoded_small_looks_the_same(kind: str, orientation: int) 
         decoded = (-(-787 // scale), -(-653 // scale))
         assert decoded_size(data, size) == (decoded[::-1] if orientation > 4 else decoded)
         mean, psnr, largest = difference(data, size)
-        assert mean < 0.5 and psnr > 45 and largest < 16, f"1/{scale}: mean {mean:.2f}, {psnr:.1f} dB, largest {largest}"
+        assert mean < 0.5 and psnr > 45 and largest < 16, (
+            f"1/{scale}: mean {mean:.2f}, {psnr:.1f} dB, largest {largest}"
+        )
 
 
 def test_the_original_covers_less_than_all_of_a_small_decoded_picture() -> None:
@@ -294,7 +325,12 @@ def test_the_original_covers_less_than_all_of_a_small_decoded_picture() -> None:
 def test_only_jpegs_far_above_the_wanted_size_are_decoded_small() -> None:
     data = encoded(photo(480, 300), "JPEG")
     assert decoded_size(data, (80, 50)) == (240, 150)
-    assert decoded_size(data, (81, 50)) == decoded_size(data, (80, 51)) == decoded_size(data, (480, 300)) == (480, 300)
+    assert (
+        decoded_size(data, (81, 50))
+        == decoded_size(data, (80, 51))
+        == decoded_size(data, (480, 300))
+        == (480, 300)
+    )
     assert decoded_size(data, (30, 18)) == (120, 75) and decoded_size(data, (15, 9)) == (60, 38)
     assert decoded_size(data, (31, 18)) == decoded_size(data, (30, 19)) == (240, 150)
     asked = []
@@ -331,7 +367,7 @@ def test_half_a_jpeg_is_refused_when_it_is_decoded_small() -> None:
     assert cut.value.code == "broken_picture"
 
 
-# ---- sizes ----
+# ---- sizes
 
 
 def test_every_size_of_the_reference(golden: Path) -> None:
@@ -339,7 +375,9 @@ def test_every_size_of_the_reference(golden: Path) -> None:
     assert len(cases) == 240
     for c in cases:
         for limit in (None, 1024):  # a limit that is not reached changes nothing
-            transform = ImageTransform(c["max_size"], c["min_size"], c["stride"], c["max_pixels"], limit=limit)
+            transform = ImageTransform(
+                c["max_size"], c["min_size"], c["stride"], c["max_pixels"], limit=limit
+            )
             assert transform.size(c["width"], c["height"], c["img_num"]) == tuple(c["out"]), c
 
 
@@ -347,7 +385,9 @@ SIDES = st.integers(1, 5000)
 
 
 @given(SIDES, SIDES, st.sampled_from([16, 14]), st.integers(16, 1100), st.integers(1, 5))
-def test_no_side_outgrows_the_position_table(width: int, height: int, stride: int, limit: int, images: int) -> None:
+def test_no_side_outgrows_the_position_table(
+    width: int, height: int, stride: int, limit: int, images: int
+) -> None:
     for min_size in (64, 512, 2000):
         w, h = ImageTransform(1024, min_size, stride, limit=limit).size(width, height, images)
         assert w % stride == h % stride == 0
@@ -384,7 +424,7 @@ def test_known_sizes_within_tokens() -> None:
     assert ImageTransform(1024, 16, 16, max_tokens=4).size(1024, 16) == (64, 16)
 
 
-# ---- pixels ----
+# ---- pixels
 
 
 def test_transform_values_and_layout() -> None:
@@ -396,8 +436,11 @@ def test_transform_values_and_layout() -> None:
 
 def test_every_level_is_normalised_as_the_reference_does() -> None:
     levels = np.arange(256 * 3, dtype=np.int64).reshape(16, 16, 3) % 256
-    picture = Image.fromarray(np.tile(levels.astype(np.uint8), (9, 9, 1)))  # more rows than are normalised at a time
-    reference = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+    # more rows than are normalised at a time
+    picture = Image.fromarray(np.tile(levels.astype(np.uint8), (9, 9, 1)))
+    reference = (
+        torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+    )
     transform = ImageTransform(144, 16, 16)
     assert torch.equal(transform(picture), reference) and transform(picture).is_contiguous()
     assert torch.equal(transform(picture, size=(144, 144)), reference)
@@ -408,7 +451,9 @@ def test_resize_is_pillows_bicubic() -> None:
     picture = Image.fromarray(BLOCKS)
     transform = ImageTransform(64, 32, 16)
     assert transform.size(80, 48) == (64, 32)  # 38.4 rounds to 38, and 38 / 16 to 2
-    assert (pixels(transform.resize(picture)) == pixels(picture.resize((64, 32), Image.Resampling.BICUBIC))).all()
+    assert (
+        pixels(transform.resize(picture)) == pixels(picture.resize((64, 32), Image.Resampling.BICUBIC))
+    ).all()
 
 
 def test_picture_to_tensor_and_back_is_off_by_at_most_one_level() -> None:

@@ -1,4 +1,5 @@
-"""Blocks -> one packed row, against a packer of a few lines that follows the contract's table token by token."""
+"""Blocks -> one packed row, against a packer of a few lines that follows the contract's table token by
+token."""
 
 import random
 from dataclasses import replace
@@ -11,7 +12,9 @@ from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack, Sight
 
 SPECIAL = SpecialIds(50, 51, 52, 53, 54)
-GEOMETRY = Geometry(latent_stride=4, latent_patch=2, patch_dim=12, max_latent_size=16, vit_patch=2, vit_side=8)
+GEOMETRY = Geometry(
+    latent_stride=4, latent_patch=2, patch_dim=12, max_latent_size=16, vit_patch=2, vit_side=8
+)
 
 
 def text(*ids, **options):
@@ -20,7 +23,11 @@ def text(*ids, **options):
 
 def image(kind, rows, columns, piece=0, **options):
     n = rows * columns
-    content = {"patches": torch.randn(n, 12)} if kind == Kind.VIT else {"latent": torch.randn(3, rows * 2, columns * 2)}
+    content = (
+        {"patches": torch.randn(n, 12)}
+        if kind == Kind.VIT
+        else {"latent": torch.randn(3, rows * 2, columns * 2)}
+    )
     if kind == Kind.NOISED:
         content |= {"noise": torch.randn(n, 12), "u": float(torch.randn(())), "loss": True}
     return Block(kind, n, piece, (rows, columns), **content, **options)
@@ -34,12 +41,21 @@ def random_sample(r: random.Random) -> list[Block]:
             ids = [r.randrange(50) for _ in range(r.randint(0, 5))]
             cut = bool(ids) and r.random() < 0.3
             blocks.append(
-                text(*ids, loss=r.random() < 0.5, closing_label=closing, dropped=r.random() < 0.2, cut=cut, cut_label=7 if cut else -100)
+                text(
+                    *ids,
+                    loss=r.random() < 0.5,
+                    closing_label=closing,
+                    dropped=r.random() < 0.2,
+                    cut=cut,
+                    cut_label=7 if cut else -100,
+                )
             )
         else:
             kind = r.choice([Kind.VIT, Kind.CLEAN, Kind.NOISED])
             dropped = kind != Kind.NOISED and r.random() < 0.2
-            blocks.append(image(kind, r.randint(1, 3), r.randint(1, 3), piece, closing_label=closing, dropped=dropped))
+            blocks.append(
+                image(kind, r.randint(1, 3), r.randint(1, 3), piece, closing_label=closing, dropped=dropped)
+            )
     return blocks
 
 
@@ -52,14 +68,21 @@ def naive(samples, starts=None):
             if b.dropped:
                 position += 0 if b.kind == Kind.TEXT else 1
                 continue
-            common = {"sample": s, "span": span, "image": b.kind != Kind.TEXT, "noised": b.kind == Kind.NOISED}
+            common = {
+                "sample": s,
+                "span": span,
+                "image": b.kind != Kind.TEXT,
+                "noised": b.kind == Kind.NOISED,
+            }
             span += 1
             if b.kind == Kind.TEXT:
                 ids = [SPECIAL.text_start, *b.ids, SPECIAL.text_end]
                 following = [*b.ids, b.cut_label if b.cut else SPECIAL.text_end]
                 labels = [*(following if b.loss else [-100] * len(following)), b.closing_label or -100]
                 for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
-                    tokens.append({"ids": token, "kind": Kind.TEXT, "position": position + i, "label": label, **common})
+                    tokens.append(
+                        {"ids": token, "kind": Kind.TEXT, "position": position + i, "label": label, **common}
+                    )
                 position += len(ids)
             else:
                 inner = [{"ids": 0, "kind": b.kind, "label": -100}] * b.length
@@ -78,7 +101,9 @@ def test_rows_follow_the_table(seed):
     pack = pack_blocks(samples, SPECIAL, GEOMETRY, starts)
     expected = naive(samples, starts)
     order = pack.index.argsort()
-    assert pack.index[order].tolist() == list(range(len(expected))) and len(pack) == sum(len(b) for s in samples for b in s)
+    assert pack.index[order].tolist() == list(range(len(expected))) and len(pack) == sum(
+        len(b) for s in samples for b in s
+    )
     for column in ("ids", "kind", "position", "label", "sample", "span", "image", "noised"):
         assert getattr(pack, column)[order].tolist() == [int(t[column]) for t in expected], column
     assert pack.n_samples == len(samples)
@@ -88,7 +113,9 @@ def test_rows_follow_the_table(seed):
     for lengths, half in zip((pack.und_lengths, pack.gen_lengths), halves, strict=True):
         assert [s for s, n in enumerate(lengths) for _ in range(n)] == [int(pack.sample[i]) for i in half]
     assert pack.vit_rows.tolist() == [i for i in halves[0] if kinds[i] == Kind.VIT]
-    assert pack.label_rows.tolist() == [i for i in range(len(pack)) if pack.label[i] >= 0] and all(i < pack.n_und for i in pack.label_rows)
+    assert pack.label_rows.tolist() == [i for i in range(len(pack)) if pack.label[i] >= 0] and all(
+        i < pack.n_und for i in pack.label_rows
+    )
     assert pack.noised_rows.tolist() == [i - pack.n_und for i in halves[1] if kinds[i] == Kind.NOISED]
 
 
@@ -99,7 +126,9 @@ def test_tokens_of_a_picture_know_its_block(seed):
     pack = pack_blocks([random_sample(r) for _ in range(3)], SPECIAL, GEOMETRY)
     assert torch.equal(pack.u[pack.vae_first][pack.vae_number], pack.u)
     spans = pack.span[pack.n_und :]
-    assert torch.equal(spans[pack.vae_first][pack.vae_number], spans) and len(pack.vae_first) == len(spans.unique())
+    assert torch.equal(spans[pack.vae_first][pack.vae_number], spans) and len(pack.vae_first) == len(
+        spans.unique()
+    )
 
 
 def test_samples_of_one_block_need_no_rule():
@@ -122,13 +151,20 @@ def test_halves_are_understanding_then_generation_each_in_sequence_order(seed):
     vae = [b for b in kept if b.kind in (Kind.CLEAN, Kind.NOISED)]
     vit = [b for b in kept if b.kind == Kind.VIT]
     assert pack.vae_grid == [b.grid for b in vae] and pack.vit_lengths == [b.length for b in vit]
-    assert pack.vae_position.tolist() == [i * 16 + j for b in vae for i in range(b.grid[0]) for j in range(b.grid[1])]
-    assert pack.vit_position.tolist() == [i * 8 + j for b in vit for i in range(b.grid[0]) for j in range(b.grid[1])]
+    assert pack.vae_position.tolist() == [
+        i * 16 + j for b in vae for i in range(b.grid[0]) for j in range(b.grid[1])
+    ]
+    assert pack.vit_position.tolist() == [
+        i * 8 + j for b in vit for i in range(b.grid[0]) for j in range(b.grid[1])
+    ]
     assert torch.equal(pack.u, torch.tensor([b.u for b in vae for _ in range(b.length)]))
     if vit:
         assert torch.equal(pack.vit_patches, torch.cat([b.patches for b in vit]))
     if vae:
-        assert torch.equal(pack.noise, torch.cat([b.noise if b.noise is not None else torch.zeros(b.length, 12) for b in vae]))
+        assert torch.equal(
+            pack.noise,
+            torch.cat([b.noise if b.noise is not None else torch.zeros(b.length, 12) for b in vae]),
+        )
 
 
 def test_blocks_of_one_picture_share_its_latent_and_samples_do_not():
@@ -142,7 +178,15 @@ def test_blocks_of_one_picture_share_its_latent_and_samples_do_not():
 
 
 def test_positions_interpolate_when_the_model_does():
-    wide = Geometry(latent_stride=4, latent_patch=2, patch_dim=12, max_latent_size=16, vit_patch=2, vit_side=8, interpolate=True)
+    wide = Geometry(
+        latent_stride=4,
+        latent_patch=2,
+        patch_dim=12,
+        max_latent_size=16,
+        vit_patch=2,
+        vit_side=8,
+        interpolate=True,
+    )
     pack = pack_blocks([[image(Kind.CLEAN, 1, 2), image(Kind.VIT, 2, 1)]], SPECIAL, wide)
     assert pack.vae_position.tolist() == [0, 8] and pack.vit_position.tolist() == [0, 32]
 
@@ -158,16 +202,26 @@ def test_an_empty_row_has_every_field_at_length_zero():
 
 
 def test_map_reaches_every_tensor_and_keeps_the_rest():
-    pack = pack_blocks([[text(1, 2), image(Kind.VIT, 1, 2), image(Kind.NOISED, 2, 2)]], SPECIAL, GEOMETRY, origins=["a.jsonl:3"])
+    pack = pack_blocks(
+        [[text(1, 2), image(Kind.VIT, 1, 2), image(Kind.NOISED, 2, 2)]],
+        SPECIAL,
+        GEOMETRY,
+        origins=["a.jsonl:3"],
+    )
     seen = []
     copy = pack.map(lambda t: seen.append(t) or t.clone())
     tensors = [v for v in vars(pack).values() if isinstance(v, torch.Tensor)] + pack.latents
     assert {id(t) for t in seen} == {id(t) for t in tensors}
-    assert copy.origins == ["a.jsonl:3"] and copy.n_und == pack.n_und and torch.equal(copy.latents[0], pack.latents[0])
+    assert (
+        copy.origins == ["a.jsonl:3"]
+        and copy.n_und == pack.n_und
+        and torch.equal(copy.latents[0], pack.latents[0])
+    )
 
 
 def test_ready_latents_are_numbered_before_pictures_with_pixels():
-    """One row mixes both; every block still shows its own picture, and posterior draws stay with their pixels."""
+    """One row mixes both; every block still shows its own picture, and posterior draws stay with their
+    pixels."""
     pixels = [torch.full((3, 4, 4), float(i)) for i in range(3)]
     draws = [torch.full((3, 2, 2), float(i)) for i in range(3)]
 
@@ -176,7 +230,9 @@ def test_ready_latents_are_numbered_before_pictures_with_pixels():
 
     ready = [image(Kind.CLEAN, 1, 1, piece) for piece in range(2)]
     pack = pack_blocks(
-        [[fresh(0), ready[1], fresh(1, 2)], [ready[0], fresh(2, 1), replace(fresh(2, 1), kind=Kind.NOISED)]], SPECIAL, GEOMETRY
+        [[fresh(0), ready[1], fresh(1, 2)], [ready[0], fresh(2, 1), replace(fresh(2, 1), kind=Kind.NOISED)]],
+        SPECIAL,
+        GEOMETRY,
     )
     assert all(a is b for a, b in zip(pack.latents, [ready[1].latent, ready[0].latent], strict=True))
     assert all(a is b for a, b in zip(pack.vae_pixels, pixels, strict=True))
@@ -200,6 +256,9 @@ def test_vit_pictures_with_features_keep_their_place_among_those_with_patches():
     assert plain.vit_ready == [] == plain.vit_features and (plain.n_ready, plain.n_to_encode) == (0, 3)
     assert (mixed.n_ready, mixed.n_to_encode) == (1, 2)
     same = ("ids", "position", "index", "kind", "span", "image", "vit_position")
-    assert all(torch.equal(getattr(plain, name), getattr(mixed, name)) for name in same) and plain.vit_lengths == mixed.vit_lengths
+    assert (
+        all(torch.equal(getattr(plain, name), getattr(mixed, name)) for name in same)
+        and plain.vit_lengths == mixed.vit_lengths
+    )
     moved = mixed.map(lambda t: t.clone())
     assert torch.equal(moved.vit_features[0], ready.features) and moved.vit_features[0] is not ready.features

@@ -17,9 +17,13 @@ from unigen.sequence.ragged import Ragged
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Image, Kind, Origin, Record, Text
 
-GEOMETRY = Geometry(latent_stride=16, latent_patch=2, patch_dim=64, max_latent_size=16, vit_patch=14, vit_side=8)
+GEOMETRY = Geometry(
+    latent_stride=16, latent_patch=2, patch_dim=64, max_latent_size=16, vit_patch=14, vit_side=8
+)
 TRANSFORMS = Transforms(
-    vae=ImageTransform(128, 32, 16, limit=256), vit=ImageTransform(112, 28, 14, limit=112), vit_edit=ImageTransform(56, 28, 14, limit=112)
+    vae=ImageTransform(128, 32, 16, limit=256),
+    vit=ImageTransform(112, 28, 14, limit=112),
+    vit_edit=ImageTransform(56, 28, 14, limit=112),
 )
 NO_DROPOUT = {"text_cond_dropout_prob": 0.0, "vit_cond_dropout_prob": 0.0, "vae_cond_dropout_prob": 0.0}
 DRAW = Draw(seed=1, epoch=0, record=0)
@@ -33,7 +37,9 @@ def tokenizer(golden):
 @pytest.fixture(scope="module")
 def planner(tokenizer):
     def make(max_length=4096, visual_gen=True, visual_und=True, **options):
-        return Planner(tokenizer, GEOMETRY, TRANSFORMS, DataOptions(**options), max_length, visual_gen, visual_und)
+        return Planner(
+            tokenizer, GEOMETRY, TRANSFORMS, DataOptions(**options), max_length, visual_gen, visual_und
+        )
 
     return make
 
@@ -52,11 +58,14 @@ def record_of(sample):
 
 
 def shown(planner, sample, draw=DRAW):
-    """A block as its kind, ``*`` where it carries loss, ``>`` and the initial of what its closing token announces."""
+    """A block as its kind, ``*`` where it carries loss, ``>`` and the initial of what its closing token
+    announces."""
     special = planner.tokenizer.special
     names = {None: "", special.text_start: ">text", special.image_start: ">image", special.end: ">end"}
     blocks = planner.outline(sample, planner.measure(record_of(sample)), draw)
-    return " ".join(f"{b.kind.name.lower()}{'*' * b.loss}{names[b.closing_label]}" for b in blocks if not b.dropped)
+    return " ".join(
+        f"{b.kind.name.lower()}{'*' * b.loss}{names[b.closing_label]}" for b in blocks if not b.dropped
+    )
 
 
 PLAIN = [  # sample, blocks when transitions are trained, blocks when they are not
@@ -73,13 +82,21 @@ PLAIN = [  # sample, blocks when transitions are trained, blocks when they are n
     ("Tii", "text>image noised* clean vit>image noised* clean vit>end", "text noised* clean vit noised*"),
     ("TtTt", "text>text text*>end text>text text*>end", "text text* text text*"),
     ("TiTi", "text>image noised* clean vit>end text>image noised*", "text noised* clean vit text noised*"),
-    ("ITiTi", "clean vit text>image noised* clean vit>end text>image noised*", "clean vit text noised* clean vit text noised*"),
+    (
+        "ITiTi",
+        "clean vit text>image noised* clean vit>end text>image noised*",
+        "clean vit text noised* clean vit text noised*",
+    ),
     ("TtTi", "text>text text*>end text>image noised*", "text text* text noised*"),
     ("TiTt", "text>image noised* clean vit>end text>text text*>end", "text noised* clean vit text text*"),
     ("TtT", "text>text text*>end text", "text text* text"),
     ("TiT", "text>image noised* clean vit>end text", "text noised* clean vit text"),
     ("tit", "text*>image noised* clean vit>text text*>end", "text* noised* clean vit text*"),
-    ("ittI", "noised* clean vit>text text*>text text*>end clean vit", "noised* clean vit text* text* clean vit"),
+    (
+        "ittI",
+        "noised* clean vit>text text*>text text*>end clean vit",
+        "noised* clean vit text* text* clean vit",
+    ),
 ]
 
 
@@ -115,7 +132,7 @@ def test_without_the_vit_pictures_enter_by_their_latents_alone(planner):
     assert shown(p, sample_of("ITit")) == "clean text>image noised* clean>text text*>end"
 
 
-# ---- labels in the row -------------------------------------------------------------------------------------------
+# ---- labels in the row
 
 
 def row_of(p, sample, draw=DRAW):
@@ -124,10 +141,15 @@ def row_of(p, sample, draw=DRAW):
 
 
 def test_labels_are_the_next_tokens(planner, tokenizer):
-    p, sample = planner(**NO_DROPOUT, single_image_stop_prob=0.0), [Text("hi"), Text("a cat", True), Image(picture(), True)]
+    p, sample = (
+        planner(**NO_DROPOUT, single_image_stop_prob=0.0),
+        [Text("hi"), Text("a cat", True), Image(picture(), True)],
+    )
     _, pack = row_of(p, sample)
     ids, s, order = tokenizer.encode("a cat"), tokenizer.special, pack.index.argsort()
-    found = [(i, x) for i, x in zip(pack.ids[order].tolist(), pack.label[order].tolist(), strict=True) if x >= 0]
+    found = [
+        (i, x) for i, x in zip(pack.ids[order].tolist(), pack.label[order].tolist(), strict=True) if x >= 0
+    ]
     inside = list(zip([s.text_start, *ids], [*ids, s.text_end], strict=True))
     assert found == [(s.text_end, s.text_start), *inside, (s.text_end, s.image_start), (s.image_end, s.end)]
 
@@ -137,7 +159,7 @@ def test_context_carries_no_text_loss(planner):
     assert pack.n_text_labels == 0 and pack.n_image_targets > 0
 
 
-# ---- dropout -----------------------------------------------------------------------------------------------------
+# ---- dropout
 
 
 def outlines(p, sample, n=2000):
@@ -167,15 +189,25 @@ def test_samples_that_only_write_and_validation_drop_nothing(planner):
 
 
 def test_a_dropped_image_still_advances_the_position_and_a_text_does_not(planner):
-    p = planner(text_cond_dropout_prob=0.0, vit_cond_dropout_prob=1.0, vae_cond_dropout_prob=1.0, single_image_stop_prob=0.0)
+    p = planner(
+        text_cond_dropout_prob=0.0,
+        vit_cond_dropout_prob=1.0,
+        vae_cond_dropout_prob=1.0,
+        single_image_stop_prob=0.0,
+    )
     _, pack = row_of(p, sample_of("ITi"))
     assert pack.position[0] == 2  # the text follows two blocks that left nothing else
-    p = planner(text_cond_dropout_prob=1.0, vit_cond_dropout_prob=0.0, vae_cond_dropout_prob=0.0, single_image_stop_prob=0.0)
+    p = planner(
+        text_cond_dropout_prob=1.0,
+        vit_cond_dropout_prob=0.0,
+        vae_cond_dropout_prob=0.0,
+        single_image_stop_prob=0.0,
+    )
     _, pack = row_of(p, sample_of("ITi"))
     assert pack.position[pack.kind == Kind.NOISED].unique().tolist() == [2]
 
 
-# ---- determinism -------------------------------------------------------------------------------------------------
+# ---- determinism
 
 
 def numbers(p, sample, draw):
@@ -198,13 +230,24 @@ def test_random_numbers_depend_on_seed_epoch_and_record_alone(planner):
 def test_purposes_are_independent(planner):
     sample = sample_of("ITii")
     u, noise = numbers(planner(), sample, DRAW)
-    v, n = numbers(planner(text_cond_dropout_prob=1.0, vit_cond_dropout_prob=1.0, vae_cond_dropout_prob=1.0), sample, DRAW)
+    v, n = numbers(
+        planner(text_cond_dropout_prob=1.0, vit_cond_dropout_prob=1.0, vae_cond_dropout_prob=1.0),
+        sample,
+        DRAW,
+    )
     assert u == v and torch.equal(noise, n)  # dropout changes neither times nor noise
     some, other = planner(), planner(text_cond_dropout_prob=0.9)
     kinds = (Kind.CLEAN, Kind.VIT)
-    for a, b in zip(outlines(some, sample, 50), outlines(other, sample, 50), strict=True):  # nor one block's another's
+    # nor one block's another's
+    for a, b in zip(outlines(some, sample, 50), outlines(other, sample, 50), strict=True):
         assert [x.dropped for x in a if x.kind in kinds] == [x.dropped for x in b if x.kind in kinds]
-    keys = {Draw(s, e, r).key(purpose) for s in (0, 1) for e in (0, 1) for r in (0, 1, 11) for purpose in ("time", "noise", "structure")}
+    keys = {
+        Draw(s, e, r).key(purpose)
+        for s in (0, 1)
+        for e in (0, 1)
+        for r in (0, 1, 11)
+        for purpose in ("time", "noise", "structure")
+    }
     assert len(keys) == 36
 
 
@@ -215,7 +258,7 @@ def test_validation_repeats_itself_in_every_epoch(planner):
     assert u == v and torch.equal(noise, n)
 
 
-# ---- lengths -----------------------------------------------------------------------------------------------------
+# ---- lengths
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -255,12 +298,21 @@ def test_several_answers_are_cut_from_the_last(planner, tokenizer):
     n = len(tokenizer.encode(sample[0].text))
     whole = 4 * (n + 2)
     blocks, _ = row_of(planner(max_sequence_length=whole - n - 2), sample)
-    assert [b.length for b in blocks] == [n, n - 3, n, 1] and [b.cut for b in blocks] == [False, True, False, True]
+    assert [b.length for b in blocks] == [n, n - 3, n, 1] and [b.cut for b in blocks] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_the_shorter_of_model_and_option_limits(planner, tokenizer):
     sample = sample_of("t", text="a beautiful sunset over the ocean")
-    for p in (planner(max_length=8), planner(max_length=8, max_sequence_length=100), planner(max_length=100, max_sequence_length=8)):
+    for p in (
+        planner(max_length=8),
+        planner(max_length=8, max_sequence_length=100),
+        planner(max_length=100, max_sequence_length=8),
+    ):
         assert len(row_of(p, sample)[1]) == 8
 
 
@@ -294,11 +346,14 @@ def test_parts_left_out_are_named(planner):
 
 
 def test_an_unreadable_picture_is_a_bad_record(planner, tmp_path):
-    with pytest.raises(BadRecord, match=rf"missing_picture in field 'piece 0': found {tmp_path}/none.png: there is no such file.*Cure"):
+    with pytest.raises(
+        BadRecord,
+        match=rf"missing_picture in field 'piece 0': found {tmp_path}/none.png: there is no such file.*Cure",
+    ):
         planner().measure(record_of([Image(tmp_path / "none.png"), Text("a", True)]))
 
 
-# ---- contents ----------------------------------------------------------------------------------------------------
+# ---- contents
 
 
 def test_blocks_of_one_picture_show_it_in_both_ways(planner):
@@ -306,20 +361,30 @@ def test_blocks_of_one_picture_show_it_in_both_ways(planner):
     blocks, pack = row_of(planner(**NO_DROPOUT), [Image(source, True), Text("a", True)])
     noised, clean, vit, _ = blocks
     assert noised.pixels is clean.pixels and torch.equal(to_unit(clean.pixels), TRANSFORMS.vae(source))
-    assert noised.posterior is clean.posterior and noised.posterior.shape == (16, 2 * noised.grid[0], 2 * noised.grid[1])
+    assert noised.posterior is clean.posterior and noised.posterior.shape == (
+        16,
+        2 * noised.grid[0],
+        2 * noised.grid[1],
+    )
     assert torch.equal(to_unit(vit.patches), patchify(TRANSFORMS.vit_edit(source), 14))
     assert pack.vae_block == [0, 0] and len(pack.vae_pixels) == 1
     generation = pack.kind[pack.n_und :]
-    assert torch.isfinite(pack.u[generation == Kind.NOISED]).all() and (pack.u[generation == Kind.CLEAN] == float("-inf")).all()
+    assert (
+        torch.isfinite(pack.u[generation == Kind.NOISED]).all()
+        and (pack.u[generation == Kind.CLEAN] == float("-inf")).all()
+    )
 
 
 def test_samples_that_only_write_use_the_understanding_resize(planner):
     source = noise(150, 120)
     blocks, _ = row_of(planner(), [Image(source), Text("a", True)])
-    assert torch.equal(to_unit(blocks[0].patches), patchify(TRANSFORMS.vit(source), 14)) and blocks[0].pixels is None
+    assert (
+        torch.equal(to_unit(blocks[0].patches), patchify(TRANSFORMS.vit(source), 14))
+        and blocks[0].pixels is None
+    )
 
 
-# ---- lengths of many visits at once ------------------------------------------------------------------------------
+# ---- lengths of many visits at once
 
 
 def measured(p, samples):
@@ -327,12 +392,16 @@ def measured(p, samples):
     return rows, Measured(*rows.arrays())
 
 
-@pytest.mark.parametrize(("limit", "options"), [(4096, {}), (70, {}), (4096, {"train_transitions": False}), (4096, NO_DROPOUT)])
+@pytest.mark.parametrize(
+    ("limit", "options"), [(4096, {}), (70, {}), (4096, {"train_transitions": False}), (4096, NO_DROPOUT)]
+)
 @pytest.mark.parametrize("epoch", [0, 3, None])
 def test_lengths_of_many_visits_are_those_of_each(planner, limit, options, epoch):
     p = planner(limit, **options, single_image_stop_prob=0.4)
     codes = ["Tt", "Ti", "ITt", "ITi", "Tti", "tit", "ITiTi", "TiTt", "i"]
-    samples = [sample_of(code, text="word " * (7 * i + 1), image=picture(40, 30)) for i, code in enumerate(codes)]
+    samples = [
+        sample_of(code, text="word " * (7 * i + 1), image=picture(40, 30)) for i, code in enumerate(codes)
+    ]
     samples = [sample for sample in samples if fits(p, sample)] * 40
     assert len(samples) > 150
     rows, arrays = measured(p, samples)
@@ -365,7 +434,7 @@ def test_the_numbers_that_decide_a_structure_are_uniform_and_independent():
     assert Draw(3, 1, 17).structure(4) == drawn[17].tolist()
 
 
-# ---- wordings ----------------------------------------------------------------------------------------------------
+# ---- wordings
 
 
 def test_each_visit_draws_one_wording_and_validation_takes_the_first(planner):
@@ -396,7 +465,11 @@ def test_tokens_by_kind_counts_what_a_sample_shows(planner):
     p = planner(**NO_DROPOUT)
     samples = [sample_of("ITi"), sample_of("Tt")]
     _, arrays = measured(p, samples)
-    blocks = [b for i, s in enumerate(samples) for b in p.outline(s, p.measure(record_of(s)), Draw(0, 0, i, training=False))]
+    blocks = [
+        b
+        for i, s in enumerate(samples)
+        for b in p.outline(s, p.measure(record_of(s)), Draw(0, 0, i, training=False))
+    ]
     wanted = {kind.name.lower(): sum(len(b) for b in blocks if b.kind == kind) for kind in Kind}
     found = arrays.tokens_by_kind(np.arange(2))
     assert found.pop("trained_text") == sum(len(b) for b in blocks if b.kind == Kind.TEXT and b.loss)

@@ -17,7 +17,9 @@ def tokenizer(golden):
 
 def test_special_ids_are_those_of_the_vocabulary(golden, tokenizer):
     ids = json.loads((golden / "meta.json").read_text())["special_token_ids"]
-    assert tokenizer.special == SpecialIds(ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"], 420)
+    assert tokenizer.special == SpecialIds(
+        ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"], 420
+    )
 
 
 def test_encoding_adds_nothing(tokenizer):

@@ -15,7 +15,16 @@ from pages import Page
 from PIL import Image as PILImage
 
 from unigen.sequence.types import Image, Text
-from unigen.show.pages import bar_chart, contact_sheet, image_grid, line_chart, read_metrics, table, write_page, write_pieces
+from unigen.show.pages import (
+    bar_chart,
+    contact_sheet,
+    image_grid,
+    line_chart,
+    read_metrics,
+    table,
+    write_page,
+    write_pieces,
+)
 
 EVIL = "<script>alert('x')</script> & \"quoted\" 猫\x00"
 
@@ -30,12 +39,19 @@ def svg(chart: str) -> ET.Element:
 
 
 def polylines(chart: str) -> list[list[tuple[float, float]]]:
-    return [[tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in svg(chart).iter("polyline")]
+    return [
+        [tuple(map(float, p.split(","))) for p in line.get("points").split()]
+        for line in svg(chart).iter("polyline")
+    ]
 
 
 def tick_values(chart: str, anchor: str) -> dict[float, float]:
     """Number -> place of the ticks of the y axis ("end", by y) or the x axis ("middle", by x)."""
-    texts = [t for t in svg(chart).iter("text") if t.get("text-anchor") == anchor and re.fullmatch(r"-?[\d.e+-]+", t.text)]
+    texts = [
+        t
+        for t in svg(chart).iter("text")
+        if t.get("text-anchor") == anchor and re.fullmatch(r"-?[\d.e+-]+", t.text)
+    ]
     return {float(t.text): float(t.get("y")) - 4 if anchor == "end" else float(t.get("x")) for t in texts}
 
 
@@ -90,11 +106,16 @@ def test_bars_stand_as_high_as_their_values_and_say_them():
     shapes = [r for r in svg(chart).iter("rect") if r.get("fill")]
     (y0, low), (y1, high) = min(ys.items()), max(ys.items())
     for (_, _, value), shape in zip(bars, shapes, strict=True):
-        assert float(shape.get("height")) == pytest.approx((low - high) * value / (y1 - y0), abs=0.11) and y0 == 0
+        assert (
+            float(shape.get("height")) == pytest.approx((low - high) * value / (y1 - y0), abs=0.11)
+            and y0 == 0
+        )
     lefts = [float(shape.get("x")) for shape in shapes]
     assert lefts == sorted(lefts) and float(shapes[0].get("width")) < lefts[1] - lefts[0]
     assert [t.text for t in svg(chart).iter("title")][2] == f"{EVIL} 2: 1,200".replace("\x00", "␀")
-    crowded = bar_chart([(f"{10**9 + k:,}", "n", 1.0) for k in range(60)], title="t", x_label="x", y_label="y")
+    crowded = bar_chart(
+        [(f"{10**9 + k:,}", "n", 1.0) for k in range(60)], title="t", x_label="x", y_label="y"
+    )
     labels = [t for t in svg(crowded).iter("text") if (t.text or "").startswith("1,000,000")]
     assert 2 <= len(labels) <= 8, "labels do not run into each other"
     for nothing in ([], [("a", "a", 0.0)]):
@@ -102,18 +123,30 @@ def test_bars_stand_as_high_as_their_values_and_say_them():
 
 
 def test_figures_stand_to_the_right():
-    source = table([["a", 1_234_567, "12.3%", "< 0.01%"], ["b", 2, "0.0 %", "4%"]], ["name", "n", "share", "rest"])
-    assert source.count('<td class="number">') == 6 and "1,234,567" in source and source.count("<th class=number>") == 3
+    source = table(
+        [["a", 1_234_567, "12.3%", "< 0.01%"], ["b", 2, "0.0 %", "4%"]], ["name", "n", "share", "rest"]
+    )
+    assert (
+        source.count('<td class="number">') == 6
+        and "1,234,567" in source
+        and source.count("<th class=number>") == 3
+    )
 
 
 def test_page_has_its_language_and_style(tmp_path):
-    source = write_page(tmp_path / "p.html", "t", [("h", "b")], language="zh-CN", style=".x { color: red }").read_text("utf-8")
+    source = write_page(
+        tmp_path / "p.html", "t", [("h", "b")], language="zh-CN", style=".x { color: red }"
+    ).read_text("utf-8")
     assert '<html lang="zh-CN">' in source and ".x { color: red }</style>" in source
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    points=st.lists(st.tuples(st.integers(0, 10**7), st.floats(-1e12, 1e12, allow_subnormal=False)), min_size=1, max_size=8),
+    points=st.lists(
+        st.tuples(st.integers(0, 10**7), st.floats(-1e12, 1e12, allow_subnormal=False)),
+        min_size=1,
+        max_size=8,
+    ),
     log_y=st.booleans(),
 )
 def test_any_values_give_a_chart_inside_its_frame(points, log_y):
@@ -129,8 +162,14 @@ def test_any_values_give_a_chart_inside_its_frame(points, log_y):
 
 def test_page_is_self_contained_and_escaped(tmp_path):
     body = table([[EVIL, 0.98765432, 12, True], ["b", 1e-9, -3, False]], [EVIL, "share", "n", "met"])
-    body += image_grid([(EVIL, picture(1)), ("large", picture(2, (2000, 500))), ("cmyk", picture(3, mode="CMYK"))], 3)
-    path = write_page(tmp_path / "new" / "report.html", EVIL, [(EVIL, body), ("", line_chart({}, title=EVIL, x_label="", y_label=""))])
+    body += image_grid(
+        [(EVIL, picture(1)), ("large", picture(2, (2000, 500))), ("cmyk", picture(3, mode="CMYK"))], 3
+    )
+    path = write_page(
+        tmp_path / "new" / "report.html",
+        EVIL,
+        [(EVIL, body), ("", line_chart({}, title=EVIL, x_label="", y_label=""))],
+    )
     source = path.read_bytes().decode("utf-8")
     page = Page(source)
     assert "script" not in page.tags and "link" not in page.tags and page.tags.count("section") == 2
@@ -150,14 +189,23 @@ def test_pieces_are_written_in_order_with_their_prompt(tmp_path):
     pieces = ["一只猫 \ud800", picture(6), Text("<b>done</b>", target=True), Image(picture(7, (300, 200)))]
     index = write_pieces(tmp_path / "out", prompt, pieces, title="猫")
     assert index == tmp_path / "out" / "index.html"
-    assert sorted(p.name for p in index.parent.iterdir()) == ["01_text.txt", "02_image.png", "03_text.txt", "04_image.png", "index.html"]
+    assert sorted(p.name for p in index.parent.iterdir()) == [
+        "01_text.txt",
+        "02_image.png",
+        "03_text.txt",
+        "04_image.png",
+        "index.html",
+    ]
     assert (index.parent / "01_text.txt").read_text("utf-8") == "一只猫 ?"
     assert (index.parent / "03_text.txt").read_bytes() == b"<b>done</b>"
     for name, seed, size in (("02_image.png", 6, (8, 8)), ("04_image.png", 7, (300, 200))):
         with PILImage.open(index.parent / name) as written:
             assert (np.asarray(written) == np.asarray(picture(seed, size))).all()
     page = Page(index.read_text("utf-8"))
-    places = [page.text.index(t) for t in ("猫", "Prompt", "what is\nthis?", "and this?", "Answer", "一只猫", "<b>done</b>")]
+    places = [
+        page.text.index(t)
+        for t in ("猫", "Prompt", "what is\nthis?", "and this?", "Answer", "一只猫", "<b>done</b>")
+    ]
     assert places == sorted(places)
     assert [p.size for p in page.pictures] == [(8, 8), (20, 10), (20, 10), (8, 8), (300, 200)]
 

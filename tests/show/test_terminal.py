@@ -48,7 +48,9 @@ def test_what_the_encoding_lacks_is_shown_as_an_escape(monkeypatch: pytest.Monke
 def test_where_nobody_reads_on_the_command_comes_to_its_own_end():
     code = "import sys; from unigen.show.terminal import say; say('x' * 100_000); say('y'); sys.exit(7)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.wait(60) == 7 and process.stderr.read() == b""

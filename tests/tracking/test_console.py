@@ -30,7 +30,13 @@ METRICS = {
 def test_metrics_for_people():
     assert describe(METRICS) == "loss 1.2500  text 1.0000  norm 0.500  lr 1.00e-05  tok/s 12,346  wait 7%"
     assert describe({}) == "" and describe({"loss": math.nan}) == "loss nan"
-    assert [duration(s) for s in (0, 59.6, 61, 3723, 360000)] == ["0:00", "1:00", "1:01", "1:02:03", "100:00:00"]
+    assert [duration(s) for s in (0, 59.6, 61, 3723, 360000)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:02:03",
+        "100:00:00",
+    ]
 
 
 def test_plain_lines_come_every_so_often_and_at_the_end():
@@ -54,7 +60,9 @@ def test_the_time_left_leaves_out_the_first_step_and_the_steps_of_the_run_before
     time.sleep(0.1)
     progress.update(102, {})
     first, second = (line.rsplit(" ", 1)[1] for line in stream.getvalue().splitlines())
-    seconds = [sum(int(n) * 60**i for i, n in enumerate(reversed(text.split(":")))) for text in (first, second)]
+    seconds = [
+        sum(int(n) * 60**i for i, n in enumerate(reversed(text.split(":")))) for text in (first, second)
+    ]
     assert seconds[0] >= 890  # one second a step is all that is known
     assert 85 <= seconds[1] < 490  # 898 steps of 0.1 s; with the first step it would be 494 at least
 

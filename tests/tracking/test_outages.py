@@ -1,4 +1,5 @@
-"""Real outages of the real packages: servers that hang or fail, services that are killed or frozen; and what they leave on the disk."""
+"""Real outages of the real packages: servers that hang or fail, services that are killed or frozen; and what
+they leave on the disk."""
 
 import contextlib
 import json
@@ -46,8 +47,11 @@ FAILS = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection:
 
 
 @pytest.mark.parametrize("answer", [b"", FAILS], ids=["never answers", "fails"])
-def test_a_server_that_never_answers_or_fails_costs_a_warning_and_no_number(wandb_home: Path, answer: bytes, caplog, monkeypatch):
-    """Pass: the run goes on offline under the same id, logging waits for nothing, and all is in the file that can be sent later."""
+def test_a_server_that_never_answers_or_fails_costs_a_warning_and_no_number(
+    wandb_home: Path, answer: bytes, caplog, monkeypatch
+):
+    """Pass: the run goes on offline under the same id, logging waits for nothing, and all is in the file that
+    can be sent later."""
     server = socket.create_server(("127.0.0.1", 0))
     connections = []
 
@@ -69,7 +73,10 @@ def test_a_server_that_never_answers_or_fails_costs_a_warning_and_no_number(wand
     tracker.finish()
     server.close()
     assert connections, "the server was never asked"
-    assert warnings(caplog) == ["Tracker wandb cannot start as asked and goes on with mode offline"] and "wandb sync" in caplog.text
+    assert (
+        warnings(caplog) == ["Tracker wandb cannot start as asked and goes on with mode offline"]
+        and "wandb sync" in caplog.text
+    )
     run_id = (wandb_home / "wandb_run_id").read_text().strip()
     (file,) = wandb_home.glob("wandb/offline-run-*/run-*.wandb")
     assert file.name == f"run-{run_id}.wandb" and file.read_bytes().count(b"loss") >= 3
@@ -92,8 +99,15 @@ class Server(BaseHTTPRequestHandler):
         if self.path == "/graphql":
             query = json.loads(body)
             given = query.get("variables", {})
-            bucket = {"id": "b", "name": given.get("name"), "project": {"id": "p", "name": "cats", "entity": {"id": "e", "name": "me"}}}
-            files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/{name}"} for name in given.get("files", [])]
+            bucket = {
+                "id": "b",
+                "name": given.get("name"),
+                "project": {"id": "p", "name": "cats", "entity": {"id": "e", "name": "me"}},
+            }
+            files = [
+                {"name": name, "uploadUrl": f"http://{self.headers['Host']}/{name}"}
+                for name in given.get("files", [])
+            ]
             if "upsertBucket" in query["query"]:
                 data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
             elif "createRunFiles" in query["query"]:
@@ -114,7 +128,8 @@ class Server(BaseHTTPRequestHandler):
 def test_online_everything_is_sent_and_a_server_that_freezes_midway_holds_the_end_for_its_limit_only(
     wandb_home: Path, freezes: bool, caplog, monkeypatch
 ):
-    """Pass: the server has every number and no secret; frozen, the end comes within FINISH_S, the cure is told, the file has the rest."""
+    """Pass: the server has every number and no secret; frozen, the end comes within FINISH_S, the cure is
+    told, the file has the rest."""
     monkeypatch.setenv("SOME_TOKEN", "hush-hush-4711")
     monkeypatch.setattr(services, "START_S", 30.0)
     Server.received, Server.frozen = [], threading.Event()
@@ -125,7 +140,9 @@ def test_online_everything_is_sent_and_a_server_that_freezes_midway_holds_the_en
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     if freezes:
         monkeypatch.setattr(services, "FINISH_S", 3.0)
-    tracker = run(wandb_home, range(1, 4), wandb_mode="online", model_path="https://me:pass-4711@host.invalid/m")
+    tracker = run(
+        wandb_home, range(1, 4), wandb_mode="online", model_path="https://me:pass-4711@host.invalid/m"
+    )
     service = tracker._backends["wandb"]
     wait_for(lambda: service._process is not None and not service._calls)
     if freezes:
@@ -138,7 +155,10 @@ def test_online_everything_is_sent_and_a_server_that_freezes_midway_holds_the_en
     server.shutdown()
     server.server_close()
     if freezes:
-        assert "Tracker wandb could not send everything in time" in warnings(caplog) and "wandb sync" in caplog.text
+        assert (
+            "Tracker wandb could not send everything in time" in warnings(caplog)
+            and "wandb sync" in caplog.text
+        )
         assert b"late" in logs(wandb_home)
         return
     assert not warnings(caplog)
@@ -149,8 +169,11 @@ def test_online_everything_is_sent_and_a_server_that_freezes_midway_holds_the_en
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_a_killed_or_frozen_wandb_core_holds_nothing(wandb_home: Path, how: signal.Signals, caplog, monkeypatch):
-    """Pass: killed, the run is taken up again and loses no step; frozen, the end comes in time. No process is left."""
+def test_a_killed_or_frozen_wandb_core_holds_nothing(
+    wandb_home: Path, how: signal.Signals, caplog, monkeypatch
+):
+    """Pass: killed, the run is taken up again and loses no step; frozen, the end comes in time. No process is
+    left."""
     tracker = run(wandb_home, range(1, 4), wandb_mode="offline")
     service = tracker._backends["wandb"]
     wait_for(lambda: service._process is not None and not service._calls)
@@ -178,7 +201,10 @@ def test_a_killed_or_frozen_wandb_core_holds_nothing(wandb_home: Path, how: sign
 def test_no_login_costs_a_warning_and_the_run_is_kept(wandb_home: Path, caplog, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     run(wandb_home, range(1, 3), wandb_mode="online").finish()
-    assert warnings(caplog) == ["Tracker wandb cannot start as asked and goes on with mode offline"] and "API key" in caplog.text
+    assert (
+        warnings(caplog) == ["Tracker wandb cannot start as asked and goes on with mode offline"]
+        and "API key" in caplog.text
+    )
     assert b"loss" in logs(wandb_home)
 
 
@@ -187,7 +213,10 @@ def test_no_login_costs_a_warning_and_the_run_is_kept(wandb_home: Path, caplog, 
 
 def trackio_rows(database: Path) -> list[tuple[int, dict]]:
     with contextlib.closing(sqlite3.connect(database)) as opened:
-        return [(step, json.loads(values)) for step, values in opened.execute("SELECT step, metrics FROM metrics ORDER BY id")]
+        return [
+            (step, json.loads(values))
+            for step, values in opened.execute("SELECT step, metrics FROM metrics ORDER BY id")
+        ]
 
 
 def test_a_killed_trackio_goes_on_in_its_run_and_shows_every_step_once(tmp_path: Path, caplog, monkeypatch):
@@ -198,12 +227,20 @@ def test_a_killed_trackio_goes_on_in_its_run_and_shows_every_step_once(tmp_path:
     database = tmp_path / "trackio" / "cats.db"
     for step in (1, 2, 3):
         tracker.log({"loss": 1 / step}, step)
-    wait_for(lambda: database.exists() and "metrics" in database.read_bytes().decode("latin-1") and len(trackio_rows(database)) == 3)
+    wait_for(
+        lambda: (
+            database.exists()
+            and "metrics" in database.read_bytes().decode("latin-1")
+            and len(trackio_rows(database)) == 3
+        )
+    )
     tracker.log({"loss": 1 / 4}, 4)
     os.kill(tracker._backends["trackio"]._process.pid, signal.SIGKILL)
     tracker.log({"loss": 1 / 5}, 5)
     tracker.finish()
-    assert [(step, row["loss"]) for step, row in trackio_rows(database)] == [(step, 1 / step) for step in range(1, 6)]
+    assert [(step, row["loss"]) for step, row in trackio_rows(database)] == [
+        (step, 1 / step) for step in range(1, 6)
+    ]
     assert warnings(caplog) == ["Tracker trackio has stopped and is started again"]
 
 
@@ -243,8 +280,9 @@ sys.addaudithook(guard)
 
 
 def test_offline_all_is_shown_and_resumed_and_no_secret_is_written(tmp_path: Path):
-    """Pass: pictures, texts and numbers are in each tracker, steps dropped by a resume are shown once, the same run goes on, and no file
-    holds a secret of the environment, of an option or of the command line; no Python process reaches for another machine."""
+    """Pass: pictures, texts and numbers are in each tracker, steps dropped by a resume are shown once, the
+    same run goes on, and no file holds a secret of the environment, of an option or of the command line; no
+    Python process reaches for another machine."""
     for name in ("wandb", "trackio", "tensorboard"):
         need(name)
     folder, picture = tmp_path / "run", tmp_path / "a.png"
@@ -258,7 +296,11 @@ def test_offline_all_is_shown_and_resumed_and_no_secret_is_written(tmp_path: Pat
         "HF_TOKEN": "hf_" + "Ab3" * 12,
         "TRACKIO_SPACE_ID": "me/space",
     }
-    places = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "GUARD_LOG": str(tmp_path / "guard.log")}
+    places = {
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "GUARD_LOG": str(tmp_path / "guard.log"),
+    }
     env = os.environ | secrets | places | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "guard"), ROOT])}
     for name in ("TRACKIO_DIR", "HF_HUB_OFFLINE"):
         env.pop(name, None)
@@ -286,13 +328,21 @@ def test_offline_all_is_shown_and_resumed_and_no_secret_is_written(tmp_path: Pat
     assert any("&lt;b&gt;cat" in page.read_text() for page in folder.rglob("*.html"))
 
     with contextlib.closing(sqlite3.connect(tmp_path / "hf" / "trackio" / "cats.db")) as database:
-        rows = [(step, json.loads(values)) for step, values in database.execute("SELECT step, metrics FROM metrics ORDER BY id")]
+        rows = [
+            (step, json.loads(values))
+            for step, values in database.execute("SELECT step, metrics FROM metrics ORDER BY id")
+        ]
         names = database.execute("SELECT DISTINCT run_id, run_name FROM metrics").fetchall()
         config = database.execute("SELECT config FROM configs").fetchone()[0]
     assert len(names) == 1 and names[0][1] == f"tabby-{ids[1].strip()}" and b"image_loss_weight" in config
-    assert [(step, row["loss"]) for step, row in rows if "loss" in row] == [(step, 1 / step) for step in range(1, 6)]
+    assert [(step, row["loss"]) for step, row in rows if "loss" in row] == [
+        (step, 1 / step) for step in range(1, 6)
+    ]
     ((step, shown),) = [(step, row["samples/0"]) for step, row in rows if "samples/0" in row]
-    assert step == 5 and (tmp_path / "hf" / "trackio" / "media" / shown["file_path"]).read_bytes() == picture.read_bytes()
+    assert (
+        step == 5
+        and (tmp_path / "hf" / "trackio" / "media" / shown["file_path"]).read_bytes() == picture.read_bytes()
+    )
     ((step, shown),) = [(step, row["prompts/0"]) for step, row in rows if "prompts/0" in row]
     assert step == 5 and "<b>cat</b>" in shown["_value"]
 
@@ -300,13 +350,20 @@ def test_offline_all_is_shown_and_resumed_and_no_secret_is_written(tmp_path: Pat
     for path in tmp_path.rglob("*"):
         if path.is_file() and not path.is_symlink() and path != tmp_path / "guard" / "sitecustomize.py":
             read += 1
-            for name, value in {**secrets, "option": "option-4711", "argument": "--token argument-4711"}.items():
+            for name, value in {
+                **secrets,
+                "option": "option-4711",
+                "argument": "--token argument-4711",
+            }.items():
                 assert name == "TRACKIO_SPACE_ID" or value.encode() not in path.read_bytes(), (name, path)
     assert read > 15
 
 
-def test_a_training_run_writes_no_secret_into_its_folder(wandb_home: Path, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Pass: a run with every tracker, a checkpoint and secrets in the environment and in an option leaves none of them in any file."""
+def test_a_training_run_writes_no_secret_into_its_folder(
+    wandb_home: Path, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Pass: a run with every tracker, a checkpoint and secrets in the environment and in an option leaves
+    none of them in any file."""
     for name in ("trackio", "tensorboard"):
         need(name)
     from unigen.training.trainer import UnifiedTrainer
@@ -315,7 +372,9 @@ def test_a_training_run_writes_no_secret_into_its_folder(wandb_home: Path, optio
     monkeypatch.setenv("TRACKIO_DIR", str(wandb_home / "trackio"))
     every = {"wandb_project": "cats", "wandb_mode": "offline", "trackio_project": "cats", "tensorboard": True}
     secret = "https://me:option-4711@host.invalid with hush-hush-4711"
-    trainer = UnifiedTrainer(Config(**options | every | {"output_dir": str(wandb_home), "wandb_run_name": secret, "save_steps": 1}))
+    trainer = UnifiedTrainer(
+        Config(**options | every | {"output_dir": str(wandb_home), "wandb_run_name": secret, "save_steps": 1})
+    )
     trainer.train()
     files = [path for path in wandb_home.rglob("*") if path.is_file() and not path.is_symlink()]
     for part in (

@@ -40,13 +40,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Puts a package called wandb in the place of the real one; gives what it was told."""
     (tmp_path / "modules").mkdir()
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "fake.log"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(filter(None, [str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])),
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     monkeypatch.setattr(services, "PAUSE_S", 0.0)
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
     def make(whole: str | None = None, **parts: str) -> None:
-        code = whole or PACKAGE.format(**{name: parts.get(name, "pass") for name in ("log", "finish", "init")})
+        code = whole or PACKAGE.format(
+            **{name: parts.get(name, "pass") for name in ("log", "finish", "init")}
+        )
         (tmp_path / "modules" / "wandb.py").write_text(code)
 
     make.told = lambda: [json.loads(line) for line in (tmp_path / "fake.log").read_text().splitlines()]  # type: ignore[attr-defined]
@@ -83,13 +88,30 @@ def test_a_run_that_ends_with_an_error_is_shown_as_failed(tmp_path: Path, packag
         ({"whole": "import os; os._exit(3)"}, 3),
         (
             {"init": "raise TimeoutError('unreachable')"},
-            ["Tracker wandb cannot start as asked and goes on with mode offline", "Tracker wandb cannot start"],
+            [
+                "Tracker wandb cannot start as asked and goes on with mode offline",
+                "Tracker wandb cannot start",
+            ],
         ),
-        ({"log": "raise OSError('gone')"}, ["Tracker wandb cannot log and is started again", "Tracker wandb cannot log again"]),
+        (
+            {"log": "raise OSError('gone')"},
+            ["Tracker wandb cannot log and is started again", "Tracker wandb cannot log again"],
+        ),
         ({"log": "os.kill(os.getpid(), signal.SIGKILL)"}, 3),
-        ({"finish": "raise OSError('gone')"}, ["Tracker wandb cannot finish and is started again", "Tracker wandb cannot finish again"]),
+        (
+            {"finish": "raise OSError('gone')"},
+            ["Tracker wandb cannot finish and is started again", "Tracker wandb cannot finish again"],
+        ),
     ],
-    ids=["not there", "import fails", "import ends the process", "start fails", "log fails", "log ends the process", "finish fails"],
+    ids=[
+        "not there",
+        "import fails",
+        "import ends the process",
+        "start fails",
+        "log fails",
+        "log ends the process",
+        "finish fails",
+    ],
 )
 def test_a_broken_package_is_told_and_stops_nothing(tmp_path: Path, package, parts, said, caplog):
     if said == 3:
@@ -111,7 +133,8 @@ def test_without_the_package_the_cure_is_told(tmp_path: Path, caplog, monkeypatc
 
 
 def test_a_killed_process_is_started_again_and_no_step_is_missing(tmp_path: Path, package, caplog):
-    """Pass: killed with SIGKILL in the middle, it goes on in the same run, and every step was logged, in order."""
+    """Pass: killed with SIGKILL in the middle, it goes on in the same run, and every step was logged, in
+    order."""
     tracker = run(tmp_path / "run", range(1, 4))
     wait_for(lambda: (tmp_path / "fake.log").exists() and len(package.told()) == 4)
     os.kill(tracker._backends["wandb"]._process.pid, signal.SIGKILL)
@@ -122,13 +145,18 @@ def test_a_killed_process_is_started_again_and_no_step_is_missing(tmp_path: Path
     second = [i for i, row in enumerate(told) if "init" in row][1]
     assert [row["step"] for row in told[1:second]] == [1, 2, 3][: second - 1]
     steps = [row["step"] for row in told[second + 1 : -1]]
-    assert steps == list(range(steps[0], 8)) and steps[0] <= 4, "what was done just before the kill may be lost with it"
-    assert [row["resume"] for row in told if "init" in row] == [None, "allow"] and len({row.get("init") for row in told} - {None}) == 1
+    assert steps == list(range(steps[0], 8)) and steps[0] <= 4, (
+        "what was done just before the kill may be lost with it"
+    )
+    assert [row["resume"] for row in told if "init" in row] == [None, "allow"] and len(
+        {row.get("init") for row in told} - {None}
+    ) == 1
     assert warnings(caplog) == ["Tracker wandb has stopped and is started again"]
 
 
 def test_old_calls_are_not_repeated_and_steps_are_repeated_whole(tmp_path: Path, package, monkeypatch):
-    """Pass: of what was done, the second life is given what is younger than REPEAT_S from the start of a step, and told where it begins."""
+    """Pass: of what was done, the second life is given what is younger than REPEAT_S from the start of a
+    step, and told where it begins."""
     tracker = run(tmp_path / "run", range(1, 4))
     service = tracker._backends["wandb"]
     tracker.log({"loss": 0.0}, 3)
@@ -145,7 +173,8 @@ def test_old_calls_are_not_repeated_and_steps_are_repeated_whole(tmp_path: Path,
 
 
 def test_a_package_that_hangs_holds_nothing(tmp_path: Path, package, caplog, monkeypatch):
-    """Pass: 3000 calls take less than 2 s, the memory for them is bounded, and the end comes within its limit and leaves no process."""
+    """Pass: 3000 calls take less than 2 s, the memory for them is bounded, and the end comes within its limit
+    and leaves no process."""
     package(log="time.sleep(1000)")
     monkeypatch.setattr(services, "MAX_WAITING", 1000)
     monkeypatch.setattr(services, "SLOW_S", 0.5)
@@ -190,10 +219,15 @@ time.sleep(60)
 
 
 def test_when_the_training_is_killed_a_hanging_service_ends_too(tmp_path: Path, package):
-    """Pass: the process that is in a call which never comes back is gone within FINISH_S and a few seconds."""
+    """Pass: the process that is in a call which never comes back is gone within FINISH_S and a few
+    seconds."""
     package(log="write(hangs=True); time.sleep(1000)")
-    code = TRAINING.replace("tracker = ", "from unigen.tracking import services; services.FINISH_S = 0.5\ntracker = ", 1)
-    training = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.DEVNULL)
+    code = TRAINING.replace(
+        "tracker = ", "from unigen.tracking import services; services.FINISH_S = 0.5\ntracker = ", 1
+    )
+    training = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     try:
         wait_for(lambda: (tmp_path / "fake.log").exists() and len(package.told()) == 2)
         (service,) = descendants(training.pid)
@@ -204,9 +238,13 @@ def test_when_the_training_is_killed_a_hanging_service_ends_too(tmp_path: Path, 
 
 
 def test_when_the_training_is_killed_its_service_ends_the_run_as_failed(tmp_path: Path, package):
-    """Pass: a Ctrl-C for the group and SIGTERM for the service change nothing; after SIGKILL of the training the service finishes."""
+    """Pass: a Ctrl-C for the group and SIGTERM for the service change nothing; after SIGKILL of the training
+    the service finishes."""
     training = subprocess.Popen(
-        [sys.executable, "-c", TRAINING, str(tmp_path / "run")], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+        [sys.executable, "-c", TRAINING, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        start_new_session=True,
     )
     try:
         assert training.stdout is not None and training.stdout.readline() == b"logged\n"

@@ -25,7 +25,10 @@ def read(folder: Path):
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
     from tensorboard.util import tensor_util
 
-    return [(event.step, float(tensor_util.make_ndarray(event.tensor_proto))) for event in read(folder / "tensorboard").Tensors(name)]
+    return [
+        (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
+        for event in read(folder / "tensorboard").Tensors(name)
+    ]
 
 
 def run(folder: Path, steps: range, resume_step: int = 0, scale: float = 1.0) -> None:
@@ -43,18 +46,23 @@ def test_numbers_pictures_and_texts_are_shown(tmp_path: Path):
     tracker.text("prompts/0", "# a house\n<b>and</b> a 猫", 1)
     shown = read(tmp_path / "tensorboard")  # while the run goes on: nothing waits in a buffer
     assert set(shown.Tags()["tensors"]) == {"loss", "norm", "samples/0", "prompts/0"}
-    assert [(event.step, list(event.tensor_proto.float_val)) for event in shown.Tensors("loss")] == [(1, [0.5])]
+    assert [(event.step, list(event.tensor_proto.float_val)) for event in shown.Tensors("loss")] == [
+        (1, [0.5])
+    ]
     width, height, data = shown.Tensors("samples/0")[0].tensor_proto.string_val
     assert (int(width), int(height)) == (48, 32) and data == picture.read_bytes()
     (text,) = shown.Tensors("prompts/0")[0].tensor_proto.string_val
     assert text.decode() == "    # a house\n    <b>and</b> a 猫"
-    assert shown.PluginTagToContent("text").keys() == {"prompts/0"} and shown.PluginTagToContent("images").keys() == {"samples/0"}
+    assert shown.PluginTagToContent("text").keys() == {"prompts/0"} and shown.PluginTagToContent(
+        "images"
+    ).keys() == {"samples/0"}
     tracker.finish()
 
 
 @pytest.mark.parametrize("cut", [0, 5])
 def test_a_resumed_run_shows_every_step_once(tmp_path: Path, cut: int):
-    """Pass: after a stop at 7 and a resume at 4 each step has the one value that was logged last, also where a kill left half a record."""
+    """Pass: after a stop at 7 and a resume at 4 each step has the one value that was logged last, also where
+    a kill left half a record."""
     run(tmp_path, range(1, 8))
     (file,) = (tmp_path / "tensorboard").iterdir()
     if cut:
@@ -83,18 +91,24 @@ def test_a_full_disk_loses_no_point(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert len(caplog.messages) == 2
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_picture_that_cannot_be_read_is_told_and_the_rest_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     tracker = Tracker(tmp_path, Config(tensorboard=True))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13))
     tracker.image("a", tmp_path / "none.png", 1)
     tracker.image("a", tmp_path / "broken.png", 1)
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
-    assert [message.partition(";")[0] for message in caplog.messages] == ["Tracker tensorboard cannot show images"]
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "Tracker tensorboard cannot show images"
+    ]
     assert curve(tmp_path, "loss") == [(1, 1.0)]
 
 
-def test_without_the_package_the_cure_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_without_the_package_the_cure_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
@@ -114,5 +128,11 @@ tracker.log({{"loss": 1.0}}, 1)
 tracker.text("a", "b", 1)
 print({{"tensorflow", "torch", "PIL"}} & sys.modules.keys())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout == "set()\n", done.stderr

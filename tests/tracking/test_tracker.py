@@ -26,7 +26,17 @@ def lines(folder: Path) -> list[dict]:
 
 def test_a_line_holds_the_step_and_the_exact_numbers(tmp_path: Path):
     tracker = Tracker(tmp_path / "new", Config())
-    tracker.log({"loss": 0.1 + 0.2, "count": 3, "note": "猫", "missing": None, "norm": torch.tensor(1.5), "tiny": 5e-324}, 1)
+    tracker.log(
+        {
+            "loss": 0.1 + 0.2,
+            "count": 3,
+            "note": "猫",
+            "missing": None,
+            "norm": torch.tensor(1.5),
+            "tiny": 5e-324,
+        },
+        1,
+    )
     # Read while the run goes on: nothing waits in a buffer.
     assert lines(tmp_path / "new") == [
         {"step": 1, "loss": 0.1 + 0.2, "count": 3, "note": "猫", "missing": None, "norm": 1.5, "tiny": 5e-324}
@@ -40,7 +50,9 @@ def test_a_line_holds_the_step_and_the_exact_numbers(tmp_path: Path):
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path):
     tracker = Tracker(tmp_path, Config())
     tracker.log({"loss": math.nan, "norm": torch.tensor(math.inf), "lr": 1e-5}, 1)
-    assert lines(tmp_path) == [{"step": 1, "loss": None, "norm": None, "lr": 1e-5, "nonfinite": ["loss", "norm"]}]
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": None, "norm": None, "lr": 1e-5, "nonfinite": ["loss", "norm"]}
+    ]
     assert b"NaN" not in (tmp_path / "metrics.jsonl").read_bytes()
 
 
@@ -70,7 +82,8 @@ def test_resuming_where_there_is_no_log_starts_one(tmp_path: Path):
 
 
 def test_a_validation_that_is_repeated_is_in_the_log_once(tmp_path: Path):
-    """A signal broke it off at step 4, the next run repeated and logged it and was killed, the third repeats it again."""
+    """A signal broke it off at step 4, the next run repeated and logged it and was killed, the third repeats
+    it again."""
     run(tmp_path, range(1, 5))
     for killed in (True, True, False):
         tracker = Tracker(tmp_path, Config(), 4, repeats=True)
@@ -78,7 +91,13 @@ def test_a_validation_that_is_repeated_is_in_the_log_once(tmp_path: Path):
         if killed:
             tracker.log({"loss": 0.25}, 5)
         tracker.finish()
-    assert [(row["step"], "val_loss" in row) for row in lines(tmp_path)] == [(1, False), (2, False), (3, False), (4, False), (4, True)]
+    assert [(row["step"], "val_loss" in row) for row in lines(tmp_path)] == [
+        (1, False),
+        (2, False),
+        (3, False),
+        (4, False),
+        (4, True),
+    ]
 
 
 def test_a_validation_that_was_finished_stays(tmp_path: Path):
@@ -107,7 +126,9 @@ for step in range(10**9):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_warns_once_and_its_lines_come_later_in_their_order(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_full_disk_warns_once_and_its_lines_come_later_in_their_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     tracker = Tracker(tmp_path, Config())
     tracker.log({"loss": 1.0}, 1)
     file = tracker._backends["jsonl"]._file
@@ -151,7 +172,9 @@ def small_disk(folder: Path, kilobytes: int):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_half_a_line_on_a_full_disk_is_cut_off_again_and_written_whole_later(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_half_a_line_on_a_full_disk_is_cut_off_again_and_written_whole_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with small_disk(tmp_path / "disk", 16) as disk:
         tracker = Tracker(disk, Config())
         tracker.log({"text": "a" * 3000}, 1)
@@ -167,7 +190,9 @@ def test_half_a_line_on_a_full_disk_is_cut_off_again_and_written_whole_later(tmp
         assert len(caplog.messages) == 2
 
 
-def test_a_folder_that_is_read_only_for_a_while_gets_its_lines_later(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_folder_that_is_read_only_for_a_while_gets_its_lines_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with small_disk(tmp_path / "disk", 64) as disk:
         run(disk, range(1, 4))
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
@@ -179,25 +204,38 @@ def test_a_folder_that_is_read_only_for_a_while_gets_its_lines_later(tmp_path: P
         tracker.finish()
         assert [(row["step"], row["loss"]) for row in lines(disk)] == [(1, 1), (2, 1 / 2), (3, 1), (4, 1)]
         assert len(list((disk / "tensorboard").iterdir())) == 1
-        assert len(caplog.messages) == 4 and sum("nothing is lost" in message for message in caplog.messages) == 2
+        assert (
+            len(caplog.messages) == 4
+            and sum("nothing is lost" in message for message in caplog.messages) == 2
+        )
 
 
-def test_a_folder_that_cannot_be_made_warns_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_folder_that_cannot_be_made_warns_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     (tmp_path / "file").touch()
     tracker = Tracker(tmp_path / "file", Config())
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
-    assert len(caplog.messages) == 2 and "cannot be written" in caplog.messages[0] and "lacks 1 record" in caplog.messages[1]
+    assert (
+        len(caplog.messages) == 2
+        and "cannot be written" in caplog.messages[0]
+        and "lacks 1 record" in caplog.messages[1]
+    )
 
 
 def test_a_secret_in_a_text_reaches_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SOME_TOKEN", "hush-hush-4711")
     tracker = Tracker(tmp_path, Config())
     tracker.log({"note": "cannot read https://me:pass@host/x with hush-hush-4711", "loss": 1.0}, 1)
-    assert lines(tmp_path) == [{"step": 1, "note": "cannot read https://<hidden>@host/x with <hidden>", "loss": 1.0}]
+    assert lines(tmp_path) == [
+        {"step": 1, "note": "cannot read https://<hidden>@host/x with <hidden>", "loss": 1.0}
+    ]
 
 
-def test_a_tracker_that_raises_warns_once_for_each_thing_it_cannot_do_and_the_others_go_on(tmp_path: Path, caplog, monkeypatch):
+def test_a_tracker_that_raises_warns_once_for_each_thing_it_cannot_do_and_the_others_go_on(
+    tmp_path: Path, caplog, monkeypatch
+):
     class Broken:
         def __getattr__(self, name):
             raise RuntimeError(f"no {name}")
@@ -234,6 +272,12 @@ assert threading.active_count() == 1
 tracker.finish()
 print(TRACKERS.keys() & sys.modules.keys() | {{"torch", "PIL"}} & sys.modules.keys(), list(TRACKERS))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout == "set() ['jsonl', 'tensorboard', 'wandb', 'trackio']\n" and not done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]

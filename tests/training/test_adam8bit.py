@@ -1,4 +1,5 @@
-"""AdamW with moments of 8 bits: it learns as AdamW does, needs a quarter of the memory, and resumes to the bit."""
+"""AdamW with moments of 8 bits: it learns as AdamW does, needs a quarter of the memory, and resumes to the
+bit."""
 
 from __future__ import annotations
 
@@ -35,12 +36,16 @@ class Regression(nn.Module):
 
     def loss(self, step: int) -> Tensor:
         ids = torch.randint(80, (64,), generator=torch.Generator().manual_seed(step))
-        x = torch.randn(80, 64, generator=torch.Generator().manual_seed(0))[ids] + 0.1 * self.embed_tokens(ids)
+        x = torch.randn(80, 64, generator=torch.Generator().manual_seed(0))[ids] + 0.1 * self.embed_tokens(
+            ids
+        )
         return (self.down(torch.tanh(self.up(x))) - x.detach() @ self.target).square().mean()
 
 
 def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
-    return build_optimizer(model, dict(model.named_parameters()), Config(learning_rate=1e-2, weight_decay=0.01, optimizer=kind))
+    return build_optimizer(
+        model, dict(model.named_parameters()), Config(learning_rate=1e-2, weight_decay=0.01, optimizer=kind)
+    )
 
 
 def train(model: Regression, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
@@ -55,7 +60,9 @@ def train(model: Regression, optimizer: torch.optim.Optimizer, steps: range) -> 
 
 
 def tensors_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
+    return {
+        key: value.clone() for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)
+    }
 
 
 def single(*shape: int, name: str = "weight") -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -63,7 +70,7 @@ def single(*shape: int, name: str = "weight") -> tuple[nn.Parameter, torch.optim
     return p, build_adamw8bit([{"params": [(name, p)], "weight_decay": 0.1}], CONFIG)
 
 
-# ---- it learns -------------------------------------------------------------------------------------------------------
+# ---- it learns
 
 
 def test_a_regression_ends_within_five_percent_of_adamw():
@@ -76,7 +83,9 @@ def test_a_regression_ends_within_five_percent_of_adamw():
     assert final["adamw8bit"] == pytest.approx(final["adamw"], rel=0.05)
 
 
-def test_twenty_steps_of_the_tiny_model_lose_at_most_half_a_percent_against_adamw(options: dict[str, Any], tmp_path: Path):
+def test_twenty_steps_of_the_tiny_model_lose_at_most_half_a_percent_against_adamw(
+    options: dict[str, Any], tmp_path: Path
+):
     """Measured: at most 4e-4 relative in any step."""
     losses = {}
     for kind in ("adamw", "adamw8bit"):
@@ -89,7 +98,8 @@ def test_twenty_steps_of_the_tiny_model_lose_at_most_half_a_percent_against_adam
 
 
 def test_the_first_step_is_adamw_s_but_for_rounding():
-    """Before anything has been stored in 8 bits, the two differ in nothing: betas, epsilon, bias correction, decoupled decay."""
+    """Before anything has been stored in 8 bits, the two differ in nothing: betas, epsilon, bias correction,
+    decoupled decay."""
     results = []
     for kind in ("adamw", "adamw8bit"):
         model = Regression()
@@ -99,7 +109,7 @@ def test_the_first_step_is_adamw_s_but_for_rounding():
         assert torch.allclose(value, results[1][name], rtol=1e-5, atol=1e-6), name
 
 
-# ---- what it stores --------------------------------------------------------------------------------------------------
+# ---- what it stores
 
 
 def test_the_state_has_two_bytes_and_the_scales_for_every_parameter():
@@ -133,29 +143,39 @@ def test_a_process_that_holds_no_row_of_a_parameter_trains_without_it():
     optimizer = build_adamw8bit([{"params": [("a", p), ("b", nothing)], "weight_decay": 0.0}], CONFIG)
     p.grad, nothing.grad = torch.ones_like(p), torch.empty_like(nothing)
     optimizer.step()
-    assert moments(optimizer, nothing) is None and moments(optimizer, p) is not None and float(p.detach().max()) < 1
+    assert (
+        moments(optimizer, nothing) is None
+        and moments(optimizer, p) is not None
+        and float(p.detach().max()) < 1
+    )
     set_moments(optimizer, nothing, 4.0, torch.empty(0), torch.empty(0))
     build_adamw8bit([{"params": [("b", nothing)], "weight_decay": 0.0}], CONFIG).step()
 
 
-# ---- out and in ------------------------------------------------------------------------------------------------------
+# ---- out and in
 
 
 @pytest.mark.parametrize("numel", [4096, 8191, 70_001])
 def test_set_of_get_is_the_same_state_to_the_bit(numel: int, monkeypatch: pytest.MonkeyPatch):
-    """Rows of gradients of all sizes, zeros among them: codes, scales and values are equal to the bit after every step.
-    Where a scale is zero no code has a value, so none is compared."""
+    """Rows of gradients of all sizes, zeros among them: codes, scales and values are equal to the bit after
+    every step. Where a scale is zero no code has a value, so none is compared."""
     monkeypatch.setattr(adam8bit, "CHUNK", 16_384)
     generator = torch.Generator().manual_seed(numel)
     p, optimizer = single(numel)
     negative = 0
     for _ in range(12):
-        sizes = 10 ** (4 * torch.randn(-(-numel // 100), 1, generator=generator)).repeat(1, 100).view(-1)[:numel]
+        sizes = (
+            10 ** (4 * torch.randn(-(-numel // 100), 1, generator=generator)).repeat(1, 100).view(-1)[:numel]
+        )
         p.grad = torch.randn(numel, generator=generator) * sizes
         p.grad[300:900] = 0
         optimizer.step()
         before, got = tensors_of(optimizer, p), moments(optimizer, p)
-        assert got is not None and got[0] == optimizer.state[p]["step"] and got[1].shape == got[2].shape == (numel,)
+        assert (
+            got is not None
+            and got[0] == optimizer.state[p]["step"]
+            and got[1].shape == got[2].shape == (numel,)
+        )
         set_moments(optimizer, p, *got)
         after, again = tensors_of(optimizer, p), moments(optimizer, p)
         assert before.keys() == after.keys() and again is not None
@@ -177,7 +197,9 @@ def test_the_values_are_those_the_library_computes_with():
     state, got = optimizer.state[p], moments(optimizer, p)
     for number in (1, 2):
         code, scales = state[f"qmap{number}"], state[f"absmax{number}"]
-        theirs = dequantize_blockwise(state[f"state{number}"], absmax=scales, code=code, blocksize=adam8bit.BLOCK)
+        theirs = dequantize_blockwise(
+            state[f"state{number}"], absmax=scales, code=code, blocksize=adam8bit.BLOCK
+        )
         assert got is not None and torch.equal(got[number], theirs)
 
 
@@ -204,19 +226,23 @@ def test_a_parameter_without_updates_has_no_moments_and_zero_steps_forget_them()
 
 
 def test_a_block_of_one_negative_element_finds_its_scale_for_every_float():
-    """A scale whose largest share is the most negative code is found again from the values alone, whatever its last bits."""
+    """A scale whose largest share is the most negative code is found again from the values alone, whatever
+    its last bits."""
     from bitsandbytes.functional import create_dynamic_map
 
     table = create_dynamic_map(signed=True)
     scales = torch.exp(20 * torch.randn(4000, generator=torch.Generator().manual_seed(0)))
-    codes = torch.randint(0, 255, (4000, adam8bit.BLOCK), generator=torch.Generator().manual_seed(1)).to(torch.uint8)  # 255 is the share 1
+    # 255 is the share 1
+    codes = torch.randint(0, 255, (4000, adam8bit.BLOCK), generator=torch.Generator().manual_seed(1)).to(
+        torch.uint8
+    )
     codes[:, 17] = 0
     values = dequantise(codes.view(-1), scales, table)
     found, again = quantise(values, table)
     assert torch.equal(found, codes.view(-1)) and torch.equal(dequantise(found, again, table), values)
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs
 
 
 def test_a_resumed_regression_equals_an_uninterrupted_one_to_the_bit():
@@ -237,10 +263,17 @@ def test_a_resumed_regression_equals_an_uninterrupted_one_to_the_bit():
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-def test_a_resumed_run_of_the_tiny_model_equals_an_uninterrupted_one_to_the_bit(options: dict[str, Any], tmp_path: Path):
+def test_a_resumed_run_of_the_tiny_model_equals_an_uninterrupted_one_to_the_bit(
+    options: dict[str, Any], tmp_path: Path
+):
     runs = {}
     for name, stops in (("whole", [6]), ("cut", [3, 6])):
-        run = {**options, "output_dir": str(tmp_path / name), "optimizer": "adamw8bit", "lr_scheduler_type": "constant"}
+        run = {
+            **options,
+            "output_dir": str(tmp_path / name),
+            "optimizer": "adamw8bit",
+            "lr_scheduler_type": "constant",
+        }
         for stop in stops:
             resume = {"resume_from_checkpoint": "auto"} if stop != stops[0] else {}
             UnifiedTrainer(Config(**{**run, "max_steps": stop, "save_steps": stop, **resume})).train()
@@ -251,7 +284,9 @@ def test_a_resumed_run_of_the_tiny_model_equals_an_uninterrupted_one_to_the_bit(
         assert torch.equal(runs["cut"][name], value), name
 
 
-def test_a_skipped_step_with_nan_gradients_leaves_weights_and_state_to_the_bit(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_a_skipped_step_with_nan_gradients_leaves_weights_and_state_to_the_bit(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
     from tiny import built, row_of
 
     trainer = built(**options, optimizer="adamw8bit")
@@ -263,7 +298,9 @@ def test_a_skipped_step_with_nan_gradients_leaves_weights_and_state_to_the_bit(o
     assert trainer.train_step(rows, 1e-3).refused
     for p, (value, state) in zip(held, before, strict=True):
         assert torch.equal(p, value)
-        assert all(torch.equal(stored, state[key]) for key, stored in tensors_of(trainer.optimizer, p).items())
+        assert all(
+            torch.equal(stored, state[key]) for key, stored in tensors_of(trainer.optimizer, p).items()
+        )
 
 
 def test_a_missing_library_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch):
@@ -288,4 +325,6 @@ def test_moments_of_a_gpu_come_in_host_memory():
     p.grad = torch.randn_like(p)
     optimizer.step()
     found = moments(optimizer, p)
-    assert found is not None and all(moment.device.type == "cpu" and moment.dtype == torch.float32 for moment in found[1:])
+    assert found is not None and all(
+        moment.device.type == "cpu" and moment.dtype == torch.float32 for moment in found[1:]
+    )

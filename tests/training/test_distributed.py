@@ -21,7 +21,8 @@ from unigen.config import UserError
 
 ROOT = Path(__file__).parents[2]
 
-# Rows of each process: [rank][micro][records]. The records are those of the fixture: 0 and 5 are text, 1 and 6 are drawn.
+# Rows of each process: [rank][micro][records]. The records are those of the fixture: 0 and 5 are text, 1 and
+# 6 are drawn.
 TEXT_ONLY = {"visual_gen": False, "train_data_path": "text.jsonl"}
 CASES: dict[str, tuple[list[list[list[int]]], dict[str, Any]]] = {
     "mixed": ([[[0, 1, 2]], [[3, 4, 5, 6]]], {}),
@@ -49,23 +50,37 @@ def _step_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
         trainer = built(**options_of(case, options))
         rows = [row_of(trainer, records) for records in CASES[case][0][rank]]
         result = trainer.train_step(rows, 0.0)
-        torch.save((result.text_loss, result.image_loss, result.grad_norm, gradients(trainer)), Path(folder) / f"{number}.{rank}.pt")
+        torch.save(
+            (result.text_loss, result.image_loss, result.grad_norm, gradients(trainer)),
+            Path(folder) / f"{number}.{rank}.pt",
+        )
     trainer = built(**options | {"model_path": str(Path(folder) / "broken"), "ema": 0.5})
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     result = trainer.train_step([row_of(trainer, [1 - rank])], 1.0)
-    same = all(torch.equal(before[name].nan_to_num(7), p.nan_to_num(7)) for name, p in trainer.model.state_dict().items())
-    (Path(folder) / f"broken.{rank}.json").write_text(json.dumps([bool(result.refused), same, len(trainer.optimizer.state)]))
+    same = all(
+        torch.equal(before[name].nan_to_num(7), p.nan_to_num(7))
+        for name, p in trainer.model.state_dict().items()
+    )
+    (Path(folder) / f"broken.{rank}.json").write_text(
+        json.dumps([bool(result.refused), same, len(trainer.optimizer.state)])
+    )
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def two_ranks(
+    small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """One step of every case on two processes, saved case by case."""
     folder = tmp_path_factory.mktemp("ranks")
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
     write_jsonl(records.parent / "drawn.jsonl", [lines[1], lines[0], lines[5], lines[3]])
-    options = {"model_path": str(small_model), "train_data_path": str(records), "output_dir": str(folder / "run")}
+    options = {
+        "model_path": str(small_model),
+        "train_data_path": str(records),
+        "output_dir": str(folder / "run"),
+    }
     options |= {"max_steps": 1, "device": "cpu"}
     shutil.copytree(small_model, folder / "broken")
     weights = load_file(folder / "broken" / "ema.safetensors")
@@ -85,17 +100,26 @@ def test_two_processes_give_the_gradient_of_one_row(two_ranks: tuple[Path, dict[
     everything = [i for rank in CASES[case][0] for row in rank for i in row]
     result = trainer.train_step([row_of(trainer, everything)], 0.0)
     assert_close(zero[3], gradients(trainer))
-    assert zero[3].keys() == one[3].keys() and all(torch.equal(g, one[3][name]) for name, g in zero[3].items())
+    assert zero[3].keys() == one[3].keys() and all(
+        torch.equal(g, one[3][name]) for name, g in zero[3].items()
+    )
     assert zero[:3] == one[:3]
     assert zero[0] == pytest.approx(result.text_loss, rel=1e-6)
     assert zero[1] == pytest.approx(result.image_loss, rel=1e-6)
     assert zero[2] == pytest.approx(result.grad_norm, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(two_ranks: tuple[Path, dict[str, Any]]):
+def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(
+    two_ranks: tuple[Path, dict[str, Any]],
+):
     folder, options = two_ranks
-    assert [json.loads((folder / f"broken.{rank}.json").read_text()) for rank in range(2)] == [[True, True, 0]] * 2
-    (line,) = [json.loads(line) for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text().splitlines()]
+    assert [json.loads((folder / f"broken.{rank}.json").read_text()) for rank in range(2)] == [
+        [True, True, 0]
+    ] * 2
+    (line,) = [
+        json.loads(line)
+        for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text().splitlines()
+    ]
     data = options["train_data_path"]
     assert line["records"] == [f"{data}:2", f"{data}:1"]
 
@@ -103,7 +127,10 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(two_rank
 def command(launch: list[str], options: dict[str, Any], *flags: str, code: int = 0) -> str:
     """Runs the guide's script; what it printed."""
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    argv, env = [sys.executable, *launch, "train_unified_generation.py", *given, *flags], {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv, env = (
+        [sys.executable, *launch, "train_unified_generation.py", *given, *flags],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     printed = done.stdout + done.stderr
     assert done.returncode == code, printed[-4000:]
@@ -111,7 +138,13 @@ def command(launch: list[str], options: dict[str, Any], *flags: str, code: int =
 
 
 def torchrun(processes: int) -> list[str]:
-    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+    ]
 
 
 def losses(output_dir: Path | str) -> list[tuple[Any, ...]]:
@@ -124,7 +157,14 @@ def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path
     printed = command([], options)
     assert "Dry batch:" in printed and "step 2/2" in printed
     run, whole = Path(options["output_dir"]), losses(options["output_dir"])
-    assert sorted(p.name for p in run.iterdir()) == [".lock", "config.json", "metrics.jsonl", "ranks", "step_1", "step_2"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "ranks",
+        "step_1",
+        "step_2",
+    ]
     wanted = (run / "step_2" / "ema.safetensors").read_bytes()
     shutil.rmtree(run / "step_2")
     command([], options, "--resume_from_checkpoint", str(run / "step_1"))
@@ -133,8 +173,11 @@ def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path
 
 
 @pytest.mark.slow
-def test_torchrun_equals_one_process_and_resumes_to_the_bit(options: dict[str, Any], records: Path, tmp_path: Path):
-    """Seven records, two processes, two rows each: four steps are two epochs, whose second steps leave a process without a row."""
+def test_torchrun_equals_one_process_and_resumes_to_the_bit(
+    options: dict[str, Any], records: Path, tmp_path: Path
+):
+    """Seven records, two processes, two rows each: four steps are two epochs, whose second steps leave a
+    process without a row."""
     options |= {"max_steps": 4, "save_steps": 1, "val_data_path": str(records), "eval_steps": 2, "ema": 0.9}
     two = options | {"gradient_accumulation_steps": 2}
     command(torchrun(2), two)
@@ -145,7 +188,9 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(options: dict[str, A
     command(torchrun(2), two | {"output_dir": str(other)}, "--resume_from_checkpoint", "auto")
     assert losses(other) == losses(run)
     parts = sorted(path.name for path in (run / "step_4").glob("*-of-*.safetensors"))
-    assert parts == [f"{group}-0000{n}-of-00002.safetensors" for group in ("ema", "model", "optimizer") for n in (1, 2)]
+    assert parts == [
+        f"{group}-0000{n}-of-00002.safetensors" for group in ("ema", "model", "optimizer") for n in (1, 2)
+    ]
     for name in parts:
         assert (other / "step_4" / name).read_bytes() == (run / "step_4" / name).read_bytes(), name
 
@@ -167,7 +212,9 @@ def test_a_mistake_of_the_user_ends_every_process(options: dict[str, Any], tmp_p
 def _skip_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
     become_rank(rank, world, port)
     trainer = built(**options)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([len(trainer.stream.mixture), trainer.stream.mixture.visits(0).records.tolist()]))
+    (Path(folder) / f"{rank}.json").write_text(
+        json.dumps([len(trainer.stream.mixture), trainer.stream.mixture.visits(0).records.tolist()])
+    )
     other = options | {"train_data_path": options["val_data_path"]} if rank else options
     try:
         built(**other)
@@ -177,13 +224,22 @@ def _skip_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
 
 
 def test_every_process_leaves_out_the_same_records(options: dict[str, Any], records: Path, tmp_path: Path):
-    """A picture with a sound header and a broken body is found by decoding alone: were one process not to decode, the
-    processes would deal from different orders. And files that differ are an error, not a hang."""
+    """A picture with a sound header and a broken body is found by decoding alone: were one process not to
+    decode, the processes would deal from different orders. And files that differ are an error, not a hang."""
     (tmp_path / "cut.png").write_bytes((records.parent / "1.png").read_bytes()[:-400])
     lines = [{"text_prompt": "cut", "image_path": "cut.png"}]
-    lines += [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]} for i in range(110)]
-    options |= {"train_data_path": str(write_jsonl(tmp_path / "skip.jsonl", lines)), "val_data_path": str(records), "on_bad_record": "skip"}
+    lines += [
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]}
+        for i in range(110)
+    ]
+    options |= {
+        "train_data_path": str(write_jsonl(tmp_path / "skip.jsonl", lines)),
+        "val_data_path": str(records),
+        "on_bad_record": "skip",
+    }
     run_ranks(_skip_as_rank, 2, options, str(tmp_path))
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert zero == one and zero[0] == 110
-    assert all("the processes read different data" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert all(
+        "the processes read different data" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2)
+    )

@@ -1,4 +1,5 @@
-"""A run goes on with another number of processes and another engine: the same rows in every step, the same numbers to rounding."""
+"""A run goes on with another number of processes and another engine: the same rows in every step, the same
+numbers to rounding."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def _leg_as_rank(rank: int, world: int, port: int, options: dict[str, Any], unti
 
 
 @pytest.fixture(scope="module")
-def elastic(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def elastic(
+    small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """The run of ``LEGS`` in ``run``, and the same on one process in ``one``."""
     folder = tmp_path_factory.mktemp("elastic")
     options = {
@@ -67,18 +70,23 @@ def elastic(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathF
     for world, engine, until in LEGS:
         leg = options | {"engine": engine, "output_dir": str(folder / "run")}
         run_ranks(_leg_as_rank, world, leg, until, str(folder))
-    one = built(**options | {"gradient_accumulation_steps": ROWS, "engine": "single", "output_dir": str(folder / "one")})
+    one = built(
+        **options
+        | {"gradient_accumulation_steps": ROWS, "engine": "single", "output_dir": str(folder / "one")}
+    )
     one._run()
     return folder, options
 
 
 def test_every_step_has_the_same_rows_whatever_the_number_of_processes(elastic: tuple[Path, dict[str, Any]]):
-    """Passes when the samples of every step, over 2, 1, 3 and 2 processes, are those that a stream nobody stopped gives."""
+    """Passes when the samples of every step, over 2, 1, 3 and 2 processes, are those that a stream nobody
+    stopped gives."""
     folder, options = elastic
     stream = built(**options | {"engine": "single", "output_dir": str(folder / "rows")}).stream
     steps = stream.steps(Place(), ROWS)
     wanted = [
-        sorted(origin for row in step for origin in stream.build(row, after).pack.origins) for (step, after), _ in zip(steps, range(STEPS))
+        sorted(origin for row in step for origin in stream.build(row, after).pack.origins)
+        for (step, after), _ in zip(steps, range(STEPS))
     ]
     found: list[list[str]] = []
     for (world, _, _), begun in zip(LEGS, (0, 2, 4, 6), strict=True):
@@ -88,7 +96,8 @@ def test_every_step_has_the_same_rows_whatever_the_number_of_processes(elastic: 
 
 
 def test_parameters_and_moments_are_equal_to_the_bit_at_load(elastic: tuple[Path, dict[str, Any]]):
-    """Passes when what the processes of each leg hold after loading is, element by element, all that the leg before has saved."""
+    """Passes when what the processes of each leg hold after loading is, element by element, all that the leg
+    before has saved."""
     folder, _ = elastic
     for (world, _, _), begun in zip(LEGS[1:], (2, 4, 6), strict=True):
         step = folder / "run" / f"step_{begun}"
@@ -107,14 +116,27 @@ def test_losses_are_those_of_one_process_within_1e_6(elastic: tuple[Path, dict[s
     """Validation, with the average in place of the weights, stands between any two steps and changes none."""
     folder, _ = elastic
     found, wanted = metrics(folder / "run"), metrics(folder / "one")
-    assert [line["step"] for line in found] == [step for step in range(1, STEPS + 1) for _ in ("trained", "validated")]
+    assert [line["step"] for line in found] == [
+        step for step in range(1, STEPS + 1) for _ in ("trained", "validated")
+    ]
     for a, b in zip(found, wanted, strict=True):
-        for name in ("loss", "text_loss", "image_loss", "learning_rate", "epoch", "text_tokens", "image_tokens", "val_loss"):
+        for name in (
+            "loss",
+            "text_loss",
+            "image_loss",
+            "learning_rate",
+            "epoch",
+            "text_tokens",
+            "image_tokens",
+            "val_loss",
+        ):
             if name in b or name in a:
                 assert a[name] == pytest.approx(b[name], rel=1e-6), (a["step"], name)
 
 
-def test_the_checkpoint_of_three_processes_is_a_model_to_load(elastic: tuple[Path, dict[str, Any]], tmp_path: Path):
+def test_the_checkpoint_of_three_processes_is_a_model_to_load(
+    elastic: tuple[Path, dict[str, Any]], tmp_path: Path
+):
     """In pieces, and with nothing beside it."""
     folder, _ = elastic
     shutil.copytree(folder / "run" / "step_6", tmp_path / "moved")

@@ -53,7 +53,8 @@ def test_the_average_follows_its_definition(decay: float):
 
 
 def test_the_average_of_parts_is_part_of_the_average():
-    """Three processes with some elements each average what one with all of them does, to the bit; one has nothing of the bias."""
+    """Three processes with some elements each average what one with all of them does, to the bit; one has
+    nothing of the bias."""
     net = model()
     whole = ema_of(net, 0.9)
     parts = []
@@ -122,7 +123,8 @@ def test_swapping_shows_the_average_and_gives_the_exact_bits_back():
 
 
 def test_the_engine_hears_of_the_averaged_weights_and_of_its_own_again():
-    """``refresh`` is called when the model holds the average, and when it holds its own weights; also where the work failed."""
+    """``refresh`` is called when the model holds the average, and when it holds its own weights; also where
+    the work failed."""
     net = model()
     ema = ema_of(net, 0.9)
     move(net, 1)

@@ -19,11 +19,17 @@ from unigen.training.engine import ENGINES, DataParallel, Engine, open_engine
 
 
 @pytest.mark.parametrize(
-    ("asked", "world", "name"), [("auto", 1, "single"), ("single", 1, "single"), ("ddp", 1, "single"), ("fsdp2", 1, "fsdp2")]
+    ("asked", "world", "name"),
+    [("auto", 1, "single"), ("single", 1, "single"), ("ddp", 1, "single"), ("fsdp2", 1, "fsdp2")],
 )
 def test_the_engine_is_the_one_asked_for(asked: str, world: int, name: str):
     with open_engine(Config(device="cpu", engine=asked)) as engine:
-        assert (engine.name, engine.world, engine.main, engine.sharded) == (name, world, True, name == "fsdp2")
+        assert (engine.name, engine.world, engine.main, engine.sharded) == (
+            name,
+            world,
+            True,
+            name == "fsdp2",
+        )
     assert not torch.distributed.is_initialized()
 
 
@@ -46,7 +52,10 @@ def test_a_missing_gpu_is_told_with_its_cure():
         Engine(Config(device="cuda"))
 
 
-@pytest.mark.parametrize(("option", "dtype"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.float16)])
+@pytest.mark.parametrize(
+    ("option", "dtype"),
+    [({}, torch.float32), ({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.float16)],
+)
 def test_what_a_matrix_product_is_computed_in(option: dict[str, bool], dtype: torch.dtype):
     engine = Engine(Config(device="cpu", **option))
     with engine.autocast():
@@ -93,14 +102,17 @@ def test_words_of_one_process_are_numbers_of_their_own():
 @pytest.mark.parametrize("max_norm", [0.0, 0.05, 1e6])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_step_is_adamw_on_the_clipped_sum_of_the_micro_batches(max_norm: float, fp16: bool):
-    """Whatever the scale of the loss: the norm and the weights are those of PyTorch's own parts put together by hand."""
+    """Whatever the scale of the loss: the norm and the weights are those of PyTorch's own parts put together
+    by hand."""
     config = Config(device="cpu", learning_rate=0.1, weight_decay=0.1, max_grad_norm=max_norm, fp16=fp16)
     engine = Engine(config)
     ours, theirs = started(engine, regression()), regression()
     weights = [p for p in theirs.parameters() if p.requires_grad]
     matrices, others = [p for p in weights if p.ndim > 1], [p for p in weights if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    reference = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+    reference = torch.optim.AdamW(
+        groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
+    )
     for step in range(4):
         rows = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(step))
         for micro, x in enumerate(rows):
@@ -118,7 +130,9 @@ def test_a_step_is_adamw_on_the_clipped_sum_of_the_micro_batches(max_norm: float
         engine.step(0.1 / (step + 1), norm)
         assert all(p.grad is None for p in ours.parameters()), "the gradient is gone"
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                a, b, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_a_forgotten_gradient_changes_nothing_and_does_not_come_back():
@@ -129,7 +143,10 @@ def test_a_forgotten_gradient_changes_nothing_and_does_not_come_back():
     assert engine.grad_norm() > 0
     engine.discard()
     assert engine.grad_norm() == 0.0
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and not engine.optimizer.state
+    assert (
+        all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        and not engine.optimizer.state
+    )
 
 
 def test_shards_and_moments_are_those_of_the_parameters():
@@ -137,7 +154,9 @@ def test_shards_and_moments_are_those_of_the_parameters():
     model = started(engine, regression())
     shards = engine.shards()
     assert [s.name for s in shards] == [name for name, _ in model.named_parameters()]
-    assert [s.trains for s in shards] == [True, False, True, True] and all(s.owned and s.whole for s in shards)
+    assert [s.trains for s in shards] == [True, False, True, True] and all(
+        s.owned and s.whole for s in shards
+    )
     assert all(engine.moments(s) is None for s in shards if s.trains)
     engine.backward(model(torch.ones(1, 3)).sum(), last=True)
     engine.step(0.1, engine.grad_norm())
@@ -169,7 +188,9 @@ def _talk(rank: int, world: int, port: int, folder: str) -> None:
     with open_engine(Config(device="cpu", learning_rate=0.1, weight_decay=0.0)) as engine:
         said["engine"] = engine.name
         said["sum"] = engine.sum([rank + 1, 0.1 * rank, 2.0**40 + rank])
-        said["sum of bad numbers"] = engine.sum([float("nan") if rank else 1.0, float("inf") if rank else -1.0])
+        said["sum of bad numbers"] = engine.sum(
+            [float("nan") if rank else 1.0, float("inf") if rank else -1.0]
+        )
         said["gather"] = [engine.gather(texts[rank]) for texts in TEXTS]
         beside = engine.background()
         said["beside"] = (beside.gather(f"{rank}"), beside.sum([rank, 1]))
@@ -221,7 +242,9 @@ def test_two_processes(tmp_path: Path):
         assert said["norm"] == pytest.approx(40**0.5)
         assert said["after"] == zero["after"] and Tensor([said["after"]]).lt(0.95).all()
         assert said["ended"]
-    assert (zero["held back"], one["held back"]) == ([[2.0, 0.0]], [[4.0, 0.0]]), "nothing travels before the last row; times two processes"
+    assert (zero["held back"], one["held back"]) == ([[2.0, 0.0]], [[4.0, 0.0]]), (
+        "nothing travels before the last row; times two processes"
+    )
     assert (zero["ran"], one["ran"]) == ([0], []) and (zero["owned"], one["owned"]) == ([True], [False])
     assert zero["error"] == "OSError: disk full"
     assert one["error"] == "UserError: rank 0 stopped: OSError: disk full"

@@ -1,7 +1,9 @@
-"""Every engine trains to the weights of one process: two and three processes, text-only, image-only and mixed ranks, empty ones.
+"""Every engine trains to the weights of one process: two and three processes, text-only, image-only and mixed
+ranks, empty ones.
 
-Each (engine, number of processes) is started once and trains all cases; what its processes hold is put together and compared with
-the same rows on one process: weights, moments and average within 1e-6 of their norm, after three steps.
+Each (engine, number of processes) is started once and trains all cases; what its processes hold is put
+together and compared with the same rows on one process: weights, moments and average within 1e-6 of their
+norm, after three steps.
 """
 
 from __future__ import annotations
@@ -18,16 +20,29 @@ from tiny import built, row_of, write_jsonl
 
 from unigen.training.trainer import UnifiedTrainer
 
-# Of each step the rows of each process: [step][rank][micro-batch][records]. 0 and 5 are text, 1 and 6 are drawn, 3 is an edit.
+# Of each step the rows of each process: [step][rank][micro-batch][records]. 0 and 5 are text, 1 and 6 are
+# drawn, 3 is an edit.
 TWO: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {
     "mixed": ([[[[0, 1, 2]], [[3, 4, 5, 6]]], [[[6]], [[2]]], [[[0]], [[4]]]], {}),
-    "text on one, images on the other": ([[[[0, 5]], [[1, 6]]], [[[1]], [[0]]], [[[5]], [[0]]]], {"train_transitions": False}),
+    "text on one, images on the other": (
+        [[[[0, 5]], [[1, 6]]], [[[1]], [[0]]], [[[5]], [[0]]]],
+        {"train_transitions": False},
+    ),
     "nothing on one": ([[[[0, 1, 2, 3]], [[]]], [[[]], [[4]]], [[[1]], [[6]]]], {"ema": 0.5}),
-    "two micro-batches, one process ends early": ([[[[0], [3]], [[5], []]], [[[1], [2]], [[], []]]], {"ema": 0.5}),
+    "two micro-batches, one process ends early": (
+        [[[[0], [3]], [[5], []]], [[[1], [2]], [[], []]]],
+        {"ema": 0.5},
+    ),
     "understanding frozen": ([[[[0, 5]], [[1, 4]]], [[[3]], [[2, 6]]]], {"freeze_und": True}),
     "decoder frozen": ([[[[0, 5]], [[1, 3]]], [[[4]], [[]]]], {"freeze_llm": True}),
-    "vision frozen, checkpointing": ([[[[2, 0]], [[3]]], [[[5]], [[1]]]], {"freeze_vit": True, "gradient_checkpointing": True}),
-    "no drawing": ([[[[0, 1]], [[]]], [[[0]], [[1]]]], {"visual_gen": False, "train_data_path": "text.jsonl"}),
+    "vision frozen, checkpointing": (
+        [[[[2, 0]], [[3]]], [[[5]], [[1]]]],
+        {"freeze_vit": True, "gradient_checkpointing": True},
+    ),
+    "no drawing": (
+        [[[[0, 1]], [[]]], [[[0]], [[1]]]],
+        {"visual_gen": False, "train_data_path": "text.jsonl"},
+    ),
     "clipped": ([[[[0, 1, 2]], [[3, 4, 5, 6]]], [[[6]], [[2]]]], {"max_grad_norm": 0.05}),
 }
 THREE: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {
@@ -51,18 +66,38 @@ def cases_of(run: str) -> dict[str, tuple[list[list[list[list[int]]]], dict[str,
     if run.endswith(("offload", "bf16")):
         return {"mixed": TWO["mixed"]}
     if world == 4:
-        return {"mixed": ([[[[0], [3]], [[2], []], [[5], [1]], [[], [6]]], [[[1], [2]], [[4], []], [[0], []], [[], []]]], {})}
+        return {
+            "mixed": (
+                [
+                    [[[0], [3]], [[2], []], [[5], [1]], [[], [6]]],
+                    [[[1], [2]], [[4], []], [[0], []], [[], []]],
+                ],
+                {},
+            )
+        }
     return {1: {"mixed": TWO["mixed"], "clipped": TWO["clipped"]}, 2: TWO, 3: THREE}[world]
 
 
-def options_of(case: tuple[Any, dict[str, Any]], options: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
-    # Adam divides by the gradient's size: with its usual epsilon, gradients that are zero but for rounding would move weights.
-    given = {"text_cond_dropout_prob": 0.0, "adam_epsilon": 1e-3, "max_grad_norm": 0.0, **options, **case[1], **engine}
+def options_of(
+    case: tuple[Any, dict[str, Any]], options: dict[str, Any], engine: dict[str, Any]
+) -> dict[str, Any]:
+    # Adam divides by the gradient's size: with its usual epsilon, gradients that are zero but for rounding
+    # would move weights.
+    given = {
+        "text_cond_dropout_prob": 0.0,
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 0.0,
+        **options,
+        **case[1],
+        **engine,
+    }
     given["train_data_path"] = str(Path(options["train_data_path"]).parent / given["train_data_path"])
     return given
 
 
-def train(trainer: UnifiedTrainer, steps: list[list[list[list[int]]]], rank: int | None, world: int) -> list[list[float]]:
+def train(
+    trainer: UnifiedTrainer, steps: list[list[list[list[int]]]], rank: int | None, world: int
+) -> list[list[float]]:
     """``rank`` None: one process takes everybody's rows, one after another."""
     found = []
     for step in steps:
@@ -88,7 +123,10 @@ def held(trainer: UnifiedTrainer) -> list[tuple[str, str, torch.Size, int, torch
                 kinds |= {"exp_avg": moments[1], "exp_avg_sq": moments[2]}
             if trainer.ema is not None:
                 kinds["average"] = trainer.ema.average(shard.name)
-        found += [(kind, shard.name, shard.shape, shard.start, value.detach().clone()) for kind, value in kinds.items()]
+        found += [
+            (kind, shard.name, shard.shape, shard.start, value.detach().clone())
+            for kind, value in kinds.items()
+        ]
     return found
 
 
@@ -106,7 +144,8 @@ def together(parts: list[list[Any]]) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def spoiled(trainer: UnifiedTrainer, kind: str, here: bool) -> list[Any]:
-    """A step of two micro-batches, the second of which has a NaN in its loss, or in its gradient alone, ``here`` and on no other
+    """A step of two micro-batches, the second of which has a NaN in its loss, or in its gradient alone,
+    ``here`` and on no other
     process: (why it was refused, is all that is held the same to the bit?)."""
     before, forward, calls = held(trainer), trainer.engine.forward, []
 
@@ -142,27 +181,41 @@ def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str
 
 
 @pytest.fixture(scope="module")
-def prepared(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def prepared(
+    small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
-    options = {"model_path": str(small_model), "train_data_path": str(records), "max_steps": 3, "device": "cpu", "num_workers": 0}
+    options = {
+        "model_path": str(small_model),
+        "train_data_path": str(records),
+        "max_steps": 3,
+        "device": "cpu",
+        "num_workers": 0,
+    }
     return tmp_path_factory.mktemp("engines"), options
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(run: str, prepared: tuple[Path, dict[str, Any]]):
-    """Passes when, in every case of ``TWO`` or ``THREE``, losses are within 2e-6, weights and average within 1e-6 and moments within
-    1e-5 of those of one process; and when a NaN in the loss, or in the gradient alone, of one micro-batch of the last process lets all
-    processes refuse the step and changes no bit.
+def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(
+    run: str, prepared: tuple[Path, dict[str, Any]]
+):
+    """Passes when, in every case of ``TWO`` or ``THREE``, losses are within 2e-6, weights and average within
+    1e-6 and moments within 1e-5 of those of one process; and when a NaN in the loss, or in the gradient
+    alone, of one micro-batch of the last process lets all processes refuse the step and changes no bit.
     """
     folder, options = prepared
     world = RUNS[run][1]
     run_ranks(_train_as_rank, world, run, options, str(folder))
     for rank in range(world):
         bad = json.loads((folder / f"{run}-bad.{rank}.json").read_text())
-        assert bad == [["its loss is not finite", True], ["its gradient is not finite", True]], f"NaN on the last process, seen by {rank}"
+        assert bad == [["its loss is not finite", True], ["its gradient is not finite", True]], (
+            f"NaN on the last process, seen by {rank}"
+        )
     for number, (name, case) in enumerate(cases_of(run).items()):
-        parts = [torch.load(folder / f"{run}-{number}.{rank}.pt", weights_only=False) for rank in range(world)]
+        parts = [
+            torch.load(folder / f"{run}-{number}.{rank}.pt", weights_only=False) for rank in range(world)
+        ]
         alone = options_of(case, options, {"engine": "single", "bf16": run.endswith("bf16")})
         trainer = built(**alone | {"output_dir": str(folder / f"one-{run}-{number}")})
         wanted_losses = train(trainer, case[0], None, world)

@@ -71,10 +71,18 @@ def poison(model: torch.nn.Module) -> None:
 def test_a_run_of_skipped_steps_ends_with_the_cure_and_every_step_listed(options: dict[str, Any]):
     trainer = built(**options | {"max_skipped_steps": 3, "max_steps": 9})
     poison(trainer.model)
-    with pytest.raises(TrainingStopped, match=r"step 3: its loss is not finite, as in the 2 steps before it .*Cure: lower --learning_rate"):
+    with pytest.raises(
+        TrainingStopped,
+        match=r"step 3: its loss is not finite, as in the 2 steps before it .*Cure: lower --learning_rate",
+    ):
         trainer._run()
-    lines = [json.loads(line) for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text("utf-8").splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["records"] and line["why"] for line in lines)
+    lines = [
+        json.loads(line)
+        for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(
+        line["records"] and line["why"] for line in lines
+    )
     assert trainer.step == 2 and not trainer.optimizer.state
 
 
@@ -87,9 +95,17 @@ def test_one_good_step_starts_the_count_anew(tmp_path: Path):
         g.skipped(4, "x", [], {})
 
 
-def test_training_stops_when_validation_no_longer_improves_and_its_state_is_saved(options: dict[str, Any], records: Path):
+def test_training_stops_when_validation_no_longer_improves_and_its_state_is_saved(
+    options: dict[str, Any], records: Path
+):
     """With a learning rate of 0 no validation is better than the first."""
-    changed = {"val_data_path": str(records), "learning_rate": 0.0, "max_steps": 50, "eval_steps": 1, "early_stopping_patience": 3}
+    changed = {
+        "val_data_path": str(records),
+        "learning_rate": 0.0,
+        "max_steps": 50,
+        "eval_steps": 1,
+        "early_stopping_patience": 3,
+    }
     UnifiedTrainer(Config(**options | changed)).train()
     run = Path(options["output_dir"])
     assert max(line["step"] for line in metrics(run)) == 4

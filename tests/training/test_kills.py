@@ -14,10 +14,13 @@ import pytest
 def test_kill_9_of_all_ranks_loses_no_published_step_and_changes_no_digit(
     small_model: Path, tmp_path: Path, engine: str, any_moment: int, in_save: int
 ):
-    """20 kills of a run and 10 of a save, three epochs: the stitched log is that of an uninterrupted run, so are the weights, the average
-    and the moments; no checkpoint that was once published is ever missing; every sample is met exactly once an epoch."""
+    """20 kills of a run and 10 of a save, three epochs: the stitched log is that of an uninterrupted run, so
+    are the weights, the average and the moments; no checkpoint that was once published is ever missing; every
+    sample is met exactly once an epoch."""
     samples = kills.write_samples(tmp_path / "data.jsonl", 72 if engine == "ddp" else 16)
-    options: dict[str, Any] = kills.small_run(small_model, tmp_path / "data.jsonl", 3 * samples // 2, engine=engine)
+    options: dict[str, Any] = kills.small_run(
+        small_model, tmp_path / "data.jsonl", 3 * samples // 2, engine=engine
+    )
     whole = kills.Run(tmp_path / "whole", 2, options)
     whole.start()
     whole.finish()

@@ -14,7 +14,8 @@ from unigen.training.trainer import UnifiedTrainer
 
 
 def step(trainer: UnifiedTrainer, split: list[list[int]]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """One step over these records, a list a row; its result and the gradients. A learning rate of zero moves nothing."""
+    """One step over these records, a list a row; its result and the gradients. A learning rate of zero moves
+    nothing."""
     result = trainer.train_step([row_of(trainer, records) for records in split], 0.0)
     return result, gradients(trainer)
 
@@ -44,7 +45,8 @@ def test_micro_batches_give_the_gradient_of_one_row(trainer: UnifiedTrainer, spl
 
 
 def test_the_loss_is_the_mean_over_all_targets(trainer: UnifiedTrainer):
-    """Against the definition: cross-entropy over label tokens, squared error over channels and noised tokens."""
+    """Against the definition: cross-entropy over label tokens, squared error over channels and noised
+    tokens."""
     pack = row_of(trainer, list(range(7))).pack
     with torch.no_grad():
         output = trainer.model(pack)
@@ -80,7 +82,9 @@ def test_every_trained_parameter_gets_a_gradient_from_any_row(trainer: UnifiedTr
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(trainer: UnifiedTrainer, options: dict[str, Any]):
-    same = built(**options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3, gradient_checkpointing=True)
+    same = built(
+        **options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3, gradient_checkpointing=True
+    )
     assert same.model.language_model.model.gradient_checkpointing
     assert_close(step(same, [[0, 1], [3]])[1], step(trainer, [[0, 1], [3]])[1], 1e-6)
 

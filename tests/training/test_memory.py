@@ -1,4 +1,5 @@
-"""Host memory of loading and sharding (``benchmarks/memory.py`` measures more engines and numbers of processes)."""
+"""Host memory of loading and sharding (``benchmarks/memory.py`` measures more engines and numbers of
+processes)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import pytest
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("memory"),
-    pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux says what memory processes share"),
+    pytest.mark.skipif(
+        not Path("/proc/self/smaps_rollup").exists(), reason="only Linux says what memory processes share"
+    ),
 ]
 
 
@@ -27,8 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path,
 def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_its_size_and_1_gb(
     checkpoint: tuple[Path, int], engine: str
 ):
-    """Together, interpreters and libraries included; and what they hold afterwards is the checkpoint once. (With ``ddp``, twice: the
-    benchmark shows 3.9 GB for 1.2 GB, where 2.4 GB are allowed.)"""
+    """Together, interpreters and libraries included; and what they hold afterwards is the checkpoint once.
+    (With ``ddp``, twice: the benchmark shows 3.9 GB for 1.2 GB, where 2.4 GB are allowed.)"""
     if engine == "zero3":
         pytest.importorskip("deepspeed")
     folder, size = checkpoint

@@ -66,7 +66,9 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> float:
     return norm
 
 
-def train(model: Model, optimizer: torch.optim.AdamW, config: Config, steps: range, rare_from: int = 10**9) -> list[float]:
+def train(
+    model: Model, optimizer: torch.optim.AdamW, config: Config, steps: range, rare_from: int = 10**9
+) -> list[float]:
     losses = []
     for step in steps:
         torch.manual_seed(step)
@@ -86,16 +88,26 @@ def test_only_trainable_matrices_that_are_no_embeddings_decay():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert {n for n, _ in decayed["params"]} == {"up.weight", "conv.weight", "rare.weight"}
     assert {n for n, _ in plain["params"]} == {
-        "embed_tokens.weight", "latent_pos_embed", "position_embedding.weight", "norm.weight", "norm.bias", "up.bias", "conv.bias",
+        "embed_tokens.weight", "latent_pos_embed", "position_embedding.weight", "norm.weight", "norm.bias",
+        "up.bias", "conv.bias",
         "rare.bias", "scale",
     }  # fmt: skip
 
 
 def test_the_optimiser_remembers_names_and_options():
-    optimizer = optimizer_of(Model(), Config(learning_rate=3e-4, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6))
+    optimizer = optimizer_of(
+        Model(),
+        Config(learning_rate=3e-4, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6),
+    )
     group = optimizer.param_groups[0]
     assert group["param_names"] == ["up.weight", "conv.weight", "rare.weight"]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["foreach"]) == (3e-4, (0.8, 0.9), 1e-6, 0.2, True)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["foreach"]) == (
+        3e-4,
+        (0.8, 0.9),
+        1e-6,
+        0.2,
+        True,
+    )
     assert not group["fused"]
 
 
@@ -120,12 +132,20 @@ def test_nothing_to_train_is_the_users_error():
 def test_the_optimiser_works_on_what_a_process_holds_and_the_model_decides_the_groups():
     """Some rows of a matrix, flattened or not, decay as the matrix does: their own shape says nothing."""
     model = Model()
-    held = {name: nn.Parameter(p.detach().reshape(-1)[:3].clone()) for name, p in model.named_parameters() if p.requires_grad}
+    held = {
+        name: nn.Parameter(p.detach().reshape(-1)[:3].clone())
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     optimizer = build_optimizer(model, held, Config(weight_decay=0.2))
     decayed, plain = optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
-    assert [id(p) for p in decayed["params"]] == [id(held[name]) for name in ("up.weight", "conv.weight", "rare.weight")]
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in held.values()}
+    assert [id(p) for p in decayed["params"]] == [
+        id(held[name]) for name in ("up.weight", "conv.weight", "rare.weight")
+    ]
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in held.values()
+    }
 
 
 # ---- moments
@@ -146,7 +166,9 @@ def saved_moments(optimizer: torch.optim.AdamW, model: nn.Module) -> Saved:
 def load_moments(optimizer: torch.optim.AdamW, model: nn.Module, saved: Saved) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad:
-            set_moments_of(optimizer, p, *(saved[name] or (0.0, torch.zeros(p.numel()), torch.zeros(p.numel()))))
+            set_moments_of(
+                optimizer, p, *(saved[name] or (0.0, torch.zeros(p.numel()), torch.zeros(p.numel())))
+            )
 
 
 def assert_equal(found: Saved, wanted: Saved) -> None:
@@ -155,14 +177,22 @@ def assert_equal(found: Saved, wanted: Saved) -> None:
         other = found[name]
         assert (moments is None) == (other is None), name
         if moments is not None and other is not None:
-            assert moments[0] == other[0] and all(torch.equal(a, b) for a, b in zip(moments[1:], other[1:], strict=True)), name
+            assert moments[0] == other[0] and all(
+                torch.equal(a, b) for a, b in zip(moments[1:], other[1:], strict=True)
+            ), name
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rare_from", [0, 7, 10**9], ids=["always", "first used after the resume", "never used"])
-def test_five_steps_saved_loaded_and_five_more_equal_ten_bit_for_bit(dtype: torch.dtype, rare_from: int, device: str):
-    config = Config(learning_rate=0.05, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=3, max_grad_norm=0.5)
+@pytest.mark.parametrize(
+    "rare_from", [0, 7, 10**9], ids=["always", "first used after the resume", "never used"]
+)
+def test_five_steps_saved_loaded_and_five_more_equal_ten_bit_for_bit(
+    dtype: torch.dtype, rare_from: int, device: str
+):
+    config = Config(
+        learning_rate=0.05, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=3, max_grad_norm=0.5
+    )
     torch.manual_seed(0)
     straight = Model(dtype).to(device)
     initial = {k: v.clone() for k, v in straight.state_dict().items()}
@@ -175,7 +205,8 @@ def test_five_steps_saved_loaded_and_five_more_equal_ten_bit_for_bit(dtype: torc
     optimizer_1 = optimizer_of(first, config)
     losses = train(first, optimizer_1, config, range(5), rare_from)
     saved = saved_moments(optimizer_1, first)
-    saved = {name: m and (m[0], m[1].cpu(), m[2].cpu()) for name, m in saved.items()}  # a file lies on the host
+    # a file lies on the host
+    saved = {name: m and (m[0], m[1].cpu(), m[2].cpu()) for name, m in saved.items()}
 
     second = Model(dtype).to(device)
     second.load_state_dict(first.state_dict())
@@ -212,7 +243,12 @@ def test_what_is_put_back_is_a_copy_and_replaces_what_was_there():
     set_moments_of(optimizer, model.up.weight, 7.0, mine, mine)
     mine.zero_()
     moments = moments_of(optimizer, model.up.weight)
-    assert moments is not None and moments[0] == 7.0 and moments[1].tolist() == [1.0] * 48 and moments[2].tolist() == [1.0] * 48
+    assert (
+        moments is not None
+        and moments[0] == 7.0
+        and moments[1].tolist() == [1.0] * 48
+        and moments[2].tolist() == [1.0] * 48
+    )
     load_moments(optimizer, model, fresh)
     assert not optimizer.state, "a step count of 0 is no state at all"
 
@@ -222,17 +258,30 @@ def test_what_is_put_back_is_a_copy_and_replaces_what_was_there():
 
 def test_learning_rates_by_hand():
     at = lambda step, **options: learning_rate_at(step, 10, Config(learning_rate=1.0, **options))  # noqa: E731
-    assert [at(s, warmup_steps=4, lr_scheduler_type="constant") for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert [at(s, lr_scheduler_type="linear") for s in (0, 5, 9, 10, 99)] == pytest.approx([1.0, 0.5, 0.1, 0.0, 0.0])
+    assert [at(s, warmup_steps=4, lr_scheduler_type="constant") for s in range(6)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    assert [at(s, lr_scheduler_type="linear") for s in (0, 5, 9, 10, 99)] == pytest.approx(
+        [1.0, 0.5, 0.1, 0.0, 0.0]
+    )
     assert [at(s, lr_scheduler_type="cosine") for s in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
     # Warm-up 2 of 10: the decay runs over the eight steps that are left.
     assert at(2, warmup_steps=2, lr_scheduler_type="cosine") == 1.0
-    assert at(4, warmup_steps=2, lr_scheduler_type="cosine") == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert at(4, warmup_steps=2, lr_scheduler_type="cosine") == pytest.approx(
+        0.5 * (1 + math.cos(math.pi / 4))
+    )
 
 
 def test_warmup_steps_win_over_the_ratio_and_zero_counts():
     assert learning_rate_at(0, 100, Config(learning_rate=1.0, warmup_ratio=0.1)) == pytest.approx(0.1)
-    assert learning_rate_at(0, 100, Config(learning_rate=1.0, warmup_ratio=0.1, warmup_steps=2)) == pytest.approx(0.5)
+    assert learning_rate_at(
+        0, 100, Config(learning_rate=1.0, warmup_ratio=0.1, warmup_steps=2)
+    ) == pytest.approx(0.5)
     assert learning_rate_at(0, 100, Config(learning_rate=1.0, warmup_ratio=0.1, warmup_steps=0)) == 1.0
 
 
@@ -247,7 +296,9 @@ def test_a_ratio_is_not_rounded_up_by_floating_point():
     warmup=st.one_of(st.none(), st.integers(0, 400)),
     ratio=st.floats(0, 1),
 )
-def test_every_schedule_rises_then_falls_and_every_step_learns(name: str, total: int, warmup: int | None, ratio: float):
+def test_every_schedule_rises_then_falls_and_every_step_learns(
+    name: str, total: int, warmup: int | None, ratio: float
+):
     config = Config(learning_rate=2e-5, lr_scheduler_type=name, warmup_steps=warmup, warmup_ratio=ratio)
     rates = [learning_rate_at(step, total, config) for step in range(total)]
     assert all(0 < rate <= 2e-5 for rate in rates)
@@ -261,7 +312,9 @@ def test_schedules_agree_with_pytorchs_own():
     reference = torch.optim.SGD([parameter], lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=20)
     for step in range(20):
-        assert learning_rate_at(step, 20, Config(learning_rate=1.0)) == pytest.approx(reference.param_groups[0]["lr"], abs=1e-9)
+        assert learning_rate_at(step, 20, Config(learning_rate=1.0)) == pytest.approx(
+            reference.param_groups[0]["lr"], abs=1e-9
+        )
         reference.step()
         scheduler.step()
 
@@ -313,7 +366,9 @@ def test_one_bad_element_makes_the_norm_bad(bad: float):
 
 def test_a_norm_beyond_float32_when_squared_is_still_a_number():
     assert float(squared_norm([torch.tensor([3e30]), torch.tensor([4e30])])) == pytest.approx(25e60, rel=1e-6)
-    assert float(squared_norm([torch.tensor([3e-30]), torch.tensor([4e-30])])) == pytest.approx(25e-60, rel=1e-6)
+    assert float(squared_norm([torch.tensor([3e-30]), torch.tensor([4e-30])])) == pytest.approx(
+        25e-60, rel=1e-6
+    )
 
 
 def test_no_gradient_at_all_has_norm_zero():

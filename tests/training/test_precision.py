@@ -1,4 +1,5 @@
-"""The precision of a run: from the options and the device, over a table; and a run that goes on in another one."""
+"""The precision of a run: from the options and the device, over a table; and a run that goes on in another
+one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from processes import run_ranks
 from unigen.config import Config, ConfigError
 from unigen.runs.checkpoint import read_states
 from unigen.training.engine import Engine, open_engine
-from unigen.training.precision import DeviceFacts, Precision, check_head_width, choose_precision, stored_precision
+from unigen.training.precision import (
+    DeviceFacts,
+    Precision,
+    check_head_width,
+    choose_precision,
+    stored_precision,
+)
 from unigen.training.trainer import UnifiedTrainer
 
 CPU = DeviceFacts("cpu")
@@ -102,7 +109,9 @@ def test_a_line_says_which_and_why(options: dict[str, Any], device: DeviceFacts,
         ("fp32", 128, CPU, None),
     ],
 )
-def test_float32_attention_that_does_not_fit_the_card_is_refused(precision: str, width: int, device: DeviceFacts, fix: str | None):
+def test_float32_attention_that_does_not_fit_the_card_is_refused(
+    precision: str, width: int, device: DeviceFacts, fix: str | None
+):
     if fix is None:
         check_head_width(Precision(precision, ""), width, device)
         return
@@ -131,7 +140,11 @@ def test_it_is_refused_before_a_weight_is_read(small_model: Path, monkeypatch: p
 @pytest.mark.gpu
 def test_a_gpu_says_what_it_is():
     facts = DeviceFacts.of(torch.device("cuda", 0))
-    assert facts.kind == "cuda" and facts.name and facts.has_bf16 == (torch.cuda.get_device_capability(0) >= (8, 0))
+    assert (
+        facts.kind == "cuda"
+        and facts.name
+        and facts.has_bf16 == (torch.cuda.get_device_capability(0) >= (8, 0))
+    )
     assert torch.version.hip is not None or (facts.shared_memory or 0) >= 48 * 1024
     with open_engine(Config(device="cuda", precision="fp32")) as engine:
         assert engine.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
@@ -153,7 +166,12 @@ def _disagree(rank: int, world: int, port: int, folder: str) -> None:
 def test_processes_that_would_compute_differently_are_an_error_on_each(tmp_path: Path):
     run_ranks(_disagree, 2, str(tmp_path))
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    assert said[0] == said[1] and "rank 0 fp32" in said[0] and "rank 1 bf16" in said[0] and "Fix: --precision" in said[0]
+    assert (
+        said[0] == said[1]
+        and "rank 0 fp32" in said[0]
+        and "rank 1 bf16" in said[0]
+        and "Fix: --precision" in said[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,17 +187,29 @@ def test_the_precision_in_a_checkpoint_of_any_age(options: dict[str, Any], name:
     assert stored_precision(options) == name
 
 
-def test_a_run_that_goes_on_in_another_precision_says_so(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
-    """The checkpoint holds what was computed in, not what was asked for; the same precision, asked for in another way, is no change."""
+def test_a_run_that_goes_on_in_another_precision_says_so(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    """The checkpoint holds what was computed in, not what was asked for; the same precision, asked for in
+    another way, is no change."""
 
     def leg(steps: int, **more: Any) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            UnifiedTrainer(Config(**options | {"max_steps": steps, "resume_from_checkpoint": "auto"} | more)).train()
+            UnifiedTrainer(
+                Config(**options | {"max_steps": steps, "resume_from_checkpoint": "auto"} | more)
+            ).train()
         stored = read_states(run / f"step_{steps}")["training_config"]["precision"]
         lines = [line for line in caplog.messages if line.startswith("Precision: ")]
         assert len(lines) == 1 and lines[0].startswith(f"Precision: {stored} ")
-        return [stored, *(r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "fp32" in r.getMessage())]
+        return [
+            stored,
+            *(
+                r.getMessage()
+                for r in caplog.records
+                if r.levelname == "WARNING" and "fp32" in r.getMessage()
+            ),
+        ]
 
     run = Path(options["output_dir"])
     assert leg(1) == ["fp32"]
@@ -194,4 +224,7 @@ def test_the_scale_of_another_precision_is_not_taken_over(options: dict[str, Any
     UnifiedTrainer(Config(**options | {"max_steps": 1})).train()
     more = {"max_steps": 2, "fp16": True, "resume_from_checkpoint": "auto"}
     UnifiedTrainer(Config(**options | more)).train()
-    assert read_states(Path(options["output_dir"]) / "step_2")["trainer"]["scale"]["scale"] in (2.0**15, 2.0**16)
+    assert read_states(Path(options["output_dir"]) / "step_2")["trainer"]["scale"]["scale"] in (
+        2.0**15,
+        2.0**16,
+    )

@@ -22,15 +22,22 @@ def a_row(model, folder: Path):
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(16, 4, 4, generator=generator)
     noise = torch.randn(4, 64, generator=generator)
-    blocks = [Block(Kind.TEXT, len(ids), 0, ids=ids), Block(Kind.NOISED, 4, 1, (2, 2), loss=True, latent=latent, noise=noise, u=0.3)]
+    blocks = [
+        Block(Kind.TEXT, len(ids), 0, ids=ids),
+        Block(Kind.NOISED, 4, 1, (2, 2), loss=True, latent=latent, noise=noise, u=0.3),
+    ]
     return pack_blocks([blocks], tokenizer.special, model.config.geometry)
 
 
-def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_bytes(golden: Path, tmp_path: Path) -> None:
+def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_bytes(
+    golden: Path, tmp_path: Path
+) -> None:
     folder = golden / "model"
     config = Config(model_path=str(folder), train_data_path="x", freeze_und=True, bf16=True)
     plain = prepare_model(load_bagel(folder), config).train()
-    halved = prepare_model(load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)), config).train()
+    halved = prepare_model(
+        load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)), config
+    ).train()
     assert halved.language_model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     assert halved.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.dtype == torch.float32
 
@@ -45,7 +52,10 @@ def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_byte
         assert gradient is None or torch.equal(gradient, gradients[1][name]), name
 
     save_bagel(halved, tmp_path / "saved")
-    before, after = scan_safetensors(folder / "ema.safetensors"), scan_safetensors(tmp_path / "saved" / "ema.safetensors")
+    before, after = (
+        scan_safetensors(folder / "ema.safetensors"),
+        scan_safetensors(tmp_path / "saved" / "ema.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(entry.read(), after[name].read()) for name, entry in before.items())
 
@@ -78,7 +88,14 @@ def test_what_cannot_be_compiled_is_refused_where_it_was_asked_for(options):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "told"), [(None, False, False), ("off", False, False), ("on", True, False), (None, True, True), ("on", False, True)]
+    ("before", "now", "told"),
+    [
+        (None, False, False),
+        ("off", False, False),
+        ("on", True, False),
+        (None, True, True),
+        ("on", False, True),
+    ],
 )
 def test_a_resumed_run_says_where_its_layers_are_compiled_otherwise(before, now, told, caplog):
     tell_compiling({} if before is None else {"compile": before}, now)

@@ -1,4 +1,5 @@
-"""Samples while training: repeatable, as the inferencer answers, without a trace in the training, and never the end of a run."""
+"""Samples while training: repeatable, as the inferencer answers, without a trace in the training, and never
+the end of a run."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class Listener:
 
 
 def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Callable[..., Sampler]):
-    """Passes when the folder holds what index.json says, two runs agree byte for byte, and the tracker hears of every piece."""
+    """Passes when the folder holds what index.json says, two runs agree byte for byte, and the tracker hears
+    of every piece."""
     sampler, tracker = ready(), Listener()
     sampler.run(3, tracker)
     first, second = sampler.folder / "step_3", sampler.folder / "step_12"
@@ -76,34 +78,51 @@ def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Ca
     assert len(given) == sum(len(line.get("images", [])) for line in index) >= 2
     assert all(max(open_image(first / name).size) <= GIVEN_SIDE for name in given)
     assert {path.name for path in first.iterdir()} == named | given | {"index.json"}
-    assert {name for kind, name, _ in tracker.heard if kind == "image"} == {f"samples/{Path(name).stem}" for name in named}
+    assert {name for kind, name, _ in tracker.heard if kind == "image"} == {
+        f"samples/{Path(name).stem}" for name in named
+    }
     assert ("text", "samples/001", 3) in tracker.heard
     sampler.run(12, None)
     assert files(first) == files(second)
     sampler.run(3, None)  # as a resumed run does
-    assert files(first) == files(second) and {path.name for path in sampler.folder.iterdir()} == {"step_3", "step_12"}
+    assert files(first) == files(second) and {path.name for path in sampler.folder.iterdir()} == {
+        "step_3",
+        "step_12",
+    }
 
 
-def test_the_answers_are_those_of_the_inferencer(ready: Callable[..., Sampler], options: dict[str, Any], prompts: Path):
-    """Passes when a drawn picture, an edit and a text equal, to the bit, what InterleaveInferencer gives for the same seed."""
+def test_the_answers_are_those_of_the_inferencer(
+    ready: Callable[..., Sampler], options: dict[str, Any], prompts: Path
+):
+    """Passes when a drawn picture, an edit and a text equal, to the bit, what InterleaveInferencer gives for
+    the same seed."""
     sampler = ready()
     sampler.run(1, None)
     folder, image = sampler.folder / "step_1", prompts.parent / "a.png"
     model = load_bagel(options["model_path"], dtype=torch.float32)
     inferencer = InterleaveInferencer(model, vae_transform=small_pictures(sampler.config, model))
     fast = {"num_timesteps": 3, "cfg_text_scale": 3.0, "cfg_img_scale": 1.5}
-    drawn = inferencer.unified_generate("A red house", outputs=["image"], height=32, width=48, seed=42, **fast)
+    drawn = inferencer.unified_generate(
+        "A red house", outputs=["image"], height=32, width=48, seed=42, **fast
+    )
     assert np.array_equal(pixels(folder / "000_0.png"), np.asarray(drawn[0], dtype=np.float64))
     edited = inferencer.unified_generate([image, "Make it night"], outputs=["image"], seed=7, **fast)
     assert np.array_equal(pixels(folder / "002_0.png"), np.asarray(edited[0], dtype=np.float64))
-    (text,) = InterleaveInferencer(model).unified_generate([image, "What is this?"], outputs=["text"], max_new_tokens=4)
+    (text,) = InterleaveInferencer(model).unified_generate(
+        [image, "What is this?"], outputs=["text"], max_new_tokens=4
+    )
     assert json.loads((folder / "index.json").read_text("utf-8"))[1]["pieces"] == [{"text": text}]
 
 
-def test_pictures_are_shown_as_the_run_trains_on_them(options: dict[str, Any], prompts: Path, monkeypatch: pytest.MonkeyPatch):
-    """Passes when a picture to look at and one to redraw become the blocks that the run's own planner makes, by its own limits."""
+def test_pictures_are_shown_as_the_run_trains_on_them(
+    options: dict[str, Any], prompts: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Passes when a picture to look at and one to redraw become the blocks that the run's own planner makes,
+    by its own limits."""
     line = [{"path": options.pop("train_data_path"), "max_image_size": 48, "min_image_size": 16}]
-    sampler = sampler_of(options | {"sample_prompts": str(prompts), "train_sources": line, "max_image_tokens": 4})
+    sampler = sampler_of(
+        options | {"sample_prompts": str(prompts), "train_sources": line, "max_image_tokens": 4}
+    )
     config, seen, add_image = sampler.config, [], ContextBuilder.add_image
 
     def noted(self: ContextBuilder, contexts: Any, shown: Any) -> None:
@@ -116,12 +135,17 @@ def test_pictures_are_shown_as_the_run_trains_on_them(options: dict[str, Any], p
     image = Image(prompts.parent / "a.png")
     for target, shown in ((Text("x", True), seen[0]), (Image(image.source, True), seen[1])):
         sample = [image, Text("?"), target]
-        blocks = planner.outline(sample, planner.measure(Record(sample, Origin(Path("x")), "direct")), Draw(0, 0, 0, training=False))
+        blocks = planner.outline(
+            sample,
+            planner.measure(Record(sample, Origin(Path("x")), "direct")),
+            Draw(0, 0, 0, training=False),
+        )
         assert shown == [(b.kind, b.grid) for b in blocks if b.piece == 0]
 
 
 def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Callable[..., Sampler]):
-    """Passes when the side is 256, the model's smallest where that is larger, and its largest where that is smaller."""
+    """Passes when the side is 256, the model's smallest where that is larger, and its largest where that is
+    smaller."""
     sampler = ready()
     model, config = sampler.model, sampler.config
     found = []
@@ -137,12 +161,16 @@ def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Calla
     assert small_pictures(config, model).max_size == 192
 
 
-def test_the_training_goes_on_to_the_bit_as_without_samples(options: dict[str, Any], prompts: Path, tmp_path: Path):
-    """Passes when weights, losses and the default generator are equal to the bit after three steps with and without samples, also
-    where something draws from the default generator while sampling."""
+def test_the_training_goes_on_to_the_bit_as_without_samples(
+    options: dict[str, Any], prompts: Path, tmp_path: Path
+):
+    """Passes when weights, losses and the default generator are equal to the bit after three steps with and
+    without samples, also where something draws from the default generator while sampling."""
     found = []
     for sampling in (False, True):
-        trainer = built(**options | {"sample_prompts": str(prompts), "output_dir": str(tmp_path / f"run-{sampling}")})
+        trainer = built(
+            **options | {"sample_prompts": str(prompts), "output_dir": str(tmp_path / f"run-{sampling}")}
+        )
         sampler = Sampler(trainer.config, trainer.engine, trainer.model)
         sampler.idle = lambda: torch.rand(3)
         said: list[Any] = []
@@ -157,7 +185,9 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(options: dict[str, A
     (said, weights), (said_sampling, weights_sampling) = found
     assert said == said_sampling
     assert all(torch.equal(p, weights_sampling[name]) for name, p in weights.items())
-    pictures = [(tmp_path / "run-True" / "samples" / f"step_{step}" / "000_0.png").read_bytes() for step in range(3)]
+    pictures = [
+        (tmp_path / "run-True" / "samples" / f"step_{step}" / "000_0.png").read_bytes() for step in range(3)
+    ]
     assert len(set(pictures)) == 3, "the samples do not show that the weights move"
 
 
@@ -184,7 +214,10 @@ def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., Sampler], cal
 
 
 def test_what_fails_is_a_warning_and_the_other_prompts_are_answered(
-    ready: Callable[..., Sampler], prompts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ready: Callable[..., Sampler],
+    prompts: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     sampler = ready()
     (prompts.parent / "a.png").unlink()
@@ -212,12 +245,15 @@ def test_what_fails_is_a_warning_and_the_other_prompts_are_answered(
     monkeypatch.undo()
 
     caplog.clear()
-    monkeypatch.setattr(sampler.model, "velocities", lambda hidden: hidden[0][0])  # a mistake in the code: its lines are shown
+    # a mistake in the code: its lines are shown
+    monkeypatch.setattr(sampler.model, "velocities", lambda hidden: hidden[0][0])
     sampler.run(3, None)
     assert "Traceback" in caplog.text and (sampler.folder / "step_3" / "index.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(ready: Callable[..., Sampler], caplog: pytest.LogCaptureFixture):
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    ready: Callable[..., Sampler], caplog: pytest.LogCaptureFixture
+):
     sampler, tracker = ready(), Listener()
     sampler.folder.parent.mkdir(parents=True)
     sampler.folder.write_text("not a folder")
@@ -229,12 +265,17 @@ def test_a_folder_that_cannot_be_written_is_a_warning(ready: Callable[..., Sampl
     assert [path.name for path in sampler.folder.iterdir()] == ["step_2"] and tracker.heard
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("not to be written"), Stopped()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("not to be written"), Stopped()]
+)
 def test_what_ends_the_writing_leaves_no_half_folder(
-    error: BaseException, ready: Callable[..., Sampler], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    ready: Callable[..., Sampler],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """Passes when a disk that fails is a warning, Stopped comes out, and the folder is as before: the last file fails, the pictures lie
-    there already."""
+    """Passes when a disk that fails is a warning, Stopped comes out, and the folder is as before: the last
+    file fails, the pictures lie there already."""
     sampler, tracker = ready(), Listener()
     sampler.run(1, None)
     before = files(sampler.folder)

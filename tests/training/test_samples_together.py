@@ -22,22 +22,27 @@ pytestmark = pytest.mark.xdist_group("samples_together")  # its processes are st
 
 
 def test_a_failure_that_the_others_cannot_be_told_of_ends_the_run(options: dict[str, Any], tmp_path: Path):
-    """Passes when an error between the gatherings of a stack, where the others wait, comes out, and one outside of it does not."""
+    """Passes when an error between the gatherings of a stack, where the others wait, comes out, and one
+    outside of it does not."""
     sampler = sampler_of(options | {"sample_prompts": str(write_prompts(tmp_path))})
-    layers = sampler.model.language_model.model.layers  # plain layers: none is gathered as a whole, as with ZeRO 3
+    # plain layers: none is gathered as a whole, as with ZeRO 3
+    layers = sampler.model.language_model.model.layers
     lockstep = Lockstep(sampler.engine, sampler.model, lambda: None)
     with lockstep.watching():
         fail_once(sampler, torch.OutOfMemoryError("inside"))
         with pytest.raises(torch.OutOfMemoryError, match="inside"):
             lockstep.attempt(lambda: sampler._ask(sampler.prompts[0]))
-    assert not any(layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer) for layer in layers)
+    assert not any(
+        layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer) for layer in layers
+    )
     with lockstep.watching():
         assert isinstance(lockstep.attempt(lambda: 1 / 0), ZeroDivisionError)
         assert lockstep.attempt(lambda: sampler._ask(sampler.prompts[0])) is None
 
 
 def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
-    """Both engines, one after the other: samples, a training step, samples again; then what goes wrong on one process alone."""
+    """Both engines, one after the other: samples, a training step, samples again; then what goes wrong on one
+    process alone."""
     become_rank(rank, world, port)
     heard: dict[str, Any] = {}
     for name in ("ddp", "fsdp2"):
@@ -85,7 +90,8 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
         except Stopped:
             heard[name].append("stopped")
         assert all(module.training for module in trainer.model.modules())
-        trainer.train_step([row_of(trainer, [rank + 3])], 1e-3)  # after all that the training still works, and is right
+        # after all that the training still works, and is right
+        trainer.train_step([row_of(trainer, [rank + 3])], 1e-3)
         sampler.run(6, None)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(heard))
     torch.distributed.destroy_process_group()
@@ -95,9 +101,21 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
 def two(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples of two processes, and of one that trained on the same rows."""
     folder = tmp_path_factory.mktemp("two")
-    options = {"model_path": str(small_model), "train_data_path": str(records), "max_steps": 4, "device": "cpu", "num_workers": 0}
-    # Adam divides by the gradient's size: with its usual epsilon, gradients that are zero but for rounding would move weights.
-    options |= {"sample_prompts": str(write_prompts(folder)), "text_cond_dropout_prob": 0.0, "adam_epsilon": 1e-3, "hang_timeout": 60.0}
+    options = {
+        "model_path": str(small_model),
+        "train_data_path": str(records),
+        "max_steps": 4,
+        "device": "cpu",
+        "num_workers": 0,
+    }
+    # Adam divides by the gradient's size: with its usual epsilon, gradients that are zero but for rounding
+    # would move weights.
+    options |= {
+        "sample_prompts": str(write_prompts(folder)),
+        "text_cond_dropout_prob": 0.0,
+        "adam_epsilon": 1e-3,
+        "hang_timeout": 60.0,
+    }
     run_ranks(_sample_as_rank, 2, options, str(folder), seconds=300)
     trainer = built(**options | {"output_dir": str(folder / "one")})
     sampler = Sampler(trainer.config, trainer.engine, trainer.model)
@@ -122,18 +140,25 @@ def assert_same(found: Path, wanted: Path) -> None:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("step", [0, 1, 6])
 def test_two_processes_sample_what_one_does(two: Path, engine: str, step: int):
-    """Passes when texts are equal and no pixel is off by more than one level: at the start, after a step, and after failures."""
+    """Passes when texts are equal and no pixel is off by more than one level: at the start, after a step, and
+    after failures."""
     assert_same(two / engine / "samples" / f"step_{step}", two / "one" / "samples" / f"step_{step}")
 
 
 def test_rank_0_decides_where_processes_share_a_model(two: Path):
-    """Passes when a process that would choose other tokens throughout neither hangs the others nor changes a word."""
+    """Passes when a process that would choose other tokens throughout neither hangs the others nor changes a
+    word."""
     assert_same(two / "fsdp2" / "samples" / "step_2", two / "one" / "samples" / "step_1")
 
 
-@pytest.mark.parametrize(("engine", "inside", "outside"), [("ddp", [1], [1, 3]), ("fsdp2", [0], [0, 1, 2, 3])])
-def test_a_failure_on_one_process_costs_its_prompts_alone(two: Path, engine: str, inside: list[int], outside: list[int]):
-    """Passes when the prompts that the failing process had a part in are marked, and the others are as ever."""
+@pytest.mark.parametrize(
+    ("engine", "inside", "outside"), [("ddp", [1], [1, 3]), ("fsdp2", [0], [0, 1, 2, 3])]
+)
+def test_a_failure_on_one_process_costs_its_prompts_alone(
+    two: Path, engine: str, inside: list[int], outside: list[int]
+):
+    """Passes when the prompts that the failing process had a part in are marked, and the others are as
+    ever."""
     wanted = json.loads((two / engine / "samples" / "step_1" / "index.json").read_text("utf-8"))
     for step, failed in ((3, inside), (4, outside)):
         found = json.loads((two / engine / "samples" / f"step_{step}" / "index.json").read_text("utf-8"))
@@ -144,6 +169,11 @@ def test_a_failure_on_one_process_costs_its_prompts_alone(two: Path, engine: str
 def test_stopped_on_one_process_stops_the_samples_on_all(two: Path):
     """Passes when both processes raised Stopped, in a layer too, and no folder of that step stays."""
     for rank in range(2):
-        assert json.loads((two / f"{rank}.json").read_text()) == {"ddp": ["stopped"] * 2, "fsdp2": ["stopped"] * 2}
+        assert json.loads((two / f"{rank}.json").read_text()) == {
+            "ddp": ["stopped"] * 2,
+            "fsdp2": ["stopped"] * 2,
+        }
     for engine in ("ddp", "fsdp2"):
-        assert sorted(path.name for path in (two / engine / "samples").iterdir()) == [f"step_{n}" for n in (0, 1, 2, 3, 4, 6)]
+        assert sorted(path.name for path in (two / engine / "samples").iterdir()) == [
+            f"step_{n}" for n in (0, 1, 2, 3, 4, 6)
+        ]

@@ -1,4 +1,5 @@
-"""Training on several sources with full rows: what the recipe says is what is met, and a resumed run goes on to the bit."""
+"""Training on several sources with full rows: what the recipe says is what is met, and a resumed run goes on
+to the bit."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from unigen.training.trainer import UnifiedTrainer
 
 @pytest.fixture
 def sources(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Drawings, each once an epoch, and questions that repeat at a third of their rate; rows of 160 tokens."""
+    """Drawings, each once an epoch, and questions that repeat at a third of their rate; rows of 160
+    tokens."""
     folder = tmp_path / "data"
     folder.mkdir()
     names = [draw_picture(folder / f"{i}.png", i, 64, 64) for i in range(4)]
@@ -26,18 +28,34 @@ def sources(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     questions = [text(f"What is {i}?", "A number. " * (1 + i % 3)) for i in range(5)]
     entries = [
         {"path": str(write_jsonl(folder / "drawings.jsonl", drawings)), "weight": 3, "max_image_tokens": 4},
-        {"path": str(write_jsonl(folder / "questions.jsonl", questions)), "name": "questions", "weight": 1, "repeat": True},
+        {
+            "path": str(write_jsonl(folder / "questions.jsonl", questions)),
+            "name": "questions",
+            "weight": 1,
+            "repeat": True,
+        },
     ]
-    changed = {"train_data_path": None, "train_sources": entries, "max_num_tokens": 160, "max_steps": 8, "save_steps": 2}
+    changed = {
+        "train_data_path": None,
+        "train_sources": entries,
+        "max_num_tokens": 160,
+        "max_steps": 8,
+        "save_steps": 2,
+    }
     return options | changed | {"gradient_accumulation_steps": 2, "logging_steps": 1}
 
 
-def test_a_resumed_run_with_waiting_samples_is_the_uninterrupted_one_to_the_bit(sources: dict[str, Any], tmp_path: Path):
+def test_a_resumed_run_with_waiting_samples_is_the_uninterrupted_one_to_the_bit(
+    sources: dict[str, Any], tmp_path: Path
+):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(sources | {"output_dir": str(whole)})
     state = json.loads((whole / "step_2" / "trainer.json").read_text())
     assert state["waiting"], "samples wait for a row at this place"
-    train(sources | {"output_dir": str(parted), "resume_from_checkpoint": str(whole / "step_2"), "num_workers": 2})
+    train(
+        sources
+        | {"output_dir": str(parted), "resume_from_checkpoint": str(whole / "step_2"), "num_workers": 2}
+    )
     assert timeless(parted) == timeless(whole)[2:]
     for name in ("ema.safetensors", "optimizer.safetensors"):
         assert (parted / "step_8" / name).read_bytes() == (whole / "step_8" / name).read_bytes()
@@ -52,7 +70,12 @@ def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(source
     stream = built(**sources).stream
     steps = stream.steps_in(0, 2)
     share = built(**sources).share
-    met = Counter(record for rows in load_rows(stream, share, Place(), limit=steps) for row in rows for record in row.records)
+    met = Counter(
+        record
+        for rows in load_rows(stream, share, Place(), limit=steps)
+        for row in rows
+        for record in row.records
+    )
     assert [met[i] for i in range(24)] == [1] * 24
     assert sum(met[i] for i in range(24, 29)) == 8 and max(met[i] for i in range(24, 29)) <= 2
 

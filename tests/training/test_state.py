@@ -52,7 +52,10 @@ def as_published(value: Tensor) -> Tensor:
 def source(tmp_path: Path) -> dict[str, Stored]:
     """The checkpoint a run begins with: frozen parts in bfloat16, and tensors of a part that is left out."""
     net = Net()
-    tensors = {name: as_published(p) if name.startswith("frozen") else p.detach().clone() for name, p in net.named_parameters()}
+    tensors = {
+        name: as_published(p) if name.startswith("frozen") else p.detach().clone()
+        for name, p in net.named_parameters()
+    }
     tensors |= {"vit.left_out": torch.randn(5).half(), "vit.ids": torch.arange(3)}
     save_file(tensors, tmp_path / "source.safetensors")
     return scan_safetensors(tmp_path / "source.safetensors")
@@ -61,7 +64,13 @@ def source(tmp_path: Path) -> dict[str, Stored]:
 class Run:
     """A run of one process, or one of several."""
 
-    def __init__(self, source: dict[str, Stored], decay: float | None = 0.9, resumed: Path | None = None, engine: Engine | None = None):
+    def __init__(
+        self,
+        source: dict[str, Stored],
+        decay: float | None = 0.9,
+        resumed: Path | None = None,
+        engine: Engine | None = None,
+    ):
         self.engine = engine or Engine(CONFIG)
         net = Net()
         weights = scan_weights(resumed, raw=True) if resumed else source
@@ -99,7 +108,10 @@ class Run:
                 found[f"average.{shard.name}"] = self.ema.average(shard.name).clone()
             if shard.trains and (moments := self.engine.moments(shard)):
                 found |= {f"step.{shard.name}": torch.tensor(moments[0])}
-                found |= {f"exp_avg.{shard.name}": moments[1].clone(), f"exp_avg_sq.{shard.name}": moments[2].clone()}
+                found |= {
+                    f"exp_avg.{shard.name}": moments[1].clone(),
+                    f"exp_avg_sq.{shard.name}": moments[2].clone(),
+                }
         return found
 
 
@@ -121,28 +133,38 @@ def written(run: Run, weights_only: bool = False) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_every_tensor_is_written_once_and_the_model_is_whole(source: dict[str, Stored], decay: float | None, weights_only: bool):
-    """``ema`` holds all the source does; ``model`` what trains where there is an average; ``optimizer`` two moments and a step count."""
+def test_every_tensor_is_written_once_and_the_model_is_whole(
+    source: dict[str, Stored], decay: float | None, weights_only: bool
+):
+    """``ema`` holds all the source does; ``model`` what trains where there is an average; ``optimizer`` two
+    moments and a step count."""
     groups = written(Run(source, decay).train(range(2)), weights_only)
-    assert groups.keys() == {"ema"} | ({"model"} if decay and not weights_only else set()) | (set() if weights_only else {"optimizer"})
+    assert groups.keys() == {"ema"} | ({"model"} if decay and not weights_only else set()) | (
+        set() if weights_only else {"optimizer"}
+    )
     assert sorted(groups["ema"]) == sorted(source)
     if decay and not weights_only:
         assert sorted(groups["model"]) == sorted(TRAINED)
     if not weights_only:
         used = [name for name in TRAINED if name != "rare"]
-        wanted = [f"step.{name}" for name in TRAINED] + [f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in used]
+        wanted = [f"step.{name}" for name in TRAINED] + [
+            f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in used
+        ]
         assert sorted(groups["optimizer"]) == sorted(wanted)
 
 
 def test_copies_keep_the_bytes_of_the_source(source: dict[str, Stored], tmp_path: Path):
-    """What does not train, and what was left out of the model: in the source's dtype, though the model holds float32."""
+    """What does not train, and what was left out of the model: in the source's dtype, though the model holds
+    float32."""
     run = Run(source).train(range(2))
     folder = run.save(tmp_path, 2)
     verify_checkpoint(folder)
     saved, before = load_file(folder / "ema.safetensors"), load_file(tmp_path / "source.safetensors")
     for name, value in before.items():
         if name in TRAINED:
-            assert saved[name].dtype == torch.float32 and (name == "rare" or not torch.equal(saved[name], value))
+            assert saved[name].dtype == torch.float32 and (
+                name == "rare" or not torch.equal(saved[name], value)
+            )
         else:
             assert saved[name].dtype == value.dtype and torch.equal(saved[name], value), name
     assert torch.equal(saved["first.weight"].view(-1), run.held()["average.first.weight"])
@@ -151,23 +173,31 @@ def test_copies_keep_the_bytes_of_the_source(source: dict[str, Stored], tmp_path
     assert load_file(folder / "optimizer.safetensors")["step.rare"].tolist() == 0.0
 
 
-def test_a_frozen_table_of_another_size_or_that_the_source_lacks_is_written_from_the_model(source: dict[str, Stored], tmp_path: Path):
+def test_a_frozen_table_of_another_size_or_that_the_source_lacks_is_written_from_the_model(
+    source: dict[str, Stored], tmp_path: Path
+):
     rest = {name: stored for name, stored in source.items() if name != "frozen.bias"}
     save_file({"frozen.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     run = Run(source)
-    run.state = RunState(run.engine, run.ema, rest | scan_safetensors(tmp_path / "other.safetensors"), resumed=False)
+    run.state = RunState(
+        run.engine, run.ema, rest | scan_safetensors(tmp_path / "other.safetensors"), resumed=False
+    )
     saved = load_file(run.save(tmp_path, 1) / "ema.safetensors")
     for name in ("weight", "bias"):
         assert torch.equal(saved[f"frozen.{name}"], getattr(run.net.frozen, name))
 
 
-def test_a_new_run_does_not_read_the_frozen_weights_again(source: dict[str, Stored], monkeypatch: pytest.MonkeyPatch):
+def test_a_new_run_does_not_read_the_frozen_weights_again(
+    source: dict[str, Stored], monkeypatch: pytest.MonkeyPatch
+):
     """They came from the source; comparing would read the whole checkpoint a second time."""
     monkeypatch.setattr(state, "_equal", lambda *_: pytest.fail("compared"))
     assert len(written(Run(source))["ema"]) == len(source)
 
 
-def test_a_changed_frozen_weight_of_a_resumed_run_is_written_from_the_model(source: dict[str, Stored], tmp_path: Path):
+def test_a_changed_frozen_weight_of_a_resumed_run_is_written_from_the_model(
+    source: dict[str, Stored], tmp_path: Path
+):
     """As trained by an earlier leg of the run; the others keep the source's bytes."""
     folder = Run(source).train(range(1)).save(tmp_path, 1)
     tensors = load_file(folder / "ema.safetensors")
@@ -175,19 +205,27 @@ def test_a_changed_frozen_weight_of_a_resumed_run_is_written_from_the_model(sour
     save_file(tensors, folder / "ema.safetensors")
     resumed = Run(source, resumed=folder)
     saved = load_file(resumed.save(tmp_path, 2) / "ema.safetensors")
-    assert saved["frozen.bias"].dtype == torch.float32 and torch.equal(saved["frozen.bias"], tensors["frozen.bias"])
+    assert saved["frozen.bias"].dtype == torch.float32 and torch.equal(
+        saved["frozen.bias"], tensors["frozen.bias"]
+    )
     assert saved["frozen.weight"].dtype == torch.bfloat16 and saved["vit.left_out"].dtype == torch.float16
 
 
 def test_frozen_weights_held_in_half_precision_are_compared_in_it(source: dict[str, Stored], tmp_path: Path):
-    """The source in float32, the model in bfloat16: equal after rounding is equal, and the source's bytes stay."""
-    save_file({name: torch.randn(4, 4) if name == "frozen.weight" else s.read() for name, s in source.items()}, tmp_path / "b.safetensors")
+    """The source in float32, the model in bfloat16: equal after rounding is equal, and the source's bytes
+    stay."""
+    save_file(
+        {name: torch.randn(4, 4) if name == "frozen.weight" else s.read() for name, s in source.items()},
+        tmp_path / "b.safetensors",
+    )
     wide = scan_safetensors(tmp_path / "b.safetensors")
     run = Run(wide)
     run.net.frozen.bfloat16()
     run.state = RunState(run.engine, run.ema, wide, resumed=True)
     saved = load_file(run.save(tmp_path, 1) / "ema.safetensors")
-    assert saved["frozen.weight"].dtype == torch.float32 and torch.equal(saved["frozen.weight"], wide["frozen.weight"].read())
+    assert saved["frozen.weight"].dtype == torch.float32 and torch.equal(
+        saved["frozen.weight"], wide["frozen.weight"].read()
+    )
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -195,7 +233,8 @@ def test_frozen_weights_held_in_half_precision_are_compared_in_it(source: dict[s
 def test_the_bytes_foretold_are_those_written_but_for_headers(
     source: dict[str, Stored], tmp_path: Path, decay: float | None, weights_only: bool
 ):
-    """Before the first step, when there are no moments yet; all of them are there in the end, and step counts are 4 bytes each."""
+    """Before the first step, when there are no moments yet; all of them are there in the end, and step counts
+    are 4 bytes each."""
     run = Run(source, decay)
     foretold = run.state.nbytes(weights_only)
     run.net.forward = lambda x: Net.forward(run.net, x) + 0 * run.net.rare.sum()  # type: ignore[method-assign]
@@ -211,7 +250,9 @@ def test_the_bytes_foretold_are_those_written_but_for_headers(
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_five_steps_saved_restored_and_five_more_equal_ten_bit_for_bit(source: dict[str, Stored], tmp_path: Path, decay: float | None):
+def test_five_steps_saved_restored_and_five_more_equal_ten_bit_for_bit(
+    source: dict[str, Stored], tmp_path: Path, decay: float | None
+):
     straight = Run(source, decay).train(range(10))
     first = Run(source, decay).train(range(5))
     folder = first.save(tmp_path, 5)
@@ -222,7 +263,9 @@ def test_five_steps_saved_restored_and_five_more_equal_ten_bit_for_bit(source: d
     straight.save(tmp_path, 10)
     for name in names(tmp_path / "step_10"):
         if name != "manifest.json":
-            assert (tmp_path / "step_10" / name).read_bytes() == (tmp_path / "other" / "step_10" / name).read_bytes(), name
+            assert (tmp_path / "step_10" / name).read_bytes() == (
+                tmp_path / "other" / "step_10" / name
+            ).read_bytes(), name
 
 
 def test_a_run_that_was_saved_before_its_first_step_goes_on(source: dict[str, Stored], tmp_path: Path):
@@ -231,8 +274,11 @@ def test_a_run_that_was_saved_before_its_first_step_goes_on(source: dict[str, St
     assert_same(Run(source, resumed=folder).train(range(3)).held(), Run(source).train(range(3)).held())
 
 
-def test_an_average_that_begins_or_ends_with_the_resumed_leg(source: dict[str, Stored], tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Without one in the checkpoint it starts from the weights, with a warning; and a run without goes on from the raw weights."""
+def test_an_average_that_begins_or_ends_with_the_resumed_leg(
+    source: dict[str, Stored], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Without one in the checkpoint it starts from the weights, with a warning; and a run without goes on
+    from the raw weights."""
     plain = Run(source, None).train(range(3))
     with caplog.at_level(logging.WARNING):
         averaged = Run(source, 0.9, resumed=plain.save(tmp_path / "plain", 3))
@@ -250,12 +296,18 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no step": (lambda t: t.pop("step.first.weight"), "step.first.weight is missing"),
     "no moment": (lambda t: t.pop("exp_avg.first.weight"), "exp_avg.first.weight is missing"),
     "a stranger": (lambda t: t.update({"exp_avg.other": torch.zeros(1)}), "exp_avg.other is unexpected"),
-    "a moment without steps": (lambda t: t.update({"exp_avg.rare": torch.zeros(2, 3)}), "exp_avg.rare is unexpected"),
+    "a moment without steps": (
+        lambda t: t.update({"exp_avg.rare": torch.zeros(2, 3)}),
+        "exp_avg.rare is unexpected",
+    ),
     "another shape": (
         lambda t: t.update({"exp_avg.first.weight": torch.zeros(3, 4)}),
         "exp_avg.first.weight is torch.float32 [3, 4] instead",
     ),
-    "another dtype": (lambda t: t.update({"exp_avg_sq.first.bias": torch.zeros(4).half()}), "exp_avg_sq.first.bias is torch.float16 [4]"),
+    "another dtype": (
+        lambda t: t.update({"exp_avg_sq.first.bias": torch.zeros(4).half()}),
+        "exp_avg_sq.first.bias is torch.float16 [4]",
+    ),
     "two steps": (
         lambda t: t.update({"step.first.bias": torch.zeros(2)}),
         "step.first.bias is torch.float32 [2] instead of torch.float32 []",
@@ -269,7 +321,9 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_a_state_that_does_not_fit_is_refused_with_a_list_and_changes_nothing(source: dict[str, Stored], tmp_path: Path, misfit: str):
+def test_a_state_that_does_not_fit_is_refused_with_a_list_and_changes_nothing(
+    source: dict[str, Stored], tmp_path: Path, misfit: str
+):
     folder = Run(source).train(range(2)).save(tmp_path, 2)
     tensors = load_file(folder / "optimizer.safetensors")
     damage, says = MISFITS[misfit]
@@ -279,7 +333,11 @@ def test_a_state_that_does_not_fit_is_refused_with_a_list_and_changes_nothing(so
     before = run.held()
     with pytest.raises(CheckpointError) as caught:
         run.state.restore(folder)
-    assert says in str(caught.value) and str(folder) in str(caught.value) and "Cure: resume with the options" in str(caught.value)
+    assert (
+        says in str(caught.value)
+        and str(folder) in str(caught.value)
+        and "Cure: resume with the options" in str(caught.value)
+    )
     assert_same(run.held(), before)
 
 
@@ -288,7 +346,9 @@ def test_what_is_frozen_now_and_trained_before_is_named(source: dict[str, Stored
     run = Run(source)
     run.net.last.requires_grad_(False)
     run.engine.start()
-    with pytest.raises(CheckpointError, match=r"exp_avg\.last\.weight is unexpected; .*step\.last\.weight is unexpected"):
+    with pytest.raises(
+        CheckpointError, match=r"exp_avg\.last\.weight is unexpected; .*step\.last\.weight is unexpected"
+    ):
         RunState(run.engine, None, source, resumed=True).restore(folder)
 
 
@@ -307,7 +367,11 @@ class Pieces(Engine):
 
     def moments(self, shard: Shard) -> tuple[float, Tensor, Tensor] | None:
         step, *whole = super().moments(shard) or (None,)
-        return None if step is None else (step, *(m[shard.start : shard.start + len(shard.value)] for m in whole))
+        return (
+            None
+            if step is None
+            else (step, *(m[shard.start : shard.start + len(shard.value)] for m in whole))
+        )
 
 
 def seat(kind: type[Engine], rank: int, channel: Channel) -> Engine:
@@ -321,7 +385,8 @@ def seat(kind: type[Engine], rank: int, channel: Channel) -> Engine:
 def test_processes_write_each_element_once_and_one_goes_on_from_it(
     source: dict[str, Stored], tmp_path: Path, kind: type[Engine], world: int
 ):
-    """Whole tensors dealt out, or pieces of each: put together they are what one process would have written."""
+    """Whole tensors dealt out, or pieces of each: put together they are what one process would have
+    written."""
 
     def work(rank: int, channel: Channel) -> Any:
         run = Run(source, engine=seat(kind, rank, channel)).train(range(3))
@@ -349,8 +414,11 @@ def test_processes_write_each_element_once_and_one_goes_on_from_it(
     assert_same(Run(source, resumed=folder).held(), one.held())
 
 
-def test_a_frozen_weight_that_changed_on_one_process_is_written_by_all(source: dict[str, Stored], tmp_path: Path):
-    """Only the holder of the changed element sees it; every process must write its piece then, and no one a copy."""
+def test_a_frozen_weight_that_changed_on_one_process_is_written_by_all(
+    source: dict[str, Stored], tmp_path: Path
+):
+    """Only the holder of the changed element sees it; every process must write its piece then, and no one a
+    copy."""
 
     def work(rank: int, channel: Channel) -> Any:
         run = Run(source, engine=seat(Pieces, rank, channel))

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGINT in any phase, to one process or to all: the last finished step is saved, the exit code says so, and the run goes
-on as if nothing had been."""
+"""SIGTERM and SIGINT in any phase, to one process or to all: the last finished step is saved, the exit code
+says so, and the run goes on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ PHASES = {
 
 
 def _train_as_rank(
-    rank: int, world: int, port: int, options: dict[str, Any], when: tuple[str, int] | None, who: list[int], log: str
+    rank: int,
+    world: int,
+    port: int,
+    options: dict[str, Any],
+    when: tuple[str, int] | None,
+    who: list[int],
+    log: str,
 ) -> None:
     """One process; those of ``who`` get a signal as they enter the phase ``when``."""
     become_rank(rank, world, port, log)
@@ -67,11 +73,20 @@ def _train_as_rank(
     os._exit(EXIT_STOPPED if trainer.stopped else 0)
 
 
-def run(options: dict[str, Any], log: Path, world: int = 2, when: tuple[str, int] | None = None, who: tuple[int, ...] = ()) -> list[int]:
+def run(
+    options: dict[str, Any],
+    log: Path,
+    world: int = 2,
+    when: tuple[str, int] | None = None,
+    who: tuple[int, ...] = (),
+) -> list[int]:
     """The exit codes; processes that wait for one that has gone are ended, as torchrun does it."""
     ctx = context()
     port = free_port()
-    processes = [ctx.Process(target=_train_as_rank, args=(r, world, port, options, when, list(who), str(log))) for r in range(world)]
+    processes = [
+        ctx.Process(target=_train_as_rank, args=(r, world, port, options, when, list(who), str(log)))
+        for r in range(world)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 120
@@ -95,8 +110,10 @@ def whole(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFac
     """Six steps on two processes that nobody stops."""
     folder = tmp_path_factory.mktemp("stopping")
     options = {
-        "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records), "max_steps": 6, "eval_steps": 2,
-        "save_steps": 4, "learning_rate": 1e-3, "device": "cpu", "num_workers": 0, "sample_prompts": ["Say two"], "sample_steps": 4,
+        "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records),
+        "max_steps": 6, "eval_steps": 2,
+        "save_steps": 4, "learning_rate": 1e-3, "device": "cpu", "num_workers": 0,
+        "sample_prompts": ["Say two"], "sample_steps": 4,
         "output_dir": str(folder / "whole"),
     }  # fmt: skip
     assert run(options, folder / "log") == [0, 0], (folder / "log.0.log").read_text()[-3000:]
@@ -105,9 +122,11 @@ def whole(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_to_one_process_in_any_phase_saves_the_last_finished_step(phase: str, whole: dict[str, Any], tmp_path: Path):
-    """Rank 1 alone is told to stop. All end with the documented code, the last finished step is there and no other that is not due, and
-    the stitched log is that of a run nobody stopped."""
+def test_a_signal_to_one_process_in_any_phase_saves_the_last_finished_step(
+    phase: str, whole: dict[str, Any], tmp_path: Path
+):
+    """Rank 1 alone is told to stop. All end with the documented code, the last finished step is there and no
+    other that is not due, and the stitched log is that of a run nobody stopped."""
     done, saved = PHASES[phase]
     options = whole | {"output_dir": str(tmp_path / "run")}
     codes = run(options, tmp_path / "log", when=(phase, done), who=(1,))
@@ -120,7 +139,9 @@ def test_a_signal_to_one_process_in_any_phase_saves_the_last_finished_step(phase
         assert codes == [EXIT_STOPPED] * 2, (codes, printed[-3000:])
         assert found == {f"step_{saved}"} | ({"step_4"} if saved > 4 else set())
         assert "goes on from here with --resume_from_checkpoint auto" in printed
-    assert run(options | {"resume_from_checkpoint": "auto"}, tmp_path / "again") == [0, 0], (tmp_path / "again.0.log").read_text()[-3000:]
+    assert run(options | {"resume_from_checkpoint": "auto"}, tmp_path / "again") == [0, 0], (
+        tmp_path / "again.0.log"
+    ).read_text()[-3000:]
     assert timeless(tmp_path / "run") == timeless(whole["output_dir"])
     for name in ("samples/step_4/index.json",):
         assert (tmp_path / "run" / name).read_bytes() == (Path(whole["output_dir"]) / name).read_bytes()
@@ -140,7 +161,12 @@ def _popen(options: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     argv = [sys.executable, "train_unified_generation.py", *given, *flags]
     return subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        argv,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -152,11 +178,14 @@ def _await(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
-    """The guide's script itself, two data workers, SIGTERM to the whole process group as SLURM and Kubernetes send it."""
+    """The guide's script itself, two data workers, SIGTERM to the whole process group as SLURM and Kubernetes
+    send it."""
     options |= {"max_steps": 400, "save_steps": 5, "num_workers": 2}
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     argv = [sys.executable, "train_unified_generation.py", *given]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     run_folder = Path(options["output_dir"])
     _await(run_folder / "step_5", process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -165,7 +194,9 @@ def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
     assert "Traceback" not in printed and "Stopped by a signal" in printed
     steps = sorted(int(path.name.removeprefix("step_")) for path in run_folder.glob("step_*"))
     assert steps[-1] == metrics(run_folder)[-1]["step"], "the last finished step is saved"
-    trainer = UnifiedTrainer(Config(**options | {"max_steps": steps[-1] + 2, "resume_from_checkpoint": "auto", "num_workers": 0}))
+    trainer = UnifiedTrainer(
+        Config(**options | {"max_steps": steps[-1] + 2, "resume_from_checkpoint": "auto", "num_workers": 0})
+    )
     trainer.train()
     assert [line["step"] for line in metrics(run_folder)] == list(range(1, steps[-1] + 3))
 
@@ -173,9 +204,9 @@ def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
 def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_path: Path):
     """The first comes while a step takes for ever; 1.2 s later the second one does not wait for it."""
     code = (
-        "import sys, time; from unigen.training.trainer import UnifiedTrainer as T; from unigen.config import Config; import json\n"
-        "T.train_step = lambda *_: (print('in the step', flush=True), time.sleep(600))\n"
-        "T(Config(**json.loads(sys.argv[1]))).train()"
+        "import sys, time; from unigen.training.trainer import UnifiedTrainer as T; from unigen.config import"
+        " Config; import json\nT.train_step = lambda *_: (print('in the step', flush=True),"
+        " time.sleep(600))\nT(Config(**json.loads(sys.argv[1]))).train()"
     )
     argv = [sys.executable, "-c", code, json.dumps(options)]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -214,16 +245,29 @@ def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], whe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "function"), [("forward/backward", "hang_at_the_third"), ("data", "hang_before_the_third")])
-def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str, Any], tmp_path: Path, where: str, function: str):
-    """Rank 1 sleeps in step 3, or waits for its rows; rank 0 waits for it in a collective. Both end within the time-out and some seconds.
-    Where rank 0 only waits, both name rank 1; inside of a step the stacks tell."""
+@pytest.mark.parametrize(
+    ("where", "function"), [("forward/backward", "hang_at_the_third"), ("data", "hang_before_the_third")]
+)
+def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(
+    whole: dict[str, Any], tmp_path: Path, where: str, function: str
+):
+    """Rank 1 sleeps in step 3, or waits for its rows; rank 0 waits for it in a collective. Both end within
+    the time-out and some seconds. Where rank 0 only waits, both name rank 1; inside of a step the stacks
+    tell."""
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     options = whole | {"output_dir": str(tmp_path / "run"), "hang_timeout": 12.0}
-    options.pop("sample_prompts"), options.pop("sample_steps"), options.pop("val_data_path"), options.pop("eval_steps")
+    (
+        options.pop("sample_prompts"),
+        options.pop("sample_steps"),
+        options.pop("val_data_path"),
+        options.pop("eval_steps"),
+    )
     ctx = context()
     port = free_port()
-    processes = [ctx.Process(target=_hang_as_rank, args=(r, 2, port, options, where, str(tmp_path / "log"))) for r in range(2)]
+    processes = [
+        ctx.Process(target=_hang_as_rank, args=(r, 2, port, options, where, str(tmp_path / "log")))
+        for r in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -236,5 +280,6 @@ def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str,
     if where == "data":
         for text in printed:
             assert (
-                "unigen: rank 1 hangs: step 2, phase data, for" in text and "unigen: rank 0: step 2, phase waiting for the others" in text
+                "unigen: rank 1 hangs: step 2, phase data, for" in text
+                and "unigen: rank 0: step 2, phase waiting for the others" in text
             )

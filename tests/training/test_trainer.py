@@ -52,7 +52,9 @@ def assert_same_checkpoint(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_losses_of_one_that_is_not(options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     torch._dynamo.reset()
     runs = {}
     for compile in ("off", "on"):
@@ -62,15 +64,35 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(options: dict[str, Any
         assert read_states(run / "step_2")["training_config"]["compile"] == compile
     assert runs["on"] == pytest.approx(runs["off"], rel=1e-5)
     caplog.clear()
-    train(**options | {"output_dir": str(tmp_path / "on"), "resume_from_checkpoint": "auto", "max_steps": 3, "compile": "off"})
+    train(
+        **options
+        | {
+            "output_dir": str(tmp_path / "on"),
+            "resume_from_checkpoint": "auto",
+            "max_steps": 3,
+            "compile": "off",
+        }
+    )
     assert "--compile on" in caplog.text
 
 
-def test_a_run_logs_every_step_and_saves_what_the_model_loader_reads(options: dict[str, Any], small_model: Path):
+def test_a_run_logs_every_step_and_saves_what_the_model_loader_reads(
+    options: dict[str, Any], small_model: Path
+):
     last = train(**options, batch_size=3, max_num_tokens=None)
     run = Path(options["output_dir"])
     first, second = metrics(run)
-    names = {"step", "loss", "text_loss", "image_loss", "grad_norm", "learning_rate", "epoch", "text_tokens", "image_tokens"}
+    names = {
+        "step",
+        "loss",
+        "text_loss",
+        "image_loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "text_tokens",
+        "image_tokens",
+    }
     names |= {"time", "tokens_per_second", "data_wait"}
     assert first.keys() == second.keys() == names
     assert (first["epoch"], second["epoch"]) == (3 / 7, 6 / 7)
@@ -88,7 +110,15 @@ def test_the_loss_falls_on_one_record(options: dict[str, Any], records: Path, tm
         shutil.copy(records.parent / name, tmp_path)
     one = tmp_path / "one.jsonl"
     one.write_text(records.read_text().splitlines()[4] + "\n")
-    train(**options | {"train_data_path": str(one), "max_steps": 15, "learning_rate": 3e-3, "lr_scheduler_type": "constant"})
+    train(
+        **options
+        | {
+            "train_data_path": str(one),
+            "max_steps": 15,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "constant",
+        }
+    )
     losses = [line["loss"] for line in metrics(options["output_dir"])]
     assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
 
@@ -109,12 +139,23 @@ def test_how_many_steps_a_run_has(options: dict[str, Any], given: dict[str, int]
 
 
 def test_the_learning_rate_follows_the_schedule_over_optimiser_steps(options: dict[str, Any]):
-    options |= {"max_steps": None, "num_epochs": 2, "gradient_accumulation_steps": 2, "warmup_ratio": 0.25, "lr_scheduler_type": "linear"}
+    options |= {
+        "max_steps": None,
+        "num_epochs": 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_ratio": 0.25,
+        "lr_scheduler_type": "linear",
+    }
     train(**options)
     assert [line["learning_rate"] for line in metrics(options["output_dir"])] == [
         learning_rate_at(i, 8, Config(**options)) for i in range(8)
     ]
-    assert [round(line["learning_rate"] * 1e3, 6) for line in metrics(options["output_dir"])][:4] == [0.5, 1.0, 1.0, 0.833333]
+    assert [round(line["learning_rate"] * 1e3, 6) for line in metrics(options["output_dir"])][:4] == [
+        0.5,
+        1.0,
+        1.0,
+        0.833333,
+    ]
 
 
 def test_num_workers_change_nothing(options: dict[str, Any], tmp_path: Path):
@@ -122,13 +163,18 @@ def test_num_workers_change_nothing(options: dict[str, Any], tmp_path: Path):
     train(**options | {"gradient_accumulation_steps": 2})
     for workers in (2, 4):
         folder = tmp_path / f"workers-{workers}"
-        train(**options | {"gradient_accumulation_steps": 2, "num_workers": workers, "output_dir": str(folder)})
+        train(
+            **options | {"gradient_accumulation_steps": 2, "num_workers": workers, "output_dir": str(folder)}
+        )
         assert timeless(folder) == timeless(options["output_dir"])
         assert_same_checkpoint(folder / "step_2", Path(options["output_dir"]) / "step_2")
 
 
-def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_last_window(options: dict[str, Any], tmp_path: Path):
-    """Seven rows in steps of 1, 2, 4, 8: targets and summed losses of the epoch are the same, and the last step takes what is left."""
+def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_last_window(
+    options: dict[str, Any], tmp_path: Path
+):
+    """Seven rows in steps of 1, 2, 4, 8: targets and summed losses of the epoch are the same, and the last
+    step takes what is left."""
     options |= {"num_epochs": 1, "max_steps": None, "learning_rate": 0.0}
     seen = []
     for rows in (1, 2, 4, 8):
@@ -136,7 +182,10 @@ def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_las
         logged = metrics(tmp_path / str(rows))
         assert len(logged) == -(-7 // rows) and logged[-1]["epoch"] == 1.0
         tokens = [sum(line[f"{kind}_tokens"] for line in logged) for kind in ("text", "image")]
-        sums = [sum(line.get(f"{kind}_loss", 0.0) * line[f"{kind}_tokens"] for line in logged) for kind in ("text", "image")]
+        sums = [
+            sum(line.get(f"{kind}_loss", 0.0) * line[f"{kind}_tokens"] for line in logged)
+            for kind in ("text", "image")
+        ]
         seen.append((tokens, sums))
     for tokens, sums in seen[1:]:
         assert tokens == seen[0][0] and sums == pytest.approx(seen[0][1], rel=1e-6)
@@ -144,7 +193,8 @@ def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_las
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(options: dict[str, Any], tmp_path: Path, precision: str):
-    """Two steps, finite, near those of float32; the weights stay float32; and the scale of fp16 comes back on resume."""
+    """Two steps, finite, near those of float32; the weights stay float32; and the scale of fp16 comes back on
+    resume."""
     train(**options)
     half = options | {"output_dir": str(tmp_path / "half"), "save_steps": 1, precision: True}
     train(**half)
@@ -154,7 +204,13 @@ def test_half_precision(options: dict[str, Any], tmp_path: Path, precision: str)
     assert all(t.dtype == torch.float32 for t in saved.values())
     scale = read_states(tmp_path / "half" / "step_1")["trainer"]["scale"]
     assert scale["scale"] in ((2.0**15, 2.0**16) if precision == "fp16" else (1.0,))
-    train(**half | {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": str(tmp_path / "half" / "step_1")})
+    train(
+        **half
+        | {
+            "output_dir": str(tmp_path / "resumed"),
+            "resume_from_checkpoint": str(tmp_path / "half" / "step_1"),
+        }
+    )
     assert_same_checkpoint(tmp_path / "resumed" / "step_2", tmp_path / "half" / "step_2")
 
 
@@ -162,11 +218,16 @@ def test_half_precision(options: dict[str, Any], tmp_path: Path, precision: str)
 
 
 @pytest.fixture(scope="module", params=[None, 0.9], ids=["", "ema"])
-def whole_run(request: pytest.FixtureRequest, small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Twelve steps of two rows over seven records: three epochs, whose last steps have one row. Every step is saved."""
+def whole_run(
+    request: pytest.FixtureRequest, small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Twelve steps of two rows over seven records: three epochs, whose last steps have one row. Every step is
+    saved."""
     options = {
-        "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records), "max_steps": 12, "eval_steps": 4,
-        "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1, "save_steps": 1, "device": "cpu",
+        "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records),
+        "max_steps": 12, "eval_steps": 4,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1,
+        "save_steps": 1, "device": "cpu",
         "output_dir": str(tmp_path_factory.mktemp("whole")), "ema": request.param,
     }  # fmt: skip
     train(**options)
@@ -175,14 +236,18 @@ def whole_run(request: pytest.FixtureRequest, small_model: Path, records: Path, 
 
 @pytest.mark.parametrize("stopped", range(1, 12))
 def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp_path: Path, stopped: int):
-    """Passes when a run resumed after each of its steps, in the middle of an epoch and at its end, has the same log, and the same weights,
-    average, moments and place in every later checkpoint, as the run that was not stopped.
+    """Passes when a run resumed after each of its steps, in the middle of an epoch and at its end, has the
+    same log, and the same weights, average, moments and place in every later checkpoint, as the run that was
+    not stopped.
     """
     whole = Path(whole_run["output_dir"])
     shutil.copytree(whole / f"step_{stopped}", tmp_path / f"step_{stopped}")
     shutil.copy(whole / "metrics.jsonl", tmp_path)
     torch.manual_seed(stopped)  # whatever the program did before
-    train(**whole_run | {"output_dir": str(tmp_path), "resume_from_checkpoint": str(tmp_path / f"step_{stopped}")})
+    train(
+        **whole_run
+        | {"output_dir": str(tmp_path), "resume_from_checkpoint": str(tmp_path / f"step_{stopped}")}
+    )
     assert timeless(tmp_path) == timeless(whole) and len(timeless(tmp_path)) == 15
     assert [line["epoch"] for line in timeless(tmp_path) if "epoch" in line][3:5] == [1.0, 1 + 2 / 7]
     for step in range(stopped + 1, 13):
@@ -193,8 +258,14 @@ def test_a_killed_process_resumes_by_itself(whole_run: dict[str, Any], tmp_path:
     """kill -9 somewhere after the second step, then the same command with ``auto``."""
     if whole_run["ema"]:
         pytest.skip("once is enough")
-    options = {name: value for name, value in whole_run.items() if value is not None} | {"output_dir": str(tmp_path)}
-    argv = [sys.executable, "train_unified_generation.py", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    options = {name: value for name, value in whole_run.items() if value is not None} | {
+        "output_dir": str(tmp_path)
+    }
+    argv = [
+        sys.executable,
+        "train_unified_generation.py",
+        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
+    ]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -220,7 +291,8 @@ def test_a_checkpoint_keeps_weights_and_average_apart(whole_run: dict[str, Any])
 
 
 def test_validation_keeps_the_best_model(whole_run: dict[str, Any], tmp_path: Path):
-    """``best`` is the step with the lowest validation loss, loads as a model, and gives that very number again."""
+    """``best`` is the step with the lowest validation loss, loads as a model, and gives that very number
+    again."""
     run = Path(whole_run["output_dir"])
     found = {line["step"]: line["val_loss"] for line in metrics(run) if "val_loss" in line}
     assert list(found) == [4, 8, 12]
@@ -253,7 +325,8 @@ def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records:
 
 
 def test_a_fresh_or_older_start_never_removes_what_it_saved(whole_run: dict[str, Any], tmp_path: Path):
-    """The folder holds later steps of an earlier run; the limit must not take the checkpoint just written for an old one."""
+    """The folder holds later steps of an earlier run; the limit must not take the checkpoint just written for
+    an old one."""
     whole = Path(whole_run["output_dir"])
     for step in (2, 12):
         shutil.copytree(whole / f"step_{step}", tmp_path / f"step_{step}")
@@ -273,21 +346,43 @@ def test_validation_twice_gives_the_same_number_and_learns_nothing(options: dict
     assert len(found) == 3 and all({**line, "step": 0} == {**found[0], "step": 0} for line in found)
     assert found[0]["val_loss"] == found[0]["val_text_loss"] + found[0]["val_image_loss"]
     trainer = built(**options)
-    assert trainer.evaluate() == trainer.evaluate() == {name: value for name, value in found[0].items() if name != "step"}
+    assert (
+        trainer.evaluate()
+        == trainer.evaluate()
+        == {name: value for name, value in found[0].items() if name != "step"}
+    )
     assert trainer.model.training and all(p.grad is None for p in trainer.model.parameters())
     packed = built(**options, batch_size=4).evaluate()
     assert packed["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-5)
 
 
 def test_validation_is_once_an_epoch_by_default(options: dict[str, Any], records: Path):
-    train(**options | {"max_steps": None, "num_epochs": 2, "gradient_accumulation_steps": 4, "val_data_path": str(records)})
+    train(
+        **options
+        | {
+            "max_steps": None,
+            "num_epochs": 2,
+            "gradient_accumulation_steps": 4,
+            "val_data_path": str(records),
+        }
+    )
     assert [line["step"] for line in metrics(options["output_dir"]) if "val_loss" in line] == [2, 4]
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_best(options: dict[str, Any], records: Path):
     # The learning rate ruins the model: the first validation stays the best.
     ruin = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "warmup_steps": 0}
-    train(**options | {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "save_total_limit": 2, "val_data_path": str(records)} | ruin)
+    train(
+        **options
+        | {
+            "max_steps": 4,
+            "save_steps": 1,
+            "eval_steps": 1,
+            "save_total_limit": 2,
+            "val_data_path": str(records),
+        }
+        | ruin
+    )
     run = Path(options["output_dir"])
     assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["best", "ranks", "step_3", "step_4"]
     for folder in ("best", "step_3", "step_4"):
@@ -300,11 +395,15 @@ def test_only_the_newest_checkpoints_are_kept_and_the_best(options: dict[str, An
 
 @pytest.fixture(scope="module")
 def bfloat16_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights as they are published: training computes in float32, what does not learn must keep its two bytes."""
+    """Weights as they are published: training computes in float32, what does not learn must keep its two
+    bytes."""
     folder = tmp_path_factory.mktemp("bf16") / "model"
     shutil.copytree(small_model, folder)
     weights = load_file(folder / "ema.safetensors")
-    save_file({name: t.bfloat16() if name != "llm2vae.bias" else t for name, t in weights.items()}, folder / "ema.safetensors")
+    save_file(
+        {name: t.bfloat16() if name != "llm2vae.bias" else t for name, t in weights.items()},
+        folder / "ema.safetensors",
+    )
     return folder
 
 
@@ -333,23 +432,32 @@ def test_what_learns_and_that_the_rest_keeps_its_bytes(
     lines_ = records.read_text().splitlines()
     data = tmp_path / "data.jsonl"
     data.write_text("".join(lines_[i] + "\n" for i in wanted))
-    train(**options | {"model_path": str(bfloat16_model), "train_data_path": str(data), "batch_size": 7, "ema": 0.5} | given)
+    train(
+        **options
+        | {"model_path": str(bfloat16_model), "train_data_path": str(data), "batch_size": 7, "ema": 0.5}
+        | given
+    )
     step = Path(options["output_dir"]) / "step_2"
     before = raw(bfloat16_model / "ema.safetensors")
     for file in ("ema.safetensors", "model.safetensors"):
         after = raw(step / file)
         changed = {name for name in after if after[name] != before[name]}
-        assert after.keys() == (before.keys() if file == "ema.safetensors" else changed), "what does not train stands in ema alone"
+        assert after.keys() == (before.keys() if file == "ema.safetensors" else changed), (
+            "what does not train stands in ema alone"
+        )
         assert changed == {name for name in before if learns(name) and "pos_embed.pos_embed" not in name}
     source, saved = load_file(bfloat16_model / "ema.safetensors"), load_file(step / "ema.safetensors")
-    assert all(saved[name].dtype == (torch.float32 if name in changed else source[name].dtype) for name in saved)
+    assert all(
+        saved[name].dtype == (torch.float32 if name in changed else source[name].dtype) for name in saved
+    )
     moments = load_file(step / "optimizer.safetensors")
     assert {name.removeprefix("exp_avg.") for name in moments if name.startswith("exp_avg.")} == changed
     load_bagel(step)
 
 
 def test_freeze_und_leaves_understanding_as_it_was(options: dict[str, Any], small_model: Path):
-    """Text losses of a row are the same to the bit after the training, as text tokens see no generated weight of their own."""
+    """Text losses of a row are the same to the bit after the training, as text tokens see no generated weight
+    of their own."""
     trainer = built(**options, freeze_und=True, val_data_path=options["train_data_path"])
     before = trainer.evaluate()
     trainer.dry_batch()
@@ -363,14 +471,26 @@ def test_freeze_und_leaves_understanding_as_it_was(options: dict[str, Any], smal
 # ---- what goes wrong
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(options: dict[str, Any], small_model: Path, tmp_path: Path):
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(
+    options: dict[str, Any], small_model: Path, tmp_path: Path
+):
     """The embedding of one character is NaN, and one record uses it."""
     shutil.copytree(small_model, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "ema.safetensors")
-    weights["language_model.model.embed_tokens.weight"][json.loads((small_model / "vocab.json").read_text())["Q"]] = float("nan")
+    weights["language_model.model.embed_tokens.weight"][
+        json.loads((small_model / "vocab.json").read_text())["Q"]
+    ] = float("nan")
     save_file(weights, tmp_path / "model" / "ema.safetensors")
-    data = write_jsonl(tmp_path / "data.jsonl", [text("Say it", answer) for answer in ("Q", "two", "three", "four")])
-    options |= {"model_path": str(tmp_path / "model"), "train_data_path": str(data), "max_steps": 4, "save_steps": 1, "ema": 0.5}
+    data = write_jsonl(
+        tmp_path / "data.jsonl", [text("Say it", answer) for answer in ("Q", "two", "three", "four")]
+    )
+    options |= {
+        "model_path": str(tmp_path / "model"),
+        "train_data_path": str(data),
+        "max_steps": 4,
+        "save_steps": 1,
+        "ema": 0.5,
+    }
     train(**options)
     run = Path(options["output_dir"])
     (bad,) = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
@@ -381,13 +501,18 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(options
     assert all("skipped" not in logged[n] and logged[n]["loss"] is not None for n in logged if n != step)
     assert step > 1, "seed: the record should not come first, where there are no moments yet"
     for file in ("ema", "model", "optimizer"):
-        assert raw(run / f"step_{step}" / f"{file}.safetensors") == raw(run / f"step_{step - 1}" / f"{file}.safetensors"), file
+        assert raw(run / f"step_{step}" / f"{file}.safetensors") == raw(
+            run / f"step_{step - 1}" / f"{file}.safetensors"
+        ), file
         if step < 4:
-            assert raw(run / f"step_{step + 1}" / f"{file}.safetensors") != raw(run / f"step_{step}" / f"{file}.safetensors")
+            assert raw(run / f"step_{step + 1}" / f"{file}.safetensors") != raw(
+                run / f"step_{step}" / f"{file}.safetensors"
+            )
 
 
 def test_a_gradient_that_overflows_skips_the_step_too(options: dict[str, Any], small_model: Path):
-    """Both losses are finite; their weighted sum is beyond float32. Nothing ever moves, and no moments come to be."""
+    """Both losses are finite; their weighted sum is beyond float32. Nothing ever moves, and no moments come
+    to be."""
     train(**options, image_loss_weight=1e39, batch_size=7)
     run = Path(options["output_dir"])
     bad = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
@@ -402,36 +527,54 @@ def test_a_dry_run_trains_and_saves_nothing(options: dict[str, Any], capfd: pyte
 
 
 def test_bad_data_stops_before_training(options: dict[str, Any], tmp_path: Path):
-    bad = write_jsonl(tmp_path / "bad.jsonl", [text("a", "b"), {"text_prompt": "x", "image_path": "nowhere.png"}])
+    bad = write_jsonl(
+        tmp_path / "bad.jsonl", [text("a", "b"), {"text_prompt": "x", "image_path": "nowhere.png"}]
+    )
     with pytest.raises(BadData) as error:
         train(**options | {"train_data_path": str(bad)})
     assert f"{bad}:2" in str(error.value) and "nowhere.png" in str(error.value)
-    assert not list(Path(options["output_dir"]).glob("step_*")) and not (Path(options["output_dir"]) / "metrics.jsonl").exists()
+    assert (
+        not list(Path(options["output_dir"]).glob("step_*"))
+        and not (Path(options["output_dir"]) / "metrics.jsonl").exists()
+    )
 
 
 def test_bad_records_can_be_left_out_while_they_are_few(options: dict[str, Any], tmp_path: Path):
     good = [text(str(i), "yes") for i in range(120)]
     bad = write_jsonl(tmp_path / "bad.jsonl", [*good, {"text_prompt": "x", "image_path": "nowhere.png"}])
     train(**options | {"train_data_path": str(bad), "on_bad_record": "skip", "batch_size": 60})
-    (line,) = [json.loads(line) for line in (Path(options["output_dir"]) / "bad_records.jsonl").read_text().splitlines()]
+    (line,) = [
+        json.loads(line)
+        for line in (Path(options["output_dir"]) / "bad_records.jsonl").read_text().splitlines()
+    ]
     assert (line["file"], line["line"]) == (str(bad), 121)
     assert [line["epoch"] for line in metrics(options["output_dir"])] == [0.5, 1.0]
     with pytest.raises(BadData, match="more than the 1%"):
         train(
             **options
             | {
-                "train_data_path": str(write_jsonl(bad, [*good[:20], {"caption": "x", "image_path": "nowhere.png"}])),
+                "train_data_path": str(
+                    write_jsonl(bad, [*good[:20], {"caption": "x", "image_path": "nowhere.png"}])
+                ),
                 "on_bad_record": "skip",
             }
         )
 
 
 @pytest.mark.parametrize(("count", "on_bad_record"), [(3, "error"), (3, "skip"), (110, "skip")])
-def test_a_picture_that_breaks_during_the_run(options: dict[str, Any], tmp_path: Path, count: int, on_bad_record: str):
+def test_a_picture_that_breaks_during_the_run(
+    options: dict[str, Any], tmp_path: Path, count: int, on_bad_record: str
+):
     """One in 111 is left out and listed; one in four stops the run, and so does any with ``error``."""
     name = draw_picture(tmp_path / "a.png", 0)
-    data = write_jsonl(tmp_path / "data.jsonl", [*(text(str(i), "yes") for i in range(count)), {"text_prompt": "x", "image_path": name}])
-    trainer = built(**options | {"train_data_path": str(data), "on_bad_record": on_bad_record, "batch_size": 111, "max_steps": 1})
+    data = write_jsonl(
+        tmp_path / "data.jsonl",
+        [*(text(str(i), "yes") for i in range(count)), {"text_prompt": "x", "image_path": name}],
+    )
+    trainer = built(
+        **options
+        | {"train_data_path": str(data), "on_bad_record": on_bad_record, "batch_size": 111, "max_steps": 1}
+    )
     trainer.dry_batch()
     (tmp_path / name).write_bytes(b"no picture any more")
     run = Path(options["output_dir"])
@@ -447,7 +590,9 @@ def test_a_picture_that_breaks_during_the_run(options: dict[str, Any], tmp_path:
         assert not list(run.glob("step_*"))
 
 
-def test_a_tracker_that_fails_stops_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_tracker_that_fails_stops_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     train(**options, wandb_project="nothing")
     assert len(metrics(options["output_dir"])) == 2

@@ -1,4 +1,5 @@
-"""What memory training takes: the warm-up batch goes as far as a step does, and autocast keeps no copy of a weight."""
+"""What memory training takes: the warm-up batch goes as far as a step does, and autocast keeps no copy of a
+weight."""
 
 from __future__ import annotations
 
@@ -25,17 +26,24 @@ from unigen.training.trainer import UnifiedTrainer
 
 
 def gradients_held(trainer: UnifiedTrainer) -> int:
-    """Elements of gradients that lie in memory, in whatever way the engine keeps them between micro-batches."""
+    """Elements of gradients that lie in memory, in whatever way the engine keeps them between
+    micro-batches."""
     grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     if trainer.engine.name == "deepspeed":
         zero = trainer.engine._zero  # type: ignore[attr-defined]
         grads += [g for group in zero.averaged_gradients.values() for g in group or () if g is not None]
-        grads += [g for group in getattr(zero, "all_grad_tensors", {}).values() for g in group or () if g is not None]
+        grads += [
+            g
+            for group in getattr(zero, "all_grad_tensors", {}).values()
+            for g in group or ()
+            if g is not None
+        ]
     return sum(g.numel() for g in grads)
 
 
 def warmed_up(trainer: UnifiedTrainer) -> list[tuple[int, bool, int]]:
-    """(tokens, is the forward without gradients before it?, averages held) of every forward of the warm-up batch."""
+    """(tokens, is the forward without gradients before it?, averages held) of every forward of the warm-up
+    batch."""
     seen, forward = [], trainer.engine.forward
 
     def watched(pack: Any) -> Any:
@@ -66,7 +74,9 @@ TOGETHER = {"single": 1, "ddp fsdp2": 2, "deepspeed-1 deepspeed-2 deepspeed-3": 
 
 
 @pytest.mark.parametrize("engines", TOGETHER)
-def test_the_second_micro_batch_runs_while_the_gradients_of_the_first_are_held(options: dict[str, Any], tmp_path: Path, engines: str):
+def test_the_second_micro_batch_runs_while_the_gradients_of_the_first_are_held(
+    options: dict[str, Any], tmp_path: Path, engines: str
+):
     """Two go where a step has several on a process, however many; one where it has one."""
     if "deepspeed" in engines:
         pytest.importorskip("deepspeed")
@@ -99,18 +109,26 @@ def test_memory_that_runs_out_in_the_second_micro_batch_is_told_with_its_number(
         return forward(pack)
 
     trainer.engine.forward = full  # type: ignore[method-assign]
-    with pytest.raises(TrainingStopped, match=r"micro-batch 2 of a step.*Tried to allocate 2 GiB.*--gradient_checkpointing"):
+    with pytest.raises(
+        TrainingStopped, match=r"micro-batch 2 of a step.*Tried to allocate 2 GiB.*--gradient_checkpointing"
+    ):
         trainer.dry_batch()
 
 
 @pytest.mark.parametrize(("optimizer", "nbytes"), [("adamw", 4), ("adamw8bit", 1)])
 def test_a_gpu_s_memory_for_the_moments_is_held_until_the_optimiser_has_them(optimizer: str, nbytes: int):
     values = [torch.ones(5), torch.ones(3)]
-    shards = [SimpleNamespace(value=value, trains=trains) for value, trains in zip(values, (True, False), strict=True)]
+    shards = [
+        SimpleNamespace(value=value, trains=trains)
+        for value, trains in zip(values, (True, False), strict=True)
+    ]
 
     def place(device: str, state: dict[str, Any]) -> int:
         engine: Any = SimpleNamespace(
-            device=torch.device(device), optimizer=SimpleNamespace(state=state), config=Config(optimizer=optimizer), shards=lambda: shards
+            device=torch.device(device),
+            optimizer=SimpleNamespace(state=state),
+            config=Config(optimizer=optimizer),
+            shards=lambda: shards,
         )
         return sum(t.nbytes for t in passes._moments_to_come(engine))
 
@@ -120,7 +138,9 @@ def test_a_gpu_s_memory_for_the_moments_is_held_until_the_optimiser_has_them(opt
 
 
 @pytest.mark.gpu
-def test_both_peaks_are_told_and_the_second_is_the_higher(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
+def test_both_peaks_are_told_and_the_second_is_the_higher(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
     trainer = built(**options | {"device": "cuda"}, gradient_accumulation_steps=2)
     peaks, restart = [], passes._restart_peak
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
@@ -175,8 +195,13 @@ def living_after(trainer: UnifiedTrainer, sampling: bool) -> int:
 
 
 def test_the_training_forward_keeps_no_lowered_copy_of_a_weight_and_sampling_does(options: dict[str, Any]):
-    """With recomputed activations next to nothing in bfloat16 is left; with the cache that sampling has, every trained matrix is."""
+    """With recomputed activations next to nothing in bfloat16 is left; with the cache that sampling has,
+    every trained matrix is."""
     trainer = built(**options, precision="bf16", gradient_checkpointing=True)
-    matrices = sum(2 * p.numel() for name, p in trainer.model.named_parameters() if p.ndim == 2 and p.requires_grad and "embed" not in name)
+    matrices = sum(
+        2 * p.numel()
+        for name, p in trainer.model.named_parameters()
+        if p.ndim == 2 and p.requires_grad and "embed" not in name
+    )
     assert living_after(trainer, sampling=True) > 0.9 * matrices
     assert living_after(trainer, sampling=False) < 0.25 * matrices

@@ -19,10 +19,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
-    """States in order: running with rising steps, then finished; its checkpoint is listed; the numbers are those of its log."""
+    """States in order: running with rising steps, then finished; its checkpoint is listed; the numbers are
+    those of its log."""
     folder, log = Path(options["output_dir"]), tmp_path / "log.txt"
     words = options | {"max_steps": 12, "save_steps": 6}
-    argv = [sys.executable, "-m", "unigen", "train", *(part for name, value in words.items() for part in (f"--{name}", str(value)))]
+    argv = [
+        sys.executable,
+        "-m",
+        "unigen",
+        "train",
+        *(part for name, value in words.items() for part in (f"--{name}", str(value))),
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     seen: list[tuple[str, int]] = []
     with open(log, "w") as out:
@@ -47,7 +54,9 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
     alive = {step for name, step in seen if name == "running"}
     assert steps == sorted(steps) and len(alive) >= 3, seen
     assert judge(run).name == "finished" and run.step == run.total_steps == 12
-    assert [c.name for c in run.checkpoints if c.name != "best"] == ["step_6", "step_12"] and run.checkpoints[-1].size > 1000
+    assert [c.name for c in run.checkpoints if c.name != "best"] == ["step_6", "step_12"] and run.checkpoints[
+        -1
+    ].size > 1000
     assert run.metrics.log.n_unreadable == 0 and run.metrics.log.n_lines >= 12
     text = "\n".join(render(frame([run], View(Words("en", WORDS), 100)), 100, colour=False))
     assert "finished" in text and "100.0%" in text and "step_12" in text

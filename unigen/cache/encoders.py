@@ -1,4 +1,5 @@
-"""The frozen encoders, VAE and ViT, apart from the model: which of their answers a cache may hold, and what those depend on."""
+"""The frozen encoders, VAE and ViT, apart from the model: which of their answers a cache may hold, and what
+those depend on."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ Named = Callable[[nn.Module], Iterable[tuple[str, Tensor]]]
 
 @dataclass
 class Encoders:
-    """What a cache is worth making for: a VAE with weights, a ViT that does not learn. None where there is no such thing.
+    """What a cache is worth making for: a VAE with weights, a ViT that does not learn. None where there is no
+    such thing.
 
     ``dtype`` is what they compute in (autocast), as in training.
     """
@@ -56,7 +58,8 @@ class Encoders:
 
     @classmethod
     def load(cls, config: Config, device: torch.device, dtype: torch.dtype) -> Encoders:
-        """Those of the checkpoint ``model_path`` alone, held in the dtypes that training in ``dtype`` holds them in.
+        """Those of the checkpoint ``model_path`` alone, held in the dtypes that training in ``dtype`` holds
+        them in.
 
         Raises:
             CheckpointFolderError: the folder lacks a file, or one is damaged.
@@ -73,12 +76,16 @@ class Encoders:
                 vit = Bagel(shape).vit_model
             names = {name: f"vit_model.{name}" for name, _ in vit.named_parameters()}
             tensors = {
-                name: stored[whole].read().to(device, dtype_of(whole, config, dtype)) for name, whole in names.items() if whole in stored
+                name: stored[whole].read().to(device, dtype_of(whole, config, dtype))
+                for name, whole in names.items()
+                if whole in stored
             }
             try:
                 vit.load_state_dict(tensors, assign=True)
             except RuntimeError as error:
-                raise CheckpointFolderError(f"{folder}: the ViT's weights do not fit vit_config.json: {error}") from error
+                raise CheckpointFolderError(
+                    f"{folder}: the ViT's weights do not fit vit_config.json: {error}"
+                ) from error
             vit.requires_grad_(False).eval()
         return cls(shape, codec, vit, dtype, device)
 
@@ -87,15 +94,27 @@ class Encoders:
         return ("vae",) * (self.codec is not None) + ("vit",) * (self.vit is not None)
 
     def identity(self, name: str, whole: Named = nn.Module.named_parameters) -> Encoder | None:
-        """What the answers of ``vae`` or ``vit`` depend on, its weights digested; None where there is none to cache. ``whole`` gives the
-        ViT's parameters by name."""
+        """What the answers of ``vae`` or ``vit`` depend on, its weights digested; None where there is none to
+        cache. ``whole`` gives the ViT's parameters by name."""
         c = self.config
         if name == "vae" and self.codec is not None:
             shape = [c.vae.ch, c.vae.ch_mult, c.vae.num_res_blocks, c.vae.z_channels, c.vae.downsample]
             weights = digest_weights(self.codec.vae.encoder.state_dict().items(), shape)
         elif name == "vit" and self.vit is not None:
-            sizes = [c.vit.hidden_size, c.vit.num_hidden_layers, c.vit.num_attention_heads, c.vit.patch_size, c.vit.image_size]
-            shape = [*sizes, c.vit.layer_norm_eps, c.vit.hidden_act, c.geometry.vit_side, c.geometry.interpolate]
+            sizes = [
+                c.vit.hidden_size,
+                c.vit.num_hidden_layers,
+                c.vit.num_attention_heads,
+                c.vit.patch_size,
+                c.vit.image_size,
+            ]
+            shape = [
+                *sizes,
+                c.vit.layer_norm_eps,
+                c.vit.hidden_act,
+                c.geometry.vit_side,
+                c.geometry.interpolate,
+            ]
             weights = digest_weights(whole(self.vit), shape)
         else:
             return None
@@ -110,8 +129,9 @@ class Encoders:
 
     @torch.no_grad()
     def encode(self, seen: Seen) -> dict[str, dict[str, Tensor]]:
-        """The answers for one picture on its own, by encoder, in host memory: ``mean`` and ``std`` [C, h, w] of ``vae``,
-        ``features`` [patches, width] of ``vit``. They are what training computes, in the dtype it computes in."""
+        """The answers for one picture on its own, by encoder, in host memory: ``mean`` and ``std`` [C, h, w]
+        of ``vae``, ``features`` [patches, width] of ``vit``. They are what training computes, in the dtype it
+        computes in."""
         found: dict[str, dict[str, Tensor]] = {}
         with autocast(self.device, self.dtype, cache=False):
             if seen.pixels is not None:
@@ -147,10 +167,14 @@ def digest_weights(tensors: Iterable[tuple[str, Tensor]], shape: object) -> str:
 
 
 def open_cache(
-    cache_dir: str | Path, model: Bagel, config: Config, dtype: torch.dtype, whole: Named = nn.Module.named_parameters
+    cache_dir: str | Path,
+    model: Bagel,
+    config: Config,
+    dtype: torch.dtype,
+    whole: Named = nn.Module.named_parameters,
 ) -> FeatureCache | None:
-    """What a training run that computes in ``dtype`` looks up: posteriors of the model's VAE, features of its ViT where that
-    is frozen.
+    """What a training run that computes in ``dtype`` looks up: posteriors of the model's VAE, features of its
+    ViT where that is frozen.
 
     Returns:
         The cache for :attr:`Planner.cache`; None where this model has nothing to look up, which is logged.
@@ -161,16 +185,25 @@ def open_cache(
     store = Store.open(cache_dir)
     encoders = Encoders.of(model, config, dtype)
     if not encoders.names:
-        log.info("Cache: this model has nothing to look up (no VAE with weights, and no frozen ViT); %s is not used", cache_dir)
+        log.info(
+            "Cache: this model has nothing to look up (no VAE with weights, and no frozen ViT); %s is not"
+            " used",
+            cache_dir,
+        )
         return None
     found = {name: encoders.identity(name, whole) for name in encoders.names}
     known = [name for name, encoder in found.items() if encoder is not None and store.knows(encoder)]
     if known:
         titles = {"vae": "VAE posteriors", "vit": "features of the frozen ViT"}
-        log.info("Cache: %s of %s are used where they are there", " and ".join(titles[name] for name in known), cache_dir)
+        log.info(
+            "Cache: %s of %s are used where they are there",
+            " and ".join(titles[name] for name in known),
+            cache_dir,
+        )
     for name in found.keys() - set(known):
         log.warning(
-            "Cache: %s holds nothing of this run's %s (its weights, or the precision it computes in, are others); it is computed. "
+            "Cache: %s holds nothing of this run's %s (its weights, or the precision it computes in, are "
+            "others); it is computed. "
             "Cure: run unigen cache with the options of this run",
             cache_dir, {"vae": "VAE", "vit": "ViT"}[name],
         )  # fmt: skip

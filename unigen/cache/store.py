@@ -1,7 +1,9 @@
-"""The store of encoded pictures that ``unigen cache`` fills and training reads: files by key, whole or absent.
+"""The store of encoded pictures that ``unigen cache`` fills and training reads: files by key, whole or
+absent.
 
-A key is a digest of everything an entry depends on: the picture's bytes, what decoding and resizing make of them, the encoder's
-weights and the dtype it computes in. Change any and the key is another, so a stale entry is never found. No model lives here.
+A key is a digest of everything an entry depends on: the picture's bytes, what decoding and resizing make of
+them, the encoder's weights and the dtype it computes in. Change any and the key is another, so a stale entry
+is never found. No model lives here.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Encoder:
 
 
 def about(encoder: Encoder, picture: str, view: View) -> dict[str, str]:
-    """What an entry is of, as texts; :func:`key_of` digests them. ``picture`` is the digest of the picture's bytes."""
+    """What an entry is of, as texts; :func:`key_of` digests them. ``picture`` is the digest of the picture's
+    bytes."""
     size = view.vae if encoder.name == "vae" else view.vit
     assert size is not None, f"the {encoder.name} does not see this picture"
     return {
@@ -67,7 +70,8 @@ def about(encoder: Encoder, picture: str, view: View) -> dict[str, str]:
         "encoder": encoder.name,
         "picture": picture,
         "size": "{}x{}".format(*size),
-        "decoded": "{}x{}".format(*view.decoded),  # a JPEG may be decoded smaller where that suffices for all its uses
+        # a JPEG may be decoded smaller where that suffices for all its uses
+        "decoded": "{}x{}".format(*view.decoded),
         "pixels": str(PIXELS),
         "weights": encoder.weights,
         "dtype": encoder.dtype,
@@ -80,8 +84,8 @@ def key_of(encoder: Encoder, picture: str, view: View) -> str:
 
 
 class Store:
-    """A folder of entries, ``ab/cd/abcd....safetensors``, and of notes on the encoders they are of. Any number of processes may
-    read and write it at once."""
+    """A folder of entries, ``ab/cd/abcd....safetensors``, and of notes on the encoders they are of. Any
+    number of processes may read and write it at once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -99,11 +103,13 @@ class Store:
             found = json.loads((folder / MARKER).read_text(encoding="utf-8"))["unigen_cache"]
         except (OSError, ValueError, KeyError, TypeError):
             problem = "holds no cache of encoded pictures" if folder.is_dir() else "is not a folder"
-            raise CacheError(f"cache_dir {folder} {problem}. Cure: fill it with unigen cache, or leave cache_dir out") from None
+            raise CacheError(
+                f"cache_dir {folder} {problem}. Cure: fill it with unigen cache, or leave cache_dir out"
+            ) from None
         if found != VERSION:
             raise CacheError(
-                f"cache_dir {folder} is a cache of version {found}; this program reads version {VERSION}. Cure: fill another folder with "
-                "unigen cache"
+                f"cache_dir {folder} is a cache of version {found}; this program reads version {VERSION}."
+                " Cure: fill another folder with unigen cache"
             )
         return cls(folder)
 
@@ -122,7 +128,8 @@ class Store:
                 others = [name for name in os.listdir(folder) if MARKER not in name]
                 if others and not (folder / MARKER).exists():
                     raise CacheError(
-                        f"cache_dir {folder} holds other files ({', '.join(sorted(others)[:3])}). Cure: choose an empty or a new folder"
+                        f"cache_dir {folder} holds other files ({', '.join(sorted(others)[:3])}). Cure:"
+                        " choose an empty or a new folder"
                     )
                 _write(folder / MARKER, json.dumps({"unigen_cache": VERSION}).encode() + b"\n")
         except OSError as error:
@@ -148,7 +155,8 @@ class Store:
         return self.folder / key[:2] / key[2:4] / f"{key}.safetensors"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry in host memory; None where it is missing, or damaged (which is logged once)."""
+        """The tensors of an entry in host memory; None where it is missing, or damaged (which is logged
+        once)."""
         path = self.path(key)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -162,7 +170,11 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if key not in self._told:
                 self._told.add(key)
-                log.warning("%s is damaged (%s): it is not used; the next run of unigen cache writes it anew", path, error)
+                log.warning(
+                    "%s is damaged (%s): it is not used; the next run of unigen cache writes it anew",
+                    path,
+                    error,
+                )
             return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> int:
@@ -183,7 +195,9 @@ class Store:
     def entries(self) -> Iterator[tuple[str, int]]:
         """(key, bytes) of every entry."""
         for path in self._files():
-            if _ENTRY.fullmatch(path.name) and path.name.startswith(path.parent.parent.name + path.parent.name):
+            if _ENTRY.fullmatch(path.name) and path.name.startswith(
+                path.parent.parent.name + path.parent.name
+            ):
                 try:
                     yield path.stem, path.stat().st_size
                 except FileNotFoundError:  # another process removed it
@@ -206,8 +220,8 @@ class Store:
         free = free_bytes(self.folder)
         if needed > free:
             raise CacheError(
-                f"cache_dir {self.folder}: {needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free. "
-                "Cure: make room, choose another --cache_dir, or lower --max_image_tokens"
+                f"cache_dir {self.folder}: {needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are"
+                " free. Cure: make room, choose another --cache_dir, or lower --max_image_tokens"
             )
 
     def _files(self) -> Iterator[Path]:
@@ -224,11 +238,14 @@ class FeatureCache:
         scale, shift: those of the VAE's config: a latent is ``scale * (z - shift)``.
     """
 
-    def __init__(self, store: Store, vae: Encoder | None, vit: Encoder | None, scale: float = 1.0, shift: float = 0.0):
+    def __init__(
+        self, store: Store, vae: Encoder | None, vit: Encoder | None, scale: float = 1.0, shift: float = 0.0
+    ):
         self.store, self.vae, self.vit, self.scale, self.shift = store, vae, vit, scale, shift
 
     def posterior(self, picture: str, view: View) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation [C, h, w] of the picture's latent before normalisation; None where there is no entry."""
+        """Mean and standard deviation [C, h, w] of the picture's latent before normalisation; None where
+        there is no entry."""
         if self.vae is None:
             return None
         found = self.store.get(key_of(self.vae, picture, view))
@@ -242,14 +259,16 @@ class FeatureCache:
         return found["features"] if found is not None else None
 
     def latent(self, posterior: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
-        """The normalised latent [C, h, w] that ``noise`` draws: the codec's operations in its order, so the same bits."""
+        """The normalised latent [C, h, w] that ``noise`` draws: the codec's operations in its order, so the
+        same bits."""
         mean, std = posterior
         return self.scale * (mean + std * noise.to(mean.dtype) - self.shift)
 
 
 @dataclass
 class Tally:
-    """How many of the pictures that a run met came from the cache; one that both encoders look at counts twice."""
+    """How many of the pictures that a run met came from the cache; one that both encoders look at counts
+    twice."""
 
     ready: int = 0
     encoded: int = 0
@@ -259,7 +278,9 @@ class Tally:
 
     def __str__(self) -> str:
         share = self.ready / max(self.ready + self.encoded, 1)
-        return f"{self.ready:,} pictures found in the cache ({share:.1%}), {self.encoded:,} missing and encoded"
+        return (
+            f"{self.ready:,} pictures found in the cache ({share:.1%}), {self.encoded:,} missing and encoded"
+        )
 
 
 # ---- the bytes of an entry: a safetensors file whose metadata hold a CRC-32 of all of it
@@ -268,9 +289,14 @@ class Tally:
 def _encode(key: str, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": {**of, "key": key, "checksum": _UNSET}}
     parts, offset = [], 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # wide types first: all are aligned
+    # wide types first: all are aligned
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + len(data)]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
         parts.append(data)
         offset += len(data)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -284,7 +310,8 @@ _CHECKSUM = b'"checksum":"'
 
 
 def _decode(data: bytearray, key: str) -> dict[str, Tensor]:
-    """The tensors, which share memory with ``data``. Raises ValueError where anything in it is not as it was written."""
+    """The tensors, which share memory with ``data``. Raises ValueError where anything in it is not as it was
+    written."""
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= len(data) - 8:
         raise ValueError("it is truncated")
@@ -302,14 +329,18 @@ def _decode(data: bytearray, key: str) -> dict[str, Tensor]:
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         dtype = _DTYPES[entry["dtype"]]
-        flat = torch.frombuffer(data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=8 + length + start)
+        flat = torch.frombuffer(
+            data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=8 + length + start
+        )
         tensors[name] = flat.reshape(entry["shape"])
     return tensors
 
 
 def _write(path: Path, data: bytes, key: str = "0" * 64) -> None:
     """Writes a file so that it is there whole or not at all, whoever else writes it now."""
-    with atomic(path, path.with_name(f".{MARKER if path.name == MARKER else key}.{uuid.uuid4().hex}.part")) as file:
+    with atomic(
+        path, path.with_name(f".{MARKER if path.name == MARKER else key}.{uuid.uuid4().hex}.part")
+    ) as file:
         file.write(data)
 
 

@@ -1,7 +1,9 @@
-"""``unigen cache``: encodes every picture of the data once, as training would, into a store that training reads.
+"""``unigen cache``: encodes every picture of the data once, as training would, into a store that training
+reads.
 
-Two passes. The first reads each picture and looks its entries up, so the second knows what is missing and how much room it takes.
-Pictures are decoded and written by threads; the encoders take them one at a time, so that an entry depends on no other picture.
+Two passes. The first reads each picture and looks its entries up, so the second knows what is missing and how
+much room it takes. Pictures are decoded and written by threads; the encoders take them one at a time, so that
+an entry depends on no other picture.
 """
 
 from __future__ import annotations
@@ -91,16 +93,24 @@ def run(options: CacheOptions) -> int:
     """
     options.resolve()
     if not options.cache_dir:
-        raise ConfigError("cache_dir is missing; give the folder that takes the encoded pictures (--cache_dir ...)")
+        raise ConfigError(
+            "cache_dir is missing; give the folder that takes the encoded pictures (--cache_dir ...)"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with Engine(options) as engine:
         shard = parse_shard(options.shard) if options.shard else (engine.rank, engine.world)
         if options.prune and shard[1] > 1:
-            raise ConfigError("prune needs to see every picture, and shard leaves some to others (run it once more, alone, with --prune)")
+            raise ConfigError(
+                "prune needs to see every picture, and shard leaves some to others (run it once more, alone,"
+                " with --prune)"
+            )
         log.info("%s", engine.precision)
         encoders = Encoders.load(options, engine.device, engine.dtype)
         if not encoders.names:
-            log.info("Nothing is worth caching: a pixel codec costs nothing, and there is no frozen ViT (--freeze_vit)")
+            log.info(
+                "Nothing is worth caching: a pixel codec costs nothing, and there is no frozen ViT"
+                " (--freeze_vit)"
+            )
             return 0
         filler = Filler(options, encoders, shard)
         report = filler.run()
@@ -112,7 +122,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     """``0/4`` as (0, 4): the first of four. Raises ConfigError."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ConfigError(f"shard is {text!r}; write it as NUMBER/COUNT, from 0/4 to 3/4 for four processes (--shard ...)")
+        raise ConfigError(
+            f"shard is {text!r}; write it as NUMBER/COUNT, from 0/4 to 3/4 for four processes (--shard ...)"
+        )
     return int(number), int(count)
 
 
@@ -145,13 +157,20 @@ class Filler:
             needed = sum(entry.nbytes for entry in missing)
             self.store.check_space(needed * self.shard[1])  # the other shards write to the same disk
             room = f"about {needed / 1e6:,.1f} MB"
-            log.info("%s entries are there; %s pictures are to be encoded, %s", f"{report.found:,}", f"{len(missing):,}", room)
+            log.info(
+                "%s entries are there; %s pictures are to be encoded, %s",
+                f"{report.found:,}",
+                f"{len(missing):,}",
+                room,
+            )
             for encoder in self.identities.values():
                 self.store.introduce(encoder)
             self._fill(pool, missing, report)
         if self.options.prune:
             if report.bad:
-                log.warning("Not pruned: %d pictures could not be read, so what they use is unknown", len(report.bad))
+                log.warning(
+                    "Not pruned: %d pictures could not be read, so what they use is unknown", len(report.bad)
+                )
             else:
                 log.info("Pruned: %s entries, %s MB", *(f"{n:,}" for n in self._prune(report.keys)))
         return report
@@ -169,7 +188,10 @@ class Filler:
         tokenizer = Tokenizer.load(Path(c.model_path))
         # Copies that are made in a share of the visits are shown in all of these.
         always = replace(c, single_image_stop_prob=1.0 if c.single_image_stop_prob else 0.0)
-        for source in [*c.sources(), *([Source(c.val_data_path, "val_data_path")] if c.val_data_path else [])]:
+        for source in [
+            *c.sources(),
+            *([Source(c.val_data_path, "val_data_path")] if c.val_data_path else []),
+        ]:
             planner = self.encoders.config.planner(tokenizer, always, source)
             dataset = UnifiedGenerationDataset(
                 source.path,
@@ -188,7 +210,9 @@ class Filler:
             for i in range(len(dataset)):
                 sample = dataset[i].sample
                 shown: dict[int, set[str]] = {}
-                for block in planner.outline(sample, dataset.sizes[i], Draw(self.options.seed, 0, i, training=False)):
+                for block in planner.outline(
+                    sample, dataset.sizes[i], Draw(self.options.seed, 0, i, training=False)
+                ):
                     if block.kind != Kind.TEXT:
                         shown.setdefault(block.piece, set()).add("vit" if block.kind == Kind.VIT else "vae")
                 for piece, kinds in shown.items():
@@ -196,12 +220,17 @@ class Filler:
                     source = sample[piece].source  # type: ignore[union-attr]
                     what = f"{number}/{i}/{piece}" if isinstance(source, bytes) else str(source)
                     way = hash((what, planner.viewer(sample), names))
-                    if names and zlib.crc32(what.encode("utf-8", "surrogatepass")) % self.shard[1] == self.shard[0] and way not in met:
+                    if (
+                        names
+                        and zlib.crc32(what.encode("utf-8", "surrogatepass")) % self.shard[1] == self.shard[0]
+                        and way not in met
+                    ):
                         met.add(way)
                         yield Job(number, i, piece, names)
 
     def _open(self, job: Job) -> tuple[Any, bytes, str, View]:
-        """The source of a picture, its bytes, their digest, and the sizes at which it is seen. Raises PictureError."""
+        """The source of a picture, its bytes, their digest, and the sizes at which it is seen. Raises
+        PictureError."""
         dataset, planner = self.parts[job.part]
         sample = dataset[job.record].sample
         piece = sample[job.piece]
@@ -227,7 +256,10 @@ class Filler:
             report.found += sum(there and key not in report.keys for _, key, there, _ in found)
             report.keys |= {key for _, key, _, _ in found}
             if fresh:
-                nbytes = sum(self.encoders.nbytes(name, (view.vae if name == "vae" else view.vit) or (0, 0)) for name, view in fresh)
+                nbytes = sum(
+                    self.encoders.nbytes(name, (view.vae if name == "vae" else view.vit) or (0, 0))
+                    for name, view in fresh
+                )
                 missing.append(Missing(job, tuple(name for name, _ in fresh), nbytes))
         return missing
 
@@ -235,7 +267,8 @@ class Filler:
 
     def _fill(self, pool: ThreadPoolExecutor, missing: list[Missing], report: Report) -> None:
         def decode(entry: Missing) -> tuple[str, str, Seen, float]:
-            """The picture's name, the digest of its bytes, what the encoders take, and the seconds that took."""
+            """The picture's name, the digest of its bytes, what the encoders take, and the seconds that
+            took."""
             began = time.perf_counter()
             dataset, planner = self.parts[entry.job.part]
             source, data, picture, _ = self._open(entry.job)
@@ -255,7 +288,10 @@ class Filler:
                 report.pictures += 1
                 for which, tensors in answers.items():
                     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-                        report.bad[name] = f"the {which} makes numbers of it that are not finite. Cure: bf16 in place of fp16"
+                        report.bad[name] = (
+                            f"the {which} makes numbers of it that are not finite. Cure: bf16 in place of"
+                            " fp16"
+                        )
                         continue
                     encoder = self.identities[which]
                     entry = key_of(encoder, picture, seen.view), tensors, about(encoder, picture, seen.view)
@@ -270,8 +306,11 @@ class Filler:
         report.nbytes += writes.popleft().result()  # raises what the writer raised: the disk is full, say
         report.written += 1
 
-    def _each(self, pool: ThreadPoolExecutor, work: Callable[[A], B], items: list[A], title: str, report: Report) -> Iterator[tuple[A, B]]:
-        """Results in order, computed a bounded number ahead by threads; a picture that cannot be used goes to ``report.bad``."""
+    def _each(
+        self, pool: ThreadPoolExecutor, work: Callable[[A], B], items: list[A], title: str, report: Report
+    ) -> Iterator[tuple[A, B]]:
+        """Results in order, computed a bounded number ahead by threads; a picture that cannot be used goes to
+        ``report.bad``."""
         from tqdm import tqdm
 
         ahead: deque[tuple[A, Future[B]]] = deque()
@@ -295,16 +334,24 @@ class Filler:
         """Entries, sizes, times, what a pass over the data saves; and the pictures that cannot be used."""
         shard = f" (shard {self.shard[0]} of {self.shard[1]})" if self.shard[1] > 1 else ""
         there = report.found + report.written
-        lines = [f"Cache {self.store.folder}{shard}: {there:,} entries of this data, {report.written:,} of them new"]
+        lines = [
+            f"Cache {self.store.folder}{shard}: {there:,} entries of this data, {report.written:,} of"
+            " them new"
+        ]
         if report.written:
             decoding, encoding = report.decoding / report.pictures, report.encoding / report.pictures
             reading = self._reading(report.keys) * len(report.keys) / max(report.views, 1)
             saved = (decoding + encoding - reading) * report.views
             lines += [
                 f"  size      {report.nbytes / report.written / 1e3:,.1f} kB an entry",
-                f"  time      a picture takes {decoding:.4f} s to decode and {encoding:.4f} s to encode on {self.encoders.device}, "
-                f"and {reading:.4f} s to read back",
-                f"  saving    about {max(saved, 0.0):,.1f} s in each pass over the {report.views:,} pictures (device and workers together)",
+                (
+                    f"  time      a picture takes {decoding:.4f} s to decode and {encoding:.4f} s to encode"
+                    f" on {self.encoders.device}, and {reading:.4f} s to read back"
+                ),
+                (
+                    f"  saving    about {max(saved, 0.0):,.1f} s in each pass over the {report.views:,}"
+                    " pictures (device and workers together)"
+                ),
             ]
         for name, problem in list(report.bad.items())[:SHOWN]:
             lines.append(f"  left out  {name}: {problem}")

@@ -17,7 +17,8 @@ class GenerateOptions(SamplingOptions):
         model_path: Folder of the checkpoint, in the published BAGEL layout.
         prompt: The text to start from; a question, a description, or an instruction.
         image: Pictures to start from, in order; they come before the prompt.
-        mode: text answers in text, image draws, edit redraws the last picture; auto lets the model decide what comes next.
+        mode: text answers in text, image draws, edit redraws the last picture; auto lets the model decide
+            what comes next.
         output_dir: Folder for the texts, the pictures and index.html.
         device: cuda, cpu, or auto.
     """
@@ -42,14 +43,17 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
 
     Raises:
         GenerateError: nothing is asked, or an edit has no picture.
-        UserError: a setting cannot work, the checkpoint or a picture cannot be read, or the size cannot be drawn.
+        UserError: a setting cannot work, the checkpoint or a picture cannot be read, or the size cannot be
+            drawn.
     """
     o = options
     prompt: list[Any] = [Path(path) for path in o.image] + ([o.prompt] if o.prompt else [])
     if not prompt:
         raise GenerateError('prompt is empty and no image is given. Cure: --prompt "..." or --image a.png')
     if o.mode == "edit" and not o.image:
-        raise GenerateError("mode edit redraws a picture, and none is given. Cure: --image a.png, or --mode image")
+        raise GenerateError(
+            "mode edit redraws a picture, and none is given. Cure: --image a.png, or --mode image"
+        )
     from unigen.inference.inferencer import InterleaveInferencer
     from unigen.inference.options import check_sampling
 

@@ -1,7 +1,8 @@
 """The commands of ``unigen``: a row each.
 
-A command is a dataclass of options, a function that takes it, one line of help, and an example. Both are named as
-``module:name`` and imported when the command is called, so ``unigen --help`` needs no PyTorch. ``cli.py`` reads the options.
+A command is a dataclass of options, a function that takes it, one line of help, and an example. Both are
+named as ``module:name`` and imported when the command is called, so ``unigen --help`` needs no PyTorch.
+``cli.py`` reads the options.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import NamedTuple
 class Command(NamedTuple):
     """A row of the table: what it takes, what it does (both ``module:name``), and what the help says.
 
-    ``positional`` is the option of several values that stands first, without a flag; ``short`` gives options of one letter.
+    ``positional`` is the option of several values that stands first, without a flag; ``short`` gives options
+    of one letter.
     """
 
     options: str
@@ -29,7 +31,8 @@ COMMANDS: dict[str, Command] = {
         "unigen.config:Config",
         "unigen.commands.train:train",
         "Train a checkpoint on JSON, JSONL or Parquet data.",
-        "unigen train --model_path models/BAGEL-7B-MoT --train_data_path data/train.jsonl --learning_rate 2e-5 --bf16",
+        "unigen train --model_path models/BAGEL-7B-MoT --train_data_path data/train.jsonl --learning_rate"
+        " 2e-5 --bf16",
     ),
     "generate": Command(
         "unigen.commands.generate:GenerateOptions",

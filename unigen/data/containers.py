@@ -1,6 +1,8 @@
-"""Kinds of files, and nothing about what their records mean: finding them, cutting them into parts, reading records.
+"""Kinds of files, and nothing about what their records mean: finding them, cutting them into parts, reading
+records.
 
-One table, :data:`CONTAINERS`. A record comes out as ``Raw``: the bytes of its JSON text, or the row of a table as a dict.
+One table, :data:`CONTAINERS`. A record comes out as ``Raw``: the bytes of its JSON text, or the row of a
+table as a dict.
 """
 
 from __future__ import annotations
@@ -74,17 +76,18 @@ class Container(NamedTuple):
     runs: bool = False  # reading a record costs reading its group
 
 
-# ---- finding ----
+# ---- finding
 
 
 def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
     """Absolute paths of the files, each with the name it has in a fingerprint (which a moved folder keeps).
 
-    Folders are searched recursively, in sorted order, hidden entries left out. A folder that Hugging Face ``datasets`` saved
-    stands for its Arrow files.
+    Folders are searched recursively, in sorted order, hidden entries left out. A folder that Hugging Face
+    ``datasets`` saved stands for its Arrow files.
 
     Raises:
-        BadData: No path is given, one does not exist or is of no known kind, or a folder holds nothing to read.
+        BadData: No path is given, one does not exist or is of no known kind, or a folder holds nothing to
+            read.
     """
     found = []
     for given in paths:
@@ -93,7 +96,9 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
             names = sorted(_in_folder(path))
             if not names:
                 kinds = "no .json or .jsonl, Parquet or Arrow file"
-                raise BadData(f"{given}: the folder holds {kinds}. Name the folder or the files with the records.")
+                raise BadData(
+                    f"{given}: the folder holds {kinds}. Name the folder or the files with the records."
+                )
             found += [(path / name, name.as_posix()) for name in names]
         elif not path.is_file():
             problem = "it is not a regular file" if path.exists() else "there is no such file or folder"
@@ -101,8 +106,9 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
         elif _kind(path) is None:
             known = ", ".join(CONTAINERS)
             raise BadData(
-                f"{given}: its name ends in none of {known}, nor in .json or .jsonl with {' or '.join(PACKED)}. "
-                "Rename it: .jsonl for one record a line, .json for a list of records."
+                f"{given}: its name ends in none of {known}, nor in .json or .jsonl with"
+                f" {' or '.join(PACKED)}. Rename it: .jsonl for one record a line, .json for a list of"
+                " records."
             )
         else:
             found.append((path, path.name))
@@ -122,9 +128,15 @@ def _in_folder(folder: Path) -> Iterator[Path]:
             yield from (at.relative_to(folder) / name for name in _saved_files(at))
             folders.clear()
         else:
-            cached = any(name.endswith(".arrow") for name in names)  # as in the cache of datasets: a description beside the data
+            # as in the cache of datasets: a description beside the data
+            cached = any(name.endswith(".arrow") for name in names)
             for name in names:
-                if not name.startswith(".") and _kind(at / name) and (at / name).is_file() and not (cached and name in _HF_FILES):
+                if (
+                    not name.startswith(".")
+                    and _kind(at / name)
+                    and (at / name).is_file()
+                    and not (cached and name in _HF_FILES)
+                ):
                     yield (at / name).relative_to(folder)
 
 
@@ -136,7 +148,10 @@ def _only_split(folder: Path, folders: list[str]) -> str:
     splits = [name for name in _json_field(folder / "dataset_dict.json", "splits") if isinstance(name, str)]
     if len(splits) != 1 or splits[0] not in folders:
         names = ", ".join(str(folder / name) for name in splits)
-        raise BadData(f"{folder}: it holds {len(splits)} splits, and not all may be meant for this. Name the folder of one: {names}.")
+        raise BadData(
+            f"{folder}: it holds {len(splits)} splits, and not all may be meant for this. Name the folder of"
+            f" one: {names}."
+        )
     return splits[0]
 
 
@@ -144,13 +159,24 @@ def _saved_files(folder: Path) -> list[str]:
     """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, checked to be all there."""
     state = folder / "state.json"
     if _json_field(state, "_indices_files", missing=[]):
-        raise BadData(f"{folder}: an old version of datasets saved a selection of its rows there. Save it again with datasets 2 or newer.")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in _json_field(state, "_data_files")]
+        raise BadData(
+            f"{folder}: an old version of datasets saved a selection of its rows there. Save it again with"
+            " datasets 2 or newer."
+        )
+    names = [
+        entry.get("filename") if isinstance(entry, dict) else None
+        for entry in _json_field(state, "_data_files")
+    ]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or _kind(Path(name)) is None:
-            raise BadData(f"{state}: _data_files names {name!r}, which is no Arrow file of this folder. Save the data set again.")
+            raise BadData(
+                f"{state}: _data_files names {name!r}, which is no Arrow file of this folder. Save the data"
+                " set again."
+            )
         if not (folder / name).is_file():
-            raise BadData(f"{folder}: {name} is missing, which state.json names. Copy the whole folder again.")
+            raise BadData(
+                f"{folder}: {name} is missing, which state.json names. Copy the whole folder again."
+            )
     return names
 
 
@@ -164,23 +190,26 @@ def _json_field(path: Path, name: str, missing: Any = None) -> list[Any]:
     return value or []
 
 
-# ---- reading through ----
+# ---- reading through
 
 
 def parts(path: Path, number: int, size: int = PART, source: Path | None = None) -> Iterator[Part]:
     """Portions of a file for reading in parallel; together they hold every record once, in order.
 
-    JSON Lines files are cut at line ends near every ``size`` bytes, tables by their groups; other files are one part.
-    The generator reads a JSON Lines file once, to count its lines, and yields a part as soon as it is known.
+    JSON Lines files are cut at line ends near every ``size`` bytes, tables by their groups; other files are
+    one part. The generator reads a JSON Lines file once, to count its lines, and yields a part as soon as it
+    is known.
 
     Args:
         path: A file that :func:`find_files` returned.
         number: Its number, for ``Span.file``.
         size: Bytes of a part of a JSON Lines file, about.
-        source: The unpacked copy of a compressed file, which is cut like any other (``Reader.source`` has it).
+        source: The unpacked copy of a compressed file, which is cut like any other (``Reader.source`` has
+            it).
 
     Raises:
-        BadRecord: ``broken_file`` or ``unreadable_file``, with origin: the whole file, or what is left of it, is lost.
+        BadRecord: ``broken_file`` or ``unreadable_file``, with origin: the whole file, or what is left of it,
+            is lost.
     """
     source = source or path
     with explained(path):
@@ -199,8 +228,8 @@ def read_part(part: Part, digest: Any = None) -> Iterator[tuple[Span, Raw]]:
         digest: A ``hashlib`` object that the contents are fed to; parts in order give the digest of the file.
 
     Raises:
-        BadRecord: ``broken_file``, ``unreadable_file``, or ``bad_json`` and ``bad_utf8`` of a ``.json`` file, with field "(file)" and
-            origin: what follows in this part is lost.
+        BadRecord: ``broken_file``, ``unreadable_file``, or ``bad_json`` and ``bad_utf8`` of a ``.json`` file,
+            with field "(file)" and origin: what follows in this part is lost.
     """
     with explained(part.path):
         yield from container_of(part.path).walk(part, digest)
@@ -238,7 +267,8 @@ def crc_of(raw: Raw) -> int:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns what reading a damaged file raises into BadRecord, and gives a BadRecord of the whole file its place."""
+    """Turns what reading a damaged file raises into BadRecord, and gives a BadRecord of the whole file its
+    place."""
     try:
         yield
     except BadRecord as error:
@@ -246,13 +276,30 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, LookupError, NotImplementedError, MemoryError, zlib.error) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        NotImplementedError,
+        MemoryError,
+        zlib.error,
+    ) as error:
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
             cure = "check the path and the permissions"
-            raise BadRecord("unreadable_file", "(file)", error.strerror, "a file that can be read", cure, Origin(path)) from error
+            raise BadRecord(
+                "unreadable_file", "(file)", error.strerror, "a file that can be read", cure, Origin(path)
+            ) from error
         cure = "fetch or make the file again; what follows the damage cannot be read"
-        raise BadRecord("broken_file", "(file)", f"truncated or damaged contents ({told})", "a whole file", cure, Origin(path)) from error
+        raise BadRecord(
+            "broken_file",
+            "(file)",
+            f"truncated or damaged contents ({told})",
+            "a whole file",
+            cure,
+            Origin(path),
+        ) from error
 
 
 @contextmanager
@@ -267,7 +314,9 @@ def _cut_lines(whole: Part, size: int) -> Iterator[Part]:
         while block := file.read(size):
             if not block.endswith(b"\n"):
                 block += file.readline(MAX_LINE)
-            yield whole._replace(start=start, stop=start + len(block), line=line, index=index, size=len(block))
+            yield whole._replace(
+                start=start, stop=start + len(block), line=line, index=index, size=len(block)
+            )
             start, lines = start + len(block), block.count(b"\n")
             line, index = line + lines, index + lines - _blank_lines(block)
 
@@ -331,7 +380,9 @@ def _by_group(groups: Callable[[Path], Iterable[tables.Group]]) -> Callable[[Par
     return cut
 
 
-def _by_row(rows: Callable[[Path, int], Iterator[tables.Row]]) -> Callable[[Part, Any], Iterator[tuple[Span, Raw]]]:
+def _by_row(
+    rows: Callable[[Path, int], Iterator[tables.Row]],
+) -> Callable[[Part, Any], Iterator[tuple[Span, Raw]]]:
     def walk(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
         for i, row in enumerate(rows(part.source, part.start)):
             if digest is not None:
@@ -348,7 +399,9 @@ def _one_part(whole: Part, size: int) -> Iterator[Part]:
 CONTAINERS: dict[str, Container] = {
     ".jsonl": Container(_cut_lines, _walk_lines),
     ".json": Container(_one_part, _walk_json),
-    ".parquet": Container(_by_group(tables.parquet_groups), _by_row(tables.parquet_rows), tables.parquet_group, runs=True),
+    ".parquet": Container(
+        _by_group(tables.parquet_groups), _by_row(tables.parquet_rows), tables.parquet_group, runs=True
+    ),
     ".arrow": Container(_by_group(tables.arrow_groups), _by_row(tables.arrow_rows), tables.arrow_group),
 }
 

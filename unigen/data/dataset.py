@@ -1,7 +1,7 @@
 """``UnifiedGenerationDataset``: files of records, checked once and read again one record at a time.
 
-Only an index stays in memory, some 40 bytes a record: the file, the place in it, the line, and a checksum. JSON lists keep byte
-offsets just as JSONL files do, so reading a record never parses its neighbours.
+Only an index stays in memory, some 40 bytes a record: the file, the place in it, the line, and a checksum.
+JSON lists keep byte offsets just as JSONL files do, so reading a record never parses its neighbours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ __all__ = ["TASKS", "BadData", "UnifiedGenerationDataset", "task"]
 
 log = logging.getLogger(__name__)
 
-AUTO_FULL_CHECK = 5000  # check_pictures="auto" decodes every picture when there are at most this many distinct ones
+# check_pictures="auto" decodes every picture when there are at most this many distinct ones
+AUTO_FULL_CHECK = 5000
 SHOWN = 20  # bad records that an error message shows; the rest are counted
 TASKS = ("text", "understand", "generate", "edit", "interleaved")
 
@@ -58,7 +59,11 @@ class _Index:
     def runs(self) -> list[tuple[int, int]]:
         """Ranges of rows that agree in file and offset."""
         files, offsets = (np.array(column) for column in self._columns[:2])
-        edges = [0, *(np.flatnonzero((np.diff(files) != 0) | (np.diff(offsets) != 0)) + 1).tolist(), len(self)]
+        edges = [
+            0,
+            *(np.flatnonzero((np.diff(files) != 0) | (np.diff(offsets) != 0)) + 1).tolist(),
+            len(self),
+        ]
         return list(pairwise(edges))
 
     def digest(self) -> str:
@@ -75,31 +80,37 @@ class _Broken(NamedTuple):
 
 
 class UnifiedGenerationDataset:
-    """Records in any format of ``docs/data_formats.md``, from files of any kind described there, several of them, or folders.
+    """Records in any format of ``docs/data_formats.md``, from files of any kind described there, several of
+    them, or folders.
 
-    Everything is checked at construction: every record is parsed, every picture found and its header read, so that a run does
-    not stop after hours at a bad line. Reading a record later is safe from several threads and forked processes. Compressed files
-    are unpacked into a cache folder (``$UNIGEN_CACHE``, by default ``~/.cache/unigen``).
+    Everything is checked at construction: every record is parsed, every picture found and its header read, so
+    that a run does not stop after hours at a bad line. Reading a record later is safe from several threads
+    and forked processes. Compressed files are unpacked into a cache folder (``$UNIGEN_CACHE``, by default
+    ``~/.cache/unigen``).
 
     Args:
-        paths: Files (``.json``, ``.jsonl``, both also ``.gz`` or ``.zst``, ``.parquet``, ``.arrow``) and folders (searched
-            recursively, in sorted order, hidden entries left out).
-        on_bad_record: ``error`` raises :class:`BadData` with all bad records; ``skip`` leaves them out, counted and listed.
-        check_pictures: Decode every picture (``full``), read their headers only (``headers``), or decode when there are at most
-            5,000 distinct ones (``auto``).
+        paths: Files (``.json``, ``.jsonl``, both also ``.gz`` or ``.zst``, ``.parquet``, ``.arrow``) and
+            folders (searched recursively, in sorted order, hidden entries left out).
+        on_bad_record: ``error`` raises :class:`BadData` with all bad records; ``skip`` leaves them out,
+            counted and listed.
+        check_pictures: Decode every picture (``full``), read their headers only (``headers``), or decode when
+            there are at most 5,000 distinct ones (``auto``).
         measure: Called with every record; its results are kept in ``sizes``. It may raise BadRecord.
-        bad_records_path: With ``skip``, a JSONL file that bad records are appended to; one that it holds already is not repeated.
+        bad_records_path: With ``skip``, a JSONL file that bad records are appended to; one that it holds
+            already is not repeated.
         max_bad_share: With ``skip``, the share of bad records above which it raises all the same.
-        data_root: Folder that every picture named by a path must lie in, links resolved; for data one does not trust.
+        data_root: Folder that every picture named by a path must lie in, links resolved; for data one does
+            not trust.
 
     Attributes:
         sizes: What ``measure`` returned, one entry per record; None without ``measure``.
         bad: The bad records that were left out.
-        fingerprint: Hexadecimal digest of the files (names, sizes, contents) and of which of their records are in use.
+        fingerprint: Hexadecimal digest of the files (names, sizes, contents) and of which of their records
+            are in use.
 
     Raises:
-        BadData: Nothing to read, bad records (with ``error``), too many of them (with ``skip``), a damaged file, or a JSON file
-            with a syntax error, after which its records cannot be told apart.
+        BadData: Nothing to read, bad records (with ``error``), too many of them (with ``skip``), a damaged
+            file, or a JSON file with a syntax error, after which its records cannot be told apart.
         UserError: No room to unpack a compressed file.
     """
 
@@ -162,8 +173,8 @@ class UnifiedGenerationDataset:
 
     @property
     def runs(self) -> list[tuple[int, int]] | None:
-        """``(start, stop)`` of records that are cheap to read together (row groups of Parquet), one after another; None where
-        every record costs the same."""
+        """``(start, stop)`` of records that are cheap to read together (row groups of Parquet), one after
+        another; None where every record costs the same."""
         return self._index.runs() if any(map(self._reader.grouped, range(len(self.files)))) else None
 
     def origin(self, i: int) -> Origin:
@@ -171,7 +182,8 @@ class UnifiedGenerationDataset:
         return self._origin(self._index[self._checked(i)])
 
     def statistics(self) -> dict[str, Any]:
-        """Counts: records, files, bad records, records per format and per task (see :func:`task`), text and image targets, pictures.
+        """Counts: records, files, bad records, records per format and per task (see :func:`task`), text and
+        image targets, pictures.
 
         ``pictures`` counts the image pieces of all records, ``distinct_pictures`` the files behind them.
         """
@@ -196,12 +208,17 @@ class UnifiedGenerationDataset:
         s = self.statistics()
 
         def table(counts: dict[str, int]) -> str:
-            return ", ".join(f"{name} {count:,} ({count / max(len(self), 1):.0%})" for name, count in counts.items())
+            return ", ".join(
+                f"{name} {count:,} ({count / max(len(self), 1):.0%})" for name, count in counts.items()
+            )
 
         left_out = f", {s['bad_records']:,} bad ones left out" if s["bad_records"] else ""
         return "\n".join(
             [
-                f"records   {s['records']:,} from {s['files']:,} file{'s' if s['files'] != 1 else ''}{left_out}",
+                (
+                    f"records   {s['records']:,} from {s['files']:,}"
+                    f" file{'s' if s['files'] != 1 else ''}{left_out}"
+                ),
                 f"formats   {table(s['formats'])}",
                 f"tasks     {table(s['tasks'])}",
                 f"targets   {s['text_targets']:,} texts, {s['image_targets']:,} images",
@@ -209,14 +226,17 @@ class UnifiedGenerationDataset:
             ]
         )
 
-    # ---- building ----
+    # ---- building
 
     def _walk(self, number: int, digest: Any) -> Iterator[tuple[Span, Raw]]:
         for part in parts(self.files[number], number, source=self._reader.source(number)):
             yield from read_part(part, digest)
 
-    def _add(self, span: Span, raw: Raw, pictures: Pictures, pictured: array[int], measure: Measure | None) -> None:
-        """Checks a record and puts it into the index; ``pictured`` gets the numbers of those with pictures. Raises BadRecord."""
+    def _add(
+        self, span: Span, raw: Raw, pictures: Pictures, pictured: array[int], measure: Measure | None
+    ) -> None:
+        """Checks a record and puts it into the index; ``pictured`` gets the numbers of those with pictures.
+        Raises BadRecord."""
         record, _, size = examine(raw, span, self.files[span.file], pictures, measure, self.root)
         if any(isinstance(piece, Image) for piece in record.sample):
             pictured.append(len(self._index))
@@ -227,7 +247,8 @@ class UnifiedGenerationDataset:
             self.sizes.append(size)
 
     def _drop_broken(self, pictured: Iterable[int]) -> list[tuple[Span, BadRecord]]:
-        """Decodes the pictures of the records ``pictured``; takes those with broken ones out of the index and returns them."""
+        """Decodes the pictures of the records ``pictured``; takes those with broken ones out of the index and
+        returns them."""
         broken = list(self._broken(pictured))
         if not broken:
             return []
@@ -271,13 +292,18 @@ class UnifiedGenerationDataset:
             return path is None or len(seen) > before
 
         every = tasks()
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without the interpreter lock
+        # PIL decodes without the interpreter lock
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             while some := list(islice(every, 64)):  # no more in memory at once
-                for (i, field, piece), error in zip(some, pool.map(_decoding_error, [piece for _, _, piece in some])):
+                for (i, field, piece), error in zip(
+                    some, pool.map(_decoding_error, [piece for _, _, piece in some])
+                ):
                     if error is not None:
                         yield _Broken(i, field, _path_of(piece), error)
 
-    def _settle(self, unreadable: list[BadRecord], on_bad_record: str, listing: Path | None, max_share: float) -> None:
+    def _settle(
+        self, unreadable: list[BadRecord], on_bad_record: str, listing: Path | None, max_share: float
+    ) -> None:
         """Raises BadData, or writes down what is left out."""
         bad = unreadable + self.bad
         total = len(self) + len(bad)
@@ -290,13 +316,18 @@ class UnifiedGenerationDataset:
             _list_in(listing, bad)
         if len(bad) > max_share * total:
             share = f"{len(bad):,} of {total:,} records ({len(bad) / total:.1%}) cannot be used"
-            raise BadData(f"{share}, more than the {max_share:.0%} that may be left out:\n{_list(bad)}\nCorrect them.", bad)
+            raise BadData(
+                f"{share}, more than the {max_share:.0%} that may be left out:\n{_list(bad)}\nCorrect them.",
+                bad,
+            )
         if not len(self):
             names = ", ".join(map(str, self.files[:5]))
             raise BadData(f"there is no record in {names}. Give files with at least one record.")
         if bad:
             where = f", listed in {listing}" if listing else ""
-            log.warning("%d of %d records cannot be used and are left out%s:\n%s", len(bad), total, where, _list(bad))
+            log.warning(
+                "%d of %d records cannot be used and are left out%s:\n%s", len(bad), total, where, _list(bad)
+            )
 
     def _count(self, record: Record, sign: int) -> None:
         texts = images = pictures = 0
@@ -311,7 +342,7 @@ class UnifiedGenerationDataset:
         for name, count in (("text_targets", texts), ("image_targets", images), ("pictures", pictures)):
             self._counts["pieces", name] += sign * count
 
-    # ---- reading ----
+    # ---- reading
 
     def _read(self, i: int) -> tuple[Record, list[str]]:
         span = self._index[self._checked(i)]
@@ -330,8 +361,9 @@ class UnifiedGenerationDataset:
 def task(sample: Sample) -> str:
     """What a sample teaches, by its targets and its context.
 
-    ``text``: texts, no picture anywhere; ``understand``: texts, with pictures as context; ``generate``: images alone, without
-    a context picture; ``edit``: images alone, with a context picture; ``interleaved``: texts and images.
+    ``text``: texts, no picture anywhere; ``understand``: texts, with pictures as context; ``generate``:
+    images alone, without a context picture; ``edit``: images alone, with a context picture; ``interleaved``:
+    texts and images.
     """
     targets = {type(piece) for piece in sample if piece.target}
     context_picture = any(isinstance(piece, Image) and not piece.target for piece in sample)
@@ -361,8 +393,11 @@ def _list_in(listing: Path, bad: list[BadRecord]) -> None:
         file.seek(0)
         known = file.read()
         lines = set(known.splitlines())
-        new = [line for line in dict.fromkeys(json.dumps(error.to_dict()) for error in bad) if line not in lines]
-        torn = "\n" if known and not known.endswith("\n") else ""  # by a process that was killed while it wrote
+        new = [
+            line for line in dict.fromkeys(json.dumps(error.to_dict()) for error in bad) if line not in lines
+        ]
+        # by a process that was killed while it wrote
+        torn = "\n" if known and not known.endswith("\n") else ""
         file.write(torn + "".join(line + "\n" for line in new))
 
 

@@ -26,9 +26,15 @@ class Examined(NamedTuple):
 
 
 def examine(
-    raw: Raw, span: Span, file: Path, pictures: Pictures, measure: Measure | None = None, root: str | Path | None = None
+    raw: Raw,
+    span: Span,
+    file: Path,
+    pictures: Pictures,
+    measure: Measure | None = None,
+    root: str | Path | None = None,
 ) -> Examined:
-    """Judges what ``read_part`` gave: its format, the header of each of its pictures, and what ``measure`` says.
+    """Judges what ``read_part`` gave: its format, the header of each of its pictures, and what ``measure``
+    says.
 
     Raises:
         BadRecord: With its origin, and the field of the record.
@@ -44,7 +50,8 @@ def examine(
     except BadRecord as error:
         error.origin = error.origin or origin
         kind, _, number = error.field.partition(" ")
-        if kind == "piece" and number.isdecimal() and int(number) < len(fields):  # a measure knows the sample alone
+        # a measure knows the sample alone
+        if kind == "piece" and number.isdecimal() and int(number) < len(fields):
             error.field = fields[int(number)]
         raise
 
@@ -87,7 +94,8 @@ class Pictures:
 
 
 class Numbers:
-    """A dictionary of whole numbers below 2^64, keys above 0, in 32 to 64 bytes an entry; a dict takes about 130."""
+    """A dictionary of whole numbers below 2^64, keys above 0, in 32 to 64 bytes an entry; a dict takes about
+    130."""
 
     def __init__(self) -> None:
         self._used, self._mask = 0, 1023
@@ -121,10 +129,18 @@ class Numbers:
 
 
 def key_of(name: str) -> int:
-    """64 bits that stand for a path; two of ten million distinct ones meet with a chance of 3 in a million."""
+    """64 bits that stand for a path; two of ten million distinct ones meet with a chance of 3 in a
+    million."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
 
 
 def bad_picture(error: PictureError, field: str, origin: Origin | None = None) -> BadRecord:
-    return BadRecord(error.code, field, f"{error.name}: {error.problem}", "a picture that can be decoded", error.cure, origin)
+    return BadRecord(
+        error.code,
+        field,
+        f"{error.name}: {error.problem}",
+        "a picture that can be decoded",
+        error.cure,
+        origin,
+    )

@@ -1,7 +1,9 @@
-"""What the formats are made of: typed fields of a record, pieces, turns with ``<image>`` tags, alternative wordings.
+"""What the formats are made of: typed fields of a record, pieces, turns with ``<image>`` tags, alternative
+wordings.
 
-Every function raises BadRecord (without origin) that names the field. ``where`` is the field that holds the given object, "" for
-the record itself; ``folder`` is that of the file the record stands in. A field that is null is as good as absent.
+Every function raises BadRecord (without origin) that names the field. ``where`` is the field that holds the
+given object, "" for the record itself; ``folder`` is that of the file the record stands in. A field that is
+null is as good as absent.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _JSON = re.compile(r"\s*[\[{]\s*[\"\]}]")  # a list or an object of texts; no ca
 _NAMES = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
 
 
-# ---- fields ----
+# ---- fields
 
 
 def optional(record: Json, name: str, kind: type, where: str = "") -> Any:
@@ -40,7 +42,9 @@ def optional(record: Json, name: str, kind: type, where: str = "") -> Any:
     if value is None:
         return None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise BadRecord("wrong_type", join(where, name), show(value), _NAMES[kind], f"write {_NAMES[kind]} there")
+        raise BadRecord(
+            "wrong_type", join(where, name), show(value), _NAMES[kind], f"write {_NAMES[kind]} there"
+        )
     return value
 
 
@@ -78,21 +82,42 @@ def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[Pict
 
 
 def as_picture(value: Any, field: str, folder: Path) -> Picture:
-    """A path, relative ones joined to ``folder``; or bytes, alone or as ``{"bytes", "path"}`` (bytes win), as tables hold them."""
+    """A path, relative ones joined to ``folder``; or bytes, alone or as ``{"bytes", "path"}`` (bytes win), as
+    tables hold them."""
     if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
         embedded = value.get("bytes")
         if embedded is not None and not isinstance(embedded, bytes):
-            raise BadRecord("wrong_type", f"{field}.bytes", show(embedded), "bytes", "keep the picture in a table, or name its path")
-        field, value = (f"{field}.bytes", embedded) if embedded is not None else (f"{field}.path", value.get("path"))
+            raise BadRecord(
+                "wrong_type",
+                f"{field}.bytes",
+                show(embedded),
+                "bytes",
+                "keep the picture in a table, or name its path",
+            )
+        field, value = (
+            (f"{field}.bytes", embedded) if embedded is not None else (f"{field}.path", value.get("path"))
+        )
     if isinstance(value, bytes):
         if not value:
-            raise BadRecord("missing_field", field, "no bytes", "the bytes of a picture", "fill it, or leave the record out")
+            raise BadRecord(
+                "missing_field",
+                field,
+                "no bytes",
+                "the bytes of a picture",
+                "fill it, or leave the record out",
+            )
         return value
     if not isinstance(value, str):
         raise BadRecord("wrong_type", field, show(value), "a string", "write the path of a picture")
     _encodable(value, field, "bad_path")
     if _URL.match(value):
-        raise BadRecord("bad_path", field, show(value), "the path of a file", 'run "unigen fetch": training opens no connection')
+        raise BadRecord(
+            "bad_path",
+            field,
+            show(value),
+            "the path of a file",
+            'run "unigen fetch": training opens no connection',
+        )
     if not value or "\0" in value:
         raise BadRecord("bad_path", field, show(value), "the path of a file", "write the path of a picture")
     return folder / value
@@ -108,15 +133,18 @@ def _encodable(text: str, field: str, code: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"half of a surrogate pair at character {error.start + 1} ({text[error.start]!a})"
-        raise BadRecord(code, field, found, "Unicode text", r"write the character itself, or both of its \u escapes") from None
+        raise BadRecord(
+            code, field, found, "Unicode text", r"write the character itself, or both of its \u escapes"
+        ) from None
     return text
 
 
-# ---- pieces ----
+# ---- pieces
 
 
 def piece(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Image, str]:
-    """A text (``content``) or an image (``image_path``) by its ``type``, with the field that holds it. Its own ``target`` wins."""
+    """A text (``content``) or an image (``image_path``) by its ``type``, with the field that holds it. Its
+    own ``target`` wins."""
     kind = optional(item, "type", str, where) or "text"
     own = optional(item, "target", bool, where)
     target = target if own is None else own
@@ -125,10 +153,22 @@ def piece(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Im
     wanted, other = ("content", "image_path") if kind == "text" else ("image_path", "content")
     if item.get(wanted) is None and item.get(other) is not None:
         cure = f'write "type": "{"image" if kind == "text" else "text"}", or give {wanted}'
-        raise BadRecord("missing_field", f"{where}.{wanted}", f"{other} alone", f"{wanted} in a piece of type {kind}", cure)
+        raise BadRecord(
+            "missing_field",
+            f"{where}.{wanted}",
+            f"{other} alone",
+            f"{wanted} in a piece of type {kind}",
+            cure,
+        )
     if item.get(other) not in (None, ""):
         cure = "write two pieces, one of each type"
-        raise BadRecord("ambiguous_piece", f"{where}.{other}", show(item[other]), f"{wanted} alone in a piece of type {kind}", cure)
+        raise BadRecord(
+            "ambiguous_piece",
+            f"{where}.{other}",
+            show(item[other]),
+            f"{wanted} alone in a piece of type {kind}",
+            cure,
+        )
     if kind == "text":
         return Text(string(item, "content", where), target), f"{where}.content"
     return Image(picture(item, "image_path", where, folder), target), f"{where}.image_path"
@@ -137,7 +177,13 @@ def piece(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Im
 def role_of(item: Json, where: str) -> str:
     role = required(item, "role", str, where)
     if role not in ROLES:
-        raise BadRecord("unknown_role", f"{where}.role", show(role), " or ".join(f'"{r}"' for r in ROLES), "correct the role")
+        raise BadRecord(
+            "unknown_role",
+            f"{where}.role",
+            show(role),
+            " or ".join(f'"{r}"' for r in ROLES),
+            "correct the role",
+        )
     return role
 
 
@@ -145,7 +191,13 @@ def speaker_of(item: Json, where: str) -> str:
     """The role behind the ``from`` of ShareGPT."""
     name = required(item, "from", str, where)
     if name not in SPEAKERS:
-        raise BadRecord("unknown_role", f"{where}.from", show(name), " or ".join(f'"{s}"' for s in SPEAKERS), "correct the speaker")
+        raise BadRecord(
+            "unknown_role",
+            f"{where}.from",
+            show(name),
+            " or ".join(f'"{s}"' for s in SPEAKERS),
+            "correct the speaker",
+        )
     return SPEAKERS[name]
 
 
@@ -153,7 +205,8 @@ def wordings(value: Any, field: str) -> tuple[Text, str]:
     """A context text that says one thing in one or several ways, with the field of the first.
 
     Args:
-        value: A text, a list of texts, an object of named texts (nulls left out), or the JSON text of such a list or object.
+        value: A text, a list of texts, an object of named texts (nulls left out), or the JSON text of such a
+            list or object.
     """
     if isinstance(value, str) and _JSON.match(value):
         try:
@@ -168,7 +221,9 @@ def wordings(value: Any, field: str) -> tuple[Text, str]:
     else:
         found = [(value, field)]
     if not found:
-        raise BadRecord("missing_field", field, show(value), "at least one text", "write a text, or leave the record out")
+        raise BadRecord(
+            "missing_field", field, show(value), "at least one text", "write a text, or leave the record out"
+        )
     for text, at in found:
         if not isinstance(text, str):
             raise BadRecord("wrong_type", at, show(text), "a string", "write a text there")
@@ -179,23 +234,33 @@ def wordings(value: Any, field: str) -> tuple[Text, str]:
     return Text(texts[0], others=tuple(texts[1:])), found[0][1]
 
 
-# ---- turns with tags ----
+# ---- turns with tags
 
 
-def tagged(turns: list[tuple[str, list[tuple[str | Picture, str]]]], images: list[tuple[Picture, str]], field: str) -> Pieces:
-    """The pieces of turns ``(role, contents)``: tags stand for ``images`` in order; surplus images come first, as context.
+def tagged(
+    turns: list[tuple[str, list[tuple[str | Picture, str]]]], images: list[tuple[Picture, str]], field: str
+) -> Pieces:
+    """The pieces of turns ``(role, contents)``: tags stand for ``images`` in order; surplus images come
+    first, as context.
 
     Texts of contents are strings, pictures paths or bytes. ``field`` is where the images stand.
     """
     tags = sum(part.count(TAG) for _, contents in turns for part, _ in contents if isinstance(part, str))
     if tags > len(images):
         cure = "list one image for each tag, or remove the tags that have none"
-        raise BadRecord("unequal_image_count", field, f"{len(images)} images", f"one for each of the {tags} <image> tags", cure)
+        raise BadRecord(
+            "unequal_image_count",
+            field,
+            f"{len(images)} images",
+            f"one for each of the {tags} <image> tags",
+            cure,
+        )
     left = iter(images)
     surplus: Pieces = [(Image(source), at) for source, at in (next(left) for _ in range(len(images) - tags))]
     pieces: Pieces = []
     for role, contents in turns:
-        if role != "system":  # the first turn of the talk: the surplus stands before its text, after what frames the whole
+        # the first turn of the talk: the surplus stands before its text, after what frames the whole
+        if role != "system":
             pieces += surplus
             surplus = []
         target = role == "assistant"
@@ -229,12 +294,15 @@ def contents_of(item: Json, where: str, folder: Path) -> list[tuple[str | Pictur
                 url = required(part, "image_url", dict, field.rpartition(".")[0])
                 parts.append((picture(url, "url", field, folder), f"{field}.url"))
         else:
-            raise BadRecord("unknown_type", f"{field}.type", show(kind), '"text" or "image_url"', "correct the type")
+            raise BadRecord(
+                "unknown_type", f"{field}.type", show(kind), '"text" or "image_url"', "correct the type"
+            )
     return parts
 
 
 def _split(content: str) -> list[str | None]:
-    """``content`` cut at its tags: texts, and None for each tag. White space next to a tag goes, and so does a text of nothing else."""
+    """``content`` cut at its tags: texts, and None for each tag. White space next to a tag goes, and so does
+    a text of nothing else."""
     texts = content.split(TAG)
     pieces: list[str | None] = []
     for i, text in enumerate(texts):
@@ -248,7 +316,7 @@ def _split(content: str) -> list[str | None]:
     return pieces
 
 
-# ---- words for messages ----
+# ---- words for messages
 
 
 def join(where: str, name: str) -> str:

@@ -1,7 +1,8 @@
 """The file formats: one function a format, one table :data:`FORMATS`.
 
-Every format becomes one ``Sample``, a list of ``Text | Image`` pieces with a ``target`` flag. ``docs/data_formats.md`` is the
-description for users. A format is added with a function, a row in the table, and a section there.
+Every format becomes one ``Sample``, a list of ``Text | Image`` pieces with a ``target`` flag.
+``docs/data_formats.md`` is the description for users. A format is added with a function, a row in the table,
+and a section there.
 """
 
 from __future__ import annotations
@@ -30,19 +31,24 @@ class Format(NamedTuple):
 
 
 def parse_record(value: Any, origin: Origin) -> Record:
-    """The record of one JSON value. Nothing is opened: pictures stay paths, relative ones joined to the folder of ``origin.file``.
+    """The record of one JSON value. Nothing is opened: pictures stay paths, relative ones joined to the
+    folder of ``origin.file``.
 
     Raises:
-        BadRecord: The value fits no format or two, or breaks a rule of its format. The codes are ``not_an_object``, ``no_format``,
-            ``ambiguous_format``, ``ambiguous_piece``, ``missing_field``, ``unexpected_field``, ``wrong_type``, ``unknown_type``,
-            ``unknown_role``, ``bad_text``, ``empty_text``, ``bad_path``, ``bad_step_number``, ``unequal_image_count``, ``no_target``;
-            of captions that are JSON also ``bad_json`` and ``duplicate_key``.
+        BadRecord: The value fits no format or two, or breaks a rule of its format. The codes are
+            ``not_an_object``, ``no_format``, ``ambiguous_format``, ``ambiguous_piece``, ``missing_field``,
+            ``unexpected_field``, ``wrong_type``, ``unknown_type``, ``unknown_role``, ``bad_text``,
+            ``empty_text``, ``bad_path``, ``bad_step_number``, ``unequal_image_count``, ``no_target``; of
+            captions that are JSON also ``bad_json`` and ``duplicate_key``.
     """
     return parse_with_fields(value, origin)[0]
 
 
-def parse_raw(raw: bytes | Json, line: int, origin: Origin, root: str | Path | None = None) -> tuple[Record, list[str]]:
-    """:func:`parse_with_fields` of what ``containers.read_part`` gives: the bytes of a JSON text, or a row of a table.
+def parse_raw(
+    raw: bytes | Json, line: int, origin: Origin, root: str | Path | None = None
+) -> tuple[Record, list[str]]:
+    """:func:`parse_with_fields` of what ``containers.read_part`` gives: the bytes of a JSON text, or a row of
+    a table.
 
     Args:
         raw: The record.
@@ -56,17 +62,21 @@ def parse_raw(raw: bytes | Json, line: int, origin: Origin, root: str | Path | N
     except BadRecord as error:
         error.origin = origin
         raise
-    return parse_with_fields({name: value for name, value in raw.items() if value == value}, origin, root)  # NaN is an empty cell
+    # NaN is an empty cell
+    return parse_with_fields({name: value for name, value in raw.items() if value == value}, origin, root)
 
 
 def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None) -> tuple[Record, list[str]]:
-    """:func:`parse_record`, and for every piece of the sample the field it came from, as ``conversations[2].image_path``.
+    """:func:`parse_record`, and for every piece of the sample the field it came from, as
+    ``conversations[2].image_path``.
 
     With ``root`` every path of a picture becomes ``Confined(path, root)``.
     """
     try:
         if not isinstance(value, dict):
-            raise BadRecord("not_an_object", "(record)", f.show(value), "a JSON object", "write one {...} for each record")
+            raise BadRecord(
+                "not_an_object", "(record)", f.show(value), "a JSON object", "write one {...} for each record"
+            )
         metadata = f.optional(value, "metadata", dict) or {}
         name = _recognise(value)
         pieces = FORMATS[name].parse(value, origin.file.parent)
@@ -80,7 +90,9 @@ def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None
             )
         for piece, field in pieces:
             if isinstance(piece, Text) and piece.target and not piece.text:
-                raise BadRecord("empty_text", field, '""', "a text to learn", "write the text, or leave the piece out")
+                raise BadRecord(
+                    "empty_text", field, '""', "a text to learn", "write the text, or leave the piece out"
+                )
     except BadRecord as error:
         error.origin = origin
         raise
@@ -94,7 +106,7 @@ def _confined(piece: Text | Image, root: str | Path) -> Text | Image:
     return piece
 
 
-# ---- the formats ----
+# ---- the formats
 
 
 def conversation(record: Json, folder: Path) -> Pieces:
@@ -108,8 +120,12 @@ def conversation(record: Json, folder: Path) -> Pieces:
 
 def direct(record: Json, folder: Path) -> Pieces:
     """``input_sequence`` is context, ``target_sequence`` is what the model must produce."""
-    inputs = [f.piece(item, field, folder, target=False) for item, field in f.objects(record, "input_sequence", "")]
-    return inputs + [f.piece(item, field, folder, target=True) for item, field in f.objects(record, "target_sequence", "")]
+    inputs = [
+        f.piece(item, field, folder, target=False) for item, field in f.objects(record, "input_sequence", "")
+    ]
+    return inputs + [
+        f.piece(item, field, folder, target=True) for item, field in f.objects(record, "target_sequence", "")
+    ]
 
 
 def text_to_image(record: Json, folder: Path) -> Pieces:
@@ -129,7 +145,8 @@ def image_to_text(record: Json, folder: Path) -> Pieces:
 
 
 def editing(record: Json, folder: Path) -> Pieces:
-    """``input_image``, then for each step its instruction (context) and its result (target, and context of the next step)."""
+    """``input_image``, then for each step its instruction (context) and its result (target, and context of
+    the next step)."""
     pieces: Pieces = [(Image(f.picture(record, "input_image", "", folder)), "input_image")]
     first: int | None = None  # the number of step 0, as far as the numbers given so far say
     for i, (step, field) in enumerate(f.objects(record, "editing_steps", "")):
@@ -140,17 +157,25 @@ def editing(record: Json, folder: Path) -> Pieces:
                 cure = "number the steps 1, 2, 3, ... in their order, or leave the numbers out"
                 raise BadRecord("bad_step_number", f"{field}.step", str(number), f"{first + i}", cure)
         pieces.append((Text(f.string(step, "instruction", field)), f"{field}.instruction"))
-        pieces.append((Image(f.picture(step, "result_image", field, folder), target=True), f"{field}.result_image"))
+        pieces.append(
+            (Image(f.picture(step, "result_image", field, folder), target=True), f"{field}.result_image")
+        )
     return pieces
 
 
 def interleaved(record: Json, folder: Path) -> Pieces:
-    """``sequence``: all pieces are targets, but for the start: a first image, or a first text that an image follows."""
+    """``sequence``: all pieces are targets, but for the start: a first image, or a first text that an image
+    follows."""
     items = f.objects(record, "sequence", "")
     for item, field in items:
         if item.get("role") is not None:
-            cure = 'use "conversations" for turns with roles, or take the role out and say "target": true or false'
-            raise BadRecord("unexpected_field", f"{field}.role", f.show(item["role"]), "no role in a sequence", cure)
+            cure = (
+                'use "conversations" for turns with roles, or take the role out and say "target": true or'
+                " false"
+            )
+            raise BadRecord(
+                "unexpected_field", f"{field}.role", f.show(item["role"]), "no role in a sequence", cure
+            )
     pieces = [f.piece(item, field, folder, target=True) for item, field in items]
     if pieces:
         start, field = pieces[0]
@@ -161,7 +186,8 @@ def interleaved(record: Json, folder: Path) -> Pieces:
 
 
 def messages(record: Json, folder: Path) -> Pieces:
-    """``messages`` whose ``<image>`` tags stand for ``images`` in order; surplus images come first, as context."""
+    """``messages`` whose ``<image>`` tags stand for ``images`` in order; surplus images come first, as
+    context."""
     items = f.objects(record, "messages", "")
     images = f.pictures(f.optional(record, "images", list) or [], "images", folder)
     turns = [(f.role_of(item, field), f.contents_of(item, field, folder)) for item, field in items]
@@ -169,11 +195,18 @@ def messages(record: Json, folder: Path) -> Pieces:
 
 
 def sharegpt(record: Json, folder: Path) -> Pieces:
-    """``conversations`` with ``from`` and ``value`` (ShareGPT, LLaVA); the tags stand for ``image`` (one or a list) or ``images``."""
+    """``conversations`` with ``from`` and ``value`` (ShareGPT, LLaVA); the tags stand for ``image`` (one or a
+    list) or ``images``."""
     items = f.objects(record, "conversations", "")
     field = "image" if record.get("image") is not None else "images"
     if field == "image" and record.get("images") is not None:
-        raise BadRecord("ambiguous_piece", "image", "both image and images", "one of the two", "put all pictures into images")
+        raise BadRecord(
+            "ambiguous_piece",
+            "image",
+            "both image and images",
+            "one of the two",
+            "put all pictures into images",
+        )
     if field == "image" and not isinstance(record["image"], list):
         images = [(f.as_picture(record["image"], "image", folder), "image")]
     else:
@@ -186,17 +219,25 @@ def captioned(record: Json, folder: Path) -> Pieces:
     """``captions``, several that say the same, are context; ``image`` is the target."""
     if record.get("captions") is None:
         f.required(record, "captions", str, "")
-    return [f.wordings(record["captions"], "captions"), (Image(f.picture(record, "image", "", folder), target=True), "image")]
+    return [
+        f.wordings(record["captions"], "captions"),
+        (Image(f.picture(record, "image", "", folder), target=True), "image"),
+    ]
 
 
 def edit_list(record: Json, folder: Path) -> Pieces:
-    """``image_list`` with the instructions of ``instruction_list`` between: the first image is context, the others targets."""
+    """``image_list`` with the instructions of ``instruction_list`` between: the first image is context, the
+    others targets."""
     images = f.pictures(f.required(record, "image_list", list, ""), "image_list", folder)
     steps = f.required(record, "instruction_list", list, "")
     if len(images) != len(steps) + 1:
         cure = "give one instruction, or one list of wordings, for each picture after the first"
         raise BadRecord(
-            "unequal_image_count", "image_list", f"{len(images)} images", f"{len(steps) + 1} for {len(steps)} instructions", cure
+            "unequal_image_count",
+            "image_list",
+            f"{len(images)} images",
+            f"{len(steps) + 1} for {len(steps)} instructions",
+            cure,
         )
     pieces: Pieces = [(Image(images[0][0]), images[0][1])]
     for i, (step, (source, field)) in enumerate(zip(steps, images[1:])):
@@ -260,12 +301,20 @@ def _recognise(record: Json) -> str:
         fields = f"fields of {' and '.join(found)} ({f.names(record)})"
         raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", cure)
     if not found:
-        raise BadRecord("no_format", "(record)", f"fields {f.names(record)}", f"one of {', '.join(_known())}", _nearest_cure(record))
+        raise BadRecord(
+            "no_format",
+            "(record)",
+            f"fields {f.names(record)}",
+            f"one of {', '.join(_known())}",
+            _nearest_cure(record),
+        )
     entry = FORMATS[found[0]]
     for name in _PICTURES:
         if name in present and name not in (*entry.fields, *entry.also, entry.content):
             cure = f"move the picture into the {entry.content}, or take the field out"
-            raise BadRecord("ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", cure)
+            raise BadRecord(
+                "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", cure
+            )
     return found[0]
 
 

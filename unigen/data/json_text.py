@@ -1,6 +1,7 @@
 """Strict JSON: one record from its bytes, and the records of a JSON file from its text.
 
-Stricter than Python's ``json`` where leniency would hide a mistake: NaN, infinities and repeated keys are refused.
+Stricter than Python's ``json`` where leniency would hide a mistake: NaN, infinities and repeated keys are
+refused.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def parse_json(data: bytes, line: int = 1) -> Any:
         line: The 1-based line of its first byte, for messages; 0 when it shares that line with other records.
 
     Raises:
-        BadRecord: ``bad_utf8``, ``bad_json`` or ``duplicate_key``, with line and column in what was found. No origin yet.
+        BadRecord: ``bad_utf8``, ``bad_json`` or ``duplicate_key``, with line and column in what was found. No
+            origin yet.
     """
     text = decode(data, line)
     try:
@@ -57,20 +59,28 @@ def parse_json(data: bytes, line: int = 1) -> Any:
     except _Constant as error:
         match = next(m for m in _STRING_OR_CONSTANT.finditer(text) if m[0] == str(error))
         cure = "write a finite number or null; JSON has no NaN and no infinity"
-        raise BadRecord("bad_json", "(record)", f"{error} at {_place(text, match.start(), line)}", "a JSON value", cure) from None
+        raise BadRecord(
+            "bad_json", "(record)", f"{error} at {_place(text, match.start(), line)}", "a JSON value", cure
+        ) from None
     except _RepeatedKey as error:
         found = f"the field {json.dumps(str(error))} twice in one object"
-        raise BadRecord("duplicate_key", "(record)", found, "each field once", "keep one of the two") from None
+        raise BadRecord(
+            "duplicate_key", "(record)", found, "each field once", "keep one of the two"
+        ) from None
     except (RecursionError, ValueError) as error:  # nested too deep; a whole number of thousands of digits
         found = str(error).partition(";")[0]
-        raise BadRecord("bad_json", "(record)", found, "a record of ordinary depth and numbers", "simplify the record") from None
+        raise BadRecord(
+            "bad_json", "(record)", found, "a record of ordinary depth and numbers", "simplify the record"
+        ) from None
 
 
 def split_json(data: bytes) -> list[tuple[int, int, int]]:
-    """``(byte offset, byte length, 1-based line)`` of each record of a JSON file: of each item of a list, or of the one value.
+    """``(byte offset, byte length, 1-based line)`` of each record of a JSON file: of each item of a list, or
+    of the one value.
 
     Raises:
-        BadRecord: ``bad_utf8`` or ``bad_json``. Nothing after a syntax error can be told apart, so it spoils the whole file.
+        BadRecord: ``bad_utf8`` or ``bad_json``. Nothing after a syntax error can be told apart, so it spoils
+            the whole file.
     """
     text = decode(data, 1)
     try:
@@ -79,10 +89,13 @@ def split_json(data: bytes) -> list[tuple[int, int, int]]:
         raise _bad_json(error.msg, text, error.pos, 1) from None
     except (RecursionError, ValueError) as error:
         found = str(error).partition(";")[0]
-        raise BadRecord("bad_json", "(file)", found, "records of ordinary depth and numbers", "simplify the records") from None
+        raise BadRecord(
+            "bad_json", "(file)", found, "records of ordinary depth and numbers", "simplify the records"
+        ) from None
     records, seen, offset, line = [], 0, 0, 1
     for start, end in spans:
-        offset += start - seen  # between records there is nothing but brackets, commas and white space: a byte each
+        # between records there is nothing but brackets, commas and white space: a byte each
+        offset += start - seen
         line += text.count("\n", seen, start)
         length = len(text[start:end].encode())
         records.append((offset, length, line))
@@ -97,7 +110,11 @@ def decode(data: bytes, line: int) -> str:
     except UnicodeDecodeError as error:
         before = data[: error.start]
         column = error.start - (before.rfind(b"\n") + 1) + 1
-        where = f"line {line + before.count(bytes([10]))}, byte {column}" if line else f"byte {error.start + 1} of the record"
+        where = (
+            f"line {line + before.count(bytes([10]))}, byte {column}"
+            if line
+            else f"byte {error.start + 1} of the record"
+        )
         found = f"byte 0x{data[error.start]:02x} at {where} ({error.reason})"
         raise BadRecord("bad_utf8", "(record)", found, "UTF-8 text", "save the file as UTF-8") from None
 

@@ -1,8 +1,8 @@
 """Global order, packing, workers, state.
 
-One global order of visits for (seed, epoch); rows are packed from that one stream with a bounded look-ahead, and a step's rows
-are dealt to ranks and micro-batches. So the state of a run is (epoch, position, the few samples that wait for a row), whatever
-the number of workers and ranks, and going on from it replays nothing.
+One global order of visits for (seed, epoch); rows are packed from that one stream with a bounded look-ahead,
+and a step's rows are dealt to ranks and micro-batches. So the state of a run is (epoch, position, the few
+samples that wait for a row), whatever the number of workers and ranks, and going on from it replays nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SMALL = 2**20  # bytes of a row's tensors up to which they are sent through a pi
 
 @dataclass(frozen=True)
 class Place:
-    """Where the stream stands: of the epoch's order, visits ``[0, position)`` are done but for those that wait."""
+    """Where the stream stands: of the epoch's order, visits ``[0, position)`` are done but for those that
+    wait."""
 
     epoch: int = 0
     position: int = 0
@@ -66,8 +67,8 @@ class _Leaf(NamedTuple):
 
 
 class _Parcel:
-    """A row on its way from a worker, all its tensors in one buffer: each tensor sent by itself would cost a file descriptor
-    and more time than a small picture takes to decode."""
+    """A row on its way from a worker, all its tensors in one buffer: each tensor sent by itself would cost a
+    file descriptor and more time than a small picture takes to decode."""
 
     def __init__(self, row: Row):
         self._parts: list[tuple[int, Sequence[Tensor]]] = []
@@ -90,8 +91,8 @@ class _Parcel:
         self._small: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Shared memory is handed over by a thread of the worker, which waits for its turn while the next row is built; so what is
-        small goes through the pipe itself."""
+        """Shared memory is handed over by a thread of the worker, which waits for its turn while the next row
+        is built; so what is small goes through the pipe itself."""
         small = {"buffer": None, "_small": self.buffer.numpy()} if self._size <= SMALL else {}
         return {**self.__dict__, **small}
 
@@ -99,7 +100,8 @@ class _Parcel:
         first = tensors[0]
         leaf = _Leaf(self._size, first.dtype, tuple(first.shape), len(tensors))
         self._parts.append((self._size, tensors))
-        self._size += -(-first.nbytes * len(tensors) // 16) * 16  # aligned, so that a view of any type can start here
+        # aligned, so that a view of any type can start here
+        self._size += -(-first.nbytes * len(tensors) // 16) * 16
         return leaf
 
     def pin_memory(self) -> _Parcel:
@@ -115,7 +117,12 @@ class _Parcel:
 
         def tensors(leaf: _Leaf) -> Sequence[Tensor]:
             size = leaf.dtype.itemsize * leaf.count * math.prod(leaf.shape)
-            return self.buffer[leaf.offset : leaf.offset + size].view(leaf.dtype).view(leaf.count, *leaf.shape).unbind()
+            return (
+                self.buffer[leaf.offset : leaf.offset + size]
+                .view(leaf.dtype)
+                .view(leaf.count, *leaf.shape)
+                .unbind()
+            )
 
         opened: dict[str, Any] = {}
         for name, value in self.fields.items():
@@ -145,7 +152,8 @@ class RowStream:
     """The rows of a mixture in global order, and how many steps they make."""
 
     def __init__(self, mixture: Mixture, batch_size: int = 1, budget: int | None = None, masks: bool = False):
-        """``batch_size`` samples a row, or with ``budget`` as many as its tokens hold; ``masks`` as in :func:`pack_blocks`."""
+        """``batch_size`` samples a row, or with ``budget`` as many as its tokens hold; ``masks`` as in
+        :func:`pack_blocks`."""
         self.mixture, self.batch_size, self.budget, self.masks = mixture, batch_size, budget, masks
         self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
@@ -161,7 +169,10 @@ class RowStream:
         if self.budget is None:
             while waiting or position < end:
                 taken = min(self.batch_size - len(waiting[: self.batch_size]), end - position)
-                row, waiting = waiting[: self.batch_size] + list(range(position, position + taken)), waiting[self.batch_size :]
+                row, waiting = (
+                    waiting[: self.batch_size] + list(range(position, position + taken)),
+                    waiting[self.batch_size :],
+                )
                 position += taken
                 yield row, Place(epoch, position, tuple(waiting))
             return
@@ -184,8 +195,8 @@ class RowStream:
         return self.mixture.lengths(visits.records[places], visits.passes[places])
 
     def steps(self, place: Place, step_rows: int) -> Iterator[tuple[list[list[int]], Place]]:
-        """The rows of each optimiser step and the place after it, epoch after epoch without end. The last step of an
-        epoch may have fewer rows than ``step_rows``; every visit is met once an epoch."""
+        """The rows of each optimiser step and the place after it, epoch after epoch without end. The last
+        step of an epoch may have fewer rows than ``step_rows``; every visit is met once an epoch."""
         while True:
             if place.position >= len(self.mixture) and not place.waiting:
                 place = Place(place.epoch + 1)
@@ -210,7 +221,10 @@ class RowStream:
     def fill(self, epoch: int = 0) -> float:
         """How full the rows of an epoch are: tokens over budget, at most 1 a row, on average."""
         assert self.budget is not None, "rows of batch_size samples have no budget"
-        totals = [min(1.0, self._lengths(epoch, np.array(row)).sum() / self.budget) for row, _ in self.rows(Place(epoch))]
+        totals = [
+            min(1.0, self._lengths(epoch, np.array(row)).sum() / self.budget)
+            for row, _ in self.rows(Place(epoch))
+        ]
         return float(np.mean(totals))
 
     def largest_row(self) -> list[int]:
@@ -221,22 +235,28 @@ class RowStream:
             return by_length[: self.batch_size].tolist()
         row = [int(by_length[0])]
         free = self.budget - int(lengths[row[0]])
-        for record in by_length[1:][lengths[by_length[1:]] <= free].tolist():  # fill the budget, the longest first
+        # fill the budget, the longest first
+        for record in by_length[1:][lengths[by_length[1:]] <= free].tolist():
             if lengths[record] <= free:
                 row.append(record)
                 free -= int(lengths[record])
         return row
 
     def build(self, places: Sequence[int], after: Place) -> Row:
-        """Decodes and packs a row (places in the order of ``after.epoch``); records whose pictures turn out unreadable are left
-        out and listed."""
+        """Decodes and packs a row (places in the order of ``after.epoch``); records whose pictures turn out
+        unreadable are left out and listed."""
         visits = self.mixture.visits(after.epoch)
         at = np.array(places, np.int64)
-        return self.build_visits([self.draw(r, n) for r, n in zip(visits.records[at].tolist(), visits.passes[at].tolist())], after)
+        return self.build_visits(
+            [self.draw(r, n) for r, n in zip(visits.records[at].tolist(), visits.passes[at].tolist())], after
+        )
 
     def build_largest(self) -> Row:
         """:meth:`largest_row` with every copy and nothing dropped."""
-        return self.build_visits([Draw(self.mixture.seed, 0, record, training=False, whole=True) for record in self.largest_row()], Place())
+        return self.build_visits(
+            [Draw(self.mixture.seed, 0, record, training=False, whole=True) for record in self.largest_row()],
+            Place(),
+        )
 
     def build_visits(self, draws: Sequence[Draw], after: Place) -> Row:
         """:meth:`build` for any visits."""
@@ -247,12 +267,17 @@ class RowStream:
                 samples.append(planner.fill(record.sample, blocks, draw))
             except PictureError as error:
                 found = f"{error.name}: {error.problem}"
-                bad.append(BadRecord(error.code, "image", found, "a readable picture", error.cure, record.origin))
+                bad.append(
+                    BadRecord(error.code, "image", found, "a readable picture", error.cure, record.origin)
+                )
                 continue
             origins.append(str(record.origin))
             good.append(draw.record)
-        planner = self.mixture.parts[0].planner  # tokens and geometry are those of the model, whatever the source
-        pack = pack_blocks(samples, planner.tokenizer.special, planner.geometry, origins=origins, masks=self.masks)
+        # tokens and geometry are those of the model, whatever the source
+        planner = self.mixture.parts[0].planner
+        pack = pack_blocks(
+            samples, planner.tokenizer.special, planner.geometry, origins=origins, masks=self.masks
+        )
         return Row(pack, good, after, bad)
 
 
@@ -294,7 +319,8 @@ def load_rows(
     worker_init: Callable[[int], None] | None = None,
     starting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[list[Row]]:
-    """The rows of this process, step by step (``share.rows`` at a time), from ``place`` on; ``limit`` ends it after so many steps.
+    """The rows of this process, step by step (``share.rows`` at a time), from ``place`` on; ``limit`` ends it
+    after so many steps.
 
     ``worker_init`` runs first in every worker, ``starting`` is a context around their start.
     """
@@ -309,7 +335,8 @@ def load_rows(
         pin_memory=pin,
         prefetch_factor=max(2, share.rows) if num_workers else None,
         worker_init_fn=worker_init,
-        # It draws a seed for its workers, which use none; from the global generator that draw would change what a resume restores.
+        # It draws a seed for its workers, which use none; from the global generator that draw would change
+        # what a resume restores.
         generator=torch.Generator(),
     )
     with starting():

@@ -1,9 +1,9 @@
 """Several sources as one stream of visits, in one global order for (seed, epoch).
 
-An epoch lasts until the last source that does not repeat has ended, each of its records met exactly once; a source that
-repeats starts again meanwhile, each time in a new order. Weights are rates: a source of weight 2 is met twice as often as one
-of weight 1 while both run. Without weights every source is spread evenly over the epoch. Everything follows from (seed, epoch) by
-counting, so there is no state to save.
+An epoch lasts until the last source that does not repeat has ended, each of its records met exactly once; a
+source that repeats starts again meanwhile, each time in a new order. Weights are rates: a source of weight 2
+is met twice as often as one of weight 1 while both run. Without weights every source is spread evenly over
+the epoch. Everything follows from (seed, epoch) by counting, so there is no state to save.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from unigen.sequence.types import Block, Origin, Record
 
 @dataclass
 class Part:
-    """One source: its records, and how they become tokens. ``planner`` is the source's own, with its picture sizes."""
+    """One source: its records, and how they become tokens. ``planner`` is the source's own, with its picture
+    sizes."""
 
     name: str
     dataset: UnifiedGenerationDataset
@@ -42,8 +43,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Visits:
-    """The records of an epoch in order: their numbers over all sources [n] int64, and which pass over its source each one
-    belongs to [n] int64 (the epoch, where a source does not repeat)."""
+    """The records of an epoch in order: their numbers over all sources [n] int64, and which pass over its
+    source each one belongs to [n] int64 (the epoch, where a source does not repeat)."""
 
     records: np.ndarray
     passes: np.ndarray
@@ -68,14 +69,26 @@ class Mixture:
         assert parts
         self.parts, self.seed, self.training = list(parts), seed, training
         self.starts = np.cumsum([0] + [len(part.dataset) for part in parts])
-        if training and len(parts) > 1 and all(part.repeat for part in parts) and all(part.weight is None for part in parts):
-            raise UserError("train_sources: every source repeats and none has a weight. Cure: give weights, or leave repeat out")
+        if (
+            training
+            and len(parts) > 1
+            and all(part.repeat for part in parts)
+            and all(part.weight is None for part in parts)
+        ):
+            raise UserError(
+                "train_sources: every source repeats and none has a weight. Cure: give weights, or leave"
+                " repeat out"
+            )
         weights = [part.weight or float(len(part.dataset)) for part in parts]
         ends = [len(part.dataset) / weight for part, weight in zip(parts, weights) if not part.repeat]
         # Where all repeat, an epoch has as many visits as there are records.
         length = max(ends) if ends else float(self.starts[-1]) / sum(weights)
-        self.counts = [max(1, round(weight * length)) if p.repeat else len(p.dataset) for p, weight in zip(parts, weights)]
-        self._rates = [weight * length for weight in weights]  # visits in an epoch if the source went on until its end
+        self.counts = [
+            max(1, round(weight * length)) if p.repeat else len(p.dataset)
+            for p, weight in zip(parts, weights)
+        ]
+        # visits in an epoch if the source went on until its end
+        self._rates = [weight * length for weight in weights]
         self.visits = lru_cache(maxsize=2)(self._visits)
 
     def __len__(self) -> int:
@@ -127,18 +140,25 @@ class Mixture:
             for number in np.unique(passes[here]).tolist():
                 chosen = here & (passes == number)
                 epoch = number if self.training else None
-                # Random numbers belong to the number over all sources, as in Draw; sizes to the number in this one.
-                found[chosen] = part.planner.lengths(part.measured, records[chosen], self.seed, epoch, int(self.starts[i]))
+                # Random numbers belong to the number over all sources, as in Draw; sizes to the number in
+                # this one.
+                found[chosen] = part.planner.lengths(
+                    part.measured, records[chosen], self.seed, epoch, int(self.starts[i])
+                )
         return found
 
     def full_lengths(self) -> np.ndarray:
         """The most tokens [records] int64 that a visit to each record can have."""
-        return np.concatenate([p.planner.full_lengths(p.measured, np.arange(len(p.measured))) for p in self.parts])
+        return np.concatenate(
+            [p.planner.full_lengths(p.measured, np.arange(len(p.measured))) for p in self.parts]
+        )
 
     def _visits(self, epoch: int) -> Visits:
         if not self.training:
             return Visits(np.arange(self.total), np.zeros(self.total, np.int64))
-        if len(self.parts) == 1 or all(part.weight is None and not part.repeat and part.dataset.runs is None for part in self.parts):
+        if len(self.parts) == 1 or all(
+            part.weight is None and not part.repeat and part.dataset.runs is None for part in self.parts
+        ):
             return self._shuffled(epoch)
         records, passes, times = [], [], []
         for i, part in enumerate(self.parts):
@@ -150,7 +170,9 @@ class Mixture:
                 chosen[inside] = self._pass(i, once)[number[inside] % n]
             records.append(chosen + self.starts[i])
             passes.append(number // n)
-            jitter = torch.rand(count, generator=Draw(self.seed, epoch, -1).normal(f"mix/{i}"), dtype=torch.float64).numpy()
+            jitter = torch.rand(
+                count, generator=Draw(self.seed, epoch, -1).normal(f"mix/{i}"), dtype=torch.float64
+            ).numpy()
             times.append((np.arange(count) + jitter) / self._rates[i])
         order = np.argsort(np.concatenate(times), kind="stable")
         return Visits(np.concatenate(records)[order], np.concatenate(passes)[order])
@@ -164,7 +186,8 @@ class Mixture:
         return Visits(records, np.full(len(records), epoch))
 
     def _pass(self, source: int, number: int) -> np.ndarray:
-        """One pass over a source: its records in a random order, near ones together where reading them apart is slow."""
+        """One pass over a source: its records in a random order, near ones together where reading them apart
+        is slow."""
         dataset = self.parts[source].dataset
         generator = Draw(self.seed, number, -1).normal(f"order/{source}")
         if dataset.runs is None:
@@ -178,19 +201,28 @@ class Mixture:
         return np.concatenate(pieces)
 
     def describe(self) -> str:
-        """The mix of an epoch: visits, and tokens of each kind, per source; a line each, and one for a weight that cannot hold."""
+        """The mix of an epoch: visits, and tokens of each kind, per source; a line each, and one for a weight
+        that cannot hold."""
         tables = [part.measured.tokens_by_kind(np.arange(len(part.measured))) for part in self.parts]
         visits = self.counts if self.training else [len(part.dataset) for part in self.parts]
-        scaled = [{k: n * v / len(p.dataset) for k, n in t.items()} for t, v, p in zip(tables, visits, self.parts)]
+        scaled = [
+            {k: n * v / len(p.dataset) for k, n in t.items()} for t, v, p in zip(tables, visits, self.parts)
+        ]
         whole = {kind: sum(t[kind] for t in scaled) for kind in scaled[0]}
         tokens = max(sum(n for kind, n in whole.items() if kind != "trained_text"), 1.0)
         lines = [f"tokens    {_words(whole, tokens)}"]
         lengths = np.sort(self.full_lengths())
-        lines.append(f"lengths   mean {tokens / sum(visits):,.0f}, median {lengths[len(lengths) // 2]:,}, longest {lengths[-1]:,} tokens")
+        lines.append(
+            f"lengths   mean {tokens / sum(visits):,.0f}, median {lengths[len(lengths) // 2]:,}, longest"
+            f" {lengths[-1]:,} tokens"
+        )
         if len(self.parts) > 1:
             for part, table, count in zip(self.parts, scaled, visits):
                 mine = sum(n for kind, n in table.items() if kind != "trained_text")
-                share = f"{count:,} visits ({count / sum(visits):.1%}) to {len(part.dataset):,} records, {mine / tokens:.1%} of all tokens"
+                share = (
+                    f"{count:,} visits ({count / sum(visits):.1%}) to {len(part.dataset):,} records,"
+                    f" {mine / tokens:.1%} of all tokens"
+                )
                 lines.append(f"source    {part.name}: {share}; {_words(table, max(mine, 1.0))}")
             lines += self._early() if self.training else []
         return "\n".join(lines)
@@ -201,7 +233,8 @@ class Mixture:
         for part, count, rate in zip(self.parts, self.counts, self._rates):
             if not part.repeat and part.weight is not None and not math.isclose(count, rate, rel_tol=0.01):
                 lines.append(
-                    f"source    {part.name} ends after {count / rate:.0%} of the epoch; with repeat: true its weight holds throughout"
+                    f"source    {part.name} ends after {count / rate:.0%} of the epoch; with repeat: true its"
+                    " weight holds throughout"
                 )
         return lines
 

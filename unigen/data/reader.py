@@ -15,14 +15,16 @@ from unigen.data.unpack import unpacked
 from unigen.sequence.types import BadRecord, Origin
 
 GROUPS = 256 << 20  # bytes of table groups that a Reader keeps in each process
-LEAST = 4  # groups it keeps whatever their size: the order of training mixes as many, and would read each again for every record
+# groups it keeps whatever their size: the order of training mixes as many, and would read each again for
+# every record
+LEAST = 4
 
 
 class Reader:
     """Reads single records of files; safe in threads and forked processes, and pickled without what it keeps.
 
-    Compressed files are unpacked into a cache folder when this is built. Groups of tables are kept, up to ``GROUPS`` bytes and at
-    least ``LEAST`` of them, in each process.
+    Compressed files are unpacked into a cache folder when this is built. Groups of tables are kept, up to
+    ``GROUPS`` bytes and at least ``LEAST`` of them, in each process.
 
     Args:
         files: What ``Span.file`` counts.
@@ -57,13 +59,20 @@ class Reader:
                 raw = tables.row(self._group(span, group), span.length)
             changed = crc_of(raw) != span.crc
         except (OSError, ValueError, LookupError, MemoryError) as error:
-            raise BadData(f"{self._place(span)}: it cannot be read any more ({error}). Start again, or restore the file.") from error
+            raise BadData(
+                f"{self._place(span)}: it cannot be read any more ({error}). Start again, or restore the"
+                " file."
+            ) from error
         if changed:
-            raise BadData(f"{self._place(span)}: the file was changed while it was in use. Start again, or restore the file.")
+            raise BadData(
+                f"{self._place(span)}: the file was changed while it was in use. Start again, or restore the"
+                " file."
+            )
         return raw
 
     def grouped(self, number: int) -> bool:
-        """Whether reading a record of this file costs reading the group it lies in (``Span.offset`` names it)."""
+        """Whether reading a record of this file costs reading the group it lies in (``Span.offset`` names
+        it)."""
         return container_of(self.files[number]).runs
 
     def _group(self, span: Span, load: Callable[[Path, int], Any]) -> Any:
@@ -115,9 +124,11 @@ class _Kept:
 
 def _bytes_at(path: Path, offset: int, length: int) -> bytes:
     found = []
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # its own descriptor: no file position shared with anyone
+    # its own descriptor: no file position shared with anyone
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while length > 0 and (part := os.pread(descriptor, length, offset)):  # a read may return less than was asked for
+        # a read may return less than was asked for
+        while length > 0 and (part := os.pread(descriptor, length, offset)):
             found.append(part)
             length, offset = length - len(part), offset + len(part)
     finally:

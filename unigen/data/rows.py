@@ -1,7 +1,7 @@
 """Which samples share a row: best-fit packing with a bounded look-ahead.
 
-A row starts with the sample that has waited longest, so none waits for ever; then the longest waiting sample that still fits
-goes in, until none does.
+A row starts with the sample that has waited longest, so none waits for ever; then the longest waiting sample
+that still fits goes in, until none does.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-# Rows are cut while so many samples wait and they fill so many rows (short samples: 128 of them may not fill one), but at most
-# MOST wait: as many whole numbers are all that a resume needs of the packing.
+# Rows are cut while so many samples wait and they fill so many rows (short samples: 128 of them may not fill
+# one), but at most MOST wait: as many whole numbers are all that a resume needs of the packing.
 LOOK_AHEAD, ROWS_AHEAD, MOST = 128, 2, 8192
 
 
@@ -27,7 +27,8 @@ class Packer:
         self.budget, self.look_ahead, self.tokens = budget, look_ahead, 0
         self._queue: deque[int] = deque()  # by age; those already in a row stay until they come to the front
         self._lengths: dict[int, int] = {}  # the samples that wait
-        self._sorted: list[tuple[int, int]] = []  # (length, -sample): of equal lengths the older one is found first
+        # (length, -sample): of equal lengths the older one is found first
+        self._sorted: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         return len(self._lengths)

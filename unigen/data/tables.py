@@ -1,7 +1,9 @@
-"""Parquet and Arrow files: rows in groups. With ``unpack.py`` the only importer of pyarrow, which is loaded when such a file is met.
+"""Parquet and Arrow files: rows in groups. With ``unpack.py`` the only importer of pyarrow, which is loaded
+when such a file is met.
 
-A *group* is what is read at once: a row group of Parquet, a record batch of Arrow. Its *key* finds it again: the number of the row
-group or batch, or the byte at which a batch of an Arrow stream begins. Every function raises whatever pyarrow does for a damaged file.
+A *group* is what is read at once: a row group of Parquet, a record batch of Arrow. Its *key* finds it again:
+the number of the row group or batch, or the byte at which a batch of an Arrow stream begins. Every function
+raises whatever pyarrow does for a damaged file.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-BATCH = 64  # rows of Parquet turned into Python values at once: with pictures in them a whole group may be gigabytes
+# rows of Parquet turned into Python values at once: with pictures in them a whole group may be gigabytes
+BATCH = 64
 
 
 class Group(NamedTuple):
@@ -30,7 +33,8 @@ def parquet_groups(path: Path) -> list[Group]:
         rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if sum(rows) != total:
             raise ValueError(f"its row groups do not hold its {total:,} rows")
-        # Not from the sizes of its columns: in a damaged file, asking pyarrow for a column's metadata ends the process.
+        # Not from the sizes of its columns: in a damaged file, asking pyarrow for a column's metadata ends
+        # the process.
         size = path.stat().st_size
         return [Group(i, count, size * count // max(total, 1)) for i, count in enumerate(rows)]
 
@@ -43,7 +47,9 @@ def parquet_rows(path: Path, key: int) -> Iterator[Row]:
             yield from _rows(batch)
             count += batch.num_rows
         if count != file.metadata.row_group(key).num_rows:
-            raise ValueError(f"a row group holds {count:,} rows in place of {file.metadata.row_group(key).num_rows:,}")
+            raise ValueError(
+                f"a row group holds {count:,} rows in place of {file.metadata.row_group(key).num_rows:,}"
+            )
 
 
 def parquet_group(path: Path, key: int) -> Any:
@@ -86,7 +92,8 @@ def arrow_rows(path: Path, key: int) -> Iterator[Row]:
 
 
 def arrow_group(path: Path, key: int) -> Any:
-    """A whole group, checked: offsets out of range would otherwise be followed. Uncompressed ones stay in the file's pages."""
+    """A whole group, checked: offsets out of range would otherwise be followed. Uncompressed ones stay in the
+    file's pages."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:
@@ -110,12 +117,16 @@ def _rows(batch: Any) -> Iterator[Row]:
     try:
         rows = batch.to_pylist()
     except ValueError:  # such as a text that is not UTF-8
-        rows = [{name: _value(batch.column(name), i) for name in batch.schema.names} for i in range(batch.num_rows)]
+        rows = [
+            {name: _value(batch.column(name), i) for name in batch.schema.names}
+            for i in range(batch.num_rows)
+        ]
     yield from rows
 
 
 def _value(column: Any, i: int) -> Any:
-    """A value that spoils its own record only: what cannot be expressed becomes bytes, which no text field takes."""
+    """A value that spoils its own record only: what cannot be expressed becomes bytes, which no text field
+    takes."""
     try:
         return column[i].as_py()
     except ValueError as error:
@@ -141,4 +152,7 @@ def _check_no_dictionary(schema: Any) -> None:
 
     for field in schema:
         if pa.types.is_dictionary(field.type):
-            raise ValueError(f"column {field.name!r} is dictionary-encoded, which a stream cannot read at one place; save it as Parquet")
+            raise ValueError(
+                f"column {field.name!r} is dictionary-encoded, which a stream cannot read at one place; save"
+                " it as Parquet"
+            )

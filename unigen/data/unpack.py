@@ -1,4 +1,5 @@
-"""Compressed files (``.gz``, ``.zst``): read from the start as a stream, or unpacked once into a cache folder for random access."""
+"""Compressed files (``.gz``, ``.zst``): read from the start as a stream, or unpacked once into a cache folder
+for random access."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _UNFINISHED = ".unpacking-"
 def open_packed(path: Path) -> BinaryIO:
     """The contents as a stream; several members or frames are one after another.
 
-    Reading raises EOFError, OSError, ``zlib.error`` or ValueError where the file is truncated or damaged: it is never just short.
+    Reading raises EOFError, OSError, ``zlib.error`` or ValueError where the file is truncated or damaged: it
+    is never just short.
     """
     if path.stat().st_size == 0:
         raise EOFError("it is empty")
@@ -38,8 +40,8 @@ def open_packed(path: Path) -> BinaryIO:
 def unpacked(path: Path) -> Path:
     """The unpacked copy of ``path``, made if it is not there yet, named by the hash of the compressed bytes.
 
-    It lies in the folder ``unpacked`` of ``$UNIGEN_CACHE``, by default ``~/.cache/unigen``; it may be deleted between runs.
-    Processes that want the same copy at once are safe: one unpacks, the others wait.
+    It lies in the folder ``unpacked`` of ``$UNIGEN_CACHE``, by default ``~/.cache/unigen``; it may be deleted
+    between runs. Processes that want the same copy at once are safe: one unpacks, the others wait.
 
     Raises:
         UserError: There is no room for it, or the folder cannot be written to.
@@ -83,8 +85,9 @@ def _check_room(path: Path, folder: Path, size: int) -> None:
     free = free_bytes(folder)
     if free < size + RESERVE:
         raise UserError(
-            f"{path}: no room to unpack it: {free / 2**30:.1f} GiB are free in {folder}, at least {(size + RESERVE) / 2**30:.1f} GiB "
-            "are needed. Make room there, set UNIGEN_CACHE to a folder with more, or unpack the file yourself and name that."
+            f"{path}: no room to unpack it: {free / 2**30:.1f} GiB are free in {folder}, at least"
+            f" {(size + RESERVE) / 2**30:.1f} GiB are needed. Make room there, set UNIGEN_CACHE to a folder"
+            " with more, or unpack the file yourself and name that."
         )
 
 
@@ -100,7 +103,8 @@ def _least_size(path: Path) -> int:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; where the file system knows no locks, several do the same work and the last one's copy stays."""
+    """One process at a time; where the file system knows no locks, several do the same work and the last
+    one's copy stays."""
     try:
         (folder / ".lock").touch()
     except OSError as error:
@@ -114,4 +118,6 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: cannot be written to ({error.strerror or error}). Set UNIGEN_CACHE to a folder that can.")
+    return UserError(
+        f"{folder}: cannot be written to ({error.strerror or error}). Set UNIGEN_CACHE to a folder that can."
+    )

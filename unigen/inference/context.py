@@ -1,4 +1,5 @@
-"""A conversation as the model continues it: its caches, those guidance compares with, and what enters them."""
+"""A conversation as the model continues it: its caches, those guidance compares with, and what enters
+them."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from unigen.sequence.types import Block, Image, Kind, Sample, Text
 class Context:
     """One conversation: the full context, and the two that guidance compares with.
 
-    The no-text context is the one that stood before the last text (or after the last image, if that came later);
-    the no-image context has only the texts. As long as those are all there is, it is the full context itself.
+    The no-text context is the one that stood before the last text (or after the last image, if that came
+    later); the no-image context has only the texts. As long as those are all there is, it is the full context
+    itself.
     """
 
     def __init__(self, n_layers: int):
@@ -31,7 +33,8 @@ class Context:
         self.reset(drawing=False)
 
     def reset(self, drawing: bool) -> None:
-        """Empties the caches; with ``drawing``, pictures will enter through the VAE too and guidance works."""
+        """Empties the caches; with ``drawing``, pictures will enter through the VAE too and guidance
+        works."""
         self.full, self.no_text = Cache(self.n_layers), Cache(self.n_layers)
         self.no_image = self.full
         self.drawing = drawing
@@ -96,12 +99,18 @@ class ContextBuilder:
             self.extend_no_image(contexts, blocks)
 
     def add_image(self, contexts: Sequence[Context], shown: Sequence[Sequence[Block]]) -> None:
-        """Appends a picture to each context; ``shown`` are its blocks: CLEAN where the context draws, then VIT."""
+        """Appends a picture to each context; ``shown`` are its blocks: CLEAN where the context draws, then
+        VIT."""
         stride = self.model.config.latent_stride
         for context in contexts:
             context.part()
         for kind in (Kind.CLEAN, Kind.VIT):
-            here = [(c, block) for c, blocks in zip(contexts, shown, strict=True) for block in blocks if block.kind == kind]
+            here = [
+                (c, block)
+                for c, blocks in zip(contexts, shown, strict=True)
+                for block in blocks
+                if block.kind == kind
+            ]
             if here:
                 self._extend([c for c, _ in here], [block for _, block in here])
         for context, blocks in zip(contexts, shown, strict=True):
@@ -116,16 +125,23 @@ class ContextBuilder:
 
     def extend_no_image(self, contexts: Sequence[Context], texts: Sequence[Block]) -> None:
         """Appends texts to the no-image contexts that are no longer the full ones."""
-        apart = [(c.no_image, block) for c, block in zip(contexts, texts, strict=True) if c.no_image is not c.full]
+        apart = [
+            (c.no_image, block) for c, block in zip(contexts, texts, strict=True) if c.no_image is not c.full
+        ]
         if apart:
-            extend(self.model, self.tokenizer.special, [cache for cache, _ in apart], [block for _, block in apart])
+            extend(
+                self.model,
+                self.tokenizer.special,
+                [cache for cache, _ in apart],
+                [block for _, block in apart],
+            )
 
     def check_sees(self, drawing: bool) -> None:
         """Raises InferenceError where the model cannot look at a picture."""
         if not self.model.config.visual_und and not drawing:
             raise InferenceError(
-                "this model was loaded with visual_und=False and sees pictures only where it is asked to draw. Cure: load it with "
-                "visual_und=True, or ask for a picture"
+                "this model was loaded with visual_und=False and sees pictures only where it is asked to"
+                " draw. Cure: load it with visual_und=True, or ask for a picture"
             )
 
     def _extend(self, contexts: Sequence[Context], blocks: Sequence[Block]) -> None:

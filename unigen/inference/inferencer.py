@@ -1,4 +1,5 @@
-"""``InterleaveInferencer``: understand, draw, edit, think as the reference does, and answer in text and pictures."""
+"""``InterleaveInferencer``: understand, draw, edit, think as the reference does, and answer in text and
+pictures."""
 
 from __future__ import annotations
 
@@ -25,12 +26,19 @@ from unigen.sequence.types import Block, Image, Kind, Text
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The system prompts of thinking mode, with which the released checkpoints were trained (exact, blanks included).
+# The system prompts of thinking mode, with which the released checkpoints were trained (exact, blanks
+# included).
 THINK_PROMPTS = {
-    "understand": "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
-    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> answer here",
-    "generate": "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here",
+    "understand": (
+        "You should first think about the reasoning process in the mind and then provide the user with the"
+        " answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning"
+        " process here </think> answer here"
+    ),
+    "generate": (
+        "You should first think about the planning process in the mind and then generate the image. \nThe"
+        " planning process is enclosed within <think> </think> tags, i.e. <think> planning process here"
+        " </think> image here"
+    ),
 }
 Piece = Any  # str, or a picture: PIL image, pathlib.Path, bytes
 TEXT, IMAGE = "text", "image"
@@ -45,17 +53,20 @@ class InterleaveInferencer:
     Args:
         model: from ``load_bagel``.
         vae_model: a codec; default the model's own.
-        tokenizer: a :class:`Tokenizer`, or a transformers tokenizer; default that of the folder the model came from.
-        vae_transform: how pictures are resized for the VAE, and the size an edit keeps; default: as the run that
-            wrote the model's folder resized them, otherwise by the model's own constants.
+        tokenizer: a :class:`Tokenizer`, or a transformers tokenizer; default that of the folder the model
+            came from.
+        vae_transform: how pictures are resized for the VAE, and the size an edit keeps; default: as the run
+            that wrote the model's folder resized them, otherwise by the model's own constants.
         vit_transform: how they are resized for the ViT where the model looks at them to answer; default the
             model's.
         new_token_ids: accepted for the reference's signature; the tokenizer knows its ids.
         think_prompts: system prompts of thinking mode, ``{"understand": ..., "generate": ...}``.
         vit_edit_transform: how they are resized for the ViT where the model draws; default the model's.
 
-    :meth:`unified_generate` shows pictures as training does. :meth:`interleave_inference` shows them as the reference
-    does: resized by ``vae_transform`` (default: the model's constants), then for the ViT always by ``vit_transform``.
+    :meth:`unified_generate` shows pictures as training does. :meth:`interleave_inference` shows them as the
+    reference
+    does: resized by ``vae_transform`` (default: the model's constants), then for the ViT always by
+    ``vit_transform``.
     """
 
     def __init__(
@@ -76,7 +87,9 @@ class InterleaveInferencer:
             object.__setattr__(model, "codec", vae_model)
         if tokenizer is None:
             if model.source is None:
-                raise InferenceError("tokenizer is missing and the model was not loaded from a folder. Cure: pass tokenizer=")
+                raise InferenceError(
+                    "tokenizer is missing and the model was not loaded from a folder. Cure: pass tokenizer="
+                )
             tokenizer = Tokenizer.load(model.source)
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
         config, own = model.config, model.config.transforms()
@@ -89,20 +102,29 @@ class InterleaveInferencer:
         )
         self.builder = ContextBuilder(model, self.tokenizer, transforms)
         self.think_prompts = dict(think_prompts or THINK_PROMPTS)
-        # Where processes share one model every token that was chosen goes through here: they must take the same one.
+        # Where processes share one model every token that was chosen goes through here: they must take the
+        # same one.
         self.agree: Callable[[int], int] = lambda token: token
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device: str = "auto", dtype: torch.dtype | None = None) -> InterleaveInferencer:
+    def from_pretrained(
+        cls, folder: Path | str, device: str = "auto", dtype: torch.dtype | None = None
+    ) -> InterleaveInferencer:
         """Loads a checkpoint folder; bfloat16 on a GPU, float32 on a CPU unless ``dtype`` says otherwise."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(load_bagel(folder, device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16)))
+        return cls(
+            load_bagel(folder, device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
+        )
 
-    # ---- drawing ---------------------------------------------------------------------------------------------------
+    # ---- drawing
 
     def _draw(
-        self, contexts: Sequence[Context], shapes: Sequence[tuple[int, int]], noises: Sequence[Tensor], options: SamplingOptions
+        self,
+        contexts: Sequence[Context],
+        shapes: Sequence[tuple[int, int]],
+        noises: Sequence[Tensor],
+        options: SamplingOptions,
     ) -> list[Any]:
         """Draws a picture of ``shapes`` (height, width) in each context; (latent tokens, pixels) of each."""
         stride = self.model.config.latent_stride
@@ -111,10 +133,14 @@ class InterleaveInferencer:
             for c, (h, w), noise in zip(contexts, shapes, noises, strict=True)
         ]
         drawn = draw(self.model, self.tokenizer.special, canvases, options)
-        return [(tokens, decode_pixels(self.model, tokens, canvas.grid)) for tokens, canvas in zip(drawn, canvases, strict=True)]
+        return [
+            (tokens, decode_pixels(self.model, tokens, canvas.grid))
+            for tokens, canvas in zip(drawn, canvases, strict=True)
+        ]
 
     def canvas_shape(self, shape: Sequence[int] | None) -> tuple[int, int]:
-        """The height and width that the model draws where ``shape`` is asked for: multiples of its stride. Default: its largest square.
+        """The height and width that the model draws where ``shape`` is asked for: multiples of its stride.
+        Default: its largest square.
 
         Raises:
             InferenceError: a side is outside what its position table has room for.
@@ -128,19 +154,25 @@ class InterleaveInferencer:
         for name, value in (("height", height), ("width", width)):
             if value < stride or value > limit:
                 raise InferenceError(
-                    f"{name} is {value} pixels; this model draws from {stride} to {limit}. Cure: choose a side in that range"
+                    f"{name} is {value} pixels; this model draws from {stride} to {limit}. Cure: choose a"
+                    " side in that range"
                 )
         return height // stride * stride, width // stride * stride
 
     def _noise(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         stride = self.model.config.latent_stride
-        return torch.randn((shape[0] // stride) * (shape[1] // stride), self.model.config.patch_dim, generator=generator)
+        return torch.randn(
+            (shape[0] // stride) * (shape[1] // stride), self.model.config.patch_dim, generator=generator
+        )
 
     def _needs_gen(self) -> None:
         if not self.model.config.visual_gen:
-            raise InferenceError("this model was loaded with visual_gen=False and cannot draw. Cure: load it with visual_gen=True")
+            raise InferenceError(
+                "this model was loaded with visual_gen=False and cannot draw. Cure: load it with"
+                " visual_gen=True"
+            )
 
-    # ---- as the reference ------------------------------------------------------------------------------------------
+    # ---- as the reference
 
     def interleave_inference(
         self,
@@ -165,18 +197,20 @@ class InterleaveInferencer:
         trace: dict[str, list[Tensor]] | None = None,
         **settings: Unpack[Renamed],
     ) -> list[Any]:
-        """One request as the reference answers it: a text (``understanding_output``), or a picture, after a thought with ``think``.
+        """One request as the reference answers it: a text (``understanding_output``), or a picture, after a
+        thought with ``think``.
 
-        The parameters are the reference's; ``settings`` may name those of :class:`SamplingOptions` that are called
-        otherwise here (``max_new_tokens``, ``temperature``, ``height`` and ``width``). ``image_shapes`` is (height,
-        width), the last input picture's where there is one. ``seed`` makes it repeatable; ``trace`` collects tokens,
-        latents and pictures as tensors.
+        The parameters are the reference's; ``settings`` may name those of :class:`SamplingOptions` that are
+        called otherwise here (``max_new_tokens``, ``temperature``, ``height`` and ``width``).
+        ``image_shapes`` is (height, width), the last input picture's where there is one. ``seed`` makes it
+        repeatable; ``trace`` collects tokens, latents and pictures as tensors.
 
         Raises:
             InferenceError: a setting is unknown or cannot work, or this model cannot do what is asked.
         """
         asked: dict[str, Any] = {
-            "think": bool(think), "do_sample": bool(do_sample), "cfg_text_scale": cfg_text_scale, "cfg_img_scale": cfg_img_scale,
+            "think": bool(think), "do_sample": bool(do_sample), "cfg_text_scale": cfg_text_scale,
+            "cfg_img_scale": cfg_img_scale,
             "cfg_interval": cfg_interval, "timestep_shift": timestep_shift, "num_timesteps": num_timesteps,
             "cfg_renorm_min": cfg_renorm_min, "cfg_renorm_type": cfg_renorm_type, "seed": seed,
             "enable_taylorseer": enable_taylorseer, **settings,
@@ -196,13 +230,17 @@ class InterleaveInferencer:
         context.reset(drawing=not understanding_output)
         config, builder = self.model.config, self.builder
         if think:
-            builder.add_text([context], [self.think_prompts["understand" if understanding_output else "generate"]])
+            builder.add_text(
+                [context], [self.think_prompts["understand" if understanding_output else "generate"]]
+            )
         for piece in input_lists:
             if isinstance(piece, str):
                 builder.add_text([context], [piece])
             else:
                 builder.check_sees(context.drawing)
-                shown = blocks_as_reference(config, self.vae_transform, self.vit_transform, piece, context.drawing)
+                shown = blocks_as_reference(
+                    config, self.vae_transform, self.vit_transform, piece, context.drawing
+                )
                 builder.add_image([context], [shown])
         output: list[Any] = []
         if understanding_output or think:
@@ -224,7 +262,8 @@ class InterleaveInferencer:
         return [*output, picture]
 
     def __call__(self, image: Any = None, text: str | None = None, **options: Any) -> dict[str, Any]:
-        """``{"image": ..., "text": ...}`` for a picture, a text or both; options of :meth:`interleave_inference`.
+        """``{"image": ..., "text": ...}`` for a picture, a text or both; options of
+        :meth:`interleave_inference`.
 
         Raises:
             InferenceError: neither is given.
@@ -237,11 +276,19 @@ class InterleaveInferencer:
             result["text" if isinstance(piece, str) else "image"] = piece
         return result
 
-    def _picker(self, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Callable[[Tensor, int], int]:
+    def _picker(
+        self, options: SamplingOptions, generators: Sequence[torch.Generator]
+    ) -> Callable[[Tensor, int], int]:
         def pick(logits: Tensor, i: int) -> int:
             if not options.do_sample:
                 return self.agree(int(logits.argmax()))
-            return self.agree(int(torch.multinomial((logits / options.temperature).softmax(-1).cpu(), 1, generator=generators[i])))
+            return self.agree(
+                int(
+                    torch.multinomial(
+                        (logits / options.temperature).softmax(-1).cpu(), 1, generator=generators[i]
+                    )
+                )
+            )
 
         return pick
 
@@ -249,7 +296,7 @@ class InterleaveInferencer:
         text = self.tokenizer.decode(list(ids))
         return text.split("<|im_end|>")[0].split("<|im_start|>")[1]
 
-    # ---- answers of any shape --------------------------------------------------------------------------------------
+    # ---- answers of any shape
 
     def unified_generate(
         self,
@@ -260,9 +307,12 @@ class InterleaveInferencer:
         options: SamplingOptions | None = None,
         **settings: Unpack[Settings],
     ) -> list[Any]:
-        """Answers one prompt (a text, a picture, or a list of both) with texts and pictures; see :meth:`unified_generate_batch`."""
+        """Answers one prompt (a text, a picture, or a list of both) with texts and pictures; see
+        :meth:`unified_generate_batch`."""
         pieces = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        return self.unified_generate_batch([pieces], outputs=outputs, max_pieces=max_pieces, options=options, **settings)[0]
+        return self.unified_generate_batch(
+            [pieces], outputs=outputs, max_pieces=max_pieces, options=options, **settings
+        )[0]
 
     @torch.no_grad()
     def unified_generate_batch(
@@ -276,18 +326,20 @@ class InterleaveInferencer:
     ) -> list[list[Any]]:
         """Answers several prompts at once.
 
-        The model decides by its trained transitions when to write, when to draw and when to stop; what it draws it sees
-        before it goes on. ``outputs``, such as ``["text", "image"]``, prescribes the pieces where a checkpoint was never
-        trained to decide. Pictures of a prompt enter as the model was trained: through the ViT alone while the answer is
-        text, through the VAE too from the moment it draws, in the sizes of training.
+        The model decides by its trained transitions when to write, when to draw and when to stop; what it
+        draws it sees before it goes on. ``outputs``, such as ``["text", "image"]``, prescribes the pieces
+        where a checkpoint was never trained to decide. Pictures of a prompt enter as the model was trained:
+        through the ViT alone while the answer is text, through the VAE too from the moment it draws, in the
+        sizes of training.
 
         Args:
             prompts: lists of texts and pictures.
             outputs: the pieces to produce, in order; default: the model's own choice.
             max_pieces: most pieces of one answer.
             options: how to write and draw; default :class:`SamplingOptions`. Prompt i uses ``seed + i``.
-            settings: fields of :class:`SamplingOptions` that differ from ``options``. With ``think`` the first
-                piece is thought about: a thought precedes a picture as a text of its own, a text holds it.
+            settings: fields of :class:`SamplingOptions` that differ from ``options``. With ``think`` the
+                first piece is thought about: a thought precedes a picture as a text of its own, a text holds
+                it.
 
         Raises:
             InferenceError: a setting is unknown or cannot work, or this model cannot do what is asked.
@@ -301,15 +353,24 @@ class InterleaveInferencer:
 
         def write_in(chosen: list[int], by: Callable[..., list[str]], *rest: bool) -> None:
             pick = self._picker(o, [generators[i] for i in chosen])
-            for i, text in zip(chosen, by([contexts[i] for i in chosen], o.max_new_tokens, pick, *rest), strict=True):
+            for i, text in zip(
+                chosen, by([contexts[i] for i in chosen], o.max_new_tokens, pick, *rest), strict=True
+            ):
                 answers[i].append(text)
 
-        turns, active, kinds = len(outputs) if outputs is not None else max_pieces, list(range(len(prompts))), {}
+        turns, active, kinds = (
+            len(outputs) if outputs is not None else max_pieces,
+            list(range(len(prompts))),
+            {},
+        )
         for turn in range(turns):
             if turn == 0:
                 kinds = dict(enumerate(self._begin(contexts, outputs, o.think)))
             else:
-                kinds = {i: outputs[turn] if outputs is not None else self._next_kind(contexts[i], first=False) for i in active}
+                kinds = {
+                    i: outputs[turn] if outputs is not None else self._next_kind(contexts[i], first=False)
+                    for i in active
+                }
             active, last = [i for i in active if kinds[i] is not None], turn == turns - 1
             writing, drawing = ([i for i in active if kinds[i] == kind] for kind in (TEXT, IMAGE))
             if writing:
@@ -337,11 +398,13 @@ class InterleaveInferencer:
         context.pieces = [Text(piece) if isinstance(piece, str) else Image(piece) for piece in pieces]
         return context
 
-    def _begin(self, contexts: Sequence[Context], outputs: Sequence[str] | None, think: bool) -> list[str | None]:
+    def _begin(
+        self, contexts: Sequence[Context], outputs: Sequence[str] | None, think: bool
+    ) -> list[str | None]:
         """Builds the contexts; what each answer begins with.
 
-        The system prompt of thinking says what follows the thought, so that is decided before it: by ``outputs``, or
-        by the model from the prompt alone.
+        The system prompt of thinking says what follows the thought, so that is decided before it: by
+        ``outputs``, or by the model from the prompt alone.
         """
         draws = IMAGE in (outputs or ())
         if outputs is None:
@@ -351,17 +414,25 @@ class InterleaveInferencer:
             kinds = [outputs[0]] * len(contexts)
         if think:
             for context, kind in zip(contexts, kinds, strict=True):
-                context.pieces.insert(0, Text(self.think_prompts["generate" if kind == IMAGE else "understand"]))
+                context.pieces.insert(
+                    0, Text(self.think_prompts["generate" if kind == IMAGE else "understand"])
+                )
         if think or outputs is not None:
             for drawing in (False, True):
-                these = [c for c, kind in zip(contexts, kinds, strict=True) if (draws or kind == IMAGE) == drawing]
+                these = [
+                    c for c, kind in zip(contexts, kinds, strict=True) if (draws or kind == IMAGE) == drawing
+                ]
                 self.builder.replay(these, drawing)
         return kinds
 
     def _next_kind(self, context: Context, first: bool) -> str | None:
         """What the model opens next: a text, an image, or (None) nothing more."""
         special = self.tokenizer.special
-        kinds: dict[int, str | None] = {special.text_start: TEXT, special.image_start: IMAGE, special.end: None}
+        kinds: dict[int, str | None] = {
+            special.text_start: TEXT,
+            special.image_start: IMAGE,
+            special.end: None,
+        }
         if first:
             del kinds[special.end]
         if not self.model.config.visual_gen:
@@ -370,10 +441,19 @@ class InterleaveInferencer:
         logits = self.model.logits(context.last)
         return kinds[self.agree(max(kinds, key=lambda token: float(logits[token])))]
 
-    def _think(self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]) -> list[str]:
+    def _think(
+        self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]
+    ) -> list[str]:
         """Writes a thought in each context, which then holds it in the full context alone."""
         special = self.tokenizer.special
-        written = write(self.model, special, [c.full.snapshot() for c in contexts], max_tokens, pick, (special.text_end, special.end))
+        written = write(
+            self.model,
+            special,
+            [c.full.snapshot() for c in contexts],
+            max_tokens,
+            pick,
+            (special.text_end, special.end),
+        )
         texts = [self.tokenizer.decode(ids[1:]) for ids in written]
         for context, text in zip(contexts, texts, strict=True):
             context.thought = len(context.pieces)
@@ -382,12 +462,23 @@ class InterleaveInferencer:
         return texts
 
     def _write_pieces(
-        self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int], last: bool = False
+        self,
+        contexts: Sequence[Context],
+        max_tokens: int,
+        pick: Callable[[Tensor, int], int],
+        last: bool = False,
     ) -> list[str]:
         """Writes a text in each context; nothing follows the ``last`` one."""
         special = self.tokenizer.special
         before = [c.full.snapshot() for c in contexts]
-        written = write(self.model, special, [c.full for c in contexts], max_tokens, pick, stop=(special.text_end, special.end))
+        written = write(
+            self.model,
+            special,
+            [c.full for c in contexts],
+            max_tokens,
+            pick,
+            stop=(special.text_end, special.end),
+        )
         texts = [self.tokenizer.decode(ids[1:]) for ids in written]
         if last:
             return texts
@@ -395,7 +486,9 @@ class InterleaveInferencer:
         for context, past, state, text in zip(contexts, before, hidden, texts, strict=True):
             context.no_text, context.last = past, state
             context.pieces.append(Text(text, target=True))
-        self.builder.extend_no_image(contexts, [Block(Kind.TEXT, len(ids) - 1, ids=ids[1:]) for ids in written])
+        self.builder.extend_no_image(
+            contexts, [Block(Kind.TEXT, len(ids) - 1, ids=ids[1:]) for ids in written]
+        )
         return texts
 
     def _draw_pieces(

@@ -73,7 +73,9 @@ def sampling_options(base: SamplingOptions | None = None, /, **settings: Any) ->
 def _rename(settings: dict[str, Any], old: str, new: Sequence[str]) -> None:
     twice = [name for name in new if name in settings]
     if twice:
-        raise InferenceError(f"{old} is the older name of {' and '.join(new)}, and both are given. Fix: keep {twice[0]}")
+        raise InferenceError(
+            f"{old} is the older name of {' and '.join(new)}, and both are given. Fix: keep {twice[0]}"
+        )
     value = settings.pop(old)
     values = (value,) if len(new) == 1 else (None,) * len(new) if value is None else tuple(value)
     if len(values) != len(new):
@@ -81,12 +83,14 @@ def _rename(settings: dict[str, Any], old: str, new: Sequence[str]) -> None:
     settings.update(zip(new, values))
 
 
-# ---- values ------------------------------------------------------------------------------------------------------
+# ---- values
 
 
 def _whole(low: int, optional: bool = False) -> Callable[[Any], bool]:
     def good(value: Any) -> bool:
-        return (optional and value is None) or (isinstance(value, Integral) and not isinstance(value, bool) and low <= value < 2**63)
+        return (optional and value is None) or (
+            isinstance(value, Integral) and not isinstance(value, bool) and low <= value < 2**63
+        )
 
     return good
 
@@ -111,7 +115,10 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timestep_shift": (lambda v: _number(v) and v > 0, "a number above 0"),
     "cfg_text_scale": (_number, "a number"),
     "cfg_img_scale": (_number, "a number"),
-    "cfg_interval": (lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(_number, v)), "a list of two numbers"),
+    "cfg_interval": (
+        lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(_number, v)),
+        "a list of two numbers",
+    ),
     "cfg_renorm_min": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
     "cfg_renorm_type": (lambda v: v in RENORM_TYPES, f"one of {', '.join(RENORM_TYPES)}"),
     "seed": (_whole(0, optional=True), "a whole number of at least 0"),
@@ -136,7 +143,8 @@ def check_sampling(options: SamplingOptions) -> SamplingOptions:
             raise InferenceError(f"{name} is {value!r}. Fix: {words}")
     if options.do_sample and not options.temperature > 0:
         raise InferenceError(
-            f"temperature is {options.temperature}; sampling takes one above 0. Fix: do_sample=False takes the likeliest token"
+            f"temperature is {options.temperature}; sampling takes one above 0. Fix: do_sample=False takes"
+            " the likeliest token"
         )
     if (options.height is None) != (options.width is None):
         raise InferenceError("height and width go together. Fix: give both, or neither")

@@ -31,7 +31,8 @@ def run_transform(config: BagelConfig, sources: Sequence[Source], max_image_toke
 
 
 def trained_transform(config: BagelConfig, folder: Path | None) -> ImageTransform:
-    """How the run that wrote the checkpoint ``folder`` resized pictures for the VAE; without one, the default options.
+    """How the run that wrote the checkpoint ``folder`` resized pictures for the VAE; without one, the default
+    options.
 
     Raises:
         InferenceError: the run's options cannot be read.
@@ -61,7 +62,8 @@ def within(transform: ImageTransform, own: ImageTransform) -> ImageTransform:
 
 
 def blocks_as_trained(planner: Planner, sample: Sample, number: int, draws: bool) -> list[Block]:
-    """The blocks of picture ``number`` of a conversation, as training shows a context picture of such a sample.
+    """The blocks of picture ``number`` of a conversation, as training shows a context picture of such a
+    sample.
 
     One that the model drew (``target``) keeps the grid it was drawn with, as the clean copy of a target does.
 
@@ -83,8 +85,11 @@ def _unresized(viewer: Viewer, width: int, height: int) -> Viewer:
     return replace(viewer, vae=replace(viewer.vae, **sizes, max_tokens=None))
 
 
-def blocks_as_reference(config: BagelConfig, vae: ImageTransform, vit: ImageTransform, picture: Any, draws: bool) -> list[Block]:
-    """The blocks of a picture as the reference shows it: resized for the VAE; both encoders see the result."""
+def blocks_as_reference(
+    config: BagelConfig, vae: ImageTransform, vit: ImageTransform, picture: Any, draws: bool
+) -> list[Block]:
+    """The blocks of a picture as the reference shows it: resized for the VAE; both encoders see the
+    result."""
     resized = vae.resize(open_image(picture))
     blocks = []
     if draws:

@@ -1,4 +1,5 @@
-"""The prompts that a model answers while it trains (``sample_prompts``): texts, a file of one a line, or a JSONL file with options."""
+"""The prompts that a model answers while it trains (``sample_prompts``): texts, a file of one a line, or a
+JSONL file with options."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from unigen.inference.options import NAMES, InferenceError, sampling_options, wr
 from unigen.sequence.images import image_size
 from unigen.sequence.types import BadRecord
 
-# The settings of samples where a line sets none. What is named here differs from everywhere else, to save time.
+# The settings of samples where a line sets none. What is named here differs from everywhere else, to save
+# time.
 SAMPLES = SamplingOptions(max_new_tokens=200, num_timesteps=30)
 
 
@@ -25,8 +27,9 @@ class PromptError(UserError):
 class Prompt:
     """One prompt: pictures, then a text.
 
-    ``kind`` is draw (one picture; with a picture given, an edit of it), answer (one text) or auto (what the model decides).
-    ``options`` are the fields of :class:`SamplingOptions` that the line sets. ``where`` is its place, for messages.
+    ``kind`` is draw (one picture; with a picture given, an edit of it), answer (one text) or auto (what the
+    model decides). ``options`` are the fields of :class:`SamplingOptions` that the line sets. ``where`` is
+    its place, for messages.
     """
 
     text: str
@@ -48,7 +51,9 @@ class Prompt:
 
 
 def _paths(value: Any) -> bool:
-    return bool(value) and all(isinstance(path, str) and path for path in (value if isinstance(value, list) else [value]))
+    return bool(value) and all(
+        isinstance(path, str) and path for path in (value if isinstance(value, list) else [value])
+    )
 
 
 # Key of a line -> (is its value good?, what it should be).
@@ -68,25 +73,34 @@ def _wrong(key: str, value: Any) -> str | None:
 
 
 def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
-    """The prompts of ``sample_prompts``: every entry is a text, or names a file of prompts (``.txt``, ``.jsonl``).
+    """The prompts of ``sample_prompts``: every entry is a text, or names a file of prompts (``.txt``,
+    ``.jsonl``).
 
-    Prompt i draws its noise from ``seed + i`` where its line sets no seed of its own. Pictures' paths are relative to the file.
+    Prompt i draws its noise from ``seed + i`` where its line sets no seed of its own. Pictures' paths are
+    relative to the file.
 
     Raises:
-        PromptError: a file, a line or one of its values cannot be used, or a picture cannot be read; says file and line.
+        PromptError: a file, a line or one of its values cannot be used, or a picture cannot be read; says
+            file and line.
     """
     found: list[Prompt] = []
     for number, entry in enumerate([given] if isinstance(given, str) else given, 1):
         path = _file(entry)
         if path is None:
             if not entry.strip():
-                raise PromptError(f"sample_prompts: text {number} is empty. Cure: write the prompt, or leave it out")
+                raise PromptError(
+                    f"sample_prompts: text {number} is empty. Cure: write the prompt, or leave it out"
+                )
             found.append(Prompt(entry, f"sample_prompts, text {number}", seed + len(found)))
             continue
         lines = _lines(path)
         for line, data in lines:
             where = f"{path}:{line}"
-            prompt = _record(data, line, where, path.parent, seed + len(found)) if path.suffix == ".jsonl" else None
+            prompt = (
+                _record(data, line, where, path.parent, seed + len(found))
+                if path.suffix == ".jsonl"
+                else None
+            )
             found.append(prompt or Prompt(_text(data, where), where, seed + len(found)))
         if not lines:
             raise PromptError(f"sample_prompts: {path} holds no prompt. Cure: write one a line")
@@ -94,9 +108,13 @@ def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
         try:
             prompt.text.encode()
         except UnicodeEncodeError:
-            raise PromptError(f"{prompt.where}: the prompt holds half a character (a lone surrogate). Cure: write it anew") from None
+            raise PromptError(
+                f"{prompt.where}: the prompt holds half a character (a lone surrogate). Cure: write it anew"
+            ) from None
     if not found:
-        raise PromptError('sample_prompts is empty. Cure: --sample_prompts "a red house", or a file of prompts')
+        raise PromptError(
+            'sample_prompts is empty. Cure: --sample_prompts "a red house", or a file of prompts'
+        )
     return found
 
 
@@ -111,7 +129,9 @@ def _file(entry: str) -> Path | None:
     if named and not exists:
         raise PromptError(f"sample_prompts: there is no file {entry}. Cure: check the path")
     if named and path.suffix == ".json":
-        raise PromptError(f"sample_prompts: {entry} is JSON. Cure: write one object a line and call it .jsonl")
+        raise PromptError(
+            f"sample_prompts: {entry} is JSON. Cure: write one object a line and call it .jsonl"
+        )
     return path if exists else None
 
 
@@ -120,7 +140,9 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise PromptError(f"sample_prompts: {path} cannot be read ({error.strerror}). Cure: check the permissions") from None
+        raise PromptError(
+            f"sample_prompts: {path} cannot be read ({error.strerror}). Cure: check the permissions"
+        ) from None
     return [(number, line.strip()) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
 
 
@@ -143,7 +165,10 @@ def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prom
     for key, value in values.items():
         if key not in known:
             near = nearest(key, known)
-            raise PromptError(f"{where}: unknown key {key!r}" + (f"; did you mean {near}?" if near else f" (keys: {', '.join(known)})"))
+            raise PromptError(
+                f"{where}: unknown key {key!r}"
+                + (f"; did you mean {near}?" if near else f" (keys: {', '.join(known)})")
+            )
         if words := _wrong(key, value):
             raise PromptError(f"{where}: {key} is {value!r}. Cure: {words}")
     image = values.get("image", [])
@@ -169,7 +194,10 @@ def _check(prompt: Prompt) -> None:
     except InferenceError as error:
         raise PromptError(f"{where}: {error}") from None
     if "height" in options and prompt.kind == "answer":
-        raise PromptError(f"{where}: height and width are those of a drawn picture, and kind is answer. Cure: leave them out")
+        raise PromptError(
+            f"{where}: height and width are those of a drawn picture, and kind is answer. Cure: leave"
+            " them out"
+        )
     for path in prompt.images:
         try:
             image_size(path)

@@ -23,14 +23,18 @@ from unigen.sequence.types import Block, Kind, Pack, Sight
 
 @torch.no_grad()
 def extend(model: Bagel, special: SpecialIds, caches: Sequence[Cache], blocks: Sequence[Block]) -> Tensor:
-    """Appends ``blocks[i]`` (a text, or a picture at t = 0) to context ``caches[i]``; hidden states [B, D] of the closing tokens."""
+    """Appends ``blocks[i]`` (a text, or a picture at t = 0) to context ``caches[i]``; hidden states [B, D] of
+    the closing tokens."""
     assert all(block.kind != Kind.NOISED for block in blocks)
-    pack = pack_blocks([[block] for block in blocks], special, model.config.geometry, [c.position for c in caches]).to(model.device)
+    pack = pack_blocks(
+        [[block] for block in blocks], special, model.config.geometry, [c.position for c in caches]
+    ).to(model.device)
     x0 = model.clean_tokens(pack, model.latents_of(pack))
     hidden = model.hidden_states(pack, x0, torch.zeros(len(x0), device=model.device), caches)[0]
     for cache, block in zip(caches, blocks, strict=True):
         cache.position = next_position(cache.position, block)
-    return hidden[torch.tensor(pack.und_lengths).cumsum(0).to(model.device) - 1]  # the closing token is the last of its sample's half
+    # the closing token is the last of its sample's half
+    return hidden[torch.tensor(pack.und_lengths).cumsum(0).to(model.device) - 1]
 
 
 @torch.no_grad()
@@ -44,7 +48,8 @@ def feed(model: Bagel, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
 
 
 def token_pack(ids: Sequence[int], positions: Sequence[int], model: Bagel) -> Pack:
-    """One text token for each of several contexts, as :func:`pack_blocks` would pack them, without its work."""
+    """One text token for each of several contexts, as :func:`pack_blocks` would pack them, without its
+    work."""
     n, device = len(ids), model.device
     count, zeros = torch.arange(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
     no, none = torch.zeros(n, dtype=torch.bool, device=device), zeros[:0]
@@ -91,10 +96,12 @@ def write(
     pick: Callable[[Tensor, int], int],
     stop: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Writes a text in each context, token by token, until ``stop`` (default: the text's end) or ``max_tokens``.
+    """Writes a text in each context, token by token, until ``stop`` (default: the text's end) or
+    ``max_tokens``.
 
-    ``max_tokens`` counts the opening token. ``pick(logits, i)`` chooses context i's next token from logits [vocabulary].
-    Returns the ids with the opening and without the closing token; the closing token is not in the caches.
+    ``max_tokens`` counts the opening token. ``pick(logits, i)`` chooses context i's next token from logits
+    [vocabulary]. Returns the ids with the opening and without the closing token; the closing token is not in
+    the caches.
     """
     stops = {special.text_end} if stop is None else set(stop)
     written: list[list[int]] = [[] for _ in caches]
@@ -114,7 +121,8 @@ def write(
 
 @dataclass
 class Canvas:
-    """One picture to draw: its contexts, its grid of latent tokens, and the noise [rows * columns, patch_dim] it starts from.
+    """One picture to draw: its contexts, its grid of latent tokens, and the noise [rows * columns, patch_dim]
+    it starts from.
 
     Where ``no_image`` is ``full`` itself both hold the same pieces, and the velocity is not computed twice.
     """
@@ -128,14 +136,20 @@ class Canvas:
 
 @torch.no_grad()
 @repeated_shapes()
-def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options: SamplingOptions) -> list[Tensor]:
-    """Integrates the flow from noise to data for every canvas; final latent tokens [rows * columns, patch_dim] float32.
+def draw(
+    model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options: SamplingOptions
+) -> list[Tensor]:
+    """Integrates the flow from noise to data for every canvas; final latent tokens [rows * columns,
+    patch_dim] float32.
 
     All pictures and all contexts of the guidance go through the model in one row.
     """
     device = model.device
     x = [canvas.noise.to(device=device, dtype=torch.float32) for canvas in canvases]
-    times, (low, high) = flow.sampling_times(options.num_timesteps, options.timestep_shift), options.cfg_interval
+    times, (low, high) = (
+        flow.sampling_times(options.num_timesteps, options.timestep_shift),
+        options.cfg_interval,
+    )
     guided = ((times > low) & (times <= high)).tolist()  # on the host, which chooses by it
     row, used = None, None
     for inside, (t, t_next) in zip(guided, pairwise(times.to(device))):
@@ -158,7 +172,9 @@ def draw(model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], options:
 class _Row:
     """The packed row of all canvases in all contexts that one kind of step needs; packed and planned once."""
 
-    def __init__(self, model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], text: bool, image: bool):
+    def __init__(
+        self, model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], text: bool, image: bool
+    ):
         self.model, self.n = model, len(canvases)
         every = range(len(canvases))
         self.apart = [i for i, c in enumerate(canvases) if image and c.no_image is not c.full]
@@ -167,13 +183,20 @@ class _Row:
         self.caches += [canvases[i].no_image for i in self.apart]
         grids = [canvases[i].grid for i in self.shown]
         blocks = [[Block(Kind.NOISED, rows * columns, 0, (rows, columns))] for rows, columns in grids]
-        self.pack = pack_blocks(blocks, special, model.config.geometry, [c.position for c in self.caches]).to(model.device)
+        self.pack = pack_blocks(blocks, special, model.config.geometry, [c.position for c in self.caches]).to(
+            model.device
+        )
         self.attention = prepare_attention(self.pack, self.caches, grow=False)
 
-    def velocities(self, x: Sequence[Tensor], t: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """Velocities of every canvas in the full, the no-text and the no-image context, for those the step asks for."""
+    def velocities(
+        self, x: Sequence[Tensor], t: Tensor
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Velocities of every canvas in the full, the no-text and the no-image context, for those the step
+        asks for."""
         x_t = torch.cat([x[i] for i in self.shown])
-        hidden = self.model.hidden_states(self.pack, x_t, t.expand(len(x_t)), self.caches, False, self.attention)
+        hidden = self.model.hidden_states(
+            self.pack, x_t, t.expand(len(x_t)), self.caches, False, self.attention
+        )
         v = self.model.velocities(hidden[1]).split([len(x[i]) for i in self.shown])
         n, no_image = self.n, dict(enumerate(v[: self.n]))
         no_image |= zip(self.apart, v[len(v) - len(self.apart) :])

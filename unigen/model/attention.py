@@ -1,6 +1,7 @@
 """Attention: which back end a forward takes.
 
-A back end is an object made once a forward, from what packing knows, and called by every layer with the halves of q, k, v:
+A back end is an object made once a forward, from what packing knows, and called by every layer with the
+halves of q, k, v:
 
     Flex       training on a GPU: flex attention with the mask that the loader computed (``flex.py``)
     Groups     training elsewhere: samples of similar length padded to batches (``sdpa.py``)
@@ -32,7 +33,8 @@ class Attention(Protocol):
 def prepare_attention(pack: Pack, caches: Sequence[Cache] | None = None, grow: bool = True) -> Attention:
     """The back end of a packed sequence; with ``caches``, sample i continues ``caches[i]``.
 
-    With ``grow`` the tokens' keys and values are put into the caches; ``Cache.length`` moves when all layers are done.
+    With ``grow`` the tokens' keys and values are put into the caches; ``Cache.length`` moves when all layers
+    are done.
     """
     if caches is not None:
         return Cached(pack, caches, grow)
@@ -50,10 +52,13 @@ class Pictures:
 
     @classmethod
     def fits(cls, x: Tensor, heads: int) -> bool:
-        """Does the kernel take these tokens (after autocast)? It is FlashAttention's: half precision, Ampere or newer."""
+        """Does the kernel take these tokens (after autocast)? It is FlashAttention's: half precision, Ampere
+        or newer."""
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         width = x.shape[-1] // heads
-        modern = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and torch.version.hip is None
+        modern = (
+            x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and torch.version.hip is None
+        )
         return modern and dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
@@ -64,4 +69,8 @@ class Pictures:
 
 def picture_attention(lengths: Sequence[int], x: Tensor, heads: int) -> Attention:
     """The back end of pictures with ``lengths`` patches that lie one after another in ``x`` [N, width]."""
-    return Pictures(lengths, x.device) if lengths and Pictures.fits(x, heads) else Groups.pictures(lengths, x.device)
+    return (
+        Pictures(lengths, x.device)
+        if lengths and Pictures.fits(x, heads)
+        else Groups.pictures(lengths, x.device)
+    )

@@ -1,6 +1,8 @@
-"""PyTorch's switches for the whole process: which attention kernels, TF32, how a GPU's memory grows; and autocast.
+"""PyTorch's switches for the whole process: which attention kernels, TF32, how a GPU's memory grows; and
+autocast.
 
-They stand here alone. Training engines and inferencers set them when they are made; on a CPU they change nothing.
+They stand here alone. Training engines and inferencers set them when they are made; on a CPU they change
+nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-# What PyTorch reads the settings of the GPU's allocator from; the second and third are older names it still knows.
+# What PyTorch reads the settings of the GPU's allocator from; the second and third are older names it still
+# knows.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 _lock = threading.Lock()
@@ -25,9 +28,9 @@ _outside = False  # cuDNN attention as it was before the first of them
 def prefer_flash() -> None:
     """Turns cuDNN attention off.
 
-    With the cuDNN that PyTorch 2.11 and later bring, ``scaled_dot_product_attention`` takes it first on an H100, and it
-    builds a plan whenever it meets new shapes (0.4 s each, by reports of others): with every decoded token, with every
-    new size of a picture in the ViT.
+    With the cuDNN that PyTorch 2.11 and later bring, ``scaled_dot_product_attention`` takes it first on an
+    H100, and it builds a plan whenever it meets new shapes (0.4 s each, by reports of others): with every
+    decoded token, with every new size of a picture in the ViT.
     """
     global _outside
     with _lock:
@@ -58,13 +61,15 @@ def repeated_shapes() -> Iterator[None]:
 
 
 def use_tf32() -> None:
-    """Lets float32 matrix products on a GPU use TF32, without which they use no tensor core. An earlier choice stays."""
+    """Lets float32 matrix products on a GPU use TF32, without which they use no tensor core. An earlier
+    choice stays."""
     if torch.get_float32_matmul_precision() == "highest":
         torch.set_float32_matmul_precision("high")
 
 
 def use_expandable_segments() -> None:
-    """Lets the memory that PyTorch takes from a GPU grow in place, since the lengths of packed sequences vary.
+    """Lets the memory that PyTorch takes from a GPU grow in place, since the lengths of packed sequences
+    vary.
 
     To be called before CUDA is initialised, which reads it; settings of the user's own stay as they are.
     """
@@ -76,8 +81,9 @@ def use_expandable_segments() -> None:
 def autocast(device: torch.device, dtype: torch.dtype, *, cache: bool) -> AbstractContextManager[None]:
     """Computes matrix products in ``dtype`` inside; float32 changes nothing.
 
-    ``cache`` keeps the lowered copy of every weight that learns until the context ends: it pays where weights are used
-    again and again (decoding), and only takes memory where each is used once (the training forward: 2 bytes a parameter).
+    ``cache`` keeps the lowered copy of every weight that learns until the context ends: it pays where weights
+    are used again and again (decoding), and only takes memory where each is used once (the training forward:
+    2 bytes a parameter).
     """
     if dtype == torch.float32:
         return contextlib.nullcontext()

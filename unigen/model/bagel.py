@@ -1,7 +1,8 @@
-"""The model: embeds the three kinds of token, runs the decoder, and reads text and velocity from its hidden states.
+"""The model: embeds the three kinds of token, runs the decoder, and reads text and velocity from its hidden
+states.
 
-One forward serves training, validation and inference: a :class:`~unigen.sequence.types.Pack` goes in, hidden states come
-out; with caches the pack continues them.
+One forward serves training, validation and inference: a :class:`~unigen.sequence.types.Pack` goes in, hidden
+states come out; with caches the pack continues them.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Bagel(nn.Module):
             self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
         object.__setattr__(self, "codec", None)  # not a submodule: its weights live in ae.safetensors
         self.source: Path | None = None
-        self.sharded = False  # layers gather their weights from other processes, which must all call the same ones
+        # layers gather their weights from other processes, which must all call the same ones
+        self.sharded = False
 
     codec: Codec | None
 
@@ -74,8 +76,8 @@ class Bagel(nn.Module):
         return self.language_model.lm_head.weight.device
 
     def use_gradient_checkpointing(self, on: bool = True, policy: str = "full") -> None:
-        """Recompute each layer's activations in the backward pass: all of them (full), or all but the results of attention and about
-        every second matrix product (selective)."""
+        """Recompute each layer's activations in the backward pass: all of them (full), or all but the results
+        of attention and about every second matrix product (selective)."""
         assert policy in ("full", "selective"), policy
         for part in [self.language_model.model, *([self.vit_model] if self.config.visual_und else [])]:
             part.gradient_checkpointing, part.checkpointing_policy = on, policy
@@ -84,11 +86,15 @@ class Bagel(nn.Module):
     def initialise(self, std: float = 0.05) -> None:
         """Random weights to train from scratch; draws from the default generator.
 
-        Matrices are normal with variance 1 / inputs, those that write into the residual stream smaller by the root of its
-        2 x layers (Radford et al. 2019), embeddings and the text head normal with ``std``. The generation expert starts as a copy of the
-        understanding one, the velocity head at zero; the fixed tables are computed.
+        Matrices are normal with variance 1 / inputs, those that write into the residual stream smaller by the
+        root of its 2 x layers (Radford et al. 2019), embeddings and the text head normal with ``std``. The
+        generation expert starts as a copy of the understanding one, the velocity head at zero; the fixed
+        tables are computed.
         """
-        depth = {"language_model": self.config.llm.num_hidden_layers, "vit_model": self.config.vit.num_hidden_layers - 1}
+        depth = {
+            "language_model": self.config.llm.num_hidden_layers,
+            "vit_model": self.config.vit.num_hidden_layers - 1,
+        }
         parameters = dict(self.named_parameters())
         for name, p in parameters.items():
             if p.ndim < 2:
@@ -98,7 +104,8 @@ class Bagel(nn.Module):
             elif is_embedding(name) or "lm_head" in name:
                 nn.init.normal_(p, std=std)
             else:
-                terms = 2 * depth[name.split(".")[0]] if writes_into_residual(name) else 1  # that add up in the residual stream
+                # that add up in the residual stream
+                terms = 2 * depth[name.split(".")[0]] if writes_into_residual(name) else 1
                 nn.init.normal_(p, std=(p.shape[1] * terms) ** -0.5)
         for name, p in parameters.items():
             if is_generation_expert(name):
@@ -111,21 +118,29 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def latents_of(self, pack: Pack) -> list[Tensor]:
-        """Normalised latents [C, h, w] of the row's VAE pictures: those it brings, then the codec's of the others."""
+        """Normalised latents [C, h, w] of the row's VAE pictures: those it brings, then the codec's of the
+        others."""
         if not pack.vae_pixels:
             return pack.latents
         assert self.codec is not None, "this model has no codec; load it with load_bagel"
         return pack.latents + encode_all(self.codec, pack.vae_pixels, pack.vae_noise or None)
 
     def features_of(self, pack: Pack) -> Tensor:
-        """ViT features [N, ViT width] of the row's ViT tokens: those it brings, and the ViT's of the other pictures."""
+        """ViT features [N, ViT width] of the row's ViT tokens: those it brings, and the ViT's of the other
+        pictures."""
         if not pack.vit_features:
             return self.vit_model(pack.vit_patches, pack.vit_position, pack.vit_lengths)
         parts: list[Tensor | None] = [None] * len(pack.vit_lengths)
         fresh = [i for i, ready in enumerate(pack.vit_ready) if not ready]
-        if fresh or self.sharded:  # a ViT that learns must always run, but features are only ever brought for one that is frozen
-            lengths, positions = [pack.vit_lengths[i] for i in fresh], pack.vit_position.split(pack.vit_lengths)
-            seen = self.vit_model(pack.vit_patches, torch.cat([pack.vit_position[:0], *(positions[i] for i in fresh)]), lengths)
+        # a ViT that learns must always run, but features are only ever brought for one that is frozen
+        if fresh or self.sharded:
+            lengths, positions = (
+                [pack.vit_lengths[i] for i in fresh],
+                pack.vit_position.split(pack.vit_lengths),
+            )
+            seen = self.vit_model(
+                pack.vit_patches, torch.cat([pack.vit_position[:0], *(positions[i] for i in fresh)]), lengths
+            )
             for i, features in zip(fresh, seen.split(lengths), strict=True):
                 parts[i] = features
         ready = iter(pack.vit_features)
@@ -140,7 +155,8 @@ class Bagel(nn.Module):
         return torch.cat(tokens).float() if tokens else pack.noise.new_zeros(0, self.config.patch_dim)
 
     def embed(self, pack: Pack, x_t: Tensor, t: Tensor) -> Halves:
-        """Halves [n, D] of embedded tokens, whose VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M], one for each picture."""
+        """Halves [n, D] of embedded tokens, whose VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t``
+        [M], one for each picture."""
         words = self.language_model.model.embed_tokens(pack.ids[: pack.n_und])
         if self.config.visual_und and (len(pack.vit_rows) or torch.is_grad_enabled() or self.sharded):
             seen = self.connector(self.features_of(pack)) + self.vit_pos_embed(pack.vit_position)
@@ -151,7 +167,9 @@ class Bagel(nn.Module):
         if not len(x_t) and not torch.is_grad_enabled() and not self.sharded:
             return words, words[:0]
         times = self.time_embedder(t[pack.vae_first])[pack.vae_number]
-        drawn = self.vae2llm(x_t.to(self.vae2llm.weight.dtype)) + times + self.latent_pos_embed(pack.vae_position)
+        drawn = (
+            self.vae2llm(x_t.to(self.vae2llm.weight.dtype)) + times + self.latent_pos_embed(pack.vae_position)
+        )
         return words, drawn.to(words.dtype)
 
     def hidden_states(
@@ -165,8 +183,8 @@ class Bagel(nn.Module):
     ) -> Halves:
         """Halves [n, D] of hidden states after the final norms.
 
-        VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]. Sample i continues ``caches[i]``; with ``grow`` its tokens
-        stay in the cache. ``attention`` saves preparing the same pack again.
+        VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]. Sample i continues ``caches[i]``; with
+        ``grow`` its tokens stay in the cache. ``attention`` saves preparing the same pack again.
         """
         attention = attention or prepare_attention(pack, caches, grow)
         hidden = self.language_model.model(self.embed(pack, x_t, t), pack, attention)
@@ -191,7 +209,9 @@ class Bagel(nn.Module):
         x0 = self.clean_tokens(pack, self.latents_of(pack) if latents is None else latents)
         t = flow.training_time(pack.u, self.config.timestep_shift)
         hidden = self.hidden_states(pack, flow.mix(x0, pack.noise, t), t)
-        ce = token_losses(self.language_model.lm_head, hidden[0][pack.label_rows], pack.label[pack.label_rows])
+        ce = token_losses(
+            self.language_model.lm_head, hidden[0][pack.label_rows], pack.label[pack.label_rows]
+        )
         if not self.config.visual_gen:
             return Output(hidden, ce, hidden[0].new_zeros(0, 0, dtype=torch.float32))
         predicted = self.velocities(hidden[1][pack.noised_rows])
@@ -202,8 +222,8 @@ class Bagel(nn.Module):
 def token_losses(head: nn.Linear, hidden: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
     """Cross-entropy [labels] float32 of every label token.
 
-    More than ``chunk`` tokens go through the head in pieces whose logits are recomputed in the backward pass: with a
-    vocabulary of 152,064, the logits of 1,024 tokens fill 0.6 GB.
+    More than ``chunk`` tokens go through the head in pieces whose logits are recomputed in the backward pass:
+    with a vocabulary of 152,064, the logits of 1,024 tokens fill 0.6 GB.
     """
 
     def losses(h: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Pixels <-> latents: the FLUX VAE (``diffusers``' AutoencoderKL), and a parameter-free pixel codec for tiny models.
+"""Pixels <-> latents: the FLUX VAE (``diffusers``' AutoencoderKL), and a parameter-free pixel codec for tiny
+models.
 
-A codec has ``downsample`` (pixels per latent cell), ``channels``, ``encode(pixels, noise)`` and ``decode(latents)``.
-Latents are normalised: ``scale * (z - shift)``.
+A codec has ``downsample`` (pixels per latent cell), ``channels``, ``encode(pixels, noise)`` and
+``decode(latents)``. Latents are normalised: ``scale * (z - shift)``.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Codec(nn.Module):
         return latents / self.config.scale_factor + self.config.shift_factor
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """``pixels`` [B, 3, H, W], uint8 or float in [-1, 1] -> normalised latents [B, C, H / f, W / f]; the posterior's mean, or its
-        draw with ``noise`` of the latents' shape."""
+        """``pixels`` [B, 3, H, W], uint8 or float in [-1, 1] -> normalised latents [B, C, H / f, W / f]; the
+        posterior's mean, or its draw with ``noise`` of the latents' shape."""
         raise NotImplementedError(type(self).__name__)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -72,16 +73,16 @@ class Codec(nn.Module):
 
 
 class PixelCodec(Codec):
-    """Space to depth: exact, without parameters. ``z_channels`` is 3 x downsample² for colour, or downsample² for gray
-    pictures, whose three equal channels are kept once."""
+    """Space to depth: exact, without parameters. ``z_channels`` is 3 x downsample² for colour, or downsample²
+    for gray pictures, whose three equal channels are kept once."""
 
     def __init__(self, config: VaeConfig):
         super().__init__(config)
         gray, colour = config.downsample**2, 3 * config.downsample**2
         if config.z_channels not in (gray, colour):
             raise ValueError(
-                f"vae_config.json: z_channels is {config.z_channels}; a pixel codec with downsample {config.downsample} has {colour} "
-                f"(colour) or {gray} (gray)"
+                f"vae_config.json: z_channels is {config.z_channels}; a pixel codec with downsample"
+                f" {config.downsample} has {colour} (colour) or {gray} (gray)"
             )
         self.gray = config.z_channels == gray
 
@@ -105,7 +106,10 @@ class FluxCodec(Codec):
 
         levels = len(config.ch_mult)
         if config.downsample != 2 ** (levels - 1):
-            raise ValueError(f"vae_config.json: downsample is {config.downsample}; {levels} levels of ch_mult give {2 ** (levels - 1)}")
+            raise ValueError(
+                f"vae_config.json: downsample is {config.downsample}; {levels} levels of ch_mult give"
+                f" {2 ** (levels - 1)}"
+            )
         self.vae = AutoencoderKL(
             block_out_channels=[config.ch * m for m in config.ch_mult],
             down_block_types=["DownEncoderBlock2D"] * levels,
@@ -128,10 +132,13 @@ class FluxCodec(Codec):
             converted = convert_ldm_vae_checkpoint(dict(tensors), dict(self.vae.config))
             self.vae.load_state_dict(converted, strict=True)
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"ae.safetensors does not hold the VAE that vae_config.json describes: {error}") from error
+            raise ValueError(
+                f"ae.safetensors does not hold the VAE that vae_config.json describes: {error}"
+            ) from error
 
     def posterior(self, pixels: Tensor) -> Any:
-        """The distribution of the latent before normalisation: ``mean`` and ``std`` [B, C, h, w] of ``pixels`` [B, 3, H, W]."""
+        """The distribution of the latent before normalisation: ``mean`` and ``std`` [B, C, h, w] of
+        ``pixels`` [B, 3, H, W]."""
         return self.vae.encode(to_unit(pixels).to(self.vae.dtype)).latent_dist
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -150,18 +157,22 @@ CODECS = {"flux": FluxCodec, "pixel": PixelCodec}
 
 @torch.no_grad()
 def encode_all(codec: Codec, pixels: list[Tensor], noise: list[Tensor] | None = None) -> list[Tensor]:
-    """Encodes pictures [3, H, W] of any sizes, those of one size together; a list of [C, h, w] in the given order."""
+    """Encodes pictures [3, H, W] of any sizes, those of one size together; a list of [C, h, w] in the given
+    order."""
     latents: list[Tensor | None] = [None] * len(pixels)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(pixels):
         by_size.setdefault(tuple(p.shape), []).append(i)
     for size, members in by_size.items():
-        # At most a megapixel at once: the VAE's activations, not its weights, fill the memory, and more pictures are no faster.
+        # At most a megapixel at once: the VAE's activations, not its weights, fill the memory, and more
+        # pictures are no faster.
         step = max(1, 2**20 // (size[1] * size[2]))
         for start in range(0, len(members), step):
             part = members[start : start + step]
             drawn = torch.stack([noise[i] for i in part]) if noise else None
-            for i, latent in zip(part, codec.encode(torch.stack([pixels[i] for i in part]), drawn), strict=True):
+            for i, latent in zip(
+                part, codec.encode(torch.stack([pixels[i] for i in part]), drawn), strict=True
+            ):
                 latents[i] = latent
     return latents  # type: ignore[return-value]
 

@@ -6,17 +6,21 @@ import torch
 
 
 def dynamo_settings() -> None:
-    """At its limit of versions Dynamo would go on uncompiled, and flex attention then fills the memory: better an error."""
+    """At its limit of versions Dynamo would go on uncompiled, and flex attention then fills the memory:
+    better an error."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
 
 
 def is_compile_failure(error: BaseException) -> bool:
-    """Did compiling itself fail (no compiler, no Triton, an operation it does not know)? Not: too many versions, no memory."""
+    """Did compiling itself fail (no compiler, no Triton, an operation it does not know)? Not: too many
+    versions, no memory."""
     if type(error).__name__ in ("FailOnRecompileLimitHit", "OutOfMemoryError"):
         return False
     home = type(error).__module__
-    return home.startswith(("torch._dynamo", "torch._inductor", "triton")) or isinstance(error, ImportError | FileNotFoundError)
+    return home.startswith(("torch._dynamo", "torch._inductor", "triton")) or isinstance(
+        error, ImportError | FileNotFoundError
+    )
 
 
 def reason_of(error: BaseException) -> str:

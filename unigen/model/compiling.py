@@ -22,8 +22,8 @@ class CompileError(UserError):
 class CompiledLayers:
     """The decoder layers of a model whose two parts are compiled while they train.
 
-    Compiled parts take halves of any length and are shared by all layers. Outside of training (``eval()``) and for less than
-    two tokens the parts run as they are: few tokens come in too many kinds.
+    Compiled parts take halves of any length and are shared by all layers. Outside of training (``eval()``)
+    and for less than two tokens the parts run as they are: few tokens come in too many kinds.
 
     Args:
         strict: a failure to compile is an error; otherwise the layers go on as they are, which is said once.
@@ -56,8 +56,8 @@ class CompiledLayers:
     def _give_up(self, error: Exception) -> None:
         if self.strict:
             raise CompileError(
-                f"the layers cannot be compiled here ({reason_of(error)}). Fix: --compile off, or install a C++ compiler"
-                " (on a GPU Triton and Python's headers, too)"
+                f"the layers cannot be compiled here ({reason_of(error)}). Fix: --compile off, or install a"
+                " C++ compiler (on a GPU Triton and Python's headers, too)"
             ) from error
         self.on = False
         log.warning("The layers are not compiled, which is slower (%s)", reason_of(error))

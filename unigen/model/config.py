@@ -63,18 +63,22 @@ class BagelConfig:
         )
 
     def transforms(self, max_image_tokens: int | None = None, **vae: int) -> Transforms:
-        """How pictures are resized for this model; no picture outgrows its position tables. ``vae``: another max_size, min_size."""
+        """How pictures are resized for this model; no picture outgrows its position tables. ``vae``: another
+        max_size, min_size."""
         stride, patch = self.latent_stride, self.vit.patch_size
         vit_limit = self.vit_max_num_patch_per_side * patch
         vae = {**self.vae_transform, **vae}
         return Transforms(
-            vae=ImageTransform(**vae, stride=stride, limit=self.max_latent_size * stride, max_tokens=max_image_tokens),
+            vae=ImageTransform(
+                **vae, stride=stride, limit=self.max_latent_size * stride, max_tokens=max_image_tokens
+            ),
             vit=ImageTransform(**self.vit_transform, stride=patch, limit=vit_limit),
             vit_edit=ImageTransform(**self.vit_edit_transform, stride=patch, limit=vit_limit),
         )
 
     def planner(self, tokenizer: Tokenizer, options: DataOptions, source: Source | None = None) -> Planner:
-        """What turns samples into blocks for this model; a source's own picture sizes win over those of the model and the options."""
+        """What turns samples into blocks for this model; a source's own picture sizes win over those of the
+        model and the options."""
         asked = {"max_size": source.max_image_size, "min_size": source.min_image_size} if source else {}
         tokens = (source.max_image_tokens if source else None) or options.max_image_tokens
         return Planner(
@@ -117,29 +121,37 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointFolderError(
-            f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT (llm_config.json, vit_config.json, "
-            "ema.safetensors, ae.safetensors, tokenizer files). Cure: check the path, or download the whole repository"
+            f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT (llm_config.json,"
+            " vit_config.json, ema.safetensors, ae.safetensors, tokenizer files). Cure: check the path, or"
+            " download the whole repository"
         ) from None
     except ValueError as error:
         raise CheckpointFolderError(f"{path} is not valid JSON ({error}). Cure: download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointFolderError(f"{path} holds a {type(value).__name__}, not a JSON object. Cure: download it again")
+        raise CheckpointFolderError(
+            f"{path} holds a {type(value).__name__}, not a JSON object. Cure: download it again"
+        )
     return value
 
 
 def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: Any) -> BagelConfig:
     """The config of a checkpoint folder.
 
-    ``overrides`` win over ``config.json``; where neither knows the side of a position table, the ``shapes`` of the stored
-    tensors do.
+    ``overrides`` win over ``config.json``; where neither knows the side of a position table, the ``shapes``
+    of the stored tensors do.
     """
     from transformers import Qwen2Config, SiglipVisionConfig
 
     if not folder.is_dir():
-        raise CheckpointFolderError(f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Cure: check the path")
+        raise CheckpointFolderError(
+            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Cure: check the"
+            " path"
+        )
     llm = Qwen2Config.from_dict(read_json(folder / "llm_config.json"))
     if llm.rope_parameters.get("rope_type", "default") != "default":
-        raise CheckpointFolderError(f"{folder / 'llm_config.json'}: rope scaling {llm.rope_parameters} is not part of BAGEL")
+        raise CheckpointFolderError(
+            f"{folder / 'llm_config.json'}: rope scaling {llm.rope_parameters} is not part of BAGEL"
+        )
     vit = SiglipVisionConfig.from_dict(read_json(folder / "vit_config.json"))
     stored = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     constants = {name: stored[name] for name in CONSTANTS if stored.get(name) is not None}
@@ -155,13 +167,22 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
 
 
 def small_config(
-    vocabulary: int, side: int, *, width: int = 128, layers: int = 4, inner: int = 384, stride: int = 4, patch: int = 4
+    vocabulary: int,
+    side: int,
+    *,
+    width: int = 128,
+    layers: int = 4,
+    inner: int = 384,
+    stride: int = 4,
+    patch: int = 4,
 ) -> BagelConfig:
-    """A tiny model without a VAE for gray pictures of ``side`` x ``side`` pixels, to train from scratch in minutes.
+    """A tiny model without a VAE for gray pictures of ``side`` x ``side`` pixels, to train from scratch in
+    minutes.
 
     Args:
         vocabulary: tokens of the text.
-        side: pixels of a picture's side; ``stride`` (pixels per latent token) and ``patch`` (of the ViT) divide it.
+        side: pixels of a picture's side; ``stride`` (pixels per latent token) and ``patch`` (of the ViT)
+            divide it.
         width: hidden size of decoder and ViT; layers, inner: layers and MLP width of the decoder.
     """
     from transformers import Qwen2Config, SiglipVisionConfig
@@ -173,10 +194,12 @@ def small_config(
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=False,
     )  # fmt: skip
     vit = SiglipVisionConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4, image_size=side, patch_size=patch,
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4,
+        image_size=side, patch_size=patch,
     )  # fmt: skip
     cells = stride // 2
-    # This scale and shift bring the pixels of light ink on black to about mean 0 and variance 1, as the flow's noise has.
+    # This scale and shift bring the pixels of light ink on black to about mean 0 and variance 1, as the
+    # flow's noise has.
     vae = VaeConfig(type="pixel", downsample=cells, z_channels=cells**2, scale_factor=1.3, shift_factor=-0.4)
     picture = {"max_size": side, "min_size": side}
     return BagelConfig(

@@ -1,4 +1,5 @@
-"""Flex attention: training on a GPU. The mask comes with the packed sequence; nothing but its shape is made here."""
+"""Flex attention: training on a GPU. The mask comes with the packed sequence; nothing but its shape is made
+here."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _broken = ""  # why flex attention cannot be used in this process
 class Flex:
     """Attention of one packed sequence by flex attention.
 
-    Where it cannot be compiled (no C compiler, no Triton, narrow heads) it says so once, and the samples' batches take over.
+    Where it cannot be compiled (no C compiler, no Triton, narrow heads) it says so once, and the samples'
+    batches take over.
     """
 
     def __init__(self, pack: Pack):
@@ -36,7 +38,10 @@ class Flex:
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
         width = q[0].shape[-1]
         if not _broken and width < LEAST_WIDTH and q[0].is_cuda:
-            _give_up(f"heads of width {width}, and it takes {LEAST_WIDTH} or more", "nothing to do: such models are small")
+            _give_up(
+                f"heads of width {width}, and it takes {LEAST_WIDTH} or more",
+                "nothing to do: such models are small",
+            )
         if _broken:
             self.fallback = self.fallback or Groups.of(self.pack)
             return self.fallback(q, k, v, layer)
@@ -52,7 +57,9 @@ class Flex:
         wide = [torch.cat([part for pair in zip(x, self._blanks(x)) for part in pair]) for x in (q, k, v)]
         arguments = [x.transpose(0, 1)[None] for x in wide]
         shared = q[0].shape[1] != k[0].shape[1]
-        out = _compiled()(*arguments, block_mask=self.block_mask, enable_gqa=shared, kernel_options=_options(q[0].is_cuda))
+        out = _compiled()(
+            *arguments, block_mask=self.block_mask, enable_gqa=shared, kernel_options=_options(q[0].is_cuda)
+        )
         sizes = [n for half, more in zip(q, self.padding) for n in (len(half), more)]
         return out[0].transpose(0, 1).split(sizes)[::2]
 
@@ -75,11 +82,14 @@ def block_mask(pack: Pack) -> Any:
 
     partial, full = (_listed(pack.mask_blocks == kind) for kind in (PARTIAL, FULL))
     total = len(place)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(total, total))
+    return BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(total, total)
+    )
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[queries, keys] bool -> how many blocks of keys each block of queries has [1, 1, n], and which come first [1, 1, n, n]."""
+    """[queries, keys] bool -> how many blocks of keys each block of queries has [1, 1, n], and which come
+    first [1, 1, n, n]."""
     counts = blocks.sum(1, dtype=torch.int32)
     which = blocks.to(torch.uint8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], which[None, None]
@@ -97,7 +107,8 @@ def _compiled() -> Any:
 
 @cache
 def _options(cuda: bool) -> dict[str, Any] | None:
-    """Kernel options: never the kernels for decoding, whose tiles do not divide the blocks; no checks of bounds."""
+    """Kernel options: never the kernels for decoding, whose tiles do not divide the blocks; no checks of
+    bounds."""
     if not cuda:
         return None
     from torch.nn.attention.flex_attention import FlexKernelOptions
@@ -110,6 +121,7 @@ def _give_up(reason: str, fix: str) -> None:
     global _broken
     _broken = reason
     log.warning(
-        "Flex attention cannot be used here (%s). Attention runs by scaled_dot_product_attention instead, which is slower and needs more "
+        "Flex attention cannot be used here (%s). Attention runs by scaled_dot_product_attention instead, "
+        "which is slower and needs more "
         "memory. Fix: %s", reason, fix,
     )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Rectified flow: time law, shift, mix, velocity, guidance, Euler step. Loss and sampler both import these lines.
+"""Rectified flow: time law, shift, mix, velocity, guidance, Euler step. Loss and sampler both import these
+lines.
 
-``x_t = (1 - t) x_0 + t noise`` runs from data at t = 0 to noise at t = 1; the model predicts ``noise - x_0`` (Liu et al.
-2022, "Flow Straight and Fast", eq. 1; the logit-normal time law and its shift: Esser et al. 2024, eqs. 19 and 23).
+``x_t = (1 - t) x_0 + t noise`` runs from data at t = 0 to noise at t = 1; the model predicts ``noise - x_0``
+(Liu et al. 2022, "Flow Straight and Fast", eq. 1; the logit-normal time law and its shift: Esser et al. 2024,
+eqs. 19 and 23).
 """
 
 from __future__ import annotations
@@ -41,14 +43,20 @@ def euler_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 
 def guide(
-    v: Tensor, no_text: Tensor | None, no_image: Tensor | None, text_scale: float, image_scale: float, renorm_type: str, renorm_min: float
+    v: Tensor,
+    no_text: Tensor | None,
+    no_image: Tensor | None,
+    text_scale: float,
+    image_scale: float,
+    renorm_type: str,
+    renorm_min: float,
 ) -> Tensor:
-    """Classifier-free guidance of one picture's velocity ``v`` [M, c] (Ho & Salimans 2022; two conditions as in Brooks et
-    al. 2023, eq. 3), renormalised by ``min(1, max(renorm_min, |v| / |v_guided|))``.
+    """Classifier-free guidance of one picture's velocity ``v`` [M, c] (Ho & Salimans 2022; two conditions as
+    in Brooks et al. 2023, eq. 3), renormalised by ``min(1, max(renorm_min, |v| / |v_guided|))``.
 
-    The text step happens only for ``text_scale > 1``, the image step only together with it and for ``image_scale > 1``.
-    ``renorm_type`` says over what norms are taken: ``global`` (everything), ``channel`` (each token), ``text_channel``
-    (each token, after the text step alone).
+    The text step happens only for ``text_scale > 1``, the image step only together with it and for
+    ``image_scale > 1``. ``renorm_type`` says over what norms are taken: ``global`` (everything), ``channel``
+    (each token), ``text_channel`` (each token, after the text step alone).
     """
     if text_scale <= 1:
         return v

@@ -11,8 +11,9 @@ from torch import Tensor
 class Cache:
     """Keys and values of one context, layer by layer, and the RoPE position that comes next.
 
-    ``snapshot()`` costs nothing: copies share their buffers, and only a context that grows away from the shared part
-    copies it. Cached tokens are seen by all that follows (noised images never enter a cache), so their order is free.
+    ``snapshot()`` costs nothing: copies share their buffers, and only a context that grows away from the
+    shared part copies it. Cached tokens are seen by all that follows (noised images never enter a cache), so
+    their order is free.
     """
 
     def __init__(self, n_layers: int):
@@ -32,7 +33,8 @@ class Cache:
         return buffer.data[:, : self.length]
 
     def room(self, layer: int, n: int, like: Tensor) -> Tensor:
-        """[2, P + n, G, d]: keys and values so far, and after them the places of ``n`` tokens, for the caller to fill.
+        """[2, P + n, G, d]: keys and values so far, and after them the places of ``n`` tokens, for the caller
+        to fill.
 
         ``length`` itself moves when all layers are done. ``like`` [n, G, d] gives shape, dtype and device.
         """

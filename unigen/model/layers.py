@@ -1,7 +1,7 @@
 """The small parts of the model. Shapes, here and in all of ``model/``:
 
-T tokens of a row, D hidden width, H query heads, G key-value heads, d width of a head, B pictures or samples of a group,
-L longest of a group, P tokens in the cache, C latent channels, p latent patch, M latent tokens.
+T tokens of a row, D hidden width, H query heads, G key-value heads, d width of a head, B pictures or samples
+of a group, L longest of a group, P tokens in the cache, C latent channels, p latent patch, M latent tokens.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ FEW_ROWS, LARGE = 64, 1 << 17
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, whose products of few rows (a token that is being written) take half the time on a CPU without gradients.
+    """``nn.Linear``, whose products of few rows (a token that is being written) take half the time on a CPU
+    without gradients.
 
-    PyTorch's own choice there, MKL, reads the weights at a third of the memory's speed; the operation called instead is the one
-    that ``torch.compile`` chooses on a CPU.
+    PyTorch's own choice there, MKL, reads the weights at a third of the memory's speed; the operation called
+    instead is the one that ``torch.compile`` chooses on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, inputs] -> [n, outputs]."""
-        # The number of rows is looked at last: while a compiler traces, that would make a version of its own for few rows.
+        # The number of rows is looked at last: while a compiler traces, that would make a version of its own
+        # for few rows.
         plain = x.is_cpu and _plain() and x.dtype == self.weight.dtype == torch.float32
         if plain and x.ndim == 2 and self.weight.numel() >= LARGE and x.shape[0] <= FEW_ROWS:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -88,7 +90,9 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """``t`` [M] float32 -> [M, D]."""
         half = self.frequencies // 2
-        freqs = torch.exp(-math.log(self.max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        freqs = torch.exp(
+            -math.log(self.max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        )
         angles = t.float()[:, None] * freqs
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
@@ -111,8 +115,9 @@ class PositionTable(nn.Module):
 
 
 def sincos_table(side: int, width: int) -> Tensor:
-    """[side * side, width] float32: first half of the width encodes the column, second half the row; each half is sines
-    then cosines at frequencies ``10000^(-i / (width / 4))`` (Dosovitskiy et al. 2021 as used by DiT)."""
+    """[side * side, width] float32: first half of the width encodes the column, second half the row; each
+    half is sines then cosines at frequencies ``10000^(-i / (width / 4))`` (Dosovitskiy et al. 2021 as used by
+    DiT)."""
     assert width % 4 == 0
     quarter = width // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -124,7 +129,8 @@ def sincos_table(side: int, width: int) -> Tensor:
 
 
 def rope_angles(position: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [T, 1, d] float32 of rotary embedding at ``position`` [T] (Su et al. 2021), for :func:`rotate`."""
+    """Cosines and signed sines [T, 1, d] float32 of rotary embedding at ``position`` [T] (Su et al. 2021),
+    for :func:`rotate`."""
     freqs = theta ** (-torch.arange(0, width, 2, dtype=torch.int64, device=position.device).float() / width)
     angles = (position[:, None].float() * freqs)[:, None]
     cos, sin = angles.cos(), angles.sin()
@@ -132,5 +138,6 @@ def rope_angles(position: Tensor, width: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary embedding to ``x`` [T, heads, d]; halves of the width form the pairs: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Applies rotary embedding to ``x`` [T, heads, d]; halves of the width form the pairs: (a, b) -> (a cos -
+    b sin, b cos + a sin)."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

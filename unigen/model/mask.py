@@ -1,4 +1,5 @@
-"""The mask rule: which token may see which. It is stated once, here; every back end of attention is tested against it."""
+"""The mask rule: which token may see which. It is stated once, here; every back end of attention is tested
+against it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Tokens(NamedTuple):
 def allowed(q: Tokens, k: Tokens) -> Tensor:
     """The mask rule: may query ``q`` see key ``k``?
 
-    Causal over the sequence, full inside an image, never into another sample, and no span but itself sees a noised image.
+    Causal over the sequence, full inside an image, never into another sample, and no span but itself sees a
+    noised image.
     """
     same_span = q.span == k.span
     return (q.sample == k.sample) & ((q.index >= k.index) | (same_span & q.image)) & (~k.noised | same_span)

@@ -42,14 +42,17 @@ def writes_into_residual(name: str) -> bool:
 
 
 def is_left_out(name: str, visual_gen: bool, visual_und: bool) -> bool:
-    """Is it of a part that a model without drawing (``visual_gen``) or without its ViT (``visual_und``) has not?"""
+    """Is it of a part that a model without drawing (``visual_gen``) or without its ViT (``visual_und``) has
+    not?"""
     drawing = is_generation_expert(name) or name.startswith(DRAWING)
     return (drawing and not visual_gen) or (name.startswith(SEEING) and not visual_und)
 
 
 def is_frozen(name: str, options: ModelOptions) -> bool:
     """Do the options keep this parameter as it is?"""
-    understanding = not is_generation_expert(name) and name.startswith(("language_model.", "vit_model.", "connector."))
+    understanding = not is_generation_expert(name) and name.startswith(
+        ("language_model.", "vit_model.", "connector.")
+    )
     return (
         is_table(name)
         or (options.freeze_llm and name.startswith("language_model."))
@@ -59,12 +62,17 @@ def is_frozen(name: str, options: ModelOptions) -> bool:
 
 
 def dtype_of(name: str, options: ModelOptions, computes: torch.dtype) -> torch.dtype:
-    """The dtype a parameter is held in: float32, and bfloat16 for matrices that do not learn where the run ``computes`` in it.
+    """The dtype a parameter is held in: float32, and bfloat16 for matrices that do not learn where the run
+    ``computes`` in it.
 
-    Under bf16 autocast a linear layer casts its weights to bfloat16 anyway, so this changes no number and halves their
-    memory; saving writes their stored bytes all the same.
+    Under bf16 autocast a linear layer casts its weights to bfloat16 anyway, so this changes no number and
+    halves their memory; saving writes their stored bytes all the same.
     """
-    return torch.bfloat16 if computes == torch.bfloat16 and is_frozen(name, options) and is_linear(name) else torch.float32
+    return (
+        torch.bfloat16
+        if computes == torch.bfloat16 and is_frozen(name, options) and is_linear(name)
+        else torch.float32
+    )
 
 
 def title(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Selective gradient checkpointing: a part of a layer runs again in the backward pass, but for some of its matrix products."""
+"""Selective gradient checkpointing: a part of a layer runs again in the backward pass, but for some of its
+matrix products."""
 
 from __future__ import annotations
 
@@ -7,7 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
 """What a linear layer runs on a row."""
@@ -29,16 +35,21 @@ def _contexts(kept: tuple[bool, ...]) -> Any:
 
 
 class _Keep:
-    """The policy of one run of a part. Some versions of PyTorch ask it again while they recompute, 2.13 does not."""
+    """The policy of one run of a part. Some versions of PyTorch ask it again while they recompute, 2.13 does
+    not."""
 
     def __init__(self, kept: tuple[bool, ...]):
         self.kept = kept
         self.seen = [0, 0]  # products so far: forward, recomputing
 
-    def __call__(self, ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def __call__(
+        self, ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
+    ) -> CheckpointPolicy:
         if op not in PRODUCTS:
             return CheckpointPolicy.PREFER_RECOMPUTE
         number = self.seen[ctx.is_recompute]
-        assert number < len(self.kept), f"more than the {len(self.kept)} matrix products this part of a layer should have"
+        assert number < len(self.kept), (
+            f"more than the {len(self.kept)} matrix products this part of a layer should have"
+        )
         self.seen[ctx.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if self.kept[number] else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,5 @@
-"""Attention by scaled_dot_product_attention: samples in batches of similar length, or one by one over their caches."""
+"""Attention by scaled_dot_product_attention: samples in batches of similar length, or one by one over their
+caches."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool
 
 
 class Mask:
-    """A mask that all layers share, as what is added to scores: made once, where attention itself would make it in every layer and
-    keep it for the backward pass.
+    """A mask that all layers share, as what is added to scores: made once, where attention itself would make
+    it in every layer and keep it for the backward pass.
 
     Args:
         allowed: bool, True where a key is seen.
@@ -45,7 +46,9 @@ class Mask:
     def of(self, dtype: torch.dtype) -> Tensor:
         """0 where a key is seen, else minus infinity."""
         if dtype not in self._added:
-            self._added[dtype] = torch.zeros_like(self.allowed, dtype=dtype).masked_fill_(~self.allowed, -torch.inf)
+            self._added[dtype] = torch.zeros_like(self.allowed, dtype=dtype).masked_fill_(
+                ~self.allowed, -torch.inf
+            )
         return self._added[dtype]
 
 
@@ -59,14 +62,16 @@ def split(x: Tensor, halves: Halves) -> Halves:
     return x.split([len(half) for half in halves]) if len(halves) > 1 else (x,)
 
 
-# ---- without caches ------------------------------------------------------------------------------------------------
+# ---- without caches
 
 
 class _Gather(torch.autograd.Function):
-    """``x`` [N, ...] -> the rows ``there`` of it; ``back`` are the rows of the result that hold each row of ``x``.
+    """``x`` [N, ...] -> the rows ``there`` of it; ``back`` are the rows of the result that hold each row of
+    ``x``.
 
-    Padding is masked wherever it is a key and discarded wherever it is a query, so no gradient comes from it and the way
-    back is a plain gather, too (an indexed add is several times slower). ``real`` blanks what padding would bring.
+    Padding is masked wherever it is a key and discarded wherever it is a query, so no gradient comes from it
+    and the way back is a plain gather, too (an indexed add is several times slower). ``real`` blanks what
+    padding would bring.
     """
 
     @staticmethod
@@ -140,12 +145,15 @@ class Groups:
         for members in self.members:
             size, longest = len(members), lengths[members[0]]
             real = self.real[start : start + size * longest].view(size, 1, 1, longest)
-            self.batches.append(_Batch(size, longest, None if all(lengths[i] == longest for i in members) else Mask(real)))
+            self.batches.append(
+                _Batch(size, longest, None if all(lengths[i] == longest for i in members) else Mask(real))
+            )
             start += size * longest
         return self
 
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
-        if not self.batches:  # nothing to attend to; keep the graph, so that gradients are zero instead of missing
+        # nothing to attend to; keep the graph, so that gradients are zero instead of missing
+        if not self.batches:
             return tuple(a + 0 * (b.sum() + c.sum()) for a, b, c in zip(q, k, v, strict=True))
         out = [
             sdpa(*parts, batch.mask, batch.causal).flatten(0, 1)
@@ -160,13 +168,19 @@ class Groups:
         """[T, ...] -> [B, L, ...] of each batch."""
         slots = _Gather.apply(x, self.rows, self.slot, None) if self.moves else x
         parts = slots.split([batch.size * batch.longest for batch in self.batches])
-        return [part.unflatten(0, (batch.size, batch.longest)) for part, batch in zip(parts, self.batches, strict=True)]
+        return [
+            part.unflatten(0, (batch.size, batch.longest))
+            for part, batch in zip(parts, self.batches, strict=True)
+        ]
 
 
 def _places(pack: Pack) -> list[np.ndarray]:
     """Where each sample's tokens are stored: understanding tokens, then generation tokens."""
     und, gen = np.cumsum([0, *pack.und_lengths]), np.cumsum([pack.n_und, *pack.gen_lengths])
-    return [np.concatenate([np.arange(*und[i : i + 2]), np.arange(*gen[i : i + 2])]) for i in range(pack.n_samples)]
+    return [
+        np.concatenate([np.arange(*und[i : i + 2]), np.arange(*gen[i : i + 2])])
+        for i in range(pack.n_samples)
+    ]
 
 
 def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int]]:
@@ -182,12 +196,13 @@ def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int
     return groups
 
 
-# ---- with caches ---------------------------------------------------------------------------------------------------
+# ---- with caches
 
 
 class Cached:
-    """Attention of samples that continue caches. Without ``grow`` their keys and values lie beside copies of the caches,
-    which the next call with the same layer uses again: a picture is drawn in many steps over one context."""
+    """Attention of samples that continue caches. Without ``grow`` their keys and values lie beside copies of
+    the caches, which the next call with the same layer uses again: a picture is drawn in many steps over one
+    context."""
 
     def __init__(self, pack: Pack, caches: Sequence[Cache], grow: bool):
         self.caches, self.grow = caches, grow
@@ -205,13 +220,20 @@ class Cached:
             return None
         und, gen = self.parts[i]
         tokens = Tokens(*(torch.cat([t[: pack.n_und][und], t[pack.n_und :][gen]]) for t in Tokens.of(pack)))
-        return Mask(F.pad(allowed(tokens.unsqueeze(1), tokens.unsqueeze(0)), (past, 0), value=True)[None, None])
+        return Mask(
+            F.pad(allowed(tokens.unsqueeze(1), tokens.unsqueeze(0)), (past, 0), value=True)[None, None]
+        )
 
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
         out = []
         for i in range(len(self.parts)):
             keys, values = self._store(i, k, v, layer)
-            out.append(split(sdpa(self._of(i, q)[None], keys[None], values[None], self.masks[i], self.causal[i])[0], self._split(i, q)))
+            out.append(
+                split(
+                    sdpa(self._of(i, q)[None], keys[None], values[None], self.masks[i], self.causal[i])[0],
+                    self._split(i, q),
+                )
+            )
         if not out:
             return q
         return out[0] if len(out) == 1 else tuple(torch.cat(parts) for parts in zip(*out, strict=True))

@@ -1,7 +1,9 @@
-"""safetensors files: where each tensor lies, reading any run of its elements, and writing one tensor after another.
+"""safetensors files: where each tensor lies, reading any run of its elements, and writing one tensor after
+another.
 
-A tensor may lie in one file, or in pieces over several: what the processes of a sharded run each wrote. The index of such a set,
-``NAME.safetensors.index.json``, is the usual one (``weight_map``: tensor -> file) with one entry more::
+A tensor may lie in one file, or in pieces over several: what the processes of a sharded run each wrote. The
+index of such a set, ``NAME.safetensors.index.json``, is the usual one (``weight_map``: tensor -> file) with
+one entry more::
 
     "pieces": {tensor: {"dtype": "F32", "shape": [...], "parts": [[file, start, stop], ...]}}
 
@@ -24,7 +26,8 @@ from unigen.files import atomic
 from unigen.model.config import CheckpointFolderError, read_json
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -62,14 +65,16 @@ class Stored:
         return self.numel * self.dtype.itemsize
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The tensor in host memory of its own, in the stored dtype; with ``start`` or ``stop``, those elements of it, flattened."""
+        """The tensor in host memory of its own, in the stored dtype; with ``start`` or ``stop``, those
+        elements of it, flattened."""
         whole = start == 0 and stop is None
         tensor = torch.empty((self.numel if stop is None else stop) - start, dtype=self.dtype)
         self._fill(tensor, start)
         return tensor.view(self.shape) if whole else tensor
 
     def read_into(self, out: Tensor, start: int = 0) -> None:
-        """Elements [start, start + len(out)) into the flat tensor ``out`` of any device and dtype, a chunk at a time."""
+        """Elements [start, start + len(out)) into the flat tensor ``out`` of any device and dtype, a chunk at
+        a time."""
         if out.device.type == "cpu" and out.dtype == self.dtype and out.is_contiguous():
             self._fill(out, start)
             return
@@ -86,7 +91,11 @@ class Stored:
         for part in self.parts:
             a, b = max(start, part.start), min(stop, part.stop)
             if a < b:
-                _read_bytes(part.file, part.offset + (a - part.start) * size, view[(a - start) * size : (b - start) * size])
+                _read_bytes(
+                    part.file,
+                    part.offset + (a - part.start) * size,
+                    view[(a - start) * size : (b - start) * size],
+                )
 
 
 def _read_bytes(file: Path, offset: int, view: memoryview) -> None:
@@ -123,7 +132,9 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
             if not all(isinstance(n, int) and n >= 0 for n in (start, end, *entry["shape"])):
                 raise ValueError(f"{name} has shape {entry['shape']} at bytes {start} to {end}")
             if 8 + length + end > size:
-                raise ValueError(f"it is truncated: {name} ends at byte {8 + length + end:,}, the file at {size:,}")
+                raise ValueError(
+                    f"it is truncated: {name} ends at byte {8 + length + end:,}, the file at {size:,}"
+                )
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             numel = torch.Size(shape).numel()
             if end - start != numel * dtype.itemsize:
@@ -131,19 +142,31 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
             tensors[name] = Stored(dtype, shape, (Part(path, 8 + length + start, 0, numel),))
         return tensors
     except FileNotFoundError:
-        raise CheckpointFolderError(f"{path} is missing. Cure: check the path, or download the whole repository") from None
+        raise CheckpointFolderError(
+            f"{path} is missing. Cure: check the path, or download the whole repository"
+        ) from None
     except OSError as error:
-        raise CheckpointFolderError(f"{path} cannot be read ({error}). Cure: check the path and its permissions") from error
+        raise CheckpointFolderError(
+            f"{path} cannot be read ({error}). Cure: check the path and its permissions"
+        ) from error
     except KeyError as error:
-        raise CheckpointFolderError(f"{path} has a tensor of dtype or entry {error}, which is not supported") from None
+        raise CheckpointFolderError(
+            f"{path} has a tensor of dtype or entry {error}, which is not supported"
+        ) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointFolderError(f"{path} is not a whole safetensors file: {error}. Cure: download or copy it again") from None
+        raise CheckpointFolderError(
+            f"{path} is not a whole safetensors file: {error}. Cure: download or copy it again"
+        ) from None
 
 
 def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safetensors")) -> dict[str, Stored]:
-    """The model's tensors in a checkpoint folder: ``ema.safetensors``, a sharded set with its index, or ``model.safetensors``."""
+    """The model's tensors in a checkpoint folder: ``ema.safetensors``, a sharded set with its index, or
+    ``model.safetensors``."""
     if not folder.is_dir():
-        raise CheckpointFolderError(f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Cure: check the path")
+        raise CheckpointFolderError(
+            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Cure: check the"
+            " path"
+        )
     for name in prefer:
         if (found := scan_set(folder, name)) is not None:
             return found
@@ -157,7 +180,8 @@ def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safeten
 
 
 def scan_set(folder: Path, name: str) -> dict[str, Stored] | None:
-    """The tensors of ``name`` or of the set that ``name.index.json`` describes; None where there is neither."""
+    """The tensors of ``name`` or of the set that ``name.index.json`` describes; None where there is
+    neither."""
     if (folder / name).exists():
         return scan_safetensors(folder / name)
     if (folder / f"{name}.index.json").exists():
@@ -171,21 +195,28 @@ def _scan_index(index: Path) -> dict[str, Stored]:
     if not isinstance(weight_map, dict) or not isinstance(pieces, dict):
         raise CheckpointFolderError(f"{index} has no weight_map. Cure: download it again")
     try:
-        wanted = {file for file in weight_map.values()} | {part[0] for entry in pieces.values() for part in entry["parts"]}
+        wanted = {file for file in weight_map.values()} | {
+            part[0] for entry in pieces.values() for part in entry["parts"]
+        }
         for file in wanted:
             if PurePosixPath(file).name != file or file in ("", ".."):
-                raise CheckpointFolderError(f"{index} names {file!r}, outside of its folder. Cure: do not use this checkpoint")
+                raise CheckpointFolderError(
+                    f"{index} names {file!r}, outside of its folder. Cure: do not use this checkpoint"
+                )
         files = {file: scan_safetensors(index.parent / file) for file in sorted(wanted)}
         for file, tensors in files.items():
             missing = [name for name, at in weight_map.items() if at == file and name not in tensors]
             if missing:
                 raise CheckpointFolderError(
-                    f"{index.parent / file} lacks {few(missing)}, which {index.name} promises. Cure: download it again"
+                    f"{index.parent / file} lacks {few(missing)}, which {index.name} promises. Cure: download"
+                    " it again"
                 )
         found = {name: files[file][name] for name, file in weight_map.items()}
         return found | {name: _join(index, name, entry, files) for name, entry in pieces.items()}
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointFolderError(f"{index} makes no sense ({type(error).__name__}: {error}). Cure: download it again") from None
+        raise CheckpointFolderError(
+            f"{index} makes no sense ({type(error).__name__}: {error}). Cure: download it again"
+        ) from None
 
 
 def _join(index: Path, name: str, entry: dict[str, Any], files: dict[str, dict[str, Stored]]) -> Stored:
@@ -195,11 +226,16 @@ def _join(index: Path, name: str, entry: dict[str, Any], files: dict[str, dict[s
     for file, start, stop in sorted(entry["parts"], key=lambda part: (part[1], part[2])):
         piece = files[file].get(name)
         if piece is None or piece.dtype != dtype or piece.shape != (stop - start,) or start != at:
-            raise CheckpointFolderError(f"{index}: the parts of {name} do not fit together at element {at:,}. Cure: copy the set again")
+            raise CheckpointFolderError(
+                f"{index}: the parts of {name} do not fit together at element {at:,}. Cure: copy the set"
+                " again"
+            )
         parts.append(Part(piece.parts[0].file, piece.parts[0].offset, start, stop))
         at = stop
     if at != torch.Size(shape).numel():
-        raise CheckpointFolderError(f"{index}: the parts of {name} end at element {at:,} of {torch.Size(shape).numel():,}")
+        raise CheckpointFolderError(
+            f"{index}: the parts of {name} end at element {at:,} of {torch.Size(shape).numel():,}"
+        )
     return Stored(dtype, shape, tuple(parts))
 
 
@@ -219,8 +255,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
     """Writes tensors one after another, so that only one is in host memory, and brings them to the disk.
 
-    The library's own writer wants all of them on the host at once, which for an optimiser is three times the weights. It also
-    refuses shared storage; here each tensor is simply written out.
+    The library's own writer wants all of them on the host at once, which for an optimiser is three times the
+    weights. It also refuses shared storage; here each tensor is simply written out.
 
     Returns:
         Size in bytes and SHA-256 of what was written.
@@ -232,12 +268,17 @@ def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
     for name in order:
         dtype, shape, _ = plan[name]
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        header[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + nbytes],
+        }
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
-    with atomic(path, path.with_name(path.name + ".part")) as f:  # `plan` may read from the very file that is being replaced
+    # `plan` may read from the very file that is being replaced
+    with atomic(path, path.with_name(path.name + ".part")) as f:
         for piece in _bytes_of(len(text).to_bytes(8, "little") + text, plan, order):
             f.write(piece)
             digest.update(piece)

@@ -1,4 +1,5 @@
-"""SigLIP with pictures of any size (NaViT): patches of many pictures in one row, full attention inside each."""
+"""SigLIP with pictures of any size (NaViT): patches of many pictures in one row, full attention inside
+each."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from unigen.model.attention import Attention, picture_attention
 from unigen.model.recompute import recomputed
 from unigen.sequence.grid import to_unit
 
-# Which products selective checkpointing keeps of what follows attention; what comes before stays, it is small.
+# Which products selective checkpointing keeps of what follows attention; what comes before stays, it is
+# small.
 KEPT_AFTER = (False, True, False)  # out, fc1, fc2
 
 
@@ -70,7 +72,8 @@ class VitEmbeddings(nn.Module):
 class VitEncoder(nn.Module):
     def __init__(self, config, activation: nn.Module):
         super().__init__()
-        # The last layer of the config is not run (and not in the checkpoint): features come from the one before.
+        # The last layer of the config is not run (and not in the checkpoint): features come from the one
+        # before.
         self.layers = nn.ModuleList(VitLayer(config, activation) for _ in range(config.num_hidden_layers - 1))
 
 
@@ -91,13 +94,17 @@ class VisionModel(nn.Module):
         self.gradient_checkpointing, self.checkpointing_policy = False, "full"
 
     def forward(self, patches: Tensor, position: Tensor, lengths: Sequence[int]) -> Tensor:
-        """``patches`` [N, patch * patch * 3] (uint8, or float in [-1, 1]) of pictures with ``lengths`` patches, ``position`` [N]
-        -> [N, width]."""
+        """``patches`` [N, patch * patch * 3] (uint8, or float in [-1, 1]) of pictures with ``lengths``
+        patches, ``position`` [N] -> [N, width]."""
         vit = self.vision_model
         x = vit.embeddings(to_unit(patches).to(vit.embeddings.patch_embedding.weight.dtype), position)
         attention = picture_attention(lengths, x, vit.encoder.layers[0].self_attn.heads)
         recompute = self.gradient_checkpointing and x.requires_grad
         full = recompute and self.checkpointing_policy == "full"
         for layer in vit.encoder.layers:
-            x = checkpoint(layer, x, attention, use_reentrant=False) if full else layer(x, attention, recompute)
+            x = (
+                checkpoint(layer, x, attention, use_reentrant=False)
+                if full
+                else layer(x, attention, recompute)
+            )
         return vit.post_layernorm(x)

@@ -1,7 +1,7 @@
 """The published layout in and out, strict.
 
-Weights are read tensor by tensor straight into memory of their final device and dtype, so the host never holds them twice,
-and written one after another without a second copy.
+Weights are read tensor by tensor straight into memory of their final device and dtype, so the host never
+holds them twice, and written one after another without a second copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from unigen.model.codec import CODECS, FluxCodec, VaeConfig
 from unigen.model.config import BagelConfig, CheckpointFolderError, read_config, read_json
 from unigen.model.layers import sincos_table
 from unigen.model.parts import is_left_out, is_table
-from unigen.model.storage import WEIGHTS, Stored, few, scan_folder, scan_safetensors, write_json, write_safetensors
+from unigen.model.storage import (
+    WEIGHTS,
+    Stored,
+    few,
+    scan_folder,
+    scan_safetensors,
+    write_json,
+    write_safetensors,
+)
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
 
@@ -47,7 +55,8 @@ SIDE_FILES = (
 def load_planner(folder: str | Path | None, options: DataOptions) -> Planner:
     """The planner of a checkpoint folder, without its weights.
 
-    Without a folder: the picture sizes of BAGEL-7B-MoT, and texts counted in words (:class:`WordTokenizer`), an estimate.
+    Without a folder: the picture sizes of BAGEL-7B-MoT, and texts counted in words (:class:`WordTokenizer`),
+    an estimate.
 
     Raises:
         CheckpointFolderError, TokenizerError: the folder lacks a file, or one cannot be used.
@@ -55,10 +64,14 @@ def load_planner(folder: str | Path | None, options: DataOptions) -> Planner:
     if folder is None:
         from transformers import Qwen2Config, SiglipVisionConfig
 
-        llm, vit = Qwen2Config(max_position_embeddings=32768), SiglipVisionConfig(image_size=980, patch_size=14)
+        llm, vit = (
+            Qwen2Config(max_position_embeddings=32768),
+            SiglipVisionConfig(image_size=980, patch_size=14),
+        )
         return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options)
     folder = Path(folder)
-    held = any(folder.glob("*.safetensors*"))  # configs and tokenizer alone will do, where config.json says the sizes
+    # configs and tokenizer alone will do, where config.json says the sizes
+    held = any(folder.glob("*.safetensors*"))
     shapes = {name: stored.shape for name, stored in scan_folder(folder).items()} if held else {}
     return read_config(folder, shapes).planner(Tokenizer.load(folder), options)
 
@@ -85,16 +98,21 @@ def load_bagel(
         weights: file names to look for, in this order.
 
     Raises:
-        CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all listed).
+        CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all
+            listed).
     """
     if torch.device(device).type == "cuda":
         use_expandable_segments()
-    model, stored = build_bagel(folder, dtype, visual_gen=visual_gen, visual_und=visual_und, constants=constants, weights=weights)
+    model, stored = build_bagel(
+        folder, dtype, visual_gen=visual_gen, visual_und=visual_und, constants=constants, weights=weights
+    )
     for name, parameter in list(model.named_parameters()):
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         read_parameter(model, name, stored, value.view(-1))
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
+        setattr(
+            model.get_submodule(owner), last, torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+        )
     object.__setattr__(model, "codec", load_codec(Path(folder), model.config, device) if visual_gen else None)
     return model.eval()
 
@@ -109,14 +127,16 @@ def build_bagel(
     weights: tuple[str, ...] = (WEIGHTS, "model.safetensors"),
     stored: dict[str, Stored] | None = None,
 ) -> tuple[Bagel, dict[str, Stored]]:
-    """The model of a checkpoint folder on the meta device, without codec, its parameters in their final dtypes; and where the
-    values lie (see :func:`read_parameter`). Arguments and errors as :func:`load_bagel`; ``stored`` says where the weights lie
-    in place of ``weights``."""
+    """The model of a checkpoint folder on the meta device, without codec, its parameters in their final
+    dtypes; and where the values lie (see :func:`read_parameter`). Arguments and errors as :func:`load_bagel`;
+    ``stored`` says where the weights lie in place of ``weights``."""
     folder = Path(folder)
     dtype_for = dtype if callable(dtype) else lambda name: dtype
     stored = scan_folder(folder, weights) if stored is None else stored
     shapes = {name: entry.shape for name, entry in stored.items()}
-    config = read_config(folder, shapes, visual_gen=visual_gen, visual_und=visual_und, **dict(constants or {}))
+    config = read_config(
+        folder, shapes, visual_gen=visual_gen, visual_und=visual_und, **dict(constants or {})
+    )
     with torch.device("meta"):
         model = Bagel(config)
     _check_keys(folder, model, shapes)
@@ -126,14 +146,21 @@ def build_bagel(
         if final != parameter.dtype:
             owner, _, last = name.rpartition(".")
             value = torch.empty(parameter.shape, dtype=final, device="meta")
-            setattr(model.get_submodule(owner), last, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
+            setattr(
+                model.get_submodule(owner),
+                last,
+                torch.nn.Parameter(value, requires_grad=parameter.requires_grad),
+            )
     model.source = folder
     return model, stored
 
 
 @torch.no_grad()
-def read_parameter(model: Bagel, name: str, stored: Mapping[str, Stored], out: Tensor, start: int = 0) -> None:
-    """Elements [start, start + len(out)) of a flattened parameter into the flat tensor ``out``, of any dtype and device.
+def read_parameter(
+    model: Bagel, name: str, stored: Mapping[str, Stored], out: Tensor, start: int = 0
+) -> None:
+    """Elements [start, start + len(out)) of a flattened parameter into the flat tensor ``out``, of any dtype
+    and device.
 
     A position table that the checkpoint lacks, or holds for another size, is computed.
     """
@@ -150,12 +177,18 @@ def load_codec(folder: Path, config: BagelConfig, device: torch.device | str = "
     """The frozen codec of a checkpoint folder, in float32.
 
     Raises:
-        CheckpointFolderError: ``ae.safetensors`` is missing, damaged, or of another shape than ``vae_config.json`` says.
+        CheckpointFolderError: ``ae.safetensors`` is missing, damaged, or of another shape than
+            ``vae_config.json`` says.
     """
     try:
         codec = CODECS[config.vae.type](config.vae)
         if isinstance(codec, FluxCodec):
-            codec.load({name: entry.read().float() for name, entry in scan_safetensors(folder / "ae.safetensors").items()})
+            codec.load(
+                {
+                    name: entry.read().float()
+                    for name, entry in scan_safetensors(folder / "ae.safetensors").items()
+                }
+            )
     except CheckpointFolderError:
         raise
     except ValueError as error:
@@ -167,7 +200,11 @@ def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tables = {name for name in wanted if is_table(name)}
     missing = [name for name in wanted if name not in shapes and name not in tables]
-    unexpected = [name for name in shapes if name not in wanted and not is_left_out(name, model.config.visual_gen, model.config.visual_und)]
+    unexpected = [
+        name
+        for name in shapes
+        if name not in wanted and not is_left_out(name, model.config.visual_gen, model.config.visual_und)
+    ]
     misshapen = [
         f"{name} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -186,11 +223,13 @@ def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]
         )
 
 
-def save_bagel(model: Bagel, folder: Path | str, *, weights: Mapping[str, Tensor] | None = None, filename: str = WEIGHTS) -> None:
+def save_bagel(
+    model: Bagel, folder: Path | str, *, weights: Mapping[str, Tensor] | None = None, filename: str = WEIGHTS
+) -> None:
     """Writes a checkpoint folder in the published layout, for the reference code and serving engines to load.
 
-    A tensor that still has the value it was loaded with keeps its stored bytes (also where the model computes in another
-    dtype); tensors of parts that were left out are copied from the folder the model came from.
+    A tensor that still has the value it was loaded with keeps its stored bytes (also where the model computes
+    in another dtype); tensors of parts that were left out are copied from the folder the model came from.
 
     Args:
         model: the model.
@@ -223,17 +262,28 @@ def write_side_files(model: Bagel, folder: Path) -> None:
             if origin.exists() and not (folder / name).exists():
                 shutil.copyfile(origin, folder / name)
     else:
-        for name, part in (("llm_config", model.config.llm.to_diff_dict()), ("vit_config", model.config.vit.to_diff_dict())):
+        for name, part in (
+            ("llm_config", model.config.llm.to_diff_dict()),
+            ("vit_config", model.config.vit.to_diff_dict()),
+        ):
             write_json(folder / f"{name}.json", part)
     if model.config.vae.type != "flux" and not (folder / "vae_config.json").exists():
         write_json(folder / "vae_config.json", model.config.vae.to_dict())
-    stored = read_json(model.source / "config.json") if model.source is not None and (model.source / "config.json").exists() else {}
+    stored = (
+        read_json(model.source / "config.json")
+        if model.source is not None and (model.source / "config.json").exists()
+        else {}
+    )
     write_json(folder / "config.json", {**stored, **model.config.to_dict()})
 
 
 def side_bytes(model: Bagel) -> int:
     """Bytes of the files that :func:`write_side_files` copies."""
-    return sum((model.source / name).stat().st_size for name in SIDE_FILES if (model.source / name).exists()) if model.source else 0
+    return (
+        sum((model.source / name).stat().st_size for name in SIDE_FILES if (model.source / name).exists())
+        if model.source
+        else 0
+    )
 
 
 def _unchanged(value: Tensor, entry: Stored) -> bool:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 
 class Channel:
-    """What the processes say to each other, in plain numbers and short texts. ``group`` None is the default one."""
+    """What the processes say to each other, in plain numbers and short texts. ``group`` None is the default
+    one."""
 
     def __init__(self, world: int, device: torch.device, group: dist.ProcessGroup | None = None):
         self.world, self.device, self.group = world, device, group
@@ -26,7 +27,9 @@ class Channel:
         """A short text of every process, in rank order."""
         if self.world == 1:
             return [text]
-        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(self.device)[: len(text.encode())]
+        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(self.device)[
+            : len(text.encode())
+        ]
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(data)], device=self.device), group=self.group)
         longest = max(int(n) for n in sizes)

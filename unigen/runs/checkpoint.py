@@ -1,17 +1,19 @@
 """Checkpoints: a folder ``step_N/`` that is either whole or not there.
 
     step_N/
-      ema.safetensors        the model in the published layout: the average, or the weights where there is none
+      ema.safetensors        the model in the published layout: the average, or the weights where there is
+      none
       model.safetensors      with an average: the weights of what trains (the rest stands in ema)
       optimizer.safetensors  AdamW's moments and step counts: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
       <state>.json           everything else: place in the data, guards, options
       ...                    configs, tokenizer, VAE
       manifest.json          format, step, who wrote it, size and SHA-256 of every file above, and of itself
 
-Several processes each write a file of a group, ``ema-00001-of-00002.safetensors``, and ``ema.safetensors.index.json`` says what lies where
-(see ``model/storage.py``). All of it is staged in ``.step_N.partial-<pid>`` beside its place, brought to the disk file by file, the
-manifest last, and published by one rename (``saver.py`` does that). Nothing is ever pickled. safetensors has no checksum of its own,
-so the manifest brings it; here it is read, checked, and old ones are removed.
+Several processes each write a file of a group, ``ema-00001-of-00002.safetensors``, and
+``ema.safetensors.index.json`` says what lies where (see ``model/storage.py``). All of it is staged in
+``.step_N.partial-<pid>`` beside its place, brought to the disk file by file, the manifest last, and published
+by one rename (``saver.py`` does that). Nothing is ever pickled. safetensors has no checksum of its own, so
+the manifest brings it; here it is read, checked, and old ones are removed.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _ORPHAN = re.compile(r"\.(?P<name>\w+)\.(?P<role>partial|old)-(?P<pid>\d+)")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or cannot be trusted; the message names the file, what is wrong, and the cure."""
+    """A checkpoint that cannot be written, or cannot be trusted; the message names the file, what is wrong,
+    and the cure."""
 
 
 # ---- reading
@@ -73,7 +76,9 @@ def read_states(folder: Path) -> dict[str, Any]:
         try:
             states[name] = json.loads((folder / f"{name}.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: {name}.json cannot be read: {error}. Cure: use another checkpoint") from error
+            raise CheckpointError(
+                f"{folder}: {name}.json cannot be read: {error}. Cure: use another checkpoint"
+            ) from error
     return states
 
 
@@ -83,7 +88,8 @@ def verify_checkpoint(
     gather: Callable[[str], list[str]] = lambda text: [text],
     tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Reads every byte of a checkpoint and compares it with the manifest. Files that the manifest does not name are fine.
+    """Reads every byte of a checkpoint and compares it with the manifest. Files that the manifest does not
+    name are fine.
 
     Args:
         folder: of the checkpoint.
@@ -106,14 +112,21 @@ def verify_checkpoint(
         problems += [f"{name} is none of its files, yet would be read in place of them" for name in strays]
         files = sorted(entries.items(), key=lambda item: -item[1]["size"])[share[0] :: share[1]]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
-            problems += [found for found in pool.map(lambda item: _problem(folder, *item, tick), files) if found]
-    problems = list(dict.fromkeys(found for said in gather(json.dumps(problems)) for found in json.loads(said)))
+            problems += [
+                found for found in pool.map(lambda item: _problem(folder, *item, tick), files) if found
+            ]
+    problems = list(
+        dict.fromkeys(found for said in gather(json.dumps(problems)) for found in json.loads(said))
+    )
     if problems:
         whole = problems[0].startswith(f"{folder}:")  # the manifest itself
         raise CheckpointError(
             problems[0]
             if whole
-            else f"{folder}: damaged checkpoint: {'; '.join(problems)}. Cure: use another checkpoint, or a backup of this one"
+            else (
+                f"{folder}: damaged checkpoint: {'; '.join(problems)}. Cure: use another checkpoint, or a"
+                " backup of this one"
+            )
         )
 
 
@@ -143,17 +156,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {MANIFEST} is missing: no whole checkpoint. Cure: name a step_N folder of a run") from None
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} is missing: no whole checkpoint. Cure: name a step_N folder of a run"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: {MANIFEST} cannot be read: {error}. Cure: use another checkpoint") from error
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} cannot be read: {error}. Cure: use another checkpoint"
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_hash(manifest):
-        raise CheckpointError(f"{folder}: {MANIFEST} has changed since it was written (SHA-256 differs). Cure: use another checkpoint")
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} has changed since it was written (SHA-256 differs). Cure: use another"
+            " checkpoint"
+        )
     if manifest["format"] != FORMAT:
-        older = "start a new run from its weights (--model_path)" if manifest["format"] < FORMAT else "update unigen"
-        raise CheckpointError(f"{folder}: {MANIFEST} has format {manifest['format']}, this version reads {FORMAT}. Cure: {older}")
+        older = (
+            "start a new run from its weights (--model_path)"
+            if manifest["format"] < FORMAT
+            else "update unigen"
+        )
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} has format {manifest['format']}, this version reads {FORMAT}. Cure:"
+            f" {older}"
+        )
     for name in [*manifest["files"], *manifest["groups"], *manifest["states"]]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise CheckpointError(f"{folder}: {MANIFEST} names {name!r}, outside of the checkpoint. Cure: do not use this checkpoint")
+            raise CheckpointError(
+                f"{folder}: {MANIFEST} names {name!r}, outside of the checkpoint. Cure: do not use this"
+                " checkpoint"
+            )
     return manifest
 
 
@@ -169,15 +199,19 @@ Verify = Callable[[Path], None]
 
 
 def latest_checkpoint(output_dir: Path, verify: Verify = verify_checkpoint) -> Path | None:
-    """The newest ``step_N`` of a run that verifies, or None. A damaged newer one is passed over with a warning."""
+    """The newest ``step_N`` of a run that verifies, or None. A damaged newer one is passed over with a
+    warning."""
     return next(_good_checkpoints(Path(output_dir), verify, warn=True), None)
 
 
-def resolve_resume(value: str | Path | None, output_dir: Path, verify: Verify = verify_checkpoint) -> Path | None:
+def resolve_resume(
+    value: str | Path | None, output_dir: Path, verify: Verify = verify_checkpoint
+) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` asks for, verified.
 
     Args:
-        value: A checkpoint folder; ``auto`` for the newest good one in ``output_dir``; None for a fresh start.
+        value: A checkpoint folder; ``auto`` for the newest good one in ``output_dir``; None for a fresh
+            start.
         output_dir: Folder of the run.
         verify: Checks one; with several processes a call that all of them make together.
 
@@ -185,8 +219,9 @@ def resolve_resume(value: str | Path | None, output_dir: Path, verify: Verify = 
         The folder, or None for a fresh start (also for ``auto`` where there is nothing yet).
 
     Raises:
-        CheckpointError: a named folder does not exist or is damaged; the good ones beside it are listed. Or ``auto`` finds
-            checkpoints of which none is good: starting from zero would then silently lose a run.
+        CheckpointError: a named folder does not exist or is damaged; the good ones beside it are listed. Or
+            ``auto`` finds checkpoints of which none is good: starting from zero would then silently lose a
+            run.
     """
     if value is None:
         return None
@@ -195,8 +230,8 @@ def resolve_resume(value: str | Path | None, output_dir: Path, verify: Verify = 
         found = latest_checkpoint(output_dir, verify)
         if found is None and (damaged := steps(output_dir)):
             raise CheckpointError(
-                f"{output_dir}: every checkpoint is damaged ({', '.join(p.name for p in damaged)}). Cure: restore one from a backup, or "
-                "start afresh in another --output_dir"
+                f"{output_dir}: every checkpoint is damaged ({', '.join(p.name for p in damaged)}). Cure:"
+                " restore one from a backup, or start afresh in another --output_dir"
             )
         return found
     folder = Path(value)
@@ -209,9 +244,18 @@ def resolve_resume(value: str | Path | None, output_dir: Path, verify: Verify = 
                 good |= dict.fromkeys(islice(_good_checkpoints(place, verify), 3))
         choice = f"good ones nearby: {', '.join(map(str, good))}" if good else "there is no good one nearby"
         raise CheckpointError(f"{error} (--resume_from_checkpoint {value}); {choice}") from error
-    newer = [p.name for p in steps(output_dir) if p.resolve() != folder.resolve() and number(p) > read_manifest(folder)["step"]]
+    newer = [
+        p.name
+        for p in steps(output_dir)
+        if p.resolve() != folder.resolve() and number(p) > read_manifest(folder)["step"]
+    ]
     if newer:
-        log.warning("Resuming from %s, but %s also holds the newer %s, which `auto` would choose.", folder, output_dir, ", ".join(newer))
+        log.warning(
+            "Resuming from %s, but %s also holds the newer %s, which `auto` would choose.",
+            folder,
+            output_dir,
+            ", ".join(newer),
+        )
     return folder
 
 
@@ -228,11 +272,14 @@ def steps(output_dir: Path) -> list[Path]:
     Raises:
         CheckpointError: the folder cannot be listed, so that nobody can say what is in it.
     """
-    return sorted((p for p in listed(output_dir) if _STEP.fullmatch(p.name) and p.is_dir()), key=number, reverse=True)
+    return sorted(
+        (p for p in listed(output_dir) if _STEP.fullmatch(p.name) and p.is_dir()), key=number, reverse=True
+    )
 
 
 def listed(folder: Path) -> list[Path]:
-    """What a folder holds; nothing where there is none. (``glob`` takes a folder that it may not list for an empty one.)
+    """What a folder holds; nothing where there is none. (``glob`` takes a folder that it may not list for an
+    empty one.)
 
     Raises:
         CheckpointError: it cannot be listed.
@@ -242,7 +289,9 @@ def listed(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be listed ({error}). Cure: allow reading it, or name another folder") from error
+        raise CheckpointError(
+            f"{folder} cannot be listed ({error}). Cure: allow reading it, or name another folder"
+        ) from error
 
 
 def _good_checkpoints(output_dir: Path, verify: Verify, warn: bool = False) -> Iterator[Path]:
@@ -260,13 +309,16 @@ def _good_checkpoints(output_dir: Path, verify: Verify, warn: bool = False) -> I
 # ---- removing
 
 
-def prune_checkpoints(output_dir: Path, keep: int | None, protect: Path | None = None, source: Path | None = None) -> None:
+def prune_checkpoints(
+    output_dir: Path, keep: int | None, protect: Path | None = None, source: Path | None = None
+) -> None:
     """Removes the oldest ``step_N`` folders beyond ``keep``; never ``best``, nor a folder without a manifest.
 
     Args:
         output_dir: Folder of the run.
         keep: How many to keep, at least 1; None keeps all.
-        protect: One more that stays: the one just written, which is not the newest number after resuming from an older step.
+        protect: One more that stays: the one just written, which is not the newest number after resuming from
+            an older step.
         source: Another: the folder the run copies from.
     """
     if keep is None:
@@ -291,10 +343,11 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def sweep_orphans(output_dir: Path) -> None:
-    """Cleans up after killed runs; to be called by the process that holds the folder's lock, before it reads or writes checkpoints.
+    """Cleans up after killed runs; to be called by the process that holds the folder's lock, before it reads
+    or writes checkpoints.
 
-    What was left half written is removed. A checkpoint that was set aside to be replaced, and whose successor never came, gets
-    its name back.
+    What was left half written is removed. A checkpoint that was set aside to be replaced, and whose successor
+    never came, gets its name back.
     """
     for path in listed(Path(output_dir)):
         match = _ORPHAN.fullmatch(path.name)

@@ -1,7 +1,9 @@
-"""Heartbeats of every process, and the report when one hangs: which rank, step, phase, and where its code stands.
+"""Heartbeats of every process, and the report when one hangs: which rank, step, phase, and where its code
+stands.
 
-Two threads beside the run: one counts time and never touches a disk, the other writes and reads the files of ``ranks/``. Where C code
-holds the interpreter, neither can run; then faulthandler's timer, which needs no interpreter, speaks and ends the process.
+Two threads beside the run: one counts time and never touches a disk, the other writes and reads the files of
+``ranks/``. Where C code holds the interpreter, neither can run; then faulthandler's timer, which needs no
+interpreter, speaks and ends the process.
 """
 
 from __future__ import annotations
@@ -42,21 +44,24 @@ class _Peer:
     """Another process, as its file tells."""
 
     beat: dict[str, Any]
-    changed: float  # when its file last changed, by this machine's monotonic clock: clocks of several machines differ
+    # when its file last changed, by this machine's monotonic clock: clocks of several machines differ
+    changed: float
     alive: bool = False  # has it changed since we look?
 
 
 class Watchdog:
     """Heartbeats of this process into ``folder``, and the report when it, or another, hangs.
 
-    ``rank_R.json``, every two seconds: rank, world, started (unix seconds when the process began), step, phase, since (unix seconds when
-    this phase or step began), quiet (seconds without progress), time (unix, of this heartbeat), pid, host, signal (its name, where one
-    has asked for the end), and what ``facts`` gives. At the end of the run the phase is "ended". ``rank_R.stack.txt``: after a hang.
+    ``rank_R.json``, every two seconds: rank, world, started (unix seconds when the process began), step,
+    phase, since (unix seconds when this phase or step began), quiet (seconds without progress), time (unix,
+    of this heartbeat), pid, host, signal (its name, where one has asked for the end), and what ``facts``
+    gives. At the end of the run the phase is "ended". ``rank_R.stack.txt``: after a hang.
 
-    Progress is a :meth:`beat` or a change of ``stops``' phase. Without any for ``timeout`` seconds the process reports itself and, where
-    no other process moves any more (or after twice the time), ends with ``EXIT_HUNG``; where C code holds the interpreter, with 1. Time
-    in which the machine sleeps or the process is frozen does not count, except that a process that C code held, or that was frozen for
-    longer than ``timeout``, ends when it goes on.
+    Progress is a :meth:`beat` or a change of ``stops``' phase. Without any for ``timeout`` seconds the
+    process reports itself and, where no other process moves any more (or after twice the time), ends with
+    ``EXIT_HUNG``; where C code holds the interpreter, with 1. Time in which the machine sleeps or the process
+    is frozen does not count, except that a process that C code held, or that was frozen for longer than
+    ``timeout``, ends when it goes on.
 
     Outside of a run (``stops`` not entered) there are no heartbeats and no end.
 
@@ -69,7 +74,8 @@ class Watchdog:
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, timeout: float, stops: Stops, facts: Callable[[], dict[str, Any]] | None = None
+        self, folder: Path, rank: int, world: int, timeout: float, stops: Stops, facts: Callable[[],
+        dict[str, Any]] | None = None
     ):  # fmt: skip
         self.folder, self.rank, self.world, self.timeout = Path(folder), rank, world, timeout
         self._stops, self._facts = stops, facts
@@ -92,7 +98,9 @@ class Watchdog:
             self._clear()
             if timeout:
                 self._arm(self._last_resort)
-            self._threads = [threading.Thread(target=work, name="unigen-watch", daemon=True) for work in self._work()]
+            self._threads = [
+                threading.Thread(target=work, name="unigen-watch", daemon=True) for work in self._work()
+            ]
             for thread in self._threads:
                 thread.start()
 
@@ -115,7 +123,7 @@ class Watchdog:
     def _work(self) -> list[Callable[[], None]]:
         return [self._keep_files, self._watch] if self.timeout else [self._keep_files]
 
-    # ---- the thread that counts --------------------------------------------------------------------------------------
+    # ---- the thread that counts
 
     def _watch(self) -> None:
         tick = self._period / 2
@@ -126,7 +134,8 @@ class Watchdog:
                 return
             self._arm(self._last_resort)
             now = time.monotonic()
-            # After more than a moment too much this process was frozen, or the interpreter held: that is no time of ours.
+            # After more than a moment too much this process was frozen, or the interpreter held: that is no
+            # time of ours.
             passed, last = min(now - last, 2 * self._period), now
             moved = max(self._moved, self._stops.moved)
             self._quiet = min(now - moved, passed) if moved != seen else self._quiet + passed
@@ -161,7 +170,10 @@ class Watchdog:
             self._end(self._summary(peers, now))
         elif not self._deferred:
             self._deferred = True
-            _say(f"{self._me()}: no progress for {self._quiet:.0f} s, but {_ranks(moving)} still moves: waiting up to as long again")
+            _say(
+                f"{self._me()}: no progress for {self._quiet:.0f} s, but {_ranks(moving)} still moves:"
+                " waiting up to as long again"
+            )
 
     def _is_alive(self, peer: _Peer, now: float) -> bool:
         return peer.alive and now - peer.changed < self._patience and peer.beat["phase"] != "ended"
@@ -170,16 +182,20 @@ class Watchdog:
         self._arm(self._patience + 2 * self._period)  # should stderr be blocked
         _say(self._report + summary)
         if self.world > 1:
-            time.sleep(self._period)  # a launcher ends the others as soon as one has ended; they have their report to make
+            # a launcher ends the others as soon as one has ended; they have their report to make
+            time.sleep(self._period)
         os._exit(EXIT_HUNG)
 
-    # ---- the thread that has to do with files ------------------------------------------------------------------------
+    # ---- the thread that has to do with files
 
     def _keep_files(self) -> None:
         reported = False
         while True:
             closing = self._closing.is_set()  # before the heartbeat, so that the last one says so
-            self._write(f"rank_{self.rank}.json", json.dumps(self._beat_of_now("ended" if closing else None), default=str))
+            self._write(
+                f"rank_{self.rank}.json",
+                json.dumps(self._beat_of_now("ended" if closing else None), default=str),
+            )
             report = "" if closing else self._report
             if report and not reported:
                 self._write(f"rank_{self.rank}.stack.txt", report)
@@ -197,19 +213,26 @@ class Watchdog:
 
     def _beat_of_now(self, phase: str | None = None) -> dict[str, Any]:
         at = self._stops.at
-        facts: dict[str, Any] = {"signal": signal.Signals(self._stops.signal).name} if self._stops.signal else {}
+        facts: dict[str, Any] = (
+            {"signal": signal.Signals(self._stops.signal).name} if self._stops.signal else {}
+        )
         if self._facts is not None:
             with contextlib.suppress(Exception):  # it reads what the main thread is changing
                 facts |= self._facts()
         return {
-            "rank": self.rank, "world": self.world, "started": self._started, "step": self._step, "phase": phase or (at.name if at else ""),
-            "since": max(self._since, at.since if at else 0.0), "quiet": round(self._quiet, 1), "time": time.time(),
+            "rank": self.rank, "world": self.world, "started": self._started, "step": self._step,
+            "phase": phase or (at.name if at else ""),
+            "since": max(self._since, at.since if at else 0.0), "quiet": round(self._quiet, 1),
+            "time": time.time(),
             "pid": os.getpid(), "host": self._host, **facts,
         }  # fmt: skip
 
     def _write(self, name: str, text: str) -> None:
         # A disk that is full or gone costs heartbeats, nothing else.
-        with contextlib.suppress(OSError), atomic(self.folder / name, self.folder / f".{name}.partial", sync=False) as file:
+        with (
+            contextlib.suppress(OSError),
+            atomic(self.folder / name, self.folder / f".{name}.partial", sync=False) as file,
+        ):
             file.write(text.encode())
 
     def _unlink(self, name: str) -> None:
@@ -217,13 +240,15 @@ class Watchdog:
             (self.folder / name).unlink()
 
     def _clear(self) -> None:
-        """What an earlier run left. Each file has one owner, so nobody removes what another has just written; those of ranks that
-        there are no more belong to rank 0."""
+        """What an earlier run left. Each file has one owner, so nobody removes what another has just written;
+        those of ranks that there are no more belong to rank 0."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in list(self.folder.glob("*rank_*")):
                 number = path.name.removeprefix(".").removeprefix("rank_").partition(".")[0]
-                if number.isdigit() and (int(number) == self.rank or (self.rank == 0 and int(number) >= self.world)):
+                if number.isdigit() and (
+                    int(number) == self.rank or (self.rank == 0 and int(number) >= self.world)
+                ):
                     path.unlink(missing_ok=True)
 
     def _look(self) -> None:
@@ -232,15 +257,20 @@ class Watchdog:
         for rank in range(self.world):
             if rank == self.rank:
                 continue
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # missing, or not of this run's kind
+            # missing, or not of this run's kind
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 beat = json.loads((self.folder / f"rank_{rank}.json").read_text("utf-8"))
                 beat = {key: beat[key] for key in _KEYS}
                 peer = before.get(rank)
                 changed = peer is not None and beat["time"] != peer.beat["time"]
-                peers[rank] = _Peer(beat, now if peer is None or changed else peer.changed, changed or (peer is not None and peer.alive))
+                peers[rank] = _Peer(
+                    beat,
+                    now if peer is None or changed else peer.changed,
+                    changed or (peer is not None and peer.alive),
+                )
         self._peers = peers
 
-    # ---- words -------------------------------------------------------------------------------------------------------
+    # ---- words
 
     def _me(self) -> str:
         return f"rank {self.rank}"
@@ -249,8 +279,8 @@ class Watchdog:
         """Which process, where it stands, and the Python stack of its threads, the main one first."""
         now = self._beat_of_now()
         lines = [
-            f"{self._me()} of {self.world} (host {self._host}, pid {os.getpid()}) has made no progress for {self._quiet:.0f} s: "
-            f"step {now['step']}, {_phase(now)}"
+            f"{self._me()} of {self.world} (host {self._host}, pid {os.getpid()}) has made no progress for"
+            f" {self._quiet:.0f} s: step {now['step']}, {_phase(now)}"
         ]
         ours = {thread.ident for thread in self._threads}
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -258,11 +288,15 @@ class Watchdog:
         frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
         for ident, frame in frames:
             if ident not in ours:
-                lines += [f"Thread {names.get(ident, ident)} (most recent call last):", *traceback.format_stack(frame)]
+                lines += [
+                    f"Thread {names.get(ident, ident)} (most recent call last):",
+                    *traceback.format_stack(frame),
+                ]
         return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
     def _summary(self, peers: dict[int, _Peer], now: float) -> str:
-        """Who hangs and who waits. Every rank says it: the end of the first one may tear the others away in an error."""
+        """Who hangs and who waits. Every rank says it: the end of the first one may tear the others away in
+        an error."""
         alive = {rank: peer.beat for rank, peer in peers.items() if self._is_alive(peer, now)}
         lines = []
         for rank, peer in sorted(peers.items()):
@@ -271,17 +305,22 @@ class Watchdog:
             if peer.beat["phase"] == "ended":
                 lines.append(f"rank {rank} has ended, at step {peer.beat['step']}")
             else:
-                lines.append(f"rank {rank} gives no sign of life, last at step {peer.beat['step']}, {_phase(peer.beat)}: "
-                             f"{self._state(peer.beat)}")  # fmt: skip
+                last = f"step {peer.beat['step']}, {_phase(peer.beat)}: {self._state(peer.beat)}"
+                lines.append(f"rank {rank} gives no sign of life, last at {last}")
         if missing := [rank for rank in range(self.world) if rank != self.rank and rank not in peers]:
             lines.append(f"{_ranks(missing)}: no heartbeat in {self.folder}")
         alive[self.rank] = self._beat_of_now()
-        return "".join(f"unigen: {line}\n" for line in [*lines, *_blame(alive, self.timeout, accused=bool(lines))])
+        return "".join(
+            f"unigen: {line}\n" for line in [*lines, *_blame(alive, self.timeout, accused=bool(lines))]
+        )
 
     def _state(self, beat: dict[str, Any]) -> str:
         """What the system says of a process whose heartbeat has stopped."""
         if beat["host"] != self._host or not os.path.isdir("/proc/self"):
-            return f"its process on {beat['host']} does not run any more, or is frozen; no stack of it can be had"
+            return (
+                f"its process on {beat['host']} does not run any more, or is frozen; no stack of it can"
+                " be had"
+            )
         try:
             state = Path(f"/proc/{beat['pid']}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
         except (OSError, IndexError):
@@ -308,14 +347,29 @@ def _blame(alive: dict[int, dict[str, Any]], timeout: float, accused: bool) -> l
         (where,) = _places(still)
         if accused:
             return [f"{where}, waiting"]
-        return [f"{where}: all hang in the same place, or in a collective that never ends (network, GPU); compare the stacks"]
-    # Those in an earlier step; in the same step whoever does not just wait, in the phase that has stood still for the longest: the
-    # others came later. (Seconds alone would not do: those of the others were told up to a heartbeat ago.)
+        return [
+            f"{where}: all hang in the same place, or in a collective that never ends (network, GPU); compare"
+            " the stacks"
+        ]
+    # Those in an earlier step; in the same step whoever does not just wait, in the phase that has stood still
+    # for the longest: the others came later. (Seconds alone would not do: those of the others were told up to
+    # a heartbeat ago.)
     first = min(steps)
-    longest = max((b for b in still.values() if b["step"] == first), key=lambda b: (b["phase"] != WAITING, b["quiet"]))
-    late = {r: b for r, b in still.items() if b["step"] == first and (len(steps) > 1 or b["phase"] == longest["phase"])}
-    lines = [f"rank {r} hangs: step {b['step']}, {_phase(b)}, for {b['quiet']:.0f} s" for r, b in sorted(late.items())]
-    return lines + [f"{where}, waiting" for where in _places({r: b for r, b in still.items() if r not in late})]
+    longest = max(
+        (b for b in still.values() if b["step"] == first), key=lambda b: (b["phase"] != WAITING, b["quiet"])
+    )
+    late = {
+        r: b
+        for r, b in still.items()
+        if b["step"] == first and (len(steps) > 1 or b["phase"] == longest["phase"])
+    }
+    lines = [
+        f"rank {r} hangs: step {b['step']}, {_phase(b)}, for {b['quiet']:.0f} s"
+        for r, b in sorted(late.items())
+    ]
+    return lines + [
+        f"{where}, waiting" for where in _places({r: b for r, b in still.items() if r not in late})
+    ]
 
 
 def _places(beats: dict[int, dict[str, Any]]) -> list[str]:

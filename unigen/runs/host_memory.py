@@ -9,8 +9,8 @@ MEMINFO, OWN_GROUP, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), P
 
 
 def free_memory() -> float:
-    """Bytes that this process can take before the kernel ends one: what the machine has left, or less where a container or a job (a
-    control group of either version) is limited. Infinite where nobody says."""
+    """Bytes that this process can take before the kernel ends one: what the machine has left, or less where a
+    container or a job (a control group of either version) is limited. Infinite where nobody says."""
     return min([_machine(), *_groups()])
 
 
@@ -33,12 +33,20 @@ def _groups() -> list[float]:
         if not controllers:  # version 2
             names, root = ("memory.max", "memory.current", "inactive_file"), GROUPS
         elif "memory" in controllers.split(","):
-            names, root = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), GROUPS / "memory"
+            names, root = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+                GROUPS / "memory",
+            )
         else:
             continue
         # Inside of a container the path is often that of the machine, and only the root is there.
         place = root / path.lstrip("/")
-        found += [left for folder in (place, *place.parents) if folder.is_relative_to(root) for left in _left(folder, *names)]
+        found += [
+            left
+            for folder in (place, *place.parents)
+            if folder.is_relative_to(root)
+            for left in _left(folder, *names)
+        ]
     return found
 
 
@@ -46,6 +54,10 @@ def _left(folder: Path, limit: str, used: str, cache: str) -> list[float]:
     try:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         # The kernel gives back what files hold before it ends a process. "max" is no limit.
-        return [float(int((folder / limit).read_text()) - int((folder / used).read_text()) + int(stat.get(cache, 0)))]
+        return [
+            float(
+                int((folder / limit).read_text()) - int((folder / used).read_text()) + int(stat.get(cache, 0))
+            )
+        ]
     except (OSError, ValueError):
         return []

@@ -15,26 +15,40 @@ from unigen.runs.secrets import redacted
 
 log = logging.getLogger("unigen")
 
-# What a run leaves in its folder beside its step_N. The heartbeats in ranks/ are removed by those who write them.
-FILES = ("metrics.jsonl", "bad_steps.jsonl", "bad_records.jsonl", "config.json", "wandb_run_id", "trackio_run_id")
+# What a run leaves in its folder beside its step_N. The heartbeats in ranks/ are removed by those who write
+# them.
+FILES = (
+    "metrics.jsonl",
+    "bad_steps.jsonl",
+    "bad_records.jsonl",
+    "config.json",
+    "wandb_run_id",
+    "trackio_run_id",
+)
 FOLDERS = ("best", "samples", "tensorboard", "wandb")
 
 
 def prepare_folder(folder: Path, config: Config) -> IO[str]:
-    """Makes the folder of a run, takes its lock (see :func:`lock_folder`), cleans up after killed runs, sets an earlier run aside where
-    this one begins anew, and writes the options down.
+    """Makes the folder of a run, takes its lock (see :func:`lock_folder`), cleans up after killed runs, sets
+    an earlier run aside where this one begins anew, and writes the options down.
 
     Raises:
-        UserError: it cannot be written, it is a model, another run is in it, or this run begins with weights of the one that it would
-            set aside.
+        UserError: it cannot be written, it is a model, another run is in it, or this run begins with weights
+            of the one that it would set aside.
     """
     if (folder / "llm_config.json").exists():
-        raise UserError(f"output_dir {folder} is the folder of a model, whose config.json would be replaced. Cure: choose another one")
+        raise UserError(
+            f"output_dir {folder} is the folder of a model, whose config.json would be replaced. Cure: choose"
+            " another one"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
         sweep_orphans(folder)
-        if not config.dry_run and (not config.resume_from_checkpoint or (config.resume_from_checkpoint == "auto" and not steps(folder))):
+        if not config.dry_run and (
+            not config.resume_from_checkpoint
+            or (config.resume_from_checkpoint == "auto" and not steps(folder))
+        ):
             set_aside(folder, Path(config.model_path or ""))
         written = folder / "config.json"
         if not (config.dry_run and written.exists()):  # the options of a run stay those of the run
@@ -42,7 +56,9 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
             written.write_text(options + "\n", encoding="utf-8")
         return lock
     except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written ({error}). Cure: choose another --output_dir") from error
+        raise UserError(
+            f"output_dir {folder} cannot be written ({error}). Cure: choose another --output_dir"
+        ) from error
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -55,14 +71,14 @@ def lock_folder(folder: Path) -> IO[str]:
         return hold(folder / ".lock")
     except Busy as busy:
         raise UserError(
-            f"output_dir {folder} is in use by {str(busy) or 'another process'}: two runs in one folder would overwrite each other. "
-            "Cure: wait for its end or stop it, or choose another --output_dir"
+            f"output_dir {folder} is in use by {str(busy) or 'another process'}: two runs in one folder would"
+            " overwrite each other. Cure: wait for its end or stop it, or choose another --output_dir"
         ) from None
 
 
 def set_aside(folder: Path, model: Path) -> None:
-    """Moves an earlier run, whole, to the first free ``old-N`` below: among its checkpoints a new run's would be pruned first, and
-    ``auto`` would resume the wrong one. It can be watched and resumed there.
+    """Moves an earlier run, whole, to the first free ``old-N`` below: among its checkpoints a new run's would
+    be pruned first, and ``auto`` would resume the wrong one. It can be watched and resumed there.
 
     Args:
         folder: of the run; its lock is held.
@@ -76,26 +92,36 @@ def set_aside(folder: Path, model: Path) -> None:
     if not (checkpoints or (folder / "metrics.jsonl").exists() or staged.exists()):
         _tell_of_earlier(folder)
         return
-    if any(path.resolve() in (model.resolve(), *model.resolve().parents) for path in [*checkpoints, folder / "best"]):
+    if any(
+        path.resolve() in (model.resolve(), *model.resolve().parents)
+        for path in [*checkpoints, folder / "best"]
+    ):
         raise UserError(
-            f"output_dir {folder} holds the run whose weights this one begins with ({model}). Cure: choose another --output_dir, or go on "
-            "with that run by --resume_from_checkpoint auto"
+            f"output_dir {folder} holds the run whose weights this one begins with ({model}). Cure: choose"
+            " another --output_dir, or go on with that run by --resume_from_checkpoint auto"
         )
     aside = next(path for n in range(1, 10**6) if not (path := folder / f"old-{n}").exists())
     staged.mkdir(exist_ok=True)  # one that was killed here goes on
     for path in [*(folder / name for name in (*FILES, *FOLDERS)), *checkpoints]:
-        if path.exists() and (path.name != "samples" or all(re.match(r"\.?step_\d", entry.name) for entry in listed(path))):
+        if path.exists() and (
+            path.name != "samples" or all(re.match(r"\.?step_\d", entry.name) for entry in listed(path))
+        ):
             path.rename(staged / path.name)
     staged.rename(aside)
     log.warning(
         "%s held an earlier run%s; it is now in %s%s",
         folder, f" (to step {number(checkpoints[0])})" if checkpoints else "", aside,
-        f", and goes on from there with --output_dir {aside} --resume_from_checkpoint auto" if checkpoints else "",
+        f", and goes on from there with --output_dir {aside} --resume_from_checkpoint "
+        f"auto" if checkpoints else "",
     )  # fmt: skip
 
 
 def _tell_of_earlier(folder: Path) -> None:
     """Who started anew by mistake, and now wants to go on, must not start anew again without knowing."""
-    if found := [newest for path in listed(folder) if re.fullmatch(r"old-\d+", path.name) for newest in steps(path)[:1]]:
+    if found := [
+        newest for path in listed(folder) if re.fullmatch(r"old-\d+", path.name) for newest in steps(path)[:1]
+    ]:
         newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
-        log.warning("This run starts anew; an earlier one is in %s (to step %d)", newest.parent, number(newest))
+        log.warning(
+            "This run starts anew; an earlier one is in %s (to step %d)", newest.parent, number(newest)
+        )

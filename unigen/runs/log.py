@@ -1,4 +1,5 @@
-"""A file that grows record by record, whatever the disk does; and is cut back where a run goes on from an earlier step."""
+"""A file that grows record by record, whatever the disk does; and is cut back where a run goes on from an
+earlier step."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ MAX_WAITING = 64 * 2**20  # bytes kept in memory while the disk takes none
 class Appender:
     """Appends whole records, each in one write, so that a reader or a kill never meets half of one.
 
-    What cannot be written (disk full, file system read-only, folder away) is kept in memory, in order, up to ``MAX_WAITING`` bytes, and
-    written with the first record that can be. The outage is a warning, its end another line; nothing is raised.
+    What cannot be written (disk full, file system read-only, folder away) is kept in memory, in order, up to
+    ``MAX_WAITING`` bytes, and written with the first record that can be. The outage is a warning, its end
+    another line; nothing is raised.
 
     Args:
         path: The file; its folder is made when missing.
-        prepare: Called once, before the file is opened for the first time; may raise OSError, and is then called again.
+        prepare: Called once, before the file is opened for the first time; may raise OSError, and is then
+            called again.
     """
 
     def __init__(self, path: Path, prepare: Callable[[], None] = lambda: None):
@@ -50,7 +53,9 @@ class Appender:
         """Writes what waits, if it can, and says how much is lost; a second call does nothing."""
         self._flush()
         if self._waiting or self._lost:
-            log.warning("%s lacks %d record(s) that could not be written", self.path, len(self._waiting) + self._lost)
+            log.warning(
+                "%s lacks %d record(s) that could not be written", self.path, len(self._waiting) + self._lost
+            )
             self._waiting.clear()
             self._lost = 0
         if self._file is not None:
@@ -70,11 +75,19 @@ class Appender:
                 self._bytes -= len(self._waiting.popleft())
         except OSError as error:
             if not self._outage:
-                log.warning("%s cannot be written; what is logged is kept in memory until it can. %s", self.path, error)
+                log.warning(
+                    "%s cannot be written; what is logged is kept in memory until it can. %s",
+                    self.path,
+                    error,
+                )
             self._outage = True
             return
         if self._outage:
-            log.warning("%s is written again%s", self.path, f"; {self._lost} record(s) are lost" if self._lost else "; nothing is lost")
+            log.warning(
+                "%s is written again%s",
+                self.path,
+                f"; {self._lost} record(s) are lost" if self._lost else "; nothing is lost",
+            )
             self._outage, self._lost = False, 0
 
     def _write(self, file: int, record: bytes) -> None:
@@ -86,8 +99,9 @@ class Appender:
 
 
 def drop_after(path: Path, step: int, repeats: bool = False) -> None:
-    """Rewrites a log of a JSON object with ``step`` a line, in one rename, without the lines after ``step`` and without one that a kill cut
-    short. With ``repeats`` the step's own line, the first that names it, is the last to stay.
+    """Rewrites a log of a JSON object with ``step`` a line, in one rename, without the lines after ``step``
+    and without one that a kill cut short. With ``repeats`` the step's own line, the first that names it, is
+    the last to stay.
 
     Raises:
         OSError: it cannot be read or written; it is as it was then.

@@ -1,7 +1,9 @@
-"""``metrics.jsonl`` while it grows: read by offset, each curve kept as the means, least and greatest values of runs of steps.
+"""``metrics.jsonl`` while it grows: read by offset, each curve kept as the means, least and greatest values
+of runs of steps.
 
-A line is parsed once. A log of a million lines (300 MB) costs seconds to parse, so a first look at a long one (``exact=False``) reads
-its end and samples of the rest, and later calls of :meth:`Metrics.update` read the whole of it, some megabytes at a time.
+A line is parsed once. A log of a million lines (300 MB) costs seconds to parse, so a first look at a long one
+(``exact=False``) reads its end and samples of the rest, and later calls of :meth:`Metrics.update` read the
+whole of it, some megabytes at a time.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Log:
     def __init__(self, steps: tuple[int, int] = (0, MAX_STEP)):
         self.steps = steps
         self.width = 1  # steps of a bucket, a power of two
-        self.buckets: dict[str, dict[int, list[float]]] = {name: {} for name in CURVES}  # [count, sum of steps, sum, least, greatest]
+        # [count, sum of steps, sum, least, greatest]
+        self.buckets: dict[str, dict[int, list[float]]] = {name: {} for name in CURVES}
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.validations: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.skipped: deque[int] = deque(maxlen=1000)  # steps left out, the last ones
@@ -85,7 +88,8 @@ class Log:
     def points(self, name: str) -> list[Point]:
         """The curve, by step."""
         return [
-            Point(steps / n, total / n, low, high) for _, (n, steps, total, low, high) in sorted(self.buckets[name].items())
+            Point(steps / n, total / n, low, high) for _, (n, steps, total, low,
+            high) in sorted(self.buckets[name].items())
         ]  # fmt: skip
 
     def _widen(self, first: int, last: int) -> None:
@@ -106,12 +110,18 @@ class Log:
             if not values:
                 continue
             steps = sum(row["step"] for row in rows) / len(rows) * len(values)
-            if set(map(type, values)) != {float} or not math.isfinite(sum(values)) or max(map(abs, values)) >= HUGE:
+            if (
+                set(map(type, values)) != {float}
+                or not math.isfinite(sum(values))
+                or max(map(abs, values)) >= HUGE
+            ):
                 values = [float(value) for value in values if _is_finite(value)]
                 if not values:
                     continue
                 steps = sum(row["step"] for row in rows) / len(rows) * len(values)
-            _merge(self.buckets[name], bucket, [len(values), steps, math.fsum(values), min(values), max(values)])
+            _merge(
+                self.buckets[name], bucket, [len(values), steps, math.fsum(values), min(values), max(values)]
+            )
 
 
 def _merge(buckets: dict[int, list[float]], bucket: int, entry: list[float]) -> None:
@@ -119,7 +129,13 @@ def _merge(buckets: dict[int, list[float]], bucket: int, entry: list[float]) -> 
     if old is None:
         buckets[bucket] = entry
     else:
-        buckets[bucket] = [old[0] + entry[0], old[1] + entry[1], old[2] + entry[2], min(old[3], entry[3]), max(old[4], entry[4])]
+        buckets[bucket] = [
+            old[0] + entry[0],
+            old[1] + entry[1],
+            old[2] + entry[2],
+            min(old[3], entry[3]),
+            max(old[4], entry[4]),
+        ]
 
 
 def _is_finite(value: Any) -> bool:
@@ -140,7 +156,9 @@ def parse(data: bytes) -> tuple[list[dict[str, Any]], int]:
             raise ValueError
     except (ValueError, RecursionError):
         values = [_value(line) for line in lines]
-    rows = [v for v in values if isinstance(v, dict) and type(v.get("step")) is int and 0 <= v["step"] < MAX_STEP]
+    rows = [
+        v for v in values if isinstance(v, dict) and type(v.get("step")) is int and 0 <= v["step"] < MAX_STEP
+    ]
     return rows, len(lines) - len(rows)
 
 
@@ -158,7 +176,8 @@ class _Pass:
         self.log, self.offset, self._mark = log, offset, b""
 
     def intact(self, file: Any, size: int) -> bool:
-        """Does what has been read still stand there? A new inode alone says nothing: a copied folder has one at every copy."""
+        """Does what has been read still stand there? A new inode alone says nothing: a copied folder has one
+        at every copy."""
         if size < self.offset:
             return False
         file.seek(self.offset - len(self._mark))
@@ -248,7 +267,8 @@ class Metrics:
         for place in _places(begin, end, BUDGET - END):
             file.seek(place)
             data = file.read(PART)
-            whole, last = data.find(b"\n") + 1, data.rfind(b"\n") + 1  # the first line is cut, but where the file begins
+            # the first line is cut, but where the file begins
+            whole, last = data.find(b"\n") + 1, data.rfind(b"\n") + 1
             rows, _ = parse(data[0 if place == 0 else whole : last])
             self._ahead.log.add(rows)
             done += len(data)

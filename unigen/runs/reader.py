@@ -1,4 +1,5 @@
-"""The folder of a run, read and never written: who works on it, its checkpoints, samples, problems, and the disk it lies on.
+"""The folder of a run, read and never written: who works on it, its checkpoints, samples, problems, and the
+disk it lies on.
 
 Any file may be missing, half written, or of another version; what cannot be read is as if it were not there.
 """
@@ -29,7 +30,8 @@ class WatchError(UserError):
 
 @dataclass
 class Rank:
-    """A process of the run, as its last heartbeat told. ``since`` and ``time`` are unix seconds of its own clock."""
+    """A process of the run, as its last heartbeat told. ``since`` and ``time`` are unix seconds of its own
+    clock."""
 
     rank: int
     step: int
@@ -48,14 +50,16 @@ class Rank:
 
     @property
     def quiet(self) -> float:
-        """Seconds without progress: a long validation goes on within its phase. As long as the phase where that is not told."""
+        """Seconds without progress: a long validation goes on within its phase. As long as the phase where
+        that is not told."""
         told = self.facts.get("quiet")
         return max(0.0, float(told)) if isinstance(told, (int, float)) and told < 1e300 else self.busy
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint. ``time`` is unix seconds, ``size`` bytes, ``world`` how many processes wrote it."""
+    """A published checkpoint. ``time`` is unix seconds, ``size`` bytes, ``world`` how many processes wrote
+    it."""
 
     name: str
     step: int
@@ -66,8 +70,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model made of a prompt at a step; pieces are {"text": str} or {"image": path}. ``given`` are the prompt's pictures.
-    ``error`` says why there are no pieces."""
+    """What the model made of a prompt at a step; pieces are {"text": str} or {"image": path}. ``given`` are
+    the prompt's pictures. ``error`` says why there are no pieces."""
 
     step: int
     prompt: str
@@ -90,7 +94,10 @@ class Run:
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
         self.metrics = Metrics(self.folder / "metrics.jsonl", steps, exact)
-        self.bad_steps, self.bad_records = Lines(self.folder / "bad_steps.jsonl"), Lines(self.folder / "bad_records.jsonl")
+        self.bad_steps, self.bad_records = (
+            Lines(self.folder / "bad_steps.jsonl"),
+            Lines(self.folder / "bad_records.jsonl"),
+        )
         self.config: dict[str, Any] = {}
         self.ranks: list[Rank] = []
         self.stacks: list[str] = []
@@ -100,9 +107,12 @@ class Run:
         self.earlier: list[str] = []
         self.disk_free: int | None = None
         self.locked: bool | None = None  # None: cannot be known here
-        self.rank_steps: list[tuple[float, int]] = []  # (time of the run's clock, step) that the first process has told while we looked
-        self._read: dict[Path, tuple[tuple[int, int], Any]] = {}  # JSON files: (mtime in ns, size) and the value
-        self._signs: dict[int, tuple[float, float, bool]] = {}  # rank -> (heartbeat, when it was first seen here, has it changed)
+        # (time of the run's clock, step) that the first process has told while we looked
+        self.rank_steps: list[tuple[float, int]] = []
+        # JSON files: (mtime in ns, size) and the value
+        self._read: dict[Path, tuple[tuple[int, int], Any]] = {}
+        # rank -> (heartbeat, when it was first seen here, has it changed)
+        self._signs: dict[int, tuple[float, float, bool]] = {}
 
     def update(self) -> None:
         """Looks at the folder again."""
@@ -115,14 +125,20 @@ class Run:
         self.earlier = [name for name in names if re.fullmatch(r"old-\d+", name)]
         self.writing = [match[1] for name in names if (match := re.fullmatch(r"\.(\w+)\.partial-\d+", name))]
         found = [self._checkpoint(name) for name in names if re.fullmatch(r"step_\d{1,15}|best", name)]
-        self.checkpoints = sorted((c for c in found if c is not None), key=lambda c: (c.step, c.name != "best"))
-        self.sampled = sorted(int(m[1]) for name in _names(self.folder / "samples") if (m := re.fullmatch(r"step_(\d{1,15})", name)))
+        self.checkpoints = sorted(
+            (c for c in found if c is not None), key=lambda c: (c.step, c.name != "best")
+        )
+        self.sampled = sorted(
+            int(m[1])
+            for name in _names(self.folder / "samples")
+            if (m := re.fullmatch(r"step_(\d{1,15})", name))
+        )
         self._update_ranks(_names(self.folder / "ranks"))
         self.locked = is_held(self.folder / ".lock")
         with contextlib.suppress(OSError):
             self.disk_free = free_bytes(self.folder)
 
-    # ---- what is known together --------------------------------------------------------------------------------------
+    # ---- what is known together
 
     @property
     def step(self) -> int:
@@ -132,7 +148,8 @@ class Run:
 
     @property
     def started(self) -> float:
-        """Unix seconds, by the run's clock, when its processes began; 0 where that is not told. A run that was resumed began then."""
+        """Unix seconds, by the run's clock, when its processes began; 0 where that is not told. A run that
+        was resumed began then."""
         told = [rank.facts.get("started") for rank in self.ranks if rank.rank == 0]
         return next((float(t) for t in told if type(t) in (int, float) and 0 < t < 1e300), 0.0)
 
@@ -155,7 +172,11 @@ class Run:
     def option(self, name: str, default: float) -> float:
         """A number of the run's options; ``default`` where it is none."""
         value = self.config.get(name)
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 else default
+        return (
+            value
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+            else default
+        )
 
     def answers(self, step: int) -> list[Answer]:
         """The samples of a step, in the order of the prompts."""
@@ -174,10 +195,19 @@ class Run:
             seed = entry.get("seed") if isinstance(entry.get("seed"), int) else None
             names = entry.get("given") if isinstance(entry.get("given"), list) else []
             given = tuple(path for name in names if (path := _inside(folder, name)))
-            answers.append(Answer(step, str(entry.get("prompt", "")), seed, tuple(pieces), str(entry.get("error") or ""), given))
+            answers.append(
+                Answer(
+                    step,
+                    str(entry.get("prompt", "")),
+                    seed,
+                    tuple(pieces),
+                    str(entry.get("error") or ""),
+                    given,
+                )
+            )
         return answers
 
-    # ---- files -------------------------------------------------------------------------------------------------------
+    # ---- files
 
     def _json(self, path: Path) -> Any:
         """The value of a JSON file, read again where it has changed; None where it cannot be read."""
@@ -203,10 +233,18 @@ class Run:
         if not isinstance(when, (int, float)):
             when = (self.folder / name / "manifest.json").stat().st_mtime
         size = sum(size for size in sizes if type(size) is int)
-        return Checkpoint(name, step, float(when), size, world if type(world) is int else 1) if type(step) is int else None
+        return (
+            Checkpoint(name, step, float(when), size, world if type(world) is int else 1)
+            if type(step) is int
+            else None
+        )
 
     def _update_ranks(self, names: list[str]) -> None:
-        found = [self._rank(self._json(self.folder / "ranks" / name)) for name in names if re.fullmatch(r"rank_\d{1,7}\.json", name)]
+        found = [
+            self._rank(self._json(self.folder / "ranks" / name))
+            for name in names
+            if re.fullmatch(r"rank_\d{1,7}\.json", name)
+        ]
         self.ranks = sorted((rank for rank in found if rank is not None), key=lambda rank: rank.rank)
         self.stacks = [f"ranks/{name}" for name in names if re.fullmatch(r"rank_\d{1,7}\.stack\.txt", name)]
         for rank in self.ranks[:1]:
@@ -214,15 +252,29 @@ class Run:
                 self.rank_steps = [*self.rank_steps[-200:], (rank.time, rank.step)]
 
     def _rank(self, value: Any) -> Rank | None:
-        known = {"rank": int, "step": int, "phase": str, "since": (int, float), "time": (int, float), "pid": int, "host": str}
-        if not isinstance(value, dict) or not all(isinstance(value.get(name), kind) for name, kind in known.items()):
+        known = {
+            "rank": int,
+            "step": int,
+            "phase": str,
+            "since": (int, float),
+            "time": (int, float),
+            "pid": int,
+            "host": str,
+        }
+        if not isinstance(value, dict) or not all(
+            isinstance(value.get(name), kind) for name, kind in known.items()
+        ):
             return None
-        rank = Rank(**{name: value[name] for name in known}, facts={name: v for name, v in value.items() if name not in known})
+        rank = Rank(
+            **{name: value[name] for name in known},
+            facts={name: v for name, v in value.items() if name not in known},
+        )
         rank.age = self._age(rank)
         return rank
 
     def _age(self, rank: Rank) -> float:
-        """Seconds since the last sign of life. A heartbeat seen to change here tells more than the clocks of two machines."""
+        """Seconds since the last sign of life. A heartbeat seen to change here tells more than the clocks of
+        two machines."""
         now = time.monotonic()
         before = self._signs.get(rank.rank)
         if before is None or before[0] != rank.time:
@@ -246,24 +298,29 @@ def find_runs(paths: list[str]) -> list[Path]:
         WatchError: nothing is named, or a path holds no run.
     """
     if not paths:
-        raise WatchError("no run is named. Cure: name the folder of a run (unigen watch outputs/unified_training)")
+        raise WatchError(
+            "no run is named. Cure: name the folder of a run (unigen watch outputs/unified_training)"
+        )
     found: list[Path] = []
     for given in paths:
         path = Path(given)
         if not path.is_dir():
-            raise WatchError(f"{given}: there is no such folder. Cure: name the folder of a run, its --output_dir")
+            raise WatchError(
+                f"{given}: there is no such folder. Cure: name the folder of a run, its --output_dir"
+            )
         runs = [path] if is_run(path) else [path / name for name in _names(path) if is_run(path / name)]
         if not runs:
             raise WatchError(
-                f"{given}: no run is there, neither metrics.jsonl nor config.json. Cure: name the --output_dir of a training, or a folder "
-                "of several"
+                f"{given}: no run is there, neither metrics.jsonl nor config.json. Cure: name the"
+                " --output_dir of a training, or a folder of several"
             )
         found += runs
     return list(dict.fromkeys(found))
 
 
 def is_run(folder: Path) -> bool:
-    """Is it the output folder of a training? A checkpoint has a config.json too, but is sealed by a manifest."""
+    """Is it the output folder of a training? A checkpoint has a config.json too, but is sealed by a
+    manifest."""
     if (folder / "metrics.jsonl").is_file() or (folder / "ranks").is_dir():
         return True
     return (folder / "config.json").is_file() and (folder / ".lock").is_file()

@@ -1,4 +1,5 @@
-"""Writing checkpoints: all processes write, beside the training, and one rename publishes (see ``checkpoint.py`` for the layout)."""
+"""Writing checkpoints: all processes write, beside the training, and one rename publishes (see
+``checkpoint.py`` for the layout)."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class Contents:
 
     step: int
     entries: Sequence[Entry]  # this process's
-    states: dict[str, Any]  # name -> JSON value; keys must be strings, tuples come back as lists, NaN and infinity are kept
+    # name -> JSON value; keys must be strings, tuples come back as lists, NaN and infinity are kept
+    states: dict[str, Any]
     write_files: Callable[[Path], None]  # what makes the folder a model: configs, tokenizer, VAE
     about: dict[str, Any]  # more for the manifest
 
@@ -106,7 +108,13 @@ class Saver:
         source: Path | None = None,
         tick: Callable[[], None] = lambda: None,
     ):
-        self.output_dir, self.rank, self.channel, self.background, self.keep = Path(output_dir), rank, channel, background, keep
+        self.output_dir, self.rank, self.channel, self.background, self.keep = (
+            Path(output_dir),
+            rank,
+            channel,
+            background,
+            keep,
+        )
         self.source, self.tick = source, tick
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -120,7 +128,8 @@ class Saver:
         """Begins to write ``step_N`` (or ``name``); without ``background`` it is published when this returns.
 
         Raises:
-            CheckpointError: the disk refused (full, read-only, broken), now or for the one before. Earlier checkpoints are as they were.
+            CheckpointError: the disk refused (full, read-only, broken), now or for the one before. Earlier
+                checkpoints are as they were.
         """
         self.wait()
         name = name or f"step_{contents.step}"
@@ -130,7 +139,12 @@ class Saver:
             _assert_json_keys(state, key)
         if self.background and self._room_for_copies(contents):
             kept = [entry.kept() for entry in contents.entries]
-            contents = replace(contents, entries=kept, states=copy.deepcopy(contents.states), about=copy.deepcopy(contents.about))
+            contents = replace(
+                contents,
+                entries=kept,
+                states=copy.deepcopy(contents.states),
+                about=copy.deepcopy(contents.about),
+            )
             if device := next((entry.value.device for entry in kept if entry.copied_later), None):
                 self._lane = self._lane or GpuLane(device)
                 self._lane.begin()
@@ -150,17 +164,23 @@ class Saver:
             self.tick()
 
     def _room_for_copies(self, contents: Contents) -> bool:
-        """Does the memory of every machine hold what its processes would copy? The same answer on all of them."""
+        """Does the memory of every machine hold what its processes would copy? The same answer on all of
+        them."""
         need = sum(entry.nbytes for entry in contents.entries if entry.read is None and not entry.own)
-        said = [json.loads(text) for text in self.channel.gather(json.dumps([platform.node(), need, free_memory()]))]
+        said = [
+            json.loads(text)
+            for text in self.channel.gather(json.dumps([platform.node(), need, free_memory()]))
+        ]
         for machine in dict.fromkeys(name for name, _, _ in said):
             wanted = sum(need for name, need, _ in said if name == machine)
             free = min(free for name, _, free in said if name == machine)
             if wanted + _SPARE > free:
                 if self.rank == 0 and machine not in self._short:
                     log.warning(
-                        "Checkpoints are written while the training waits: beside it, %s would need %.1f GB of memory for a copy, and has "
-                        "%.1f GB. (--no_async_save does the same without this line)", machine, wanted / 1e9, free / 1e9,
+                        "Checkpoints are written while the training waits: beside it, %s would need %.1f GB "
+                        "of memory for a copy, and has "
+                        "%.1f GB. (--no_async_save does the same without this "
+                        "line)", machine, wanted / 1e9, free / 1e9,
                     )  # fmt: skip
                 self._short.add(machine)
                 return False
@@ -186,7 +206,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    # ---- the work, in the thread -----------------------------------------------------------------------------------
+    # ---- the work, in the thread
 
     def _run(self, contents: Contents, final: Path) -> None:
         try:
@@ -196,7 +216,8 @@ class Saver:
             self._error = error
         except Exception as error:  # another process is gone
             self._error = CheckpointError(
-                f"{final}: the checkpoint of step {contents.step} could not be finished: {type(error).__name__}: {error}"
+                f"{final}: the checkpoint of step {contents.step} could not be finished:"
+                f" {type(error).__name__}: {error}"
             )
         except BaseException as error:
             self._error = error if self.background else None  # without a thread the caller hears of it here
@@ -205,14 +226,16 @@ class Saver:
     def _write(self, contents: Contents, final: Path) -> None:
         self._together(contents, final, lambda: self._copy_out(contents))
         # All processes write into the folder that the first one made; its name holds that one's process id.
-        (pid, *_) = self.channel.gather(str(os.getpid()))
+        pid, *_ = self.channel.gather(str(os.getpid()))
         staging = self.output_dir / f".{final.name}.partial-{pid}"
         main = self.rank == 0
         published = False
         try:
             self._together(contents, final, lambda: make_empty(staging) if main else None)
             said = self._together(contents, final, lambda: self._write_files(staging, contents))
-            self._together(contents, final, lambda: self._publish(staging, final, contents, said) if main else None)
+            self._together(
+                contents, final, lambda: self._publish(staging, final, contents, said) if main else None
+            )
             published = True
         finally:
             if main and not published:
@@ -226,7 +249,9 @@ class Saver:
             later = [entry for entry in contents.entries if entry.copied_later]
             assert self._lane is not None
             copies = iter(copy_out(self._lane, [entry.value for entry in later]))
-            contents.entries = [replace(e, value=next(copies)) if e.copied_later else e for e in contents.entries]
+            contents.entries = [
+                replace(e, value=next(copies)) if e.copied_later else e for e in contents.entries
+            ]
         finally:
             self._settled.set()
 
@@ -241,28 +266,48 @@ class Saver:
             plain = isinstance(error, (OSError, SafetensorError, UserError)) and str(error)
             said["error"] = str(error) if plain else f"{type(error).__name__}: {error}"
         answers = [json.loads(text) for text in self.channel.gather(json.dumps(said))]
-        errors = [f"process {rank}: {a['error']}" if self.channel.world > 1 else a["error"] for rank, a in enumerate(answers) if a["error"]]
+        errors = [
+            f"process {rank}: {a['error']}" if self.channel.world > 1 else a["error"]
+            for rank, a in enumerate(answers)
+            if a["error"]
+        ]
         if errors:
             raise CheckpointError(
-                f"{final}: cannot write the checkpoint of step {contents.step}: {'; '.join(errors)}. Earlier checkpoints are untouched. "
-                "Cure: free space on that disk or make the folder writable (--output_dir, --save_total_limit, --low_space), then resume "
-                "with --resume_from_checkpoint auto"
+                f"{final}: cannot write the checkpoint of step {contents.step}: {'; '.join(errors)}. Earlier"
+                " checkpoints are untouched. Cure: free space on that disk or make the folder writable"
+                " (--output_dir, --save_total_limit, --low_space), then resume with --resume_from_checkpoint"
+                " auto"
             ) from failure
         return [a["value"] for a in answers]
 
     def _write_files(self, staging: Path, contents: Contents) -> dict[str, Any]:
-        """Writes this process's part of every group: {"files": {file: {size, sha256}}, "tensors": [[group, name, file, ...]]}."""
+        """Writes this process's part of every group: {"files": {file: {size, sha256}}, "tensors": [[group,
+        name, file, ...]]}."""
         _await_folder(staging)
         files, tensors = {}, []
         for group in dict.fromkeys(entry.group for entry in contents.entries):
             entries = [entry for entry in contents.entries if entry.group == group]
-            file = f"{group}.safetensors" if self.channel.world == 1 else _part_name(group, self.rank, self.channel.world)
+            file = (
+                f"{group}.safetensors"
+                if self.channel.world == 1
+                else _part_name(group, self.rank, self.channel.world)
+            )
             plan = {}
             for e in entries:
                 shape = e.shape if e.whole else (e.value.numel(),)
                 assert e.name not in plan, f"{group} holds {e.name} twice"
                 plan[e.name] = (e.value.dtype, shape, lambda e=e, shape=shape: e.make().reshape(shape))
-                tensors.append([group, e.name, file, NAMES[e.value.dtype], list(e.shape), e.start, e.start + e.value.numel()])
+                tensors.append(
+                    [
+                        group,
+                        e.name,
+                        file,
+                        NAMES[e.value.dtype],
+                        list(e.shape),
+                        e.start,
+                        e.start + e.value.numel(),
+                    ]
+                )
             size, digest = write_safetensors(staging / file, plan)
             files[file] = {"size": size, "sha256": digest}
         return {"files": files, "tensors": tensors}
@@ -273,15 +318,27 @@ class Saver:
         groups = list(dict.fromkeys(tensor[0] for tensor in tensors))
         if self.channel.world > 1:
             for group in groups:
-                write_json(staging / f"{group}.safetensors.index.json", _index([t[1:] for t in tensors if t[0] == group]))
+                write_json(
+                    staging / f"{group}.safetensors.index.json",
+                    _index([t[1:] for t in tensors if t[0] == group]),
+                )
         contents.write_files(staging)
         for name, state in contents.states.items():
-            assert f"{name}.json" != MANIFEST and not (staging / f"{name}.json").exists(), f"state {name!r} would overwrite another file"
+            assert f"{name}.json" != MANIFEST and not (staging / f"{name}.json").exists(), (
+                f"state {name!r} would overwrite another file"
+            )
             (staging / f"{name}.json").write_text(json.dumps(state, indent=1), "utf-8")
         known = {file: entry for part in said for file, entry in part["files"].items()}
-        # Written with fewer digits than a float has: a flipped bit in the last ones could otherwise mean the same number.
+        # Written with fewer digits than a float has: a flipped bit in the last ones could otherwise mean the
+        # same number.
         now = round(time.time(), 3)
-        about = {"format": FORMAT, "step": contents.step, "time": now, "world": self.channel.world, **contents.about}
+        about = {
+            "format": FORMAT,
+            "step": contents.step,
+            "time": now,
+            "world": self.channel.world,
+            **contents.about,
+        }
         _seal(staging, about | {"groups": groups, "states": sorted(contents.states)}, known)
         publish(staging, final, replace=True)
         if final.name == f"step_{contents.step}":
@@ -307,8 +364,12 @@ def _index(tensors: list[list[Any]]) -> dict[str, Any]:
     for name, entry in pieces.items():
         entry["parts"].sort(key=lambda part: part[1])
         ends = [0, *(stop for _, _, stop in entry["parts"])]
-        assert [start for _, start, _ in entry["parts"]] == ends[:-1] and ends[-1] == _numel(entry["shape"]), f"{name} has gaps"
-    return {"metadata": {"total_size": total}, "weight_map": weight_map} | ({"pieces": pieces} if pieces else {})
+        assert [start for _, start, _ in entry["parts"]] == ends[:-1] and ends[-1] == _numel(
+            entry["shape"]
+        ), f"{name} has gaps"
+    return {"metadata": {"total_size": total}, "weight_map": weight_map} | (
+        {"pieces": pieces} if pieces else {}
+    )
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -323,7 +384,10 @@ def _await_folder(folder: Path) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while not folder.is_dir():
         if time.monotonic() > deadline:
-            raise CheckpointError(f"{folder} is not visible on this machine; output_dir must be a folder that all machines share")
+            raise CheckpointError(
+                f"{folder} is not visible on this machine; output_dir must be a folder that all machines"
+                " share"
+            )
         time.sleep(0.1)
 
 
@@ -339,14 +403,20 @@ def _assert_json_keys(value: Any, where: str) -> None:
 
 
 def _seal(folder: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    """Brings every file to the disk, then the manifest that names them, then the folders. ``known`` files are there already."""
+    """Brings every file to the disk, then the manifest that names them, then the folders. ``known`` files are
+    there already."""
     # `rglob` would leave out what is below a folder that cannot be listed, without a word.
-    paths = sorted(Path(at) / name for at, folders, files in os.walk(folder, onerror=_raise) for name in [*folders, *files])
+    paths = sorted(
+        Path(at) / name
+        for at, folders, files in os.walk(folder, onerror=_raise)
+        for name in [*folders, *files]
+    )
     files = {p.relative_to(folder).as_posix(): p for p in paths if p.is_file()}
     missing = known.keys() - files.keys()
     if missing:
         raise CheckpointError(
-            f"{', '.join(sorted(missing))} cannot be seen by process 0; output_dir must be a folder that all machines share"
+            f"{', '.join(sorted(missing))} cannot be seen by process 0; output_dir must be a folder that all"
+            " machines share"
         )
     entries = {}
     for name, path in files.items():
@@ -354,7 +424,9 @@ def _seal(folder: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any
             fsync(path)
         entries[name] = known.get(name) or {"size": path.stat().st_size, "sha256": sha256_of(path)}
         if path.stat().st_size != entries[name]["size"]:
-            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, {entries[name]['size']} were written")
+            raise CheckpointError(
+                f"{name} has {path.stat().st_size} bytes, {entries[name]['size']} were written"
+            )
     manifest["files"] = entries
     manifest["sha256"] = manifest_hash(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")

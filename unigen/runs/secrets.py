@@ -1,8 +1,9 @@
 """Keys, tokens and passwords are kept out of what a run writes: its saved config, its logs, its trackers.
 
-A secret is known by the name it goes under (``api_key``, ``HF_TOKEN`` ...), by its look (``hf_...``, a URL with a password ...), or
-because an environment variable holds it. Forty hexadecimal digits are a key of Weights & Biases when they stand alone, and a hash when they
-are part of a path or a name, or when the word before says so (``commit``, ``revision`` ...).
+A secret is known by the name it goes under (``api_key``, ``HF_TOKEN`` ...), by its look (``hf_...``, a URL
+with a password ...), or because an environment variable holds it. Forty hexadecimal digits are a key of
+Weights & Biases when they stand alone, and a hash when they are part of a path or a name, or when the word
+before says so (``commit``, ``revision`` ...).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from urllib.parse import quote
 
 HIDDEN = "<hidden>"
 
-_MIN_LENGTH = 8  # shorter values of environment variables are words and numbers that ordinary texts are full of
+# shorter values of environment variables are words and numbers that ordinary texts are full of
+_MIN_LENGTH = 8
 _VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
 # "tokens", "max_num_tokens" and the like are numbers of tokens, so nothing here is plural.
 _NAME = r"(?:(?:api|access|secret|private|account|encryption)[_-]?key|token|secret|passw(?:or)?d|passphrase|credentials?|authorization)"
@@ -32,16 +34,28 @@ _LONE_KEY = re.compile(r"(?<![\w/\\.@-])[0-9a-f]{40}(?![\w/\\@-]|\.\w)")
 _HASH_BEFORE = re.compile(rf"\b{_HASHES}\b[\"'`]?\s*[:= ]?\s*[\"'`]?$", re.IGNORECASE)
 
 _SHAPES = [
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL), HIDDEN),
-    # https://user:password@host; with a user alone only where that is commonly a token (ssh://git@host is not)
+    (
+        re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
+        HIDDEN,
+    ),
+    # https://user:password@host; with a user alone only where that is commonly a token (ssh://git@host is
+    # not)
     (re.compile(r"(://)[^\s/?#@:\"']*:[^\s/?#\"']*@"), rf"\1{HIDDEN}@"),
     (re.compile(rf"(https?://)(?!{HIDDEN})[^\s/?#@:\"']+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     # signed links: https://bucket.host/file?X-Amz-Signature=...
     (
-        re.compile(rf"([?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|sig|signature|key|[\w-]*{_NAME})=)[^&\s#\"']+", re.I),
+        re.compile(
+            rf"([?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|sig|signature|key|[\w-]*{_NAME})=)[^&\s#\"']+",
+            re.I,
+        ),
         rf"\1{HIDDEN}",
     ),
-    (re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?)(?:(?:bearer|basic|token|digest)\s+)?[^\s\"',;]+", re.I), rf"\1{HIDDEN}"),
+    (
+        re.compile(
+            r"(\bauthorization[\"']?\s*[:=]\s*[\"']?)(?:(?:bearer|basic|token|digest)\s+)?[^\s\"',;]+", re.I
+        ),
+        rf"\1{HIDDEN}",
+    ),
     (re.compile(r"(\bbearer\s+)(?:(?=[^\s\d]*\d)[\w.~+/=-]{8,}|[\w.~+/=-]{20,})", re.I), rf"\1{HIDDEN}"),
     (
         re.compile(
@@ -56,16 +70,25 @@ _SHAPES = [
     ),
 ]
 # Not after a slash: ".../token=a/part.parquet" is the path of a table.
-_ASSIGNED = re.compile(rf"(?<![\w./\\-])([\w.-]*{_NAME})([\"']?\s*[:=]\s*[\"']?)([^\s\"',;&)}}\]]+)", re.IGNORECASE)
+_ASSIGNED = re.compile(
+    rf"(?<![\w./\\-])([\w.-]*{_NAME})([\"']?\s*[:=]\s*[\"']?)([^\s\"',;&)}}\]]+)", re.IGNORECASE
+)
 _ARGUMENT = re.compile(rf"(?<![\w-])(--?[\w.-]*{_NAME})(\s+)([^\s-]\S*)", re.IGNORECASE)
 
 
 def environment_secrets() -> list[str]:
-    """Values of the environment variables whose names end in KEY, TOKEN, SECRET, PASSWORD ..., and their quoted forms; longest first."""
+    """Values of the environment variables whose names end in KEY, TOKEN, SECRET, PASSWORD ..., and their
+    quoted forms; longest first."""
     found = set()
     for name, value in os.environ.items():
         if _VARIABLE.search(name) and len(value.strip()) >= _MIN_LENGTH:
-            for form in (value, value.strip(), quote(value, safe=""), json.dumps(value)[1:-1], *value.split("\n")):
+            for form in (
+                value,
+                value.strip(),
+                quote(value, safe=""),
+                json.dumps(value)[1:-1],
+                *value.split("\n"),
+            ):
                 if len(form) >= _MIN_LENGTH:
                     found.add(form)
     return sorted(found, key=len, reverse=True)
@@ -84,14 +107,15 @@ def hide(text: str, known: list[str] | None = None) -> str:
 def redacted(values: dict[str, Any]) -> dict[str, Any]:
     """A copy of ``values`` for others to see: secrets, also in nested dicts and lists, are ``<hidden>``.
 
-    Numbers stay (``max_num_tokens``), but for those that a password's name stands before; what is no container, text, path or number is
-    taken over as it is.
+    Numbers stay (``max_num_tokens``), but for those that a password's name stands before; what is no
+    container, text, path or number is taken over as it is.
     """
     return _clean(values, "", environment_secrets())
 
 
 class HideSecrets(logging.Filter):
-    """Hides secrets in the messages, tracebacks and stacks of every record that passes. The environment is read when it is made."""
+    """Hides secrets in the messages, tracebacks and stacks of every record that passes. The environment is
+    read when it is made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +139,8 @@ class HideSecrets(logging.Filter):
 
 
 def hide_in_logs() -> None:
-    """Puts a :class:`HideSecrets` on every handler of the root logger that has none; call it after the handlers are there."""
+    """Puts a :class:`HideSecrets` on every handler of the root logger that has none; call it after the
+    handlers are there."""
     for handler in logging.getLogger().handlers:
         if not any(isinstance(f, HideSecrets) for f in handler.filters):
             handler.addFilter(HideSecrets())
@@ -137,7 +162,9 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _unless_hash(match: re.Match[str]) -> str:
-    return match[0] if _HASH_BEFORE.search(match.string[max(0, match.start() - 40) : match.start()]) else HIDDEN
+    return (
+        match[0] if _HASH_BEFORE.search(match.string[max(0, match.start() - 40) : match.start()]) else HIDDEN
+    )
 
 
 def _clean(value: Any, name: str, known: list[str]) -> Any:

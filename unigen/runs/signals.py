@@ -1,8 +1,9 @@
 """Signals: how a run is told to stop, and what of it may be broken off.
 
-The first signal only asks: the run finishes the phase it is in, saves the last finished step, and ends with ``EXIT_STOPPED``.
-A second one ends the process at once, also where the main thread is stuck in C code: the interpreter's C handler writes every
-signal into a pipe, and a thread reads that. Processes that hang are the matter of ``watchdog.py``. No PyTorch here.
+The first signal only asks: the run finishes the phase it is in, saves the last finished step, and ends with
+``EXIT_STOPPED``. A second one ends the process at once, also where the main thread is stuck in C code: the
+interpreter's C handler writes every signal into a pipe, and a thread reads that. Processes that hang are the
+matter of ``watchdog.py``. No PyTorch here.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_STOPPED = 75
-"""Stopped by a signal, the last finished step is saved: run again with ``--resume_from_checkpoint auto`` (EX_TEMPFAIL)."""
+"""Stopped by a signal, the last finished step is saved: run again with ``--resume_from_checkpoint auto``
+(EX_TEMPFAIL)."""
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
-"""All mean the same. SIGUSR1 is what SLURM is usually told to send before the end; SIGHUP comes when a terminal closes."""
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
+"""All mean the same. SIGUSR1 is what SLURM is usually told to send before the end; SIGHUP comes when a
+terminal closes."""
 
 _DEBOUNCE_S = 1.0  # Ctrl-C reaches a process from the terminal, and some milliseconds later from torchrun
 _LOOK_S = 0.1
@@ -57,8 +62,8 @@ class Phase:
         if not stops.belongs_here():
             return
         stops.at, stops.moved = self.outer, time.monotonic()
-        # Also what a signal did not break off by itself: it came in a phase inside this one, or code that may not raise (__del__) had
-        # to handle it.
+        # Also what a signal did not break off by itself: it came in a phase inside this one, or code that may
+        # not raise (__del__) had to handle it.
         if kind is None and stops.asked:
             for phase in (self, self.outer):
                 if phase is not None and phase.breakable:
@@ -66,10 +71,12 @@ class Phase:
 
 
 class Stops:
-    """Context manager around a run: SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask it to stop; the earlier handlers come back at its end.
+    """Context manager around a run: SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask it to stop; the earlier handlers
+    come back at its end.
 
-    Handlers need the main thread; in another one (a notebook's, a server's) signals stay as they are and phases are tracked all the
-    same. SIGINT and SIGHUP stay ignored where the program was started so (``nohup``, background jobs of a script).
+    Handlers need the main thread; in another one (a notebook's, a server's) signals stay as they are and
+    phases are tracked all the same. SIGINT and SIGHUP stay ignored where the program was started so
+    (``nohup``, background jobs of a script).
 
     Attributes:
         signal: the number of the first signal that came, or None.
@@ -100,8 +107,8 @@ class Stops:
         """``with stops.phase("data", breakable=True):``. Phases nest; the innermost one counts.
 
         Raises:
-            Stopped: out of a breakable phase, as soon as the first signal comes, or at its start where one has come before. Out of
-                another phase never: there, ``asked`` is all that changes.
+            Stopped: out of a breakable phase, as soon as the first signal comes, or at its start where one
+                has come before. Out of another phase never: there, ``asked`` is all that changes.
         """
         return Phase(self, name, breakable)
 
@@ -136,19 +143,24 @@ class Stops:
             self._earlier.clear()
         self.entered, self.at, self._owner = False, None, None
 
-    # ---- the main thread ---------------------------------------------------------------------------------------------
+    # ---- the main thread
 
     def _listen(self) -> None:
         global _listening
         reading, writing = self._pipe = os.pipe()
         os.set_blocking(writing, False)
         self._earlier_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._attend, args=(reading,), name="unigen-signals", daemon=True)
+        self._thread = threading.Thread(
+            target=self._attend, args=(reading,), name="unigen-signals", daemon=True
+        )
         self._thread.start()
         _listening = self
         for number in SIGNALS:
             # Whoever starts a program with these two ignored means it to outlive his Ctrl-C and his terminal.
-            if number in (signal.SIGINT, getattr(signal, "SIGHUP", None)) and signal.getsignal(number) == signal.SIG_IGN:
+            if (
+                number in (signal.SIGINT, getattr(signal, "SIGHUP", None))
+                and signal.getsignal(number) == signal.SIG_IGN
+            ):
                 continue
             self._earlier[number] = signal.getsignal(number)
             signal.signal(number, self._handle)
@@ -161,8 +173,8 @@ class Stops:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Runs in the main thread, between any two instructions of it. Counting is left to :meth:`_attend`: here a signal may
-        arrive late."""
+        """Runs in the main thread, between any two instructions of it. Counting is left to :meth:`_attend`:
+        here a signal may arrive late."""
         self._note(number)
         if self._handled:
             return
@@ -170,7 +182,7 @@ class Stops:
         if self.at is not None and self.at.breakable:
             self.break_off(self.at)
 
-    # ---- the thread beside it ----------------------------------------------------------------------------------------
+    # ---- the thread beside it
 
     def _attend(self, reading: int) -> None:
         """Speaks of the first signal, and ends the process at the second, whatever the main thread does."""
@@ -193,7 +205,8 @@ class Stops:
                     then = f"then the last finished step is saved and the run ends (exit code {EXIT_STOPPED})"
                     _say(f"{_name(number)}: {self._what()}, {then}. A second signal ends it at once, unsaved")
                 elif empty - first >= _DEBOUNCE_S:
-                    # It came after the pipe was last seen empty; how long after cannot be known, C code may have held the interpreter.
+                    # It came after the pipe was last seen empty; how long after cannot be known, C code may
+                    # have held the interpreter.
                     _say(f"{_name(number)} again: ended at once, nothing more is saved")
                     os._exit(128 + number)
 
@@ -214,7 +227,8 @@ def _name(number: int) -> str:
 
 
 def _say(text: str) -> None:
-    """One line on stderr, past Python's buffers, which the main thread may hold; a terminal that is gone does not matter."""
+    """One line on stderr, past Python's buffers, which the main thread may hold; a terminal that is gone does
+    not matter."""
     rank = f" [rank {os.environ.get('RANK', '?')}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     with contextlib.suppress(OSError):
         os.write(2, f"unigen{rank}: {text}\n".encode())
@@ -240,7 +254,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Processes started inside have the stop signals blocked from their first moment until :func:`worker_init` sees to them.
+    """Processes started inside have the stop signals blocked from their first moment until
+    :func:`worker_init` sees to them.
 
     For ``iter(loader)``: a signal to the whole process group must not kill a worker that is just starting.
     """
@@ -254,8 +269,9 @@ def shielded() -> Iterator[None]:
 def worker_init(worker_id: int) -> None:
     """For ``DataLoader(worker_init_fn=...)``: a worker's end is its parent's business.
 
-    Signals to the whole process group (Ctrl-C, torchrun, SLURM) pass it by. It ends when the loader ends it, when the parent asks by
-    SIGTERM (as Python does at its exit), and within about a second of the parent's death, even while it decodes.
+    Signals to the whole process group (Ctrl-C, torchrun, SLURM) pass it by. It ends when the loader ends it,
+    when the parent asks by SIGTERM (as Python does at its exit), and within about a second of the parent's
+    death, even while it decodes.
     """
     sys.excepthook = _told_of_errors
     if not hasattr(signal, "sigtimedwait"):  # macOS
@@ -267,7 +283,8 @@ def worker_init(worker_id: int) -> None:
 
 
 def _told_of_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A thread of a worker hands tensors over; that the parent was broken off while it took one is no error."""
+    """A thread of a worker hands tensors over; that the parent was broken off while it took one is no
+    error."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
@@ -276,8 +293,14 @@ def _attend_parent(born_of: int) -> None:
     parent = multiprocessing.parent_process()
     while True:
         came = signal.sigtimedwait(SIGNALS, 1.0)
-        if came is not None and came.si_signo == signal.SIGTERM and parent is not None and came.si_pid == parent.pid:
+        if (
+            came is not None
+            and came.si_signo == signal.SIGTERM
+            and parent is not None
+            and came.si_pid == parent.pid
+        ):
             os._exit(128 + signal.SIGTERM)
-        # The loader's own look at the parent comes only between two rows, and not while a pipe nobody reads any more is full.
+        # The loader's own look at the parent comes only between two rows, and not while a pipe nobody reads
+        # any more is full.
         if os.getppid() != born_of or (parent is not None and not parent.is_alive()):
             os._exit(1)

@@ -1,8 +1,8 @@
 """Copies of a run's tensors in host memory, from which a checkpoint is written beside the training.
 
-Tensors in host memory are copied at once. Those on a GPU are copied by the thread that writes, on a stream of its own,
-through two pinned buffers that serve every save: one is filled while the other is emptied. Until then the tensors must not
-change, see ``Saver.settle``.
+Tensors in host memory are copied at once. Those on a GPU are copied by the thread that writes, on a stream of
+its own, through two pinned buffers that serve every save: one is filled while the other is emptied. Until
+then the tensors must not change, see ``Saver.settle``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BUFFER = 1 << 26  # bytes of a pinned buffer: some milliseconds of copying, beside which starting a copy is nothing
+# bytes of a pinned buffer: some milliseconds of copying, beside which starting a copy is nothing
+BUFFER = 1 << 26
 
 
 def copied_later(tensor: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """The mask rule as flex attention takes it: five numbers a token, and a table of blocks of 128 tokens.
 
-It is computed with NumPy while a sequence is packed, so that the device builds no mask of its own. Both halves of the
-sequence are padded to whole blocks: kernels then need no bounds checks, and no block mixes the halves.
+It is computed with NumPy while a sequence is packed, so that the device builds no mask of its own. Both
+halves of the sequence are padded to whole blocks: kernels then need no bounds checks, and no block mixes the
+halves.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 BLOCK = 128
-NONE, PARTIAL, FULL = 0, 1, 2  # of a block of queries and a block of keys: none, some or all pairs are allowed
+# of a block of queries and a block of keys: none, some or all pairs are allowed
+NONE, PARTIAL, FULL = 0, 1, 2
 
 
 def padded(n: int) -> int:
@@ -20,21 +22,26 @@ def padded(n: int) -> int:
 def flex_mask(
     index: np.ndarray, sample: np.ndarray, span: np.ndarray, image: np.ndarray, noised: np.ndarray, n_und: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rule of :func:`unigen.model.attention.allowed` for one packed sequence, from its columns [T] (see ``Pack``).
+    """The rule of :func:`unigen.model.attention.allowed` for one packed sequence, from its columns [T] (see
+    ``Pack``).
 
-    A query sees the keys whose place lies between two bounds, unless they are noised and of another span. Padding sees
-    only the padding before it.
+    A query sees the keys whose place lies between two bounds, unless they are noised and of another span.
+    Padding sees only the padding before it.
 
     Returns:
-        [5, padded tokens] int32: lower and upper bound and span of a query; place, and span where noised (else -1), of a key.
-        [blocks, blocks] uint8: NONE, PARTIAL or FULL for every block of queries and block of keys.
+        [5, padded tokens] int32: lower and upper bound and span of a query; place, and span where noised
+        (else -1), of a key. [blocks, blocks] uint8: NONE, PARTIAL or FULL for every block of queries and
+        block of keys.
     """
     n, n_gen = len(index), len(index) - n_und
     stored = np.concatenate([np.arange(n_und), padded(n_und) + np.arange(n_gen)])
     total = padded(n_und) + padded(n_gen)
     columns = {"sample": sample, "span": span, "image": image, "noised": noised, "place": index}
     empty = {"sample": -1, "span": -1, "image": False, "noised": False, "place": 0}
-    wide = {name: np.full(total, empty[name], np.int64 if name in ("sample", "span", "place") else bool) for name in columns}
+    wide = {
+        name: np.full(total, empty[name], np.int64 if name in ("sample", "span", "place") else bool)
+        for name in columns
+    }
     for name, column in columns.items():
         wide[name][stored] = column
     padding = np.ones(total, bool)
@@ -52,7 +59,9 @@ def _rule(wide: dict[str, np.ndarray], n: int) -> np.ndarray:
     lower, upper = np.full(len(place), n, np.int64), place.copy()
     lower[real] = first[wide["sample"][real]]
     upper[wide["image"]] = last[wide["span"][wide["image"]]]
-    return np.stack([lower, upper, wide["span"], place, np.where(wide["noised"], wide["span"], -1)]).astype(np.int32)
+    return np.stack([lower, upper, wide["span"], place, np.where(wide["noised"], wide["span"], -1)]).astype(
+        np.int32
+    )
 
 
 def _blocks(wide: dict[str, np.ndarray]) -> np.ndarray:

@@ -14,14 +14,16 @@ from torch import Tensor
 from unigen.sequence.grid import patchify
 from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size, open_image, read_bytes
 
-PIXELS = 1  # one more whenever decoding or resizing changes a number: encodings that were cached before no longer fit
+# one more whenever decoding or resizing changes a number: encodings that were cached before no longer fit
+PIXELS = 1
 
 Size = tuple[int, int]  # width, height in pixels
 
 
 @dataclass(frozen=True)
 class View:
-    """How a sample shows a picture: the sizes at which the VAE and the ViT see it, None where one does not look."""
+    """How a sample shows a picture: the sizes at which the VAE and the ViT see it, None where one does not
+    look."""
 
     vae: Size | None
     vit: Size | None
@@ -86,7 +88,8 @@ class Viewer:
         )
 
     def look(self, source: Any, vae: bool, vit: bool, cache: PictureCache | None = None) -> Seen:
-        """Opens a picture for the encoders that look at it in this visit, where the cache does not know their answers.
+        """Opens a picture for the encoders that look at it in this visit, where the cache does not know their
+        answers.
 
         Raises:
             PictureError: it cannot be read or decoded.
@@ -110,7 +113,8 @@ class Viewer:
 
         def fit(width: int, height: int) -> Size:
             views.append(self.view(width, height))
-            return views[0].decoded  # whoever looks in this visit: which random choices were made changes no pixel
+            # whoever looks in this visit: which random choices were made changes no pixel
+            return views[0].decoded
 
         picture = open_image(source, fit)
         view = views[0] if views else self.view(*picture.size)
@@ -121,7 +125,9 @@ class Viewer:
         if vit:
             assert self.vit is not None and self.vit.stride == self.patch
             same = seen.pixels is not None and view.vae == view.vit
-            seen.patches = patchify(seen.pixels, self.patch) if same else self.vit.patches(picture, size=view.vit)
+            seen.patches = (
+                patchify(seen.pixels, self.patch) if same else self.vit.patches(picture, size=view.vit)
+            )
         return seen
 
 

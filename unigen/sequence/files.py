@@ -1,8 +1,9 @@
-"""Which files may be opened as pictures: regular ones, outside the kernel's own file systems, inside a folder where one is set.
+"""Which files may be opened as pictures: regular ones, outside the kernel's own file systems, inside a folder
+where one is set.
 
-A path is looked at before anything is opened, since opening alone can act: a named pipe waits, a device starts, a file of
-``/proc`` is made up on the spot. ``O_PATH`` takes hold of the file without opening it; what was looked at is then opened
-through that hold, so nothing can be put in its place in between.
+A path is looked at before anything is opened, since opening alone can act: a named pipe waits, a device
+starts, a file of ``/proc`` is made up on the spot. ``O_PATH`` takes hold of the file without opening it; what
+was looked at is then opened through that hold, so nothing can be put in its place in between.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import BinaryIO
 
 from unigen.config import UserError
 
-MAX_BYTES = 256 * 1024**2  # larger files are refused: a picture of 64 megapixels in 8-bit RGB, uncompressed, has 192 MB
+# larger files are refused: a picture of 64 megapixels in 8-bit RGB, uncompressed, has 192 MB
+MAX_BYTES = 256 * 1024**2
 
 # File systems that hold no files of users: the kernel answers their reads, and some act on them.
 _KERNEL = {
-    "proc", "sysfs", "devtmpfs", "devpts", "mqueue", "debugfs", "tracefs", "securityfs", "cgroup", "cgroup2", "cpuset", "pstore", "bpf",
-    "configfs", "fusectl", "binfmt_misc", "hugetlbfs", "efivarfs", "nsfs", "selinuxfs", "smackfs", "apparmorfs", "rpc_pipefs", "nfsd",
+    "proc", "sysfs", "devtmpfs", "devpts", "mqueue", "debugfs", "tracefs", "securityfs", "cgroup", "cgroup2",
+    "cpuset", "pstore", "bpf",
+    "configfs", "fusectl", "binfmt_misc", "hugetlbfs", "efivarfs", "nsfs", "selinuxfs", "smackfs",
+    "apparmorfs", "rpc_pipefs", "nfsd",
     "sockfs", "pipefs", "anon_inodefs", "functionfs",
 }  # fmt: skip
 _KERNEL_FOLDERS = ("/proc", "/sys", "/dev")
@@ -35,12 +39,15 @@ _LOOK = getattr(os, "O_PATH", None)  # Linux
 class PictureError(UserError):
     """A picture that cannot be used; its string says which, what is wrong with it, and the cure.
 
-    ``code`` is stable: ``missing_picture``, ``not_a_file``, ``outside_root``, ``unreadable_picture``, ``not_a_picture``,
-    ``broken_picture``, ``huge_picture`` or ``unsupported_picture``.
+    ``code`` is stable: ``missing_picture``, ``not_a_file``, ``outside_root``, ``unreadable_picture``,
+    ``not_a_picture``, ``broken_picture``, ``huge_picture`` or ``unsupported_picture``.
     """
 
     def __init__(self, code: str, name: str, problem: str, cure: str):
-        self.code, self.name, self.problem, self.cure = code, *(printable(text) for text in (name, problem, cure))
+        self.code, self.name, self.problem, self.cure = (
+            code,
+            *(printable(text) for text in (name, problem, cure)),
+        )
         super().__init__(self.code, self.name, self.problem, self.cure)
 
     def __str__(self) -> str:
@@ -49,10 +56,12 @@ class PictureError(UserError):
 
 @dataclass(frozen=True)
 class Confined:
-    """The path of a picture that must lie in the folder ``root``, for data that one does not trust. ``str()`` is the path.
+    """The path of a picture that must lie in the folder ``root``, for data that one does not trust. ``str()``
+    is the path.
 
-    What counts is where the opened file lies after all links are resolved, and ``root`` itself may be reached by links. A hard
-    link inside ``root`` to a file outside cannot be told from that file; it takes write access to the same disk to make one.
+    What counts is where the opened file lies after all links are resolved, and ``root`` itself may be reached
+    by links. A hard link inside ``root`` to a file outside cannot be told from that file; it takes write
+    access to the same disk to make one.
     """
 
     path: str | Path
@@ -66,9 +75,9 @@ def open_file(path: str | Path | Confined) -> BinaryIO:
     """The regular file at ``path``, opened for reading.
 
     Raises:
-        PictureError: ``missing_picture``, ``not_a_file`` (a folder, pipe, socket or device, or anything reached through
-            ``/proc``, ``/sys`` or ``/dev``), ``outside_root`` (of a :class:`Confined`), ``huge_picture`` (more than 256 MiB),
-            or ``unreadable_picture``. Nothing was opened then.
+        PictureError: ``missing_picture``, ``not_a_file`` (a folder, pipe, socket or device, or anything
+            reached through ``/proc``, ``/sys`` or ``/dev``), ``outside_root`` (of a :class:`Confined`),
+            ``huge_picture`` (more than 256 MiB), or ``unreadable_picture``. Nothing was opened then.
     """
     name = str(path)
     root = path.root if isinstance(path, Confined) else None
@@ -83,14 +92,19 @@ def open_file(path: str | Path | Confined) -> BinaryIO:
         if root is not None and not _within(_resolved(name), _resolved(root)):
             raise _outside(name, root) from None  # whether there is a file is not told either
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise PictureError("missing_picture", name, "there is no such file", "correct the path or put the picture there") from None
+            raise PictureError(
+                "missing_picture", name, "there is no such file", "correct the path or put the picture there"
+            ) from None
         problem = f"it cannot be opened ({getattr(error, 'strerror', None) or error})"
-        raise PictureError("unreadable_picture", name, problem, "check the path and the permissions") from None
+        raise PictureError(
+            "unreadable_picture", name, problem, "check the path and the permissions"
+        ) from None
     return os.fdopen(descriptor, "rb")
 
 
 def _open_held(name: str, root: str | Path | None) -> int:
-    """A descriptor of the file ``name``, through a hold on it that cannot be exchanged. Raises OSError, ValueError or PictureError."""
+    """A descriptor of the file ``name``, through a hold on it that cannot be exchanged. Raises OSError,
+    ValueError or PictureError."""
     assert _LOOK is not None
     held = os.open(name, _LOOK | os.O_CLOEXEC)
     try:
@@ -110,7 +124,8 @@ def _open_held(name: str, root: str | Path | None) -> int:
 def _open_looked_at(name: str, root: str | Path | None) -> int:
     """As :func:`_open_held` where the system has no such hold: looked at first, and again once it is open.
 
-    Links are followed once, before everything else. What remains possible is that a folder on the way is exchanged twice in between.
+    Links are followed once, before everything else. What remains possible is that a folder on the way is
+    exchanged twice in between.
     """
     os.stat(name)  # says what is wrong where nothing is there; realpath does not
     real = os.path.realpath(name)
@@ -124,7 +139,12 @@ def _open_looked_at(name: str, root: str | Path | None) -> int:
     after = os.fstat(descriptor)
     if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino) or os.path.realpath(real) != real:
         os.close(descriptor)
-        raise PictureError("unreadable_picture", name, "it was exchanged while it was opened", "leave the file alone and try again")
+        raise PictureError(
+            "unreadable_picture",
+            name,
+            "it was exchanged while it was opened",
+            "leave the file alone and try again",
+        )
     return descriptor
 
 
@@ -133,7 +153,9 @@ def _check(name: str, found: os.stat_result) -> None:
         raise _not_a_file(name)
     if found.st_size > MAX_BYTES:
         problem = f"the file has {found.st_size:,} bytes, above {MAX_BYTES:,}"
-        raise PictureError("huge_picture", name, problem, "save it compressed, as PNG, JPEG or WebP, or scale it down")
+        raise PictureError(
+            "huge_picture", name, problem, "save it compressed, as PNG, JPEG or WebP, or scale it down"
+        )
 
 
 def _not_a_file(name: str) -> PictureError:
@@ -143,11 +165,14 @@ def _not_a_file(name: str) -> PictureError:
 
 def _outside(name: str, root: str | Path) -> PictureError:
     problem = f"it lies outside the folder {root}, in which all pictures must lie (links are followed first)"
-    return PictureError("outside_root", name, problem, "move the picture into that folder, or name another data_root")
+    return PictureError(
+        "outside_root", name, problem, "move the picture into that folder, or name another data_root"
+    )
 
 
 def _real_root(name: str, root: str | Path) -> str:
-    """Where the folder ``root`` lies. Resolved at every use: a relative one, or a link, may change its meaning."""
+    """Where the folder ``root`` lies. Resolved at every use: a relative one, or a link, may change its
+    meaning."""
     assert _LOOK is not None
     try:
         held = os.open(root, _LOOK | os.O_CLOEXEC | os.O_DIRECTORY)
@@ -212,8 +237,8 @@ def _is_kernel(device: int) -> bool:
 
 
 def _kernel_devices() -> set[int]:
-    """The device numbers of the kernel's file systems, and of what is mounted as ``/proc``, ``/sys`` and ``/dev`` (containers put a tmpfs
-    there), but for ordinary file systems further down, as ``/dev/shm``."""
+    """The device numbers of the kernel's file systems, and of what is mounted as ``/proc``, ``/sys`` and
+    ``/dev`` (containers put a tmpfs there), but for ordinary file systems further down, as ``/dev/shm``."""
     found = set()
     for folder in _KERNEL_FOLDERS:
         try:
@@ -235,9 +260,12 @@ def _kernel_devices() -> set[int]:
 
 
 def printable(text: str) -> str:
-    """``text`` for a message: no control characters (a terminal obeys them), nothing that cannot be encoded, no endless names."""
+    """``text`` for a message: no control characters (a terminal obeys them), nothing that cannot be encoded,
+    no endless names."""
     if len(text) > _MAX_NAME:
         text = f"{text[: _MAX_NAME // 2]} ... {text[-_MAX_NAME // 2 :]}"
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

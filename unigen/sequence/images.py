@@ -33,18 +33,35 @@ Fit = Callable[[int, int], tuple[int, int]]
 
 MAX_PIXELS = 64_000_000  # larger pictures are refused from their header, before any memory is spent on them
 
-# Formats that are decoded inside this process by code that reads pixels and nothing else: EPS, for one, would start another program.
-# ICO is not among them: PIL decodes its pictures, of any size, while it reads the header.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "DIB", "PCX")
+# Formats that are decoded inside this process by code that reads pixels and nothing else: EPS, for one, would
+# start another program. ICO is not among them: PIL decodes its pictures, of any size, while it reads the
+# header.
+_FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "AVIF",
+    "JPEG2000",
+    "TGA",
+    "DIB",
+    "PCX",
+)
 
-# What PIL may read before the size of a picture is known. Honest headers stay far below; crafted ones would cost minutes.
+# What PIL may read before the size of a picture is known. Honest headers stay far below; crafted ones would
+# cost minutes.
 _MAX_HEADER_BYTES = 8 * 1024**2
 _MAX_HEADER_READS = 10_000
 _MAX_PNG_TEXT = 16 * 1024**2  # unpacked: all compressed texts and colour profiles together
 
-# Scales at which a JPEG may be decoded, and how many times as large as the wanted picture the decoded one has to be. Over nine sharp
-# photographs of 0.2 to 2 megapixels the worst difference to full decoding, after resizing, is 0.46 of 255 levels in the mean (PSNR
-# 51 dB, no pixel above 9 levels); with 2 in place of 3 and 4 it would be 1.2 levels and 43 dB, at sharp edges visible.
+# Scales at which a JPEG may be decoded, and how many times as large as the wanted picture the decoded one has
+# to be. Over nine sharp photographs of 0.2 to 2 megapixels the worst difference to full decoding, after
+# resizing, is 0.46 of 255 levels in the mean (PSNR 51 dB, no pixel above 9 levels); with 2 in place of 3 and
+# 4 it would be 1.2 levels and 43 dB, at sharp edges visible.
 _DRAFTS = ((8, 4), (4, 4), (2, 3))
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -52,20 +69,25 @@ _PIL_MODULES = re.compile(r"PIL\.")
 
 
 def open_image(source: Source, fit: Fit | None = None) -> PILImage:
-    """The picture as RGB, 8 bits, upright (EXIF orientation applied), transparency composed onto white, first frame only.
+    """The picture as RGB, 8 bits, upright (EXIF orientation applied), transparency composed onto white, first
+    frame only.
 
     Args:
-        source: A path of a regular file, the bytes of such a file, or an opened picture (which is not changed).
-        fit: Gives, for the picture's upright ``(width, height)``, the largest size that it will be resized to. A JPEG at least six times
-            as large is then decoded at a half, a quarter or an eighth of its size, which no eye can tell after resizing (mean difference
-            below half a level of 255, PSNR above 50 dB) and takes less than half the time. Resize it with :class:`ImageTransform` and an
-            explicit ``size``: the picture returned no longer tells its original size, and its ``info["box"]`` says which part of it the
-            original covers, a fraction of a pixel less than all.
+        source: A path of a regular file, the bytes of such a file, or an opened picture (which is not
+            changed).
+        fit: Gives, for the picture's upright ``(width, height)``, the largest size that it will be resized
+            to. A JPEG at least six times as large is then decoded at a half, a quarter or an eighth of its
+            size, which no eye can tell after resizing (mean difference below half a level of 255, PSNR above
+            50 dB) and takes less than half the time. Resize it with :class:`ImageTransform` and an explicit
+            ``size``: the picture returned no longer tells its original size, and its ``info["box"]`` says
+            which part of it the original covers, a fraction of a pixel less than all.
 
     Raises:
-        PictureError: The picture is missing, not a regular file, outside its root, above 64 megapixels, truncated, or not a picture.
+        PictureError: The picture is missing, not a regular file, outside its root, above 64 megapixels,
+            truncated, or not a picture.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have switched it on: half a picture would pass for a whole one
+    # another library may have switched it on: half a picture would pass for a whole one
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     with _opened(source) as (picture, name):
         with _explained(name):
             orientation = _orientation(picture)
@@ -73,12 +95,17 @@ def open_image(source: Source, fit: Fit | None = None) -> PILImage:
             size = picture.size
             picture.load()
         if picture.size != size:
-            problem = f"its header says {size[0]} x {size[1]}, but it holds {picture.size[0]} x {picture.size[1]}"
-            raise PictureError("broken_picture", name, problem, "save the picture again, or leave the record out")
+            problem = (
+                f"its header says {size[0]} x {size[1]}, but it holds {picture.size[0]} x {picture.size[1]}"
+            )
+            raise PictureError(
+                "broken_picture", name, problem, "save the picture again, or leave the record out"
+            )
         upright = _transposed(picture, orientation)
         with _explained(name):
             picture = _to_rgb(upright, name)
-        picture.info = {} if box is None else {"box": box}  # what was applied above (orientation, transparency) must not be applied again
+        # what was applied above (orientation, transparency) must not be applied again
+        picture.info = {} if box is None else {"box": box}
         return picture
 
 
@@ -94,10 +121,12 @@ def image_size(source: Source) -> tuple[int, int]:
 
 
 def read_bytes(source: str | Path | Confined | bytes) -> bytes:
-    """The encoded bytes of a picture, by the same rules for paths as :func:`open_image`, which takes them in place of the path.
+    """The encoded bytes of a picture, by the same rules for paths as :func:`open_image`, which takes them in
+    place of the path.
 
     Raises:
-        PictureError: The file is missing, not a regular file, outside its root, cannot be read, or has more than 256 MiB.
+        PictureError: The file is missing, not a regular file, outside its root, cannot be read, or has more
+            than 256 MiB.
     """
     if isinstance(source, bytes):
         return source
@@ -106,21 +135,28 @@ def read_bytes(source: str | Path | Confined | bytes) -> bytes:
             data = file.read(MAX_BYTES + 1)
         except OSError as error:
             problem = f"it cannot be read ({error.strerror or error})"
-            raise PictureError("unreadable_picture", str(source), problem, "check the disk and the connection to it") from None
+            raise PictureError(
+                "unreadable_picture", str(source), problem, "check the disk and the connection to it"
+            ) from None
     if len(data) > MAX_BYTES:  # it grew after it was opened
-        raise PictureError("huge_picture", str(source), f"the file has more than {MAX_BYTES:,} bytes", "scale it down")
+        raise PictureError(
+            "huge_picture", str(source), f"the file has more than {MAX_BYTES:,} bytes", "scale it down"
+        )
     return data
 
 
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[PILImage, str]]:
-    """The picture behind ``source`` with its header read and its size accepted, and the name that messages use."""
+    """The picture behind ``source`` with its header read and its size accepted, and the name that messages
+    use."""
     if isinstance(source, PILImage):
         name = str(getattr(source, "filename", "") or "the given picture")
         _check_size(source, name)
         yield source, name
         return
-    assert isinstance(source, str | Path | Confined | bytes), f"a picture is a path, bytes or a PIL image, not {type(source).__name__}"
+    assert isinstance(source, str | Path | Confined | bytes), (
+        f"a picture is a path, bytes or a PIL image, not {type(source).__name__}"
+    )
     name = "the given bytes" if isinstance(source, bytes) else str(source)
     with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
         header = _Header(file, name)
@@ -136,7 +172,8 @@ def _opened(source: Source) -> Iterator[tuple[PILImage, str]]:
 
 
 class _Header:
-    """A file of which only so much can be read until :meth:`done` is called. All else goes to the file itself."""
+    """A file of which only so much can be read until :meth:`done` is called. All else goes to the file
+    itself."""
 
     def __init__(self, file: BinaryIO, name: str):
         self._file, self._name, self._bytes, self._reads = file, name, 0, 0
@@ -149,8 +186,12 @@ class _Header:
         if size >= 0:  # WebP and AVIF are read whole, up to MAX_BYTES, and unpacked later
             self._bytes, self._reads = self._bytes + len(data), self._reads + 1
             if self._bytes > _MAX_HEADER_BYTES or self._reads > _MAX_HEADER_READS:
-                problem = f"its header has more than {_MAX_HEADER_BYTES:,} bytes or {_MAX_HEADER_READS:,} parts"
-                raise PictureError("broken_picture", self._name, problem, "save the picture again without its metadata")
+                problem = (
+                    f"its header has more than {_MAX_HEADER_BYTES:,} bytes or {_MAX_HEADER_READS:,} parts"
+                )
+                raise PictureError(
+                    "broken_picture", self._name, problem, "save the picture again without its metadata"
+                )
         return data
 
     def done(self) -> None:
@@ -158,13 +199,15 @@ class _Header:
 
 
 def _check_png(header: _Header, name: str) -> None:
-    """Refuses a PNG whose texts would unpack to more than a header may hold: PIL unpacks them before the size can be looked at."""
+    """Refuses a PNG whose texts would unpack to more than a header may hold: PIL unpacks them before the size
+    can be looked at."""
     unpacked = 0
     if header.read(8) == b"\x89PNG\r\n\x1a\n":
         while len(start := header.read(8)) == 8 and start[4:] not in (b"IDAT", b"IEND"):
             length = int.from_bytes(start[:4], "big")
             if start[4:] in (b"zTXt", b"iTXt", b"iCCP"):
-                unpacked += min(1024 * length, 1024**2)  # deflate packs at most a thousandfold, and PIL stops at 1 MiB of one text
+                # deflate packs at most a thousandfold, and PIL stops at 1 MiB of one text
+                unpacked += min(1024 * length, 1024**2)
             header.seek(length + 4, io.SEEK_CUR)
     if unpacked > _MAX_PNG_TEXT:
         problem = f"its texts may unpack to more than {_MAX_PNG_TEXT:,} bytes"
@@ -173,14 +216,16 @@ def _check_png(header: _Header, name: str) -> None:
 
 
 def _silence() -> None:
-    """PIL warns of odd metadata, a line for each tag, about pictures that are sound; what matters raises. The filter is for good, since
-    ``warnings.catch_warnings`` is not safe in the threads that decode; here it is only put back to the front where others came later."""
+    """PIL warns of odd metadata, a line for each tag, about pictures that are sound; what matters raises. The
+    filter is for good, since ``warnings.catch_warnings`` is not safe in the threads that decode; here it is
+    only put back to the front where others came later."""
     if not warnings.filters or warnings.filters[0][3] != _PIL_MODULES:
         warnings.filterwarnings("ignore", module=_PIL_MODULES.pattern)
 
 
 def _draft(picture: PILImage, orientation: int, fit: Fit) -> tuple[float, float, float, float] | None:
-    """Has a large JPEG decoded small. Returns the part of the upright small picture that the original covers; None for other pictures."""
+    """Has a large JPEG decoded small. Returns the part of the upright small picture that the original covers;
+    None for other pictures."""
     if picture.format not in ("JPEG", "MPO"):
         return None
     turned = orientation in (5, 6, 7, 8)  # the decoder sees the picture before it is turned upright
@@ -205,30 +250,40 @@ def _explained(name: str) -> Iterator[None]:
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError("huge_picture", name, f"it is above {MAX_PIXELS:,} pixels ({error})", "scale it down") from error
+        raise PictureError(
+            "huge_picture", name, f"it is above {MAX_PIXELS:,} pixels ({error})", "scale it down"
+        ) from error
     except Image.UnidentifiedImageError as error:
         problem = "it is not a picture of a known format, or its header is damaged"
         raise PictureError("not_a_picture", name, problem, "save it again as PNG, JPEG or WebP") from error
     except Exception as error:
         problem = f"it is truncated or damaged ({type(error).__name__}: {error})"
-        raise PictureError("broken_picture", name, problem, "fetch or save the picture again, or leave the record out") from error
+        raise PictureError(
+            "broken_picture", name, problem, "fetch or save the picture again, or leave the record out"
+        ) from error
 
 
 def _check_size(picture: PILImage, name: str) -> None:
     width, height = picture.size
     if width < 1 or height < 1:
-        raise PictureError("broken_picture", name, f"its size is {width} x {height}", "save the picture again")
+        raise PictureError(
+            "broken_picture", name, f"its size is {width} x {height}", "save the picture again"
+        )
     if width * height > MAX_PIXELS:
         problem = f"{width} x {height} is above {MAX_PIXELS:,} pixels"
-        raise PictureError("huge_picture", name, problem, "scale it down; the model sees about one megapixel of it")
+        raise PictureError(
+            "huge_picture", name, problem, "scale it down; the model sees about one megapixel of it"
+        )
 
 
 def _orientation(picture: PILImage) -> int:
-    """EXIF orientation 1-8, known before any decoding, so that a size read from the header is the size that is decoded."""
+    """EXIF orientation 1-8, known before any decoding, so that a size read from the header is the size that
+    is decoded."""
     if picture.format == "TIFF":
         return 1  # PIL turns a TIFF itself, and reports its turned size
     try:
-        # The method of the base class: PNG's own one decodes the whole picture, to look for EXIF data after the pixels.
+        # The method of the base class: PNG's own one decodes the whole picture, to look for EXIF data after
+        # the pixels.
         return int(Image.Image.getexif(picture).get(_ORIENTATION, 1))
     except (ValueError, TypeError, SyntaxError, OSError, KeyError, struct.error):
         return 1  # damaged EXIF data is no reason to refuse sound pixels; viewers show them unturned
@@ -255,7 +310,8 @@ def _to_rgb(picture: PILImage, name: str) -> PILImage:
         raise PictureError("unsupported_picture", name, problem, "save it with 8 or 16 bits per channel")
     if picture.has_transparency_data or picture.mode in ("La", "RGBa"):
         rgba = picture.convert("RGBA")
-        if rgba.getextrema()[3] == (255, 255):  # nothing shows through: the same picture in a fifth of the time
+        # nothing shows through: the same picture in a fifth of the time
+        if rgba.getextrema()[3] == (255, 255):
             return rgba.convert("RGB")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
     if picture.mode == "LAB":
@@ -278,7 +334,8 @@ def _from_16_bit(picture: PILImage, name: str) -> PILImage:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Resize (bicubic, sides multiples of ``stride``) and normalise to [-1, 1], number for number as the reference.
+    """Resize (bicubic, sides multiples of ``stride``) and normalise to [-1, 1], number for number as the
+    reference.
 
     Args:
         max_size: The longest side in pixels that a picture is scaled down to.
@@ -310,7 +367,8 @@ class ImageTransform:
         w, h = self._scaled(width, height, scale)
         budget = self.max_pixels / images
         if w * h > budget:
-            w, h = self._scaled(w, h, budget / (w * h))  # a ratio of areas applied to sides, without a root: as the reference
+            # a ratio of areas applied to sides, without a root: as the reference
+            w, h = self._scaled(w, h, budget / (w * h))
         if max(w, h) > max_size:
             w, h = self._scaled(w, h, max_size / max(w, h))
         if self.max_tokens is not None and (w // self.stride) * (h // self.stride) > self.max_tokens:
@@ -318,9 +376,12 @@ class ImageTransform:
         return w, h
 
     def resize(self, picture: PILImage, images: int = 1, size: tuple[int, int] | None = None) -> PILImage:
-        """The RGB picture at ``size``, bicubic; by default at :meth:`size` of its own. One opened with ``fit`` needs the explicit size."""
+        """The RGB picture at ``size``, bicubic; by default at :meth:`size` of its own. One opened with
+        ``fit`` needs the explicit size."""
         box = picture.info.get("box")
-        assert box is None or size is not None, "a picture that was decoded small does not know its size: give the size"
+        assert box is None or size is not None, (
+            "a picture that was decoded small does not know its size: give the size"
+        )
         size = size or self.size(*picture.size, images=images)
         return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC, box)
 
@@ -329,7 +390,8 @@ class ImageTransform:
         return to_unit(self.levels(picture, images, size))
 
     def levels(self, picture: PILImage, images: int = 1, size: tuple[int, int] | None = None) -> Tensor:
-        """``[3, H, W]`` uint8 of an RGB picture, resized as by :meth:`resize`; ``to_unit`` makes it what models see."""
+        """``[3, H, W]`` uint8 of an RGB picture, resized as by :meth:`resize`; ``to_unit`` makes it what
+        models see."""
         assert picture.mode == "RGB", f"open pictures with open_image: mode is {picture.mode}"
         picture = self.resize(picture, images, size)
         levels = np.empty((3, picture.height, picture.width), np.uint8)
@@ -341,25 +403,36 @@ class ImageTransform:
         """``[rows * columns, stride * stride * 3]`` uint8: ``patchify`` of :meth:`levels`."""
         assert picture.mode == "RGB", f"open pictures with open_image: mode is {picture.mode}"
         levels = np.asarray(self.resize(picture, images, size))
-        return torch.from_numpy(np.array(rearrange(levels, "(h p) (w q) c -> (h w) (p q c)", p=self.stride, q=self.stride), order="C"))
+        return torch.from_numpy(
+            np.array(
+                rearrange(levels, "(h p) (w q) c -> (h w) (p q c)", p=self.stride, q=self.stride), order="C"
+            )
+        )
 
     def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
-        w, h = (max(self.stride, round(round(side * scale) / self.stride) * self.stride) for side in (width, height))
+        w, h = (
+            max(self.stride, round(round(side * scale) / self.stride) * self.stride)
+            for side in (width, height)
+        )
         return w, h
 
     def _within_tokens(self, width: int, height: int, aspect: float) -> tuple[int, int]:
-        """The grid of at most ``max_tokens`` tokens nearest in shape to ``aspect``, from those next to the exact scale."""
+        """The grid of at most ``max_tokens`` tokens nearest in shape to ``aspect``, from those next to the
+        exact scale."""
         assert self.max_tokens is not None
         most, columns, rows = self.max_tokens, width // self.stride, height // self.stride
         scale = math.sqrt(most / (columns * rows))
-        near_columns, near_rows = ((max(1, math.floor(side * scale)), math.ceil(side * scale)) for side in (columns, rows))
+        near_columns, near_rows = (
+            (max(1, math.floor(side * scale)), math.ceil(side * scale)) for side in (columns, rows)
+        )
         grids = [(min(c, most), min(r, most // min(c, most))) for c in near_columns for r in near_rows]
         c, r = min(grids, key=lambda grid: (abs(math.log(grid[0] / grid[1] / aspect)), -grid[0] * grid[1]))
         return c * self.stride, r * self.stride
 
 
 def to_image(pixels: Tensor) -> PILImage:
-    """The RGB picture of ``pixels`` ``[3, H, W]``: in [-1, 1], ``floor(255 * clamp(x / 2 + 1 / 2))``; or uint8 as it is.
+    """The RGB picture of ``pixels`` ``[3, H, W]``: in [-1, 1], ``floor(255 * clamp(x / 2 + 1 / 2))``; or
+    uint8 as it is.
 
     Raises:
         PictureError: ``pixels`` holds NaN or infinite numbers.
@@ -370,6 +443,11 @@ def to_image(pixels: Tensor) -> PILImage:
     pixels = pixels.detach().to("cpu", torch.float32)
     if not torch.isfinite(pixels).all():
         problem = "it holds numbers that are not finite"
-        raise PictureError("broken_picture", "the drawn picture", problem, "check the weights; try bf16 or float32 in place of fp16")
+        raise PictureError(
+            "broken_picture",
+            "the drawn picture",
+            problem,
+            "check the weights; try bf16 or float32 in place of fp16",
+        )
     levels = (pixels * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())

@@ -1,4 +1,5 @@
-"""Blocks -> one packed row. Training packs many samples; inference packs what is new and continues its caches."""
+"""Blocks -> one packed row. Training packs many samples; inference packs what is new and continues its
+caches."""
 
 from __future__ import annotations
 
@@ -78,7 +79,9 @@ def with_mask(pack: Pack) -> Pack:
     columns = (pack.index, pack.sample, pack.span, pack.image, pack.noised)
     rule, blocks = flex_mask(*(column.cpu().numpy() for column in columns), pack.n_und)
     device = pack.ids.device
-    return replace(pack, mask_rule=torch.from_numpy(rule).to(device), mask_blocks=torch.from_numpy(blocks).to(device))
+    return replace(
+        pack, mask_rule=torch.from_numpy(rule).to(device), mask_blocks=torch.from_numpy(blocks).to(device)
+    )
 
 
 def next_position(position: int, block: Block) -> int:
@@ -116,7 +119,8 @@ def _und_columns(placed: Sequence[_Placed], special: SpecialIds) -> dict[str, np
     learns = np.array([b.loss for b in blocks], bool) & text
     predicts = learns[block]
     predicts[last] = False
-    label[:-1][predicts[:-1]] = ids[1:][predicts[:-1]]  # each token but the closing one learns what follows it
+    # each token but the closing one learns what follows it
+    label[:-1][predicts[:-1]] = ids[1:][predicts[:-1]]
     for end, b in zip(last.tolist(), blocks):
         if b.cut and b.loss:
             label[end - 1] = b.cut_label
@@ -135,7 +139,9 @@ def _gen_columns(placed: Sequence[_Placed]) -> dict[str, np.ndarray]:
     return columns | {"ids": np.zeros(len(block), np.int64), "label": np.full(len(block), NO_LABEL, np.int64)}
 
 
-def _shared_columns(placed: Sequence[_Placed], kinds: np.ndarray, counts: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _shared_columns(
+    placed: Sequence[_Placed], kinds: np.ndarray, counts: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Columns that repeat a block's values over ``counts`` tokens, and the number of each token's block."""
     block = np.repeat(np.arange(len(placed)), counts)
     return {
@@ -205,8 +211,12 @@ class _Content:
         return True, len(self.pixels) - 1
 
 
-def _finish(placed: Sequence[_Placed], special: SpecialIds, content: _Content, n_samples: int, origins: list[str]) -> Pack:
-    assert len(content.posterior) in (0, len(content.pixels)), "all pictures of a row are drawn from their posteriors, or none"
+def _finish(
+    placed: Sequence[_Placed], special: SpecialIds, content: _Content, n_samples: int, origins: list[str]
+) -> Pack:
+    assert len(content.posterior) in (0, len(content.pixels)), (
+        "all pictures of a row are drawn from their posteriors, or none"
+    )
     und, gen = _und_columns(placed, special), _gen_columns(placed)
     columns = {name: np.concatenate([und[name], gen[name]]) for name in und}
     tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
@@ -216,7 +226,8 @@ def _finish(placed: Sequence[_Placed], special: SpecialIds, content: _Content, n
     def join(parts: list[Tensor], *empty: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if not parts:
             return torch.zeros(*empty, dtype=dtype)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)  # the patches of one large picture are 11 MB: no copy of them
+        # the patches of one large picture are 11 MB: no copy of them
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return Pack(
         **tensors,
@@ -236,8 +247,12 @@ def _finish(placed: Sequence[_Placed], special: SpecialIds, content: _Content, n
         vae_block=[number + len(content.latents) * pixels for pixels, number in content.block],
         vae_grid=content.grid,
         vae_position=join(content.vae_position, 0, dtype=torch.int64),
-        vae_first=torch.from_numpy(np.cumsum([0, *(rows * width for rows, width in content.grid)])[:-1].astype(np.int64)),
-        vae_number=torch.from_numpy(np.repeat(np.arange(len(content.grid)), [rows * width for rows, width in content.grid])),
+        vae_first=torch.from_numpy(
+            np.cumsum([0, *(rows * width for rows, width in content.grid)])[:-1].astype(np.int64)
+        ),
+        vae_number=torch.from_numpy(
+            np.repeat(np.arange(len(content.grid)), [rows * width for rows, width in content.grid])
+        ),
         u=join(content.u, 0),
         noise=join(content.noise, 0, g.patch_dim),
         origins=origins,
@@ -255,4 +270,6 @@ def _sights(placed: Sequence[_Placed], n_samples: int) -> list[Sight]:
     for p in placed:
         found[p.sample].append(p.block)
     single = [blocks[0].kind if len(blocks) == 1 else None for blocks in found]
-    return [Sight.MIXED if kind is None else Sight.CAUSAL if kind == Kind.TEXT else Sight.FULL for kind in single]
+    return [
+        Sight.MIXED if kind is None else Sight.CAUSAL if kind == Kind.TEXT else Sight.FULL for kind in single
+    ]

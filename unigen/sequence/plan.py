@@ -1,7 +1,7 @@
 """Sample -> blocks: who sees what, which loss, transitions, guidance dropout.
 
-The rules are those of ``docs/model.md``. An outline (kinds, lengths, labels) needs no picture to be decoded, so lengths are
-known before training; :meth:`Planner.fill` adds the contents.
+The rules are those of ``docs/model.md``. An outline (kinds, lengths, labels) needs no picture to be decoded,
+so lengths are known before training; :meth:`Planner.fill` adds the contents.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from unigen.sequence.pack import Geometry
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Block, Image, Kind, Record, Sample, Text
 
-# Opening a file of a few pixels costs more than all that follows, so such pictures stay decoded: at most 64 MiB of them.
+# Opening a file of a few pixels costs more than all that follows, so such pictures stay decoded: at most 64
+# MiB of them.
 TINY_PICTURE, TINY_PICTURES = 4096, 16384  # bytes, pictures
-_BITS = 5  # of a block's number in a measured row: kind (2), droppable, only with copies, trained; the rest is its length
+# of a block's number in a measured row: kind (2), droppable, only with copies, trained; the rest is its
+# length
+_BITS = 5
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Names the random numbers of one visit to one record: they depend on nothing else, so workers, ranks and resumes
-    cannot change them."""
+    """Names the random numbers of one visit to one record: they depend on nothing else, so workers, ranks and
+    resumes cannot change them."""
 
     seed: int
     epoch: int
@@ -51,15 +54,20 @@ class Draw:
         return torch.Generator().manual_seed(self.key(purpose))
 
     def structure(self, n: int) -> list[float]:
-        """The numbers in [0, 1) that decide a visit's structure: the first its copies, the others what each block loses."""
-        key = _scramble(_structure_base(self.seed, self.epoch if self.training else None) + self.record * _STEP & _ALL)
+        """The numbers in [0, 1) that decide a visit's structure: the first its copies, the others what each
+        block loses."""
+        key = _scramble(
+            _structure_base(self.seed, self.epoch if self.training else None) + self.record * _STEP & _ALL
+        )
         return [(_scramble(key + i * _STEP & _ALL) >> 11) * 2.0**-53 for i in range(1, n + 1)]
 
 
 def structure_numbers(seed: int, epoch: int | None, records: np.ndarray, n: int) -> np.ndarray:
-    """:meth:`Draw.structure` of many records at once: ``[records, n]`` float64; ``epoch`` is None for validation.
+    """:meth:`Draw.structure` of many records at once: ``[records, n]`` float64; ``epoch`` is None for
+    validation.
 
-    A hash of counters (the finaliser of SplitMix64; Steele, Lea and Flood 2014), so that lengths of a whole epoch cost no loop.
+    A hash of counters (the finaliser of SplitMix64; Steele, Lea and Flood 2014), so that lengths of a whole
+    epoch cost no loop.
     """
     step = np.uint64(_STEP)
     with np.errstate(over="ignore"):
@@ -107,22 +115,28 @@ class Planner:
         visual_gen: bool = True,
         visual_und: bool = True,
     ):
-        self.tokenizer, self.geometry, self.transforms, self.options = tokenizer, geometry, transforms, options
+        self.tokenizer, self.geometry, self.transforms, self.options = (
+            tokenizer,
+            geometry,
+            transforms,
+            options,
+        )
         self.max_length = min(max_length, options.max_sequence_length or max_length)
         self.visual_gen, self.visual_und = visual_gen, visual_und
         self.cache: PictureCache | None = None  # set by the trainer: pictures found there are not decoded
         self._tiny: dict[object, Seen] = {}
         self._viewers: dict[tuple[bool, int], Viewer] = {}
 
-    # ---- lengths -------------------------------------------------------------------------------------------------
+    # ---- lengths
 
     def measure(self, record: Record) -> list[int]:
-        """What the lengths of the record's visits follow from, as whole numbers that :meth:`outline` and :meth:`lengths` read:
-        how many blocks, a number a block, the size of every piece. Pictures are read no further than their headers.
+        """What the lengths of the record's visits follow from, as whole numbers that :meth:`outline` and
+        :meth:`lengths` read: how many blocks, a number a block, the size of every piece. Pictures are read no
+        further than their headers.
 
         Raises:
-            BadRecord: there is nothing to learn from, a part of the model that the record needs is left out, or its
-                images and context alone exceed ``max_sequence_length``.
+            BadRecord: there is nothing to learn from, a part of the model that the record needs is left out,
+                or its images and context alone exceed ``max_sequence_length``.
         """
         sample = record.sample
         self._check_parts(sample)
@@ -133,12 +147,24 @@ class Planner:
             if isinstance(piece, Text):
                 sizes += [len(self.tokenizer.encode(text)) for text in (piece.text, *piece.others)]
                 if piece.target and not sizes[-1] and not self.options.train_transitions and len(sample) == 1:
-                    raise BadRecord("nothing_to_learn", f"piece {i}", "an empty text", "a text with content", "remove the record")
+                    raise BadRecord(
+                        "nothing_to_learn",
+                        f"piece {i}",
+                        "an empty text",
+                        "a text with content",
+                        "remove the record",
+                    )
                 continue
             try:
                 view = viewer.view(*(piece.size or image_size(piece.source)))
             except PictureError as error:
-                raise BadRecord(error.code, f"piece {i}", f"{error.name}: {error.problem}", "a readable picture", error.cure) from error
+                raise BadRecord(
+                    error.code,
+                    f"piece {i}",
+                    f"{error.name}: {error.problem}",
+                    "a readable picture",
+                    error.cure,
+                ) from error
             sizes += self._grids(view)
         blocks = self._blocks(sample, _sizes(sample, sizes, None), copies=True)
         self._check_length(blocks)
@@ -153,7 +179,9 @@ class Planner:
         """Tokens of the sample in this visit; ``sizes`` is what :meth:`measure` gave."""
         return sum(len(block) for block in self.outline(sample, sizes, draw))
 
-    def lengths(self, measured: Measured, records: np.ndarray, seed: int, epoch: int | None, first: int = 0) -> np.ndarray:
+    def lengths(
+        self, measured: Measured, records: np.ndarray, seed: int, epoch: int | None, first: int = 0
+    ) -> np.ndarray:
         """Tokens [n] int64 of visits to many records, of which nothing is read.
 
         Where a text has several wordings its longest counts, so this is :meth:`length` or a little more.
@@ -172,13 +200,16 @@ class Planner:
         kept = (blocks & 8 == 0) | (drawn[visit, 0] < self.options.single_image_stop_prob)
         if epoch is not None:
             o = self.options
-            chance = np.array([o.text_cond_dropout_prob, o.vit_cond_dropout_prob, o.vae_cond_dropout_prob, 0.0])
+            chance = np.array(
+                [o.text_cond_dropout_prob, o.vit_cond_dropout_prob, o.vae_cond_dropout_prob, 0.0]
+            )
             kept &= (blocks & 4 == 0) | (drawn[visit, 1 + number] >= chance[blocks & 3])
         totals = np.bincount(visit, np.where(kept, blocks >> _BITS, 0), len(records))
         return np.minimum(totals, self.max_length).astype(np.int64)
 
     def full_lengths(self, measured: Measured, records: np.ndarray) -> np.ndarray:
-        """Tokens [n] int64 of the records with all copies and nothing dropped: the most that a visit can have."""
+        """Tokens [n] int64 of the records with all copies and nothing dropped: the most that a visit can
+        have."""
         if not len(records):
             return np.zeros(0, np.int64)
         blocks, _, starts = measured.blocks(records)
@@ -188,12 +219,14 @@ class Planner:
         for i, piece in enumerate(sample):
             if isinstance(piece, Image) and piece.target and not self.visual_gen:
                 raise BadRecord(
-                    "image_target_without_visual_gen", f"piece {i}", "an image to draw", "text targets only, because visual_gen is false",
+                    "image_target_without_visual_gen", f"piece {i}", "an image to draw",
+                    "text targets only, because visual_gen is false",
                     "set visual_gen to true, or remove the record",
                 )  # fmt: skip
             if isinstance(piece, Image) and not self.visual_und and not _draws(sample):
                 raise BadRecord(
-                    "image_without_visual_und", f"piece {i}", "an image to look at", "no images, because visual_und is false",
+                    "image_without_visual_und", f"piece {i}", "an image to look at",
+                    "no images, because visual_und is false",
                     "set visual_und to true, or remove the record",
                 )  # fmt: skip
 
@@ -208,7 +241,7 @@ class Planner:
                 "lower max_image_tokens, raise max_sequence_length, or split the record",
             )  # fmt: skip
 
-    # ---- structure -----------------------------------------------------------------------------------------------
+    # ---- structure
 
     def outline(self, sample: Sample, sizes: Sequence[int], draw: Draw) -> list[Block]:
         """The blocks of a sample in one visit, without contents: copies of targets, labels, dropout, cut.
@@ -217,14 +250,25 @@ class Planner:
         """
         o = self.options
         drawn = draw.structure(1 + sizes[0])
-        blocks = self._blocks(sample, _sizes(sample, sizes[1 + sizes[0] :], draw), draw.whole or drawn[0] < o.single_image_stop_prob)
+        blocks = self._blocks(
+            sample,
+            _sizes(sample, sizes[1 + sizes[0] :], draw),
+            draw.whole or drawn[0] < o.single_image_stop_prob,
+        )
         if draw.training and _draws(sample):
-            chance = {Kind.TEXT: o.text_cond_dropout_prob, Kind.VIT: o.vit_cond_dropout_prob, Kind.CLEAN: o.vae_cond_dropout_prob}
-            for block, number in zip(blocks, drawn[1:]):  # one number a block, also where it cannot be dropped
+            chance = {
+                Kind.TEXT: o.text_cond_dropout_prob,
+                Kind.VIT: o.vit_cond_dropout_prob,
+                Kind.CLEAN: o.vae_cond_dropout_prob,
+            }
+            # one number a block, also where it cannot be dropped
+            for block, number in zip(blocks, drawn[1:]):
                 block.dropped = not block.loss and number < chance.get(block.kind, 0.0)
         return self._cut(blocks)
 
-    def _blocks(self, sample: Sample, sizes: Sequence[int | tuple[int, int, int, int]], copies: bool) -> list[Block]:
+    def _blocks(
+        self, sample: Sample, sizes: Sequence[int | tuple[int, int, int, int]], copies: bool
+    ) -> list[Block]:
         """``copies``: an answer of one single image, last in the sample, gets its clean copies too."""
         draws = _draws(sample)
         blocks: list[Block] = []
@@ -247,8 +291,8 @@ class Planner:
         return [Block(kind, grid[0] * grid[1], piece, grid) for kind, grid in shown]
 
     def _copied(self, sample: Sample, i: int, copies: bool) -> bool:
-        """Do clean copies follow target image ``i``? Where anything follows that must see it; and, with transitions, at
-        the end of an answer of several pieces, or of a single one in a share of the draws."""
+        """Do clean copies follow target image ``i``? Where anything follows that must see it; and, with
+        transitions, at the end of an answer of several pieces, or of a single one in a share of the draws."""
         if i + 1 < len(sample):
             return True
         if not self.options.train_transitions:
@@ -257,7 +301,8 @@ class Planner:
         return copies if alone else True
 
     def _follower(self, sample: Sample, i: int) -> int | None:
-        """The token that opens what comes after piece ``i`` (a transition's label), if an answer goes on or ends there."""
+        """The token that opens what comes after piece ``i`` (a transition's label), if an answer goes on or
+        ends there."""
         special = self.tokenizer.special
         if i + 1 < len(sample) and sample[i + 1].target:
             return special.text_start if isinstance(sample[i + 1], Text) else special.image_start
@@ -273,7 +318,7 @@ class Planner:
                 block.length, block.cut, over = block.length - taken, True, over - taken
         return blocks
 
-    # ---- contents ------------------------------------------------------------------------------------------------
+    # ---- contents
 
     def fill(self, sample: Sample, blocks: Sequence[Block], draw: Draw) -> list[Block]:
         """The blocks with ids, pixels, patches, noise and times.
@@ -289,7 +334,11 @@ class Planner:
             piece = sample[block.piece]
             if isinstance(piece, Text):
                 ids = self.tokenizer.encode((piece.text, *piece.others)[wording(piece, block.piece, draw)])
-                filled.append(replace(block, ids=ids[: block.length], cut_label=ids[block.length] if block.cut else -100))
+                filled.append(
+                    replace(
+                        block, ids=ids[: block.length], cut_label=ids[block.length] if block.cut else -100
+                    )
+                )
                 continue
             u = float(torch.randn((), generator=time)) if block.kind == Kind.NOISED else float("-inf")
             if block.dropped:
@@ -303,7 +352,11 @@ class Planner:
             if block.kind == Kind.VIT:
                 filled.append(replace(block, patches=shared.patches, features=shared.features))
             else:
-                drawn = torch.randn(block.length, self.geometry.patch_dim, generator=noise) if block.kind == Kind.NOISED else None
+                drawn = (
+                    torch.randn(block.length, self.geometry.patch_dim, generator=noise)
+                    if block.kind == Kind.NOISED
+                    else None
+                )
                 shown = {"pixels": shared.pixels, "latent": shared.latent, "posterior": shared.posterior}
                 filled.append(replace(block, **shown, noise=drawn, u=u))
         return filled
@@ -333,11 +386,14 @@ class Planner:
         images = 1 if draws else max(1, images)
         if (draws, images) not in self._viewers:
             vit = (self.transforms.vit_edit if draws else self.transforms.vit) if self.visual_und else None
-            self._viewers[draws, images] = Viewer(self.transforms.vae if draws else None, vit, images, self.geometry.vit_patch)
+            self._viewers[draws, images] = Viewer(
+                self.transforms.vae if draws else None, vit, images, self.geometry.vit_patch
+            )
         return self._viewers[draws, images]
 
     def _grids(self, view: View) -> tuple[int, int, int, int]:
-        """Latent rows and columns, ViT rows and columns of a picture shown so; zeros where one does not look."""
+        """Latent rows and columns, ViT rows and columns of a picture shown so; zeros where one does not
+        look."""
         (w, h), (vw, vh) = view.vae or (0, 0), view.vit or (0, 0)
         stride, patch = self.geometry.latent_stride, self.geometry.vit_patch
         return h // stride, w // stride, vh // patch, vw // patch
@@ -353,12 +409,17 @@ class Planner:
         return seen
 
     def _drawn(self, seen: Seen, generator: torch.Generator) -> Block:
-        """What the blocks of a picture share. In samples that draw every picture takes its random numbers, also one whose latents
-        this visit drops: what is dropped then changes no other picture."""
+        """What the blocks of a picture share. In samples that draw every picture takes its random numbers,
+        also one whose latents this visit drops: what is dropped then changes no other picture."""
         shared = Block(Kind.CLEAN, 0, pixels=seen.pixels, patches=seen.patches, features=seen.features)
         if seen.view.vae is not None and self.geometry.posterior:
-            p, (columns, rows) = self.geometry.latent_patch, (n // self.geometry.latent_stride for n in seen.view.vae)
-            shared.posterior = torch.randn(self.geometry.patch_dim // p**2, rows * p, columns * p, generator=generator)
+            p, (columns, rows) = (
+                self.geometry.latent_patch,
+                (n // self.geometry.latent_stride for n in seen.view.vae),
+            )
+            shared.posterior = torch.randn(
+                self.geometry.patch_dim // p**2, rows * p, columns * p, generator=generator
+            )
         if seen.posterior is not None:
             assert self.cache is not None and shared.posterior is not None
             shared.latent = self.cache.latent(seen.posterior, shared.posterior)
@@ -371,15 +432,18 @@ def _draws(sample: Sample) -> bool:
 
 
 def wording(piece: Text, number: int, draw: Draw | None) -> int:
-    """Which of a text's wordings this visit uses: 0 is ``text``, the others follow. Validation uses the first."""
+    """Which of a text's wordings this visit uses: 0 is ``text``, the others follow. Validation uses the
+    first."""
     if not piece.others or draw is None or not draw.training:
         return 0
     return draw.choices(f"wording/{number}").randrange(1 + len(piece.others))
 
 
-def _sizes(sample: Sample, numbers: Sequence[int], draw: Draw | None) -> list[int | tuple[int, int, int, int]]:
-    """The size of every piece: ids of a text (without ``draw``: of its longest wording); latent rows and columns, ViT rows and
-    columns of an image."""
+def _sizes(
+    sample: Sample, numbers: Sequence[int], draw: Draw | None
+) -> list[int | tuple[int, int, int, int]]:
+    """The size of every piece: ids of a text (without ``draw``: of its longest wording); latent rows and
+    columns, ViT rows and columns of an image."""
     sizes: list[int | tuple[int, int, int, int]] = []
     at = 0
     for i, piece in enumerate(sample):
@@ -397,7 +461,8 @@ class Measured:
     """What :meth:`Planner.measure` gave for many records, as arrays."""
 
     def __init__(self, values: np.ndarray, ends: np.ndarray):
-        """``values`` [N] int32, and record i's numbers are ``values[ends[i]:ends[i + 1]]``; ``ends`` [records + 1] int64."""
+        """``values`` [N] int32, and record i's numbers are ``values[ends[i]:ends[i + 1]]``; ``ends`` [records
+        + 1] int64."""
         self._first, counts = ends[:-1], values[ends[:-1]].astype(np.int64)
         self._counts = counts
         self._starts = np.concatenate([[0], np.cumsum(counts)])
@@ -408,14 +473,20 @@ class Measured:
         return len(self._counts)
 
     def blocks(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The blocks' numbers of the records one after another [B], how many each record has [n], where each one's start [n]."""
+        """The blocks' numbers of the records one after another [B], how many each record has [n], where each
+        one's start [n]."""
         counts = self._counts[records]
         starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
         inside = np.arange(counts.sum()) - np.repeat(starts, counts)
-        return self._blocks[np.repeat(self._starts[records], counts) + inside].astype(np.int64), counts, starts
+        return (
+            self._blocks[np.repeat(self._starts[records], counts) + inside].astype(np.int64),
+            counts,
+            starts,
+        )
 
     def tokens_by_kind(self, records: np.ndarray) -> dict[str, int]:
-        """Tokens without copies that are rarely made: ``text``, ``vit``, ``clean``, ``noised``, and ``trained_text`` of them."""
+        """Tokens without copies that are rarely made: ``text``, ``vit``, ``clean``, ``noised``, and
+        ``trained_text`` of them."""
         blocks, _, _ = self.blocks(records)
         blocks = blocks[blocks & 8 == 0]
         sums = np.bincount(blocks & 3, blocks >> _BITS, 4).astype(np.int64).tolist()

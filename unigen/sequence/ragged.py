@@ -9,7 +9,8 @@ import numpy as np
 
 
 class Ragged:
-    """A growing list of rows of int32. A list of Python lists of the same numbers takes about ten times the memory."""
+    """A growing list of rows of int32. A list of Python lists of the same numbers takes about ten times the
+    memory."""
 
     def __init__(self, rows: Iterable[Sequence[int]] = ()):
         self._values, self._ends = array("i"), array("q", [0])
@@ -34,5 +35,6 @@ class Ragged:
         return Ragged(self[i] for i in rows)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(values [N] int32, ends [rows + 1] int64)``: row i is ``values[ends[i]:ends[i + 1]]``. Copies, as the rows may still grow."""
+        """``(values [N] int32, ends [rows + 1] int64)``: row i is ``values[ends[i]:ends[i + 1]]``. Copies, as
+        the rows may still grow."""
         return np.array(self._values, dtype=np.int32), np.array(self._ends, dtype=np.int64)

@@ -40,7 +40,9 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, special: SpecialIds | None = None):
         self.tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}  # prompts and instructions come again and again
-        self.special = special or SpecialIds(**{name: tokenizer.convert_tokens_to_ids(token) for name, token in NAMES.items()})
+        self.special = special or SpecialIds(
+            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in NAMES.items()}
+        )
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -53,7 +55,8 @@ class Tokenizer:
         from transformers.utils import logging
 
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns that it does not know the model type "bagel", which no tokenizer needs
+        # it warns that it does not know the model type "bagel", which no tokenizer needs
+        logging.set_verbosity_error()
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
@@ -67,7 +70,8 @@ class Tokenizer:
         missing = [token for token in NAMES.values() if token not in vocabulary]
         if missing:
             raise TokenizerError(
-                f"{folder}: the tokenizer has no {', '.join(missing)}. Cure: use the tokenizer files of BAGEL-7B-MoT, which has them"
+                f"{folder}: the tokenizer has no {', '.join(missing)}. Cure: use the tokenizer files of"
+                " BAGEL-7B-MoT, which has them"
             )
         return cls(tokenizer)
 
@@ -82,13 +86,17 @@ class Tokenizer:
         return self.tokenizer.decode(ids)
 
 
-# Words with the space before them, single digits and CJK characters, runs of signs, of spaces: near what a byte-level
-# tokenizer of English and Chinese makes of common text.
-_PIECES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\d| ?[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+| ?[^\w\s]+|_+|\s+")
+# Words with the space before them, single digits and CJK characters, runs of signs, of spaces: near what a
+# byte-level tokenizer of English and Chinese makes of common text.
+_PIECES = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\d| ?[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|"
+    r" ?[^\w\s]+|_+|\s+"
+)
 
 
 class WordTokenizer(Tokenizer):
-    """Cuts texts into words and Chinese characters, for looking at data without a checkpoint. Its counts are estimates."""
+    """Cuts texts into words and Chinese characters, for looking at data without a checkpoint. Its counts are
+    estimates."""
 
     def __init__(self) -> None:
         self._words = list(NAMES.values())

@@ -1,7 +1,8 @@
-"""The two values everything hangs on: a ``Sample`` (what every file format becomes) and a ``Pack`` (what the model reads).
+"""The two values everything hangs on: a ``Sample`` (what every file format becomes) and a ``Pack`` (what the
+model reads).
 
-A ``Sample`` is a plain list of :class:`Text` and :class:`Image` pieces; ``target`` says that the model must produce the
-piece. A :class:`Pack` is one row of ``T`` tokens, many samples back to back.
+A ``Sample`` is a plain list of :class:`Text` and :class:`Image` pieces; ``target`` says that the model must
+produce the piece. A :class:`Pack` is one row of ``T`` tokens, many samples back to back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from unigen.config import UserError
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text, used as it is (no stripping). ``others`` say the same in other words: each visit draws one of all."""
+    """A piece of text, used as it is (no stripping). ``others`` say the same in other words: each visit draws
+    one of all."""
 
     text: str
     target: bool = False
@@ -33,7 +35,8 @@ class Image:
 
     source: Any
     target: bool = False
-    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # width, height (upright) where they are known
+    # width, height (upright) where they are known
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
 
 Sample = list[Text | Image]
@@ -71,7 +74,8 @@ class Kind(IntEnum):
 
 
 class Sight(IntEnum):
-    """How the tokens of one sample see one another; of samples of a single block it is known without a mask."""
+    """How the tokens of one sample see one another; of samples of a single block it is known without a
+    mask."""
 
     MIXED = 0  # as the mask rule says
     CAUSAL = 1  # a single text
@@ -82,8 +86,8 @@ class Sight(IntEnum):
 class Block:
     """One block of a sample (the rows of the table in ``docs/model.md``).
 
-    An outline has lengths and labels only; filled in, text blocks carry ``ids`` and image blocks their content:
-    ``patches`` or ready ``features`` for the ViT, ``pixels`` or a ready ``latent`` for the VAE.
+    An outline has lengths and labels only; filled in, text blocks carry ``ids`` and image blocks their
+    content: ``patches`` or ready ``features`` for the ViT, ``pixels`` or a ready ``latent`` for the VAE.
     """
 
     kind: Kind
@@ -97,10 +101,12 @@ class Block:
     cut_label: int = -100
     ids: list[int] | None = None
     patches: Tensor | None = None  # [rows * columns, patch * patch * 3]
-    features: Tensor | None = None  # [rows * columns, ViT width] what the frozen ViT made of the patches, in place of them
+    # [rows * columns, ViT width] what the frozen ViT made of the patches, in place of them
+    features: Tensor | None = None
     pixels: Tensor | None = None  # [3, H, W] uint8, or float in [-1, 1]
     latent: Tensor | None = None  # [C, h, w] normalised
-    posterior: Tensor | None = None  # [C, h, w] standard normal: which latent is drawn; None for the posterior's mean
+    # [C, h, w] standard normal: which latent is drawn; None for the posterior's mean
+    posterior: Tensor | None = None
     noise: Tensor | None = None  # [rows * columns, patch_dim] standard normal, of a noised image
     u: float = float("-inf")  # standard normal: the time of a noised image before the time law; -inf is clean
 
@@ -110,8 +116,9 @@ class Block:
 
 @dataclass
 class Pack:
-    """One row of ``T`` tokens, many samples back to back, stored as two halves: understanding tokens (TEXT, VIT) first,
-    generation tokens (CLEAN, NOISED) after them, each half in sequence order. So each expert is a plain matrix product.
+    """One row of ``T`` tokens, many samples back to back, stored as two halves: understanding tokens (TEXT,
+    VIT) first, generation tokens (CLEAN, NOISED) after them, each half in sequence order. So each expert is a
+    plain matrix product.
 
     ``index`` gives a token's place in the sequence, which is all that the mask needs to know about order.
     """
@@ -139,7 +146,8 @@ class Pack:
     vit_lengths: list[int]  # patches of each picture, of all
     # VAE pictures: those with ready latents are numbered first, those with pixels after them
     vae_pixels: list[Tensor]  # [3, H, W] each, uint8, or float in [-1, 1]
-    vae_noise: list[Tensor]  # [C, h, w] each: the posterior's draw of each entry of `vae_pixels`; empty for its mean
+    # [C, h, w] each: the posterior's draw of each entry of `vae_pixels`; empty for its mean
+    vae_noise: list[Tensor]
     latents: list[Tensor]  # [C, h, w] each, normalised latents (cached, or already encoded)
     vae_block: list[int]  # the picture each VAE block shows, blocks in sequence order
     vae_grid: list[tuple[int, int]]  # rows and columns of tokens of each VAE block
@@ -149,8 +157,10 @@ class Pack:
     u: Tensor  # [M] float32: time before the time law; -inf is clean
     noise: Tensor  # [M, patch_dim] float32; rows of clean tokens are not read
     origins: list[str] = field(default_factory=list)
-    vit_features: list[Tensor] = field(default_factory=list)  # [patches, ViT width] of each picture that brings them
-    vit_ready: list[bool] = field(default_factory=list)  # of each picture: does it bring features? Empty where none does
+    # [patches, ViT width] of each picture that brings them
+    vit_features: list[Tensor] = field(default_factory=list)
+    # of each picture: does it bring features? Empty where none does
+    vit_ready: list[bool] = field(default_factory=list)
     # The mask as flex attention takes it (`sequence/blockmask.py`); None where nobody asked for it
     mask_rule: Tensor | None = None  # [5, padded tokens] int32
     mask_blocks: Tensor | None = None  # [blocks, blocks] uint8
@@ -205,13 +215,25 @@ class BadRecord(UserError):
     ``origin`` may be filled in later by whoever knows it. Its string is the full message.
     """
 
-    def __init__(self, code: str, field: str, found: str, expected: str, cure: str, origin: Origin | None = None):
-        self.code, self.field, self.found, self.expected, self.cure, self.origin = code, field, found, expected, cure, origin
+    def __init__(
+        self, code: str, field: str, found: str, expected: str, cure: str, origin: Origin | None = None
+    ):
+        self.code, self.field, self.found, self.expected, self.cure, self.origin = (
+            code,
+            field,
+            found,
+            expected,
+            cure,
+            origin,
+        )
         super().__init__(code)
 
     def __str__(self) -> str:
         where = f"{self.origin}: " if self.origin else ""
-        return f"{where}{self.code} in field '{self.field}': found {self.found}; expected {self.expected}. Cure: {self.cure}"
+        return (
+            f"{where}{self.code} in field '{self.field}': found {self.found}; expected {self.expected}. Cure:"
+            f" {self.cure}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values, for ``bad_records.jsonl`` and reports."""

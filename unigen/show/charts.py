@@ -1,4 +1,5 @@
-"""Line charts of a page: sharp at any width, since the lines are stretched and the texts are not; a few lines of script show values."""
+"""Line charts of a page: sharp at any width, since the lines are stretched and the texts are not; a few lines
+of script show values."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ for (const area of document.querySelectorAll('.area')) {
 """
 
 
-def chart(panel: Panel, curves: Sequence[Curve], names: Sequence[str], words: Words, skipped: Sequence[int] = ()) -> str:
+def chart(
+    panel: Panel, curves: Sequence[Curve], names: Sequence[str], words: Words, skipped: Sequence[int] = ()
+) -> str:
     """A chart as HTML.
 
     Args:
@@ -95,18 +98,32 @@ def chart(panel: Panel, curves: Sequence[Curve], names: Sequence[str], words: Wo
         parts.append(_drawn(curve, _colour(curve, len(names)), at, height, len(names) == 1))
     marks = [step for step in skipped if first <= step <= last]
     if marks:
-        parts.append(f'<path class="skips" d="{"".join(f"M{at(step):.1f} {SIDE - 20}h0" for step in marks)}"/>')
+        parts.append(
+            f'<path class="skips" d="{"".join(f"M{at(step):.1f} {SIDE - 20}h0" for step in marks)}"/>'
+        )
     caption = [f"<b>{escape(title(panel, words))}</b>", *_notes(panel, values, words)]
     caption += _keys(drawn, names, words)
     if marks:
         caption.append(_key(words("skipped_steps"), "#d1495b", True))
-    ys = "".join(f'<span style="top:{height(tick) / SIDE:.2%}">{escape(figure(tick))}</span>' for tick in ticks)
-    data = escape(json.dumps(_data(panel, drawn, names, words, (first, last)), separators=(",", ":"), ensure_ascii=False))
-    svg = f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
-    area = f'<div class="area" data-curves="{data}">{svg}<div class="cursor" hidden></div><div class="tip" hidden></div></div>'
+    ys = "".join(
+        f'<span style="top:{height(tick) / SIDE:.2%}">{escape(figure(tick))}</span>' for tick in ticks
+    )
+    data = escape(
+        json.dumps(
+            _data(panel, drawn, names, words, (first, last)), separators=(",", ":"), ensure_ascii=False
+        )
+    )
+    svg = (
+        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none"'
+        f' aria-hidden="true">{"".join(parts)}</svg>'
+    )
+    area = (
+        f'<div class="area" data-curves="{data}">{svg}<div class="cursor" hidden></div><div class="tip"'
+        " hidden></div></div>"
+    )
     return (
-        f'<figure class="chart"><figcaption>{"".join(caption)}</figcaption><div class="plot"><div class="ys">{ys}</div>{area}'
-        f'<div class="xs">{_steps(first, last, at, words)}</div></div></figure>'
+        f'<figure class="chart"><figcaption>{"".join(caption)}</figcaption><div class="plot"><div'
+        f' class="ys">{ys}</div>{area}<div class="xs">{_steps(first, last, at, words)}</div></div></figure>'
     )
 
 
@@ -136,16 +153,30 @@ def _colour(curve: Curve, runs: int) -> int:
 
 def _name(curve: Curve, names: Sequence[str], words: Words) -> str:
     kind = words("validation" if curve.is_validation else "training")
-    return kind if len(names) == 1 else f"{names[curve.run]} · {kind}" if curve.is_validation else names[curve.run]
+    return (
+        kind
+        if len(names) == 1
+        else f"{names[curve.run]} · {kind}"
+        if curve.is_validation
+        else names[curve.run]
+    )
 
 
 def _keys(curves: Sequence[Curve], names: Sequence[str], words: Words) -> list[str]:
     """The legend: of one run its two curves, of several the runs, and once that dots are validations."""
     if len(names) == 1:
-        return [_key(_name(c, names, words), f"var(--c{_colour(c, 1)})", c.is_validation) for c in curves] if len(curves) > 1 else []
+        return (
+            [_key(_name(c, names, words), f"var(--c{_colour(c, 1)})", c.is_validation) for c in curves]
+            if len(curves) > 1
+            else []
+        )
     runs = {c.run: c for c in reversed(curves)}
     keys = [_key(names[run], f"var(--c{_colour(c, len(names))})", False) for run, c in sorted(runs.items())]
-    return [*keys, _key(words("validation"), "var(--soft)", True)] if any(c.is_validation for c in curves) else keys
+    return (
+        [*keys, _key(words("validation"), "var(--soft)", True)]
+        if any(c.is_validation for c in curves)
+        else keys
+    )
 
 
 def _key(name: str, colour: str, dots: bool) -> str:
@@ -171,16 +202,32 @@ def _drawn(curve: Curve, colour: int, at, height, alone: bool) -> str:
 
 def _steps(first: float, last: float, at, words: Words) -> str:
     """The numbers under the chart; the last one says what they are."""
-    fine = round_ticks(first, (first + last) / 2)  # of half the range, since the last quarter belongs to the last step
-    ticks = [k * (fine[1] - fine[0]) for k in range(int(first // (fine[1] - fine[0])), int(last // (fine[1] - fine[0])) + 1)]
+    # of half the range, since the last quarter belongs to the last step
+    fine = round_ticks(first, (first + last) / 2)
+    ticks = [
+        k * (fine[1] - fine[0])
+        for k in range(int(first // (fine[1] - fine[0])), int(last // (fine[1] - fine[0])) + 1)
+    ]
     ticks = [tick for tick in ticks if tick >= first and tick == int(tick)]
     ticks = ticks[:: -(-len(ticks) // 6)] if ticks else [first]
     shown = [(at(tick) / SIDE, f"{tick:,.0f}") for tick in ticks if at(tick) < 0.74 * SIDE]
-    parts = [f'<span{" class=begin" if x < 0.03 else ""} style="left:{x:.2%}">{text}</span>' for x, text in shown]
-    return "".join([*parts, f'<span class="end" style="left:100%">{escape(words("step_alone", step=math.floor(last)))}</span>'])
+    parts = [
+        f'<span{" class=begin" if x < 0.03 else ""} style="left:{x:.2%}">{text}</span>' for x, text in shown
+    ]
+    return "".join(
+        [
+            *parts,
+            (
+                '<span class="end"'
+                f' style="left:100%">{escape(words("step_alone", step=math.floor(last)))}</span>'
+            ),
+        ]
+    )
 
 
-def _data(panel: Panel, curves: Sequence[Curve], names: Sequence[str], words: Words, steps: tuple[float, float]) -> dict[str, object]:
+def _data(
+    panel: Panel, curves: Sequence[Curve], names: Sequence[str], words: Words, steps: tuple[float, float]
+) -> dict[str, object]:
     """What the script shows under the pointer; ``gap`` is how far from the pointed step a point still counts."""
     unit = " %" if panel.unit == "unit_share" else ""
     shown = []
@@ -188,5 +235,18 @@ def _data(panel: Panel, curves: Sequence[Curve], names: Sequence[str], words: Wo
         xs = [round(p.step, 2) for p in curve.points]
         gap = max(1.0, (steps[1] - steps[0]) / (40 if curve.is_validation else 150))
         texts = [figure(p.mean) + unit for p in curve.points]
-        shown.append({"n": _name(curve, names, words), "c": _colour(curve, len(names)), "x": xs, "t": texts, "gap": gap})
-    return {"first": steps[0], "last": steps[1], "step": words("step_alone", step=0).replace("0", "#"), "curves": shown}
+        shown.append(
+            {
+                "n": _name(curve, names, words),
+                "c": _colour(curve, len(names)),
+                "x": xs,
+                "t": texts,
+                "gap": gap,
+            }
+        )
+    return {
+        "first": steps[0],
+        "last": steps[1],
+        "step": words("step_alone", step=0).replace("0", "#"),
+        "curves": shown,
+    }

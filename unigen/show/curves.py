@@ -1,4 +1,5 @@
-"""Which curves stand in which chart, and the part of the plane that a chart shows; for the terminal and the page alike."""
+"""Which curves stand in which chart, and the part of the plane that a chart shows; for the terminal and the
+page alike."""
 
 from __future__ import annotations
 
@@ -59,9 +60,14 @@ class Curve(NamedTuple):
 
 
 def panels_of(runs: Sequence[Run]) -> list[Panel]:
-    """The charts that have data. A run with one kind of target alone has a total loss that says nothing new."""
+    """The charts that have data. A run with one kind of target alone has a total loss that says nothing
+    new."""
     there = [
-        panel for panel in PANELS if any(run.metrics.log.buckets[name] for run in runs for name in (panel.name, panel.validation) if name)
+        panel
+        for panel in PANELS
+        if any(
+            run.metrics.log.buckets[name] for run in runs for name in (panel.name, panel.validation) if name
+        )
     ]
     names = {panel.name for panel in there}
     single = len(names & {"text_loss", "image_loss"}) == 1
@@ -75,14 +81,18 @@ def curves_of(runs: Sequence[Run], panel: Panel, smoothing: float = 0.0) -> list
         for is_validation, name in ((False, panel.name), (True, panel.validation)):
             points = run.metrics.log.points(name) if name else []
             if points:
-                points = [Point(p.step, p.mean * panel.scale, p.low * panel.scale, p.high * panel.scale) for p in points]
+                points = [
+                    Point(p.step, p.mean * panel.scale, p.low * panel.scale, p.high * panel.scale)
+                    for p in points
+                ]
                 exact = is_validation or panel.name == "learning_rate"
                 curves.append(Curve(i, is_validation, points if exact else smooth(points, smoothing)))
     return curves
 
 
 def smooth(points: Sequence[Point], weight: float) -> list[Point]:
-    """The means as an exponential moving average, ``weight`` in [0, 1) on what was before; its begin is corrected as Adam's moments."""
+    """The means as an exponential moving average, ``weight`` in [0, 1) on what was before; its begin is
+    corrected as Adam's moments."""
     if not weight:
         return list(points)
     average, found = 0.0, []
@@ -99,7 +109,13 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
         return list(points)
     runs = [points[k : k + size] for k in range(0, len(points), size)]
     return [
-        Point(sum(p.step for p in r) / len(r), sum(p.mean for p in r) / len(r), min(p.low for p in r), max(p.high for p in r)) for r in runs
+        Point(
+            sum(p.step for p in r) / len(r),
+            sum(p.mean for p in r) / len(r),
+            min(p.low for p in r),
+            max(p.high for p in r),
+        )
+        for r in runs
     ]
 
 
@@ -111,7 +127,8 @@ def span(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def value_range(panel: Panel, curves: Sequence[Curve]) -> Range:
-    """The values to show. A few values far above all others, as in the first steps or at a spike, do not press the rest flat."""
+    """The values to show. A few values far above all others, as in the first steps or at a spike, do not
+    press the rest flat."""
     values = sorted(point.mean for curve in curves for point in curve.points)
     low, high = values[0], values[-1]
     if panel.name == "grad_norm" and low > 0 and high > LOG_FROM * low:

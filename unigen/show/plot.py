@@ -1,4 +1,5 @@
-"""Curves in characters: Braille has two by four dots in each; where the output has none of them, one mark a character."""
+"""Curves in characters: Braille has two by four dots in each; where the output has none of them, one mark a
+character."""
 
 from __future__ import annotations
 
@@ -12,13 +13,17 @@ from unigen.show.curves import Curve, Range, thin
 _BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = "_.-=*#"
-USUAL = 5.0  # times the usual distance of the least from the greatest value in a column of dots: a wider one is drawn
+# times the usual distance of the least from the greatest value in a column of dots: a wider one is drawn
+USUAL = 5.0
 
 Box = tuple[float, float, Range]  # first step, last step, values
 
 
-def plot(curves: Sequence[Curve], box: Box, width: int, height: int, unicode: bool = True) -> list[list[tuple[str, int]]]:
-    """``height`` lines of runs of (characters, index of the curve, -1 for none); later curves stand before earlier ones.
+def plot(
+    curves: Sequence[Curve], box: Box, width: int, height: int, unicode: bool = True
+) -> list[list[tuple[str, int]]]:
+    """``height`` lines of runs of (characters, index of the curve, -1 for none); later curves stand before
+    earlier ones.
 
     Args:
         curves: To draw; each has a point at least.
@@ -50,7 +55,8 @@ def plot(curves: Sequence[Curve], box: Box, width: int, height: int, unicode: bo
 
 
 def _columns(curve: Curve, box: Box, width: int, height: int) -> dict[int, tuple[int, int]]:
-    """Column of dots -> the first and the last dot of it, from above: what the line through the points covers there."""
+    """Column of dots -> the first and the last dot of it, from above: what the line through the points covers
+    there."""
     first, last, values = box
     points = thin(curve.points, width)
     usual = USUAL * statistics.median(p.high - p.low for p in points)
@@ -73,7 +79,9 @@ def _columns(curve: Curve, box: Box, width: int, height: int) -> dict[int, tuple
         begin, end = round(x0), round(x1)
         for column in range(begin, end + 1):
             left, right = max(x0, column - 0.5), min(x1, column + 0.5)
-            at = [y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y for x, y in ((left, y0), (right, y1))]
+            at = [
+                y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y for x, y in ((left, y0), (right, y1))
+            ]
             cover(column, at[0], at[1])
     return {column: ends for column, ends in found.items() if 0 <= column < width}
 
@@ -90,7 +98,8 @@ def sparkline(curve: Curve, box: Box, width: int, unicode: bool = True) -> str:
         if 0 <= column < width:
             signs[column] = bars[round(values.place(sum(found) / len(found)) * (len(bars) - 1))]
     begin = min(sums, default=0)
-    for column in range(begin + 1, min(max(sums, default=0), width)):  # steps further apart than characters: the last value stands
+    # steps further apart than characters: the last value stands
+    for column in range(begin + 1, min(max(sums, default=0), width)):
         if signs[column] == " ":
             signs[column] = signs[column - 1]
     return "".join(signs)

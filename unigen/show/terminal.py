@@ -15,7 +15,8 @@ def has_colour() -> bool:
 
 
 def harmless(text: object) -> str:
-    """Text from data or files on one line, without characters that steer a terminal or turn the order of what stands beside them."""
+    """Text from data or files on one line, without characters that steer a terminal or turn the order of what
+    stands beside them."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in str(text))
 
 
@@ -26,14 +27,16 @@ def showable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints the text, now; where nobody reads on (``unigen ... | head``) the command goes on to its own end and exit code."""
+    """Prints the text, now; where nobody reads on (``unigen ... | head``) the command goes on to its own end
+    and exit code."""
     with reader_may_leave():
         print(showable(text), flush=True)
 
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """What is printed inside may find that nobody reads it any more; then nothing is said, here or when the interpreter ends."""
+    """What is printed inside may find that nobody reads it any more; then nothing is said, here or when the
+    interpreter ends."""
     try:
         yield
     except BrokenPipeError:
@@ -42,4 +45,6 @@ def reader_may_leave() -> Iterator[None]:
 
 def columns(text: str) -> int:
     """Columns that a terminal gives the text: Chinese characters take two, combining ones none."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
+    return sum(
+        2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text
+    )

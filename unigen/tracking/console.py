@@ -17,13 +17,15 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "tokens_per_second": ("tok/s", ",.0f"),
     "data_wait": ("wait", ".0%"),
 }
-"""Metric -> its short name and format; ``data_wait`` is the share of the time spent waiting for data, in [0, 1]."""
+"""Metric -> its short name and format; ``data_wait`` is the share of the time spent waiting for data, in [0,
+1]."""
 
 
 class Progress:
     """A bar on a terminal; elsewhere a plain line every ``every`` steps, and at the last.
 
-    A terminal or a pipe that is gone, or a file on a full disk, is no reason to end a run: what cannot be shown is left out.
+    A terminal or a pipe that is gone, or a file on a full disk, is no reason to end a run: what cannot be
+    shown is left out.
 
     Args:
         total_steps: Optimiser steps of the whole run.
@@ -33,21 +35,29 @@ class Progress:
         stream: Where to; standard error by default.
     """
 
-    def __init__(self, total_steps: int, initial: int, every: int, enabled: bool, stream: TextIO | None = None):
+    def __init__(
+        self, total_steps: int, initial: int, every: int, enabled: bool, stream: TextIO | None = None
+    ):
         self._total, self._initial, self._every, self._enabled = total_steps, initial, every, enabled
         self._stream = stream or sys.stderr
-        self._first: tuple[float, int] | None = None  # when the first step was done, and which: it alone compiles and warms up
+        # when the first step was done, and which: it alone compiles and warms up
+        self._first: tuple[float, int] | None = None
         self._start = time.monotonic()
         self._bar = None
         if enabled and self._stream.isatty():
             from tqdm import tqdm
 
             # Some containers' terminals say that they have no columns; a bar of no width would be invisible.
-            width = {"dynamic_ncols": True} if os.get_terminal_size(self._stream.fileno()).columns else {"ncols": 160}
+            width = (
+                {"dynamic_ncols": True}
+                if os.get_terminal_size(self._stream.fileno()).columns
+                else {"ncols": 160}
+            )
             self._bar = tqdm(total=total_steps, initial=initial, file=self._stream, unit="step", **width)
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
-        """Shows that ``step`` optimiser steps are done; of ``metrics`` what is known by name (see ``_SHOWN``) and not None."""
+        """Shows that ``step`` optimiser steps are done; of ``metrics`` what is known by name (see ``_SHOWN``)
+        and not None."""
         if not self._enabled:
             return
         now = time.monotonic()

@@ -1,7 +1,9 @@
-"""The process of a tracker that talks to others: ``services.py`` starts it, hands it calls on stdin and reads its answers.
+"""The process of a tracker that talks to others: ``services.py`` starts it, hands it calls on stdin and reads
+its answers.
 
-Calls and answers are JSON objects, one a line. The first line is the request; every further one is answered with ``{"done": true}`` or,
-before the process ends for it, ``{"failed": what, "why": text}``. When stdin ends before ``finish`` came, the training was killed.
+Calls and answers are JSON objects, one a line. The first line is the request; every further one is answered
+with ``{"done": true}`` or, before the process ends for it, ``{"failed": what, "why": text}``. When stdin ends
+before ``finish`` came, the training was killed.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class Wandb:
         except Exception as error:
             if (request["mode"] or os.environ.get("WANDB_MODE", "online")) != "online":
                 raise
-            raise _GoOnWith({"mode": "offline"}, f"{_first_line(error)} (to send it later: wandb sync {self._files})") from error
+            raise _GoOnWith(
+                {"mode": "offline"}, f"{_first_line(error)} (to send it later: wandb sync {self._files})"
+            ) from error
         where = getattr(self._run, "url", None) or f"run {request['run_id']} in {request['output_dir']}/wandb"
         answer(say=f"Weights & Biases: {where}")
 
@@ -87,18 +91,25 @@ class Wandb:
         began = time.monotonic()
         self._run.finish(exit_code=int(failed))
         if time.monotonic() - began >= self._limit:  # it says so on the terminal alone
-            self._answer(complaint="could not send everything in time", why=f"To send it: wandb sync {self._files}")
+            self._answer(
+                complaint="could not send everything in time", why=f"To send it: wandb sync {self._files}"
+            )
 
 
 class Trackio:
-    """A run of Trackio, on this machine alone: its dashboard is started by the user (``trackio show``), never from here."""
+    """A run of Trackio, on this machine alone: its dashboard is started by the user (``trackio show``), never
+    from here."""
 
     def __init__(self, request: dict[str, Any], answer: Answer):
         # These would send the run elsewhere, or ask a server who the user is.
         for name in ("SPACE_ID", "SERVER_URL", "WEBHOOK_URL", "BUCKET_ID", "DATASET_ID"):
             os.environ.pop(f"TRACKIO_{name}", None)
         os.environ.pop("SPACE_ID", None)  # Trackio would take itself for a Space's
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+        os.environ |= {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "GRADIO_ANALYTICS_ENABLED": "False",
+        }
         import trackio
 
         self._trackio = trackio
@@ -108,7 +119,9 @@ class Trackio:
             try:
                 self._drop_after(request["project"], request["run_name"], request["resume_step"])
             except Exception as error:
-                answer(complaint=f"may show steps after {request['resume_step']} twice", why=_first_line(error))
+                answer(
+                    complaint=f"may show steps after {request['resume_step']} twice", why=_first_line(error)
+                )
         self._run = trackio.init(
             project=request["project"],
             name=request["run_name"],
@@ -117,7 +130,12 @@ class Trackio:
             embed=False,
             auto_log_cpu=False,
         )
-        answer(say=f"Trackio: run {request['run_name']}; see it with: trackio show --project {request['project']}")
+        answer(
+            say=(
+                f"Trackio: run {request['run_name']}; see it with: trackio show --project"
+                f" {request['project']}"
+            )
+        )
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
@@ -133,7 +151,8 @@ class Trackio:
         self._run.finish()
 
     def _drop_after(self, project: str, run: str, step: int) -> None:
-        """What was logged after the step resumed from will be logged again. Trackio itself has no way to take it back."""
+        """What was logged after the step resumed from will be logged again. Trackio itself has no way to take
+        it back."""
         import sqlite3
 
         from trackio.sqlite_storage import SQLiteStorage
@@ -150,7 +169,8 @@ STARTS: dict[str, Callable[[dict[str, Any], Answer], Client]] = {"wandb": Wandb,
 
 def main() -> None:
     """Serves one tracker until it is told to finish, or the training is gone."""
-    # The end comes from the training; what stops that one (scancel, kill of a group) must not cut the last calls off.
+    # The end comes from the training; what stops that one (scancel, kill of a group) must not cut the last
+    # calls off.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     calls, answers = os.dup(0), os.dup(1)  # what the packages and their programs print and read is kept apart

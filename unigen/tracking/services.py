@@ -1,7 +1,9 @@
-"""Trackers that talk to others (Weights & Biases, Trackio) run in a process each, which ``service_process.py`` is.
+"""Trackers that talk to others (Weights & Biases, Trackio) run in a process each, which
+``service_process.py`` is.
 
-Whatever happens there - a server that never answers, a crash, a hang, a package that prints or leaves threads - training neither waits
-nor ends for it: calls are queued here, a thread hands them over, and a process that does not end in time is ended.
+Whatever happens there - a server that never answers, a crash, a hang, a package that prints or leaves threads
+- training neither waits nor ends for it: calls are queued here, a thread hands them over, and a process that
+does not end in time is ended.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Service:
     """One tracker in a process of its own; every call returns at once and raises nothing.
 
     Args:
-        request: What the process needs to start: JSON, with ``tracker`` naming a row of ``service_process.STARTS``.
+        request: What the process needs to start: JSON, with ``tracker`` naming a row of
+            ``service_process.STARTS``.
         complain: Told what goes wrong, from a thread.
     """
 
@@ -89,11 +92,13 @@ class Service:
                 self._over = True
                 self._changed.notify_all()
             if not finished:
-                self._complain("did not end in time", f"{waiting} call(s) were not answered; its process is ended")
+                self._complain(
+                    "did not end in time", f"{waiting} call(s) were not answered; its process is ended"
+                )
             self._kill()
             self._thread.join(5)
 
-    # ---- the queue ---------------------------------------------------------------------------------------------------
+    # ---- the queue
 
     def _put(self, call: dict[str, Any]) -> None:
         slow = full = False
@@ -108,11 +113,13 @@ class Service:
                 self._calls.append(_line(call))
                 self._changed.notify_all()
         if full:
-            self._complain("is too slow", f"{MAX_WAITING} calls wait for it; what comes now is dropped for it")
+            self._complain(
+                "is too slow", f"{MAX_WAITING} calls wait for it; what comes now is dropped for it"
+            )
         elif slow:
             self._complain("does not answer", f"for {SLOW_S:.0f} s; what is logged waits for it")
 
-    # ---- the process -------------------------------------------------------------------------------------------------
+    # ---- the process
 
     def _work(self) -> None:
         """The thread: starts the process, hands it the calls, and starts it again where that may help."""
@@ -145,7 +152,8 @@ class Service:
             self._calls.clear()
 
     def _take_back(self) -> bool:
-        """Puts what was done last before the calls that wait, whole steps of it. False if nothing but the end is left to do.
+        """Puts what was done last before the calls that wait, whole steps of it. False if nothing but the end
+        is left to do.
 
         Weights & Biases takes a call, and says so, for a moment after the program behind it was killed.
         """
@@ -153,7 +161,9 @@ class Service:
             done, self._sent = list(self._done), 0
             self._done.clear()
             steps = [json.loads(call)["step"] for _, call in done]
-            first = next((i for i, (when, _) in enumerate(done) if time.monotonic() - when < REPEAT_S), len(done))
+            first = next(
+                (i for i, (when, _) in enumerate(done) if time.monotonic() - when < REPEAT_S), len(done)
+            )
             while 0 < first < len(done) and steps[first - 1] == steps[first]:
                 first -= 1
             if steps:
@@ -164,10 +174,12 @@ class Service:
     def _serve(self) -> None:
         """One life of the process."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-        # A session of its own: a Ctrl-C in the terminal is for the training, and at the end the whole group can be ended by its id.
+        # A session of its own: a Ctrl-C in the terminal is for the training, and at the end the whole group
+        # can be ended by its id.
         with subprocess.Popen(
             [sys.executable, "-c", _CODE],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment,
         ) as process:  # fmt: skip
             with self._changed:
                 self._process = process
@@ -190,7 +202,9 @@ class Service:
     def _next(self) -> bytes | None:
         """The next call to hand over; None when there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._dead or self._over or self._sent < len(self._calls) or self._closing)
+            self._changed.wait_for(
+                lambda: self._dead or self._over or self._sent < len(self._calls) or self._closing
+            )
             if self._dead or self._over or self._sent == len(self._calls):
                 return None
             self._sent += 1
@@ -228,7 +242,8 @@ class Service:
         return self._failure.get("why") or f"its process ended with code {code}"
 
     def _kill(self) -> None:
-        """Ends the process and what it has started. It has not been waited for yet, so its id is no one else's."""
+        """Ends the process and what it has started. It has not been waited for yet, so its id is no one
+        else's."""
         process = self._process
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):

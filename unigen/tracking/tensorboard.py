@@ -17,8 +17,8 @@ FOLDER = "tensorboard"
 class EventFiles:
     """Metrics, pictures and texts as TensorBoard shows them, in ``output_dir/tensorboard``.
 
-    Every start of a run writes a file of its own. A resumed run tells TensorBoard to drop what was logged after the step it resumes
-    from.
+    Every start of a run writes a file of its own. A resumed run tells TensorBoard to drop what was logged
+    after the step it resumes from.
 
     Args:
         output_dir: Folder of the run.
@@ -33,14 +33,17 @@ class EventFiles:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
-            raise UserError(f"tensorboard is not installed ({error}). Cure: pip install tensorboard") from error
+            raise UserError(
+                f"tensorboard is not installed ({error}). Cure: pip install tensorboard"
+            ) from error
         self._messages, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
         folder = Path(output_dir) / FOLDER
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{os.getpid()}"
         self._file = Appender(folder / name)
         self._append(event_pb2.Event(file_version="brain.Event:2"))
-        # TensorBoard drops what it has read of this step and later ones; the first start of a run it passes over, so that needs one too.
+        # TensorBoard drops what it has read of this step and later ones; the first start of a run it passes
+        # over, so that needs one too.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._append(event_pb2.Event(step=resume_step + 1, session_log=start))
 
@@ -60,7 +63,9 @@ class EventFiles:
 
         data = path.read_bytes()
         width, height = image_size(data)
-        image = self._summaries.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        image = self._summaries.Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=data
+        )
         self._add(name, step, image=image)
 
     def text(self, name: str, text: str, step: int) -> None:

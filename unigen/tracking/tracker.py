@@ -1,4 +1,5 @@
-"""Who is told how a run goes: ``metrics.jsonl`` always; TensorBoard, Weights & Biases and Trackio where asked.
+"""Who is told how a run goes: ``metrics.jsonl`` always; TensorBoard, Weights & Biases and Trackio where
+asked.
 
 Nothing of the environment is written anywhere; a tracker that fails says so and never stops or holds a run.
 """
@@ -35,7 +36,8 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Backend(Protocol):
-    """What a row of :data:`TRACKERS` makes. ``finish`` returns at once; ``wait`` ends what is still under way by a deadline."""
+    """What a row of :data:`TRACKERS` makes. ``finish`` returns at once; ``wait`` ends what is still under way
+    by a deadline."""
 
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
     def image(self, name: str, path: Path, step: int) -> None: ...
@@ -56,17 +58,18 @@ class Start:
 
 
 class Tracker:
-    """Hands everything that is logged to every tracker that the config asks for; one process of a run has one.
+    """Hands everything that is logged to every tracker that the config asks for; one process of a run has
+    one.
 
     No call raises for a broken tracker, and none waits for a network.
 
     Args:
         output_dir: Folder of the run; made when missing.
         config: Chooses the trackers, and is shown in them without its secrets.
-        resume_step: Optimiser steps done by the checkpoint the run resumes from, 0 for a fresh start. What was logged after it is
-            dropped, as it will be logged again.
-        repeats: The run begins with the validation of ``resume_step``, which a signal broke off. One that is in the log all the same
-            (of a run that was killed after it) is dropped.
+        resume_step: Optimiser steps done by the checkpoint the run resumes from, 0 for a fresh start. What
+            was logged after it is dropped, as it will be logged again.
+        repeats: The run begins with the validation of ``resume_step``, which a signal broke off. One that is
+            in the log all the same (of a run that was killed after it) is dropped.
     """
 
     def __init__(self, output_dir: Path, config: Config, resume_step: int = 0, repeats: bool = False):
@@ -88,7 +91,8 @@ class Tracker:
         self._each("cannot log", lambda backend: backend.log(row, step))
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Shows the picture in the file ``path`` (PNG or JPEG; it must stay there) under ``name``; not in ``metrics.jsonl``."""
+        """Shows the picture in the file ``path`` (PNG or JPEG; it must stay there) under ``name``; not in
+        ``metrics.jsonl``."""
         self._each("cannot show images", lambda backend: backend.image(name, Path(path), step))
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -135,16 +139,21 @@ def _shown(value: Any) -> Any:
 
 
 class JsonLines:
-    """One JSON object a line, ``step`` and ``time`` (unix seconds) first; names of what is not finite, then null, under ``nonfinite``."""
+    """One JSON object a line, ``step`` and ``time`` (unix seconds) first; names of what is not finite, then
+    null, under ``nonfinite``."""
 
     def __init__(self, output_dir: Path, resume_step: int, repeats: bool = False):
         path = output_dir / METRICS_FILE
         self._file = Appender(path, lambda: drop_after(path, resume_step, repeats) if path.exists() else None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        nonfinite = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        nonfinite = [
+            name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)
+        ]
         row = {"step": step, "time": round(time.time(), 3)}
-        row |= {name: None if name in nonfinite else value for name, value in metrics.items() if name not in row}
+        row |= {
+            name: None if name in nonfinite else value for name, value in metrics.items() if name not in row
+        }
         if nonfinite:
             row["nonfinite"] = nonfinite
         self._file.append((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
@@ -201,7 +210,8 @@ def _start_trackio(start: Start) -> Backend | None:
 
 
 def _identity(service: str, start: Start) -> tuple[str, bool, dict[str, Any]]:
-    """The id of the run to go on with, or that of a new one, which is written down; whether it is an old one; the options to show.
+    """The id of the run to go on with, or that of a new one, which is written down; whether it is an old one;
+    the options to show.
 
     Raises:
         UserError: the service's package is not installed.
@@ -217,7 +227,8 @@ def _identity(service: str, start: Start) -> tuple[str, bool, dict[str, Any]]:
 
 
 def _need(package: str) -> None:
-    """Raises UserError where ``package`` is not installed; does not import it. (A folder of that name is no package.)"""
+    """Raises UserError where ``package`` is not installed; does not import it. (A folder of that name is no
+    package.)"""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(f"{package} is not installed. Cure: pip install {package}")

@@ -1,7 +1,9 @@
-"""AdamW with moments of 8 bits (Dettmers et al. 2022): bitsandbytes' optimiser, and its state out and in as plain float32.
+"""AdamW with moments of 8 bits (Dettmers et al. 2022): bitsandbytes' optimiser, and its state out and in as
+plain float32.
 
-A moment is stored in blocks of 256 elements, each a code of 8 bits for a share of the block's largest magnitude: about 2 bytes a
-parameter instead of 8. Embeddings, and tensors (or shards) below 4096 elements, keep moments of 32 bits.
+A moment is stored in blocks of 256 elements, each a code of 8 bits for a share of the block's largest
+magnitude: about 2 bytes a parameter instead of 8. Embeddings, and tensors (or shards) below 4096 elements,
+keep moments of 32 bits.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ def build_adamw8bit(groups: Sequence[dict[str, Any]], config: Config) -> torch.o
     """The optimiser.
 
     Args:
-        groups: ``params`` as (name, parameter) pairs, ``weight_decay``; plain float32 tensors of any shape, on CPU or CUDA.
-            Empty ones (a process can hold no row of a parameter) are left out.
+        groups: ``params`` as (name, parameter) pairs, ``weight_decay``; plain float32 tensors of any shape,
+            on CPU or CUDA. Empty ones (a process can hold no row of a parameter) are left out.
         config: learning rate, betas, epsilon.
 
     Raises:
@@ -53,10 +55,13 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError(f'--optimizer adamw8bit needs bitsandbytes ({error}). Cure: pip install "bitsandbytes>=0.50"') from error
+        raise UserError(
+            f'--optimizer adamw8bit needs bitsandbytes ({error}). Cure: pip install "bitsandbytes>=0.50"'
+        ) from error
 
     class Grouped(AdamW8bit):
-        """Bits by group. The library's own way is one global table of the addresses of tensors, which other tensors take over."""
+        """Bits by group. The library's own way is one global table of the addresses of tensors, which other
+        tensors take over."""
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}
@@ -64,11 +69,12 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
     return Grouped
 
 
-# ---- the state ---------------------------------------------------------------------------------------------------------
+# ---- the state
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[float, Tensor, Tensor] | None:
-    """Updates so far and the two moments: flat float32 [n] copies. None before the first update (and for an empty parameter)."""
+    """Updates so far and the two moments: flat float32 [n] copies. None before the first update (and for an
+    empty parameter)."""
     state = optimizer.state.get(parameter)
     if not state:
         return None
@@ -76,11 +82,18 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[
 
 
 @torch.no_grad()
-def set_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+def set_moments(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    step: float,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+) -> None:
     """Puts back moments (flat, of any device) after ``step`` updates; 0 forgets them.
 
-    What :func:`moments` gave becomes the same codes, and scales that give the same values bit by bit, so a run goes on as if it had never
-    stopped. Moments of another origin (of 32 bits, or cut at other places) are rounded to 8 bits.
+    What :func:`moments` gave becomes the same codes, and scales that give the same values bit by bit, so a
+    run goes on as if it had never stopped. Moments of another origin (of 32 bits, or cut at other places) are
+    rounded to 8 bits.
     """
     optimizer.state.pop(parameter, None)
     if step == 0 or not parameter.numel():
@@ -110,7 +123,8 @@ def _place(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[i
 
 
 def _plain(state: dict[str, Any], number: int) -> Tensor:
-    """A moment as float32 [n] in host memory: on the GPU those of all parameters would not fit beside the run."""
+    """A moment as float32 [n] in host memory: on the GPU those of all parameters would not fit beside the
+    run."""
     stored = state[f"state{number}"].view(-1)
     if stored.dtype == torch.float32:
         return stored.to("cpu", copy=True)
@@ -118,7 +132,8 @@ def _plain(state: dict[str, Any], number: int) -> Tensor:
 
 
 def dequantise(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """``codes`` [n] uint8, ``scales`` [ceil(n / 256)], ``table`` [256] -> [n] float32, the values that the optimiser computes with.
+    """``codes`` [n] uint8, ``scales`` [ceil(n / 256)], ``table`` [256] -> [n] float32, the values that the
+    optimiser computes with.
 
     The result lies in host memory.
     """
@@ -131,10 +146,12 @@ def dequantise(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
 
 
 def quantise(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """``values`` [n] float32 and the sorted ``table`` [256] -> codes [n] uint8, scales [ceil(n / 256)]. Inverts :func:`dequantise`.
+    """``values`` [n] float32 and the sorted ``table`` [256] -> codes [n] uint8, scales [ceil(n / 256)].
+    Inverts :func:`dequantise`.
 
-    The largest positive code is 1, so a block's scale is its largest value. A signed table has no -1: a block whose largest magnitude is
-    negative came from the most negative code, and its scale is the float32 that gives all its values back.
+    The largest positive code is 1, so a block's scale is its largest value. A signed table has no -1: a block
+    whose largest magnitude is negative came from the most negative code, and its scale is the float32 that
+    gives all its values back.
     """
     blocks = torch.cat([values, values.new_zeros(-len(values) % BLOCK)]).view(-1, BLOCK)
     scales = blocks.abs().amax(1, keepdim=True)

@@ -33,7 +33,9 @@ class Streams:
         tokenizer = Tokenizer.load(Path(config.model_path))
         vocabulary = model.config.llm.vocab_size
         if max(vars(tokenizer.special).values()) >= vocabulary:
-            raise ConfigError(f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}")
+            raise ConfigError(
+                f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}"
+            )
         held_out = [Source(config.val_data_path, "val_data_path")] if config.val_data_path else []
         self.train = self._stream(config.sources(), tokenizer, training=True)
         self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
@@ -45,7 +47,12 @@ class Streams:
             planner = self.model.config.planner(tokenizer, c, source)
             dataset = self._dataset(source, planner)
             if self.engine.main:
-                log.info("%s data (%s)\n%s", "Training" if training else "Validation", source.name, dataset.describe())
+                log.info(
+                    "%s data (%s)\n%s",
+                    "Training" if training else "Validation",
+                    source.name,
+                    dataset.describe(),
+                )
             planner.cache = self.cache
             parts.append(Part(source.name, dataset, planner, source.weight, source.repeat))
         mixture = Mixture(parts, c.seed, training)
@@ -59,12 +66,15 @@ class Streams:
         dataset = UnifiedGenerationDataset(
             source.path,
             on_bad_record=c.on_bad_record,
-            # With "skip" every process must leave out the same records; with "error" one that looks closely is enough.
+            # With "skip" every process must leave out the same records; with "error" one that looks closely
+            # is enough.
             check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
             measure=planner.measure,
             bad_records_path=Path(c.output_dir) / "bad_records.jsonl" if main else None,
             data_root=c.data_root,
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:
-            raise UserError(f"{source.name}: the processes read different data. Cure: give every machine the same files")
+            raise UserError(
+                f"{source.name}: the processes read different data. Cure: give every machine the same files"
+            )
         return dataset

@@ -1,8 +1,9 @@
 """ZeRO 1, 2 and 3: DeepSpeed, with an ordinary DeepSpeed JSON (``zero_json.py``).
 
-DeepSpeed keeps the trainable weights of a group end to end in one flat float32 tensor, of which each process holds a piece: in
-ZeRO 1 and 2 every process also keeps all weights to compute with, in ZeRO 3 each one is gathered while its layer runs. A shard is
-the run of elements that a parameter and a process's piece have in common; padding belongs to none.
+DeepSpeed keeps the trainable weights of a group end to end in one flat float32 tensor, of which each process
+holds a piece: in ZeRO 1 and 2 every process also keeps all weights to compute with, in ZeRO 3 each one is
+gathered while its layer runs. A shard is the run of elements that a parameter and a process's piece have in
+common; padding belongs to none.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from unigen.training.shards import Shard, share_out
 
 @dataclass(frozen=True)
 class Held:
-    """Elements [start, start + length) of a parameter lie at ``offset`` of the flat tensor ``flat`` of its group."""
+    """Elements [start, start + length) of a parameter lie at ``offset`` of the flat tensor ``flat`` of its
+    group."""
 
     flat: Tensor
     offset: int
@@ -76,7 +78,9 @@ class DeepSpeed(Engine):
         try:
             DeepSpeedConfig(self.settings.for_deepspeed())
         except (ValueError, TypeError, AssertionError, KeyError, RuntimeError) as error:
-            raise UserError(f"{self.settings.file}: DeepSpeed refuses it: {error} (--deepspeed_config ...)") from error
+            raise UserError(
+                f"{self.settings.file}: DeepSpeed refuses it: {error} (--deepspeed_config ...)"
+            ) from error
 
     def __exit__(self, *error: object) -> None:
         if self.wrapped is not None:
@@ -85,7 +89,7 @@ class DeepSpeed(Engine):
         if dist.is_initialized():
             self.deepspeed.comm.destroy_process_group()
 
-    # ---- build -----------------------------------------------------------------------------------------------------
+    # ---- build
 
     def place(self, stored: dict[str, Stored]) -> None:
         """ZeRO 3: every process reads and holds its piece of each parameter. ZeRO 1, 2: the whole model."""
@@ -104,11 +108,17 @@ class DeepSpeed(Engine):
         if self.settings.get("zero_optimization.memory_efficient_linear") is not False:
             zero._enable_mem_efficient_linear()  # else autograd would keep the gathered weights of all layers
         pairs = (self.settings.get("zero_optimization.zero_hpz_partition_size") or 1) > 1
-        # One place for all whole parameters, in turn: only the pieces are read, and memory that is never written to costs nothing on a CPU.
-        # (Taken and given back each time, it would leave holes that malloc cannot use again, as large as the pieces together.)
+        # One place for all whole parameters, in turn: only the pieces are read, and memory that is never
+        # written to costs nothing on a CPU. (Taken and given back each time, it would leave holes that malloc
+        # cannot use again, as large as the pieces together.)
         longest = max(p.numel() for p in self.model.parameters())
-        wholes = {dtype: torch.empty(longest, dtype=dtype, device=self.device) for dtype in {p.dtype for p in self.model.parameters()}}
-        pieces = {dtype: torch.empty(-(-longest // self.world), dtype=dtype, device=self.device) for dtype in wholes}
+        wholes = {
+            dtype: torch.empty(longest, dtype=dtype, device=self.device)
+            for dtype in {p.dtype for p in self.model.parameters()}
+        }
+        pieces = {
+            dtype: torch.empty(-(-longest // self.world), dtype=dtype, device=self.device) for dtype in wholes
+        }
         for name, p in list(self.model.named_parameters()):
             whole = nn.Parameter(wholes[p.dtype][: p.numel()].view(p.shape), requires_grad=p.requires_grad)
             owner, _, last = name.rpartition(".")
@@ -118,7 +128,8 @@ class DeepSpeed(Engine):
             read_parameter(self.model, name, stored, piece, start)
             if pairs:  # DeepSpeed cuts its second, larger pieces from the whole
                 read_parameter(self.model, name, stored, whole.data.view(-1))
-            zero._convert_to_deepspeed_param(whole)  # not Init's own way, which has rank 0 send every parameter to all
+            # not Init's own way, which has rank 0 send every parameter to all
+            zero._convert_to_deepspeed_param(whole)
             whole.partition()
             whole.ds_tensor.data.view(-1)[: stop - start].copy_(piece)
         self.model.sharded = True
@@ -128,8 +139,10 @@ class DeepSpeed(Engine):
         named = dict(self.model.named_parameters())
         c, fast = self.config, self.device.type == "cuda" or self.settings.offloads_optimizer
         self.optimizer = torch.optim.AdamW(
-            [{"params": [named[name] for name in names], "weight_decay": decay} for names, decay in self._groups],
-            lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon, fused=fast or None, foreach=None if fast else True,
+            [{"params": [named[name] for name in names], "weight_decay": decay} for names,
+            decay in self._groups],
+            lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon, fused=fast or None,
+            foreach=None if fast else True,
         )  # fmt: skip
         # DeepSpeed makes the optimiser one over its flat tensors: what it holds is the state of the run.
         self.wrapped, self._zero, _, _ = self.deepspeed.initialize(
@@ -143,19 +156,23 @@ class DeepSpeed(Engine):
         del self._stored
 
     def _flattened(self) -> dict[str, Held]:
-        """ZeRO 1, 2: a process's piece is one run of the flat group and may begin and end within a parameter."""
+        """ZeRO 1, 2: a process's piece is one run of the flat group and may begin and end within a
+        parameter."""
         names = {p: name for name, p in self.model.named_parameters()}
         zero, found = self._zero, {}
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
             begin = self.rank * len(flat)
-            for p, at in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
+            for p, at in zip(
+                zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True
+            ):
                 a, b = max(at, begin), min(at + p.numel(), begin + len(flat))
                 if a < b:
                     found[names[p]] = Held(flat, a - begin, a - at, b - a)
         return found
 
     def _partitioned(self) -> dict[str, Held]:
-        """ZeRO 3: every parameter is cut into equal pieces, the last ones padded, and a process's pieces of a group lie in a row."""
+        """ZeRO 3: every parameter is cut into equal pieces, the last ones padded, and a process's pieces of a
+        group lie in a row."""
         names = {p: name for name, p in self.model.named_parameters()}
         zero, found = self._zero, {}
         for p in (p for group in zero.fp16_groups for p in group):
@@ -165,13 +182,15 @@ class DeepSpeed(Engine):
                 found[names[p]] = Held(zero.fp32_partitioned_groups_flat[group], offset, start, stop - start)
         return found
 
-    # ---- the step --------------------------------------------------------------------------------------------------
+    # ---- the step
 
     def autocast(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()  # DeepSpeed's own: it holds the weights in what it computes in, or casts by `torch_autocast`
+        # DeepSpeed's own: it holds the weights in what it computes in, or casts by `torch_autocast`
+        return contextlib.nullcontext()
 
     def forward(self, pack: Pack) -> Output:
-        with torch.autocast(self.device.type, enabled=False, cache_enabled=False):  # DeepSpeed's own inherits that nothing is kept
+        # DeepSpeed's own inherits that nothing is kept
+        with torch.autocast(self.device.type, enabled=False, cache_enabled=False):
             return self.wrapped(pack)
 
     @contextlib.contextmanager
@@ -213,7 +232,11 @@ class DeepSpeed(Engine):
             zero.averaged_gradients = {}
 
     def _flat(self) -> list[Tensor]:
-        return self._zero.single_partition_of_fp32_groups if self.stage < 3 else self._zero.fp32_partitioned_groups_flat
+        return (
+            self._zero.single_partition_of_fp32_groups
+            if self.stage < 3
+            else self._zero.fp32_partitioned_groups_flat
+        )
 
     def _gradients(self) -> list[Tensor]:
         if self.settings.offloads_optimizer:
@@ -224,7 +247,8 @@ class DeepSpeed(Engine):
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """ZeRO 3 gathers all weights for as long, so that what is called inside need not be the same on all processes."""
+        """ZeRO 3 gathers all weights for as long, so that what is called inside need not be the same on all
+        processes."""
         if self.stage < 3:
             yield
             return
@@ -243,12 +267,18 @@ class DeepSpeed(Engine):
             with self.deepspeed.zero.GatheredParameters([p]) if self.stage == 3 else contextlib.nullcontext():
                 yield name, p.detach()
 
-    # ---- state -----------------------------------------------------------------------------------------------------
+    # ---- state
 
     def shards(self) -> list[Shard]:
         named = list(self.model.named_parameters())
         frozen = [name for name, p in named if not p.requires_grad]
-        owners = dict(zip(frozen, share_out([p.numel() for _, p in named if not p.requires_grad], self.world), strict=True))
+        owners = dict(
+            zip(
+                frozen,
+                share_out([p.numel() for _, p in named if not p.requires_grad], self.world),
+                strict=True,
+            )
+        )
         found = []
         for name, p in named:
             shape, held = getattr(p, "ds_shape", p.shape), self._held.get(name)
@@ -259,9 +289,13 @@ class DeepSpeed(Engine):
             elif self.stage == 3:
                 start, stop = _piece(p.ds_numel, self.rank, self.world)
                 value = p.ds_tensor.detach().view(-1)[: stop - start]
-                found.append(Shard(name, shape, start if start < stop else 0, value, False, owned=start < stop))
+                found.append(
+                    Shard(name, shape, start if start < stop else 0, value, False, owned=start < stop)
+                )
             else:
-                found.append(Shard(name, shape, 0, p.detach().view(-1), False, owned=owners[name] == self.rank))
+                found.append(
+                    Shard(name, shape, 0, p.detach().view(-1), False, owned=owners[name] == self.rank)
+                )
         return found
 
     def moments(self, shard: Shard) -> tuple[float, Tensor, Tensor] | None:
@@ -289,13 +323,15 @@ class DeepSpeed(Engine):
         """Brings the weights that the model computes with up to date.
 
         Raises:
-            UserError: parameters of one group were given different numbers of updates, of which DeepSpeed counts one for all.
+            UserError: parameters of one group were given different numbers of updates, of which DeepSpeed
+                counts one for all.
         """
         counts, self._counts = self._counts, {}
         if any(len(steps) > 1 for steps in counts.values()):
             raise UserError(
-                f"The checkpoint's parameters had different numbers of updates ({sorted(set.union(*counts.values()))}), "
-                "for which DeepSpeed has no place. Cure: resume with --engine fsdp2 or ddp"
+                "The checkpoint's parameters had different numbers of updates"
+                f" ({sorted(set.union(*counts.values()))}), for which DeepSpeed has no place. Cure: resume"
+                " with --engine fsdp2 or ddp"
             )
         if self.stage < 3:
             self._zero.update_lp_params()
@@ -320,17 +356,22 @@ def _open_deepspeed(device: torch.device) -> Any:
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cpu":  # else it starts a program to count processors, many times a step
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        os.environ.setdefault(
+            "LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+        )
     silenced = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it warns of what was chosen on purpose
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(f'--engine deepspeed needs DeepSpeed ({error}). Cure: pip install "deepspeed>=0.19"') from error
+        raise UserError(
+            f'--engine deepspeed needs DeepSpeed ({error}). Cure: pip install "deepspeed>=0.19"'
+        ) from error
     finally:
         logging.disable(silenced)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # On CPUs it would compile an extension of its own for minutes, for a way of talking that training does not use.
+    # On CPUs it would compile an extension of its own for minutes, for a way of talking that training does
+    # not use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed

@@ -1,7 +1,8 @@
 """An ordinary DeepSpeed JSON, brought to agree with the options of the run.
 
-What the file says is kept. What it leaves open ("auto", or nothing) comes from the options, or else from DeepSpeed's own defaults.
-Where file and options say different things, or the file asks for what this trainer does not do, the error names file and key.
+What the file says is kept. What it leaves open ("auto", or nothing) comes from the options, or else from
+DeepSpeed's own defaults. Where file and options say different things, or the file asks for what this trainer
+does not do, the error names file and key.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from unigen.config import Config, UserError, nearest
 from unigen.training.optim import LossScale
 
 _KNOWN = (
-    "activation_checkpointing", "aio", "bf16", "checkpoint", "comet", "comms_logger", "communication_data_type", "csv_monitor",
-    "data_types", "dataloader_drop_last", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "fp16",
-    "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor", "log_level",
-    "managed_gradient_accumulation", "memory_breakdown", "optimizer", "prescale_gradients", "sparse_gradients", "steps_per_print",
-    "tensorboard", "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
+    "activation_checkpointing", "aio", "bf16", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "csv_monitor",
+    "data_types", "dataloader_drop_last", "disable_allgather", "disable_python_gc", "dump_state",
+    "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor",
+    "log_level",
+    "managed_gradient_accumulation", "memory_breakdown", "optimizer", "prescale_gradients",
+    "sparse_gradients", "steps_per_print",
+    "tensorboard", "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown", "wandb",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
 
@@ -62,14 +68,19 @@ class Settings:
         """Reads ``file``; without one, ZeRO 2 and DeepSpeed's defaults.
 
         Raises:
-            UserError: the file cannot be read, is no JSON object, or has a key twice or one that nobody knows.
+            UserError: the file cannot be read, is no JSON object, or has a key twice or one that nobody
+                knows.
         """
         self.file = file or "the built-in DeepSpeed settings"
         self.values: dict[str, Any] = _read(Path(file)) if file else {"zero_optimization": {"stage": 2}}
         for key in self.values:
             if key not in _KNOWN and key not in _REFUSED:
                 meant = nearest(key, [*_KNOWN])
-                self.fail(key, "is not a key of DeepSpeed's that is known here", f"did you mean {meant}?" if meant else "leave it out")
+                self.fail(
+                    key,
+                    "is not a key of DeepSpeed's that is known here",
+                    f"did you mean {meant}?" if meant else "leave it out",
+                )
 
     def fail(self, key: str, problem: str, cure: str) -> None:
         """Raises the error about ``key``."""
@@ -80,7 +91,9 @@ class Settings:
         value: Any = self.values
         for part in key.split("."):
             if not isinstance(value, dict):
-                self.fail(key.rpartition(".")[0], "is no object", "see DeepSpeed's documentation of this file")
+                self.fail(
+                    key.rpartition(".")[0], "is no object", "see DeepSpeed's documentation of this file"
+                )
             value = value.get(part)
             if value is None or value == "auto":
                 return None
@@ -101,7 +114,11 @@ class Settings:
         if said is None:
             self.put(key, wanted)
         elif said != wanted or isinstance(said, bool) != isinstance(wanted, bool):
-            self.fail(key, f"is {json.dumps(said)}, but {option} says {json.dumps(wanted)}", 'write "auto", or the same in both')
+            self.fail(
+                key,
+                f"is {json.dumps(said)}, but {option} says {json.dumps(wanted)}",
+                'write "auto", or the same in both',
+            )
 
     @property
     def stage(self) -> int:
@@ -111,7 +128,13 @@ class Settings:
     @property
     def held_dtype(self) -> torch.dtype | None:
         """What DeepSpeed turns the working copies of all weights into; None leaves them as they are."""
-        return torch.bfloat16 if self.get("bf16.enabled") else torch.float16 if self.get("fp16.enabled") else None
+        return (
+            torch.bfloat16
+            if self.get("bf16.enabled")
+            else torch.float16
+            if self.get("fp16.enabled")
+            else None
+        )
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -131,7 +154,11 @@ def read_settings(config: Config, world: int, device: torch.device, precision: s
     settings = Settings(config.deepspeed_config)
     for key, reason in _REFUSED.items():
         value = settings.get(key)
-        off = value.get("enabled", True) is False if isinstance(value, dict) else not value or (key.endswith("_size") and value == 1)
+        off = (
+            value.get("enabled", True) is False
+            if isinstance(value, dict)
+            else not value or (key.endswith("_size") and value == 1)
+        )
         if not off:
             settings.fail(key, f"cannot be used here: {reason}", "leave the key out")
     _check_zero(settings)
@@ -146,10 +173,14 @@ def read_settings(config: Config, world: int, device: torch.device, precision: s
 
 
 def loss_scale(settings: Settings) -> LossScale:
-    """The scale of float16 losses, begun and kept as ``fp16`` says. DeepSpeed's own is 1: one place decides about skipped steps."""
+    """The scale of float16 losses, begun and kept as ``fp16`` says. DeepSpeed's own is 1: one place decides
+    about skipped steps."""
     scale = LossScale(settings.get("fp16.enabled"))
     if scale.enabled:
-        fixed, power = settings.values["fp16"].pop("loss_scale", 0), settings.values["fp16"].get("initial_scale_power", 16)
+        fixed, power = (
+            settings.values["fp16"].pop("loss_scale", 0),
+            settings.values["fp16"].get("initial_scale_power", 16),
+        )
         scale.INTERVAL = settings.values["fp16"].get("loss_scale_window", scale.INTERVAL)  # type: ignore[misc]
         scale.scale, scale.enabled = float(fixed or 2.0**power), not fixed
         settings.put("fp16.loss_scale", 1.0)
@@ -161,15 +192,21 @@ def _read(file: Path) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise UserError(f"{file}: {', '.join(twice)} is there twice. Cure: keep one (--deepspeed_config ...)")
+            raise UserError(
+                f"{file}: {', '.join(twice)} is there twice. Cure: keep one (--deepspeed_config ...)"
+            )
         return dict(pairs)
 
     try:
         values = json.loads(file.read_text("utf-8"), object_pairs_hook=once)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Cure: give a DeepSpeed JSON (--deepspeed_config ...)") from error
+        raise UserError(
+            f"{file} cannot be read ({error}). Cure: give a DeepSpeed JSON (--deepspeed_config ...)"
+        ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: no JSON: {error.msg} in column {error.colno} (--deepspeed_config ...)") from error
+        raise UserError(
+            f"{file}:{error.lineno}: no JSON: {error.msg} in column {error.colno} (--deepspeed_config ...)"
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: a DeepSpeed JSON is an object, {{...}} (--deepspeed_config ...)")
     return values
@@ -178,32 +215,57 @@ def _read(file: Path) -> dict[str, Any]:
 def _check_zero(settings: Settings) -> None:
     stage = settings.get("zero_optimization.stage")
     if stage is None or stage == 0:
-        settings.fail("zero_optimization.stage", f"is {json.dumps(stage)}", "1, 2 or 3; without ZeRO use --engine ddp")
+        settings.fail(
+            "zero_optimization.stage", f"is {json.dumps(stage)}", "1, 2 or 3; without ZeRO use --engine ddp"
+        )
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         settings.fail("zero_optimization.stage", f"is {json.dumps(stage)}", "1, 2 or 3")
     for part in ("offload_optimizer", "offload_param"):
         device = settings.get(f"zero_optimization.{part}.device")
         if device not in (None, "none", "cpu"):
-            settings.fail(f"zero_optimization.{part}.device", f"is {json.dumps(device)}, which checkpoints cannot read", '"cpu" or "none"')
+            settings.fail(
+                f"zero_optimization.{part}.device",
+                f"is {json.dumps(device)}, which checkpoints cannot read",
+                '"cpu" or "none"',
+            )
     if settings.get("zero_optimization.offload_optimizer.ratio") not in (None, 1):
-        settings.fail("zero_optimization.offload_optimizer.ratio", "needs DeepSpeedCPUAdam, which is not used", "leave it out")
+        settings.fail(
+            "zero_optimization.offload_optimizer.ratio",
+            "needs DeepSpeedCPUAdam, which is not used",
+            "leave it out",
+        )
     if settings.get("managed_gradient_accumulation") is False:
-        settings.fail("managed_gradient_accumulation", "is false", "leave it out; the trainer says which micro-batch is the last")
+        settings.fail(
+            "managed_gradient_accumulation",
+            "is false",
+            "leave it out; the trainer says which micro-batch is the last",
+        )
     if settings.get("gradient_allreduce_op") not in (None, "mean"):
-        settings.fail("gradient_allreduce_op", "changes nothing but the size of the step", "leave it out; losses are sums over all targets")
+        settings.fail(
+            "gradient_allreduce_op",
+            "changes nothing but the size of the step",
+            "leave it out; losses are sums over all targets",
+        )
 
 
 def _check_batch(settings: Settings, config: Config, world: int) -> None:
     settings.agree("train_micro_batch_size_per_gpu", config.batch_size, "--batch_size")
-    settings.agree("gradient_accumulation_steps", config.gradient_accumulation_steps, "--gradient_accumulation_steps")
+    settings.agree(
+        "gradient_accumulation_steps", config.gradient_accumulation_steps, "--gradient_accumulation_steps"
+    )
     total = config.batch_size * config.gradient_accumulation_steps * world
     settings.agree(
         "train_batch_size", total, f"--batch_size {config.batch_size} x --gradient_accumulation_steps "
         f"{config.gradient_accumulation_steps} x {world} process(es)",
     )  # fmt: skip
-    # DeepSpeed takes one micro-batch for one sample. It is told of two or more of them, since which is the last is said to it.
+    # DeepSpeed takes one micro-batch for one sample. It is told of two or more of them, since which is the
+    # last is said to it.
     steps = max(2, config.gradient_accumulation_steps)
-    settings.values |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": steps, "train_batch_size": steps * world}
+    settings.values |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": steps * world,
+    }
 
 
 def _check_optimizer(settings: Settings, config: Config) -> None:
@@ -233,7 +295,11 @@ def _check_precision(settings: Settings, precision: str, device: torch.device) -
         said = str(settings.get("torch_autocast.dtype") or precision).removeprefix("torch.")
         said = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}.get(said, said)
         if said != precision or precision != "bf16":
-            settings.fail("torch_autocast", f"computes in {said}, but the run in {precision}", "use it with bfloat16 and --precision bf16")
+            settings.fail(
+                "torch_autocast",
+                f"computes in {said}, but the run in {precision}",
+                "use it with bfloat16 and --precision bf16",
+            )
         if settings.get("bf16.enabled"):
             settings.fail("torch_autocast.enabled", "and bf16.enabled exclude each other", "keep one")
         settings.put("torch_autocast.dtype", "bfloat16")
@@ -242,10 +308,16 @@ def _check_precision(settings: Settings, precision: str, device: torch.device) -
         settings.agree("bf16.enabled", precision == "bf16", f"the precision, {precision} (--precision),")
     settings.agree("fp16.enabled", precision == "fp16", f"the precision, {precision} (--precision),")
     if precision == "fp16" and device.type == "cpu":
-        settings.fail("fp16.enabled", "is true, which DeepSpeed cannot do on a CPU", "--precision bf16 or fp32")
+        settings.fail(
+            "fp16.enabled", "is true, which DeepSpeed cannot do on a CPU", "--precision bf16 or fp32"
+        )
     low, accumulated = settings.held_dtype is not None, settings.get("data_types.grad_accum_dtype")
     if low and settings.stage == 1 and accumulated == "fp32":
-        settings.fail("data_types.grad_accum_dtype", 'is "fp32", which ZeRO 1 does by another optimiser', "ZeRO 2, or leave it out")
+        settings.fail(
+            "data_types.grad_accum_dtype",
+            'is "fp32", which ZeRO 1 does by another optimiser',
+            "ZeRO 2, or leave it out",
+        )
     if low and settings.stage > 1 and accumulated is None:
         settings.put("data_types.grad_accum_dtype", "fp32")  # as the other engines do
 
@@ -254,10 +326,18 @@ def _fill(settings: Settings) -> None:
     if settings.get("steps_per_print") is None:
         settings.put("steps_per_print", sys.maxsize)  # the trainer prints
     settings.put("zero_force_ds_cpu_optimizer", False)
-    if settings.stage < 3 and not settings.offloads_optimizer and settings.get("zero_optimization.compute_grad_norm") is None:
+    if (
+        settings.stage < 3
+        and not settings.offloads_optimizer
+        and settings.get("zero_optimization.compute_grad_norm") is None
+    ):
         settings.put("zero_optimization.compute_grad_norm", False)  # known before the step
 
 
 def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
     """Without what is still "auto": DeepSpeed's own default."""
-    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in values.items() if value != "auto"}
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }

@@ -12,14 +12,16 @@ from unigen.training.shards import Shard
 
 
 class EMA:
-    """``average = decay * average + (1 - decay) * weights`` after every optimiser step, in float32, trainable parameters only.
+    """``average = decay * average + (1 - decay) * weights`` after every optimiser step, in float32, trainable
+    parameters only.
 
-    float32 because one step moves the average by far less than half a unit in the last place of bfloat16. Each process averages
-    what it holds.
+    float32 because one step moves the average by far less than half a unit in the last place of bfloat16.
+    Each process averages what it holds.
     """
 
     def __init__(self, shards: Sequence[Shard], decay: float):
-        """Starts from the weights as they are; ``decay`` is the share of the old average that a step keeps, between 0 and 1."""
+        """Starts from the weights as they are; ``decay`` is the share of the old average that a step keeps,
+        between 0 and 1."""
         assert 0 < decay < 1
         self.decay = decay
         self.shards = [shard for shard in shards if shard.trains]
@@ -32,7 +34,9 @@ class EMA:
         """Takes the present weights into the average; once after each optimiser step."""
         assert not self._swapped, "the model holds the average itself now"
         if self.values:
-            torch._foreach_lerp_(list(self.values.values()), [shard.value for shard in self.shards], 1.0 - self.decay)
+            torch._foreach_lerp_(
+                list(self.values.values()), [shard.value for shard in self.shards], 1.0 - self.decay
+            )
 
     def average(self, name: str) -> Tensor:
         """The average of what this process holds of a parameter: flat float32, live."""
@@ -48,8 +52,8 @@ class EMA:
 
     @contextmanager
     def swapped(self, refresh: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """The model holds the averaged weights inside the ``with``, and its own bits again after it: inside, evaluate, and change
-        no weight. ``refresh`` tells the engine that the values changed."""
+        """The model holds the averaged weights inside the ``with``, and its own bits again after it: inside,
+        evaluate, and change no weight. ``refresh`` tells the engine that the values changed."""
         assert not self._swapped, "already swapped"
         self._swap()
         self._swapped = True

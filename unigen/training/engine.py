@@ -48,12 +48,14 @@ from unigen.training.shards import Shard, shards_of
 class Engine:
     """One process, and the base of the others.
 
-    ``torchrun`` sets the environment; without it there is one process. Use as a context manager: it ends the group.
+    ``torchrun`` sets the environment; without it there is one process. Use as a context manager: it ends the
+    group.
     """
 
     name = "single"
     grouped = False  # does one process alone have a process group, too, and train by the same code as many?
-    sharded = False  # does a forward gather parameters, so that all processes must do the same forwards in the same order?
+    # does a forward gather parameters, so that all processes must do the same forwards in the same order?
+    sharded = False
 
     def __init__(self, config: Config):
         self.config = config
@@ -102,7 +104,10 @@ class Engine:
         said = self.gather(self.precision.name)
         if len(set(said)) > 1:
             where = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(said))
-            raise ConfigError(f"precision differs from process to process ({where}), as GPUs or options do. Fix: --precision ...")
+            raise ConfigError(
+                f"precision differs from process to process ({where}), as GPUs or options do. Fix:"
+                " --precision ..."
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,7 +121,7 @@ class Engine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # ---- words -----------------------------------------------------------------------------------------------------
+    # ---- words
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums of plain numbers over all processes."""
@@ -147,7 +152,7 @@ class Engine:
         if said:
             raise UserError(f"rank 0 stopped: {said}")
 
-    # ---- build -----------------------------------------------------------------------------------------------------
+    # ---- build
 
     def load_model(self, folder: Path, stored: dict[str, Stored] | None = None) -> Bagel:
         """The model ready for training, on this process's device. It reads only what it holds.
@@ -162,10 +167,18 @@ class Engine:
         """
         c = self.config
         model, stored = build_bagel(
-            folder, lambda name: dtype_of(name, c, self.dtype), visual_gen=c.visual_gen, visual_und=c.visual_und, stored=stored
+            folder,
+            lambda name: dtype_of(name, c, self.dtype),
+            visual_gen=c.visual_gen,
+            visual_und=c.visual_und,
+            stored=stored,
         )
-        check_head_width(self.precision, model.language_model.model.layers[0].self_attn.head_width, self.facts)
-        object.__setattr__(model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None)
+        check_head_width(
+            self.precision, model.language_model.model.layers[0].self_attn.head_width, self.facts
+        )
+        object.__setattr__(
+            model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None
+        )
         self.model = prepare_model(model, c).train()
         self.compiled = compile_layers(self.model, c, self.device.type, self.name)
         self.place(stored)
@@ -183,7 +196,9 @@ class Engine:
     def start(self) -> None:
         """Wraps the model for training and builds the optimiser."""
         self.wrapped = self.wrap(self.model)
-        self._optimised = {name: self.local(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        self._optimised = {
+            name: self.local(p) for name, p in self.model.named_parameters() if p.requires_grad
+        }
         self.optimizer = build_optimizer(self.model, self._optimised, self.config)
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -194,7 +209,7 @@ class Engine:
         """What this process holds of a parameter, as the optimiser's own."""
         return p
 
-    # ---- the step --------------------------------------------------------------------------------------------------
+    # ---- the step
 
     @property
     def compiles(self) -> bool:
@@ -215,7 +230,8 @@ class Engine:
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradient of this process's part of the step's loss; after the last one it is that of all processes' sum."""
+        """Adds the gradient of this process's part of the step's loss; after the last one it is that of all
+        processes' sum."""
         (loss * self.scale.scale).backward()
 
     def grad_norm(self) -> float:
@@ -223,7 +239,8 @@ class Engine:
         return float(squared_norm(self._gradients())) ** 0.5 / self.scale.scale
 
     def step(self, lr: float, norm: float) -> None:
-        """An update with the gradient, whose norm is ``norm``, clipped to ``max_grad_norm``; the gradient is gone afterwards."""
+        """An update with the gradient, whose norm is ``norm``, clipped to ``max_grad_norm``; the gradient is
+        gone afterwards."""
         scale_gradients(self._gradients(), clipping(norm, self.config.max_grad_norm) / self.scale.scale)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
@@ -240,14 +257,16 @@ class Engine:
         return [p.grad for p in self._optimised.values() if p.grad is not None]
 
     def whole(self) -> AbstractContextManager[None]:
-        """Inside, parts of ``self.model`` may be called directly, not only the whole of it (sampling does)."""
+        """Inside, parts of ``self.model`` may be called directly, not only the whole of it (sampling
+        does)."""
         return contextlib.nullcontext()
 
     def tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The parameters of a part of the model by name, whole, one after another; all processes do this together."""
+        """The parameters of a part of the model by name, whole, one after another; all processes do this
+        together."""
         yield from module.named_parameters()
 
-    # ---- state -----------------------------------------------------------------------------------------------------
+    # ---- state
 
     def shards(self) -> list[Shard]:
         """What this process holds of every parameter, in the model's order."""
@@ -278,7 +297,8 @@ class DataParallel(Engine):
         return contextlib.nullcontext() if last else self.wrapped.no_sync()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        (loss * (self.world * self.scale.scale)).backward()  # gradients are averaged; the loss is a sum over processes
+        # gradients are averaged; the loss is a sum over processes
+        (loss * (self.world * self.scale.scale)).backward()
 
 
 ENGINES: dict[str, str] = {
@@ -299,7 +319,10 @@ def open_engine(config: Config) -> Engine:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     name = config.engine if config.engine != "auto" else "ddp" if world > 1 else "single"
     if name == "single" and world > 1:
-        raise ConfigError(f"engine is single, but {world} processes were started; use --engine ddp or fsdp2, or start one without torchrun")
+        raise ConfigError(
+            f"engine is single, but {world} processes were started; use --engine ddp or fsdp2, or start one"
+            " without torchrun"
+        )
     if name == "ddp" and world == 1:
         name = "single"
     module, _, attribute = ENGINES[name].partition(":")

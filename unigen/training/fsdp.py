@@ -1,8 +1,8 @@
-"""Fully sharded data parallel: PyTorch's ``fully_shard`` (FSDP2). Each process holds its rows of every parameter, of its gradient,
-moments and average; a layer is gathered while it runs.
+"""Fully sharded data parallel: PyTorch's ``fully_shard`` (FSDP2). Each process holds its rows of every
+parameter, of its gradient, moments and average; a layer is gathered while it runs.
 
-With ``shard_size`` the processes form groups that each hold one copy between them (hybrid sharding): gathering then stays
-inside a group, say a node, and only gradients travel between groups.
+With ``shard_size`` the processes form groups that each hold one copy between them (hybrid sharding):
+gathering then stays inside a group, say a node, and only gradients travel between groups.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Rows
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -37,21 +43,28 @@ class FullyShard(Engine):
         super().__init__(config)
         size = config.shard_size or self.world
         if self.world % size:
-            raise ConfigError(f"shard_size is {size}, which does not divide the {self.world} processes (--shard_size ...)")
+            raise ConfigError(
+                f"shard_size is {size}, which does not divide the {self.world} processes (--shard_size ...)"
+            )
         names = ("replicate", "shard") if size < self.world else ("shard",)
         shape = (self.world // size, size) if size < self.world else (self.world,)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
-    # ---- build -----------------------------------------------------------------------------------------------------
+    # ---- build
 
     def place(self, stored: dict[str, Stored]) -> None:
         """Shards the model while it lies nowhere; then every process reads its rows."""
         c, model = self.config, self.model
-        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if c.cpu_offload else OffloadPolicy()
-        # Layers are gathered in the dtype they compute in. Embeddings, text head, final norms, and the residual stream between
-        # layers stay as they are without sharding. On a CPU autocast alone lowers the precision, of what it can be lowered for.
+        offload = (
+            CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if c.cpu_offload else OffloadPolicy()
+        )
+        # Layers are gathered in the dtype they compute in. Embeddings, text head, final norms, and the
+        # residual stream between layers stay as they are without sharding. On a CPU autocast alone lowers the
+        # precision, of what it can be lowered for.
         dtype = None if self.dtype == torch.float32 or self.device.type == "cpu" else self.dtype
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+        )
         layers: list[nn.Module] = [*model.language_model.model.layers]
         if model.config.visual_und:
             layers += model.vit_model.vision_model.encoder.layers
@@ -68,18 +81,19 @@ class FullyShard(Engine):
     def local(self, p: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(_rows(p))
 
-    # ---- the step --------------------------------------------------------------------------------------------------
+    # ---- the step
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        # Gradients are summed into shards with every micro-batch: kept whole they would fill the memory that sharding saves. Between
-        # the copies of hybrid sharding they travel once a step.
+        # Gradients are summed into shards with every micro-batch: kept whole they would fill the memory that
+        # sharding saves. Between the copies of hybrid sharding they travel once a step.
         self.model.set_requires_all_reduce(last)
         yield
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.model.set_is_last_backward(last)
-        (loss * (self.world * self.scale.scale)).backward()  # gradients are averaged; the loss is a sum over processes
+        # gradients are averaged; the loss is a sum over processes
+        (loss * (self.world * self.scale.scale)).backward()
         if last:
             for name, p in self.model.named_parameters():
                 if p.grad is not None:
@@ -103,7 +117,7 @@ class FullyShard(Engine):
         for name, p in module.named_parameters():
             yield name, p.detach().full_tensor() if isinstance(p, DTensor) else p
 
-    # ---- state -----------------------------------------------------------------------------------------------------
+    # ---- state
 
     def refresh(self) -> None:
         """After a forward without a backward the root is still gathered, with the values of before."""
@@ -118,7 +132,16 @@ class FullyShard(Engine):
             value = _rows(p).view(-1)
             _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
             row = p.shape[1:].numel()
-            found.append(Shard(name, p.shape, offset[0] * row if len(value) else 0, value, p.requires_grad, first_copy and len(value) > 0))
+            found.append(
+                Shard(
+                    name,
+                    p.shape,
+                    offset[0] * row if len(value) else 0,
+                    value,
+                    p.requires_grad,
+                    first_copy and len(value) > 0,
+                )
+            )
         return found
 
 

@@ -1,4 +1,5 @@
-"""What must not ruin a run: records whose pictures broke meanwhile, steps whose numbers make no sense, a metric that stopped improving.
+"""What must not ruin a run: records whose pictures broke meanwhile, steps whose numbers make no sense, a
+metric that stopped improving.
 
 Every decision is the same on all processes, since it rests on sums over all of them.
 """
@@ -20,8 +21,10 @@ from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
 
-MAX_BAD_SHARE = 0.01  # with on_bad_record=skip, of all records; the data set holds the same line before training
-WINDOW, FEWEST = 100, 20  # gradient norms that a spike is measured against: the last ones, and how many there must be
+# with on_bad_record=skip, of all records; the data set holds the same line before training
+MAX_BAD_SHARE = 0.01
+# gradient norms that a spike is measured against: the last ones, and how many there must be
+WINDOW, FEWEST = 100, 20
 
 
 class TrainingStopped(UserError):
@@ -29,7 +32,8 @@ class TrainingStopped(UserError):
 
 
 class Guards:
-    """Counts what went wrong, lists it in the run's folder, and stops the run where it goes on going wrong."""
+    """Counts what went wrong, lists it in the run's folder, and stops the run where it goes on going
+    wrong."""
 
     def __init__(self, engine: Engine, config: Config, output_dir: Path):
         self.engine, self.config, self.output_dir = engine, config, output_dir
@@ -39,7 +43,11 @@ class Guards:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to decide alike."""
-        return {"skipped_in_a_row": self.in_a_row, "grad_norms": list(self.norms), "stale_validations": self.stale}
+        return {
+            "skipped_in_a_row": self.in_a_row,
+            "grad_norms": list(self.norms),
+            "stale_validations": self.stale,
+        }
 
     def load(self, state: dict[str, Any], step: int) -> None:
         """Goes on from ``step``: later ones will be taken, and listed, again."""
@@ -52,13 +60,14 @@ class Guards:
         self.in_a_row, self.stale = state.get("skipped_in_a_row", 0), state.get("stale_validations", 0)
         self.norms.extend(state.get("grad_norms", ()))
 
-    # ---- steps -----------------------------------------------------------------------------------------------------
+    # ---- steps
 
     def refuses(self, losses: Sequence[float], grad_norm: float) -> str:
         """Why a step must not be taken; "" where nothing speaks against it."""
         if not all(map(math.isfinite, losses)):
             return "its loss is not finite"
-        # With loss scaling an overflowing gradient is the scaler's business: it skips the step and lowers the scale.
+        # With loss scaling an overflowing gradient is the scaler's business: it skips the step and lowers the
+        # scale.
         if not math.isfinite(grad_norm):
             return "" if self.engine.precision.name == "fp16" else "its gradient is not finite"
         k = self.config.spike_sigma
@@ -66,7 +75,10 @@ class Guards:
             mean = math.fsum(self.norms) / len(self.norms)
             deviation = math.sqrt(math.fsum((n - mean) ** 2 for n in self.norms) / len(self.norms))
             if grad_norm > mean + k * deviation:
-                return f"its gradient norm {grad_norm:.4g} is a spike (the last {len(self.norms)}: {mean:.4g} ± {deviation:.4g})"
+                return (
+                    f"its gradient norm {grad_norm:.4g} is a spike (the last {len(self.norms)}: {mean:.4g} ±"
+                    f" {deviation:.4g})"
+                )
         return ""
 
     def took(self, grad_norm: float) -> None:
@@ -92,15 +104,16 @@ class Guards:
             log.warning("Step %d skipped: %s; its records are listed in bad_steps.jsonl", step, why)
         if self.in_a_row >= self.config.max_skipped_steps:
             raise TrainingStopped(
-                f"step {step}: {why}, as in the {self.in_a_row - 1} steps before it "
-                f"(max_skipped_steps is {self.config.max_skipped_steps}). "
-                "Cure: lower --learning_rate, look at the records in bad_steps.jsonl, then resume with --resume_from_checkpoint auto"
+                f"step {step}: {why}, as in the {self.in_a_row - 1} steps before it (max_skipped_steps is"
+                f" {self.config.max_skipped_steps}). Cure: lower --learning_rate, look at the records in"
+                " bad_steps.jsonl, then resume with --resume_from_checkpoint auto"
             )
 
-    # ---- records ---------------------------------------------------------------------------------------------------
+    # ---- records
 
     def check_rows(self, rows: Sequence[Row], stream: RowStream) -> None:
-        """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl`` while they are few.
+        """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl`` while
+        they are few.
 
         Raises:
             TrainingStopped: with ``on_bad_record`` error, or above 1 % of all records.
@@ -113,7 +126,8 @@ class Guards:
         message = f"{first['file']}:{first['line']}: {first['code']}: {first['found']}"
         if self.config.on_bad_record == "error":
             raise TrainingStopped(
-                f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with --resume_from_checkpoint auto"
+                f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with"
+                " --resume_from_checkpoint auto"
             )
         if self.engine.main:
             with open(self.output_dir / "bad_records.jsonl", "a+", encoding="utf-8") as f:
@@ -127,11 +141,12 @@ class Guards:
         count, total = mixture.left_out + len(stream.unreadable), mixture.left_out + mixture.total
         if count > MAX_BAD_SHARE * total:
             raise TrainingStopped(
-                f"{message}; now {count:,} of {total:,} records cannot be used, more than {MAX_BAD_SHARE:.0%}. "
-                "Cure: see bad_records.jsonl, bring the pictures back, then resume with --resume_from_checkpoint auto"
+                f"{message}; now {count:,} of {total:,} records cannot be used, more than"
+                f" {MAX_BAD_SHARE:.0%}. Cure: see bad_records.jsonl, bring the pictures back, then resume"
+                " with --resume_from_checkpoint auto"
             )
 
-    # ---- validation --------------------------------------------------------------------------------------------------
+    # ---- validation
 
     def validated(self, better: bool) -> None:
         """Notes a validation: was it better than all before?"""

@@ -22,7 +22,8 @@ class Elsewhere(Exception):
 
 
 class _Unwind(Exception):
-    """This process cannot go on with this prompt; what happened is noted, and the others are still to be told."""
+    """This process cannot go on with this prompt; what happened is noted, and the others are still to be
+    told."""
 
 
 def expected(error: BaseException) -> bool:
@@ -37,11 +38,13 @@ def stopped() -> BaseException:
 
 
 class Lockstep:
-    """Processes that hold a sharded model between them: every layer gathers its parameters from all, so none may leave alone.
+    """Processes that hold a sharded model between them: every layer gathers its parameters from all, so none
+    may leave alone.
 
-    They meet before every stack of layers, at every choice of a token and at the end of a prompt, and tell each other whether they can
-    go on; rank 0's number is everyone's. A process that fails inside a stack goes through the rest of it without computing, and so
-    stays in step. A failure of gathering itself cannot be told to anyone: it ends the process, and the launcher the others.
+    They meet before every stack of layers, at every choice of a token and at the end of a prompt, and tell
+    each other whether they can go on; rank 0's number is everyone's. A process that fails inside a stack goes
+    through the rest of it without computing, and so stays in step. A failure of gathering itself cannot be
+    told to anyone: it ends the process, and the launcher the others.
     """
 
     def __init__(self, engine: Engine, model: Bagel, idle: Callable[[], None]):
@@ -60,7 +63,10 @@ class Lockstep:
                 self.idle()
             except BaseException as error:
                 self.failure = error
-        failed, ended = self.failure is not None, self.failure is not None and not isinstance(self.failure, Exception)
+        failed, ended = (
+            self.failure is not None,
+            self.failure is not None and not isinstance(self.failure, Exception),
+        )
         failures, ends, first = self.engine.sum([failed, ended, number if self.engine.main else 0])
         self.stop = ends > 0
         if failures:
@@ -68,7 +74,8 @@ class Lockstep:
         return int(first)
 
     def attempt(self, work: Callable[[], None]) -> Exception | None:
-        """Runs ``work`` on all processes; why it failed, here or elsewhere, or None. Raises what is no Exception on all of them."""
+        """Runs ``work`` on all processes; why it failed, here or elsewhere, or None. Raises what is no
+        Exception on all of them."""
         self.failure = elsewhere = None
         try:
             self.meet()

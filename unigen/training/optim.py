@@ -22,18 +22,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """The trainable parameters in two groups: matrices decay; biases, norms and embeddings do not.
 
     Returns:
-        Groups for a PyTorch optimiser, ``params`` as (name, parameter) pairs, so that it remembers ``param_names``.
+        Groups for a PyTorch optimiser, ``params`` as (name, parameter) pairs, so that it remembers
+        ``param_names``.
 
     Raises:
         ConfigError: nothing is trainable.
     """
-    names: dict[nn.Parameter, list[str]] = {}  # a tied parameter has several names, and one of them may be the embedding's
+    # a tied parameter has several names, and one of them may be the embedding's
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(parameter, []).append(name)
     if not names:
-        raise ConfigError("no parameter is trainable; unfreeze a part of the model (--freeze_llm, --freeze_vit, --freeze_und)")
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+        raise ConfigError(
+            "no parameter is trainable; unfreeze a part of the model (--freeze_llm, --freeze_vit,"
+            " --freeze_und)"
+        )
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
     for parameter, known_as in names.items():
         embedding = any(map(is_embedding, known_as))
         decays = parameter.ndim >= 2 and not embedding
@@ -41,8 +49,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, held: Mapping[str, nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW over what this process holds of the trainable parameters of ``model``, in one fused kernel where all of it lives on CUDA.
+def build_optimizer(
+    model: nn.Module, held: Mapping[str, nn.Parameter], config: Config
+) -> torch.optim.Optimizer:
+    """AdamW over what this process holds of the trainable parameters of ``model``, in one fused kernel where
+    all of it lives on CUDA.
 
     Args:
         model: decides the groups: names and shapes of its parameters.
@@ -67,8 +78,11 @@ def build_optimizer(model: nn.Module, held: Mapping[str, nn.Parameter], config: 
     )
 
 
-def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[float, Tensor, Tensor] | None:
-    """Updates so far and the two moments, flat float32 [n]: the live ones, with 8 bits copies in host memory. None before an update."""
+def moments_of(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> tuple[float, Tensor, Tensor] | None:
+    """Updates so far and the two moments, flat float32 [n]: the live ones, with 8 bits copies in host memory.
+    None before an update."""
     if not isinstance(optimizer, torch.optim.AdamW):
         from unigen.training import adam8bit
 
@@ -77,8 +91,15 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tup
     return (float(state["step"]), *(state[moment].view(-1) for moment in MOMENTS)) if state else None
 
 
-def set_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Puts back what :func:`moments_of` gave, bit for bit. Learning rate and decay stay those of the optimiser."""
+def set_moments_of(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    step: float,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+) -> None:
+    """Puts back what :func:`moments_of` gave, bit for bit. Learning rate and decay stay those of the
+    optimiser."""
     if not isinstance(optimizer, torch.optim.AdamW):
         from unigen.training import adam8bit
 
@@ -87,7 +108,9 @@ def set_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, st
     if step == 0:
         return None
     fused = bool(optimizer.defaults["fused"])  # a fused step counts on the device, the others on the host
-    state: dict[str, Tensor] = {"step": torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")}
+    state: dict[str, Tensor] = {
+        "step": torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")
+    }
     for name, moment in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
         state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment.view(parameter.shape))
     optimizer.state[parameter] = state
@@ -102,14 +125,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
 }
-"""Share of the peak learning rate at ``progress`` in [0, 1] between the end of the warm-up and the end of training."""
+"""Share of the peak learning rate at ``progress`` in [0, 1] between the end of the warm-up and the end of
+training."""
 
 
 def learning_rate_at(step: int, total_steps: int, config: Config) -> float:
     """The learning rate of optimiser step ``step`` (from 0), a pure function of its arguments.
 
-    The warm-up rises linearly and reaches the peak on its last step; step 0 already learns. The decay would reach its end at
-    ``step == total_steps``, so the last step still learns too.
+    The warm-up rises linearly and reaches the peak on its last step; step 0 already learns. The decay would
+    reach its end at ``step == total_steps``, so the last step still learns too.
     """
     warmup = config.warmup_steps
     if warmup is None:
@@ -131,7 +155,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def squared_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all gradients, 0-d float64 on the device of the first; no value travels to the host."""
+    """Sum of the squares of all gradients, 0-d float64 on the device of the first; no value travels to the
+    host."""
     if not grads:
         return torch.zeros((), dtype=torch.float64)
     norms = [n for same in _by_kind(grads) for n in torch._foreach_norm(same, 2, dtype=torch.float32)]
@@ -154,12 +179,14 @@ def _by_kind(grads: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def clipping(norm: float, max_norm: float) -> float:
-    """What a gradient of this norm is multiplied by, so that its norm is at most ``max_norm`` (0: no limit)."""
+    """What a gradient of this norm is multiplied by, so that its norm is at most ``max_norm`` (0: no
+    limit)."""
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
 
 
 class LossScale:
-    """The scale of float16 losses (Micikevicius et al. 2018, sec. 3.2): halved at an overflow, doubled after ``INTERVAL`` good steps."""
+    """The scale of float16 losses (Micikevicius et al. 2018, sec. 3.2): halved at an overflow, doubled after
+    ``INTERVAL`` good steps."""
 
     INTERVAL = 2000
 

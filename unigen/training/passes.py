@@ -1,4 +1,5 @@
-"""Passes over the model beside the training step: the dry batch before the first, and validation; and what a step's numbers are."""
+"""Passes over the model beside the training step: the dry batch before the first, and validation; and what a
+step's numbers are."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class StepResult:
 
 
 def micro_batches(engine: Engine, packs: Sequence[Pack], counts: Counts, config: Config) -> Iterator[Tensor]:
-    """Forward and backward of a step's packed sequences on this process, one after another; the gradients add up.
+    """Forward and backward of a step's packed sequences on this process, one after another; the gradients add
+    up.
 
     Args:
         engine, config: of the run.
@@ -62,16 +64,19 @@ def micro_batches(engine: Engine, packs: Sequence[Pack], counts: Counts, config:
         last = i == len(packs) - 1
         with engine.accumulate(last):
             text_sum, image_sum = loss_sums(engine.forward(pack.to(engine.device)))
-            engine.backward(joint_loss(text_sum, image_sum, counts, config.text_loss_weight, config.image_loss_weight), last)
+            engine.backward(
+                joint_loss(text_sum, image_sum, counts, config.text_loss_weight, config.image_loss_weight),
+                last,
+            )
         yield torch.stack([text_sum, image_sum]).detach()
 
 
 def dry_batch(engine: Engine, stream: RowStream, rows: int = 1) -> None:
     """Forward and backward of the largest row, so that memory runs out now or never.
 
-    Where a step has several ``rows`` on each process it goes twice: the second forward runs while the gradients of the
-    first are held, and that is the most a step takes. Weights and average lie there already; checkpoints, the best one
-    too, are copied into host memory.
+    Where a step has several ``rows`` on each process it goes twice: the second forward runs while the
+    gradients of the first are held, and that is the most a step takes. Weights and average lie there already;
+    checkpoints, the best one too, are copied into host memory.
 
     Raises:
         TrainingStopped: it does not fit.
@@ -86,15 +91,26 @@ def dry_batch(engine: Engine, stream: RowStream, rows: int = 1) -> None:
     except torch.OutOfMemoryError as error:
         which = "" if len(packs) == 1 else f" as micro-batch {len(peaks) + 1} of a step"
         raise TrainingStopped(
-            f"The largest row, {len(pack):,} tokens, does not fit{which} into the memory of {engine.device} "
-            f"({str(error).splitlines()[0]}). Cure: --gradient_checkpointing, --precision bf16, --engine fsdp2 on several GPUs, "
-            "--optimizer adamw8bit, a smaller --batch_size, --max_num_tokens or --max_image_tokens, or freeze a part"
+            f"The largest row, {len(pack):,} tokens, does not fit{which} into the memory of {engine.device}"
+            f" ({str(error).splitlines()[0]}). Cure: --gradient_checkpointing, --precision bf16, --engine"
+            " fsdp2 on several GPUs, --optimizer adamw8bit, a smaller --batch_size, --max_num_tokens or"
+            " --max_image_tokens, or freeze a part"
         ) from error
     del held
     engine.discard()
     times = "" if len(packs) == 1 else " twice, as two micro-batches of a step"
-    took = ", at most " + " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks) if engine.device.type == "cuda" else ""
-    log.info("Dry batch: %s tokens of %d sample(s) went forward and backward%s%s", f"{len(pack):,}", pack.n_samples, times, took)
+    took = (
+        ", at most " + " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks)
+        if engine.device.type == "cuda"
+        else ""
+    )
+    log.info(
+        "Dry batch: %s tokens of %d sample(s) went forward and backward%s%s",
+        f"{len(pack):,}",
+        pack.n_samples,
+        times,
+        took,
+    )
 
 
 def _moments_to_come(engine: Engine) -> list[Tensor]:
@@ -102,7 +118,12 @@ def _moments_to_come(engine: Engine) -> list[Tensor]:
     if engine.device.type != "cuda" or engine.optimizer.state:
         return []
     dtype = torch.uint8 if engine.config.optimizer == "adamw8bit" else None
-    return [torch.empty_like(shard.value, dtype=dtype) for shard in engine.shards() if shard.trains for _ in range(2)]
+    return [
+        torch.empty_like(shard.value, dtype=dtype)
+        for shard in engine.shards()
+        if shard.trains
+        for _ in range(2)
+    ]
 
 
 def _restart_peak(device: torch.device) -> int:
@@ -115,7 +136,9 @@ def _restart_peak(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def validation_losses(engine: Engine, config: Config, rows: Iterable[list[Row]], agree: Callable[[Row], bool]) -> dict[str, float] | None:
+def validation_losses(
+    engine: Engine, config: Config, rows: Iterable[list[Row]], agree: Callable[[Row], bool]
+) -> dict[str, float] | None:
     """Mean losses over rows with fixed noise and times: the same weights give the same numbers.
 
     Args:
@@ -131,7 +154,8 @@ def validation_losses(engine: Engine, config: Config, rows: Iterable[list[Row]],
                 return None
             text_sum, image_sum = loss_sums(engine.forward(row.pack.to(engine.device)))
             totals += torch.tensor(
-                [float(text_sum), float(image_sum), row.pack.n_text_labels, row.pack.n_image_targets], dtype=torch.float64
+                [float(text_sum), float(image_sum), row.pack.n_text_labels, row.pack.n_image_targets],
+                dtype=torch.float64,
             )
     finally:
         engine.model.train()
@@ -141,5 +165,7 @@ def validation_losses(engine: Engine, config: Config, rows: Iterable[list[Row]],
         values["val_text_loss"] = text_sum / text
     if image:
         values["val_image_loss"] = image_sum / image
-    weighted = config.text_loss_weight * values.get("val_text_loss", 0.0) + config.image_loss_weight * values.get("val_image_loss", 0.0)
+    weighted = config.text_loss_weight * values.get(
+        "val_text_loss", 0.0
+    ) + config.image_loss_weight * values.get("val_image_loss", 0.0)
     return values | {"val_loss": weighted}

@@ -15,9 +15,9 @@ log = logging.getLogger("unigen")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Bytes of shared memory that a block of flex attention takes in float32 with heads of width 65 to 128, forward.
-# (Compiled with PyTorch 2.11 and 2.13 for compute capability 8.9; with TF32 134,656. Heads of width 64 take 83,968,
-# which every card that has bf16 has.)
+# Bytes of shared memory that a block of flex attention takes in float32 with heads of width 65 to 128,
+# forward. (Compiled with PyTorch 2.11 and 2.13 for compute capability 8.9; with TF32 134,656. Heads of width
+# 64 take 83,968, which every card that has bf16 has.)
 FLOAT32_BLOCK = 149_504
 
 
@@ -37,7 +37,9 @@ class DeviceFacts:
         with torch.cuda.device(device):
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         properties = torch.cuda.get_device_properties(device)
-        return cls("cuda", properties.name, has_bf16, getattr(properties, "shared_memory_per_block_optin", None))
+        return cls(
+            "cuda", properties.name, has_bf16, getattr(properties, "shared_memory_per_block_optin", None)
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ def choose_precision(config: Config, device: DeviceFacts) -> Precision:
     gpu = device.kind == "cuda"
     if asked == "auto":
         name = "bf16" if gpu and device.has_bf16 else "fp32"
-        why = f"auto: {device.name} {'has it' if device.has_bf16 else 'has no bf16'}" if gpu else f"auto: the device is {device.kind}"
+        why = (
+            f"auto: {device.name} {'has it' if device.has_bf16 else 'has no bf16'}"
+            if gpu
+            else f"auto: the device is {device.kind}"
+        )
     else:
         name, why = asked, "asked for"
         if name == "bf16" and gpu and not device.has_bf16:
@@ -74,25 +80,37 @@ def choose_precision(config: Config, device: DeviceFacts) -> Precision:
 
 
 def check_head_width(precision: Precision, width: int, device: DeviceFacts) -> None:
-    """Raises ConfigError where the training attention's float32 kernel does not fit the GPU; ``width`` is that of a head."""
+    """Raises ConfigError where the training attention's float32 kernel does not fit the GPU; ``width`` is
+    that of a head."""
     room = device.shared_memory
-    if precision.name == "fp32" and device.kind == "cuda" and width > 64 and room is not None and room < FLOAT32_BLOCK:
+    if (
+        precision.name == "fp32"
+        and device.kind == "cuda"
+        and width > 64
+        and room is not None
+        and room < FLOAT32_BLOCK
+    ):
         raise ConfigError(
-            f"precision is fp32, but attention in float32 with heads of width {width} needs {FLOAT32_BLOCK:,} bytes of shared memory a "
-            f"block, and {device.name} has {room:,}. Fix: {'--precision bf16' if device.has_bf16 else '--precision fp16'}, or --device cpu"
+            f"precision is fp32, but attention in float32 with heads of width {width} needs {FLOAT32_BLOCK:,}"
+            f" bytes of shared memory a block, and {device.name} has {room:,}. Fix:"
+            f" {'--precision bf16' if device.has_bf16 else '--precision fp16'}, or --device cpu"
         )
 
 
 def stored_precision(options: Mapping[str, Any]) -> str:
     """The precision of a run from the options in its checkpoint, which older ones hold as two switches."""
-    return options.get("precision") or ("bf16" if options.get("bf16") else "fp16" if options.get("fp16") else "fp32")
+    return options.get("precision") or (
+        "bf16" if options.get("bf16") else "fp16" if options.get("fp16") else "fp32"
+    )
 
 
 def tell_change(options: Mapping[str, Any], precision: Precision) -> None:
-    """Says where a resumed run goes on in another precision than that of its checkpoint, whose options are ``options``."""
+    """Says where a resumed run goes on in another precision than that of its checkpoint, whose options are
+    ``options``."""
     before = stored_precision(options)
     if before != precision.name:
         log.warning(
-            "This run was computed in %s and goes on in %s (%s), so its losses can differ from here on. Fix: --precision %s",
+            "This run was computed in %s and goes on in %s (%s), so its losses can differ from here on. Fix: "
+            "--precision %s",
             before, precision.name, precision.why, before,
         )  # fmt: skip

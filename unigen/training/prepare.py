@@ -1,4 +1,5 @@
-"""What is done to a model for training, from outside and in one order: time law, freezing, checkpointing, compiling."""
+"""What is done to a model for training, from outside and in one order: time law, freezing, checkpointing,
+compiling."""
 
 from __future__ import annotations
 
@@ -35,11 +36,13 @@ def compile_layers(model: Bagel, config: Config, device: str, engine: str) -> Co
 
 
 def tell_compiling(options: Mapping[str, Any], compiled: bool) -> None:
-    """Says where a resumed run goes on with layers compiled unlike those of its checkpoint, whose options are ``options``."""
+    """Says where a resumed run goes on with layers compiled unlike those of its checkpoint, whose options are
+    ``options``."""
     before = options.get("compile", "off") == "on"
     if before != compiled:
         log.warning(
-            "This run's layers were %s and are %s now: its numbers can differ in the last digits from here on. Fix: --compile %s",
+            "This run's layers were %s and are %s now: its numbers can differ in the last digits from here "
+            "on. Fix: --compile %s",
             *("compiled" if so else "not compiled" for so in (before, compiled)), "on" if before else "off",
         )  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""Samples while training: the model as it stands answers fixed prompts with fixed seeds, so that its answers can be compared over the
-steps. The training goes on to the bit as without them.
+"""Samples while training: the model as it stands answers fixed prompts with fixed seeds, so that its answers
+can be compared over the steps. The training goes on to the bit as without them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ MAX_PIECES = 4  # of an answer whose pieces the model chooses
 
 # Kind of a prompt -> the pieces of its answer; None: as the model decides.
 OUTPUTS: dict[str, list[str] | None] = {"draw": ["image"], "answer": ["text"], "auto": None}
-Answer = dict[str, Any]  # {"pieces": [{"text": str} | {"image": PNG in base64}], and "error": str where there is none}
+# {"pieces": [{"text": str} | {"image": PNG in base64}], and "error": str where there is none}
+Answer = dict[str, Any]
 
 
 class Sampler:
@@ -47,8 +48,8 @@ class Sampler:
 
     Args:
         config: of the run; ``sample_prompts`` is given.
-        engine: of the run. Where every process holds the whole model each answers its share of the prompts; where it is sharded all
-            answer all of them together, and rank 0's choices count.
+        engine: of the run. Where every process holds the whole model each answers its share of the prompts;
+            where it is sharded all answer all of them together, and rank 0's choices count.
         model: of the engine, loaded.
 
     Raises:
@@ -59,10 +60,13 @@ class Sampler:
         assert config.sample_prompts is not None and model.source is not None
         self.config, self.engine, self.model = config, engine, model
         self.folder = Path(config.output_dir) / FOLDER
-        self.idle: Callable[[], None] = lambda: None  # called before every prompt, token and Euler step; it may raise to end the samples
+        # called before every prompt, token and Euler step; it may raise to end the samples
+        self.idle: Callable[[], None] = lambda: None
         self.prompts = read_prompts(config.sample_prompts, config.seed)
         training, tokenizer = model.training, Tokenizer.load(model.source)
-        self._inferencer = InterleaveInferencer(model, tokenizer=tokenizer, vae_transform=small_pictures(config, model))
+        self._inferencer = InterleaveInferencer(
+            model, tokenizer=tokenizer, vae_transform=small_pictures(config, model)
+        )
         model.train(training)
         self._lockstep = Lockstep(engine, model, self._idle) if engine.sharded else None
         if self._lockstep is not None:
@@ -71,22 +75,29 @@ class Sampler:
             self._check(prompt)
 
     def due(self, step: int, otherwise: bool) -> bool:
-        """Are there samples after ``step``? ``otherwise`` decides where ``sample_steps`` does not: does it validate (or save)?"""
+        """Are there samples after ``step``? ``otherwise`` decides where ``sample_steps`` does not: does it
+        validate (or save)?"""
         every = self.config.sample_steps
         return step % every == 0 if every else otherwise
 
     def run(self, step: int, tracker: Tracker | None) -> None:
-        """Answers every prompt with the model as it is (swap the average in first) and publishes ``samples/step_N`` in one rename.
+        """Answers every prompt with the model as it is (swap the average in first) and publishes
+        ``samples/step_N`` in one rename.
 
-        Every process calls it; ``tracker`` is rank 0's. What goes wrong with a prompt, or with the disk, is a warning. What is no
-        ``Exception`` (``idle`` may raise ``Stopped``) on one process is raised on all of them, and leaves no folder.
+        Every process calls it; ``tracker`` is rank 0's. What goes wrong with a prompt, or with the disk, is a
+        warning. What is no ``Exception`` (``idle`` may raise ``Stopped``) on one process is raised on all of
+        them, and leaves no folder.
         """
         began, device, training = time.perf_counter(), self.engine.device, self.model.training
         stop: BaseException | None = None
         answers: dict[int, Answer] = {}
         self.model.eval()
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), self.engine.autocast():
+            with (
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                torch.no_grad(),
+                self.engine.autocast(),
+            ):
                 if self._lockstep is not None:
                     with self.engine.whole(), self._lockstep.watching():
                         answers = self._answer_in_step(self._lockstep)
@@ -99,20 +110,31 @@ class Sampler:
             answers = self._collect(answers, stop)
         if self.engine.main:
             self._publish(step, [answers[number] for number in range(len(self.prompts))], tracker)
-            log.info("Samples of step %d: %s (%.1f s)", step, self.folder / f"step_{step}", time.perf_counter() - began)
+            log.info(
+                "Samples of step %d: %s (%.1f s)",
+                step,
+                self.folder / f"step_{step}",
+                time.perf_counter() - began,
+            )
 
     def _idle(self) -> None:
         self.idle()
 
-    # ---- answers ---------------------------------------------------------------------------------------------------
+    # ---- answers
 
     def _check(self, prompt: Prompt) -> None:
         """Raises PromptError where this model cannot answer."""
         config = self.model.config
         if prompt.kind == "draw" and not config.visual_gen:
-            raise PromptError(f"{prompt.where}: kind is draw, but with visual_gen=false the model cannot draw. Cure: --visual_gen true")
+            raise PromptError(
+                f"{prompt.where}: kind is draw, but with visual_gen=false the model cannot draw. Cure:"
+                " --visual_gen true"
+            )
         if prompt.images and prompt.kind != "draw" and not config.visual_und:
-            raise PromptError(f"{prompt.where}: with visual_und=false the model sees pictures only to draw. Cure: --visual_und true")
+            raise PromptError(
+                f"{prompt.where}: with visual_und=false the model sees pictures only to draw. Cure:"
+                " --visual_und true"
+            )
         if "height" in prompt.options:
             try:
                 self._inferencer.canvas_shape((prompt.options["height"], prompt.options["width"]))
@@ -127,13 +149,24 @@ class Sampler:
 
     def _warn(self, prompt: Prompt, error: BaseException) -> str:
         """Says on this process why a prompt has no answer; the words."""
-        words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        words = (
+            str(error)
+            if isinstance(error, UserError)
+            else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        )
         frames = error.__traceback__ is not None and not expected(error)
-        log.warning("No sample of %s on rank %d: %s", prompt.where, self.engine.rank, words, exc_info=error if frames else None)
+        log.warning(
+            "No sample of %s on rank %d: %s",
+            prompt.where,
+            self.engine.rank,
+            words,
+            exc_info=error if frames else None,
+        )
         return words
 
     def _answer_share(self, answers: dict[int, Answer]) -> BaseException | None:
-        """This process's prompts, into ``answers``; what broke it off, which the others must hear of first."""
+        """This process's prompts, into ``answers``; what broke it off, which the others must hear of
+        first."""
         for number in range(self.engine.rank, len(self.prompts), self.engine.world):
             prompt = self.prompts[number]
             try:
@@ -149,7 +182,9 @@ class Sampler:
 
     def _collect(self, answers: dict[int, Answer], stop: BaseException | None) -> dict[int, Answer]:
         """All processes' answers; raises where one of them was broken off."""
-        said = [json.loads(part) for part in self.engine.gather(json.dumps(None if stop is not None else answers))]
+        said = [
+            json.loads(part) for part in self.engine.gather(json.dumps(None if stop is not None else answers))
+        ]
         if stop is not None:
             raise stop
         if None in said:
@@ -165,12 +200,15 @@ class Sampler:
             if error is None:
                 answers[number] = {"pieces": packed(pieces) if self.engine.main else []}
                 continue
-            answers[number] = {"pieces": [], "error": str(error) if isinstance(error, Elsewhere) else self._warn(prompt, error)}
+            answers[number] = {
+                "pieces": [],
+                "error": str(error) if isinstance(error, Elsewhere) else self._warn(prompt, error),
+            }
             if self.engine.device.type == "cuda":
                 torch.cuda.empty_cache()
         return answers
 
-    # ---- files -----------------------------------------------------------------------------------------------------
+    # ---- files
 
     def _publish(self, step: int, answers: Sequence[Answer], tracker: Tracker | None) -> None:
         """Writes a hidden folder and renames it; a disk that fails is a warning."""
@@ -203,11 +241,14 @@ class Sampler:
                 asked |= {"images": prompt.images, "given": self._given(folder, number, prompt)}
             asked |= {"options": prompt.options} if prompt.options else {}
             index.append({**asked, **answer, "pieces": pieces})
-        (folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "index.json").write_text(
+            json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         return index
 
     def _given(self, folder: Path, number: int, prompt: Prompt) -> list[str]:
-        """Small copies of a prompt's pictures, so that the folder alone shows what was asked; none of one that is gone by now."""
+        """Small copies of a prompt's pictures, so that the folder alone shows what was asked; none of one
+        that is gone by now."""
         names = []
         for n, path in enumerate(prompt.images):
             try:
@@ -230,7 +271,8 @@ class Sampler:
 
 
 def small_pictures(config: Config, model: Bagel) -> ImageTransform:
-    """How samples resize pictures for the VAE: as the run does, but to at most ``SIDE`` pixels or the run's smallest side.
+    """How samples resize pictures for the VAE: as the run does, but to at most ``SIDE`` pixels or the run's
+    smallest side.
 
     So drawn and redrawn pictures are small; what the ViT sees is as in training.
     """

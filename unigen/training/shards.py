@@ -1,7 +1,8 @@
 """What one process holds of the model: runs of elements, whatever the engine.
 
-Plain and data-parallel training hold every parameter whole; FSDP2 holds some rows, ZeRO some elements. All of them are elements
-[start, stop) of the flattened parameter, so the average, the checkpoint and the comparison of runs need know no engine.
+Plain and data-parallel training hold every parameter whole; FSDP2 holds some rows, ZeRO some elements. All of
+them are elements [start, stop) of the flattened parameter, so the average, the checkpoint and the comparison
+of runs need know no engine.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 class Shard:
     """Elements [start, start + len(value)) of the flattened parameter ``name``.
 
-    ``value`` [n] is flat and live: writing to it changes the weight (the engine's ``refresh`` then brings its copies up to date). It is
-    float32 where the parameter trains. Of the processes that hold the same elements one has ``owned``: it writes them.
+    ``value`` [n] is flat and live: writing to it changes the weight (the engine's ``refresh`` then brings its
+    copies up to date). It is float32 where the parameter trains. Of the processes that hold the same elements
+    one has ``owned``: it writes them.
     """
 
     name: str
@@ -45,7 +47,8 @@ def shards_of(parameters: Iterable[tuple[str, nn.Parameter]], rank: int = 0, wor
 
 
 def share_out(sizes: Sequence[int], world: int) -> list[int]:
-    """Which of ``world`` processes takes each item, so that all have about as much: the largest first, always to the least laden."""
+    """Which of ``world`` processes takes each item, so that all have about as much: the largest first, always
+    to the least laden."""
     load, owners = [0] * world, [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         owners[i] = min(range(world), key=lambda r: (load[r], r))

@@ -23,7 +23,8 @@ log = logging.getLogger("unigen")
 
 
 def rows_of_a_step(config: Config, processes: int, states: Mapping[str, Any]) -> int:
-    """Rows in an optimiser step: a resumed run keeps them, whatever the number of processes now, unless asked for others.
+    """Rows in an optimiser step: a resumed run keeps them, whatever the number of processes now, unless asked
+    for others.
 
     Args:
         config: of this run.
@@ -36,18 +37,27 @@ def rows_of_a_step(config: Config, processes: int, states: Mapping[str, Any]) ->
     before = states["trainer"]["step_rows"]
     if states["training_config"]["gradient_accumulation_steps"] != config.gradient_accumulation_steps:
         if rows != before:
-            log.warning("A step now has %d rows instead of %d, as gradient_accumulation_steps has changed", rows, before)
+            log.warning(
+                "A step now has %d rows instead of %d, as gradient_accumulation_steps has changed",
+                rows,
+                before,
+            )
         return rows
     if rows != before:
-        log.info("A step keeps its %d rows: up to %d for each of %d process(es)", before, -(-before // processes), processes)
+        log.info(
+            "A step keeps its %d rows: up to %d for each of %d process(es)",
+            before,
+            -(-before // processes),
+            processes,
+        )
     return before
 
 
 class RunState:
     """Weights, average and moments of a run.
 
-    What does not train keeps the bytes of the checkpoint that the run began with (``source``), also where the model holds it in another
-    dtype, and also the tensors of parts that were left out.
+    What does not train keeps the bytes of the checkpoint that the run began with (``source``), also where the
+    model holds it in another dtype, and also the tensors of parts that were left out.
     """
 
     def __init__(self, engine: Engine, ema: EMA | None, source: Mapping[str, Stored], resumed: bool):
@@ -57,10 +67,14 @@ class RunState:
         changed = [float(resumed and not _equal(shard, source.get(shard.name))) for shard in frozen]
         changed = engine.sum(changed) if frozen and resumed else changed
         held = {shard.name for shard in engine.shards()}
-        copied = {s.name for s, n in zip(frozen, changed, strict=True) if n == 0 and s.name in source and source[s.name].shape == s.shape}
+        copied = {
+            s.name
+            for s, n in zip(frozen, changed, strict=True)
+            if n == 0 and s.name in source and source[s.name].shape == s.shape
+        }
         self._copied = [name for name in source if name in copied or name not in held]
 
-    # ---- out -------------------------------------------------------------------------------------------------------
+    # ---- out
 
     def entries(self, weights_only: bool = False) -> list[Entry]:
         """This process's part of a checkpoint; ``weights_only`` for one that is not resumed from."""
@@ -76,18 +90,31 @@ class RunState:
             if averaged:
                 found.append(Entry("model", shard.name, tuple(shard.shape), shard.value, shard.start))
             moments = self.engine.moments(shard)
-            if shard.start == 0:  # a parameter that never had a gradient is named all the same: its absence would be noticed
-                found.append(Entry("optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0)))
+            # a parameter that never had a gradient is named all the same: its absence would be noticed
+            if shard.start == 0:
+                found.append(
+                    Entry("optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0))
+                )
             for name, moment in zip(MOMENTS, moments[1:] if moments else (), strict=False):
                 own = self.engine.config.optimizer == "adamw8bit"
-                found.append(Entry("optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start, own=own))
+                found.append(
+                    Entry(
+                        "optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start, own=own
+                    )
+                )
         return found
 
     def _copies(self) -> list[Entry]:
         stored = [self.source[name] for name in self._copied]
         owners = share_out([entry.nbytes for entry in stored], self.engine.world)
         return [
-            Entry("ema", name, entry.shape, torch.empty(entry.shape, dtype=entry.dtype, device="meta"), read=entry.read)
+            Entry(
+                "ema",
+                name,
+                entry.shape,
+                torch.empty(entry.shape, dtype=entry.dtype, device="meta"),
+                read=entry.read,
+            )
             for name, entry, owner in zip(self._copied, stored, owners, strict=True)
             if owner == self.engine.rank
         ]
@@ -101,7 +128,7 @@ class RunState:
                 total += shard.value.numel() * shard.value.element_size() * times
         return int(self.engine.sum([total])[0])
 
-    # ---- back ------------------------------------------------------------------------------------------------------
+    # ---- back
 
     def restore(self, folder: Path) -> None:
         """Moments and average of a checkpoint (the weights are loaded with the model).
@@ -126,7 +153,9 @@ class RunState:
         for shard in trained:
             step = float(steps[shard.name])
             if step:
-                self.engine.set_moments(shard, step, *(_part(optimizer[f"{moment}.{shard.name}"], shard) for moment in MOMENTS))
+                self.engine.set_moments(
+                    shard, step, *(_part(optimizer[f"{moment}.{shard.name}"], shard) for moment in MOMENTS)
+                )
         self.engine.refresh()
 
 
@@ -149,8 +178,10 @@ def _check(folder: Path, found: Mapping[str, Stored], expected: Mapping[str, tup
             has = f"{found[name].dtype} {list(found[name].shape)}"
             problems.append(f"{name} is {has} instead of {torch.float32} {list(expected[name])}")
     if problems:
-        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        shown = "; ".join(sorted(problems)[:8]) + (
+            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        )
         raise CheckpointError(
-            f"{folder}: the optimiser's state does not fit this run: {shown}. "
-            "Cure: resume with the options of the run that saved it (freezing, parts left out), or start from its weights (--model_path)"
+            f"{folder}: the optimiser's state does not fit this run: {shown}. Cure: resume with the options"
+            " of the run that saved it (freezing, parts left out), or start from its weights (--model_path)"
         )

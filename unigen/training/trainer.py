@@ -21,7 +21,13 @@ from unigen.data.loader import Place, Row, RowStream, Share, default_workers, lo
 from unigen.model.parts import title
 from unigen.model.storage import scan_folder
 from unigen.model.weights import side_bytes, write_side_files
-from unigen.runs.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights, verify_checkpoint
+from unigen.runs.checkpoint import (
+    CheckpointError,
+    read_states,
+    resolve_resume,
+    scan_weights,
+    verify_checkpoint,
+)
 from unigen.runs.heartbeat import WAITING, Watchdog
 from unigen.runs.layout import prepare_folder
 from unigen.runs.saver import Contents, Saver
@@ -47,7 +53,8 @@ log = logging.getLogger("unigen")
 class UnifiedTrainer:
     """Trains a BAGEL checkpoint on text and images, as the config says.
 
-    ``UnifiedTrainer(config).train()`` does everything; ``build()`` alone prepares it (and is what ``dry_run`` ends after).
+    ``UnifiedTrainer(config).train()`` does everything; ``build()`` alone prepares it (and is what ``dry_run``
+    ends after).
 
     Raises:
         UserError: the options, the checkpoint or the data cannot work; raised before the first step.
@@ -66,12 +73,13 @@ class UnifiedTrainer:
         self._saved = -1  # the last step with a checkpoint
         self._lock: IO[str] | None = None
 
-    # ---- build -----------------------------------------------------------------------------------------------------
+    # ---- build
 
     def train(self) -> dict[str, float]:
         """Runs the training; the last metrics.
 
-        SIGTERM, SIGINT, SIGUSR1 and SIGHUP end it after the step at hand: its state is saved, and ``stopped`` says so.
+        SIGTERM, SIGINT, SIGUSR1 and SIGHUP end it after the step at hand: its state is saved, and ``stopped``
+        says so.
         """
         with self.stops, open_engine(self.config) as self.engine:
             try:
@@ -95,40 +103,68 @@ class UnifiedTrainer:
         log.info("%s", engine.precision)
         engine.on_main(self._prepare_folder)
         ranks = self.output_dir / "ranks"
-        self.watchdog = Watchdog(ranks, engine.rank, engine.world, c.hang_timeout, self.stops, lambda: {"total_steps": self.total_steps})
+        self.watchdog = Watchdog(
+            ranks,
+            engine.rank,
+            engine.world,
+            c.hang_timeout,
+            self.stops,
+            lambda: {"total_steps": self.total_steps},
+        )
         engine.tick = self._tick
-        torch.manual_seed(c.seed)  # rows bring their own random numbers; this is for whatever else may draw some
-        resume = resolve_resume(c.resume_from_checkpoint, self.output_dir, self._verify) if c.resume_from_checkpoint else None
+        # rows bring their own random numbers; this is for whatever else may draw some
+        torch.manual_seed(c.seed)
+        resume = (
+            resolve_resume(c.resume_from_checkpoint, self.output_dir, self._verify)
+            if c.resume_from_checkpoint
+            else None
+        )
         states = read_states(resume) if resume else {}
         if resume and "trainer" not in states:
             raise CheckpointError(
-                f"{resume} holds weights only, so a run cannot go on from it. Cure: resume from a step_N folder, or start a new run "
-                f"with --model_path {resume}"
+                f"{resume} holds weights only, so a run cannot go on from it. Cure: resume from a step_N"
+                f" folder, or start a new run with --model_path {resume}"
             )
         if resume:
             tell_change(states["training_config"], engine.precision)
         self._load_model(resume)
         if resume:
             tell_compiling(states["training_config"], engine.compiles)
-        self.cache = open_cache(c.cache_dir, self.model, c, engine.dtype, engine.tensors) if c.cache_dir else None
+        self.cache = (
+            open_cache(c.cache_dir, self.model, c, engine.dtype, engine.tensors) if c.cache_dir else None
+        )
         self.tally = Tally()
         streams = Streams(c, engine, self.model, self.cache)
         self.stream, self.val_stream = streams.train, streams.val
         self.guards = Guards(engine, c, self.output_dir)
         self.share = Share(engine.rank, engine.world, rows_of_a_step(c, engine.world, states))
         self.workers = default_workers(engine.local_world) if c.num_workers is None else c.num_workers
-        self.total_steps = c.max_steps or sum(self.stream.steps_in(e, self.share.step_rows) for e in range(c.num_epochs))
+        self.total_steps = c.max_steps or sum(
+            self.stream.steps_in(e, self.share.step_rows) for e in range(c.num_epochs)
+        )
         # Counting the steps of an epoch packs it; only where the answer is needed.
-        self.eval_every = c.eval_steps or (self.stream.steps_in(0, self.share.step_rows) if self.val_stream else self.total_steps)
+        self.eval_every = c.eval_steps or (
+            self.stream.steps_in(0, self.share.step_rows) if self.val_stream else self.total_steps
+        )
         engine.start()
         self.optimizer = engine.optimizer
         self.ema = EMA(engine.shards(), c.ema) if c.ema else None
-        self.state = RunState(engine, self.ema, scan_folder(Path(c.model_path or "")), resumed=resume is not None)
+        self.state = RunState(
+            engine, self.ema, scan_folder(Path(c.model_path or "")), resumed=resume is not None
+        )
         self.saver = Saver(
             self.output_dir, engine.rank, engine.background(),
-            background=c.async_save, keep=c.save_total_limit, source=Path(c.model_path or ""), tick=self._tick,
+            background=c.async_save, keep=c.save_total_limit, source=Path(c.model_path or ""),
+            tick=self._tick,
         )  # fmt: skip
-        self.space = Space(self.output_dir, c.low_space, c.min_free_gb, lambda line: log.warning("%s", line), engine, self._verify)
+        self.space = Space(
+            self.output_dir,
+            c.low_space,
+            c.min_free_gb,
+            lambda line: log.warning("%s", line),
+            engine,
+            self._verify,
+        )
         self.sampler = Sampler(c, engine, self.model) if c.sample_prompts else None
         if resume is not None:
             self._restore(resume, states)
@@ -148,36 +184,50 @@ class UnifiedTrainer:
     def _load_model(self, resume: Path | None) -> None:
         assert self.config.model_path is not None
         start = Path(self.config.model_path)
-        self.model = self.engine.load_model(resume or start, scan_weights(resume, raw=True) if resume else None)
+        self.model = self.engine.load_model(
+            resume or start, scan_weights(resume, raw=True) if resume else None
+        )
         self.model.source = start  # saving copies from the folder the run began with
 
     def _describe(self) -> None:
         shards = self.engine.shards()
-        total, trained = (sum(s.shape.numel() for s in shards if s.trains or everything) for everything in (True, False))
+        total, trained = (
+            sum(s.shape.numel() for s in shards if s.trains or everything) for everything in (True, False)
+        )
         parts: dict[str, int] = {}
         for s in shards:
             part = title(s.name)
             parts[part] = parts.get(part, 0) + s.shape.numel() * s.trains
         log.info(
-            "Model: %s parameters, %s train (%s)", f"{total:,}", f"{trained:,}", ", ".join(f"{k} {v:,}" for k, v in parts.items() if v)
+            "Model: %s parameters, %s train (%s)",
+            f"{total:,}",
+            f"{trained:,}",
+            ", ".join(f"{k} {v:,}" for k, v in parts.items() if v),
         )
         log.info(
             "Run: %d steps on %d process(es) (%s), %s, %s; from step %d",
-            self.total_steps, self.engine.world, self.engine.name, self.engine.device, str(self.engine.dtype)[len("torch.") :], self.step,
+            self.total_steps, self.engine.world, self.engine.name, self.engine.device,
+            str(self.engine.dtype)[len("torch.") :], self.step,
         )  # fmt: skip
         nbytes, best = self._bytes(), self._bytes(weights_only=True) if self.val_stream is not None else 0
         if self.engine.main:
             c = self.config
-            log.info("%s", self.space.predict(self.step, self.total_steps, c.save_steps, c.save_total_limit, nbytes, best))
+            log.info(
+                "%s",
+                self.space.predict(
+                    self.step, self.total_steps, c.save_steps, c.save_total_limit, nbytes, best
+                ),
+            )
 
-    # ---- state -----------------------------------------------------------------------------------------------------
+    # ---- state
 
     def _restore(self, folder: Path, states: dict[str, Any]) -> None:
         state = states["trainer"]
         if state["fingerprint"] != self.stream.mixture.fingerprint:
             raise UserError(
-                f"{folder}: the training data is not what this run began with (its fingerprint differs). "
-                "Cure: resume with the same files and weights, or start a new run with --model_path of this checkpoint"
+                f"{folder}: the training data is not what this run began with (its fingerprint differs)."
+                " Cure: resume with the same files and weights, or start a new run with --model_path of this"
+                " checkpoint"
             )
         self.state.restore(folder)
         if stored_precision(states["training_config"]) == self.engine.precision.name:
@@ -191,7 +241,10 @@ class UnifiedTrainer:
 
     def _save(self, name: str | None = None) -> None:
         """``step_N``: everything a resume needs. ``best``: weights alone."""
-        options = self.config.to_dict() | {"precision": self.engine.precision.name, "compile": "on" if self.engine.compiles else "off"}
+        options = self.config.to_dict() | {
+            "precision": self.engine.precision.name,
+            "compile": "on" if self.engine.compiles else "off",
+        }
         states: dict[str, Any] = {"training_config": redacted(options)}
         if name is None:
             states["trainer"] = {
@@ -217,7 +270,12 @@ class UnifiedTrainer:
             )
             entries = self.state.entries(weights_only=name is not None)
             about = {"engine": self.engine.name, "average": self.ema is not None}
-            self.saver.save(Contents(self.step, entries, states, lambda folder: write_side_files(self.model, folder), about), name)
+            self.saver.save(
+                Contents(
+                    self.step, entries, states, lambda folder: write_side_files(self.model, folder), about
+                ),
+                name,
+            )
         if name is None:
             self._saved = self.step
         self._tell_saved()
@@ -227,8 +285,9 @@ class UnifiedTrainer:
         self._tick()
         if self.engine.sum([self.stops.asked])[0]:
             raise SpaceError(
-                f"{self.output_dir}: a signal ended the waiting for room; step {self.step} is not saved, earlier ones are untouched. "
-                "Cure: free space there, then go on with --resume_from_checkpoint auto"
+                f"{self.output_dir}: a signal ended the waiting for room; step {self.step} is not saved,"
+                " earlier ones are untouched. Cure: free space there, then go on with"
+                " --resume_from_checkpoint auto"
             )
 
     def _bytes(self, weights_only: bool = False) -> int:
@@ -239,7 +298,7 @@ class UnifiedTrainer:
         while (folder := self.saver.published()) is not None:
             self.progress.write(f"Saved {folder}")
 
-    # ---- the loop --------------------------------------------------------------------------------------------------
+    # ---- the loop
 
     def _run(self) -> dict[str, float]:
         c = self.config
@@ -249,7 +308,9 @@ class UnifiedTrainer:
         if c.dry_run:
             log.info("Dry run: everything is ready; nothing was trained")
             return {}
-        tracker = Tracker(self.output_dir, c, self.step, repeats="validating" in self.pending) if main else None
+        tracker = (
+            Tracker(self.output_dir, c, self.step, repeats="validating" in self.pending) if main else None
+        )
         if self.sampler is not None:
             self.sampler.idle = self._idle
         self.progress = Progress(self.total_steps, self.step, c.logging_steps, main)
@@ -259,7 +320,8 @@ class UnifiedTrainer:
             self._tell_saved()
             return metrics
         finally:
-            with contextlib.suppress(CheckpointError):  # a checkpoint on its way is finished, whatever ended the run
+            # a checkpoint on its way is finished, whatever ended the run
+            with contextlib.suppress(CheckpointError):
                 self.saver.wait()
             self.progress.close()
             if tracker:
@@ -296,7 +358,9 @@ class UnifiedTrainer:
             if self.step % c.save_steps == 0 or self.step == self.total_steps or self.guards.exhausted:
                 self._save()
         if self.guards.exhausted:
-            self.progress.write(f"Stopped: {self.guards.stale} validations in a row were no better than {self.best:.4f}")
+            self.progress.write(
+                f"Stopped: {self.guards.stale} validations in a row were no better than {self.best:.4f}"
+            )
         if self.cache is not None:
             self.progress.write(f"Cache: {self.tally}")
         return metrics
@@ -304,7 +368,8 @@ class UnifiedTrainer:
     def _rows(self, stream: RowStream, share: Share, place: Place, limit: int) -> Iterator[list[Row]]:
         pin = self.engine.device.type == "cuda"
         return load_rows(
-            stream, share, place, num_workers=self.workers, limit=limit, pin=pin, worker_init=worker_init, starting=shielded
+            stream, share, place, num_workers=self.workers, limit=limit, pin=pin, worker_init=worker_init,
+            starting=shielded
         )  # fmt: skip
 
     def _next_rows(self, rows: Iterator[list[Row]]) -> list[Row]:
@@ -316,7 +381,8 @@ class UnifiedTrainer:
             return []
 
     def _agree(self, rows: list[Row]) -> tuple[float, float, float]:
-        """What all processes have to know before a step: (text targets, image targets, tokens) of all their rows.
+        """What all processes have to know before a step: (text targets, image targets, tokens) of all their
+        rows.
 
         Raises:
             Stopped: a signal came to one of them; the last step is saved.
@@ -325,7 +391,13 @@ class UnifiedTrainer:
         """
         packs = [row.pack for row in rows]
         bad = sum(len(row.bad) for row in rows)
-        said = [self.stops.asked, self.saver.failed, bad, *vars(Counts.of(packs)).values(), sum(len(p) for p in packs)]
+        said = [
+            self.stops.asked,
+            self.saver.failed,
+            bad,
+            *vars(Counts.of(packs)).values(),
+            sum(len(p) for p in packs),
+        ]
         with self.stops.phase(WAITING):
             stop, failed, bad, text, image, tokens = self.engine.sum(said)
         if failed:
@@ -343,7 +415,9 @@ class UnifiedTrainer:
             self._save()
         self.saver.wait()
         self._tell_saved()
-        self.progress.write("Stopped by a signal. The same command goes on from here with --resume_from_checkpoint auto")
+        self.progress.write(
+            "Stopped by a signal. The same command goes on from here with --resume_from_checkpoint auto"
+        )
         raise Stopped
 
     def _due(self) -> set[str]:
@@ -355,7 +429,8 @@ class UnifiedTrainer:
         return {work for work, due in (("validating", validates), ("sampling", samples)) if due}
 
     def _look(self, due: set[str], tracker: Tracker | None) -> dict[str, float]:
-        """Validates and draws samples. A signal breaks it off on all processes; the next run begins with it. Raises Stopped."""
+        """Validates and draws samples. A signal breaks it off on all processes; the next run begins with it.
+        Raises Stopped."""
         self.pending, values = set(due), {}
         try:
             if "validating" in due:
@@ -383,18 +458,25 @@ class UnifiedTrainer:
         if self.stops.asked:
             raise Stopped
 
-    def train_step(self, rows: list[Row], lr: float, counts: tuple[float, float, float] | None = None) -> StepResult:
-        """One optimiser step over this process's rows (and, with others, theirs); ``counts`` as :meth:`_agree` gives them."""
+    def train_step(
+        self, rows: list[Row], lr: float, counts: tuple[float, float, float] | None = None
+    ) -> StepResult:
+        """One optimiser step over this process's rows (and, with others, theirs); ``counts`` as
+        :meth:`_agree` gives them."""
         c, engine = self.config, self.engine
         packs = [row.pack for row in rows]
-        text, image, tokens = counts or engine.sum([*vars(Counts.of(packs)).values(), sum(len(p) for p in packs)])
+        text, image, tokens = counts or engine.sum(
+            [*vars(Counts.of(packs)).values(), sum(len(p) for p in packs)]
+        )
         engine.discard()
         sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
         for found in micro_batches(engine, packs, Counts(text, image), c):
             sums += found
         text_sum, image_sum = engine.sum(sums.tolist())
         norm = engine.grad_norm()
-        result = StepResult(text_sum / max(text, 1), image_sum / max(image, 1), Counts(text, image), tokens, norm)
+        result = StepResult(
+            text_sum / max(text, 1), image_sum / max(image, 1), Counts(text, image), tokens, norm
+        )
         result.refused = self.guards.refuses((text_sum, image_sum), norm)
         overflow = not math.isfinite(norm)  # in float16 the scale's business alone
         if result.refused or overflow:
@@ -412,7 +494,7 @@ class UnifiedTrainer:
         engine.scale.update(overflow)
         return result
 
-    # ---- before, beside ----------------------------------------------------------------------------------------------
+    # ---- before, beside
 
     def dry_batch(self) -> None:
         """Forward and backward of the largest row, so that memory runs out now or never."""

@@ -1,4 +1,5 @@
-"""The page and the report: every number and problem is in them, in both languages, and nothing can break out of the page."""
+"""The page and the report: every number and problem is in them, in both languages, and nothing can break out
+of the page."""
 
 from __future__ import annotations
 
@@ -26,13 +27,22 @@ EVIL = "<script>alert(1)</script>"
 
 
 def talk(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    }
 
 
 def look(folder: Path, *values: dict | str, **options) -> Findings:
     path = folder / "a.jsonl"
-    path.write_text("".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in values), encoding="utf-8")
-    return check([path, ROOT / "examples" / "sample_data_format.json"], load_planner(None, DataOptions()), num_workers=0, **options)
+    path.write_text(
+        "".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in values), encoding="utf-8"
+    )
+    return check(
+        [path, ROOT / "examples" / "sample_data_format.json"],
+        load_planner(None, DataOptions()),
+        num_workers=0,
+        **options,
+    )
 
 
 def advice_of(found: Findings, **changes) -> dict[str, str]:
@@ -59,14 +69,19 @@ def test_the_page_shows_everything_and_is_safe(tmp_path, language):
         assert heading in parsed.text
     for a in advice:
         assert WORDS[f"advice_{a.code}"][0 if language == "en" else 1].split("{")[0] in parsed.text
-    assert f"{summary['targets']['image_tokens']:,}" in parsed.text and f"{summary['lengths']['max']:,}" in parsed.text
+    assert (
+        f"{summary['targets']['image_tokens']:,}" in parsed.text
+        and f"{summary['lengths']['max']:,}" in parsed.text
+    )
 
 
 def test_an_interrupted_check_says_so_first(tmp_path):
     found = look(tmp_path, talk("q", "a"))
     found.interrupted = True
     words = Words("en")
-    text = Page(check_page.write(tmp_path / "x.html", found, found.summary(), [], words).read_text("utf-8")).text
+    text = Page(
+        check_page.write(tmp_path / "x.html", found, found.summary(), [], words).read_text("utf-8")
+    ).text
     assert words("interrupted", n=8) in text and text.index("Interrupted") < text.index("What is in it")
 
 
@@ -81,9 +96,17 @@ def test_both_languages_have_every_text_with_the_same_fields():
     def names(text: str) -> list[str]:
         return sorted({f"{name}:{spec}" for _, name, spec, _ in string.Formatter().parse(text) if name})
 
-    assert [key for key, texts in WORDS.items() if len(texts) != 2 or names(texts[0]) != names(texts[1]) or not all(texts)] == []
+    assert [
+        key
+        for key, texts in WORDS.items()
+        if len(texts) != 2 or names(texts[0]) != names(texts[1]) or not all(texts)
+    ] == []
     assert [code for code, texts in CODES.items() if len(texts) != 2 or not all(texts)] == []
-    sources = "".join(p.read_text("utf-8") for folder in ("data", "sequence") for p in (ROOT / "unigen" / folder).glob("*.py"))
+    sources = "".join(
+        p.read_text("utf-8")
+        for folder in ("data", "sequence")
+        for p in (ROOT / "unigen" / folder).glob("*.py")
+    )
     raised = set(re.findall(r"(?:BadRecord|PictureError)\(\s*\"(\w+)\"", sources))
     assert len(raised) > 25 and sorted(raised - set(CODES)) == []
     given = set(re.findall(r"Advice\(\s*\"(\w+)\"", Path(rules.__file__).read_text("utf-8")))
@@ -96,7 +119,12 @@ def test_each_advice_is_given_when_its_rule_says(tmp_path):
     found = look(tmp_path, *answers)
     s = found.summary()
     base = advice_of(found)
-    assert "duplicates" not in base and "problems" not in base and base["estimate"] == "note" and base["not_deep"] == "note"
+    assert (
+        "duplicates" not in base
+        and "problems" not in base
+        and base["estimate"] == "note"
+        and base["not_deep"] == "note"
+    )
     assert base["upscaled"] == "warn", "the example's pictures have 128 pixels"
     exact = {"lengths": {**s["lengths"], "unit": "tokens"}}
     assert "estimate" not in advice_of(found, **exact)
@@ -108,10 +136,21 @@ def test_each_advice_is_given_when_its_rule_says(tmp_path):
     assert advice_of(found, targets={**t, "text_tokens": 3})["few_text_tokens"] == "warn"
     assert advice_of(found, targets={**t, "image_tokens": 1})["few_image_tokens"] == "warn"
     assert advice_of(found, near_empty={"records": 1, "first": []})["near_empty"] == "warn"
-    limits = [{"max_sequence_length": s["max_length"], "cut": 5, "tokens_lost": 9, "share_lost": 0.001, "refused": 0}]
+    limits = [
+        {
+            "max_sequence_length": s["max_length"],
+            "cut": 5,
+            "tokens_lost": 9,
+            "share_lost": 0.001,
+            "refused": 0,
+        }
+    ]
     assert advice_of(found, limits=limits)["cut"] == "warn"
     fills = ((8, 0.99, 3), (16, 0.98, 0), (32, 0.99, 0))
-    rows = [{"max_num_tokens": n, "fill": fill, "single": 0.1, "rows": 20, "longer": longer} for n, fill, longer in fills]
+    rows = [
+        {"max_num_tokens": n, "fill": fill, "single": 0.1, "rows": 20, "longer": longer}
+        for n, fill, longer in fills
+    ]
     assert next(a for a in advise({**s, "rows": rows}, 0, False) if a.code == "rows").values["budget"] == 16
     same = look(tmp_path, *answers, *[talk("why?", "no")] * 20)
     assert {"duplicates": "warn", "same_text": "warn"}.items() <= advice_of(same).items()
@@ -122,7 +161,13 @@ def test_each_advice_is_given_when_its_rule_says(tmp_path):
 def test_text_columns_line_up_with_wide_characters():
     lines = _columns([["任务", "n"], ["理解", 5], ["generate", 1234]])
     assert lines == ["  任务          n", "  理解          5", "  generate  1,234"]
-    assert [percent(x) for x in (0, 0.00001, 0.0005, 0.0123, 1)] == ["0.0%", "< 0.01%", "0.05%", "1.2%", "100.0%"]
+    assert [percent(x) for x in (0, 0.00001, 0.0005, 0.0123, 1)] == [
+        "0.0%",
+        "< 0.01%",
+        "0.05%",
+        "1.2%",
+        "100.0%",
+    ]
 
 
 def test_an_output_that_cannot_show_chinese_is_no_error(tmp_path, capfdbinary, monkeypatch):

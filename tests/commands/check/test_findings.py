@@ -1,4 +1,5 @@
-"""The check: every problem with its place, numbers that agree with the planner, findings that no number of processes changes."""
+"""The check: every problem with its place, numbers that agree with the planner, findings that no number of
+processes changes."""
 
 import gzip
 import json
@@ -40,7 +41,9 @@ def text(r: random.Random, n: int) -> str:
 
 
 def talk(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    }
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
@@ -60,7 +63,10 @@ def mixed(folder: Path, records: int = 120) -> Path:
     """Records of all tasks with pictures of several sizes."""
     r = random.Random(0)
     names = [
-        picture(folder / "p" / f"{i}.png", (r.randint(30, 900), r.randint(30, 900)), i).relative_to(folder).as_posix() for i in range(6)
+        picture(folder / "p" / f"{i}.png", (r.randint(30, 900), r.randint(30, 900)), i)
+        .relative_to(folder)
+        .as_posix()
+        for i in range(6)
     ]
     values: list[dict] = []
     for _ in range(records):
@@ -73,7 +79,12 @@ def mixed(folder: Path, records: int = 120) -> Path:
         elif kind == 2:
             values.append({"image_path": name, "caption": text(r, r.randint(3, 200))})
         elif kind == 3:
-            values.append({"input_image": name, "editing_steps": [{"instruction": text(r, 5), "result_image": r.choice(names)}] * 2})
+            values.append(
+                {
+                    "input_image": name,
+                    "editing_steps": [{"instruction": text(r, 5), "result_image": r.choice(names)}] * 2,
+                }
+            )
         else:
             pieces = [
                 {"type": "text", "content": text(r, 20)},
@@ -100,7 +111,10 @@ def test_every_problem_has_its_code_place_and_cure(tmp_path, planner):
     (tmp_path / "p" / "page.png").write_bytes(b"<html>")
     (tmp_path / "p" / "folder.png").mkdir()
     os.mkfifo(tmp_path / "p" / "pipe.png")
-    twelve = {"input_image": "p/good.png", "editing_steps": [{"instruction": "x", "result_image": "p/good.png"}] * 12}
+    twelve = {
+        "input_image": "p/good.png",
+        "editing_steps": [{"instruction": "x", "result_image": "p/good.png"}] * 12,
+    }
     cases = [
         ('{"caption": "half', "bad_json", "(record)"),
         ('{"conversations": NaN}', "bad_json", "(record)"),
@@ -116,8 +130,16 @@ def test_every_problem_has_its_code_place_and_cure(tmp_path, planner):
         ({"image_path": "p/folder.png", "caption": "c"}, "not_a_file", "image_path"),
         ({"image_path": "p/pipe.png", "caption": "c"}, "not_a_file", "image_path"),
         ({"image_path": "p/page.png", "caption": "c"}, "not_a_picture", "image_path"),
-        ({"sequence": [{"type": "image", "image_path": "p/cut.jpg"}, {"content": "c"}]}, "broken_picture", "sequence[0].image_path"),
-        ({"messages": [{"role": "user", "content": "<image>"}], "images": []}, "unequal_image_count", "images"),
+        (
+            {"sequence": [{"type": "image", "image_path": "p/cut.jpg"}, {"content": "c"}]},
+            "broken_picture",
+            "sequence[0].image_path",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<image>"}], "images": []},
+            "unequal_image_count",
+            "images",
+        ),
         (twelve, "too_long", "sample"),
     ]
     lines: list = []
@@ -132,14 +154,25 @@ def test_every_problem_has_its_code_place_and_cure(tmp_path, planner):
     assert all(p["found"] and p["expected"] and p["cure"] for p in found.problems)
     assert found.summary()["good_records"] == len(cases) and found.tally.read == 2 * len(cases)
     headers = check(path, small, num_workers=0)
-    assert set(problems(found)) - set(problems(headers)) == {("broken_picture", "bad.jsonl", 30, "sequence[0].image_path")}
+    assert set(problems(found)) - set(problems(headers)) == {
+        ("broken_picture", "bad.jsonl", 30, "sequence[0].image_path")
+    }
 
 
 def test_the_check_refuses_what_the_data_set_refuses(tmp_path, planner):
-    path = write(tmp_path / "a.jsonl", talk("q", "a"), "{", {"image_path": "x.png", "caption": "c"}, '{"caption": 1}', talk("q", ""))
+    path = write(
+        tmp_path / "a.jsonl",
+        talk("q", "a"),
+        "{",
+        {"image_path": "x.png", "caption": "c"},
+        '{"caption": 1}',
+        talk("q", ""),
+    )
     with pytest.raises(BadData) as refused:
         UnifiedGenerationDataset(path, measure=planner.measure)
-    assert [error.to_dict() for error in refused.value.records] == list(check(path, planner, num_workers=0).problems)
+    assert [error.to_dict() for error in refused.value.records] == list(
+        check(path, planner, num_workers=0).problems
+    )
 
 
 def test_files_that_cannot_be_read_are_problems_too(tmp_path, planner):
@@ -149,14 +182,20 @@ def test_files_that_cannot_be_read_are_problems_too(tmp_path, planner):
     write(tmp_path / "d.jsonl", talk("q", "a"))
     found = check(tmp_path, planner, num_workers=0)
     assert [entry[:2] for entry in problems(found)] == [("bad_json", "b.json"), ("broken_file", "c.jsonl.gz")]
-    assert [p["field"] for p in found.problems] == ["(file)", "(file)"] and found.summary()["good_records"] == 1
+    assert [p["field"] for p in found.problems] == ["(file)", "(file)"] and found.summary()[
+        "good_records"
+    ] == 1
 
 
 def test_pictures_outside_the_root_are_problems(tmp_path, planner):
     picture(tmp_path / "x.png")
     (tmp_path / "in").mkdir()
     picture(tmp_path / "in" / "y.png")
-    path = write(tmp_path / "in" / "a.jsonl", {"image_path": "../x.png", "caption": "cap"}, {"image_path": "y.png", "caption": "cap"})
+    path = write(
+        tmp_path / "in" / "a.jsonl",
+        {"image_path": "../x.png", "caption": "cap"},
+        {"image_path": "y.png", "caption": "cap"},
+    )
     found = check(path, planner, data_root=tmp_path / "in", num_workers=0)
     assert problems(found) == [("outside_root", "a.jsonl", 1, "image_path")]
     assert len(check(path, planner, num_workers=0).problems) == 0
@@ -164,10 +203,16 @@ def test_pictures_outside_the_root_are_problems(tmp_path, planner):
 
 def test_what_the_options_make_unusable_is_a_problem_of_its_field(tmp_path):
     picture(tmp_path / "p" / "x.png")
-    path = write(tmp_path / "a.jsonl", {"text_prompt": "draw", "image_path": "p/x.png"}, {"image_path": "p/x.png", "caption": "cap"})
+    path = write(
+        tmp_path / "a.jsonl",
+        {"text_prompt": "draw", "image_path": "p/x.png"},
+        {"image_path": "p/x.png", "caption": "cap"},
+    )
     planner = load_planner(None, DataOptions())
     planner.visual_gen = False
-    assert problems(check(path, planner, num_workers=0)) == [("image_target_without_visual_gen", "a.jsonl", 1, "image_path")]
+    assert problems(check(path, planner, num_workers=0)) == [
+        ("image_target_without_visual_gen", "a.jsonl", 1, "image_path")
+    ]
 
 
 def test_problems_are_all_kept_in_their_file_and_few_in_memory(tmp_path):
@@ -189,12 +234,15 @@ def test_problems_are_all_kept_in_their_file_and_few_in_memory(tmp_path):
 
 @pytest.mark.parametrize("limit", [None, 250])
 def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
-    """With a checkpoint: every token of the rows that training would build, by kind and by loss, counted from the packs."""
+    """With a checkpoint: every token of the rows that training would build, by kind and by loss, counted from
+    the packs."""
     path = mixed(tmp_path, 40)
     options = DataOptions(max_image_tokens=64, max_sequence_length=limit)
     planner = load_planner(golden / "model", options)
     found = check(path, planner, limits=[250], num_workers=0)
-    dataset = UnifiedGenerationDataset(path, measure=load_planner(golden / "model", DataOptions(max_image_tokens=64)).measure)
+    dataset = UnifiedGenerationDataset(
+        path, measure=load_planner(golden / "model", DataOptions(max_image_tokens=64)).measure
+    )
     whole = load_planner(golden / "model", DataOptions(max_image_tokens=64))
     kinds: Counter[str] = Counter()
     lengths, text_tokens, image_tokens = [], 0, 0
@@ -219,7 +267,9 @@ def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
     assert bool(refused) == (limit is not None) and len(found.problems) == len(refused)
     assert {p["line"] for p in found.problems} == {n + 1 for n in refused}
     if limit is not None:
-        assert found.summary()["limits"][0]["refused"] == len(refused) and found.summary()["good_records"] == 40 - len(refused)
+        assert found.summary()["limits"][0]["refused"] == len(refused) and found.summary()[
+            "good_records"
+        ] == 40 - len(refused)
 
 
 def fits(planner: Planner, record) -> bool:
@@ -234,8 +284,11 @@ def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
     """Records cut, target tokens lost and records refused, against planners with those limits."""
     path = mixed(tmp_path, 60)
     whole = load_planner(golden / "model", DataOptions(max_image_tokens=64))
-    questions = [record.sample[0].text for record in UnifiedGenerationDataset(path) if record.format == "conversation"]
-    least = min(len(whole.tokenizer.encode(question)) for question in questions) + 2 + 3  # with one token of the answer
+    questions = [
+        record.sample[0].text for record in UnifiedGenerationDataset(path) if record.format == "conversation"
+    ]
+    # with one token of the answer
+    least = min(len(whole.tokenizer.encode(question)) for question in questions) + 2 + 3
     limits = tuple(sorted({20, least - 1, least, 60, 150, 300, 600, 100_000}))
     rows = check(path, whole, limits=limits, num_workers=0).summary()["limits"]
     dataset = UnifiedGenerationDataset(path, measure=whole.measure)
@@ -248,10 +301,17 @@ def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
                 refused += 1
                 continue
             full, short = (
-                sum(len(b) for b in p.outline(record.sample, dataset.sizes[i], Draw(0, 0, i, training=False))) for p in (whole, planner)
+                sum(len(b) for b in p.outline(record.sample, dataset.sizes[i], Draw(0, 0, i, training=False)))
+                for p in (whole, planner)
             )
             cut, lost = cut + (short < full), lost + full - short
-        assert row == {"max_sequence_length": limit, "cut": cut, "tokens_lost": lost, "share_lost": row["share_lost"], "refused": refused}
+        assert row == {
+            "max_sequence_length": limit,
+            "cut": cut,
+            "tokens_lost": lost,
+            "share_lost": row["share_lost"],
+            "refused": refused,
+        }
     assert [row["refused"] for row in rows] == sorted((row["refused"] for row in rows), reverse=True)
     assert any(row["cut"] for row in rows) and rows[-1]["cut"] == rows[-1]["refused"] == 0
 
@@ -259,7 +319,9 @@ def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
 def test_pictures_are_counted_with_their_sizes_and_tokens(tmp_path, planner):
     picture(tmp_path / "p" / "small.png", (700, 300))
     picture(tmp_path / "p" / "large.png", (1600, 1200))
-    values = [{"text_prompt": "a b c", "image_path": "p/small.png"}] * 3 + [{"text_prompt": "a b c", "image_path": "p/large.png"}]
+    values = [{"text_prompt": "a b c", "image_path": "p/small.png"}] * 3 + [
+        {"text_prompt": "a b c", "image_path": "p/large.png"}
+    ]
     path = write(tmp_path / "a.jsonl", *values, {"image_path": "p/small.png", "caption": "a small one"})
     p = check(path, planner, num_workers=0).summary()["pictures"]
     small, large = (planner.transforms.vae.size(*size) for size in ((700, 300), (1600, 1200)))
@@ -267,14 +329,19 @@ def test_pictures_are_counted_with_their_sizes_and_tokens(tmp_path, planner):
     assert p["pieces"] == 5 and p["sizes"] == [[700, 300, 4], [1600, 1200, 1]] and p["distinct_sizes"] == 2
     assert p["latent_tokens"]["total"] == sum(tokens) and p["latent_tokens"]["max"] == tokens[-1]
     assert p["upscaled"] == 3, "the one to look at is not encoded by the VAE"
-    # a target that nothing follows is shown to the ViT in a share of the visits alone; sizes are known all the same
+    # a target that nothing follows is shown to the ViT in a share of the visits alone; sizes are known all
+    # the same
     drawn, seen = planner.transforms.vit_edit, planner.transforms.vit
     shown = [drawn.size(700, 300)] * 3 + [drawn.size(1600, 1200), seen.size(700, 300)]
-    assert p["vit_tokens"]["total"] == sum(w // 14 * (h // 14) for w, h in shown) and p["vit_tokens"]["count"] == 5
+    assert (
+        p["vit_tokens"]["total"] == sum(w // 14 * (h // 14) for w, h in shown)
+        and p["vit_tokens"]["count"] == 5
+    )
 
 
 def test_repetitions_are_found_across_parts(tmp_path, planner, monkeypatch):
-    """Same records, same answers, same picture contents under two names, with the places of the first ones."""
+    """Same records, same answers, same picture contents under two names, with the places of the first
+    ones."""
     monkeypatch.setattr(module, "PART", 512)
     monkeypatch.setattr(module, "DEEP_PART", 512)
     r = random.Random(1)
@@ -286,25 +353,35 @@ def test_repetitions_are_found_across_parts(tmp_path, planner, monkeypatch):
     (tmp_path / "p" / "b.png").write_bytes((tmp_path / "p" / "a.png").read_bytes())
     picture(tmp_path / "p" / "c.png", seed=1)
     values += [{"image_path": f"p/{name}.png", "caption": f"caption {i}"} for i, name in enumerate("abca")]
-    values += [{"sequence": [{"content": "one", "target": first}, {"content": "two"}]} for first in (True, False)]  # not the same
+    # not the same
+    values += [
+        {"sequence": [{"content": "one", "target": first}, {"content": "two"}]} for first in (True, False)
+    ]
     path = write(tmp_path / "a.jsonl", *values)
     found = check(path, planner, deep=True, num_workers=0)
     assert len(found.parts) > 5
     of = found.summary()["repeats"]
     at = [f"{path}:{n + 1}" for n in range(len(values))]
     assert of["records"]["surplus"] == 2 and of["records"]["most"][0]["where"] == [at[3], at[25], at[28]]
-    assert of["texts"]["surplus"] == 3 and [m["where"] for m in of["texts"]["most"]] == [[at[3], at[25], at[28]], [at[7], at[20]]]
+    assert of["texts"]["surplus"] == 3 and [m["where"] for m in of["texts"]["most"]] == [
+        [at[3], at[25], at[28]],
+        [at[7], at[20]],
+    ]
     assert of["texts"]["most"][1]["what"] == values[7]["conversations"][1]["content"]
     assert of["pictures"]["distinct"] == 3 and of["pictures"]["most"][0]["count"] == 2
-    assert of["copies"]["surplus"] == 1 and of["copies"]["most"][0]["what"] == [str(tmp_path / "p" / f"{n}.png") for n in "ab"]
+    assert of["copies"]["surplus"] == 1 and of["copies"]["most"][0]["what"] == [
+        str(tmp_path / "p" / f"{n}.png") for n in "ab"
+    ]
     assert "copies" not in check(path, planner, num_workers=0).summary()["repeats"]
 
 
 def test_tables_with_pictures_inside(tmp_path, planner):
-    """Rows of Parquet: pictures are known by their bytes, places by the number of the row; a damaged file is a problem of its own."""
+    """Rows of Parquet: pictures are known by their bytes, places by the number of the row; a damaged file is
+    a problem of its own."""
     one, two = (picture(tmp_path / f"{n}.png", (64, 48), n).read_bytes() for n in range(2))
     rows = [
-        {"image": image, "captions": json.dumps({"a": f"caption {i}"})} for i, image in enumerate([one, two, one, b"<html>", one[:200]])
+        {"image": image, "captions": json.dumps({"a": f"caption {i}"})}
+        for i, image in enumerate([one, two, one, b"<html>", one[:200]])
     ]
     (tmp_path / "t").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t" / "a.parquet", row_group_size=2)
@@ -317,7 +394,9 @@ def test_tables_with_pictures_inside(tmp_path, planner):
     assert s["good_records"] == 3 and s["pictures"]["pieces"] == 3 and s["pictures"]["sizes"] == [[64, 48, 3]]
     assert s["repeats"]["pictures"]["distinct"] == 2 and s["repeats"]["copies"]["surplus"] == 0
     path = tmp_path / "t" / "a.parquet"
-    assert s["repeats"]["pictures"]["most"] == [{"count": 2, "where": [f"{path}[0]", f"{path}[2]"], "what": "(inside the file)"}]
+    assert s["repeats"]["pictures"]["most"] == [
+        {"count": 2, "where": [f"{path}[0]", f"{path}[2]"], "what": "(inside the file)"}
+    ]
 
 
 def test_near_empty_descriptions_are_found(tmp_path, planner):
@@ -343,7 +422,11 @@ def test_findings_do_not_depend_on_the_processes(tmp_path, golden, monkeypatch):
     with path.open("a") as file:
         file.write('{"bad": 1}\n{"image_path": "p/none.png", "caption": "c"}\n')
     alone, two = (check([path, EXAMPLE], planner, num_workers=n) for n in (0, 2))
-    assert alone.summary() == two.summary() and list(alone.problems) == list(two.problems) and len(alone.problems) == 2
+    assert (
+        alone.summary() == two.summary()
+        and list(alone.problems) == list(two.problems)
+        and len(alone.problems) == 2
+    )
     assert len(alone.parts) > 4 and [part.index for part in alone.parts] == [part.index for part in two.parts]
     assert sum(1 for part in alone.parts for _ in read_part(part)) == alone.tally.read == 82 + 7
 
@@ -384,16 +467,38 @@ def test_the_command_tells_clean_from_bad_from_impossible(tmp_path, capsys):
     bad = write(tmp_path / "bad.jsonl", talk("q", "a"), '{"x": 1}', talk("q", "a"))
     assert main(["check", str(EXAMPLE)]) == 0
     assert "No problem found" in capsys.readouterr().out
-    assert main(["check", str(bad), "--problems", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "p.html")]) == 1
+    assert (
+        main(
+            ["check", str(bad), "--problems", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "p.html")]
+        )
+        == 1
+    )
     out = capsys.readouterr().out
-    assert f"{bad}:2" in out and "no_format  (1)" in out and json.loads((tmp_path / "p.jsonl").read_text())["line"] == 2
+    assert (
+        f"{bad}:2" in out
+        and "no_format  (1)" in out
+        and json.loads((tmp_path / "p.jsonl").read_text())["line"] == 2
+    )
     assert "no_format" in (tmp_path / "p.html").read_text()
     assert main(["check", str(bad), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["problem_count"] == 1 and document["problems"][0]["line"] == 2 and not document["clean"]
-    assert document["statistics"]["good_records"] == 2 and {"code": "duplicates"}.items() <= document["advice"][1].items()
-    impossible = ["--num_workers -1", f"--model_path {tmp_path}", f"--data_root {bad}", "--max_num_tokens 0", f"--output {tmp_path}"]
-    for argv in ([], [str(tmp_path / "none.jsonl")], *([str(bad), *options.split()] for options in impossible)):
+    assert (
+        document["statistics"]["good_records"] == 2
+        and {"code": "duplicates"}.items() <= document["advice"][1].items()
+    )
+    impossible = [
+        "--num_workers -1",
+        f"--model_path {tmp_path}",
+        f"--data_root {bad}",
+        "--max_num_tokens 0",
+        f"--output {tmp_path}",
+    ]
+    for argv in (
+        [],
+        [str(tmp_path / "none.jsonl")],
+        *([str(bad), *options.split()] for options in impossible),
+    ):
         assert main(["check", *argv]) == 2, argv
         assert capsys.readouterr().err.startswith("unigen: error: ")
 
@@ -411,11 +516,16 @@ def test_an_interrupt_ends_with_what_was_found_until_then(tmp_path, capsys, monk
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(module.Tally, "merge", interrupted)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program started in the background ignores it
+    # a program started in the background ignores it
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(["check", str(path), "--json", "--num_workers", "1"]) == 130
     finally:
         signal.signal(signal.SIGINT, handler)
     document = json.loads(capsys.readouterr().out)
-    assert document["interrupted"] and 500 < document["statistics"]["records"] < 3000 and document["problem_count"] == 1
+    assert (
+        document["interrupted"]
+        and 500 < document["statistics"]["records"] < 3000
+        and document["problem_count"] == 1
+    )
     assert set(multiprocessing.active_children()) <= before

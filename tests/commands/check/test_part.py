@@ -22,4 +22,6 @@ def test_batched_lengths_are_those_of_the_tokenizer(golden):
         batched = _Lengths(tokenizer)
         batched.learn(texts)
         batched.learn([*texts, "new one"])
-        assert [len(batched.encode(t)) for t in [*texts, "not learnt"]] == [len(tokenizer.encode(t)) for t in [*texts, "not learnt"]]
+        assert [len(batched.encode(t)) for t in [*texts, "not learnt"]] == [
+            len(tokenizer.encode(t)) for t in [*texts, "not learnt"]
+        ]

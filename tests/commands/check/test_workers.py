@@ -53,7 +53,11 @@ def test_results_come_in_the_order_of_their_tasks(processes):
     assert [task for task, _ in found] == tasks
     assert [result.split()[:2] for _, result in found] == [["hello", str(n)] for _, n in tasks]
     pids = {int(result.split()[2]) for _, result in found}
-    assert (pids == {os.getpid()}) if processes == 0 else (1 <= len(pids) <= processes and os.getpid() not in pids)
+    assert (
+        (pids == {os.getpid()})
+        if processes == 0
+        else (1 <= len(pids) <= processes and os.getpid() not in pids)
+    )
     assert run([], processes) == []
 
 
@@ -74,14 +78,23 @@ def test_a_death_is_named_and_the_others_go_on(task, step, reason):
         deaths.append((task, died))
 
     found = run([("go", 1), task, ("go", 2), ("go", 3)], 2, again)
-    assert [result.split()[1] if isinstance(result, str) else result for _, result in found] == ["1", deaths[0][1], "2", "3"]
+    assert [result.split()[1] if isinstance(result, str) else result for _, result in found] == [
+        "1",
+        deaths[0][1],
+        "2",
+        "3",
+    ]
     assert deaths[0][0] == task and len(deaths) == 1
     assert deaths[0][1].step == step and reason in deaths[0][1].reason
 
 
 def test_a_task_is_tried_again_in_its_place():
     found = run([("go", 1), ("kill", signal.SIGKILL), ("go", 3)], 1, lambda task, died: ("go", 2))
-    assert [(task, result.split()[1]) for task, result in found] == [(("go", 1), "1"), (("go", 2), "2"), (("go", 3), "3")]
+    assert [(task, result.split()[1]) for task, result in found] == [
+        (("go", 1), "1"),
+        (("go", 2), "2"),
+        (("go", 3), "3"),
+    ]
 
 
 def test_an_error_of_ours_is_raised_with_its_trace():

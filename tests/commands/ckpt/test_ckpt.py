@@ -1,4 +1,5 @@
-"""``unigen ckpt``: what is listed, what is found damaged, and that an export is the run's weights, to the bit."""
+"""``unigen ckpt``: what is listed, what is found damaged, and that an export is the run's weights, to the
+bit."""
 
 import json
 import os
@@ -31,8 +32,11 @@ def golden_tensors(golden: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def whole(golden: Path, golden_tensors, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Step 3 as two processes wrote it: the golden model as the average, every number one higher in training. Not to be changed."""
-    return write_checkpoint(tmp_path_factory.mktemp("runs") / "run", 3, golden_tensors, model=golden / "model")
+    """Step 3 as two processes wrote it: the golden model as the average, every number one higher in training.
+    Not to be changed."""
+    return write_checkpoint(
+        tmp_path_factory.mktemp("runs") / "run", 3, golden_tensors, model=golden / "model"
+    )
 
 
 def ckpt(*words: object) -> int:
@@ -47,7 +51,9 @@ def flip(path: Path) -> None:
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
     """Are names, dtypes and bits the same?"""
-    return found.keys() == wanted.keys() and all(v.dtype == wanted[n].dtype and torch.equal(v, wanted[n]) for n, v in found.items())
+    return found.keys() == wanted.keys() and all(
+        v.dtype == wanted[n].dtype and torch.equal(v, wanted[n]) for n, v in found.items()
+    )
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,20 +98,54 @@ def run(tmp_path: Path) -> Path:
     shutil.copytree(run / "step_2", run / ".step_50.partial-7")
     shutil.copytree(run / "step_2", run / ".best.old-7")
     lines = [{"step": 10, "loss": 9.0}, {"step": 10, "val_loss": 1.5}, {"step": 20, "val_loss": 1.25}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "val_loss": 1.', "utf-8")
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "val_loss": 1.', "utf-8"
+    )
     return run
 
 
 def test_ls_shows_every_checkpoint_with_its_state(run: Path, capsys):
     assert ckpt("ls", run) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["checkpoint", "step", "written", "size", "processes", "engine", "holds", "val_loss", "state"]
-    assert [line[0] for line in lines[1:-1]] == ["step_2", "step_10", "step_20", "step_30", "step_40", "best", "best", "step_50"]
+    assert lines[0] == [
+        "checkpoint",
+        "step",
+        "written",
+        "size",
+        "processes",
+        "engine",
+        "holds",
+        "val_loss",
+        "state",
+    ]
+    assert [line[0] for line in lines[1:-1]] == [
+        "step_2",
+        "step_10",
+        "step_20",
+        "step_30",
+        "step_40",
+        "best",
+        "best",
+        "step_50",
+    ]
     size = sum(p.stat().st_size for p in (run / "step_10").iterdir() if p.name != "manifest.json")
-    assert lines[2][4:] == [f"{size / 1000:.1f}", "kB", "2", "fsdp2", "ema", "model", "optimizer", "1.5000", "whole"]
+    assert lines[2][4:] == [
+        f"{size / 1000:.1f}",
+        "kB",
+        "2",
+        "fsdp2",
+        "ema",
+        "model",
+        "optimizer",
+        "1.5000",
+        "whole",
+    ]
     assert lines[3][6:] == ["1", "single", "ema", "optimizer", "1.2500", "whole"]
     text = [" ".join(line) for line in lines]
-    assert "damaged; optimizer-00002-of-00002.safetensors has 5 bytes instead of" in text[4] and "trainer.json is missing" in text[4]
+    assert (
+        "damaged; optimizer-00002-of-00002.safetensors has 5 bytes instead of" in text[4]
+        and "trainer.json is missing" in text[4]
+    )
     assert "- damaged; manifest.json is missing" in text[5] and text[6].endswith("1.2500 whole, weights only")
     assert text[7].endswith("set aside") and text[8].endswith("half written")
 
@@ -113,14 +153,24 @@ def test_ls_shows_every_checkpoint_with_its_state(run: Path, capsys):
 def test_ls_gives_the_same_as_json(run: Path, capsys):
     assert ckpt("ls", run, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["state"] for row in rows] == ["whole"] * 3 + ["damaged"] * 2 + ["whole", "set aside", "half written"]
+    assert [row["state"] for row in rows] == ["whole"] * 3 + ["damaged"] * 2 + [
+        "whole",
+        "set aside",
+        "half written",
+    ]
     manifest = read_manifest(run / "step_10")
     assert rows[1] == {
-        "name": "step_10", "step": 10, "time": manifest["time"], "bytes": sum(f["size"] for f in manifest["files"].values()),
-        "processes": 2, "engine": "fsdp2", "holds": ["ema", "model", "optimizer"], "resumable": True, "val_loss": 1.5, "state": "whole",
+        "name": "step_10", "step": 10, "time": manifest["time"],
+        "bytes": sum(f["size"] for f in manifest["files"].values()),
+        "processes": 2, "engine": "fsdp2", "holds": ["ema", "model", "optimizer"], "resumable": True,
+        "val_loss": 1.5, "state": "whole",
         "problems": [],
     }  # fmt: skip
-    assert rows[5]["resumable"] is False and rows[3]["problems"][-1] == "trainer.json is missing" and rows[7]["bytes"] > 1000
+    assert (
+        rows[5]["resumable"] is False
+        and rows[3]["problems"][-1] == "trainer.json is missing"
+        and rows[7]["bytes"] > 1000
+    )
 
 
 def test_ls_of_one_checkpoint_and_of_a_run_without_any(run: Path, tmp_path: Path, capsys):
@@ -138,7 +188,8 @@ def test_ls_of_one_checkpoint_and_of_a_run_without_any(run: Path, tmp_path: Path
 
 
 def test_verify_says_ok_or_every_problem_and_its_exit_code_follows(run: Path, capsys):
-    """Passes when the whole ones are OK with exit code 0, and of a run with damaged ones each damaged file is named, with exit code 1."""
+    """Passes when the whole ones are OK with exit code 0, and of a run with damaged ones each damaged file is
+    named, with exit code 1."""
     assert ckpt("verify", run / "step_2", run / "step_10", run / "best") == 0
     assert capsys.readouterr().out == f"{run}/step_2: OK\n{run}/step_10: OK\n{run}/best: OK\n"
     flip(run / "step_10" / "ema-00001-of-00002.safetensors")  # of the right size: ls cannot see it
@@ -159,7 +210,10 @@ def test_verify_says_ok_or_every_problem_and_its_exit_code_follows(run: Path, ca
     ]
     assert ckpt("verify", run / "step_40", run / "step_2", "--json") == 1
     found = json.loads(capsys.readouterr().out)
-    assert found == {str(run / "step_40"): ["manifest.json is missing: no whole checkpoint"], str(run / "step_2"): []}
+    assert found == {
+        str(run / "step_40"): ["manifest.json is missing: no whole checkpoint"],
+        str(run / "step_2"): [],
+    }
     assert ckpt("verify", run / "step_77") == 1 and "there is no such folder" in capsys.readouterr().out
 
 
@@ -196,8 +250,11 @@ def test_verify_also_asks_whether_the_tensors_are_there(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize(("weights", "add"), [("ema", 0), ("raw", 1)])
-def test_an_export_of_two_processes_is_the_weights_to_the_bit_and_loads(whole, golden_tensors, tmp_path, capsys, weights, add):
-    """Passes when the folder holds every tensor to the bit, loads as the model, and has the configs, tokenizer and VAE to the byte."""
+def test_an_export_of_two_processes_is_the_weights_to_the_bit_and_loads(
+    whole, golden_tensors, tmp_path, capsys, weights, add
+):
+    """Passes when the folder holds every tensor to the bit, loads as the model, and has the configs,
+    tokenizer and VAE to the byte."""
     assert ckpt("export", whole, tmp_path / "out", "--weights", weights) == 0
     name = "average" if weights == "ema" else "weights"
     assert f"Exported step 3 ({name}, " in capsys.readouterr().out
@@ -206,9 +263,21 @@ def test_an_export_of_two_processes_is_the_weights_to_the_bit_and_loads(whole, g
     model = load_bagel(tmp_path / "out")
     assert all(torch.equal(p, wanted[key]) for key, p in model.named_parameters())
     others = {p.name for p in (tmp_path / "out").iterdir()} - {"ema.safetensors", "export.json"}
-    assert {"ae.safetensors", "vocab.json", "merges.txt", "config.json", "llm_config.json", "vit_config.json"} <= others
+    assert {
+        "ae.safetensors",
+        "vocab.json",
+        "merges.txt",
+        "config.json",
+        "llm_config.json",
+        "vit_config.json",
+    } <= others
     assert all((tmp_path / "out" / other).read_bytes() == (whole / other).read_bytes() for other in others)
-    assert not others & {"trainer.json", "training_config.json", "manifest.json", "ema.safetensors.index.json"}
+    assert not others & {
+        "trainer.json",
+        "training_config.json",
+        "manifest.json",
+        "ema.safetensors.index.json",
+    }
     about = json.loads((tmp_path / "out" / "export.json").read_text("utf-8"))
     assert (about["step"], about["average"], about["dtype"]) == (3, weights == "ema", "as_stored")
     assert about["files"]["ema.safetensors"]["size"] == (tmp_path / "out" / "ema.safetensors").stat().st_size
@@ -216,20 +285,27 @@ def test_an_export_of_two_processes_is_the_weights_to_the_bit_and_loads(whole, g
 
 
 def test_the_export_of_a_real_run_is_what_the_run_ended_with(golden: Path, tmp_path: Path):
-    """Passes when, after two steps with an average, raw and ema exports load as the trainer's own weights and average, to the bit."""
+    """Passes when, after two steps with an average, raw and ema exports load as the trainer's own weights and
+    average, to the bit."""
     from unigen.training.trainer import UnifiedTrainer
 
-    record = {"messages": [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]}
+    record = {
+        "messages": [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
+    }
     (tmp_path / "train.jsonl").write_text(json.dumps(record) + "\n")
     trainer = UnifiedTrainer(
         Config(
-            model_path=str(golden / "model"), train_data_path=str(tmp_path / "train.jsonl"), output_dir=str(tmp_path / "run"), max_steps=2,
+            model_path=str(golden / "model"), train_data_path=str(tmp_path / "train.jsonl"),
+            output_dir=str(tmp_path / "run"), max_steps=2,
             ema=0.5, learning_rate=1e-2, device="cpu", num_workers=0, freeze_vit=True,
         )
     )  # fmt: skip
     trainer.train()
     raw = {name: p.detach() for name, p in trainer.model.named_parameters()}
-    average = {s.name: trainer.ema.average(s.name).view(s.shape) if s.trains else s.value.view(s.shape) for s in trainer.engine.shards()}
+    average = {
+        s.name: trainer.ema.average(s.name).view(s.shape) if s.trains else s.value.view(s.shape)
+        for s in trainer.engine.shards()
+    }
     assert not same(raw, average)
     for weights, wanted in (("raw", raw), ("ema", average)):
         assert ckpt("export", tmp_path / "run" / "step_2", tmp_path / weights, "--weights", weights) == 0
@@ -237,7 +313,9 @@ def test_the_export_of_a_real_run_is_what_the_run_ended_with(golden: Path, tmp_p
 
 
 def test_bfloat16_rounds_to_nearest_and_float32_is_exact(golden: Path, golden_tensors, tmp_path: Path):
-    mixed = {name: value.bfloat16() if i % 2 else value for i, (name, value) in enumerate(golden_tensors.items())}
+    mixed = {
+        name: value.bfloat16() if i % 2 else value for i, (name, value) in enumerate(golden_tensors.items())
+    }
     folder = write_checkpoint(tmp_path / "run", 1, mixed, model=golden / "model")
     for dtype, wanted in [
         ("bfloat16", {name: value.bfloat16() for name, value in mixed.items()}),
@@ -250,14 +328,18 @@ def test_bfloat16_rounds_to_nearest_and_float32_is_exact(golden: Path, golden_te
 
 
 @pytest.mark.parametrize("limit", [0.3e-3, 0.05e-3])
-def test_shards_are_no_larger_than_asked_and_load_the_same(whole: Path, golden_tensors, tmp_path: Path, limit: float):
-    """Passes when every file holds at most the limit, but for tensors that are larger alone, no two files could be one, and the index
-    finds every tensor."""
+def test_shards_are_no_larger_than_asked_and_load_the_same(
+    whole: Path, golden_tensors, tmp_path: Path, limit: float
+):
+    """Passes when every file holds at most the limit, but for tensors that are larger alone, no two files
+    could be one, and the index finds every tensor."""
     out = tmp_path / "out"
     assert ckpt("export", whole, out, "--max_shard_gb", limit) == 0
     files = sorted(out.glob("ema-*.safetensors"))
     assert len(files) >= 1.76e-3 / limit and not (out / "ema.safetensors").exists()
-    assert [p.name for p in files] == [f"ema-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert [p.name for p in files] == [
+        f"ema-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))
+    ]
     held = [[entry.nbytes for entry in scan_safetensors(path).values()] for path in files]
     assert all(sum(sizes) <= limit * 1e9 or len(sizes) == 1 for sizes in held)
     assert all(sum(a) + sum(b) > limit * 1e9 for a, b in pairwise(held))  # no more files than it takes
@@ -268,27 +350,40 @@ def test_shards_are_no_larger_than_asked_and_load_the_same(whole: Path, golden_t
 
 
 def test_which_weights_a_checkpoint_has(golden_tensors, golden: Path, tmp_path: Path, capsys):
-    """Passes when raw is refused of one that holds an average alone, and ema of a run without one gives the weights, and says so."""
+    """Passes when raw is refused of one that holds an average alone, and ema of a run without one gives the
+    weights, and says so."""
     best = write_checkpoint(tmp_path / "run", 1, golden_tensors, name="best", model=golden / "model")
-    assert ckpt("export", best, tmp_path / "a", "--weights", "raw") == 2 and "holds the average alone" in capsys.readouterr().err
+    assert (
+        ckpt("export", best, tmp_path / "a", "--weights", "raw") == 2
+        and "holds the average alone" in capsys.readouterr().err
+    )
     assert ckpt("export", best, tmp_path / "a") == 0 and "(average, " in capsys.readouterr().out
     plain = write_checkpoint(tmp_path / "run", 2, golden_tensors, average=False, model=golden / "model")
     for weights in ("ema", "raw"):
-        assert ckpt("export", plain, tmp_path / weights, "--weights", weights) == 0 and "(weights, " in capsys.readouterr().out
+        assert (
+            ckpt("export", plain, tmp_path / weights, "--weights", weights) == 0
+            and "(weights, " in capsys.readouterr().out
+        )
         assert same(tensors_of(tmp_path / weights), golden_tensors)
 
 
 # ---- export: what must not happen
 
 
-def test_a_damaged_checkpoint_is_exported_only_when_told_and_what_is_not_exported_does_not_count(whole: Path, tmp_path: Path, capsys):
+def test_a_damaged_checkpoint_is_exported_only_when_told_and_what_is_not_exported_does_not_count(
+    whole: Path, tmp_path: Path, capsys
+):
     folder = shutil.copytree(whole, tmp_path / "run" / "step_3")
     flip(folder / "optimizer-00001-of-00002.safetensors")
     flip(folder / "model-00001-of-00002.safetensors")
     assert ckpt("export", folder, tmp_path / "a") == 0
     assert ckpt("export", folder, tmp_path / "b", "--weights", "raw") == 2
     said = capsys.readouterr().err
-    assert "model-00001-of-00002.safetensors has changed" in said and "--no_verify" in said and not (tmp_path / "b").exists()
+    assert (
+        "model-00001-of-00002.safetensors has changed" in said
+        and "--no_verify" in said
+        and not (tmp_path / "b").exists()
+    )
     assert ckpt("export", folder, tmp_path / "b", "--weights", "raw", "--no_verify") == 0
     flip(folder / "vocab.json")
     assert ckpt("export", folder, tmp_path / "c") == 2 and "vocab.json has changed" in capsys.readouterr().err
@@ -303,12 +398,20 @@ def test_nothing_is_overwritten_but_an_earlier_export_when_told(whole: Path, tmp
     before = tensors_of(tmp_path / "empty")
     (tmp_path / "empty" / "left_over").touch()
     assert ckpt("export", whole, tmp_path / "empty", "--weights", "raw", "--overwrite") == 0
-    assert not same(tensors_of(tmp_path / "empty"), before) and not (tmp_path / "empty" / "left_over").exists()
+    assert (
+        not same(tensors_of(tmp_path / "empty"), before) and not (tmp_path / "empty" / "left_over").exists()
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert ckpt("export", whole, tmp_path / "mine", "--overwrite") == 2 and "is no earlier export" in capsys.readouterr().err
+    assert (
+        ckpt("export", whole, tmp_path / "mine", "--overwrite") == 2
+        and "is no earlier export" in capsys.readouterr().err
+    )
     (tmp_path / "file").write_text("x")
-    assert ckpt("export", whole, tmp_path / "file", "--overwrite") == 2 and "exists already" in capsys.readouterr().err
+    assert (
+        ckpt("export", whole, tmp_path / "file", "--overwrite") == 2
+        and "exists already" in capsys.readouterr().err
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "mine"]
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
@@ -343,7 +446,9 @@ def test_a_failing_disk_leaves_the_earlier_export_and_nothing_else(whole: Path, 
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_written(whole: Path, tmp_path: Path, monkeypatch):
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
+    whole: Path, tmp_path: Path, monkeypatch
+):
     monkeypatch.setattr("unigen.commands.ckpt.export.free_bytes", lambda folder: 1_000_000)
     with pytest.raises(ExportError, match=r"the export takes 1\.8 MB, 1\.0 MB are free on .* Cure:"):
         export(whole, tmp_path / "out", CkptOptions())
@@ -367,14 +472,16 @@ assert "unigen.training.engine" not in sys.modules and "unigen.runs.saver" not i
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_an_export_takes_the_memory_of_its_largest_tensor(tmp_path: Path):
-    """Passes when exporting 256 MB in tensors of 64 MB raises the peak by less than 64 MB + 40 MB, and in bfloat16, which is converted
-    16 million numbers at a time, by less than 32 MB + 110 MB."""
+    """Passes when exporting 256 MB in tensors of 64 MB raises the peak by less than 64 MB + 40 MB, and in
+    bfloat16, which is converted 16 million numbers at a time, by less than 32 MB + 110 MB."""
     from unigen.runs.channel import Channel
     from unigen.runs.saver import Contents, Entry, Saver
 
     shape = (4000, 4000)
     where = torch.empty(shape, device="meta")
-    entries = [Entry("ema", f"w{i}", shape, where, read=lambda i=i: torch.full(shape, i + 0.5)) for i in range(4)]
+    entries = [
+        Entry("ema", f"w{i}", shape, where, read=lambda i=i: torch.full(shape, i + 0.5)) for i in range(4)
+    ]
     contents = Contents(1, entries, {"trainer": {}}, lambda _: None, {"engine": "single", "average": False})
     Saver(tmp_path / "run", 0, Channel(1, torch.device("cpu"))).save(contents)
     argv = [sys.executable, "-c", MEASURE, str(tmp_path / "run" / "step_1"), str(tmp_path)]

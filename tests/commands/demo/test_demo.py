@@ -1,4 +1,5 @@
-"""The demo from its command to its report, in the quick version: real digits in, clearly better than guessing out."""
+"""The demo from its command to its report, in the quick version: real digits in, clearly better than guessing
+out."""
 
 import base64
 import json
@@ -18,8 +19,14 @@ from unigen.data.formats import FORMATS
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[3]
-# What the quick demo must beat: far from chance (unigen.commands.demo.CHANCE) for 50 questions, far below what it reaches.
-FLOORS = {"understanding_accuracy": 0.4, "generation_accuracy": 0.4, "edit_accuracy": 0.1, "interleaved_accuracy": 0.1}
+# What the quick demo must beat: far from chance (unigen.commands.demo.CHANCE) for 50 questions, far below
+# what it reaches.
+FLOORS = {
+    "understanding_accuracy": 0.4,
+    "generation_accuracy": 0.4,
+    "edit_accuracy": 0.1,
+    "interleaved_accuracy": 0.1,
+}
 JUDGE_FLOOR = 0.97  # of the classifier that marks the drawings, on real held-out digits
 MIN_PICTURES = 60  # in the report: drawings, edits, sums
 
@@ -34,7 +41,12 @@ def demo(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     out = folder / "out"
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    return SimpleNamespace(out=out, log=done.stdout + done.stderr, metrics=metrics, page=(out / "report.html").read_text(encoding="utf-8"))
+    return SimpleNamespace(
+        out=out,
+        log=done.stdout + done.stderr,
+        metrics=metrics,
+        page=(out / "report.html").read_text(encoding="utf-8"),
+    )
 
 
 def test_the_floors_are_above_chance():
@@ -58,13 +70,21 @@ def test_it_trains_on_all_seven_formats_and_every_task(demo):
     tasks = re.search(r"^tasks +(.+)$", demo.log, re.M)
     assert formats and tasks, demo.log[:2000]
     assert {part.split()[0] for part in formats[1].split(", ")} == set(list(FORMATS)[:7])
-    assert {part.split()[0] for part in tasks[1].split(", ")} >= {"understand", "generate", "edit", "interleaved"}
+    assert {part.split()[0] for part in tasks[1].split(", ")} >= {
+        "understand",
+        "generate",
+        "edit",
+        "interleaved",
+    }
 
 
 def test_it_is_the_ordinary_training_command(demo):
     """The line it prints is one a user could type, and its log has every step."""
     assert re.search(r"^unigen train --model_path \S+ --train_data_path \S+", demo.log, re.M)
-    rows = [json.loads(line) for line in (demo.out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (demo.out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["step"] for row in rows] == list(range(1, demo.metrics["steps"] + 1))
     for loss in ("text_loss", "image_loss"):
         values = [row[loss] for row in rows if row.get(loss) is not None]
@@ -72,17 +92,24 @@ def test_it_is_the_ordinary_training_command(demo):
 
 
 def test_how_it_learned_is_shown_by_watch(demo, tmp_path):
-    """The line of the README: every question's answers over the steps, and the pictures that were asked about."""
+    """The line of the README: every question's answers over the steps, and the pictures that were asked
+    about."""
     from unigen.cli import main
     from unigen.commands.demo.exam import SAMPLES
 
     assert main(["watch", str(demo.out / "run"), "--html", str(tmp_path / "run.html")]) == 0
     page = Page((tmp_path / "run.html").read_text(encoding="utf-8"))
-    index = json.loads((demo.out / "run" / "samples" / f"step_{demo.metrics['steps']}" / "index.json").read_text(encoding="utf-8"))
+    index = json.loads(
+        (demo.out / "run" / "samples" / f"step_{demo.metrics['steps']}" / "index.json").read_text(
+            encoding="utf-8"
+        )
+    )
     assert len(index) == 6 and all(entry["pieces"] and "error" not in entry for entry in index)
     assert len(list((demo.out / "run" / "samples").iterdir())) == SAMPLES
     drawn = sum("image" in piece for entry in index for piece in entry["pieces"])
-    assert drawn >= 4 and len(page.of("img", "small")) >= 4 + 4 * SAMPLES, "given ones, and four that are drawn every time"
+    assert drawn >= 4 and len(page.of("img", "small")) >= 4 + 4 * SAMPLES, (
+        "given ones, and four that are drawn every time"
+    )
     assert "finished" in page.text and len(page.charts) >= 6
 
 

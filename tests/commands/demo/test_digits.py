@@ -1,4 +1,5 @@
-"""The demo's data: exact pictures, a clean split, all seven formats, a tokenizer that reads anything, a strict judge."""
+"""The demo's data: exact pictures, a clean split, all seven formats, a tokenizer that reads anything, a
+strict judge."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def pictures_in(value) -> list[str]:
 def texts_in(value) -> list[str]:
     if isinstance(value, dict):
         names = {"content", "text_prompt", "caption", "instruction"}
-        return [v for k, v in value.items() if k in names and isinstance(v, str)] + [t for v in value.values() for t in texts_in(v)]
+        return [v for k, v in value.items() if k in names and isinstance(v, str)] + [
+            t for v in value.values() for t in texts_in(v)
+        ]
     return [t for v in value for t in texts_in(v)] if isinstance(value, list) else []
 
 
@@ -83,13 +86,17 @@ def test_split_is_stratified_disjoint_and_complete(digits):
     assert digits.train_images.shape == (1500, 8, 8) and digits.heldout_images.shape == (297, 8, 8)
     both = np.concatenate([digits.train_images, digits.heldout_images]).reshape(-1, 64)
     assert sorted(map(bytes, both)) == sorted(map(bytes, load_digits().data.astype(np.uint8)))
-    shares = [np.bincount(labels, minlength=10) / len(labels) for labels in (digits.train_labels, digits.heldout_labels)]
+    shares = [
+        np.bincount(labels, minlength=10) / len(labels)
+        for labels in (digits.train_labels, digits.heldout_labels)
+    ]
     assert np.abs(shares[0] - shares[1]).max() < 0.005
 
 
 @pytest.mark.parametrize("half", ["train", "heldout"])
 def test_every_picture_is_the_exact_digit_it_is_named_after(digits, half):
-    """Reads the files with PIL: the PNG writer, the values, the edits and the halves' separation are all checked by it."""
+    """Reads the files with PIL: the PNG writer, the values, the edits and the halves' separation are all
+    checked by it."""
     folder, images = getattr(digits, half), getattr(digits, f"{half}_images")
     names = {p for task in TASKS for record in records(folder, task) for p in pictures_in(record)}
     assert len(names) > 100
@@ -97,7 +104,8 @@ def test_every_picture_is_the_exact_digit_it_is_named_after(digits, half):
         number, *edits = Path(name).stem.split("_")
         wanted = np.rint(images[int(number)] * 255.0 / 16)
         for edit in edits:
-            wanted = 255 - wanted if edit == "invert" else wanted[::-1].T  # clockwise: the bottom row becomes the left column
+            # clockwise: the bottom row becomes the left column
+            wanted = 255 - wanted if edit == "invert" else wanted[::-1].T
         with Image.open(folder / name) as picture:
             assert picture.mode == "L" and picture.size == (8, 8)
             assert (np.asarray(picture) == wanted).all(), name
@@ -115,12 +123,17 @@ def test_records_say_what_their_pictures_show(digits):
         for record in records(folder, "caption"):
             assert record["caption"] == NUMBERS[shown(record["image_path"])]
         for record in records(folder, "ask"):
-            assert record["conversations"][-1]["content"] == NUMBERS[shown(record["conversations"][0]["image_path"])]
+            assert (
+                record["conversations"][-1]["content"]
+                == NUMBERS[shown(record["conversations"][0]["image_path"])]
+            )
         for record in records(folder, "ask_messages"):
             assert record["messages"][1]["content"] == NUMBERS[shown(record["images"][0])]
             assert record["messages"][0]["content"].count("<image>") == 1
         for record in records(folder, "add"):
-            a, b, c = (shown(p["image_path"]) for p in record["input_sequence"][:2] + record["target_sequence"][1:])
+            a, b, c = (
+                shown(p["image_path"]) for p in record["input_sequence"][:2] + record["target_sequence"][1:]
+            )
             assert a + b == c and record["target_sequence"][0]["content"] == f"{a} + {b} = {c}"
         for record in records(folder, "add_sequence"):
             pieces = record["sequence"]
@@ -132,8 +145,15 @@ def test_records_say_what_their_pictures_show(digits):
                 names = [Path(p).stem for p in pictures_in(record)]
                 steps = record["editing_steps"]
                 assert [s["step"] for s in steps] == list(range(1, len(steps) + 1))
-                assert names == ["_".join([names[0], *[s["instruction"] for s in steps][:k]]) for k in range(len(steps) + 1)]
-                assert record["metadata"] == {"task": task, "label": shown(names[0]), "edits": [s["instruction"] for s in steps]}
+                assert names == [
+                    "_".join([names[0], *[s["instruction"] for s in steps][:k]])
+                    for k in range(len(steps) + 1)
+                ]
+                assert record["metadata"] == {
+                    "task": task,
+                    "label": shown(names[0]),
+                    "edits": [s["instruction"] for s in steps],
+                }
 
 
 def test_counts_balance_and_words(digits):
@@ -146,14 +166,26 @@ def test_counts_balance_and_words(digits):
     assert len(asked) == 297, "each held-out digit is asked about once"
     sums = {tuple(r["metadata"]["terms"]) for r in records(digits.train, "add")[:55]}
     assert len(sums) == 55
-    words = {w for task in TASKS for r in records(digits.train, task) for t in texts_in(r) for w in t.replace("<image>", "").split()}
+    words = {
+        w
+        for task in TASKS
+        for r in records(digits.train, task)
+        for t in texts_in(r)
+        for w in t.replace("<image>", "").split()
+    }
     assert words - set("0123456789") <= set(WORDS) and set(WORDS) - words == set()
 
 
 def test_same_seed_same_bytes_other_seed_other_split(tmp_path):
     few = {task: 12 for task in TASKS}
-    sets = [write_digits(tmp_path / str(k), seed=seed, per_epoch=few, quick=True) for k, seed in enumerate([3, 3, 4])]
-    files = [{p.relative_to(tmp_path / str(k)): p.read_bytes() for p in (tmp_path / str(k)).rglob("*.*")} for k in range(3)]
+    sets = [
+        write_digits(tmp_path / str(k), seed=seed, per_epoch=few, quick=True)
+        for k, seed in enumerate([3, 3, 4])
+    ]
+    files = [
+        {p.relative_to(tmp_path / str(k)): p.read_bytes() for p in (tmp_path / str(k)).rglob("*.*")}
+        for k in range(3)
+    ]
     assert files[0] == files[1] != files[2]
     assert len(records(sets[0].train, "draw")) == 3 and len(records(sets[0].heldout, "ask")) == 60
     assert not (sets[0].heldout_images == sets[2].heldout_images).all()
@@ -177,7 +209,11 @@ def test_a_task_can_be_left_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"size": 12}, "multiple of 8"), ({"train": 1600}, "1797 digits"), ({"per_epoch": {"drow": 1}}, "drow.*draw")],
+    [
+        ({"size": 12}, "multiple of 8"),
+        ({"train": 1600}, "1797 digits"),
+        ({"per_epoch": {"drow": 1}}, "drow.*draw"),
+    ],
 )
 def test_impossible_wishes_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
@@ -186,8 +222,16 @@ def test_impossible_wishes_are_refused(tmp_path, options, message):
 
 
 def test_the_tasks_cover_every_format_and_parse_as_meant(digits):
-    """With the project's own reader: which format, and which pieces are context (small letters) and targets (capitals)."""
-    meant = {"draw": "tI", "caption": "iT", "ask": "itT", "ask_messages": "itT", "edit": "itI", "edit_steps": "itItI"}
+    """With the project's own reader: which format, and which pieces are context (small letters) and targets
+    (capitals)."""
+    meant = {
+        "draw": "tI",
+        "caption": "iT",
+        "ask": "itT",
+        "ask_messages": "itT",
+        "edit": "itI",
+        "edit_steps": "itItI",
+    }
     meant |= {"add": "iitTI", "add_sequence": "iitTI"}
     formats = set()
     for task in TASKS:
@@ -195,7 +239,10 @@ def test_the_tasks_cover_every_format_and_parse_as_meant(digits):
         for line, value in enumerate(records(digits.train, task), start=1):
             record = parse_record(value, Origin(path, line))
             letters = [type(p).__name__[0].lower() for p in record.sample]
-            assert "".join(c.upper() if p.target else c for c, p in zip(letters, record.sample, strict=True)) == meant[task], task
+            assert (
+                "".join(c.upper() if p.target else c for c, p in zip(letters, record.sample, strict=True))
+                == meant[task]
+            ), task
             assert all(open_image(p.source).size == (8, 8) for p in record.sample if isinstance(p, Piece))
             assert record.metadata["task"] == task
         formats.add(record.format)
@@ -210,16 +257,23 @@ def test_judge_reads_heldout_digits_at_any_size(digits, judge):
     assert (read == digits.heldout_labels).mean() == pytest.approx(judge.heldout_accuracy, abs=0.007)
     # 8 does not divide 20: the true area means are the block means of the picture repeated to 40 x 40
     grown = [image.convert("RGB").resize((20, 20), Image.Resampling.NEAREST) for image in small]
-    means = [np.asarray(image.convert("L")).repeat(2, 0).repeat(2, 1).reshape(8, 5, 8, 5).mean((1, 3)) for image in grown]
+    means = [
+        np.asarray(image.convert("L")).repeat(2, 0).repeat(2, 1).reshape(8, 5, 8, 5).mean((1, 3))
+        for image in grown
+    ]
     assert (judge.classify(grown) == judge.classify([gray(np.rint(m)) for m in means])).mean() > 0.99
-    assert (judge.classify([image.resize((64, 64), Image.Resampling.NEAREST) for image in small]) == read).all()
+    assert (
+        judge.classify([image.resize((64, 64), Image.Resampling.NEAREST) for image in small]) == read
+    ).all()
     assert judge.classify([]).shape == (0,)
 
 
 @pytest.mark.parametrize("edits", [["invert"], ["rotate"], ["invert", "rotate"], ["rotate", "rotate"]])
 def test_edit_is_right_only_when_it_is_this_digit_edited_so(digits, judge, edits):
     rng = np.random.default_rng(0)
-    kept = np.flatnonzero(judge.classify([gray(to_pixels(image)) for image in digits.heldout_images]) == digits.heldout_labels)[:120]
+    kept = np.flatnonzero(
+        judge.classify([gray(to_pixels(image)) for image in digits.heldout_images]) == digits.heldout_labels
+    )[:120]
     passed = {name: 0 for name in ("exact", "noisy", "unedited", "same class", "half done", "washed out")}
     for n in kept:
         source, label = to_pixels(digits.heldout_images[n]), int(digits.heldout_labels[n])
@@ -255,7 +309,8 @@ def test_every_word_is_one_token_with_and_without_its_space(tokenizer):
     for word in [*WORDS, "ab", "abc", "bc", "猫"]:
         assert len(tokenizer.encode(word)) == 1, word
         assert len(tokenizer.encode(f"draw {word}")) == 2, word
-    assert len(tokenizer.encode("3 + 4 = 7")) == 7  # digits are single tokens, and so are the spaces before them
+    # digits are single tokens, and so are the spaces before them
+    assert len(tokenizer.encode("3 + 4 = 7")) == 7
     assert len(tokenizer.encode("what is this")) == 3
 
 
@@ -264,7 +319,10 @@ def test_tokenizer_has_dense_ids_and_the_special_tokens(tokenizer):
     assert ids == list(range(len(tokenizer)))
     for n, token in enumerate(SPECIAL_TOKENS):
         assert tokenizer.convert_tokens_to_ids(token) == len(tokenizer) - len(SPECIAL_TOKENS) + n
-        assert tokenizer.encode(f"draw{token}") == [*tokenizer.encode("draw"), tokenizer.convert_tokens_to_ids(token)]
+        assert tokenizer.encode(f"draw{token}") == [
+            *tokenizer.encode("draw"),
+            tokenizer.convert_tokens_to_ids(token),
+        ]
     assert tokenizer.eos_token == "<|endoftext|>"
 
 

@@ -174,7 +174,9 @@ class PictureServer:
 
         self.httpd = Server(("127.0.0.1", 0), Handler)
         if context is not None:
-            self.httpd.socket = context.wrap_socket(self.httpd.socket, server_side=True, do_handshake_on_connect=False)
+            self.httpd.socket = context.wrap_socket(
+                self.httpd.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.port = self.httpd.server_port
         threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True).start()
 

@@ -28,24 +28,34 @@ READ = {
 }
 REFUSED = {
     "bad_address": [
-        "http:///x.png", "http://", "http:/x.png", "http:x.png", "http://:80/x", "http://?x", "http://.", "http://a..b/x", "http://.a/x",
+        "http:///x.png", "http://", "http:/x.png", "http:x.png", "http://:80/x", "http://?x", "http://.",
+        "http://a..b/x", "http://.a/x",
         "http://a.b:0/", "http://a.b:65536/", "http://a.b:8o/", "http://a.b:1:2/", "http://a.b:+80/", "http://a.b:٨٠/",
-        "http://2130706433/", "http://0x7f000001/", "http://0x7f.1/", "http://0177.0.0.1/", "http://127.1/", "http://127.0.1/", "http://0/",
-        "http://127.0.0.1.1/", "http://256.0.0.1/", "http://127.0.0.0x1/", "http://00000177.0.0.1/", "http://１２７.1/", "http://0x/", "http://1e3.1/",
+        "http://2130706433/", "http://0x7f000001/", "http://0x7f.1/", "http://0177.0.0.1/", "http://127.1/",
+        "http://127.0.1/", "http://0/",
+        "http://127.0.0.1.1/", "http://256.0.0.1/", "http://127.0.0.0x1/", "http://00000177.0.0.1/",
+        "http://１２７.1/", "http://0x/", "http://1e3.1/",
         "http://%31%32%37.0.0.1/", "http://127.0.0.1%2fa/", "http://loc%61lhost/", "http://a%00.b/",
-        "http://[::1", "http://::1/", "http://[::1]x/", "http://[fe80::1%eth0]/", "http://[fe80::1%25eth0]/", "http://[1.2.3.4]/", "http://[v1.a]/",
-        "http://a.b\\@127.0.0.1/", "http:\\\\127.0.0.1\\x", "http://a.b/x\\y", "http://a b/x", "http://a.b/x y",
+        "http://[::1", "http://::1/", "http://[::1]x/", "http://[fe80::1%eth0]/", "http://[fe80::1%25eth0]/",
+        "http://[1.2.3.4]/", "http://[v1.a]/",
+        "http://a.b\\@127.0.0.1/", "http:\\\\127.0.0.1\\x", "http://a.b/x\\y", "http://a b/x",
+        "http://a.b/x y",
         " http://a.b/", "http://a.b/ ",
-        "http://a\tb/", "ht\ntp://a.b/", "http://a.b/\r\nHost: c", "http://a.b/\x00", "http://a.b/\x7f", "\thttp://a.b/", "http://a.b/\u0085",
-        "http://a.b/\ud800", "http://\ud800.b/", "http://" + "a" * 64 + ".b/", "http://" + "a." * 127 + "b/", "http://a.b/" + "x" * 8192,
+        "http://a\tb/", "ht\ntp://a.b/", "http://a.b/\r\nHost: c", "http://a.b/\x00", "http://a.b/\x7f",
+        "\thttp://a.b/", "http://a.b/\u0085",
+        "http://a.b/\ud800", "http://\ud800.b/", "http://" + "a" * 64 + ".b/", "http://" + "a." * 127 + "b/",
+        "http://a.b/" + "x" * 8192,
         "http://a!b/", "http://a,b/", "http://exa\u200bmple.org\u2044x/", "http://*.b/", "http://<a>/",
          "//a.b/x", "x.png", "",
     ],
     "refused_scheme": [
-        "file:///etc/passwd", "FILE:///etc/passwd", "ftp://a.b/x", "data:image/png;base64,AAAA", "gopher://a.b/", "s3://bucket/x", "gs://b/x",
-        "javascript:alert(1)", "httpx://a.b/", "ws://a.b/", "unix:/run/x.sock", "dict://a.b:11211/", "data:" + "A" * 20_000, "view-source:http://a.b",
+        "file:///etc/passwd", "FILE:///etc/passwd", "ftp://a.b/x", "data:image/png;base64,AAAA",
+        "gopher://a.b/", "s3://bucket/x", "gs://b/x",
+        "javascript:alert(1)", "httpx://a.b/", "ws://a.b/", "unix:/run/x.sock", "dict://a.b:11211/",
+        "data:" + "A" * 20_000, "view-source:http://a.b",
     ],
-    "credentials": ["http://a@127.0.0.1/", "http://u:p@a.b/", "http://@a.b/", "http://a.b@c.d@e.f/", "http://a.b:80@127.0.0.1:80/", "http://u%40@a.b/"],
+    "credentials": ["http://a@127.0.0.1/", "http://u:p@a.b/", "http://@a.b/", "http://a.b@c.d@e.f/",
+    "http://a.b:80@127.0.0.1:80/", "http://u%40@a.b/"],
 }  # fmt: skip
 
 
@@ -56,16 +66,26 @@ def test_a_plain_address_is_read(text, target):
 
 
 @pytest.mark.parametrize(
-    ("reason", "text"), [(reason, text) for reason, texts in REFUSED.items() for text in texts], ids=lambda text: ascii(text)[:40]
+    ("reason", "text"),
+    [(reason, text) for reason, texts in REFUSED.items() for text in texts],
+    ids=lambda text: ascii(text)[:40],
 )
 def test_an_odd_address_is_refused_by_name(reason, text):
     with pytest.raises(FetchError) as caught:
         parse_url(text)
     assert caught.value.reason == reason
-    assert caught.value.problem and caught.value.cure and len(str(caught.value)) < 500 and str(caught.value).isprintable()
+    assert (
+        caught.value.problem
+        and caught.value.cure
+        and len(str(caught.value)) < 500
+        and str(caught.value).isprintable()
+    )
 
 
-@given(st.text(max_size=30) | st.text("htp:/\\@[]%.0123456789xa\t\n#?", max_size=30).map(lambda text: "http://" + text))
+@given(
+    st.text(max_size=30)
+    | st.text("htp:/\\@[]%.0123456789xa\t\n#?", max_size=30).map(lambda text: "http://" + text)
+)
 def test_whatever_is_read_is_ascii_without_controls_and_reads_again_as_itself(text):
     try:
         target = parse_url(text)
@@ -90,7 +110,14 @@ PUBLIC = [
 PUBLIC += ["2606:4700::1111", "2a00:1450:4001::1", "::ffff:1.1.1.1", "2400::1"]
 SPECIAL = {
     "loopback": ["127.0.0.1", "127.255.255.254", "::1", "::ffff:127.0.0.1"],
-    "private": ["10.0.0.1", "10.255.255.255", "172.16.0.1", "172.31.255.255", "192.168.1.1", "::ffff:10.0.0.1"],
+    "private": [
+        "10.0.0.1",
+        "10.255.255.255",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.1.1",
+        "::ffff:10.0.0.1",
+    ],
     "link-local": ["169.254.0.1", "fe80::1", "febf::1", "fe80::1%eth0"],
     "metadata": ["169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254"],
     "unspecified": ["0.0.0.0", "0.1.2.3", "::"],
@@ -115,7 +142,9 @@ def test_a_public_address_passes(text):
     assert why_refused(ipaddress.ip_address(text)) is None
 
 
-@pytest.mark.parametrize(("word", "text"), [(word, text) for word, texts in SPECIAL.items() for text in texts])
+@pytest.mark.parametrize(
+    ("word", "text"), [(word, text) for word, texts in SPECIAL.items() for text in texts]
+)
 def test_a_special_address_is_refused_in_words(word, text):
     assert word in why_refused(ipaddress.ip_address(text))
 
@@ -125,13 +154,19 @@ def test_nothing_passes_that_python_knows_to_be_special(ip):
     if why_refused(ip) is None:
         judged = getattr(ip, "ipv4_mapped", None) or ip
         assert judged.is_global and not (
-            judged.is_private or judged.is_loopback or judged.is_link_local or judged.is_multicast or judged.is_reserved
+            judged.is_private
+            or judged.is_loopback
+            or judged.is_link_local
+            or judged.is_multicast
+            or judged.is_reserved
         )
 
 
 def test_an_allowed_network_lets_its_own_addresses_pass_and_no_others():
     def refused(text, *networks):
-        return why_refused(ipaddress.ip_address(text), tuple(ipaddress.ip_network(network) for network in networks))
+        return why_refused(
+            ipaddress.ip_address(text), tuple(ipaddress.ip_network(network) for network in networks)
+        )
 
     assert refused("10.1.2.3", "10.1.0.0/16") is None and refused("10.2.0.1", "10.1.0.0/16")
     assert refused("::ffff:10.1.2.3", "10.1.0.0/16") is None
@@ -143,14 +178,40 @@ def test_an_allowed_network_lets_its_own_addresses_pass_and_no_others():
 
 
 def test_addresses_are_told_from_paths():
-    addresses = ["http://a/b", "HTTPS://a", "http:/a", "\thttp://a", "file:/etc/passwd", "ftp:x", "data:,x", "s3://a/b", "Gopher:x"]
-    paths = ["a.png", "/a/b.png", "C:/a.png", "c:\\a", "http.png", "a/http://b", "http", "photo: day.png", "", "//a/b.png", "https_x/a"]
-    assert [text for text in addresses if not is_address(text)] == [] and [text for text in paths if is_address(text)] == []
+    addresses = [
+        "http://a/b",
+        "HTTPS://a",
+        "http:/a",
+        "\thttp://a",
+        "file:/etc/passwd",
+        "ftp:x",
+        "data:,x",
+        "s3://a/b",
+        "Gopher:x",
+    ]
+    paths = [
+        "a.png",
+        "/a/b.png",
+        "C:/a.png",
+        "c:\\a",
+        "http.png",
+        "a/http://b",
+        "http",
+        "photo: day.png",
+        "",
+        "//a/b.png",
+        "https_x/a",
+    ]
+    assert [text for text in addresses if not is_address(text)] == [] and [
+        text for text in paths if is_address(text)
+    ] == []
 
 
 def test_messages_hide_passwords_and_escape_what_cannot_be_printed():
     assert shown("http://user:secret@a.b/x@y?z=1") == "http://***@a.b/x@y?z=1"
-    assert shown("http:\\\\user:secret@a.b") == "http:\\\\***@a.b" and "secret" not in shown("\thttp:user:secret@a.b/")
+    assert shown("http:\\\\user:secret@a.b") == "http:\\\\***@a.b" and "secret" not in shown(
+        "\thttp:user:secret@a.b/"
+    )
     assert shown("http://a.b/@x/1@2") == "http://a.b/@x/1@2"
     assert shown("http://a/\n\x1b[31m\u202e\ud800") == "http://a/\\n\\x1b[31m\\u202e\\ud800"
     assert len(shown("http://a/" + "x" * 1000)) == 200 and len(shown("http://a/" + "\n" * 1000)) == 200

@@ -1,4 +1,5 @@
-"""One picture from a real server: whole or refused with a reason, within its limits, from the address that was checked."""
+"""One picture from a real server: whole or refused with a reason, within its limits, from the address that
+was checked."""
 
 import ipaddress
 import shutil
@@ -30,7 +31,15 @@ GOOD = [
     "/continue",
     "/identity",
 ]
-GOOD += ["/negative-length", "/no-number-length", "/a?b=1&c=%20", "/图.png?问", "/then-good/429/1", "/then-good/500/2", "/then-good/503/1"]
+GOOD += [
+    "/negative-length",
+    "/no-number-length",
+    "/a?b=1&c=%20",
+    "/图.png?问",
+    "/then-good/429/1",
+    "/then-good/500/2",
+    "/then-good/503/1",
+]
 GOOD += ["/then-good/short/1", "/then-good/nothing/2", "/then-good/short-chunk/1", "/resting/1"]
 # Path -> the reason, a word of the problem, and how often the server is asked.
 BAD = {
@@ -89,7 +98,9 @@ def small_frames(monkeypatch):
 
 
 def client(**options) -> Client:
-    return Client(**{"max_bytes": 300_000, "timeout": 10.0, "retries": 2, "allowed": LOOPBACK, "tls": TLS, **options})
+    return Client(
+        **{"max_bytes": 300_000, "timeout": 10.0, "retries": 2, "allowed": LOOPBACK, "tls": TLS, **options}
+    )
 
 
 def refusal(client: Client, url: str) -> FetchError:
@@ -174,7 +185,12 @@ def test_the_request_says_the_host_and_no_secrets(server, monkeypatch):
     [
         ("/to-to-good", 1, "redirect", "more than 1 redirects"),
         ("/to-self", 5, "redirect", "more than 5 redirects"),
-        ("/to-private", 5, "refused_address", "after a redirect to http://10.0.0.1/x.png: 10.0.0.1 is a private address"),
+        (
+            "/to-private",
+            5,
+            "refused_address",
+            "after a redirect to http://10.0.0.1/x.png: 10.0.0.1 is a private address",
+        ),
         ("/to-metadata", 5, "refused_address", "metadata"),
         ("/to-name-inside", 5, "refused_address", "inside.test is 10.1.2.3"),
         ("/to-file", 5, "redirect", "the scheme is file:"),
@@ -204,7 +220,17 @@ def test_a_refused_redirect_names_target_and_cure(server):
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "[::1]", "[fe80::1]", "[64:ff9b::7f00:1]", "0.0.0.0"]
+    "host",
+    [
+        "127.0.0.1",
+        "[::ffff:127.0.0.1]",
+        "10.0.0.1",
+        "169.254.169.254",
+        "[::1]",
+        "[fe80::1]",
+        "[64:ff9b::7f00:1]",
+        "0.0.0.0",
+    ],
 )
 def test_without_leave_nothing_inside_is_connected_to(server, monkeypatch, host):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
@@ -212,12 +238,16 @@ def test_without_leave_nothing_inside_is_connected_to(server, monkeypatch, host)
 
 
 @pytest.mark.parametrize(
-    "addresses", [["10.0.0.1"], ["1.1.1.1", "127.0.0.1"], ["2606:4700::1111", "::1"], ["fe80::1%lo"], ["::ffff:10.0.0.1"]]
+    "addresses",
+    [["10.0.0.1"], ["1.1.1.1", "127.0.0.1"], ["2606:4700::1111", "::1"], ["fe80::1%lo"], ["::ffff:10.0.0.1"]],
 )
 def test_a_name_with_one_address_inside_is_refused_whole(monkeypatch, addresses):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
     error = refusal(client(allowed=(), resolve=lambda host, port: addresses), "http://pictures.test/x.png")
-    assert error.reason == "refused_address" and f"pictures.test is {ipaddress.ip_address(addresses[-1])}" in error.problem
+    assert (
+        error.reason == "refused_address"
+        and f"pictures.test is {ipaddress.ip_address(addresses[-1])}" in error.problem
+    )
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(server, monkeypatch):
@@ -231,19 +261,24 @@ def test_the_connection_goes_to_the_address_that_was_checked(server, monkeypatch
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", seen)
-    assert client(resolve=lambda host, port: answers.pop(0)).get(server.url("/good.png", "rebinding.test")) == PNG
+    assert (
+        client(resolve=lambda host, port: answers.pop(0)).get(server.url("/good.png", "rebinding.test"))
+        == PNG
+    )
     assert len(answers) == 2 and connected == [("127.0.0.1", server.port)]
 
 
 def test_a_retry_checks_again(server):
-    """The second answer of the name server is an address inside, and the picture is refused: it is never asked for there."""
+    """The second answer of the name server is an address inside, and the picture is refused: it is never
+    asked for there."""
     answers = [["127.0.0.1"], ["10.0.0.1"]]
     error = refusal(client(resolve=lambda host, port: answers.pop(0)), server.url("/500", "rebinding.test"))
     assert error.reason == "refused_address" and answers == []
 
 
 def test_the_next_address_is_tried_when_one_does_not_answer(server):
-    found = client(resolve=lambda host, port: ["127.255.255.254", "127.0.0.1"])  # the server listens on the second alone
+    # the server listens on the second alone
+    found = client(resolve=lambda host, port: ["127.255.255.254", "127.0.0.1"])
     assert found.get(server.url("/good.png", "pictures.test")) == PNG
 
 
@@ -251,7 +286,10 @@ def test_a_name_that_does_not_resolve_and_a_port_without_server():
     def unknown(host, port):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    assert "nowhere.test cannot be resolved (Name or service" in refusal(client(resolve=unknown), "http://nowhere.test/x").problem
+    assert (
+        "nowhere.test cannot be resolved (Name or service"
+        in refusal(client(resolve=unknown), "http://nowhere.test/x").problem
+    )
     assert refusal(client(resolve=lambda host, port: []), "http://nowhere.test/x").reason == "no_connection"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -260,7 +298,12 @@ def test_a_name_that_does_not_resolve_and_a_port_without_server():
 
 def test_a_name_server_that_never_answers_is_left_at_the_deadline():
     start = time.monotonic()
-    assert refusal(client(timeout=0.3, resolve=lambda host, port: time.sleep(5) or []), "http://slow.test/x").reason == "timeout"
+    assert (
+        refusal(
+            client(timeout=0.3, resolve=lambda host, port: time.sleep(5) or []), "http://slow.test/x"
+        ).reason
+        == "timeout"
+    )
     assert time.monotonic() - start < 2
 
 
@@ -276,7 +319,10 @@ def certificate(tmp_path_factory):
     if shutil.which("openssl") is None:
         pytest.skip("needs the openssl program to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
-    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=good.test"
+    words = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj"
+        " /CN=good.test"
+    )
     files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
     command = [*words.split(), "-addext", "subjectAltName=DNS:good.test", *files]
     subprocess.run(command, check=True, capture_output=True)
@@ -310,7 +356,9 @@ def test_tls_asks_for_the_name_and_checks_its_certificate(secure, trusting):
 
 
 def test_a_certificate_of_nobody_known_is_refused(secure):
-    error = refusal(client(resolve=lambda host, port: ["127.0.0.1"]), secure.url("/good.png", "good.test", "https"))
+    error = refusal(
+        client(resolve=lambda host, port: ["127.0.0.1"]), secure.url("/good.png", "good.test", "https")
+    )
     assert error.reason == "bad_certificate" and "self" in error.problem
 
 
@@ -318,11 +366,16 @@ def test_the_limits_hold_inside_tls(secure, trusting, server):
     for path in ("/short", "/endless/body", "/404"):
         assert refusal(trusting, secure.url(path, "good.test", "https")).reason == BAD[path][0]
     assert refusal(trusting, server.url("/good.png", "good.test", "https")).reason == "bad_answer"
-    assert refusal(trusting, secure.url("/good.png", "good.test", "http")).reason in ("connection_lost", "bad_answer")
+    assert refusal(trusting, secure.url("/good.png", "good.test", "http")).reason in (
+        "connection_lost",
+        "bad_answer",
+    )
 
 
 def test_a_handshake_that_never_ends_is_left_at_the_deadline(certificate):
     with socket.create_server(("127.0.0.1", 0)) as mute:
         start = time.monotonic()
-        error = refusal(client(timeout=0.3, connect_timeout=0.2), f"https://127.0.0.1:{mute.getsockname()[1]}/x")
+        error = refusal(
+            client(timeout=0.3, connect_timeout=0.2), f"https://127.0.0.1:{mute.getsockname()[1]}/x"
+        )
         assert error.reason in ("timeout", "no_connection") and time.monotonic() - start < 2

@@ -1,4 +1,5 @@
-"""``unigen fetch``: the new data trains, nothing is asked twice, and what ended a run at whatever moment costs nothing."""
+"""``unigen fetch``: the new data trains, nothing is asked twice, and what ended a run at whatever moment
+costs nothing."""
 
 import errno
 import gzip
@@ -36,7 +37,9 @@ def caption(image: str, **more) -> dict:
 
 def write(path: Path, records: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
     return path
 
 
@@ -45,7 +48,19 @@ def lines(path: Path) -> list:
 
 
 def run(data: Path, out: Path, *flags: str) -> int:
-    return cli.main(["fetch", str(data), "--output_dir", str(out), "--allow_network", "127.0.0.0/8", "--timeout", "10", *flags])
+    return cli.main(
+        [
+            "fetch",
+            str(data),
+            "--output_dir",
+            str(out),
+            "--allow_network",
+            "127.0.0.0/8",
+            "--timeout",
+            "10",
+            *flags,
+        ]
+    )
 
 
 # Where pictures are named
@@ -69,18 +84,23 @@ ORIGIN = Origin(ROOT / "examples" / "sample_data_format.json")
 def test_every_picture_of_every_format_is_found(record):
     """The fields that fetch looks into are those in which the format keeps its pictures."""
     parsed, fields = parse_with_fields(record, ORIGIN)
-    wanted = [(field, piece.source) for piece, field in zip(parsed.sample, fields) if isinstance(piece, Image)]
+    wanted = [
+        (field, piece.source) for piece, field in zip(parsed.sample, fields) if isinstance(piece, Image)
+    ]
     found = {place.field: place.value for place in places(record)}
     assert wanted and len(found) == len(list(places(record)))
     for field, source in wanted:
-        key = next(name for name in found if field in (name, name.removesuffix(".bytes"), name.removesuffix(".path")))
+        key = next(
+            name for name in found if field in (name, name.removesuffix(".bytes"), name.removesuffix(".path"))
+        )
         value = found.pop(key)
         assert source == (value if isinstance(value, bytes) else ORIGIN.file.parent / value)
     assert found == {}
 
 
 def test_every_format_is_in_the_test_above():
-    """A new format needs a record there; new fields that name its pictures belong into PICTURE_FIELDS of rewrite.py."""
+    """A new format needs a record there; new fields that name its pictures belong into PICTURE_FIELDS of
+    rewrite.py."""
     assert {parse_with_fields(record, ORIGIN)[0].format for record in RECORDS} == set(FORMATS)
 
 
@@ -114,7 +134,8 @@ def test_the_other_ways_to_name_a_picture_are_found_and_texts_are_not():
 
 
 def test_the_new_data_trains_and_means_the_same(server, tmp_path, capsys):
-    """Every format with addresses, local paths beside them: the data set reads the same samples from the new file."""
+    """Every format with addresses, local paths beside them: the data set reads the same samples from the new
+    file."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "pictures").symlink_to(ROOT / "examples" / "pictures")
     records = json.loads(json.dumps(EXAMPLES))
@@ -125,7 +146,9 @@ def test_the_new_data_trains_and_means_the_same(server, tmp_path, capsys):
     data = write(tmp_path / "data" / "train.jsonl", records)
     assert run(data, tmp_path / "new" / "out") == 0
     new = tmp_path / "new" / "out" / "train.jsonl"
-    assert "127.0.0.1" not in new.read_text(encoding="utf-8") and lines(new)[-1]["metadata"] == {"source": "http://a/b"}
+    assert "127.0.0.1" not in new.read_text(encoding="utf-8") and lines(new)[-1]["metadata"] == {
+        "source": "http://a/b"
+    }
     found = UnifiedGenerationDataset(new)
     assert len(found) == len(records) and not found.bad
     plain = UnifiedGenerationDataset(ROOT / "examples" / "sample_data_format.json")
@@ -140,7 +163,11 @@ def test_the_new_data_trains_and_means_the_same(server, tmp_path, capsys):
     stored = [path for path in (tmp_path / "new" / "out" / "pictures").rglob("*.*") if path.is_file()]
     assert len(stored) == len(EXAMPLES) == sum(server.asked.values())
     for path in stored:
-        assert path.stem == hashlib.sha256(path.read_bytes()).hexdigest() and path.parent.name == path.stem[:2] and path.suffix == ".png"
+        assert (
+            path.stem == hashlib.sha256(path.read_bytes()).hexdigest()
+            and path.parent.name == path.stem[:2]
+            and path.suffix == ".png"
+        )
 
 
 def test_failures_are_listed_and_their_records_left_out(server, tmp_path, capsys):
@@ -170,7 +197,13 @@ def test_failures_are_listed_and_their_records_left_out(server, tmp_path, capsys
     assert "addresses  1 of 5 fetched" in told and "records    1 written, 9 with failures" in told
     assert f"{data}:2, image_path, {urls[1]}: the server answers 404" in told
     assert "secret" not in told and not any("secret" in path.read_text() for path in out.glob("*.jsonl"))
-    assert {entry["status"] for entry in lines(out / "fetched.log")} == {"fetched", "http_404", "html", "huge_picture", "refused_address"}
+    assert {entry["status"] for entry in lines(out / "fetched.log")} == {
+        "fetched",
+        "http_404",
+        "html",
+        "huge_picture",
+        "refused_address",
+    }
 
 
 def test_with_on_failure_error_no_data_is_written(server, tmp_path):
@@ -178,7 +211,10 @@ def test_with_on_failure_error_no_data_is_written(server, tmp_path):
     assert run(data, tmp_path / "out", "--on_failure", "error") == 1
     assert not (tmp_path / "out" / "data.jsonl").exists() and len(lines(tmp_path / "out" / "failed.log")) == 1
     write(data, [caption(server.url("/good.png"))])
-    assert run(data, tmp_path / "out", "--on_failure", "error") == 0 and lines(tmp_path / "out" / "failed.log") == []
+    assert (
+        run(data, tmp_path / "out", "--on_failure", "error") == 0
+        and lines(tmp_path / "out" / "failed.log") == []
+    )
 
 
 def test_each_picture_is_asked_for_once_whatever_its_spelling(server, tmp_path):
@@ -187,7 +223,9 @@ def test_each_picture_is_asked_for_once_whatever_its_spelling(server, tmp_path):
     data = write(tmp_path / "data.jsonl", [caption(url) for url in urls * 5])
     assert run(data, tmp_path / "out") == 0
     assert server.asked == {"/good.png": 1, "/no-type": 1}
-    assert len({record["image_path"] for record in lines(tmp_path / "out" / "data.jsonl")}) == 1, "one content, one file"
+    assert len({record["image_path"] for record in lines(tmp_path / "out" / "data.jsonl")}) == 1, (
+        "one content, one file"
+    )
 
 
 def test_a_second_run_asks_only_for_what_is_missing_damaged_or_failed(server, tmp_path, capsys):
@@ -207,14 +245,27 @@ def test_a_second_run_asks_only_for_what_is_missing_damaged_or_failed(server, tm
     assert server.asked == {"/colour/1": 1, "/colour/2": 1, "/then-good/404/1": 2}
     assert files[2].read_bytes() == damaged and "damaged    1 pictures" in capsys.readouterr().out
     assert len(lines(out / "data.jsonl")) == 5
-    assert sorted((entry["url"], entry["status"]) for entry in lines(out / "fetched.log")) == sorted((url, "fetched") for url in urls)
+    assert sorted((entry["url"], entry["status"]) for entry in lines(out / "fetched.log")) == sorted(
+        (url, "fetched") for url in urls
+    )
 
 
 def test_a_run_that_was_killed_is_continued(server, tmp_path):
-    """kill -9 with five pictures there and others on their way: the next run asks for those that are missing alone."""
+    """kill -9 with five pictures there and others on their way: the next run asks for those that are missing
+    alone."""
     urls = [server.url(f"/colour/{i}") for i in range(5)] + [server.url(f"/gated/{i}") for i in range(90, 95)]
     data, out = write(tmp_path / "data.jsonl", [caption(url) for url in urls]), tmp_path / "out"
-    command = [sys.executable, "-m", "unigen", "fetch", str(data), "--output_dir", str(out), "--allow_network", "127.0.0.0/8"]
+    command = [
+        sys.executable,
+        "-m",
+        "unigen",
+        "fetch",
+        str(data),
+        "--output_dir",
+        str(out),
+        "--allow_network",
+        "127.0.0.0/8",
+    ]
     process = subprocess.Popen([*command, "--connections_per_host", "2"], cwd=ROOT, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
@@ -232,9 +283,13 @@ def test_a_run_that_was_killed_is_continued(server, tmp_path):
     server.asked.clear()
     assert run(data, out) == 0
     assert server.asked == {f"/gated/{i}": 1 for i in range(90, 95)}
-    colours = [open_image(out / record["image_path"]).getpixel((0, 0))[0] for record in lines(out / "data.jsonl")]
+    colours = [
+        open_image(out / record["image_path"]).getpixel((0, 0))[0] for record in lines(out / "data.jsonl")
+    ]
     assert colours == [0, 1, 2, 3, 4, *range(90, 95)]
-    assert not (out / ".new").exists() and all(kind_of(path.read_bytes(), deep=True) for path in out.glob("pictures/*/*"))
+    assert not (out / ".new").exists() and all(
+        kind_of(path.read_bytes(), deep=True) for path in out.glob("pictures/*/*")
+    )
 
 
 def test_a_full_disk_ends_the_run_with_its_cause(server, tmp_path, monkeypatch, capsys):
@@ -290,7 +345,9 @@ def test_packed_files_lists_and_tables_become_jsonl(server, tmp_path):
     first, second = (record["image_path"] for record in lines(out / "b.jsonl"))
     assert first.startswith("pictures/") and second == "../x\ny.png"
     assert [record["image_path"][:9] for record in lines(out / "c.jsonl")] == ["pictures/"]
-    assert [(record["image"][-4:], record["captions"]) for record in lines(out / "d.jsonl")] == [(".jpg", '{"a": "b"}')]
+    assert [(record["image"][-4:], record["captions"]) for record in lines(out / "d.jsonl")] == [
+        (".jpg", '{"a": "b"}')
+    ]
     assert [(entry["file"], entry["field"], entry["reason"]) for entry in lines(out / "failed.log")] == [
         (str(folder / "d.parquet"), "image.bytes", "not_a_picture")
     ]
@@ -301,7 +358,9 @@ def test_packed_files_lists_and_tables_become_jsonl(server, tmp_path):
 def test_records_without_pictures_keep_their_bytes(server, tmp_path):
     text = '{"text_prompt": "é \\ud800",  "image_path": "/a/b.png", "x": 1e999, "y": 1.50}\n'
     data = tmp_path / "data.jsonl"
-    data.write_text(text + f'{{"caption": "\\ud800 é", "image_path": "{server.url("/good.png")}"}}\n', encoding="utf-8")
+    data.write_text(
+        text + f'{{"caption": "\\ud800 é", "image_path": "{server.url("/good.png")}"}}\n', encoding="utf-8"
+    )
     assert run(data, tmp_path / "out") == 0
     first, second = (tmp_path / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert first == text.strip() and json.loads(second)["caption"] == "\ud800 é"

@@ -1,4 +1,5 @@
-"""What the tests of the preview share: planners with and without a checkpoint, and a record of each format."""
+"""What the tests of the preview share: planners with and without a checkpoint, and a record of each
+format."""
 
 from __future__ import annotations
 

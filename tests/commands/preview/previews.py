@@ -36,11 +36,16 @@ def packed(entry: Record, number: int, planner: Planner, epoch: int = 0, seed: i
 
 def write(folder: Path, *lines: object) -> Path:
     path = folder / "data.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
+        encoding="utf-8",
+    )
     return path
 
 
-def page_of(tmp_path: Path, planner: Planner, *looks: preview.Look, language: str = "en", model: str | None = "m") -> Page:
+def page_of(
+    tmp_path: Path, planner: Planner, *looks: preview.Look, language: str = "en", model: str | None = "m"
+) -> Page:
     options = PreviewOptions(paths=["data.jsonl"], language=language, model_path=model)
     page = Page(write_preview(tmp_path / "preview.html", looks, options, planner).read_text(encoding="utf-8"))
     assert "script" not in page.tags

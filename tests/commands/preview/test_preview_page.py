@@ -1,4 +1,5 @@
-"""``unigen preview`` as its user meets it: which records, exit codes, the terminal, and a page that data cannot break."""
+"""``unigen preview`` as its user meets it: which records, exit codes, the terminal, and a page that data
+cannot break."""
 
 import re
 import string
@@ -39,7 +40,9 @@ def test_the_command_as_it_is_written_in_the_help(tmp_path, monkeypatch, capsys)
     (tmp_path / "data.json").write_text(EXAMPLES.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "data.json", "-n", 2, "--output", "preview.html", "--max_image_tokens", 64)
-    assert code == 0 and out.splitlines()[-1] == "Written to preview.html" and "estimate" in out.splitlines()[0]
+    assert (
+        code == 0 and out.splitlines()[-1] == "Written to preview.html" and "estimate" in out.splitlines()[0]
+    )
     page = Page((tmp_path / "preview.html").read_text(encoding="utf-8"))
     assert page.text.count("Record ") == 2 and "texts are cut into words, an estimate" in page.text
     assert len(page.of("img")) == sum(values["class"].count("tile") for values in page.of("div", "tile"))
@@ -60,21 +63,40 @@ def test_the_short_form(tmp_path, capsys):
 def test_data_cannot_steer_the_terminal(tmp_path, capsys):
     folder = tmp_path / "\x1b[2J\u202e"
     folder.mkdir()
-    path = write(folder, {"image_path": "\x1b[2Jevil\u202e.png", "caption": "a"}, {"image_path": str(HOUSE), "caption": "a"})
+    path = write(
+        folder,
+        {"image_path": "\x1b[2Jevil\u202e.png", "caption": "a"},
+        {"image_path": str(HOUSE), "caption": "a"},
+    )
     code, out, _ = run(capsys, path, "--output", "none")
     assert code == 1 and "evil" in out and "loss on" in out and "\x1b" not in out and "\u202e" not in out
 
 
 def test_a_bad_record_stands_in_its_place_and_the_rest_go_on(tmp_path, capsys):
     path = write(
-        tmp_path, {"text_prompt": "a", "image_path": "no.png"}, '{"caption": <b>}', {"image_path": str(HOUSE), "caption": "A house."}
+        tmp_path,
+        {"text_prompt": "a", "image_path": "no.png"},
+        '{"caption": <b>}',
+        {"image_path": str(HOUSE), "caption": "A house."},
     )
     code, out, _ = run(capsys, path, "--output", tmp_path / "p.html")
     assert code == 1
-    assert f"{path}:1: missing_picture in field 'image_path'" in out and f"{path}:2: bad_json" in out and "loss on" in out
+    assert (
+        f"{path}:1: missing_picture in field 'image_path'" in out
+        and f"{path}:2: bad_json" in out
+        and "loss on" in out
+    )
     page = Page((tmp_path / "p.html").read_text(encoding="utf-8"))
     places = [
-        page.text.index(part) for part in ("2 of them cannot be used", "Record 0", "missing_picture", "Record 1", "bad_json", "Record 2")
+        page.text.index(part)
+        for part in (
+            "2 of them cannot be used",
+            "Record 0",
+            "missing_picture",
+            "Record 1",
+            "bad_json",
+            "Record 2",
+        )
     ]
     assert places == sorted(places) and '{"caption": <b>}' in page.text
 
@@ -108,7 +130,9 @@ def test_a_broken_picture_and_a_broken_file_are_told(tmp_path, capsys):
     ],
 )
 def test_what_cannot_run_is_exit_code_2(argv, message, tmp_path, monkeypatch, capsys):
-    write(tmp_path, {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    write(
+        tmp_path, {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    )
     (tmp_path / "empty.jsonl").write_text("\n")
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, *argv)
@@ -117,7 +141,9 @@ def test_what_cannot_run_is_exit_code_2(argv, message, tmp_path, monkeypatch, ca
 
 
 def numbered(tmp_path: Path, n: int) -> Path:
-    turns = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(n)]
+    turns = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(n)
+    ]
     return write(tmp_path, *({"conversations": turn} for turn in turns))
 
 
@@ -131,7 +157,11 @@ def test_which_records_are_picked(tmp_path):
     assert numbers(records=[17, 3, 3]) == [3, 17]
     first = numbers(shuffled=True, samples=6)
     assert first == numbers(shuffled=True, samples=6) == sorted(first) and len(set(first)) == 6
-    assert first != numbers(shuffled=True, samples=6, seed=1) != numbers(shuffled=True, samples=6, seed=1, epoch=1)
+    assert (
+        first
+        != numbers(shuffled=True, samples=6, seed=1)
+        != numbers(shuffled=True, samples=6, seed=1, epoch=1)
+    )
     counts = np.zeros(40, int)
     for seed in range(400):
         counts[numbers(shuffled=True, samples=4, seed=seed)] += 1
@@ -153,10 +183,17 @@ def test_the_options_are_those_of_training():
     """Same names, same defaults, and all of them reach the planner."""
     options = PreviewOptions(max_image_tokens=9, vit_cond_dropout_prob=0.5, train_transitions=False)
     shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(PreviewOptions)}
-    assert {name: getattr(PreviewOptions(), name) for name in shared} == {name: getattr(DataOptions(), name) for name in shared}
+    assert {name: getattr(PreviewOptions(), name) for name in shared} == {
+        name: getattr(DataOptions(), name) for name in shared
+    }
     given = options.data_options()
     assert (given.max_image_tokens, given.vit_cond_dropout_prob, given.train_transitions) == (9, 0.5, False)
-    assert {"text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob", "single_image_stop_prob"} <= shared
+    assert {
+        "text_cond_dropout_prob",
+        "vit_cond_dropout_prob",
+        "vae_cond_dropout_prob",
+        "single_image_stop_prob",
+    } <= shared
 
 
 def test_the_time_law_is_the_checkpoints(golden, tmp_path):
@@ -174,9 +211,12 @@ def test_the_time_law_is_the_checkpoints(golden, tmp_path):
 
 def test_hostile_texts_are_shown_not_obeyed(tmp_path, estimate):
     evil = (
-        '<script>alert(1)</script> " onload="x\' </span></p><img src=http://x> \u202etxt.exe\u2066 \x00\x07 \u200b\ufeff\u3000\u00a0\u00ad'
+        '<script>alert(1)</script> " onload="x\' </span></p><img src=http://x> \u202etxt.exe\u2066 \x00\x07'
+        " \u200b\ufeff\u3000\u00a0\u00ad"
     )
-    entry = Record([Text(evil), Text(evil, target=True)], Origin(Path(f"{evil}.jsonl"), 3), "direct", {"k": evil})
+    entry = Record(
+        [Text(evil), Text(evil, target=True)], Origin(Path(f"{evil}.jsonl"), 3), "direct", {"k": evil}
+    )
     page = sample_page(tmp_path, entry, estimate)  # Page refuses scripts, handlers and links
     assert "<script>alert(1)</script>" in page.text.replace("\u2009", "")
     source = (tmp_path / "preview.html").read_text(encoding="utf-8")
@@ -198,7 +238,10 @@ def test_a_page_of_five_large_samples_is_small(tmp_path, capsys):
     """Below 3 MB, with pictures that compress as badly as pictures can, and long texts."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8)
     PILImage.fromarray(noise).save(tmp_path / "n.png", compress_level=1)
-    pictures = [{"type": "image", "image_path": "n.png"}, {"type": "text", "content": "Then what? " * 500}] * 2
+    pictures = [
+        {"type": "image", "image_path": "n.png"},
+        {"type": "text", "content": "Then what? " * 500},
+    ] * 2
     path = write(tmp_path, *[{"sequence": [{"type": "text", "content": "Look."}, *pictures]}] * 5)
     code, _, _ = run(capsys, path, "--output", tmp_path / "p.html", "--max_image_tokens", 256)
     assert code == 0 and (tmp_path / "p.html").stat().st_size < 3_000_000
@@ -209,7 +252,11 @@ def test_many_pictures_get_small_tiles_and_many_blocks_a_bare_mask(tmp_path, est
     view = look(record(*images, Text("a", target=True)), 0, estimate, Draw(42, 0, 0))
     assert tile_side(view.blocks) < tile_side(view.blocks[:3])
     svg = mask_drawing(view, SAY)
-    assert "<title>" not in svg and len(svg) < 60_000 and strip(view, SAY).count("<div class=") == 1 + len(view.blocks)
+    assert (
+        "<title>" not in svg
+        and len(svg) < 60_000
+        and strip(view, SAY).count("<div class=") == 1 + len(view.blocks)
+    )
     page = sample_page(tmp_path, record(*[Text("a"), Text("b", target=True)] * 200), estimate)
     assert "Only the first 96 of 400 blocks are drawn." in page.text and "One cell is one block" in page.text
     assert (tmp_path / "preview.html").stat().st_size < 900_000
@@ -221,15 +268,21 @@ def test_every_word_is_there_in_both_languages(tmp_path, estimate, records):
         names = [{name for _, name, _, _ in formatter.parse(text) if name} for text in (english, chinese)]
         assert english and chinese and names[0] == names[1], key
     view = look(records[4], 4, estimate, Draw(42, 0, 4))
-    page = page_of(tmp_path, estimate, preview.Look(4, records[4].origin, view, None), language="zh", model=None)
+    page = page_of(
+        tmp_path, estimate, preview.Look(4, records[4].origin, view, None), language="zh", model=None
+    )
     assert page.of("html")[0]["lang"] == "zh-CN"
     for key in ("legend", "mask_blocks", "dropout", "words_note", "illustration", "sequence"):
         assert WORDS[key][1] in page.text and WORDS[key][0] not in page.text
-    files = [path for path in (ROOT / "unigen" / "preview").glob("*.py") if path.stem not in ("words", "command")]
+    files = [
+        path for path in (ROOT / "unigen" / "preview").glob("*.py") if path.stem not in ("words", "command")
+    ]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     used = set(re.findall(r'say\(\s*f?["\'](\w+)["\']', source)) - {"k_", "sees_"}
     assert len(used) > 40 and used - set(WORDS) == set()
-    unused = [key for key in WORDS if not re.match(r"k_|sees_", key) and not re.search(rf"[\"']{key}[\"']", source)]
+    unused = [
+        key for key in WORDS if not re.match(r"k_|sees_", key) and not re.search(rf"[\"']{key}[\"']", source)
+    ]
     assert unused == []
 
 
@@ -247,5 +300,10 @@ def test_a_picture_outside_the_root_is_refused(tmp_path, capsys):
     (tmp_path / "b.png").write_bytes(HOUSE.read_bytes())
     path = write(tmp_path, *[{"image_path": name, "caption": "A house."} for name in ("in/a.png", "b.png")])
     code, out, _ = run(capsys, path, "--output", "none", "--data_root", tmp_path / "in")
-    assert code == 1 and "record 0" in out and "loss on" in out and f"{path}:2: outside_root in field 'image_path'" in out
+    assert (
+        code == 1
+        and "record 0" in out
+        and "loss on" in out
+        and f"{path}:2: outside_root in field 'image_path'" in out
+    )
     assert run(capsys, path, "--output", "none")[0] == 0

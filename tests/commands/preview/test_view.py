@@ -1,4 +1,5 @@
-"""The preview shows the pack and nothing else: every number in the page is compared with the tensors that training would use."""
+"""The preview shows the pack and nothing else: every number in the page is compared with the tensors that
+training would use."""
 
 import re
 
@@ -22,7 +23,8 @@ from unigen.sequence.types import Image, Kind, Pack, Text
 @pytest.mark.parametrize("epoch", range(3))
 @pytest.mark.parametrize("number", range(7))
 def test_every_token_in_the_page_is_a_column_of_the_pack(number, epoch, tmp_path, planner, records):
-    """Index, position, id and label of every text token and marker of the seven formats, with dropout as it falls."""
+    """Index, position, id and label of every text token and marker of the seven formats, with dropout as it
+    falls."""
     pack = packed(records[number], number, planner, epoch)
     page = sample_page(tmp_path, records[number], planner, epoch, number)
     shown = {}
@@ -31,13 +33,16 @@ def test_every_token_in_the_page_is_a_column_of_the_pack(number, epoch, tmp_path
             assert int(index) not in shown
             shown[int(index)] = [int(n) if n else -100 for n in numbers]
     texts = (pack.kind == Kind.TEXT) & ~pack.image
-    columns = zip(pack.index[texts].tolist(), pack.position[texts], pack.ids[texts], pack.label[texts], strict=True)
+    columns = zip(
+        pack.index[texts].tolist(), pack.position[texts], pack.ids[texts], pack.label[texts], strict=True
+    )
     assert shown == {index: [int(position), int(id), int(label)] for index, position, id, label in columns}
 
 
 @pytest.mark.parametrize("number", range(7))
 def test_what_is_marked_as_learnt_is_what_carries_labels(number, tmp_path, planner, records):
-    """Learnt tokens, transitions and labels behind a cut are together the pack's labels, in each of some visits."""
+    """Learnt tokens, transitions and labels behind a cut are together the pack's labels, in each of some
+    visits."""
     for epoch in range(4):
         view = look(records[number], number, planner, Draw(42, epoch, number))
         pack = packed(records[number], number, planner, epoch)
@@ -55,14 +60,21 @@ def test_the_sums_in_the_page_are_the_packs(tmp_path, estimate, records):
     pack = packed(records[1], 1, estimate)
     text = sample_page(tmp_path, records[1], estimate, number=1).text
     share = pack.n_image_targets / (pack.n_image_targets + pack.n_text_labels)
-    assert f"{len(pack)}length: {len(pack) / 32768:.1%} of the 32,768 tokens" in text.replace(f"{len(pack):,}", str(len(pack)))
-    assert f"{pack.n_text_labels}text labels: {pack.n_text_labels / len(pack):.1%} of the sample's tokens" in text
+    assert f"{len(pack)}length: {len(pack) / 32768:.1%} of the 32,768 tokens" in text.replace(
+        f"{len(pack):,}", str(len(pack))
+    )
+    assert (
+        f"{pack.n_text_labels}text labels: {pack.n_text_labels / len(pack):.1%} of the sample's tokens"
+        in text
+    )
     assert f"{pack.n_image_targets}image target tokens" in text and f"{share:.1%} of its targets" in text
 
 
 def test_a_cut_text_shows_what_is_lost(tmp_path, golden):
     short = load_planner(golden / "model", DataOptions(max_sequence_length=40))
-    entry = record(Text("Say it."), Text("What is cut off here is shown as lost, every word of it.", target=True))
+    entry = record(
+        Text("Say it."), Text("What is cut off here is shown as lost, every word of it.", target=True)
+    )
     view = look(entry, 0, short, Draw(42, 0, 0))
     pack = packed(entry, 0, short)
     (shown,) = [shown for shown in view.blocks if shown.block.cut]
@@ -74,7 +86,8 @@ def test_a_cut_text_shows_what_is_lost(tmp_path, golden):
     assert short.tokenizer.decode(shown.lost) in page.text
     assert f"cut: {len(shown.lost)} text tokens are lost" in page.text
     learnt = sum(token.learnt for token in shown.tokens)
-    assert learnt + 1 + sum(s.transition is not None for s in view.blocks) == pack.n_text_labels  # one stands behind the cut
+    # one stands behind the cut
+    assert learnt + 1 + sum(s.transition is not None for s in view.blocks) == pack.n_text_labels
 
 
 def test_a_long_text_folds_and_loses_nothing(tmp_path, planner):
@@ -100,8 +113,14 @@ def test_parts_of_characters_are_joined(planner, estimate):
 
 
 def test_a_special_token_inside_a_text_is_pointed_out(tmp_path, planner):
-    assert "special token inside the text" in sample_page(tmp_path, record(Text("a <|im_end|> b"), Text("c", target=True)), planner).text
-    assert "special token inside the text" not in sample_page(tmp_path, record(Text("a"), Text("c", target=True)), planner).text
+    assert (
+        "special token inside the text"
+        in sample_page(tmp_path, record(Text("a <|im_end|> b"), Text("c", target=True)), planner).text
+    )
+    assert (
+        "special token inside the text"
+        not in sample_page(tmp_path, record(Text("a"), Text("c", target=True)), planner).text
+    )
 
 
 def test_the_wording_of_the_visit_is_shown(tmp_path, planner):
@@ -131,7 +150,13 @@ def test_tiles_show_the_tensors_of_the_pack(planner, records):
     assert [s.picture.time or 0.0 for s in vae] == times and max(times) > 0
     rows = [s.picture.pixels for s in shown if s.kind == Kind.VIT]
     patch = planner.geometry.vit_patch
-    cells = [p.unfold(1, patch, patch).unfold(2, patch, patch).permute(1, 2, 3, 4, 0).reshape(-1, patch * patch * 3) for p in rows]
+    cells = [
+        p.unfold(1, patch, patch)
+        .unfold(2, patch, patch)
+        .permute(1, 2, 3, 4, 0)
+        .reshape(-1, patch * patch * 3)
+        for p in rows
+    ]
     assert torch.equal(torch.cat(cells), pack.vit_patches)
 
 
@@ -173,7 +198,10 @@ def test_noise_hides_as_much_as_its_time_says(estimate):
     clean = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     assert torch.allclose(noised(image, Picture("", (1, 1), clean, 0.0), (4, 4)), clean)
     other = PILImage.new("RGB", (64, 64), "white")
-    assert torch.equal(noised(image, Picture("", (1, 1), clean, 1.0), (4, 4)), noised(other, Picture("", (1, 1), clean, 1.0), (4, 4)))
+    assert torch.equal(
+        noised(image, Picture("", (1, 1), clean, 1.0), (4, 4)),
+        noised(other, Picture("", (1, 1), clean, 1.0), (4, 4)),
+    )
 
 
 # ---- the mask
@@ -182,12 +210,16 @@ def test_noise_hides_as_much_as_its_time_says(estimate):
 def rule(pack: Pack) -> np.ndarray:
     """The mask as docs/model.md states it, token by token in the order of the sequence."""
     order = pack.index.argsort().tolist()
-    sample, span, image, noised = (getattr(pack, name).tolist() for name in ("sample", "span", "image", "noised"))
+    sample, span, image, noised = (
+        getattr(pack, name).tolist() for name in ("sample", "span", "image", "noised")
+    )
     seen = np.zeros((len(order), len(order)), bool)
     for i, q in enumerate(order):
         for j, k in enumerate(order):
             same = span[q] == span[k]
-            seen[i, j] = sample[q] == sample[k] and (i >= j or (same and image[q])) and (not noised[k] or same)
+            seen[i, j] = (
+                sample[q] == sample[k] and (i >= j or (same and image[q])) and (not noised[k] or same)
+            )
     return seen
 
 
@@ -198,7 +230,9 @@ def drawn(svg: str, length: int) -> np.ndarray:
     unit = SIDE / length
     for path in re.findall(r'<path class="f-\w+" d="([^"]+)"', svg):
         for x, y, w, h in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)H", path):
-            column, row, columns, rows = (round(v / unit) for v in (float(x) - left, float(y) - 18, float(w), float(h)))
+            column, row, columns, rows = (
+                round(v / unit) for v in (float(x) - left, float(y) - 18, float(w), float(h))
+            )
             assert not seen[row : row + rows, column : column + columns].any(), "drawn twice"
             seen[row : row + rows, column : column + columns] = True
     return seen
@@ -235,7 +269,8 @@ def test_the_mask_of_blocks_is_the_rule(estimate, records):
 
 @pytest.mark.parametrize("number", range(7))
 def test_what_may_be_left_out_is_what_is_left_out_at_some_time(number, planner, records):
-    """Over many visits the planner drops exactly the blocks that the preview calls droppable, about as often as it says."""
+    """Over many visits the planner drops exactly the blocks that the preview calls droppable, about as often
+    as it says."""
     entry = records[number]
     view = look(entry, number, planner, Draw(42, 0, number))
     sizes = planner.measure(entry)
@@ -251,7 +286,10 @@ def test_what_may_be_left_out_is_what_is_left_out_at_some_time(number, planner, 
 
 
 def test_what_the_visit_left_out_is_told(tmp_path, golden, records):
-    planner = load_planner(golden / "model", DataOptions(max_image_tokens=16, text_cond_dropout_prob=1.0, vit_cond_dropout_prob=0.0))
+    planner = load_planner(
+        golden / "model",
+        DataOptions(max_image_tokens=16, text_cond_dropout_prob=1.0, vit_cond_dropout_prob=0.0),
+    )
     view = look(records[4], 4, planner, Draw(42, 0, 4))
     page = sample_page(tmp_path, records[4], planner, number=4)
     gone = [shown for shown in view.blocks if shown.block.dropped]
@@ -266,6 +304,8 @@ def test_copies_after_a_single_image_are_told(planner, records):
     entry = records[2]
     views = [look(entry, 2, planner, Draw(42, epoch, 2)) for epoch in range(40)]
     assert {view.copies for view in views} == {planner.options.single_image_stop_prob}
-    assert [view.copied for view in views] == [any(s.kind == Kind.CLEAN for s in view.blocks) for view in views]
+    assert [view.copied for view in views] == [
+        any(s.kind == Kind.CLEAN for s in view.blocks) for view in views
+    ]
     assert 0 < sum(view.copied for view in views) < 20
     assert look(records[3], 3, planner, Draw(42, 0, 3)).copies is None

@@ -1,4 +1,5 @@
-"""Running, hung, dead, stopped or finished: told from heartbeats, lock, processes and steps, whatever the clocks say."""
+"""Running, hung, dead, stopped or finished: told from heartbeats, lock, processes and steps, whatever the
+clocks say."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def keys(folder: Path) -> list[str]:
 
 def hold_lock(folder: Path) -> subprocess.Popen:
     """Another process that holds the run's lock."""
-    code = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held',"
+        " flush=True); sys.stdin.read()"
+    )
     argv = [sys.executable, "-c", code, str(folder / ".lock")]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -61,11 +65,17 @@ def test_no_heartbeat_for_long_is_dead(folder):
         write_rank(folder, rank, step=60, time=time.time() - 300, since=time.time() - 310)
     assert state(folder) == ("dead", ["no_heartbeat"])
     (told,) = judge(look(folder)).why
-    assert told.values["step"] == 60 and told.values["phase"] == "forward/backward" and 299 < told.values["ago"] < 330
+    assert (
+        told.values["step"] == 60
+        and told.values["phase"] == "forward/backward"
+        and 299 < told.values["ago"] < 330
+    )
 
 
 def test_one_silent_process_is_a_hung_run_and_named(folder):
-    write_rank(folder, 1, step=59, time=time.time() - 300, since=time.time() - 310, host="node-7", phase="data")
+    write_rank(
+        folder, 1, step=59, time=time.time() - 300, since=time.time() - 310, host="node-7", phase="data"
+    )
     assert state(folder) == ("hung", ["silent"])
     values = judge(look(folder)).why[0].values
     assert (values["rank"], values["host"], values["step"], values["phase"]) == (1, "node-7", 59, "data")
@@ -97,7 +107,8 @@ def test_a_killed_process_of_this_machine_is_dead_at_once(folder):
 
 
 def test_the_lock_tells_and_is_not_taken(folder):
-    """Held: alive without any heartbeat, hung with old ones. A look at it leaves it with its holder, and free where it was free."""
+    """Held: alive without any heartbeat, hung with old ones. A look at it leaves it with its holder, and free
+    where it was free."""
     for path in (folder / "ranks").iterdir():
         path.unlink()
     holder = hold_lock(folder)
@@ -139,7 +150,8 @@ def test_without_heartbeats_and_lock_it_is_stopped_or_new(tmp_path):
 
 
 def test_clocks_that_differ_deceive_nobody_for_long(folder, monkeypatch):
-    """A clock an hour behind looks dead at first, alive once a heartbeat has changed; one ahead looks dead when it stands still."""
+    """A clock an hour behind looks dead at first, alive once a heartbeat has changed; one ahead looks dead
+    when it stands still."""
     behind = time.time() - 3600
     for rank in (0, 1):
         write_rank(folder, rank, time=behind, since=behind - 1, step=60)
@@ -186,7 +198,9 @@ def test_the_night_before_a_run_was_resumed_is_no_time_of_its_steps(folder):
 def test_speed_without_times_comes_from_durations_heartbeats_or_checkpoints(folder):
     def write(**changes) -> None:
         values = [row(step, random.Random(step)) | changes for step in range(1, 61)]
-        write_metrics(folder / "metrics.jsonl", [{name: v for name, v in r.items() if name != "time"} for r in values])
+        write_metrics(
+            folder / "metrics.jsonl", [{name: v for name, v in r.items() if name != "time"} for r in values]
+        )
 
     write(seconds=4.0)
     assert speed(look(folder)).seconds_per_step == 4.0
@@ -225,11 +239,17 @@ def test_each_worry_is_raised_by_its_cause_and_by_nothing_else(folder):
 def test_validations_that_get_no_better_are_counted(folder):
     def losses(*values: float) -> list[str]:
         rows = [row(n, random.Random(n)) for n in range(1, 100)]
-        rows += [validation(100 + n, random.Random(n)) | {"val_loss": value} for n, value in enumerate(values)]
+        rows += [
+            validation(100 + n, random.Random(n)) | {"val_loss": value} for n, value in enumerate(values)
+        ]
         write_metrics(folder / "metrics.jsonl", rows)
         return keys(folder)
 
-    assert losses(3, 2, 1, 1.1, 1.2) == [] and losses(3, 2, 1, 1.1, 1.2, 1.05) == ["no_better"] and losses(3, 2, 1, 2, 2, 0.9) == []
+    assert (
+        losses(3, 2, 1, 1.1, 1.2) == []
+        and losses(3, 2, 1, 1.1, 1.2, 1.05) == ["no_better"]
+        and losses(3, 2, 1, 2, 2, 0.9) == []
+    )
 
 
 def test_a_missing_and_an_old_checkpoint(folder):
@@ -267,7 +287,20 @@ def test_processes_apart_stacks_and_half_written_checkpoints(folder):
 # ---- a folder of anything
 
 
-STRANGE = ["", "{", "null", "[]", "7", '"x"', '{"a": 1}', "[" * 100_000, "\x00", '{"files": [], "step": "x"}', '{"rank": {}}', "NaN"]
+STRANGE = [
+    "",
+    "{",
+    "null",
+    "[]",
+    "7",
+    '"x"',
+    '{"a": 1}',
+    "[" * 100_000,
+    "\x00",
+    '{"files": [], "step": "x"}',
+    '{"rank": {}}',
+    "NaN",
+]
 
 
 @pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
@@ -278,7 +311,12 @@ def test_files_of_any_content_are_as_if_they_were_not_there(text, folder):
     run = look(folder)
     found = judge(run)
     worries(run, found)
-    assert found.name in ("new", "stopped") and run.ranks == [] and run.checkpoints == [] and speed(run).eta is None
+    assert (
+        found.name in ("new", "stopped")
+        and run.ranks == []
+        and run.checkpoints == []
+        and speed(run).eta is None
+    )
     assert all(run.answers(step) == [] for step in run.sampled)
 
 
@@ -289,7 +327,9 @@ def test_the_files_of_another_version_may_lack_anything(folder):
             (folder / "ranks" / name).write_text(json.dumps({k: v for k, v in told.items() if k != key}))
             judge(look(folder))
     (folder / "step_5").mkdir()
-    (folder / "step_5" / "manifest.json").write_text('{"step": 5, "files": {"a": 3, "b": {"size": "x"}, "c": {"size": 7}}}')
+    (folder / "step_5" / "manifest.json").write_text(
+        '{"step": 5, "files": {"a": 3, "b": {"size": "x"}, "c": {"size": 7}}}'
+    )
     (found,) = look(folder).checkpoints
     assert (found.step, found.size, found.world) == (5, 7, 1)
 
@@ -301,18 +341,38 @@ def test_a_samples_picture_lies_in_its_folder(folder):
     place.mkdir(parents=True)
     (place / "link.png").symlink_to(folder / "secret.png")
     (place / "own.png").write_bytes(b"own")
-    names = ["../../secret.png", str(folder / "secret.png"), "link.png", "gone.png", "a\0b", "", ".", None, 7, "own.png"]
+    names = [
+        "../../secret.png",
+        str(folder / "secret.png"),
+        "link.png",
+        "gone.png",
+        "a\0b",
+        "",
+        ".",
+        None,
+        7,
+        "own.png",
+    ]
     pieces = [{"image": name} for name in names] + [{"text": 7}, "x", {"text": "words"}]
-    (place / "index.json").write_text(json.dumps([{"prompt": "p", "seed": "x", "pieces": pieces}, {"pieces": 3}, 4]))
+    (place / "index.json").write_text(
+        json.dumps([{"prompt": "p", "seed": "x", "pieces": pieces}, {"pieces": 3}, 4])
+    )
     (answer,) = look(folder).answers(7)
-    assert [piece.get("text") or piece["image"].name for piece in answer.pieces] == ["own.png", "words"] and answer.seed is None
+    assert [piece.get("text") or piece["image"].name for piece in answer.pieces] == [
+        "own.png",
+        "words",
+    ] and answer.seed is None
 
 
 def test_runs_are_found_and_a_missing_one_is_told(tmp_path):
     a, b = record(tmp_path / "a", 3, ranks=1), record(tmp_path / "b", 3, ranks=1)
     (tmp_path / "empty").mkdir()
     assert find_runs([str(tmp_path)]) == [a, b] and find_runs([str(b), str(tmp_path)]) == [b, a]
-    for paths, message in (([], "no run is named"), ([str(tmp_path / "gone")], "no such folder"), ([str(tmp_path / "empty")], "no run is")):
+    for paths, message in (
+        ([], "no run is named"),
+        ([str(tmp_path / "gone")], "no such folder"),
+        ([str(tmp_path / "empty")], "no run is"),
+    ):
         with pytest.raises(WatchError, match=message):
             find_runs(paths)
     (tmp_path / "checkpoint").mkdir()

@@ -34,7 +34,9 @@ class Terminal:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONUTF8": "1"}
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
             env.pop(name, None)
-        self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True)
+        self.process = subprocess.Popen(
+            argv, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
+        )
         os.close(slave)
         self.text = ""
 
@@ -78,7 +80,8 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_live_view_follows_the_run_and_the_window_and_leaves_no_trace(folder):
-    """New steps are shown within a moment, a resize is obeyed, Ctrl-C restores the screen and prints the last frame, code 0."""
+    """New steps are shown within a moment, a resize is obeyed, Ctrl-C restores the screen and prints the last
+    frame, code 0."""
     before = sorted(path.name for path in folder.rglob("*"))
     terminal = Terminal([sys.executable, "-m", "unigen", "watch", str(folder), "--interval", "0.2"], 100, 30)
     try:
@@ -99,14 +102,18 @@ def test_a_live_view_follows_the_run_and_the_window_and_leaves_no_trace(folder):
         while terminal.read(0.2) and select.select([terminal.master], [], [], 0)[0]:
             pass
         end = terminal.text[terminal.text.rindex("\x1b[?1049l") :]
-        assert "\x1b[?25h" in terminal.text and "step 121 of 2,000" in end and "Traceback" not in terminal.text
+        assert (
+            "\x1b[?25h" in terminal.text and "step 121 of 2,000" in end and "Traceback" not in terminal.text
+        )
     finally:
         terminal.close()
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
 def test_no_colour_where_it_is_not_wanted(folder, monkeypatch):
-    terminal = Terminal(["env", "NO_COLOR=1", sys.executable, "-m", "unigen", "watch", str(folder), "--once"], 90, 24)
+    terminal = Terminal(
+        ["env", "NO_COLOR=1", sys.executable, "-m", "unigen", "watch", str(folder), "--once"], 90, 24
+    )
     try:
         while terminal.read(20.0):
             if terminal.process.poll() is not None and not select.select([terminal.master], [], [], 0.2)[0]:

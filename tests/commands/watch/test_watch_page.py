@@ -26,7 +26,10 @@ from unigen.show.curves import MAX_POINTS
 from unigen.show.language import figure
 from unigen.show.pages import write_page
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
@@ -39,7 +42,14 @@ def written(path: Path, *folders: Path, **options) -> str:
 
 def dump(path: Path, profile: Path) -> str:
     """The page's document after its script ran."""
-    argv = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--virtual-time-budget=2000"]
+    argv = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=2000",
+    ]
     done = subprocess.run([*argv, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -50,16 +60,35 @@ def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, la
     source = written(tmp_path / "new" / "page.html", folder, language=language)
     page, column = Page(source), ("en", "zh").index(language)
     assert "://" not in source and page.tags.count("script") == 1 and f'lang="{language}' in source
-    for key in ("curves", "samples", "checkpoints", "processes", "problems", "options", "running", "tokens_per_second"):
+    for key in (
+        "curves",
+        "samples",
+        "checkpoints",
+        "processes",
+        "problems",
+        "options",
+        "running",
+        "tokens_per_second",
+    ):
         assert WORDS[key][column] in page.text
-    for part in ("step_1000", "best", "88 GB", "node-2", "forward/backward", "data/train.jsonl:88", "broken_picture", *PROMPTS):
+    for part in (
+        "step_1000",
+        "best",
+        "88 GB",
+        "node-2",
+        "forward/backward",
+        "data/train.jsonl:88",
+        "broken_picture",
+        *PROMPTS,
+    ):
         assert part in page.text
     assert len(page.charts) == 7 and sorted(p.size for p in page.pictures) == [(48, 48)] + [(128, 128)] * 12
     assert len(page.of("img", "small")) == 1, "the picture that the second prompt gives"
 
 
 def test_the_charts_hold_the_numbers_of_the_log(folder, tmp_path):
-    """What the pointer shows of training and validation are the log's values; the skipped steps are marked once each."""
+    """What the pointer shows of training and validation are the log's values; the skipped steps are marked
+    once each."""
     source = written(tmp_path / "page.html", folder, steps=None)
     page = Page(source)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -69,7 +98,9 @@ def test_the_charts_hold_the_numbers_of_the_log(folder, tmp_path):
     assert list(zip(text_loss[1]["x"], text_loss[1]["t"], strict=True)) == wanted
     means = [r["text_loss"] for r in rows if "text_loss" in r]
     run = -(-len(means) // MAX_POINTS)
-    assert text_loss[0]["t"] == [figure(float(np.mean(means[k : k + run]))) for k in range(0, len(means), run)]
+    assert text_loss[0]["t"] == [
+        figure(float(np.mean(means[k : k + run]))) for k in range(0, len(means), run)
+    ]
     (marks,) = re.findall(r'class="skips" d="([^"]*)"', source)
     assert marks.count("M") == 2
 
@@ -78,21 +109,39 @@ def test_several_runs_are_compared(folder, tmp_path):
     other = record(tmp_path / "other", 400, ranks=1, seed=9)
     page = Page(written(tmp_path / "page.html", folder, other, smooth=0.9))
     assert "2 runs" in page.text and "garden, step 1,200" in page.text and "other, step 400" in page.text
-    assert {c["n"] for c in page.charts[0]["curves"]} == {"garden", "garden · validation", "other", "other · validation"}
+    assert {c["n"] for c in page.charts[0]["curves"]} == {
+        "garden",
+        "garden · validation",
+        "other",
+        "other · validation",
+    }
     assert len(page.pictures) == 5
 
 
-EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">' \" & \u202e\x00\x1b[2J 猫 </style>"
+EVIL = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">' \" &"
+    " \u202e\x00\x1b[2J 猫 </style>"
+)
 
 
 @pytest.fixture
 def hostile(tmp_path) -> Path:
     """A run in which every text that people or data can choose tries to break out."""
-    folder = record(tmp_path / EVIL.replace("/", "⁄").replace("\x00", ""), 50, ranks=2, **{EVIL: EVIL, "wandb_run_name": EVIL})
+    folder = record(
+        tmp_path / EVIL.replace("/", "⁄").replace("\x00", ""),
+        50,
+        ranks=2,
+        **{EVIL: EVIL, "wandb_run_name": EVIL},
+    )
     for rank in (0, 1):
         write_rank(folder, rank, phase=EVIL, host=EVIL, step=50)
-    write_metrics(folder / "bad_steps.jsonl", [{"step": EVIL, "why": EVIL, "records": [[EVIL, 1], EVIL]}, {"records": 3}])
-    write_metrics(folder / "bad_records.jsonl", [{"file": EVIL, "line": EVIL, "code": EVIL, "found": EVIL}, {}])
+    write_metrics(
+        folder / "bad_steps.jsonl",
+        [{"step": EVIL, "why": EVIL, "records": [[EVIL, 1], EVIL]}, {"records": 3}],
+    )
+    write_metrics(
+        folder / "bad_records.jsonl", [{"file": EVIL, "line": EVIL, "code": EVIL, "found": EVIL}, {}]
+    )
     write_samples(folder, [60], [EVIL])
     place = folder / "samples" / "step_60"
     entries = [{"prompt": EVIL, "seed": 1, "pieces": [{"text": EVIL}, {"image": "x.svg"}], "error": EVIL}]
@@ -102,7 +151,8 @@ def hostile(tmp_path) -> Path:
 
 
 def test_hostile_texts_are_shown_not_obeyed(hostile, tmp_path):
-    """In one run's page and in a comparison: one script, ours; the texts are there as texts; no control or bidi characters."""
+    """In one run's page and in a comparison: one script, ours; the texts are there as texts; no control or
+    bidi characters."""
     other = record(tmp_path / "other", 30, ranks=1)
     for folders in ((hostile,), (hostile, other)):
         source = written(tmp_path / "page.html", *folders)
@@ -110,7 +160,9 @@ def test_hostile_texts_are_shown_not_obeyed(hostile, tmp_path):
         assert page.tags.count("script") == 1 and page.text.count("document.title='owned'") >= 4
         assert not set("\u202e\x00\x1b") & set(source)
         (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', source)
-        assert html.unescape(policy).startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-")
+        assert html.unescape(policy).startswith(
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
+        )
 
 
 def test_pictures_are_limited_in_size_and_number(tmp_path, monkeypatch):
@@ -126,7 +178,10 @@ def test_pictures_are_limited_in_size_and_number(tmp_path, monkeypatch):
     (place / "index.json").write_text(json.dumps([{"prompt": "a", "seed": 1, "pieces": pieces}]))
     page = Page(written(tmp_path / "page.html", folder))
     assert [p.size for p in page.pictures] == [(128, 128), (384, 288)]
-    assert "broken.png: picture not shown: it cannot be read" in page.text and "none.png: picture not shown" in page.text
+    assert (
+        "broken.png: picture not shown: it cannot be read" in page.text
+        and "none.png: picture not shown" in page.text
+    )
     monkeypatch.setattr(page_module, "PAGE_BYTES", 50_000)
     page = Page(written(tmp_path / "page.html", folder))
     assert len(page.pictures) == 1 and "large.png: picture not shown: too large for this page" in page.text
@@ -137,7 +192,12 @@ def test_many_steps_of_samples_are_picked_evenly(tmp_path):
     write_samples(folder, list(range(10, 310, 10)), ["a"])
     page = Page(written(tmp_path / "page.html", folder))
     shown = [int(n) for n in re.findall(r"step (\d+)Here is", page.text)]
-    assert shown[0] == 10 and shown[-1] == 300 and len(shown) == 7 and max(np.diff(shown)) - min(np.diff(shown)) <= 10
+    assert (
+        shown[0] == 10
+        and shown[-1] == 300
+        and len(shown) == 7
+        and max(np.diff(shown)) - min(np.diff(shown)) <= 10
+    )
 
 
 def test_a_run_without_anything_has_a_page(tmp_path):
@@ -152,7 +212,8 @@ def test_a_run_without_anything_has_a_page(tmp_path):
 @in_browser
 @pytest.mark.slow
 def test_a_browser_obeys_nothing_in_a_hostile_run(hostile, tmp_path):
-    """The title stays the page's own, although every text tries to change it; a planted inline script does not run either."""
+    """The title stays the page's own, although every text tries to change it; a planted inline script does
+    not run either."""
     path = tmp_path / "page.html"
     source = written(path, hostile)
     document = dump(path, tmp_path / "profile")
@@ -173,17 +234,20 @@ def test_the_pointer_shows_the_values_of_its_step(folder, tmp_path):
     share = (300 - data["first"]) / (data["last"] - data["first"])
     # The page's own script and a pointer that moves: one script, since the policy lets one run.
     move = (
-        "const area = document.querySelectorAll('.area')[1], box = area.getBoundingClientRect();"
-        f"area.dispatchEvent(new PointerEvent('pointermove', {{clientX: box.left + {share} * box.width, clientY: box.top + 5}}));"
-        "document.title = [...area.querySelectorAll('.tip div')].map(row => row.textContent).join('|');"
-        "area.dispatchEvent(new PointerEvent('pointerleave'));"
-        "if (!area.querySelector('.tip').hidden) document.title = 'still there';"
+        "const area = document.querySelectorAll('.area')[1], box ="
+        " area.getBoundingClientRect();area.dispatchEvent(new PointerEvent('pointermove', {clientX:"
+        f" box.left + {share} * box.width, clientY: box.top + 5}}));document.title ="
+        " [...area.querySelectorAll('.tip div')].map(row =>"
+        " row.textContent).join('|');area.dispatchEvent(new PointerEvent('pointerleave'));if"
+        " (!area.querySelector('.tip').hidden) document.title = 'still there';"
     )
     body = re.sub(r"^<section>|</section>$", "", body)
     write_page(tmp_path / "page.html", "x", [("", body)], style=chart.STYLE, script=chart.SCRIPT + move)
     (title,) = re.findall(r"<title>(.*?)</title>", dump(tmp_path / "page.html", tmp_path / "profile"))
     training, val = data["curves"]
-    assert title.startswith("step 300|training  ") and title.endswith(f"|validation  {val['t'][val['x'].index(300)]}"), title
+    assert title.startswith("step 300|training  ") and title.endswith(
+        f"|validation  {val['t'][val['x'].index(300)]}"
+    ), title
     nearest = min(range(len(training["x"])), key=lambda i: abs(training["x"][i] - 300))
     assert f"training  {training['t'][nearest]}|" in title
 
@@ -196,7 +260,8 @@ def test_a_browser_draws_the_page_at_a_phones_width(folder, tmp_path):
     frame = tmp_path / "frame.html"
     frame.write_text(
         '<body style="margin:0"><iframe id="f" style="width:375px;height:2000px;border:0"></iframe><script>'
-        f"const f = document.getElementById('f'); f.onload = () => {{ const d = f.contentDocument; document.title = "
+        f"const f = document.getElementById('f'); f.onload = () => {{ const d = f.contentDocument;"
+        f" document.title = "
         "[d.documentElement.scrollWidth, d.querySelectorAll('svg path').length].join(' '); };"
         f"f.srcdoc = {json.dumps(source).replace('</', chr(92) + 'u003c/')};</script>",
         "utf-8",
@@ -210,7 +275,9 @@ def test_the_page_of_a_long_run_is_quick_and_small(tmp_path):
     """20,000 steps: the page holds hundreds of points a curve, not thousands."""
     folder = record(tmp_path / "run", 30, ranks=1)
     line = (folder / "metrics.jsonl").read_text().splitlines()[3]
-    (folder / "metrics.jsonl").write_text("".join(line.replace('"step": 4', f'"step": {n}') + "\n" for n in range(1, 20_001)))
+    (folder / "metrics.jsonl").write_text(
+        "".join(line.replace('"step": 4', f'"step": {n}') + "\n" for n in range(1, 20_001))
+    )
     began = time.monotonic()
     source = written(tmp_path / "page.html", folder)
     assert len(source) < 800_000 and time.monotonic() - began < 30

@@ -38,27 +38,54 @@ def look(folder: Path) -> Run:
     return run
 
 
-def shown(runs: list[Run], width: int = 120, height: int | None = None, language: str = "en", **view) -> list[str]:
+def shown(
+    runs: list[Run], width: int = 120, height: int | None = None, language: str = "en", **view
+) -> list[str]:
     return render(frame(runs, View(Words(language, WORDS), width, height, **view)), width, colour=False)
 
 
 def test_a_frame_says_everything(folder):
     text = "\n".join(shown([look(folder)]))
-    for part in ("garden", "running", "step 1,240 of 2,000", "62.0%", "time left 37 min", "steps per minute 20.69", "waiting for data"):
+    for part in (
+        "garden",
+        "running",
+        "step 1,240 of 2,000",
+        "62.0%",
+        "time left 37 min",
+        "steps per minute 20.69",
+        "waiting for data",
+    ):
         assert part in text
-    for part in ("step_500", "step_1000", "best", "88 GB", "29 GB", "node-2", "forward/backward", "412: its gradient norm 41 is a spike"):
+    for part in (
+        "step_500",
+        "step_1000",
+        "best",
+        "88 GB",
+        "29 GB",
+        "node-2",
+        "forward/backward",
+        "412: its gradient norm 41 is a spike",
+    ):
         assert part in text
-    assert "data/train.jsonl:88: broken_picture" in text and PROMPTS[0] in text and "Here is what I drew after 1200 steps." in text
+    assert (
+        "data/train.jsonl:88: broken_picture" in text
+        and PROMPTS[0] in text
+        and "Here is what I drew after 1200 steps." in text
+    )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [r for r in rows if "loss" in r][-1]
-    assert f"text loss  {figure(last['text_loss'])}" in text and f"learning rate  {figure(last['learning_rate'])}" in text
+    assert (
+        f"text loss  {figure(last['text_loss'])}" in text
+        and f"learning rate  {figure(last['learning_rate'])}" in text
+    )
     best = min(r["val_loss"] for r in rows if "val_loss" in r)
     assert f"(best {figure(best)})" in text
 
 
 @pytest.mark.parametrize(("language", "unicode"), [("en", True), ("zh", False)])
 def test_frames_fit_every_window(tmp_path, language, unicode):
-    """Widths 40 to 200, heights 8 to 60, one run and several: no line is longer, no frame higher, and the head is never lost."""
+    """Widths 40 to 200, heights 8 to 60, one run and several: no line is longer, no frame higher, and the
+    head is never lost."""
     other = record(tmp_path / "运行名称非常长非常长非常长非常长非常长", 50, ranks=1, seed=4)
     write_rank(other, 1, phase="x" * 300, host="h" * 200, step=20)
     runs = [look(record(tmp_path / "garden", 210)), look(other)]
@@ -71,7 +98,8 @@ def test_frames_fit_every_window(tmp_path, language, unicode):
 
 
 def test_the_chart_is_drawn_where_the_points_are():
-    """A falling line from the upper left to the lower right; a lone point is one dot; validation stands before training."""
+    """A falling line from the upper left to the lower right; a lone point is one dot; validation stands
+    before training."""
     line = Curve(0, False, [Point(0, 1.0, 1.0, 1.0), Point(10, 0.0, 0.0, 0.0)])
     rows = ["".join(text for text, _ in spans) for spans in plot([line], (0, 10, Range(0, 1)), 10, 5)]
     bits = {(0, 0): 1, (0, 1): 2, (0, 2): 4, (0, 3): 64, (1, 0): 8, (1, 1): 16, (1, 2): 32, (1, 3): 128}
@@ -82,9 +110,21 @@ def test_the_chart_is_drawn_where_the_points_are():
         for (x, y), bit in bits.items()
         if c != " " and (ord(c) - 0x2800) & bit
     }
-    assert {x for x, _ in dots} == set(range(20)) and all(abs(x - y) <= 1 for x, y in dots) and {(0, 0), (19, 19)} <= dots
+    assert (
+        {x for x, _ in dots} == set(range(20))
+        and all(abs(x - y) <= 1 for x, y in dots)
+        and {(0, 0), (19, 19)} <= dots
+    )
     point = Curve(0, False, [Point(5, 0.5, 0.5, 0.5)])
-    assert sum(c != " " for spans in plot([point], (0, 10, Range(0, 1)), 10, 5) for text, _ in spans for c in text) == 1
+    assert (
+        sum(
+            c != " "
+            for spans in plot([point], (0, 10, Range(0, 1)), 10, 5)
+            for text, _ in spans
+            for c in text
+        )
+        == 1
+    )
     over = plot([line, line._replace(is_validation=True)], (0, 10, Range(0, 1)), 10, 5)
     assert {index for spans in over for text, index in spans if text.strip()} == {1}
 
@@ -100,7 +140,10 @@ def test_a_spike_of_one_step_is_not_lost_in_its_column():
 def test_a_sparkline_rises_with_its_values():
     curve = Curve(0, False, [Point(n, float(n), n, n) for n in range(8)])
     assert sparkline(curve, (0, 7, Range(0, 7)), 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline(curve, (0, 15, Range(0, 7)), 16).rstrip().endswith("█") and len(sparkline(curve, (0, 15, Range(0, 7)), 16)) == 16
+    assert (
+        sparkline(curve, (0, 15, Range(0, 7)), 16).rstrip().endswith("█")
+        and len(sparkline(curve, (0, 15, Range(0, 7)), 16)) == 16
+    )
 
 
 def test_ranges_keep_outliers_from_pressing_the_rest_flat():
@@ -121,20 +164,40 @@ def test_ranges_keep_outliers_from_pressing_the_rest_flat():
 def test_smoothing_is_a_corrected_moving_average_and_thinning_keeps_extremes():
     points = [Point(n, v, v, v) for n, v in enumerate([4.0, 2.0, 6.0])]
     means = [p.mean for p in smooth(points, 0.5)]
-    assert means == pytest.approx([4.0, (1 + 1) / 0.75, (0.5 + 0.5 + 3) / 0.875]) and smooth(points, 0.0) == points
+    assert (
+        means == pytest.approx([4.0, (1 + 1) / 0.75, (0.5 + 0.5 + 3) / 0.875])
+        and smooth(points, 0.0) == points
+    )
     (one,) = thin(points, 1)
     assert (one.step, one.mean, one.low, one.high) == (1, 4, 2, 6)
 
 
 def test_texts_are_cut_and_wrapped_by_columns():
-    assert fit("橘猫橘猫", 5) == "橘猫…" and fit("abc", 3) == "abc" and fit("abcd", 3) == "ab…" and columns("橘e\u0301") == 3
+    assert (
+        fit("橘猫橘猫", 5) == "橘猫…"
+        and fit("abc", 3) == "abc"
+        and fit("abcd", 3) == "ab…"
+        and columns("橘e\u0301") == 3
+    )
     lines = wrapped("一只在雪地里奔跑的橘猫。 and some words", 12, mark="! ")
-    assert [columns("".join(s.text for s in line)) <= 12 for line in lines] == [True] * len(lines) and len(lines) >= 4
+    assert [columns("".join(s.text for s in line)) <= 12 for line in lines] == [True] * len(lines) and len(
+        lines
+    ) >= 4
 
 
 def test_numbers_are_short_and_right():
     cases = (0, 1.23456, 12345.6, 2e-5, 1.5e-5, 1.25e9, None, math.nan, -0.5)
-    assert [figure(v) for v in cases] == ["0", "1.235", "12,346", "2e-05", "1.5e-05", "1.25e+09", "–", "–", "-0.5"]
+    assert [figure(v) for v in cases] == [
+        "0",
+        "1.235",
+        "12,346",
+        "2e-05",
+        "1.5e-05",
+        "1.25e+09",
+        "–",
+        "–",
+        "-0.5",
+    ]
     assert [size(n) for n in (0, 999, 1500, 88e9, 1.25e12)] == ["0 B", "999 B", "1.5 kB", "88 GB", "1.25 TB"]
     english = Words("en", WORDS)
     seconds = (0, 119, 121, 3599, 3600, 86_400 * 2, 86_400 * 3 + 3700, -1, math.nan, 1e300)
@@ -171,7 +234,8 @@ def test_without_colours_the_text_is_the_same(folder):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_states_and_worries_are_said_in_both_languages(tmp_path, language):
-    """Dead, hung, stopped, finished, new, and a run with every worry: no text lacks a value, all are there."""
+    """Dead, hung, stopped, finished, new, and a run with every worry: no text lacks a value, all are
+    there."""
     words = Words(language, WORDS)
     dead, hung, stopped = (record(tmp_path / name, 60, ranks=2) for name in ("dead", "hung", "stopped"))
     finished, new = record(tmp_path / "finished", 40, total=40, ranks=1), tmp_path / "new"
@@ -181,7 +245,13 @@ def test_states_and_worries_are_said_in_both_languages(tmp_path, language):
     write_rank(hung, 1, time=time.time() - 400)
     write_rank(finished, 0, phase="finished", step=40, total_steps=40)
     write_metrics(new / "metrics.jsonl", [])
-    for folder, name in ((dead, "dead"), (hung, "hung"), (stopped, "stopped"), (finished, "finished"), (new, "new")):
+    for folder, name in (
+        (dead, "dead"),
+        (hung, "hung"),
+        (stopped, "stopped"),
+        (finished, "finished"),
+        (new, "new"),
+    ):
         lines = shown([look(folder)], 200, language=language)
         assert words(name) in lines[0] and judge(look(folder)).name == name
         for told in judge(look(folder)).why:
@@ -210,7 +280,11 @@ def test_both_languages_have_every_text_with_the_same_fields():
     def names(text: str) -> list[str]:
         return sorted({f"{name}:{spec}" for _, name, spec, _ in string.Formatter().parse(text) if name})
 
-    assert [key for key, texts in WORDS.items() if len(texts) != 2 or names(texts[0]) != names(texts[1]) or not all(texts)] == []
+    assert [
+        key
+        for key, texts in WORDS.items()
+        if len(texts) != 2 or names(texts[0]) != names(texts[1]) or not all(texts)
+    ] == []
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "unigen" / "watch").glob("*.py"))
     used = set(re.findall(r'"(\w+)"', sources))
     assert sorted(key for key in WORDS if key not in used) == [], "texts that nobody says"
@@ -224,7 +298,10 @@ def test_the_command_prints_a_frame_and_ends_where_there_is_no_terminal(folder, 
     assert cli.main(["watch", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "running" in out and "\x1b" not in out and max(map(columns, out.splitlines())) <= 90
-    assert cli.main(["watch", str(folder.parent), "--language", "zh", "--smooth", "0.9", "--steps", "100:200"]) == 0
+    assert (
+        cli.main(["watch", str(folder.parent), "--language", "zh", "--smooth", "0.9", "--steps", "100:200"])
+        == 0
+    )
     assert "运行中" in capsys.readouterr().out
 
 
@@ -263,13 +340,18 @@ def test_what_cannot_run_is_exit_code_2(argv, message, tmp_path, monkeypatch, ca
 
 def test_steps_may_lack_an_end():
     assert command._resolve(WatchOptions(steps="1_000:")) == (1000, 1 << 53)
-    assert command._resolve(WatchOptions(steps=":50")) == (0, 50) and command._resolve(WatchOptions(steps="7:7")) == (7, 7)
+    assert command._resolve(WatchOptions(steps=":50")) == (0, 50) and command._resolve(
+        WatchOptions(steps="7:7")
+    ) == (7, 7)
 
 
 def test_a_look_is_quick_and_needs_no_pytorch(folder, tmp_path):
     """Neither the terminal's view nor a page of small pictures imports PyTorch, PIL, numpy or pyarrow."""
     heavy = ["torch", "PIL", "numpy", "pyarrow", "transformers"]
-    code = f"import sys; from unigen.cli import main; main(sys.argv[1:]); print([m for m in {heavy!r} if m in sys.modules])"
+    code = (
+        f"import sys; from unigen.cli import main; main(sys.argv[1:]); print([m for m in {heavy!r} if m in"
+        " sys.modules])"
+    )
     for extra in ([], ["--html", str(tmp_path / "page.html")]):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         argv = [sys.executable, "-c", code, "watch", str(folder), *extra]

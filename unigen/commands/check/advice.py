@@ -1,4 +1,5 @@
-"""What the statistics of a data set suggest. The rules are here, their words in ``unigen/commands/check/words.py``."""
+"""What the statistics of a data set suggest. The rules are here, their words in
+``unigen/commands/check/words.py``."""
 
 from __future__ import annotations
 
@@ -28,7 +29,12 @@ def advise(summary: dict[str, Any], problems: int, deep: bool) -> list[Advice]:
         problems: How many problems there are.
         deep: Whether every picture was decoded.
     """
-    found = [*_of_records(summary, problems), *_of_balance(summary), *_of_pictures(summary, deep), *_of_lengths(summary)]
+    found = [
+        *_of_records(summary, problems),
+        *_of_balance(summary),
+        *_of_pictures(summary, deep),
+        *_of_lengths(summary),
+    ]
     return [advice for level in ("warn", "note") for advice in found if advice.level == level]
 
 
@@ -39,7 +45,9 @@ def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
         yield Advice("problems" if share > 0.01 else "few_problems", "warn", {"n": problems, "share": share})
     surplus = s["repeats"]["records"]["surplus"]
     if surplus:
-        yield Advice("duplicates", _level(surplus / good, DUPLICATES), {"n": surplus, "share": surplus / good})
+        yield Advice(
+            "duplicates", _level(surplus / good, DUPLICATES), {"n": surplus, "share": surplus / good}
+        )
     for most in s["repeats"]["texts"]["most"][:1]:
         share = most["count"] / max(s["targets"]["records_with_text"], 1)
         if most["count"] >= 20 and share >= SAME_TEXT:
@@ -60,7 +68,9 @@ def _of_balance(s: dict[str, Any]) -> Iterator[Advice]:
         return
     few = min(records, key=lambda kind: records[kind])
     if records[few] / s["good_records"] < FEW_RECORDS:
-        yield Advice(f"few_{few}_records", "warn", {"n": records[few], "share": records[few] / s["good_records"]})
+        yield Advice(
+            f"few_{few}_records", "warn", {"n": records[few], "share": records[few] / s["good_records"]}
+        )
     few = min(tokens, key=lambda kind: tokens[kind])
     share = tokens[few] / max(sum(tokens.values()), 1)
     if share < FEW_TOKENS:
@@ -84,12 +94,23 @@ def _of_lengths(s: dict[str, Any]) -> Iterator[Advice]:
         if row["max_sequence_length"] == s["max_length"] and row["cut"]:
             share = row["cut"] / max(s["good_records"], 1)
             level = _level(max(share, row["share_lost"]), CUT)
-            yield Advice("cut", level, {"limit": row["max_sequence_length"], "n": row["cut"], "share": share, "lost": row["share_lost"]})
+            yield Advice(
+                "cut",
+                level,
+                {
+                    "limit": row["max_sequence_length"],
+                    "n": row["cut"],
+                    "share": share,
+                    "lost": row["share_lost"],
+                },
+            )
     rows = [row for row in s["rows"] if row["rows"] >= ROWS]
     if rows:
         whole = [row for row in rows if not row["longer"]] or rows[-1:]
         row = next((row for row in whole if row["fill"] >= FULL), max(whole, key=lambda row: row["fill"]))
-        yield Advice("rows", "note", {"budget": row["max_num_tokens"], "fill": row["fill"], "single": row["single"]})
+        yield Advice(
+            "rows", "note", {"budget": row["max_num_tokens"], "fill": row["fill"], "single": row["single"]}
+        )
     if s["lengths"]["unit"] == "words" and s["good_records"]:
         yield Advice("estimate", "note", {})
 

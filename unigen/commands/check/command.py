@@ -1,4 +1,5 @@
-"""``unigen check``: reads all data, reports every problem and what the data holds. Exit code 0 clean, 1 problems, 2 cannot run."""
+"""``unigen check``: reads all data, reports every problem and what the data holds. Exit code 0 clean, 1
+problems, 2 cannot run."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class CheckOptions:
         json: Print one JSON document in place of the report.
         output: An HTML page to write the report to.
         problems: A JSONL file to write every problem to.
-        model_path: Folder of a checkpoint, whose tokenizer and picture sizes make the lengths exact; its weights are not needed.
+        model_path: Folder of a checkpoint, whose tokenizer and picture sizes make the lengths exact; its
+            weights are not needed.
         data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
         max_sequence_length: Longest sample in tokens; says what it would cut. Default: the model's limit.
         max_num_tokens: A token budget of packed rows; says how full they would get.
@@ -62,7 +64,8 @@ class _ModelAndData(DataOptions):
 
 
 def run(options: CheckOptions) -> int:
-    """``unigen check``; returns 0 where all is well, 1 where there are problems, 130 where it was interrupted.
+    """``unigen check``; returns 0 where all is well, 1 where there are problems, 130 where it was
+    interrupted.
 
     Raises:
         UserError: There is nothing to check, or an option cannot work.
@@ -113,7 +116,9 @@ def run(options: CheckOptions) -> int:
 def _resolve(options: CheckOptions) -> None:
     """Raises ConfigError for an option that cannot work."""
     if not options.paths:
-        raise ConfigError("paths are missing; name the files or folders to check (unigen check data/train.jsonl)")
+        raise ConfigError(
+            "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
+        )
     for name in ("max_sequence_length", "max_num_tokens", "max_image_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -121,7 +126,10 @@ def _resolve(options: CheckOptions) -> None:
     if options.num_workers is not None and options.num_workers < 0:
         raise ConfigError(f"num_workers is {options.num_workers}; it must be 0 or more (--num_workers ...)")
     if options.data_root is not None and not Path(options.data_root).is_dir():
-        raise ConfigError(f"data_root is {options.data_root}, which is no folder; name the folder of the pictures (--data_root ...)")
+        raise ConfigError(
+            f"data_root is {options.data_root}, which is no folder; name the folder of the pictures"
+            " (--data_root ...)"
+        )
     for name in ("output", "problems"):
         value = getattr(options, name)
         if value is not None and Path(value).is_dir():
@@ -158,7 +166,9 @@ def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> N
         "problem_count": len(found.problems),
         "problems_by_code": dict(found.problems.counts.most_common()),
         "statistics": summary,
-        "advice": [{"code": a.code, "level": a.level, **a.values, "text": advice_line(a, english)} for a in advice],
+        "advice": [
+            {"code": a.code, "level": a.level, **a.values, "text": advice_line(a, english)} for a in advice
+        ],
     }
     with reader_may_leave():
         print(json.dumps(head, indent=1)[:-2] + ',\n "problems": [', end="")
@@ -167,12 +177,18 @@ def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> N
         print("\n ]\n}", flush=True)
 
 
-def _print_report(found: Any, summary: dict[str, Any], advice: Sequence[Any], words: Any, options: CheckOptions) -> None:
+def _print_report(
+    found: Any, summary: dict[str, Any], advice: Sequence[Any], words: Any, options: CheckOptions
+) -> None:
     from unigen.commands.check.page import verdict
     from unigen.commands.check.terminal import Line, Table, advice_line, sections
 
     depth = words("deep" if found.deep else "headers")
-    lines = [words("covered", records=summary["records"], files=summary["files"], seconds=found.seconds, depth=depth)]
+    lines = [
+        words(
+            "covered", records=summary["records"], files=summary["files"], seconds=found.seconds, depth=depth
+        )
+    ]
     if found.interrupted:
         lines.append(words("interrupted", n=summary["records"]))
     lines += ["", f"== {verdict(found, words)} ==", *_problem_lines(found, words)]
@@ -199,7 +215,10 @@ def _problem_lines(found: Any, words: Any) -> Iterator[str]:
         yield f"{code}  ({n:,})  {words.of_code(code)}".rstrip()
         for p in found.problems.first[code][:FEW]:
             yield f"  {place(p)}"
-            yield f"    {words('field')} {p['field']}: {words('found')} {p['found']}; {words('expected')} {p['expected']}"
+            yield (
+                f"    {words('field')} {p['field']}: {words('found')} {p['found']}; {words('expected')}"
+                f" {p['expected']}"
+            )
             yield f"    {words('cure')}: {p['cure']}"
         if n > FEW:
             path = found.problems.path
@@ -208,7 +227,10 @@ def _problem_lines(found: Any, words: Any) -> Iterator[str]:
 
 def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
     """A table in plain text: numbers to the right, Chinese characters two columns wide."""
-    cells = [[f"{value:,}" if isinstance(value, int) else str(value).split("\n")[0] for value in row] for row in rows]
+    cells = [
+        [f"{value:,}" if isinstance(value, int) else str(value).split("\n")[0] for value in row]
+        for row in rows
+    ]
     right = [all(_is_numeric(value) for value in column[1:]) for column in zip(*cells)]
     widths = [max(map(columns, column)) for column in zip(*cells)]
     lines = []

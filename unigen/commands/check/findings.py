@@ -1,7 +1,7 @@
 """Reads everything, reports everything: what ``unigen check`` finds, before anything is printed.
 
-Every record is judged by the code that the data set judges it with, in several processes; what comes back from them is problems,
-counts and hashes. The findings do not depend on the number of processes.
+Every record is judged by the code that the data set judges it with, in several processes; what comes back
+from them is problems, counts and hashes. The findings do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
 
-PART, DEEP_PART = 1 << 20, 1 << 17  # bytes of JSON Lines read as one part: decoding pictures takes longer, so that parts are smaller
+# bytes of JSON Lines read as one part: decoding pictures takes longer, so that parts are smaller
+PART, DEEP_PART = 1 << 20, 1 << 17
 ALONE = 1 << 20  # bytes of data up to which this process does it alone, as starting others takes seconds
 BUDGETS = (8192, 16384, 32768)
 SHOWN = 8  # of the most frequent repetitions and picture sizes
@@ -53,7 +54,11 @@ class Problems:
         self.first: dict[str, list[dict[str, Any]]] = {}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile("w+", encoding="utf-8") if path is None else path.open("w+", encoding="utf-8")  # noqa: SIM115
+        self._file = (
+            tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+            if path is None
+            else path.open("w+", encoding="utf-8")
+        )
 
     def add(self, problem: dict[str, Any]) -> None:
         self.counts[problem["code"]] += 1
@@ -91,7 +96,11 @@ class Findings:
 
     def find(self, numbers: Sequence[int]) -> dict[int, Record]:
         """Records by their number, read again (good ones only)."""
-        ends = np.cumsum(np.frombuffer(self.tally.parts, np.uint64).astype(np.int64)) if self.parts else np.zeros(0, np.int64)
+        ends = (
+            np.cumsum(np.frombuffer(self.tally.parts, np.uint64).astype(np.int64))
+            if self.parts
+            else np.zeros(0, np.int64)
+        )
         wanted: dict[int, list[int]] = {}
         for n in sorted(set(numbers)):
             wanted.setdefault(int(np.searchsorted(ends, n, side="right")), []).append(n)
@@ -99,11 +108,14 @@ class Findings:
         for number, inside in wanted.items():
             part, start = self.parts[number], int(ends[number]) - self.tally.parts[number]
             records = islice(read_part(part), inside[-1] - start + 1)
-            found |= {start + i: _parsed(part, *record) for i, record in enumerate(records) if start + i in inside}
+            found |= {
+                start + i: _parsed(part, *record) for i, record in enumerate(records) if start + i in inside
+            }
         return found
 
     def summary(self, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
-        """All statistics as JSON values; ``budgets`` are values of ``max_num_tokens`` to say how full rows get."""
+        """All statistics as JSON values; ``budgets`` are values of ``max_num_tokens`` to say how full rows
+        get."""
         tally, counts = self.tally, self.tally.counts
 
         def by(topic: str, names: Iterable[str]) -> dict[str, int]:
@@ -117,7 +129,11 @@ class Findings:
             "good_records": counts["records", "good"],
             "formats": by("format", FORMATS),
             "tasks": {
-                name: {"records": n, "text_tokens": counts["text_tokens", name], "image_tokens": counts["image_tokens", name]}
+                name: {
+                    "records": n,
+                    "text_tokens": counts["text_tokens", name],
+                    "image_tokens": counts["image_tokens", name],
+                }
                 for name, n in by("task", TASKS).items()
             },
             "targets": {
@@ -132,24 +148,37 @@ class Findings:
             "lengths": {"unit": "tokens" if self.exact else "words", **tally.lengths.describe()},
             "pictures": {
                 "pieces": len(tally.pictures),
-                "sizes": [[int(sizes[i]) >> 32, int(sizes[i]) & 0xFFFFFFFF, int(of_size[i])] for i in often.tolist()],
+                "sizes": [
+                    [int(sizes[i]) >> 32, int(sizes[i]) & 0xFFFFFFFF, int(of_size[i])] for i in often.tolist()
+                ],
                 "distinct_sizes": len(sizes),
                 "upscaled": counts["pictures", "upscaled"],
                 "latent_tokens": tally.latent.describe(),
                 "vit_tokens": tally.vit.describe(),
             },
             "repeats": self._repeats(),
-            "near_empty": {"records": counts["records", "near_empty"], "first": [list(entry) for entry in tally.near_empty]},
+            "near_empty": {
+                "records": counts["records", "near_empty"],
+                "first": [list(entry) for entry in tally.near_empty],
+            },
             "max_length": self.max_length,
             "limits": what_limits_cut(tally),
             "rows": how_full_rows_get(tally.lengths, sorted(set(budgets))),
         }
 
     def _repeats(self) -> dict[str, Any]:
-        """``records``, ``texts``, ``pictures``, ``copies`` -> ``distinct``, ``surplus``, ``most``: ``count``, ``where``, ``what`` each."""
+        """``records``, ``texts``, ``pictures``, ``copies`` -> ``distinct``, ``surplus``, ``most``: ``count``,
+        ``where``, ``what`` each."""
         found = repeats(self.tally, SHOWN)
         inside = {kind for kind in found if kind in ("pictures", "copies")}  # places are pieces of records
-        records = self.find([n >> 8 if kind in inside else n for kind, of in found.items() for repeat in of.most for n in repeat.places])
+        records = self.find(
+            [
+                n >> 8 if kind in inside else n
+                for kind, of in found.items()
+                for repeat in of.most
+                for n in repeat.places
+            ]
+        )
         told: dict[str, Any] = {}
         for kind, of in found.items():
             told[kind] = {"distinct": of.distinct, "surplus": of.surplus, "most": []}
@@ -157,7 +186,13 @@ class Findings:
                 held = [(records.get(n >> 8 if kind in inside else n), n & 255) for n in places]
                 where = [str(record.origin) for record, _ in held if record]
                 what = [_shown(record, kind, piece) for record, piece in held if record]
-                told[kind]["most"].append({"count": count, "where": where, "what": what if kind == "copies" else what[0] if what else ""})
+                told[kind]["most"].append(
+                    {
+                        "count": count,
+                        "where": where,
+                        "what": what if kind == "copies" else what[0] if what else "",
+                    }
+                )
         return told
 
 
@@ -169,8 +204,16 @@ def _shown(record: Record, kind: str, number: int) -> str:
     """What is repeated, short."""
     if kind in ("pictures", "copies"):
         piece = record.sample[number] if number < len(record.sample) else None
-        return str(piece.source) if isinstance(piece, Image) and not isinstance(piece.source, bytes) else "(inside the file)"
-    texts = [piece.text for piece in record.sample if isinstance(piece, Text) and (piece.target or kind == "records")]
+        return (
+            str(piece.source)
+            if isinstance(piece, Image) and not isinstance(piece.source, bytes)
+            else "(inside the file)"
+        )
+    texts = [
+        piece.text
+        for piece in record.sample
+        if isinstance(piece, Text) and (piece.target or kind == "records")
+    ]
     text = " | ".join(" ".join(text.split()) for text in texts)
     return text if len(text) <= 100 else text[:97] + "..."
 
@@ -206,24 +249,43 @@ def check(
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:
         alone = total <= ALONE and not deep
-        num_workers = 0 if alone else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = (
+            0
+            if alone
+            else len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
     limits = tuple(sorted(set(limits)))
-    found = Findings(files, Problems() if problems is None else problems, Tally(limits), deep=deep, max_length=planner.max_length)
+    found = Findings(
+        files,
+        Problems() if problems is None else problems,
+        Tally(limits),
+        deep=deep,
+        max_length=planner.max_length,
+    )
     found.exact = not isinstance(planner.tokenizer, WordTokenizer)
     done, deaths = 0, 0
 
     def again(job: Job, died: Died) -> Job | None:
         nonlocal deaths
         deaths += 1
-        known = any(step == died.step for step, _ in job.skip)  # left out, and yet it dies: of reading what follows
-        return None if died.step < 0 or known or deaths > DEATHS else job._replace(skip=(*job.skip, (died.step, died.reason)))
+        # left out, and yet it dies: of reading what follows
+        known = any(step == died.step for step, _ in job.skip)
+        return (
+            None
+            if died.step < 0 or known or deaths > DEATHS
+            else job._replace(skip=(*job.skip, (died.step, died.reason)))
+        )
 
     def tick(steps: int) -> None:
         progress(done, total, found.tally.read + steps, len(found.problems))
 
     jobs = _jobs(files, DEEP_PART if deep else PART)
     try:
-        with closing(in_order(checker, (planner, limits, deep, data_root), jobs, num_workers, again, tick)) as outcomes:
+        with closing(
+            in_order(checker, (planner, limits, deep, data_root), jobs, num_workers, again, tick)
+        ) as outcomes:
             for job, outcome in outcomes:
                 if isinstance(outcome, Died):
                     outcome = Outcome(Tally(limits), [_lost(job, outcome).to_dict()])

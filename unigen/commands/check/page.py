@@ -41,7 +41,9 @@ details td:nth-child(2), details td:first-child { font-family: ui-monospace, "SF
 """
 
 
-def write(path: Path, found: Findings, summary: dict[str, Any], advice: Sequence[Advice], words: Words) -> Path:
+def write(
+    path: Path, found: Findings, summary: dict[str, Any], advice: Sequence[Advice], words: Words
+) -> Path:
     """Writes the page."""
     parts = [("", _head(found, summary, words))]
     if found.problems.counts:
@@ -50,7 +52,9 @@ def write(path: Path, found: Findings, summary: dict[str, Any], advice: Sequence
         parts.append((words("advice"), _advice(advice, words)))
     for heading, blocks in sections(summary, words):
         parts.append((heading, _body(blocks)))
-    return write_page(path, words("title"), parts, language={"zh": "zh-CN"}.get(words.language, words.language), style=STYLE)
+    return write_page(
+        path, words("title"), parts, language={"zh": "zh-CN"}.get(words.language, words.language), style=STYLE
+    )
 
 
 def verdict(found: Findings, words: Words) -> str:
@@ -79,7 +83,9 @@ def _head(found: Findings, s: dict[str, Any], words: Words) -> str:
         (s["targets"]["text_tokens"], words("tile_text")),
         (s["targets"]["image_tokens"], words("tile_image")),
     ]
-    shown = "".join(f'<div class="tile"><b>{_short(value)}</b><span>{escape(name)}</span></div>' for value, name in tiles)
+    shown = "".join(
+        f'<div class="tile"><b>{_short(value)}</b><span>{escape(name)}</span></div>' for value, name in tiles
+    )
     return f'{"".join(lines)}<div class="tiles">{shown}</div>'
 
 
@@ -98,11 +104,16 @@ def _problems(found: Findings, words: Words) -> str:
     folder = common_folder(found.files)
     for code, n in found.problems.counts.most_common():
         first = found.problems.first[code]
-        rows = [[place(problem, folder), *(problem[key] for key in ("field", "found", "expected", "cure"))] for problem in first]
+        rows = [
+            [place(problem, folder), *(problem[key] for key in ("field", "found", "expected", "cure"))]
+            for problem in first
+        ]
         body = table(rows, header)
         if n > len(first):
             path = found.problems.path
-            more = words("more_in", n=n - len(first), path=path) if path else words("more_how", n=n - len(first))
+            more = (
+                words("more_in", n=n - len(first), path=path) if path else words("more_how", n=n - len(first))
+            )
             body += f'<p class="soft">{escape(more)}</p>'
         is_open = " open" if len(found.problems) <= FEW else ""
         told = f'{escape(code)}<span class="count">{n:,}</span><span class="count">{escape(words.of_code(code))}</span>'
@@ -111,7 +122,8 @@ def _problems(found: Findings, words: Words) -> str:
 
 
 def place(problem: dict[str, Any], folder: str = "") -> str:
-    """``file:line``, ``file[index]`` where no line tells it, or the file; without the ``folder`` that all files are in."""
+    """``file:line``, ``file[index]`` where no line tells it, or the file; without the ``folder`` that all
+    files are in."""
     file = problem["file"].removeprefix(folder)
     if problem["line"] is not None:
         return f"{file}:{problem['line']}"
@@ -133,9 +145,13 @@ def _shares(block: Shares) -> str:
     whole = sum(n for _, n in block.parts)
     parts = [(COLOURS[i], escape(name), n / whole) for i, (name, n) in enumerate(block.parts)]
     bar = "".join(
-        f'<i style="background:{colour};width:{share:.3%}" title="{name}: {percent(share)}"></i>' for colour, name, share in parts
+        f'<i style="background:{colour};width:{share:.3%}" title="{name}: {percent(share)}"></i>'
+        for colour, name, share in parts
     )
-    legend = "".join(f'<span><i style="background:{colour}"></i>{name} {percent(share)}</span>' for colour, name, share in parts)
+    legend = "".join(
+        f'<span><i style="background:{colour}"></i>{name} {percent(share)}</span>'
+        for colour, name, share in parts
+    )
     return f'<div><p class="soft">{escape(block.title)}</p><div class="shares">{bar}</div><div class="legend">{legend}</div></div>'
 
 
@@ -145,7 +161,9 @@ def _body(blocks: Sequence[Any]) -> str:
     charts: list[str] = []
     for block in blocks:
         if isinstance(block, Bars):
-            charts.append(f"<div>{bar_chart(block.bars, title=block.title, x_label=block.x_label, y_label=block.y_label)}</div>")
+            charts.append(
+                f"<div>{bar_chart(block.bars, title=block.title, x_label=block.x_label, y_label=block.y_label)}</div>"
+            )
             continue
         if charts:
             parts.append(f'<div class="charts">{"".join(charts)}</div>')

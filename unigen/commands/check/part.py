@@ -1,4 +1,5 @@
-"""What one process of ``unigen check`` does with a part of the data: judges, measures and counts its records."""
+"""What one process of ``unigen check`` does with a part of the data: judges, measures and counts its
+records."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ class Outcome(NamedTuple):
     problems: list[dict[str, Any]]
 
 
-def checker(planner: Planner, limits: tuple[int, ...], deep: bool, data_root: str | Path | None) -> Callable[[Job, Mark], Outcome]:
+def checker(
+    planner: Planner, limits: tuple[int, ...], deep: bool, data_root: str | Path | None
+) -> Callable[[Job, Mark], Outcome]:
     """What does a :class:`Job`; made once in each process."""
     return _Checker(planner, limits, deep, data_root).work
 
@@ -53,12 +56,14 @@ def hash_of(value: bytes) -> int:
 
 
 def is_near_empty(text: str) -> bool:
-    """A description that says next to nothing: fewer than three letters and digits; a Chinese character counts as three."""
+    """A description that says next to nothing: fewer than three letters and digits; a Chinese character
+    counts as three."""
     return sum(3 if ord(c) > 0x2E7F else 1 for c in text if c.isalnum()) < 3
 
 
 class _Lengths:
-    """Stands in for a planner's tokenizer where only lengths are asked for: counts in batches, and remembers what comes again."""
+    """Stands in for a planner's tokenizer where only lengths are asked for: counts in batches, and remembers
+    what comes again."""
 
     LIMIT = 16 << 20  # characters of remembered texts
 
@@ -75,7 +80,9 @@ class _Lengths:
         if isinstance(self._tokenizer, WordTokenizer):
             lengths = [self._tokenizer.count(text) for text in new]
         elif self._fast is not None:
-            lengths = [len(encoding.ids) for encoding in self._fast.encode_batch(new, add_special_tokens=False)]
+            lengths = [
+                len(encoding.ids) for encoding in self._fast.encode_batch(new, add_special_tokens=False)
+            ]
         else:
             lengths = [len(self._tokenizer.encode(text)) for text in new]
         self._known.update(zip(new, lengths))
@@ -88,7 +95,8 @@ class _Lengths:
 
 
 class _Looks(Pictures):
-    """What was seen of pictures: by their headers, or (``deep``) decoded to the last row. Remembers so many of them."""
+    """What was seen of pictures: by their headers, or (``deep``) decoded to the last row. Remembers so many
+    of them."""
 
     def __init__(self, deep: bool):
         super().__init__()
@@ -182,7 +190,13 @@ class _Reading:
             self.flush()
 
     def flush(self) -> None:
-        texts = (text for _, record, _ in self.waiting for p in record.sample if isinstance(p, Text) for text in (p.text, *p.others))
+        texts = (
+            text
+            for _, record, _ in self.waiting
+            for p in record.sample
+            if isinstance(p, Text)
+            for text in (p.text, *p.others)
+        )
         self.checker.lengths.learn(texts)
         for step, record, fields in self.waiting:
             self.mark(step)
@@ -198,7 +212,8 @@ class _Reading:
     def _measure(self, step: int, record: Record) -> None:
         row = self.checker.planner.measure(record)
         name = task(record.sample)
-        if sum(row[1 : 1 + row[0]]) >> 5 > self.checker.max_length:  # the length with all copies, or a little more
+        # the length with all copies, or a little more
+        if sum(row[1 : 1 + row[0]]) >> 5 > self.checker.max_length:
             try:
                 self.checker.strict.measure(record)
             except BadRecord:
@@ -225,7 +240,9 @@ class _Reading:
         counts["records", "with_image_target"] += images > 0
         pictures = [(number, piece) for number, piece in enumerate(record.sample) if isinstance(piece, Image)]
         keys = iter([self._note(step, number, piece) for number, piece in pictures])
-        told = [(piece.target, piece.text if isinstance(piece, Text) else next(keys)) for piece in record.sample]
+        told = [
+            (piece.target, piece.text if isinstance(piece, Text) else next(keys)) for piece in record.sample
+        ]
         tally.records[step] = hash_of(repr(told).encode())
         tally.texts[step] = hash_of(repr(texts).encode()) if texts else 0
         if pictures:
@@ -247,9 +264,13 @@ class _Reading:
         return key
 
     def _measure_pictures(self, record: Record, row: Sequence[int]) -> None:
-        """``row`` ends with the pieces: a number for each wording, four for a picture (rows, columns of its latents, of its ViT)."""
+        """``row`` ends with the pieces: a number for each wording, four for a picture (rows, columns of its
+        latents, of its ViT)."""
         at = 1 + row[0]
-        smallest, stride = self.checker.planner.transforms.vae.min_size, self.checker.planner.geometry.latent_stride
+        smallest, stride = (
+            self.checker.planner.transforms.vae.min_size,
+            self.checker.planner.geometry.latent_stride,
+        )
         latent, vit = [], []
         for piece in record.sample:
             if isinstance(piece, Text):
@@ -271,13 +292,18 @@ class _Reading:
     def finish(self) -> Outcome:
         self.flush()
         tally = self.tally
-        tally.sizes, tally.latent, tally.vit = Histogram(self.sizes), Histogram(self.latent), Histogram(self.vit)
+        tally.sizes, tally.latent, tally.vit = (
+            Histogram(self.sizes),
+            Histogram(self.latent),
+            Histogram(self.vit),
+        )
         tally.measure(self.rows, np.array(self.good, bool), self.tasks, self.checker.planner, self.part.index)
         return Outcome(tally, [error.to_dict() for _, error in sorted(self.bad, key=lambda entry: entry[0])])
 
 
 def _described(record: Record, name: str) -> Iterator[str]:
-    """The texts that the pictures of a record of task ``name`` are described with: all there is besides them."""
+    """The texts that the pictures of a record of task ``name`` are described with: all there is besides
+    them."""
     texts = [piece for piece in record.sample if isinstance(piece, Text)]
     if name == "generate" or (name == "understand" and all(piece.target for piece in texts)):
         for piece in texts:

@@ -1,7 +1,8 @@
-"""What a data set holds, in numbers: lengths, pictures, targets, repetitions, and what a limit or a token budget would do.
+"""What a data set holds, in numbers: lengths, pictures, targets, repetitions, and what a limit or a token
+budget would do.
 
-A :class:`Tally` counts the records of one part; tallies are merged in the order of the parts. Per record it keeps two hashes of
-64 bits, per picture three numbers; everything else is counted.
+A :class:`Tally` counts the records of one part; tallies are merged in the order of the parts. Per record it
+keeps two hashes of 64 bits, per picture three numbers; everything else is counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from unigen.sequence.ragged import Ragged
 from unigen.sequence.types import Kind
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-SAMPLE = 50_000  # lengths that rows are filled with: best-fit is a loop, and so many say it to a tenth of a percent
+# lengths that rows are filled with: best-fit is a loop, and so many say it to a tenth of a percent
+SAMPLE = 50_000
 _FOLD = 64  # histograms that are kept apart before they are added up
 
 
@@ -70,7 +72,8 @@ class Histogram:
         return self.at(np.arange(n) if n <= most else (np.arange(most) * 2 + 1) * n // (2 * most))
 
     def bins(self) -> list[tuple[int, int, int]]:
-        """``(from, to, count)``, both ends included: of equal width, or of half octaves where the numbers are far apart."""
+        """``(from, to, count)``, both ends included: of equal width, or of half octaves where the numbers are
+        far apart."""
         numbers, counts = self.arrays()
         if not len(numbers):
             return []
@@ -83,11 +86,14 @@ class Histogram:
             edges = [0, *octaves] if low == 0 else octaves
             edges = edges[max(i for i, edge in enumerate(edges) if edge <= low) :]
             edges = edges[: next(i for i, edge in enumerate(edges) if edge > high) + 1]
-        sums = np.bincount(np.searchsorted(edges, numbers, side="right") - 1, counts, len(edges) - 1).astype(np.int64)
+        sums = np.bincount(np.searchsorted(edges, numbers, side="right") - 1, counts, len(edges) - 1).astype(
+            np.int64
+        )
         return [(a, b - 1, int(count)) for a, b, count in zip(edges, edges[1:], sums)]
 
     def describe(self) -> dict[str, Any]:
-        """``count, total, mean, min, max, quantiles {share: number}, histogram [[from, to, count]]``; just ``count`` when empty."""
+        """``count, total, mean, min, max, quantiles {share: number}, histogram [[from, to, count]]``; just
+        ``count`` when empty."""
         n = len(self)
         if not n:
             return {"count": 0}
@@ -118,21 +124,26 @@ class Tally:
     """What the records of some parts add up to."""
 
     limits: tuple[int, ...]  # lengths for which it is counted what they would cut
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (topic, name): records, pieces, tokens
+    # (topic, name): records, pieces, tokens
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     lengths: Histogram = field(default_factory=Histogram)
     sizes: Histogram = field(default_factory=Histogram)  # width << 32 | height of every picture piece
     latent: Histogram = field(default_factory=Histogram)  # latent tokens of the pictures that the VAE encodes
     vit: Histogram = field(default_factory=Histogram)
-    cuts: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # [limits, 3]: records cut, target tokens lost, refused
+    # [limits, 3]: records cut, target tokens lost, refused
+    cuts: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     near_empty: list[tuple[str, str]] = field(default_factory=list)  # (origin, text) of the first few
     # A row for every record read, in order; 0 where there is nothing to compare.
     parts: array = field(default_factory=lambda: array("Q"))  # records of each part
     records: array = field(default_factory=lambda: array("Q"))  # a hash of the sample
     texts: array = field(default_factory=lambda: array("Q"))  # a hash of its text targets
     # A row for every picture piece of a good record.
-    pictures: array = field(default_factory=lambda: array("Q"))  # a hash of the path, or of the bytes of a picture inside a record
-    places: array = field(default_factory=lambda: array("Q"))  # 256 * the number of its record + its piece there
-    contents: array = field(default_factory=lambda: array("Q"))  # a hash of the file's bytes; empty unless files were read
+    # a hash of the path, or of the bytes of a picture inside a record
+    pictures: array = field(default_factory=lambda: array("Q"))
+    # 256 * the number of its record + its piece there
+    places: array = field(default_factory=lambda: array("Q"))
+    # a hash of the file's bytes; empty unless files were read
+    contents: array = field(default_factory=lambda: array("Q"))
 
     def __post_init__(self) -> None:
         if not len(self.cuts):
@@ -156,7 +167,9 @@ class Tally:
             getattr(self, name).extend(getattr(other, name))
         self.places.frombytes((_numbers(other.places) + np.uint64(256 * first)).tobytes())
 
-    def measure(self, rows: Ragged, good: np.ndarray, tasks: Sequence[str], planner: Planner, first: int) -> None:
+    def measure(
+        self, rows: Ragged, good: np.ndarray, tasks: Sequence[str], planner: Planner, first: int
+    ) -> None:
         """Counts tokens.
 
         Args:
@@ -173,10 +186,13 @@ class Tally:
         table = _Blocks(measured, every)
         text = table.sums(table.trained_text, table.length - (not planner.options.train_transitions))
         image = table.sums(table.kind == Kind.NOISED, table.length - 2)
-        least = table.sums(table.kind >= 0, np.where(table.trained_text, np.minimum(table.length, 3), table.length))
+        least = table.sums(
+            table.kind >= 0, np.where(table.trained_text, np.minimum(table.length, 3), table.length)
+        )
         for row, limit in enumerate(self.limits):
             refused = least > limit
-            over = np.where(refused, 0, np.maximum(whole - limit, 0))  # a cut takes no more than it must, from text targets alone
+            # a cut takes no more than it must, from text targets alone
+            over = np.where(refused, 0, np.maximum(whole - limit, 0))
             self.cuts[row] += [int((over > 0).sum()), int(over.sum()), int(refused.sum())]
         self.lengths.merge(Histogram(whole[good]))
         for name, count in measured.tokens_by_kind(every[good]).items():
@@ -212,14 +228,16 @@ def _numbers(column: array) -> np.ndarray:
 
 
 class Repeat(NamedTuple):
-    """Something that occurs ``count`` times; ``places`` are the first few: numbers of records, or ``Tally.places``."""
+    """Something that occurs ``count`` times; ``places`` are the first few: numbers of records, or
+    ``Tally.places``."""
 
     count: int
     places: list[int]
 
 
 class Repeats(NamedTuple):
-    """``distinct`` different things; ``surplus`` more, which repeat one of them; ``most`` are the most frequent."""
+    """``distinct`` different things; ``surplus`` more, which repeat one of them; ``most`` are the most
+    frequent."""
 
     distinct: int
     surplus: int
@@ -227,9 +245,14 @@ class Repeats(NamedTuple):
 
 
 def find_repeats(hashes: np.ndarray, places: np.ndarray | None, shown: int) -> Repeats:
-    """What occurs more than once among ``hashes`` [n] uint64 (0 is nothing); ``places`` [n] says where, default the index."""
+    """What occurs more than once among ``hashes`` [n] uint64 (0 is nothing); ``places`` [n] says where,
+    default the index."""
     ordered = np.sort(hashes[hashes != 0])
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else np.zeros(0, np.int64)
+    starts = (
+        np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        if len(ordered)
+        else np.zeros(0, np.int64)
+    )
     counts = np.diff(np.append(starts, len(ordered)))
     often = np.flatnonzero(counts > 1)
     often = often[np.lexsort((ordered[starts[often]], -counts[often]))][:shown]
@@ -237,12 +260,16 @@ def find_repeats(hashes: np.ndarray, places: np.ndarray | None, shown: int) -> R
     for i in often.tolist():
         at = np.flatnonzero(hashes == ordered[starts[i]])[:3]
         most.append(Repeat(int(counts[i]), [int(n) for n in (at if places is None else places[at])]))
-    return Repeats(len(starts), len(ordered) - len(starts), sorted(most, key=lambda repeat: (-repeat.count, repeat.places)))
+    return Repeats(
+        len(starts),
+        len(ordered) - len(starts),
+        sorted(most, key=lambda repeat: (-repeat.count, repeat.places)),
+    )
 
 
 def repeats(tally: Tally, shown: int = 5) -> dict[str, Repeats]:
-    """The repeated ``records``, ``texts`` (all text targets of a record alike) and ``pictures``: the same file or, where contents
-    were read, different files of the same bytes (``copies``)."""
+    """The repeated ``records``, ``texts`` (all text targets of a record alike) and ``pictures``: the same
+    file or, where contents were read, different files of the same bytes (``copies``)."""
     pictures, places = _numbers(tally.pictures), _numbers(tally.places)
     found = {
         "records": find_repeats(_numbers(tally.records), None, shown),
@@ -260,17 +287,25 @@ def repeats(tally: Tally, shown: int = 5) -> dict[str, Repeats]:
 
 
 def what_limits_cut(tally: Tally) -> list[dict[str, int | float]]:
-    """For each ``max_sequence_length``: records ``cut``, target ``tokens_lost`` and their share of all, records ``refused``."""
+    """For each ``max_sequence_length``: records ``cut``, target ``tokens_lost`` and their share of all,
+    records ``refused``."""
     tokens = sum(n for (topic, _), n in tally.counts.items() if topic == "text_tokens")
     return [
-        {"max_sequence_length": limit, "cut": cut, "tokens_lost": lost, "share_lost": lost / max(tokens, 1), "refused": refused}
+        {
+            "max_sequence_length": limit,
+            "cut": cut,
+            "tokens_lost": lost,
+            "share_lost": lost / max(tokens, 1),
+            "refused": refused,
+        }
         for limit, (cut, lost, refused) in zip(tally.limits, tally.cuts.tolist())
     ]
 
 
 def how_full_rows_get(lengths: Histogram, budgets: Sequence[int]) -> list[dict[str, int | float]]:
-    """For each ``max_num_tokens``: ``fill`` of the ``rows`` that training packs (of at most 50,000 lengths, shuffled), ``single``
-    with one sample a row, samples a row, and how many samples of all are ``longer`` than the budget."""
+    """For each ``max_num_tokens``: ``fill`` of the ``rows`` that training packs (of at most 50,000 lengths,
+    shuffled), ``single`` with one sample a row, samples a row, and how many samples of all are ``longer``
+    than the budget."""
     if not len(lengths):
         return []
     sample = np.random.default_rng(0).permutation(lengths.spread(SAMPLE)).tolist()

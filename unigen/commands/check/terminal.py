@@ -58,7 +58,9 @@ def sections(summary: dict[str, Any], words: Words) -> list[tuple[str, list[Bloc
 
 
 def advice_line(advice: Advice, words: Words) -> str:
-    return words(f"advice_{advice.code}", **advice.values) if advice.values else words(f"advice_{advice.code}")
+    return (
+        words(f"advice_{advice.code}", **advice.values) if advice.values else words(f"advice_{advice.code}")
+    )
 
 
 def percent(share: float) -> str:
@@ -70,11 +72,20 @@ def _contents(s: dict[str, Any], words: Words) -> Iterator[Block]:
     good = max(s["good_records"], 1)
     if s["formats"]:
         formats = sorted(s["formats"].items(), key=lambda entry: -entry[1])
-        yield Table([words("format"), words("records"), words("share")], [[name, n, percent(n / good)] for name, n in formats])
+        yield Table(
+            [words("format"), words("records"), words("share")],
+            [[name, n, percent(n / good)] for name, n in formats],
+        )
     if s["tasks"]:
         header = [words(key) for key in ("task", "records", "share", "text_tokens", "image_tokens")]
         rows = [
-            [words(f"task_{name}"), of["records"], percent(of["records"] / good), of["text_tokens"], of["image_tokens"]]
+            [
+                words(f"task_{name}"),
+                of["records"],
+                percent(of["records"] / good),
+                of["text_tokens"],
+                of["image_tokens"],
+            ]
             for name, of in s["tasks"].items()
         ]
         yield Table(header, rows)
@@ -92,7 +103,10 @@ def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:
         rows.append([words(many), records, percent(records / good), t[many], tokens, percent(tokens / loss)])
     yield Table(header, rows)
     if t["text_tokens"] + t["image_tokens"]:
-        yield Shares(words("tokens_with_loss"), [(words("texts"), t["text_tokens"]), (words("images"), t["image_tokens"])])
+        yield Shares(
+            words("tokens_with_loss"),
+            [(words("texts"), t["text_tokens"]), (words("images"), t["image_tokens"])],
+        )
     every = max(sum(s["tokens"].values()), 1)
     rows = [[words(f"kind_{kind}"), n, percent(n / every)] for kind, n in s["tokens"].items() if n]
     yield Table([words("kind"), words("tokens"), words("share")], rows)
@@ -101,13 +115,28 @@ def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:
 
 def _numbers(name: str, of: dict[str, Any], words: Words) -> Table:
     q = of["quantiles"]
-    header = ["", *(words(key) for key in ("minimum",)), "5 %", "25 %", words("median"), "75 %", "95 %", "99 %"]
+    header = [
+        "",
+        *(words(key) for key in ("minimum",)),
+        "5 %",
+        "25 %",
+        words("median"),
+        "75 %",
+        "95 %",
+        "99 %",
+    ]
     row = [name, of["min"], q["0.05"], q["0.25"], q["0.5"], q["0.75"], q["0.95"], q["0.99"]]
-    return Table([*header, words("maximum"), words("mean"), words("sum")], [[*row, of["max"], f"{of['mean']:,.1f}", of["total"]]])
+    return Table(
+        [*header, words("maximum"), words("mean"), words("sum")],
+        [[*row, of["max"], f"{of['mean']:,.1f}", of["total"]]],
+    )
 
 
 def _histogram(title: str, of: dict[str, Any], x_label: str, y_label: str) -> Bars:
-    bars = [(f"{low:,}", f"{low:,}" if low == high else f"{low:,} – {high:,}", n) for low, high, n in of["histogram"]]
+    bars = [
+        (f"{low:,}", f"{low:,}" if low == high else f"{low:,} – {high:,}", n)
+        for low, high, n in of["histogram"]
+    ]
     return Bars(title, bars, x_label, y_label)
 
 
@@ -121,21 +150,36 @@ def _lengths(s: dict[str, Any], words: Words) -> Iterator[Block]:
 def _cuts(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if not s["lengths"]["count"] and not any(row["refused"] for row in s["limits"]):
         return
-    header = ["max_sequence_length", *(words(key) for key in ("cut", "share", "lost", "share", "refused")), ""]
+    header = [
+        "max_sequence_length",
+        *(words(key) for key in ("cut", "share", "lost", "share", "refused")),
+        "",
+    ]
     rows = []
     for row in s["limits"]:
         limit, share = row["max_sequence_length"], percent(row["cut"] / max(s["good_records"], 1))
         mark = words("this_one") if limit == s["max_length"] else ""
-        rows.append([limit, row["cut"], share, row["tokens_lost"], percent(row["share_lost"]), row["refused"], mark])
+        rows.append(
+            [limit, row["cut"], share, row["tokens_lost"], percent(row["share_lost"]), row["refused"], mark]
+        )
     yield Table(header, rows)
     yield Line(words("refused_note"))
 
 
 def _fill(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if s["rows"]:
-        header = ["max_num_tokens", *(words(key) for key in ("packed", "one_a_row", "samples_a_row", "longer"))]
+        header = [
+            "max_num_tokens",
+            *(words(key) for key in ("packed", "one_a_row", "samples_a_row", "longer")),
+        ]
         rows = [
-            [row["max_num_tokens"], percent(row["fill"]), percent(row["single"]), f"{row['samples_per_row']:,.1f}", row["longer"]]
+            [
+                row["max_num_tokens"],
+                percent(row["fill"]),
+                percent(row["single"]),
+                f"{row['samples_per_row']:,.1f}",
+                row["longer"],
+            ]
             for row in s["rows"]
         ]
         yield Table(header, rows)
@@ -167,9 +211,12 @@ def _repetitions(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if not found:
         return
     header = [words(key) for key in ("repeated", "distinct", "surplus")]
-    yield Table(header, [[words(f"same_{kind}"), of["distinct"], of["surplus"]] for kind, of in found.items()])
+    yield Table(
+        header, [[words(f"same_{kind}"), of["distinct"], of["surplus"]] for kind, of in found.items()]
+    )
     for kind, of in found.items():
-        if of["most"] and kind != "pictures":  # one picture in many records is ordinary: editing chains, several questions
+        # one picture in many records is ordinary: editing chains, several questions
+        if of["most"] and kind != "pictures":
             rows = [[_joined(most["what"]), most["count"], _joined(most["where"])] for most in of["most"]]
             yield Table([f"{words(f'same_{kind}')}: {words('what')}", words("count"), words("where")], rows)
 

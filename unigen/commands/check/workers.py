@@ -1,7 +1,8 @@
-"""Processes that work through tasks: results in the order of the tasks, and a process that dies takes nothing with it.
+"""Processes that work through tasks: results in the order of the tasks, and a process that dies takes nothing
+with it.
 
-A plain pool cannot say which task killed a process, nor of what it died. Here every process says what it is at, so that the
-one record that a decoder dies of can be named and left out.
+A plain pool cannot say which task killed a process, nor of what it died. Here every process says what it is
+at, so that the one record that a decoder dies of can be named and left out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Work = Callable[[Any, Mark], Any]
 
 _STARTING, _IDLE = -2, -1
 _PATIENCE = 0.2  # seconds between two looks at the progress
-_AHEAD = 4  # tasks per process that may be done before their turn: the slowest one holds up no more than these
+# tasks per process that may be done before their turn: the slowest one holds up no more than these
+_AHEAD = 4
 
 
 class WorkersFailed(UserError):
@@ -55,7 +57,8 @@ class _Worker:
 
     def give(self, number: int, task: Any) -> None:
         self.number = number
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has died; receiving finds that out and says of what
+        # it has died; receiving finds that out and says of what
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(task)
 
     def take(self) -> Any:
@@ -66,7 +69,9 @@ class _Worker:
             self.process.join()
             if self.at.value == _STARTING:
                 cure = "free some memory, or use fewer with --num_workers"
-                raise WorkersFailed(f"the worker processes end while they start ({_reason(self.process.exitcode)}); {cure}") from None
+                raise WorkersFailed(
+                    f"the worker processes end while they start ({_reason(self.process.exitcode)}); {cure}"
+                ) from None
             return Died(self.at.value, _reason(self.process.exitcode))
         if isinstance(result, _Raised):
             raise RuntimeError(f"in a worker process:\n{result.trace}")
@@ -96,13 +101,13 @@ def in_order(
     Closing the iterator ends the processes at once; a keyboard interrupt reaches the caller alone.
 
     Args:
-        prepare: Called once in each process, importable by name; gives what does a task: ``work(task, mark)``. It calls
-            ``mark(step)`` (steps from 0) before anything that might kill it.
+        prepare: Called once in each process, importable by name; gives what does a task: ``work(task,
+            mark)``. It calls ``mark(step)`` (steps from 0) before anything that might kill it.
         arguments: Its arguments, which travel to the processes.
         tasks: Read only a little ahead.
         processes: How many; 0 does everything in this process, where nothing is caught.
-        again: Called when a process died: the task to try in place of this one, or None to go on without it. Then the
-            result is the :class:`Died`.
+        again: Called when a process died: the task to try in place of this one, or None to go on without it.
+            Then the result is the :class:`Died`.
         tick: Called now and then with the steps marked in unfinished tasks.
 
     Raises:
@@ -137,7 +142,9 @@ def in_order(
             if not busy:
                 return
             for pipe in connection.wait(list(busy), _PATIENCE):
-                _collect(busy[pipe], workers, pending, done, again, lambda: _Worker(context, prepare, arguments))
+                _collect(
+                    busy[pipe], workers, pending, done, again, lambda: _Worker(context, prepare, arguments)
+                )
             tick(sum(max(worker.at.value + 1, 0) for worker in busy.values()))
             while turn in done:
                 yield pending.pop(turn), done.pop(turn)
@@ -172,8 +179,8 @@ def _collect(
 
 
 def _context(module: str) -> Any:
-    """Processes forked from a clean one that has imported ``module`` already: forking this one, with its threads, is not
-    safe, and importing PyTorch in every process takes seconds."""
+    """Processes forked from a clean one that has imported ``module`` already: forking this one, with its
+    threads, is not safe, and importing PyTorch in every process takes seconds."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -1,6 +1,8 @@
-"""``unigen ckpt``: what checkpoints a run has, whether they are whole, and one of them as a folder in the published layout.
+"""``unigen ckpt``: what checkpoints a run has, whether they are whole, and one of them as a folder in the
+published layout.
 
-One process, no accelerator, no process group: a checkpoint says itself how many processes wrote it and what lies where.
+One process, no accelerator, no process group: a checkpoint says itself how many processes wrote it and what
+lies where.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def run(options: CkptOptions) -> int:
     if action not in _TAKES:
         found = nearest(action, list(_TAKES))
         said = f"{action!r} is none of them" if action else "nothing was said"
-        raise UserError(f"unigen ckpt: say what to do: {', '.join(_TAKES)}; {said}{f'; did you mean {found}?' if found else ''}")
+        raise UserError(
+            f"unigen ckpt: say what to do: {', '.join(_TAKES)};"
+            f" {said}{f'; did you mean {found}?' if found else ''}"
+        )
     takes, fewest, most = _TAKES[action]
     if not fewest <= len(folders) <= most:
         raise UserError(f"unigen ckpt {action} takes {takes}; found {len(folders)}")
@@ -45,15 +50,20 @@ def run(options: CkptOptions) -> int:
 
 
 def verify(folders: list[Path], as_json: bool = False) -> int:
-    """Reads every byte of checkpoints, or of all of a run's, and prints ``OK`` or every problem; 1 where there is one."""
+    """Reads every byte of checkpoints, or of all of a run's, and prints ``OK`` or every problem; 1 where
+    there is one."""
     from unigen.commands.ckpt.listing import listed
     from unigen.commands.ckpt.verify import problems_of
 
     found: dict[str, list[str]] = {}
     for folder in folders:
-        checkpoints = [p for p in listed(folder) if not p.name.startswith(".")] if folder.is_dir() else [folder]
+        checkpoints = (
+            [p for p in listed(folder) if not p.name.startswith(".")] if folder.is_dir() else [folder]
+        )
         if not checkpoints:
-            raise UserError(f"{folder} holds no checkpoints. Cure: name a step_N folder, or the folder of a run")
+            raise UserError(
+                f"{folder} holds no checkpoints. Cure: name a step_N folder, or the folder of a run"
+            )
         for checkpoint in checkpoints:
             problems = problems_of(checkpoint)
             found[str(checkpoint)] = problems

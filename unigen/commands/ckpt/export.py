@@ -30,11 +30,12 @@ class ExportError(UserError):
 def export(source: Path, out: Path, options: CkptOptions) -> None:
     """Writes the weights of a checkpoint, whoever wrote it, as a folder in the published layout.
 
-    Tensors are read, converted and written one after another through one buffer: host memory holds the largest tensor. The folder is
-    staged beside its place and renamed when it is whole.
+    Tensors are read, converted and written one after another through one buffer: host memory holds the
+    largest tensor. The folder is staged beside its place and renamed when it is whole.
 
     Raises:
-        ExportError: the checkpoint is damaged, or has no such weights; the place is taken, too small or cannot be written.
+        ExportError: the checkpoint is damaged, or has no such weights; the place is taken, too small or
+            cannot be written.
         CheckpointError: there is no checkpoint, or its manifest is damaged.
     """
     if options.max_shard_gb is not None and not 0 < options.max_shard_gb < float("inf"):
@@ -44,26 +45,43 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     manifest, out = read_manifest(source), Path(os.path.abspath(out))
     replacing = _check_place(source.resolve(), out, options.overwrite)
     if options.weights == "raw" and manifest.get("average", True) and "model" not in manifest["groups"]:
-        raise ExportError(f"{source} holds the average alone. Cure: export a step_N folder, or leave --weights raw out")
+        raise ExportError(
+            f"{source} holds the average alone. Cure: export a step_N folder, or leave --weights raw out"
+        )
     average = options.weights == "ema" and manifest.get("average", True)
     groups = ("ema", "model") if options.weights == "raw" else ("ema",)
     others = [name for name in manifest["files"] if not any(of_group(name, group) for group in GROUPS)]
     others = [name for name in others if name.removesuffix(".json") not in manifest["states"]]
-    exported = {name for name in manifest["files"] if name in others or any(of_group(name, group) for group in groups)}
+    exported = {
+        name for name in manifest["files"] if name in others or any(of_group(name, group) for group in groups)
+    }
     if options.verify and (problems := problems_of(source, exported.__contains__)):
-        raise ExportError(f"{source}: damaged checkpoint: {'; '.join(problems)}. Cure: export another one; --no_verify exports it as it is")
+        raise ExportError(
+            f"{source}: damaged checkpoint: {'; '.join(problems)}. Cure: export another one; --no_verify"
+            " exports it as it is"
+        )
     try:
         with staged(out, replace=replacing) as staging:
             files = _write_weights(source, staging, options)
             for name in others:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, staging / name)
-            about = {"unigen": __version__, "step": manifest["step"], "average": average, "dtype": options.dtype}
+            about = {
+                "unigen": __version__,
+                "step": manifest["step"],
+                "average": average,
+                "dtype": options.dtype,
+            }
             write_json(staging / "export.json", about | {"checkpoint": manifest["sha256"], "files": files})
     except OSError as error:
-        raise ExportError(f"{out}: cannot write the export: {error}. Cure: free space there, or choose another folder") from error
+        raise ExportError(
+            f"{out}: cannot write the export: {error}. Cure: free space there, or choose another folder"
+        ) from error
     size = sum(entry["size"] for entry in files.values())
-    print(f"Exported step {manifest['step']} ({'average' if average else 'weights'}, {size:,} bytes, {len(files)} file(s)) to {out}")
+    print(
+        f"Exported step {manifest['step']} ({'average' if average else 'weights'}, {size:,} bytes,"
+        f" {len(files)} file(s)) to {out}"
+    )
 
 
 def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
@@ -76,9 +94,15 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not overwrite or not out.is_dir():
-        raise ExportError(f"{out} exists already. Cure: choose another folder{'' if not out.is_dir() else ', or --overwrite'}")
+        raise ExportError(
+            f"{out} exists already. Cure: choose another"
+            f" folder{'' if not out.is_dir() else ', or --overwrite'}"
+        )
     if not (out / "export.json").is_file():
-        raise ExportError(f"{out} is no earlier export (it has no export.json), so --overwrite leaves it. Cure: choose another folder")
+        raise ExportError(
+            f"{out} is no earlier export (it has no export.json), so --overwrite leaves it. Cure: choose"
+            " another folder"
+        )
     return True
 
 
@@ -89,13 +113,23 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
     sizes = {name: entry.numel * dtypes[name].itemsize for name, entry in stored.items()}
     total, free = sum(sizes.values()), free_bytes(staging)
     if free < total:
-        raise ExportError(f"{staging.parent}: the export takes {gb(total)}, {gb(free)} are free on {mount_of(staging)}. Cure: another disk")
+        raise ExportError(
+            f"{staging.parent}: the export takes {gb(total)}, {gb(free)} are free on {mount_of(staging)}."
+            " Cure: another disk"
+        )
     shards = _shards(sizes, options.max_shard_gb)
     stem = WEIGHTS.removesuffix(".safetensors")
-    names = [WEIGHTS] if len(shards) == 1 else [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)  # each tensor is on the disk before the next is read
+    names = (
+        [WEIGHTS]
+        if len(shards) == 1
+        else [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    # each tensor is on the disk before the next is read
+    buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)
     written = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", leave=False, disable=None, file=sys.stderr) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="export", leave=False, disable=None, file=sys.stderr
+    ) as bar:
 
         def make(name: str, entry: Stored) -> torch.Tensor:
             flat = buffer[: sizes[name]].view(dtypes[name])
@@ -109,7 +143,9 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
             written[file] = {"size": size, "sha256": digest}
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        write_json(staging / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(
+            staging / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+        )
     return written
 
 

@@ -13,9 +13,12 @@ class CkptOptions:
     Args:
         paths: What to do, and with what: ls RUN; verify CHECKPOINT_OR_RUN ...; export CHECKPOINT NEW_FOLDER.
         json: With ls and verify, print one JSON document.
-        weights: With export: ema, the average (the weights themselves where the run kept none), or raw, those that train.
-        dtype: With export: dtype of the tensors. as_stored keeps what trained in float32 and the rest as it was read.
-        max_shard_gb: With export: split the weights into files of at most so many gigabytes (10^9 bytes). Default: one file.
+        weights: With export: ema, the average (the weights themselves where the run kept none), or raw, those
+            that train.
+        dtype: With export: dtype of the tensors. as_stored keeps what trained in float32 and the rest as it
+            was read.
+        max_shard_gb: With export: split the weights into files of at most so many gigabytes (10^9 bytes).
+            Default: one file.
         overwrite: With export: replace an earlier export.
         verify: With export: first read and check every byte that will be exported.
     """

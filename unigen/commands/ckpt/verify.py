@@ -18,7 +18,8 @@ from unigen.runs.checkpoint import CheckpointError, read_manifest, scan_group, v
 
 
 def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """What is wrong with the bytes of a checkpoint's files, read on all cores; and with the tensors they promise.
+    """What is wrong with the bytes of a checkpoint's files, read on all cores; and with the tensors they
+    promise.
 
     Args:
         folder: of the checkpoint.
@@ -28,15 +29,26 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [reason(folder, error)]
-    # The order in which `verify_checkpoint` deals files out: with as many shares as files, each share is one file.
+    # The order in which `verify_checkpoint` deals files out: with as many shares as files, each share is one
+    # file.
     files = sorted(manifest["files"].items(), key=lambda item: -item[1]["size"])
     chosen = [i for i, (name, _) in enumerate(files) if wanted(name)]
     total = sum(files[i][1]["size"] for i in chosen)
     problems: dict[int, str] = {}
     lock = threading.Lock()
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder.name}", leave=False, disable=None, file=sys.stderr) as bar,
-        ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool,
+        tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc=f"verify {folder.name}",
+            leave=False,
+            disable=None,
+            file=sys.stderr,
+        ) as bar,
+        ThreadPoolExecutor(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ) as pool,
     ):
 
         def tick() -> None:

@@ -1,8 +1,9 @@
 """Real handwritten digits as training data for the demo, the tokenizer that goes with them, and their judge.
 
-The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (``load_digits``: the test part of "Optical
-Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998). They become PNG
-files and JSONL records in all seven data formats. The split is made once: no held-out picture ever appears in the training records.
+The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (``load_digits``: the test part of
+"Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
+1998). They become PNG files and JSONL records in all seven data formats. The split is made once: no held-out
+picture ever appears in the training records.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ UNDO: dict[str, Callable[[np.ndarray], np.ndarray]] = {"invert": EDITS["invert"]
 CHAINS = (("invert", "rotate"), ("rotate", "invert"), ("rotate", "rotate"))
 ADDITIONS = [(a, b) for a in range(10) for b in range(10 - a)]  # the 55 sums that are one digit
 
-# A produced edit must also match the expected picture this well, both brought to 8 x 8 and [0, 1]. Of the held-out digits,
-# the exact result under noise of standard deviation 0.15 passes in 97 % of the cases, another digit of its class in 6 % (with
-# 0.8 in 28 %); half the contrast, which a correlation cannot see, fails on the difference.
+# A produced edit must also match the expected picture this well, both brought to 8 x 8 and [0, 1]. Of the
+# held-out digits, the exact result under noise of standard deviation 0.15 passes in 97 % of the cases,
+# another digit of its class in 6 % (with 0.8 in 28 %); half the contrast, which a correlation cannot see,
+# fails on the difference.
 MIN_CORRELATION = 0.9
 MAX_DIFFERENCE = 0.12  # mean absolute
 
@@ -59,10 +61,17 @@ class DigitSet:
 
 
 class _Half:
-    """One half of the split: writes pictures when a record first names them, and deals them out class by class."""
+    """One half of the split: writes pictures when a record first names them, and deals them out class by
+    class."""
 
     def __init__(self, folder: Path, images: np.ndarray, labels: np.ndarray, size: int, seed: int):
-        self.folder, self.images, self.labels, self.seed, self.written = folder, images, labels, seed, set[str]()
+        self.folder, self.images, self.labels, self.seed, self.written = (
+            folder,
+            images,
+            labels,
+            seed,
+            set[str](),
+        )
         self.scale = size // SIDE
         self.by_class = [np.flatnonzero(labels == k) for k in range(10)]
         self.order = self._order(np.random.default_rng(seed))
@@ -103,7 +112,8 @@ def apply_edits(pixels: np.ndarray, edits: Sequence[str]) -> np.ndarray:
 
 
 def _picture(pixels: np.ndarray) -> Any:
-    """The grayscale PIL picture of ``[H, W]`` uint8: half a level is added because ``to_image`` rounds down."""
+    """The grayscale PIL picture of ``[H, W]`` uint8: half a level is added because ``to_image`` rounds
+    down."""
     values = (torch.from_numpy(pixels.astype(np.float32)) + 0.5) / 127.5 - 1
     return to_image(values.expand(3, -1, -1)).convert("L")
 
@@ -113,7 +123,11 @@ def _picture(pixels: np.ndarray) -> Any:
 
 def _draw(half: _Half, i: int) -> dict[str, Any]:
     n, label = half.pick(i)
-    return {"text_prompt": f"draw {NUMBERS[label]}", "image_path": half.picture(n), "metadata": {"label": label}}
+    return {
+        "text_prompt": f"draw {NUMBERS[label]}",
+        "image_path": half.picture(n),
+        "metadata": {"label": label},
+    }
 
 
 def _caption(half: _Half, i: int) -> dict[str, Any]:
@@ -133,13 +147,19 @@ def _ask(half: _Half, i: int) -> dict[str, Any]:
 
 def _ask_messages(half: _Half, i: int) -> dict[str, Any]:
     n, label = half.pick(i)
-    messages = [{"role": "user", "content": f"<image>{QUESTION}"}, {"role": "assistant", "content": NUMBERS[label]}]
+    messages = [
+        {"role": "user", "content": f"<image>{QUESTION}"},
+        {"role": "assistant", "content": NUMBERS[label]},
+    ]
     return {"messages": messages, "images": [half.picture(n)], "metadata": {"label": label}}
 
 
 def _edit_record(half: _Half, i: int, edits: Sequence[str]) -> dict[str, Any]:
     n, label = half.pick(i)
-    steps = [{"step": k, "instruction": name, "result_image": half.picture(n, *edits[:k])} for k, name in enumerate(edits, start=1)]
+    steps = [
+        {"step": k, "instruction": name, "result_image": half.picture(n, *edits[:k])}
+        for k, name in enumerate(edits, start=1)
+    ]
     metadata = {"label": label, "edits": list(edits)}
     return {"input_image": half.picture(n), "editing_steps": steps, "metadata": metadata}
 
@@ -153,7 +173,8 @@ def _edit_steps(half: _Half, i: int) -> dict[str, Any]:
 
 
 def _addition(half: _Half, i: int, salt: int) -> tuple[list[str], str, dict[str, Any]]:
-    """Three pictures (two terms and their sum), the text, and the metadata; every 55 records show all sums."""
+    """Three pictures (two terms and their sum), the text, and the metadata; every 55 records show all
+    sums."""
     rounds, place = divmod(i, len(ADDITIONS))
     rng = np.random.default_rng([half.seed, salt, rounds])
     a, b = ADDITIONS[rng.permutation(len(ADDITIONS))[place]]
@@ -164,7 +185,11 @@ def _addition(half: _Half, i: int, salt: int) -> tuple[list[str], str, dict[str,
 
 def _add(half: _Half, i: int) -> dict[str, Any]:
     (first, second, result), text, metadata = _addition(half, i, salt=1)
-    given = [{"type": "image", "image_path": first}, {"type": "image", "image_path": second}, {"type": "text", "content": "add"}]
+    given = [
+        {"type": "image", "image_path": first},
+        {"type": "image", "image_path": second},
+        {"type": "text", "content": "add"},
+    ]
     wanted = [{"type": "text", "content": text}, {"type": "image", "image_path": result}]
     return {"input_sequence": given, "target_sequence": wanted, "metadata": metadata}
 
@@ -197,7 +222,8 @@ TASKS = {
     "ask_messages": Task(_ask_messages, 1500, 297),  # messages + images: the same
     "edit": Task(_edit, 1500, 200),  # editing_steps, one step: "invert" or "rotate"
     "edit_steps": Task(_edit_steps, 300, 60),  # editing_steps, two steps
-    "add": Task(_add, 1500, 110),  # input_sequence + target_sequence: two pictures and "add", "3 + 4 = 7" and a drawn 7
+    # input_sequence + target_sequence: two pictures and "add", "3 + 4 = 7" and a drawn 7
+    "add": Task(_add, 1500, 110),
     "add_sequence": Task(_add_sequence, 300, 55),  # sequence: the same
 }
 QUICK = 5  # the quick demo takes one record of so many
@@ -213,7 +239,8 @@ def write_digits(
     quick: bool = False,
     per_epoch: Mapping[str, int] | None = None,
 ) -> DigitSet:
-    """Writes the digits as grayscale PNG files and as ``train/<task>.jsonl`` and ``heldout/<task>.jsonl`` under ``folder``.
+    """Writes the digits as grayscale PNG files and as ``train/<task>.jsonl`` and ``heldout/<task>.jsonl``
+    under ``folder``.
 
     Args:
         train: Pictures to train on.
@@ -221,7 +248,8 @@ def write_digits(
         seed: Seed of the split, the order and the choice of terms; the same seed writes the same bytes.
         size: Side of a picture in pixels, a multiple of 8 (nearest neighbour).
         quick: A fifth of the records, from the same split.
-        per_epoch: Training records per task (before the fifth of ``quick``), where it is not what ``TASKS`` says; 0 leaves the task out.
+        per_epoch: Training records per task (before the fifth of ``quick``), where it is not what ``TASKS``
+            says; 0 leaves the task out.
 
     Raises:
         ValueError: the sizes do not fit, or ``per_epoch`` names an unknown task.
@@ -258,21 +286,38 @@ def _split(folder: Path, train: int, heldout: int, seed: int) -> DigitSet:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("The digits come from scikit-learn, which is not installed. Cure: pip install scikit-learn") from error
+        raise ImportError(
+            "The digits come from scikit-learn, which is not installed. Cure: pip install scikit-learn"
+        ) from error
     data = load_digits()
     total = len(data.target)
     if min(train, heldout) < 10 or train + heldout > total:
-        raise ValueError(f"train={train} and heldout={heldout} do not fit: each is at least 10, and there are {total} digits in all")
-    kept = train_test_split(np.arange(total), train_size=train, test_size=heldout, stratify=data.target, random_state=seed)
+        raise ValueError(
+            f"train={train} and heldout={heldout} do not fit: each is at least 10, and there are {total}"
+            " digits in all"
+        )
+    kept = train_test_split(
+        np.arange(total), train_size=train, test_size=heldout, stratify=data.target, random_state=seed
+    )
     images, labels = data.images.astype(np.uint8), data.target.astype(np.int64)
-    (train_images, heldout_images), (train_labels, heldout_labels) = ([values[part] for part in kept] for values in (images, labels))
-    return DigitSet(Path(folder) / "train", Path(folder) / "heldout", train_images, train_labels, heldout_images, heldout_labels)
+    (train_images, heldout_images), (train_labels, heldout_labels) = (
+        [values[part] for part in kept] for values in (images, labels)
+    )
+    return DigitSet(
+        Path(folder) / "train",
+        Path(folder) / "heldout",
+        train_images,
+        train_labels,
+        heldout_images,
+        heldout_labels,
+    )
 
 
 class Judge:
     """Reads drawn digits: a support vector machine fitted on the real training digits only.
 
-    ``heldout_accuracy`` is its share of right answers on the held-out digits, the ceiling of every score it gives.
+    ``heldout_accuracy`` is its share of right answers on the held-out digits, the ceiling of every score it
+    gives.
     """
 
     def __init__(self, digits: DigitSet):
@@ -284,7 +329,8 @@ class Judge:
         self.heldout_accuracy = float(self._classifier.score(heldout, digits.heldout_labels))
 
     def classify(self, images: Sequence[Any]) -> np.ndarray:
-        """The digits that PIL pictures of any size and mode show (light ink on dark, upright): ``[N]`` int64 in 0..9."""
+        """The digits that PIL pictures of any size and mode show (light ink on dark, upright): ``[N]`` int64
+        in 0..9."""
         if not len(images):
             return np.zeros(0, np.int64)
         return self._read(np.stack([_shrink(image) for image in images]))
@@ -293,21 +339,27 @@ class Judge:
         """Whether PIL picture ``produced`` is ``expected``, the picture of a ``label`` after ``edits``.
 
         Both must hold: with the edits undone it reads as the label, and it is close to the expected picture
-        (``MIN_CORRELATION``, ``MAX_DIFFERENCE``), so that another digit of the class, edited alike, does not count.
+        (``MIN_CORRELATION``, ``MAX_DIFFERENCE``), so that another digit of the class, edited alike, does not
+        count.
         """
         pixels, wanted = _shrink(produced), _shrink(expected)
         upright = pixels * 255.0
         for name in reversed(edits):
             upright = UNDO[name](upright)
         reads = int(self._read(upright[None] / 255.0)[0]) == label
-        return bool(reads and _correlation(pixels, wanted) >= MIN_CORRELATION and np.abs(pixels - wanted).mean() <= MAX_DIFFERENCE)
+        return bool(
+            reads
+            and _correlation(pixels, wanted) >= MIN_CORRELATION
+            and np.abs(pixels - wanted).mean() <= MAX_DIFFERENCE
+        )
 
     def _read(self, images: np.ndarray) -> np.ndarray:
         return self._classifier.predict(images.reshape(len(images), SIDE * SIDE)).astype(np.int64)
 
 
 def _shrink(image: Any) -> np.ndarray:
-    """A PIL picture as ``[8, 8]`` gray values in [0, 1]: the mean over the area of each pixel, whatever the size."""
+    """A PIL picture as ``[8, 8]`` gray values in [0, 1]: the mean over the area of each pixel, whatever the
+    size."""
     pixels = np.asarray(image.convert("L"), np.float64) / 255.0
     return _areas(pixels.shape[0]) @ pixels @ _areas(pixels.shape[1]).T
 
@@ -332,9 +384,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start
 def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
     """Writes a Qwen2 tokenizer (byte-level BPE) with few tokens into ``folder``, and returns their number.
 
-    It holds all 256 bytes, so it reads any text (Qwen2 brings text to Unicode's NFC first); each word, alone and after a
-    space, is one token. Digits stay single and never take the space before them: that is Qwen2's pre-tokenizer.
-    Load it with ``AutoTokenizer.from_pretrained(folder, local_files_only=True)``.
+    It holds all 256 bytes, so it reads any text (Qwen2 brings text to Unicode's NFC first); each word, alone
+    and after a space, is one token. Digits stay single and never take the space before them: that is Qwen2's
+    pre-tokenizer. Load it with ``AutoTokenizer.from_pretrained(folder, local_files_only=True)``.
 
     Raises:
         ValueError: a word that the pre-tokenizer splits, so that no merge can make it one token.
@@ -344,10 +396,14 @@ def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
         if re.fullmatch(r"\d", word):
             continue
         if not (word.isalpha() or re.fullmatch(r"[^\w\s]+", word)):
-            raise ValueError(f"{word!r} cannot be one token: Qwen2 splits at spaces and digits, and letters from signs. Give its parts.")
+            raise ValueError(
+                f"{word!r} cannot be one token: Qwen2 splits at spaces and digits, and letters from signs."
+                " Give its parts."
+            )
         for form in (word, " " + word):
             _learn([_BYTES[b] for b in form.encode("utf-8")], merges)
-    tokens = dict.fromkeys([*sorted(_BYTES), *("".join(pair) for pair in merges)])  # two merges may make one token
+    # two merges may make one token
+    tokens = dict.fromkeys([*sorted(_BYTES), *("".join(pair) for pair in merges)])
     vocabulary = {token: n for n, token in enumerate(tokens)}
     specials = {token: len(vocabulary) + n for n, token in enumerate(SPECIAL_TOKENS)}
 
@@ -366,9 +422,16 @@ def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {"vocab": vocabulary, "added_tokens": specials, "special_tokens_map": ends, "tokenizer_config": config}
+    tables = {
+        "vocab": vocabulary,
+        "added_tokens": specials,
+        "special_tokens_map": ends,
+        "tokenizer_config": config,
+    }
     for name, content in tables.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / f"{name}.json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(vocabulary) + len(specials)
@@ -391,7 +454,8 @@ def _learn(pieces: list[str], merges: dict[tuple[str, str], int]) -> None:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it prints, otherwise the next free code point from 256 on."""
+    """GPT-2's letter for each byte: itself where it prints, otherwise the next free code point from 256
+    on."""
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     free = iter(range(256, 512))
     return [chr(b) if b in printing else chr(next(free)) for b in range(256)]

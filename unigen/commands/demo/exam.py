@@ -1,7 +1,7 @@
 """``unigen demo``: real handwritten digits, a tiny model from scratch, minutes on a CPU.
 
-The ordinary ``unigen train`` and the ordinary inferencer do the work; this file writes the data and the model, asks the
-questions and counts the right answers.
+The ordinary ``unigen train`` and the ordinary inferencer do the work; this file writes the data and the
+model, asks the questions and counts the right answers.
 """
 
 from __future__ import annotations
@@ -53,15 +53,32 @@ QUICK = Size(
 )  # fmt: skip
 SAMPLES = 5  # times that the model is asked while it trains
 TRAINING = {"batch_size": 64, "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 20}
-SAMPLING = {"num_timesteps": 24, "timestep_shift": 1.0, "cfg_text_scale": 1.0, "cfg_img_scale": 1.0, "cfg_interval": (0.0, 1.0)}
+SAMPLING = {
+    "num_timesteps": 24,
+    "timestep_shift": 1.0,
+    "cfg_text_scale": 1.0,
+    "cfg_img_scale": 1.0,
+    "cfg_interval": (0.0, 1.0),
+}
 # What the full demo is expected to reach on two cores, and what guessing would.
-BARS = {"understanding_accuracy": 0.95, "generation_accuracy": 0.90, "edit_accuracy": 0.85, "interleaved_accuracy": 0.70}
+BARS = {
+    "understanding_accuracy": 0.95,
+    "generation_accuracy": 0.90,
+    "edit_accuracy": 0.85,
+    "interleaved_accuracy": 0.70,
+}
 MARK = {True: "✓", False: "✗"}
-CHANCE = {"understanding_accuracy": 0.1, "generation_accuracy": 0.1, "edit_accuracy": 0.0, "interleaved_accuracy": 0.0}
+CHANCE = {
+    "understanding_accuracy": 0.1,
+    "generation_accuracy": 0.1,
+    "edit_accuracy": 0.0,
+    "interleaved_accuracy": 0.0,
+}
 
 
 def create_model(folder: Path, seed: int = 0, **sizes: int) -> None:
-    """Writes a tiny BAGEL with random weights and its tokenizer, in the published layout, for pictures of 8 x 8."""
+    """Writes a tiny BAGEL with random weights and its tokenizer, in the published layout, for pictures of 8 x
+    8."""
     folder.mkdir(parents=True, exist_ok=True)
     config = small_config(write_tokenizer(folder), SIDE, **sizes)
     with torch.random.fork_rng(devices=[]):
@@ -97,13 +114,17 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
     page = _write_report(output_dir, metrics, exam)
     for name, bar in BARS.items():
         print(f"{name:<24} {metrics[name]:.3f}   (bar {bar:.2f}, chance {CHANCE[name]:.2f})")
-    print(f"{'the judge on real digits':<24} {exam.judge.heldout_accuracy:.3f}\n{metrics['seconds_total']:.0f} s in all. Look at {page}")
+    print(
+        f"{'the judge on real digits':<24} {exam.judge.heldout_accuracy:.3f}\n{metrics['seconds_total']:.0f}"
+        f" s in all. Look at {page}"
+    )
     print(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
     return metrics
 
 
 def _write_prompts(path: Path, digits: DigitSet) -> Path:
-    """What the model is asked now and then while it trains; ``unigen watch`` shows the answers over the steps."""
+    """What the model is asked now and then while it trains; ``unigen watch`` shows the answers over the
+    steps."""
 
     def first(task: str) -> dict[str, Any]:
         with open(digits.heldout / f"{task}.jsonl", encoding="utf-8") as lines:
@@ -118,7 +139,11 @@ def _write_prompts(path: Path, digits: DigitSet) -> Path:
     prompts = [
         *({"prompt": f"draw {NUMBERS[n]}", "kind": "draw"} for n in (0, 3, 7)),
         {"prompt": QUESTION, "image": place(asked["conversations"][0]["image_path"]), "kind": "answer"},
-        {"prompt": edit["editing_steps"][0]["instruction"], "image": place(edit["input_image"]), "kind": "draw"},
+        {
+            "prompt": edit["editing_steps"][0]["instruction"],
+            "image": place(edit["input_image"]),
+            "kind": "draw",
+        },
         {"prompt": "add", "image": addends, "kind": "auto"},
     ]
     with open(path, "w", encoding="utf-8") as lines:
@@ -130,8 +155,10 @@ def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
     """Trains as ``unigen train`` with the printed flags does; the last checkpoint."""
     flags: dict[str, Any] = {
         "model_path": str(output_dir / "model"), "train_data_path": str(output_dir / "data" / "train"),
-        "output_dir": str(output_dir / "run"), "max_steps": size.steps, "save_steps": size.steps, "learning_rate": size.learning_rate,
-        "ema": size.ema, "seed": seed, "sample_prompts": str(prompts), "sample_steps": size.steps // SAMPLES, **TRAINING,
+        "output_dir": str(output_dir / "run"), "max_steps": size.steps, "save_steps": size.steps,
+        "learning_rate": size.learning_rate,
+        "ema": size.ema, "seed": seed, "sample_prompts": str(prompts), "sample_steps": size.steps // SAMPLES,
+        **TRAINING,
     }  # fmt: skip
     print("unigen train " + " ".join(f"--{name} {value}" for name, value in flags.items()), flush=True)
     if train(Config(**flags)) != 0:
@@ -140,8 +167,8 @@ def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
 
 
 class Exam:
-    """Asks a trained model about held-out digits, in batches, and marks the answers. The model decides by itself what
-    to write, what to draw and when to stop."""
+    """Asks a trained model about held-out digits, in batches, and marks the answers. The model decides by
+    itself what to write, what to draw and when to stop."""
 
     def __init__(self, checkpoint: Path, digits: DigitSet, limit: int, seed: int):
         self.inferencer = InterleaveInferencer.from_pretrained(checkpoint, "cpu")
@@ -152,7 +179,13 @@ class Exam:
         self.sums: list[tuple[str, Any]] = []
 
     def take(self) -> dict[str, float]:
-        return {**self.understanding(), **self.generation(), **self.editing(), **self.chains(), **self.sums_()}
+        return {
+            **self.understanding(),
+            **self.generation(),
+            **self.editing(),
+            **self.chains(),
+            **self.sums_(),
+        }
 
     def records(self, task: str) -> list[dict[str, Any]]:
         lines = (self.digits.heldout / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -174,48 +207,79 @@ class Exam:
         """Held-out digit and question in, the number's word out, and nothing after it."""
         records = self.records("ask")
         answers = self.ask([[self.picture(r["conversations"][0]["image_path"]), QUESTION] for r in records])
-        right = [answer == [NUMBERS[r["metadata"]["label"]]] for r, answer in zip(records, answers, strict=True)]
+        right = [
+            answer == [NUMBERS[r["metadata"]["label"]]] for r, answer in zip(records, answers, strict=True)
+        ]
         return {"understanding_accuracy": _share(right)}
 
     def generation(self) -> dict[str, float]:
         """A word in, one drawing out that the judge reads as that number, and nothing after it."""
         labels = [i % 10 for i in range(min(self.limit, 300))]
         answers = self.ask([[f"draw {NUMBERS[label]}"] for label in labels], cfg_text_scale=2.0)
-        right = [_pictures(answer) and self.judge.classify(answer)[0] == label for label, answer in zip(labels, answers, strict=True)]
-        self.drawings = [(NUMBERS[label], answer[0]) for label, answer in zip(labels, answers, strict=True) if _pictures(answer)][:60]
+        right = [
+            _pictures(answer) and self.judge.classify(answer)[0] == label
+            for label, answer in zip(labels, answers, strict=True)
+        ]
+        self.drawings = [
+            (NUMBERS[label], answer[0])
+            for label, answer in zip(labels, answers, strict=True)
+            if _pictures(answer)
+        ][:60]
         return {"generation_accuracy": _share(right)}
 
     def editing(self) -> dict[str, float]:
         """Held-out digit and one instruction in, the exact edit out."""
         records = self.records("edit")
-        answers = self.ask([[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records])
+        answers = self.ask(
+            [[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records]
+        )
         right = []
         for r, answer in zip(records, answers, strict=True):
             expected = open_image(self.picture(r["editing_steps"][0]["result_image"]))
             meta = r["metadata"]
-            right.append(_pictures(answer) and self.judge.edit_correct(answer[0], expected, meta["label"], meta["edits"]))
+            right.append(
+                _pictures(answer)
+                and self.judge.edit_correct(answer[0], expected, meta["label"], meta["edits"])
+            )
             if _pictures(answer) and len(self.edits) < 36:
                 given = open_image(self.picture(r["input_image"]))
-                self.edits += [("given", given), (f"{meta['edits'][0]} {MARK[bool(right[-1])]}", answer[0]), ("exact", expected)]
+                self.edits += [
+                    ("given", given),
+                    (f"{meta['edits'][0]} {MARK[bool(right[-1])]}", answer[0]),
+                    ("exact", expected),
+                ]
         values = {"edit_accuracy": _share(right)}
         for name in ("invert", "rotate"):
-            values[f"edit_{name}_accuracy"] = _share([ok for ok, r in zip(right, records, strict=True) if r["metadata"]["edits"] == [name]])
+            values[f"edit_{name}_accuracy"] = _share(
+                [ok for ok, r in zip(right, records, strict=True) if r["metadata"]["edits"] == [name]]
+            )
         return values
 
     def chains(self) -> dict[str, float]:
         """Two instructions one after the other, each on the model's own picture; the last one is marked."""
         records = self.records("edit_steps")
-        first = self.ask([[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records], outputs=["image"])
+        first = self.ask(
+            [[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records],
+            outputs=["image"],
+        )
         second = self.ask(
             [
-                [self.picture(r["input_image"]), r["editing_steps"][0]["instruction"], made[0], r["editing_steps"][1]["instruction"]]
+                [
+                    self.picture(r["input_image"]),
+                    r["editing_steps"][0]["instruction"],
+                    made[0],
+                    r["editing_steps"][1]["instruction"],
+                ]
                 for r, made in zip(records, first, strict=True)
             ],
             outputs=["image"],
         )
         right = [
             self.judge.edit_correct(
-                made[0], open_image(self.picture(r["editing_steps"][1]["result_image"])), r["metadata"]["label"], r["metadata"]["edits"]
+                made[0],
+                open_image(self.picture(r["editing_steps"][1]["result_image"])),
+                r["metadata"]["label"],
+                r["metadata"]["edits"],
             )
             for r, made in zip(records, second, strict=True)
         ]
@@ -224,14 +288,18 @@ class Exam:
     def sums_(self) -> dict[str, float]:
         """Two held-out digits in; the sum in figures and its drawing out, then a stop of the model's own."""
         records = self.records("add")
-        answers = self.ask([[*(self.picture(p["image_path"]) for p in r["input_sequence"][:2]), "add"] for r in records])
+        answers = self.ask(
+            [[*(self.picture(p["image_path"]) for p in r["input_sequence"][:2]), "add"] for r in records]
+        )
         wrote, drew = [], []
         for r, answer in zip(records, answers, strict=True):
             whole = len(answer) == 2 and isinstance(answer[0], str) and not isinstance(answer[1], str)
             wrote.append(whole and answer[0] == r["target_sequence"][0]["content"])
             drew.append(whole and self.judge.classify(answer[1:])[0] == r["metadata"]["label"])
             if whole and len(self.sums) < 36:
-                given = [("given", open_image(self.picture(p["image_path"]))) for p in r["input_sequence"][:2]]
+                given = [
+                    ("given", open_image(self.picture(p["image_path"]))) for p in r["input_sequence"][:2]
+                ]
                 self.sums += [*given, (f"{answer[0]} {MARK[bool(wrote[-1] and drew[-1])]}", answer[1])]
         return {
             "interleaved_accuracy": _share([a and b for a, b in zip(wrote, drew, strict=True)]),
@@ -251,16 +319,26 @@ def _share(right: Sequence[Any]) -> float:
 
 def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path:
     curves = report.read_metrics(output_dir / "run" / "metrics.jsonl")
-    report.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(output_dir / "drawings.png")
-    rows = [(name.replace("_", " "), *(f"{share:.1%}" for share in (metrics[name], bar, CHANCE[name]))) for name, bar in BARS.items()]
+    report.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(
+        output_dir / "drawings.png"
+    )
+    rows = [
+        (name.replace("_", " "), *(f"{share:.1%}" for share in (metrics[name], bar, CHANCE[name])))
+        for name, bar in BARS.items()
+    ]
     more = [(name.replace("_", " "), value) for name, value in metrics.items() if name not in BARS]
-    losses = {name: curves[key] for name, key in (("text", "text_loss"), ("image", "image_loss")) if key in curves}
+    losses = {
+        name: curves[key] for name, key in (("text", "text_loss"), ("image", "image_loss")) if key in curves
+    }
     sections = [
         ("What it learnt", report.table(rows, ("task, on held-out digits", "right", "bar", "chance"))),
         ("Drawings", report.image_grid(exam.drawings, 10)),
         ("Edits: given, drawn, exact", report.image_grid(exam.edits, 12)),
         ("Sums: two digits in, text and drawing out", report.image_grid(exam.sums, 12)),
-        ("Losses", report.line_chart(losses, title="Training loss", x_label="step", y_label="loss", log_y=True)),
+        (
+            "Losses",
+            report.line_chart(losses, title="Training loss", x_label="step", y_label="loss", log_y=True),
+        ),
         ("Figures", report.table(more, ("figure", "value"))),
     ]
     return report.write_page(output_dir / "report.html", "Unigen demo: handwritten digits", sections)

@@ -1,7 +1,8 @@
-"""Which addresses a picture may be fetched from: addresses parsed strictly, and the networks that nothing is fetched from.
+"""Which addresses a picture may be fetched from: addresses parsed strictly, and the networks that nothing is
+fetched from.
 
-An address in a data set was written by somebody else. Whatever two parsers could read differently is refused here, so that the
-host that is checked is the host that is asked.
+An address in a data set was written by somebody else. Whatever two parsers could read differently is refused
+here, so that the host that is checked is the host that is asked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 MAX_LENGTH = 8192  # characters of an address
 
-# The special-purpose registries of IANA, spelt out: what Python's `is_private` and `is_global` mean has changed between versions.
+# The special-purpose registries of IANA, spelt out: what Python's `is_private` and `is_global` mean has
+# changed between versions.
 _SPECIAL_4 = {
     "169.254.169.254/32": "the metadata service of a cloud",
     "0.0.0.0/8": "an unspecified address",
@@ -57,12 +59,15 @@ _SPECIAL_6 = {
     "fec0::/10": "a site-local address",
     "ff00::/8": "a multicast address",
 }
-_SPECIAL: list[tuple[Network, str]] = [(ipaddress.ip_network(net), name) for net, name in (_SPECIAL_4 | _SPECIAL_6).items()]
+_SPECIAL: list[tuple[Network, str]] = [
+    (ipaddress.ip_network(net), name) for net, name in (_SPECIAL_4 | _SPECIAL_6).items()
+]
 _GLOBAL_6 = ipaddress.IPv6Network("2000::/3")
 
 
 class FetchError(UserError):
-    """A picture that could not be fetched: a stable ``reason`` (the table in ``docs/fetch.md``), the problem, and the cure.
+    """A picture that could not be fetched: a stable ``reason`` (the table in ``docs/fetch.md``), the problem,
+    and the cure.
 
     ``retry`` says that another attempt may succeed, after ``wait`` seconds where the server named a time.
     """
@@ -76,7 +81,8 @@ class FetchError(UserError):
 
 
 class Target(NamedTuple):
-    """A parsed address. ``host`` is lower-case ASCII (a name or an IP address, without brackets), ``path`` includes the query."""
+    """A parsed address. ``host`` is lower-case ASCII (a name or an IP address, without brackets), ``path``
+    includes the query."""
 
     scheme: str
     host: str
@@ -93,12 +99,16 @@ class Target(NamedTuple):
         return f"{self.scheme}://{self.authority}{self.path}"
 
 
-# ---- addresses ----
+# ---- addresses
 
 
 def is_address(text: str) -> bool:
-    """Whether a picture is named by an address in place of a path, well written or not (``data:`` and other schemes count)."""
-    return re.match(r"[\x00-\x20]*(https?:|ftp:|file:|data:|gopher:|[a-z][a-z0-9+.-]+://)", text, re.IGNORECASE) is not None
+    """Whether a picture is named by an address in place of a path, well written or not (``data:`` and other
+    schemes count)."""
+    return (
+        re.match(r"[\x00-\x20]*(https?:|ftp:|file:|data:|gopher:|[a-z][a-z0-9+.-]+://)", text, re.IGNORECASE)
+        is not None
+    )
 
 
 def shown(url: str, most: int = 200) -> str:
@@ -157,13 +167,16 @@ def _host_and_port(authority: str) -> tuple[str, str]:
         except ValueError:
             raise _bad(f"{shown(host)} is not an IPv6 address") from None
         if "%" in host:
-            raise _bad(f"{shown(host)} names a zone, which means something on one machine only", "take the zone out")
+            raise _bad(
+                f"{shown(host)} names a zone, which means something on one machine only", "take the zone out"
+            )
         return str(ip), port
     return _name(host), port
 
 
 def _name(host: str) -> str:
-    """A host name in lower-case ASCII. A spelling of an IPv4 address that is not four plain decimal numbers is refused."""
+    """A host name in lower-case ASCII. A spelling of an IPv4 address that is not four plain decimal numbers
+    is refused."""
     if not host.isascii():
         try:
             host = idna.encode(host, uts46=True, std3_rules=True).decode()
@@ -172,7 +185,8 @@ def _name(host: str) -> str:
     host = host.lower().removesuffix(".")
     if len(host) > 253 or not all(re.fullmatch(r"[a-z0-9_-]{1,63}", label) for label in host.split(".")):
         raise _bad(f"{shown(host)!r} is not a host name")
-    if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):  # then resolvers take it for a number, not for a name
+    # then resolvers take it for a number, not for a name
+    if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
         try:
             return str(ipaddress.IPv4Address(host))
         except ValueError:
@@ -186,9 +200,11 @@ def _bad(problem: str, cure: str = "correct the address") -> FetchError:
 
 
 def why_refused(ip: IP, allowed: tuple[Network, ...] = ()) -> str | None:
-    """What is wrong with connecting to ``ip``, in words; None for a public address and for one inside ``allowed``.
+    """What is wrong with connecting to ``ip``, in words; None for a public address and for one inside
+    ``allowed``.
 
-    An IPv4 address inside an IPv6 one (mapped, NAT64, 6to4, Teredo) must pass as well, also when the outer one is allowed.
+    An IPv4 address inside an IPv6 one (mapped, NAT64, 6to4, Teredo) must pass as well, also when the outer
+    one is allowed.
     """
     for one in _meant(ip):
         if any(one in net for net in allowed):
@@ -202,7 +218,8 @@ def why_refused(ip: IP, allowed: tuple[Network, ...] = ()) -> str | None:
 
 
 def _meant(ip: IP) -> list[IP]:
-    """``ip`` and the IPv4 addresses that a packet to it may end at. A mapped one is nothing but its IPv4 address."""
+    """``ip`` and the IPv4 addresses that a packet to it may end at. A mapped one is nothing but its IPv4
+    address."""
     if isinstance(ip, ipaddress.IPv4Address):
         return [ip]
     if ip.ipv4_mapped is not None:

@@ -1,8 +1,9 @@
 """Bytes from the network, one picture at a time: the only file that opens a socket.
 
-A name is resolved once, every address it has must be one that ``addresses.py`` lets pass, and the connection goes to exactly the
-address that was checked: a name server that answers differently the second time is never asked a second time. All of it has
-one deadline, and no answer is read beyond its cap. ``command.py`` is the command on top.
+A name is resolved once, every address it has must be one that ``addresses.py`` lets pass, and the connection
+goes to exactly the address that was checked: a name server that answers differently the second time is never
+asked a second time. All of it has one deadline, and no answer is read beyond its cap. ``command.py`` is the
+command on top.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 def lookup(host: str, port: int) -> list[str]:
     """The addresses of a name, in the system's order of preference. Raises OSError."""
-    return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    return list(
+        dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    )
 
 
 @dataclass(frozen=True)
 class Client:
-    """Fetches pictures within limits; safe to share between threads. Proxies, cookies and passwords of the environment are not used.
+    """Fetches pictures within limits; safe to share between threads. Proxies, cookies and passwords of the
+    environment are not used.
 
     Args:
         max_bytes: Largest picture in bytes.
@@ -92,15 +96,19 @@ class Client:
         problem = f"more than {self.max_redirects} redirects, the last one to {shown(str(target))}"
         if self.max_redirects == 0:
             problem = f"it is a redirect to {shown(str(target))}"
-        cure = f"write the final address into the data, or allow more with --max_redirects {self.max_redirects + 3}"
+        cure = (
+            "write the final address into the data, or allow more with --max_redirects"
+            f" {self.max_redirects + 3}"
+        )
         raise FetchError("redirect", problem, cure)
 
     def _ask(self, target: Target, deadline: float) -> bytes | Target:
         """The body, or the target of a redirect."""
         with self._explained(target), closing(self._connect(target, deadline)) as connection:
             request = (
-                f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent: unigen/{__version__}\r\n"
-                "Accept: image/*, */*;q=0.1\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n"
+                f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent:"
+                f" unigen/{__version__}\r\nAccept: image/*, */*;q=0.1\r\nAccept-Encoding:"
+                " identity\r\nConnection: close\r\n\r\n"
             )
             connection.settimeout(_left(deadline))
             connection.sendall(request.encode("ascii"))
@@ -139,14 +147,20 @@ class Client:
             except OSError as error:
                 last = error
         problem = f"no connection to {target.host} port {target.port} ({last.strerror or last})"
-        raise FetchError("no_connection", problem, "check the address; run the command again later", retry=True) from last
+        raise FetchError(
+            "no_connection", problem, "check the address; run the command again later", retry=True
+        ) from last
 
     def _open(self, ip: IP, target: Target, timeout: float) -> socket.socket:
         connection = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout)
             connection.connect((str(ip), target.port))  # a literal address: nothing is resolved again
-            return self.tls.wrap_socket(connection, server_hostname=target.host) if target.scheme == "https" else connection
+            return (
+                self.tls.wrap_socket(connection, server_hostname=target.host)
+                if target.scheme == "https"
+                else connection
+            )
         except BaseException:
             connection.close()
             raise
@@ -160,12 +174,19 @@ class Client:
         for ip in found:
             special = why_refused(ip, self.allowed)
             if special is not None:
-                where = f"{target.host} is {ip}, {special}" if str(ip) != target.host else f"{ip} is {special}"
-                raise FetchError("refused_address", where, f"for a server you trust, --allow_network {ip}/{ip.max_prefixlen}")
+                where = (
+                    f"{target.host} is {ip}, {special}" if str(ip) != target.host else f"{ip} is {special}"
+                )
+                raise FetchError(
+                    "refused_address",
+                    where,
+                    f"for a server you trust, --allow_network {ip}/{ip.max_prefixlen}",
+                )
         return found
 
     def _resolved(self, target: Target, deadline: float) -> list[str]:
-        """``resolve`` in a thread of its own, as a name server that does not answer would outlast every deadline."""
+        """``resolve`` in a thread of its own, as a name server that does not answer would outlast every
+        deadline."""
         answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
 
         def ask() -> None:
@@ -183,7 +204,9 @@ class Client:
             return answer
         again = isinstance(answer, socket.gaierror) and answer.errno == socket.EAI_AGAIN
         problem = f"the name {target.host} cannot be resolved ({getattr(answer, 'strerror', None) or answer})"
-        raise FetchError("unknown_host", problem, "check the address, and that this machine is online", retry=again) from answer
+        raise FetchError(
+            "unknown_host", problem, "check the address, and that this machine is online", retry=again
+        ) from answer
 
     @contextmanager
     def _explained(self, target: Target) -> Iterator[None]:
@@ -198,19 +221,29 @@ class Client:
             cure = "use a server whose certificate is valid; SSL_CERT_FILE names further authorities to trust"
             raise FetchError("bad_certificate", f"{target.host}: {error.verify_message}", cure) from None
         except ssl.SSLEOFError:
-            raise FetchError("connection_lost", f"{target.host} closed the connection", later, retry=True) from None
+            raise FetchError(
+                "connection_lost", f"{target.host} closed the connection", later, retry=True
+            ) from None
         except ssl.SSLError as error:
-            raise FetchError("bad_answer", f"TLS with {target.host} fails ({error.reason or error})", "check scheme and port") from None
+            raise FetchError(
+                "bad_answer",
+                f"TLS with {target.host} fails ({error.reason or error})",
+                "check scheme and port",
+            ) from None
         except _TooMuch as error:
             raise _too_large(f"it is longer than {error} bytes") from None
         except (http.client.IncompleteRead, ConnectionError) as error:
             problem = f"{target.host} closed the connection early ({type(error).__name__})"
             raise FetchError("connection_lost", problem, later, retry=True) from None
         except http.client.HTTPException as error:
-            problem = f"{target.host} does not answer in HTTP/1.x ({type(error).__name__}: {shown(str(error), 80)})"
+            problem = (
+                f"{target.host} does not answer in HTTP/1.x ({type(error).__name__}: {shown(str(error), 80)})"
+            )
             raise FetchError("bad_answer", problem, "check scheme and port") from None
         except OSError as error:
-            raise FetchError("connection_lost", f"{target.host}: {error.strerror or error}", later, retry=True) from None
+            raise FetchError(
+                "connection_lost", f"{target.host}: {error.strerror or error}", later, retry=True
+            ) from None
 
 
 class _TooMuch(Exception):  # not a ValueError, which http.client would catch
@@ -218,9 +251,11 @@ class _TooMuch(Exception):  # not a ValueError, which http.client would catch
 
 
 class _Wire(io.RawIOBase):
-    """What ``http.client`` reads from: every single read ends by the deadline, and all of them together at the cap.
+    """What ``http.client`` reads from: every single read ends by the deadline, and all of them together at
+    the cap.
 
-    The cap lies below the HTTP parser on purpose: a chunk of length -1 makes it read without any limit of its own.
+    The cap lies below the HTTP parser on purpose: a chunk of length -1 makes it read without any limit of its
+    own.
     """
 
     def __init__(self, connection: socket.socket, deadline: float, cap: int):
@@ -255,11 +290,14 @@ def _redirect(target: Target, location: str) -> Target:
     with contextlib.suppress(UnicodeError):
         location = location.encode("latin-1").decode("utf-8")  # http.client reads headers as Latin-1
     try:
-        if re.search(r"[\x00-\x20\x7f-\x9f\\]|^[^/?#]*:", location):  # urljoin would drop some of these, and fill in a missing host
+        # urljoin would drop some of these, and fill in a missing host
+        if re.search(r"[\x00-\x20\x7f-\x9f\\]|^[^/?#]*:", location):
             return parse_url(location)
         return parse_url(urljoin(str(target), location))
     except (FetchError, ValueError) as error:
-        problem = f"it is a redirect to {shown(location)}, which is refused ({getattr(error, 'problem', error)})"
+        problem = (
+            f"it is a redirect to {shown(location)}, which is refused ({getattr(error, 'problem', error)})"
+        )
         raise FetchError("redirect", problem, "write an address without redirects into the data") from None
 
 
@@ -273,7 +311,10 @@ def _check_head(response: http.client.HTTPResponse, max_bytes: int) -> None:
         seconds = float(wait) if re.fullmatch(r"[0-9]{1,6}", wait) else None
         words = f"the server answers {status} {shown(response.reason, 60)}".rstrip()
         raise FetchError(f"http_{status}", words, cure, retry=again, wait=seconds)
-    for name, plain in (("Content-Encoding", ("", "identity")), ("Transfer-Encoding", ("", "identity", "chunked"))):
+    for name, plain in (
+        ("Content-Encoding", ("", "identity")),
+        ("Transfer-Encoding", ("", "identity", "chunked")),
+    ):
         coding = response.headers.get(name, "").strip().lower()
         if coding not in plain:
             cure = "name a server that sends the picture as it is; it was asked not to compress"

@@ -1,7 +1,7 @@
 """``unigen fetch``: records whose pictures are addresses become records whose pictures are files.
 
-Training never opens a connection; this command does, once, and what it writes needs no network. It reads the records twice: to collect
-the addresses, and, when the pictures are there, to write the new data.
+Training never opens a connection; this command does, once, and what it writes needs no network. It reads the
+records twice: to collect the addresses, and, when the pictures are there, to write the new data.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ from unigen.files import Busy, locked
 
 @dataclass
 class FetchOptions:
-    """Fetch the pictures that records name by http and https addresses, and write the data again with files in their place.
+    """Fetch the pictures that records name by http and https addresses, and write the data again with files
+    in their place.
 
     Args:
-        paths: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face datasets, folders of them.
-        output_dir: Folder for the new data (JSONL), the pictures, fetched.log and failed.log; the same folder continues a fetch.
-        on_failure: skip leaves records with a failed picture out of the new data and lists them; error writes no data then.
+        paths: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face datasets,
+            folders of them.
+        output_dir: Folder for the new data (JSONL), the pictures, fetched.log and failed.log; the same folder
+            continues a fetch.
+        on_failure: skip leaves records with a failed picture out of the new data and lists them; error writes
+            no data then.
         retry_failed: Try addresses again that failed in an earlier run.
         deep: Decode every picture, not only its header; a damaged one counts as failed.
         max_bytes: Largest picture in bytes.
@@ -44,7 +48,8 @@ class FetchOptions:
         retries: Further attempts after answers 429 and 5xx and after lost connections.
         connections: Pictures fetched at the same time.
         connections_per_host: Of them from one host.
-        allow_network: Networks that are not public and yet trusted, such as 10.1.0.0/16; all others that are not public are refused.
+        allow_network: Networks that are not public and yet trusted, such as 10.1.0.0/16; all others that are
+            not public are refused.
     """
 
     paths: list[str]
@@ -63,14 +68,21 @@ class FetchOptions:
 
     def client(self) -> Client:
         """Raises UserError for a value out of range."""
-        for name, most in {"max_bytes": 1 << 30, "timeout": 86400, "connect_timeout": 86400, "connections": 1024}.items():
+        for name, most in {
+            "max_bytes": 1 << 30,
+            "timeout": 86400,
+            "connect_timeout": 86400,
+            "connections": 1024,
+        }.items():
             if not 0 < getattr(self, name) <= most:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be above 0 and at most {most:,}")
         for name, least in {"max_redirects": 0, "retries": 0, "connections_per_host": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be {least} or above")
         allowed = tuple(map(_network, self.allow_network))
-        return Client(self.max_bytes, self.timeout, self.connect_timeout, self.max_redirects, self.retries, allowed)
+        return Client(
+            self.max_bytes, self.timeout, self.connect_timeout, self.max_redirects, self.retries, allowed
+        )
 
 
 def fetch(options: FetchOptions) -> int:
@@ -84,7 +96,11 @@ def fetch(options: FetchOptions) -> int:
     with _alone(out), closing(PictureStore(out)) as store:
         urls = {url: None for source in sources for url in _addresses(source)}
         damaged = store.verify(urls)
-        known = {url for url in urls if (entry := store.entries.get(url)) and (entry.good or not options.retry_failed)}
+        known = {
+            url
+            for url in urls
+            if (entry := store.entries.get(url)) and (entry.good or not options.retry_failed)
+        }
         if damaged:
             print(f"damaged    {damaged:,} pictures of an earlier run; they are fetched again")
         _fetch_all([url for url in urls if url not in known], client, store, options)
@@ -99,14 +115,18 @@ def _network(text: str) -> Network:
     try:
         return ipaddress.ip_network(text.strip(), strict=False)
     except ValueError:
-        raise UserError(f"--allow_network {text!r} is no network; write an address, or one with a prefix such as 10.1.0.0/16") from None
+        raise UserError(
+            f"--allow_network {text!r} is no network; write an address, or one with a prefix such as"
+            " 10.1.0.0/16"
+        ) from None
 
 
-# ---- reading ----
+# ---- reading
 
 
 def _sources(paths: list[str], out: Path) -> list[Source]:
-    """The files to read and to write. What an earlier run wrote is no source, also where the output lies in a source's folder."""
+    """The files to read and to write. What an earlier run wrote is no source, also where the output lies in a
+    source's folder."""
     root = out.resolve()
     found: dict[Path, Path] = {}
     named = {Path(path).resolve() for path in paths}
@@ -118,12 +138,19 @@ def _sources(paths: list[str], out: Path) -> list[Source]:
         stem = Path(name).with_suffix("") if path.suffix.lower() in (".gz", ".zst") else Path(name)
         target = out / stem.with_suffix(".jsonl")
         if target in found:
-            raise UserError(f"{path}: {target} would be written for it and for {found[target]}. Fetch it alone, into another --output_dir.")
+            raise UserError(
+                f"{path}: {target} would be written for it and for {found[target]}. Fetch it alone, into"
+                " another --output_dir."
+            )
         if target.exists() and not (out / "fetched.log").exists():
-            raise UserError(f"{target}: it is there already, and no fetch wrote it. Name another --output_dir.")
+            raise UserError(
+                f"{target}: it is there already, and no fetch wrote it. Name another --output_dir."
+            )
         found[target] = path
     if not found:
-        raise UserError(f"there is nothing to read outside of the output folder {out}. Name the files with the records.")
+        raise UserError(
+            f"there is nothing to read outside of the output folder {out}. Name the files with the records."
+        )
     return [Source(path, target) for target, path in found.items()]
 
 
@@ -135,9 +162,13 @@ def _alone(out: Path) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out / ".lock", wait=False))
         except Busy:
-            raise UserError(f"{out}: another unigen fetch is writing there. Wait for it, or name another --output_dir.") from None
+            raise UserError(
+                f"{out}: another unigen fetch is writing there. Wait for it, or name another --output_dir."
+            ) from None
         except OSError as error:
-            raise UserError(f"{out}: cannot write there ({error.strerror or error}). Name another --output_dir.") from None
+            raise UserError(
+                f"{out}: cannot write there ({error.strerror or error}). Name another --output_dir."
+            ) from None
         yield
 
 
@@ -152,7 +183,7 @@ def _addresses(source: Source) -> Iterator[str]:
                     continue  # refused again, and listed, when the data is written
 
 
-# ---- fetching ----
+# ---- fetching
 
 
 class _Turns:
@@ -198,7 +229,8 @@ class _Turns:
 
 
 def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: FetchOptions) -> None:
-    """Fetches ``urls``; every result is in the store as soon as it is there. Raises UserError when the disk fails."""
+    """Fetches ``urls``; every result is in the store as soon as it is there. Raises UserError when the disk
+    fails."""
     turns, results = _Turns(urls, options.connections_per_host), queue.SimpleQueue[Entry | BaseException]()
 
     def work() -> None:
@@ -230,17 +262,24 @@ def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: Fe
             turns.stop()
 
 
-def _report(urls: dict[str, None], known: set[str], store: PictureStore, sources: list[Source], writer: Writer) -> None:
+def _report(
+    urls: dict[str, None], known: set[str], store: PictureStore, sources: list[Source], writer: Writer
+) -> None:
     """The summary, and the failures by reason with the first of each."""
     good = [entry for url in urls if (entry := store.entries[url]).good]
     size = sum({entry.file: entry.bytes for entry in good}.values())
     before = sum(entry.url in known for entry in good)
-    print(f"addresses  {len(good):,} of {len(urls):,} fetched, {before:,} of them in an earlier run ({size / 1e6:,.1f} MB)")
+    print(
+        f"addresses  {len(good):,} of {len(urls):,} fetched, {before:,} of them in an earlier run"
+        f" ({size / 1e6:,.1f} MB)"
+    )
     print(f"records    {writer.written:,} written, {writer.left_out:,} with failures")
     for reason, count in writer.failures.most_common():
         first = writer.first[reason]
         line = f":{first['line']}" if first["line"] else f"[{first['index']}]"
-        place = f"{first['file']}{line}, {first['field']}" + (f", {shown(first['url'])}" if first["url"] else "")
+        place = f"{first['file']}{line}, {first['field']}" + (
+            f", {shown(first['url'])}" if first["url"] else ""
+        )
         print(f"  {reason:<18} {count:>8,}  first in {place}: {first['problem']}. Cure: {first['cure']}")
     if writer.failures:
         print(f"All failures are listed in {store.folder / 'failed.log'}.")

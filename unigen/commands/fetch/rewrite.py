@@ -1,4 +1,5 @@
-"""Records with addresses in, records with files out: where pictures are named, and the new data of ``unigen fetch``."""
+"""Records with addresses in, records with files out: where pictures are named, and the new data of ``unigen
+fetch``."""
 
 from __future__ import annotations
 
@@ -18,9 +19,18 @@ from unigen.data.containers import parts, read_part
 from unigen.data.json_text import parse_json
 from unigen.sequence.types import BadRecord, Origin
 
-# Fields that name pictures, and those that lead to more fields. `metadata` and texts are in neither: nothing is fetched for them.
+# Fields that name pictures, and those that lead to more fields. `metadata` and texts are in neither: nothing
+# is fetched for them.
 PICTURE_FIELDS = ("image_path", "input_image", "result_image", "image", "images", "image_list", "image_url")
-NESTED_FIELDS = ("conversations", "input_sequence", "target_sequence", "editing_steps", "sequence", "messages", "content")
+NESTED_FIELDS = (
+    "conversations",
+    "input_sequence",
+    "target_sequence",
+    "editing_steps",
+    "sequence",
+    "messages",
+    "content",
+)
 
 
 class Source(NamedTuple):
@@ -55,7 +65,8 @@ def records(source: Source) -> Iterator[tuple[Origin, bytes | None, Any]]:
 
 
 def places(value: Any, where: str = "", depth: int = 3) -> Iterator[Place]:
-    """Every picture that a record names by a path, an address, or its bytes. No format is nested deeper than three objects."""
+    """Every picture that a record names by a path, an address, or its bytes. No format is nested deeper than
+    three objects."""
     if not isinstance(value, dict) or depth == 0:
         return
     for name in value:
@@ -101,7 +112,8 @@ class Writer:
         self.first: dict[str, dict[str, Any]] = {}
 
     def run(self, sources: list[Source], partial: bool) -> None:
-        """Puts all files in their places at the end; without ``partial`` a single failure keeps the data back."""
+        """Puts all files in their places at the end; without ``partial`` a single failure keeps the data
+        back."""
         listing = self.store.drafts / "failed"
         drafts = [self.store.drafts / str(i) for i in range(len(sources))]
         with self.store.writing():
@@ -132,10 +144,20 @@ class Writer:
             if not failed:
                 yield line
 
-    def _line(self, source: Source, origin: Origin, raw: bytes | None, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
+    def _line(
+        self, source: Source, origin: Origin, raw: bytes | None, value: Any
+    ) -> tuple[bytes, list[dict[str, Any]]]:
         """The new line of a record, or its failures. A record without pictures keeps its very bytes."""
         if isinstance(value, BadRecord):
-            return b"", [_failure(origin, value.field, value.code, f"found {value.found}; expected {value.expected}", value.cure)]
+            return b"", [
+                _failure(
+                    origin,
+                    value.field,
+                    value.code,
+                    f"found {value.found}; expected {value.expected}",
+                    value.cure,
+                )
+            ]
         failed, changed = [], False
         for place in places(value):
             try:
@@ -151,7 +173,9 @@ class Writer:
         try:
             return _dumps(value), []
         except (ValueError, RecursionError) as error:  # 1e999 reads as infinity
-            return b"", [_failure(origin, "(record)", "bad_json", str(error), "write ordinary numbers and depth")]
+            return b"", [
+                _failure(origin, "(record)", "bad_json", str(error), "write ordinary numbers and depth")
+            ]
 
     def _local(self, value: str | bytes, source: Source) -> str:
         """The path of a picture as the new file names it. Raises FetchError."""
@@ -169,7 +193,9 @@ class Writer:
         return Path(os.path.relpath(self.store.folder / file, source.target.parent)).as_posix()
 
 
-def _failure(origin: Origin, field: str, reason: str, problem: str, cure: str, url: str | None = None) -> dict[str, Any]:
+def _failure(
+    origin: Origin, field: str, reason: str, problem: str, cure: str, url: str | None = None
+) -> dict[str, Any]:
     """A line of ``failed.log``."""
     where = {"file": str(origin.file), "line": origin.line, "index": origin.index, "field": field}
     return {**where, "url": url, "reason": reason, "problem": problem, "cure": cure}
@@ -193,7 +219,8 @@ def _dumps(value: Any) -> bytes:
 
 
 def _moved(path: str, source: Source) -> str:
-    """A path relative to the source as one that means the same in the new file: relative where links allow it."""
+    """A path relative to the source as one that means the same in the new file: relative where links allow
+    it."""
     try:
         path.encode()
     except UnicodeEncodeError:  # no path at all, as with a NUL: refused where the data is read

@@ -1,7 +1,9 @@
-"""Pictures that were fetched: checked by their contents, kept under the name of their hash, and written down as they come.
+"""Pictures that were fetched: checked by their contents, kept under the name of their hash, and written down
+as they come.
 
-``pictures/ab/<sha256>.<kind>`` holds the pictures, ``fetched.log`` one line for every attempt. A file appears under its name when it is
-whole, never before, so whatever ends the process at whatever moment leaves a folder that the next run continues.
+``pictures/ab/<sha256>.<kind>`` holds the pictures, ``fetched.log`` one line for every attempt. A file appears
+under its name when it is whole, never before, so whatever ends the process at whatever moment leaves a folder
+that the next run continues.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from unigen.sequence.images import PictureError, image_size, open_image
 
 FETCHED = "fetched"  # the status of a picture that is there
 _FILE = re.compile(r"pictures/([0-9a-f]{2})/(\1[0-9a-f]{62})\.[a-z0-9]+")
-_DECODING = threading.Semaphore(os.cpu_count() or 1)  # a picture of 64 megapixels takes 192 MB: not one for every connection
+# a picture of 64 megapixels takes 192 MB: not one for every connection
+_DECODING = threading.Semaphore(os.cpu_count() or 1)
 
 _KINDS = [
     (re.compile(rb"\x89PNG\r\n\x1a\n"), "png"),
@@ -63,7 +66,10 @@ class Entry(NamedTuple):
         return self.status == FETCHED
 
     def line(self) -> bytes:
-        return json.dumps({name: value for name, value in self._asdict().items() if value != ""}).encode() + b"\n"
+        return (
+            json.dumps({name: value for name, value in self._asdict().items() if value != ""}).encode()
+            + b"\n"
+        )
 
 
 def kind_of(data: bytes, deep: bool = False) -> str:
@@ -81,10 +87,22 @@ def kind_of(data: bytes, deep: bool = False) -> str:
         raise FetchError("empty", "the answer is empty", "check the address in a browser")
     kind = next((kind for magic, kind in _KINDS if magic.match(data)), None)
     if kind is None and start.startswith(b"<") and _PAGE.search(start):
-        raise FetchError("html", "it is a web page, not a picture", "open the address in a browser and copy that of the picture itself")
+        raise FetchError(
+            "html",
+            "it is a web page, not a picture",
+            "open the address in a browser and copy that of the picture itself",
+        )
     if kind is None:
-        problem = "it is a drawing in SVG" if b"<svg" in start else f"it starts with {data[:12]!r}, as no known kind of picture does"
-        raise FetchError("not_a_picture", problem, "name the address of a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 file")
+        problem = (
+            "it is a drawing in SVG"
+            if b"<svg" in start
+            else f"it starts with {data[:12]!r}, as no known kind of picture does"
+        )
+        raise FetchError(
+            "not_a_picture",
+            problem,
+            "name the address of a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 file",
+        )
     try:
         if deep:
             with _DECODING:
@@ -111,7 +129,8 @@ class PictureStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.drafts = folder / ".new"  # what is not whole yet; on the same disk, so that a rename puts it in its place
+        # what is not whole yet; on the same disk, so that a rename puts it in its place
+        self.drafts = folder / ".new"
         self.log = folder / "fetched.log"
         with self.writing():
             shutil.rmtree(self.drafts, ignore_errors=True)
@@ -138,7 +157,8 @@ class PictureStore:
         except OSError as error:
             problem = f"cannot write there ({error.strerror or error})"
             raise UserError(
-                f"{self.folder}: {problem}. Free some space or name another --output_dir, and run the command again."
+                f"{self.folder}: {problem}. Free some space or name another --output_dir, and run the command"
+                " again."
             ) from error
 
     def keep(self, url: str, data: bytes, deep: bool = False) -> Entry:
@@ -162,7 +182,8 @@ class PictureStore:
             file.writelines(parts)
 
     def verify(self, urls: Iterable[str]) -> int:
-        """Forgets the pictures of ``urls`` that are not there, or not what was fetched; the number of those with another content."""
+        """Forgets the pictures of ``urls`` that are not there, or not what was fetched; the number of those
+        with another content."""
         files = sorted({entry.file for url in urls if (entry := self.entries.get(url)) and entry.good})
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter lock
             sound = dict(zip(files, pool.map(self._sound, files)))
@@ -170,7 +191,9 @@ class PictureStore:
         with self.writing():
             for file in damaged:
                 (self.folder / file).unlink()
-        self.entries = {url: entry for url, entry in self.entries.items() if not entry.good or sound.get(entry.file, True)}
+        self.entries = {
+            url: entry for url, entry in self.entries.items() if not entry.good or sound.get(entry.file, True)
+        }
         return len(damaged)
 
     def _sound(self, file: str) -> bool | None:

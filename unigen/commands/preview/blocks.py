@@ -1,4 +1,5 @@
-"""The parts of the preview's page: texts as tokens, pictures as tiles, the sequence as a strip, the mask as a drawing."""
+"""The parts of the preview's page: texts as tokens, pictures as tiles, the sequence as a strip, the mask as a
+drawing."""
 
 from __future__ import annotations
 
@@ -16,15 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unigen.commands.preview.view import CAUSAL, MIXED, NONE, Picture, Shown, Token, View, block_mask, characters, mask, special_names
+from unigen.commands.preview.view import (
+    CAUSAL,
+    MIXED,
+    NONE,
+    Picture,
+    Shown,
+    Token,
+    View,
+    block_mask,
+    characters,
+    mask,
+    special_names,
+)
 from unigen.model import flow
 from unigen.sequence.images import to_image
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Kind
 
 NAMED = {
-    "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "NBSP", "\u00ad": "SHY", "\u200b": "ZWSP", "\u200c": "ZWNJ", "\u200d": "ZWJ",
-    "\u200e": "LRM", "\u200f": "RLM", "\u202a": "LRE", "\u202b": "RLE", "\u202c": "PDF", "\u202d": "LRO", "\u202e": "RLO",
+    "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "NBSP", "\u00ad": "SHY", "\u200b": "ZWSP", "\u200c": "ZWNJ",
+    "\u200d": "ZWJ",
+    "\u200e": "LRM", "\u200f": "RLM", "\u202a": "LRE", "\u202b": "RLE", "\u202c": "PDF", "\u202d": "LRO",
+    "\u202e": "RLO",
     "\u2060": "WJ", "\u2066": "LRI", "\u2067": "RLI", "\u2068": "FSI", "\u2069": "PDI", "\ufeff": "BOM",
 }  # fmt: skip
 JOINERS = "\u200c\u200d"  # inside a word or an emoji they shape it, and are no surprise
@@ -32,7 +47,8 @@ HIDDEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")  # Unicode categories 
 HEAD, TAIL = 64, 10  # tokens of a long text that are not folded away
 CHIPS = 2400  # tokens of a sample with a tooltip each; the others are shown as plain text
 PLAIN = 4000  # characters of such a plain text
-TILES = ((6, 320), (12, 224), (40, 128))  # up to so many image blocks in a sample: side of their tiles in pixels
+# up to so many image blocks in a sample: side of their tiles in pixels
+TILES = ((6, 320), (12, 224), (40, 128))
 SMALLEST = 72
 TOKENS = 400  # up to this length the mask shows every token
 BLOCKS = 96  # that the mask shows at most
@@ -45,7 +61,8 @@ KINDS = {Kind.TEXT: "text", Kind.VIT: "vit", Kind.CLEAN: "clean", Kind.NOISED: "
 
 
 def sign(character: str) -> str | None:
-    """What stands for a character that shows nothing, or None for one that can be seen (a plain space counts as seen)."""
+    """What stands for a character that shows nothing, or None for one that can be seen (a plain space counts
+    as seen)."""
     if character in NAMED:
         return NAMED[character]
     if character == " " or unicodedata.category(character) not in HIDDEN:
@@ -124,7 +141,10 @@ class Ink:
         rest = parts[done:]
         if rest:
             text = "".join(text for text, _ in rest)
-            chips.append(f"<span{_learnt(rest[0][1])}>{visible(text[:PLAIN])}</span>" + ("…" if len(text) > PLAIN else ""))
+            chips.append(
+                f"<span{_learnt(rest[0][1])}>{visible(text[:PLAIN])}</span>"
+                + ("…" if len(text) > PLAIN else "")
+            )
         return "".join(chips)
 
     def text(self, shown: Shown) -> str:
@@ -138,13 +158,14 @@ class Ink:
         end = self.cut(shown) + self.marker(last) + self.transition(shown)
         if len(parts) <= HEAD + 3 * TAIL:
             return f'<p class="ids" dir="auto">{start}{self.run(parts)}{end}</p>'
-        head, tail = self.run(parts[:HEAD]), self.run(parts[-TAIL:])  # before the middle, which may use up the tooltips
+        # before the middle, which may use up the tooltips
+        head, tail = self.run(parts[:HEAD]), self.run(parts[-TAIL:])
         middle = parts[HEAD:-TAIL]
         more = self.say("more_tokens", n=f"{sum(len(tokens) for _, tokens in middle):,}")
         return (
-            f'<p class="ids" dir="auto">{start}{head}</p>'
-            f'<details class="fold"><summary>{more}</summary><p class="ids" dir="auto">{self.run(middle)}</p></details>'
-            f'<p class="ids" dir="auto">{tail}{end}</p>'
+            f'<p class="ids" dir="auto">{start}{head}</p><details class="fold"><summary>{more}</summary><p'
+            f' class="ids" dir="auto">{self.run(middle)}</p></details><p class="ids"'
+            f' dir="auto">{tail}{end}</p>'
         )
 
     def cut(self, shown: Shown) -> str:
@@ -154,7 +175,9 @@ class Ink:
         label = shown.tokens[-2].label  # of the last token before the cut: what stood behind it
         assert label == shown.lost[0]
         tip = f"{self.say('l_cut_label')}: index {shown.stop - 2} · label {label}"
-        more = f" {self.say('more_tokens', n=f'{len(shown.lost) - HEAD:,}')}" if len(shown.lost) > HEAD else ""
+        more = (
+            f" {self.say('more_tokens', n=f'{len(shown.lost) - HEAD:,}')}" if len(shown.lost) > HEAD else ""
+        )
         return f'<del title="{plain(tip)}">{visible(self.tokenizer.decode(ids))}{more}</del>'
 
 
@@ -181,14 +204,17 @@ def tile(shown: Shown, side: int) -> str:
         image = to_image(noised(image, shown.picture, (rows, columns)))
     wide = max(24, round(side * min(1.0, image.width / image.height)))
     faint = min(0.6, max(0.25, wide / columns / 16))  # a fine grid must not hide the picture
-    lines = "".join(f"M0 {y}H{columns}" for y in range(1, rows)) + "".join(f"M{x} 0V{rows}" for x in range(1, columns))
+    lines = "".join(f"M0 {y}H{columns}" for y in range(1, rows)) + "".join(
+        f"M{x} 0V{rows}" for x in range(1, columns)
+    )
     path = f'<path d="{lines}" stroke-opacity="{faint:.2f}"/>'
     grid = f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" aria-hidden="true">{path}</svg>'
     return f'<div class="tile" style="max-width:{wide}px"><img alt="" src="{data_uri(image)}">{grid}</div>'
 
 
 def noised(image: Any, picture: Picture, grid: tuple[int, int]) -> Tensor:
-    """[3, H, W]: a small picture mixed with noise at the block's time, a noise value a latent cell, to show how much is left of it."""
+    """[3, H, W]: a small picture mixed with noise at the block's time, a noise value a latent cell, to show
+    how much is left of it."""
     assert picture.time is not None
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     noise = torch.randn(1, 3, 2 * grid[0], 2 * grid[1], generator=torch.Generator().manual_seed(0))
@@ -201,7 +227,8 @@ def data_uri(image: Any) -> str:
     small = max(image.size) <= 64
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 82}))
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"data:image/{'png' if small else 'jpeg'};base64,{data}"
 
 
 # ---- the sequence and the mask
@@ -217,9 +244,16 @@ def strip(view: View, say: Callable[..., str]) -> str:
     for shown in view.blocks:
         grow = f"{math.sqrt(max(1, shown.block.length + 2)):.2f}"
         marks = (" loss" if shown.block.loss else "") + (" gone" if shown.block.dropped else "")
-        state = f"{say('dropped')}" if shown.block.dropped else f"{say('tokens_n', n=f'{shown.stop - shown.start:,}')}"
+        state = (
+            f"{say('dropped')}"
+            if shown.block.dropped
+            else f"{say('tokens_n', n=f'{shown.stop - shown.start:,}')}"
+        )
         tip = f"{block_name(shown, say)} · {state}" + (f" · {say('loss')}" if shown.block.loss else "")
-        parts.append(f'<div class="k-{KINDS[shown.kind]}{marks}" style="flex-grow:{grow}" title="{plain(tip)}">{shown.number}</div>')
+        parts.append(
+            f'<div class="k-{KINDS[shown.kind]}{marks}" style="flex-grow:{grow}"'
+            f' title="{plain(tip)}">{shown.number}</div>'
+        )
     return f'<div class="strip">{"".join(parts)}</div>'
 
 
@@ -235,7 +269,8 @@ class Axis:
 
 
 def mask_drawing(view: View, say: Callable[..., str]) -> str:
-    """The mask of the sample in the order of its sequence: token by token where it is short, else block by block."""
+    """The mask of the sample in the order of its sequence: token by token where it is short, else block by
+    block."""
     blocks = view.kept[:BLOCKS]
     short, named = len(view.pack) <= TOKENS and len(blocks) == len(view.kept), len(blocks) <= LABELLED
     sizes = [float(s.stop - s.start) if short else 3 + math.sqrt(s.stop - s.start) for s in blocks]
@@ -249,8 +284,16 @@ def mask_drawing(view: View, say: Callable[..., str]) -> str:
     body = _token_cells(view, axis, top) if short else _block_cells(view, cells, axis, top)
     titles = _titles(view, cells, axis, top, say) if named else ""
     frame = "".join(f"M{x:.1f} 18V{18 + SIDE}M{left} {x + top:.1f}H{left + SIDE}" for x in axis.edges)
-    parts = [f'<svg class="mask" viewBox="0 0 {left + SIDE + 4} {height}" role="img" aria-label="{say("mask")}">']
-    parts += [_names(view, axis, top, named, say), body, f'<path class="frame" d="{frame}"/>', titles, "</svg>"]
+    parts = [
+        f'<svg class="mask" viewBox="0 0 {left + SIDE + 4} {height}" role="img" aria-label="{say("mask")}">'
+    ]
+    parts += [
+        _names(view, axis, top, named, say),
+        body,
+        f'<path class="frame" d="{frame}"/>',
+        titles,
+        "</svg>",
+    ]
     return "".join(parts)
 
 
@@ -267,7 +310,9 @@ def _token_cells(view: View, axis: Axis, top: float) -> str:
                 left, up = axis.left + x * unit, axis.left + top + y * unit
                 box = f"M{left:.4g} {up:.4g}h{(stop - x) * unit:.4g}v{(end - y) * unit:.4g}H{left:.4g}z"
                 paths.setdefault(int(codes[y, x]) - 1, []).append(box)
-    return "".join(f'<path class="f-{KINDS[Kind(kind)]}" d="{"".join(parts)}"/>' for kind, parts in sorted(paths.items()))
+    return "".join(
+        f'<path class="f-{KINDS[Kind(kind)]}" d="{"".join(parts)}"/>' for kind, parts in sorted(paths.items())
+    )
 
 
 def _changes(differs: np.ndarray) -> list[int]:
@@ -288,14 +333,19 @@ def _block_cells(view: View, cells: Sequence[Sequence[int]], axis: Axis, top: fl
     return "".join(f'<path class="{name}" d="{"".join(parts)}"/>' for name, parts in sorted(paths.items()))
 
 
-def _titles(view: View, cells: Sequence[Sequence[int]], axis: Axis, top: float, say: Callable[..., str]) -> str:
+def _titles(
+    view: View, cells: Sequence[Sequence[int]], axis: Axis, top: float, say: Callable[..., str]
+) -> str:
     """Invisible cells that carry the tooltips, those above the diagonal left out: there nothing is seen."""
     parts = []
     for i, row in enumerate(cells):
         for j in range(i + 1):
             (y, h), (x, w) = axis.span(i), axis.span(j)
             tip = f"{block_name(view.kept[i], say)} {say(f'sees_{row[j]}')} {block_name(view.kept[j], say)}"
-            parts.append(f'<rect x="{x:.1f}" y="{y + top:.1f}" width="{w:.1f}" height="{h:.1f}"><title>{plain(tip)}</title></rect>')
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y + top:.1f}" width="{w:.1f}"'
+                f' height="{h:.1f}"><title>{plain(tip)}</title></rect>'
+            )
     return f'<g fill="transparent">{"".join(parts)}</g>'
 
 
@@ -307,7 +357,9 @@ def _names(view: View, axis: Axis, top: float, named: bool, say: Callable[..., s
         if size < (4 if named else 12):
             continue
         name = block_name(shown, say) if named else str(shown.number)
-        parts.append(f'<text x="{axis.left - 6}" y="{middle + top + 4:.1f}" text-anchor="end">{plain(name)}</text>')
+        parts.append(
+            f'<text x="{axis.left - 6}" y="{middle + top + 4:.1f}" text-anchor="end">{plain(name)}</text>'
+        )
         if size >= 10:
             parts.append(f'<text x="{middle:.1f}" y="12" text-anchor="middle">{shown.number}</text>')
     return "".join(parts)

@@ -1,4 +1,5 @@
-"""``unigen preview``: samples as the model sees them, as a page to look at and as a few lines in the terminal."""
+"""``unigen preview``: samples as the model sees them, as a page to look at and as a few lines in the
+terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def preview(options: PreviewOptions) -> int:
     """``unigen preview``: 0 where all records are good, 1 where one is bad.
 
     Raises:
-        UserError: nothing can be shown: an option, the checkpoint or the data cannot be used, or the page not be written.
+        UserError: nothing can be shown: an option, the checkpoint or the data cannot be used, or the page not
+            be written.
     """
     check(options)
     from unigen.model.weights import load_planner
@@ -48,7 +50,8 @@ def preview(options: PreviewOptions) -> int:
             page = write_preview(Path(options.output), looks(), options, planner)
         except OSError as error:
             raise PreviewError(
-                f"{options.output}: the page cannot be written ({error.strerror or error}). Cure: another --output"
+                f"{options.output}: the page cannot be written ({error.strerror or error}). Cure: another"
+                " --output"
             ) from error
         say(f"Written to {page}")
     return 1 if bad else 0
@@ -87,14 +90,15 @@ def in_terminal(look: Look, ink: Colours) -> str:
     line = f"{' '.join(parts[:answer])}{' -> ' if answer else ''}{' '.join(parts[answer:])}"
     share = len(pack) / view.max_length
     total = (
-        f"{len(pack):,} tokens, {share:.1%} of {view.max_length:,}; loss on {pack.n_text_labels:,} text labels, "
-        f"{pack.n_image_targets:,} image tokens"
+        f"{len(pack):,} tokens, {share:.1%} of {view.max_length:,}; loss on {pack.n_text_labels:,} text"
+        f" labels, {pack.n_image_targets:,} image tokens"
     )
     return f"{head}  {view.record.format}\n  {line}\n  {ink.soft}{total}{ink.end}"
 
 
 def _piece(group: list[Shown], ink: Colours) -> str:
-    """``[text 12]``, ``[image 640x480 -> clean 32x40=1280, vit 28x37=1036]``; what carries loss is marked ``*loss*``."""
+    """``[text 12]``, ``[image 640x480 -> clean 32x40=1280, vit 28x37=1036]``; what carries loss is marked
+    ``*loss*``."""
     first = group[0]
     loss = f" {ink.loss}*loss*{ink.end}" if first.block.loss else ""
     if first.kind == 0:
@@ -107,5 +111,8 @@ def _piece(group: list[Shown], ink: Colours) -> str:
         rows, columns = shown.block.grid or (0, 0)
         time = f" t={shown.picture.time:.2f}" if shown.picture and shown.picture.time is not None else ""
         state = " dropped" if shown.block.dropped else time
-        forms.append(f"{shown.kind.name.lower()} {rows}x{columns}={shown.block.length:,}{state}{loss if shown.block.loss else ''}")
+        forms.append(
+            f"{shown.kind.name.lower()}"
+            f" {rows}x{columns}={shown.block.length:,}{state}{loss if shown.block.loss else ''}"
+        )
     return f"[{ink.image}image{ink.end}{original} -> {', '.join(forms)}]"

@@ -111,7 +111,13 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
         sections.append(("", _broken(look, say) if look.view is None else _sample(look.view, planner, say)))
     title = named(say("title", source=", ".join(Path(given).name or given for given in options.paths)))
     head = STRIPES + _head(options, shown, bad, say)
-    return write_page(path, title, [("", head), *sections], language="zh-CN" if options.language == "zh" else "en", style=STYLE)
+    return write_page(
+        path,
+        title,
+        [("", head), *sections],
+        language="zh-CN" if options.language == "zh" else "en",
+        style=STYLE,
+    )
 
 
 def _head(options: PreviewOptions, shown: int, bad: int, say: Say) -> str:
@@ -120,7 +126,11 @@ def _head(options: PreviewOptions, shown: int, bad: int, say: Say) -> str:
     lines = [say("about", shown=count, epoch=options.epoch, seed=options.seed)]
     if bad:
         lines.append(f"<strong>{say('bad_count', bad=bad)}</strong>")
-    note = say("words_note") if options.model_path is None else say("model_note", model=plain(options.model_path))
+    note = (
+        say("words_note")
+        if options.model_path is None
+        else say("model_note", model=plain(options.model_path))
+    )
     kinds = "".join(
         f'<dt>{say(name)}</dt><dd><span class="k-{name}"><span class="box"></span></span> {say(f"k_{name}")}</dd>'
         for name in KINDS.values()
@@ -174,7 +184,11 @@ def _sample(view: View, planner: Planner, say: Say) -> str:
 
 def _where(view: View, say: Say) -> str:
     record = view.record
-    parts = [(say("place"), record.origin), (say("format"), record.format), (say("task"), task(record.sample))]
+    parts = [
+        (say("place"), record.origin),
+        (say("format"), record.format),
+        (say("task"), task(record.sample)),
+    ]
     if record.metadata:
         parts.append((say("metadata"), json.dumps(record.metadata, ensure_ascii=False, default=str)[:2000]))
     return f'<p class="where">{"".join(f"<span>{name}: <code>{plain(value)}</code></span>" for name, value in parts)}</p>'
@@ -199,7 +213,12 @@ def _facts(view: View, say: Say) -> str:
 def _dropout(view: View, say: Say) -> str:
     parts = []
     rows = [
-        (block_name(s, say), s.option, f"{s.chance:.0%}", say("dropped") if s.block.dropped else say("d_kept"))
+        (
+            block_name(s, say),
+            s.option,
+            f"{s.chance:.0%}",
+            say("dropped") if s.block.dropped else say("d_kept"),
+        )
         for s in view.blocks
         if s.option
     ]
@@ -278,12 +297,25 @@ def _picture_facts(shown: Shown, ink: Ink, planner: Planner, say: Say) -> str:
     (w0, h0), (w, h) = picture.original, picture.size
     rows = [
         (say("file"), plain(picture.name or say("in_bytes"))),
-        (say("size"), f"{w0:,} × {h0:,} → {say('pixels', w=f'{w:,}', h=f'{h:,}')}{say('comma')}{_resize(shown, say)}"),
+        (
+            say("size"),
+            f"{w0:,} × {h0:,} → {say('pixels', w=f'{w:,}', h=f'{h:,}')}{say('comma')}{_resize(shown, say)}",
+        ),
         (say("tokens"), say("grid", rows=grid[0], columns=grid[1], n=f"{shown.block.length:,}", side=side)),
     ]
     note = ""
     if picture.time is not None:
-        rows.append(("t", say("time", t=f"{picture.time:.3f}", picture=f"{1 - picture.time:.0%}", noise=f"{picture.time:.0%}")))
+        rows.append(
+            (
+                "t",
+                say(
+                    "time",
+                    t=f"{picture.time:.3f}",
+                    picture=f"{1 - picture.time:.0%}",
+                    noise=f"{picture.time:.0%}",
+                ),
+            )
+        )
         note = f'<p class="note">{say("illustration")}</p>'
     if shown.transition is not None:
         rows.append((say("opens"), ink.transition(shown)))

@@ -28,18 +28,23 @@ class PreviewOptions:
         shuffled: Draw the records from all of the data instead of taking the first ones.
         output: The HTML page to write; none writes no page.
         language: Language of the page: en or zh.
-        model_path: Folder of a checkpoint, of which no weights are read; default: sizes of BAGEL-7B-MoT, and texts cut into words.
+        model_path: Folder of a checkpoint, of which no weights are read; default: sizes of BAGEL-7B-MoT, and
+            texts cut into words.
         seed: Seed of the visit: of dropout, times, and of what shuffled draws.
         epoch: Epoch of the visit.
         data_root: Folder that every picture must lie in, links resolved. Default: no limit.
-        max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the model's limit.
-        max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x 1024).
+        max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the
+            model's limit.
+        max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
+            1024).
         train_transitions: Train the tokens that decide what comes next.
-        single_image_stop_prob: Share of the draws in which an answer of one single image also learns to stop after it.
+        single_image_stop_prob: Share of the draws in which an answer of one single image also learns to stop
+            after it.
         text_cond_dropout_prob: Chance that a context text is left out of a sample that draws.
         vit_cond_dropout_prob: The same for the ViT tokens of a context image.
         vae_cond_dropout_prob: The same for the clean VAE tokens of a context image.
-        timestep_shift: Shift of the flow-matching time law; default: the checkpoint's own, 1.0 where it says nothing.
+        timestep_shift: Shift of the flow-matching time law; default: the checkpoint's own, 1.0 where it says
+            nothing.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -72,7 +77,8 @@ class PreviewError(UserError):
 
 
 class Found(NamedTuple):
-    """A record that is to be shown, not yet parsed. A file of which no more can be read stands as its ``problem``."""
+    """A record that is to be shown, not yet parsed. A file of which no more can be read stands as its
+    ``problem``."""
 
     number: int  # over all files, from 0, bad ones counted
     file: Path
@@ -96,18 +102,37 @@ def check(options: PreviewOptions) -> None:
     checks = [
         (bool(options.paths), "no data is named. Cure: unigen preview data.jsonl"),
         (options.samples >= 1, f"samples is {options.samples}; it must be at least 1"),
-        (all(number >= 0 for number in options.records), f"records is {options.records}; numbers count from 0"),
+        (
+            all(number >= 0 for number in options.records),
+            f"records is {options.records}; numbers count from 0",
+        ),
         (not (options.records and options.shuffled), "records and shuffled exclude each other; keep one"),
         (options.epoch >= 0, f"epoch is {options.epoch}; epochs count from 0"),
-        (options.max_image_tokens >= 1, f"max_image_tokens is {options.max_image_tokens}; it must be at least 1"),
+        (
+            options.max_image_tokens >= 1,
+            f"max_image_tokens is {options.max_image_tokens}; it must be at least 1",
+        ),
         (
             options.max_sequence_length is None or options.max_sequence_length >= 1,
             f"max_sequence_length is {options.max_sequence_length}; it must be at least 1",
         ),
-        (options.timestep_shift is None or options.timestep_shift > 0, f"timestep_shift is {options.timestep_shift}; it must be above 0"),
+        (
+            options.timestep_shift is None or options.timestep_shift > 0,
+            f"timestep_shift is {options.timestep_shift}; it must be above 0",
+        ),
     ]
-    for name in ("single_image_stop_prob", "text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"):
-        checks.append((0 <= getattr(options, name) <= 1, f"{name} is {getattr(options, name)}; a probability lies in [0, 1]"))
+    for name in (
+        "single_image_stop_prob",
+        "text_cond_dropout_prob",
+        "vit_cond_dropout_prob",
+        "vae_cond_dropout_prob",
+    ):
+        checks.append(
+            (
+                0 <= getattr(options, name) <= 1,
+                f"{name} is {getattr(options, name)}; a probability lies in [0, 1]",
+            )
+        )
     for good, problem in checks:
         if not good:
             raise PreviewError(problem)
@@ -135,13 +160,17 @@ def pick(options: PreviewOptions) -> list[Found]:
         BadData: the paths hold no data.
     """
     if options.shuffled:
-        found = _reservoir(_walk(options.paths), options.samples, random.Random(f"{options.seed}/{options.epoch}/preview"))
+        found = _reservoir(
+            _walk(options.paths), options.samples, random.Random(f"{options.seed}/{options.epoch}/preview")
+        )
     elif options.records:
         found = _numbered(_walk(options.paths), set(options.records))
     else:
         found = [entry for _, entry in zip(range(options.samples), _walk(options.paths))]
     if not found:
-        raise PreviewError(f"there is no record in {', '.join(options.paths)}. Cure: give files with at least one record")
+        raise PreviewError(
+            f"there is no record in {', '.join(options.paths)}. Cure: give files with at least one record"
+        )
     return found
 
 
@@ -171,12 +200,15 @@ def _numbered(every: Iterator[Found], wanted: set[int]) -> list[Found]:
             break
     missing = sorted(wanted - {entry.number for entry in found if entry.problem is None})
     if missing and not any(entry.problem for entry in found):
-        raise PreviewError(f"there is no record {missing[0]}: the data has {count:,}, numbered from 0. Cure: other --records")
+        raise PreviewError(
+            f"there is no record {missing[0]}: the data has {count:,}, numbered from 0. Cure: other --records"
+        )
     return found
 
 
 def _reservoir(every: Iterator[Found], n: int, choose: random.Random) -> list[Found]:
-    """``n`` records of all, each with the same chance, in one pass and without keeping the others (Vitter 1985, algorithm R)."""
+    """``n`` records of all, each with the same chance, in one pass and without keeping the others (Vitter
+    1985, algorithm R)."""
     kept: list[Found] = []
     problems: list[Found] = []
     for entry in every:
@@ -203,14 +235,18 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
     origin = Origin(found.file, found.span.line or None, found.span.index)
     problem: UserError
     try:
-        record, _, sizes = examine(found.raw, found.span, found.file, Pictures(), planner.measure, options.data_root)
+        record, _, sizes = examine(
+            found.raw, found.span, found.file, Pictures(), planner.measure, options.data_root
+        )
         draw = Draw(options.seed, options.epoch, found.number)
         return Look(found.number, origin, look(record, found.number, planner, draw, shift, sizes), None)
     except BadRecord as error:
         problem = error
     except PictureError as error:  # of one that only decoding finds broken
         cause = f"{error.name}: {error.problem}"
-        problem = BadRecord(error.code, "(record)", cause, "a picture that can be decoded", error.cure, origin)
+        problem = BadRecord(
+            error.code, "(record)", cause, "a picture that can be decoded", error.cure, origin
+        )
     return Look(found.number, origin, None, problem, found.raw)
 
 

@@ -1,7 +1,9 @@
-"""One sample as the model sees it: what ``unigen preview`` shows, read off the packed row that training would use.
+"""One sample as the model sees it: what ``unigen preview`` shows, read off the packed row that training would
+use.
 
-Nothing here states a rule again. Blocks come from the planner, numbers from the pack, the mask from ``allowed``, times from
-``flow``; what dropout may take away is found by asking the planner with one chance set to 1.
+Nothing here states a rule again. Blocks come from the planner, numbers from the pack, the mask from
+``allowed``, times from ``flow``; what dropout may take away is found by asking the planner with one chance
+set to 1.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Picture:
 
 @dataclass
 class Shown:
-    """A block of the sequence with what the pack says of it. A dropped one has no tokens: ``start == stop``."""
+    """A block of the sequence with what the pack says of it. A dropped one has no tokens: ``start ==
+    stop``."""
 
     number: int  # from 1, dropped ones counted
     block: Block
@@ -100,7 +103,9 @@ class View:
     pack: Pack
     blocks: list[Shown]
     max_length: int
-    copies: float | None  # share of the visits in which the answer, one single image, gets clean copies; None where it has no choice
+    # share of the visits in which the answer, one single image, gets clean copies; None where it has no
+    # choice
+    copies: float | None
     copied: bool  # in this visit
 
     @property
@@ -108,7 +113,14 @@ class View:
         return [shown for shown in self.blocks if not shown.block.dropped]
 
 
-def look(record: Record, number: int, planner: Planner, draw: Draw, shift: float = 1.0, sizes: Sequence[int] | None = None) -> View:
+def look(
+    record: Record,
+    number: int,
+    planner: Planner,
+    draw: Draw,
+    shift: float = 1.0,
+    sizes: Sequence[int] | None = None,
+) -> View:
     """The record in the visit ``draw``, as training packs it.
 
     Args:
@@ -128,7 +140,10 @@ def look(record: Record, number: int, planner: Planner, draw: Draw, shift: float
     _add_dropout(shown, record, sizes, planner, draw)
     _add_texts(shown, record, sizes, planner, draw)
     _add_pictures(shown, record, planner, pack, shift)
-    lengths = [len(planner_with(planner, single_image_stop_prob=p).outline(record.sample, sizes, draw)) for p in (0.0, 1.0)]
+    lengths = [
+        len(planner_with(planner, single_image_stop_prob=p).outline(record.sample, sizes, draw))
+        for p in (0.0, 1.0)
+    ]
     choice = lengths[0] != lengths[1]
     share = planner.options.single_image_stop_prob if choice else None
     return View(record, number, pack, shown, planner.max_length, share, choice and len(blocks) == lengths[1])
@@ -150,19 +165,23 @@ def columns(pack: Pack) -> dict[str, list[int]]:
 
 
 def mask(pack: Pack, rows: Tensor | None = None) -> Tensor:
-    """[n, n] bool: may the token at place ``rows[i]`` of the sequence see that at ``rows[j]``? Default: all tokens."""
+    """[n, n] bool: may the token at place ``rows[i]`` of the sequence see that at ``rows[j]``? Default: all
+    tokens."""
     order = pack.index.argsort()
     tokens = Tokens.of(pack).at(order if rows is None else order[rows])
     return allowed(tokens.unsqueeze(1), tokens.unsqueeze(0))
 
 
 def block_mask(view: View, most: int | None = None) -> list[list[int]]:
-    """What each block that was kept, of the first ``most``, sees of each other one: ``NONE``, ``FULL``, ``CAUSAL`` (each token what
-    stands before it) or ``MIXED``.
+    """What each block that was kept, of the first ``most``, sees of each other one: ``NONE``, ``FULL``,
+    ``CAUSAL`` (each token what stands before it) or ``MIXED``.
 
-    Tokens of a block differ for the rule in their place alone, so up to five of each, the two ends among them, speak for all.
+    Tokens of a block differ for the rule in their place alone, so up to five of each, the two ends among
+    them, speak for all.
     """
-    picks = [torch.linspace(s.start, s.stop - 1, min(5, s.stop - s.start)).round().long() for s in view.kept[:most]]
+    picks = [
+        torch.linspace(s.start, s.stop - 1, min(5, s.stop - s.start)).round().long() for s in view.kept[:most]
+    ]
     if not picks:
         return []
     seen = mask(view.pack, torch.cat(picks))
@@ -175,7 +194,11 @@ def _verdict(cell: Tensor) -> int:
         return NONE
     if bool(cell.all()):
         return FULL
-    return CAUSAL if cell.shape[0] == cell.shape[1] and torch.equal(cell, torch.ones_like(cell).tril()) else MIXED
+    return (
+        CAUSAL
+        if cell.shape[0] == cell.shape[1] and torch.equal(cell, torch.ones_like(cell).tril())
+        else MIXED
+    )
 
 
 # ---- the parts of a view
@@ -195,13 +218,17 @@ def _places(record: Record, blocks: Sequence[Block], pack: Pack) -> list[Shown]:
             places = table["position"][start:stop]
             entry = Shown(number, block, target, start, stop, (min(places), max(places)))
             picked = range(start, stop) if block.kind == Kind.TEXT else (start, stop - 1)
-            entry.tokens = [_token(table, i, i > start and table["label"][i - 1] == table["ids"][i]) for i in picked]
+            entry.tokens = [
+                _token(table, i, i > start and table["label"][i - 1] == table["ids"][i]) for i in picked
+            ]
             shown.append(entry)
         position, start = next_position(position, block), stop
     assert start == len(pack)
     for entry in shown:
         if not entry.block.dropped:
-            entry.twins = [other.number for other in shown if other is not entry and _share_position(entry, other)]
+            entry.twins = [
+                other.number for other in shown if other is not entry and _share_position(entry, other)
+            ]
     return shown
 
 
@@ -213,7 +240,9 @@ def _token(table: dict[str, list[int]], i: int, learnt: bool) -> Token:
     return Token(table["index"][i], table["position"][i], table["ids"][i], table["label"][i], learnt)
 
 
-def _add_dropout(shown: Sequence[Shown], record: Record, sizes: Sequence[int], planner: Planner, draw: Draw) -> None:
+def _add_dropout(
+    shown: Sequence[Shown], record: Record, sizes: Sequence[int], planner: Planner, draw: Draw
+) -> None:
     for option in DROPOUT:
         certain = planner_with(planner, **{name: float(name == option) for name in DROPOUT})
         for entry, block in zip(shown, certain.outline(record.sample, sizes, draw), strict=True):
@@ -221,7 +250,9 @@ def _add_dropout(shown: Sequence[Shown], record: Record, sizes: Sequence[int], p
                 entry.option, entry.chance = option, getattr(planner.options, option)
 
 
-def _add_texts(shown: Sequence[Shown], record: Record, sizes: Sequence[int], planner: Planner, draw: Draw) -> None:
+def _add_texts(
+    shown: Sequence[Shown], record: Record, sizes: Sequence[int], planner: Planner, draw: Draw
+) -> None:
     unlimited = planner_with(planner, max_length=1 << 40)
     whole = unlimited.outline(record.sample, sizes, draw)
     for entry, block in zip(shown, whole, strict=True):
@@ -267,8 +298,8 @@ def special_names(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def characters(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
-    """The text of ``ids`` in the smallest parts that can be read: (text, how many tokens). A byte-level token may be a third of a
-    character, which is no text."""
+    """The text of ``ids`` in the smallest parts that can be read: (text, how many tokens). A byte-level token
+    may be a third of a character, which is no text."""
     found, held = [], []
     for id in ids:
         held.append(id)

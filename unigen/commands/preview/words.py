@@ -1,4 +1,5 @@
-"""Every text of the preview's page, in English and in Chinese. Names of options, fields and tokens stay as they are in both."""
+"""Every text of the preview's page, in English and in Chinese. Names of options, fields and tokens stay as
+they are in both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""``unigen watch``: a run, or several, in the terminal or as a page, from the files of their folders alone."""
+"""``unigen watch``: a run, or several, in the terminal or as a page, from the files of their folders
+alone."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ def watch(options: WatchOptions) -> int:
     ill = [(run, state) for run in runs if (state := judge(run)).name in ("hung", "dead")]
     if options.html is not None:
         for run, state in ill:
-            print(f"{harmless(run.name)}: {words(state.name)}; {'; '.join(words(w.key, **w.values) for w in state.why)}", file=sys.stderr)
+            print(
+                f"{harmless(run.name)}: {words(state.name)};"
+                f" {'; '.join(words(w.key, **w.values) for w in state.why)}",
+                file=sys.stderr,
+            )
     return 1 if ill else 0
 
 
@@ -56,7 +61,9 @@ def _resolve(options: WatchOptions) -> tuple[int, int]:
     if not 0 <= options.smooth < 1:
         raise ConfigError(f"smooth is {options.smooth}; it is a weight in [0, 1), such as 0.9 (--smooth 0.9)")
     if not 0.1 <= options.interval <= 3600:
-        raise ConfigError(f"interval is {options.interval}; it is a number of seconds from 0.1 to 3600 (--interval 2)")
+        raise ConfigError(
+            f"interval is {options.interval}; it is a number of seconds from 0.1 to 3600 (--interval 2)"
+        )
     if options.html is not None and Path(options.html).is_dir():
         raise ConfigError(f"html is {options.html}, which is a folder; name a file (--html run.html)")
     if options.steps is None:
@@ -67,7 +74,10 @@ def _resolve(options: WatchOptions) -> tuple[int, int]:
     except ValueError:
         found = (1, 0)
     if not colon or not 0 <= found[0] <= found[1]:
-        raise ConfigError(f"steps is {options.steps!r}; it is FIRST:LAST, such as 1000:2000, 1000: or :500 (--steps 1000:2000)")
+        raise ConfigError(
+            f"steps is {options.steps!r}; it is FIRST:LAST, such as 1000:2000, 1000: or :500 (--steps"
+            " 1000:2000)"
+        )
     return found
 
 
@@ -81,7 +91,8 @@ def _write_page(options: WatchOptions, runs: Sequence[Run]) -> None:
         page = write(Path(options.html), runs, options)
     except OSError as error:
         raise ConfigError(
-            f"{options.html}: the page cannot be written ({error.strerror or error}); name another file (--html ...)"
+            f"{options.html}: the page cannot be written ({error.strerror or error}); name another file"
+            " (--html ...)"
         ) from error
     print(f"-> {page}")
 
@@ -116,7 +127,8 @@ def _live(options: WatchOptions, runs: Sequence[Run]) -> None:
     from unigen.commands.watch.terminal import frame, render
 
     out = sys.stdout
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does, with the screen put right
+    # leaves as Ctrl-C does, with the screen put right
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     out.write("\x1b[?1049h\x1b[?25l")
     try:
         while True:
@@ -125,7 +137,9 @@ def _live(options: WatchOptions, runs: Sequence[Run]) -> None:
                 run.update()
             view = _view(options, live=True)
             # Each line is written over the old one and its rest erased: a cleared screen would flicker.
-            text = "".join(f"{line}\x1b[K\r\n" for line in render(frame(runs, view), view.width, has_colour()))
+            text = "".join(
+                f"{line}\x1b[K\r\n" for line in render(frame(runs, view), view.width, has_colour())
+            )
             out.write(f"\x1b[H{showable(text).removesuffix(chr(13) + chr(10))}\x1b[J")
             out.flush()
             time.sleep(max(0.05, options.interval - (time.monotonic() - began)))

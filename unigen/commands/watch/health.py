@@ -1,4 +1,5 @@
-"""How a run is: running, hung, dead, stopped or finished, why one thinks so, how fast it is, and what an engineer would worry about."""
+"""How a run is: running, hung, dead, stopped or finished, why one thinks so, how fast it is, and what an
+engineer would worry about."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 from unigen.runs.metrics import numbers
 from unigen.runs.reader import Checkpoint, Rank, Run, is_gone
 
-STALE_S = 60.0  # without a heartbeat (they come every few seconds; a network folder may show them a minute late)
+# without a heartbeat (they come every few seconds; a network folder may show them a minute late)
+STALE_S = 60.0
 LONG_PHASE_S = 120.0  # without progress before it is worth a word, and at least this many times a step
 LONG_PHASE_STEPS = 20
 ENDED = ("ended", "finished", "stopped", "failed")  # phases of a process that said goodbye
@@ -67,7 +69,11 @@ def judge(run: Run) -> State:
         why = Told("said_goodbye", {"phase": run.ranks[0].phase, "ago": run.ranks[0].age})
         reason = str(run.ranks[0].facts.get("why", ""))
         more = [Told("reason", {"why": reason})] if reason else []
-        return State("finished", [Told("all_steps", {"n": run.step})]) if complete else State("stopped", [why, *more])
+        return (
+            State("finished", [Told("all_steps", {"n": run.step})])
+            if complete
+            else State("stopped", [why, *more])
+        )
     gone = [rank for rank in fresh if not run.locked and is_gone(rank)]
     if run.locked or len(fresh) > len(gone):
         return _living(run, fresh)
@@ -85,21 +91,41 @@ def judge(run: Run) -> State:
 
 
 def _gone(run: Run, rank: Rank) -> Told:
-    return Told("process_gone", {"rank": rank.rank, "pid": rank.pid, "step": rank.step, "phase": rank.phase, "ago": rank.age})
+    return Told(
+        "process_gone",
+        {"rank": rank.rank, "pid": rank.pid, "step": rank.step, "phase": rank.phase, "ago": rank.age},
+    )
 
 
 def _living(run: Run, fresh: list[Rank]) -> State:
     stale = [rank for rank in run.ranks if rank.age > STALE_S]
     if stale:
-        silent = [Told("silent", {"rank": r.rank, "host": r.host, "step": r.step, "phase": r.phase, "ago": r.age}) for r in stale[:3]]
+        silent = [
+            Told("silent", {"rank": r.rank, "host": r.host, "step": r.step, "phase": r.phase, "ago": r.age})
+            for r in stale[:3]
+        ]
         return State("hung", [*silent, *([Told("lock_held", {})] if run.locked else [])])
     limit = run.option("hang_timeout", HANG_TIMEOUT_S) or math.inf
     stuck = [rank for rank in fresh if rank.quiet > limit]
     if stuck:
-        return State("hung", [Told("stuck", {"rank": r.rank, "step": r.step, "phase": r.phase, "for_": r.quiet}) for r in stuck[:3]])
+        return State(
+            "hung",
+            [
+                Told("stuck", {"rank": r.rank, "step": r.step, "phase": r.phase, "for_": r.quiet})
+                for r in stuck[:3]
+            ],
+        )
     if fresh:
         first = fresh[0]
-        return State("running", [Told("heartbeat", {"ago": max(rank.age for rank in fresh), "phase": first.phase, "n": len(fresh)})])
+        return State(
+            "running",
+            [
+                Told(
+                    "heartbeat",
+                    {"ago": max(rank.age for rank in fresh), "phase": first.phase, "n": len(fresh)},
+                )
+            ],
+        )
     return State("running", [Told("lock_held", {})])
 
 
@@ -107,7 +133,8 @@ def _living(run: Run, fresh: list[Rank]) -> State:
 
 
 def speed(run: Run) -> Speed:
-    """Over the last steps. ``eta`` counts what lies between steps too (validation, saving) where the log has times."""
+    """Over the last steps. ``eta`` counts what lies between steps too (validation, saving) where the log has
+    times."""
     rows = list(run.metrics.log.recent)[-100:]
     seconds = _seconds_per_step(run, rows)
     tokens, waits = numbers(rows, "tokens_per_second"), numbers(rows, "data_wait")
@@ -168,7 +195,13 @@ def _numbers(run: Run) -> list[Worry]:
     rows = list(log.recent)
     if log.n_not_finite:
         lately = any(row.get("nonfinite") for row in rows[-100:])
-        found.append(Worry("bad" if lately else "warn", "not_finite", {"n": log.n_not_finite, "step": log.not_finite_step}))
+        found.append(
+            Worry(
+                "bad" if lately else "warn",
+                "not_finite",
+                {"n": log.n_not_finite, "step": log.not_finite_step},
+            )
+        )
     skipped = sum(bool(row.get("skipped")) for row in rows[-100:])
     if skipped:
         found.append(Worry("warn", "skipped", {"n": skipped, "of": len(rows[-100:]), "total": log.n_skipped}))
@@ -184,14 +217,22 @@ def _numbers(run: Run) -> list[Worry]:
 
 
 def _validation(run: Run) -> list[Worry]:
-    losses = [(row["step"], value) for row in run.metrics.log.validations for value in numbers([row], "val_loss")]
+    losses = [
+        (row["step"], value) for row in run.metrics.log.validations for value in numbers([row], "val_loss")
+    ]
     if not losses:
         return []
     best = min(range(len(losses)), key=lambda i: losses[i][1])
     since = len(losses) - 1 - best
     if since < WORSE:
         return []
-    return [Worry("warn", "no_better", {"n": since, "best": losses[best][1], "step": losses[best][0], "now": losses[-1][1]})]
+    return [
+        Worry(
+            "warn",
+            "no_better",
+            {"n": since, "best": losses[best][1], "step": losses[best][0], "now": losses[-1][1]},
+        )
+    ]
 
 
 def _saving(run: Run) -> list[Worry]:
@@ -213,7 +254,13 @@ def _processes(run: Run) -> list[Worry]:
     slow = [rank for rank in run.ranks if rank.quiet > limit and rank.phase not in ENDED]
     if slow:
         worst = max(slow, key=lambda rank: rank.quiet)
-        found.append(Worry("warn", "long_phase", {"rank": worst.rank, "phase": worst.phase, "for_": worst.quiet, "step": worst.step}))
+        found.append(
+            Worry(
+                "warn",
+                "long_phase",
+                {"rank": worst.rank, "phase": worst.phase, "for_": worst.quiet, "step": worst.step},
+            )
+        )
     steps = [rank.step for rank in run.ranks]
     if steps and max(steps) - min(steps) > 1:
         last = min(run.ranks, key=lambda rank: rank.step)
@@ -229,4 +276,8 @@ def _space(run: Run) -> list[Worry]:
     if run.disk_free is None:
         return []
     need = ROOM * (last.size if last else 0) + 1e9 * run.option("min_free_gb", 1.0)
-    return [Worry("bad", "disk_full", {"free": run.disk_free, "need": int(need)})] if run.disk_free < need else []
+    return (
+        [Worry("bad", "disk_full", {"free": run.disk_free, "need": int(need)})]
+        if run.disk_free < need
+        else []
+    )

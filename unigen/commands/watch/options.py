@@ -16,7 +16,8 @@ class WatchOptions:
         interval: Seconds between two looks at the folder.
         once: Print what there is now, and end; so it is, too, where the output is no terminal.
         steps: The part of the curves to show, as FIRST:LAST; either may be missing.
-        smooth: Weight in [0, 1) of what was before in the drawn training curves, an exponential moving average.
+        smooth: Weight in [0, 1) of what was before in the drawn training curves, an exponential moving
+            average.
         language: Language: en or zh.
     """
 

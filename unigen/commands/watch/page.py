@@ -1,4 +1,5 @@
-"""The page of ``unigen watch``: one HTML file with curves, samples and everything else that the run's folder tells."""
+"""The page of ``unigen watch``: one HTML file with curves, samples and everything else that the run's folder
+tells."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ MARKS = {
 
 
 def write(path: Path, runs: Sequence[Run], options: WatchOptions) -> Path:
-    """Writes the page of one run, or of several that are compared. ``path``'s folder is made where it is missing."""
+    """Writes the page of one run, or of several that are compared. ``path``'s folder is made where it is
+    missing."""
     words = Words(options.language, WORDS)
     parts = _one(runs[0], options, words) if len(runs) == 1 else _many(runs, options, words)
     title = words("title", name=runs[0].name) if len(runs) == 1 else words("title_many", n=len(runs))
@@ -99,23 +101,33 @@ def _mark(state: State) -> str:
 def _head(run: Run, state: State, words: Words) -> str:
     total = run.total_steps
     place = words("of_steps", step=run.step, total=total) if total else words("step_alone", step=run.step)
-    lines = [f'<p class="verdict">{_mark(state)}<span>{escape(words(state.name))}</span><span class="soft">{escape(place)}</span></p>']
+    lines = [
+        f'<p class="verdict">{_mark(state)}<span>{escape(words(state.name))}</span><span class="soft">{escape(place)}</span></p>'
+    ]
     if total:
         share = min(1.0, run.step / total)
         style = MARKS[state.name][1]
-        lines.append(f'<div class="progress" title="{share:.1%}"><i class="{style}" style="width:{share:.2%}"></i></div>')
+        lines.append(
+            f'<div class="progress" title="{share:.1%}"><i class="{style}" style="width:{share:.2%}"></i></div>'
+        )
     why = "; ".join(words(told.key, **told.values) for told in state.why)
     when = time.strftime("%Y-%m-%d %H:%M:%S")
-    lines.append(f'<p class="soft">{escape(why)}<br>{escape(words("seen", when=when, folder=str(run.folder.resolve())))}</p>')
+    lines.append(
+        f'<p class="soft">{escape(why)}<br>{escape(words("seen", when=when, folder=str(run.folder.resolve())))}</p>'
+    )
     if run.earlier:
         lines.append(f'<p class="soft">{escape(words("earlier", names=", ".join(run.earlier)))}</p>')
     told = [(w.level, words(w.key, **w.values)) for w in worries(run, state)]
-    items = "".join(f'<li><span class="mark {level}">!</span><span>{escape(text)}</span></li>' for level, text in told)
+    items = "".join(
+        f'<li><span class="mark {level}">!</span><span>{escape(text)}</span></li>' for level, text in told
+    )
     tiles = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(words(key))}</span>{f"<small>{escape(note)}</small>" if note else ""}</div>'
         for key, value, note in _tiles(run, state, words)
     )
-    return f'{"".join(lines)}<div class="tiles">{tiles}</div>' + (f'<ul class="worries">{items}</ul>' if items else "")
+    return f'{"".join(lines)}<div class="tiles">{tiles}</div>' + (
+        f'<ul class="worries">{items}</ul>' if items else ""
+    )
 
 
 def _tiles(run: Run, state: State, words: Words) -> list[tuple[str, str, str]]:
@@ -130,10 +142,20 @@ def _tiles(run: Run, state: State, words: Words) -> list[tuple[str, str, str]]:
         points = log.points(name)
         if points:
             best = min(points, key=lambda p: p.low)
-            note = f"{words('best')} {figure(best.low)}, {words('step_alone', step=round(best.step))}" if name == "val_loss" else ""
+            note = (
+                f"{words('best')} {figure(best.low)}, {words('step_alone', step=round(best.step))}"
+                if name == "val_loss"
+                else ""
+            )
             tiles.append(("validation" if name == "val_loss" else "loss", figure(log.latest.get(name)), note))
     tiles.append(("tokens_per_second", figure(pace.tokens_per_second), ""))
-    tiles.append(("steps_per_minute", figure(None if pace.seconds_per_step is None else 60 / pace.seconds_per_step), ""))
+    tiles.append(
+        (
+            "steps_per_minute",
+            figure(None if pace.seconds_per_step is None else 60 / pace.seconds_per_step),
+            "",
+        )
+    )
     tiles.append(("data_wait_share", "–" if pace.data_wait is None else f"{pace.data_wait:.1%}", ""))
     if (last := run.last_checkpoint) is not None:
         tiles.append(("last_checkpoint", words("ago", t=words.duration(time.time() - last.time)), last.name))
@@ -172,23 +194,36 @@ class Pictures:
         if len(data) > self.left:
             return self._missing(path, "too_large")
         self.left -= len(data)
-        small = " class=small" if kind == "png" and max(struct.unpack(">II", data[16:24].ljust(8, b"\0"))) <= HARD_PIXELS else ""
+        small = (
+            " class=small"
+            if kind == "png" and max(struct.unpack(">II", data[16:24].ljust(8, b"\0"))) <= HARD_PIXELS
+            else ""
+        )
         return f'<img{small} alt="{escape(caption)}" src="data:image/{kind};base64,{base64.b64encode(data).decode("ascii")}">'
 
     def _missing(self, path: Path, why: str) -> str:
-        return f'<p class="soft">{escape(path.name)}: {escape(self.words("not_shown", why=self.words(why)))}</p>'
+        return (
+            f'<p class="soft">{escape(path.name)}: {escape(self.words("not_shown", why=self.words(why)))}</p>'
+        )
 
 
 def _kind(data: bytes) -> str | None:
     """What a browser calls the picture; None for one that it might not show."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
-    return "jpeg" if data.startswith(b"\xff\xd8\xff") else "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+    return (
+        "jpeg"
+        if data.startswith(b"\xff\xd8\xff")
+        else "webp"
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+        else None
+    )
 
 
 def _scaled(data: bytes) -> bytes:
     """A JPEG of at most ``PICTURE_SIDE``. Raises ValueError where the bytes are no picture."""
-    from unigen.sequence.images import PictureError, open_image  # late: it brings PyTorch, which nothing else here needs
+    # late: it brings PyTorch, which nothing else here needs
+    from unigen.sequence.images import PictureError, open_image
 
     try:
         image = open_image(data)
@@ -228,7 +263,10 @@ def _prompt(answer: Answer, figures: Sequence[str], count: int, pictures: Pictur
 
 
 def _answer(caption: str, answer: Answer, pictures: Pictures) -> str:
-    parts = [f"<p>{escape(_cut(p['text']))}</p>" if "text" in p else pictures.show(p["image"], answer.prompt[:200]) for p in answer.pieces]
+    parts = [
+        f"<p>{escape(_cut(p['text']))}</p>" if "text" in p else pictures.show(p["image"], answer.prompt[:200])
+        for p in answer.pieces
+    ]
     if answer.error:
         parts.append(f'<p class="soft">{escape(_cut(answer.error))}</p>')
     return f"<figure><figcaption>{escape(caption)}</figcaption>{''.join(parts)}</figure>"
@@ -249,7 +287,13 @@ def _more(n: int, words: Words) -> str:
 
 def _checkpoints(run: Run, words: Words) -> str:
     rows = [
-        [c.name, f"{c.step:,}", words("ago", t=words.duration(time.time() - c.time)), size(c.size), f"{c.world}"]
+        [
+            c.name,
+            f"{c.step:,}",
+            words("ago", t=words.duration(time.time() - c.time)),
+            size(c.size),
+            f"{c.world}",
+        ]
         for c in reversed(run.checkpoints[-12:])
     ]
     rows = [[name, "", words("being_written"), "", ""] for name in run.writing] + rows
@@ -270,14 +314,24 @@ def _bad(run: Run, words: Words) -> str:
     parts = []
     if run.bad_steps.count:
         rows = [
-            [_short(e.get("step", "")), _short(e.get("why", "")), _short(_records(e.get("records")))] for e in reversed(run.bad_steps.last)
+            [_short(e.get("step", "")), _short(e.get("why", "")), _short(_records(e.get("records")))]
+            for e in reversed(run.bad_steps.last)
         ]
         parts.append(f"<h3>{escape(words('bad_steps'))}: {run.bad_steps.count:,}</h3>")
-        parts.append(table(rows, [words(key) for key in ("step", "why", "records")]) + _more(run.bad_steps.count - len(rows), words))
+        parts.append(
+            table(rows, [words(key) for key in ("step", "why", "records")])
+            + _more(run.bad_steps.count - len(rows), words)
+        )
     if run.bad_records.count:
-        rows = [[_short(f"{e.get('file')}:{e.get('line')}"), _short(e.get("code")), _short(e.get("found"))] for e in run.bad_records.last]
+        rows = [
+            [_short(f"{e.get('file')}:{e.get('line')}"), _short(e.get("code")), _short(e.get("found"))]
+            for e in run.bad_records.last
+        ]
         parts.append(f"<h3>{escape(words('bad_records'))}: {run.bad_records.count:,}</h3>")
-        parts.append(table(rows, [words(key) for key in ("file", "code", "found")]) + _more(run.bad_records.count - len(rows), words))
+        parts.append(
+            table(rows, [words(key) for key in ("file", "code", "found")])
+            + _more(run.bad_records.count - len(rows), words)
+        )
     return "".join(parts)
 
 
@@ -305,7 +359,9 @@ def _options(run: Run, words: Words) -> str:
     ]
     if not rows:
         return ""
-    body = f'<p class="soft">{escape(words("options_note"))}</p>{table(rows, [words("option"), words("value")])}'
+    body = (
+        f'<p class="soft">{escape(words("options_note"))}</p>{table(rows, [words("option"), words("value")])}'
+    )
     return f"<details><summary>{escape(words('options'))}</summary>{body}</details>"
 
 
@@ -319,11 +375,27 @@ def _many(runs: Sequence[Run], options: WatchOptions, words: Words) -> list[tupl
         steps = f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else "")
         best = min((p.low for p in run.metrics.log.points("val_loss")), default=None)
         left = words.duration(pace.eta) if pace.eta is not None and state.name == "running" else "–"
-        figures = [figure(latest.get("loss")), figure(latest.get("val_loss")), figure(best), figure(pace.tokens_per_second)]
-        rows.append([harmless(run.name), f"{MARKS[state.name][0]} {words(state.name)}", steps, *figures, left])
-        told += [(w.level, f"{harmless(run.name)}: {words(w.key, **w.values)}") for w in worries(run, state) if w.level == "bad"]
-    header = [words(key) for key in ("run", "state", "step", "loss", "validation", "best", "tokens_per_second", "eta")]
-    items = "".join(f'<li><span class="mark {level}">!</span><span>{escape(text)}</span></li>' for level, text in told)
+        figures = [
+            figure(latest.get("loss")),
+            figure(latest.get("val_loss")),
+            figure(best),
+            figure(pace.tokens_per_second),
+        ]
+        rows.append(
+            [harmless(run.name), f"{MARKS[state.name][0]} {words(state.name)}", steps, *figures, left]
+        )
+        told += [
+            (w.level, f"{harmless(run.name)}: {words(w.key, **w.values)}")
+            for w in worries(run, state)
+            if w.level == "bad"
+        ]
+    header = [
+        words(key)
+        for key in ("run", "state", "step", "loss", "validation", "best", "tokens_per_second", "eta")
+    ]
+    items = "".join(
+        f'<li><span class="mark {level}">!</span><span>{escape(text)}</span></li>' for level, text in told
+    )
     head = table(rows, header) + (f'<ul class="worries">{items}</ul>' if items else "")
     parts = [("", head), (words("curves"), _charts(runs, options, words))]
     if samples := _compared_samples(runs, words):
@@ -333,11 +405,17 @@ def _many(runs: Sequence[Run], options: WatchOptions, words: Words) -> list[tupl
 
 def _compared_samples(runs: Sequence[Run], words: Words) -> str:
     pictures = Pictures(words)
-    newest = [(run, {(a.prompt, a.seed): a for a in run.answers(run.sampled[-1])} if run.sampled else {}) for run in runs]
+    newest = [
+        (run, {(a.prompt, a.seed): a for a in run.answers(run.sampled[-1])} if run.sampled else {})
+        for run in runs
+    ]
     keys = list(dict.fromkeys(key for _, found in newest for key in found))
     body = [f'<p class="soft">{escape(words("samples_of_runs"))}</p>'] if keys else []
     for key in keys[:SHOWN_PROMPTS]:
         there = [(run, found[key]) for run, found in newest if key in found]
-        figures = [_answer(f"{harmless(run.name)}, {words('step_alone', step=a.step)}", a, pictures) for run, a in there]
+        figures = [
+            _answer(f"{harmless(run.name)}, {words('step_alone', step=a.step)}", a, pictures)
+            for run, a in there
+        ]
         body.append(_prompt(there[0][1], figures, len(there), pictures))
     return "".join([*body, _more(len(keys) - SHOWN_PROMPTS, words)])

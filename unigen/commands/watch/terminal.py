@@ -15,7 +15,14 @@ from unigen.show.plot import plot, sparkline
 from unigen.show.terminal import columns, harmless
 
 MARKS = {"running": "●", "hung": "■", "dead": "✕", "stopped": "■", "finished": "✓", "new": "○"}
-STATE_STYLES = {"running": "good", "hung": "bad", "dead": "bad", "stopped": "warn", "finished": "good", "new": "soft"}
+STATE_STYLES = {
+    "running": "good",
+    "hung": "bad",
+    "dead": "bad",
+    "stopped": "warn",
+    "finished": "good",
+    "new": "soft",
+}
 LABEL = 9  # columns of the numbers beside a chart
 PLAIN_HEIGHT = 6  # lines of a chart where the height is free
 ANSI = {
@@ -34,7 +41,8 @@ Line = list[Span]
 
 
 class View(NamedTuple):
-    """How to show: ``height`` None for as many lines as there are; ``unicode`` says that the output has Braille and blocks."""
+    """How to show: ``height`` None for as many lines as there are; ``unicode`` says that the output has
+    Braille and blocks."""
 
     words: Words
     width: int
@@ -47,7 +55,9 @@ class View(NamedTuple):
 def frame(runs: Sequence[Run], view: View) -> list[Line]:
     """What stands on the terminal now: one run in full, several beside each other."""
     lines = _one(runs[0], view) if len(runs) == 1 else _many(runs, view)
-    footer = [Span(time.strftime("%H:%M:%S"), "soft")] + ([Span(f"  {view.words('quit')}", "soft")] if view.live else [])
+    footer = [Span(time.strftime("%H:%M:%S"), "soft")] + (
+        [Span(f"  {view.words('quit')}", "soft")] if view.live else []
+    )
     if view.height is not None:
         lines = lines[: view.height - 1]
     return [*lines, footer] if view.live else lines
@@ -83,7 +93,8 @@ def fit(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int, style: str = "", mark: str = "") -> list[Line]:
-    """The text in lines of at most ``width`` columns, broken at spaces and between Chinese characters; ``mark`` before the first."""
+    """The text in lines of at most ``width`` columns, broken at spaces and between Chinese characters;
+    ``mark`` before the first."""
     lines, line = [], ""
     room = max(8, width - columns(mark))
     for word in _words(text):
@@ -111,10 +122,19 @@ def _words(text: str) -> list[str]:
 def _one(run: Run, view: View) -> list[Line]:
     state = judge(run)
     head = [*_head(run, state, view), *_worries(run, state, view)]
-    below = [part for part in (_checkpoints(run, view), _ranks(run, view), _bad(run, view), _samples(run, view)) if part]
+    below = [
+        part
+        for part in (_checkpoints(run, view), _ranks(run, view), _bad(run, view), _samples(run, view))
+        if part
+    ]
     panels = panels_of([run])
     if not panels:
-        return [*head, [], [Span(view.words("no_metrics"), "soft")], *(line for part in below for line in [[], *part])]
+        return [
+            *head,
+            [],
+            [Span(view.words("no_metrics"), "soft")],
+            *(line for part in below for line in [[], *part]),
+        ]
     across = max(1, min(3, view.width // 56))
     if view.height is not None and len(panels) % across == 1 and panels[-1].name == "data_wait":
         panels = panels[:-1]  # the head says it too, and it would take a row of its own
@@ -123,7 +143,10 @@ def _one(run: Run, view: View) -> list[Line]:
         tall = PLAIN_HEIGHT
     else:
         # What stands below gives way before the curves get too low to read.
-        while below and (view.height - 1 - len(head) - sum(len(part) + 1 for part in below)) // len(rows) - 3 < 3:
+        while (
+            below
+            and (view.height - 1 - len(head) - sum(len(part) + 1 for part in below)) // len(rows) - 3 < 3
+        ):
             below.pop()
         tall = (view.height - 1 - len(head) - sum(len(part) + 1 for part in below)) // len(rows) - 3
     if tall >= 2 or view.height is None:
@@ -138,7 +161,10 @@ def _one(run: Run, view: View) -> list[Line]:
 def _head(run: Run, state: State, view: View) -> list[Line]:
     words, pace, total = view.words, speed(run), run.total_steps
     mark = MARKS[state.name] if view.unicode else "*"
-    first = [Span(f"{harmless(run.name)}  ", "bold"), Span(f"{mark} {words(state.name)}", STATE_STYLES[state.name])]
+    first = [
+        Span(f"{harmless(run.name)}  ", "bold"),
+        Span(f"{mark} {words(state.name)}", STATE_STYLES[state.name]),
+    ]
     place = words("of_steps", step=run.step, total=total) if total else words("step_alone", step=run.step)
     first.append(Span(f"   {place}"))
     if total:
@@ -149,14 +175,20 @@ def _head(run: Run, state: State, view: View) -> list[Line]:
         full, rest = "━─" if view.unicode else "=-"
         lines.append([Span(full * done, STATE_STYLES[state.name]), Span(rest * (view.width - done), "soft")])
     for told in state.why:
-        lines += wrapped(words(told.key, **told.values), view.width, "soft" if state.name in ("running", "finished", "new") else "bad")
+        lines += wrapped(
+            words(told.key, **told.values),
+            view.width,
+            "soft" if state.name in ("running", "finished", "new") else "bad",
+        )
     minute = None if pace.seconds_per_step is None else 60 / pace.seconds_per_step
     facts = [("tokens_per_second", figure(pace.tokens_per_second)), ("steps_per_minute", figure(minute))]
     if state.name == "running":
         facts.insert(0, ("eta", "–" if pace.eta is None else words.duration(pace.eta)))
     facts.append(("data_wait_share", "–" if pace.data_wait is None else f"{pace.data_wait:.1%}"))
     if (last := run.last_checkpoint) is not None:
-        facts.append(("last_checkpoint", f"{last.name} ({words('ago', t=words.duration(time.time() - last.time))})"))
+        facts.append(
+            ("last_checkpoint", f"{last.name} ({words('ago', t=words.duration(time.time() - last.time))})")
+        )
     facts.append(("disk_left", "–" if run.disk_free is None else size(run.disk_free)))
     lines += _facts([(words(key), value) for key, value in facts], view.width)
     if run.metrics.share < 1:
@@ -179,7 +211,11 @@ def _facts(facts: Sequence[tuple[str, str]], width: int) -> list[Line]:
 
 
 def _worries(run: Run, state: State, view: View) -> list[Line]:
-    return [line for w in worries(run, state) for line in wrapped(view.words(w.key, **w.values), view.width, w.level, "! ")]
+    return [
+        line
+        for w in worries(run, state)
+        for line in wrapped(view.words(w.key, **w.values), view.width, w.level, "! ")
+    ]
 
 
 def _row(run: Run, panels: Sequence[Panel], view: View, height: int, across: int) -> list[Line]:
@@ -217,7 +253,10 @@ def _panel(run: Run, panel: Panel, view: View, width: int, height: int) -> list[
         label = figure(values.high) if n == 0 else figure(values.low) if n == height - 1 else ""
         label = ("↑" if view.unicode else "^") * (n == 0 and values.cut) + label
         edge = "│" if view.unicode else "|"
-        drawn = [Span(text, "" if index < 0 else "val" if curves[index].is_validation else "train") for text, index in spans]
+        drawn = [
+            Span(text, "" if index < 0 else "val" if curves[index].is_validation else "train")
+            for text, index in spans
+        ]
         lines.append([Span(f"{label:>{LABEL}}{edge}", "soft"), *drawn])
     return [*lines, _axis(run, panel, (first, last), width, view)]
 
@@ -225,7 +264,10 @@ def _panel(run: Run, panel: Panel, view: View, width: int, height: int) -> list[
 def _title(panel: Panel, curves: Sequence[Curve], view: View) -> Line:
     words = view.words
     unit = "%" if panel.unit == "unit_share" else ""
-    line = [Span(f"{'':{LABEL + 1}}"), Span(words(panel.name if panel.name != "data_wait" else "data_wait_curve"), "bold")]
+    line = [
+        Span(f"{'':{LABEL + 1}}"),
+        Span(words(panel.name if panel.name != "data_wait" else "data_wait_curve"), "bold"),
+    ]
     for curve in curves:
         style, name = ("val", f"{words('validation')} ") if curve.is_validation else ("train", "")
         line.append(Span(f"  {name}{figure(curve.points[-1].mean)}{unit}", style))
@@ -246,11 +288,17 @@ def _axis(run: Run, panel: Panel, steps: tuple[float, float], width: int, view: 
     if panel.name == "grad_norm":
         for step in run.metrics.log.skipped:
             if first <= step <= last:
-                axis[min(len(axis) - 1, round((step - first) / (last - first) * (room - 1)))] = "×" if view.unicode else "x"
+                axis[min(len(axis) - 1, round((step - first) / (last - first) * (room - 1)))] = (
+                    "×" if view.unicode else "x"
+                )
     line = [Span(f"{'':{LABEL}}{corner}", "soft")]
     for c in axis:
         style = "bad" if c in "×x" else "soft"
-        line = [*line[:-1], Span(line[-1].text + c, style)] if line[-1].style == style else [*line, Span(c, style)]
+        line = (
+            [*line[:-1], Span(line[-1].text + c, style)]
+            if line[-1].style == style
+            else [*line, Span(c, style)]
+        )
     return line
 
 
@@ -262,7 +310,13 @@ def _sparks(run: Run, panels: Sequence[Panel], view: View) -> list[Line]:
         name = view.words(panel.name if panel.name != "data_wait" else "data_wait_curve")
         wide = max(8, view.width - 30)
         spark = sparkline(curves[0], (*span(curves), value_range(panel, curves)), wide, view.unicode)
-        lines.append([*_padded([Span(name, "soft")], 18), Span(spark, "train"), Span(f" {figure(curves[0].points[-1].mean)}")])
+        lines.append(
+            [
+                *_padded([Span(name, "soft")], 18),
+                Span(spark, "train"),
+                Span(f" {figure(curves[0].points[-1].mean)}"),
+            ]
+        )
     return lines
 
 
@@ -271,7 +325,10 @@ def _sparks(run: Run, panels: Sequence[Panel], view: View) -> list[Line]:
 
 def _checkpoints(run: Run, view: View) -> list[Line]:
     words = view.words
-    rows = [[c.name, words("ago", t=words.duration(time.time() - c.time)), size(c.size), str(c.world)] for c in run.checkpoints[-4:]]
+    rows = [
+        [c.name, words("ago", t=words.duration(time.time() - c.time)), size(c.size), str(c.world)]
+        for c in run.checkpoints[-4:]
+    ]
     rows += [[f"{name}", words("being_written"), "", ""] for name in run.writing]
     return _table([words("checkpoints"), words("age"), words("size"), words("world")], rows)
 
@@ -323,9 +380,15 @@ def _samples(run: Run, view: View) -> list[Line]:
     lines: list[Line] = [[Span(view.words("latest_sample", step=step), "bold")]]
     for answer in run.answers(step)[:3]:
         made = "  ".join(
-            piece["text"] if "text" in piece else f"[{view.words('picture')} {piece['image'].name}]" for piece in answer.pieces
+            piece["text"] if "text" in piece else f"[{view.words('picture')} {piece['image'].name}]"
+            for piece in answer.pieces
         )
-        lines.append([Span(f"  {fit(harmless(answer.prompt), max(12, view.width // 3))}  ", "soft"), Span(harmless(made or answer.error))])
+        lines.append(
+            [
+                Span(f"  {fit(harmless(answer.prompt), max(12, view.width // 3))}  ", "soft"),
+                Span(harmless(made or answer.error)),
+            ]
+        )
     return lines
 
 
@@ -338,7 +401,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Line]:
     for n, row in enumerate([header, *rows]):
         cells = [cell + " " * (width - columns(cell)) for cell, width in zip(row, widths, strict=True)]
         style = "bold" if n == 0 else ""
-        lines.append([Span(cells[0] + "  ", style), *(Span(cell + "  ", "soft" if n == 0 else "") for cell in cells[1:])])
+        lines.append(
+            [
+                Span(cells[0] + "  ", style),
+                *(Span(cell + "  ", "soft" if n == 0 else "") for cell in cells[1:]),
+            ]
+        )
     return lines
 
 
@@ -354,9 +422,17 @@ def _many(runs: Sequence[Run], view: View) -> list[Line]:
         latest, pace = run.metrics.log.latest, speed(run)
         steps = f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else "")
         left = words.duration(pace.eta) if pace.eta is not None and state.name == "running" else "–"
-        shown = [fit(harmless(run.name), 28), words(state.name), steps, figure(latest.get("loss")), figure(latest.get("val_loss"))]
+        shown = [
+            fit(harmless(run.name), 28),
+            words(state.name),
+            steps,
+            figure(latest.get("loss")),
+            figure(latest.get("val_loss")),
+        ]
         rows.append([*shown, figure(pace.tokens_per_second), left])
-    header = [words(key) for key in ("run", "state", "step", "loss", "validation", "tokens_per_second", "eta")]
+    header = [
+        words(key) for key in ("run", "state", "step", "loss", "validation", "tokens_per_second", "eta")
+    ]
     lines = _table(header, rows)
     for line, state in zip(lines[1:], states, strict=True):
         line[1] = Span(line[1].text, STATE_STYLES[state.name])
@@ -364,7 +440,11 @@ def _many(runs: Sequence[Run], view: View) -> list[Line]:
         lines += [[], *_compared(runs, panel, view)]
     for run, state in zip(runs, states, strict=True):
         bad = [worry for worry in worries(run, state) if worry.level == "bad"]
-        lines += [line for w in bad for line in wrapped(f"{harmless(run.name)}: {words(w.key, **w.values)}", view.width, "bad", "! ")]
+        lines += [
+            line
+            for w in bad
+            for line in wrapped(f"{harmless(run.name)}: {words(w.key, **w.values)}", view.width, "bad", "! ")
+        ]
     return lines
 
 
@@ -373,7 +453,9 @@ def _compared(runs: Sequence[Run], panel: Panel, view: View) -> list[Line]:
     name = words(panel.name if panel.name != "data_wait" else "data_wait_curve")
     values, steps = value_range(panel, curves), span(curves)
     unit = " %" if panel.unit == "unit_share" else ""
-    lines: list[Line] = [[Span(name, "bold"), Span(f"  {figure(values.low)} … {figure(values.high)}{unit}", "soft")]]
+    lines: list[Line] = [
+        [Span(name, "bold"), Span(f"  {figure(values.low)} … {figure(values.high)}{unit}", "soft")]
+    ]
     names = min(24, max(columns(harmless(run.name)) for run in runs))
     wide = max(8, view.width - names - 26)
     for curve in curves:
@@ -381,5 +463,13 @@ def _compared(runs: Sequence[Run], panel: Panel, view: View) -> list[Line]:
         kind = words("validation") if curve.is_validation else ""
         label = _padded([Span(fit(harmless(runs[curve.run].name), names))], names)
         spark = sparkline(curve, (*steps, values), wide, view.unicode)
-        lines.append([*label, Span(" "), Span(spark, style), Span(f" {figure(curve.points[-1].mean):>9} "), Span(kind, "soft")])
+        lines.append(
+            [
+                *label,
+                Span(" "),
+                Span(spark, style),
+                Span(f" {figure(curve.points[-1].mean):>9} "),
+                Span(kind, "soft"),
+            ]
+        )
     return lines

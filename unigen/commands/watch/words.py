@@ -10,9 +10,15 @@ WORDS: dict[str, tuple[str, str]] = {
     "stopped": ("stopped", "已停止"),
     "finished": ("finished", "已完成"),
     "new": ("starting", "正在启动"),
-    "heartbeat": ("heartbeat {ago} ago, in phase {phase}; processes: {n}", "{ago}前有心跳，当前阶段 {phase}；进程数 {n}"),
+    "heartbeat": (
+        "heartbeat {ago} ago, in phase {phase}; processes: {n}",
+        "{ago}前有心跳，当前阶段 {phase}；进程数 {n}",
+    ),
     "lock_held": ("a process holds the run's lock", "有进程持有本次运行的锁"),
-    "said_goodbye": ("its processes ended in phase {phase}, {ago} ago", "各进程已在 {ago}前结束，最后阶段 {phase}"),
+    "said_goodbye": (
+        "its processes ended in phase {phase}, {ago} ago",
+        "各进程已在 {ago}前结束，最后阶段 {phase}",
+    ),
     "reason": ("reason: {why}", "原因：{why}"),
     "all_steps": ("all {n:,} steps are done", "全部 {n:,} 步已完成"),
     "process_gone": (
@@ -34,7 +40,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "rank {rank} 已有 {for_}没有进展：第 {step:,} 步的 {phase} 阶段",
     ),
     # worries
-    "not_finite": ("Not finite: {n:,} logged steps, the last at step {step:,}.", "数值非有限：共 {n:,} 步，最近一次在第 {step:,} 步。"),
+    "not_finite": (
+        "Not finite: {n:,} logged steps, the last at step {step:,}.",
+        "数值非有限：共 {n:,} 步，最近一次在第 {step:,} 步。",
+    ),
     "skipped": (
         "{n:,} of the last {of:,} steps were skipped ({total:,} in all); see bad_steps.jsonl.",
         "最近 {of:,} 步中有 {n:,} 步被跳过（累计 {total:,} 步）；见 bad_steps.jsonl。",
@@ -63,10 +72,22 @@ WORDS: dict[str, tuple[str, str]] = {
         "Rank {rank} makes no progress for {for_}: phase {phase} of step {step:,}.",
         "rank {rank} 已有 {for_}没有进展：第 {step:,} 步的 {phase} 阶段。",
     ),
-    "behind": ("Rank {rank} is at step {step:,}, others at {ahead:,}.", "rank {rank} 在第 {step:,} 步，其他进程已到第 {ahead:,} 步。"),
-    "clock_ahead": ("The clock of the run is {for_} ahead of this machine's.", "运行所在机器的时钟比本机快 {for_}。"),
-    "clock_behind": ("The clock of the run is {for_} behind this machine's.", "运行所在机器的时钟比本机慢 {for_}。"),
-    "disk_full": ("The disk has {free} left; the next checkpoint needs about {need}.", "磁盘只剩 {free}；下一个检查点约需 {need}。"),
+    "behind": (
+        "Rank {rank} is at step {step:,}, others at {ahead:,}.",
+        "rank {rank} 在第 {step:,} 步，其他进程已到第 {ahead:,} 步。",
+    ),
+    "clock_ahead": (
+        "The clock of the run is {for_} ahead of this machine's.",
+        "运行所在机器的时钟比本机快 {for_}。",
+    ),
+    "clock_behind": (
+        "The clock of the run is {for_} behind this machine's.",
+        "运行所在机器的时钟比本机慢 {for_}。",
+    ),
+    "disk_full": (
+        "The disk has {free} left; the next checkpoint needs about {need}.",
+        "磁盘只剩 {free}；下一个检查点约需 {need}。",
+    ),
     "stack_written": (
         "A process that hung has left its stack: {file} ({n:,} in all).",
         "有进程卡住并留下了调用栈：{file}（共 {n:,} 个）。",
@@ -116,7 +137,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "The same prompt with the same seed, over the steps of the run.",
         "同一提示词、同一随机种子在不同训练步的结果。",
     ),
-    "samples_of_runs": ("The newest answers of each run to the same prompt.", "各个运行对同一提示词的最新结果。"),
+    "samples_of_runs": (
+        "The newest answers of each run to the same prompt.",
+        "各个运行对同一提示词的最新结果。",
+    ),
     "checkpoints": ("Checkpoints", "检查点"),
     "processes": ("Processes", "进程"),
     "problems": ("Skipped steps and left-out records", "跳过的步与排除的记录"),
