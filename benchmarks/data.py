@@ -30,8 +30,8 @@ import torch
 from unigen.cache.store import about, key_of
 from unigen.config import Config
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.loader import Place, RowStream, Share, load_rows
-from unigen.data.mixing import Mixture, Part
+from unigen.data.loader import LoaderState, PackStream, RankSlice, load_batches
+from unigen.data.mixing import DataSource, Mixture
 from unigen.model.weights import load_planner
 from unigen.sequence.contents import digest
 from unigen.sequence.images import to_image
@@ -144,7 +144,7 @@ def loader(folder: Path, n: int) -> None:
         config = Config(single_image_stop_prob=0.0)
         planner = load_planner(None, config)
         dataset = UnifiedGenerationDataset(path, measure=planner.measure, check_pictures="headers")
-        stream = RowStream(Mixture([Part(kind, dataset, planner)], seed=0), batch_size=1)
+        stream = PackStream(Mixture([DataSource(kind, dataset, planner)], seed=0), batch_size=1)
         transform = planner.transforms.vae if kind == "draw" else planner.transforms.vit
 
         def plain(transform: Any = transform) -> None:
@@ -154,8 +154,8 @@ def loader(folder: Path, n: int) -> None:
                         picture.convert("RGB").resize(transform.size(*picture.size), Image.Resampling.BICUBIC)
                     )
 
-        def ours(stream: RowStream = stream) -> None:
-            for _ in load_rows(stream, Share(), Place(), limit=len(found)):
+        def ours(stream: PackStream = stream) -> None:
+            for _ in load_batches(stream, RankSlice(), LoaderState(), limit=len(found)):
                 pass
 
         best = {"plain": float("inf"), "ours": float("inf")}
@@ -200,7 +200,7 @@ def rows(folder: Path, n: int) -> None:
     path.write_text("".join(json.dumps(pick.choice(makers)()) + "\n" for _ in range(n)))
     planner = load_planner(None, Config())
     dataset = UnifiedGenerationDataset(path, measure=planner.measure, check_pictures="headers")
-    stream = RowStream(Mixture([Part("mixed", dataset, planner)], seed=0), budget=16_384)
+    stream = PackStream(Mixture([DataSource("mixed", dataset, planner)], seed=0), budget=16_384)
     began = time.perf_counter()
     steps = stream.steps_in(0, 1)
     seconds = time.perf_counter() - began

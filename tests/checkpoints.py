@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unigen.runs.saver import Contents, Entry, Saver
+from unigen.runs.saver import Contents, Saver, StateEntry
 
 
 class Threads:
@@ -93,15 +93,15 @@ def write_checkpoint(
         }
         whole += [("optimizer", f"{moment}.{key}", numbers) for moment, numbers in moments.items()]
 
-    def entries(rank: int) -> list[Entry]:
+    def entries(rank: int) -> list[StateEntry]:
         found = []
         for i, (group, key, value) in enumerate(whole):
             if value.dtype == torch.float32 and value.numel() > world:
                 edges = [value.numel() * r // world for r in range(world + 1)]
                 piece = value.reshape(-1)[edges[rank] : edges[rank + 1]]
-                found.append(Entry(group, key, tuple(value.shape), piece, edges[rank]))
+                found.append(StateEntry(group, key, tuple(value.shape), piece, edges[rank]))
             elif i % world == rank:
-                found.append(Entry(group, key, tuple(value.shape), value))
+                found.append(StateEntry(group, key, tuple(value.shape), value))
         return found
 
     def write_files(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unigen.runs.channel import Channel
 from unigen.runs.checkpoint import scan_group
-from unigen.runs.saver import Contents, Entry, Saver
+from unigen.runs.saver import Contents, Saver, StateEntry
 
 ALONE = Channel(1, torch.device("cpu"))
 FILES = [
@@ -46,11 +46,11 @@ def write_files(folder: Path) -> None:
     (folder / "tokenizer" / "merges.txt").write_text("a b\n", "utf-8")
 
 
-def entry(group: str, name: str, value: Tensor, **more: Any) -> Entry:
-    return Entry(group, name, tuple(value.shape), value, **more)
+def entry(group: str, name: str, value: Tensor, **more: Any) -> StateEntry:
+    return StateEntry(group, name, tuple(value.shape), value, **more)
 
 
-def contents(step: int, *entries: Entry, **more: Any) -> Contents:
+def contents(step: int, *entries: StateEntry, **more: Any) -> Contents:
     """What is saved; without ``entries`` two small groups, whose values tell the step."""
     chosen = entries or (
         entry("ema", "w", torch.arange(5.0)),
@@ -62,7 +62,7 @@ def contents(step: int, *entries: Entry, **more: Any) -> Contents:
 def save(
     output_dir: Path,
     step: int,
-    *entries: Entry,
+    *entries: StateEntry,
     name: str | None = None,
     keep: int | None = None,
     **more: Any,
@@ -132,14 +132,14 @@ def together(world: int, work: Callable[[int, Channel], Any], patience: float = 
 
 def pieces(
     rank: int, world: int, group: str, name: str, value: Tensor, cuts: list[int] | None = None
-) -> list[Entry]:
+) -> list[StateEntry]:
     """The elements of ``value`` that a process holds: between its cut and the next."""
     cuts = cuts or [value.numel() * r // world for r in range(world + 1)]
     part = value.reshape(-1)[cuts[rank] : cuts[rank + 1]]
-    return [Entry(group, name, tuple(value.shape), part, cuts[rank])] if len(part) else []
+    return [StateEntry(group, name, tuple(value.shape), part, cuts[rank])] if len(part) else []
 
 
-def shared_entries(rank: int, world: int, step: int) -> list[Entry]:
+def shared_entries(rank: int, world: int, step: int) -> list[StateEntry]:
     """Two tensors in pieces, and a whole one of the first process."""
     found = pieces(rank, world, "ema", "w", torch.arange(24.0).view(6, 4))
     found += pieces(rank, world, "optimizer", "exp_avg.w", torch.full((6, 4), float(step)))

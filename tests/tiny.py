@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unigen.config import Config
-from unigen.data.loader import Row
+from unigen.data.loader import MicroBatch
 from unigen.sequence.images import to_image
 from unigen.training.engine import open_engine
 from unigen.training.trainer import UnifiedTrainer
@@ -61,9 +61,9 @@ def built(**options: Any) -> UnifiedTrainer:
     return trainer
 
 
-def row_of(trainer: UnifiedTrainer, records: list[int]) -> Row:
+def row_of(trainer: UnifiedTrainer, records: list[int]) -> MicroBatch:
     """The row of these records, as the first epoch visits them."""
-    return trainer.stream.build_visits([trainer.stream.draw(record, 0) for record in records], trainer.place)
+    return trainer.stream.build_samples([trainer.stream.draw(record, 0) for record in records], trainer.place)
 
 
 def gradients(trainer: UnifiedTrainer) -> dict[str, torch.Tensor]:

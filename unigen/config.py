@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """An option has a value that cannot work; the message says which, why, and the cure."""
+    """An option has a value that cannot work; the message says which, why, and the fix."""
 
 
 @dataclass

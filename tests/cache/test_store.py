@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from unigen.cache import store as module
-from unigen.cache.store import CacheError, Encoder, FeatureCache, Store, Tally, about, key_of
+from unigen.cache.store import CacheError, CacheTally, Encoder, FeatureCache, Store, about, key_of
 from unigen.sequence.contents import View
 
 VAE = Encoder("vae", "weights", "float32")
@@ -178,7 +178,7 @@ def test_a_full_disk_is_a_clear_error_and_breaks_nothing(store, monkeypatch, cod
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(module.os, fails, full)
-    with pytest.raises(CacheError, match=r"disk is full.*Cure: make room"):
+    with pytest.raises(CacheError, match=r"disk is full.*Fix: make room"):
         put(store, 1)
     monkeypatch.undo()
     assert same(store.get(KEY), tensors(0)) and [p.name for p in path.parent.iterdir()] == [path.name]
@@ -233,7 +233,7 @@ def test_a_killed_writer_leaves_no_half_entry(tmp_path):
 
 
 def test_training_needs_a_cache_that_is_there(tmp_path):
-    with pytest.raises(CacheError, match=r"is not a folder\. Cure: fill it with unigen cache"):
+    with pytest.raises(CacheError, match=r"is not a folder\. Fix: fill it with unigen cache"):
         Store.open(tmp_path / "nothing")
     (tmp_path / "other").mkdir()
     with pytest.raises(CacheError, match="holds no cache"):
@@ -249,7 +249,7 @@ def test_training_needs_a_cache_that_is_there(tmp_path):
 
 def test_a_folder_with_other_files_is_not_made_a_cache(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(CacheError, match=r"photo.jpg.*Cure"):
+    with pytest.raises(CacheError, match=r"photo.jpg.*Fix"):
         Store.create(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
@@ -263,7 +263,7 @@ def test_a_store_is_made_once_and_found_again(store):
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match=r"cannot be written.*Cure"):
+    with pytest.raises(CacheError, match=r"cannot be written.*Fix"):
         Store.create(tmp_path / "file" / "cache")
 
 
@@ -280,7 +280,7 @@ def test_pruning_removes_what_is_not_kept_and_nothing_else(store):
 
 def test_room_is_checked(store):
     store.check_space(1)
-    with pytest.raises(CacheError, match=r"GB are needed and .* GB are free. Cure: make room"):
+    with pytest.raises(CacheError, match=r"GB are needed and .* GB are free. Fix: make room"):
         store.check_space(1 << 60)
 
 
@@ -309,9 +309,9 @@ def test_only_encoders_that_were_named_are_looked_for(store):
 
 
 def test_the_tally_counts_what_rows_bring():
-    tally = Tally()
+    tally = CacheTally()
     tally.add(type("Pack", (), {"n_ready": 3, "n_to_encode": 1}))
     tally.add(type("Pack", (), {"n_ready": 0, "n_to_encode": 0}))
     assert str(tally) == "3 pictures found in the cache (75.0%), 1 missing and encoded" and "(0.0%)" in str(
-        Tally()
+        CacheTally()
     )

@@ -18,7 +18,7 @@ from unigen.cli import main
 from unigen.commands import cache as precompute
 from unigen.commands.cache import CacheOptions, Filler, parse_shard
 from unigen.config import ConfigError
-from unigen.data.loader import load_rows
+from unigen.data.loader import load_batches
 from unigen.model import bagel
 from unigen.model.weights import load_bagel
 from unigen.sequence import contents
@@ -112,7 +112,7 @@ def losses(
     """(text loss, image loss, gradient norm) of every step, and how many pictures of it were (ready, to
     encode)."""
     results, pictures = [], []
-    for rows in load_rows(made.stream, made.share, made.place, limit=steps):
+    for rows in load_batches(made.stream, made.share, made.place, limit=steps):
         result = made.train_step(rows, 1e-3)
         results.append((result.text_loss, result.image_loss, result.grad_norm))
         pictures.append((sum(r.pack.n_ready for r in rows), sum(r.pack.n_to_encode for r in rows)))
@@ -229,7 +229,7 @@ def test_workers_and_pinned_rows_carry_what_the_cache_gave(options):
     rows = [
         [
             row
-            for step in load_rows(made.stream, made.share, made.place, num_workers=n, limit=5)
+            for step in load_batches(made.stream, made.share, made.place, num_workers=n, limit=5)
             for row in step
         ]
         for n in (0, 2)
@@ -391,9 +391,9 @@ def test_sources_and_validation_data_are_cached_as_they_are_shown(options, data,
     ]
     assert len(sizes) == 7 and (8, 8) in sizes and sum(h * w <= 16 for h, w in sizes) == 3
     made = trainer(True, **options)
-    packs = [row.pack for rows in load_rows(made.stream, made.share, made.place, limit=10) for row in rows]
+    packs = [row.pack for rows in load_batches(made.stream, made.share, made.place, limit=10) for row in rows]
     packs += [
-        row.pack for rows in load_rows(made.val_stream, made.share, made.place, limit=1) for row in rows
+        row.pack for rows in load_batches(made.val_stream, made.share, made.place, limit=1) for row in rows
     ]
     assert sum(len(pack.latents) for pack in packs) == 11 and not any(pack.vae_pixels for pack in packs)
 
@@ -456,10 +456,10 @@ def test_what_cannot_work_is_said_before_anything_is_encoded(options, tmp_path, 
     says("prune", "shard", shard="0/2", prune="true")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("")
-    says("thesis.doc", "Cure", cache_dir=str(tmp_path / "full"))
+    says("thesis.doc", "Fix", cache_dir=str(tmp_path / "full"))
     says("model_path", model_path=str(tmp_path / "nowhere"))
     monkeypatch.setattr(store_module, "free_bytes", lambda _: 1000)
-    says("GB are needed", "Cure: make room")
+    says("GB are needed", "Fix: make room")
     assert not list(Path(options["cache_dir"]).glob("*/*/*"))
 
 

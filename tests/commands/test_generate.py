@@ -194,7 +194,7 @@ def test_a_file_that_is_no_picture_is_one_clear_line(generate, tmp_path):
 
 def test_a_missing_model_is_one_clear_line(generate, tmp_path):
     code, _, error, _ = generate("--prompt", "a", model=str(tmp_path / "no_model"))
-    assert code == 2 and error.count("\n") == 1 and "no_model" in error and "Cure: " in error
+    assert code == 2 and error.count("\n") == 1 and "no_model" in error and "Fix: " in error
 
 
 def test_a_folder_without_weights_is_one_clear_line(generate, golden, tmp_path):

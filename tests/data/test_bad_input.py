@@ -1,4 +1,4 @@
-"""A flood of bad records: each is read, or refused with what, where, why and the cure; and its neighbours
+"""A flood of bad records: each is read, or refused with what, where, why and the fix; and its neighbours
 stay as they are.
 
 The cases are generated, by hypothesis with a fixed seed or one by one; each test counts its own and fails
@@ -97,7 +97,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def check_refusal(error: BadRecord, path: Path, lines: range | None = None) -> None:
-    assert error.code.isidentifier() and error.field and error.found and error.expected and error.cure, (
+    assert error.code.isidentifier() and error.field and error.found and error.expected and error.fix, (
         error.to_dict()
     )
     assert error.origin is not None and error.origin.file == path

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from unigen.config import UserError
 from unigen.data import containers, reader, tables, unpack
-from unigen.data.containers import BadData, Raw, Span, crc_of, feed, find_files, parts, read_part
+from unigen.data.containers import BadData, ByteSpan, Raw, crc_of, feed, find_files, parts, read_part
 from unigen.data.reader import Reader
 from unigen.sequence.types import BadRecord
 
@@ -79,7 +79,9 @@ def make(folder: Path) -> list[Path]:
     return [path for path, _ in find_files([folder])]
 
 
-def read(path: Path, size: int = 1 << 20, source: Path | None = None, digest=None) -> list[tuple[Span, Raw]]:
+def read(
+    path: Path, size: int = 1 << 20, source: Path | None = None, digest=None
+) -> list[tuple[ByteSpan, Raw]]:
     return [entry for part in parts(path, 3, size, source) for entry in read_part(part, digest)]
 
 
@@ -431,7 +433,7 @@ def test_groups_are_kept_up_to_a_size_and_read_again_after(
     assert loads == [0, 1, 2, 1]
 
 
-def _rows(access: Reader, spans: list[Span], queue) -> None:
+def _rows(access: Reader, spans: list[ByteSpan], queue) -> None:
     queue.put([access.read(span)["image"] for span in spans])
 
 
@@ -567,7 +569,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "open", refuse)
     error = broken(path)
     assert (
-        error.code == "unreadable_file" and "Permission denied" in error.found and "permissions" in error.cure
+        error.code == "unreadable_file" and "Permission denied" in error.found and "permissions" in error.fix
     )
 
 

@@ -356,7 +356,7 @@ def test_missing_and_unreadable_pictures_name_their_field(tmp_path: Path) -> Non
         ("missing_picture", "conversations[1].image_path"),
         ("not_a_picture", "images[0]"),
     ]
-    assert f"{tmp_path}/none.png" in str(error) and "Cure: " in str(error)
+    assert f"{tmp_path}/none.png" in str(error) and "Fix: " in str(error)
 
 
 def test_measure_may_refuse_a_record(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def bad(value) -> BadRecord:
         parse_record(value, ORIGIN)
     error = caught.value
     assert error.origin == ORIGIN and str(error).startswith("/data/set/train.jsonl:7: ")
-    assert error.found and error.expected and error.cure
+    assert error.found and error.expected and error.fix
     str(error).encode()
     return error
 
@@ -580,8 +580,8 @@ def test_every_documented_code_has_a_case() -> None:
 
 
 def test_messages_help() -> None:
-    assert "did you mean conversations" in bad({"conversation": []}).cure
-    assert "text_prompt" in bad({"image_path": "x"}).cure
+    assert "did you mean conversations" in bad({"conversation": []}).fix
+    assert "text_prompt" in bad({"image_path": "x"}).fix
     error = bad({"messages": [message("assistant", "<image><image>")], "images": ["x"]})
     assert "1 images" in error.found and "2 <image> tags" in error.expected
     assert "猫" in bad({"text_prompt": ["猫"], "image_path": "x"}).found

@@ -13,9 +13,9 @@ import torch
 
 from unigen.config import Config
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.loader import Place, Row, RowStream, Share, load_rows
-from unigen.data.mixing import Mixture, Part
-from unigen.data.rows import LOOK_AHEAD
+from unigen.data.loader import LoaderState, MicroBatch, PackStream, RankSlice, load_batches
+from unigen.data.mixing import DataSource, Mixture
+from unigen.data.packing import LOOK_AHEAD
 from unigen.model.config import read_config
 from unigen.model.weights import scan_folder
 from unigen.sequence.images import to_image
@@ -23,7 +23,7 @@ from unigen.sequence.pack import with_mask
 from unigen.sequence.tokens import Tokenizer
 
 N = 11
-START = Place()
+START = LoaderState()
 
 
 def write_data(folder: Path, n: int = N, longest: int = 1000) -> Path:
@@ -59,7 +59,7 @@ def data(tmp_path: Path) -> Path:
     return write_data(tmp_path)
 
 
-def make_stream(golden: Path, data: Path, training: bool = True, **options: Any) -> RowStream:
+def make_stream(golden: Path, data: Path, training: bool = True, **options: Any) -> PackStream:
     folder = golden / "model"
     small = {"max_size": 42, "min_size": 28}
     model = read_config(
@@ -71,25 +71,25 @@ def make_stream(golden: Path, data: Path, training: bool = True, **options: Any)
     )
     config = Config(max_image_tokens=64, **options)
     planner = model.planner(Tokenizer.load(folder), config)
-    part = Part("data", UnifiedGenerationDataset(data, measure=planner.measure), planner)
-    return RowStream(Mixture([part], seed=7, training=training), config.batch_size, config.max_num_tokens)
+    part = DataSource("data", UnifiedGenerationDataset(data, measure=planner.measure), planner)
+    return PackStream(Mixture([part], seed=7, training=training), config.batch_size, config.max_num_tokens)
 
 
 def take(
-    stream: RowStream,
+    stream: PackStream,
     steps: int,
-    place: Place = START,
+    place: LoaderState = START,
     *,
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
     rows: int = 1,
 ):
-    share = Share(rank, world, world * rows)
-    return list(load_rows(stream, share, place, num_workers=workers, limit=steps))
+    share = RankSlice(rank, world, world * rows)
+    return list(load_batches(stream, share, place, num_workers=workers, limit=steps))
 
 
-def bits(row: Row) -> list[Any]:
+def bits(row: MicroBatch) -> list[Any]:
     """Everything in a row, comparable bit by bit."""
     values: list[Any] = [row.records, row.after]
     for f in fields(row.pack):
@@ -122,13 +122,13 @@ def test_every_record_is_met_once_an_epoch_in_another_order_each_time(golden: Pa
     assert stream.steps_in(0, 1) == 6 and stream.steps_in(0, 4) == 2
 
 
-def records_at(stream: RowStream, epoch: int, places: list[int]) -> list[int]:
+def records_at(stream: PackStream, epoch: int, places: list[int]) -> list[int]:
     return stream.mixture.visits(epoch).records[places].tolist()
 
 
-def zip_steps(stream: RowStream, n: int, step_rows: int = 1):
+def zip_steps(stream: PackStream, n: int, step_rows: int = 1):
     """The first ``n`` steps of the stream, which has no end."""
-    steps = stream.steps(Place(), step_rows)
+    steps = stream.steps(LoaderState(), step_rows)
     return [next(steps) for _ in range(n)]
 
 
@@ -144,7 +144,12 @@ def test_ranks_together_read_the_one_global_order(golden: Path, data: Path, worl
             []
         ] * (6 - len(step))
         assert {row.after for row in dealt} == {after}
-    assert [after for _, after in wanted] == [Place(0, 6), Place(0, N), Place(1, 6), Place(1, N)]
+    assert [after for _, after in wanted] == [
+        LoaderState(0, 6),
+        LoaderState(0, N),
+        LoaderState(1, 6),
+        LoaderState(1, N),
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -176,7 +181,7 @@ def test_the_last_step_of_an_epoch_has_empty_rows(golden: Path, data: Path):
     assert (
         len(empty) == 0 and empty.n_samples == 0 and empty.n_text_labels == 0 and empty.n_image_targets == 0
     )
-    assert last[3].after == Place(0, N)
+    assert last[3].after == LoaderState(0, N)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 2}, {"max_num_tokens": 160}])
@@ -217,7 +222,7 @@ def test_going_on_with_a_full_buffer_whatever_the_workers_and_ranks(golden: Path
 def test_every_record_once_over_three_epochs_of_full_rows(golden: Path, tmp_path: Path):
     stream = make_stream(golden, write_data(tmp_path, 400, longest=12), max_num_tokens=600)
     for epoch in range(3):
-        rows = [row for row, _ in stream.rows(Place(epoch))]
+        rows = [row for row, _ in stream.rows(LoaderState(epoch))]
         assert Counter(at for row in rows for at in row) == Counter(range(400))
         lengths = [stream._lengths(epoch, torch.tensor(row).numpy()).sum() for row in rows]
         assert max(lengths) <= 600
@@ -231,7 +236,7 @@ def test_resuming_costs_the_same_wherever_it_stands(golden: Path, tmp_path: Path
     asked = []
     lengths = stream._lengths
     stream._lengths = lambda epoch, places: (asked.append(len(places)), lengths(epoch, places))[1]
-    next(stream.rows(Place(0, 8000, tuple(range(7000, 7100)))))
+    next(stream.rows(LoaderState(0, 8000, tuple(range(7000, 7100)))))
     assert sum(asked) <= 100 + 4096
 
 
@@ -259,19 +264,19 @@ def test_the_largest_row_is_as_long_as_any_and_a_full_one_near_the_budget(golden
 def test_a_batch_takes_up_what_waited_under_a_token_budget(golden: Path, data: Path):
     """Going on with other options than before loses nothing."""
     stream = make_stream(golden, data, batch_size=3)
-    rows = list(stream.rows(Place(0, 8, (1, 4, 5, 7))))
+    rows = list(stream.rows(LoaderState(0, 8, (1, 4, 5, 7))))
     assert (
         [row for row, _ in rows] == [[1, 4, 5], [7, 8, 9], [10]]
-        and rows[0][1] == Place(0, 8, (7,))
-        and rows[-1][1] == Place(0, N)
+        and rows[0][1] == LoaderState(0, 8, (7,))
+        and rows[-1][1] == LoaderState(0, N)
     )
 
 
 def test_a_record_has_other_noise_in_another_epoch_and_the_same_in_validation(golden: Path, data: Path):
     stream, held_out = make_stream(golden, data), make_stream(golden, data, training=False)
-    epochs = [stream.build_visits([stream.draw(1, epoch)], Place()).pack.noise for epoch in (0, 1)]
+    epochs = [stream.build_samples([stream.draw(1, epoch)], LoaderState()).pack.noise for epoch in (0, 1)]
     assert not torch.equal(*epochs)
-    fixed = [held_out.build([1], Place(epoch)).pack for epoch in (0, 1)]
+    fixed = [held_out.build([1], LoaderState(epoch)).pack for epoch in (0, 1)]
     assert torch.equal(fixed[0].noise, fixed[1].noise) and torch.equal(fixed[0].u, fixed[1].u)
 
 
@@ -290,8 +295,6 @@ def test_a_picture_that_broke_after_the_check_is_told(golden: Path, data: Path, 
     broken = {i for i in range(N) if i % 3 == 1 and i % 2 == 1}
     assert sorted(row.records) == sorted(set(range(N)) - broken)
     assert {(bad.origin.file, bad.origin.line) for bad in row.bad} == {(data, i + 1) for i in broken}
-    assert all(
-        bad.code == "broken_picture" and "1.png" in str(bad) and "Cure:" in str(bad) for bad in row.bad
-    )
+    assert all(bad.code == "broken_picture" and "1.png" in str(bad) and "Fix:" in str(bad) for bad in row.bad)
     assert row.pack.n_samples == N - len(broken) == len(row.pack.origins)
-    assert row.after == Place(0, N)
+    assert row.after == LoaderState(0, N)

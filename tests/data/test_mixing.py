@@ -13,14 +13,14 @@ import pytest
 
 from unigen.config import Config, ConfigError, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.mixing import Mixture, Part
+from unigen.data.mixing import DataSource, Mixture
 from unigen.model.weights import load_planner
 from unigen.sequence.plan import Draw
 
 
 def source(
     folder: Path, name: str, n: int, weight: float | None = None, repeat: bool = False, words: int = 3
-) -> Part:
+) -> DataSource:
     path = folder / f"{name}.jsonl"
     roles = [{"role": "user", "content": "Say something"}]
     lines = [
@@ -29,7 +29,7 @@ def source(
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     planner = load_planner(None, Config())
-    return Part(name, UnifiedGenerationDataset(path, measure=planner.measure), planner, weight, repeat)
+    return DataSource(name, UnifiedGenerationDataset(path, measure=planner.measure), planner, weight, repeat)
 
 
 def names(mixture: Mixture, epoch: int) -> list[str]:

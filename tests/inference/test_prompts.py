@@ -35,8 +35,8 @@ def test_prompts_come_as_texts_as_lines_and_as_json_lines(tmp_path: Path):
 
 
 BAD_LINES: dict[str, tuple[str, str]] = {
-    "not JSON": ("{'prompt': 1}", "Cure:"),
-    "cut": ('{"prompt": "a"', "Cure:"),
+    "not JSON": ("{'prompt': 1}", "Fix:"),
+    "cut": ('{"prompt": "a"', "Fix:"),
     "not finite": ('{"prompt": "a", "cfg_text_scale": NaN}', "NaN"),
     "twice": ('{"prompt": "a", "prompt": "b"}', "prompt"),
     "a list": ('["a"]', "no JSON object"),

@@ -168,5 +168,5 @@ def test_vae_weights_of_another_shape_are_explained(golden, tmp_path, change):
 def test_a_missing_vae_is_explained(golden, tmp_path):
     folder = copy_of(golden / "model", tmp_path)
     (folder / "ae.safetensors").unlink()
-    with pytest.raises(CheckpointFolderError, match=r"ae\.safetensors is missing\. Cure"):
+    with pytest.raises(CheckpointFolderError, match=r"ae\.safetensors is missing\. Fix"):
         load_bagel(folder)

@@ -158,7 +158,7 @@ def test_a_file_that_is_cut_short_after_it_was_scanned_is_noticed(tmp_path: Path
     write(path, {"w": torch.arange(100.0)})
     stored = scan_safetensors(path)["w"]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointFolderError, match=r"a\.safetensors ends too early.*Cure"):
+    with pytest.raises(CheckpointFolderError, match=r"a\.safetensors ends too early.*Fix"):
         stored.read()
 
 
@@ -226,7 +226,7 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: Any):
 
 def test_a_folder_in_place_of_a_file_is_told(tmp_path: Path):
     (tmp_path / "ema.safetensors").mkdir()
-    with pytest.raises(CheckpointFolderError, match=r"ema\.safetensors.*Cure"):
+    with pytest.raises(CheckpointFolderError, match=r"ema\.safetensors.*Fix"):
         scan_folder(tmp_path)
 
 

@@ -183,10 +183,10 @@ def test_a_shard_that_is_missing_or_incomplete_is_named(golden, tmp_path):
     tensors = load_file(file)
     lost = sorted(tensors)[0]
     save_file({n: t for n, t in tensors.items() if n != lost}, file)
-    with pytest.raises(CheckpointFolderError, match=f"{file.name} lacks {lost}.*Cure"):
+    with pytest.raises(CheckpointFolderError, match=f"{file.name} lacks {lost}.*Fix"):
         load_bagel(folder)
     file.unlink()
-    with pytest.raises(CheckpointFolderError, match=f"{file.name} is missing. Cure"):
+    with pytest.raises(CheckpointFolderError, match=f"{file.name} is missing. Fix"):
         load_bagel(folder)
 
 
@@ -222,7 +222,7 @@ def test_every_wrong_key_is_in_one_error(golden, tmp_path):
     for part in (
         "2 missing: ", "connector.fc1.bias", "language_model.model.norm_moe_gen.weight",
         "1 unexpected: extra.weight",
-        "1 misshapen: vae2llm.bias [3] instead of [64]", "Cure",
+        "1 misshapen: vae2llm.bias [3] instead of [64]", "Fix",
     ):  # fmt: skip
         assert part in message
 
@@ -241,7 +241,7 @@ def test_a_truncated_file_is_explained(golden, tmp_path, cut):
     file = folder / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-cut])
     with pytest.raises(
-        CheckpointFolderError, match=r"ema\.safetensors is not a whole safetensors file: .*Cure"
+        CheckpointFolderError, match=r"ema\.safetensors is not a whole safetensors file: .*Fix"
     ):
         load_bagel(folder)
 
@@ -252,18 +252,18 @@ def test_a_truncated_file_is_explained(golden, tmp_path, cut):
 )
 def test_a_file_that_is_no_safetensors_is_explained(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointFolderError, match=r"x\.safetensors.*Cure"):
+    with pytest.raises(CheckpointFolderError, match=r"x\.safetensors.*Fix"):
         scan_safetensors(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: shutil.rmtree(f), "is not a folder.*Cure"),
-        (lambda f: (f / "ema.safetensors").unlink(), "neither ema.safetensors nor a sharded set.*Cure"),
-        (lambda f: (f / "llm_config.json").unlink(), "llm_config.json is missing.*Cure"),
-        (lambda f: (f / "vit_config.json").write_text("{"), "vit_config.json is not valid JSON.*Cure"),
-        (lambda f: (f / "vit_config.json").write_text("[]"), "vit_config.json holds a list.*Cure"),
+        (lambda f: shutil.rmtree(f), "is not a folder.*Fix"),
+        (lambda f: (f / "ema.safetensors").unlink(), "neither ema.safetensors nor a sharded set.*Fix"),
+        (lambda f: (f / "llm_config.json").unlink(), "llm_config.json is missing.*Fix"),
+        (lambda f: (f / "vit_config.json").write_text("{"), "vit_config.json is not valid JSON.*Fix"),
+        (lambda f: (f / "vit_config.json").write_text("[]"), "vit_config.json holds a list.*Fix"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_explained(golden, tmp_path, spoil, message):

@@ -99,7 +99,7 @@ def test_a_missing_short_long_or_unreadable_file_is_named(tmp_path: Path, name: 
         path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=name) as caught:
             verify_checkpoint(folder)
-        assert "Cure:" in str(caught.value) and str(folder) in str(caught.value)
+        assert "Fix:" in str(caught.value) and str(folder) in str(caught.value)
         path.write_bytes(whole)
     path.unlink()
     path.mkdir()
@@ -118,7 +118,7 @@ def test_states_that_cannot_be_read_are_named(tmp_path: Path, name: str):
         Path.mkdir,
     ):
         damage_it(folder / name)
-        with pytest.raises(CheckpointError, match=f"{name}.*Cure:"):
+        with pytest.raises(CheckpointError, match=f"{name}.*Fix:"):
             read_states(folder)
 
 
@@ -196,11 +196,11 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path):
                 use(folder)
 
 
-@pytest.mark.parametrize(("number", "cure"), [(1, "--model_path"), (99, "update unigen")])
-def test_another_format_is_refused_by_name(tmp_path: Path, number: int, cure: str):
+@pytest.mark.parametrize(("number", "fix"), [(1, "--model_path"), (99, "update unigen")])
+def test_another_format_is_refused_by_name(tmp_path: Path, number: int, fix: str):
     folder = save(tmp_path, 1)
     forge(folder, format=number)
-    with pytest.raises(CheckpointError, match=f"format {number}, this version reads 2. Cure: .*{cure}"):
+    with pytest.raises(CheckpointError, match=f"format {number}, this version reads 2. Fix: .*{fix}"):
         verify_checkpoint(folder)
 
 
@@ -262,7 +262,7 @@ def test_auto_passes_over_the_newest_one_or_two_and_refuses_when_all_are_bad(tmp
         assert resolve_resume("auto", tmp_path) == tmp_path / f"step_{3 - bad}"
     else:
         with pytest.raises(
-            CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Cure"
+            CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Fix"
         ):
             resolve_resume("auto", tmp_path)
 
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypa
         lambda: prune_checkpoints(tmp_path, 1),
     ):
         with pytest.raises(
-            CheckpointError, match=r"cannot be listed .*Permission denied.*Cure: allow reading it"
+            CheckpointError, match=r"cannot be listed .*Permission denied.*Fix: allow reading it"
         ):
             look()
 
@@ -298,7 +298,7 @@ def test_a_named_folder_must_be_good_and_the_good_ones_are_listed(tmp_path: Path
     assert resolve_resume(str(tmp_path / "step_2"), tmp_path) == tmp_path / "step_2"
     damage(tmp_path / "step_2")
     for value in (tmp_path / "step_2", tmp_path / "step_4", tmp_path, "no/such/step_5"):
-        with pytest.raises(CheckpointError, match="Cure") as caught:
+        with pytest.raises(CheckpointError, match="Fix") as caught:
             resolve_resume(value, tmp_path)
         text = str(caught.value)
         assert str(value) in text and f"{tmp_path / 'step_3'}, {tmp_path / 'step_1'}" in text

@@ -88,7 +88,7 @@ def test_two_hundred_flipped_bits_over_all_files_are_all_noticed(checkpoint: Pat
 @pytest.mark.parametrize("name", FILES)
 def test_a_truncated_extended_emptied_or_missing_file_is_named(checkpoint: Path, name: str):
     """Passes when every file, too short, one byte too long, gone, or a folder instead, is an error that names
-    it and the cure."""
+    it and the fix."""
     path = checkpoint / name
     data = path.read_bytes()
     lengths = [len(data) - 1, len(data) // 2, 8, 0]
@@ -102,7 +102,7 @@ def test_a_truncated_extended_emptied_or_missing_file_is_named(checkpoint: Path,
         change()
         with pytest.raises(CheckpointError, match=name) as caught:
             verify_checkpoint(checkpoint)
-        assert "Cure:" in str(caught.value) and str(checkpoint) in str(caught.value)
+        assert "Fix:" in str(caught.value) and str(checkpoint) in str(caught.value)
         if path.is_dir():
             path.rmdir()
         path.write_bytes(data)
@@ -203,7 +203,7 @@ def test_the_newest_whole_one_is_taken_and_each_bad_newer_one_is_named(
         if bad == 3:
             assert latest_checkpoint(tmp_path) is None
             with pytest.raises(
-                CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Cure"
+                CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Fix"
             ):
                 resolve_resume("auto", tmp_path)
         else:

@@ -54,7 +54,7 @@ def test_a_full_disk_costs_only_the_new_checkpoint(small_disk: Path, background:
             contents(2, write_files=write_too_much),
             contents(2, states={"loader": "x" * 1_200_000}),
         ):
-            with pytest.raises(CheckpointError, match=r"(?i)no space left.*Cure.*--save_total_limit"):
+            with pytest.raises(CheckpointError, match=r"(?i)no space left.*Fix.*--save_total_limit"):
                 saver.save(refused, name)
                 saver.wait()
             assert saver.published() is None and names(small_disk) == ["step_1"]
@@ -187,7 +187,7 @@ def test_a_disk_that_refuses_folders_is_a_clear_error(
         with monkeypatch.context() as patch:
             patch.setattr(Path, call, refuse)
             with pytest.raises(
-                CheckpointError, match=f"{os.strerror(code)}.*Earlier checkpoints are untouched.*Cure"
+                CheckpointError, match=f"{os.strerror(code)}.*Earlier checkpoints are untouched.*Fix"
             ):
                 save(tmp_path, 2)
         assert contents_of(tmp_path) == before and names(tmp_path) == ["step_1"]
@@ -197,7 +197,7 @@ def test_a_disk_that_refuses_folders_is_a_clear_error(
 def test_a_folder_without_permission_is_a_clear_error(tmp_path: Path):
     """Passes when a folder that may not be written is an error that says so, with the cure."""
     tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EACCES)}.*Cure"):
+    with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EACCES)}.*Fix"):
         save(tmp_path, 1)
     tmp_path.chmod(0o700)
 
@@ -207,7 +207,7 @@ def test_a_read_only_disk_is_a_clear_error(small_disk: Path):
     checkpoint before verifies."""
     old = save(small_disk, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EROFS)}.*Cure"):
+    with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EROFS)}.*Fix"):
         save(small_disk, 2)
     prune_checkpoints(small_disk, 1)
     sweep_orphans(small_disk)
@@ -216,10 +216,10 @@ def test_a_read_only_disk_is_a_clear_error(small_disk: Path):
 
 def test_a_place_that_is_no_folder_is_a_clear_error(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="Cure"):
+    with pytest.raises(CheckpointError, match="Fix"):
         save(tmp_path / "file", 1)
     (tmp_path / "step_2").touch()
-    with pytest.raises(CheckpointError, match="Cure"):
+    with pytest.raises(CheckpointError, match="Fix"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["file", "step_2"]
 
@@ -417,7 +417,7 @@ def test_kill_9_or_a_refusal_at_any_moment_leaves_whole_checkpoints_only(tmp_pat
     """``every``: killed before each single file operation of saving and pruning; ``refused``: each of them
     fails once with EACCES; ``at_random``: killed by the clock, in the middle of writes, beside the training
     or not."""
-    args = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
+    args = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parents[1])]
     done = subprocess.run(args, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     times = {mode: int(count) for mode, count in (line.split() for line in done.stdout.splitlines())}

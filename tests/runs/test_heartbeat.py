@@ -12,8 +12,8 @@ from pathlib import Path
 from children import Child
 from children import start as start
 
-from unigen.runs.heartbeat import EXIT_HUNG, WAITING, Watchdog, _blame
-from unigen.runs.signals import Stops
+from unigen.runs.heartbeat import EXIT_HUNG, WAITING, Heartbeat, _blame
+from unigen.runs.signals import SignalHandler
 
 # ---- hung processes
 
@@ -238,9 +238,9 @@ def test_heartbeats_say_where_a_process_is(tmp_path: Path):
         "notes.txt",
     ):
         (folder / name).write_text("{}")
-    with Stops() as stops:
+    with SignalHandler() as stops:
         before = time.time()
-        watchdog = Watchdog(folder, 0, 2, 2.0, stops, lambda: {"total_steps": 12})
+        watchdog = Heartbeat(folder, 0, 2, 2.0, stops, lambda: {"total_steps": 12})
         watchdog.beat(4)
         with stops.phase("saving"):
             beat = _await_beat(folder / "rank_0.json", "saving")
@@ -275,8 +275,8 @@ def test_a_disk_that_takes_nothing_costs_heartbeats_alone(tmp_path: Path):
         raise RuntimeError("nothing to say")
 
     for folder in (tmp_path / "ranks", tmp_path / "good"):
-        with Stops() as stops:
-            watchdog = Watchdog(folder, 0, 1, 30, stops, broken)
+        with SignalHandler() as stops:
+            watchdog = Heartbeat(folder, 0, 1, 30, stops, broken)
             watchdog.beat(1)
             watchdog.close()
     assert (tmp_path / "ranks").read_text() == ""
@@ -285,8 +285,8 @@ def test_a_disk_that_takes_nothing_costs_heartbeats_alone(tmp_path: Path):
 
 def test_a_heartbeat_costs_less_than_two_microseconds(tmp_path: Path):
     """The best of ten times ten thousand, on whatever machine this is."""
-    with Stops() as stops:
-        watchdog = Watchdog(tmp_path, 0, 1, 0, stops)
+    with SignalHandler() as stops:
+        watchdog = Heartbeat(tmp_path, 0, 1, 0, stops)
         best = 1.0
         for _ in range(10):
             began = time.perf_counter()
@@ -300,10 +300,10 @@ def test_a_heartbeat_costs_less_than_two_microseconds(tmp_path: Path):
 def test_outside_of_a_run_phases_ask_for_nothing(tmp_path: Path):
     """What a program does that builds a trainer and never runs it: no thread, no file, no end of the
     process."""
-    stops, threads = Stops(), threading.active_count()
+    stops, threads = SignalHandler(), threading.active_count()
     with stops.phase("data", breakable=True):
         assert stops.at.name == "data" and not stops.asked
-    watchdog = Watchdog(tmp_path / "ranks", 0, 1, 0.2, stops)
+    watchdog = Heartbeat(tmp_path / "ranks", 0, 1, 0.2, stops)
     watchdog.beat(3)
     assert threading.active_count() == threads and not (tmp_path / "ranks").exists()
     watchdog.close()

@@ -93,7 +93,7 @@ def test_weights_that_would_be_moved_away_are_refused(tmp_path: Path, model: str
     left = leave_a_run(tmp_path, 2)
     with pytest.raises(
         UserError,
-        match=r"holds the run whose weights this one begins with .*Cure: choose another --output_dir",
+        match=r"holds the run whose weights this one begins with .*Fix: choose another --output_dir",
     ):
         prepare_folder(tmp_path, Config(model_path=str(tmp_path / model)))
     assert contents(tmp_path) == left
@@ -116,7 +116,7 @@ def test_the_folder_of_a_model_is_refused(options: dict[str, Any]):
     """Its config.json says what the model is."""
     model = Path(options["model_path"])
     before = contents(model)
-    with pytest.raises(UserError, match=r"is the folder of a model.*Cure: choose another"):
+    with pytest.raises(UserError, match=r"is the folder of a model.*Fix: choose another"):
         UnifiedTrainer(Config(**options | {"output_dir": str(model)})).train()
     assert contents(model) == before
 
@@ -168,7 +168,7 @@ time.sleep(600)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(
-            UserError, match=rf"in use by process {holder.pid} on .*Cure: wait for its end or stop it"
+            UserError, match=rf"in use by process {holder.pid} on .*Fix: wait for its end or stop it"
         ):
             UnifiedTrainer(Config(**options)).train()
         assert not (folder / "config.json").exists() and not list(folder.glob("step_*")), (

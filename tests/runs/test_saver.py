@@ -325,7 +325,7 @@ def test_a_failure_beside_the_training_shows_and_is_never_called_saved(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert saver.published() is None
-    with pytest.raises(CheckpointError, match=r"(?s)step 2.*Input/output error.*Cure"):
+    with pytest.raises(CheckpointError, match=r"(?s)step 2.*Input/output error.*Fix"):
         saver.wait() if then == "wait" else saver.save(contents(3))
     assert saver.published() is None and contents_of(tmp_path) == before and names(tmp_path) == ["step_1"]
     saver.wait()
@@ -427,7 +427,7 @@ def test_the_error_of_one_process_fails_all_names_it_and_leaves_nothing(
             and "process 1: " in str(found)
             and "process 0: " not in str(found)
         ), errors
-        assert says in str(found) and "step 2" in str(found) and "Cure" in str(found)
+        assert says in str(found) and "step 2" in str(found) and "Fix" in str(found)
     assert time.monotonic() - began < 4
     assert contents_of(tmp_path) == before and names(tmp_path) == ["step_1"]
 

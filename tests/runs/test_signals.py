@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from children import start as start
 
-from unigen.runs.signals import EXIT_STOPPED, SIGNALS, Stopped, Stops
+from unigen.runs.signals import EXIT_STOPPED, SIGNALS, SignalHandler, Stopped
 
 PHASES = [
     ("loading", True),
@@ -257,7 +257,7 @@ def test_the_earlier_handlers_and_files_come_back():
     more."""
     handlers = [signal.getsignal(n) for n in SIGNALS]
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    stops = Stops()
+    stops = SignalHandler()
     for _ in range(2):
         with stops:
             assert [signal.getsignal(n) for n in SIGNALS] != handlers
@@ -274,7 +274,7 @@ def test_in_another_thread_signals_stay_as_they_are_and_phases_are_tracked():
     seen: list[object] = []
 
     def run() -> None:
-        with Stops() as stops, stops.phase("loading", breakable=True):
+        with SignalHandler() as stops, stops.phase("loading", breakable=True):
 
             def beside() -> None:
                 with stops.phase("writing"):

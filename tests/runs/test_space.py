@@ -16,8 +16,8 @@ from unigen.files import free_bytes
 from unigen.runs import space as module
 from unigen.runs.channel import Channel
 from unigen.runs.checkpoint import verify_checkpoint
-from unigen.runs.saver import Contents, Entry, Saver
-from unigen.runs.space import Space, SpaceError, gb, mount_of, refused_by_quota
+from unigen.runs.saver import Contents, Saver, StateEntry
+from unigen.runs.space import DiskSpace, SpaceError, gb, mount_of, refused_by_quota
 
 MB = 1_000_000
 
@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save(run: Path, step: int, nbytes: int = 400_000, name: str | None = None) -> Path:
-    entries = [Entry("ema", "w", (nbytes // 4,), torch.full((nbytes // 4,), float(step)))]
+    entries = [StateEntry("ema", "w", (nbytes // 4,), torch.full((nbytes // 4,), float(step)))]
     Saver(run, 0, Channel(1, torch.device("cpu"))).save(
         Contents(step, entries, {"trainer": {"step": step}}, lambda _: None, {}), name
     )
@@ -60,13 +60,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def no_endless_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that never ends is a failure, not a hanging test."""
     looks = iter(range(1000))
-    real = Space._lack
+    real = DiskSpace._lack
 
-    def lack(self: Space, nbytes: int) -> str:
+    def lack(self: DiskSpace, nbytes: int) -> str:
         assert next(looks, None) is not None, "it looks again and again"
         return real(self, nbytes)
 
-    monkeypatch.setattr(Space, "_lack", lack)
+    monkeypatch.setattr(DiskSpace, "_lack", lack)
 
 
 @pytest.fixture
@@ -85,9 +85,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch):
     return free
 
 
-def space(run: Path, policy: str = "stop", min_free_gb: float = 0.0, **more) -> tuple[Space, list[str]]:
+def space(run: Path, policy: str = "stop", min_free_gb: float = 0.0, **more) -> tuple[DiskSpace, list[str]]:
     said: list[str] = []
-    return Space(run, policy, min_free_gb, said.append, **more), said
+    return DiskSpace(run, policy, min_free_gb, said.append, **more), said
 
 
 # ---- stop
@@ -102,7 +102,7 @@ def test_stop_raises_with_what_is_needed_free_where_and_the_cure_only_when_it_do
     text = str(caught.value)
     assert str(run) in text and "takes 5.0 MB" in text and "4.2 MB are free" in text and f"on {disk}" in text
     for word in (
-        "Cure:",
+        "Fix:",
         "--output_dir",
         "--save_total_limit",
         "--low_space prune or wait",
@@ -123,7 +123,7 @@ def test_a_quota_of_the_user_counts_and_a_file_system_that_cannot_say_does_not(t
         answer(code)
         space(tmp_path)[0].need(3 * MB)
     answer(errno.EDQUOT)
-    with pytest.raises(SpaceError, match=r"takes 3\.0 MB, more than your quota on .* allows.*Cure:"):
+    with pytest.raises(SpaceError, match=r"takes 3\.0 MB, more than your quota on .* allows.*Fix:"):
         space(tmp_path)[0].need(3 * MB)
     assert asked == [3 * MB] * 6 and names(tmp_path) == []
 
@@ -144,7 +144,7 @@ def test_a_disk_that_cannot_be_asked_is_a_space_error(tmp_path: Path, monkeypatc
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(module.os, "statvfs", fail)
-    with pytest.raises(SpaceError, match=r"I/O error.*Cure"):
+    with pytest.raises(SpaceError, match=r"I/O error.*Fix"):
         space(tmp_path)[0].need(1)
 
 
@@ -304,7 +304,7 @@ def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(
                 pretended["bytes"] = MB
 
         try:
-            Space(tmp_path, policy, 0.0, said[rank].append, talk.of(rank)).need(400_000, idle=idle)
+            DiskSpace(tmp_path, policy, 0.0, said[rank].append, talk.of(rank)).need(400_000, idle=idle)
             ends[rank] = "room"
         except SpaceError as error:
             ends[rank] = str(error)

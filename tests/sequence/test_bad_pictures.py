@@ -83,7 +83,7 @@ def verdict(source: bytes | Path) -> str:
     if picture is None:
         assert refusal.code in CODES, refusal
         name, message = "the given bytes" if isinstance(source, bytes) else str(source), str(refusal)
-        assert message.startswith(f"{name}: {refusal.problem}. Cure: ") and refusal.problem and refusal.cure
+        assert message.startswith(f"{name}: {refusal.problem}. Fix: ") and refusal.problem and refusal.fix
         assert len(message) < len(name) + 600 and message.isprintable(), message
         return refusal.code
     assert announced is not None, "decoded, though its header was refused"

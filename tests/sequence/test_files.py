@@ -183,9 +183,9 @@ def fate(source: str | Confined) -> tuple[str, list[str]]:
             colour = open_image(source).getpixel((0, 0))
         except PictureError as error:
             assert (
-                str(error) == f"{error.name}: {error.problem}. Cure: {error.cure}"
+                str(error) == f"{error.name}: {error.problem}. Fix: {error.fix}"
                 and error.problem
-                and error.cure
+                and error.fix
             )
             assert str(error).isprintable() and len(str(error)) < 2000
             assert error.name == str(source) or len(str(source)) > 1000 or not str(source).isprintable()

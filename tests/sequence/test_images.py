@@ -39,7 +39,7 @@ def pixels(picture: Image.Image) -> np.ndarray:
 def failure(source) -> PictureError:
     with pytest.raises(PictureError) as opened:
         open_image(source)
-    assert "Cure: " in str(opened.value)
+    assert "Fix: " in str(opened.value)
     return opened.value
 
 
@@ -232,7 +232,7 @@ def test_the_size_needs_no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_picture_error_crosses_processes() -> None:
     error = PictureError("broken_picture", "a.png", "it is cut", "save it again")
     copy = pickle.loads(pickle.dumps(error))
-    assert str(copy) == str(error) == "a.png: it is cut. Cure: save it again"
+    assert str(copy) == str(error) == "a.png: it is cut. Fix: save it again"
     assert copy.code == "broken_picture"
 
 

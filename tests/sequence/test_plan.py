@@ -318,7 +318,7 @@ def test_the_shorter_of_model_and_option_limits(planner, tokenizer):
 
 def test_context_that_does_not_fit_is_a_bad_record(planner):
     p = planner(max_sequence_length=20)
-    with pytest.raises(BadRecord, match=r"too_long.*max_sequence_length = 20.*Cure") as error:
+    with pytest.raises(BadRecord, match=r"too_long.*max_sequence_length = 20.*Fix") as error:
         p.measure(record_of(sample_of("Ii")))
     assert error.value.code == "too_long"
     with pytest.raises(BadRecord, match="too_long"):
@@ -338,9 +338,9 @@ def test_no_visit_is_longer_than_allowed(planner):
 
 
 def test_parts_left_out_are_named(planner):
-    with pytest.raises(BadRecord, match=r"piece 1.*visual_gen is false.*Cure"):
+    with pytest.raises(BadRecord, match=r"piece 1.*visual_gen is false.*Fix"):
         planner(visual_gen=False).measure(record_of(sample_of("Ti")))
-    with pytest.raises(BadRecord, match=r"piece 0.*visual_und is false.*Cure"):
+    with pytest.raises(BadRecord, match=r"piece 0.*visual_und is false.*Fix"):
         planner(visual_und=False).measure(record_of(sample_of("It")))
     assert shown(planner(visual_gen=False), sample_of("It")) == "vit>text text*>end"
 
@@ -348,7 +348,7 @@ def test_parts_left_out_are_named(planner):
 def test_an_unreadable_picture_is_a_bad_record(planner, tmp_path):
     with pytest.raises(
         BadRecord,
-        match=rf"missing_picture in field 'piece 0': found {tmp_path}/none.png: there is no such file.*Cure",
+        match=rf"missing_picture in field 'piece 0': found {tmp_path}/none.png: there is no such file.*Fix",
     ):
         planner().measure(record_of([Image(tmp_path / "none.png"), Text("a", True)]))
 

@@ -35,7 +35,7 @@ def test_text_survives(tokenizer, text):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(TokenizerError, match=f"{tmp_path}.*Cure: .*vocab.json"):
+    with pytest.raises(TokenizerError, match=f"{tmp_path}.*Fix: .*vocab.json"):
         Tokenizer.load(tmp_path)
 
 
@@ -45,5 +45,5 @@ def test_a_vocabulary_without_a_special_token_says_which(golden, tmp_path):
     config = json.loads((golden / "model" / "tokenizer_config.json").read_text())
     del config["added_tokens_decoder"]["423"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(TokenizerError, match=r"has no <\|vision_start\|>\. Cure"):
+    with pytest.raises(TokenizerError, match=r"has no <\|vision_start\|>\. Fix"):
         Tokenizer.load(tmp_path)

@@ -259,5 +259,5 @@ def test_metrics_become_curves(tmp_path):
 def test_a_broken_line_inside_names_file_and_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "loss": 1}\n' + line + '\n{"step": 2, "loss": 1}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: .*Cure"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: .*Fix"):
         read_metrics(path)

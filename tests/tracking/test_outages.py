@@ -128,7 +128,7 @@ class Server(BaseHTTPRequestHandler):
 def test_online_everything_is_sent_and_a_server_that_freezes_midway_holds_the_end_for_its_limit_only(
     wandb_home: Path, freezes: bool, caplog, monkeypatch
 ):
-    """Pass: the server has every number and no secret; frozen, the end comes within FINISH_S, the cure is
+    """Pass: the server has every number and no secret; frozen, the end comes within FINISH_S, the fix is
     told, the file has the rest."""
     monkeypatch.setenv("SOME_TOKEN", "hush-hush-4711")
     monkeypatch.setattr(services, "START_S", 30.0)

@@ -13,7 +13,7 @@ from tiny import draw_picture
 from unigen.config import Config
 from unigen.sequence.images import open_image
 from unigen.training.engine import Engine
-from unigen.training.samples import Sampler
+from unigen.training.samples import SampleWriter
 
 FAST = {"num_timesteps": 3, "max_new_tokens": 4}
 
@@ -32,15 +32,15 @@ def write_prompts(folder: Path) -> Path:
     return path
 
 
-def sampler_of(options: dict[str, Any]) -> Sampler:
+def sampler_of(options: dict[str, Any]) -> SampleWriter:
     """Of one process, whose model is loaded and not trained."""
     engine = Engine(Config(**options))
     model = engine.load_model(Path(options["model_path"]))
     model.source = Path(options["model_path"])
-    return Sampler(engine.config, engine, model)
+    return SampleWriter(engine.config, engine, model)
 
 
-def fail_once(sampler: Sampler, error: BaseException) -> None:
+def fail_once(sampler: SampleWriter, error: BaseException) -> None:
     """The next time the middle layer runs, it fails."""
     attention = sampler.model.language_model.model.layers[1].self_attn
 

@@ -21,7 +21,7 @@ from tiny import built, row_of, write_jsonl
 
 from unigen.config import Config, UserError
 from unigen.training.deepspeed import DeepSpeed
-from unigen.training.deepspeed_json import Settings, loss_scale, read_settings
+from unigen.training.deepspeed_json import DeepSpeedSettings, loss_scale, read_settings
 from unigen.training.losses import Counts, joint_loss, loss_sums
 from unigen.training.precision import DeviceFacts, choose_precision
 from unigen.training.trainer import UnifiedTrainer
@@ -341,7 +341,7 @@ def test_in_bfloat16_weights_begin_as_stored_and_are_updated_in_float32(ran: Any
 # ---- the JSON
 
 
-def settings(tmp_path: Path, content: Any, world: int = 2, **options: Any) -> Settings:
+def settings(tmp_path: Path, content: Any, world: int = 2, **options: Any) -> DeepSpeedSettings:
     file = tmp_path / "ds.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     config = Config(engine="deepspeed", deepspeed_config=str(file), **options)

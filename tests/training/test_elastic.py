@@ -14,7 +14,7 @@ from kills import become_rank
 from processes import run_ranks
 from tiny import built, metrics
 
-from unigen.data.loader import Place
+from unigen.data.loader import LoaderState
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import scan_group
 
@@ -83,7 +83,7 @@ def test_every_step_has_the_same_rows_whatever_the_number_of_processes(elastic: 
     stopped gives."""
     folder, options = elastic
     stream = built(**options | {"engine": "single", "output_dir": str(folder / "rows")}).stream
-    steps = stream.steps(Place(), ROWS)
+    steps = stream.steps(LoaderState(), ROWS)
     wanted = [
         sorted(origin for row in step for origin in stream.build(row, after).pack.origins)
         for (step, after), _ in zip(steps, range(STEPS))

@@ -12,13 +12,13 @@ from tiny import built, metrics
 
 from unigen.config import Config, ConfigError
 from unigen.training.engine import Engine
-from unigen.training.guards import FEWEST, Guards, TrainingStopped
+from unigen.training.guards import FEWEST, BadStepGuard, TrainingStopped
 from unigen.training.trainer import UnifiedTrainer
 
 
-def guards(tmp_path: Path, **options: Any) -> Guards:
+def guards(tmp_path: Path, **options: Any) -> BadStepGuard:
     config = Config(device="cpu", **options)
-    return Guards(Engine(config), config, tmp_path)
+    return BadStepGuard(Engine(config), config, tmp_path)
 
 
 def test_what_is_not_finite_is_refused_with_its_reason(tmp_path: Path):
@@ -73,7 +73,7 @@ def test_a_run_of_skipped_steps_ends_with_the_cure_and_every_step_listed(options
     poison(trainer.model)
     with pytest.raises(
         TrainingStopped,
-        match=r"step 3: its loss is not finite, as in the 2 steps before it .*Cure: lower --learning_rate",
+        match=r"step 3: its loss is not finite, as in the 2 steps before it .*Fix: lower --learning_rate",
     ):
         trainer._run()
     lines = [

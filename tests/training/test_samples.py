@@ -24,7 +24,7 @@ from unigen.sequence.images import open_image
 from unigen.sequence.plan import Draw
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Image, Origin, Record, Text
-from unigen.training.samples import GIVEN_SIDE, Sampler, small_pictures
+from unigen.training.samples import GIVEN_SIDE, SampleWriter, small_pictures
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ready(options: dict[str, Any], prompts: Path) -> Callable[..., Sampler]:
+def ready(options: dict[str, Any], prompts: Path) -> Callable[..., SampleWriter]:
     """Makes a sampler of one process; keywords are options of the run."""
 
-    def make(**changed: Any) -> Sampler:
+    def make(**changed: Any) -> SampleWriter:
         return sampler_of(options | {"sample_prompts": str(prompts)} | changed)
 
     return make
@@ -56,7 +56,7 @@ class Listener:
         self.heard.append(("text", name, step))
 
 
-def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Callable[..., Sampler]):
+def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Callable[..., SampleWriter]):
     """Passes when the folder holds what index.json says, two runs agree byte for byte, and the tracker hears
     of every piece."""
     sampler, tracker = ready(), Listener()
@@ -92,7 +92,7 @@ def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Ca
 
 
 def test_the_answers_are_those_of_the_inferencer(
-    ready: Callable[..., Sampler], options: dict[str, Any], prompts: Path
+    ready: Callable[..., SampleWriter], options: dict[str, Any], prompts: Path
 ):
     """Passes when a drawn picture, an edit and a text equal, to the bit, what InterleaveInferencer gives for
     the same seed."""
@@ -143,7 +143,7 @@ def test_pictures_are_shown_as_the_run_trains_on_them(
         assert shown == [(b.kind, b.grid) for b in blocks if b.piece == 0]
 
 
-def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Callable[..., Sampler]):
+def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Callable[..., SampleWriter]):
     """Passes when the side is 256, the model's smallest where that is larger, and its largest where that is
     smaller."""
     sampler = ready()
@@ -171,7 +171,7 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(
         trainer = built(
             **options | {"sample_prompts": str(prompts), "output_dir": str(tmp_path / f"run-{sampling}")}
         )
-        sampler = Sampler(trainer.config, trainer.engine, trainer.model)
+        sampler = SampleWriter(trainer.config, trainer.engine, trainer.model)
         sampler.idle = lambda: torch.rand(3)
         said: list[Any] = []
         for step in range(3):
@@ -192,7 +192,7 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5, 12])
-def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., Sampler], calls: int):
+def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., SampleWriter], calls: int):
     """Passes when Stopped comes out, no new folder stays, and the samples before and after it are whole."""
     sampler = ready()
     sampler.run(1, None)
@@ -214,7 +214,7 @@ def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., Sampler], cal
 
 
 def test_what_fails_is_a_warning_and_the_other_prompts_are_answered(
-    ready: Callable[..., Sampler],
+    ready: Callable[..., SampleWriter],
     prompts: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -252,7 +252,7 @@ def test_what_fails_is_a_warning_and_the_other_prompts_are_answered(
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(
-    ready: Callable[..., Sampler], caplog: pytest.LogCaptureFixture
+    ready: Callable[..., SampleWriter], caplog: pytest.LogCaptureFixture
 ):
     sampler, tracker = ready(), Listener()
     sampler.folder.parent.mkdir(parents=True)
@@ -270,7 +270,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 )
 def test_what_ends_the_writing_leaves_no_half_folder(
     error: BaseException,
-    ready: Callable[..., Sampler],
+    ready: Callable[..., SampleWriter],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -296,14 +296,14 @@ def test_what_ends_the_writing_leaves_no_half_folder(
     assert tracker.heard == []
 
 
-def test_when_samples_are_due(ready: Callable[..., Sampler]):
+def test_when_samples_are_due(ready: Callable[..., SampleWriter]):
     sampler = ready(sample_steps=3)
     assert [step for step in range(1, 10) if sampler.due(step, otherwise=step == 4)] == [3, 6, 9]
     sampler = ready()
     assert [step for step in range(1, 10) if sampler.due(step, otherwise=step == 4)] == [4]
 
 
-def test_what_this_model_cannot_do_is_told(ready: Callable[..., Sampler], prompts: Path):
+def test_what_this_model_cannot_do_is_told(ready: Callable[..., SampleWriter], prompts: Path):
     with pytest.raises(PromptError, match=f"{prompts}:1: kind is draw, but with visual_gen=false"):
         ready(visual_gen=False)
     with pytest.raises(PromptError, match=f"{prompts}:2: with visual_und=false"):

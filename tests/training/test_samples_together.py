@@ -15,8 +15,8 @@ from sampling import fail_once, pixels, sampler_of, write_prompts
 from tiny import built, row_of
 
 from unigen.runs.signals import Stopped
-from unigen.training.lockstep import Lockstep
-from unigen.training.samples import Sampler
+from unigen.training.samples import SampleWriter
+from unigen.training.synchronised import SynchronisedGeneration
 
 pytestmark = pytest.mark.xdist_group("samples_together")  # its processes are started once
 
@@ -27,7 +27,7 @@ def test_a_failure_that_the_others_cannot_be_told_of_ends_the_run(options: dict[
     sampler = sampler_of(options | {"sample_prompts": str(write_prompts(tmp_path))})
     # plain layers: none is gathered as a whole, as with ZeRO 3
     layers = sampler.model.language_model.model.layers
-    lockstep = Lockstep(sampler.engine, sampler.model, lambda: None)
+    lockstep = SynchronisedGeneration(sampler.engine, sampler.model, lambda: None)
     with lockstep.watching():
         fail_once(sampler, torch.OutOfMemoryError("inside"))
         with pytest.raises(torch.OutOfMemoryError, match="inside"):
@@ -48,7 +48,7 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
     for name in ("ddp", "fsdp2"):
         trainer = built(**options | {"engine": name, "output_dir": f"{folder}/{name}"})
         trainer.dry_batch()
-        sampler = Sampler(trainer.config, trainer.engine, trainer.model)
+        sampler = SampleWriter(trainer.config, trainer.engine, trainer.model)
         sampler.run(0, None)
         trainer.train_step([row_of(trainer, [rank, rank + 2])], 1e-3)
         sampler.run(1, None)
@@ -118,7 +118,7 @@ def two(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFacto
     }
     run_ranks(_sample_as_rank, 2, options, str(folder), seconds=300)
     trainer = built(**options | {"output_dir": str(folder / "one")})
-    sampler = Sampler(trainer.config, trainer.engine, trainer.model)
+    sampler = SampleWriter(trainer.config, trainer.engine, trainer.model)
     sampler.run(0, None)
     trainer.train_step([row_of(trainer, [0, 2]), row_of(trainer, [1, 3])], 1e-3)
     sampler.run(1, None)

@@ -13,7 +13,7 @@ from kills import timeless
 from tiny import built, draw_picture, text, write_jsonl
 
 from unigen.config import Config, UserError
-from unigen.data.loader import Place, load_rows
+from unigen.data.loader import LoaderState, load_batches
 from unigen.training.trainer import UnifiedTrainer
 
 
@@ -72,7 +72,7 @@ def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(source
     share = built(**sources).share
     met = Counter(
         record
-        for rows in load_rows(stream, share, Place(), limit=steps)
+        for rows in load_batches(stream, share, LoaderState(), limit=steps)
         for row in rows
         for record in row.records
     )

@@ -336,7 +336,7 @@ def test_a_state_that_does_not_fit_is_refused_with_a_list_and_changes_nothing(
     assert (
         says in str(caught.value)
         and str(folder) in str(caught.value)
-        and "Cure: resume with the options" in str(caught.value)
+        and "Fix: resume with the options" in str(caught.value)
     )
     assert_same(run.held(), before)
 

@@ -317,7 +317,7 @@ def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records:
     other = tmp_path / "data" / records.name
     other.write_text(other.read_text().replace("A red house", "A red mouse"))
     changed = whole_run | {"output_dir": str(tmp_path / "run"), "train_data_path": str(other)}
-    with pytest.raises(UserError, match=r"is not what this run began with.*Cure"):
+    with pytest.raises(UserError, match=r"is not what this run began with.*Fix"):
         train(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_3"))
     # The same files in another place are the same data.
     other.write_text(records.read_text())

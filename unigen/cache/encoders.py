@@ -204,7 +204,7 @@ def open_cache(
         log.warning(
             "Cache: %s holds nothing of this run's %s (its weights, or the precision it computes in, are "
             "others); it is computed. "
-            "Cure: run unigen cache with the options of this run",
+            "Fix: run unigen cache with the options of this run",
             cache_dir, {"vae": "VAE", "vit": "ViT"}[name],
         )  # fmt: skip
     vae = model.config.vae

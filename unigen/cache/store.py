@@ -42,7 +42,7 @@ _UNSET = "00000000"  # what the checksum is while it is computed
 
 
 class CacheError(UserError):
-    """The cache folder cannot be used; the message says why and the cure."""
+    """The cache folder cannot be used; the message says why and the fix."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             problem = "holds no cache of encoded pictures" if folder.is_dir() else "is not a folder"
             raise CacheError(
-                f"cache_dir {folder} {problem}. Cure: fill it with unigen cache, or leave cache_dir out"
+                f"cache_dir {folder} {problem}. Fix: fill it with unigen cache, or leave cache_dir out"
             ) from None
         if found != VERSION:
             raise CacheError(
                 f"cache_dir {folder} is a cache of version {found}; this program reads version {VERSION}."
-                " Cure: fill another folder with unigen cache"
+                " Fix: fill another folder with unigen cache"
             )
         return cls(folder)
 
@@ -128,7 +128,7 @@ class Store:
                 others = [name for name in os.listdir(folder) if MARKER not in name]
                 if others and not (folder / MARKER).exists():
                     raise CacheError(
-                        f"cache_dir {folder} holds other files ({', '.join(sorted(others)[:3])}). Cure:"
+                        f"cache_dir {folder} holds other files ({', '.join(sorted(others)[:3])}). Fix:"
                         " choose an empty or a new folder"
                     )
                 _write(folder / MARKER, json.dumps({"unigen_cache": VERSION}).encode() + b"\n")
@@ -221,7 +221,7 @@ class Store:
         if needed > free:
             raise CacheError(
                 f"cache_dir {self.folder}: {needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are"
-                " free. Cure: make room, choose another --cache_dir, or lower --max_image_tokens"
+                " free. Fix: make room, choose another --cache_dir, or lower --max_image_tokens"
             )
 
     def _files(self) -> Iterator[Path]:
@@ -266,7 +266,7 @@ class FeatureCache:
 
 
 @dataclass
-class Tally:
+class CacheTally:
     """How many of the pictures that a run met came from the cache; one that both encoders look at counts
     twice."""
 
@@ -346,6 +346,6 @@ def _write(path: Path, data: bytes, key: str = "0" * 64) -> None:
 
 def _failed(folder: Path, error: OSError) -> CacheError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        cure = "Cure: make room and run the command again; what is written stays usable"
-        return CacheError(f"cache_dir {folder}: the disk is full ({error.strerror}). {cure}")
-    return CacheError(f"cache_dir {folder} cannot be written ({error}). Cure: choose another --cache_dir")
+        fix = "Fix: make room and run the command again; what is written stays usable"
+        return CacheError(f"cache_dir {folder}: the disk is full ({error.strerror}). {fix}")
+    return CacheError(f"cache_dir {folder} cannot be written ({error}). Fix: choose another --cache_dir")

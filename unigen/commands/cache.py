@@ -52,7 +52,7 @@ class CacheOptions(Config):
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """A picture as one record shows it, by numbers: the pictures themselves may be bytes of a table."""
 
     part: int
@@ -65,7 +65,7 @@ class Job:
 class Missing:
     """An entry to be made."""
 
-    job: Job
+    job: EncodeJob
     names: tuple[str, ...]
     nbytes: int
 
@@ -202,7 +202,7 @@ class Filler:
             )
             yield dataset, planner
 
-    def jobs(self) -> Iterator[Job]:
+    def jobs(self) -> Iterator[EncodeJob]:
         """Every picture of this shard once for each way that a sample shows it."""
         met: set[int] = set()
         for number, (dataset, planner) in enumerate(self.parts):
@@ -226,9 +226,9 @@ class Filler:
                         and way not in met
                     ):
                         met.add(way)
-                        yield Job(number, i, piece, names)
+                        yield EncodeJob(number, i, piece, names)
 
-    def _open(self, job: Job) -> tuple[Any, bytes, str, View]:
+    def _open(self, job: EncodeJob) -> tuple[Any, bytes, str, View]:
         """The source of a picture, its bytes, their digest, and the sizes at which it is seen. Raises
         PictureError."""
         dataset, planner = self.parts[job.part]
@@ -242,7 +242,7 @@ class Filler:
     # ---- first pass
 
     def _look_up(self, pool: ThreadPoolExecutor, report: Report) -> list[Missing]:
-        def keys(job: Job) -> list[tuple[str, str, bool, View]]:
+        def keys(job: EncodeJob) -> list[tuple[str, str, bool, View]]:
             """(encoder, key, is a sound entry there, sizes) of each encoder."""
             _, _, picture, view = self._open(job)
             found = [(name, key_of(self.identities[name], picture, view)) for name in job.names]
@@ -289,8 +289,7 @@ class Filler:
                 for which, tensors in answers.items():
                     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
                         report.bad[name] = (
-                            f"the {which} makes numbers of it that are not finite. Cure: bf16 in place of"
-                            " fp16"
+                            f"the {which} makes numbers of it that are not finite. Fix: bf16 in place of fp16"
                         )
                         continue
                     encoder = self.identities[which]
@@ -323,7 +322,7 @@ class Filler:
                 try:
                     yield item, future.result()
                 except PictureError as error:
-                    report.bad[error.name] = f"{error.problem}. Cure: {error.cure}"
+                    report.bad[error.name] = f"{error.problem}. Fix: {error.fix}"
         finally:
             for _, future in ahead:
                 future.cancel()

@@ -32,7 +32,7 @@ class GenerateOptions(SamplingOptions):
 
 
 class GenerateError(UserError):
-    """The options of ``unigen generate`` cannot work; the message says which, why, and the cure."""
+    """The options of ``unigen generate`` cannot work; the message says which, why, and the fix."""
 
 
 OUTPUTS: dict[str, list[str] | None] = {"auto": None, "text": ["text"], "image": ["image"], "edit": ["image"]}
@@ -49,10 +49,10 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
     o = options
     prompt: list[Any] = [Path(path) for path in o.image] + ([o.prompt] if o.prompt else [])
     if not prompt:
-        raise GenerateError('prompt is empty and no image is given. Cure: --prompt "..." or --image a.png')
+        raise GenerateError('prompt is empty and no image is given. Fix: --prompt "..." or --image a.png')
     if o.mode == "edit" and not o.image:
         raise GenerateError(
-            "mode edit redraws a picture, and none is given. Cure: --image a.png, or --mode image"
+            "mode edit redraws a picture, and none is given. Fix: --image a.png, or --mode image"
         )
     from unigen.inference.inferencer import InterleaveInferencer
     from unigen.inference.options import check_sampling

@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
     "check": Command(
         "unigen.commands.check.command:CheckOptions",
         "unigen.commands.check.command:run",
-        "Check all data: every problem with its place and cure, statistics, advice.",
+        "Check all data: every problem with its place and fix, statistics, advice.",
         "unigen check data/train.jsonl --deep --output check.html",
         positional="paths",
     ),

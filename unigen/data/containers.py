@@ -43,7 +43,7 @@ class BadData(UserError):
         return (BadData, (self.args[0], self.records))
 
 
-class Span(NamedTuple):
+class ByteSpan(NamedTuple):
     """Where one record lies; a row of an index."""
 
     file: int
@@ -54,7 +54,7 @@ class Span(NamedTuple):
     crc: int  # of its contents
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """A portion of a file that can be read without the others, in any order and in another process."""
 
     path: Path
@@ -70,8 +70,8 @@ class Part(NamedTuple):
 class Container(NamedTuple):
     """How files of one kind are cut and read."""
 
-    cut: Callable[[Part, int], Iterator[Part]]
-    walk: Callable[[Part, Any], Iterator[tuple[Span, Raw]]]
+    cut: Callable[[FilePart, int], Iterator[FilePart]]
+    walk: Callable[[FilePart, Any], Iterator[tuple[ByteSpan, Raw]]]
     group: Callable[[Path, int], Any] | None = None  # tables: reads the group of a key
     runs: bool = False  # reading a record costs reading its group
 
@@ -193,7 +193,7 @@ def _json_field(path: Path, name: str, missing: Any = None) -> list[Any]:
 # ---- reading through
 
 
-def parts(path: Path, number: int, size: int = PART, source: Path | None = None) -> Iterator[Part]:
+def parts(path: Path, number: int, size: int = PART, source: Path | None = None) -> Iterator[FilePart]:
     """Portions of a file for reading in parallel; together they hold every record once, in order.
 
     JSON Lines files are cut at line ends near every ``size`` bytes, tables by their groups; other files are
@@ -202,7 +202,7 @@ def parts(path: Path, number: int, size: int = PART, source: Path | None = None)
 
     Args:
         path: A file that :func:`find_files` returned.
-        number: Its number, for ``Span.file``.
+        number: Its number, for ``ByteSpan.file``.
         size: Bytes of a part of a JSON Lines file, about.
         source: The unpacked copy of a compressed file, which is cut like any other (``Reader.source`` has
             it).
@@ -213,14 +213,14 @@ def parts(path: Path, number: int, size: int = PART, source: Path | None = None)
     """
     source = source or path
     with explained(path):
-        whole = Part(path, number, source, size=source.stat().st_size)
+        whole = FilePart(path, number, source, size=source.stat().st_size)
         if is_packed(source):
             yield whole
         else:
             yield from container_of(path).cut(whole, size)
 
 
-def read_part(part: Part, digest: Any = None) -> Iterator[tuple[Span, Raw]]:
+def read_part(part: FilePart, digest: Any = None) -> Iterator[tuple[ByteSpan, Raw]]:
     """Every record of a part.
 
     Args:
@@ -287,28 +287,28 @@ def explained(path: Path) -> Iterator[None]:
     ) as error:
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
-            cure = "check the path and the permissions"
+            fix = "check the path and the permissions"
             raise BadRecord(
-                "unreadable_file", "(file)", error.strerror, "a file that can be read", cure, Origin(path)
+                "unreadable_file", "(file)", error.strerror, "a file that can be read", fix, Origin(path)
             ) from error
-        cure = "fetch or make the file again; what follows the damage cannot be read"
+        fix = "fetch or make the file again; what follows the damage cannot be read"
         raise BadRecord(
             "broken_file",
             "(file)",
             f"truncated or damaged contents ({told})",
             "a whole file",
-            cure,
+            fix,
             Origin(path),
         ) from error
 
 
 @contextmanager
-def _opened(part: Part) -> Iterator[BinaryIO]:
+def _opened(part: FilePart) -> Iterator[BinaryIO]:
     with open_packed(part.source) if is_packed(part.source) else part.source.open("rb") as file:
         yield file
 
 
-def _cut_lines(whole: Part, size: int) -> Iterator[Part]:
+def _cut_lines(whole: FilePart, size: int) -> Iterator[FilePart]:
     start, line, index = 0, 1, 0
     with whole.source.open("rb") as file:
         while block := file.read(size):
@@ -334,7 +334,7 @@ def _content(line: bytes) -> tuple[int, bytes]:
     return skip, line[skip:].rstrip(b" \t\r\n")
 
 
-def _walk_lines(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
+def _walk_lines(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
     offset, index, line = part.start, part.index, part.line
     with _opened(part) as file:
         if part.start:
@@ -349,14 +349,17 @@ def _walk_lines(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
                 digest.update(data)
             skip, content = _content(data)
             if content:
-                yield Span(part.file, offset + skip, len(content), line, index, zlib.crc32(content)), content
+                yield (
+                    ByteSpan(part.file, offset + skip, len(content), line, index, zlib.crc32(content)),
+                    content,
+                )
                 index += 1
             offset, line = offset + len(data), line + 1
     if part.stop is not None and offset != part.stop:
         raise ValueError("it was changed while it was read")
 
 
-def _walk_json(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
+def _walk_json(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
     with _opened(part) as file:
         data = file.read()
     if digest is not None:
@@ -367,11 +370,16 @@ def _walk_json(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
     telling = len(records) == 1 or len(set(lines)) == len(lines)
     for i, (offset, length, line) in enumerate(records):
         content = data[skip + offset : skip + offset + length]
-        yield Span(part.file, skip + offset, length, line if telling else 0, i, zlib.crc32(content)), content
+        yield (
+            ByteSpan(part.file, skip + offset, length, line if telling else 0, i, zlib.crc32(content)),
+            content,
+        )
 
 
-def _by_group(groups: Callable[[Path], Iterable[tables.Group]]) -> Callable[[Part, int], Iterator[Part]]:
-    def cut(whole: Part, size: int) -> Iterator[Part]:
+def _by_group(
+    groups: Callable[[Path], Iterable[tables.Group]],
+) -> Callable[[FilePart, int], Iterator[FilePart]]:
+    def cut(whole: FilePart, size: int) -> Iterator[FilePart]:
         index = 0
         for key, rows, of in groups(whole.source):
             yield whole._replace(start=key, index=index, size=of)
@@ -382,17 +390,17 @@ def _by_group(groups: Callable[[Path], Iterable[tables.Group]]) -> Callable[[Par
 
 def _by_row(
     rows: Callable[[Path, int], Iterator[tables.Row]],
-) -> Callable[[Part, Any], Iterator[tuple[Span, Raw]]]:
-    def walk(part: Part, digest: Any) -> Iterator[tuple[Span, Raw]]:
+) -> Callable[[FilePart, Any], Iterator[tuple[ByteSpan, Raw]]]:
+    def walk(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
         for i, row in enumerate(rows(part.source, part.start)):
             if digest is not None:
                 feed(row, digest.update)
-            yield Span(part.file, part.start, i, 0, part.index + i, crc_of(row)), row
+            yield ByteSpan(part.file, part.start, i, 0, part.index + i, crc_of(row)), row
 
     return walk
 
 
-def _one_part(whole: Part, size: int) -> Iterator[Part]:
+def _one_part(whole: FilePart, size: int) -> Iterator[FilePart]:
     yield whole
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from unigen.data.containers import BadData, Raw, Span, find_files, parts, read_part
+from unigen.data.containers import BadData, ByteSpan, Raw, find_files, parts, read_part
 from unigen.data.examine import Measure, Numbers, Pictures, bad_picture, examine, key_of
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.reader import Reader
@@ -39,22 +39,22 @@ TASKS = ("text", "understand", "generate", "edit", "interleaved")
 
 
 class _Index:
-    """Rows of :class:`Span` in compact arrays (a list of tuples would take ten times the memory)."""
+    """Rows of :class:`ByteSpan` in compact arrays (a list of tuples would take ten times the memory)."""
 
-    def __init__(self, spans: Iterable[Span] = ()):
+    def __init__(self, spans: Iterable[ByteSpan] = ()):
         self._columns = [array("I"), array("Q"), array("Q"), array("Q"), array("Q"), array("I")]
         for span in spans:
             self.append(span)
 
-    def append(self, span: Span) -> None:
+    def append(self, span: ByteSpan) -> None:
         for column, value in zip(self._columns, span):
             column.append(value)
 
     def __len__(self) -> int:
         return len(self._columns[0])
 
-    def __getitem__(self, i: int) -> Span:
-        return Span(*(column[i] for column in self._columns))
+    def __getitem__(self, i: int) -> ByteSpan:
+        return ByteSpan(*(column[i] for column in self._columns))
 
     def runs(self) -> list[tuple[int, int]]:
         """Ranges of rows that agree in file and offset."""
@@ -135,7 +135,7 @@ class UnifiedGenerationDataset:
         self._index = _Index()
         self._counts: Counter[tuple[str, str]] = Counter()
         self.sizes: Ragged | None = None if measure is None else Ragged()
-        bad: list[tuple[Span, BadRecord]] = []
+        bad: list[tuple[ByteSpan, BadRecord]] = []
         pictures, pictured = Pictures(), array("Q")
         unreadable, contents = [], []
         for number, (path, name) in enumerate(named):
@@ -228,12 +228,12 @@ class UnifiedGenerationDataset:
 
     # ---- building
 
-    def _walk(self, number: int, digest: Any) -> Iterator[tuple[Span, Raw]]:
+    def _walk(self, number: int, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
         for part in parts(self.files[number], number, source=self._reader.source(number)):
             yield from read_part(part, digest)
 
     def _add(
-        self, span: Span, raw: Raw, pictures: Pictures, pictured: array[int], measure: Measure | None
+        self, span: ByteSpan, raw: Raw, pictures: Pictures, pictured: array[int], measure: Measure | None
     ) -> None:
         """Checks a record and puts it into the index; ``pictured`` gets the numbers of those with pictures.
         Raises BadRecord."""
@@ -246,7 +246,7 @@ class UnifiedGenerationDataset:
             assert size is not None, "measure returned nothing"
             self.sizes.append(size)
 
-    def _drop_broken(self, pictured: Iterable[int]) -> list[tuple[Span, BadRecord]]:
+    def _drop_broken(self, pictured: Iterable[int]) -> list[tuple[ByteSpan, BadRecord]]:
         """Decodes the pictures of the records ``pictured``; takes those with broken ones out of the index and
         returns them."""
         broken = list(self._broken(pictured))
@@ -308,10 +308,10 @@ class UnifiedGenerationDataset:
         bad = unreadable + self.bad
         total = len(self) + len(bad)
         if bad and (on_bad_record == "error" or unreadable):
-            cure = "Correct them"
+            fix = "Correct them"
             if not unreadable:
-                cure += f", or leave them out with on_bad_record=skip (it stops above {max_share:.0%})"
-            raise BadData(f"{len(bad):,} of {total:,} records cannot be used:\n{_list(bad)}\n{cure}.", bad)
+                fix += f", or leave them out with on_bad_record=skip (it stops above {max_share:.0%})"
+            raise BadData(f"{len(bad):,} of {total:,} records cannot be used:\n{_list(bad)}\n{fix}.", bad)
         if bad and listing is not None:
             _list_in(listing, bad)
         if len(bad) > max_share * total:
@@ -348,7 +348,7 @@ class UnifiedGenerationDataset:
         span = self._index[self._checked(i)]
         return parse_raw(self._reader.read(span), span.line, self._origin(span), self.root)
 
-    def _origin(self, span: Span) -> Origin:
+    def _origin(self, span: ByteSpan) -> Origin:
         return Origin(self.files[span.file], span.line or None, span.index)
 
     def _checked(self, i: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from unigen.data.containers import Raw, Span
+from unigen.data.containers import ByteSpan, Raw
 from unigen.data.formats import parse_raw
 from unigen.sequence.images import PictureError, image_size
 from unigen.sequence.types import BadRecord, Image, Origin, Record
@@ -27,7 +27,7 @@ class Examined(NamedTuple):
 
 def examine(
     raw: Raw,
-    span: Span,
+    span: ByteSpan,
     file: Path,
     pictures: Pictures,
     measure: Measure | None = None,
@@ -141,6 +141,6 @@ def bad_picture(error: PictureError, field: str, origin: Origin | None = None) -
         field,
         f"{error.name}: {error.problem}",
         "a picture that can be decoded",
-        error.cure,
+        error.fix,
         origin,
     )

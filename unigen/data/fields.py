@@ -152,22 +152,22 @@ def piece(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Im
         raise BadRecord("unknown_type", f"{where}.type", show(kind), '"text" or "image"', "correct the type")
     wanted, other = ("content", "image_path") if kind == "text" else ("image_path", "content")
     if item.get(wanted) is None and item.get(other) is not None:
-        cure = f'write "type": "{"image" if kind == "text" else "text"}", or give {wanted}'
+        fix = f'write "type": "{"image" if kind == "text" else "text"}", or give {wanted}'
         raise BadRecord(
             "missing_field",
             f"{where}.{wanted}",
             f"{other} alone",
             f"{wanted} in a piece of type {kind}",
-            cure,
+            fix,
         )
     if item.get(other) not in (None, ""):
-        cure = "write two pieces, one of each type"
+        fix = "write two pieces, one of each type"
         raise BadRecord(
             "ambiguous_piece",
             f"{where}.{other}",
             show(item[other]),
             f"{wanted} alone in a piece of type {kind}",
-            cure,
+            fix,
         )
     if kind == "text":
         return Text(string(item, "content", where), target), f"{where}.content"
@@ -247,13 +247,13 @@ def tagged(
     """
     tags = sum(part.count(TAG) for _, contents in turns for part, _ in contents if isinstance(part, str))
     if tags > len(images):
-        cure = "list one image for each tag, or remove the tags that have none"
+        fix = "list one image for each tag, or remove the tags that have none"
         raise BadRecord(
             "unequal_image_count",
             field,
             f"{len(images)} images",
             f"one for each of the {tags} <image> tags",
-            cure,
+            fix,
         )
     left = iter(images)
     surplus: Pieces = [(Image(source), at) for source, at in (next(left) for _ in range(len(images) - tags))]

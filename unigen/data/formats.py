@@ -154,8 +154,8 @@ def editing(record: Json, folder: Path) -> Pieces:
         if number is not None:
             first = number - i if first is None else first
             if number != first + i:
-                cure = "number the steps 1, 2, 3, ... in their order, or leave the numbers out"
-                raise BadRecord("bad_step_number", f"{field}.step", str(number), f"{first + i}", cure)
+                fix = "number the steps 1, 2, 3, ... in their order, or leave the numbers out"
+                raise BadRecord("bad_step_number", f"{field}.step", str(number), f"{first + i}", fix)
         pieces.append((Text(f.string(step, "instruction", field)), f"{field}.instruction"))
         pieces.append(
             (Image(f.picture(step, "result_image", field, folder), target=True), f"{field}.result_image")
@@ -169,12 +169,12 @@ def interleaved(record: Json, folder: Path) -> Pieces:
     items = f.objects(record, "sequence", "")
     for item, field in items:
         if item.get("role") is not None:
-            cure = (
+            fix = (
                 'use "conversations" for turns with roles, or take the role out and say "target": true or'
                 " false"
             )
             raise BadRecord(
-                "unexpected_field", f"{field}.role", f.show(item["role"]), "no role in a sequence", cure
+                "unexpected_field", f"{field}.role", f.show(item["role"]), "no role in a sequence", fix
             )
     pieces = [f.piece(item, field, folder, target=True) for item, field in items]
     if pieces:
@@ -231,13 +231,13 @@ def edit_list(record: Json, folder: Path) -> Pieces:
     images = f.pictures(f.required(record, "image_list", list, ""), "image_list", folder)
     steps = f.required(record, "instruction_list", list, "")
     if len(images) != len(steps) + 1:
-        cure = "give one instruction, or one list of wordings, for each picture after the first"
+        fix = "give one instruction, or one list of wordings, for each picture after the first"
         raise BadRecord(
             "unequal_image_count",
             "image_list",
             f"{len(images)} images",
             f"{len(steps) + 1} for {len(steps)} instructions",
-            cure,
+            fix,
         )
     pieces: Pieces = [(Image(images[0][0]), images[0][1])]
     for i, (step, (source, field)) in enumerate(zip(steps, images[1:])):
@@ -297,23 +297,23 @@ def _recognise(record: Json) -> str:
         if not present.isdisjoint(entry.fields) and (entry.recognise is None or entry.recognise(record)):
             found.append(name)
     if len(found) > 1:
-        cure = "keep the fields of one format, and split the record if it was meant as two"
+        fix = "keep the fields of one format, and split the record if it was meant as two"
         fields = f"fields of {' and '.join(found)} ({f.names(record)})"
-        raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", cure)
+        raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", fix)
     if not found:
         raise BadRecord(
             "no_format",
             "(record)",
             f"fields {f.names(record)}",
             f"one of {', '.join(_known())}",
-            _nearest_cure(record),
+            _nearest_fix(record),
         )
     entry = FORMATS[found[0]]
     for name in _PICTURES:
         if name in present and name not in (*entry.fields, *entry.also, entry.content):
-            cure = f"move the picture into the {entry.content}, or take the field out"
+            fix = f"move the picture into the {entry.content}, or take the field out"
             raise BadRecord(
-                "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", cure
+                "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", fix
             )
     return found[0]
 
@@ -322,7 +322,7 @@ def _known() -> list[str]:
     return list(dict.fromkeys(name for entry in FORMATS.values() for name in (*entry.fields, entry.content)))
 
 
-def _nearest_cure(record: Json) -> str:
+def _nearest_fix(record: Json) -> str:
     if record.get("image_path") is not None:
         return "add a text_prompt (the image is the target) or a caption (the text is the target)"
     if record.get("image") is not None:

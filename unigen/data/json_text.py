@@ -58,9 +58,9 @@ def parse_json(data: bytes, line: int = 1) -> Any:
         raise _bad_json(error.msg, text, error.pos, line) from None
     except _Constant as error:
         match = next(m for m in _STRING_OR_CONSTANT.finditer(text) if m[0] == str(error))
-        cure = "write a finite number or null; JSON has no NaN and no infinity"
+        fix = "write a finite number or null; JSON has no NaN and no infinity"
         raise BadRecord(
-            "bad_json", "(record)", f"{error} at {_place(text, match.start(), line)}", "a JSON value", cure
+            "bad_json", "(record)", f"{error} at {_place(text, match.start(), line)}", "a JSON value", fix
         ) from None
     except _RepeatedKey as error:
         found = f"the field {json.dumps(str(error))} twice in one object"
@@ -155,10 +155,10 @@ def _skip(text: str, at: int) -> int:
 
 
 def _bad_json(message: str, text: str, at: int, line: int) -> BadRecord:
-    cure = "correct the JSON there"
+    fix = "correct the JSON there"
     if message == "Extra data":
-        cure = "put one record on a line of a .jsonl file, or all records into one [...] list of a .json file"
-    return BadRecord("bad_json", "(record)", f"{message} at {_place(text, at, line)}", "valid JSON", cure)
+        fix = "put one record on a line of a .jsonl file, or all records into one [...] list of a .json file"
+    return BadRecord("bad_json", "(record)", f"{message} at {_place(text, at, line)}", "valid JSON", fix)
 
 
 def _place(text: str, at: int, line: int) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from unigen.data.mixing import Mixture
-from unigen.data.rows import Packer
+from unigen.data.packing import Packer
 from unigen.sequence.images import PictureError
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Draw
@@ -33,7 +33,7 @@ SMALL = 2**20  # bytes of a row's tensors up to which they are sent through a pi
 
 
 @dataclass(frozen=True)
-class Place:
+class LoaderState:
     """Where the stream stands: of the epoch's order, visits ``[0, position)`` are done but for those that
     wait."""
 
@@ -48,12 +48,12 @@ class Place:
 
 
 @dataclass
-class Row:
+class MicroBatch:
     """One packed row, and the stream's place after the optimiser step it belongs to."""
 
     pack: Pack
     records: list[int]
-    after: Place
+    after: LoaderState
     bad: list[BadRecord] = field(default_factory=list)
 
 
@@ -70,7 +70,7 @@ class _Parcel:
     """A row on its way from a worker, all its tensors in one buffer: each tensor sent by itself would cost a
     file descriptor and more time than a small picture takes to decode."""
 
-    def __init__(self, row: Row):
+    def __init__(self, row: MicroBatch):
         self._parts: list[tuple[int, Sequence[Tensor]]] = []
         self._size = 0
         self.fields: dict[str, Any] = {}
@@ -109,7 +109,7 @@ class _Parcel:
         self._small = None
         return self
 
-    def open(self) -> Row:
+    def open(self) -> MicroBatch:
         """The row; its tensors are views of the one buffer."""
 
         if self._small is not None:
@@ -131,11 +131,11 @@ class _Parcel:
             elif isinstance(value, list) and value and isinstance(value[0], _Leaf):
                 value = [tensor for leaf in value for tensor in tensors(leaf)]
             opened[name] = value
-        return Row(Pack(**opened), *self.rest)
+        return MicroBatch(Pack(**opened), *self.rest)
 
 
 @dataclass(frozen=True)
-class Share:
+class RankSlice:
     """This process's part of every step, whose rows are dealt one by one."""
 
     rank: int = 0
@@ -148,7 +148,7 @@ class Share:
         return -(-self.step_rows // self.world)
 
 
-class RowStream:
+class PackStream:
     """The rows of a mixture in global order, and how many steps they make."""
 
     def __init__(self, mixture: Mixture, batch_size: int = 1, budget: int | None = None, masks: bool = False):
@@ -162,7 +162,7 @@ class RowStream:
         """The random numbers of a visit: ``number`` is the pass over the record's source."""
         return Draw(self.mixture.seed, number, record, self.mixture.training)
 
-    def rows(self, place: Place) -> Iterator[tuple[list[int], Place]]:
+    def rows(self, place: LoaderState) -> Iterator[tuple[list[int], LoaderState]]:
         """The rows of the rest of an epoch: places in its order, and the stream's place after each row."""
         epoch, end = place.epoch, len(self.mixture)
         position, waiting = place.position, list(place.waiting)
@@ -174,7 +174,7 @@ class RowStream:
                     waiting[self.batch_size :],
                 )
                 position += taken
-                yield row, Place(epoch, position, tuple(waiting))
+                yield row, LoaderState(epoch, position, tuple(waiting))
             return
         packer = Packer(self.budget)
         for at, length in zip(waiting, self._lengths(epoch, np.array(waiting, np.int64)).tolist()):
@@ -185,21 +185,21 @@ class RowStream:
                 packer.add(at, length)
                 while packer.ready:
                     row = packer.row()
-                    yield row, Place(epoch, at + 1, packer.waiting)
+                    yield row, LoaderState(epoch, at + 1, packer.waiting)
         while len(packer):
             row = packer.row()
-            yield row, Place(epoch, end, packer.waiting)
+            yield row, LoaderState(epoch, end, packer.waiting)
 
     def _lengths(self, epoch: int, places: np.ndarray) -> np.ndarray:
         visits = self.mixture.visits(epoch)
         return self.mixture.lengths(visits.records[places], visits.passes[places])
 
-    def steps(self, place: Place, step_rows: int) -> Iterator[tuple[list[list[int]], Place]]:
+    def steps(self, place: LoaderState, step_rows: int) -> Iterator[tuple[list[list[int]], LoaderState]]:
         """The rows of each optimiser step and the place after it, epoch after epoch without end. The last
         step of an epoch may have fewer rows than ``step_rows``; every visit is met once an epoch."""
         while True:
             if place.position >= len(self.mixture) and not place.waiting:
-                place = Place(place.epoch + 1)
+                place = LoaderState(place.epoch + 1)
             step: list[list[int]] = []
             for row, after in self.rows(place):
                 step.append(row)
@@ -215,7 +215,7 @@ class RowStream:
         if self.budget is None:
             rows = -(-len(self.mixture) // self.batch_size)
         else:
-            rows = sum(1 for _ in self.rows(Place(epoch)))
+            rows = sum(1 for _ in self.rows(LoaderState(epoch)))
         return -(-rows // step_rows)
 
     def fill(self, epoch: int = 0) -> float:
@@ -223,11 +223,11 @@ class RowStream:
         assert self.budget is not None, "rows of batch_size samples have no budget"
         totals = [
             min(1.0, self._lengths(epoch, np.array(row)).sum() / self.budget)
-            for row, _ in self.rows(Place(epoch))
+            for row, _ in self.rows(LoaderState(epoch))
         ]
         return float(np.mean(totals))
 
-    def largest_row(self) -> list[int]:
+    def largest(self) -> list[int]:
         """The records of the longest row that can come."""
         lengths = self.mixture.full_lengths()
         by_length = np.argsort(-lengths, kind="stable")
@@ -242,23 +242,23 @@ class RowStream:
                 free -= int(lengths[record])
         return row
 
-    def build(self, places: Sequence[int], after: Place) -> Row:
+    def build(self, places: Sequence[int], after: LoaderState) -> MicroBatch:
         """Decodes and packs a row (places in the order of ``after.epoch``); records whose pictures turn out
         unreadable are left out and listed."""
         visits = self.mixture.visits(after.epoch)
         at = np.array(places, np.int64)
-        return self.build_visits(
+        return self.build_samples(
             [self.draw(r, n) for r, n in zip(visits.records[at].tolist(), visits.passes[at].tolist())], after
         )
 
-    def build_largest(self) -> Row:
-        """:meth:`largest_row` with every copy and nothing dropped."""
-        return self.build_visits(
-            [Draw(self.mixture.seed, 0, record, training=False, whole=True) for record in self.largest_row()],
-            Place(),
+    def build_largest(self) -> MicroBatch:
+        """:meth:`largest` with every copy and nothing dropped."""
+        return self.build_samples(
+            [Draw(self.mixture.seed, 0, record, training=False, whole=True) for record in self.largest()],
+            LoaderState(),
         )
 
-    def build_visits(self, draws: Sequence[Draw], after: Place) -> Row:
+    def build_samples(self, draws: Sequence[Draw], after: LoaderState) -> MicroBatch:
         """:meth:`build` for any visits."""
         samples, origins, bad, good = [], [], [], []
         for draw in draws:
@@ -268,7 +268,7 @@ class RowStream:
             except PictureError as error:
                 found = f"{error.name}: {error.problem}"
                 bad.append(
-                    BadRecord(error.code, "image", found, "a readable picture", error.cure, record.origin)
+                    BadRecord(error.code, "image", found, "a readable picture", error.fix, record.origin)
                 )
                 continue
             origins.append(str(record.origin))
@@ -278,16 +278,16 @@ class RowStream:
         pack = pack_blocks(
             samples, planner.tokenizer.special, planner.geometry, origins=origins, masks=self.masks
         )
-        return Row(pack, good, after, bad)
+        return MicroBatch(pack, good, after, bad)
 
 
-class _Rows(IterableDataset):
+class _RankBatches(IterableDataset):
     """The rows of one process; a worker builds every ``num_workers``-th of them."""
 
-    def __init__(self, stream: RowStream, share: Share, place: Place, limit: int | None):
+    def __init__(self, stream: PackStream, share: RankSlice, place: LoaderState, limit: int | None):
         self.stream, self.share, self.place, self.limit = stream, share, place, limit
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         count = 0
@@ -308,17 +308,17 @@ def default_workers(processes: int = 1) -> int:
     return min(4, max(0, cores // processes - 1))
 
 
-def load_rows(
-    stream: RowStream,
-    share: Share,
-    place: Place,
+def load_batches(
+    stream: PackStream,
+    share: RankSlice,
+    place: LoaderState,
     *,
     num_workers: int = 0,
     limit: int | None = None,
     pin: bool = False,
     worker_init: Callable[[int], None] | None = None,
     starting: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[MicroBatch]]:
     """The rows of this process, step by step (``share.rows`` at a time), from ``place`` on; ``limit`` ends it
     after so many steps.
 
@@ -328,7 +328,7 @@ def load_rows(
         # The tokenizers' threads and forked workers do not mix; one thread a worker is the point of workers.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
-        _Rows(stream, share, place, limit),
+        _RankBatches(stream, share, place, limit),
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_Parcel if num_workers or pin else _same,
@@ -341,7 +341,7 @@ def load_rows(
     )
     with starting():
         items = iter(loader)
-    step: list[Row] = []
+    step: list[MicroBatch] = []
     for item in items:
         step.append(item.open() if isinstance(item, _Parcel) else item)
         if len(step) == share.rows:
@@ -349,5 +349,5 @@ def load_rows(
             step = []
 
 
-def _same(row: Row) -> Row:
+def _same(row: MicroBatch) -> MicroBatch:
     return row

@@ -26,7 +26,7 @@ from unigen.sequence.types import Block, Origin, Record
 
 
 @dataclass
-class Part:
+class DataSource:
     """One source: its records, and how they become tokens. ``planner`` is the source's own, with its picture
     sizes."""
 
@@ -65,7 +65,7 @@ class Mixture:
         UserError: every source repeats and none has a weight: an epoch would have no end that means anything.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int, training: bool = True):
+    def __init__(self, parts: Sequence[DataSource], seed: int, training: bool = True):
         assert parts
         self.parts, self.seed, self.training = list(parts), seed, training
         self.starts = np.cumsum([0] + [len(part.dataset) for part in parts])
@@ -76,7 +76,7 @@ class Mixture:
             and all(part.weight is None for part in parts)
         ):
             raise UserError(
-                "train_sources: every source repeats and none has a weight. Cure: give weights, or leave"
+                "train_sources: every source repeats and none has a weight. Fix: give weights, or leave"
                 " repeat out"
             )
         weights = [part.weight or float(len(part.dataset)) for part in parts]
@@ -113,7 +113,7 @@ class Mixture:
         rows = [[p.dataset.fingerprint, p.weight, p.repeat] for p in self.parts]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    def part(self, record: int) -> tuple[Part, int]:
+    def part(self, record: int) -> tuple[DataSource, int]:
         """The source of a record, and its number there."""
         at = int(np.searchsorted(self.starts, record, side="right")) - 1
         return self.parts[at], record - int(self.starts[at])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.data import tables
-from unigen.data.containers import BadData, Raw, Span, container_of, crc_of, explained, is_packed
+from unigen.data.containers import BadData, ByteSpan, Raw, container_of, crc_of, explained, is_packed
 from unigen.data.unpack import unpacked
 from unigen.sequence.types import BadRecord, Origin
 
@@ -27,7 +27,7 @@ class Reader:
     ``GROUPS`` bytes and at least ``LEAST`` of them, in each process.
 
     Args:
-        files: What ``Span.file`` counts.
+        files: What ``ByteSpan.file`` counts.
 
     Raises:
         BadData: A compressed file is damaged.
@@ -44,7 +44,7 @@ class Reader:
         """The file itself, or its unpacked copy: what :func:`parts` should cut."""
         return self._sources[number]
 
-    def read(self, span: Span) -> Raw:
+    def read(self, span: ByteSpan) -> Raw:
         """The record at ``span``, as :func:`read_part` gave it.
 
         Raises:
@@ -71,11 +71,11 @@ class Reader:
         return raw
 
     def grouped(self, number: int) -> bool:
-        """Whether reading a record of this file costs reading the group it lies in (``Span.offset`` names
+        """Whether reading a record of this file costs reading the group it lies in (``ByteSpan.offset`` names
         it)."""
         return container_of(self.files[number]).runs
 
-    def _group(self, span: Span, load: Callable[[Path, int], Any]) -> Any:
+    def _group(self, span: ByteSpan, load: Callable[[Path, int], Any]) -> Any:
         path = self._sources[span.file]
         if _stamp(path) != self._stamps[span.file]:  # a mapped file that shrank would end the process
             raise ValueError("it was changed while it was in use")
@@ -83,7 +83,7 @@ class Reader:
             self._kept = _Kept()
         return self._kept.get((span.file, span.offset), lambda: load(path, span.offset))
 
-    def _place(self, span: Span) -> Origin:
+    def _place(self, span: ByteSpan) -> Origin:
         return Origin(self.files[span.file], span.line or None, span.index)
 
     def _source(self, path: Path) -> Path:

@@ -141,7 +141,7 @@ class ContextBuilder:
         if not self.model.config.visual_und and not drawing:
             raise InferenceError(
                 "this model was loaded with visual_und=False and sees pictures only where it is asked to"
-                " draw. Cure: load it with visual_und=True, or ask for a picture"
+                " draw. Fix: load it with visual_und=True, or ask for a picture"
             )
 
     def _extend(self, contexts: Sequence[Context], blocks: Sequence[Block]) -> None:

@@ -88,7 +88,7 @@ class InterleaveInferencer:
         if tokenizer is None:
             if model.source is None:
                 raise InferenceError(
-                    "tokenizer is missing and the model was not loaded from a folder. Cure: pass tokenizer="
+                    "tokenizer is missing and the model was not loaded from a folder. Fix: pass tokenizer="
                 )
             tokenizer = Tokenizer.load(model.source)
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
@@ -154,7 +154,7 @@ class InterleaveInferencer:
         for name, value in (("height", height), ("width", width)):
             if value < stride or value > limit:
                 raise InferenceError(
-                    f"{name} is {value} pixels; this model draws from {stride} to {limit}. Cure: choose a"
+                    f"{name} is {value} pixels; this model draws from {stride} to {limit}. Fix: choose a"
                     " side in that range"
                 )
         return height // stride * stride, width // stride * stride
@@ -168,7 +168,7 @@ class InterleaveInferencer:
     def _needs_gen(self) -> None:
         if not self.model.config.visual_gen:
             raise InferenceError(
-                "this model was loaded with visual_gen=False and cannot draw. Cure: load it with"
+                "this model was loaded with visual_gen=False and cannot draw. Fix: load it with"
                 " visual_gen=True"
             )
 
@@ -270,7 +270,7 @@ class InterleaveInferencer:
         """
         pieces = [piece for piece in (image, text) if piece is not None]
         if not pieces:
-            raise InferenceError("neither an image nor a text is given. Cure: pass image=, text= or both")
+            raise InferenceError("neither an image nor a text is given. Fix: pass image=, text= or both")
         result: dict[str, Any] = {"image": None, "text": None}
         for piece in self.interleave_inference(pieces, **options):
             result["text" if isinstance(piece, str) else "image"] = piece
@@ -393,7 +393,7 @@ class InterleaveInferencer:
 
     def _context(self, pieces: Sequence[Piece]) -> Context:
         if not pieces:
-            raise InferenceError("a prompt is empty. Cure: give at least one text or picture")
+            raise InferenceError("a prompt is empty. Fix: give at least one text or picture")
         context = Context(self.model.config.llm.num_hidden_layers)
         context.pieces = [Text(piece) if isinstance(piece, str) else Image(piece) for piece in pieces]
         return context

@@ -20,7 +20,7 @@ SAMPLES = SamplingOptions(max_new_tokens=200, num_timesteps=30)
 
 
 class PromptError(UserError):
-    """A prompt cannot be used; the message says which, in which file and line, why, and the cure."""
+    """A prompt cannot be used; the message says which, in which file and line, why, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
         if path is None:
             if not entry.strip():
                 raise PromptError(
-                    f"sample_prompts: text {number} is empty. Cure: write the prompt, or leave it out"
+                    f"sample_prompts: text {number} is empty. Fix: write the prompt, or leave it out"
                 )
             found.append(Prompt(entry, f"sample_prompts, text {number}", seed + len(found)))
             continue
@@ -103,17 +103,17 @@ def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
             )
             found.append(prompt or Prompt(_text(data, where), where, seed + len(found)))
         if not lines:
-            raise PromptError(f"sample_prompts: {path} holds no prompt. Cure: write one a line")
+            raise PromptError(f"sample_prompts: {path} holds no prompt. Fix: write one a line")
     for prompt in found:
         try:
             prompt.text.encode()
         except UnicodeEncodeError:
             raise PromptError(
-                f"{prompt.where}: the prompt holds half a character (a lone surrogate). Cure: write it anew"
+                f"{prompt.where}: the prompt holds half a character (a lone surrogate). Fix: write it anew"
             ) from None
     if not found:
         raise PromptError(
-            'sample_prompts is empty. Cure: --sample_prompts "a red house", or a file of prompts'
+            'sample_prompts is empty. Fix: --sample_prompts "a red house", or a file of prompts'
         )
     return found
 
@@ -127,11 +127,9 @@ def _file(entry: str) -> Path | None:
         return None
     named = path.suffix in (".txt", ".jsonl", ".json") and not any(c.isspace() for c in entry)
     if named and not exists:
-        raise PromptError(f"sample_prompts: there is no file {entry}. Cure: check the path")
+        raise PromptError(f"sample_prompts: there is no file {entry}. Fix: check the path")
     if named and path.suffix == ".json":
-        raise PromptError(
-            f"sample_prompts: {entry} is JSON. Cure: write one object a line and call it .jsonl"
-        )
+        raise PromptError(f"sample_prompts: {entry} is JSON. Fix: write one object a line and call it .jsonl")
     return path if exists else None
 
 
@@ -141,7 +139,7 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise PromptError(
-            f"sample_prompts: {path} cannot be read ({error.strerror}). Cure: check the permissions"
+            f"sample_prompts: {path} cannot be read ({error.strerror}). Fix: check the permissions"
         ) from None
     return [(number, line.strip()) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
 
@@ -150,7 +148,7 @@ def _text(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise PromptError(f"{where}: the line is not UTF-8. Cure: save the file as UTF-8") from None
+        raise PromptError(f"{where}: the line is not UTF-8. Fix: save the file as UTF-8") from None
 
 
 def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prompt:
@@ -158,9 +156,9 @@ def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prom
     try:
         values = parse_json(data, line)
     except BadRecord as error:
-        raise PromptError(f"{where}: {error.found}. Cure: {error.cure}") from None
+        raise PromptError(f"{where}: {error.found}. Fix: {error.fix}") from None
     if not isinstance(values, dict):
-        raise PromptError(f'{where}: the line is no JSON object. Cure: {{"prompt": "a red house"}}')
+        raise PromptError(f'{where}: the line is no JSON object. Fix: {{"prompt": "a red house"}}')
     known = [*_HEAD, *NAMES]
     for key, value in values.items():
         if key not in known:
@@ -170,7 +168,7 @@ def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prom
                 + (f"; did you mean {near}?" if near else f" (keys: {', '.join(known)})")
             )
         if words := _wrong(key, value):
-            raise PromptError(f"{where}: {key} is {value!r}. Cure: {words}")
+            raise PromptError(f"{where}: {key} is {value!r}. Fix: {words}")
     image = values.get("image", [])
     prompt = Prompt(
         text=values.get("prompt", ""),
@@ -188,15 +186,14 @@ def _check(prompt: Prompt) -> None:
     """Raises PromptError where the values of a line do not go together, or a picture cannot be read."""
     where, options = prompt.where, prompt.options
     if not prompt.text.strip() and not prompt.images:
-        raise PromptError(f"{where}: neither prompt nor image says what to answer. Cure: give one, or both")
+        raise PromptError(f"{where}: neither prompt nor image says what to answer. Fix: give one, or both")
     try:
         sampling_options(SAMPLES, **options)
     except InferenceError as error:
         raise PromptError(f"{where}: {error}") from None
     if "height" in options and prompt.kind == "answer":
         raise PromptError(
-            f"{where}: height and width are those of a drawn picture, and kind is answer. Cure: leave"
-            " them out"
+            f"{where}: height and width are those of a drawn picture, and kind is answer. Fix: leave them out"
         )
     for path in prompt.images:
         try:

@@ -122,14 +122,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointFolderError(
             f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT (llm_config.json,"
-            " vit_config.json, ema.safetensors, ae.safetensors, tokenizer files). Cure: check the path, or"
+            " vit_config.json, ema.safetensors, ae.safetensors, tokenizer files). Fix: check the path, or"
             " download the whole repository"
         ) from None
     except ValueError as error:
-        raise CheckpointFolderError(f"{path} is not valid JSON ({error}). Cure: download it again") from None
+        raise CheckpointFolderError(f"{path} is not valid JSON ({error}). Fix: download it again") from None
     if not isinstance(value, dict):
         raise CheckpointFolderError(
-            f"{path} holds a {type(value).__name__}, not a JSON object. Cure: download it again"
+            f"{path} holds a {type(value).__name__}, not a JSON object. Fix: download it again"
         )
     return value
 
@@ -144,7 +144,7 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
 
     if not folder.is_dir():
         raise CheckpointFolderError(
-            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Cure: check the"
+            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
             " path"
         )
     llm = Qwen2Config.from_dict(read_json(folder / "llm_config.json"))

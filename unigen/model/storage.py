@@ -39,7 +39,7 @@ Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]
 
 
 @dataclass(frozen=True)
-class Part:
+class ByteRange:
     """Elements [start, stop) of a flattened tensor, from byte ``offset`` of a file on."""
 
     file: Path
@@ -54,7 +54,7 @@ class Stored:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[ByteRange, ...]
 
     @property
     def numel(self) -> int:
@@ -105,7 +105,7 @@ def _read_bytes(file: Path, offset: int, view: memoryview) -> None:
         while done < len(view):
             got = f.readinto(view[done : done + (1 << 30)])
             if not got:
-                raise CheckpointFolderError(f"{file} ends too early. Cure: download or copy it again")
+                raise CheckpointFolderError(f"{file} ends too early. Fix: download or copy it again")
             done += got
 
 
@@ -139,15 +139,15 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
             numel = torch.Size(shape).numel()
             if end - start != numel * dtype.itemsize:
                 raise ValueError(f"{name} has {end - start} bytes, not those of shape {shape}")
-            tensors[name] = Stored(dtype, shape, (Part(path, 8 + length + start, 0, numel),))
+            tensors[name] = Stored(dtype, shape, (ByteRange(path, 8 + length + start, 0, numel),))
         return tensors
     except FileNotFoundError:
         raise CheckpointFolderError(
-            f"{path} is missing. Cure: check the path, or download the whole repository"
+            f"{path} is missing. Fix: check the path, or download the whole repository"
         ) from None
     except OSError as error:
         raise CheckpointFolderError(
-            f"{path} cannot be read ({error}). Cure: check the path and its permissions"
+            f"{path} cannot be read ({error}). Fix: check the path and its permissions"
         ) from error
     except KeyError as error:
         raise CheckpointFolderError(
@@ -155,7 +155,7 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
         ) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointFolderError(
-            f"{path} is not a whole safetensors file: {error}. Cure: download or copy it again"
+            f"{path} is not a whole safetensors file: {error}. Fix: download or copy it again"
         ) from None
 
 
@@ -164,7 +164,7 @@ def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safeten
     ``model.safetensors``."""
     if not folder.is_dir():
         raise CheckpointFolderError(
-            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Cure: check the"
+            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
             " path"
         )
     for name in prefer:
@@ -175,7 +175,7 @@ def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safeten
         return _scan_index(indexes[0])
     raise CheckpointFolderError(
         f"{folder} has neither {WEIGHTS} nor a sharded set (*.safetensors.index.json). "
-        "Cure: check the path, or download the whole repository"
+        "Fix: check the path, or download the whole repository"
     )
 
 
@@ -193,7 +193,7 @@ def _scan_index(index: Path) -> dict[str, Stored]:
     described = read_json(index)
     weight_map, pieces = described.get("weight_map"), described.get("pieces", {})
     if not isinstance(weight_map, dict) or not isinstance(pieces, dict):
-        raise CheckpointFolderError(f"{index} has no weight_map. Cure: download it again")
+        raise CheckpointFolderError(f"{index} has no weight_map. Fix: download it again")
     try:
         wanted = {file for file in weight_map.values()} | {
             part[0] for entry in pieces.values() for part in entry["parts"]
@@ -201,21 +201,21 @@ def _scan_index(index: Path) -> dict[str, Stored]:
         for file in wanted:
             if PurePosixPath(file).name != file or file in ("", ".."):
                 raise CheckpointFolderError(
-                    f"{index} names {file!r}, outside of its folder. Cure: do not use this checkpoint"
+                    f"{index} names {file!r}, outside of its folder. Fix: do not use this checkpoint"
                 )
         files = {file: scan_safetensors(index.parent / file) for file in sorted(wanted)}
         for file, tensors in files.items():
             missing = [name for name, at in weight_map.items() if at == file and name not in tensors]
             if missing:
                 raise CheckpointFolderError(
-                    f"{index.parent / file} lacks {few(missing)}, which {index.name} promises. Cure: download"
+                    f"{index.parent / file} lacks {few(missing)}, which {index.name} promises. Fix: download"
                     " it again"
                 )
         found = {name: files[file][name] for name, file in weight_map.items()}
         return found | {name: _join(index, name, entry, files) for name, entry in pieces.items()}
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointFolderError(
-            f"{index} makes no sense ({type(error).__name__}: {error}). Cure: download it again"
+            f"{index} makes no sense ({type(error).__name__}: {error}). Fix: download it again"
         ) from None
 
 
@@ -227,10 +227,9 @@ def _join(index: Path, name: str, entry: dict[str, Any], files: dict[str, dict[s
         piece = files[file].get(name)
         if piece is None or piece.dtype != dtype or piece.shape != (stop - start,) or start != at:
             raise CheckpointFolderError(
-                f"{index}: the parts of {name} do not fit together at element {at:,}. Cure: copy the set"
-                " again"
+                f"{index}: the parts of {name} do not fit together at element {at:,}. Fix: copy the set again"
             )
-        parts.append(Part(piece.parts[0].file, piece.parts[0].offset, start, stop))
+        parts.append(ByteRange(piece.parts[0].file, piece.parts[0].offset, start, stop))
         at = stop
     if at != torch.Size(shape).numel():
         raise CheckpointFolderError(

@@ -45,7 +45,7 @@ _ORPHAN = re.compile(r"\.(?P<name>\w+)\.(?P<role>partial|old)-(?P<pid>\d+)")
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, or cannot be trusted; the message names the file, what is wrong,
-    and the cure."""
+    and the fix."""
 
 
 # ---- reading
@@ -77,7 +77,7 @@ def read_states(folder: Path) -> dict[str, Any]:
             states[name] = json.loads((folder / f"{name}.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder}: {name}.json cannot be read: {error}. Cure: use another checkpoint"
+                f"{folder}: {name}.json cannot be read: {error}. Fix: use another checkpoint"
             ) from error
     return states
 
@@ -124,7 +124,7 @@ def verify_checkpoint(
             problems[0]
             if whole
             else (
-                f"{folder}: damaged checkpoint: {'; '.join(problems)}. Cure: use another checkpoint, or a"
+                f"{folder}: damaged checkpoint: {'; '.join(problems)}. Fix: use another checkpoint, or a"
                 " backup of this one"
             )
         )
@@ -152,20 +152,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.parent.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder. Cure: name a step_N folder of a run")
+        raise CheckpointError(f"{folder}: there is no such folder. Fix: name a step_N folder of a run")
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: {MANIFEST} is missing: no whole checkpoint. Cure: name a step_N folder of a run"
+            f"{folder}: {MANIFEST} is missing: no whole checkpoint. Fix: name a step_N folder of a run"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder}: {MANIFEST} cannot be read: {error}. Cure: use another checkpoint"
+            f"{folder}: {MANIFEST} cannot be read: {error}. Fix: use another checkpoint"
         ) from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_hash(manifest):
         raise CheckpointError(
-            f"{folder}: {MANIFEST} has changed since it was written (SHA-256 differs). Cure: use another"
+            f"{folder}: {MANIFEST} has changed since it was written (SHA-256 differs). Fix: use another"
             " checkpoint"
         )
     if manifest["format"] != FORMAT:
@@ -175,13 +175,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             else "update unigen"
         )
         raise CheckpointError(
-            f"{folder}: {MANIFEST} has format {manifest['format']}, this version reads {FORMAT}. Cure:"
-            f" {older}"
+            f"{folder}: {MANIFEST} has format {manifest['format']}, this version reads {FORMAT}. Fix: {older}"
         )
     for name in [*manifest["files"], *manifest["groups"], *manifest["states"]]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(
-                f"{folder}: {MANIFEST} names {name!r}, outside of the checkpoint. Cure: do not use this"
+                f"{folder}: {MANIFEST} names {name!r}, outside of the checkpoint. Fix: do not use this"
                 " checkpoint"
             )
     return manifest
@@ -230,7 +229,7 @@ def resolve_resume(
         found = latest_checkpoint(output_dir, verify)
         if found is None and (damaged := steps(output_dir)):
             raise CheckpointError(
-                f"{output_dir}: every checkpoint is damaged ({', '.join(p.name for p in damaged)}). Cure:"
+                f"{output_dir}: every checkpoint is damaged ({', '.join(p.name for p in damaged)}). Fix:"
                 " restore one from a backup, or start afresh in another --output_dir"
             )
         return found
@@ -290,7 +289,7 @@ def listed(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be listed ({error}). Cure: allow reading it, or name another folder"
+            f"{folder} cannot be listed ({error}). Fix: allow reading it, or name another folder"
         ) from error
 
 

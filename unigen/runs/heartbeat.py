@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from unigen.files import atomic
 
 if TYPE_CHECKING:
-    from unigen.runs.signals import Stops
+    from unigen.runs.signals import SignalHandler
 
 EXIT_HUNG = 76
 """A process made no progress for ``hang_timeout`` seconds."""
@@ -49,7 +49,7 @@ class _Peer:
     alive: bool = False  # has it changed since we look?
 
 
-class Watchdog:
+class Heartbeat:
     """Heartbeats of this process into ``folder``, and the report when it, or another, hangs.
 
     ``rank_R.json``, every two seconds: rank, world, started (unix seconds when the process began), step,
@@ -74,7 +74,7 @@ class Watchdog:
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, timeout: float, stops: Stops, facts: Callable[[],
+        self, folder: Path, rank: int, world: int, timeout: float, stops: SignalHandler, facts: Callable[[],
         dict[str, Any]] | None = None
     ):  # fmt: skip
         self.folder, self.rank, self.world, self.timeout = Path(folder), rank, world, timeout

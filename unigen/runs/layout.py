@@ -38,7 +38,7 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
     """
     if (folder / "llm_config.json").exists():
         raise UserError(
-            f"output_dir {folder} is the folder of a model, whose config.json would be replaced. Cure: choose"
+            f"output_dir {folder} is the folder of a model, whose config.json would be replaced. Fix: choose"
             " another one"
         )
     try:
@@ -57,7 +57,7 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
         return lock
     except OSError as error:
         raise UserError(
-            f"output_dir {folder} cannot be written ({error}). Cure: choose another --output_dir"
+            f"output_dir {folder} cannot be written ({error}). Fix: choose another --output_dir"
         ) from error
 
 
@@ -72,7 +72,7 @@ def lock_folder(folder: Path) -> IO[str]:
     except Busy as busy:
         raise UserError(
             f"output_dir {folder} is in use by {str(busy) or 'another process'}: two runs in one folder would"
-            " overwrite each other. Cure: wait for its end or stop it, or choose another --output_dir"
+            " overwrite each other. Fix: wait for its end or stop it, or choose another --output_dir"
         ) from None
 
 
@@ -97,7 +97,7 @@ def set_aside(folder: Path, model: Path) -> None:
         for path in [*checkpoints, folder / "best"]
     ):
         raise UserError(
-            f"output_dir {folder} holds the run whose weights this one begins with ({model}). Cure: choose"
+            f"output_dir {folder} holds the run whose weights this one begins with ({model}). Fix: choose"
             " another --output_dir, or go on with that run by --resume_from_checkpoint auto"
         )
     aside = next(path for n in range(1, 10**6) if not (path := folder / f"old-{n}").exists())

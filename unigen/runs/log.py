@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 64 * 2**20  # bytes kept in memory while the disk takes none
 
 
-class Appender:
+class JsonlLog:
     """Appends whole records, each in one write, so that a reader or a kill never meets half of one.
 
     What cannot be written (disk full, file system read-only, folder away) is kept in memory, in order, up to

@@ -299,19 +299,19 @@ def find_runs(paths: list[str]) -> list[Path]:
     """
     if not paths:
         raise WatchError(
-            "no run is named. Cure: name the folder of a run (unigen watch outputs/unified_training)"
+            "no run is named. Fix: name the folder of a run (unigen watch outputs/unified_training)"
         )
     found: list[Path] = []
     for given in paths:
         path = Path(given)
         if not path.is_dir():
             raise WatchError(
-                f"{given}: there is no such folder. Cure: name the folder of a run, its --output_dir"
+                f"{given}: there is no such folder. Fix: name the folder of a run, its --output_dir"
             )
         runs = [path] if is_run(path) else [path / name for name in _names(path) if is_run(path / name)]
         if not runs:
             raise WatchError(
-                f"{given}: no run is there, neither metrics.jsonl nor config.json. Cure: name the"
+                f"{given}: no run is there, neither metrics.jsonl nor config.json. Fix: name the"
                 " --output_dir of a training, or a folder of several"
             )
         found += runs

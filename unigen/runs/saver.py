@@ -36,7 +36,7 @@ _PATIENCE_S = 20.0  # until a folder made on another machine must be visible her
 
 
 @dataclass(frozen=True)
-class Entry:
+class StateEntry:
     """A tensor of a checkpoint, or elements [start, start + count) of the flattened tensor."""
 
     group: str
@@ -60,7 +60,7 @@ class Entry:
         """Is its value still the run's own, until :func:`copy_out` has taken it?"""
         return self.read is None and not self.own and copied_later(self.value)
 
-    def kept(self) -> Entry:
+    def kept(self) -> StateEntry:
         """The same with a value that training does not change, but for one that is copied later."""
         return (
             self
@@ -77,7 +77,7 @@ class Contents:
     """What a checkpoint holds. ``states`` and ``write_files`` are the main process's to write."""
 
     step: int
-    entries: Sequence[Entry]  # this process's
+    entries: Sequence[StateEntry]  # this process's
     # name -> JSON value; keys must be strings, tuples come back as lists, NaN and infinity are kept
     states: dict[str, Any]
     write_files: Callable[[Path], None]  # what makes the folder a model: configs, tokenizer, VAE
@@ -274,7 +274,7 @@ class Saver:
         if errors:
             raise CheckpointError(
                 f"{final}: cannot write the checkpoint of step {contents.step}: {'; '.join(errors)}. Earlier"
-                " checkpoints are untouched. Cure: free space on that disk or make the folder writable"
+                " checkpoints are untouched. Fix: free space on that disk or make the folder writable"
                 " (--output_dir, --save_total_limit, --low_space), then resume with --resume_from_checkpoint"
                 " auto"
             ) from failure

@@ -39,11 +39,11 @@ class Stopped(BaseException):
 
 
 class Phase:
-    """A part of the run, as a context manager: see :meth:`Stops.phase`."""
+    """A part of the run, as a context manager: see :meth:`SignalHandler.phase`."""
 
     __slots__ = ("_stops", "breakable", "name", "outer", "since")
 
-    def __init__(self, stops: Stops, name: str, breakable: bool):
+    def __init__(self, stops: SignalHandler, name: str, breakable: bool):
         self._stops, self.name, self.breakable = stops, name, breakable
         self.outer: Phase | None = None
         self.since = 0.0  # unix seconds
@@ -70,7 +70,7 @@ class Phase:
                     stops.break_off(phase)
 
 
-class Stops:
+class SignalHandler:
     """Context manager around a run: SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask it to stop; the earlier handlers
     come back at its end.
 
@@ -123,7 +123,7 @@ class Stops:
         self.at = phase.outer
         raise Stopped
 
-    def __enter__(self) -> Stops:
+    def __enter__(self) -> SignalHandler:
         assert not self.entered, "one run at a time"
         self.signal, self.at, self.moved = None, None, time.monotonic()
         self._handled, self._owner, self.entered = False, threading.get_ident(), True
@@ -236,7 +236,7 @@ def _say(text: str) -> None:
 
 # Child processes
 
-_listening: Stops | None = None
+_listening: SignalHandler | None = None
 
 
 def _after_fork() -> None:

@@ -30,7 +30,7 @@ _IN_MEMORY = ("tmpfs", "ramfs")  # where reserving space would take memory
 
 class SpaceError(UserError):
     """The disk cannot hold the next checkpoint; the message says what is needed, what is free, where, and the
-    cure."""
+    fix."""
 
 
 class Processes(Protocol):
@@ -42,7 +42,7 @@ class Processes(Protocol):
         """A short text of every process, in rank order."""
 
 
-class Space:
+class DiskSpace:
     """Finds room for checkpoints in ``output_dir``. The main process looks and removes; all come to the same
     end.
 
@@ -89,12 +89,12 @@ class Space:
         waiting = False
         while lack := self._on_main(lambda: self._lack(nbytes)):
             if self.policy == "stop":
-                raise SpaceError(f"{lack}. {self._cure()}")
+                raise SpaceError(f"{lack}. {self._fix()}")
             if self.policy == "prune":
                 if not self._prune_one(nbytes, {path.resolve() for path in protect}):
                     raise SpaceError(
                         f"{lack}; removing the checkpoints that may go (low_space is prune) would not do."
-                        f" {self._cure()}"
+                        f" {self._fix()}"
                     )
             else:
                 if not waiting:
@@ -124,10 +124,10 @@ class Space:
             )
         return ""
 
-    def _cure(self) -> str:
+    def _fix(self) -> str:
         others = " or ".join(policy for policy in ("prune", "wait") if policy != self.policy)
         return (
-            "Earlier checkpoints are untouched. Cure: free space there or choose a disk with more"
+            "Earlier checkpoints are untouched. Fix: free space there or choose a disk with more"
             " (--output_dir), keep fewer checkpoints (--save_total_limit), or let the run make room or wait"
             f" (--low_space {others}); then go on with --resume_from_checkpoint auto"
         )
@@ -232,7 +232,7 @@ class Space:
                 said["value"] = work()
             except OSError as error:
                 said["error"] = (
-                    f"{self.output_dir}: cannot look after its space: {error}. Cure: make the folder readable"
+                    f"{self.output_dir}: cannot look after its space: {error}. Fix: make the folder readable"
                     " and writable"
                 )
         if self.engine is not None:

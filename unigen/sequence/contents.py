@@ -144,4 +144,4 @@ def named(source: Any) -> Iterator[None]:
     except PictureError as error:
         if isinstance(source, bytes):
             raise
-        raise PictureError(error.code, str(source), error.problem, error.cure) from error
+        raise PictureError(error.code, str(source), error.problem, error.fix) from error

@@ -37,21 +37,21 @@ _LOOK = getattr(os, "O_PATH", None)  # Linux
 
 
 class PictureError(UserError):
-    """A picture that cannot be used; its string says which, what is wrong with it, and the cure.
+    """A picture that cannot be used; its string says which, what is wrong with it, and the fix.
 
     ``code`` is stable: ``missing_picture``, ``not_a_file``, ``outside_root``, ``unreadable_picture``,
     ``not_a_picture``, ``broken_picture``, ``huge_picture`` or ``unsupported_picture``.
     """
 
-    def __init__(self, code: str, name: str, problem: str, cure: str):
-        self.code, self.name, self.problem, self.cure = (
+    def __init__(self, code: str, name: str, problem: str, fix: str):
+        self.code, self.name, self.problem, self.fix = (
             code,
-            *(printable(text) for text in (name, problem, cure)),
+            *(printable(text) for text in (name, problem, fix)),
         )
-        super().__init__(self.code, self.name, self.problem, self.cure)
+        super().__init__(self.code, self.name, self.problem, self.fix)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.problem}. Cure: {self.cure}"
+        return f"{self.name}: {self.problem}. Fix: {self.fix}"
 
 
 @dataclass(frozen=True)

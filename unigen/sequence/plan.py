@@ -163,7 +163,7 @@ class Planner:
                     f"piece {i}",
                     f"{error.name}: {error.problem}",
                     "a readable picture",
-                    error.cure,
+                    error.fix,
                 ) from error
             sizes += self._grids(view)
         blocks = self._blocks(sample, _sizes(sample, sizes, None), copies=True)

@@ -11,7 +11,7 @@ from unigen.config import UserError
 
 
 class TokenizerError(UserError):
-    """The checkpoint's tokenizer cannot be used; the message says why and the cure."""
+    """The checkpoint's tokenizer cannot be used; the message says why and the fix."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Tokenizer:
         except (OSError, ValueError, KeyError) as error:
             raise TokenizerError(
                 f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}). "
-                "Cure: put the checkpoint's vocab.json, merges.txt and tokenizer_config.json there"
+                "Fix: put the checkpoint's vocab.json, merges.txt and tokenizer_config.json there"
             ) from error
         finally:
             logging.set_verbosity(verbosity)
@@ -70,7 +70,7 @@ class Tokenizer:
         missing = [token for token in NAMES.values() if token not in vocabulary]
         if missing:
             raise TokenizerError(
-                f"{folder}: the tokenizer has no {', '.join(missing)}. Cure: use the tokenizer files of"
+                f"{folder}: the tokenizer has no {', '.join(missing)}. Fix: use the tokenizer files of"
                 " BAGEL-7B-MoT, which has them"
             )
         return cls(tokenizer)

@@ -210,20 +210,20 @@ class Pack:
 
 
 class BadRecord(UserError):
-    """A record a run cannot use: what is wrong, where, what was found, what was expected, and the cure.
+    """A record a run cannot use: what is wrong, where, what was found, what was expected, and the fix.
 
     ``origin`` may be filled in later by whoever knows it. Its string is the full message.
     """
 
     def __init__(
-        self, code: str, field: str, found: str, expected: str, cure: str, origin: Origin | None = None
+        self, code: str, field: str, found: str, expected: str, fix: str, origin: Origin | None = None
     ):
-        self.code, self.field, self.found, self.expected, self.cure, self.origin = (
+        self.code, self.field, self.found, self.expected, self.fix, self.origin = (
             code,
             field,
             found,
             expected,
-            cure,
+            fix,
             origin,
         )
         super().__init__(code)
@@ -231,8 +231,8 @@ class BadRecord(UserError):
     def __str__(self) -> str:
         where = f"{self.origin}: " if self.origin else ""
         return (
-            f"{where}{self.code} in field '{self.field}': found {self.found}; expected {self.expected}. Cure:"
-            f" {self.cure}"
+            f"{where}{self.code} in field '{self.field}': found {self.found}; expected {self.expected}. Fix:"
+            f" {self.fix}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -246,8 +246,8 @@ class BadRecord(UserError):
             "field": self.field,
             "found": self.found,
             "expected": self.expected,
-            "cure": self.cure,
+            "cure": self.fix,
         }
 
     def __reduce__(self):  # exceptions cross process borders by their constructor's arguments
-        return (BadRecord, (self.code, self.field, self.found, self.expected, self.cure, self.origin))
+        return (BadRecord, (self.code, self.field, self.found, self.expected, self.fix, self.origin))

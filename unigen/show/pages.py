@@ -495,9 +495,9 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            cure = "Cure: remove the line, or point to the metrics.jsonl of a training run."
+            fix = "Fix: remove the line, or point to the metrics.jsonl of a training run."
             raise ValueError(
-                f"{path}:{number}: found {line[:80]!r}; expected a JSON object with a 'step'. {cure}"
+                f"{path}:{number}: found {line[:80]!r}; expected a JSON object with a 'step'. {fix}"
             ) from error
         for name, value in _numbers(record):
             if name != "step":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import UserError
-from unigen.runs.log import Appender
+from unigen.runs.log import JsonlLog
 
 FOLDER = "tensorboard"
 
@@ -34,13 +34,13 @@ class EventFiles:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             raise UserError(
-                f"tensorboard is not installed ({error}). Cure: pip install tensorboard"
+                f"tensorboard is not installed ({error}). Fix: pip install tensorboard"
             ) from error
         self._messages, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
         folder = Path(output_dir) / FOLDER
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{os.getpid()}"
-        self._file = Appender(folder / name)
+        self._file = JsonlLog(folder / name)
         self._append(event_pb2.Event(file_version="brain.Event:2"))
         # TensorBoard drops what it has read of this step and later ones; the first start of a run it passes
         # over, so that needs one too.

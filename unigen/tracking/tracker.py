@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unigen.config import Config, UserError
-from unigen.runs.log import Appender, drop_after
+from unigen.runs.log import JsonlLog, drop_after
 from unigen.runs.secrets import hide, redacted
 from unigen.tracking import services
 from unigen.tracking.console import Progress, describe, duration, plain
@@ -144,7 +144,7 @@ class JsonLines:
 
     def __init__(self, output_dir: Path, resume_step: int, repeats: bool = False):
         path = output_dir / METRICS_FILE
-        self._file = Appender(path, lambda: drop_after(path, resume_step, repeats) if path.exists() else None)
+        self._file = JsonlLog(path, lambda: drop_after(path, resume_step, repeats) if path.exists() else None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         nonfinite = [
@@ -231,7 +231,7 @@ def _need(package: str) -> None:
     package.)"""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f"{package} is not installed. Cure: pip install {package}")
+        raise UserError(f"{package} is not installed. Fix: pip install {package}")
 
 
 TRACKERS: dict[str, Callable[[Start], Backend | None]] = {

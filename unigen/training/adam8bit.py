@@ -56,7 +56,7 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise UserError(
-            f'--optimizer adamw8bit needs bitsandbytes ({error}). Cure: pip install "bitsandbytes>=0.50"'
+            f'--optimizer adamw8bit needs bitsandbytes ({error}). Fix: pip install "bitsandbytes>=0.50"'
         ) from error
 
     class Grouped(AdamW8bit):

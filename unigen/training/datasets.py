@@ -8,8 +8,8 @@ from pathlib import Path
 from unigen.cache.store import FeatureCache
 from unigen.config import Config, ConfigError, Source, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.loader import RowStream
-from unigen.data.mixing import Mixture, Part
+from unigen.data.loader import PackStream
+from unigen.data.mixing import DataSource, Mixture
 from unigen.model.bagel import Bagel
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
@@ -18,7 +18,7 @@ from unigen.training.engine import Engine
 log = logging.getLogger("unigen")
 
 
-class Streams:
+class RunData:
     """Reads and checks the data that the config names, on every process.
 
     ``train`` and ``val`` (None without validation data) are the streams.
@@ -40,7 +40,7 @@ class Streams:
         self.train = self._stream(config.sources(), tokenizer, training=True)
         self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
 
-    def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> RowStream:
+    def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> PackStream:
         c = self.config
         parts = []
         for source in sources:
@@ -54,12 +54,12 @@ class Streams:
                     dataset.describe(),
                 )
             planner.cache = self.cache
-            parts.append(Part(source.name, dataset, planner, source.weight, source.repeat))
+            parts.append(DataSource(source.name, dataset, planner, source.weight, source.repeat))
         mixture = Mixture(parts, c.seed, training)
         if self.engine.main:
             log.info("%s", mixture.describe())
         # On a GPU attention takes its mask from the loader.
-        return RowStream(mixture, c.batch_size, c.max_num_tokens, masks=self.engine.device.type == "cuda")
+        return PackStream(mixture, c.batch_size, c.max_num_tokens, masks=self.engine.device.type == "cuda")
 
     def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
         c, main = self.config, self.engine.main
@@ -75,6 +75,6 @@ class Streams:
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:
             raise UserError(
-                f"{source.name}: the processes read different data. Cure: give every machine the same files"
+                f"{source.name}: the processes read different data. Fix: give every machine the same files"
             )
         return dataset

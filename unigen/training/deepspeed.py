@@ -330,7 +330,7 @@ class DeepSpeed(Engine):
         if any(len(steps) > 1 for steps in counts.values()):
             raise UserError(
                 "The checkpoint's parameters had different numbers of updates"
-                f" ({sorted(set.union(*counts.values()))}), for which DeepSpeed has no place. Cure: resume"
+                f" ({sorted(set.union(*counts.values()))}), for which DeepSpeed has no place. Fix: resume"
                 " with --engine fsdp2 or ddp"
             )
         if self.stage < 3:
@@ -365,7 +365,7 @@ def _open_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise UserError(
-            f'--engine deepspeed needs DeepSpeed ({error}). Cure: pip install "deepspeed>=0.19"'
+            f'--engine deepspeed needs DeepSpeed ({error}). Fix: pip install "deepspeed>=0.19"'
         ) from error
     finally:
         logging.disable(silenced)

@@ -32,7 +32,7 @@ _KNOWN = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
 
-# Key -> why it cannot be had, and the cure. `{"enabled": false}`, false and null ask for nothing.
+# Key -> why it cannot be had, and the fix. `{"enabled": false}`, false and null ask for nothing.
 _REFUSED = {
     "amp": "apex is not used; use --bf16",
     "autotuning": "tune without it",
@@ -61,7 +61,7 @@ _REFUSED = {
 }
 
 
-class Settings:
+class DeepSpeedSettings:
     """The content of a DeepSpeed JSON and where it came from; keys are dotted paths."""
 
     def __init__(self, file: str | None):
@@ -82,9 +82,9 @@ class Settings:
                     f"did you mean {meant}?" if meant else "leave it out",
                 )
 
-    def fail(self, key: str, problem: str, cure: str) -> None:
+    def fail(self, key: str, problem: str, fix: str) -> None:
         """Raises the error about ``key``."""
-        raise UserError(f"{self.file}: {key} {problem}. Cure: {cure} (--deepspeed_config ...)")
+        raise UserError(f"{self.file}: {key} {problem}. Fix: {fix} (--deepspeed_config ...)")
 
     def get(self, key: str) -> Any:
         """The value; None where it is missing or "auto"."""
@@ -145,13 +145,13 @@ class Settings:
         return copy.deepcopy(self.values)
 
 
-def read_settings(config: Config, world: int, device: torch.device, precision: str) -> Settings:
+def read_settings(config: Config, world: int, device: torch.device, precision: str) -> DeepSpeedSettings:
     """The DeepSpeed settings of a run that computes in ``precision`` (bf16, fp16 or fp32).
 
     Raises:
         UserError: they cannot work, or contradict the options; names file and key.
     """
-    settings = Settings(config.deepspeed_config)
+    settings = DeepSpeedSettings(config.deepspeed_config)
     for key, reason in _REFUSED.items():
         value = settings.get(key)
         off = (
@@ -172,7 +172,7 @@ def read_settings(config: Config, world: int, device: torch.device, precision: s
     return settings
 
 
-def loss_scale(settings: Settings) -> LossScale:
+def loss_scale(settings: DeepSpeedSettings) -> LossScale:
     """The scale of float16 losses, begun and kept as ``fp16`` says. DeepSpeed's own is 1: one place decides
     about skipped steps."""
     scale = LossScale(settings.get("fp16.enabled"))
@@ -193,7 +193,7 @@ def _read(file: Path) -> dict[str, Any]:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(
-                f"{file}: {', '.join(twice)} is there twice. Cure: keep one (--deepspeed_config ...)"
+                f"{file}: {', '.join(twice)} is there twice. Fix: keep one (--deepspeed_config ...)"
             )
         return dict(pairs)
 
@@ -201,7 +201,7 @@ def _read(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text("utf-8"), object_pairs_hook=once)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file} cannot be read ({error}). Cure: give a DeepSpeed JSON (--deepspeed_config ...)"
+            f"{file} cannot be read ({error}). Fix: give a DeepSpeed JSON (--deepspeed_config ...)"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(
@@ -212,7 +212,7 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _check_zero(settings: Settings) -> None:
+def _check_zero(settings: DeepSpeedSettings) -> None:
     stage = settings.get("zero_optimization.stage")
     if stage is None or stage == 0:
         settings.fail(
@@ -248,7 +248,7 @@ def _check_zero(settings: Settings) -> None:
         )
 
 
-def _check_batch(settings: Settings, config: Config, world: int) -> None:
+def _check_batch(settings: DeepSpeedSettings, config: Config, world: int) -> None:
     settings.agree("train_micro_batch_size_per_gpu", config.batch_size, "--batch_size")
     settings.agree(
         "gradient_accumulation_steps", config.gradient_accumulation_steps, "--gradient_accumulation_steps"
@@ -268,7 +268,7 @@ def _check_batch(settings: Settings, config: Config, world: int) -> None:
     }
 
 
-def _check_optimizer(settings: Settings, config: Config) -> None:
+def _check_optimizer(settings: DeepSpeedSettings, config: Config) -> None:
     name = settings.get("optimizer.type")
     if name is not None and str(name).lower() != "adamw":
         settings.fail("optimizer.type", f"is {json.dumps(name)}", '"AdamW", or leave "optimizer" out')
@@ -290,7 +290,7 @@ def _check_optimizer(settings: Settings, config: Config) -> None:
     settings.values["gradient_clipping"] = 0.0  # the trainer's: it decides by the norm whether to step at all
 
 
-def _check_precision(settings: Settings, precision: str, device: torch.device) -> None:
+def _check_precision(settings: DeepSpeedSettings, precision: str, device: torch.device) -> None:
     if settings.get("torch_autocast.enabled"):
         said = str(settings.get("torch_autocast.dtype") or precision).removeprefix("torch.")
         said = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}.get(said, said)
@@ -322,7 +322,7 @@ def _check_precision(settings: Settings, precision: str, device: torch.device) -
         settings.put("data_types.grad_accum_dtype", "fp32")  # as the other engines do
 
 
-def _fill(settings: Settings) -> None:
+def _fill(settings: DeepSpeedSettings) -> None:
     if settings.get("steps_per_print") is None:
         settings.put("steps_per_print", sys.maxsize)  # the trainer prints
     settings.put("zero_force_ds_cpu_optimizer", False)

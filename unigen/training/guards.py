@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, UserError
-from unigen.data.loader import Row, RowStream
+from unigen.data.loader import MicroBatch, PackStream
 from unigen.runs.log import drop_after
 from unigen.training.engine import Engine
 
@@ -28,10 +28,10 @@ WINDOW, FEWEST = 100, 20
 
 
 class TrainingStopped(UserError):
-    """Training cannot go on; the message says why and the cure."""
+    """Training cannot go on; the message says why and the fix."""
 
 
-class Guards:
+class BadStepGuard:
     """Counts what went wrong, lists it in the run's folder, and stops the run where it goes on going
     wrong."""
 
@@ -87,7 +87,7 @@ class Guards:
         if math.isfinite(grad_norm):
             self.norms.append(grad_norm)
 
-    def skipped(self, step: int, why: str, rows: Sequence[Row], numbers: dict[str, float]) -> None:
+    def skipped(self, step: int, why: str, rows: Sequence[MicroBatch], numbers: dict[str, float]) -> None:
         """A step was left out: its records go to ``bad_steps.jsonl``.
 
         Raises:
@@ -105,13 +105,13 @@ class Guards:
         if self.in_a_row >= self.config.max_skipped_steps:
             raise TrainingStopped(
                 f"step {step}: {why}, as in the {self.in_a_row - 1} steps before it (max_skipped_steps is"
-                f" {self.config.max_skipped_steps}). Cure: lower --learning_rate, look at the records in"
+                f" {self.config.max_skipped_steps}). Fix: lower --learning_rate, look at the records in"
                 " bad_steps.jsonl, then resume with --resume_from_checkpoint auto"
             )
 
     # ---- records
 
-    def check_rows(self, rows: Sequence[Row], stream: RowStream) -> None:
+    def check_rows(self, rows: Sequence[MicroBatch], stream: PackStream) -> None:
         """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl`` while
         they are few.
 
@@ -126,7 +126,7 @@ class Guards:
         message = f"{first['file']}:{first['line']}: {first['code']}: {first['found']}"
         if self.config.on_bad_record == "error":
             raise TrainingStopped(
-                f"{message}. Cure: {first['cure']}, or set on_bad_record to skip; then resume with"
+                f"{message}. Fix: {first['cure']}, or set on_bad_record to skip; then resume with"
                 " --resume_from_checkpoint auto"
             )
         if self.engine.main:
@@ -142,7 +142,7 @@ class Guards:
         if count > MAX_BAD_SHARE * total:
             raise TrainingStopped(
                 f"{message}; now {count:,} of {total:,} records cannot be used, more than"
-                f" {MAX_BAD_SHARE:.0%}. Cure: see bad_records.jsonl, bring the pictures back, then resume"
+                f" {MAX_BAD_SHARE:.0%}. Fix: see bad_records.jsonl, bring the pictures back, then resume"
                 " with --resume_from_checkpoint auto"
             )
 

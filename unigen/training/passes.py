@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unigen.config import Config
-from unigen.data.loader import Row, RowStream
+from unigen.data.loader import MicroBatch, PackStream
 from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
 from unigen.training.guards import TrainingStopped
@@ -71,7 +71,7 @@ def micro_batches(engine: Engine, packs: Sequence[Pack], counts: Counts, config:
         yield torch.stack([text_sum, image_sum]).detach()
 
 
-def dry_batch(engine: Engine, stream: RowStream, rows: int = 1) -> None:
+def dry_batch(engine: Engine, stream: PackStream, rows: int = 1) -> None:
     """Forward and backward of the largest row, so that memory runs out now or never.
 
     Where a step has several ``rows`` on each process it goes twice: the second forward runs while the
@@ -92,7 +92,7 @@ def dry_batch(engine: Engine, stream: RowStream, rows: int = 1) -> None:
         which = "" if len(packs) == 1 else f" as micro-batch {len(peaks) + 1} of a step"
         raise TrainingStopped(
             f"The largest row, {len(pack):,} tokens, does not fit{which} into the memory of {engine.device}"
-            f" ({str(error).splitlines()[0]}). Cure: --gradient_checkpointing, --precision bf16, --engine"
+            f" ({str(error).splitlines()[0]}). Fix: --gradient_checkpointing, --precision bf16, --engine"
             " fsdp2 on several GPUs, --optimizer adamw8bit, a smaller --batch_size, --max_num_tokens or"
             " --max_image_tokens, or freeze a part"
         ) from error
@@ -137,7 +137,7 @@ def _restart_peak(device: torch.device) -> int:
 
 @torch.no_grad()
 def validation_losses(
-    engine: Engine, config: Config, rows: Iterable[list[Row]], agree: Callable[[Row], bool]
+    engine: Engine, config: Config, rows: Iterable[list[MicroBatch]], agree: Callable[[MicroBatch], bool]
 ) -> dict[str, float] | None:
     """Mean losses over rows with fixed noise and times: the same weights give the same numbers.
 

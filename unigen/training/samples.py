@@ -28,7 +28,7 @@ from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.tokens import Tokenizer
 from unigen.tracking.tracker import Tracker
 from unigen.training.engine import Engine
-from unigen.training.lockstep import Elsewhere, Lockstep, expected, stopped
+from unigen.training.synchronised import Elsewhere, SynchronisedGeneration, expected, stopped
 
 log = logging.getLogger("unigen")
 
@@ -43,7 +43,7 @@ OUTPUTS: dict[str, list[str] | None] = {"draw": ["image"], "answer": ["text"], "
 Answer = dict[str, Any]
 
 
-class Sampler:
+class SampleWriter:
     """Answers the prompts of ``sample_prompts`` into ``samples/step_N`` of the run's folder.
 
     Args:
@@ -68,7 +68,7 @@ class Sampler:
             model, tokenizer=tokenizer, vae_transform=small_pictures(config, model)
         )
         model.train(training)
-        self._lockstep = Lockstep(engine, model, self._idle) if engine.sharded else None
+        self._lockstep = SynchronisedGeneration(engine, model, self._idle) if engine.sharded else None
         if self._lockstep is not None:
             self._inferencer.agree = self._lockstep.meet
         for prompt in self.prompts:
@@ -127,12 +127,12 @@ class Sampler:
         config = self.model.config
         if prompt.kind == "draw" and not config.visual_gen:
             raise PromptError(
-                f"{prompt.where}: kind is draw, but with visual_gen=false the model cannot draw. Cure:"
+                f"{prompt.where}: kind is draw, but with visual_gen=false the model cannot draw. Fix:"
                 " --visual_gen true"
             )
         if prompt.images and prompt.kind != "draw" and not config.visual_und:
             raise PromptError(
-                f"{prompt.where}: with visual_und=false the model sees pictures only to draw. Cure:"
+                f"{prompt.where}: with visual_und=false the model sees pictures only to draw. Fix:"
                 " --visual_und true"
             )
         if "height" in prompt.options:
@@ -191,7 +191,7 @@ class Sampler:
             raise stopped()
         return {int(number): answer for part in said for number, answer in part.items()}
 
-    def _answer_in_step(self, lockstep: Lockstep) -> dict[int, Answer]:
+    def _answer_in_step(self, lockstep: SynchronisedGeneration) -> dict[int, Answer]:
         """Every prompt, on all processes at once; only rank 0's answers count."""
         answers = {}
         for number, prompt in enumerate(self.prompts):

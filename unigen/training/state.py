@@ -13,7 +13,7 @@ from torch import Tensor
 from unigen.config import Config
 from unigen.model.storage import Stored
 from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights
-from unigen.runs.saver import Entry
+from unigen.runs.saver import StateEntry
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
 from unigen.training.optim import MOMENTS
@@ -76,7 +76,7 @@ class RunState:
 
     # ---- out
 
-    def entries(self, weights_only: bool = False) -> list[Entry]:
+    def entries(self, weights_only: bool = False) -> list[StateEntry]:
         """This process's part of a checkpoint; ``weights_only`` for one that is not resumed from."""
         found = self._copies()
         for shard in self.engine.shards():
@@ -84,31 +84,33 @@ class RunState:
                 continue
             averaged = shard.trains and self.ema is not None
             value = self.ema.average(shard.name) if averaged and self.ema else shard.value
-            found.append(Entry("ema", shard.name, tuple(shard.shape), value, shard.start))
+            found.append(StateEntry("ema", shard.name, tuple(shard.shape), value, shard.start))
             if not shard.trains or weights_only:
                 continue
             if averaged:
-                found.append(Entry("model", shard.name, tuple(shard.shape), shard.value, shard.start))
+                found.append(StateEntry("model", shard.name, tuple(shard.shape), shard.value, shard.start))
             moments = self.engine.moments(shard)
             # a parameter that never had a gradient is named all the same: its absence would be noticed
             if shard.start == 0:
                 found.append(
-                    Entry("optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0))
+                    StateEntry(
+                        "optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0)
+                    )
                 )
             for name, moment in zip(MOMENTS, moments[1:] if moments else (), strict=False):
                 own = self.engine.config.optimizer == "adamw8bit"
                 found.append(
-                    Entry(
+                    StateEntry(
                         "optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start, own=own
                     )
                 )
         return found
 
-    def _copies(self) -> list[Entry]:
+    def _copies(self) -> list[StateEntry]:
         stored = [self.source[name] for name in self._copied]
         owners = share_out([entry.nbytes for entry in stored], self.engine.world)
         return [
-            Entry(
+            StateEntry(
                 "ema",
                 name,
                 entry.shape,
@@ -182,6 +184,6 @@ def _check(folder: Path, found: Mapping[str, Stored], expected: Mapping[str, tup
             f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         )
         raise CheckpointError(
-            f"{folder}: the optimiser's state does not fit this run: {shown}. Cure: resume with the options"
+            f"{folder}: the optimiser's state does not fit this run: {shown}. Fix: resume with the options"
             " of the run that saved it (freezing, parts left out), or start from its weights (--model_path)"
         )

@@ -15,9 +15,9 @@ from typing import IO, Any
 import torch
 
 from unigen.cache.encoders import open_cache
-from unigen.cache.store import Tally
+from unigen.cache.store import CacheTally
 from unigen.config import Config, UserError
-from unigen.data.loader import Place, Row, RowStream, Share, default_workers, load_rows
+from unigen.data.loader import LoaderState, MicroBatch, PackStream, RankSlice, default_workers, load_batches
 from unigen.model.parts import title
 from unigen.model.storage import scan_folder
 from unigen.model.weights import side_bytes, write_side_files
@@ -28,23 +28,23 @@ from unigen.runs.checkpoint import (
     scan_weights,
     verify_checkpoint,
 )
-from unigen.runs.heartbeat import WAITING, Watchdog
+from unigen.runs.heartbeat import WAITING, Heartbeat
 from unigen.runs.layout import prepare_folder
 from unigen.runs.saver import Contents, Saver
 from unigen.runs.secrets import hide_in_logs, redacted
-from unigen.runs.signals import Stopped, Stops, shielded, worker_init
-from unigen.runs.space import Space, SpaceError
+from unigen.runs.signals import SignalHandler, Stopped, shielded, worker_init
+from unigen.runs.space import DiskSpace, SpaceError
 from unigen.tracking.tracker import Progress, Tracker
-from unigen.training.datasets import Streams
+from unigen.training.datasets import RunData
 from unigen.training.ema import EMA
 from unigen.training.engine import open_engine
-from unigen.training.guards import Guards
+from unigen.training.guards import BadStepGuard
 from unigen.training.losses import Counts
 from unigen.training.optim import learning_rate_at
 from unigen.training.passes import StepResult, dry_batch, micro_batches, validation_losses
 from unigen.training.precision import stored_precision, tell_change
 from unigen.training.prepare import tell_compiling
-from unigen.training.samples import Sampler
+from unigen.training.samples import SampleWriter
 from unigen.training.state import RunState, rows_of_a_step
 
 log = logging.getLogger("unigen")
@@ -64,12 +64,12 @@ class UnifiedTrainer:
         self.config = config.resolve()
         self.output_dir = Path(config.output_dir)
         self.step = self.total_steps = 0
-        self.place = Place()
+        self.place = LoaderState()
         self.best = math.inf
         self.pending: set[str] = set()  # what a signal kept from being done after the last step
-        self.stops = Stops()
+        self.stops = SignalHandler()
         self.stopped = False  # did a signal end the run?
-        self.watchdog: Watchdog | None = None
+        self.watchdog: Heartbeat | None = None
         self._saved = -1  # the last step with a checkpoint
         self._lock: IO[str] | None = None
 
@@ -103,7 +103,7 @@ class UnifiedTrainer:
         log.info("%s", engine.precision)
         engine.on_main(self._prepare_folder)
         ranks = self.output_dir / "ranks"
-        self.watchdog = Watchdog(
+        self.watchdog = Heartbeat(
             ranks,
             engine.rank,
             engine.world,
@@ -122,7 +122,7 @@ class UnifiedTrainer:
         states = read_states(resume) if resume else {}
         if resume and "trainer" not in states:
             raise CheckpointError(
-                f"{resume} holds weights only, so a run cannot go on from it. Cure: resume from a step_N"
+                f"{resume} holds weights only, so a run cannot go on from it. Fix: resume from a step_N"
                 f" folder, or start a new run with --model_path {resume}"
             )
         if resume:
@@ -133,11 +133,11 @@ class UnifiedTrainer:
         self.cache = (
             open_cache(c.cache_dir, self.model, c, engine.dtype, engine.tensors) if c.cache_dir else None
         )
-        self.tally = Tally()
-        streams = Streams(c, engine, self.model, self.cache)
+        self.tally = CacheTally()
+        streams = RunData(c, engine, self.model, self.cache)
         self.stream, self.val_stream = streams.train, streams.val
-        self.guards = Guards(engine, c, self.output_dir)
-        self.share = Share(engine.rank, engine.world, rows_of_a_step(c, engine.world, states))
+        self.guards = BadStepGuard(engine, c, self.output_dir)
+        self.share = RankSlice(engine.rank, engine.world, rows_of_a_step(c, engine.world, states))
         self.workers = default_workers(engine.local_world) if c.num_workers is None else c.num_workers
         self.total_steps = c.max_steps or sum(
             self.stream.steps_in(e, self.share.step_rows) for e in range(c.num_epochs)
@@ -157,7 +157,7 @@ class UnifiedTrainer:
             background=c.async_save, keep=c.save_total_limit, source=Path(c.model_path or ""),
             tick=self._tick,
         )  # fmt: skip
-        self.space = Space(
+        self.space = DiskSpace(
             self.output_dir,
             c.low_space,
             c.min_free_gb,
@@ -165,7 +165,7 @@ class UnifiedTrainer:
             engine,
             self._verify,
         )
-        self.sampler = Sampler(c, engine, self.model) if c.sample_prompts else None
+        self.sampler = SampleWriter(c, engine, self.model) if c.sample_prompts else None
         if resume is not None:
             self._restore(resume, states)
         self._describe()
@@ -226,7 +226,7 @@ class UnifiedTrainer:
         if state["fingerprint"] != self.stream.mixture.fingerprint:
             raise UserError(
                 f"{folder}: the training data is not what this run began with (its fingerprint differs)."
-                " Cure: resume with the same files and weights, or start a new run with --model_path of this"
+                " Fix: resume with the same files and weights, or start a new run with --model_path of this"
                 " checkpoint"
             )
         self.state.restore(folder)
@@ -236,7 +236,7 @@ class UnifiedTrainer:
         self.guards.load(state["guards"], self.step)
         self.pending = set(state["pending"])
         self._saved = self.step
-        self.place = Place(state["epoch"], state["position"], tuple(state["waiting"]))
+        self.place = LoaderState(state["epoch"], state["position"], tuple(state["waiting"]))
         log.info("Resumed from %s at step %d", folder, self.step)
 
     def _save(self, name: str | None = None) -> None:
@@ -286,7 +286,7 @@ class UnifiedTrainer:
         if self.engine.sum([self.stops.asked])[0]:
             raise SpaceError(
                 f"{self.output_dir}: a signal ended the waiting for room; step {self.step} is not saved,"
-                " earlier ones are untouched. Cure: free space there, then go on with"
+                " earlier ones are untouched. Fix: free space there, then go on with"
                 " --resume_from_checkpoint auto"
             )
 
@@ -365,14 +365,16 @@ class UnifiedTrainer:
             self.progress.write(f"Cache: {self.tally}")
         return metrics
 
-    def _rows(self, stream: RowStream, share: Share, place: Place, limit: int) -> Iterator[list[Row]]:
+    def _rows(
+        self, stream: PackStream, share: RankSlice, place: LoaderState, limit: int
+    ) -> Iterator[list[MicroBatch]]:
         pin = self.engine.device.type == "cuda"
-        return load_rows(
+        return load_batches(
             stream, share, place, num_workers=self.workers, limit=limit, pin=pin, worker_init=worker_init,
             starting=shielded
         )  # fmt: skip
 
-    def _next_rows(self, rows: Iterator[list[Row]]) -> list[Row]:
+    def _next_rows(self, rows: Iterator[list[MicroBatch]]) -> list[MicroBatch]:
         """This process's rows of the next step; none where a signal broke the waiting off."""
         try:
             with self.stops.phase("data", breakable=True):
@@ -380,14 +382,14 @@ class UnifiedTrainer:
         except Stopped:
             return []
 
-    def _agree(self, rows: list[Row]) -> tuple[float, float, float]:
+    def _agree(self, rows: list[MicroBatch]) -> tuple[float, float, float]:
         """What all processes have to know before a step: (text targets, image targets, tokens) of all their
         rows.
 
         Raises:
             Stopped: a signal came to one of them; the last step is saved.
             CheckpointError: the checkpoint that was written beside the training has failed.
-            TrainingStopped: as :meth:`Guards.check_rows`.
+            TrainingStopped: as :meth:`BadStepGuard.check_rows`.
         """
         packs = [row.pack for row in rows]
         bad = sum(len(row.bad) for row in rows)
@@ -459,7 +461,7 @@ class UnifiedTrainer:
             raise Stopped
 
     def train_step(
-        self, rows: list[Row], lr: float, counts: tuple[float, float, float] | None = None
+        self, rows: list[MicroBatch], lr: float, counts: tuple[float, float, float] | None = None
     ) -> StepResult:
         """One optimiser step over this process's rows (and, with others, theirs); ``counts`` as
         :meth:`_agree` gives them."""
@@ -505,14 +507,14 @@ class UnifiedTrainer:
         stream, share = self.val_stream, replace(self.share, step_rows=self.share.world)
         assert stream is not None
 
-        def agree(row: Row) -> bool:
+        def agree(row: MicroBatch) -> bool:
             self._tick()
             stop, bad = self.engine.sum([self.stops.asked, len(row.bad)])
             if bad:
                 self.guards.check_rows([row], stream)
             return not stop
 
-        rows = self._rows(stream, share, Place(), stream.steps_in(0, share.step_rows))
+        rows = self._rows(stream, share, LoaderState(), stream.steps_in(0, share.step_rows))
         return validation_losses(self.engine, self.config, rows, agree)
 
     def _validate(self, tracker: Tracker | None) -> dict[str, float]:

@@ -73,7 +73,7 @@ def test_what_cannot_be_done_is_said_with_exit_code_2(tmp_path: Path, whole: Pat
         (("verify",), "found 0"),
         (("ls", tmp_path / "nowhere"), "there is no such folder"),
         (("verify", tmp_path), "holds no checkpoints"),
-        (("export", whole.parent, tmp_path / "out"), "is a run. Cure: name one of its checkpoints: step_3"),
+        (("export", whole.parent, tmp_path / "out"), "is a run. Fix: name one of its checkpoints: step_3"),
         (("export", tmp_path / "step_9", tmp_path / "out"), "there is no such folder"),
         (("export", whole, tmp_path / "out", "--max_shard_gb", 0), "max_shard_gb is 0.0; it must be above 0"),
     ]:
@@ -394,7 +394,7 @@ def test_nothing_is_overwritten_but_an_earlier_export_when_told(whole: Path, tmp
     (tmp_path / "empty").mkdir()
     assert ckpt("export", whole, tmp_path / "empty") == 0
     assert ckpt("export", whole, tmp_path / "empty", "--weights", "raw") == 2
-    assert "exists already. Cure: choose another folder, or --overwrite" in capsys.readouterr().err
+    assert "exists already. Fix: choose another folder, or --overwrite" in capsys.readouterr().err
     before = tensors_of(tmp_path / "empty")
     (tmp_path / "empty" / "left_over").touch()
     assert ckpt("export", whole, tmp_path / "empty", "--weights", "raw", "--overwrite") == 0
@@ -438,7 +438,7 @@ def test_a_failing_disk_leaves_the_earlier_export_and_nothing_else(whole: Path, 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
-        with pytest.raises(ExportError, match=r"cannot write the export: .*File too large.*Cure:"):
+        with pytest.raises(ExportError, match=r"cannot write the export: .*File too large.*Fix:"):
             export(whole, tmp_path / "out", options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -450,7 +450,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     whole: Path, tmp_path: Path, monkeypatch
 ):
     monkeypatch.setattr("unigen.commands.ckpt.export.free_bytes", lambda folder: 1_000_000)
-    with pytest.raises(ExportError, match=r"the export takes 1\.8 MB, 1\.0 MB are free on .* Cure:"):
+    with pytest.raises(ExportError, match=r"the export takes 1\.8 MB, 1\.0 MB are free on .* Fix:"):
         export(whole, tmp_path / "out", CkptOptions())
     assert list(tmp_path.iterdir()) == []
 
@@ -475,12 +475,13 @@ def test_an_export_takes_the_memory_of_its_largest_tensor(tmp_path: Path):
     """Passes when exporting 256 MB in tensors of 64 MB raises the peak by less than 64 MB + 40 MB, and in
     bfloat16, which is converted 16 million numbers at a time, by less than 32 MB + 110 MB."""
     from unigen.runs.channel import Channel
-    from unigen.runs.saver import Contents, Entry, Saver
+    from unigen.runs.saver import Contents, Saver, StateEntry
 
     shape = (4000, 4000)
     where = torch.empty(shape, device="meta")
     entries = [
-        Entry("ema", f"w{i}", shape, where, read=lambda i=i: torch.full(shape, i + 0.5)) for i in range(4)
+        StateEntry("ema", f"w{i}", shape, where, read=lambda i=i: torch.full(shape, i + 0.5))
+        for i in range(4)
     ]
     contents = Contents(1, entries, {"trainer": {}}, lambda _: None, {"engine": "single", "average": False})
     Saver(tmp_path / "run", 0, Channel(1, torch.device("cpu"))).save(contents)

@@ -76,7 +76,7 @@ def test_an_odd_address_is_refused_by_name(reason, text):
     assert caught.value.reason == reason
     assert (
         caught.value.problem
-        and caught.value.cure
+        and caught.value.fix
         and len(str(caught.value)) < 500
         and str(caught.value).isprintable()
     )

@@ -107,7 +107,7 @@ def refusal(client: Client, url: str) -> FetchError:
     with pytest.raises(FetchError) as caught:
         client.get(url)
     error = caught.value
-    assert error.problem and error.cure and len(error.problem) < 700 and str(error).isprintable()
+    assert error.problem and error.fix and len(error.problem) < 700 and str(error).isprintable()
     return error
 
 
@@ -213,7 +213,7 @@ def test_redirects_are_followed_where_allowed(server):
 
 def test_a_refused_redirect_names_target_and_cure(server):
     error = refusal(client(), server.url("/to-good"))
-    assert server.url("/good.png") in error.problem and "--max_redirects 3" in error.cure
+    assert server.url("/good.png") in error.problem and "--max_redirects 3" in error.fix
 
 
 # Names and addresses

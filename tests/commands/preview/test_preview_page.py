@@ -275,7 +275,9 @@ def test_every_word_is_there_in_both_languages(tmp_path, estimate, records):
     for key in ("legend", "mask_blocks", "dropout", "words_note", "illustration", "sequence"):
         assert WORDS[key][1] in page.text and WORDS[key][0] not in page.text
     files = [
-        path for path in (ROOT / "unigen" / "preview").glob("*.py") if path.stem not in ("words", "command")
+        path
+        for path in (ROOT / "unigen" / "commands" / "preview").glob("*.py")
+        if path.stem not in ("words", "command")
     ]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     used = set(re.findall(r'say\(\s*f?["\'](\w+)["\']', source)) - {"k_", "sees_"}

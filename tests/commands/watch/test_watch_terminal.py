@@ -285,7 +285,8 @@ def test_both_languages_have_every_text_with_the_same_fields():
         for key, texts in WORDS.items()
         if len(texts) != 2 or names(texts[0]) != names(texts[1]) or not all(texts)
     ] == []
-    sources = "".join(path.read_text("utf-8") for path in (ROOT / "unigen" / "watch").glob("*.py"))
+    rooms = (ROOT / "unigen" / "commands" / "watch", ROOT / "unigen" / "show")
+    sources = "".join(path.read_text("utf-8") for room in rooms for path in room.glob("*.py"))
     used = set(re.findall(r'"(\w+)"', sources))
     assert sorted(key for key in WORDS if key not in used) == [], "texts that nobody says"
 

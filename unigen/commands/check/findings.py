@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from unigen.commands.check.part import Job, Outcome, checker
+from unigen.commands.check.part import Outcome, PartJob, checker
 from unigen.commands.check.statistics import Tally, how_full_rows_get, repeats, what_limits_cut
 from unigen.commands.check.workers import Died, in_order
-from unigen.data.containers import Part, Raw, Span, find_files, parts, read_part
+from unigen.data.containers import ByteSpan, FilePart, Raw, find_files, parts, read_part
 from unigen.data.dataset import TASKS
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.sequence.plan import Planner
@@ -87,7 +87,7 @@ class Findings:
     files: list[Path]
     problems: Problems
     tally: Tally
-    parts: list[Part] = field(default_factory=list)  # as ``tally.parts`` counts their records
+    parts: list[FilePart] = field(default_factory=list)  # as ``tally.parts`` counts their records
     exact: bool = False  # lengths in the model's tokens; otherwise estimated in words
     deep: bool = False
     max_length: int = 0  # tokens that a record may have
@@ -196,7 +196,7 @@ class Findings:
         return told
 
 
-def _parsed(part: Part, span: Span, raw: Raw) -> Record:
+def _parsed(part: FilePart, span: ByteSpan, raw: Raw) -> Record:
     return parse_raw(raw, span.line, Origin(part.path, span.line or None, span.index))[0]
 
 
@@ -267,7 +267,7 @@ def check(
     found.exact = not isinstance(planner.tokenizer, WordTokenizer)
     done, deaths = 0, 0
 
-    def again(job: Job, died: Died) -> Job | None:
+    def again(job: PartJob, died: Died) -> PartJob | None:
         nonlocal deaths
         deaths += 1
         # left out, and yet it dies: of reading what follows
@@ -303,18 +303,18 @@ def check(
     return found
 
 
-def _jobs(files: Sequence[Path], size: int) -> Iterator[Job]:
+def _jobs(files: Sequence[Path], size: int) -> Iterator[PartJob]:
     for number, path in enumerate(files):
         try:
             for part in parts(path, number, size):
-                yield Job(part)
+                yield PartJob(part)
         except BadRecord as error:
-            yield Job(None, lost=error)
+            yield PartJob(None, lost=error)
 
 
-def _lost(job: Job, died: Died) -> BadRecord:
+def _lost(job: PartJob, died: Died) -> BadRecord:
     """The problem of a part that is given up."""
     assert job.part is not None
-    cure = "run unigen check on this file alone, with --num_workers 1 and more free memory"
+    fix = "run unigen check on this file alone, with --num_workers 1 and more free memory"
     what = f"the process that read the part from line {job.part.line} on ended: {died.reason}"
-    return BadRecord("check_died", "(file)", what, "a part that can be read", cure, Origin(job.part.path))
+    return BadRecord("check_died", "(file)", what, "a part that can be read", fix, Origin(job.part.path))

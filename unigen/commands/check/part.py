@@ -14,7 +14,7 @@ import numpy as np
 
 from unigen.commands.check.statistics import NEAR_EMPTY_SHOWN, Histogram, Tally
 from unigen.commands.check.workers import Mark
-from unigen.data.containers import Part, Raw, Span, read_part
+from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
 from unigen.data.dataset import task
 from unigen.data.examine import Pictures, bad_picture, examine, key_of
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
@@ -28,10 +28,10 @@ _PICTURES = 100_000  # pictures whose size a process remembers
 _NO_LIMIT = 1 << 31
 
 
-class Job(NamedTuple):
+class PartJob(NamedTuple):
     """A part to check. ``skip`` are records (by their number in the part) that a process died of, and how."""
 
-    part: Part | None
+    part: FilePart | None
     skip: tuple[tuple[int, str], ...] = ()
     lost: BadRecord | None = None  # what makes the rest of its file unreadable, in place of a part
 
@@ -45,8 +45,8 @@ class Outcome(NamedTuple):
 
 def checker(
     planner: Planner, limits: tuple[int, ...], deep: bool, data_root: str | Path | None
-) -> Callable[[Job, Mark], Outcome]:
-    """What does a :class:`Job`; made once in each process."""
+) -> Callable[[PartJob, Mark], Outcome]:
+    """What does a :class:`PartJob`; made once in each process."""
     return _Checker(planner, limits, deep, data_root).work
 
 
@@ -141,7 +141,7 @@ class _Checker:
         self.planner.max_length = _NO_LIMIT
         self.looks = _Looks(deep)
 
-    def work(self, job: Job, mark: Mark) -> Outcome:
+    def work(self, job: PartJob, mark: Mark) -> Outcome:
         if job.part is None:
             assert job.lost is not None
             return Outcome(Tally(self.limits), [job.lost.to_dict()])
@@ -158,7 +158,7 @@ class _Checker:
 class _Reading:
     """The records of one part on their way: judged one by one, measured in batches."""
 
-    def __init__(self, checker: _Checker, part: Part, skip: dict[int, str], mark: Mark):
+    def __init__(self, checker: _Checker, part: FilePart, skip: dict[int, str], mark: Mark):
         self.checker, self.part, self.skip, self.mark = checker, part, skip, mark
         self.tally, self.rows = Tally(checker.limits), Ragged()
         self.good: list[bool] = []  # as the rows
@@ -170,15 +170,15 @@ class _Reading:
         self.waiting: list[tuple[int, Record, list[str]]] = []
         self.held = 0
 
-    def add(self, step: int, span: Span, raw: Raw) -> None:
+    def add(self, step: int, span: ByteSpan, raw: Raw) -> None:
         self.tally.records.append(0)
         self.tally.texts.append(0)
         try:
             if step in self.skip:
-                cure = "leave the record out, or save its pictures again"
+                fix = "leave the record out, or save its pictures again"
                 found = f"the process that read it ended: {self.skip[step]}"
                 origin = Origin(self.part.path, span.line or None, span.index)
-                raise BadRecord("check_died", "(record)", found, "a harmless record", cure, origin)
+                raise BadRecord("check_died", "(record)", found, "a harmless record", fix, origin)
             record, fields, _ = examine(raw, span, self.part.path, self.checker.looks, root=self.checker.root)
         except BadRecord as error:
             self.bad.append((step, error))

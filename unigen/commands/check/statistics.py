@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unigen.data.rows import best_fit
+from unigen.data.packing import best_fit
 from unigen.sequence.plan import Measured, Planner
 from unigen.sequence.ragged import Ragged
 from unigen.sequence.types import Kind

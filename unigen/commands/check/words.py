@@ -97,7 +97,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "field": ("field", "字段"),
     "found": ("found", "发现"),
     "expected": ("expected", "应为"),
-    "cure": ("cure", "解决办法"),
+    "cure": ("fix", "解决办法"),
     "more": ("... and {n:,} more", "…… 另有 {n:,} 个"),
     "more_in": ("... and {n:,} more; all are in {path}", "…… 另有 {n:,} 个；全部列在 {path}"),
     "more_how": (

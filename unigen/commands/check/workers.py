@@ -68,9 +68,9 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self.process.join()
             if self.at.value == _STARTING:
-                cure = "free some memory, or use fewer with --num_workers"
+                fix = "free some memory, or use fewer with --num_workers"
                 raise WorkersFailed(
-                    f"the worker processes end while they start ({_reason(self.process.exitcode)}); {cure}"
+                    f"the worker processes end while they start ({_reason(self.process.exitcode)}); {fix}"
                 ) from None
             return Died(self.at.value, _reason(self.process.exitcode))
         if isinstance(result, _Raised):

@@ -62,7 +62,7 @@ def verify(folders: list[Path], as_json: bool = False) -> int:
         )
         if not checkpoints:
             raise UserError(
-                f"{folder} holds no checkpoints. Cure: name a step_N folder, or the folder of a run"
+                f"{folder} holds no checkpoints. Fix: name a step_N folder, or the folder of a run"
             )
         for checkpoint in checkpoints:
             problems = problems_of(checkpoint)

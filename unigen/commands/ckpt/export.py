@@ -24,7 +24,7 @@ from unigen.version import __version__
 
 
 class ExportError(UserError):
-    """A checkpoint cannot be exported; the message says why, and the cure."""
+    """A checkpoint cannot be exported; the message says why, and the fix."""
 
 
 def export(source: Path, out: Path, options: CkptOptions) -> None:
@@ -41,12 +41,12 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     if options.max_shard_gb is not None and not 0 < options.max_shard_gb < float("inf"):
         raise ExportError(f"max_shard_gb is {options.max_shard_gb}; it must be above 0 (--max_shard_gb ...)")
     if not is_checkpoint(source) and (inside := [p.name for p in listed(source)] if source.is_dir() else []):
-        raise ExportError(f"{source} is a run. Cure: name one of its checkpoints: {', '.join(inside)}")
+        raise ExportError(f"{source} is a run. Fix: name one of its checkpoints: {', '.join(inside)}")
     manifest, out = read_manifest(source), Path(os.path.abspath(out))
     replacing = _check_place(source.resolve(), out, options.overwrite)
     if options.weights == "raw" and manifest.get("average", True) and "model" not in manifest["groups"]:
         raise ExportError(
-            f"{source} holds the average alone. Cure: export a step_N folder, or leave --weights raw out"
+            f"{source} holds the average alone. Fix: export a step_N folder, or leave --weights raw out"
         )
     average = options.weights == "ema" and manifest.get("average", True)
     groups = ("ema", "model") if options.weights == "raw" else ("ema",)
@@ -57,7 +57,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     }
     if options.verify and (problems := problems_of(source, exported.__contains__)):
         raise ExportError(
-            f"{source}: damaged checkpoint: {'; '.join(problems)}. Cure: export another one; --no_verify"
+            f"{source}: damaged checkpoint: {'; '.join(problems)}. Fix: export another one; --no_verify"
             " exports it as it is"
         )
     try:
@@ -75,7 +75,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             write_json(staging / "export.json", about | {"checkpoint": manifest["sha256"], "files": files})
     except OSError as error:
         raise ExportError(
-            f"{out}: cannot write the export: {error}. Cure: free space there, or choose another folder"
+            f"{out}: cannot write the export: {error}. Fix: free space there, or choose another folder"
         ) from error
     size = sum(entry["size"] for entry in files.values())
     print(
@@ -88,19 +88,19 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
     """Whether ``out`` is to be replaced. Raises ExportError where it must not be."""
     place = out.resolve()
     if place.is_relative_to(source) or source.is_relative_to(place):
-        raise ExportError(f"{out} and the checkpoint {source} lie in each other. Cure: choose another folder")
+        raise ExportError(f"{out} and the checkpoint {source} lie in each other. Fix: choose another folder")
     if place.parent == source.parent and re.fullmatch(r"step_\d+|best", place.name):
-        raise ExportError(f"{out} would look like a checkpoint of the run. Cure: choose another name")
+        raise ExportError(f"{out} would look like a checkpoint of the run. Fix: choose another name")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not overwrite or not out.is_dir():
         raise ExportError(
-            f"{out} exists already. Cure: choose another"
+            f"{out} exists already. Fix: choose another"
             f" folder{'' if not out.is_dir() else ', or --overwrite'}"
         )
     if not (out / "export.json").is_file():
         raise ExportError(
-            f"{out} is no earlier export (it has no export.json), so --overwrite leaves it. Cure: choose"
+            f"{out} is no earlier export (it has no export.json), so --overwrite leaves it. Fix: choose"
             " another folder"
         )
     return True
@@ -115,7 +115,7 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
     if free < total:
         raise ExportError(
             f"{staging.parent}: the export takes {gb(total)}, {gb(free)} are free on {mount_of(staging)}."
-            " Cure: another disk"
+            " Fix: another disk"
         )
     shards = _shards(sizes, options.max_shard_gb)
     stem = WEIGHTS.removesuffix(".safetensors")

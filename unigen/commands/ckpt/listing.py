@@ -25,7 +25,7 @@ def list_checkpoints(folder: Path, as_json: bool = False) -> int:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder. Cure: name the folder of a run (its output_dir)")
+        raise UserError(f"{folder}: there is no such folder. Fix: name the folder of a run (its output_dir)")
     rows = [describe(path) for path in listed(folder)]
     losses = validation_losses((folder.parent if is_checkpoint(folder) else folder) / "metrics.jsonl")
     for row in rows:

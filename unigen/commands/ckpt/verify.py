@@ -78,7 +78,7 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
 
 def reason(folder: Path, error: Exception) -> str:
     """The middle of a message about a checkpoint, where many are listed below its name."""
-    return str(error).removeprefix(f"{folder}: ").removeprefix("damaged checkpoint: ").partition(". Cure:")[0]
+    return str(error).removeprefix(f"{folder}: ").removeprefix("damaged checkpoint: ").partition(". Fix:")[0]
 
 
 def of_group(name: str, group: str) -> bool:

@@ -287,7 +287,7 @@ def _split(folder: Path, train: int, heldout: int, seed: int) -> DigitSet:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError(
-            "The digits come from scikit-learn, which is not installed. Cure: pip install scikit-learn"
+            "The digits come from scikit-learn, which is not installed. Fix: pip install scikit-learn"
         ) from error
     data = load_digits()
     total = len(data.target)

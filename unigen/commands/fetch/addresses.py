@@ -67,17 +67,17 @@ _GLOBAL_6 = ipaddress.IPv6Network("2000::/3")
 
 class FetchError(UserError):
     """A picture that could not be fetched: a stable ``reason`` (the table in ``docs/fetch.md``), the problem,
-    and the cure.
+    and the fix.
 
     ``retry`` says that another attempt may succeed, after ``wait`` seconds where the server named a time.
     """
 
-    def __init__(self, reason: str, problem: str, cure: str, retry: bool = False, wait: float | None = None):
-        self.reason, self.problem, self.cure, self.retry, self.wait = reason, problem, cure, retry, wait
+    def __init__(self, reason: str, problem: str, fix: str, retry: bool = False, wait: float | None = None):
+        self.reason, self.problem, self.fix, self.retry, self.wait = reason, problem, fix, retry, wait
         super().__init__(reason)
 
     def __str__(self) -> str:
-        return f"{self.reason}: {self.problem}. Cure: {self.cure}"
+        return f"{self.reason}: {self.problem}. Fix: {self.fix}"
 
 
 class Target(NamedTuple):
@@ -127,14 +127,14 @@ def parse_url(text: str) -> Target:
     scheme, colon, rest = text.partition(":")
     scheme = scheme.lower()
     if colon and scheme not in ("http", "https") and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
-        cure = "only http and https are fetched; save the picture as a file and name that file"
-        raise FetchError("refused_scheme", f"the scheme is {shown(scheme, 20)}:", cure)
+        fix = "only http and https are fetched; save the picture as a file and name that file"
+        raise FetchError("refused_scheme", f"the scheme is {shown(scheme, 20)}:", fix)
     if len(text) > MAX_LENGTH:
         raise _bad(f"it has {len(text):,} characters, more than {MAX_LENGTH:,}")
     if control := re.search(r"[\x00-\x20\x7f-\x9f\\]", text):
         code = ord(control[0])
-        cure = f"write it as %{code:02X} if it belongs there" if code < 0x80 else "take it out"
-        raise _bad(f"it holds the character U+{code:04X} at position {control.start() + 1}", cure)
+        fix = f"write it as %{code:02X} if it belongs there" if code < 0x80 else "take it out"
+        raise _bad(f"it holds the character U+{code:04X} at position {control.start() + 1}", fix)
     if scheme not in ("http", "https"):
         raise _bad("it does not start with http:// or https://")
     match = re.fullmatch(r"//([^/?#]*)([^?#]*)(\?[^#]*)?(?:#.*)?", rest, re.DOTALL)
@@ -142,8 +142,8 @@ def parse_url(text: str) -> Target:
         raise _bad(f"after {scheme}: there must be two slashes and a host")
     authority, path, query = match[1], match[2] or "/", match[3] or ""
     if "@" in authority:
-        cure = "take the part before the @ out; files that need a password must be downloaded by hand"
-        raise FetchError("credentials", "it carries a user name or password", cure)
+        fix = "take the part before the @ out; files that need a password must be downloaded by hand"
+        raise FetchError("credentials", "it carries a user name or password", fix)
     host, port = _host_and_port(authority)
     try:
         path = quote(path, safe="/%:@!$&'()*+,;=~") + quote(query, safe="/%:@!$&'()*+,;=~?")
@@ -190,13 +190,13 @@ def _name(host: str) -> str:
         try:
             return str(ipaddress.IPv4Address(host))
         except ValueError:
-            cure = "write the name, or the address as four decimal numbers"
-            raise _bad(f"{host} is an odd spelling of an IPv4 address", cure) from None
+            fix = "write the name, or the address as four decimal numbers"
+            raise _bad(f"{host} is an odd spelling of an IPv4 address", fix) from None
     return host
 
 
-def _bad(problem: str, cure: str = "correct the address") -> FetchError:
-    return FetchError("bad_address", problem, cure)
+def _bad(problem: str, fix: str = "correct the address") -> FetchError:
+    return FetchError("bad_address", problem, fix)
 
 
 def why_refused(ip: IP, allowed: tuple[Network, ...] = ()) -> str | None:

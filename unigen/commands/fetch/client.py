@@ -96,11 +96,11 @@ class Client:
         problem = f"more than {self.max_redirects} redirects, the last one to {shown(str(target))}"
         if self.max_redirects == 0:
             problem = f"it is a redirect to {shown(str(target))}"
-        cure = (
+        fix = (
             "write the final address into the data, or allow more with --max_redirects"
             f" {self.max_redirects + 3}"
         )
-        raise FetchError("redirect", problem, cure)
+        raise FetchError("redirect", problem, fix)
 
     def _ask(self, target: Target, deadline: float) -> bytes | Target:
         """The body, or the target of a redirect."""
@@ -218,8 +218,8 @@ class Client:
             problem = f"{target.host} took longer than {self.timeout:g} s"
             raise FetchError("timeout", problem, "run the command again later, or raise --timeout") from None
         except ssl.SSLCertVerificationError as error:
-            cure = "use a server whose certificate is valid; SSL_CERT_FILE names further authorities to trust"
-            raise FetchError("bad_certificate", f"{target.host}: {error.verify_message}", cure) from None
+            fix = "use a server whose certificate is valid; SSL_CERT_FILE names further authorities to trust"
+            raise FetchError("bad_certificate", f"{target.host}: {error.verify_message}", fix) from None
         except ssl.SSLEOFError:
             raise FetchError(
                 "connection_lost", f"{target.host} closed the connection", later, retry=True
@@ -306,19 +306,19 @@ def _check_head(response: http.client.HTTPResponse, max_bytes: int) -> None:
     status = response.status
     if status != 200:
         again = status == 429 or 500 <= status <= 599
-        cure = "run the command again later" if again else "check the address"
+        fix = "run the command again later" if again else "check the address"
         wait = response.headers.get("Retry-After", "").strip()
         seconds = float(wait) if re.fullmatch(r"[0-9]{1,6}", wait) else None
         words = f"the server answers {status} {shown(response.reason, 60)}".rstrip()
-        raise FetchError(f"http_{status}", words, cure, retry=again, wait=seconds)
+        raise FetchError(f"http_{status}", words, fix, retry=again, wait=seconds)
     for name, plain in (
         ("Content-Encoding", ("", "identity")),
         ("Transfer-Encoding", ("", "identity", "chunked")),
     ):
         coding = response.headers.get(name, "").strip().lower()
         if coding not in plain:
-            cure = "name a server that sends the picture as it is; it was asked not to compress"
-            raise FetchError("encoded", f"the answer has {name} {shown(coding, 60)}", cure)
+            fix = "name a server that sends the picture as it is; it was asked not to compress"
+            raise FetchError("encoded", f"the answer has {name} {shown(coding, 60)}", fix)
     if response.length is not None and response.length > max_bytes:
         raise _too_large(f"it has {response.length:,} bytes, more than {max_bytes:,}")
 

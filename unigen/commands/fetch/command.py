@@ -280,7 +280,7 @@ def _report(
         place = f"{first['file']}{line}, {first['field']}" + (
             f", {shown(first['url'])}" if first["url"] else ""
         )
-        print(f"  {reason:<18} {count:>8,}  first in {place}: {first['problem']}. Cure: {first['cure']}")
+        print(f"  {reason:<18} {count:>8,}  first in {place}: {first['problem']}. Fix: {first['cure']}")
     if writer.failures:
         print(f"All failures are listed in {store.folder / 'failed.log'}.")
     if writer.left_out and not writer.written:

@@ -155,7 +155,7 @@ class Writer:
                     value.field,
                     value.code,
                     f"found {value.found}; expected {value.expected}",
-                    value.cure,
+                    value.fix,
                 )
             ]
         failed, changed = [], False
@@ -164,7 +164,7 @@ class Writer:
                 new = self._local(place.value, source)
             except FetchError as error:
                 url = shown(place.value, 2000) if isinstance(place.value, str) else "(bytes)"
-                failed.append(_failure(origin, place.field, error.reason, error.problem, error.cure, url))
+                failed.append(_failure(origin, place.field, error.reason, error.problem, error.fix, url))
                 continue
             if new != place.holder[place.key]:
                 place.holder[place.key], changed = new, True
@@ -194,11 +194,11 @@ class Writer:
 
 
 def _failure(
-    origin: Origin, field: str, reason: str, problem: str, cure: str, url: str | None = None
+    origin: Origin, field: str, reason: str, problem: str, fix: str, url: str | None = None
 ) -> dict[str, Any]:
     """A line of ``failed.log``."""
     where = {"file": str(origin.file), "line": origin.line, "index": origin.index, "field": field}
-    return {**where, "url": url, "reason": reason, "problem": problem, "cure": cure}
+    return {**where, "url": url, "reason": reason, "problem": problem, "cure": fix}
 
 
 def _flush(file: Any) -> None:

@@ -55,11 +55,11 @@ class Entry(NamedTuple):
     sha256: str = ""
     bytes: int = 0
     problem: str = ""
-    cure: str = ""
+    cure: str = ""  # the log's name for the fix
 
     @classmethod
     def failed(cls, url: str, error: FetchError) -> Entry:
-        return cls(url, error.reason, _now(), problem=error.problem, cure=error.cure)
+        return cls(url, error.reason, _now(), problem=error.problem, cure=error.fix)
 
     @property
     def good(self) -> bool:
@@ -110,7 +110,7 @@ def kind_of(data: bytes, deep: bool = False) -> str:
         else:
             image_size(data)
     except PictureError as error:
-        raise FetchError(error.code, error.problem, error.cure) from None
+        raise FetchError(error.code, error.problem, error.fix) from None
     return kind
 
 

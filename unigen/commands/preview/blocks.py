@@ -22,9 +22,9 @@ from unigen.commands.preview.view import (
     MIXED,
     NONE,
     Picture,
+    SampleView,
     Shown,
     Token,
-    View,
     block_mask,
     characters,
     mask,
@@ -238,7 +238,7 @@ def block_name(shown: Shown, say: Callable[..., str]) -> str:
     return f"{shown.number} {say(KINDS[shown.kind])}"
 
 
-def strip(view: View, say: Callable[..., str]) -> str:
+def strip(view: SampleView, say: Callable[..., str]) -> str:
     """The sequence as a bar of its blocks."""
     parts = []
     for shown in view.blocks:
@@ -268,7 +268,7 @@ class Axis:
         return self.edges[i], self.edges[i + 1] - self.edges[i]
 
 
-def mask_drawing(view: View, say: Callable[..., str]) -> str:
+def mask_drawing(view: SampleView, say: Callable[..., str]) -> str:
     """The mask of the sample in the order of its sequence: token by token where it is short, else block by
     block."""
     blocks = view.kept[:BLOCKS]
@@ -297,7 +297,7 @@ def mask_drawing(view: View, say: Callable[..., str]) -> str:
     return "".join(parts)
 
 
-def _token_cells(view: View, axis: Axis, top: float) -> str:
+def _token_cells(view: SampleView, axis: Axis, top: float) -> str:
     """Rectangles of tokens that see tokens: runs along a row, rows alike drawn as one."""
     seen = mask(view.pack).numpy()
     kinds = np.concatenate([np.full(s.stop - s.start, s.kind + 1) for s in view.kept])
@@ -320,7 +320,7 @@ def _changes(differs: np.ndarray) -> list[int]:
     return [0, *(np.flatnonzero(differs) + 1).tolist(), len(differs) + 1]
 
 
-def _block_cells(view: View, cells: Sequence[Sequence[int]], axis: Axis, top: float) -> str:
+def _block_cells(view: SampleView, cells: Sequence[Sequence[int]], axis: Axis, top: float) -> str:
     paths: dict[str, list[str]] = {}
     for i, row in enumerate(cells):
         for j, verdict in enumerate(row):
@@ -334,7 +334,7 @@ def _block_cells(view: View, cells: Sequence[Sequence[int]], axis: Axis, top: fl
 
 
 def _titles(
-    view: View, cells: Sequence[Sequence[int]], axis: Axis, top: float, say: Callable[..., str]
+    view: SampleView, cells: Sequence[Sequence[int]], axis: Axis, top: float, say: Callable[..., str]
 ) -> str:
     """Invisible cells that carry the tooltips, those above the diagonal left out: there nothing is seen."""
     parts = []
@@ -349,7 +349,7 @@ def _titles(
     return f'<g fill="transparent">{"".join(parts)}</g>'
 
 
-def _names(view: View, axis: Axis, top: float, named: bool, say: Callable[..., str]) -> str:
+def _names(view: SampleView, axis: Axis, top: float, named: bool, say: Callable[..., str]) -> str:
     parts = []
     for i, shown in enumerate(view.kept[:BLOCKS]):
         start, size = axis.span(i)

@@ -50,7 +50,7 @@ def preview(options: PreviewOptions) -> int:
             page = write_preview(Path(options.output), looks(), options, planner)
         except OSError as error:
             raise PreviewError(
-                f"{options.output}: the page cannot be written ({error.strerror or error}). Cure: another"
+                f"{options.output}: the page cannot be written ({error.strerror or error}). Fix: another"
                 " --output"
             ) from error
         say(f"Written to {page}")

@@ -21,7 +21,7 @@ from unigen.commands.preview.blocks import (
     visible,
 )
 from unigen.commands.preview.pick import Look, PreviewOptions
-from unigen.commands.preview.view import Shown, View, source_name
+from unigen.commands.preview.view import SampleView, Shown, source_name
 from unigen.commands.preview.words import words
 from unigen.data.dataset import task
 from unigen.sequence.plan import Planner
@@ -151,7 +151,7 @@ def _head(options: PreviewOptions, shown: int, bad: int, say: Say) -> str:
 def _broken(look: Look, say: Say) -> str:
     problem = look.problem
     if isinstance(problem, BadRecord):
-        names = ("code", "field", "found", "expected", "cure")
+        names = ("code", "field", "found", "expected", "fix")
         facts = "".join(f"<dt>{say(name)}</dt><dd>{plain(getattr(problem, name))}</dd>" for name in names)
         body = f"<p><strong>{say('bad')}</strong></p><dl>{facts}</dl>"
     else:
@@ -167,7 +167,7 @@ def _broken(look: Look, say: Say) -> str:
 # ---- one sample
 
 
-def _sample(view: View, planner: Planner, say: Say) -> str:
+def _sample(view: SampleView, planner: Planner, say: Say) -> str:
     ink, side = Ink(planner.tokenizer, say), tile_side(view.blocks)
     cards = "".join(_card(shown, view, ink, side, planner, say) for shown in view.blocks)
     most = len(view.kept) > BLOCKS
@@ -182,7 +182,7 @@ def _sample(view: View, planner: Planner, say: Say) -> str:
     )
 
 
-def _where(view: View, say: Say) -> str:
+def _where(view: SampleView, say: Say) -> str:
     record = view.record
     parts = [
         (say("place"), record.origin),
@@ -194,7 +194,7 @@ def _where(view: View, say: Say) -> str:
     return f'<p class="where">{"".join(f"<span>{name}: <code>{plain(value)}</code></span>" for name, value in parts)}</p>'
 
 
-def _facts(view: View, say: Say) -> str:
+def _facts(view: SampleView, say: Say) -> str:
     """Length and targets; every number is one of the pack's."""
     pack, total = view.pack, len(view.pack)
     targets = max(1, pack.n_text_labels + pack.n_image_targets)
@@ -210,7 +210,7 @@ def _facts(view: View, say: Say) -> str:
     return f'<div class="facts">{"".join(cells)}</div>'
 
 
-def _dropout(view: View, say: Say) -> str:
+def _dropout(view: SampleView, say: Say) -> str:
     parts = []
     rows = [
         (
@@ -236,7 +236,7 @@ def _dropout(view: View, say: Say) -> str:
 # ---- one block
 
 
-def _card(shown: Shown, view: View, ink: Ink, side: int, planner: Planner, say: Say) -> str:
+def _card(shown: Shown, view: SampleView, ink: Ink, side: int, planner: Planner, say: Say) -> str:
     head = [f"<strong>{block_name(shown, say)}</strong>", *_tags(shown, ink, say)]
     if shown.block.dropped:
         kind = "" if shown.kind == Kind.TEXT else " image"
@@ -252,7 +252,7 @@ def _card(shown: Shown, view: View, ink: Ink, side: int, planner: Planner, say: 
     return f'<div class="card image k-{KINDS[shown.kind]}"><header>{"".join(head)}</header>{body}</div>'
 
 
-def _gone(shown: Shown, view: View, ink: Ink, say: Say) -> str:
+def _gone(shown: Shown, view: SampleView, ink: Ink, say: Say) -> str:
     """What a dropped block would have been, and what is left of it."""
     piece = view.record.sample[shown.block.piece]
     if isinstance(piece, Text):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from unigen.config import DataOptions, UserError
 
 if TYPE_CHECKING:
-    from unigen.commands.preview.view import View
-    from unigen.data.containers import Raw, Span
+    from unigen.commands.preview.view import SampleView
+    from unigen.data.containers import ByteSpan, Raw
     from unigen.sequence.plan import Planner
     from unigen.sequence.types import Origin
 
@@ -73,7 +73,7 @@ class PreviewOptions:
 
 
 class PreviewError(UserError):
-    """The options of ``unigen preview`` cannot work; the message says which, why, and the cure."""
+    """The options of ``unigen preview`` cannot work; the message says which, why, and the fix."""
 
 
 class Found(NamedTuple):
@@ -82,7 +82,7 @@ class Found(NamedTuple):
 
     number: int  # over all files, from 0, bad ones counted
     file: Path
-    span: Span | None = None
+    span: ByteSpan | None = None
     raw: Raw | None = None
     problem: UserError | None = None
 
@@ -92,7 +92,7 @@ class Look(NamedTuple):
 
     number: int
     origin: Origin | None
-    view: View | None
+    view: SampleView | None
     problem: UserError | None
     raw: Raw | None = None  # as it stands in the file
 
@@ -100,7 +100,7 @@ class Look(NamedTuple):
 def check(options: PreviewOptions) -> None:
     """Raises PreviewError for an option that cannot work."""
     checks = [
-        (bool(options.paths), "no data is named. Cure: unigen preview data.jsonl"),
+        (bool(options.paths), "no data is named. Fix: unigen preview data.jsonl"),
         (options.samples >= 1, f"samples is {options.samples}; it must be at least 1"),
         (
             all(number >= 0 for number in options.records),
@@ -169,7 +169,7 @@ def pick(options: PreviewOptions) -> list[Found]:
         found = [entry for _, entry in zip(range(options.samples), _walk(options.paths))]
     if not found:
         raise PreviewError(
-            f"there is no record in {', '.join(options.paths)}. Cure: give files with at least one record"
+            f"there is no record in {', '.join(options.paths)}. Fix: give files with at least one record"
         )
     return found
 
@@ -201,7 +201,7 @@ def _numbered(every: Iterator[Found], wanted: set[int]) -> list[Found]:
     missing = sorted(wanted - {entry.number for entry in found if entry.problem is None})
     if missing and not any(entry.problem for entry in found):
         raise PreviewError(
-            f"there is no record {missing[0]}: the data has {count:,}, numbered from 0. Cure: other --records"
+            f"there is no record {missing[0]}: the data has {count:,}, numbered from 0. Fix: other --records"
         )
     return found
 
@@ -244,9 +244,7 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
         problem = error
     except PictureError as error:  # of one that only decoding finds broken
         cause = f"{error.name}: {error.problem}"
-        problem = BadRecord(
-            error.code, "(record)", cause, "a picture that can be decoded", error.cure, origin
-        )
+        problem = BadRecord(error.code, "(record)", cause, "a picture that can be decoded", error.fix, origin)
     return Look(found.number, origin, None, problem, found.raw)
 
 

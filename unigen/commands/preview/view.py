@@ -95,7 +95,7 @@ class Shown:
 
 
 @dataclass
-class View:
+class SampleView:
     """A sample, packed alone into one row."""
 
     record: Record
@@ -120,7 +120,7 @@ def look(
     draw: Draw,
     shift: float = 1.0,
     sizes: Sequence[int] | None = None,
-) -> View:
+) -> SampleView:
     """The record in the visit ``draw``, as training packs it.
 
     Args:
@@ -146,7 +146,9 @@ def look(
     ]
     choice = lengths[0] != lengths[1]
     share = planner.options.single_image_stop_prob if choice else None
-    return View(record, number, pack, shown, planner.max_length, share, choice and len(blocks) == lengths[1])
+    return SampleView(
+        record, number, pack, shown, planner.max_length, share, choice and len(blocks) == lengths[1]
+    )
 
 
 def planner_with(planner: Planner, max_length: int | None = None, **options: float) -> Planner:
@@ -172,7 +174,7 @@ def mask(pack: Pack, rows: Tensor | None = None) -> Tensor:
     return allowed(tokens.unsqueeze(1), tokens.unsqueeze(0))
 
 
-def block_mask(view: View, most: int | None = None) -> list[list[int]]:
+def block_mask(view: SampleView, most: int | None = None) -> list[list[int]]:
     """What each block that was kept, of the first ``most``, sees of each other one: ``NONE``, ``FULL``,
     ``CAUSAL`` (each token what stands before it) or ``MIXED``.
 

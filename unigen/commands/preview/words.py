@@ -134,7 +134,7 @@ WORDS = {
     "field": ("field", "字段"),
     "found": ("found", "实际"),
     "expected": ("expected", "应为"),
-    "cure": ("cure", "解决办法"),
+    "fix": ("fix", "解决办法"),
 }  # fmt: skip
 
 

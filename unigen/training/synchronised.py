@@ -37,7 +37,7 @@ def stopped() -> BaseException:
     return Stopped()
 
 
-class Lockstep:
+class SynchronisedGeneration:
     """Processes that hold a sharded model between them: every layer gathers its parameters from all, so none
     may leave alone.
 

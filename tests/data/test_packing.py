@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unigen.data.rows import LOOK_AHEAD, Packer, best_fit
+from unigen.data.packing import LOOK_AHEAD, Packer, best_fit
 
 
 def mixed(n: int, seed: int = 0) -> list[int]:
