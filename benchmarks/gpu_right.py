@@ -41,7 +41,7 @@ from unigen.model.weights import load_bagel
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Kind, Pack
-from unigen.training.losses import loss_sums
+from unigen.training.step import loss_sums
 from unigen.training.trainer import UnifiedTrainer
 
 # ---- attention

@@ -29,8 +29,7 @@ from gpu_setup import (
 from unigen.model import flex
 from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
-from unigen.training.losses import Counts
-from unigen.training.passes import micro_batches
+from unigen.training.step import Counts, forward_backward
 
 DRAWS = {"freeze_und": True, "freeze_vit": True}
 EVERYTHING = {"freeze_vit": True}  # of the decoder
@@ -105,7 +104,7 @@ def layer_time(n: int, pack: Pack, name: str, options: dict[str, Any]) -> float:
 
     def work() -> None:
         engine.discard()
-        for _ in micro_batches(engine, [pack], counts, engine.config):
+        for _ in forward_backward(engine, [pack], counts, engine.config):
             pass
 
     work()
@@ -149,7 +148,7 @@ def steps_of(name: str, n: int, pack: Pack, options: dict[str, Any]) -> None:
     )
     forget_peak()
     expected = iter({"first": first, "second": later}.items())
-    for _ in micro_batches(engine, [pack, pack], counts, engine.config):
+    for _ in forward_backward(engine, [pack, pack], counts, engine.config):
         which, nbytes = next(expected)
         say(f"{name}: peak of the {which} micro-batch", peak(), "GB", formula=nbytes / GB)
     engine.step(1e-5, engine.grad_norm())
@@ -163,7 +162,7 @@ def steps_of(name: str, n: int, pack: Pack, options: dict[str, Any]) -> None:
 
 def whole_step(engine: Engine, pack: Pack, counts: Counts) -> None:
     """An optimiser step of two micro-batches."""
-    for _ in micro_batches(engine, [pack, pack], counts, engine.config):
+    for _ in forward_backward(engine, [pack, pack], counts, engine.config):
         pass
     engine.step(1e-5, engine.grad_norm())
 
@@ -217,9 +216,9 @@ def kernels() -> None:
     with tried("top"):
         pack = packed(published(), "drawing")
         engine, counts = engine_of(SHORT, **DRAWS, **FULL), Counts.of([pack])
-        for _ in micro_batches(engine, [pack], counts, engine.config):  # compiles
+        for _ in forward_backward(engine, [pack], counts, engine.config):  # compiles
             pass
-        found = kernel_times(lambda: list(micro_batches(engine, [pack], counts, engine.config)))
+        found = kernel_times(lambda: list(forward_backward(engine, [pack], counts, engine.config)))
         total = sum(ms for _, ms, _ in found)
         top = [
             {"kernel": name[:100], "ms": ms, "calls": calls, "share": ms / total}

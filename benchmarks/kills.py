@@ -84,24 +84,24 @@ def train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], not
     """One process of the run; every step's samples are noted in ``notes``."""
     become_rank(rank, world, port, notes)
     from unigen.config import Config
-    from unigen.training.trainer import UnifiedTrainer
+    from unigen.training.trainer import TrainingLoop, UnifiedTrainer
 
-    trainer = UnifiedTrainer(Config(**options))
-    step, samples = trainer.train_step, open(f"{notes}.{rank}", "a", encoding="utf-8")  # noqa: SIM115 (open until the process is killed)
+    samples = open(f"{notes}.{rank}", "a", encoding="utf-8")  # noqa: SIM115 (open until the process is killed)
+    step = TrainingLoop.take_step
 
-    def noted(rows: list[Any], *rest: Any) -> Any:
-        result = step(rows, *rest)
+    def noted(loop: TrainingLoop, batches: list[Any], *rest: Any) -> Any:
+        result = step(loop, batches, *rest)
         line = {
-            "step": trainer.step + 1,
-            "epoch": rows[-1].after.epoch,
-            "samples": [o for row in rows for o in row.pack.origins],
+            "step": loop.position.step + 1,
+            "epoch": batches[-1].after.epoch,
+            "samples": [origin for batch in batches for origin in batch.pack.origins],
         }
         samples.write(json.dumps(line) + "\n")
         samples.flush()
         return result
 
-    trainer.train_step = noted  # type: ignore[method-assign]
-    trainer.train()
+    TrainingLoop.take_step = noted  # type: ignore[method-assign]
+    UnifiedTrainer(Config(**options)).train()
     os._exit(0)
 
 

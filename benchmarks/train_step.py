@@ -32,7 +32,7 @@ from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
 from unigen.model.mask import Tokens, allowed
 from unigen.sequence.types import Pack
-from unigen.training.losses import Counts, joint_loss, loss_sums
+from unigen.training.step import Counts, joint_loss, loss_sums
 
 Sums = tuple[Tensor, Tensor]
 

@@ -11,9 +11,12 @@ import torch
 
 from unigen.config import Config
 from unigen.data.loader import MicroBatch
+from unigen.runs.signals import SignalHandler
 from unigen.sequence.images import to_image
 from unigen.training.engine import open_engine
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training.run import build
+from unigen.training.step import Counts, StepResult, warm_up
+from unigen.training.trainer import TrainingLoop, open_tracker
 
 # Latents of 2 x 2 to 4 x 4 tokens and ViT grids of 2 x 2: a step takes a few hundredths of a second.
 SMALL = {
@@ -44,31 +47,47 @@ def metrics(output_dir: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def built(**options: Any) -> UnifiedTrainer:
-    """A trainer ready for its first step."""
-    trainer = UnifiedTrainer(Config(**options))
-    trainer.engine = open_engine(trainer.config)
-    trainer.build()
-    step = trainer.engine.step
+def built(**options: Any) -> TrainingLoop:
+    """A training ready for its first step; :func:`gradients` are those of its last one."""
+    config = Config(**options).resolve()
+    loop = TrainingLoop(build(config, open_engine(config), SignalHandler()))
+    step = loop.engine.step
 
     def noted(lr: float, norm: float) -> None:
-        trainer.seen = {
-            name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
-        }  # type: ignore[attr-defined]
+        named = loop.run.model.named_parameters()
+        loop.seen = {name: p.grad.clone() for name, p in named if p.grad is not None}  # type: ignore[attr-defined]
         step(lr, norm)
 
-    trainer.engine.step = noted  # type: ignore[method-assign]
-    return trainer
+    loop.engine.step = noted  # type: ignore[method-assign]
+    return loop
 
 
-def row_of(trainer: UnifiedTrainer, records: list[int]) -> MicroBatch:
-    """The row of these records, as the first epoch visits them."""
-    return trainer.stream.build_samples([trainer.stream.draw(record, 0) for record in records], trainer.place)
+def batch_of(loop: TrainingLoop, records: list[int]) -> MicroBatch:
+    """These records packed, as they are in the first epoch."""
+    stream = loop.run.stream
+    return stream.build_samples([stream.draw(record, 0) for record in records], loop.position.loader)
 
 
-def gradients(trainer: UnifiedTrainer) -> dict[str, torch.Tensor]:
+def step_of(loop: TrainingLoop, batches: list[MicroBatch], lr: float) -> StepResult:
+    """One optimiser step over these micro-batches, and those of the other processes."""
+    counts = Counts.of([batch.pack for batch in batches])
+    return loop.take_step(batches, lr, Counts(*loop.engine.sum(list(vars(counts).values()))))
+
+
+def take_warm_up(loop: TrainingLoop) -> None:
+    """The warm-up batch before the first step."""
+    warm_up(loop.engine, loop.run.stream, loop.run.rank_slice.micro_batches)
+
+
+def train_on(loop: TrainingLoop) -> dict[str, float]:
+    """All steps that are left, logged as a run's are."""
+    loop.tracker = open_tracker(loop.run)
+    return loop.train()
+
+
+def gradients(loop: TrainingLoop) -> dict[str, torch.Tensor]:
     """Those of the last step, as they were before it was taken."""
-    return trainer.seen  # type: ignore[attr-defined]
+    return loop.seen  # type: ignore[attr-defined]
 
 
 def assert_close(

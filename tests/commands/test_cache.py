@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import step_of
 
 from unigen.cache import store as store_module
 from unigen.cache.encoders import Encoders, digest_weights, open_cache
@@ -21,11 +22,13 @@ from unigen.config import ConfigError
 from unigen.data.loader import load_batches
 from unigen.model import bagel
 from unigen.model.weights import load_bagel
+from unigen.runs.signals import SignalHandler
 from unigen.sequence import contents
 from unigen.sequence.images import to_image
 from unigen.training.engine import Engine
 from unigen.training.precision import DeviceFacts, choose_precision
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training.run import build
+from unigen.training.trainer import TrainingLoop
 
 SMALL = {
     "vae_transform": {"max_size": 64, "min_size": 32},
@@ -92,28 +95,29 @@ def computes(config: CacheOptions) -> torch.dtype:
     return choose_precision(config, DeviceFacts("cpu")).dtype
 
 
-def trainer(with_cache: bool, **options: Any) -> UnifiedTrainer:
+def trainer(with_cache: bool, **options: Any) -> TrainingLoop:
     """Ready for its first step."""
     config = CacheOptions(**{"learning_rate": 1e-3, "max_steps": 6, **options})
     cache_dir, config.cache_dir = config.cache_dir, None
-    made = UnifiedTrainer(config)
-    made.engine = Engine(config)
-    made.build()
-    for part in [*made.stream.mixture.parts, *(made.val_stream.mixture.parts if made.val_stream else [])]:
+    made = TrainingLoop(build(config.resolve(), Engine(config), SignalHandler()))
+    for part in [
+        *made.run.stream.mixture.parts,
+        *(made.run.val_stream.mixture.parts if made.run.val_stream else []),
+    ]:
         part.planner.cache = (
-            open_cache(cache_dir, made.model, config, computes(config)) if with_cache else None
+            open_cache(cache_dir, made.run.model, config, computes(config)) if with_cache else None
         )
     return made
 
 
 def losses(
-    made: UnifiedTrainer, steps: int = 6
+    made: TrainingLoop, steps: int = 6
 ) -> tuple[list[tuple[float, float, float]], list[tuple[int, int]]]:
     """(text loss, image loss, gradient norm) of every step, and how many pictures of it were (ready, to
     encode)."""
     results, pictures = [], []
-    for rows in load_batches(made.stream, made.share, made.place, limit=steps):
-        result = made.train_step(rows, 1e-3)
+    for rows in load_batches(made.run.stream, made.run.rank_slice, made.position.loader, limit=steps):
+        result = step_of(made, rows, 1e-3)
         results.append((result.text_loss, result.image_loss, result.grad_norm))
         pictures.append((sum(r.pack.n_ready for r in rows), sum(r.pack.n_to_encode for r in rows)))
     return results, pictures
@@ -132,9 +136,9 @@ def test_training_with_the_cache_is_training_without_it_to_the_bit(options, prec
     made = trainer(True, **options, **precision)
     monkeypatch.setattr(bagel, "encode_all", None)
     monkeypatch.setattr(contents, "open_image", None)
-    see = made.model.vit_model.forward
+    see = made.run.model.vit_model.forward
     monkeypatch.setattr(
-        made.model.vit_model,
+        made.run.model.vit_model,
         "forward",
         lambda patches, *rest: see(patches, *rest) if not len(patches) else None,
     )
@@ -229,7 +233,9 @@ def test_workers_and_pinned_rows_carry_what_the_cache_gave(options):
     rows = [
         [
             row
-            for step in load_batches(made.stream, made.share, made.place, num_workers=n, limit=5)
+            for step in load_batches(
+                made.run.stream, made.run.rank_slice, made.position.loader, num_workers=n, limit=5
+            )
             for row in step
         ]
         for n in (0, 2)
@@ -318,7 +324,7 @@ def test_a_damaged_entry_is_computed_and_then_repaired(options, caplog):
     with caplog.at_level(logging.WARNING):
         found, pictures = losses(trainer(True, **options), 5)
     assert found == plain and all(ready == 0 for ready, _ in pictures)
-    assert sum("damaged" in record.getMessage() for record in caplog.records) == 6
+    assert sum(" is damaged" in record.getMessage() for record in caplog.records) == 6
     again = fill(**options)
     assert (again.found, again.written) == (0, 6) and fill(**options).found == 6
 
@@ -391,9 +397,15 @@ def test_sources_and_validation_data_are_cached_as_they_are_shown(options, data,
     ]
     assert len(sizes) == 7 and (8, 8) in sizes and sum(h * w <= 16 for h, w in sizes) == 3
     made = trainer(True, **options)
-    packs = [row.pack for rows in load_batches(made.stream, made.share, made.place, limit=10) for row in rows]
+    packs = [
+        row.pack
+        for rows in load_batches(made.run.stream, made.run.rank_slice, made.position.loader, limit=10)
+        for row in rows
+    ]
     packs += [
-        row.pack for rows in load_batches(made.val_stream, made.share, made.place, limit=1) for row in rows
+        row.pack
+        for rows in load_batches(made.run.val_stream, made.run.rank_slice, made.position.loader, limit=1)
+        for row in rows
     ]
     assert sum(len(pack.latents) for pack in packs) == 11 and not any(pack.vae_pixels for pack in packs)
 

@@ -126,9 +126,9 @@ def records_at(stream: PackStream, epoch: int, places: list[int]) -> list[int]:
     return stream.mixture.visits(epoch).records[places].tolist()
 
 
-def zip_steps(stream: PackStream, n: int, step_rows: int = 1):
+def zip_steps(stream: PackStream, n: int, global_batch: int = 1):
     """The first ``n`` steps of the stream, which has no end."""
-    steps = stream.steps(LoaderState(), step_rows)
+    steps = stream.steps(LoaderState(), global_batch)
     return [next(steps) for _ in range(n)]
 
 
@@ -193,7 +193,7 @@ def test_going_on_from_any_place_gives_the_same_rows(golden: Path, data: Path, o
     whole = [[bits(row) for row in step] for step in take(stream, count, rows=2)]
     places = [step[-1][1] for step in whole]
     assert places[0].epoch < places[-1].epoch
-    assert any(place.waiting for place in places) == ("max_num_tokens" in options)
+    assert any(place.buffer for place in places) == ("max_num_tokens" in options)
     for done, place in enumerate(places[:-1], 1):
         again = make_stream(golden, data, **options)
         assert [[bits(row) for row in step] for step in take(again, count - done, place, rows=2)] == whole[
@@ -208,7 +208,7 @@ def test_going_on_with_a_full_buffer_whatever_the_workers_and_ranks(golden: Path
     stream = make_stream(golden, write_data(tmp_path, n, longest=12), max_num_tokens=300)
     whole = take(stream, 9, rows=4)
     place = whole[4][-1].after
-    assert len(place.waiting) >= LOOK_AHEAD // 2 and 0 < place.position < n
+    assert len(place.buffer) >= LOOK_AHEAD // 2 and 0 < place.position < n
     assert place.done == sum(len(row.records) for step in whole[:5] for row in step)
     wanted = [[bits(row) for row in step] for step in whole[5:]]
     for workers in (0, 2):
@@ -222,7 +222,7 @@ def test_going_on_with_a_full_buffer_whatever_the_workers_and_ranks(golden: Path
 def test_every_record_once_over_three_epochs_of_full_rows(golden: Path, tmp_path: Path):
     stream = make_stream(golden, write_data(tmp_path, 400, longest=12), max_num_tokens=600)
     for epoch in range(3):
-        rows = [row for row, _ in stream.rows(LoaderState(epoch))]
+        rows = [row for row, _ in stream.sequences(LoaderState(epoch))]
         assert Counter(at for row in rows for at in row) == Counter(range(400))
         lengths = [stream._lengths(epoch, torch.tensor(row).numpy()).sum() for row in rows]
         assert max(lengths) <= 600
@@ -236,7 +236,7 @@ def test_resuming_costs_the_same_wherever_it_stands(golden: Path, tmp_path: Path
     asked = []
     lengths = stream._lengths
     stream._lengths = lambda epoch, places: (asked.append(len(places)), lengths(epoch, places))[1]
-    next(stream.rows(LoaderState(0, 8000, tuple(range(7000, 7100)))))
+    next(stream.sequences(LoaderState(0, 8000, tuple(range(7000, 7100)))))
     assert sum(asked) <= 100 + 4096
 
 
@@ -264,7 +264,7 @@ def test_the_largest_row_is_as_long_as_any_and_a_full_one_near_the_budget(golden
 def test_a_batch_takes_up_what_waited_under_a_token_budget(golden: Path, data: Path):
     """Going on with other options than before loses nothing."""
     stream = make_stream(golden, data, batch_size=3)
-    rows = list(stream.rows(LoaderState(0, 8, (1, 4, 5, 7))))
+    rows = list(stream.sequences(LoaderState(0, 8, (1, 4, 5, 7))))
     assert (
         [row for row, _ in rows] == [[1, 4, 5], [7, 8, 9], [10]]
         and rows[0][1] == LoaderState(0, 8, (7,))

@@ -41,9 +41,9 @@ def test_each_row_starts_with_the_oldest_and_leaves_out_nothing_that_fits(length
         if sample is not None:
             packer.add(sample, lengths[sample])
         while packer.ready or (sample is None and len(packer)):
-            seen = list(packer.waiting)
+            seen = list(packer.buffer)
             assert packer.tokens == sum(lengths[i] for i in seen)
-            row = packer.row()
+            row = packer.take()
             rows.append(row)
             assert row[0] == min(seen), "the oldest goes first"
             free = budget - lengths[row[0]]
@@ -84,8 +84,8 @@ def test_going_on_from_what_waits_gives_the_same_rows():
     for i, length in enumerate(lengths):
         packer.add(i, length)
         while packer.ready:
-            rows.append(packer.row())
-            states.append((i + 1, packer.waiting))
+            rows.append(packer.take())
+            states.append((i + 1, packer.buffer))
     assert len(states) > 300
     for at in range(0, len(states), 37):
         position, waiting = states[at]
@@ -93,7 +93,7 @@ def test_going_on_from_what_waits_gives_the_same_rows():
         for i in [*waiting, *range(position, len(lengths))]:
             again.add(i, lengths[i])
             while again.ready:
-                following.append(again.row())
+                following.append(again.take())
         assert following == rows[at + 1 :]
 
 

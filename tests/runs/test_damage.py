@@ -281,8 +281,8 @@ def test_resuming_runs_nothing_that_was_planted_in_a_checkpoint(options, tmp_pat
     UnifiedTrainer(Config(**options | {"max_steps": 1})).train()
     plant(Path(options["output_dir"]) / "step_1", tmp_path / "fuse")
     trainer = built(**options, resume_from_checkpoint="auto")
-    assert trainer.step == 1
-    trainer._lock.close()
+    assert trainer.position.step == 1
+    trainer.run.lock.close()
     assert not (tmp_path / "fuse").exists()
 
 

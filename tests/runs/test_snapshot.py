@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from saves import ALONE, contents, entry, read_group, together
+from tiny import built, train_on
 from torch import Tensor
 
 from unigen.config import Config
@@ -203,13 +204,12 @@ def test_a_run_whose_copies_are_late_saves_the_same_bytes(
 
     monkeypatch.setattr(Saver, "settle", let_go)
     monkeypatch.setattr(Saver, "wait", wait_for_all)
-    trainer, swaps, swap = (
-        UnifiedTrainer(Config(**given | {"output_dir": str(tmp_path / "late")})),
-        [],
-        EMA._swap,
+    trainer = built(**given | {"output_dir": str(tmp_path / "late")})
+    swaps, swap = [], EMA._swap
+    monkeypatch.setattr(
+        EMA, "_swap", lambda ema: swaps.append(trainer.run.saver._settled.is_set()) or swap(ema)
     )
-    monkeypatch.setattr(EMA, "_swap", lambda ema: swaps.append(trainer.saver._settled.is_set()) or swap(ema))
-    trainer.train()
+    train_on(trainer)
     assert any(waited), "the trainer never had to wait: the test shows nothing"
     assert swaps and all(swaps), "weights that were not copied yet changed places with the average"
     for step in ("step_1", "step_2", "best"):

@@ -135,7 +135,7 @@ def test_without_the_vit_pictures_enter_by_their_latents_alone(planner):
 # ---- labels in the row
 
 
-def row_of(p, sample, draw=DRAW):
+def batch_of(p, sample, draw=DRAW):
     blocks = p.fill(sample, p.outline(sample, p.measure(record_of(sample)), draw), draw)
     return blocks, pack_blocks([blocks], p.tokenizer.special, p.geometry)
 
@@ -145,7 +145,7 @@ def test_labels_are_the_next_tokens(planner, tokenizer):
         planner(**NO_DROPOUT, single_image_stop_prob=0.0),
         [Text("hi"), Text("a cat", True), Image(picture(), True)],
     )
-    _, pack = row_of(p, sample)
+    _, pack = batch_of(p, sample)
     ids, s, order = tokenizer.encode("a cat"), tokenizer.special, pack.index.argsort()
     found = [
         (i, x) for i, x in zip(pack.ids[order].tolist(), pack.label[order].tolist(), strict=True) if x >= 0
@@ -155,7 +155,7 @@ def test_labels_are_the_next_tokens(planner, tokenizer):
 
 
 def test_context_carries_no_text_loss(planner):
-    _, pack = row_of(planner(train_transitions=False, **NO_DROPOUT), sample_of("TITi"))
+    _, pack = batch_of(planner(train_transitions=False, **NO_DROPOUT), sample_of("TITi"))
     assert pack.n_text_labels == 0 and pack.n_image_targets > 0
 
 
@@ -195,7 +195,7 @@ def test_a_dropped_image_still_advances_the_position_and_a_text_does_not(planner
         vae_cond_dropout_prob=1.0,
         single_image_stop_prob=0.0,
     )
-    _, pack = row_of(p, sample_of("ITi"))
+    _, pack = batch_of(p, sample_of("ITi"))
     assert pack.position[0] == 2  # the text follows two blocks that left nothing else
     p = planner(
         text_cond_dropout_prob=1.0,
@@ -203,7 +203,7 @@ def test_a_dropped_image_still_advances_the_position_and_a_text_does_not(planner
         vae_cond_dropout_prob=0.0,
         single_image_stop_prob=0.0,
     )
-    _, pack = row_of(p, sample_of("ITi"))
+    _, pack = batch_of(p, sample_of("ITi"))
     assert pack.position[pack.kind == Kind.NOISED].unique().tolist() == [2]
 
 
@@ -211,7 +211,7 @@ def test_a_dropped_image_still_advances_the_position_and_a_text_does_not(planner
 
 
 def numbers(p, sample, draw):
-    blocks, _ = row_of(p, sample, draw)
+    blocks, _ = batch_of(p, sample, draw)
     noised = [b for b in blocks if b.kind == Kind.NOISED]
     return [b.u for b in noised], torch.cat([b.noise for b in noised])
 
@@ -275,7 +275,7 @@ def test_measured_lengths_are_the_row_s(planner, seed):
             )
             sample.insert(0, piece)
         draw = Draw(seed, 0, k)
-        _, pack = row_of(p, sample, draw)
+        _, pack = batch_of(p, sample, draw)
         assert p.length(sample, p.measure(record_of(sample)), draw) == len(pack)
 
 
@@ -284,7 +284,7 @@ def test_a_long_answer_is_cut_at_its_end(planner, tokenizer, over):
     sample = [Text("hi"), Text("a beautiful sunset over the ocean", True)]
     whole = sum(len(b) for b in planner().outline(sample, planner().measure(record_of(sample)), DRAW))
     p = planner(max_sequence_length=whole - over)
-    blocks, pack = row_of(p, sample)
+    blocks, pack = batch_of(p, sample)
     ids, s = tokenizer.encode("a beautiful sunset over the ocean"), tokenizer.special
     kept = len(ids) - over
     assert len(pack) == whole - over and blocks[1].ids == ids[:kept]
@@ -297,7 +297,7 @@ def test_several_answers_are_cut_from_the_last(planner, tokenizer):
     sample = sample_of("TtTt", text="a beautiful sunset over the ocean")
     n = len(tokenizer.encode(sample[0].text))
     whole = 4 * (n + 2)
-    blocks, _ = row_of(planner(max_sequence_length=whole - n - 2), sample)
+    blocks, _ = batch_of(planner(max_sequence_length=whole - n - 2), sample)
     assert [b.length for b in blocks] == [n, n - 3, n, 1] and [b.cut for b in blocks] == [
         False,
         True,
@@ -313,7 +313,7 @@ def test_the_shorter_of_model_and_option_limits(planner, tokenizer):
         planner(max_length=8, max_sequence_length=100),
         planner(max_length=100, max_sequence_length=8),
     ):
-        assert len(row_of(p, sample)[1]) == 8
+        assert len(batch_of(p, sample)[1]) == 8
 
 
 def test_context_that_does_not_fit_is_a_bad_record(planner):
@@ -358,7 +358,7 @@ def test_an_unreadable_picture_is_a_bad_record(planner, tmp_path):
 
 def test_blocks_of_one_picture_show_it_in_both_ways(planner):
     source = noise(90, 70)
-    blocks, pack = row_of(planner(**NO_DROPOUT), [Image(source, True), Text("a", True)])
+    blocks, pack = batch_of(planner(**NO_DROPOUT), [Image(source, True), Text("a", True)])
     noised, clean, vit, _ = blocks
     assert noised.pixels is clean.pixels and torch.equal(to_unit(clean.pixels), TRANSFORMS.vae(source))
     assert noised.posterior is clean.posterior and noised.posterior.shape == (
@@ -377,7 +377,7 @@ def test_blocks_of_one_picture_show_it_in_both_ways(planner):
 
 def test_samples_that_only_write_use_the_understanding_resize(planner):
     source = noise(150, 120)
-    blocks, _ = row_of(planner(), [Image(source), Text("a", True)])
+    blocks, _ = batch_of(planner(), [Image(source), Text("a", True)])
     assert (
         torch.equal(to_unit(blocks[0].patches), patchify(TRANSFORMS.vit(source), 14))
         and blocks[0].pixels is None

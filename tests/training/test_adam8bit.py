@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import metrics
+from tiny import metrics, step_of
 from torch import Tensor, nn
 
 from unigen.config import Config, UserError
@@ -287,19 +287,19 @@ def test_a_resumed_run_of_the_tiny_model_equals_an_uninterrupted_one_to_the_bit(
 def test_a_skipped_step_with_nan_gradients_leaves_weights_and_state_to_the_bit(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    from tiny import built, row_of
+    from tiny import batch_of, built
 
     trainer = built(**options, optimizer="adamw8bit")
-    rows = [row_of(trainer, [0])]
-    trainer.train_step(rows, 1e-3)
-    held = trainer.optimizer.param_groups[0]["params"]
-    before = [(p.detach().clone(), tensors_of(trainer.optimizer, p)) for p in held]
+    rows = [batch_of(trainer, [0])]
+    step_of(trainer, rows, 1e-3)
+    held = trainer.engine.optimizer.param_groups[0]["params"]
+    before = [(p.detach().clone(), tensors_of(trainer.engine.optimizer, p)) for p in held]
     monkeypatch.setattr(trainer.engine.scale, "scale", math.nan)
-    assert trainer.train_step(rows, 1e-3).refused
+    assert step_of(trainer, rows, 1e-3).refused
     for p, (value, state) in zip(held, before, strict=True):
         assert torch.equal(p, value)
         assert all(
-            torch.equal(stored, state[key]) for key, stored in tensors_of(trainer.optimizer, p).items()
+            torch.equal(stored, state[key]) for key, stored in tensors_of(trainer.engine.optimizer, p).items()
         )
 
 

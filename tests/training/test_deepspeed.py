@@ -17,14 +17,14 @@ import torch
 from kills import become_rank
 from processes import run_ranks
 from test_engines import THREE, TWO, held, options_of, together, train
-from tiny import built, row_of, write_jsonl
+from tiny import batch_of, built, take_warm_up, write_jsonl
 
 from unigen.config import Config, UserError
 from unigen.training.deepspeed import DeepSpeed
 from unigen.training.deepspeed_json import DeepSpeedSettings, loss_scale, read_settings
-from unigen.training.losses import Counts, joint_loss, loss_sums
 from unigen.training.precision import DeviceFacts, choose_precision
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training.step import Counts, joint_loss, loss_sums
+from unigen.training.trainer import TrainingLoop
 
 pytestmark = pytest.mark.xdist_group("zero")  # its processes are started once
 
@@ -63,7 +63,7 @@ FIRST, SECOND = [[[0, 1]], [[3]]], [[[5], [6]], [[2], []]]
 
 def trainer_of(
     zero: str, case: tuple[Any, dict[str, Any]], options: dict[str, Any], folder: Path, name: str, **more: Any
-) -> UnifiedTrainer:
+) -> TrainingLoop:
     file = folder / f"{name}.{os.environ['RANK']}.ds.json"
     file.write_text(
         json.dumps(
@@ -78,7 +78,7 @@ def file_of(folder: Path, *parts: object) -> Path:
     return folder / "-".join(str(part).replace(" ", "_").replace(",", "") for part in parts)
 
 
-def bits(trainer: UnifiedTrainer) -> dict[tuple[str, str], torch.Tensor]:
+def bits(trainer: TrainingLoop) -> dict[tuple[str, str], torch.Tensor]:
     return {(kind, name): value for kind, name, _, _, value in held(trainer)}
 
 
@@ -86,12 +86,12 @@ def same(one: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def poison(trainer: UnifiedTrainer, rank: int, records: list[int], whole: bool = True) -> float:
+def poison(trainer: TrainingLoop, rank: int, records: list[int], whole: bool = True) -> float:
     """Two micro-batches, of which the first makes NaN on rank 1, or only the first; the norm of their
     gradient."""
     engine = trainer.engine
     for last in (False, True)[: 1 + whole]:
-        pack = row_of(trainer, records).pack
+        pack = batch_of(trainer, records).pack
         with engine.accumulate(last):
             loss = joint_loss(*loss_sums(engine.forward(pack)), Counts.of([pack]), 1.0, 1.0)
             engine.backward(loss * float("nan") if rank and not last else loss, last)
@@ -110,17 +110,19 @@ def _state_as_rank(rank: int, zero: str, options: dict[str, Any], folder: Path) 
     trainer.engine.discard()
     said["discarded"] = same(before, bits(trainer))
 
-    assert trainer.ema is not None
-    pack = row_of(trainer, [[0, 5], [1, 3]][rank]).pack  # text on one, pictures on the other
+    assert trainer.run.ema is not None
+    pack = batch_of(trainer, [[0, 5], [1, 3]][rank]).pack  # text on one, pictures on the other
     with torch.no_grad():
         said["loss"] = [float(part) for part in loss_sums(trainer.engine.forward(pack))]
-        with trainer.ema.swapped(trainer.engine.refresh):
+        with trainer.run.ema.swapped(trainer.engine.refresh):
             said["averaged"] = [float(part) for part in loss_sums(trainer.engine.forward(pack))]
         said["back"] = [float(part) for part in loss_sums(trainer.engine.forward(pack))]
         with trainer.engine.whole():  # not the same on both
-            said["words"] = trainer.model.language_model.model.embed_tokens(torch.arange(5))
-            said["whole"] = [float(part) for part in loss_sums(trainer.model(pack))] if rank else said["loss"]
-        said["tensors"] = {name: value.clone() for name, value in trainer.engine.tensors(trainer.model)}
+            said["words"] = trainer.run.model.language_model.model.embed_tokens(torch.arange(5))
+            said["whole"] = (
+                [float(part) for part in loss_sums(trainer.run.model(pack))] if rank else said["loss"]
+            )
+        said["tensors"] = {name: value.clone() for name, value in trainer.engine.tensors(trainer.run.model)}
     said["swapped back"] = same(before, bits(trainer))
     said["first"] = held(trainer)
 
@@ -138,8 +140,8 @@ def _state_as_rank(rank: int, zero: str, options: dict[str, Any], folder: Path) 
         new.value.copy_(old.value)
         if old.trains and (moments := trainer.engine.moments(old)):
             other.engine.set_moments(new, *moments)
-    assert other.ema is not None
-    other.ema.load(lambda shard, out: out.copy_(trainer.ema.average(shard.name)))  # type: ignore[union-attr]
+    assert other.run.ema is not None
+    other.run.ema.load(lambda shard, out: out.copy_(trainer.run.ema.average(shard.name)))  # type: ignore[union-attr]
     other.engine.refresh()
     said["moved"] = same(bits(trainer), bits(other))
     said["losses"] = [train(each, [SECOND], rank, 2) for each in (trainer, other)]
@@ -166,7 +168,7 @@ def _train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], te
         if processes == world:
             case = (TWO if world == 2 else THREE)[name]
             trainer = trainer_of(zero, case, options, folder, f"{world} {zero} {name}")
-            trainer.dry_batch()
+            take_warm_up(trainer)
             torch.save(
                 (train(trainer, case[0], rank, world), held(trainer)),
                 file_of(folder, world, zero, name, rank),
@@ -187,7 +189,7 @@ def _low_precision_as_rank(rank: int, options: dict[str, Any], folder: Path) -> 
     for zero, more in (("1", {}), ("2", {}), ("3", {}), ("3", {"torch_autocast": {"enabled": True}})):
         trainer = trainer_of(zero, ([], {"bf16": True}), options, folder, f"bf16 {zero} {len(more)}", **more)
         first, kept = held(trainer), []
-        trainer.model.register_forward_pre_hook(
+        trainer.run.model.register_forward_pre_hook(
             lambda *_, kept=kept: kept.append(torch.is_autocast_cache_enabled())
         )
         torch.save(

@@ -15,7 +15,17 @@ import torch
 from kills import become_rank, free_port, timeless
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import assert_close, built, gradients, metrics, row_of, write_jsonl
+from tiny import (
+    assert_close,
+    batch_of,
+    built,
+    gradients,
+    metrics,
+    step_of,
+    take_warm_up,
+    train_on,
+    write_jsonl,
+)
 
 from unigen.config import UserError
 
@@ -48,21 +58,21 @@ def _step_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
     become_rank(rank, world, port)
     for number, case in enumerate(CASES):
         trainer = built(**options_of(case, options))
-        rows = [row_of(trainer, records) for records in CASES[case][0][rank]]
-        result = trainer.train_step(rows, 0.0)
+        rows = [batch_of(trainer, records) for records in CASES[case][0][rank]]
+        result = step_of(trainer, rows, 0.0)
         torch.save(
             (result.text_loss, result.image_loss, result.grad_norm, gradients(trainer)),
             Path(folder) / f"{number}.{rank}.pt",
         )
     trainer = built(**options | {"model_path": str(Path(folder) / "broken"), "ema": 0.5})
-    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
-    result = trainer.train_step([row_of(trainer, [1 - rank])], 1.0)
+    before = {name: p.clone() for name, p in trainer.run.model.state_dict().items()}
+    result = step_of(trainer, [batch_of(trainer, [1 - rank])], 1.0)
     same = all(
         torch.equal(before[name].nan_to_num(7), p.nan_to_num(7))
-        for name, p in trainer.model.state_dict().items()
+        for name, p in trainer.run.model.state_dict().items()
     )
     (Path(folder) / f"broken.{rank}.json").write_text(
-        json.dumps([bool(result.refused), same, len(trainer.optimizer.state)])
+        json.dumps([bool(result.refused), same, len(trainer.engine.optimizer.state)])
     )
     torch.distributed.destroy_process_group()
 
@@ -98,7 +108,7 @@ def test_two_processes_give_the_gradient_of_one_row(two_ranks: tuple[Path, dict[
     zero, one = (torch.load(folder / f"{number}.{rank}.pt") for rank in range(2))
     trainer = built(**options_of(case, options))
     everything = [i for rank in CASES[case][0] for row in rank for i in row]
-    result = trainer.train_step([row_of(trainer, everything)], 0.0)
+    result = step_of(trainer, [batch_of(trainer, everything)], 0.0)
     assert_close(zero[3], gradients(trainer))
     assert zero[3].keys() == one[3].keys() and all(
         torch.equal(g, one[3][name]) for name, g in zero[3].items()
@@ -155,7 +165,7 @@ def losses(output_dir: Path | str) -> list[tuple[Any, ...]]:
 def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path, tmp_path: Path):
     options |= {"model_path": "tests/golden/model", "max_image_tokens": 16, "save_steps": 1}
     printed = command([], options)
-    assert "Dry batch:" in printed and "step 2/2" in printed
+    assert "Warm-up batch:" in printed and "step 2/2" in printed
     run, whole = Path(options["output_dir"]), losses(options["output_dir"])
     assert sorted(p.name for p in run.iterdir()) == [
         ".lock",
@@ -195,8 +205,8 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(
         assert (other / "step_4" / name).read_bytes() == (run / "step_4" / name).read_bytes(), name
 
     one = built(**options | {"gradient_accumulation_steps": 4, "output_dir": str(tmp_path / "one")})
-    one.dry_batch()
-    one._run()
+    take_warm_up(one)
+    train_on(one)
     for found, wanted in zip(timeless(run), timeless(tmp_path / "one"), strict=True):
         for name in wanted:
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
@@ -213,7 +223,7 @@ def _skip_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
     become_rank(rank, world, port)
     trainer = built(**options)
     (Path(folder) / f"{rank}.json").write_text(
-        json.dumps([len(trainer.stream.mixture), trainer.stream.mixture.visits(0).records.tolist()])
+        json.dumps([len(trainer.run.stream.mixture), trainer.run.stream.mixture.visits(0).records.tolist()])
     )
     other = options | {"train_data_path": options["val_data_path"]} if rank else options
     try:

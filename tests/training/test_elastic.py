@@ -12,7 +12,7 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
-from tiny import built, metrics
+from tiny import built, metrics, train_on
 
 from unigen.data.loader import LoaderState
 from unigen.model.weights import load_bagel
@@ -28,7 +28,7 @@ LEGS = [(2, "fsdp2", 2), (1, "single", 4), (3, "fsdp2", 6), (2, "deepspeed", 8)]
 def _leg_as_rank(rank: int, world: int, port: int, options: dict[str, Any], until: int, folder: str) -> None:
     become_rank(rank, world, port)
     trainer = built(**options)
-    if trainer.step:
+    if trainer.position.step:
         held = {}
         for shard in trainer.engine.shards():
             held[shard.name] = (shard.start, shard.value.clone())
@@ -37,19 +37,20 @@ def _leg_as_rank(rank: int, world: int, port: int, options: dict[str, Any], unti
                     f"exp_avg.{shard.name}": (shard.start, moments[1].clone()),
                     f"exp_avg_sq.{shard.name}": (shard.start, moments[2].clone()),
                 }
-        torch.save((trainer.step, held), Path(folder) / f"{trainer.step}.{rank}.pt")
+        torch.save((trainer.position.step, held), Path(folder) / f"{trainer.position.step}.{rank}.pt")
     rows: list[list[str]] = []
-    step = trainer.train_step
+    step = trainer.take_step
 
     def noted(taken: list[Any], *rest: Any) -> Any:
-        rows.append([origin for row in taken for origin in row.pack.origins])
-        if trainer.step == until - 1:
-            trainer.total_steps = until  # the leg ends here; the learning rate of this step is drawn already
+        rows.append([origin for batch in taken for origin in batch.pack.origins])
+        if trainer.position.step == until - 1:
+            # the leg ends here; the learning rate of this step is drawn already
+            object.__setattr__(trainer.run, "total_steps", until)
         return step(taken, *rest)
 
-    trainer.train_step = noted  # type: ignore[method-assign]
-    begun = trainer.step
-    trainer._run()
+    trainer.take_step = noted  # type: ignore[method-assign]
+    begun = trainer.position.step
+    train_on(trainer)
     (Path(folder) / f"rows-{begun}.{rank}.json").write_text(json.dumps(rows))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -74,7 +75,7 @@ def elastic(
         **options
         | {"gradient_accumulation_steps": ROWS, "engine": "single", "output_dir": str(folder / "one")}
     )
-    one._run()
+    train_on(one)
     return folder, options
 
 
@@ -82,7 +83,7 @@ def test_every_step_has_the_same_rows_whatever_the_number_of_processes(elastic: 
     """Passes when the samples of every step, over 2, 1, 3 and 2 processes, are those that a stream nobody
     stopped gives."""
     folder, options = elastic
-    stream = built(**options | {"engine": "single", "output_dir": str(folder / "rows")}).stream
+    stream = built(**options | {"engine": "single", "output_dir": str(folder / "rows")}).run.stream
     steps = stream.steps(LoaderState(), ROWS)
     wanted = [
         sorted(origin for row in step for origin in stream.build(row, after).pack.origins)

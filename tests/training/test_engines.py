@@ -16,9 +16,9 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
-from tiny import built, row_of, write_jsonl
+from tiny import batch_of, built, step_of, take_warm_up, write_jsonl
 
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training.trainer import TrainingLoop
 
 # Of each step the rows of each process: [step][rank][micro-batch][records]. 0 and 5 are text, 1 and 6 are
 # drawn, 3 is an edit.
@@ -96,7 +96,7 @@ def options_of(
 
 
 def train(
-    trainer: UnifiedTrainer, steps: list[list[list[list[int]]]], rank: int | None, world: int
+    trainer: TrainingLoop, steps: list[list[list[list[int]]]], rank: int | None, world: int
 ) -> list[list[float]]:
     """``rank`` None: one process takes everybody's rows, one after another."""
     found = []
@@ -105,12 +105,12 @@ def train(
             rows = [row for part in step for row in part]
         else:
             rows = step[rank]
-        result = trainer.train_step([row_of(trainer, row) for row in rows], 2e-3)
+        result = step_of(trainer, [batch_of(trainer, row) for row in rows], 2e-3)
         found.append([result.text_loss, result.image_loss, result.grad_norm])
     return found
 
 
-def held(trainer: UnifiedTrainer) -> list[tuple[str, str, torch.Size, int, torch.Tensor]]:
+def held(trainer: TrainingLoop) -> list[tuple[str, str, torch.Size, int, torch.Tensor]]:
     """What this process would write: (kind, name, shape, start, values)."""
     found = []
     for shard in trainer.engine.shards():
@@ -121,8 +121,8 @@ def held(trainer: UnifiedTrainer) -> list[tuple[str, str, torch.Size, int, torch
             if moments := trainer.engine.moments(shard):
                 assert moments[0] >= 1
                 kinds |= {"exp_avg": moments[1], "exp_avg_sq": moments[2]}
-            if trainer.ema is not None:
-                kinds["average"] = trainer.ema.average(shard.name)
+            if trainer.run.ema is not None:
+                kinds["average"] = trainer.run.ema.average(shard.name)
         found += [
             (kind, shard.name, shard.shape, shard.start, value.detach().clone())
             for kind, value in kinds.items()
@@ -143,7 +143,7 @@ def together(parts: list[list[Any]]) -> dict[tuple[str, str], torch.Tensor]:
     return whole
 
 
-def spoiled(trainer: UnifiedTrainer, kind: str, here: bool) -> list[Any]:
+def spoiled(trainer: TrainingLoop, kind: str, here: bool) -> list[Any]:
     """A step of two micro-batches, the second of which has a NaN in its loss, or in its gradient alone,
     ``here`` and on no other
     process: (why it was refused, is all that is held the same to the bit?)."""
@@ -159,7 +159,7 @@ def spoiled(trainer: UnifiedTrainer, kind: str, here: bool) -> list[Any]:
         return output
 
     trainer.engine.forward = bad  # type: ignore[method-assign]
-    result = trainer.train_step([row_of(trainer, [0]), row_of(trainer, [0])], 0.1)
+    result = step_of(trainer, [batch_of(trainer, [0]), batch_of(trainer, [0])], 0.1)
     trainer.engine.forward = forward  # type: ignore[method-assign]
     same = all(torch.equal(a[4], b[4]) for a, b in zip(before, held(trainer), strict=True))
     return [result.refused, same and len(before) == len(held(trainer))]
@@ -170,7 +170,7 @@ def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str
     for number, (_, case) in enumerate(cases_of(run).items()):
         given = options_of(case, options, RUNS[run][0])
         trainer = built(**given | {"output_dir": f"{folder}/{run}-{number}"})
-        trainer.dry_batch()
+        take_warm_up(trainer)
         found = train(trainer, case[0], rank, world)
         torch.save((found, held(trainer)), Path(folder) / f"{run}-{number}.{rank}.pt")
     (Path(folder) / f"{run}-bad.{rank}.json").write_text(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import built, metrics
+from tiny import built, metrics, train_on
 
 from unigen.config import Config, ConfigError
 from unigen.training.engine import Engine
@@ -70,12 +70,12 @@ def poison(model: torch.nn.Module) -> None:
 
 def test_a_run_of_skipped_steps_ends_with_the_cure_and_every_step_listed(options: dict[str, Any]):
     trainer = built(**options | {"max_skipped_steps": 3, "max_steps": 9})
-    poison(trainer.model)
+    poison(trainer.run.model)
     with pytest.raises(
         TrainingStopped,
         match=r"step 3: its loss is not finite, as in the 2 steps before it .*Fix: lower --learning_rate",
     ):
-        trainer._run()
+        train_on(trainer)
     lines = [
         json.loads(line)
         for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text("utf-8").splitlines()
@@ -83,7 +83,7 @@ def test_a_run_of_skipped_steps_ends_with_the_cure_and_every_step_listed(options
     assert [line["step"] for line in lines] == [1, 2, 3] and all(
         line["records"] and line["why"] for line in lines
     )
-    assert trainer.step == 2 and not trainer.optimizer.state
+    assert trainer.position.step == 2 and not trainer.engine.optimizer.state
 
 
 def test_one_good_step_starts_the_count_anew(tmp_path: Path):

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_close, built, gradients, row_of
+from tiny import assert_close, batch_of, built, gradients, step_of
 
 from unigen.model.bagel import Output
-from unigen.training.losses import Counts, joint_loss, loss_sums
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training.step import Counts, joint_loss, loss_sums
+from unigen.training.trainer import TrainingLoop
 
 
-def step(trainer: UnifiedTrainer, split: list[list[int]]) -> tuple[Any, dict[str, torch.Tensor]]:
+def step(trainer: TrainingLoop, split: list[list[int]]) -> tuple[Any, dict[str, torch.Tensor]]:
     """One step over these records, a list a row; its result and the gradients. A learning rate of zero moves
     nothing."""
-    result = trainer.train_step([row_of(trainer, records) for records in split], 0.0)
+    result = step_of(trainer, [batch_of(trainer, records) for records in split], 0.0)
     return result, gradients(trainer)
 
 
 @pytest.fixture
-def trainer(options: dict[str, Any]) -> UnifiedTrainer:
+def trainer(options: dict[str, Any]) -> TrainingLoop:
     # Clipping divides by the norm and would hide a factor.
     return built(**options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3)
 
@@ -35,7 +35,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
-def test_micro_batches_give_the_gradient_of_one_row(trainer: UnifiedTrainer, split: list[list[int]]):
+def test_micro_batches_give_the_gradient_of_one_row(trainer: TrainingLoop, split: list[list[int]]):
     whole, wanted = step(trainer, [list(range(7))])
     result, found = step(trainer, split)
     assert_close(found, wanted)
@@ -44,48 +44,48 @@ def test_micro_batches_give_the_gradient_of_one_row(trainer: UnifiedTrainer, spl
     assert result.image_loss == pytest.approx(whole.image_loss, rel=1e-6)
 
 
-def test_the_loss_is_the_mean_over_all_targets(trainer: UnifiedTrainer):
+def test_the_loss_is_the_mean_over_all_targets(trainer: TrainingLoop):
     """Against the definition: cross-entropy over label tokens, squared error over channels and noised
     tokens."""
-    pack = row_of(trainer, list(range(7))).pack
+    pack = batch_of(trainer, list(range(7))).pack
     with torch.no_grad():
-        output = trainer.model(pack)
+        output = trainer.run.model(pack)
     result, _ = step(trainer, [[0, 1, 2], [3, 4, 5, 6]])
     assert output.ce.numel() == pack.n_text_labels and output.mse.shape[0] == pack.n_image_targets
     assert result.text_loss == pytest.approx(float(output.ce.mean()), rel=1e-6)
     assert result.image_loss == pytest.approx(float(output.mse.mean()), rel=1e-6)
 
 
-def test_the_gradient_is_that_of_the_weighted_sum(trainer: UnifiedTrainer):
-    pack = row_of(trainer, list(range(7))).pack
-    output = trainer.model(pack)
-    trainer.optimizer.zero_grad()
+def test_the_gradient_is_that_of_the_weighted_sum(trainer: TrainingLoop):
+    pack = batch_of(trainer, list(range(7))).pack
+    output = trainer.run.model(pack)
+    trainer.engine.optimizer.zero_grad()
     (0.7 * output.ce.mean() + 1.3 * output.mse.mean()).backward()
-    wanted = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    wanted = {name: p.grad.clone() for name, p in trainer.run.model.named_parameters() if p.grad is not None}
     assert_close(step(trainer, [list(range(7))])[1], wanted)
 
 
-def test_a_row_without_anything_gives_zero_gradients_and_not_none(trainer: UnifiedTrainer):
+def test_a_row_without_anything_gives_zero_gradients_and_not_none(trainer: TrainingLoop):
     result, found = step(trainer, [[]])
     assert result.text_loss == result.image_loss == 0.0 and not result.refused
-    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in trainer.run.model.named_parameters() if p.requires_grad}
     assert found.keys() == trained
     assert all(not g.any() for g in found.values())
 
 
 @pytest.mark.parametrize("row", [[0], [1], [2]], ids=["text", "drawn", "described"])
-def test_every_trained_parameter_gets_a_gradient_from_any_row(trainer: UnifiedTrainer, row: list[int]):
+def test_every_trained_parameter_gets_a_gradient_from_any_row(trainer: TrainingLoop, row: list[int]):
     """Data parallel waits for all of them."""
     _, found = step(trainer, [row])
-    assert found.keys() == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert found.keys() == {name for name, p in trainer.run.model.named_parameters() if p.requires_grad}
     assert any(g.any() for g in found.values())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(trainer: UnifiedTrainer, options: dict[str, Any]):
+def test_gradient_checkpointing_gives_the_same_gradients(trainer: TrainingLoop, options: dict[str, Any]):
     same = built(
         **options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3, gradient_checkpointing=True
     )
-    assert same.model.language_model.model.gradient_checkpointing
+    assert same.run.model.language_model.model.gradient_checkpointing
     assert_close(step(same, [[0, 1], [3]])[1], step(trainer, [[0, 1], [3]])[1], 1e-6)
 
 

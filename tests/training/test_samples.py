@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sampling import files, pixels, sampler_of, write_prompts
-from tiny import built, draw_picture, row_of
+from tiny import batch_of, built, draw_picture, step_of
 
 from unigen.inference.context import ContextBuilder
 from unigen.inference.inferencer import InterleaveInferencer
@@ -171,17 +171,17 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(
         trainer = built(
             **options | {"sample_prompts": str(prompts), "output_dir": str(tmp_path / f"run-{sampling}")}
         )
-        sampler = SampleWriter(trainer.config, trainer.engine, trainer.model)
+        sampler = SampleWriter(trainer.config, trainer.engine, trainer.run.model)
         sampler.idle = lambda: torch.rand(3)
         said: list[Any] = []
         for step in range(3):
-            assert all(module.training for module in trainer.model.modules())
-            result = trainer.train_step([row_of(trainer, [step, step + 3])], 1e-3)
+            assert all(module.training for module in trainer.run.model.modules())
+            result = step_of(trainer, [batch_of(trainer, [step, step + 3])], 1e-3)
             said.append((result.text_loss, result.image_loss, result.grad_norm, torch.rand(1).item()))
             if sampling:
                 sampler.run(step, None)
-                assert all(p.grad is None for p in trainer.model.parameters())
-        found.append((said, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}))
+                assert all(p.grad is None for p in trainer.run.model.parameters())
+        found.append((said, {name: p.detach().clone() for name, p in trainer.run.model.named_parameters()}))
     (said, weights), (said_sampling, weights_sampling) = found
     assert said == said_sampling
     assert all(torch.equal(p, weights_sampling[name]) for name, p in weights.items())

@@ -12,7 +12,7 @@ import torch
 from kills import become_rank
 from processes import run_ranks
 from sampling import fail_once, pixels, sampler_of, write_prompts
-from tiny import built, row_of
+from tiny import batch_of, built, step_of, take_warm_up
 
 from unigen.runs.signals import Stopped
 from unigen.training.samples import SampleWriter
@@ -47,18 +47,18 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
     heard: dict[str, Any] = {}
     for name in ("ddp", "fsdp2"):
         trainer = built(**options | {"engine": name, "output_dir": f"{folder}/{name}"})
-        trainer.dry_batch()
-        sampler = SampleWriter(trainer.config, trainer.engine, trainer.model)
+        take_warm_up(trainer)
+        sampler = SampleWriter(trainer.config, trainer.engine, trainer.run.model)
         sampler.run(0, None)
-        trainer.train_step([row_of(trainer, [rank, rank + 2])], 1e-3)
+        step_of(trainer, [batch_of(trainer, [rank, rank + 2])], 1e-3)
         sampler.run(1, None)
 
-        logits = trainer.model.logits
+        logits = trainer.run.model.logits
         if rank == 1 and name == "fsdp2":  # rounding, at its worst
-            trainer.model.logits = lambda hidden, logits=logits: -logits(hidden)
+            trainer.run.model.logits = lambda hidden, logits=logits: -logits(hidden)
         sampler.run(2, None)
-        if "logits" in vars(trainer.model):
-            del trainer.model.logits
+        if "logits" in vars(trainer.run.model):
+            del trainer.run.model.logits
 
         if rank == 1:
             fail_once(sampler, torch.OutOfMemoryError("CUDA out of memory."))
@@ -89,9 +89,9 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
             sampler.run(5, None)
         except Stopped:
             heard[name].append("stopped")
-        assert all(module.training for module in trainer.model.modules())
+        assert all(module.training for module in trainer.run.model.modules())
         # after all that the training still works, and is right
-        trainer.train_step([row_of(trainer, [rank + 3])], 1e-3)
+        step_of(trainer, [batch_of(trainer, [rank + 3])], 1e-3)
         sampler.run(6, None)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(heard))
     torch.distributed.destroy_process_group()
@@ -118,11 +118,11 @@ def two(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFacto
     }
     run_ranks(_sample_as_rank, 2, options, str(folder), seconds=300)
     trainer = built(**options | {"output_dir": str(folder / "one")})
-    sampler = SampleWriter(trainer.config, trainer.engine, trainer.model)
+    sampler = SampleWriter(trainer.config, trainer.engine, trainer.run.model)
     sampler.run(0, None)
-    trainer.train_step([row_of(trainer, [0, 2]), row_of(trainer, [1, 3])], 1e-3)
+    step_of(trainer, [batch_of(trainer, [0, 2]), batch_of(trainer, [1, 3])], 1e-3)
     sampler.run(1, None)
-    trainer.train_step([row_of(trainer, [3]), row_of(trainer, [4])], 1e-3)
+    step_of(trainer, [batch_of(trainer, [3]), batch_of(trainer, [4])], 1e-3)
     sampler.run(6, None)
     return folder
 

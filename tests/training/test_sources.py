@@ -67,9 +67,9 @@ def train(options: dict[str, Any]) -> None:
 
 
 def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(sources: dict[str, Any]):
-    stream = built(**sources).stream
+    stream = built(**sources).run.stream
     steps = stream.steps_in(0, 2)
-    share = built(**sources).share
+    share = built(**sources).run.rank_slice
     met = Counter(
         record
         for rows in load_batches(stream, share, LoaderState(), limit=steps)
@@ -82,11 +82,11 @@ def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(source
 
 def test_a_source_has_its_own_picture_size(sources: dict[str, Any]):
     trainer = built(**sources)
-    _, blocks, _ = trainer.stream.mixture.outline(0, trainer.stream.draw(0, 0))
+    _, blocks, _ = trainer.run.stream.mixture.outline(0, trainer.run.stream.draw(0, 0))
     assert max(block.length for block in blocks if block.grid) <= 4
     entries = [{**sources["train_sources"][0], "max_image_tokens": 16}, sources["train_sources"][1]]
     larger = built(**sources | {"train_sources": entries})
-    _, blocks, _ = larger.stream.mixture.outline(0, larger.stream.draw(0, 0))
+    _, blocks, _ = larger.run.stream.mixture.outline(0, larger.run.stream.draw(0, 0))
     assert max(block.length for block in blocks if block.grid) == 16
 
 

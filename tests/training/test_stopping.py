@@ -21,19 +21,32 @@ from tiny import metrics
 from unigen.config import Config
 from unigen.runs.heartbeat import EXIT_HUNG
 from unigen.runs.signals import EXIT_STOPPED
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training import trainer as trainer_module
+from unigen.training.trainer import TrainingLoop, UnifiedTrainer
 
 ROOT = Path(__file__).parents[2]
 # phase -> (steps done when the signal comes, the step that must be saved then)
 PHASES = {
     "loading": (0, None),
-    "dry batch": (0, None),
+    "warm-up batch": (0, None),
     "data": (3, 3),
     "forward/backward": (3, 4),
     "saving": (4, 4),
     "validating": (2, 2),
     "sampling": (4, 4),
 }
+
+
+def built_runs() -> list[Any]:
+    """Grows by every run that is built from now on."""
+    runs, build = [], trainer_module.build
+
+    def noted(*given: Any) -> Any:
+        runs.append(build(*given))
+        return runs[-1]
+
+    trainer_module.build = noted
+    return runs
 
 
 def _train_as_rank(
@@ -48,10 +61,11 @@ def _train_as_rank(
     """One process; those of ``who`` get a signal as they enter the phase ``when``."""
     become_rank(rank, world, port, log)
     trainer = UnifiedTrainer(Config(**options))
-    phase = trainer.stops.phase
+    phase, runs = trainer.signals.phase, built_runs()
 
     def watched(name: str, breakable: bool = False) -> Any:
-        if when == (name, trainer.step) and rank in who and not trainer.stops.asked:
+        step = runs[0].position.step if runs else 0
+        if when == (name, step) and rank in who and not trainer.signals.asked:
             entered = phase(name, breakable)
             enter = type(entered).__enter__
 
@@ -68,7 +82,7 @@ def _train_as_rank(
             return Signalled()
         return phase(name, breakable)
 
-    trainer.stops.phase = watched  # type: ignore[method-assign]
+    trainer.signals.phase = watched  # type: ignore[method-assign]
     trainer.train()
     os._exit(EXIT_STOPPED if trainer.stopped else 0)
 
@@ -204,8 +218,8 @@ def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
 def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_path: Path):
     """The first comes while a step takes for ever; 1.2 s later the second one does not wait for it."""
     code = (
-        "import sys, time; from unigen.training.trainer import UnifiedTrainer as T; from unigen.config import"
-        " Config; import json\nT.train_step = lambda *_: (print('in the step', flush=True),"
+        "import sys, time; from unigen.training.trainer import TrainingLoop as L, UnifiedTrainer as T; from unigen.config import"
+        " Config; import json\nL.take_step = lambda *_: (print('in the step', flush=True),"
         " time.sleep(600))\nT(Config(**json.loads(sys.argv[1]))).train()"
     )
     argv = [sys.executable, "-c", code, json.dumps(options)]
@@ -222,25 +236,24 @@ def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_p
 
 def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], where: str, log: str) -> None:
     become_rank(rank, world, port, log)
-    trainer = UnifiedTrainer(Config(**options))
-    step, rows = trainer.train_step, trainer._rows
+    step, batches = TrainingLoop.take_step, TrainingLoop._batches
 
-    def hang_at_the_third(*given: Any) -> Any:
-        if rank == 1 and trainer.step == 2:
+    def hang_at_the_third(loop: TrainingLoop, *given: Any) -> Any:
+        if rank == 1 and loop.position.step == 2:
             time.sleep(600)
-        return step(*given)
+        return step(loop, *given)
 
     def hang_before_the_third(*given: Any) -> Iterator[Any]:
-        for number, taken in enumerate(rows(*given)):
+        for number, taken in enumerate(batches(*given)):
             if rank == 1 and number == 2:
                 time.sleep(600)
             yield taken
 
     if where == "data":
-        trainer._rows = hang_before_the_third  # type: ignore[method-assign]
+        TrainingLoop._batches = hang_before_the_third  # type: ignore[method-assign]
     else:
-        trainer.train_step = hang_at_the_third  # type: ignore[method-assign]
-    trainer.train()
+        TrainingLoop.take_step = hang_at_the_third  # type: ignore[method-assign]
+    UnifiedTrainer(Config(**options)).train()
     os._exit(0)
 
 

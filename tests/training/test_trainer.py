@@ -17,7 +17,7 @@ import pytest
 import torch
 from kills import timeless
 from safetensors.torch import load_file, save_file
-from tiny import built, draw_picture, metrics, row_of, text, write_jsonl
+from tiny import batch_of, built, draw_picture, metrics, take_warm_up, text, train_on, write_jsonl
 
 from unigen.config import Config, UserError, known_options
 from unigen.data.dataset import BadData
@@ -135,7 +135,7 @@ def test_the_loss_falls_on_one_record(options: dict[str, Any], records: Path, tm
 )
 def test_how_many_steps_a_run_has(options: dict[str, Any], given: dict[str, int], steps: int):
     """Seven records; an epoch ends with whatever is left."""
-    assert built(**{**options, "max_steps": None, **given}).total_steps == steps
+    assert built(**{**options, "max_steps": None, **given}).run.total_steps == steps
 
 
 def test_the_learning_rate_follows_the_schedule_over_optimiser_steps(options: dict[str, Any]):
@@ -351,7 +351,7 @@ def test_validation_twice_gives_the_same_number_and_learns_nothing(options: dict
         == trainer.evaluate()
         == {name: value for name, value in found[0].items() if name != "step"}
     )
-    assert trainer.model.training and all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.run.model.training and all(p.grad is None for p in trainer.run.model.parameters())
     packed = built(**options, batch_size=4).evaluate()
     assert packed["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-5)
 
@@ -460,12 +460,12 @@ def test_freeze_und_leaves_understanding_as_it_was(options: dict[str, Any], smal
     of their own."""
     trainer = built(**options, freeze_und=True, val_data_path=options["train_data_path"])
     before = trainer.evaluate()
-    trainer.dry_batch()
-    trainer._run()
+    take_warm_up(trainer)
+    train_on(trainer)
     after = trainer.evaluate()
     assert after["val_image_loss"] != before["val_image_loss"]
-    pack = row_of(trainer, [0, 2, 5]).pack
-    assert torch.equal(trainer.model(pack).ce, load_bagel(small_model)(pack).ce)
+    pack = batch_of(trainer, [0, 2, 5]).pack
+    assert torch.equal(trainer.run.model(pack).ce, load_bagel(small_model)(pack).ce)
 
 
 # ---- what goes wrong
@@ -575,17 +575,17 @@ def test_a_picture_that_breaks_during_the_run(
         **options
         | {"train_data_path": str(data), "on_bad_record": on_bad_record, "batch_size": 111, "max_steps": 1}
     )
-    trainer.dry_batch()
+    take_warm_up(trainer)
     (tmp_path / name).write_bytes(b"no picture any more")
     run = Path(options["output_dir"])
     if count > 100:
-        trainer._run()
+        train_on(trainer)
         (line,) = [json.loads(line) for line in (run / "bad_records.jsonl").read_text().splitlines()]
         assert (line["file"], line["line"]) == (str(data), count + 1) and "picture" in line["code"]
         assert metrics(run)[0]["image_tokens"] == 0
     else:
         with pytest.raises(TrainingStopped) as error:
-            trainer._run()
+            train_on(trainer)
         assert f"{data}:{count + 1}" in str(error.value) and "resume" in str(error.value)
         assert not list(run.glob("step_*"))
 

@@ -13,22 +13,22 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
-from tiny import built
+from tiny import built, step_of, take_warm_up
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unigen.config import Config
-from unigen.training import passes
+from unigen.training import step as passes
 from unigen.training.guards import TrainingStopped
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training.trainer import TrainingLoop
 
 # ---- the warm-up batch
 
 
-def gradients_held(trainer: UnifiedTrainer) -> int:
+def gradients_held(trainer: TrainingLoop) -> int:
     """Elements of gradients that lie in memory, in whatever way the engine keeps them between
     micro-batches."""
-    grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    grads = [p.grad for p in trainer.run.model.parameters() if p.grad is not None]
     if trainer.engine.name == "deepspeed":
         zero = trainer.engine._zero  # type: ignore[attr-defined]
         grads += [g for group in zero.averaged_gradients.values() for g in group or () if g is not None]
@@ -41,18 +41,20 @@ def gradients_held(trainer: UnifiedTrainer) -> int:
     return sum(g.numel() for g in grads)
 
 
-def warmed_up(trainer: UnifiedTrainer) -> list[tuple[int, bool, int]]:
+def warmed_up(trainer: TrainingLoop) -> list[tuple[int, bool, int]]:
     """(tokens, is the forward without gradients before it?, averages held) of every forward of the warm-up
     batch."""
     seen, forward = [], trainer.engine.forward
 
     def watched(pack: Any) -> Any:
-        seen.append((len(pack), gradients_held(trainer) == 0, len(trainer.ema.values) if trainer.ema else 0))
+        seen.append(
+            (len(pack), gradients_held(trainer) == 0, len(trainer.run.ema.values) if trainer.run.ema else 0)
+        )
         return forward(pack)
 
     trainer.engine.forward = watched  # type: ignore[method-assign]
     before = {shard.name: shard.value.clone() for shard in trainer.engine.shards()}
-    trainer.dry_batch()
+    take_warm_up(trainer)
     trainer.engine.forward = forward  # type: ignore[method-assign]
     assert gradients_held(trainer) == 0
     assert all(torch.equal(shard.value, before[shard.name]) for shard in trainer.engine.shards())
@@ -65,7 +67,9 @@ def _warm_up_as_rank(rank: int, world: int, port: int, cases: list[dict[str, Any
     for number, options in enumerate(cases):
         trainer = built(**options | {"output_dir": f"{folder}/{number}"})
         found.append(warmed_up(trainer))
-        result = trainer.train_step([trainer.stream.build_largest()] * trainer.share.rows, 1e-3)
+        result = step_of(
+            trainer, [trainer.run.stream.build_largest()] * trainer.run.rank_slice.micro_batches, 1e-3
+        )
         assert result.grad_norm > 0 and not result.refused
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 
@@ -112,7 +116,7 @@ def test_memory_that_runs_out_in_the_second_micro_batch_is_told_with_its_number(
     with pytest.raises(
         TrainingStopped, match=r"micro-batch 2 of a step.*Tried to allocate 2 GiB.*--gradient_checkpointing"
     ):
-        trainer.dry_batch()
+        take_warm_up(trainer)
 
 
 @pytest.mark.parametrize(("optimizer", "nbytes"), [("adamw", 4), ("adamw8bit", 1)])
@@ -145,9 +149,9 @@ def test_both_peaks_are_told_and_the_second_is_the_higher(
     peaks, restart = [], passes._restart_peak
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr(passes, "_restart_peak", lambda device: peaks.append(restart(device)) or peaks[-1])
-        trainer.dry_batch()
+        take_warm_up(trainer)
     assert len(peaks) == 3 and 0 < peaks[1] < peaks[2]
-    assert [line.count("GiB") for line in caplog.messages if "Dry batch" in line] == [2]
+    assert [line.count("GiB") for line in caplog.messages if "Warm-up batch" in line] == [2]
 
 
 # ---- autocast
@@ -172,7 +176,7 @@ class Living(TorchDispatchMode):
         return sum({ref.cdata: nbytes for ref, nbytes in self.made if not ref.expired()}.values())
 
 
-def living_after(trainer: UnifiedTrainer, sampling: bool) -> int:
+def living_after(trainer: TrainingLoop, sampling: bool) -> int:
     """Bytes of bfloat16 alive when the forward of a row ends, before its autocast does."""
     engine, living, found = trainer.engine, Living(), []
     model = engine.wrapped
@@ -183,7 +187,7 @@ def living_after(trainer: UnifiedTrainer, sampling: bool) -> int:
         found.append(living.nbytes())
         return output
 
-    pack = trainer.stream.build_largest().pack
+    pack = trainer.run.stream.build_largest().pack
     if sampling:
         with engine.autocast():
             counted(pack)
@@ -200,7 +204,7 @@ def test_the_training_forward_keeps_no_lowered_copy_of_a_weight_and_sampling_doe
     trainer = built(**options, precision="bf16", gradient_checkpointing=True)
     matrices = sum(
         2 * p.numel()
-        for name, p in trainer.model.named_parameters()
+        for name, p in trainer.run.model.named_parameters()
         if p.ndim == 2 and p.requires_grad and "embed" not in name
     )
     assert living_after(trainer, sampling=True) > 0.9 * matrices

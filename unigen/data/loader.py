@@ -1,8 +1,9 @@
-"""Global order, packing, workers, state.
+"""The data loader: one global order of samples, packed sequences, workers, state.
 
-One global order of visits for (seed, epoch); rows are packed from that one stream with a bounded look-ahead,
-and a step's rows are dealt to ranks and micro-batches. So the state of a run is (epoch, position, the few
-samples that wait for a row), whatever the number of workers and ranks, and going on from it replays nothing.
+One global order of samples for (seed, epoch); packed sequences are cut from that one stream with a bounded
+look-ahead, and those of a step are dealt to ranks and micro-batches. So the loader's state is (epoch,
+position, the few samples in the packing buffer), whatever the number of workers and ranks, and going on from
+it replays nothing.
 """
 
 from __future__ import annotations
@@ -34,22 +35,21 @@ SMALL = 2**20  # bytes of a row's tensors up to which they are sent through a pi
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where the stream stands: of the epoch's order, visits ``[0, position)`` are done but for those that
-    wait."""
+    """How far an epoch is: samples ``[0, position)`` of its order are packed, but for those in the buffer."""
 
     epoch: int = 0
     position: int = 0
-    waiting: tuple[int, ...] = ()  # places in the order, oldest first
+    buffer: tuple[int, ...] = ()  # positions in the order, oldest first
 
     @property
     def done(self) -> int:
-        """Visits of this epoch that are in a row."""
-        return self.position - len(self.waiting)
+        """Samples of this epoch that are packed."""
+        return self.position - len(self.buffer)
 
 
 @dataclass
 class MicroBatch:
-    """One packed row, and the stream's place after the optimiser step it belongs to."""
+    """One packed sequence, and the loader's state after the optimiser step it belongs to."""
 
     pack: Pack
     records: list[int]
@@ -136,117 +136,116 @@ class _Parcel:
 
 @dataclass(frozen=True)
 class RankSlice:
-    """This process's part of every step, whose rows are dealt one by one."""
+    """This process's part of every step, whose packed sequences are dealt one by one."""
 
     rank: int = 0
     world: int = 1
-    step_rows: int = 1  # of all processes together
+    global_batch: int = 1  # packed sequences of a step, all processes together
 
     @property
-    def rows(self) -> int:
-        """Micro-batches of every process; where there are not as many rows, some are empty."""
-        return -(-self.step_rows // self.world)
+    def micro_batches(self) -> int:
+        """Packed sequences of a step for each process; where there are not enough, some are empty."""
+        return -(-self.global_batch // self.world)
 
 
 class PackStream:
-    """The rows of a mixture in global order, and how many steps they make."""
+    """The packed sequences of a mixture in global order, and how many steps they make."""
 
     def __init__(self, mixture: Mixture, batch_size: int = 1, budget: int | None = None, masks: bool = False):
-        """``batch_size`` samples a row, or with ``budget`` as many as its tokens hold; ``masks`` as in
+        """``batch_size`` samples a sequence, or with ``budget`` as many as its tokens hold; ``masks`` as in
         :func:`pack_blocks`."""
         self.mixture, self.batch_size, self.budget, self.masks = mixture, batch_size, budget, masks
         self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
 
     def draw(self, record: int, number: int) -> Draw:
-        """The random numbers of a visit: ``number`` is the pass over the record's source."""
+        """The random numbers of a sample: ``number`` is the epoch pass over the record's source."""
         return Draw(self.mixture.seed, number, record, self.mixture.training)
 
-    def rows(self, place: LoaderState) -> Iterator[tuple[list[int], LoaderState]]:
-        """The rows of the rest of an epoch: places in its order, and the stream's place after each row."""
-        epoch, end = place.epoch, len(self.mixture)
-        position, waiting = place.position, list(place.waiting)
+    def sequences(self, state: LoaderState) -> Iterator[tuple[list[int], LoaderState]]:
+        """The packed sequences of the rest of an epoch: positions in its order, and the state after each."""
+        epoch, end = state.epoch, len(self.mixture)
+        position, buffer = state.position, list(state.buffer)
         if self.budget is None:
-            while waiting or position < end:
-                taken = min(self.batch_size - len(waiting[: self.batch_size]), end - position)
-                row, waiting = (
-                    waiting[: self.batch_size] + list(range(position, position + taken)),
-                    waiting[self.batch_size :],
-                )
-                position += taken
-                yield row, LoaderState(epoch, position, tuple(waiting))
+            size = self.batch_size
+            while buffer or position < end:
+                taken, buffer = buffer[:size], buffer[size:]
+                fresh = min(size - len(taken), end - position)
+                taken += range(position, position + fresh)
+                position += fresh
+                yield taken, LoaderState(epoch, position, tuple(buffer))
             return
         packer = Packer(self.budget)
-        for at, length in zip(waiting, self._lengths(epoch, np.array(waiting, np.int64)).tolist()):
+        for at, length in zip(buffer, self._lengths(epoch, np.array(buffer, np.int64)).tolist()):
             packer.add(at, length)
         for start in range(position, end, CHUNK):
             upcoming = np.arange(start, min(start + CHUNK, end))
             for at, length in zip(upcoming.tolist(), self._lengths(epoch, upcoming).tolist()):
                 packer.add(at, length)
                 while packer.ready:
-                    row = packer.row()
-                    yield row, LoaderState(epoch, at + 1, packer.waiting)
+                    yield packer.take(), LoaderState(epoch, at + 1, packer.buffer)
         while len(packer):
-            row = packer.row()
-            yield row, LoaderState(epoch, end, packer.waiting)
+            yield packer.take(), LoaderState(epoch, end, packer.buffer)
 
     def _lengths(self, epoch: int, places: np.ndarray) -> np.ndarray:
         visits = self.mixture.visits(epoch)
         return self.mixture.lengths(visits.records[places], visits.passes[places])
 
-    def steps(self, place: LoaderState, step_rows: int) -> Iterator[tuple[list[list[int]], LoaderState]]:
-        """The rows of each optimiser step and the place after it, epoch after epoch without end. The last
-        step of an epoch may have fewer rows than ``step_rows``; every visit is met once an epoch."""
+    def steps(self, state: LoaderState, global_batch: int) -> Iterator[tuple[list[list[int]], LoaderState]]:
+        """The packed sequences of each optimiser step and the state after it, epoch after epoch without end.
+
+        The last step of an epoch may have fewer than ``global_batch``; every sample is met once an epoch.
+        """
         while True:
-            if place.position >= len(self.mixture) and not place.waiting:
-                place = LoaderState(place.epoch + 1)
+            if state.position >= len(self.mixture) and not state.buffer:
+                state = LoaderState(state.epoch + 1)
             step: list[list[int]] = []
-            for row, after in self.rows(place):
-                step.append(row)
-                place = after
-                if len(step) == step_rows:
-                    yield step, place
+            for sequence, after in self.sequences(state):
+                step.append(sequence)
+                state = after
+                if len(step) == global_batch:
+                    yield step, state
                     step = []
             if step:
-                yield step, place
+                yield step, state
 
-    def _steps_in(self, epoch: int, step_rows: int) -> int:
+    def _steps_in(self, epoch: int, global_batch: int) -> int:
         """Optimiser steps of an epoch."""
         if self.budget is None:
-            rows = -(-len(self.mixture) // self.batch_size)
+            count = -(-len(self.mixture) // self.batch_size)
         else:
-            rows = sum(1 for _ in self.rows(LoaderState(epoch)))
-        return -(-rows // step_rows)
+            count = sum(1 for _ in self.sequences(LoaderState(epoch)))
+        return -(-count // global_batch)
 
     def fill(self, epoch: int = 0) -> float:
-        """How full the rows of an epoch are: tokens over budget, at most 1 a row, on average."""
-        assert self.budget is not None, "rows of batch_size samples have no budget"
+        """How full the packed sequences of an epoch are: tokens over budget, at most 1 each, on average."""
+        assert self.budget is not None, "sequences of batch_size samples have no budget"
         totals = [
-            min(1.0, self._lengths(epoch, np.array(row)).sum() / self.budget)
-            for row, _ in self.rows(LoaderState(epoch))
+            min(1.0, self._lengths(epoch, np.array(sequence)).sum() / self.budget)
+            for sequence, _ in self.sequences(LoaderState(epoch))
         ]
         return float(np.mean(totals))
 
     def largest(self) -> list[int]:
-        """The records of the longest row that can come."""
+        """The records of the longest packed sequence that can come."""
         lengths = self.mixture.full_lengths()
         by_length = np.argsort(-lengths, kind="stable")
         if self.budget is None:
             return by_length[: self.batch_size].tolist()
-        row = [int(by_length[0])]
-        free = self.budget - int(lengths[row[0]])
+        found = [int(by_length[0])]
+        free = self.budget - int(lengths[found[0]])
         # fill the budget, the longest first
         for record in by_length[1:][lengths[by_length[1:]] <= free].tolist():
             if lengths[record] <= free:
-                row.append(record)
+                found.append(record)
                 free -= int(lengths[record])
-        return row
+        return found
 
-    def build(self, places: Sequence[int], after: LoaderState) -> MicroBatch:
-        """Decodes and packs a row (places in the order of ``after.epoch``); records whose pictures turn out
-        unreadable are left out and listed."""
+    def build(self, positions: Sequence[int], after: LoaderState) -> MicroBatch:
+        """Decodes and packs samples (positions in the order of ``after.epoch``); records whose pictures turn
+        out unreadable are left out and listed."""
         visits = self.mixture.visits(after.epoch)
-        at = np.array(places, np.int64)
+        at = np.array(positions, np.int64)
         return self.build_samples(
             [self.draw(r, n) for r, n in zip(visits.records[at].tolist(), visits.passes[at].tolist())], after
         )
@@ -282,22 +281,22 @@ class PackStream:
 
 
 class _RankBatches(IterableDataset):
-    """The rows of one process; a worker builds every ``num_workers``-th of them."""
+    """The micro-batches of one process; a worker builds every ``num_workers``-th of them."""
 
-    def __init__(self, stream: PackStream, share: RankSlice, place: LoaderState, limit: int | None):
-        self.stream, self.share, self.place, self.limit = stream, share, place, limit
+    def __init__(self, stream: PackStream, rank_slice: RankSlice, start: LoaderState, limit: int | None):
+        self.stream, self.slice, self.start, self.limit = stream, rank_slice, start, limit
 
     def __iter__(self) -> Iterator[MicroBatch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         count = 0
-        for n, (step, after) in enumerate(self.stream.steps(self.place, self.share.step_rows)):
+        for n, (step, after) in enumerate(self.stream.steps(self.start, self.slice.global_batch)):
             if self.limit is not None and n >= self.limit:
                 return
-            for micro in range(self.share.rows):
+            for micro in range(self.slice.micro_batches):
                 if count % workers == worker:
-                    at = micro * self.share.world + self.share.rank
-                    # A process without a row of its own still takes part in the step, with an empty one.
+                    at = micro * self.slice.world + self.slice.rank
+                    # A process without one of its own still takes part in the step, with an empty one.
                     yield self.stream.build(step[at] if at < len(step) else [], after)
                 count += 1
 
@@ -310,8 +309,8 @@ def default_workers(processes: int = 1) -> int:
 
 def load_batches(
     stream: PackStream,
-    share: RankSlice,
-    place: LoaderState,
+    rank_slice: RankSlice,
+    start: LoaderState,
     *,
     num_workers: int = 0,
     limit: int | None = None,
@@ -319,8 +318,8 @@ def load_batches(
     worker_init: Callable[[int], None] | None = None,
     starting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[list[MicroBatch]]:
-    """The rows of this process, step by step (``share.rows`` at a time), from ``place`` on; ``limit`` ends it
-    after so many steps.
+    """The micro-batches of this process, step by step, from ``start`` on; ``limit`` ends it after so many
+    steps.
 
     ``worker_init`` runs first in every worker, ``starting`` is a context around their start.
     """
@@ -328,12 +327,12 @@ def load_batches(
         # The tokenizers' threads and forked workers do not mix; one thread a worker is the point of workers.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
-        _RankBatches(stream, share, place, limit),
+        _RankBatches(stream, rank_slice, start, limit),
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_Parcel if num_workers or pin else _same,
         pin_memory=pin,
-        prefetch_factor=max(2, share.rows) if num_workers else None,
+        prefetch_factor=max(2, rank_slice.micro_batches) if num_workers else None,
         worker_init_fn=worker_init,
         # It draws a seed for its workers, which use none; from the global generator that draw would change
         # what a resume restores.
@@ -344,10 +343,10 @@ def load_batches(
     step: list[MicroBatch] = []
     for item in items:
         step.append(item.open() if isinstance(item, _Parcel) else item)
-        if len(step) == share.rows:
+        if len(step) == rank_slice.micro_batches:
             yield step
             step = []
 
 
-def _same(row: MicroBatch) -> MicroBatch:
-    return row
+def _same(batch: MicroBatch) -> MicroBatch:
+    return batch

@@ -87,14 +87,14 @@ class BadStepGuard:
         if math.isfinite(grad_norm):
             self.norms.append(grad_norm)
 
-    def skipped(self, step: int, why: str, rows: Sequence[MicroBatch], numbers: dict[str, float]) -> None:
+    def skipped(self, step: int, why: str, batches: Sequence[MicroBatch], numbers: dict[str, float]) -> None:
         """A step was left out: its records go to ``bad_steps.jsonl``.
 
         Raises:
             TrainingStopped: as many in a row as ``max_skipped_steps`` allows were left out.
         """
         self.in_a_row += 1
-        origins = json.dumps([origin for row in rows for origin in row.pack.origins])
+        origins = json.dumps([origin for batch in batches for origin in batch.pack.origins])
         everyone = [origin for part in self.engine.gather(origins) for origin in json.loads(part)]
         if self.engine.main:
             shown = {name: str(value) for name, value in numbers.items()}
@@ -111,14 +111,14 @@ class BadStepGuard:
 
     # ---- records
 
-    def check_rows(self, rows: Sequence[MicroBatch], stream: PackStream) -> None:
+    def check_records(self, batches: Sequence[MicroBatch], stream: PackStream) -> None:
         """Records whose pictures turned out unreadable: an error, or a line in ``bad_records.jsonl`` while
         they are few.
 
         Raises:
             TrainingStopped: with ``on_bad_record`` error, or above 1 % of all records.
         """
-        bad = [record.to_dict() for row in rows for record in row.bad]
+        bad = [record.to_dict() for batch in batches for record in batch.bad]
         everyone = [record for part in self.engine.gather(json.dumps(bad)) for record in json.loads(part)]
         if not everyone:
             return

@@ -31,7 +31,7 @@ def compiles(config: Config, device: str, engine: str) -> tuple[bool, str]:
 def compile_layers(model: Bagel, config: Config, device: str, engine: str) -> CompiledLayers | None:
     """Compiles the layers of a prepared model where the config says so, and logs it."""
     on, why = compiles(config, device, engine)
-    log.info("Layers: %s (%s)", "compiled, in the dry batch" if on else "not compiled", why)
+    log.info("Layers: %s (%s)", "compiled, in the warm-up batch" if on else "not compiled", why)
     return CompiledLayers(model, strict=config.compile == "on") if on else None
 
 

@@ -22,30 +22,30 @@ from unigen.training.shards import Shard, share_out
 log = logging.getLogger("unigen")
 
 
-def rows_of_a_step(config: Config, processes: int, states: Mapping[str, Any]) -> int:
-    """Rows in an optimiser step: a resumed run keeps them, whatever the number of processes now, unless asked
-    for others.
+def global_batch_of(config: Config, processes: int, states: Mapping[str, Any]) -> int:
+    """Packed sequences in an optimiser step: a resumed run keeps them, whatever the number of processes now,
+    unless asked for others.
 
     Args:
         config: of this run.
         processes: of this run.
         states: of the checkpoint it resumes from; empty for a fresh start.
     """
-    rows = config.gradient_accumulation_steps * processes
+    wanted = config.gradient_accumulation_steps * processes
     if not states:
-        return rows
+        return wanted
     before = states["trainer"]["step_rows"]
     if states["training_config"]["gradient_accumulation_steps"] != config.gradient_accumulation_steps:
-        if rows != before:
+        if wanted != before:
             log.warning(
-                "A step now has %d rows instead of %d, as gradient_accumulation_steps has changed",
-                rows,
+                "A step now has %d packed sequences, not %d: gradient_accumulation_steps has changed",
+                wanted,
                 before,
             )
-        return rows
-    if rows != before:
+        return wanted
+    if wanted != before:
         log.info(
-            "A step keeps its %d rows: up to %d for each of %d process(es)",
+            "A step keeps its %d packed sequences: up to %d for each of %d process(es)",
             before,
             -(-before // processes),
             processes,

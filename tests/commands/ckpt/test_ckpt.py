@@ -18,7 +18,6 @@ from unigen import cli, load_bagel
 from unigen.commands.ckpt.export import ExportError, export
 from unigen.commands.ckpt.listing import describe, listed
 from unigen.commands.ckpt.options import CkptOptions
-from unigen.config import Config
 from unigen.model.storage import scan_folder, scan_safetensors
 from unigen.runs.checkpoint import read_manifest
 
@@ -287,23 +286,21 @@ def test_an_export_of_two_processes_is_the_weights_to_the_bit_and_loads(
 def test_the_export_of_a_real_run_is_what_the_run_ended_with(golden: Path, tmp_path: Path):
     """Passes when, after two steps with an average, raw and ema exports load as the trainer's own weights and
     average, to the bit."""
-    from unigen.training.trainer import UnifiedTrainer
+    from tiny import built
 
     record = {
         "messages": [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
     }
     (tmp_path / "train.jsonl").write_text(json.dumps(record) + "\n")
-    trainer = UnifiedTrainer(
-        Config(
-            model_path=str(golden / "model"), train_data_path=str(tmp_path / "train.jsonl"),
-            output_dir=str(tmp_path / "run"), max_steps=2,
-            ema=0.5, learning_rate=1e-2, device="cpu", num_workers=0, freeze_vit=True,
-        )
+    trainer = built(
+        model_path=str(golden / "model"), train_data_path=str(tmp_path / "train.jsonl"),
+        output_dir=str(tmp_path / "run"), max_steps=2,
+        ema=0.5, learning_rate=1e-2, device="cpu", num_workers=0, freeze_vit=True,
     )  # fmt: skip
     trainer.train()
-    raw = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    raw = {name: p.detach() for name, p in trainer.run.model.named_parameters()}
     average = {
-        s.name: trainer.ema.average(s.name).view(s.shape) if s.trains else s.value.view(s.shape)
+        s.name: trainer.run.ema.average(s.name).view(s.shape) if s.trains else s.value.view(s.shape)
         for s in trainer.engine.shards()
     }
     assert not same(raw, average)

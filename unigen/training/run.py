@@ -1,0 +1,291 @@
+"""A training before its first step: what it consists of, and how that is built from the options."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from unigen.cache.encoders import open_cache
+from unigen.cache.store import FeatureCache
+from unigen.config import Config, UserError
+from unigen.data.loader import LoaderState, PackStream, RankSlice, default_workers
+from unigen.model.bagel import Bagel
+from unigen.model.parts import title
+from unigen.model.storage import scan_folder
+from unigen.model.weights import side_bytes
+from unigen.runs.checkpoint import (
+    CheckpointError,
+    read_states,
+    resolve_resume,
+    scan_weights,
+    verify_checkpoint,
+)
+from unigen.runs.heartbeat import Heartbeat
+from unigen.runs.layout import prepare_folder
+from unigen.runs.saver import Saver
+from unigen.runs.secrets import hide_in_logs
+from unigen.runs.signals import SignalHandler
+from unigen.runs.space import DiskSpace
+from unigen.training.datasets import RunData
+from unigen.training.ema import EMA
+from unigen.training.engine import Engine
+from unigen.training.guards import BadStepGuard
+from unigen.training.precision import stored_precision, tell_change
+from unigen.training.prepare import tell_compiling
+from unigen.training.samples import SampleWriter
+from unigen.training.state import RunState, global_batch_of
+
+log = logging.getLogger("unigen")
+
+
+@dataclass
+class Position:
+    """How far a training is: the part of it that every step changes and every checkpoint keeps."""
+
+    step: int = 0  # optimiser steps done
+    loader: LoaderState = field(default_factory=LoaderState)
+    best: float = math.inf  # lowest validation loss
+    pending: set[str] = field(default_factory=set)  # what a signal kept from being done after the last step
+    saved: int = -1  # the last step with a checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """Its part of ``trainer.json``."""
+        return {
+            "step": self.step,
+            "epoch": self.loader.epoch,
+            "position": self.loader.position,
+            "waiting": self.loader.buffer,
+            "best": self.best if math.isfinite(self.best) else None,
+            "pending": sorted(self.pending),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` gave."""
+        self.step = self.saved = state["step"]
+        self.loader = LoaderState(state["epoch"], state["position"], tuple(state["waiting"]))
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.pending = set(state["pending"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a training has, built before its first step and the same to its end."""
+
+    config: Config
+    engine: Engine  # processes, devices, optimiser
+    signals: SignalHandler
+    heartbeat: Heartbeat
+    lock: IO[str]  # of the run's folder
+    model: Bagel
+    cache: FeatureCache | None
+    stream: PackStream  # of the training data
+    val_stream: PackStream | None
+    rank_slice: RankSlice  # this process's part of a step
+    workers: int  # loader processes
+    total_steps: int
+    eval_every: int
+    ema: EMA | None
+    state: RunState  # tensors, out to checkpoints and back
+    saver: Saver
+    disk: DiskSpace
+    guard: BadStepGuard
+    samples: SampleWriter | None
+    position: Position  # the one thing that changes
+
+    @property
+    def output_dir(self) -> Path:
+        return self.saver.output_dir
+
+    @property
+    def source(self) -> Path:
+        """The checkpoint folder that the run began with; saving copies from it."""
+        return Path(self.config.model_path or "")
+
+    def tick(self) -> None:
+        """Says that progress was made."""
+        self.heartbeat.beat(self.position.step)
+
+    def checkpoint_bytes(self, weights_only: bool = False) -> int:
+        """Bytes of the next checkpoint, all processes together."""
+        return self.state.nbytes(weights_only) + side_bytes(self.model)
+
+    def close(self) -> None:
+        """Ends the heartbeats and lets go of the folder."""
+        self.heartbeat.close()
+        self.lock.close()
+
+
+def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
+    """Builds a training: folder, checkpoint, model, data, optimiser, state.
+
+    Args:
+        config: resolved.
+        engine: open.
+        signals: entered, or the run has no heartbeats.
+
+    Raises:
+        UserError: the options, the checkpoint or the data cannot work; nothing is held then.
+    """
+    c = config
+    with ExitStack() as undo:
+        logging.basicConfig(level=logging.INFO if engine.main else logging.WARNING, format="%(message)s")
+        hide_in_logs()
+        log.info("%s", engine.precision)
+        torch.manual_seed(c.seed)  # samples bring their own random numbers; this is for whatever else draws
+        output_dir, position = Path(c.output_dir), Position()
+        lock = undo.enter_context(_prepare_folder(engine, output_dir, c))
+        facts: dict[str, Any] = {"total_steps": 0}
+        heartbeat = Heartbeat(
+            output_dir / "ranks", engine.rank, engine.world, c.hang_timeout, signals, lambda: facts
+        )
+        undo.callback(heartbeat.close)
+
+        def tick() -> None:
+            heartbeat.beat(position.step)
+
+        def verify(folder: Path) -> None:
+            verify_checkpoint(folder, (engine.rank, engine.world), engine.gather, tick)
+
+        engine.tick = tick
+        source = Path(c.model_path or "")
+        resume, states = _to_resume(c, verify)
+        if resume:
+            tell_change(states["training_config"], engine.precision)
+        model = engine.load_model(resume or source, scan_weights(resume, raw=True) if resume else None)
+        model.source = source  # saving copies from the folder the run began with
+        if resume:
+            tell_compiling(states["training_config"], engine.compiles)
+        cache = open_cache(c.cache_dir, model, c, engine.dtype, engine.tensors) if c.cache_dir else None
+        data = RunData(c, engine, model, cache)
+        rank_slice = RankSlice(engine.rank, engine.world, global_batch_of(c, engine.world, states))
+
+        def steps_in(epoch: int) -> int:
+            return data.train.steps_in(epoch, rank_slice.global_batch)
+
+        # Counting the steps of an epoch packs it; only where the answer is needed.
+        total_steps = c.max_steps or sum(map(steps_in, range(c.num_epochs)))
+        eval_every = c.eval_steps or (steps_in(0) if data.val else total_steps)
+        facts["total_steps"] = total_steps
+        engine.start()
+        ema = EMA(engine.shards(), c.ema) if c.ema else None
+        run = Run(
+            config=c,
+            engine=engine,
+            signals=signals,
+            heartbeat=heartbeat,
+            lock=lock,
+            model=model,
+            cache=cache,
+            stream=data.train,
+            val_stream=data.val,
+            rank_slice=rank_slice,
+            workers=default_workers(engine.local_world) if c.num_workers is None else c.num_workers,
+            total_steps=total_steps,
+            eval_every=eval_every,
+            ema=ema,
+            state=RunState(engine, ema, scan_folder(source), resumed=resume is not None),
+            saver=Saver(
+                output_dir,
+                engine.rank,
+                engine.background(),
+                background=c.async_save,
+                keep=c.save_total_limit,
+                source=source,
+                tick=tick,
+            ),
+            disk=DiskSpace(
+                output_dir,
+                c.low_space,
+                c.min_free_gb,
+                lambda line: log.warning("%s", line),
+                engine,
+                verify,
+            ),
+            guard=BadStepGuard(engine, c, output_dir),
+            samples=SampleWriter(c, engine, model) if c.sample_prompts else None,
+            position=position,
+        )
+        if resume is not None:
+            _restore(run, resume, states)
+        _describe(run)
+        undo.pop_all()
+        return run
+
+
+def _prepare_folder(engine: Engine, folder: Path, config: Config) -> IO[str]:
+    """The lock of the run's folder, which rank 0 prepares; the others hold nothing."""
+    held: list[IO[str]] = []
+    engine.on_main(lambda: held.append(prepare_folder(folder, config)))
+    return held[0] if held else open(os.devnull, encoding="utf-8")
+
+
+def _to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its states; None and {} for a fresh start.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or holds weights only.
+    """
+    if not config.resume_from_checkpoint:
+        return None, {}
+    folder = resolve_resume(config.resume_from_checkpoint, Path(config.output_dir), verify)
+    states = read_states(folder) if folder else {}
+    if folder and "trainer" not in states:
+        raise CheckpointError(
+            f"{folder} holds weights only, so a run cannot go on from it. Fix: resume from a step_N"
+            f" folder, or start a new run with --model_path {folder}"
+        )
+    return folder, states
+
+
+def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
+    """Brings a built run to where a checkpoint left off."""
+    state = states["trainer"]
+    if state["fingerprint"] != run.stream.mixture.fingerprint:
+        raise UserError(
+            f"{folder}: the training data is not what this run began with (its fingerprint differs)."
+            " Fix: resume with the same files and weights, or start a new run with --model_path of this"
+            " checkpoint"
+        )
+    run.state.restore(folder)
+    if stored_precision(states["training_config"]) == run.engine.precision.name:
+        run.engine.scale.load(state["scale"])
+    run.position.load(state)
+    run.guard.load(state["guards"], run.position.step)
+    log.info("Resumed from %s at step %d", folder, run.position.step)
+
+
+def _describe(run: Run) -> None:
+    """Logs what trains, on what, and what the disk will be asked for."""
+    c, engine, shards = run.config, run.engine, run.engine.shards()
+    parts: dict[str, int] = {}
+    for shard in shards:
+        if shard.trains:
+            parts[title(shard.name)] = parts.get(title(shard.name), 0) + shard.shape.numel()
+    log.info(
+        "Model: %s parameters, %s train (%s)",
+        f"{sum(shard.shape.numel() for shard in shards):,}",
+        f"{sum(parts.values()):,}",
+        ", ".join(f"{part} {count:,}" for part, count in parts.items()),
+    )
+    log.info(
+        "Run: %d steps on %d process(es) (%s), %s, %s; from step %d",
+        run.total_steps,
+        engine.world,
+        engine.name,
+        engine.device,
+        str(engine.dtype).removeprefix("torch."),
+        run.position.step,
+    )
+    nbytes = run.checkpoint_bytes()
+    best = run.checkpoint_bytes(weights_only=True) if run.val_stream is not None else 0
+    if engine.main:
+        plan = (run.position.step, run.total_steps, c.save_steps, c.save_total_limit, nbytes, best)
+        log.info("%s", run.disk.predict(*plan))

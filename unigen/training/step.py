@@ -1,0 +1,243 @@
+"""The training step on one screen: forward, losses, backward, guard, update; and the passes beside it.
+
+The losses are sums over all targets of an optimiser step, divided by their global count. Text: cross-entropy,
+mean over all label tokens. Images: squared error of the velocity, mean over the channels of a token, then
+over all noised latent tokens. Both means are over every rank and every micro-batch, so the split into
+micro-batches and ranks changes nothing (:class:`Counts` are the denominators).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unigen.config import Config
+from unigen.data.loader import MicroBatch, PackStream
+from unigen.model.bagel import Output
+from unigen.sequence.types import Pack
+from unigen.training.engine import Engine
+from unigen.training.guards import TrainingStopped
+from unigen.training.run import Run
+
+log = logging.getLogger("unigen")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an optimiser step contains: text targets and image targets (the denominators), and tokens."""
+
+    text: float
+    image: float
+    tokens: float = 0.0
+
+    @classmethod
+    def of(cls, packs: Sequence[Pack]) -> Counts:
+        """Those of some packed sequences; those of a step are the sum over all processes."""
+        return cls(
+            sum(pack.n_text_labels for pack in packs),
+            sum(pack.n_image_targets for pack in packs),
+            sum(len(pack) for pack in packs),
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of one optimiser step: losses are means over all its targets, on all ranks."""
+
+    text_loss: float
+    image_loss: float
+    counts: Counts
+    grad_norm: float
+    refused: str  # why the step changed nothing; "" where it was taken
+
+    def metrics(self, config: Config) -> dict[str, float]:
+        """The step as it is logged; a loss without targets is left out."""
+        values = {
+            "loss": config.text_loss_weight * self.text_loss + config.image_loss_weight * self.image_loss,
+            "grad_norm": self.grad_norm,
+            "text_tokens": self.counts.text,
+            "image_tokens": self.counts.image,
+        }
+        if self.counts.text:
+            values["text_loss"] = self.text_loss
+        if self.counts.image:
+            values["image_loss"] = self.image_loss
+        if self.refused:
+            values["skipped"] = 1.0
+        return values
+
+
+def train_step(run: Run, batches: Sequence[MicroBatch], lr: float, counts: Counts) -> StepResult:
+    """Takes one optimiser step; all processes call it together.
+
+    Args:
+        run: the training.
+        batches: this process's micro-batches of the step.
+        lr: the learning rate.
+        counts: of the whole step, on all processes.
+
+    Raises:
+        TrainingStopped: too many steps in a row were refused.
+    """
+    engine, guard = run.engine, run.guard
+    engine.discard()
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for found in forward_backward(engine, [batch.pack for batch in batches], counts, run.config):
+        sums += found
+    text_sum, image_sum = engine.sum(sums.tolist())
+    norm = engine.grad_norm()
+
+    refused = guard.refuses((text_sum, image_sum), norm)
+    overflow = not math.isfinite(norm)  # in float16 the business of the loss scale alone
+    if refused or overflow:
+        engine.discard()
+    else:
+        run.saver.settle()  # a checkpoint that is being copied needs the weights as they are
+        engine.step(lr, norm)
+        if run.ema is not None:
+            run.ema.update()
+    engine.scale.update(overflow)
+
+    text_loss, image_loss = text_sum / max(counts.text, 1), image_sum / max(counts.image, 1)
+    if refused:
+        numbers = {"text_loss": text_loss, "image_loss": image_loss, "grad_norm": norm}
+        guard.skipped(run.position.step + 1, refused, batches, numbers)
+    else:
+        guard.took(norm)
+    return StepResult(text_loss, image_loss, counts, norm, refused)
+
+
+def forward_backward(
+    engine: Engine, packs: Sequence[Pack], counts: Counts, config: Config
+) -> Iterator[Tensor]:
+    """Forward and backward of packed sequences, one after another; the gradients add up.
+
+    Args:
+        engine, config: of the run.
+        packs: this process's micro-batches of the step.
+        counts: of the whole step, on all processes.
+
+    Yields:
+        After each, the sums [2] of its text loss and of its image loss, without gradients.
+    """
+    for i, pack in enumerate(packs):
+        last = i == len(packs) - 1
+        with engine.accumulate(last):
+            text_sum, image_sum = loss_sums(engine.forward(pack.to(engine.device)))
+            weights = config.text_loss_weight, config.image_loss_weight
+            engine.backward(joint_loss(text_sum, image_sum, counts, *weights), last)
+        yield torch.stack([text_sum, image_sum]).detach()
+
+
+def loss_sums(output: Output) -> tuple[Tensor, Tensor]:
+    """The text loss summed over label tokens and the image loss summed over noised tokens.
+
+    Two float32 scalars with gradients; gradients of zero where a packed sequence has no such target.
+    """
+    image = output.mse.mean(dim=-1).sum() if output.mse.shape[-1] else output.mse.sum()
+    return output.ce.sum(), image
+
+
+def joint_loss(
+    text_sum: Tensor, image_sum: Tensor, counts: Counts, text_weight: float, image_weight: float
+) -> Tensor:
+    """A packed sequence's part of the step's loss, a scalar: both sums over the step's global counts."""
+    return text_weight * text_sum / max(counts.text, 1) + image_weight * image_sum / max(counts.image, 1)
+
+
+# ---- beside the step
+
+
+def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1) -> None:
+    """Takes the largest packed sequence forward and backward, so that memory runs out now or never.
+
+    Where a step has several ``micro_batches`` on each process it goes twice: the second forward runs while
+    the first one's gradients are held. Nothing of it stays.
+
+    Raises:
+        TrainingStopped: it does not fit into the memory of the device.
+    """
+    pack = stream.build_largest().pack
+    packs, peaks = [pack] * min(micro_batches, 2), []
+    try:
+        held = _moments_to_come(engine)
+        _restart_peak(engine.device)
+        for _ in forward_backward(engine, packs, Counts.of(packs), engine.config):
+            peaks.append(_restart_peak(engine.device))
+    except torch.OutOfMemoryError as error:
+        which = "" if len(packs) == 1 else f" as micro-batch {len(peaks) + 1} of a step"
+        raise TrainingStopped(
+            f"The largest packed sequence, {len(pack):,} tokens, does not fit{which} into the memory of"
+            f" {engine.device} ({str(error).splitlines()[0]}). Fix: --gradient_checkpointing, --precision"
+            " bf16, --engine fsdp2 on several GPUs, --optimizer adamw8bit, a smaller --batch_size,"
+            " --max_num_tokens or --max_image_tokens, or freeze a part"
+        ) from error
+    del held
+    engine.discard()
+    twice = "" if len(packs) == 1 else " twice, as two micro-batches of a step"
+    took = " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks)
+    log.info(
+        "Warm-up batch: %s tokens of %d sample(s) went forward and backward%s%s",
+        f"{len(pack):,}",
+        pack.n_samples,
+        twice,
+        f", at most {took}" if engine.device.type == "cuda" else "",
+    )
+
+
+def _moments_to_come(engine: Engine) -> list[Tensor]:
+    """Memory of the size of AdamW's two moments, made at its first step; none where a resume brought them."""
+    if engine.device.type != "cuda" or engine.optimizer.state:
+        return []
+    dtype = torch.uint8 if engine.config.optimizer == "adamw8bit" else None
+    trained = [shard.value for shard in engine.shards() if shard.trains]
+    return [torch.empty_like(value, dtype=dtype) for value in trained for _ in range(2)]
+
+
+def _restart_peak(device: torch.device) -> int:
+    """The most bytes of a GPU's memory that tensors took since the last call; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+@torch.no_grad()
+def validation_losses(
+    engine: Engine,
+    config: Config,
+    batches: Iterable[list[MicroBatch]],
+    agree: Callable[[MicroBatch], bool],
+) -> dict[str, float] | None:
+    """Mean losses over packed sequences with fixed noise and times: equal weights give equal numbers.
+
+    Args:
+        engine, config: of the run.
+        batches: of this process, one at a time, and as many on every process.
+        agree: asked before each, on all processes together; false breaks it off, and the answer is None.
+    """
+    totals = torch.zeros(4, dtype=torch.float64)
+    engine.model.eval()
+    try:
+        for (batch,) in batches:
+            if not agree(batch):
+                return None
+            sums = loss_sums(engine.forward(batch.pack.to(engine.device)))
+            counts = Counts.of([batch.pack])
+            totals += torch.tensor([*map(float, sums), counts.text, counts.image], dtype=torch.float64)
+    finally:
+        engine.model.train()
+    text_sum, image_sum, text, image = engine.sum(totals.tolist())
+    values = {}
+    if text:
+        values["val_text_loss"] = text_sum / text
+    if image:
+        values["val_image_loss"] = image_sum / image
+    text_loss, image_loss = values.get("val_text_loss", 0.0), values.get("val_image_loss", 0.0)
+    return values | {"val_loss": config.text_loss_weight * text_loss + config.image_loss_weight * image_loss}
