@@ -20,7 +20,6 @@ from unigen.config import Config
 from unigen.model.attention import prepare_attention
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec, VaeConfig
-from unigen.model.compiling import CompiledLayers
 from unigen.model.config import BagelConfig
 from unigen.model.mask import Tokens, allowed
 from unigen.model.parts import dtype_of
@@ -28,7 +27,7 @@ from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack
 from unigen.training.engine import Engine, open_engine
-from unigen.training.prepare import prepare_model
+from unigen.training.prepare import prepare as prepare_for_training
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -257,12 +256,12 @@ def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
     """A training engine with a random model of so many decoder layers, prepared as a run with these options
     does."""
     fresh()
-    config = Config(device=Here.device, precision="bf16", **options)
+    compile = "on" if compiled else "off"
+    config = Config(device=Here.device, precision="bf16", compile=compile, **options)
     engine = open_engine(config)
     model = random_model(published(layers), lambda name: dtype_of(name, config, engine.dtype))
-    engine.model = prepare_model(model, config).train()
-    if compiled:
-        CompiledLayers(engine.model, strict=True)
+    engine.compiled = prepare_for_training(model, config, engine.device.type, engine.name)
+    engine.model = model.train()
     engine.start()
     return engine
 

@@ -12,6 +12,8 @@ import torch
 from unigen.model import compiling
 from unigen.model.compiling import CompiledLayers, CompileError
 from unigen.sequence.types import Kind
+from unigen.training.prepare import hold_understanding
+from unigen.training.recompute import recompute_layers
 
 
 def learn(model, pack):
@@ -40,11 +42,15 @@ def rows(model):
 def test_compiled_layers_give_the_same_numbers_and_few_versions(policy, freeze_und):
     torch._dynamo.reset()
     model = tiny.build().train()
-    model.use_gradient_checkpointing(policy != "none")
-    model.language_model.model.freeze_und = freeze_und
+    tiny.wrap(model, policy, freeze_und)
     packs = [pack for pack in rows(model) if not freeze_und or pack.n_image_targets]
     wanted = [learn(model, pack) for pack in packs]
+    tiny.wrap(model)
     compiled = CompiledLayers(model, strict=True)
+    if policy != "none":
+        recompute_layers(model, policy)
+    if freeze_und:
+        hold_understanding(model)
     torch._dynamo.utils.counters.clear()
     for pack, (loss, gradients) in zip(packs, wanted, strict=True):
         found, mine = learn(model, pack)

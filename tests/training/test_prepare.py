@@ -13,7 +13,7 @@ from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Block, Kind
-from unigen.training.prepare import compiles, prepare_model, tell_compiling
+from unigen.training.prepare import compiles, prepare, tell_compiling
 
 
 def a_row(model, folder: Path):
@@ -34,10 +34,10 @@ def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_byte
 ) -> None:
     folder = golden / "model"
     config = Config(model_path=str(folder), train_data_path="x", freeze_und=True, bf16=True)
-    plain = prepare_model(load_bagel(folder), config).train()
-    halved = prepare_model(
-        load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)), config
-    ).train()
+    plain = load_bagel(folder).train()
+    halved = load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)).train()
+    for model in (plain, halved):
+        prepare(model, config, "cpu", "single")
     assert halved.language_model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     assert halved.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.dtype == torch.float32
 

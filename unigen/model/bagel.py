@@ -75,13 +75,6 @@ class Bagel(nn.Module):
     def device(self) -> torch.device:
         return self.language_model.lm_head.weight.device
 
-    def use_gradient_checkpointing(self, on: bool = True, policy: str = "full") -> None:
-        """Recompute each layer's activations in the backward pass: all of them (full), or all but the results
-        of attention and about every second matrix product (selective)."""
-        assert policy in ("full", "selective"), policy
-        for part in [self.language_model.model, *([self.vit_model] if self.config.visual_und else [])]:
-            part.gradient_checkpointing, part.checkpointing_policy = on, policy
-
     @torch.no_grad()
     def initialise(self, std: float = 0.05) -> None:
         """Random weights to train from scratch; draws from the default generator.
@@ -156,7 +149,11 @@ class Bagel(nn.Module):
 
     def embed(self, pack: Pack, x_t: Tensor, t: Tensor) -> Halves:
         """Halves [n, D] of embedded tokens, whose VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t``
-        [M], one for each picture."""
+        [M], one for each picture.
+
+        While gradients are recorded (or the model is sharded) the generation half is there also without any
+        tokens, so that a sequence without pictures gives its weights gradients of zero instead of none.
+        """
         words = self.language_model.model.embed_tokens(pack.ids[: pack.n_und])
         if self.config.visual_und and (len(pack.vit_rows) or torch.is_grad_enabled() or self.sharded):
             seen = self.connector(self.features_of(pack)) + self.vit_pos_embed(pack.vit_position)
@@ -165,7 +162,7 @@ class Bagel(nn.Module):
             assert pack.n_und == len(pack), "VAE tokens need a model built with visual_gen"
             return (words,)
         if not len(x_t) and not torch.is_grad_enabled() and not self.sharded:
-            return words, words[:0]
+            return (words,)
         times = self.time_embedder(t[pack.vae_first])[pack.vae_number]
         drawn = (
             self.vae2llm(x_t.to(self.vae2llm.weight.dtype)) + times + self.latent_pos_embed(pack.vae_position)
@@ -214,7 +211,8 @@ class Bagel(nn.Module):
         )
         if not self.config.visual_gen:
             return Output(hidden, ce, hidden[0].new_zeros(0, 0, dtype=torch.float32))
-        predicted = self.velocities(hidden[1][pack.noised_rows])
+        drawn = hidden[1] if len(hidden) > 1 else hidden[0][:0]
+        predicted = self.velocities(drawn[pack.noised_rows])
         mse = (predicted - flow.velocity(x0, pack.noise)[pack.noised_rows]) ** 2
         return Output(hidden, ce, mse)
 

@@ -6,32 +6,21 @@ its two halves stay two tensors through every layer; they meet in attention alon
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unigen.model.attention import Attention
 from unigen.model.layers import Linear, RMSNorm, SwiGLU, rope_angles, rotate
 from unigen.model.parts import GEN
-from unigen.model.recompute import recomputed
 from unigen.model.sdpa import Halves
 from unigen.sequence.types import Pack
 
 EXPERTS = ("", GEN)
 """Suffixes of the experts' parameter names: understanding, generation."""
 
-KEPT_PRODUCTS = {"before": (True, False, False), "after": (True, False, True, False)}
-"""Which matrix products of a layer's two parts selective checkpointing keeps, about every second: q, k, v; o,
-gate, up, down.
-
-The parts lie before and after attention, whose inputs and results stay anyhow. Recomputing a part ends with
-what the backward pass needs last, so the last product of a part is neither kept nor recomputed.
-"""
+Angles = Sequence[tuple[Tensor, Tensor]]
+"""Cosines and sines [n, d] of the rotary angles of each half."""
 
 
 class SelfAttention(nn.Module):
@@ -75,17 +64,12 @@ class Layer(nn.Module):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 self.add_module(norm + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, x: Halves, run: Run, layer: int) -> Halves:
-        """Halves ``x`` [n, D] -> [n, D]."""
-        read = [
-            run.part("before", self.before, i, half, *angles)
-            for i, (half, angles) in enumerate(zip(x, run.angles))
-        ]
+    def forward(self, x: Halves, angles: Angles, attention: Attention, layer: int) -> Halves:
+        """Halves ``x`` [n, D] -> [n, D]; they meet in attention alone."""
+        read = [self.before(half, *turn, expert) for half, turn, expert in zip(x, angles, EXPERTS)]
         q, k, v = zip(*read, strict=True)
-        y = run.attention(q, k, v, layer)
-        return tuple(
-            run.part("after", self.after, i, *halves) for i, halves in enumerate(zip(x, y, strict=True))
-        )
+        y = attention(q, k, v, layer)
+        return tuple(self.after(half, seen, expert) for half, seen, expert in zip(x, y, EXPERTS))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
         """What attention reads of an expert's half ``x`` [n, D] of the layer's input."""
@@ -96,29 +80,6 @@ class Layer(nn.Module):
         attention gave, ``y`` [n, H, d]."""
         x = x + getattr(self.self_attn, f"o_proj{expert}")(y.flatten(1))
         return x + getattr(self, f"mlp{expert}")(getattr(self, f"post_attention_layernorm{expert}")(x))
-
-
-class Run:
-    """What every layer of one forward shares: the angles of each half, the attention, and how gradients come
-    about."""
-
-    def __init__(
-        self, angles: Sequence[tuple[Tensor, Tensor]], attention: Attention, frozen: bool, selective: bool
-    ):
-        self.angles, self.attention = angles, attention
-        self.frozen = frozen  # the understanding half learns nothing: it records and passes on no gradients
-        self.selective = selective
-
-    def gradients(self, half: int) -> AbstractContextManager[Any]:
-        """Around what a half computes."""
-        return torch.no_grad() if self.frozen and half == 0 else contextlib.nullcontext()
-
-    def part(self, name: str, f: Callable[..., Any], half: int, *args: Any) -> Any:
-        """``f`` of one of a layer's two parts, for a half."""
-        with self.gradients(half):
-            if self.selective and torch.is_grad_enabled():
-                return recomputed(f, *args, EXPERTS[half], kept=KEPT_PRODUCTS[name])
-            return f(*args, EXPERTS[half])
 
 
 class Decoder(nn.Module):
@@ -132,43 +93,20 @@ class Decoder(nn.Module):
         for expert in EXPERTS[: 1 + visual_gen]:
             self.add_module(f"norm{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.rope_theta = float(config.rope_parameters["rope_theta"])
-        self.gradient_checkpointing, self.checkpointing_policy = False, "full"
-        self.freeze_und = False
-        # other processes may have generation tokens where this one has none, and need it to gather weights
-        self.together = False
 
     def forward(self, x: Halves, pack: Pack, attention: Attention) -> Halves:
-        """Halves ``x`` [n, D] of embedded tokens -> [n, D] after the final norms.
-
-        While gradients are recorded (or with ``together``) the generation expert runs also on no tokens at
-        all, so that a sequence without pictures gives its weights gradients of zero instead of none.
-        """
-        assert self.visual_gen or pack.n_und == len(pack), (
-            "generation tokens need a model built with visual_gen"
-        )
-        if len(x) > 1 and not len(x[1]) and not torch.is_grad_enabled() and not self.together:
-            x, rest = x[:1], x[1:]
-        else:
-            rest = ()
+        """Halves ``x`` [n, D] of embedded tokens -> [n, D] after the final norms; the second may be left out
+        where there are no generation tokens."""
         cos, sin = rope_angles(pack.position, self.layers[0].self_attn.head_width, self.rope_theta)
-        angles = list(
-            zip(
-                cos.split([pack.n_und, len(pack) - pack.n_und]),
-                sin.split([pack.n_und, len(pack) - pack.n_und]),
-            )
-        )
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        full = recompute and self.checkpointing_policy == "full"
-        run = Run(angles, attention, self.freeze_und and torch.is_grad_enabled(), recompute and not full)
-        if run.frozen:
-            x = (x[0].detach(), *x[1:])
+        lengths = [pack.n_und, len(pack) - pack.n_und]
+        angles = list(zip(cos.split(lengths), sin.split(lengths)))[: len(x)]
         for i, layer in enumerate(self.layers):
-            x = checkpoint(layer, x, run, i, use_reentrant=False) if full else layer(x, run, i)
-        normed = []
-        for i, half in enumerate(x):
-            with run.gradients(i):
-                normed.append(getattr(self, f"norm{EXPERTS[i]}")(half))
-        return (*normed, *rest)
+            x = layer(x, angles, attention, i)
+        return tuple(self.normed(half, expert) for half, expert in zip(x, EXPERTS))
+
+    def normed(self, x: Tensor, expert: str) -> Tensor:
+        """The final norm of an expert's half ``x`` [n, D]."""
+        return getattr(self, f"norm{expert}")(x)
 
 
 class LanguageModel(nn.Module):

@@ -6,15 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unigen.model.attention import Attention, picture_attention
-from unigen.model.recompute import recomputed
 from unigen.sequence.grid import to_unit
-
-# Which products selective checkpointing keeps of what follows attention; what comes before stays, it is
-# small.
-KEPT_AFTER = (False, True, False)  # out, fc1, fc2
 
 
 class VitAttention(nn.Module):
@@ -48,9 +42,9 @@ class VitLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VitMLP(config.hidden_size, config.intermediate_size, activation)
 
-    def forward(self, x: Tensor, attention: Attention, selective: bool = False) -> Tensor:
-        y = self.self_attn(self.layer_norm1(x), attention)
-        return recomputed(self.after, x, y, kept=KEPT_AFTER) if selective else self.after(x, y)
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        """``x`` [N, width] -> [N, width]."""
+        return self.after(x, self.self_attn(self.layer_norm1(x), attention))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output [N, width] from its input ``x`` and what attention gave, ``y``."""
@@ -91,7 +85,6 @@ class VisionModel(nn.Module):
     def __init__(self, config, activation: nn.Module):
         super().__init__()
         self.vision_model = VitTransformer(config, activation)
-        self.gradient_checkpointing, self.checkpointing_policy = False, "full"
 
     def forward(self, patches: Tensor, position: Tensor, lengths: Sequence[int]) -> Tensor:
         """``patches`` [N, patch * patch * 3] (uint8, or float in [-1, 1]) of pictures with ``lengths``
@@ -99,12 +92,6 @@ class VisionModel(nn.Module):
         vit = self.vision_model
         x = vit.embeddings(to_unit(patches).to(vit.embeddings.patch_embedding.weight.dtype), position)
         attention = picture_attention(lengths, x, vit.encoder.layers[0].self_attn.heads)
-        recompute = self.gradient_checkpointing and x.requires_grad
-        full = recompute and self.checkpointing_policy == "full"
         for layer in vit.encoder.layers:
-            x = (
-                checkpoint(layer, x, attention, use_reentrant=False)
-                if full
-                else layer(x, attention, recompute)
-            )
+            x = layer(x, attention)
         return vit.post_layernorm(x)

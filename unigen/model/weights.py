@@ -219,7 +219,7 @@ def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]
         raise CheckpointFolderError(
             f"{folder}: the weights do not fit llm_config.json, vit_config.json and config.json.\n  "
             + "\n  ".join(problems)
-            + "\nCure: take weights and config files of one and the same checkpoint"
+            + "\nFix: take weights and config files of one and the same checkpoint"
         )
 
 

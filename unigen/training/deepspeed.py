@@ -133,7 +133,6 @@ class DeepSpeed(Engine):
             whole.partition()
             whole.ds_tensor.data.view(-1)[: stop - start].copy_(piece)
         self.model.sharded = True
-        self.model.language_model.model.together = True
 
     def start(self) -> None:
         named = dict(self.model.named_parameters())

@@ -41,7 +41,7 @@ from unigen.training.optim import (
     squared_norm,
 )
 from unigen.training.precision import DeviceFacts, check_head_width, choose_precision
-from unigen.training.prepare import compile_layers, prepare_model
+from unigen.training.prepare import prepare
 from unigen.training.shards import Shard, shards_of
 
 
@@ -179,8 +179,8 @@ class Engine:
         object.__setattr__(
             model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None
         )
-        self.model = prepare_model(model, c).train()
-        self.compiled = compile_layers(self.model, c, self.device.type, self.name)
+        self.compiled = prepare(model, c, self.device.type, self.name)
+        self.model = model.train()
         self.place(stored)
         return self.model
 

@@ -1,18 +1,78 @@
-"""What is done to a model for training, from outside and in one order: time law, freezing, checkpointing,
-compiling."""
+"""What is done to a model for training, from outside and in one order (:func:`prepare`)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from unigen.config import Config, ConfigError
 from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
-from unigen.model.parts import is_frozen
+from unigen.model.parts import GEN, is_frozen
+from unigen.training.recompute import recompute_layers
 
 log = logging.getLogger("unigen")
+
+
+def prepare(model: Bagel, config: Config, device: str, engine: str) -> CompiledLayers | None:
+    """Makes a model ready for training, in place; returns its compiled layers, if they are.
+
+    The one order: quantise, adapters, freeze, compile, checkpointing; the engine shards last
+    (``Engine.place``). Wrappers of a layer go from the inside out: what is recomputed runs compiled, and the
+    frozen half is neither.
+
+    Args:
+        model: its parameters may lie nowhere yet.
+        config: of the run.
+        device: cuda or cpu.
+        engine: its name.
+
+    Raises:
+        ConfigError: nothing would be left to train.
+    """
+    if config.timestep_shift is not None:
+        model.config.timestep_shift = config.timestep_shift  # saved with the model
+    freeze(model, config)
+    compiled = compile_layers(model, config, device, engine)
+    if config.gradient_checkpointing:
+        recompute_layers(model, config.checkpointing_policy)
+    if config.freeze_und:
+        hold_understanding(model)
+    return compiled
+
+
+def freeze(model: Bagel, config: Config) -> None:
+    """Takes gradients from what the config freezes.
+
+    Raises:
+        ConfigError: nothing would be left to train.
+    """
+    for name, p in model.named_parameters():
+        p.requires_grad_(not is_frozen(name, config))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
+
+
+def hold_understanding(model: Bagel) -> None:
+    """Stops gradients through the understanding tokens, as the reference does with ``freeze_und``: their half
+    records none and passes none on."""
+    decoder = model.language_model.model
+    for layer in decoder.layers:
+        layer.before, layer.after = _held(layer.before), _held(layer.after)
+    decoder.normed = _held(decoder.normed)
+
+
+def _held(part: Callable[..., Any]) -> Callable[..., Any]:
+    """``part``, whose last argument is the expert, without gradients for the understanding one."""
+
+    def run(*args: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and args[-1] == GEN):
+            return part(*args)
+
+    return run
 
 
 def compiles(config: Config, device: str, engine: str) -> tuple[bool, str]:
@@ -45,22 +105,3 @@ def tell_compiling(options: Mapping[str, Any], compiled: bool) -> None:
             "on. Fix: --compile %s",
             *("compiled" if so else "not compiled" for so in (before, compiled)), "on" if before else "off",
         )  # fmt: skip
-
-
-def prepare_model(model: Bagel, config: Config) -> Bagel:
-    """Applies the config to ``model`` in place, and returns it.
-
-    ``freeze_und`` also stops gradients through the understanding tokens, as the reference does.
-
-    Raises:
-        ConfigError: nothing would be left to train.
-    """
-    if config.timestep_shift is not None:
-        model.config.timestep_shift = config.timestep_shift  # saved with the model
-    for name, p in model.named_parameters():
-        p.requires_grad_(not is_frozen(name, config))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
-    model.language_model.model.freeze_und = config.freeze_und
-    model.use_gradient_checkpointing(config.gradient_checkpointing, config.checkpointing_policy)
-    return model

@@ -11,6 +11,8 @@ from unigen.model.config import BagelConfig
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack
+from unigen.training.prepare import hold_understanding
+from unigen.training.recompute import recompute_layers
 
 SPECIAL = SpecialIds(35, 36, 37, 38, 39)
 
@@ -106,3 +108,17 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
             a, b, atol=tolerance * max(1.0, float(b.detach().abs().max()) if b.numel() else 1.0), rtol=0
         )
     )
+
+
+def wrap(model: Bagel, policy: str = "none", held: bool = False) -> None:
+    """Layers recomputed by ``policy`` ("none": not at all), and with ``held`` no gradients for understanding;
+    earlier wrappers are taken off."""
+    decoder = model.language_model.model
+    vit = model.vit_model.vision_model.encoder.layers if model.config.visual_und else []
+    for part in (decoder, *decoder.layers, *vit):
+        for name in ("forward", "before", "after", "normed"):
+            part.__dict__.pop(name, None)
+    if policy != "none":
+        recompute_layers(model, policy)
+    if held:
+        hold_understanding(model)

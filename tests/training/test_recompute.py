@@ -16,9 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 import unigen.model.sdpa
 from unigen.model.bagel import Bagel
-from unigen.model.mot import EXPERTS, KEPT_PRODUCTS
-from unigen.model.recompute import PRODUCTS, _Keep, recomputed
+from unigen.model.mot import EXPERTS
 from unigen.sequence.types import Kind, Pack
+from unigen.training.recompute import KEPT, PRODUCTS, _Keep, recompute_layers, recomputed
 
 
 def row(model: Bagel, kinds: tuple[Kind, ...], samples: int = 2) -> Pack:
@@ -42,9 +42,11 @@ ROWS = {
 }
 
 
-def learn(model: Bagel, pack: Pack, policy: str) -> tuple[Tensor, dict[str, Tensor | None]]:
+def learn(
+    model: Bagel, pack: Pack, policy: str, held: bool = False
+) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Loss, and the gradient of every trainable parameter."""
-    model.use_gradient_checkpointing(policy != "none", policy if policy != "none" else "full")
+    tiny.wrap(model, policy, held)
     model.zero_grad(set_to_none=True)
     out = model(pack)
     loss = out.ce.sum() + out.mse.sum()
@@ -72,9 +74,9 @@ class Watch(TorchDispatchMode):
         return sum(nbytes for ref, nbytes in self.made.values() if not ref.expired())
 
 
-def cost(model: Bagel, pack: Pack, policy: str) -> tuple[int, int]:
+def cost(model: Bagel, pack: Pack, policy: str, held: bool = False) -> tuple[int, int]:
     """Bytes held between forward and backward, and matrix products run again in the backward pass."""
-    model.use_gradient_checkpointing(policy != "none", policy if policy != "none" else "full")
+    tiny.wrap(model, policy, held)
     model.zero_grad(set_to_none=True)
     with Watch() as watch:
         out = model(pack)
@@ -90,7 +92,7 @@ def cost(model: Bagel, pack: Pack, policy: str) -> tuple[int, int]:
 def test_gradients_are_those_without_checkpointing_to_the_bit(kind: str, freeze: str):
     """Also in rows that leave one expert, or both, nothing to do."""
     model = tiny.build()
-    model.language_model.model.freeze_und = freeze == "und"
+    held = freeze == "und"
     if freeze != "nothing":
         for name, p in model.named_parameters():
             und = "_moe_gen" not in name and name.startswith(("language_model.", "connector.", "vit_model."))
@@ -98,12 +100,12 @@ def test_gradients_are_those_without_checkpointing_to_the_bit(kind: str, freeze:
                 p.requires_grad and not (und if freeze == "und" else name.startswith("vit_model."))
             )
     pack = row(model, ROWS[kind])
-    if freeze == "und" and not model(pack).mse.numel():
+    if held and not model(pack).mse.numel():
         pytest.skip("nothing of this row learns")
-    loss, wanted = learn(model, pack, "none")
+    loss, wanted = learn(model, pack, "none", held)
     assert any(g is not None and g.abs().max() > 0 for g in wanted.values()) == (kind != "nothing")
     for policy in ("full", "selective"):
-        found_loss, found = learn(model, pack, policy)
+        found_loss, found = learn(model, pack, policy, held)
         assert torch.equal(found_loss, loss)
         for name, gradient in wanted.items():
             got = found[name]
@@ -164,17 +166,16 @@ def test_an_understanding_half_that_learns_nothing_costs_no_backward_pass_and_no
     r = random.Random(3)
     pack = tiny.row([[tiny.text(r, 200), tiny.image(r, Kind.NOISED, 1, (2, 2))]], model)
 
-    def run() -> tuple[int, int]:
-        model.use_gradient_checkpointing(policy != "none", policy if policy != "none" else "full")
+    def run(held: bool) -> tuple[int, int]:
+        tiny.wrap(model, policy, held)
         with Watch() as watch:
             mse = model(pack).mse.sum()
             held, forward = watch.held(), watch.products
             mse.backward()
         return held, watch.products - forward
 
-    wide, _ = run()
-    model.language_model.model.freeze_und = True
-    narrow, backward = run()
+    wide, _ = run(held=False)
+    narrow, backward = run(held=True)
     gen, layers = 7, 3  # products of the generation expert in a layer
     heads = 2 + 3 + 1  # of the velocity head, of the time embedder, of the projection of latents
     again = {"none": 0, "full": layers * (7 + gen - 1), "selective": layers * 3}[policy]
@@ -221,17 +222,13 @@ def test_every_product_of_a_layer_has_its_mark():
         for name, part in model.language_model.model.layers[0].named_modules()
         if isinstance(part, torch.nn.Linear)
     ]
-    marks = KEPT_PRODUCTS["before"] + KEPT_PRODUCTS["after"]
+    marks = KEPT["before"] + KEPT["after"]
     assert len(linear) == len(EXPERTS) * len(marks) and not marks[-1]
 
 
-def test_the_option_reaches_both_halves_of_the_model():
-    model = tiny.build()
-    model.use_gradient_checkpointing(True, "selective")
-    for part in (model.language_model.model, model.vit_model):
-        assert part.gradient_checkpointing and part.checkpointing_policy == "selective"
+def test_no_other_policy_is_taken():
     with pytest.raises(AssertionError):
-        model.use_gradient_checkpointing(True, "some")
+        recompute_layers(tiny.build(), "some")
 
 
 def test_the_marks_are_the_same_whether_or_not_pytorch_asks_again():
