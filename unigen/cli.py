@@ -19,14 +19,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import jsonargparse
-import yaml
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, SamplingOptions, UserError, nearest
 from unigen.version import __version__
+
+if TYPE_CHECKING:
+    import yaml
 
 T = TypeVar("T")
 
@@ -223,6 +223,8 @@ def paths_of(flag: str, given: list[str]) -> list[str]:
 
 def read_recipe(path: Path, types: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(``file:line: key``, option, value) of a YAML file of flat options."""
+    import yaml
+
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -251,6 +253,8 @@ def read_recipe(path: Path, types: dict[str, Any]) -> Iterator[tuple[str, str, A
 def node_value(node: yaml.Node, kind: Any, where: str) -> Any:
     """The YAML value; a scalar where a text is asked for keeps its spelling (a run named ``2026-11-01`` is no
     date)."""
+    import yaml
+
     if isinstance(node, yaml.ScalarNode) and accepts_text(kind) and not node.tag.endswith(":null"):
         return node.value
     if isinstance(node, yaml.ScalarNode) and node.value in choices(kind):  # `compile: on` is no truth value
@@ -276,6 +280,8 @@ def checked(where: str, name: str, value: Any, kind: Any) -> Any:
         return None
     if is_text(value, kind):
         return value
+    import jsonargparse
+
     parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_argument(f"--{name}", type=kind)
     try:
@@ -372,6 +378,8 @@ def overview() -> str:
 def help_text(options: type, name: str, command: Command) -> str:
     """What ``unigen NAME --help`` prints: the options by topic, with the docstrings of their dataclass, and
     an example."""
+    import jsonargparse
+
     values = f"{command.positional.upper()} ... " if command.positional else ""
     usage = f"unigen {name} {values}[--config RECIPE.yaml ...] [--option value ...]"
     parser = jsonargparse.ArgumentParser(
