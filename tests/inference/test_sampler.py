@@ -143,7 +143,7 @@ def slow(model, tokenizer, c, o):
         pack = pack_blocks(
             [[Block(Kind.NOISED, n, 0, c.grid)]], tokenizer.special, model.config.geometry, [cache.position]
         )
-        hidden = join(model.hidden_states(pack, x, torch.full((n,), t), [cache], grow=False))
+        hidden = join(model.hidden_states(pack, x, torch.full((n,), t), [cache], update_cache=False))
         return model.velocities(hidden[pack.n_und :])
 
     x = c.noise

@@ -283,7 +283,7 @@ def test_groups_hold_similar_lengths_and_every_sample_once():
 # ---- cache
 
 
-def grow(cache, n, seed):
+def update_cache(cache, n, seed):
     """Appends ``n`` random tokens to every layer."""
     kv = torch.randn(2, n, KV_HEADS, WIDTH, generator=torch.Generator().manual_seed(seed))
     for layer in range(len(cache.layers)):
@@ -295,35 +295,37 @@ def grow(cache, n, seed):
 @pytest.mark.parametrize("first", ["original", "copy"])
 def test_snapshots_are_isolated(first):
     cache = Cache(2)
-    a = grow(cache, 5, 0)
+    a = update_cache(cache, 5, 0)
     copy = cache.snapshot()
     contents = {}
     for name in (first, "copy" if first == "original" else "original"):
-        contents[name] = grow(cache if name == "original" else copy, 3, len(name))
+        contents[name] = update_cache(cache if name == "original" else copy, 3, len(name))
     for name, holder in (("original", cache), ("copy", copy)):
         for layer in range(2):
-            assert torch.equal(holder.past(layer), torch.cat([a, contents[name]], dim=1) + layer), name
+            assert torch.equal(
+                holder.past_key_values(layer), torch.cat([a, contents[name]], dim=1) + layer
+            ), name
 
 
 def test_a_chain_of_snapshots_keeps_every_state():
     cache, states, whole = Cache(1), [], []
     for step in range(12):
-        whole.append(grow(cache, 1 + step, step))
+        whole.append(update_cache(cache, 1 + step, step))
         states.append((cache.snapshot(), torch.cat(whole, dim=1)))
     for old, expected in states:
-        assert torch.equal(old.past(0), expected)
+        assert torch.equal(old.past_key_values(0), expected)
     branch = states[3][0]  # growing an old one changes neither the newest nor the others
-    grow(branch, 40, 99)
+    update_cache(branch, 40, 99)
     for old, expected in [s for i, s in enumerate(states) if i != 3]:
-        assert torch.equal(old.past(0), expected)
-    assert torch.equal(branch.past(0)[:, : states[3][1].shape[1]], states[3][1])
+        assert torch.equal(old.past_key_values(0), expected)
+    assert torch.equal(branch.past_key_values(0)[:, : states[3][1].shape[1]], states[3][1])
 
 
 def test_growing_token_by_token_copies_a_linear_amount():
     cache, buffers, copied = Cache(1), [], 0
     for step in range(2000):
         before = cache.layers[0]
-        grow(cache, 1, step)
+        update_cache(cache, 1, step)
         if cache.layers[0] is not before:
             copied += step
             buffers.append(cache.layers[0])
@@ -333,13 +335,13 @@ def test_growing_token_by_token_copies_a_linear_amount():
 
 def test_a_snapshot_shares_memory_until_it_grows_apart():
     cache = Cache(1)
-    grow(cache, 4, 0)
+    update_cache(cache, 4, 0)
     copy = cache.snapshot()
-    assert copy.past(0).data_ptr() == cache.past(0).data_ptr()
-    grow(cache, 1, 1)  # the original goes on in place; the copy moves away when it grows
-    assert copy.past(0).data_ptr() == cache.past(0).data_ptr()
-    grow(copy, 1, 2)
-    assert copy.past(0).data_ptr() != cache.past(0).data_ptr()
+    assert copy.past_key_values(0).data_ptr() == cache.past_key_values(0).data_ptr()
+    update_cache(cache, 1, 1)  # the original goes on in place; the copy moves away when it grows
+    assert copy.past_key_values(0).data_ptr() == cache.past_key_values(0).data_ptr()
+    update_cache(copy, 1, 2)
+    assert copy.past_key_values(0).data_ptr() != cache.past_key_values(0).data_ptr()
 
 
 def cached_case(seed, model):
@@ -350,7 +352,7 @@ def cached_case(seed, model):
     caches, pasts = [Cache(1) for _ in range(n)], []
     for i, cache in enumerate(caches):
         length = r.choice([0, 0, 3, 9, 9, 17])
-        pasts.append(grow(cache, length, i) if length else torch.zeros(2, 0, KV_HEADS, WIDTH))
+        pasts.append(update_cache(cache, length, i) if length else torch.zeros(2, 0, KV_HEADS, WIDTH))
     long = [
         lambda: tiny.text(r, 40),
         lambda: tiny.image(r, Kind.NOISED, grid=(6, 6)),
@@ -365,13 +367,15 @@ def stored(pack, s):
     return (pack.sample == s).nonzero().squeeze(1)
 
 
-@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize("update_cache", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_attention_over_caches_of_different_lengths_is_dense(seed, grow, model):
+def test_attention_over_caches_of_different_lengths_is_dense(seed, update_cache, model):
     caches, pasts, pack = cached_case(seed, model)
-    attention = prepare_attention(pack, caches, grow)
+    attention = prepare_attention(pack, caches, update_cache)
     assert isinstance(attention, Cached)
-    for again in range(1 + (not grow)):  # without growing, the same context is looked at again and again
+    for again in range(
+        1 + (not update_cache)
+    ):  # without growing, the same context is looked at again and again
         q, k, v = qkv(len(pack), seed + 100 * again)
         ours = attend(attention, pack, q, k, v)
         for s, past in enumerate(pasts):
@@ -383,30 +387,30 @@ def test_attention_over_caches_of_different_lengths_is_dense(seed, grow, model):
             assert tiny.close(ours[mine].double(), expected)
 
 
-@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize("update_cache", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_keys_and_values_stay_in_the_caches_only_where_they_grow(seed, grow, model):
+def test_keys_and_values_stay_in_the_caches_only_where_they_grow(seed, update_cache, model):
     caches, pasts, pack = cached_case(seed, model)
     q, k, v = qkv(len(pack), seed)
-    attend(prepare_attention(pack, caches, grow), pack, q, k, v)
+    attend(prepare_attention(pack, caches, update_cache), pack, q, k, v)
     for s, (cache, past) in enumerate(zip(caches, pasts, strict=True)):
         mine = stored(pack, s)
-        if grow:
+        if update_cache:
             cache.length += len(mine)
             past = torch.cat([past, torch.stack([k[mine], v[mine]])], dim=1)
-        assert torch.equal(cache.past(0), past) if cache.length else not past.shape[1]
+        assert torch.equal(cache.past_key_values(0), past) if cache.length else not past.shape[1]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[300], [5, 200, 17], [1369, 1370]])
 def test_pictures_on_a_gpu_need_no_batches(lengths):
     """In FlashAttention's kernel for sequences of any lengths; heads of the ViT's width, 72."""
-    from unigen.model.attention import Pictures, picture_attention
+    from unigen.model.attention import PictureAttention, picture_attention
 
     g = torch.Generator().manual_seed(0)
     x = torch.randn(sum(lengths), 4 * 72, generator=g).cuda().bfloat16()
     attention = picture_attention(lengths, x, 4)
-    assert isinstance(attention, Pictures)
+    assert isinstance(attention, PictureAttention)
     q, k, v = (
         torch.randn(sum(lengths), 4, 72, generator=g).cuda().bfloat16().requires_grad_() for _ in range(3)
     )

@@ -72,7 +72,7 @@ def extend(model, caches, blocks):
     t = flow.training_time(pack.u, model.config.timestep_shift)
     grows = all(b.kind != Kind.NOISED for b in blocks)
     hidden = tiny.in_order(
-        pack, join(model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, grow=grows))
+        pack, join(model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, update_cache=grows))
     )
     if grows:
         for cache, block in zip(caches, blocks, strict=True):
@@ -111,10 +111,10 @@ def test_looking_without_growing_leaves_the_cache_alone(model):
     cache = Cache(3)
     with torch.no_grad():
         extend(model, [cache], [tiny.text(r, 4)])
-        before = [cache.past(i).clone() for i in range(3)]
+        before = [cache.past_key_values(i).clone() for i in range(3)]
         extend(model, [cache], [tiny.image(r, Kind.NOISED)])
     assert cache.length == 6 and cache.position == 6
-    assert all(torch.equal(cache.past(i), b) for i, b in enumerate(before))
+    assert all(torch.equal(cache.past_key_values(i), b) for i, b in enumerate(before))
 
 
 # ---- who influences whom

@@ -186,7 +186,7 @@ class _Row:
         self.pack = pack_blocks(blocks, special, model.config.geometry, [c.position for c in self.caches]).to(
             model.device
         )
-        self.attention = prepare_attention(self.pack, self.caches, grow=False)
+        self.attention = prepare_attention(self.pack, self.caches, update_cache=False)
 
     def velocities(
         self, x: Sequence[Tensor], t: Tensor

@@ -30,20 +30,22 @@ class Attention(Protocol):
         """Attention of q [T, H, d] over k and v [T, G, d], all in halves -> [T, H, d] in halves."""
 
 
-def prepare_attention(pack: Pack, caches: Sequence[Cache] | None = None, grow: bool = True) -> Attention:
+def prepare_attention(
+    pack: Pack, caches: Sequence[Cache] | None = None, update_cache: bool = True
+) -> Attention:
     """The back end of a packed sequence; with ``caches``, sample i continues ``caches[i]``.
 
-    With ``grow`` the tokens' keys and values are put into the caches; ``Cache.length`` moves when all layers
+    With ``update_cache`` the keys and values go into the caches; ``Cache.length`` moves when all layers
     are done.
     """
     if caches is not None:
-        return Cached(pack, caches, grow)
+        return Cached(pack, caches, update_cache)
     if pack.ids.is_cuda and len(pack):
         return Flex(pack)
     return Groups.of(pack)
 
 
-class Pictures:
+class PictureAttention:
     """Attention of the ViT on a GPU: pictures of any sizes in one kernel, without padding, masks or plans."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
@@ -70,7 +72,7 @@ class Pictures:
 def picture_attention(lengths: Sequence[int], x: Tensor, heads: int) -> Attention:
     """The back end of pictures with ``lengths`` patches that lie one after another in ``x`` [N, width]."""
     return (
-        Pictures(lengths, x.device)
-        if lengths and Pictures.fits(x, heads)
+        PictureAttention(lengths, x.device)
+        if lengths and PictureAttention.fits(x, heads)
         else Groups.pictures(lengths, x.device)
     )

@@ -175,17 +175,17 @@ class Bagel(nn.Module):
         x_t: Tensor,
         t: Tensor,
         caches: Sequence[Cache] | None = None,
-        grow: bool = True,
+        update_cache: bool = True,
         attention: Attention | None = None,
     ) -> Halves:
         """Halves [n, D] of hidden states after the final norms.
 
         VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]. Sample i continues ``caches[i]``; with
-        ``grow`` its tokens stay in the cache. ``attention`` saves preparing the same pack again.
+        ``update_cache`` its tokens stay in the cache. ``attention`` saves preparing the same pack again.
         """
-        attention = attention or prepare_attention(pack, caches, grow)
+        attention = attention or prepare_attention(pack, caches, update_cache)
         hidden = self.language_model.model(self.embed(pack, x_t, t), pack, attention)
-        if caches is not None and grow:
+        if caches is not None and update_cache:
             for cache, n_und, n_gen in zip(caches, pack.und_lengths, pack.gen_lengths, strict=True):
                 cache.length += n_und + n_gen
         return hidden

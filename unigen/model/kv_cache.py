@@ -26,7 +26,7 @@ class Cache:
         other.layers = list(self.layers)
         return other
 
-    def past(self, layer: int) -> Tensor:
+    def past_key_values(self, layer: int) -> Tensor:
         """[2, P, G, d]: keys and values so far."""
         buffer = self.layers[layer]
         assert buffer is not None and self.length

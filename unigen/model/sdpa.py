@@ -200,12 +200,12 @@ def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int
 
 
 class Cached:
-    """Attention of samples that continue caches. Without ``grow`` their keys and values lie beside copies of
-    the caches, which the next call with the same layer uses again: a picture is drawn in many steps over one
+    """Attention of samples that continue caches. Without ``update_cache`` their keys and values lie beside copies
+    of the caches, which the next call with the same layer uses again: a picture takes many steps over one
     context."""
 
-    def __init__(self, pack: Pack, caches: Sequence[Cache], grow: bool):
-        self.caches, self.grow = caches, grow
+    def __init__(self, pack: Pack, caches: Sequence[Cache], update_cache: bool):
+        self.caches, self.update_cache = caches, update_cache
         und, gen = np.cumsum([0, *pack.und_lengths]).tolist(), np.cumsum([0, *pack.gen_lengths]).tolist()
         # One slice a half: the understanding and the generation tokens of a sample.
         self.parts = [(slice(*und[i : i + 2]), slice(*gen[i : i + 2])) for i in range(pack.n_samples)]
@@ -258,11 +258,11 @@ class Cached:
 
     def _room(self, i: int, layer: int, n: int, like: Tensor) -> Tensor:
         cache = self.caches[i]
-        if self.grow:
+        if self.update_cache:
             return cache.room(layer, n, like)
         if (i, layer) not in self.beside:
             held = like.new_empty(2, cache.length + n, *like.shape[1:])
             if cache.length:
-                held[:, : cache.length] = cache.past(layer)
+                held[:, : cache.length] = cache.past_key_values(layer)
             self.beside[i, layer] = held
         return self.beside[i, layer]

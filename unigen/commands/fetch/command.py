@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from unigen.commands.fetch.addresses import FetchError, Network, is_address, parse_url, shown
 from unigen.commands.fetch.client import Client
-from unigen.commands.fetch.rewrite import Source, Writer, places, records
+from unigen.commands.fetch.rewrite import RewrittenFile, Writer, places, records
 from unigen.commands.fetch.store import Entry, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import find_files
@@ -124,7 +124,7 @@ def _network(text: str) -> Network:
 # ---- reading
 
 
-def _sources(paths: list[str], out: Path) -> list[Source]:
+def _sources(paths: list[str], out: Path) -> list[RewrittenFile]:
     """The files to read and to write. What an earlier run wrote is no source, also where the output lies in a
     source's folder."""
     root = out.resolve()
@@ -151,7 +151,7 @@ def _sources(paths: list[str], out: Path) -> list[Source]:
         raise UserError(
             f"there is nothing to read outside of the output folder {out}. Name the files with the records."
         )
-    return [Source(path, target) for target, path in found.items()]
+    return [RewrittenFile(path, target) for target, path in found.items()]
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _addresses(source: Source) -> Iterator[str]:
+def _addresses(source: RewrittenFile) -> Iterator[str]:
     """The addresses that can be asked, in the one spelling under which they are stored."""
     for _, _, value in records(source):
         for place in places(value):
@@ -263,7 +263,7 @@ def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: Fe
 
 
 def _report(
-    urls: dict[str, None], known: set[str], store: PictureStore, sources: list[Source], writer: Writer
+    urls: dict[str, None], known: set[str], store: PictureStore, sources: list[RewrittenFile], writer: Writer
 ) -> None:
     """The summary, and the failures by reason with the first of each."""
     good = [entry for url in urls if (entry := store.entries[url]).good]

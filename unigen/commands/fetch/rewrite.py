@@ -33,7 +33,7 @@ NESTED_FIELDS = (
 )
 
 
-class Source(NamedTuple):
+class RewrittenFile(NamedTuple):
     """A file of records, and the file of the new data."""
 
     path: Path
@@ -49,7 +49,7 @@ class Place(NamedTuple):
     field: str
 
 
-def records(source: Source) -> Iterator[tuple[Origin, bytes | None, Any]]:
+def records(source: RewrittenFile) -> Iterator[tuple[Origin, bytes | None, Any]]:
     """Each record: its place, its bytes where it has any, and its value or the BadRecord it is."""
     for part in parts(source.path, 0):
         for span, raw in read_part(part):
@@ -111,7 +111,7 @@ class Writer:
         self.failures: Counter[str] = Counter()
         self.first: dict[str, dict[str, Any]] = {}
 
-    def run(self, sources: list[Source], partial: bool) -> None:
+    def run(self, sources: list[RewrittenFile], partial: bool) -> None:
         """Puts all files in their places at the end; without ``partial`` a single failure keeps the data
         back."""
         listing = self.store.drafts / "failed"
@@ -133,7 +133,7 @@ class Writer:
                     draft.replace(source.target)
             listing.replace(self.store.folder / "failed.log")
 
-    def _lines(self, source: Source, listed: BinaryIO) -> Iterator[bytes]:
+    def _lines(self, source: RewrittenFile, listed: BinaryIO) -> Iterator[bytes]:
         for origin, raw, value in records(source):
             line, failed = self._line(source, origin, raw, value)
             for failure in failed:
@@ -145,7 +145,7 @@ class Writer:
                 yield line
 
     def _line(
-        self, source: Source, origin: Origin, raw: bytes | None, value: Any
+        self, source: RewrittenFile, origin: Origin, raw: bytes | None, value: Any
     ) -> tuple[bytes, list[dict[str, Any]]]:
         """The new line of a record, or its failures. A record without pictures keeps its very bytes."""
         if isinstance(value, BadRecord):
@@ -177,7 +177,7 @@ class Writer:
                 _failure(origin, "(record)", "bad_json", str(error), "write ordinary numbers and depth")
             ]
 
-    def _local(self, value: str | bytes, source: Source) -> str:
+    def _local(self, value: str | bytes, source: RewrittenFile) -> str:
         """The path of a picture as the new file names it. Raises FetchError."""
         if isinstance(value, bytes):
             file = self.store.keep("", value, self.deep).file
@@ -218,7 +218,7 @@ def _dumps(value: Any) -> bytes:
         return json.dumps(value, allow_nan=False, default=text).encode("ascii")
 
 
-def _moved(path: str, source: Source) -> str:
+def _moved(path: str, source: RewrittenFile) -> str:
     """A path relative to the source as one that means the same in the new file: relative where links allow
     it."""
     try:
