@@ -209,7 +209,11 @@ def equal(a, b):
     return (
         a.length == b.length
         and a.position == b.position
-        and all(torch.allclose(a.past(i), b.past(i), atol=1e-5) for i in range(3) if a.length)
+        and all(
+            torch.allclose(a.past_key_values(i), b.past_key_values(i), atol=1e-5)
+            for i in range(3)
+            if a.length
+        )
     )
 
 

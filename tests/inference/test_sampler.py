@@ -96,7 +96,7 @@ def test_feeding_token_by_token_is_extending_by_the_text(model, tokenizer):
         and one.position == other.position
         and one.length == other.length
     )
-    assert torch.allclose(one.past(2), other.past(2), atol=1e-5)
+    assert torch.allclose(one.past_key_values(2), other.past_key_values(2), atol=1e-5)
 
 
 # ---- drawing

@@ -200,9 +200,11 @@ def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int
 
 
 class Cached:
-    """Attention of samples that continue caches. Without ``update_cache`` their keys and values lie beside copies
-    of the caches, which the next call with the same layer uses again: a picture takes many steps over one
-    context."""
+    """Attention of samples that continue caches.
+
+    Without ``update_cache`` their keys and values lie beside copies of the caches, which the next call with
+    the same layer uses again: a picture takes many steps over one context.
+    """
 
     def __init__(self, pack: Pack, caches: Sequence[Cache], update_cache: bool):
         self.caches, self.update_cache = caches, update_cache
