@@ -11,7 +11,6 @@ from pathlib import Path
 
 from unigen.commands.watch.health import judge
 from unigen.commands.watch.terminal import View, frame, render
-from unigen.commands.watch.words import WORDS
 from unigen.runs.reader import Run, is_run
 from unigen.show.language import Words
 
@@ -42,7 +41,7 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
                 run.update()
                 seen.append((judge(run).name, run.step))
                 if len(seen) % 5 == 0:
-                    render(frame([run], View(Words("en", WORDS), 100)), 100, colour=False)
+                    render(frame([run], View(Words("en", "watch"), 100)), 100, colour=False)
             time.sleep(0.03)
         assert process.wait(5) == 0, log.read_text()
         run.update()
@@ -58,5 +57,5 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
         -1
     ].size > 1000
     assert run.metrics.log.n_unreadable == 0 and run.metrics.log.n_lines >= 12
-    text = "\n".join(render(frame([run], View(Words("en", WORDS), 100)), 100, colour=False))
+    text = "\n".join(render(frame([run], View(Words("en", "watch"), 100)), 100, colour=False))
     assert "finished" in text and "100.0%" in text and "step_12" in text

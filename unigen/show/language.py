@@ -1,29 +1,42 @@
-"""The texts of one language, and numbers as people read them."""
+"""The texts of one room in one language, from ``assets/text/``, and numbers as people read them."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from unigen.show.terminal import harmless
 
 LANGUAGES = ("en", "zh")
+TAGS = {"en": "en", "zh": "zh-CN"}  # what HTML calls them
 DURATIONS = ("ago", "for_")  # values that are seconds
 SIZES = ("free", "need")  # bytes
 
 
-class Words:
-    """The texts of one language: ``words("skipped", n=3)``. ``texts`` has (English, Chinese) for each key."""
+@cache
+def texts(language: str) -> dict[str, dict[str, str]]:
+    """All texts of a language: section -> key -> text."""
+    assert language in LANGUAGES
+    return json.loads((files("unigen") / "assets" / "text" / f"{language}.json").read_text("utf-8"))
 
-    def __init__(self, language: str, texts: Mapping[str, tuple[str, str]]):
-        assert language in LANGUAGES
-        self.language, self.texts, self._column = language, texts, LANGUAGES.index(language)
+
+class Words:
+    """The texts of a section and the common ones: ``words("skipped", n=3)``.
+
+    Values that are seconds or bytes become text by their names (``DURATIONS``, ``SIZES``); texts of others
+    become harmless.
+    """
+
+    def __init__(self, language: str, section: str):
+        self.language, self.section = language, section
+        self.texts = texts(language)["common"] | texts(language)[section]
 
     def __call__(self, key: str, **values: Any) -> str:
         shown = {name: self._shown(name, value) for name, value in values.items()}
-        text = self.texts[key][self._column]
-        return text.format(**shown) if shown else text
+        return self.texts[key].format(**shown)
 
     def _shown(self, name: str, value: Any) -> Any:
         if name in DURATIONS:
@@ -45,6 +58,11 @@ class Words:
             return self("hours", n=minutes // 60, m=minutes % 60)
         hours = round(seconds / 3600)
         return self("days", n=hours // 24, m=hours % 24)
+
+
+def of_code(code: str, language: str) -> str:
+    """What the code of a problem means; empty for one without a text."""
+    return texts(language)["codes"].get(code, "")
 
 
 def size(n: float) -> str:

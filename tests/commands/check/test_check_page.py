@@ -4,23 +4,20 @@ of the page."""
 from __future__ import annotations
 
 import json
-import re
-import string
 import sys
 from pathlib import Path
 
 import pytest
 from pages import Page
 
-from unigen.commands.check import advice as rules
 from unigen.commands.check import page as check_page
 from unigen.commands.check.advice import advise
 from unigen.commands.check.command import CheckOptions, _columns, run
 from unigen.commands.check.findings import Findings, Problems, check
 from unigen.commands.check.terminal import percent, sections
-from unigen.commands.check.words import CODES, WORDS, Words
 from unigen.config import DataOptions
 from unigen.model.weights import load_planner
+from unigen.show.language import Words, of_code
 
 ROOT = Path(__file__).parents[3]
 EVIL = "<script>alert(1)</script>"
@@ -54,7 +51,7 @@ def advice_of(found: Findings, **changes) -> dict[str, str]:
 def test_the_page_shows_everything_and_is_safe(tmp_path, language):
     same = [talk(EVIL, EVIL)] * 3
     found = look(tmp_path, *same, {EVIL: 1}, "{", {"image_path": f"{EVIL}.png", "caption": "c"}, deep=True)
-    words, summary = Words(language), found.summary()
+    words, summary = Words(language, "check"), found.summary()
     advice = advise(summary, len(found.problems), found.deep)
     page = check_page.write(tmp_path / "new" / "check.html", found, summary, advice, words)
     source = page.read_text("utf-8")
@@ -62,13 +59,13 @@ def test_the_page_shows_everything_and_is_safe(tmp_path, language):
     assert "script" not in parsed.tags and parsed.tags.count("svg") == 3 and f'lang="{language}' in source
     assert "Content-Security-Policy" in source and "://" not in source
     for code in ("no_format", "bad_json", "missing_picture"):
-        assert code in parsed.text and words.of_code(code) in parsed.text
+        assert code in parsed.text and of_code(code, language) in parsed.text
     for line in (4, 5, 6):
         assert f"tests/a.jsonl:{line}" in parsed.text or f"a.jsonl:{line}" in parsed.text
     for heading, _ in sections(summary, words):
         assert heading in parsed.text
     for a in advice:
-        assert WORDS[f"advice_{a.code}"][0 if language == "en" else 1].split("{")[0] in parsed.text
+        assert words.texts[f"advice_{a.code}"].split("{")[0] in parsed.text
     assert (
         f"{summary['targets']['image_tokens']:,}" in parsed.text
         and f"{summary['lengths']['max']:,}" in parsed.text
@@ -78,7 +75,7 @@ def test_the_page_shows_everything_and_is_safe(tmp_path, language):
 def test_an_interrupted_check_says_so_first(tmp_path):
     found = look(tmp_path, talk("q", "a"))
     found.interrupted = True
-    words = Words("en")
+    words = Words("en", "check")
     text = Page(
         check_page.write(tmp_path / "x.html", found, found.summary(), [], words).read_text("utf-8")
     ).text
@@ -88,29 +85,10 @@ def test_an_interrupted_check_says_so_first(tmp_path):
 def test_more_problems_than_the_page_shows_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(Problems, "KEPT", 5)
     found = look(tmp_path, *["{"] * 30)
-    source = check_page.write(tmp_path / "x.html", found, found.summary(), [], Words("en")).read_text("utf-8")
+    source = check_page.write(
+        tmp_path / "x.html", found, found.summary(), [], Words("en", "check")
+    ).read_text("utf-8")
     assert source.count("a.jsonl:") == 5 and "and 25 more; --problems problems.jsonl lists all" in source
-
-
-def test_both_languages_have_every_text_with_the_same_fields():
-    def names(text: str) -> list[str]:
-        return sorted({f"{name}:{spec}" for _, name, spec, _ in string.Formatter().parse(text) if name})
-
-    assert [
-        key
-        for key, texts in WORDS.items()
-        if len(texts) != 2 or names(texts[0]) != names(texts[1]) or not all(texts)
-    ] == []
-    assert [code for code, texts in CODES.items() if len(texts) != 2 or not all(texts)] == []
-    sources = "".join(
-        p.read_text("utf-8")
-        for folder in ("data", "sequence")
-        for p in (ROOT / "unigen" / folder).glob("*.py")
-    )
-    raised = set(re.findall(r"(?:BadRecord|PictureError)\(\s*\"(\w+)\"", sources))
-    assert len(raised) > 25 and sorted(raised - set(CODES)) == []
-    given = set(re.findall(r"Advice\(\s*\"(\w+)\"", Path(rules.__file__).read_text("utf-8")))
-    assert given and sorted(code for code in given if f"advice_{code}" not in WORDS) == []
 
 
 def test_each_advice_is_given_when_its_rule_says(tmp_path):

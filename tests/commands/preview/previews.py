@@ -10,16 +10,16 @@ from unigen.commands.preview import command as preview
 from unigen.commands.preview.page import write_preview
 from unigen.commands.preview.pick import PreviewOptions
 from unigen.commands.preview.view import look
-from unigen.commands.preview.words import words
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Draw, Planner
 from unigen.sequence.types import Image, Origin, Pack, Record, Text
+from unigen.show.language import Words
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples" / "sample_data_format.json"
 PICTURES = ROOT / "examples" / "pictures"
 HOUSE = PICTURES / "house_day.png"
-SAY = words("en")
+SAY = Words("en", "preview")
 TIP = re.compile(r"index (\d+) · position (\d+) · id (\d+)(?: · label (\d+))?")
 
 

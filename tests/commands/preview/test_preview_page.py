@@ -1,8 +1,6 @@
 """``unigen preview`` as its user meets it: which records, exit codes, the terminal, and a page that data
 cannot break."""
 
-import re
-import string
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from pages import Page
 from PIL import Image as PILImage
-from previews import EXAMPLES, HOUSE, PICTURES, ROOT, SAY, packed, page_of, record, sample_page, write
+from previews import EXAMPLES, HOUSE, PICTURES, SAY, packed, page_of, record, sample_page, write
 
 from unigen import cli
 from unigen.commands.preview import command as preview
@@ -19,12 +17,12 @@ from unigen.commands.preview.blocks import Ink, mask_drawing, plain, strip, tile
 from unigen.commands.preview.page import write_preview
 from unigen.commands.preview.pick import PreviewOptions, pick
 from unigen.commands.preview.view import look
-from unigen.commands.preview.words import WORDS
 from unigen.config import DataOptions
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.model.weights import load_planner
 from unigen.sequence.plan import Draw
 from unigen.sequence.types import Image, Origin, Record, Text
+from unigen.show.language import texts
 
 # ---- the command
 
@@ -262,30 +260,14 @@ def test_many_pictures_get_small_tiles_and_many_blocks_a_bare_mask(tmp_path, est
     assert (tmp_path / "preview.html").stat().st_size < 900_000
 
 
-def test_every_word_is_there_in_both_languages(tmp_path, estimate, records):
-    formatter = string.Formatter()
-    for key, (english, chinese) in WORDS.items():
-        names = [{name for _, name, _, _ in formatter.parse(text) if name} for text in (english, chinese)]
-        assert english and chinese and names[0] == names[1], key
+def test_the_page_speaks_chinese(tmp_path, estimate, records):
     view = look(records[4], 4, estimate, Draw(42, 0, 4))
     page = page_of(
         tmp_path, estimate, preview.Look(4, records[4].origin, view, None), language="zh", model=None
     )
     assert page.of("html")[0]["lang"] == "zh-CN"
     for key in ("legend", "mask_blocks", "dropout", "words_note", "illustration", "sequence"):
-        assert WORDS[key][1] in page.text and WORDS[key][0] not in page.text
-    files = [
-        path
-        for path in (ROOT / "unigen" / "commands" / "preview").glob("*.py")
-        if path.stem not in ("words", "command")
-    ]
-    source = "".join(path.read_text(encoding="utf-8") for path in files)
-    used = set(re.findall(r'say\(\s*f?["\'](\w+)["\']', source)) - {"k_", "sees_"}
-    assert len(used) > 40 and used - set(WORDS) == set()
-    unused = [
-        key for key in WORDS if not re.match(r"k_|sees_", key) and not re.search(rf"[\"']{key}[\"']", source)
-    ]
-    assert unused == []
+        assert texts("zh")["preview"][key] in page.text and texts("en")["preview"][key] not in page.text
 
 
 def test_tooltips_are_spent_once_a_sample(planner):

@@ -406,9 +406,9 @@ def test_every_evidence_and_worry_has_its_words():
     """All keys that this module names are in the table of words."""
     import re
 
-    from unigen.commands.watch.words import WORDS
+    from unigen.show.language import Words
 
     source = Path(health.__file__).read_text("utf-8")
     named = set(re.findall(r'Told\("(\w+)"', source)) | set(re.findall(r'"(clock_\w+)"', source))
     named |= set(re.findall(r'Worry\(.*?"(\w+)", \{', source))
-    assert len(named) > 20 and sorted(named - set(WORDS)) == []
+    assert len(named) > 20 and sorted(named - set(Words("en", "watch").texts)) == []

@@ -19,11 +19,10 @@ from recorded import PROMPTS, record, write_metrics, write_rank, write_samples
 from unigen.commands.watch import page as page_module
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.page import write
-from unigen.commands.watch.words import WORDS
 from unigen.runs.reader import Run
 from unigen.show import charts as chart
 from unigen.show.curves import MAX_POINTS
-from unigen.show.language import figure
+from unigen.show.language import Words, figure
 from unigen.show.pages import write_page
 
 CHROMIUM = next(
@@ -58,7 +57,7 @@ def dump(path: Path, profile: Path) -> str:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, language):
     source = written(tmp_path / "new" / "page.html", folder, language=language)
-    page, column = Page(source), ("en", "zh").index(language)
+    page, words = Page(source), Words(language, "watch")
     assert "://" not in source and page.tags.count("script") == 1 and f'lang="{language}' in source
     for key in (
         "curves",
@@ -70,7 +69,7 @@ def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, la
         "running",
         "tokens_per_second",
     ):
-        assert WORDS[key][column] in page.text
+        assert words(key) in page.text
     for part in (
         "step_1000",
         "best",

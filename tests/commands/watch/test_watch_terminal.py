@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import string
 import subprocess
 import sys
 import time
@@ -21,11 +20,10 @@ from unigen.commands.watch import command
 from unigen.commands.watch.health import judge, worries
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.terminal import View, fit, frame, render, wrapped
-from unigen.commands.watch.words import WORDS
 from unigen.runs.metrics import Point
 from unigen.runs.reader import Run
 from unigen.show.curves import Curve, Panel, Range, smooth, thin, value_range
-from unigen.show.language import Words, figure, size
+from unigen.show.language import Words, figure
 from unigen.show.plot import plot, sparkline
 from unigen.show.terminal import columns
 
@@ -41,7 +39,7 @@ def look(folder: Path) -> Run:
 def shown(
     runs: list[Run], width: int = 120, height: int | None = None, language: str = "en", **view
 ) -> list[str]:
-    return render(frame(runs, View(Words(language, WORDS), width, height, **view)), width, colour=False)
+    return render(frame(runs, View(Words(language, "watch"), width, height, **view)), width, colour=False)
 
 
 def test_a_frame_says_everything(folder):
@@ -185,27 +183,6 @@ def test_texts_are_cut_and_wrapped_by_columns():
     ) >= 4
 
 
-def test_numbers_are_short_and_right():
-    cases = (0, 1.23456, 12345.6, 2e-5, 1.5e-5, 1.25e9, None, math.nan, -0.5)
-    assert [figure(v) for v in cases] == [
-        "0",
-        "1.235",
-        "12,346",
-        "2e-05",
-        "1.5e-05",
-        "1.25e+09",
-        "–",
-        "–",
-        "-0.5",
-    ]
-    assert [size(n) for n in (0, 999, 1500, 88e9, 1.25e12)] == ["0 B", "999 B", "1.5 kB", "88 GB", "1.25 TB"]
-    english = Words("en", WORDS)
-    seconds = (0, 119, 121, 3599, 3600, 86_400 * 2, 86_400 * 3 + 3700, -1, math.nan, 1e300)
-    assert [english.duration(s) for s in seconds] == [
-        "0 s", "119 s", "2 min", "1 h 0 min", "1 h 0 min", "2 d 0 h", "3 d 1 h", "?", "?", "?",
-    ]  # fmt: skip
-
-
 EVIL = "\x1b[2J\x1b]0;owned\x07\u202eevil\u2066 \x9b31m\nnew\rline\u200b"
 
 
@@ -223,7 +200,7 @@ def test_nothing_in_a_folder_can_steer_the_terminal(tmp_path):
 
 
 def test_without_colours_the_text_is_the_same(folder):
-    found = frame([look(folder)], View(Words("en", WORDS), 100))
+    found = frame([look(folder)], View(Words("en", "watch"), 100))
     lines = render(found, 100, colour=True)
     assert "\x1b[32m● running\x1b[0m" in lines[0]
     assert [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in lines] == render(found, 100, colour=False)
@@ -236,7 +213,7 @@ def test_without_colours_the_text_is_the_same(folder):
 def test_states_and_worries_are_said_in_both_languages(tmp_path, language):
     """Dead, hung, stopped, finished, new, and a run with every worry: no text lacks a value, all are
     there."""
-    words = Words(language, WORDS)
+    words = Words(language, "watch")
     dead, hung, stopped = (record(tmp_path / name, 60, ranks=2) for name in ("dead", "hung", "stopped"))
     finished, new = record(tmp_path / "finished", 40, total=40, ranks=1), tmp_path / "new"
     for rank in (0, 1):
@@ -274,21 +251,6 @@ def test_states_and_worries_are_said_in_both_languages(tmp_path, language):
     assert len(found) >= 11 and [w.level for w in found] == sorted(w.level for w in found)
     for worry in found:
         assert f"! {words(worry.key, **worry.values)}"[:40] in text
-
-
-def test_both_languages_have_every_text_with_the_same_fields():
-    def names(text: str) -> list[str]:
-        return sorted({f"{name}:{spec}" for _, name, spec, _ in string.Formatter().parse(text) if name})
-
-    assert [
-        key
-        for key, texts in WORDS.items()
-        if len(texts) != 2 or names(texts[0]) != names(texts[1]) or not all(texts)
-    ] == []
-    rooms = (ROOT / "unigen" / "commands" / "watch", ROOT / "unigen" / "show")
-    sources = "".join(path.read_text("utf-8") for room in rooms for path in room.glob("*.py"))
-    used = set(re.findall(r'"(\w+)"', sources))
-    assert sorted(key for key in WORDS if key not in used) == [], "texts that nobody says"
 
 
 # ---- the command

@@ -1,5 +1,5 @@
 """What the statistics of a data set suggest. The rules are here, their words in
-``unigen/commands/check/words.py``."""
+``assets/text/``."""
 
 from __future__ import annotations
 

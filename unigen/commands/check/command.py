@@ -73,10 +73,10 @@ def run(options: CheckOptions) -> int:
     _resolve(options)
     from unigen.commands.check.advice import advise
     from unigen.commands.check.findings import BUDGETS, LIMITS, Problems, check
-    from unigen.commands.check.words import Words
     from unigen.model.weights import load_planner
+    from unigen.show.language import Words
 
-    words = Words(options.language)
+    words = Words(options.language, "check")
     data = _ModelAndData(
         max_sequence_length=options.max_sequence_length,
         max_image_tokens=options.max_image_tokens,
@@ -154,9 +154,9 @@ def _bar() -> Iterator[Callable[[int, int, int, int], None]]:
 def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> None:
     """One document, its problems written one by one: there may be more of them than fit into memory."""
     from unigen.commands.check.terminal import advice_line
-    from unigen.commands.check.words import Words
+    from unigen.show.language import Words
 
-    english = Words("en")
+    english = Words("en", "check")
     head = {
         "clean": not len(found.problems),
         "interrupted": found.interrupted,
@@ -210,16 +210,17 @@ def _print_report(
 
 def _problem_lines(found: Any, words: Any) -> Iterator[str]:
     from unigen.commands.check.page import place
+    from unigen.show.language import of_code
 
     for code, n in found.problems.counts.most_common():
-        yield f"{code}  ({n:,})  {words.of_code(code)}".rstrip()
+        yield f"{code}  ({n:,})  {of_code(code, words.language)}".rstrip()
         for p in found.problems.first[code][:FEW]:
             yield f"  {place(p)}"
             yield (
                 f"    {words('field')} {p['field']}: {words('found')} {p['found']}; {words('expected')}"
                 f" {p['expected']}"
             )
-            yield f"    {words('cure')}: {p['cure']}"
+            yield f"    {words('fix')}: {p['cure']}"
         if n > FEW:
             path = found.problems.path
             yield "  " + (words("more_in", n=n - FEW, path=path) if path else words("more_how", n=n - FEW))

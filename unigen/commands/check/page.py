@@ -10,7 +10,7 @@ from typing import Any
 from unigen.commands.check.advice import Advice
 from unigen.commands.check.findings import Findings
 from unigen.commands.check.terminal import Bars, Line, Shares, Table, advice_line, percent, sections
-from unigen.commands.check.words import Words
+from unigen.show.language import TAGS, Words, of_code
 from unigen.show.pages import COLOURS, bar_chart, escape, table, write_page
 
 FEW = 5  # problems that are all shown unfolded
@@ -52,9 +52,7 @@ def write(
         parts.append((words("advice"), _advice(advice, words)))
     for heading, blocks in sections(summary, words):
         parts.append((heading, _body(blocks)))
-    return write_page(
-        path, words("title"), parts, language={"zh": "zh-CN"}.get(words.language, words.language), style=STYLE
-    )
+    return write_page(path, words("title"), parts, language=TAGS[words.language], style=STYLE)
 
 
 def verdict(found: Findings, words: Words) -> str:
@@ -99,7 +97,7 @@ def _short(n: int) -> str:
 
 def _problems(found: Findings, words: Words) -> str:
     """A fold for each code; the first is open where there are few."""
-    header = [words(key) for key in ("place", "field", "found", "expected", "cure")]
+    header = [words(key) for key in ("place", "field", "found", "expected", "fix")]
     parts = []
     folder = common_folder(found.files)
     for code, n in found.problems.counts.most_common():
@@ -116,7 +114,7 @@ def _problems(found: Findings, words: Words) -> str:
             )
             body += f'<p class="soft">{escape(more)}</p>'
         is_open = " open" if len(found.problems) <= FEW else ""
-        told = f'{escape(code)}<span class="count">{n:,}</span><span class="count">{escape(words.of_code(code))}</span>'
+        told = f'{escape(code)}<span class="count">{n:,}</span><span class="count">{escape(of_code(code, words.language))}</span>'
         parts.append(f"<details{is_open}><summary>{told}</summary>{body}</details>")
     return "".join(parts)
 

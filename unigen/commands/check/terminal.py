@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from unigen.commands.check.advice import Advice
-from unigen.commands.check.words import Words
+from unigen.show.language import Words
 
 
 class Line(NamedTuple):
@@ -58,9 +58,7 @@ def sections(summary: dict[str, Any], words: Words) -> list[tuple[str, list[Bloc
 
 
 def advice_line(advice: Advice, words: Words) -> str:
-    return (
-        words(f"advice_{advice.code}", **advice.values) if advice.values else words(f"advice_{advice.code}")
-    )
+    return words(f"advice_{advice.code}", **advice.values)
 
 
 def percent(share: float) -> str:

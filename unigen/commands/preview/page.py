@@ -22,10 +22,10 @@ from unigen.commands.preview.blocks import (
 )
 from unigen.commands.preview.pick import Look, PreviewOptions
 from unigen.commands.preview.view import SampleView, Shown, source_name
-from unigen.commands.preview.words import words
 from unigen.data.dataset import task
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Image, Kind, Text
+from unigen.show.language import TAGS, Words
 from unigen.show.pages import table, write_page
 
 Say = Callable[..., str]
@@ -103,19 +103,19 @@ STRIPES = (
 
 def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, planner: Planner) -> Path:
     """Writes the page; ``looks`` is read one by one, so that one sample's pictures are in memory at a time."""
-    say = words(options.language)
+    say = Words(options.language, "preview")
     sections, bad, shown = [], 0, 0
     for look in looks:
         shown += 1
         bad += look.problem is not None
         sections.append(("", _broken(look, say) if look.view is None else _sample(look.view, planner, say)))
-    title = named(say("title", source=", ".join(Path(given).name or given for given in options.paths)))
+    title = say("title", source=named(", ".join(Path(given).name or given for given in options.paths)))
     head = STRIPES + _head(options, shown, bad, say)
     return write_page(
         path,
         title,
         [("", head), *sections],
-        language="zh-CN" if options.language == "zh" else "en",
+        language=TAGS[options.language],
         style=STYLE,
     )
 

@@ -29,11 +29,10 @@ def watch(options: WatchOptions) -> int:
         UserError: there is no run, an option cannot work, or the page cannot be written.
     """
     steps = _resolve(options)
-    from unigen.commands.watch.words import WORDS
     from unigen.runs.reader import Run, find_runs
     from unigen.show.language import Words
 
-    words = Words(options.language, WORDS)
+    words = Words(options.language, "watch")
     runs = [Run(folder, steps, exact=options.html is not None) for folder in find_runs(options.run)]
     if options.html is not None:
         _write_page(options, runs)
@@ -99,13 +98,12 @@ def _write_page(options: WatchOptions, runs: Sequence[Run]) -> None:
 
 def _view(options: WatchOptions, live: bool = False) -> View:
     from unigen.commands.watch.terminal import View
-    from unigen.commands.watch.words import WORDS
     from unigen.show.language import Words
 
     size = shutil.get_terminal_size((100, 40))
     width = min(WIDEST, max(NARROWEST, size.columns))
     height = max(8, size.lines) if sys.stdout.isatty() and live else None
-    return View(Words(options.language, WORDS), width, height, _has_braille(), options.smooth, live)
+    return View(Words(options.language, "watch"), width, height, _has_braille(), options.smooth, live)
 
 
 def _has_braille() -> bool:

@@ -14,11 +14,10 @@ from typing import Any
 
 from unigen.commands.watch.health import State, judge, speed, worries
 from unigen.commands.watch.options import WatchOptions
-from unigen.commands.watch.words import WORDS
 from unigen.runs.reader import Answer, Run
 from unigen.show import charts as chart
 from unigen.show.curves import curves_of, panels_of
-from unigen.show.language import Words, figure, size
+from unigen.show.language import TAGS, Words, figure, size
 from unigen.show.pages import escape, table, write_page
 from unigen.show.terminal import harmless
 
@@ -66,11 +65,12 @@ MARKS = {
 def write(path: Path, runs: Sequence[Run], options: WatchOptions) -> Path:
     """Writes the page of one run, or of several that are compared. ``path``'s folder is made where it is
     missing."""
-    words = Words(options.language, WORDS)
+    words = Words(options.language, "watch")
     parts = _one(runs[0], options, words) if len(runs) == 1 else _many(runs, options, words)
     title = words("title", name=runs[0].name) if len(runs) == 1 else words("title_many", n=len(runs))
-    language = {"zh": "zh-CN"}.get(words.language, words.language)
-    return write_page(path, title, parts, language=language, style=chart.STYLE + STYLE, script=chart.SCRIPT)
+    return write_page(
+        path, title, parts, language=TAGS[words.language], style=chart.STYLE + STYLE, script=chart.SCRIPT
+    )
 
 
 def _one(run: Run, options: WatchOptions, words: Words) -> list[tuple[str, str]]:
