@@ -24,7 +24,7 @@ class Page(HTMLParser):
         self.text = ""
         self.pictures: list[PILImage.Image] = []
         self.charts: list[Any] = []  # the data of those that tell values where one points
-        self.feed(source)
+        self.feed(str(source))  # markup would escape what is taken from it
         self.close()
         assert self.open == [], f"not closed: {self.open}"
 

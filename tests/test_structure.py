@@ -50,6 +50,8 @@ HOMES = {
     "requests": ["commands/fetch/client.py"],
     "idna": ["commands/fetch/addresses.py"],
     "filelock": ["files.py"],
+    "jinja2": ["show/pages.py"],
+    "rich": ["show/terminal.py"],
     "fcntl": ["files.py"],
 }
 FORBIDDEN = ["pickle", "torchvision"]

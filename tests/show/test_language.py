@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from unigen.show.language import LANGUAGES, Words, figure, of_code, size, texts
+from unigen.show.figures import figure, size
+from unigen.show.language import LANGUAGES, Words, of_code, texts
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("check", "watch", "preview")

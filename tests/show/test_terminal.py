@@ -1,7 +1,10 @@
 """What commands print, on any terminal."""
 
+import contextlib
 import io
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from unigen.commands.preview.command import Colours, colours
-from unigen.show.terminal import harmless, has_colour, say
+from unigen.show.terminal import UNBOUND, columns, drawn, harmless, has_colour, line, live, say, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,3 +58,70 @@ def test_where_nobody_reads_on_the_command_comes_to_its_own_end():
     process.stdout.close()
     assert process.wait(60) == 7 and process.stderr.read() == b""
     process.stderr.close()
+
+
+# ---- what rich draws
+
+EVIL = "\x1b[2J\x1b]0;owned\x07\u202e [bold]x[/bold] :cat: \x9b31m"
+
+
+def test_columns_line_up_with_wide_characters_and_figures_to_the_right():
+    rows = [["理解", 5, "1.2%"], ["generate", 1234, "< 0.01%"], ["", "", ""]]
+    assert drawn(table(["任务", "n", "share"], rows)).split("\n") == [
+        "任务          n    share",
+        "理解          5     1.2%",
+        "generate  1,234  < 0.01%",
+        "",
+    ]
+    assert columns("橘e\u0301") == 3
+
+
+def test_figures_and_ordinary_words_stay_whole_in_a_narrow_terminal():
+    rows = [["several ordinary words", 1234567, "< 0.01%", "x" * 50]]
+    text = drawn(table(["name", "n", "share", "what"], rows), 20)
+    words = text.split()
+    assert {"several", "ordinary", "words", "1,234,567"} <= set(words) and "< 0.01%" in text
+    assert text.count("x") == 50, "what is longer than a column goes on below"
+
+
+def test_nothing_is_broken_or_cut_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    text = drawn(table(["what"], [["word " * 400]]))
+    assert len(text.split("\n")) == 2 and len(text) < UNBOUND // 10
+
+
+def test_texts_in_tables_and_lines_cannot_steer_the_terminal():
+    shown = drawn(table([EVIL], [[EVIL], [line(EVIL, (EVIL, "bad"))]]), 200, colour=True)
+    assert shown.count("[bold]x[/bold] :cat:") == 4, "and nothing is taken for markup"
+    left = re.sub(r"\x1b\[[\d;]*m", "", shown)
+    assert not [c for c in left if not c.isprintable() and c != "\n"]
+    assert "\x1b[1;31m" in shown and "\x1b" not in drawn(line((EVIL, "bad")), 80, colour=False)
+
+
+class Screen(Terminal):
+    encoding = "ascii"
+
+    def fileno(self) -> int:
+        raise OSError
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt(), ValueError("x")])
+def test_a_live_view_puts_the_terminal_right_however_it_ends(monkeypatch: pytest.MonkeyPatch, end):
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        if isinstance(end, ValueError):
+            stack.enter_context(pytest.raises(ValueError))
+        with live() as show:
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+            show(table(["猫"], [[EVIL]] * 100))
+            if end:
+                raise end
+    text = screen.getvalue()
+    assert "\x1b[?1049h" in text and "[bold]x" in text and "\\u732b" in text and "owned\x07" not in text
+    assert text.rindex("\x1b[?1049l") > text.rindex("[bold]x") and text.rindex("\x1b[?25h") > text.index(
+        "\x1b[?25l"
+    )
+    assert signal.getsignal(signal.SIGTERM) is before

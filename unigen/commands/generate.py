@@ -64,10 +64,10 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
 
 def generate(options: GenerateOptions) -> None:
     """``unigen generate``."""
-    from unigen.show.pages import write_pieces
+    from unigen.show.pages import write_answer
 
     prompt, pieces = answer(options)
-    page = write_pieces(Path(options.output_dir), prompt, pieces, title="Unigen")
+    page = write_answer(Path(options.output_dir), prompt, pieces, title="Unigen")
     for piece in pieces:
         print(piece if isinstance(piece, str) else f"[picture of {piece.width} x {piece.height}]")
     print(f"Written to {page}")

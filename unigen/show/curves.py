@@ -1,4 +1,4 @@
-"""Which curves stand in which chart, and the part of the plane that a chart shows; for the terminal and the
+"""Curves to draw: smoothing, thinning, and the part of the plane that a chart shows; for the terminal and the
 page alike."""
 
 from __future__ import annotations
@@ -8,31 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from unigen.runs.metrics import Point
-from unigen.runs.reader import Run
 
 MAX_POINTS = 300  # of a drawn curve
-
-
-class Panel(NamedTuple):
-    """A chart: names of the words' table, ``unit`` "" for none."""
-
-    name: str
-    validation: str = ""
-    unit: str = ""
-    scale: float = 1.0  # of the values shown
-
-
-PANELS = (
-    Panel("loss", "val_loss"),
-    Panel("text_loss", "val_text_loss", "unit_text_loss"),
-    Panel("image_loss", "val_image_loss", "unit_image_loss"),
-    Panel("grad_norm"),
-    Panel("learning_rate"),
-    Panel("tokens_per_second"),
-    Panel("data_wait", unit="unit_share", scale=100.0),
-)
-ROOM = 0.03  # of the range, left free above and below
-LOG_FROM = 30.0  # a gradient norm whose greatest value is this many times its least is drawn logarithmically
+MARGIN = 0.03  # of the range, left free above and below
+LOG_FROM = 30.0  # a greatest value this many times the least one asks for a logarithmic scale
 
 
 class Range(NamedTuple):
@@ -57,37 +36,6 @@ class Curve(NamedTuple):
     run: int
     is_validation: bool
     points: list[Point]
-
-
-def panels_of(runs: Sequence[Run]) -> list[Panel]:
-    """The charts that have data. A run with one kind of target alone has a total loss that says nothing
-    new."""
-    there = [
-        panel
-        for panel in PANELS
-        if any(
-            run.metrics.log.buckets[name] for run in runs for name in (panel.name, panel.validation) if name
-        )
-    ]
-    names = {panel.name for panel in there}
-    single = len(names & {"text_loss", "image_loss"}) == 1
-    return [panel for panel in there if not (single and panel.name == "loss")]
-
-
-def curves_of(runs: Sequence[Run], panel: Panel, smoothing: float = 0.0) -> list[Curve]:
-    """The lines of a chart: of each run its training, smoothed, and its validation."""
-    curves = []
-    for i, run in enumerate(runs):
-        for is_validation, name in ((False, panel.name), (True, panel.validation)):
-            points = run.metrics.log.points(name) if name else []
-            if points:
-                points = [
-                    Point(p.step, p.mean * panel.scale, p.low * panel.scale, p.high * panel.scale)
-                    for p in points
-                ]
-                exact = is_validation or panel.name == "learning_rate"
-                curves.append(Curve(i, is_validation, points if exact else smooth(points, smoothing)))
-    return curves
 
 
 def smooth(points: Sequence[Point], weight: float) -> list[Point]:
@@ -119,27 +67,55 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     ]
 
 
-def span(curves: Sequence[Curve]) -> tuple[float, float]:
-    """The first and the last step, apart from each other."""
-    first = min(curve.points[0].step for curve in curves)
-    last = max(curve.points[-1].step for curve in curves)
+def span(lines: Sequence[Sequence[Point]]) -> tuple[float, float]:
+    """The first and the last step of the lines, apart from each other. Each line has a point at least."""
+    first, last = min(points[0].step for points in lines), max(points[-1].step for points in lines)
     return (first, last) if last > first else (first - 0.5, first + 0.5)
 
 
-def value_range(panel: Panel, curves: Sequence[Curve]) -> Range:
-    """The values to show. A few values far above all others, as in the first steps or at a spike, do not
-    press the rest flat."""
-    values = sorted(point.mean for curve in curves for point in curve.points)
+def value_range(
+    lines: Sequence[Sequence[Point]], *, log: bool | None = False, from_zero: bool = False
+) -> Range:
+    """The values to show of the lines, each of a point at least. A few values far above all others, as in the
+    first steps or at a spike, do not press the rest flat.
+
+    Args:
+        log: Whether the scale is logarithmic, for positive values alone; None where that depends on the values.
+        from_zero: Whether 0 is to be seen.
+    """
+    values = sorted(point.mean for points in lines for point in points)
     low, high = values[0], values[-1]
-    if panel.name == "grad_norm" and low > 0 and high > LOG_FROM * low:
-        return Range(low, high, log=True)
-    if panel.name in ("tokens_per_second", "data_wait", "learning_rate"):
+    if log or (log is None and low > 0 and high > LOG_FROM * low):
+        return Range(low, high, log=True) if high > low else Range(low / 2, low * 2, log=True)
+    if from_zero:
         low = min(low, 0.0)
     common = values[min(len(values) - 1, int(0.97 * len(values)))]
     if len(values) >= 50 and high - low > 2.5 * (common - low) > 0:
         return Range(low, common + 0.4 * (common - low), cut=True)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = abs(low) / 2 or 1.0
-        return Range(low - room, high + room)
-    room = ROOM * (high - low)
-    return Range(low - room if low else low, high + room)
+        margin = abs(low) / 2 or 1.0
+        return Range(low - margin, high + margin)
+    margin = MARGIN * (high - low)
+    return Range(low - margin if low else low, high + margin)
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: give it room
+        margin = abs(low) / 2 or 1.0
+        low, high = low - margin, high + margin
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    return [k * step for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Numbers 1, 2, 5 times powers of ten that enclose [low, high]; powers of ten alone, or every few of
+    them, when there are many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    marks, stride = (1, 2, 5) if last - first <= 4 else (1,), math.ceil((last - first + 1) / 12)
+    ticks = [float(f"{m}e{k}") for k in range(first, last + stride, stride) for m in marks]
+    below = max(t for t in ticks if t <= low)
+    above = min((t for t in ticks if t >= high and t > below), default=10.0 * below)
+    return [t for t in ticks if below <= t <= above] if above in ticks else [below, above]

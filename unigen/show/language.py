@@ -1,13 +1,13 @@
-"""The texts of one room in one language, from ``assets/text/``, and numbers as people read them."""
+"""The texts of one room in one language, from ``assets/text/``."""
 
 from __future__ import annotations
 
 import json
-import math
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from unigen.show.figures import size
 from unigen.show.terminal import harmless
 
 LANGUAGES = ("en", "zh")
@@ -63,22 +63,3 @@ class Words:
 def of_code(code: str, language: str) -> str:
     """What the code of a problem means; empty for one without a text."""
     return texts(language)["codes"].get(code, "")
-
-
-def size(n: float) -> str:
-    """Bytes: ``29.4 GB`` (10^9), as disks and ``min_free_gb`` count."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.3g} {name}" if n < 100 * unit else f"{n / unit:,.0f} {name}"
-    return f"{n:.0f} B"
-
-
-def figure(value: float | None) -> str:
-    """Four significant digits: ``1.234``, ``12,340``, ``2e-05``; ``–`` where there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
-    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.3g}"

@@ -1,12 +1,27 @@
-"""What commands print: safe for any terminal, any encoding, and a reader that leaves."""
+"""What commands print: safe for any terminal, any encoding, and a reader that leaves; laid out by rich."""
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import signal
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from unigen.show.figures import cell, is_figure
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+# The names of styles, in every command's output.
+STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "soft": "dim"}
+UNBOUND = 100_000  # columns of an output that is no terminal: nothing is broken into lines or cut
 
 
 def has_colour() -> bool:
@@ -26,11 +41,126 @@ def showable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def say(text: str) -> None:
-    """Prints the text, now; where nobody reads on (``unigen ... | head``) the command goes on to its own end
-    and exit code."""
+def say(*parts: RenderableType) -> None:
+    """Prints texts as they are and what rich draws, now; where nobody reads on (``unigen ... | head``) the
+    command goes on to its own end and exit code."""
+    text = "\n".join(part if isinstance(part, str) else drawn(part) for part in parts)
     with reader_may_leave():
         print(showable(text), flush=True)
+
+
+def drawn(part: RenderableType, width: int | None = None, colour: bool | None = None) -> str:
+    """What rich draws, as lines of text.
+
+    Args:
+        width: Columns; default: those of the terminal, without a limit where there is none.
+        colour: Whether to colour; default: where the terminal wants it.
+    """
+    out = io.StringIO()
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNBOUND
+    _console(out, width, has_colour() if colour is None else colour).print(part, crop=False)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip("\n").split("\n"))
+
+
+def line(*parts: tuple[object, str] | str) -> Text:
+    """A text of parts, each a ``(text, style)`` or a text without one; made harmless."""
+    from rich.text import Text
+
+    pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
+    return Text.assemble(*((harmless(text), style) for text, style in pairs))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Columns that line up, Chinese ones too: figures to the right and never broken, texts to the left.
+
+    A cell is a number, a text (whose line breaks stay), or a ``Text`` made by :func:`line`.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="soft")
+    shown = [[v if isinstance(v, Text) else _lines(cell(v)) for v in row] for row in rows]
+    for k, name in enumerate(header):
+        values = [row[k] for row in rows if row[k] not in ("", "–")]
+        right = bool(values) and all(map(is_figure, values))
+        # at least a figure, or an ordinary word
+        words = max(map(_longest, [line(name), *(row[k] for row in shown)]))
+        least = max(words, *(row[k].cell_len for row in shown)) if right else min(20, words)
+        made.add_column(line(name), justify="right" if right else "left", min_width=least, overflow="fold")
+    for row in shown:
+        made.add_row(*row)
+    return made
+
+
+def _lines(text: str) -> Text:
+    """The text as it is broken into lines, each harmless."""
+    from rich.text import Text
+
+    return Text("\n").join(line(part) for part in text.split("\n"))
+
+
+def _longest(text: Text) -> int:
+    """Columns of its longest word."""
+    return max((columns(word) for word in text.plain.split()), default=0)
+
+
+@contextmanager
+def live() -> Iterator[Callable[[RenderableType], None]]:
+    """A view on the terminal's second screen, shown anew by the function this gives; what does not fit is cut.
+    Ctrl-C, SIGTERM and errors leave with the screen put right; the first two end the block in silence."""
+    from rich.live import Live
+
+    # leaves as Ctrl-C does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = _console(_Output(), None, has_colour())
+    view = Live(
+        console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+    )
+    try:
+        with view:
+            yield lambda part: view.update(part, refresh=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Output(io.TextIOBase):
+    """The standard output, for texts whose characters it may lack."""
+
+    encoding = property(lambda self: sys.stdout.encoding)  # type: ignore[assignment]
+
+    def write(self, text: str) -> int:
+        sys.stdout.write(showable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+
+def _console(file: Any, width: int | None, colour: bool) -> Console:
+    """Draws plain texts as they are: no markup, no emoji, nothing coloured by its looks."""
+    from rich.console import Console
+    from rich.theme import Theme
+
+    return Console(
+        file=file,
+        width=width,
+        theme=Theme(STYLES),
+        force_terminal=colour or isinstance(file, _Output),
+        color_system="standard" if colour else None,
+        no_color=not colour,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from unigen.commands.watch import page as page_module
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.page import write
 from unigen.runs.reader import Run
-from unigen.show import charts as chart
 from unigen.show.curves import MAX_POINTS
-from unigen.show.language import Words, figure
-from unigen.show.pages import write_page
+from unigen.show.figures import figure
+from unigen.show.language import Words
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
@@ -52,6 +51,19 @@ def dump(path: Path, profile: Path) -> str:
     done = subprocess.run([*argv, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def framed(source: str, script: str, folder: Path) -> str:
+    """The title that a script outside the page gives, which sees the page as ``d``, 375 points wide."""
+    frame = folder / "frame.html"
+    frame.write_text(
+        '<body style="margin:0"><iframe id="f" style="width:375px;height:2000px;border:0"></iframe><script>'
+        "const f = document.getElementById('f'); f.onload = () => { const d = f.contentDocument;"
+        f"{script} }};f.srcdoc = {json.dumps(source).replace('</', chr(92) + 'u003c/')};</script>",
+        "utf-8",
+    )
+    (title,) = re.findall(r"<title>(.*?)</title>", dump(frame, folder / "profile"))
+    return title
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -225,24 +237,18 @@ def test_a_browser_obeys_nothing_in_a_hostile_run(hostile, tmp_path):
 @pytest.mark.slow
 def test_the_pointer_shows_the_values_of_its_step(folder, tmp_path):
     """At the step of the third validation: that step, the training's value there, the validation's value."""
-    run = Run(folder, exact=True)
-    run.update()
-    write(tmp_path / "whole.html", [run], WatchOptions())
-    body = re.findall(r"<section>.*?</section>", (tmp_path / "whole.html").read_text("utf-8"), re.S)[1]
-    data = Page(body).charts[1]
+    source = written(tmp_path / "whole.html", folder)
+    data = Page(source).charts[1]
     share = (300 - data["first"]) / (data["last"] - data["first"])
-    # The page's own script and a pointer that moves: one script, since the policy lets one run.
-    move = (
-        "const area = document.querySelectorAll('.area')[1], box ="
-        " area.getBoundingClientRect();area.dispatchEvent(new PointerEvent('pointermove', {clientX:"
-        f" box.left + {share} * box.width, clientY: box.top + 5}}));document.title ="
-        " [...area.querySelectorAll('.tip div')].map(row =>"
-        " row.textContent).join('|');area.dispatchEvent(new PointerEvent('pointerleave'));if"
-        " (!area.querySelector('.tip').hidden) document.title = 'still there';"
+    title = framed(
+        source,
+        "const area = d.querySelectorAll('.area')[1], box = area.getBoundingClientRect();"
+        f"area.dispatchEvent(new PointerEvent('pointermove', {{clientX: box.left + {share} * box.width}}));"
+        "document.title = [...area.querySelectorAll('.tip div')].map(row => row.textContent).join('|');"
+        "area.dispatchEvent(new PointerEvent('pointerleave'));"
+        "if (!area.querySelector('.tip').hidden) document.title = 'still there';",
+        tmp_path,
     )
-    body = re.sub(r"^<section>|</section>$", "", body)
-    write_page(tmp_path / "page.html", "x", [("", body)], style=chart.STYLE, script=chart.SCRIPT + move)
-    (title,) = re.findall(r"<title>(.*?)</title>", dump(tmp_path / "page.html", tmp_path / "profile"))
     training, val = data["curves"]
     assert title.startswith("step 300|training  ") and title.endswith(
         f"|validation  {val['t'][val['x'].index(300)]}"
@@ -256,16 +262,8 @@ def test_the_pointer_shows_the_values_of_its_step(folder, tmp_path):
 def test_a_browser_draws_the_page_at_a_phones_width(folder, tmp_path):
     """375 points wide, in Chinese: nothing is wider than the window, and it is not blank."""
     source = written(tmp_path / "page.html", folder, language="zh")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        '<body style="margin:0"><iframe id="f" style="width:375px;height:2000px;border:0"></iframe><script>'
-        f"const f = document.getElementById('f'); f.onload = () => {{ const d = f.contentDocument;"
-        f" document.title = "
-        "[d.documentElement.scrollWidth, d.querySelectorAll('svg path').length].join(' '); };"
-        f"f.srcdoc = {json.dumps(source).replace('</', chr(92) + 'u003c/')};</script>",
-        "utf-8",
-    )
-    (title,) = re.findall(r"<title>(.*?)</title>", dump(frame, tmp_path / "profile"))
+    numbers = "[d.documentElement.scrollWidth, d.querySelectorAll('svg path').length]"
+    title = framed(source, f"document.title = {numbers}.join(' ');", tmp_path)
     width, paths = map(int, title.split())
     assert width <= 375 and paths > 40
 

@@ -22,8 +22,9 @@ from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.terminal import View, fit, frame, render, wrapped
 from unigen.runs.metrics import Point
 from unigen.runs.reader import Run
-from unigen.show.curves import Curve, Panel, Range, smooth, thin, value_range
-from unigen.show.language import Words, figure
+from unigen.show.curves import Curve, Range
+from unigen.show.figures import figure
+from unigen.show.language import Words
 from unigen.show.plot import plot, sparkline
 from unigen.show.terminal import columns
 
@@ -142,32 +143,6 @@ def test_a_sparkline_rises_with_its_values():
         sparkline(curve, (0, 15, Range(0, 7)), 16).rstrip().endswith("█")
         and len(sparkline(curve, (0, 15, Range(0, 7)), 16)) == 16
     )
-
-
-def test_ranges_keep_outliers_from_pressing_the_rest_flat():
-    def curve(values) -> list[Curve]:
-        return [Curve(0, False, [Point(n, v, v, v) for n, v in enumerate(values)])]
-
-    loss, norm = Panel("loss"), Panel("grad_norm")
-    early = value_range(loss, curve([100.0, 90.0] + [1.0 + n / 100 for n in range(100)]))
-    assert early.cut and 1.9 < early.high < 3.5
-    assert not value_range(loss, curve([2.0 - n / 100 for n in range(100)])).cut
-    spiky = value_range(norm, curve([1.0] * 50 + [80.0] + [1.0] * 50))
-    assert spiky.log and spiky.high == 80.0 and not value_range(norm, curve([1.0, 2.0, 0.0])).log
-    for flat in ([0.0], [5.0] * 9, [-3.0]):
-        found = value_range(loss, curve(flat))
-        assert found.low < flat[0] < found.high
-
-
-def test_smoothing_is_a_corrected_moving_average_and_thinning_keeps_extremes():
-    points = [Point(n, v, v, v) for n, v in enumerate([4.0, 2.0, 6.0])]
-    means = [p.mean for p in smooth(points, 0.5)]
-    assert (
-        means == pytest.approx([4.0, (1 + 1) / 0.75, (0.5 + 0.5 + 3) / 0.875])
-        and smooth(points, 0.0) == points
-    )
-    (one,) = thin(points, 1)
-    assert (one.step, one.mean, one.low, one.high) == (1, 4, 2, 6)
 
 
 def test_texts_are_cut_and_wrapped_by_columns():

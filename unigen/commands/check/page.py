@@ -10,35 +10,11 @@ from typing import Any
 from unigen.commands.check.advice import Advice
 from unigen.commands.check.findings import Findings
 from unigen.commands.check.terminal import Bars, Line, Shares, Table, advice_line, percent, sections
+from unigen.show.charts import bar_chart
 from unigen.show.language import TAGS, Words, of_code
-from unigen.show.pages import COLOURS, bar_chart, escape, table, write_page
+from unigen.show.pages import escape, part, table, write_sections
 
 FEW = 5  # problems that are all shown unfolded
-
-STYLE = """
-.path { margin-top: -12px; font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; font-size: 13px; }
-.verdict { display: flex; align-items: center; gap: 14px; font-size: 20px; font-weight: 600; margin: 0 0 4px; }
-.mark { flex: none; width: 34px; height: 34px; border-radius: 50%; color: #fff; font-size: 19px; line-height: 34px; text-align: center; }
-.good { background: #2f9e6e; } .bad { background: #d1495b; } .warn { background: #d9822b; } .note { background: #3f83c8; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 12px; margin: 18px 0 0; }
-.tile { border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
-.tile b { display: block; font-size: 22px; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: 13px; }
-.advice { list-style: none; margin: 0; padding: 0; } .advice li { display: flex; gap: 12px; margin: 0 0 10px; max-width: 92ch; }
-.advice .mark { width: 20px; height: 20px; line-height: 20px; font-size: 12px; margin-top: 2px; }
-details { border: 1px solid var(--line); border-radius: 10px; padding: 0 16px; margin: 0 0 10px; }
-details[open] { padding-bottom: 12px; } summary { cursor: pointer; padding: 10px 0; font-weight: 600; }
-.count { color: var(--soft); font-weight: 400; margin-left: 8px; } .blocks p { margin: 0 0 6px; } details p { margin: 10px 0 0; }
-details td { font-size: 13px; min-width: 9em; max-width: 26em; white-space: pre-wrap; }
-details td:first-child { min-width: 14em; }
-details td:nth-child(2), details td:first-child { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; }
-.blocks > * { margin: 0 0 18px; } .blocks > *:last-child { margin: 0; } td { white-space: pre-line; }
-.shares { display: flex; height: 22px; border-radius: 6px; overflow: hidden; max-width: 720px; }
-.shares i { display: block; min-width: 2px; } .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 6px; font-size: 13px; }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 600px), 1fr)); gap: 18px; }
-.wide table { min-width: 50%; }
-"""
 
 
 def write(
@@ -51,8 +27,15 @@ def write(
     if advice:
         parts.append((words("advice"), _advice(advice, words)))
     for heading, blocks in sections(summary, words):
-        parts.append((heading, _body(blocks)))
-    return write_page(path, words("title"), parts, language=TAGS[words.language], style=STYLE)
+        parts.append((heading, _body(blocks, words)))
+    return write_sections(
+        path,
+        words("title"),
+        parts,
+        language=TAGS[words.language],
+        styles=["charts", "check"],
+        script="charts",
+    )
 
 
 def verdict(found: Findings, words: Words) -> str:
@@ -141,7 +124,7 @@ def _advice(advice: Sequence[Advice], words: Words) -> str:
 def _shares(block: Shares) -> str:
     """One bar, divided."""
     whole = sum(n for _, n in block.parts)
-    parts = [(COLOURS[i], escape(name), n / whole) for i, (name, n) in enumerate(block.parts)]
+    parts = [(f"var(--c{i})", escape(name), n / whole) for i, (name, n) in enumerate(block.parts)]
     bar = "".join(
         f'<i style="background:{colour};width:{share:.3%}" title="{name}: {percent(share)}"></i>'
         for colour, name, share in parts
@@ -153,14 +136,17 @@ def _shares(block: Shares) -> str:
     return f'<div><p class="soft">{escape(block.title)}</p><div class="shares">{bar}</div><div class="legend">{legend}</div></div>'
 
 
-def _body(blocks: Sequence[Any]) -> str:
+def _body(blocks: Sequence[Any], words: Words) -> str:
     """Blocks one under another, charts side by side."""
     parts: list[str] = []
     charts: list[str] = []
     for block in blocks:
         if isinstance(block, Bars):
             charts.append(
-                f"<div>{bar_chart(block.bars, title=block.title, x_label=block.x_label, y_label=block.y_label)}</div>"
+                part(
+                    "chart",
+                    bar_chart(block.title, block.bars, words, x_label=block.x_label, y_label=block.y_label),
+                )
             )
             continue
         if charts:

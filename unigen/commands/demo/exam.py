@@ -24,8 +24,11 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.bagel import Bagel
 from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
+from unigen.runs.metrics import Point
 from unigen.sequence.images import open_image
-from unigen.show import pages as report
+from unigen.show import pages
+from unigen.show.charts import Line, line_chart
+from unigen.show.language import Words
 
 SIDE = 8  # pixels of a picture's side: what the digits have
 
@@ -318,8 +321,8 @@ def _share(right: Sequence[Any]) -> float:
 
 
 def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path:
-    curves = report.read_metrics(output_dir / "run" / "metrics.jsonl")
-    report.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(
+    curves = pages.read_metrics(output_dir / "run" / "metrics.jsonl")
+    pages.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(
         output_dir / "drawings.png"
     )
     rows = [
@@ -327,18 +330,26 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path
         for name, bar in BARS.items()
     ]
     more = [(name.replace("_", " "), value) for name, value in metrics.items() if name not in BARS]
-    losses = {
-        name: curves[key] for name, key in (("text", "text_loss"), ("image", "image_loss")) if key in curves
-    }
-    sections = [
-        ("What it learnt", report.table(rows, ("task, on held-out digits", "right", "bar", "chance"))),
-        ("Drawings", report.image_grid(exam.drawings, 10)),
-        ("Edits: given, drawn, exact", report.image_grid(exam.edits, 12)),
-        ("Sums: two digits in, text and drawing out", report.image_grid(exam.sums, 12)),
-        (
-            "Losses",
-            report.line_chart(losses, title="Training loss", x_label="step", y_label="loss", log_y=True),
-        ),
-        ("Figures", report.table(more, ("figure", "value"))),
+    words = Words("en", "common")
+    lines = [
+        Line(name, [Point(step, value, value, value) for step, value in curves[key]], n)
+        for n, (name, key) in enumerate((("text", "text_loss"), ("image", "image_loss")))
+        if key in curves
     ]
-    return report.write_page(output_dir / "report.html", "Unigen demo: handwritten digits", sections)
+    values = {
+        "scores": rows,
+        "figures": more,
+        "losses": line_chart("Training loss", lines, words, log=True),
+        **{
+            name: [(caption, pages.embed(picture)) for caption, picture in found]
+            for name, found in (("drawings", exam.drawings), ("edits", exam.edits), ("sums", exam.sums))
+        },
+    }
+    return pages.write_page(
+        output_dir / "report.html",
+        "report.html",
+        values,
+        title="Unigen demo: handwritten digits",
+        styles=["charts"],
+        script="charts",
+    )

@@ -26,73 +26,12 @@ from unigen.data.dataset import task
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Image, Kind, Text
 from unigen.show.language import TAGS, Words
-from unigen.show.pages import table, write_page
+from unigen.show.pages import table, write_sections
 
 Say = Callable[..., str]
 
 RAW = 3000  # characters of a bad record that are shown as they stand
 
-STYLE = """
-:root { --text: #3f83c8; --vit: #2f9e6e; --clean: #8a63d2; --noised: #d9822b; --cut: #d1495b; }
-.k-text { --k: var(--text); } .k-vit { --k: var(--vit); } .k-clean { --k: var(--clean); } .k-noised { --k: var(--noised); }
-h3 { font-size: 15px; margin: 26px 0 10px; } h3 small, .note { font-weight: 400; font-size: 13px; color: var(--soft); }
-.where { color: var(--soft); font-size: 13px; margin: -8px 0 16px; overflow-wrap: anywhere; } .where span { margin-right: 16px; }
-.where code { font-size: 12px; }
-.facts { display: flex; flex-wrap: wrap; gap: 10px; margin: 0 0 4px; }
-.facts > div { flex: 1 1 200px; background: var(--page); border: 1px solid var(--line); border-radius: 8px; padding: 9px 14px; }
-.facts b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; } .facts span { font-size: 13px; color: var(--soft); }
-.bar { height: 5px; border-radius: 3px; background: var(--line); margin: 7px 0 1px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--text); }
-.strip { display: flex; gap: 2px; height: 34px; overflow-x: auto; }
-.strip div { flex: 1 1 0; min-width: 9px; border-radius: 3px; background: color-mix(in srgb, var(--k) 45%, var(--card)); font-size: 11px;
-  display: grid; place-items: center; overflow: hidden; border-bottom: 5px solid transparent; background-clip: padding-box; }
-.strip .loss { border-bottom-color: var(--noised); }
-.strip .gone { background: repeating-linear-gradient(45deg, transparent 0 4px, var(--line) 4px 6px); color: var(--soft); }
-.cards { display: flex; flex-wrap: wrap; gap: 12px; align-items: stretch; }
-.card { border: 1px solid var(--line); border-left: 4px solid var(--k); border-radius: 8px; padding: 9px 14px 11px;
-  flex: 1 1 100%; min-width: 0; }
-.card.image { flex: 1 1 260px; max-width: 352px; } .card.gone { border-style: dashed; border-left-style: solid; opacity: .8;
-  align-self: flex-start; }
-.gone .ids { color: var(--soft); font-size: 13px; }
-.card header { font-size: 13px; margin-bottom: 7px; display: flex; flex-wrap: wrap; gap: 2px 10px; align-items: baseline;
-  color: var(--soft); }
-.card header strong { color: var(--ink); font-size: 14px; } .num { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.tag { border-radius: 9px; padding: 0 8px; font-size: 12px; background: var(--page); border: 1px solid var(--line); }
-.tag.loss { background: color-mix(in srgb, var(--noised) 22%, transparent); border-color: var(--noised); color: var(--ink); }
-.tag.warn { background: color-mix(in srgb, var(--cut) 15%, transparent); border-color: var(--cut); color: var(--ink); }
-.ids { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.85; font-size: 15px; }
-.ids span { background: color-mix(in srgb, var(--text) 10%, transparent); padding: 2px 0; }
-.ids span:nth-child(even) { background: color-mix(in srgb, var(--text) 21%, transparent); }
-.ids span.y { background: color-mix(in srgb, var(--noised) 20%, transparent); }
-.ids span.y:nth-child(even) { background: color-mix(in srgb, var(--noised) 38%, transparent); }
-.ids span:hover { outline: 2px solid var(--ink); outline-offset: 0; }
-.s, .t { font: 11.5px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; border: 1px solid var(--line); border-radius: 4px;
-  padding: 1px 4px; margin: 0 3px; white-space: nowrap; color: var(--soft); background: var(--page); display: inline-block; }
-.s.y { border-color: var(--noised); color: var(--ink); background: color-mix(in srgb, var(--noised) 20%, transparent); }
-.t { border: 1px dashed var(--noised); color: var(--ink); background: color-mix(in srgb, var(--noised) 10%, transparent); }
-.ids del { color: var(--cut); text-decoration-thickness: 1px; opacity: .85; } .ids sub { font-size: 9px; color: var(--soft); }
-.ids i, .key i { background: radial-gradient(circle at 50% 60%, var(--soft) 0 1px, transparent 1.4px); }
-.hid { font: 10px/1 ui-monospace, monospace; border-radius: 3px; padding: 1px 2px; color: var(--cut); background: var(--page); }
-.fold summary { cursor: pointer; color: var(--soft); font-size: 13px; padding: 3px 0; } details > summary { cursor: pointer; }
-.tile { position: relative; margin: 0 0 9px; } .tile img { width: 100%; display: block; image-rendering: auto; border-radius: 4px; }
-.tile svg { position: absolute; inset: 0; width: 100%; height: 100%; mix-blend-mode: difference; }
-.tile path { stroke: #808080; stroke-width: 1; vector-effect: non-scaling-stroke; fill: none; }
-.card dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 10px; margin: 0; font-size: 13px; } .card dt { color: var(--soft); }
-.card dd { margin: 0; overflow-wrap: anywhere; } .card p.note { margin: 6px 0 0; font-size: 12px; }
-.sees { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; } .sees > svg { flex: 1 1 380px; max-width: 560px; }
-.sees > div { flex: 1 1 240px; } .mask text { font-size: 11px; fill: var(--soft); }
-.mask .frame { fill: none; stroke: var(--line); stroke-width: .8; }
-.f-text { fill: var(--text); } .f-vit { fill: var(--vit); } .f-clean { fill: var(--clean); } .f-noised { fill: var(--noised); }
-.hidden { fill: url(#stripes); } .mixed { fill: var(--cut); opacity: .5; } #stripes path { stroke: var(--noised); stroke-width: 1.2; }
-.defs { position: absolute; width: 0; height: 0; }
-.mask rect:hover { stroke: var(--ink); stroke-width: 1.5; }
-.key { display: grid; align-content: start; grid-template-columns: max-content 1fr; gap: 7px 14px; align-items: baseline;
-  margin: 0 0 14px; font-size: 14px; }
-.key dt { text-align: right; } .key dd { margin: 0; color: var(--soft); } .key .box { display: inline-block; width: 30px; height: 14px;
-  border-radius: 3px; background: color-mix(in srgb, var(--k) 60%, var(--card)); vertical-align: -2px; }
-.legend { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 0 34px; } .legend .ids { display: inline; }
-.broken { border-color: var(--cut); border-left: 5px solid var(--cut); } .broken dl { grid-template-columns: max-content 1fr; }
-"""
 
 # The pattern of what is hidden in every mask of the page.
 STRIPES = (
@@ -111,12 +50,12 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
         sections.append(("", _broken(look, say) if look.view is None else _sample(look.view, planner, say)))
     title = say("title", source=named(", ".join(Path(given).name or given for given in options.paths)))
     head = STRIPES + _head(options, shown, bad, say)
-    return write_page(
+    return write_sections(
         path,
         title,
         [("", head), *sections],
         language=TAGS[options.language],
-        style=STYLE,
+        styles=["preview"],
     )
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from unigen.commands.watch.health import State, judge, speed, worries
 from unigen.commands.watch.options import WatchOptions
+from unigen.commands.watch.panels import chart, curves_of, panels_of
 from unigen.runs.reader import Answer, Run
-from unigen.show import charts as chart
-from unigen.show.curves import curves_of, panels_of
-from unigen.show.language import TAGS, Words, figure, size
-from unigen.show.pages import escape, table, write_page
+from unigen.show.figures import figure, size
+from unigen.show.language import TAGS, Words
+from unigen.show.pages import escape, part, table, write_sections
 from unigen.show.terminal import harmless
 
 HARD_PIXELS = 64  # pictures up to this side are magnified with hard pixels
@@ -30,32 +30,6 @@ PAGE_BYTES = 16_000_000  # of pictures; the rest is named only
 TEXT_LENGTH = 600  # characters of a sample's text
 VALUE_LENGTH = 400  # of an option
 
-STYLE = """
-.verdict { display: flex; align-items: center; gap: 14px; font-size: 20px; font-weight: 600; margin: 0 0 4px; flex-wrap: wrap; }
-.mark { flex: none; width: 34px; height: 34px; border-radius: 50%; color: #fff; font-size: 18px; line-height: 34px; text-align: center; }
-.good { background: #2f9e6e; } .bad { background: #d1495b; } .warn { background: #d9822b; } .note { background: #7a869a; }
-.progress { height: 10px; border-radius: 5px; background: var(--line); overflow: hidden; margin: 14px 0 6px; }
-.progress i { display: block; height: 100%; border-radius: 5px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin: 18px 0 0; }
-.tile { border: 1px solid var(--line); border-radius: 10px; padding: 11px 14px; min-width: 0; }
-.tile b { display: block; font-size: 21px; line-height: 1.3; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.tile span { color: var(--soft); font-size: 13px; } .tile small { display: block; color: var(--soft); font-size: 12px; }
-.worries { list-style: none; margin: 18px 0 0; padding: 0; } .worries li { display: flex; gap: 12px; margin: 0 0 8px; max-width: 92ch; }
-.worries .mark { width: 20px; height: 20px; line-height: 20px; font-size: 12px; margin-top: 2px; }
-.prompt { font-weight: 600; margin: 22px 0 8px; overflow-wrap: anywhere; } .prompt:first-of-type { margin-top: 0; }
-.prompt small { color: var(--soft); font-weight: 400; margin-left: 10px; }
-.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(126px, 1fr)); gap: 12px; }
-.answers.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); overflow: visible; }
-.answers figcaption { margin: 0 0 5px; font-variant-numeric: tabular-nums; }
-.prompt img { height: 56px; width: auto; margin: 0 8px 0 0; vertical-align: middle; }
-.answers img { width: 100%; margin: 0 0 6px; }
-.answers p { font-size: 13px; margin: 0 0 6px; white-space: pre-wrap; line-height: 1.45; }
-details > summary { cursor: pointer; font-weight: 600; } details[open] > summary { margin-bottom: 12px; }
-h3 { font-size: 15px; margin: 20px 0 8px; } section > h3:first-child { margin-top: 0; }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
-@media (max-width: 560px) { body { padding: 18px 10px 40px; } section { padding: 16px 14px; border-radius: 10px; } h1 { font-size: 22px; }
-  .answers { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 8px; } .tiles { grid-template-columns: 1fr 1fr; gap: 8px; } }
-"""
 MARKS = {
     "running": ("●", "good"), "hung": ("■", "bad"), "dead": ("✕", "bad"), "stopped": ("■", "warn"), "finished": ("✓", "good"),
     "new": ("○", "note"),
@@ -68,8 +42,8 @@ def write(path: Path, runs: Sequence[Run], options: WatchOptions) -> Path:
     words = Words(options.language, "watch")
     parts = _one(runs[0], options, words) if len(runs) == 1 else _many(runs, options, words)
     title = words("title", name=runs[0].name) if len(runs) == 1 else words("title_many", n=len(runs))
-    return write_page(
-        path, title, parts, language=TAGS[words.language], style=chart.STYLE + STYLE, script=chart.SCRIPT
+    return write_sections(
+        path, title, parts, language=TAGS[words.language], styles=["charts", "watch"], script="charts"
     )
 
 
@@ -170,7 +144,9 @@ def _charts(runs: Sequence[Run], options: WatchOptions, words: Words) -> str:
     drawn = []
     for panel in panels:
         skipped = list(runs[0].metrics.log.skipped) if len(runs) == 1 and panel.name == "grad_norm" else []
-        drawn.append(chart.chart(panel, curves_of(runs, panel, options.smooth), names, words, skipped))
+        drawn.append(
+            part("chart", chart(panel, curves_of(runs, panel, options.smooth), names, words, skipped))
+        )
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from unigen.commands.watch.health import State, judge, speed, worries
+from unigen.commands.watch.panels import Panel, curves_of, panels_of
 from unigen.runs.reader import Run
-from unigen.show.curves import Curve, Panel, curves_of, panels_of, span, value_range
-from unigen.show.language import Words, figure, size
+from unigen.show.curves import Curve, span
+from unigen.show.figures import figure, size
+from unigen.show.language import Words
 from unigen.show.plot import plot, sparkline
 from unigen.show.terminal import columns, harmless
 
@@ -246,7 +248,7 @@ def _padded(line: Line, width: int) -> Line:
 def _panel(run: Run, panel: Panel, view: View, width: int, height: int) -> list[Line]:
     """A chart of ``height + 2`` lines: its name with the newest values, the curves, the steps."""
     curves = curves_of([run], panel, view.smoothing)
-    values, (first, last) = value_range(panel, curves), span(curves)
+    values, (first, last) = panel.values(curves), span([c.points for c in curves])
     plotted = plot(curves, (first, last, values), max(8, width - LABEL - 1), height, view.unicode)
     lines = [_title(panel, curves, view)]
     for n, spans in enumerate(plotted):
@@ -309,7 +311,9 @@ def _sparks(run: Run, panels: Sequence[Panel], view: View) -> list[Line]:
         curves = curves_of([run], panel, view.smoothing)
         name = view.words(panel.name if panel.name != "data_wait" else "data_wait_curve")
         wide = max(8, view.width - 30)
-        spark = sparkline(curves[0], (*span(curves), value_range(panel, curves)), wide, view.unicode)
+        spark = sparkline(
+            curves[0], (*span([c.points for c in curves]), panel.values(curves)), wide, view.unicode
+        )
         lines.append(
             [
                 *_padded([Span(name, "soft")], 18),
@@ -451,7 +455,7 @@ def _many(runs: Sequence[Run], view: View) -> list[Line]:
 def _compared(runs: Sequence[Run], panel: Panel, view: View) -> list[Line]:
     words, curves = view.words, curves_of(runs, panel, view.smoothing)
     name = words(panel.name if panel.name != "data_wait" else "data_wait_curve")
-    values, steps = value_range(panel, curves), span(curves)
+    values, steps = panel.values(curves), span([c.points for c in curves])
     unit = " %" if panel.unit == "unit_share" else ""
     lines: list[Line] = [
         [Span(name, "bold"), Span(f"  {figure(values.low)} … {figure(values.high)}{unit}", "soft")]
