@@ -113,7 +113,8 @@ def round_ticks(low: float, high: float) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Numbers 1, 2, 5 times powers of ten that enclose [low, high]; powers of ten alone, or every few of
     them, when there are many."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    # a hair wider, since logarithms round
+    first, last = math.floor(math.log10(low) - 1e-9), math.ceil(math.log10(high) + 1e-9)
     marks, stride = (1, 2, 5) if last - first <= 4 else (1,), math.ceil((last - first + 1) / 12)
     ticks = [float(f"{m}e{k}") for k in range(first, last + stride, stride) for m in marks]
     below = max(t for t in ticks if t <= low)

@@ -16,6 +16,7 @@ from unigen.show.figures import cell, is_figure
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -71,6 +72,13 @@ def line(*parts: tuple[object, str] | str) -> Text:
     return Text.assemble(*((harmless(text), style) for text, style in pairs))
 
 
+def indented(part: RenderableType, by: int = 2) -> Padding:
+    """The part, its lines moved to the right."""
+    from rich.padding import Padding
+
+    return Padding(part, (0, 0, 0, by), expand=False)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Columns that line up, Chinese ones too: figures to the right and never broken, texts to the left.
 
@@ -90,6 +98,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
         made.add_column(line(name), justify="right" if right else "left", min_width=least, overflow="fold")
     for row in shown:
         made.add_row(*row)
+    return made
+
+
+def notices(entries: Sequence[tuple[str, str]]) -> Table:
+    """Texts under each other, each behind a mark of its level: ``!``, and ``-`` for a note."""
+    from rich.table import Table
+
+    made = Table.grid(padding=(0, 1, 0, 0))
+    for level, text in entries:
+        mark, style = ("-", "") if level == "note" else ("!", level)
+        made.add_row(line((mark, style)), line(text))
     return made
 
 

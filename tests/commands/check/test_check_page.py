@@ -12,9 +12,9 @@ from pages import Page
 
 from unigen.commands.check import page as check_page
 from unigen.commands.check.advice import advise
-from unigen.commands.check.command import CheckOptions, _columns, run
+from unigen.commands.check.command import CheckOptions, run
 from unigen.commands.check.findings import Findings, Problems, check
-from unigen.commands.check.terminal import percent, sections
+from unigen.commands.check.report import percent, sections
 from unigen.config import DataOptions
 from unigen.model.weights import load_planner
 from unigen.show.language import Words, of_code
@@ -138,9 +138,7 @@ def test_each_advice_is_given_when_its_rule_says(tmp_path):
     assert advice_of(look(tmp_path, "{"))["problems"] == "warn"
 
 
-def test_text_columns_line_up_with_wide_characters():
-    lines = _columns([["任务", "n"], ["理解", 5], ["generate", 1234]])
-    assert lines == ["  任务          n", "  理解          5", "  generate  1,234"]
+def test_a_share_tells_nothing_from_next_to_nothing():
     assert [percent(x) for x in (0, 0.00001, 0.0005, 0.0123, 1)] == [
         "0.0%",
         "< 0.01%",

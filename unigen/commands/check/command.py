@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unigen.config import ConfigError, DataOptions
-from unigen.show.terminal import columns, reader_may_leave, say
-
-FEW = 3  # problems of a code that the terminal shows in full
+from unigen.show.terminal import reader_may_leave, say
 
 
 @dataclass
@@ -73,6 +71,7 @@ def run(options: CheckOptions) -> int:
     _resolve(options)
     from unigen.commands.check.advice import advise
     from unigen.commands.check.findings import BUDGETS, LIMITS, Problems, check
+    from unigen.commands.check.terminal import report
     from unigen.model.weights import load_planner
     from unigen.show.language import Words
 
@@ -107,7 +106,7 @@ def run(options: CheckOptions) -> int:
         if options.json:
             _print_json(found, summary, advice)
         else:
-            _print_report(found, summary, advice, words, options)
+            say(*report(found, summary, advice, words, options.output))
         return 130 if found.interrupted else 1 if len(problems) else 0
     finally:
         problems.close()
@@ -153,7 +152,7 @@ def _bar() -> Iterator[Callable[[int, int, int, int], None]]:
 
 def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> None:
     """One document, its problems written one by one: there may be more of them than fit into memory."""
-    from unigen.commands.check.terminal import advice_line
+    from unigen.commands.check.report import advice_line
     from unigen.show.language import Words
 
     english = Words("en", "check")
@@ -175,74 +174,3 @@ def _print_json(found: Any, summary: dict[str, Any], advice: Sequence[Any]) -> N
         for i, problem in enumerate(found.problems):
             print(("," if i else "") + "\n  " + json.dumps(problem), end="")
         print("\n ]\n}", flush=True)
-
-
-def _print_report(
-    found: Any, summary: dict[str, Any], advice: Sequence[Any], words: Any, options: CheckOptions
-) -> None:
-    from unigen.commands.check.page import verdict
-    from unigen.commands.check.terminal import Line, Table, advice_line, sections
-
-    depth = words("deep" if found.deep else "headers")
-    lines = [
-        words(
-            "covered", records=summary["records"], files=summary["files"], seconds=found.seconds, depth=depth
-        )
-    ]
-    if found.interrupted:
-        lines.append(words("interrupted", n=summary["records"]))
-    lines += ["", f"== {verdict(found, words)} ==", *_problem_lines(found, words)]
-    for heading, blocks in sections(summary, words):
-        lines += ["", f"== {heading} =="]
-        for block in blocks:
-            if isinstance(block, Table):
-                lines += [*_columns([block.header, *block.rows]), ""]
-            elif isinstance(block, Line):
-                lines += [block.text, ""]
-        lines = lines[:-1] if lines[-1] == "" else lines
-    if advice:
-        lines += ["", f"== {words('advice')} =="]
-        lines += [f"{'!' if a.level == 'warn' else '-'} {advice_line(a, words)}" for a in advice]
-    if options.output:
-        lines += ["", f"-> {options.output}"]
-    say("\n".join(lines))
-
-
-def _problem_lines(found: Any, words: Any) -> Iterator[str]:
-    from unigen.commands.check.page import place
-    from unigen.show.language import of_code
-
-    for code, n in found.problems.counts.most_common():
-        yield f"{code}  ({n:,})  {of_code(code, words.language)}".rstrip()
-        for p in found.problems.first[code][:FEW]:
-            yield f"  {place(p)}"
-            yield (
-                f"    {words('field')} {p['field']}: {words('found')} {p['found']}; {words('expected')}"
-                f" {p['expected']}"
-            )
-            yield f"    {words('fix')}: {p['cure']}"
-        if n > FEW:
-            path = found.problems.path
-            yield "  " + (words("more_in", n=n - FEW, path=path) if path else words("more_how", n=n - FEW))
-
-
-def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A table in plain text: numbers to the right, Chinese characters two columns wide."""
-    cells = [
-        [f"{value:,}" if isinstance(value, int) else str(value).split("\n")[0] for value in row]
-        for row in rows
-    ]
-    right = [all(_is_numeric(value) for value in column[1:]) for column in zip(*cells)]
-    widths = [max(map(columns, column)) for column in zip(*cells)]
-    lines = []
-    for row in cells:
-        parts = []
-        for value, width, to_right in zip(row, widths, right):
-            room = " " * (width - columns(value))
-            parts.append(room + value if to_right else value + room)
-        lines.append(("  " + "  ".join(parts)).rstrip())
-    return lines
-
-
-def _is_numeric(text: str) -> bool:
-    return text.lstrip("< ").rstrip("% ").replace(",", "").replace(".", "", 1).isdigit()
