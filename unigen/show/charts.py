@@ -136,7 +136,7 @@ def bar_chart(
     if not any(value for *_, value in bars):
         return Chart(title, [words("no_data")], [], [], [], [], "", "", "")
     top = round_ticks(0.0, max(value for *_, value in bars))[-1]
-    ys, shapes = _grid(Range(0.0, top))
+    ys, shapes = _grid(Range(0.0, top), whole=all(value == int(value) for *_, value in bars))
     width = SIDE / len(bars)
     boxes = [(n * width, value / top * SIDE) for n, (*_, value) in enumerate(bars)]
     shapes.append(
@@ -160,11 +160,13 @@ def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
     return [p for p in points if math.isfinite(p.step) and math.isfinite(p.mean) and (p.mean > 0 or not log)]
 
 
-def _grid(values: Range) -> tuple[list[Tick], list[Shape]]:
-    """The ticks that lie in the range, thinned to seven, and a line across the chart at each."""
+def _grid(values: Range, whole: bool = False) -> tuple[list[Tick], list[Shape]]:
+    """The ticks that lie in the range, thinned to seven, ``whole`` numbers where asked, and a line across the
+    chart at each."""
     ticks = (log_ticks if values.log else round_ticks)(values.low, values.high)
     slack = 1e-9 * (values.high - values.low)
     found = [tick for tick in ticks if values.low - slack <= tick <= values.high + slack]
+    found = [tick for tick in found if not whole or tick == int(tick)]
     found = found[:: -(-len(found) // 7)] if len(found) > 1 else [values.low, values.high]
     ys = [Tick(figure(tick), 1 - values.place(tick)) for tick in found]
     return ys, [Shape(f"M0 {y.place * SIDE:.1f}H{SIDE}", "grid-line") for y in ys]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import FAULTS, framed, in_browser
 from pages import Page
 
 from unigen.commands.check import page as check_page
@@ -154,3 +155,20 @@ def test_an_output_that_cannot_show_chinese_is_no_error(tmp_path, capfdbinary, m
         monkeypatch.setattr(sys, "stdout", out)
         assert run(CheckOptions(paths=[str(tmp_path)], language="zh")) == 0
     assert "\\u" in (tmp_path / "out.txt").read_text("ascii")
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_on_a_phone_nothing_leaves_the_page_and_no_word_is_split(tmp_path, language):
+    """All folds open; only a path longer than its column goes on below."""
+    long = "pictures/" + "a_name_without_any_space_" * 6 + ".png"
+    found = look(tmp_path, talk("q", "a"), "{", {"a": 1}, {"image_path": long, "caption": "c"})
+    words, summary = Words(language, "check"), found.summary()
+    advice = advise(summary, len(found.problems), found.deep)
+    page = check_page.write(tmp_path / "check.html", found, summary, advice, words)
+    faults = json.loads(framed(page.read_text("utf-8"), FAULTS, tmp_path))
+    assert faults["cells"] > 100 and faults["wide"] == []
+    assert [word for word in faults["split"] if len(word) < 30] == []
+    source = page.read_text("utf-8").replace("break-word", "anywhere").replace("keep-all", "normal")
+    assert len(json.loads(framed(source, FAULTS, tmp_path))["split"]) > 5, "and the test would see it"
