@@ -96,14 +96,15 @@ def test_bars_stand_as_high_as_their_values_and_say_them():
     chart = bar_chart(EVIL, bars, WORDS, x_label="长度", y_label="n")
     page = Page(part("chart", chart))
     assert "script" not in page.tags and "长度" in page.text
-    (shape,) = [s for s in chart.shapes if s.kind == "bars"]
-    drawn = [tuple(map(float, m)) for m in re.findall(r"M([\d.]+) 1000v-([\d.]+)h([\d.]+)v", shape.d)]
+    shapes = [s.d for s in chart.shapes if s.kind == "bar"]
+    drawn = [tuple(map(float, m)) for m in re.findall(r"M([\d.]+) 1000v-([\d.]+)h([\d.]+)v", "".join(shapes))]
     ticks = [(float(t.text.replace(",", "")), (1 - t.place) * SIDE) for t in chart.ys]
     assert ticks[0] == (0, 0)
     for (*_, value), (_, height, _) in zip(bars, drawn, strict=True):
         assert height == pytest.approx(value * ticks[-1][1] / ticks[-1][0], abs=0.06)
     assert all(x + width < next_x for (x, _, width), (next_x, *_) in itertools.pairwise(drawn))
-    assert page.charts[0]["bars"][2] == [f"{EVIL} 2", "1,200"]
+    assert [s.tip for s in chart.shapes if s.kind == "hit"][2] == f"{EVIL} 2: 1,200"
+    assert page.tags.count("title") == 5 and page.charts == [], "told without a script"
     crowded = bar_chart("t", [(f"{10**9 + k:,}", "n", 1.0) for k in range(60)], WORDS, x_label="", y_label="")
     assert 2 <= len(crowded.xs) <= 4, "labels do not run into each other"
     for nothing in ([], [("a", "a", 0.0)]):

@@ -1,7 +1,7 @@
 """Charts of a page: what to draw, as numbers; ``assets/templates/parts.html`` lays it out.
 
 A chart is sharp at any width, since its shapes are stretched and its texts are not. ``charts.js`` shows the
-values under the pointer.
+values of lines under the pointer; bars have tooltips and need no script.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unigen.runs.metrics import Point
 from unigen.show.curves import Range, log_ticks, round_ticks, span, thin, value_range
@@ -41,11 +41,12 @@ class Key(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A path on the plane of ``SIDE`` by ``SIDE``: its data, and the names of its class and colour."""
+    """A path on the plane of ``SIDE`` by ``SIDE``: its data, the names of its class and colour, its tooltip."""
 
     d: str
     kind: str
     colour: str = ""
+    tip: str = ""
 
 
 class Tick(NamedTuple):
@@ -66,7 +67,7 @@ class Chart(NamedTuple):
     xs: list[Tick]
     end: str  # the text at the right end of the x axis
     under: str  # the text under the x axis
-    data: str  # JSON for the script
+    data: str  # JSON for the script, empty without one
 
 
 def line_chart(
@@ -122,9 +123,8 @@ def line_chart(
         shapes.append(Shape("".join(f"M{x(step):.1f} {SIDE - 20}h0" for step in marked), "skips", SKIPPED))
         keys = [*keys, Key(marks_name, SKIPPED, True)]
     end = words("step_alone", step=math.floor(last))
-    return Chart(
-        title, notes, list(keys), shapes, ys, _steps(first, last), end, "", _pointed(lines, unit, words)
-    )
+    data = json.dumps(_pointed(lines, unit, words), separators=(",", ":"), ensure_ascii=False)
+    return Chart(title, notes, list(keys), shapes, ys, _steps(first, last), end, "", data)
 
 
 def bar_chart(
@@ -138,22 +138,17 @@ def bar_chart(
     top = round_ticks(0.0, max(value for *_, value in bars))[-1]
     ys, shapes = _grid(Range(0.0, top), whole=all(value == int(value) for *_, value in bars))
     width = SIDE / len(bars)
-    boxes = [(n * width, value / top * SIDE) for n, (*_, value) in enumerate(bars)]
-    shapes.append(
-        Shape(
-            "".join(
-                f"M{x + width * 0.08:.1f} {SIDE}v{-height:.1f}h{width * 0.84:.1f}v{height:.1f}z"
-                for x, height in boxes
-            ),
-            "bars",
-            "var(--c0)",
-        )
-    )
+    for n, (_, name, value) in enumerate(bars):
+        height = value / top * SIDE
+        bar = f"M{(n + 0.08) * width:.1f} {SIDE}v{-height:.1f}h{width * 0.84:.1f}v{height:.1f}z"
+        shapes.append(Shape(bar, "bar", "var(--c0)"))
+        # the whole height catches the pointer, so that the smallest bar can be asked too
+        column = f"M{n * width:.1f} 0h{width:.1f}V{SIDE}h{-width:.1f}z"
+        shapes.append(Shape(column, "hit", tip=f"{name}: {value:,.6g}"))
     # 280 pixels on a phone, 7 for a digit at the most
     every = math.ceil(len(bars) * max(7 * len(label) + 12 for label, *_ in bars) / 280)
     xs = [Tick(label, (n + 0.5) / len(bars)) for n, (label, *_) in enumerate(bars) if n % every == 0]
-    data = {"bars": [[name, f"{value:,.6g}"] for _, name, value in bars], "name": y_label}
-    return Chart(title, [y_label] if y_label else [], [], shapes, ys, xs, "", x_label, _json(data))
+    return Chart(title, [y_label] if y_label else [], [], shapes, ys, xs, "", x_label, "")
 
 
 def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
@@ -204,7 +199,7 @@ def _steps(first: float, last: float) -> list[Tick]:
     return [tick for tick in shown if tick.place < 0.74]
 
 
-def _pointed(lines: Sequence[Line], unit: str, words: Words) -> str:
+def _pointed(lines: Sequence[Line], unit: str, words: Words) -> dict[str, Any]:
     """What the script shows under the pointer; a point further than ``gap`` from the pointed step does not
     count."""
     first, last = span([line.points for line in lines])
@@ -219,8 +214,4 @@ def _pointed(lines: Sequence[Line], unit: str, words: Words) -> str:
         for line in lines
     ]
     step = words("step_alone", step=0).replace("0", "#")
-    return _json({"first": first, "last": last, "step": step, "curves": curves})
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return {"first": first, "last": last, "step": step, "curves": curves}

@@ -18,12 +18,7 @@ const nearest = (xs, x) => {
 };
 
 // Where the line stands, the heading, and the rows of (text, colour), for a pointer at a share of the width.
-const bars = (data, share) => {
-  const n = Math.min(data.bars.length - 1, Math.floor(share * data.bars.length));
-  return [(n + 0.5) / data.bars.length, data.bars[n][0], [[data.bars[n][1] + '  ' + data.name, 'var(--c0)']]];
-};
-
-const lines = (data, share) => {
+const pointed = (data, share) => {
   const wanted = data.first + share * (data.last - data.first);
   const found = data.curves.map(curve => [curve, nearest(curve.x, wanted)]);
   const steps = found.map(([curve, at]) => curve.x[at]);
@@ -34,13 +29,13 @@ const lines = (data, share) => {
   return [(step - data.first) / (data.last - data.first), head, rows];
 };
 
-for (const area of document.querySelectorAll('.area')) {
+for (const area of document.querySelectorAll('[data-curves]')) {
   const data = JSON.parse(area.dataset.curves);
   const tip = area.querySelector('.tip'), line = area.querySelector('.cursor');
   const show = event => {
     const box = area.getBoundingClientRect();
     const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    const [place, head, rows] = (data.bars ? bars : lines)(data, share);
+    const [place, head, rows] = pointed(data, share);
     tip.replaceChildren();
     add(tip, 'div', head);
     for (const [text, colour] of rows) {

@@ -29,7 +29,7 @@ class CheckOptions:
             weights are not needed.
         data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
         max_sequence_length: Longest sample in tokens; says what it would cut. Default: the model's limit.
-        max_num_tokens: A token budget of packed rows; says how full they would get.
+        max_num_tokens: A token budget of packed sequences; says how full they would get.
         max_image_tokens: Most latent tokens of one picture, as in the training.
         visual_gen: Whether the model is to draw; false makes image targets a problem.
         visual_und: Whether the model is to see; false makes pictures to look at a problem.

@@ -57,7 +57,6 @@ def write(
         title=words("title"),
         language=TAGS[words.language],
         styles=["charts", "check"],
-        script="charts",
     )
 
 

@@ -128,7 +128,7 @@ def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if not s["good_records"]:
         return
     loss = max(t["text_tokens"] + t["image_tokens"], 1)
-    header = [words(key) for key in ("modality", "records", "share", "pieces", "tokens_with_loss", "share")]
+    header = [words(key) for key in ("modality", "records", "share", "segments", "tokens_with_loss", "share")]
     rows = []
     for kind, many in (("text", "texts"), ("image", "images")):
         records, tokens = t[f"records_with_{kind}"], t[f"{kind}_tokens"]
@@ -203,7 +203,7 @@ def _fill(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if s["rows"]:
         header = [
             "max_num_tokens",
-            *(words(key) for key in ("packed", "one_a_row", "samples_a_row", "longer")),
+            *(words(key) for key in ("packed", "one_sample_each", "samples_each", "longer")),
         ]
         rows = [
             [
