@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
-import math
 import re
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from pages import Page
 from PIL import Image as PILImage
 
 from unigen.sequence.types import Image, Text
-from unigen.show.pages import contact_sheet, embed, part, read_metrics, write_answer, write_page
+from unigen.show.pages import contact_sheet, embed, part, write_answer, write_page
 
 EVIL = "<script>alert('x')</script> & \"quoted\" 猫\x00\x1b[2J\u202e\x9b \ud800"
 SHOWN = "<script>alert('x')</script> & \"quoted\" 猫␀␛[2J\ufffd\ufffd ?"
@@ -141,27 +139,3 @@ def test_contact_sheet_places_each_picture_in_its_cell():
         top, left = 2 + n // 3 * 18, 2 + n % 3 * 18
         assert (sheet[top : top + 16, left : left + 16] == np.asarray(one).repeat(2, 0).repeat(2, 1)).all()
     assert (sheet[20:36, 38:54] == 255).all() and (sheet[:2] == 255).all()
-
-
-def test_metrics_become_curves(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [
-        {"step": 1, "loss": 2.5, "time": "now", "val": {"loss": 3.0, "text": None}, "skipped": False},
-        {"step": 3, "loss": 1.0},
-        {"step": 2, "loss": 2, "val": {"loss": 2.5}},
-        {"step": 3, "loss": 0.5},
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n" + '{"step": 4, "lo', encoding="utf-8")
-    assert read_metrics(path) == {"loss": [(1, 2.5), (2, 2.0), (3, 0.5)], "val/loss": [(1, 3.0), (2, 2.5)]}
-    path.write_bytes(path.read_bytes() + "猫".encode()[:2])
-    assert len(read_metrics(path)["loss"]) == 3
-    path.write_text('{"step": 5, "loss": NaN}', encoding="utf-8")
-    assert math.isnan(read_metrics(path)["loss"][0][1]), "a loss that is not a number is not hidden"
-
-
-@pytest.mark.parametrize("line", ['{"step": 1, "lo', '{"loss": 1}', "[1]", '{"step": null, "loss": 1}'])
-def test_a_broken_line_inside_names_file_and_line(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "loss": 1}\n' + line + '\n{"step": 2, "loss": 1}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: .*Fix"):
-        read_metrics(path)

@@ -10,12 +10,10 @@ import base64
 import hashlib
 import html
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,43 +237,3 @@ def contact_sheet(pictures: Sequence[Any], columns: int, cell: int, gap: int = 4
         sheet[top : top + cell, left : left + cell] = pixels[take_y][:, take_x]
     # half a level, since it rounds down
     return to_image((torch.from_numpy(sheet).permute(2, 0, 1).float() + 0.5) / 127.5 - 1)
-
-
-def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves of a ``metrics.jsonl``: for each number its (step, value) points, by step.
-
-    Nested objects become ``outer/inner``. A resumed run logs some steps twice: the later line counts. A last
-    line without its end is one still being written, and is left out.
-
-    Raises:
-        ValueError: another line is not a JSON object with a ``step``; the message names file and line.
-    """
-    lines = Path(path).read_bytes().split(b"\n")
-    curves: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            fix = "Fix: remove the line, or point to the metrics.jsonl of a training run."
-            raise ValueError(
-                f"{path}:{number}: found {line[:80]!r}; expected a JSON object with a 'step'. {fix}"
-            ) from error
-        for name, value in _numbers(record):
-            if name != "step":
-                curves.setdefault(name, {})[step] = float(value)
-    return {name: sorted(points.items()) for name, points in curves.items()}
-
-
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found = []
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, Real) and not isinstance(value, bool):
-            found.append((prefix + name, value))
-    return found

@@ -24,7 +24,7 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.bagel import Bagel
 from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
-from unigen.runs.metrics import Point
+from unigen.runs.metrics import Metrics
 from unigen.sequence.images import open_image
 from unigen.show import pages
 from unigen.show.charts import Line, line_chart
@@ -321,7 +321,8 @@ def _share(right: Sequence[Any]) -> float:
 
 
 def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path:
-    curves = pages.read_metrics(output_dir / "run" / "metrics.jsonl")
+    metrics_log = Metrics(output_dir / "run" / "metrics.jsonl")
+    metrics_log.update()
     pages.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(
         output_dir / "drawings.png"
     )
@@ -332,9 +333,7 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path
     more = [(name.replace("_", " "), value) for name, value in metrics.items() if name not in BARS]
     words = Words("en", "common")
     lines = [
-        Line(name, [Point(step, value, value, value) for step, value in curves[key]], n)
-        for n, (name, key) in enumerate((("text", "text_loss"), ("image", "image_loss")))
-        if key in curves
+        Line(name, metrics_log.log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))
     ]
     values = {
         "scores": rows,
