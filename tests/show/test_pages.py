@@ -78,6 +78,12 @@ def test_templates_leave_nothing_unescaped(name):
     assert "autoescape" not in source and not re.search(r"\son\w+=", source)
 
 
+def test_every_asset_is_part_of_the_package():
+    assets = TEMPLATES.parent
+    depths = {len(path.relative_to(assets).parts) for path in assets.rglob("*") if path.is_file()}
+    assert depths == {2} and '"assets/*/*"' in (assets.parents[1] / "pyproject.toml").read_text("utf-8")
+
+
 def test_a_text_that_a_template_lacks_is_an_error(tmp_path):
     with pytest.raises(Exception, match="sections"):
         write_page(tmp_path / "p.html", "sections.html", {}, title="t")

@@ -106,6 +106,8 @@ def notices(entries: Sequence[tuple[str, str]]) -> Table:
     from rich.table import Table
 
     made = Table.grid(padding=(0, 1, 0, 0))
+    made.add_column()
+    made.add_column(overflow="fold")
     for level, text in entries:
         mark, style = ("-", "") if level == "note" else ("!", level)
         made.add_row(line((mark, style)), line(text))

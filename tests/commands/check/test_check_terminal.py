@@ -1,0 +1,79 @@
+"""The report in the terminal: every fact is there, whole, and nothing in the data steers the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from unigen.commands.check.advice import advise
+from unigen.commands.check.findings import Findings, Problems, check
+from unigen.commands.check.report import advice_line, sections
+from unigen.commands.check.terminal import report
+from unigen.config import DataOptions
+from unigen.model.weights import load_planner
+from unigen.show.language import Words, of_code
+from unigen.show.terminal import drawn
+
+ROOT = Path(__file__).parents[3]
+EVIL = "\x1b[2J\u202e[bold]猫[/bold]\x9b"
+
+
+def look(folder: Path, *lines: str) -> Findings:
+    path = folder / "a.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    example = ROOT / "examples" / "sample_data_format.json"
+    return check([path, example], load_planner(None, DataOptions()), num_workers=0)
+
+
+def shown(found: Findings, language: str = "en", width: int = 100, colour: bool = False, **options) -> str:
+    words, summary = Words(language, "check"), found.summary()
+    advice = advise(summary, len(found.problems), found.deep)
+    parts = report(found, summary, advice, words, options.get("output"))
+    return "\n".join(part if isinstance(part, str) else drawn(part, width, colour) for part in parts)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("width", [60, 200])
+def test_the_report_says_everything(tmp_path, language, width):
+    found = look(tmp_path, *["{"] * 5, json.dumps({EVIL: 1}))
+    words, summary = Words(language, "check"), found.summary()
+    text = shown(found, language, width, output="check.html")
+    whole = re.sub(r"\s+", "", text)
+    for code, n in found.problems.counts.items():
+        assert f"{code}({n:,}){of_code(code, language)}".replace(" ", "") in whole
+    for line in (1, 2, 3, 6):
+        assert f"a.jsonl:{line}" in whole
+    assert "a.jsonl:4" not in whole and words("more_how", n=2).replace(" ", "") in whole
+    for key in ("found", "expected", "cure"):
+        assert re.sub(r"\s+", "", found.problems.first["bad_json"][0][key]) in whole
+    for heading, _ in sections(summary, words):
+        assert heading in text
+    for a in advise(summary, len(found.problems), found.deep):
+        assert advice_line(a, words).replace(" ", "") in whole
+    for number in (
+        summary["targets"]["image_tokens"],
+        summary["lengths"]["max"],
+        summary["lengths"]["total"],
+    ):
+        assert re.search(rf"(?<![\d,]){number:,}(?![\d,])", text), "no number is broken"
+    assert text.endswith("-> check.html")
+
+
+def test_problems_in_a_file_are_named_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Problems, "KEPT", 5)
+    found = look(tmp_path, *["{"] * 5)
+    found.problems.path = tmp_path / "problems.jsonl"
+    assert str(found.problems.path) in shown(found, width=300)
+
+
+def test_nothing_in_the_data_can_steer_the_terminal(tmp_path):
+    found = look(tmp_path, json.dumps({EVIL: 1}), json.dumps({"image_path": EVIL, "caption": "c"}))
+    coloured = shown(found, colour=True)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    assert "\x1b[1;31mno_format\x1b[0m" in coloured and not [
+        c for c in plain if not c.isprintable() and c != "\n"
+    ]
+    assert "[bold]" in plain, "the data's brackets are no markup"
