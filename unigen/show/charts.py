@@ -23,7 +23,7 @@ Place = Callable[[float], float]
 
 
 class Line(NamedTuple):
-    """A line to draw; ``dotted`` for values apart from each other, ``band`` to show the least and greatest."""
+    """A line to draw; ``dotted`` for values apart from each other, ``band`` shows least and greatest ones."""
 
     name: str
     points: Sequence[Point]
@@ -41,7 +41,7 @@ class Key(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A path on the plane of ``SIDE`` by ``SIDE``: its data, the names of its class and colour, its tooltip."""
+    """A path on the plane of ``SIDE`` by ``SIDE``: its data, its class, its colour, its tooltip."""
 
     d: str
     kind: str

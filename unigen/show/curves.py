@@ -80,7 +80,7 @@ def value_range(
     first steps or at a spike, do not press the rest flat.
 
     Args:
-        log: Whether the scale is logarithmic, for positive values alone; None where that depends on the values.
+        log: Whether the scale is logarithmic, for positive values alone; None: as the values ask.
         from_zero: Whether 0 is to be seen.
     """
     values = sorted(point.mean for points in lines for point in points)

@@ -79,7 +79,7 @@ def write_page(
         title: Of the page, its heading too.
         language: Its tag, such as ``zh-CN``.
         styles: Names in ``assets/styles/``, without ``.css``; ``page`` comes first by itself.
-        script: Name in ``assets/scripts/``, without ``.js``. The browser runs it and no other, by its SHA-256.
+        script: Name in ``assets/scripts/``, without ``.js``. The browser runs no other (SHA-256).
 
     Raises:
         OSError: The page cannot be written.

@@ -128,7 +128,7 @@ def _longest(text: Text) -> int:
 
 @contextmanager
 def live() -> Iterator[Callable[[RenderableType], None]]:
-    """A view on the terminal's second screen, shown anew by the function this gives; what does not fit is cut.
+    """A view on the terminal's second screen, shown anew by the function this gives; the rest is cut.
     Ctrl-C, SIGTERM and errors leave with the screen put right; the first two end the block in silence."""
     from rich.live import Live
 
