@@ -143,7 +143,9 @@ def loader(folder: Path, n: int) -> None:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         config = Config(single_image_stop_prob=0.0)
         planner = load_planner(None, config)
-        dataset = UnifiedGenerationDataset(path, measure=planner.measure, check_pictures="headers")
+        dataset = UnifiedGenerationDataset(
+            path, token_lengths=planner.token_lengths, check_pictures="headers"
+        )
         stream = PackStream(Mixture([DataSource(kind, dataset, planner)], seed=0), batch_size=1)
         transform = planner.transforms.vae if kind == "draw" else planner.transforms.vit
 
@@ -199,7 +201,7 @@ def rows(folder: Path, n: int) -> None:
     path = folder / "mixed.jsonl"
     path.write_text("".join(json.dumps(pick.choice(makers)()) + "\n" for _ in range(n)))
     planner = load_planner(None, Config())
-    dataset = UnifiedGenerationDataset(path, measure=planner.measure, check_pictures="headers")
+    dataset = UnifiedGenerationDataset(path, token_lengths=planner.token_lengths, check_pictures="headers")
     stream = PackStream(Mixture([DataSource("mixed", dataset, planner)], seed=0), budget=16_384)
     began = time.perf_counter()
     steps = stream.steps_in(0, 1)

@@ -207,8 +207,8 @@ def test_a_cached_latent_is_the_codecs_to_the_bit(options, model, dtype):
             continue
         dataset, planner = filler.parts[job.part]
         sample = dataset[job.record].sample
-        seen = planner.viewer(sample).look(sample[job.piece].source, True, True, lookup)
-        pixels = planner.viewer(sample).decode(sample[job.piece].source, True, False).pixels
+        seen = planner.viewer(sample).look(sample[job.segment].source, True, True, lookup)
+        pixels = planner.viewer(sample).decode(sample[job.segment].source, True, False).pixels
         drawn = torch.randn(seen.posterior[0].shape, generator=noise)
         assert seen.pixels is None
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None), torch.no_grad():

@@ -14,13 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from unigen.data.dataset import BadData, UnifiedGenerationDataset, task
-from unigen.data.examine import Numbers, key_of
 from unigen.sequence.images import Confined, image_size, open_image
+from unigen.sequence.lengths import BLOCK, RecordLengths
 from unigen.sequence.types import BadRecord, Record, Text
 from unigen.sequence.types import Image as Picture
 
@@ -54,6 +52,15 @@ def caption(path: str) -> dict:
 def write(path: Path, *values: dict) -> Path:
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
+
+
+def of_texts(*tokens: int) -> RecordLengths:
+    return RecordLengths(np.zeros(1, BLOCK), list(tokens), [])
+
+
+def texts_of(dataset: UnifiedGenerationDataset) -> list[list[int]]:
+    assert dataset.lengths is not None
+    return [lengths.texts for lengths in dataset.lengths]
 
 
 def refused(path, **options) -> BadData:
@@ -321,14 +328,14 @@ def test_truncated_pictures_are_found_by_decoding(tmp_path: Path, format: str) -
         ]
     assert len(UnifiedGenerationDataset(path, check_pictures="headers")) == 4
 
-    measured = []
+    counted = []
     options = {
         "on_bad_record": "skip",
         "max_bad_share": 0.5,
-        "measure": lambda r: measured.append(r) or [r.origin.line],
+        "token_lengths": lambda r: counted.append(r) or of_texts(r.origin.line),
     }
     dataset = UnifiedGenerationDataset(path, **options)
-    assert list(dataset.sizes) == [[1], [2], [4]] and [r.origin.line for r in dataset] == [1, 2, 4]
+    assert texts_of(dataset) == [[1], [2], [4]] and [r.origin.line for r in dataset] == [1, 2, 4]
     statistics = dataset.statistics()
     assert statistics["formats"] == {"conversation": 1, "image_to_text": 2}
     assert (statistics["pictures"], statistics["distinct_pictures"], statistics["text_targets"]) == (2, 1, 3)
@@ -359,27 +366,31 @@ def test_missing_and_unreadable_pictures_name_their_field(tmp_path: Path) -> Non
     assert f"{tmp_path}/none.png" in str(error) and "Fix: " in str(error)
 
 
-def test_measure_may_refuse_a_record(tmp_path: Path) -> None:
+def test_token_lengths_may_refuse_a_record(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(line(a) for a in ("a", "bbb", "cc")))
 
-    def measure(record: Record) -> list[int]:
+    def token_lengths(record: Record) -> RecordLengths:
         size = len(record.sample[-1].text)
         if size > 2:
             raise BadRecord("too_long", "conversations", f"{size} letters", "at most 2", "shorten it")
-        return [size]
+        return of_texts(size)
 
-    error = refused(tmp_path, measure=measure)
+    error = refused(tmp_path, token_lengths=token_lengths)
     assert [(r.code, r.origin.line) for r in error.records] == [("too_long", 2)]
-    kept = UnifiedGenerationDataset(tmp_path, measure=measure, on_bad_record="skip", max_bad_share=0.4)
-    assert list(kept.sizes) == [[1], [2]]
+    kept = UnifiedGenerationDataset(
+        tmp_path, token_lengths=token_lengths, on_bad_record="skip", max_bad_share=0.4
+    )
+    assert texts_of(kept) == [[1], [2]]
 
 
-def test_what_measure_says_of_a_piece_names_the_field_it_came_from(tmp_path: Path) -> None:
-    def measure(record: Record) -> list[int]:
-        raise BadRecord("too_large", f"piece {len(record.sample) - 1}", "this", "that", "do so")
+def test_what_token_lengths_say_of_a_segment_names_the_field_it_came_from(tmp_path: Path) -> None:
+    def token_lengths(record: Record) -> RecordLengths:
+        raise BadRecord("too_large", None, "this", "that", "do so", segment=len(record.sample) - 1)
 
     (tmp_path / "a.jsonl").write_bytes(line("a"))
-    assert [r.field for r in refused(tmp_path, measure=measure).records] == ["conversations[1].content"]
+    assert [r.field for r in refused(tmp_path, token_lengths=token_lengths).records] == [
+        "conversations[1].content"
+    ]
 
 
 def test_a_header_is_read_once_and_its_size_handed_on(
@@ -395,32 +406,12 @@ def test_a_header_is_read_once_and_its_size_handed_on(
         "unigen.data.examine.image_size", lambda source: looked.append(source.name) or image_size(source)
     )
     options = {"on_bad_record": "skip", "max_bad_share": 0.5, "check_pictures": "headers"}
-    dataset = UnifiedGenerationDataset(path, measure=lambda record: record.sample[0].size, **options)
-    assert looked == ["a.png", "b.png", "none.png"]
-    assert list(dataset.sizes) == [[40, 40], [24, 24], [40, 40]] and len(dataset.bad) == 2
-    assert dataset.statistics()["distinct_pictures"] == 2
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 5000) | st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3000
+    dataset = UnifiedGenerationDataset(
+        path, token_lengths=lambda record: of_texts(*record.sample[0].size), **options
     )
-)
-@settings(max_examples=20, deadline=None)
-def test_numbers_are_a_dictionary(pairs: list[tuple[int, int]]) -> None:
-    numbers, expected = Numbers(), {}
-    for key, value in pairs:
-        assert numbers.get(key) == expected.get(key)
-        numbers[key] = expected[key] = value
-        assert numbers.get(key) == value and len(numbers) == len(expected)
-    assert all(numbers.get(key) == value for key, value in expected.items())
-
-
-def test_numbers_take_at_most_64_bytes_an_entry() -> None:
-    numbers = Numbers()
-    for i in range(20000):
-        numbers[key_of(str(i))] = i
-    assert len(pickle.dumps(numbers)) < 64 * 20000 and numbers.get(key_of("7")) == 7 and len(numbers) == 20000
+    assert looked == ["a.png", "b.png", "none.png"]
+    assert texts_of(dataset) == [[40, 40], [24, 24], [40, 40]] and len(dataset.bad) == 2
+    assert dataset.statistics()["distinct_pictures"] == 2
 
 
 # ---- tables and compressed files
@@ -446,7 +437,7 @@ def test_records_of_every_kind_of_file_in_one_data_set(tmp_path: Path) -> None:
         out.write(json.dumps([talk("c"), talk("d")]).encode())
     table(tmp_path / "c.parquet", png(24), png(32), png(40))
     shutil.copytree(FIXTURES / "saved", tmp_path / "d")
-    dataset = UnifiedGenerationDataset(tmp_path, measure=lambda record: [len(record.sample)])
+    dataset = UnifiedGenerationDataset(tmp_path, token_lengths=lambda record: of_texts(len(record.sample)))
     texts = [
         record.sample[-1].text if record.format == "conversation" else record.sample[0].text
         for record in dataset
@@ -461,7 +452,7 @@ def test_records_of_every_kind_of_file_in_one_data_set(tmp_path: Path) -> None:
         and str(dataset.origin(5)) == f"{tmp_path}/c.parquet[1]"
     )
     assert dataset.runs == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 9), (9, 10)]
-    assert dataset.statistics()["distinct_pictures"] == 6 and list(dataset.sizes) == [[2]] * 10
+    assert dataset.statistics()["distinct_pictures"] == 6 and texts_of(dataset) == [[2]] * 10
     again = pickle.loads(pickle.dumps(dataset))
     assert [record.sample for record in again] == [record.sample for record in dataset]
 
@@ -485,9 +476,13 @@ def test_pictures_inside_a_table_are_checked_like_files(tmp_path: Path, check: s
     assert [(r.code, r.origin.index) for r in error.records] == broken
     assert {r.field for r in error.records} == {"image"} and "the given bytes" in str(error)
     dataset = UnifiedGenerationDataset(
-        path, check_pictures=check, on_bad_record="skip", max_bad_share=1, measure=lambda r: [r.origin.index]
+        path,
+        check_pictures=check,
+        on_bad_record="skip",
+        max_bad_share=1,
+        token_lengths=lambda r: of_texts(r.origin.index),
     )
-    assert [size[0] for size in dataset.sizes] == [
+    assert [texts[0] for texts in texts_of(dataset)] == [
         i for i in range(5) if i not in dict(map(reversed, broken))
     ]
     assert dataset.statistics()["distinct_pictures"] == dataset.statistics()["pictures"] == len(dataset)

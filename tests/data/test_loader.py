@@ -71,7 +71,7 @@ def make_stream(golden: Path, data: Path, training: bool = True, **options: Any)
     )
     config = Config(max_image_tokens=64, **options)
     planner = model.planner(Tokenizer.load(folder), config)
-    part = DataSource("data", UnifiedGenerationDataset(data, measure=planner.measure), planner)
+    part = DataSource("data", UnifiedGenerationDataset(data, token_lengths=planner.token_lengths), planner)
     return PackStream(Mixture([part], seed=7, training=training), config.batch_size, config.max_num_tokens)
 
 
@@ -117,13 +117,13 @@ def test_every_record_is_met_once_an_epoch_in_another_order_each_time(golden: Pa
     ]
     epochs = [[i for row in rows for i in row] for rows in epochs]
     for epoch, order in enumerate(epochs):
-        assert sorted(order) == list(range(N)) and order == stream.mixture.visits(epoch).records.tolist()
+        assert sorted(order) == list(range(N)) and order == stream.mixture.order(epoch).records.tolist()
     assert epochs[0] != epochs[1] and epochs[0] != list(range(N))
     assert stream.steps_in(0, 1) == 6 and stream.steps_in(0, 4) == 2
 
 
 def records_at(stream: PackStream, epoch: int, places: list[int]) -> list[int]:
-    return stream.mixture.visits(epoch).records[places].tolist()
+    return stream.mixture.order(epoch).records[places].tolist()
 
 
 def zip_steps(stream: PackStream, n: int, global_batch: int = 1):
@@ -245,7 +245,7 @@ def test_a_token_budget_holds_what_fits_and_never_drops(golden: Path, data: Path
     rows = [row for step in take(stream, stream.steps_in(0, 1)) for row in step]
     assert Counter(i for row in rows for i in row.records) == Counter(range(N))
     assert any(len(row.records) > 1 for row in rows)
-    length = {i: sum(map(len, stream.mixture.outline(i, stream.draw(i, 0))[1])) for i in range(N)}
+    length = {i: sum(map(len, stream.mixture.outline(i, stream.key(i, 0))[1])) for i in range(N)}
     for at, row in enumerate(rows):
         assert len(row.pack) == sum(length[i] for i in row.records)
         assert len(row.pack) <= 160 or len(row.records) == 1
@@ -274,7 +274,7 @@ def test_a_batch_takes_up_what_waited_under_a_token_budget(golden: Path, data: P
 
 def test_a_record_has_other_noise_in_another_epoch_and_the_same_in_validation(golden: Path, data: Path):
     stream, held_out = make_stream(golden, data), make_stream(golden, data, training=False)
-    epochs = [stream.build_samples([stream.draw(1, epoch)], LoaderState()).pack.noise for epoch in (0, 1)]
+    epochs = [stream.build_samples([stream.key(1, epoch)], LoaderState()).pack.noise for epoch in (0, 1)]
     assert not torch.equal(*epochs)
     fixed = [held_out.build([1], LoaderState(epoch)).pack for epoch in (0, 1)]
     assert torch.equal(fixed[0].noise, fixed[1].noise) and torch.equal(fixed[0].u, fixed[1].u)

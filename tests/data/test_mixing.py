@@ -15,7 +15,7 @@ from unigen.config import Config, ConfigError, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.mixing import DataSource, Mixture
 from unigen.model.weights import load_planner
-from unigen.sequence.plan import Draw
+from unigen.sequence.draw import RandomKey
 
 
 def source(
@@ -29,52 +29,54 @@ def source(
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     planner = load_planner(None, Config())
-    return DataSource(name, UnifiedGenerationDataset(path, measure=planner.measure), planner, weight, repeat)
+    return DataSource(
+        name, UnifiedGenerationDataset(path, token_lengths=planner.token_lengths), planner, weight, repeat
+    )
 
 
 def names(mixture: Mixture, epoch: int) -> list[str]:
-    return [mixture.part(record)[0].name for record in mixture.visits(epoch).records.tolist()]
+    return [mixture.part(record)[0].name for record in mixture.order(epoch).records.tolist()]
 
 
 def test_without_weights_every_record_is_met_once_an_epoch_and_sources_are_mixed_evenly(tmp_path: Path):
     mixture = Mixture([source(tmp_path, "a", 300), source(tmp_path, "b", 100)], seed=1)
     assert len(mixture) == mixture.total == 400
     for epoch in range(2):
-        visits = mixture.visits(epoch)
-        assert sorted(visits.records.tolist()) == list(range(400)) and set(visits.passes.tolist()) == {epoch}
+        order = mixture.order(epoch)
+        assert sorted(order.records.tolist()) == list(range(400)) and set(order.passes.tolist()) == {epoch}
         first_half = Counter(names(mixture, epoch)[:200])
         assert 120 < first_half["a"] < 180
-    assert mixture.visits(0).records.tolist() != mixture.visits(1).records.tolist()
+    assert mixture.order(0).records.tolist() != mixture.order(1).records.tolist()
 
 
 def test_one_source_has_the_order_it_has_without_a_mixture(tmp_path: Path):
     """One source is the usual case; nothing about mixing may touch it."""
     one = Mixture([source(tmp_path, "a", 50)], seed=3)
-    assert sorted(one.visits(2).records.tolist()) == list(range(50))
+    assert sorted(one.order(2).records.tolist()) == list(range(50))
     assert one.fingerprint == one.parts[0].dataset.fingerprint
 
 
 def test_a_weight_is_a_rate_that_holds_all_the_epoch_when_the_source_repeats(tmp_path: Path):
-    """b is a tenth as large as a, but half of all visits: met ten times over, each pass whole before the next
+    """b is a tenth as large as a, but half of all passes: met ten times over, each pass whole before the next
     begins."""
     mixture = Mixture(
         [source(tmp_path, "a", 500, weight=1), source(tmp_path, "b", 50, weight=1, repeat=True)], seed=1
     )
     assert len(mixture) == 1000
     for epoch in range(2):
-        visits, order = mixture.visits(epoch), names(mixture, epoch)
-        counts = Counter(visits.records.tolist())
+        order, met = mixture.order(epoch), names(mixture, epoch)
+        counts = Counter(order.records.tolist())
         assert all(counts[i] == 1 for i in range(500)) and all(counts[i] == 10 for i in range(500, 550))
         for start in range(0, 1000, 100):
-            assert 45 <= Counter(order[start : start + 100])["a"] <= 55, "evenly from start to end"
-        mine = visits.records >= 500
-        passes = visits.passes[mine]
+            assert 45 <= Counter(met[start : start + 100])["a"] <= 55, "evenly from start to end"
+        mine = order.records >= 500
+        passes = order.passes[mine]
         assert passes.tolist() == sorted(passes.tolist()) and set(passes.tolist()) == set(
             range(10 * epoch, 10 * epoch + 10)
         )
         for number in set(passes.tolist()):
-            assert sorted(visits.records[mine][passes == number].tolist()) == list(range(500, 550))
-    orders = {tuple(visits.records[mine][passes == number].tolist()) for number in set(passes.tolist())}
+            assert sorted(order.records[mine][passes == number].tolist()) == list(range(500, 550))
+    orders = {tuple(order.records[mine][passes == number].tolist()) for number in set(passes.tolist())}
     assert len(orders) == 10, "each pass in an order of its own"
 
 
@@ -83,8 +85,8 @@ def test_a_pass_that_an_epoch_cuts_goes_on_in_the_next(tmp_path: Path):
         [source(tmp_path, "a", 30, weight=3), source(tmp_path, "b", 7, weight=1, repeat=True)], seed=1
     )
     assert mixture.counts == [30, 10]
-    met = [r for epoch in range(7) for r in mixture.visits(epoch).records.tolist() if r >= 30]
-    assert set(Counter(met).values()) == {10}, "70 visits to 7 records, over 7 epochs: all equally often"
+    met = [r for epoch in range(7) for r in mixture.order(epoch).records.tolist() if r >= 30]
+    assert set(Counter(met).values()) == {10}, "70 passes over 7 records, over 7 epochs: all equally often"
 
 
 def test_a_finite_source_ends_early_and_the_log_says_so(tmp_path: Path):
@@ -97,47 +99,47 @@ def test_a_finite_source_ends_early_and_the_log_says_so(tmp_path: Path):
     )
 
 
-def test_where_all_repeat_an_epoch_has_as_many_visits_as_there_are_records(tmp_path: Path):
+def test_where_all_repeat_an_epoch_has_as_many_passes_as_there_are_records(tmp_path: Path):
     mixture = Mixture(
         [source(tmp_path, "a", 90, weight=1, repeat=True), source(tmp_path, "b", 10, weight=3, repeat=True)],
         seed=1,
     )
     assert mixture.counts == [25, 75]
-    met = Counter(r for epoch in range(18) for r in mixture.visits(epoch).records.tolist() if r < 90)
+    met = Counter(r for epoch in range(18) for r in mixture.order(epoch).records.tolist() if r < 90)
     assert set(met.values()) == {5}, "also the slow source is gone through whole before anything comes again"
     with pytest.raises(UserError, match="every source repeats and none has a weight"):
         Mixture([source(tmp_path, "a", 3, repeat=True), source(tmp_path, "b", 3, repeat=True)], seed=1)
 
 
-def test_a_repeated_visit_has_random_numbers_of_its_own(tmp_path: Path):
+def test_a_repeated_record_has_random_numbers_of_its_own(tmp_path: Path):
     mixture = Mixture(
         [source(tmp_path, "a", 40, weight=1), source(tmp_path, "b", 4, weight=1, repeat=True)], seed=1
     )
-    visits = [
+    passes = [
         (r, n)
         for epoch in range(3)
-        for r, n in zip(mixture.visits(epoch).records.tolist(), mixture.visits(epoch).passes.tolist())
+        for r, n in zip(mixture.order(epoch).records.tolist(), mixture.order(epoch).passes.tolist())
     ]
-    assert len(set(visits)) == len(visits)
+    assert len(set(passes)) == len(passes)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_lengths_come_from_each_source_s_own_planner(tmp_path: Path, training: bool):
     parts = [source(tmp_path, "a", 20, weight=1), source(tmp_path, "b", 5, weight=1, repeat=True, words=9)]
     mixture = Mixture(parts, seed=4, training=training)
-    visits = mixture.visits(1)
-    lengths = mixture.lengths(visits.records, visits.passes)
-    for record, number, length in zip(visits.records.tolist(), visits.passes.tolist(), lengths.tolist()):
-        found, blocks, planner = mixture.outline(record, Draw(4, number, record, training))
+    order = mixture.order(1)
+    lengths = mixture.lengths(order.records, order.passes)
+    for record, number, length in zip(order.records.tolist(), order.passes.tolist(), lengths.tolist()):
+        found, blocks, planner = mixture.outline(record, RandomKey(4, number, record, training))
         assert length == sum(map(len, blocks))
         assert found.origin == mixture.origin(record) and planner is mixture.part(record)[0].planner
-    assert (mixture.full_lengths()[visits.records] >= lengths).all()
+    assert (mixture.full_lengths()[order.records] >= lengths).all()
 
 
 def test_validation_keeps_the_files_order_and_ignores_weights(tmp_path: Path):
     parts = [source(tmp_path, "a", 4, weight=1), source(tmp_path, "b", 3, weight=9, repeat=True)]
     mixture = Mixture(parts, seed=1, training=False)
-    assert len(mixture) == 7 and mixture.visits(0).records.tolist() == mixture.visits(
+    assert len(mixture) == 7 and mixture.order(0).records.tolist() == mixture.order(
         5
     ).records.tolist() == list(range(7))
 
@@ -153,14 +155,14 @@ def test_other_weights_are_other_data_for_a_resume(tmp_path: Path):
     assert len(set(found)) == 3 and fingerprint(2, True) == found[2]
 
 
-def test_the_log_counts_visits_and_tokens_of_each_source(tmp_path: Path):
+def test_the_log_counts_passes_and_tokens_of_each_source(tmp_path: Path):
     mixture = Mixture(
         [source(tmp_path, "a", 30, weight=3), source(tmp_path, "b", 5, weight=1, repeat=True)], seed=1
     )
     text = mixture.describe()
     whole = sum(mixture.lengths(np.arange(35), np.zeros(35, np.int64)) * np.array([1] * 30 + [2] * 5))
     share = sum(mixture.lengths(np.arange(30, 35), np.zeros(5, np.int64)) * 2) / whole
-    assert "a: 30 visits (75.0%) to 30 records" in text and "b: 10 visits (25.0%) to 5 records" in text
+    assert "a: 30 passes (75.0%) over 30 records" in text and "b: 10 passes (25.0%) over 5 records" in text
     assert f"{share:.1%} of all tokens" in text and "text 100%" in text
 
 

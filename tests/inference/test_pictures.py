@@ -21,8 +21,8 @@ from unigen.inference.inferencer import THINK_PROMPTS, InterleaveInferencer
 from unigen.inference.options import InferenceError
 from unigen.inference.pictures import RUN_OPTIONS, run_transform, trained_transform
 from unigen.model.weights import load_bagel
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import ImageTransform, open_image
-from unigen.sequence.plan import Draw
 from unigen.sequence.types import Block, Image, Kind, Origin, Record, Text
 
 # Sizes of the release, divided; all different, so that no mistake hides.
@@ -62,10 +62,10 @@ def planner_of(inferencer):
 
 def trained(planner, sample):
     """The blocks of the sample in training, contents and all, up to its last piece."""
-    sizes = planner.measure(Record(sample, Origin("x.jsonl", 1), "direct"))
-    draw = Draw(seed=1, epoch=0, record=0)
+    sizes = planner.token_lengths(Record(sample, Origin("x.jsonl", 1), "direct"))
+    draw = RandomKey(seed=1, epoch=0, record=0)
     blocks = planner.fill(sample, planner.outline(sample, sizes, draw), draw)
-    return [block for block in blocks if block.piece < len(sample) - 1 and block.kind != Kind.NOISED]
+    return [block for block in blocks if block.segment < len(sample) - 1 and block.kind != Kind.NOISED]
 
 
 def assert_same(found, expected):

@@ -9,10 +9,11 @@ import torch
 from unigen.config import DataOptions
 from unigen.sequence import contents
 from unigen.sequence.contents import View, Viewer, digest
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import Confined, ImageTransform, PictureError, open_image, to_image
 from unigen.sequence.pack import Geometry
-from unigen.sequence.plan import Draw, Planner, Transforms
+from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import WordTokenizer
 from unigen.sequence.types import Block, Image, Kind, Text
 
@@ -165,7 +166,7 @@ def test_what_is_dropped_changes_no_random_number_of_other_pictures(path):
             for kind in (Kind.CLEAN, Kind.VIT)
         ]
         target = Block(Kind.NOISED, 12, 2, grid[Kind.NOISED], loss=True)
-        draws.append(make.fill(sample, [*context, target], Draw(0, 0, 0))[-1].posterior)
+        draws.append(make.fill(sample, [*context, target], RandomKey(0, 0, 0))[-1].posterior)
     assert draws[0].shape == (4, 6, 8) and all(torch.equal(draws[0], draw) for draw in draws)
 
 
@@ -173,8 +174,8 @@ def test_a_cached_picture_fills_blocks_with_one_latent_and_features(path):
     make, plain = planner(), planner()
     make.cache = Known("vae", "vit")
     sample = [Text("x"), Image(path, target=True), Text("y", target=True)]
-    sizes = plain.measure(type("Record", (), {"sample": sample}))
-    draw = Draw(0, 0, 0, training=False)
+    sizes = plain.token_lengths(type("Record", (), {"sample": sample}))
+    draw = RandomKey(0, 0, 0, training=False)
     found, wanted = (p.fill(sample, p.outline(sample, sizes, draw), draw) for p in (make, plain))
     images = [(a, b) for a, b in zip(found, wanted, strict=True) if a.kind != Kind.TEXT]
     assert [a.kind for a, _ in images] == [Kind.NOISED, Kind.CLEAN, Kind.VIT]

@@ -9,11 +9,12 @@ from pictures import noise
 from PIL import Image as Picture
 
 from unigen.config import DataOptions
+from unigen.sequence.key import RandomKey
 from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import ImageTransform
+from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.pack import Geometry, pack_blocks
-from unigen.sequence.plan import Draw, Measured, Planner, Transforms, structure_numbers
-from unigen.sequence.ragged import Ragged
+from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Image, Kind, Origin, Record, Text
 
@@ -26,7 +27,7 @@ TRANSFORMS = Transforms(
     vit_edit=ImageTransform(56, 28, 14, limit=112),
 )
 NO_DROPOUT = {"text_cond_dropout_prob": 0.0, "vit_cond_dropout_prob": 0.0, "vae_cond_dropout_prob": 0.0}
-DRAW = Draw(seed=1, epoch=0, record=0)
+KEY = RandomKey(seed=1, epoch=0, record=0)
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +58,18 @@ def record_of(sample):
     return Record(sample, Origin("x.jsonl", 1), "direct")
 
 
-def shown(planner, sample, draw=DRAW):
+def shown(planner, sample, key=KEY):
     """A block as its kind, ``*`` where it carries loss, ``>`` and the initial of what its closing token
     announces."""
     special = planner.tokenizer.special
     names = {None: "", special.text_start: ">text", special.image_start: ">image", special.end: ">end"}
-    blocks = planner.outline(sample, planner.measure(record_of(sample)), draw)
+    blocks = planner.outline(sample, planner.token_lengths(record_of(sample)), key)
     return " ".join(
         f"{b.kind.name.lower()}{'*' * b.loss}{names[b.closing_label]}" for b in blocks if not b.dropped
     )
 
 
-PLAIN = [  # sample, blocks when transitions are trained, blocks when they are not
+PLAIN = [  # sample, blocks when next-modality tokens are trained, blocks when they are not
     ("Tt", "text>text text*>end", "text text*"),
     ("t", "text*>end", "text*"),
     ("It", "vit>text text*>end", "vit text*"),
@@ -101,7 +102,7 @@ PLAIN = [  # sample, blocks when transitions are trained, blocks when they are n
 
 
 @pytest.mark.parametrize(("code", "trained", "reference"), PLAIN)
-def test_how_pieces_enter_and_what_they_announce(planner, code, trained, reference):
+def test_how_segments_enter_and_what_they_announce(planner, code, trained, reference):
     assert shown(planner(**NO_DROPOUT, single_image_stop_prob=0.0), sample_of(code)) == trained
     without = planner(**NO_DROPOUT, train_transitions=False, single_image_stop_prob=1.0)
     assert shown(without, sample_of(code)) == reference
@@ -122,8 +123,8 @@ def test_a_share_of_single_images_learns_to_stop(planner, code, expected):
 
 def test_that_share_is_single_image_stop_prob(planner):
     p, sample = planner(single_image_stop_prob=0.15), sample_of("Ti")
-    sizes = p.measure(record_of(sample))
-    share = sum(len(p.outline(sample, sizes, Draw(0, 0, i))) > 2 for i in range(2000)) / 2000
+    lengths = p.token_lengths(record_of(sample))
+    share = sum(len(p.outline(sample, lengths, RandomKey(0, 0, i))) > 2 for i in range(2000)) / 2000
     assert 0.12 < share < 0.18
 
 
@@ -135,8 +136,8 @@ def test_without_the_vit_pictures_enter_by_their_latents_alone(planner):
 # ---- labels in the row
 
 
-def batch_of(p, sample, draw=DRAW):
-    blocks = p.fill(sample, p.outline(sample, p.measure(record_of(sample)), draw), draw)
+def batch_of(p, sample, key=KEY):
+    blocks = p.fill(sample, p.outline(sample, p.token_lengths(record_of(sample)), key), key)
     return blocks, pack_blocks([blocks], p.tokenizer.special, p.geometry)
 
 
@@ -163,8 +164,8 @@ def test_context_carries_no_text_loss(planner):
 
 
 def outlines(p, sample, n=2000):
-    sizes = p.measure(record_of(sample))
-    return [p.outline(sample, sizes, Draw(7, 0, i)) for i in range(n)]
+    lengths = p.token_lengths(record_of(sample))
+    return [p.outline(sample, lengths, RandomKey(7, 0, i)) for i in range(n)]
 
 
 def test_dropout_has_the_reference_shares_and_spares_targets(planner):
@@ -182,9 +183,11 @@ def test_samples_that_only_write_and_validation_drop_nothing(planner):
     always = planner(text_cond_dropout_prob=1.0, vit_cond_dropout_prob=1.0, vae_cond_dropout_prob=1.0)
     assert not any(b.dropped for blocks in outlines(always, sample_of("ITt"), 20) for b in blocks)
     sample = sample_of("ITi")
-    blocks = always.outline(sample, always.measure(record_of(sample)), Draw(7, 0, 1, training=False))
+    blocks = always.outline(
+        sample, always.token_lengths(record_of(sample)), RandomKey(7, 0, 1, training=False)
+    )
     assert not any(b.dropped for b in blocks)
-    dropped = always.outline(sample, always.measure(record_of(sample)), Draw(7, 0, 1))
+    dropped = always.outline(sample, always.token_lengths(record_of(sample)), RandomKey(7, 0, 1))
     assert [b.dropped for b in dropped] == [True, True, True, False]
 
 
@@ -210,18 +213,18 @@ def test_a_dropped_image_still_advances_the_position_and_a_text_does_not(planner
 # ---- determinism
 
 
-def numbers(p, sample, draw):
-    blocks, _ = batch_of(p, sample, draw)
+def numbers(p, sample, key):
+    blocks, _ = batch_of(p, sample, key)
     noised = [b for b in blocks if b.kind == Kind.NOISED]
     return [b.u for b in noised], torch.cat([b.noise for b in noised])
 
 
 def test_random_numbers_depend_on_seed_epoch_and_record_alone(planner):
     p, sample = planner(), sample_of("ITii")
-    u, noise = numbers(p, sample, Draw(1, 2, 3))
-    again = numbers(planner(), sample, Draw(1, 2, 3))
+    u, noise = numbers(p, sample, RandomKey(1, 2, 3))
+    again = numbers(planner(), sample, RandomKey(1, 2, 3))
     assert again[0] == u and torch.equal(again[1], noise)
-    for other in (Draw(2, 2, 3), Draw(1, 3, 3), Draw(1, 2, 4)):
+    for other in (RandomKey(2, 2, 3), RandomKey(1, 3, 3), RandomKey(1, 2, 4)):
         v, n = numbers(p, sample, other)
         assert v != u and not torch.equal(n, noise)
     assert len(set(u)) == 2
@@ -229,11 +232,11 @@ def test_random_numbers_depend_on_seed_epoch_and_record_alone(planner):
 
 def test_purposes_are_independent(planner):
     sample = sample_of("ITii")
-    u, noise = numbers(planner(), sample, DRAW)
+    u, noise = numbers(planner(), sample, KEY)
     v, n = numbers(
         planner(text_cond_dropout_prob=1.0, vit_cond_dropout_prob=1.0, vae_cond_dropout_prob=1.0),
         sample,
-        DRAW,
+        KEY,
     )
     assert u == v and torch.equal(noise, n)  # dropout changes neither times nor noise
     some, other = planner(), planner(text_cond_dropout_prob=0.9)
@@ -242,7 +245,7 @@ def test_purposes_are_independent(planner):
     for a, b in zip(outlines(some, sample, 50), outlines(other, sample, 50), strict=True):
         assert [x.dropped for x in a if x.kind in kinds] == [x.dropped for x in b if x.kind in kinds]
     keys = {
-        Draw(s, e, r).key(purpose)
+        RandomKey(s, e, r).seed_for(purpose)
         for s in (0, 1)
         for e in (0, 1)
         for r in (0, 1, 11)
@@ -253,8 +256,8 @@ def test_purposes_are_independent(planner):
 
 def test_validation_repeats_itself_in_every_epoch(planner):
     p, sample = planner(), sample_of("ITii")
-    u, noise = numbers(p, sample, Draw(1, 0, 3, training=False))
-    v, n = numbers(p, sample, Draw(1, 9, 3, training=False))
+    u, noise = numbers(p, sample, RandomKey(1, 0, 3, training=False))
+    v, n = numbers(p, sample, RandomKey(1, 9, 3, training=False))
     assert u == v and torch.equal(noise, n)
 
 
@@ -262,27 +265,27 @@ def test_validation_repeats_itself_in_every_epoch(planner):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_measured_lengths_are_the_row_s(planner, seed):
+def test_token_lengths_are_the_pack_s(planner, seed):
     r = random.Random(seed)
     p = planner()
     for k in range(4):
         sample = [Text("word " * r.randint(0, 6), True)]
         for _ in range(r.randint(0, 3)):
-            piece = (
+            segment = (
                 Text("a b", r.random() < 0.5)
                 if r.random() < 0.5
                 else Image(picture(r.randint(20, 200), r.randint(20, 200)), r.random() < 0.5)
             )
-            sample.insert(0, piece)
-        draw = Draw(seed, 0, k)
-        _, pack = batch_of(p, sample, draw)
-        assert p.length(sample, p.measure(record_of(sample)), draw) == len(pack)
+            sample.insert(0, segment)
+        key = RandomKey(seed, 0, k)
+        _, pack = batch_of(p, sample, key)
+        assert p.length(sample, p.token_lengths(record_of(sample)), key) == len(pack)
 
 
 @pytest.mark.parametrize("over", [1, 3, 7])
 def test_a_long_answer_is_cut_at_its_end(planner, tokenizer, over):
     sample = [Text("hi"), Text("a beautiful sunset over the ocean", True)]
-    whole = sum(len(b) for b in planner().outline(sample, planner().measure(record_of(sample)), DRAW))
+    whole = sum(len(b) for b in planner().outline(sample, planner().token_lengths(record_of(sample)), KEY))
     p = planner(max_sequence_length=whole - over)
     blocks, pack = batch_of(p, sample)
     ids, s = tokenizer.encode("a beautiful sunset over the ocean"), tokenizer.special
@@ -319,38 +322,38 @@ def test_the_shorter_of_model_and_option_limits(planner, tokenizer):
 def test_context_that_does_not_fit_is_a_bad_record(planner):
     p = planner(max_sequence_length=20)
     with pytest.raises(BadRecord, match=r"too_long.*max_sequence_length = 20.*Fix") as error:
-        p.measure(record_of(sample_of("Ii")))
+        p.token_lengths(record_of(sample_of("Ii")))
     assert error.value.code == "too_long"
     with pytest.raises(BadRecord, match="too_long"):
-        p.measure(record_of(sample_of("Tt", text="a beautiful sunset over the ocean " * 3)))
+        p.token_lengths(record_of(sample_of("Tt", text="a beautiful sunset over the ocean " * 3)))
 
 
-def test_no_visit_is_longer_than_allowed(planner):
-    """What passes ``measure`` fits in every visit, whatever is drawn."""
+def test_no_pass_is_longer_than_allowed(planner):
+    """What ``token_lengths`` accepts fits in every epoch pass, whatever is drawn."""
     for limit in range(20, 60):
         p = planner(max_sequence_length=limit, single_image_stop_prob=0.5)
         sample = sample_of("Tti", image=picture(32, 32))
         try:
-            sizes = p.measure(record_of(sample))
+            lengths = p.token_lengths(record_of(sample))
         except BadRecord:
             continue
-        assert all(p.length(sample, sizes, Draw(0, 0, i)) <= limit for i in range(10))
+        assert all(p.length(sample, lengths, RandomKey(0, 0, i)) <= limit for i in range(10))
 
 
 def test_parts_left_out_are_named(planner):
-    with pytest.raises(BadRecord, match=r"piece 1.*visual_gen is false.*Fix"):
-        planner(visual_gen=False).measure(record_of(sample_of("Ti")))
-    with pytest.raises(BadRecord, match=r"piece 0.*visual_und is false.*Fix"):
-        planner(visual_und=False).measure(record_of(sample_of("It")))
+    with pytest.raises(BadRecord, match=r"segment 1.*visual_gen is false.*Fix"):
+        planner(visual_gen=False).token_lengths(record_of(sample_of("Ti")))
+    with pytest.raises(BadRecord, match=r"segment 0.*visual_und is false.*Fix"):
+        planner(visual_und=False).token_lengths(record_of(sample_of("It")))
     assert shown(planner(visual_gen=False), sample_of("It")) == "vit>text text*>end"
 
 
 def test_an_unreadable_picture_is_a_bad_record(planner, tmp_path):
     with pytest.raises(
         BadRecord,
-        match=rf"missing_picture in field 'piece 0': found {tmp_path}/none.png: there is no such file.*Fix",
+        match=rf"missing_picture in field 'segment 0': found {tmp_path}/none.png: there is no such file.*Fix",
     ):
-        planner().measure(record_of([Image(tmp_path / "none.png"), Text("a", True)]))
+        planner().token_lengths(record_of([Image(tmp_path / "none.png"), Text("a", True)]))
 
 
 # ---- contents
@@ -384,19 +387,18 @@ def test_samples_that_only_write_use_the_understanding_resize(planner):
     )
 
 
-# ---- lengths of many visits at once
+# ---- lengths of many epoch passes at once
 
 
-def measured(p, samples):
-    rows = Ragged([p.measure(record_of(sample)) for sample in samples])
-    return rows, Measured(*rows.arrays())
+def token_lengths(p, samples):
+    return TokenLengths(p.token_lengths(record_of(sample)) for sample in samples)
 
 
 @pytest.mark.parametrize(
     ("limit", "options"), [(4096, {}), (70, {}), (4096, {"train_transitions": False}), (4096, NO_DROPOUT)]
 )
 @pytest.mark.parametrize("epoch", [0, 3, None])
-def test_lengths_of_many_visits_are_those_of_each(planner, limit, options, epoch):
+def test_lengths_of_many_passes_are_those_of_each(planner, limit, options, epoch):
     p = planner(limit, **options, single_image_stop_prob=0.4)
     codes = ["Tt", "Ti", "ITt", "ITi", "Tti", "tit", "ITiTi", "TiTt", "i"]
     samples = [
@@ -404,73 +406,68 @@ def test_lengths_of_many_visits_are_those_of_each(planner, limit, options, epoch
     ]
     samples = [sample for sample in samples if fits(p, sample)] * 40
     assert len(samples) > 150
-    rows, arrays = measured(p, samples)
-    draws = [Draw(9, epoch or 0, 5 + i, training=epoch is not None) for i in range(len(samples))]
-    wanted = [p.length(sample, rows[i], draw) for i, (sample, draw) in enumerate(zip(samples, draws))]
-    found = p.lengths(arrays, np.arange(5, 5 + len(samples)), 9, epoch, first=5)
+    lengths = token_lengths(p, samples)
+    keys = [RandomKey(9, epoch or 0, 5 + i, training=epoch is not None) for i in range(len(samples))]
+    wanted = [p.length(sample, lengths[i], key) for i, (sample, key) in enumerate(zip(samples, keys))]
+
+    def of_passes(records):
+        return lengths.of_passes(5 + records, 9, epoch, p.options, limit, first=5)
+
+    found = of_passes(np.arange(len(samples)))
     assert found.tolist() == wanted and (epoch is None or len(set(wanted)) > 5)
     some = np.array([3, 77, 12, 77])
-    assert p.lengths(arrays, 5 + some, 9, epoch, first=5).tolist() == [wanted[i] for i in some]
-    assert (p.full_lengths(arrays, np.arange(len(samples))) >= found).all()
-    assert p.lengths(arrays, np.zeros(0, np.int64), 9, epoch).tolist() == []
+    assert of_passes(some).tolist() == [wanted[i] for i in some]
+    assert (lengths.full(limit) >= found).all()
+    assert of_passes(np.zeros(0, np.int64)).tolist() == []
 
 
 def fits(p, sample):
     try:
-        p.measure(record_of(sample))
+        p.token_lengths(record_of(sample))
     except BadRecord:
         return False
     return True
 
 
-def test_the_numbers_that_decide_a_structure_are_uniform_and_independent():
-    drawn = structure_numbers(3, 1, np.arange(20_000), 4)
-    assert drawn.min() >= 0 and drawn.max() < 1
-    assert np.allclose(drawn.mean(0), 0.5, atol=0.01) and np.allclose(drawn.var(0), 1 / 12, atol=0.003)
-    assert np.abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.03
-    assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < 0.03, "neighbouring records"
-    others = [structure_numbers(*key, np.arange(20_000), 1)[:, 0] for key in [(4, 1), (3, 2), (3, None)]]
-    assert all(abs(np.corrcoef(drawn[:, 0], other)[0, 1]) < 0.03 for other in others)
-    assert Draw(3, 1, 17).structure(4) == drawn[17].tolist()
+# ---- caption variants
 
 
-# ---- wordings
-
-
-def test_each_visit_draws_one_wording_and_validation_takes_the_first(planner):
+def test_each_pass_uses_one_caption_variant_and_validation_the_first(planner):
     p = planner(**NO_DROPOUT)
     words = ("a cat", "a small grey cat on a red chair", "cat")
     sample = [Text(words[0], others=words[1:]), Image(picture(), True)]
-    sizes, seen = p.measure(record_of(sample)), set()
+    lengths, seen = p.token_lengths(record_of(sample)), set()
     for i in range(60):
-        draw = Draw(1, 0, i)
-        blocks = p.fill(sample, p.outline(sample, sizes, draw), draw)
+        key = RandomKey(1, 0, i)
+        blocks = p.fill(sample, p.outline(sample, lengths, key), key)
         assert blocks[0].length == len(blocks[0].ids)
         seen.add(p.tokenizer.decode(blocks[0].ids))
     assert seen == set(words)
-    held_out = Draw(1, 0, 5, training=False)
-    assert p.tokenizer.decode(p.fill(sample, p.outline(sample, sizes, held_out), held_out)[0].ids) == words[0]
+    held_out = RandomKey(1, 0, 5, training=False)
+    assert (
+        p.tokenizer.decode(p.fill(sample, p.outline(sample, lengths, held_out), held_out)[0].ids) == words[0]
+    )
 
 
-def test_a_row_has_room_for_the_longest_wording(planner):
+def test_a_row_has_room_for_the_longest_caption_variant(planner):
     p = planner(**NO_DROPOUT)
     sample = [Text("a cat", others=("a cat " * 20,)), Image(picture(), True)]
-    rows, arrays = measured(p, [sample] * 30)
-    bounds = p.lengths(arrays, np.arange(30), 1, 0)
-    actual = [p.length(sample, rows[i], Draw(1, 0, i)) for i in range(30)]
+    lengths = token_lengths(p, [sample] * 30)
+    bounds = lengths.of_passes(np.arange(30), 1, 0, p.options, p.max_length)
+    actual = [p.length(sample, lengths[i], RandomKey(1, 0, i)) for i in range(30)]
     assert all(a <= b for a, b in zip(actual, bounds)) and max(actual) == max(bounds) and len(set(actual)) > 1
 
 
 def test_tokens_by_kind_counts_what_a_sample_shows(planner):
     p = planner(**NO_DROPOUT)
     samples = [sample_of("ITi"), sample_of("Tt")]
-    _, arrays = measured(p, samples)
+    lengths = token_lengths(p, samples)
     blocks = [
         b
         for i, s in enumerate(samples)
-        for b in p.outline(s, p.measure(record_of(s)), Draw(0, 0, i, training=False))
+        for b in p.outline(s, p.token_lengths(record_of(s)), RandomKey(0, 0, i, training=False))
     ]
     wanted = {kind.name.lower(): sum(len(b) for b in blocks if b.kind == kind) for kind in Kind}
-    found = arrays.tokens_by_kind(np.arange(2))
+    found = lengths.tokens_by_kind()
     assert found.pop("trained_text") == sum(len(b) for b in blocks if b.kind == Kind.TEXT and b.loss)
     assert found == wanted

@@ -223,7 +223,7 @@ def _skip_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
     become_rank(rank, world, port)
     trainer = built(**options)
     (Path(folder) / f"{rank}.json").write_text(
-        json.dumps([len(trainer.run.stream.mixture), trainer.run.stream.mixture.visits(0).records.tolist()])
+        json.dumps([len(trainer.run.stream.mixture), trainer.run.stream.mixture.order(0).records.tolist()])
     )
     other = options | {"train_data_path": options["val_data_path"]} if rank else options
     try:

@@ -20,8 +20,8 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.prompts import PromptError
 from unigen.model.weights import load_bagel
 from unigen.runs.signals import Stopped
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import open_image
-from unigen.sequence.plan import Draw
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Image, Origin, Record, Text
 from unigen.training.samples import GIVEN_SIDE, SampleWriter, small_pictures
@@ -137,10 +137,10 @@ def test_pictures_are_shown_as_the_run_trains_on_them(
         sample = [image, Text("?"), target]
         blocks = planner.outline(
             sample,
-            planner.measure(Record(sample, Origin(Path("x")), "direct")),
-            Draw(0, 0, 0, training=False),
+            planner.token_lengths(Record(sample, Origin(Path("x")), "direct")),
+            RandomKey(0, 0, 0, training=False),
         )
-        assert shown == [(b.kind, b.grid) for b in blocks if b.piece == 0]
+        assert shown == [(b.kind, b.grid) for b in blocks if b.segment == 0]
 
 
 def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Callable[..., SampleWriter]):

@@ -82,19 +82,19 @@ def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(source
 
 def test_a_source_has_its_own_picture_size(sources: dict[str, Any]):
     trainer = built(**sources)
-    _, blocks, _ = trainer.run.stream.mixture.outline(0, trainer.run.stream.draw(0, 0))
+    _, blocks, _ = trainer.run.stream.mixture.outline(0, trainer.run.stream.key(0, 0))
     assert max(block.length for block in blocks if block.grid) <= 4
     entries = [{**sources["train_sources"][0], "max_image_tokens": 16}, sources["train_sources"][1]]
     larger = built(**sources | {"train_sources": entries})
-    _, blocks, _ = larger.run.stream.mixture.outline(0, larger.run.stream.draw(0, 0))
+    _, blocks, _ = larger.run.stream.mixture.outline(0, larger.run.stream.key(0, 0))
     assert max(block.length for block in blocks if block.grid) == 16
 
 
 def test_the_log_says_what_the_mix_is(sources: dict[str, Any], caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
         built(**sources)
-    assert "drawings.jsonl: 24 visits (75.0%) to 24 records" in caplog.text
-    assert "questions: 8 visits (25.0%) to 5 records" in caplog.text
+    assert "drawings.jsonl: 24 passes (75.0%) over 24 records" in caplog.text
+    assert "questions: 8 passes (25.0%) over 5 records" in caplog.text
 
 
 def test_resuming_with_other_weights_is_refused(sources: dict[str, Any], tmp_path: Path):

@@ -26,8 +26,9 @@ from unigen.cache.store import Encoder, Store, about, key_of
 from unigen.config import Config, ConfigError, Source
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.sequence.contents import Seen, View, digest, named
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import PictureError, image_size, read_bytes
-from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Image, Kind
 from unigen.training.engine import Engine
@@ -57,7 +58,7 @@ class EncodeJob:
 
     part: int
     record: int
-    piece: int
+    segment: int
     names: tuple[str, ...]  # the encoders that look at it
 
 
@@ -186,7 +187,7 @@ class Filler:
         c = self.options
         assert c.model_path is not None
         tokenizer = Tokenizer.load(Path(c.model_path))
-        # Copies that are made in a share of the visits are shown in all of these.
+        # Clean copies that a share of the epoch passes have are shown in all of these.
         always = replace(c, single_image_stop_prob=1.0 if c.single_image_stop_prob else 0.0)
         for source in [
             *c.sources(),
@@ -197,7 +198,7 @@ class Filler:
                 source.path,
                 on_bad_record=c.on_bad_record,
                 check_pictures="headers",  # they are decoded below
-                measure=planner.measure,
+                token_lengths=planner.token_lengths,
                 data_root=c.data_root,
             )
             yield dataset, planner
@@ -206,19 +207,19 @@ class Filler:
         """Every picture of this shard once for each way that a sample shows it."""
         met: set[int] = set()
         for number, (dataset, planner) in enumerate(self.parts):
-            assert dataset.sizes is not None
+            assert dataset.lengths is not None
             for i in range(len(dataset)):
                 sample = dataset[i].sample
                 shown: dict[int, set[str]] = {}
                 for block in planner.outline(
-                    sample, dataset.sizes[i], Draw(self.options.seed, 0, i, training=False)
+                    sample, dataset.lengths[i], RandomKey(self.options.seed, 0, i, training=False)
                 ):
                     if block.kind != Kind.TEXT:
-                        shown.setdefault(block.piece, set()).add("vit" if block.kind == Kind.VIT else "vae")
-                for piece, kinds in shown.items():
+                        shown.setdefault(block.segment, set()).add("vit" if block.kind == Kind.VIT else "vae")
+                for segment, kinds in shown.items():
                     names = tuple(sorted(kinds & self.identities.keys()))
-                    source = sample[piece].source  # type: ignore[union-attr]
-                    what = f"{number}/{i}/{piece}" if isinstance(source, bytes) else str(source)
+                    source = sample[segment].source  # type: ignore[union-attr]
+                    what = f"{number}/{i}/{segment}" if isinstance(source, bytes) else str(source)
                     way = hash((what, planner.viewer(sample), names))
                     if (
                         names
@@ -226,18 +227,18 @@ class Filler:
                         and way not in met
                     ):
                         met.add(way)
-                        yield EncodeJob(number, i, piece, names)
+                        yield EncodeJob(number, i, segment, names)
 
     def _open(self, job: EncodeJob) -> tuple[Any, bytes, str, View]:
         """The source of a picture, its bytes, their digest, and the sizes at which it is seen. Raises
         PictureError."""
         dataset, planner = self.parts[job.part]
         sample = dataset[job.record].sample
-        piece = sample[job.piece]
-        assert isinstance(piece, Image)
-        data = read_bytes(piece.source)
-        with named(piece.source):
-            return piece.source, data, digest(data), planner.viewer(sample).view(*image_size(data))
+        picture = sample[job.segment]
+        assert isinstance(picture, Image)
+        data = read_bytes(picture.source)
+        with named(picture.source):
+            return picture.source, data, digest(data), planner.viewer(sample).view(*image_size(data))
 
     # ---- first pass
 

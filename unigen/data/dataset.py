@@ -21,11 +21,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from unigen.data.containers import BadData, ByteSpan, Raw, find_files, parts, read_part
-from unigen.data.examine import Measure, Numbers, Pictures, bad_picture, examine, key_of
+from unigen.data.examine import CountTokens, Pictures, bad_picture, examine, key_of
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.reader import Reader
 from unigen.sequence.images import PictureError, open_image
-from unigen.sequence.ragged import Ragged
+from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample
 
 __all__ = ["TASKS", "BadData", "UnifiedGenerationDataset", "task"]
@@ -95,7 +95,7 @@ class UnifiedGenerationDataset:
             counted and listed.
         check_pictures: Decode every picture (``full``), read their headers only (``headers``), or decode when
             there are at most 5,000 distinct ones (``auto``).
-        measure: Called with every record; its results are kept in ``sizes``. It may raise BadRecord.
+        token_lengths: Called with every record; its results are kept in ``lengths``. It may raise BadRecord.
         bad_records_path: With ``skip``, a JSONL file that bad records are appended to; one that it holds
             already is not repeated.
         max_bad_share: With ``skip``, the share of bad records above which it raises all the same.
@@ -103,7 +103,7 @@ class UnifiedGenerationDataset:
             not trust.
 
     Attributes:
-        sizes: What ``measure`` returned, one entry per record; None without ``measure``.
+        lengths: What ``token_lengths`` returned for each record; None without it.
         bad: The bad records that were left out.
         fingerprint: Hexadecimal digest of the files (names, sizes, contents) and of which of their records
             are in use.
@@ -120,7 +120,7 @@ class UnifiedGenerationDataset:
         *,
         on_bad_record: Literal["error", "skip"] = "error",
         check_pictures: Literal["auto", "full", "headers"] = "auto",
-        measure: Measure | None = None,
+        token_lengths: CountTokens | None = None,
         bad_records_path: Path | None = None,
         max_bad_share: float = 0.01,
         data_root: str | Path | None = None,
@@ -134,7 +134,7 @@ class UnifiedGenerationDataset:
         self._reader = Reader(self.files)
         self._index = _Index()
         self._counts: Counter[tuple[str, str]] = Counter()
-        self.sizes: Ragged | None = None if measure is None else Ragged()
+        self.lengths = None if token_lengths is None else TokenLengths()
         bad: list[tuple[ByteSpan, BadRecord]] = []
         pictures, pictured = Pictures(), array("Q")
         unreadable, contents = [], []
@@ -143,7 +143,7 @@ class UnifiedGenerationDataset:
             try:
                 for span, raw in self._walk(number, digest):
                     try:
-                        self._add(span, raw, pictures, pictured, measure)
+                        self._add(span, raw, pictures, pictured, token_lengths)
                     except BadRecord as error:
                         bad.append((span, error))
             except BadRecord as error:  # the whole file
@@ -185,7 +185,7 @@ class UnifiedGenerationDataset:
         """Counts: records, files, bad records, records per format and per task (see :func:`task`), text and
         image targets, pictures.
 
-        ``pictures`` counts the image pieces of all records, ``distinct_pictures`` the files behind them.
+        ``pictures`` counts the image segments of all records, ``distinct_pictures`` the files behind them.
         """
 
         def by(topic: str, names: Iterable[str]) -> dict[str, int]:
@@ -197,9 +197,9 @@ class UnifiedGenerationDataset:
             "bad_records": len(self.bad),
             "formats": by("format", FORMATS),
             "tasks": by("task", TASKS),
-            "text_targets": self._counts["pieces", "text_targets"],
-            "image_targets": self._counts["pieces", "image_targets"],
-            "pictures": self._counts["pieces", "pictures"],
+            "text_targets": self._counts["segments", "text_targets"],
+            "image_targets": self._counts["segments", "image_targets"],
+            "pictures": self._counts["segments", "pictures"],
             "distinct_pictures": self._distinct,
         }
 
@@ -233,18 +233,23 @@ class UnifiedGenerationDataset:
             yield from read_part(part, digest)
 
     def _add(
-        self, span: ByteSpan, raw: Raw, pictures: Pictures, pictured: array[int], measure: Measure | None
+        self,
+        span: ByteSpan,
+        raw: Raw,
+        pictures: Pictures,
+        pictured: array[int],
+        token_lengths: CountTokens | None,
     ) -> None:
         """Checks a record and puts it into the index; ``pictured`` gets the numbers of those with pictures.
         Raises BadRecord."""
-        record, _, size = examine(raw, span, self.files[span.file], pictures, measure, self.root)
-        if any(isinstance(piece, Image) for piece in record.sample):
+        record, _, lengths = examine(raw, span, self.files[span.file], pictures, token_lengths, self.root)
+        if any(isinstance(segment, Image) for segment in record.sample):
             pictured.append(len(self._index))
         self._index.append(span)
         self._count(record, 1)
-        if self.sizes is not None:
-            assert size is not None, "measure returned nothing"
-            self.sizes.append(size)
+        if self.lengths is not None:
+            assert lengths is not None, "token_lengths returned nothing"
+            self.lengths.append(lengths)
 
     def _drop_broken(self, pictured: Iterable[int]) -> list[tuple[ByteSpan, BadRecord]]:
         """Decodes the pictures of the records ``pictured``; takes those with broken ones out of the index and
@@ -258,10 +263,10 @@ class UnifiedGenerationDataset:
         bad, dropped = [], set()
         for i in pictured:
             record, fields = self._read(i)
-            for piece, field in zip(record.sample, fields):
-                if not isinstance(piece, Image):
+            for segment, field in zip(record.sample, fields):
+                if not isinstance(segment, Image):
                     continue
-                path = _path_of(piece)
+                path = _path_of(segment)
                 error = inside.get((i, field)) if path is None else paths.get(path)
                 if error is not None:
                     self._count(record, -1)
@@ -270,36 +275,37 @@ class UnifiedGenerationDataset:
                     break
         kept = [i for i in range(len(self)) if i not in dropped]
         self._index = _Index(self._index[i] for i in kept)
-        if self.sizes is not None:
-            self.sizes = self.sizes.keep(kept)
+        if self.lengths is not None:
+            self.lengths = self.lengths.keep(kept)
         return bad
 
     def _broken(self, pictured: Iterable[int]) -> Iterator[_Broken]:
         """Decodes every distinct picture."""
-        seen = Numbers()
+        seen: set[int] = set()
 
         def tasks() -> Iterator[tuple[int, str, Image]]:
             for i in pictured:
                 record, fields = self._read(i)
-                for piece, field in zip(record.sample, fields):
-                    if isinstance(piece, Image) and is_new(_path_of(piece)):
-                        yield i, field, piece
+                for segment, field in zip(record.sample, fields):
+                    if isinstance(segment, Image) and is_new(_path_of(segment)):
+                        yield i, field, segment
 
         def is_new(path: str | None) -> bool:
+            if path is None:
+                return True
             before = len(seen)
-            if path is not None:
-                seen[key_of(path)] = 1
-            return path is None or len(seen) > before
+            seen.add(key_of(path))
+            return len(seen) > before
 
         every = tasks()
         # PIL decodes without the interpreter lock
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             while some := list(islice(every, 64)):  # no more in memory at once
-                for (i, field, piece), error in zip(
-                    some, pool.map(_decoding_error, [piece for _, _, piece in some])
+                for (i, field, segment), error in zip(
+                    some, pool.map(_decoding_error, [segment for _, _, segment in some])
                 ):
                     if error is not None:
-                        yield _Broken(i, field, _path_of(piece), error)
+                        yield _Broken(i, field, _path_of(segment), error)
 
     def _settle(
         self, unreadable: list[BadRecord], on_bad_record: str, listing: Path | None, max_share: float
@@ -331,16 +337,16 @@ class UnifiedGenerationDataset:
 
     def _count(self, record: Record, sign: int) -> None:
         texts = images = pictures = 0
-        for piece in record.sample:
-            if isinstance(piece, Image):
+        for segment in record.sample:
+            if isinstance(segment, Image):
                 pictures += 1
-                images += piece.target
+                images += segment.target
             else:
-                texts += piece.target
+                texts += segment.target
         self._counts["format", record.format] += sign
         self._counts["task", task(record.sample)] += sign
         for name, count in (("text_targets", texts), ("image_targets", images), ("pictures", pictures)):
-            self._counts["pieces", name] += sign * count
+            self._counts["segments", name] += sign * count
 
     # ---- reading
 
@@ -365,8 +371,8 @@ def task(sample: Sample) -> str:
     images alone, without a context picture; ``edit``: images alone, with a context picture; ``interleaved``:
     texts and images.
     """
-    targets = {type(piece) for piece in sample if piece.target}
-    context_picture = any(isinstance(piece, Image) and not piece.target for piece in sample)
+    targets = {type(segment) for segment in sample if segment.target}
+    context_picture = any(isinstance(segment, Image) and not segment.target for segment in sample)
     if len(targets) == 2:
         return "interleaved"
     if Image in targets:
@@ -374,13 +380,13 @@ def task(sample: Sample) -> str:
     return "understand" if context_picture else "text"
 
 
-def _path_of(piece: Image) -> str | None:
-    return None if isinstance(piece.source, bytes) else str(piece.source)
+def _path_of(segment: Image) -> str | None:
+    return None if isinstance(segment.source, bytes) else str(segment.source)
 
 
-def _decoding_error(piece: Image) -> PictureError | None:
+def _decoding_error(segment: Image) -> PictureError | None:
     try:
-        open_image(piece.source)
+        open_image(segment.source)
     except PictureError as error:
         return error
     return None

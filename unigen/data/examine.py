@@ -1,10 +1,9 @@
-"""One record judged before training: parsed, its pictures looked at, measured."""
+"""One record judged before training: parsed, its pictures looked at, its token lengths counted."""
 
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,17 +11,19 @@ from typing import NamedTuple
 from unigen.data.containers import ByteSpan, Raw
 from unigen.data.formats import parse_raw
 from unigen.sequence.images import PictureError, image_size
+from unigen.sequence.lengths import RecordLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record
 
-Measure = Callable[[Record], Sequence[int]]
+CountTokens = Callable[[Record], RecordLengths]
 
 
 class Examined(NamedTuple):
-    """A sound record, the field each of its pieces came from, and what ``measure`` returned for it."""
+    """A sound record, the field each of its segments came from, and its token lengths where they were
+    counted."""
 
     record: Record
     fields: list[str]
-    size: Sequence[int] | None
+    lengths: RecordLengths | None
 
 
 def examine(
@@ -30,11 +31,10 @@ def examine(
     span: ByteSpan,
     file: Path,
     pictures: Pictures,
-    measure: Measure | None = None,
+    token_lengths: CountTokens | None = None,
     root: str | Path | None = None,
 ) -> Examined:
-    """Judges what ``read_part`` gave: its format, the header of each of its pictures, and what ``measure``
-    says.
+    """Judges what ``read_part`` gave: its format, the header of each of its pictures, and its token lengths.
 
     Raises:
         BadRecord: With its origin, and the field of the record.
@@ -43,16 +43,12 @@ def examine(
     fields: list[str] = []
     try:
         record, fields = parse_raw(raw, span.line, origin, root)
-        for i, (piece, field) in enumerate(zip(record.sample, fields)):
-            if isinstance(piece, Image):
-                record.sample[i] = replace(piece, size=pictures.size(piece.source, field))
-        return Examined(record, fields, measure(record) if measure else None)
+        for i, (segment, field) in enumerate(zip(record.sample, fields)):
+            if isinstance(segment, Image):
+                record.sample[i] = replace(segment, size=pictures.size(segment.source, field))
+        return Examined(record, fields, token_lengths(record) if token_lengths else None)
     except BadRecord as error:
-        error.origin = error.origin or origin
-        kind, _, number = error.field.partition(" ")
-        # a measure knows the sample alone
-        if kind == "piece" and number.isdecimal() and int(number) < len(fields):
-            error.field = fields[int(number)]
+        error.locate(origin, fields)
         raise
 
 
@@ -65,7 +61,9 @@ class Pictures:
 
     def __init__(self) -> None:
         self.sound = 0
-        self._sizes = Numbers()
+        # by key_of, about 110 bytes a picture: names would take more, and the few sizes there are are shared
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._shared: dict[tuple[int, int], tuple[int, int]] = {}
         self._errors: dict[str, PictureError] = {}
 
     def size(self, source: object, field: str) -> tuple[int, int]:
@@ -76,11 +74,10 @@ class Pictures:
         if name in self._errors:
             raise bad_picture(self._errors[name], field)
         key = key_of(name)
-        known = self._sizes.get(key)
-        if known is None:
-            width, height = self._look(source, field)
-            known = self._sizes[key] = width << 32 | height
-        return known >> 32, known & 0xFFFFFFFF
+        if key not in self._sizes:
+            size = self._look(source, field)
+            self._sizes[key] = self._shared.setdefault(size, size)
+        return self._sizes[key]
 
     def _look(self, source: object, field: str) -> tuple[int, int]:
         try:
@@ -93,46 +90,15 @@ class Pictures:
         return size
 
 
-class Numbers:
-    """A dictionary of whole numbers below 2^64, keys above 0, in 32 to 64 bytes an entry; a dict takes about
-    130."""
-
-    def __init__(self) -> None:
-        self._used, self._mask = 0, 1023
-        self._keys, self._values = (array("Q", bytes(8 * 1024)) for _ in range(2))
-
-    def __len__(self) -> int:
-        return self._used
-
-    def get(self, key: int) -> int | None:
-        at = self._place(key)
-        return self._values[at] if self._keys[at] else None
-
-    def __setitem__(self, key: int, value: int) -> None:
-        at = self._place(key)
-        self._used += not self._keys[at]
-        self._keys[at], self._values[at] = key, value
-        if 2 * self._used > self._mask:
-            keys, values = self._keys, self._values
-            self._used, self._mask = 0, 2 * self._mask + 1
-            self._keys, self._values = (array("Q", bytes(8 * (self._mask + 1))) for _ in range(2))
-            for old, number in zip(keys, values):
-                if old:
-                    self[old] = number
-
-    def _place(self, key: int) -> int:
-        """Where the key is, or would be."""
-        at = key & self._mask
-        while self._keys[at] and self._keys[at] != key:
-            at = (at + 1) & self._mask
-        return at
+def hash_of(value: bytes) -> int:
+    """64 bits that tell ``value`` from others, never 0, which stands for nothing; two of ten million distinct
+    ones meet with a chance of 3 in a million."""
+    return int.from_bytes(hashlib.blake2b(value, digest_size=8).digest(), "little") or 1
 
 
 def key_of(name: str) -> int:
-    """64 bits that stand for a path; two of ten million distinct ones meet with a chance of 3 in a
-    million."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1
+    """:func:`hash_of` a path."""
+    return hash_of(name.encode("utf-8", "surrogateescape"))
 
 
 def bad_picture(error: PictureError, field: str, origin: Origin | None = None) -> BadRecord:

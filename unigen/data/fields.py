@@ -1,5 +1,5 @@
-"""What the formats are made of: typed fields of a record, pieces, turns with ``<image>`` tags, alternative
-wordings.
+"""What the formats are made of: typed fields of a record, segments, turns with ``<image>`` tags, caption
+variants.
 
 Every function raises BadRecord (without origin) that names the field. ``where`` is the field that holds the
 given object, "" for the record itself; ``folder`` is that of the file the record stands in. A field that is
@@ -19,7 +19,7 @@ from unigen.sequence.files import printable
 from unigen.sequence.types import BadRecord, Image, Text
 
 Json = dict[str, Any]
-Pieces = list[tuple[Text | Image, str]]  # each piece with the field it came from, which messages name
+Segments = list[tuple[Text | Image, str]]  # each segment with the field it came from, which messages name
 Picture = Path | bytes
 
 ROLES = ("user", "assistant", "system")
@@ -139,10 +139,10 @@ def _encodable(text: str, field: str, code: str) -> str:
     return text
 
 
-# ---- pieces
+# ---- segments
 
 
-def piece(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Image, str]:
+def segment(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Image, str]:
     """A text (``content``) or an image (``image_path``) by its ``type``, with the field that holds it. Its
     own ``target`` wins."""
     kind = optional(item, "type", str, where) or "text"
@@ -157,16 +157,16 @@ def piece(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Im
             "missing_field",
             f"{where}.{wanted}",
             f"{other} alone",
-            f"{wanted} in a piece of type {kind}",
+            f"{wanted} in a segment of type {kind}",
             fix,
         )
     if item.get(other) not in (None, ""):
-        fix = "write two pieces, one of each type"
+        fix = "write two segments, one of each type"
         raise BadRecord(
             "ambiguous_piece",
             f"{where}.{other}",
             show(item[other]),
-            f"{wanted} alone in a piece of type {kind}",
+            f"{wanted} alone in a segment of type {kind}",
             fix,
         )
     if kind == "text":
@@ -201,7 +201,7 @@ def speaker_of(item: Json, where: str) -> str:
     return SPEAKERS[name]
 
 
-def wordings(value: Any, field: str) -> tuple[Text, str]:
+def variants(value: Any, field: str) -> tuple[Text, str]:
     """A context text that says one thing in one or several ways, with the field of the first.
 
     Args:
@@ -239,9 +239,9 @@ def wordings(value: Any, field: str) -> tuple[Text, str]:
 
 def tagged(
     turns: list[tuple[str, list[tuple[str | Picture, str]]]], images: list[tuple[Picture, str]], field: str
-) -> Pieces:
-    """The pieces of turns ``(role, contents)``: tags stand for ``images`` in order; surplus images come
-    first, as context.
+) -> Segments:
+    """The segments of turns ``(role, contents)``: tags stand for the last of ``images`` in order. Leading
+    images, which have no tag, come first, as context.
 
     Texts of contents are strings, pictures paths or bytes. ``field`` is where the images stand.
     """
@@ -256,25 +256,27 @@ def tagged(
             fix,
         )
     left = iter(images)
-    surplus: Pieces = [(Image(source), at) for source, at in (next(left) for _ in range(len(images) - tags))]
-    pieces: Pieces = []
+    leading: Segments = [
+        (Image(source), at) for source, at in (next(left) for _ in range(len(images) - tags))
+    ]
+    segments: Segments = []
     for role, contents in turns:
-        # the first turn of the talk: the surplus stands before its text, after what frames the whole
+        # the first turn of the talk: the leading images stand before its text, after what frames the whole
         if role != "system":
-            pieces += surplus
-            surplus = []
+            segments += leading
+            leading = []
         target = role == "assistant"
         for part, part_field in contents:
             if not isinstance(part, str):
-                pieces.append((Image(part, target), part_field))
+                segments.append((Image(part, target), part_field))
                 continue
             for text in _split(part):
                 if text is None:
                     source, image_field = next(left)
-                    pieces.append((Image(source, target), image_field))
+                    segments.append((Image(source, target), image_field))
                 else:
-                    pieces.append((Text(text, target), part_field))
-    return surplus + pieces
+                    segments.append((Text(text, target), part_field))
+    return leading + segments
 
 
 def contents_of(item: Json, where: str, folder: Path) -> list[tuple[str | Picture, str]]:
@@ -304,16 +306,16 @@ def _split(content: str) -> list[str | None]:
     """``content`` cut at its tags: texts, and None for each tag. White space next to a tag goes, and so does
     a text of nothing else."""
     texts = content.split(TAG)
-    pieces: list[str | None] = []
+    segments: list[str | None] = []
     for i, text in enumerate(texts):
         if i > 0:
-            pieces.append(None)
+            segments.append(None)
             text = text.lstrip()
         if i < len(texts) - 1:
             text = text.rstrip()
         if text or len(texts) == 1:
-            pieces.append(text)
-    return pieces
+            segments.append(text)
+    return segments
 
 
 # ---- words for messages

@@ -1,6 +1,6 @@
 """The file formats: one function a format, one table :data:`FORMATS`.
 
-Every format becomes one ``Sample``, a list of ``Text | Image`` pieces with a ``target`` flag.
+Every format becomes one ``Sample``, a list of ``Text | Image`` segments with a ``target`` flag.
 ``docs/data_formats.md`` is the description for users. A format is added with a function, a row in the table,
 and a section there.
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from unigen.config import nearest
 from unigen.data import fields as f
-from unigen.data.fields import Json, Pieces
+from unigen.data.fields import Json, Segments
 from unigen.data.json_text import parse_json
 from unigen.sequence.images import Confined
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
@@ -23,7 +23,7 @@ from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
 class Format(NamedTuple):
     """How to read a format, and how to know it."""
 
-    parse: Callable[[Json, Path], Pieces]  # the folder is that of the file the record stands in
+    parse: Callable[[Json, Path], Segments]  # the folder is that of the file the record stands in
     fields: tuple[str, ...]  # one of them makes a record one of this format
     content: str  # where it keeps what the model must produce; messages about the whole record name it
     also: tuple[str, ...] = ()  # pictures that it has in common with other formats
@@ -67,7 +67,7 @@ def parse_raw(
 
 
 def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None) -> tuple[Record, list[str]]:
-    """:func:`parse_record`, and for every piece of the sample the field it came from, as
+    """:func:`parse_record`, and for every segment of the sample the field it came from, as
     ``conversations[2].image_path``.
 
     With ``root`` every path of a picture becomes ``Confined(path, root)``.
@@ -79,56 +79,58 @@ def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None
             )
         metadata = f.optional(value, "metadata", dict) or {}
         name = _recognise(value)
-        pieces = FORMATS[name].parse(value, origin.file.parent)
-        if not any(piece.target for piece, _ in pieces):
+        segments = FORMATS[name].parse(value, origin.file.parent)
+        if not any(segment.target for segment, _ in segments):
             raise BadRecord(
                 "no_target",
                 FORMATS[name].content,
                 "context only",
-                "at least one piece that the model must produce",
-                'add an answer (an assistant turn, a target), or mark a piece with "target": true',
+                "at least one segment that the model must produce",
+                'add an answer (an assistant turn, a target), or mark a segment with "target": true',
             )
-        for piece, field in pieces:
-            if isinstance(piece, Text) and piece.target and not piece.text:
+        for segment, field in segments:
+            if isinstance(segment, Text) and segment.target and not segment.text:
                 raise BadRecord(
-                    "empty_text", field, '""', "a text to learn", "write the text, or leave the piece out"
+                    "empty_text", field, '""', "a text to learn", "write the text, or leave the segment out"
                 )
     except BadRecord as error:
         error.origin = origin
         raise
-    sample = [piece if root is None else _confined(piece, root) for piece, _ in pieces]
-    return Record(sample, origin, name, metadata), [field for _, field in pieces]
+    sample = [segment if root is None else _confined(segment, root) for segment, _ in segments]
+    return Record(sample, origin, name, metadata), [field for _, field in segments]
 
 
-def _confined(piece: Text | Image, root: str | Path) -> Text | Image:
-    if isinstance(piece, Image) and isinstance(piece.source, Path):
-        return replace(piece, source=Confined(piece.source, root))
-    return piece
+def _confined(segment: Text | Image, root: str | Path) -> Text | Image:
+    if isinstance(segment, Image) and isinstance(segment.source, Path):
+        return replace(segment, source=Confined(segment.source, root))
+    return segment
 
 
 # ---- the formats
 
 
-def conversation(record: Json, folder: Path) -> Pieces:
-    """``conversations``: turns in order; assistant pieces are targets."""
-    pieces = []
+def conversation(record: Json, folder: Path) -> Segments:
+    """``conversations``: turns in order; assistant segments are targets."""
+    segments = []
     for item, field in f.objects(record, "conversations", ""):
         role = f.role_of(item, field)
-        pieces.append(f.piece(item, field, folder, target=role == "assistant"))
-    return pieces
+        segments.append(f.segment(item, field, folder, target=role == "assistant"))
+    return segments
 
 
-def direct(record: Json, folder: Path) -> Pieces:
+def direct(record: Json, folder: Path) -> Segments:
     """``input_sequence`` is context, ``target_sequence`` is what the model must produce."""
     inputs = [
-        f.piece(item, field, folder, target=False) for item, field in f.objects(record, "input_sequence", "")
+        f.segment(item, field, folder, target=False)
+        for item, field in f.objects(record, "input_sequence", "")
     ]
     return inputs + [
-        f.piece(item, field, folder, target=True) for item, field in f.objects(record, "target_sequence", "")
+        f.segment(item, field, folder, target=True)
+        for item, field in f.objects(record, "target_sequence", "")
     ]
 
 
-def text_to_image(record: Json, folder: Path) -> Pieces:
+def text_to_image(record: Json, folder: Path) -> Segments:
     """``text_prompt`` is context, the picture the target."""
     return [
         (Text(f.string(record, "text_prompt", "")), "text_prompt"),
@@ -136,7 +138,7 @@ def text_to_image(record: Json, folder: Path) -> Pieces:
     ]
 
 
-def image_to_text(record: Json, folder: Path) -> Pieces:
+def image_to_text(record: Json, folder: Path) -> Segments:
     """The picture is context, ``caption`` the target."""
     return [
         (Image(f.picture(record, "image_path", "", folder)), "image_path"),
@@ -144,10 +146,10 @@ def image_to_text(record: Json, folder: Path) -> Pieces:
     ]
 
 
-def editing(record: Json, folder: Path) -> Pieces:
+def editing(record: Json, folder: Path) -> Segments:
     """``input_image``, then for each step its instruction (context) and its result (target, and context of
     the next step)."""
-    pieces: Pieces = [(Image(f.picture(record, "input_image", "", folder)), "input_image")]
+    segments: Segments = [(Image(f.picture(record, "input_image", "", folder)), "input_image")]
     first: int | None = None  # the number of step 0, as far as the numbers given so far say
     for i, (step, field) in enumerate(f.objects(record, "editing_steps", "")):
         number = f.optional(step, "step", int, field)
@@ -156,15 +158,15 @@ def editing(record: Json, folder: Path) -> Pieces:
             if number != first + i:
                 fix = "number the steps 1, 2, 3, ... in their order, or leave the numbers out"
                 raise BadRecord("bad_step_number", f"{field}.step", str(number), f"{first + i}", fix)
-        pieces.append((Text(f.string(step, "instruction", field)), f"{field}.instruction"))
-        pieces.append(
+        segments.append((Text(f.string(step, "instruction", field)), f"{field}.instruction"))
+        segments.append(
             (Image(f.picture(step, "result_image", field, folder), target=True), f"{field}.result_image")
         )
-    return pieces
+    return segments
 
 
-def interleaved(record: Json, folder: Path) -> Pieces:
-    """``sequence``: all pieces are targets, but for the start: a first image, or a first text that an image
+def interleaved(record: Json, folder: Path) -> Segments:
+    """``sequence``: all segments are targets, but for the start: a first image, or a first text that an image
     follows."""
     items = f.objects(record, "sequence", "")
     for item, field in items:
@@ -176,25 +178,25 @@ def interleaved(record: Json, folder: Path) -> Pieces:
             raise BadRecord(
                 "unexpected_field", f"{field}.role", f.show(item["role"]), "no role in a sequence", fix
             )
-    pieces = [f.piece(item, field, folder, target=True) for item, field in items]
-    if pieces:
-        start, field = pieces[0]
-        needed = isinstance(start, Image) or any(isinstance(piece, Image) for piece, _ in pieces)
+    segments = [f.segment(item, field, folder, target=True) for item, field in items]
+    if segments:
+        start, field = segments[0]
+        needed = isinstance(start, Image) or any(isinstance(segment, Image) for segment, _ in segments)
         if needed and items[0][0].get("target") is None:
-            pieces[0] = (replace(start, target=False), field)
-    return pieces
+            segments[0] = (replace(start, target=False), field)
+    return segments
 
 
-def messages(record: Json, folder: Path) -> Pieces:
-    """``messages`` whose ``<image>`` tags stand for ``images`` in order; surplus images come first, as
-    context."""
+def messages(record: Json, folder: Path) -> Segments:
+    """``messages`` whose ``<image>`` tags stand for ``images`` in order; leading images, which
+    have no tag, come first, as context."""
     items = f.objects(record, "messages", "")
     images = f.pictures(f.optional(record, "images", list) or [], "images", folder)
     turns = [(f.role_of(item, field), f.contents_of(item, field, folder)) for item, field in items]
     return f.tagged(turns, images, "images")
 
 
-def sharegpt(record: Json, folder: Path) -> Pieces:
+def sharegpt(record: Json, folder: Path) -> Segments:
     """``conversations`` with ``from`` and ``value`` (ShareGPT, LLaVA); the tags stand for ``image`` (one or a
     list) or ``images``."""
     items = f.objects(record, "conversations", "")
@@ -215,23 +217,23 @@ def sharegpt(record: Json, folder: Path) -> Pieces:
     return f.tagged(turns, images, field)
 
 
-def captioned(record: Json, folder: Path) -> Pieces:
+def captioned(record: Json, folder: Path) -> Segments:
     """``captions``, several that say the same, are context; ``image`` is the target."""
     if record.get("captions") is None:
         f.required(record, "captions", str, "")
     return [
-        f.wordings(record["captions"], "captions"),
+        f.variants(record["captions"], "captions"),
         (Image(f.picture(record, "image", "", folder), target=True), "image"),
     ]
 
 
-def edit_list(record: Json, folder: Path) -> Pieces:
+def edit_list(record: Json, folder: Path) -> Segments:
     """``image_list`` with the instructions of ``instruction_list`` between: the first image is context, the
     others targets."""
     images = f.pictures(f.required(record, "image_list", list, ""), "image_list", folder)
     steps = f.required(record, "instruction_list", list, "")
     if len(images) != len(steps) + 1:
-        fix = "give one instruction, or one list of wordings, for each picture after the first"
+        fix = "give one instruction, or one list of variants, for each picture after the first"
         raise BadRecord(
             "unequal_image_count",
             "image_list",
@@ -239,10 +241,10 @@ def edit_list(record: Json, folder: Path) -> Pieces:
             f"{len(steps) + 1} for {len(steps)} instructions",
             fix,
         )
-    pieces: Pieces = [(Image(images[0][0]), images[0][1])]
+    segments: Segments = [(Image(images[0][0]), images[0][1])]
     for i, (step, (source, field)) in enumerate(zip(steps, images[1:])):
-        pieces += [f.wordings(step, f"instruction_list[{i}]"), (Image(source, target=True), field)]
-    return pieces
+        segments += [f.variants(step, f"instruction_list[{i}]"), (Image(source, target=True), field)]
+    return segments
 
 
 def _some_turn(*names: str) -> Callable[[Json], bool]:

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from unigen.data.mixing import Mixture
 from unigen.data.packing import Packer
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import PictureError
 from unigen.sequence.pack import pack_blocks
-from unigen.sequence.plan import Draw
 from unigen.sequence.types import BadRecord, Pack
 
-CHUNK = 4096  # visits whose lengths are computed at once
+CHUNK = 4096  # records whose lengths are computed at once
 SMALL = 2**20  # bytes of a row's tensors up to which they are sent through a pipe
 
 
@@ -158,9 +158,9 @@ class PackStream:
         self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
 
-    def draw(self, record: int, number: int) -> Draw:
-        """The random numbers of a sample: ``number`` is the epoch pass over the record's source."""
-        return Draw(self.mixture.seed, number, record, self.mixture.training)
+    def key(self, record: int, number: int) -> RandomKey:
+        """The key of a sample's random numbers; ``number`` is the epoch pass over the record's source."""
+        return RandomKey(self.mixture.seed, number, record, self.mixture.training)
 
     def sequences(self, state: LoaderState) -> Iterator[tuple[list[int], LoaderState]]:
         """The packed sequences of the rest of an epoch: positions in its order, and the state after each."""
@@ -188,8 +188,8 @@ class PackStream:
             yield packer.take(), LoaderState(epoch, end, packer.buffer)
 
     def _lengths(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        visits = self.mixture.visits(epoch)
-        return self.mixture.lengths(visits.records[places], visits.passes[places])
+        order = self.mixture.order(epoch)
+        return self.mixture.lengths(order.records[places], order.passes[places])
 
     def steps(self, state: LoaderState, global_batch: int) -> Iterator[tuple[list[list[int]], LoaderState]]:
         """The packed sequences of each optimiser step and the state after it, epoch after epoch without end.
@@ -244,26 +244,29 @@ class PackStream:
     def build(self, positions: Sequence[int], after: LoaderState) -> MicroBatch:
         """Decodes and packs samples (positions in the order of ``after.epoch``); records whose pictures turn
         out unreadable are left out and listed."""
-        visits = self.mixture.visits(after.epoch)
+        order = self.mixture.order(after.epoch)
         at = np.array(positions, np.int64)
         return self.build_samples(
-            [self.draw(r, n) for r, n in zip(visits.records[at].tolist(), visits.passes[at].tolist())], after
+            [self.key(r, n) for r, n in zip(order.records[at].tolist(), order.passes[at].tolist())], after
         )
 
     def build_largest(self) -> MicroBatch:
-        """:meth:`largest` with every copy and nothing dropped."""
+        """:meth:`largest` with all clean copies and nothing dropped."""
         return self.build_samples(
-            [Draw(self.mixture.seed, 0, record, training=False, whole=True) for record in self.largest()],
+            [
+                RandomKey(self.mixture.seed, 0, record, training=False, all_clean_copies=True)
+                for record in self.largest()
+            ],
             LoaderState(),
         )
 
-    def build_samples(self, draws: Sequence[Draw], after: LoaderState) -> MicroBatch:
-        """:meth:`build` for any visits."""
+    def build_samples(self, keys: Sequence[RandomKey], after: LoaderState) -> MicroBatch:
+        """:meth:`build` for any epoch passes."""
         samples, origins, bad, good = [], [], [], []
-        for draw in draws:
-            record, blocks, planner = self.mixture.outline(draw.record, draw)
+        for key in keys:
+            record, blocks, planner = self.mixture.outline(key.record, key)
             try:
-                samples.append(planner.fill(record.sample, blocks, draw))
+                samples.append(planner.fill(record.sample, blocks, key))
             except PictureError as error:
                 found = f"{error.name}: {error.problem}"
                 bad.append(
@@ -271,7 +274,7 @@ class PackStream:
                 )
                 continue
             origins.append(str(record.origin))
-            good.append(draw.record)
+            good.append(key.record)
         # tokens and geometry are those of the model, whatever the source
         planner = self.mixture.parts[0].planner
         pack = pack_blocks(
@@ -301,10 +304,14 @@ class _RankBatches(IterableDataset):
                 count += 1
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(processes: int = 1) -> int:
     """Workers for each of the training processes on this machine: its cores but one, at most 4."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, max(0, cores // processes - 1))
+    return min(4, max(0, cores() // processes - 1))
 
 
 def load_batches(

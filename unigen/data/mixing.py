@@ -1,4 +1,4 @@
-"""Several sources as one stream of visits, in one global order for (seed, epoch).
+"""Several sources as one stream of records, in one global order for (seed, epoch).
 
 An epoch lasts until the last source that does not repeat has ended, each of its records met exactly once; a
 source that repeats starts again meanwhile, each time in a new order. Weights are rates: a source of weight 2
@@ -21,7 +21,8 @@ import torch
 from unigen.config import UserError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.reader import LEAST
-from unigen.sequence.plan import Draw, Measured, Planner
+from unigen.sequence.draw import RandomKey
+from unigen.sequence.plan import Planner
 from unigen.sequence.types import Block, Origin, Record
 
 
@@ -37,12 +38,12 @@ class DataSource:
     repeat: bool = False
 
     def __post_init__(self) -> None:
-        assert self.dataset.sizes is not None, "the data set was built without measure"
-        self.measured = Measured(*self.dataset.sizes.arrays())
+        assert self.dataset.lengths is not None, "the data set was built without token_lengths"
+        self.lengths = self.dataset.lengths
 
 
 @dataclass(frozen=True)
-class Visits:
+class EpochOrder:
     """The records of an epoch in order: their numbers over all sources [n] int64, and which pass over its
     source each one belongs to [n] int64 (the epoch, where a source does not repeat)."""
 
@@ -54,7 +55,7 @@ class Visits:
 
 
 class Mixture:
-    """Sources as one set of records, numbered through, and the order in which epochs visit them.
+    """Sources as one set of records, numbered through, and their order in every epoch.
 
     Args:
         parts: The sources.
@@ -81,18 +82,18 @@ class Mixture:
             )
         weights = [part.weight or float(len(part.dataset)) for part in parts]
         ends = [len(part.dataset) / weight for part, weight in zip(parts, weights) if not part.repeat]
-        # Where all repeat, an epoch has as many visits as there are records.
+        # Where all repeat, an epoch has as many records as there are in all.
         length = max(ends) if ends else float(self.starts[-1]) / sum(weights)
         self.counts = [
             max(1, round(weight * length)) if p.repeat else len(p.dataset)
             for p, weight in zip(parts, weights)
         ]
-        # visits in an epoch if the source went on until its end
+        # records in an epoch if the source went on until its end
         self._rates = [weight * length for weight in weights]
-        self.visits = lru_cache(maxsize=2)(self._visits)
+        self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
-        """Visits of an epoch."""
+        """Records of an epoch, those that it repeats counted again."""
         return sum(self.counts) if self.training else self.total
 
     @property
@@ -126,36 +127,35 @@ class Mixture:
         part, number = self.part(record)
         return part.dataset.origin(number)
 
-    def outline(self, record: int, draw: Draw) -> tuple[Record, list[Block], Planner]:
-        """The record, its blocks in this visit (without contents), and the planner that fills them."""
+    def outline(self, record: int, key: RandomKey) -> tuple[Record, list[Block], Planner]:
+        """The record, its blocks in this epoch pass (without contents), and the planner that fills them."""
         part, number = self.part(record)
         found = part.dataset[number]
-        return found, part.planner.outline(found.sample, part.dataset.sizes[number], draw), part.planner
+        return found, part.planner.outline(found.sample, part.lengths[number], key), part.planner
 
     def lengths(self, records: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """Tokens [n] int64 of the visits, without reading a record."""
+        """Tokens [n] int64 of epoch passes over the records, of which none is read."""
         found = np.zeros(len(records), np.int64)
         for i, part in enumerate(self.parts):
             here = (records >= self.starts[i]) & (records < self.starts[i + 1])
             for number in np.unique(passes[here]).tolist():
                 chosen = here & (passes == number)
                 epoch = number if self.training else None
-                # Random numbers belong to the number over all sources, as in Draw; sizes to the number in
-                # this one.
-                found[chosen] = part.planner.lengths(
-                    part.measured, records[chosen], self.seed, epoch, int(self.starts[i])
+                # Random numbers belong to the number over all sources, as in RandomKey; lengths to the number
+                # in this one.
+                planner, first = part.planner, int(self.starts[i])
+                found[chosen] = part.lengths.of_passes(
+                    records[chosen], self.seed, epoch, planner.options, planner.max_length, first
                 )
         return found
 
     def full_lengths(self) -> np.ndarray:
-        """The most tokens [records] int64 that a visit to each record can have."""
-        return np.concatenate(
-            [p.planner.full_lengths(p.measured, np.arange(len(p.measured))) for p in self.parts]
-        )
+        """The most tokens [records] int64 that an epoch pass over each record can have."""
+        return np.concatenate([part.lengths.full(part.planner.max_length) for part in self.parts])
 
-    def _visits(self, epoch: int) -> Visits:
+    def _order(self, epoch: int) -> EpochOrder:
         if not self.training:
-            return Visits(np.arange(self.total), np.zeros(self.total, np.int64))
+            return EpochOrder(np.arange(self.total), np.zeros(self.total, np.int64))
         if len(self.parts) == 1 or all(
             part.weight is None and not part.repeat and part.dataset.runs is None for part in self.parts
         ):
@@ -171,56 +171,58 @@ class Mixture:
             records.append(chosen + self.starts[i])
             passes.append(number // n)
             jitter = torch.rand(
-                count, generator=Draw(self.seed, epoch, -1).normal(f"mix/{i}"), dtype=torch.float64
+                count, generator=RandomKey(self.seed, epoch, -1).generator(f"mix/{i}"), dtype=torch.float64
             ).numpy()
             times.append((np.arange(count) + jitter) / self._rates[i])
         order = np.argsort(np.concatenate(times), kind="stable")
-        return Visits(np.concatenate(records)[order], np.concatenate(passes)[order])
+        return EpochOrder(np.concatenate(records)[order], np.concatenate(passes)[order])
 
-    def _shuffled(self, epoch: int) -> Visits:
+    def _shuffled(self, epoch: int) -> EpochOrder:
         """All sources shuffled together, each record once."""
         if len(self.parts) == 1 and (self.parts[0].repeat or self.parts[0].dataset.runs is not None):
             records = self._pass(0, epoch)
         else:
-            records = torch.randperm(self.total, generator=Draw(self.seed, epoch, -1).normal("order")).numpy()
-        return Visits(records, np.full(len(records), epoch))
+            records = torch.randperm(
+                self.total, generator=RandomKey(self.seed, epoch, -1).generator("order")
+            ).numpy()
+        return EpochOrder(records, np.full(len(records), epoch))
 
     def _pass(self, source: int, number: int) -> np.ndarray:
         """One pass over a source: its records in a random order, near ones together where reading them apart
         is slow."""
         dataset = self.parts[source].dataset
-        generator = Draw(self.seed, number, -1).normal(f"order/{source}")
+        generator = RandomKey(self.seed, number, -1).generator(f"order/{source}")
         if dataset.runs is None:
             return torch.randperm(len(dataset), generator=generator).numpy()
         runs = [np.arange(start, stop) for start, stop in dataset.runs]
         turn = torch.randperm(len(runs), generator=generator).tolist()
-        pieces = []
+        mixed = []
         for at in range(0, len(turn), LEAST):  # as many as the reader keeps open are shuffled together
             near = np.concatenate([runs[i] for i in turn[at : at + LEAST]])
-            pieces.append(near[torch.randperm(len(near), generator=generator).numpy()])
-        return np.concatenate(pieces)
+            mixed.append(near[torch.randperm(len(near), generator=generator).numpy()])
+        return np.concatenate(mixed)
 
     def describe(self) -> str:
-        """The mix of an epoch: visits, and tokens of each kind, per source; a line each, and one for a weight
-        that cannot hold."""
-        tables = [part.measured.tokens_by_kind(np.arange(len(part.measured))) for part in self.parts]
-        visits = self.counts if self.training else [len(part.dataset) for part in self.parts]
+        """The mix of an epoch: passes over records, and tokens of each kind, per source; a line each, and one
+        for a weight that cannot hold."""
+        tables = [part.lengths.tokens_by_kind() for part in self.parts]
+        passes = self.counts if self.training else [len(part.dataset) for part in self.parts]
         scaled = [
-            {k: n * v / len(p.dataset) for k, n in t.items()} for t, v, p in zip(tables, visits, self.parts)
+            {k: n * v / len(p.dataset) for k, n in t.items()} for t, v, p in zip(tables, passes, self.parts)
         ]
         whole = {kind: sum(t[kind] for t in scaled) for kind in scaled[0]}
         tokens = max(sum(n for kind, n in whole.items() if kind != "trained_text"), 1.0)
         lines = [f"tokens    {_words(whole, tokens)}"]
         lengths = np.sort(self.full_lengths())
         lines.append(
-            f"lengths   mean {tokens / sum(visits):,.0f}, median {lengths[len(lengths) // 2]:,}, longest"
+            f"lengths   mean {tokens / sum(passes):,.0f}, median {lengths[len(lengths) // 2]:,}, longest"
             f" {lengths[-1]:,} tokens"
         )
         if len(self.parts) > 1:
-            for part, table, count in zip(self.parts, scaled, visits):
+            for part, table, count in zip(self.parts, scaled, passes):
                 mine = sum(n for kind, n in table.items() if kind != "trained_text")
                 share = (
-                    f"{count:,} visits ({count / sum(visits):.1%}) to {len(part.dataset):,} records,"
+                    f"{count:,} passes ({count / sum(passes):.1%}) over {len(part.dataset):,} records,"
                     f" {mine / tokens:.1%} of all tokens"
                 )
                 lines.append(f"source    {part.name}: {share}; {_words(table, max(mine, 1.0))}")

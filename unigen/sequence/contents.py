@@ -88,8 +88,8 @@ class Viewer:
         )
 
     def look(self, source: Any, vae: bool, vit: bool, cache: PictureCache | None = None) -> Seen:
-        """Opens a picture for the encoders that look at it in this visit, where the cache does not know their
-        answers.
+        """Opens a picture for the encoders that look at it in this epoch pass, where the cache does not know
+        their answers.
 
         Raises:
             PictureError: it cannot be read or decoded.
@@ -113,7 +113,7 @@ class Viewer:
 
         def fit(width: int, height: int) -> Size:
             views.append(self.view(width, height))
-            # whoever looks in this visit: which random choices were made changes no pixel
+            # whoever looks in this pass: which random choices were made changes no pixel
             return views[0].decoded
 
         picture = open_image(source, fit)

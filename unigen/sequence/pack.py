@@ -1,4 +1,4 @@
-"""Blocks -> one packed row. Training packs many samples; inference packs what is new and continues its
+"""Blocks -> one packed sequence. Training packs many samples; inference packs what is new and continues its
 caches."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A block with its place in the row."""
+    """A block with its place in the sequence."""
 
     block: Block
     position: int  # RoPE position of its first token
@@ -50,7 +50,7 @@ def pack_blocks(
     origins: Sequence[str] = (),
     masks: bool = False,
 ) -> Pack:
-    """Packs filled-in blocks of several samples into one row.
+    """Packs filled-in blocks of several samples into one sequence.
 
     Args:
         samples: the blocks of each sample.
@@ -175,7 +175,7 @@ class _Content:
         self.noise: list[Tensor] = []
 
     def add(self, block: Block, pictures: dict[int, tuple[bool, int]]) -> None:
-        """``pictures`` maps the pieces of this sample to the pictures they became."""
+        """``pictures`` maps the segments of this sample to the pictures they became."""
         if block.kind == Kind.TEXT:
             return
         assert block.grid is not None and block.grid[0] * block.grid[1] == block.length
@@ -185,9 +185,9 @@ class _Content:
             self.vit_position.append(grid_positions(*block.grid, g.vit_side, g.interpolate))
             return
         if block.latent is not None or block.pixels is not None:
-            if block.piece < 0 or block.piece not in pictures:
-                pictures[block.piece] = self._add_picture(block)
-            self.block.append(pictures[block.piece])
+            if block.segment < 0 or block.segment not in pictures:
+                pictures[block.segment] = self._add_picture(block)
+            self.block.append(pictures[block.segment])
         self.grid.append(block.grid)
         self.vae_position.append(grid_positions(*block.grid, g.max_latent_size, g.interpolate))
         self.u.append(torch.full((block.length,), block.u))
@@ -215,7 +215,7 @@ def _finish(
     placed: Sequence[_Placed], special: SpecialIds, content: _Content, n_samples: int, origins: list[str]
 ) -> Pack:
     assert len(content.posterior) in (0, len(content.pixels)), (
-        "all pictures of a row are drawn from their posteriors, or none"
+        "all pictures of a pack are drawn from their posteriors, or none"
     )
     und, gen = _und_columns(placed, special), _gen_columns(placed)
     columns = {name: np.concatenate([und[name], gen[name]]) for name in und}

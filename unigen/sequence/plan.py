@@ -1,4 +1,4 @@
-"""Sample -> blocks: who sees what, which loss, transitions, guidance dropout.
+"""Sample -> blocks: who sees what, which loss, next-modality tokens, guidance dropout.
 
 The rules are those of ``docs/model.md``. An outline (kinds, lengths, labels) needs no picture to be decoded,
 so lengths are known before training; :meth:`Planner.fill` adds the contents.
@@ -6,11 +6,8 @@ so lengths are known before training; :meth:`Planner.fill` adds the contents.
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,9 @@ import torch
 
 from unigen.config import DataOptions
 from unigen.sequence.contents import PictureCache, Seen, View, Viewer
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size
+from unigen.sequence.lengths import BLOCK, Grids, RecordLengths, dropout_chances
 from unigen.sequence.pack import Geometry
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Block, Image, Kind, Record, Sample, Text
@@ -27,70 +26,6 @@ from unigen.sequence.types import BadRecord, Block, Image, Kind, Record, Sample,
 # Opening a file of a few pixels costs more than all that follows, so such pictures stay decoded: at most 64
 # MiB of them.
 TINY_PICTURE, TINY_PICTURES = 4096, 16384  # bytes, pictures
-# of a block's number in a measured row: kind (2), droppable, only with copies, trained; the rest is its
-# length
-_BITS = 5
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Names the random numbers of one visit to one record: they depend on nothing else, so workers, ranks and
-    resumes cannot change them."""
-
-    seed: int
-    epoch: int
-    record: int
-    training: bool = True  # validation drops nothing
-    whole: bool = False  # with the copies that are made in a share of the visits alone
-
-    def key(self, purpose: str) -> int:
-        text = f"{self.seed}/{self.epoch if self.training else 'validation'}/{self.record}/{purpose}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-    def choices(self, purpose: str) -> random.Random:
-        return random.Random(self.key(purpose))
-
-    def normal(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self.key(purpose))
-
-    def structure(self, n: int) -> list[float]:
-        """The numbers in [0, 1) that decide a visit's structure: the first its copies, the others what each
-        block loses."""
-        key = _scramble(
-            _structure_base(self.seed, self.epoch if self.training else None) + self.record * _STEP & _ALL
-        )
-        return [(_scramble(key + i * _STEP & _ALL) >> 11) * 2.0**-53 for i in range(1, n + 1)]
-
-
-def structure_numbers(seed: int, epoch: int | None, records: np.ndarray, n: int) -> np.ndarray:
-    """:meth:`Draw.structure` of many records at once: ``[records, n]`` float64; ``epoch`` is None for
-    validation.
-
-    A hash of counters (the finaliser of SplitMix64; Steele, Lea and Flood 2014), so that lengths of a whole
-    epoch cost no loop.
-    """
-    step = np.uint64(_STEP)
-    with np.errstate(over="ignore"):
-        keys = _scramble(np.uint64(_structure_base(seed, epoch)) + records.astype(np.uint64) * step)
-        bits = _scramble(keys[:, None] + np.arange(1, n + 1, dtype=np.uint64) * step)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-_STEP, _ALL = 0x9E3779B97F4A7C15, 2**64 - 1
-
-
-@lru_cache(maxsize=64)
-def _structure_base(seed: int, epoch: int | None) -> int:
-    text = f"{seed}/{'validation' if epoch is None else epoch}/structure"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _scramble(z: Any) -> Any:
-    """Of a number below 2^64, or of an array of them (whose products wrap by themselves)."""
-    number = np.uint64 if isinstance(z, np.ndarray) else int
-    z = (z ^ (z >> number(30))) * number(0xBF58476D1CE4E5B9) & number(_ALL)
-    z = (z ^ (z >> number(27))) * number(0x94D049BB133111EB) & number(_ALL)
-    return z ^ (z >> number(31))
 
 
 @dataclass(frozen=True)
@@ -129,10 +64,9 @@ class Planner:
 
     # ---- lengths
 
-    def measure(self, record: Record) -> list[int]:
-        """What the lengths of the record's visits follow from, as whole numbers that :meth:`outline` and
-        :meth:`lengths` read: how many blocks, a number a block, the size of every piece. Pictures are read no
-        further than their headers.
+    def token_lengths(self, record: Record) -> RecordLengths:
+        """What the lengths of the record's epoch passes follow from. Pictures are read no further than their
+        headers.
 
         Raises:
             BadRecord: there is nothing to learn from, a part of the model that the record needs is left out,
@@ -140,94 +74,54 @@ class Planner:
         """
         sample = record.sample
         self._check_parts(sample)
-        draws = _draws(sample)
         viewer = self.viewer(sample)
-        sizes: list[int] = []
-        for i, piece in enumerate(sample):
-            if isinstance(piece, Text):
-                sizes += [len(self.tokenizer.encode(text)) for text in (piece.text, *piece.others)]
-                if piece.target and not sizes[-1] and not self.options.train_transitions and len(sample) == 1:
-                    raise BadRecord(
-                        "nothing_to_learn",
-                        f"piece {i}",
-                        "an empty text",
-                        "a text with content",
-                        "remove the record",
-                    )
+        texts: list[int] = []
+        pictures: list[Grids] = []
+        for i, segment in enumerate(sample):
+            if isinstance(segment, Image):
+                pictures.append(self._grids_of(segment, i, viewer))
                 continue
-            try:
-                view = viewer.view(*(piece.size or image_size(piece.source)))
-            except PictureError as error:
+            texts += [len(self.tokenizer.encode(text)) for text in segment.variants]
+            if segment.target and not texts[-1] and not self.options.train_transitions and len(sample) == 1:
                 raise BadRecord(
-                    error.code,
-                    f"piece {i}",
-                    f"{error.name}: {error.problem}",
-                    "a readable picture",
-                    error.fix,
-                ) from error
-            sizes += self._grids(view)
-        blocks = self._blocks(sample, _sizes(sample, sizes, None), copies=True)
+                    "nothing_to_learn", None, "an empty text", "a text with content", "remove the record",
+                    segment=i,
+                )  # fmt: skip
+        sizes = _sizes(sample, texts, pictures, None)
+        blocks = self._blocks(sample, sizes, clean_copies=True)
         self._check_length(blocks)
-        always = len(self._blocks(sample, _sizes(sample, sizes, None), copies=False))
-        numbers = []
-        for i, block in enumerate(blocks):
-            flags = block.kind | (draws and not block.loss) << 2 | (i >= always) << 3 | block.loss << 4
-            numbers.append(len(block) << _BITS | flags)
-        return [len(numbers), *numbers, *sizes]
+        always = len(self._blocks(sample, sizes, clean_copies=False))
+        draws = _draws(sample)
+        rows = [(len(b), b.kind, b.loss, draws and not b.loss, i >= always) for i, b in enumerate(blocks)]
+        return RecordLengths(np.array(rows, BLOCK), texts, pictures)
 
-    def length(self, sample: Sample, sizes: Sequence[int], draw: Draw) -> int:
-        """Tokens of the sample in this visit; ``sizes`` is what :meth:`measure` gave."""
-        return sum(len(block) for block in self.outline(sample, sizes, draw))
+    def length(self, sample: Sample, lengths: RecordLengths, key: RandomKey) -> int:
+        """Tokens of the sample in this epoch pass."""
+        return sum(len(block) for block in self.outline(sample, lengths, key))
 
-    def lengths(
-        self, measured: Measured, records: np.ndarray, seed: int, epoch: int | None, first: int = 0
-    ) -> np.ndarray:
-        """Tokens [n] int64 of visits to many records, of which nothing is read.
-
-        Where a text has several wordings its longest counts, so this is :meth:`length` or a little more.
-
-        Args:
-            measured: The sizes of all records from number ``first`` on.
-            records: [n] int64, numbers as in :class:`Draw`.
-            epoch: None for validation.
-        """
-        if not len(records):
-            return np.zeros(0, np.int64)
-        blocks, counts, starts = measured.blocks(records - first)
-        drawn = structure_numbers(seed, epoch, records, 1 + int(counts.max()))
-        number = np.arange(len(blocks)) - np.repeat(starts, counts)
-        visit = np.repeat(np.arange(len(records)), counts)
-        kept = (blocks & 8 == 0) | (drawn[visit, 0] < self.options.single_image_stop_prob)
-        if epoch is not None:
-            o = self.options
-            chance = np.array(
-                [o.text_cond_dropout_prob, o.vit_cond_dropout_prob, o.vae_cond_dropout_prob, 0.0]
-            )
-            kept &= (blocks & 4 == 0) | (drawn[visit, 1 + number] >= chance[blocks & 3])
-        totals = np.bincount(visit, np.where(kept, blocks >> _BITS, 0), len(records))
-        return np.minimum(totals, self.max_length).astype(np.int64)
-
-    def full_lengths(self, measured: Measured, records: np.ndarray) -> np.ndarray:
-        """Tokens [n] int64 of the records with all copies and nothing dropped: the most that a visit can
-        have."""
-        if not len(records):
-            return np.zeros(0, np.int64)
-        blocks, _, starts = measured.blocks(records)
-        return np.minimum(np.add.reduceat(blocks >> _BITS, starts), self.max_length)
+    def _grids_of(self, segment: Image, number: int, viewer: Viewer) -> Grids:
+        """The grids of segment ``number``. Raises BadRecord."""
+        try:
+            return self._grids(viewer.view(*(segment.size or image_size(segment.source))))
+        except PictureError as error:
+            found = f"{error.name}: {error.problem}"
+            raise BadRecord(
+                error.code, None, found, "a readable picture", error.fix, segment=number
+            ) from error
 
     def _check_parts(self, sample: Sample) -> None:
-        for i, piece in enumerate(sample):
-            if isinstance(piece, Image) and piece.target and not self.visual_gen:
+        for i, segment in enumerate(sample):
+            if isinstance(segment, Image) and segment.target and not self.visual_gen:
                 raise BadRecord(
-                    "image_target_without_visual_gen", f"piece {i}", "an image to draw",
+                    "image_target_without_visual_gen", None, "an image to draw",
                     "text targets only, because visual_gen is false",
-                    "set visual_gen to true, or remove the record",
+                    "set visual_gen to true, or remove the record", segment=i,
                 )  # fmt: skip
-            if isinstance(piece, Image) and not self.visual_und and not _draws(sample):
+            if isinstance(segment, Image) and not self.visual_und and not _draws(sample):
                 raise BadRecord(
-                    "image_without_visual_und", f"piece {i}", "an image to look at",
+                    "image_without_visual_und", None, "an image to look at",
                     "no images, because visual_und is false",
-                    "set visual_und to true, or remove the record",
+                    "set visual_und to true, or remove the record", segment=i,
                 )  # fmt: skip
 
     def _check_length(self, blocks: Sequence[Block]) -> None:
@@ -243,66 +137,59 @@ class Planner:
 
     # ---- structure
 
-    def outline(self, sample: Sample, sizes: Sequence[int], draw: Draw) -> list[Block]:
-        """The blocks of a sample in one visit, without contents: copies of targets, labels, dropout, cut.
-
-        ``sizes`` is what :meth:`measure` gave.
-        """
-        o = self.options
-        drawn = draw.structure(1 + sizes[0])
+    def outline(self, sample: Sample, lengths: RecordLengths, key: RandomKey) -> list[Block]:
+        """The blocks of a sample in one epoch pass, without contents: clean copies of targets, labels,
+        dropout, cut."""
+        chance_of_copies, *chances = key.structure(1 + len(lengths.blocks))
         blocks = self._blocks(
             sample,
-            _sizes(sample, sizes[1 + sizes[0] :], draw),
-            draw.whole or drawn[0] < o.single_image_stop_prob,
+            _sizes(sample, lengths.texts, lengths.pictures, key),
+            key.all_clean_copies or chance_of_copies < self.options.single_image_stop_prob,
         )
-        if draw.training and _draws(sample):
-            chance = {
-                Kind.TEXT: o.text_cond_dropout_prob,
-                Kind.VIT: o.vit_cond_dropout_prob,
-                Kind.CLEAN: o.vae_cond_dropout_prob,
-            }
+        if key.training and _draws(sample):
+            dropout = dropout_chances(self.options)
             # one number a block, also where it cannot be dropped
-            for block, number in zip(blocks, drawn[1:]):
-                block.dropped = not block.loss and number < chance.get(block.kind, 0.0)
+            for block, chance in zip(blocks, chances):
+                block.dropped = not block.loss and chance < dropout[block.kind]
         return self._cut(blocks)
 
-    def _blocks(
-        self, sample: Sample, sizes: Sequence[int | tuple[int, int, int, int]], copies: bool
-    ) -> list[Block]:
-        """``copies``: an answer of one single image, last in the sample, gets its clean copies too."""
+    def _blocks(self, sample: Sample, sizes: Sequence[int | Grids], clean_copies: bool) -> list[Block]:
+        """``clean_copies``: an answer of one single image, last in the sample, gets its clean copies too."""
         draws = _draws(sample)
         blocks: list[Block] = []
-        for i, (piece, size) in enumerate(zip(sample, sizes, strict=True)):
-            follower = self._follower(sample, i) if self.options.train_transitions else None
-            if isinstance(size, int):
-                blocks.append(Block(Kind.TEXT, size, i, loss=piece.target, closing_label=follower))
+        for i, (segment, size) in enumerate(zip(sample, sizes, strict=True)):
+            label = self._next_modality(sample, i) if self.options.train_transitions else None
+            if not isinstance(size, Grids):
+                blocks.append(Block(Kind.TEXT, size, i, loss=segment.target, closing_label=label))
                 continue
-            if piece.target:
-                blocks.append(Block(Kind.NOISED, size[0] * size[1], i, size[:2], loss=True))
-            shown = self._shown(size, i, draws) if not piece.target or self._copied(sample, i, copies) else []
-            blocks += shown
-            if shown:
-                blocks[-1].closing_label = follower
+            if segment.target:
+                blocks.append(_image_block(Kind.NOISED, size.latent, i, loss=True))
+            if not segment.target or self._has_clean_copies(sample, i, clean_copies):
+                shown = self._shown(size, i, draws)
+                blocks += shown
+                if shown:
+                    blocks[-1].closing_label = label
         return blocks
 
-    def _shown(self, size: tuple[int, int, int, int], piece: int, draws: bool) -> list[Block]:
-        """The blocks that show a picture to what follows; ``size`` is that of :meth:`_grids`."""
-        shown = [(Kind.CLEAN, size[:2])] * draws + [(Kind.VIT, size[2:])] * self.visual_und
-        return [Block(kind, grid[0] * grid[1], piece, grid) for kind, grid in shown]
+    def _shown(self, grids: Grids, segment: int, draws: bool) -> list[Block]:
+        """The blocks that show a picture to what follows."""
+        shown = [(Kind.CLEAN, grids.latent)] * draws + [(Kind.VIT, grids.vit)] * self.visual_und
+        return [_image_block(kind, grid, segment) for kind, grid in shown]
 
-    def _copied(self, sample: Sample, i: int, copies: bool) -> bool:
-        """Do clean copies follow target image ``i``? Where anything follows that must see it; and, with
-        transitions, at the end of an answer of several pieces, or of a single one in a share of the draws."""
+    def _has_clean_copies(self, sample: Sample, i: int, by_chance: bool) -> bool:
+        """Do clean copies follow target image ``i``? Where anything follows that must see it; and, where
+        next-modality tokens are trained, at the end of an answer of several segments, or of a single one
+        where ``by_chance`` says so."""
         if i + 1 < len(sample):
             return True
         if not self.options.train_transitions:
             return False
         alone = i == 0 or not sample[i - 1].target
-        return copies if alone else True
+        return by_chance if alone else True
 
-    def _follower(self, sample: Sample, i: int) -> int | None:
-        """The token that opens what comes after piece ``i`` (a transition's label), if an answer goes on or
-        ends there."""
+    def _next_modality(self, sample: Sample, i: int) -> int | None:
+        """The token that opens what comes after segment ``i``, if an answer goes on or ends there: the label
+        of its closing token."""
         special = self.tokenizer.special
         if i + 1 < len(sample) and sample[i + 1].target:
             return special.text_start if isinstance(sample[i + 1], Text) else special.image_start
@@ -320,20 +207,20 @@ class Planner:
 
     # ---- contents
 
-    def fill(self, sample: Sample, blocks: Sequence[Block], draw: Draw) -> list[Block]:
+    def fill(self, sample: Sample, blocks: Sequence[Block], key: RandomKey) -> list[Block]:
         """The blocks with ids, pixels, patches, noise and times.
 
         Raises:
             PictureError: a picture cannot be decoded.
         """
         viewer = self.viewer(sample)
-        time, noise, posterior = (draw.normal(purpose) for purpose in ("time", "noise", "posterior"))
+        time, noise, posterior = (key.generator(purpose) for purpose in ("time", "noise", "posterior"))
         opened: dict[int, Block] = {}  # what the blocks of one picture share
         filled = []
         for block in blocks:
-            piece = sample[block.piece]
-            if isinstance(piece, Text):
-                ids = self.tokenizer.encode((piece.text, *piece.others)[wording(piece, block.piece, draw)])
+            segment = sample[block.segment]
+            if isinstance(segment, Text):
+                ids = self.tokenizer.encode(segment.variants[caption_variant(segment, block.segment, key)])
                 filled.append(
                     replace(
                         block, ids=ids[: block.length], cut_label=ids[block.length] if block.cut else -100
@@ -344,11 +231,11 @@ class Planner:
             if block.dropped:
                 filled.append(block)
                 continue
-            if block.piece not in opened:
-                kinds = {b.kind for b in blocks if b.piece == block.piece and not b.dropped}
-                seen = self._look(piece, viewer, kinds != {Kind.VIT}, Kind.VIT in kinds)
-                opened[block.piece] = self._drawn(seen, posterior)
-            shared = opened[block.piece]
+            if block.segment not in opened:
+                kinds = {b.kind for b in blocks if b.segment == block.segment and not b.dropped}
+                seen = self._look(segment, viewer, kinds != {Kind.VIT}, Kind.VIT in kinds)
+                opened[block.segment] = self._drawn(seen, posterior)
+            shared = opened[block.segment]
             if block.kind == Kind.VIT:
                 filled.append(replace(block, patches=shared.patches, features=shared.features))
             else:
@@ -378,7 +265,7 @@ class Planner:
 
     def viewer(self, sample: Sample) -> Viewer:
         """How this sample shows its pictures."""
-        return self.viewer_of(_draws(sample), sum(isinstance(piece, Image) for piece in sample))
+        return self.viewer_of(_draws(sample), sum(isinstance(segment, Image) for segment in sample))
 
     def viewer_of(self, draws: bool, images: int) -> Viewer:
         """How samples of ``images`` pictures show them; ``draws``: the model has to draw in the sample."""
@@ -391,26 +278,26 @@ class Planner:
             )
         return self._viewers[draws, images]
 
-    def _grids(self, view: View) -> tuple[int, int, int, int]:
-        """Latent rows and columns, ViT rows and columns of a picture shown so; zeros where one does not
-        look."""
+    def _grids(self, view: View) -> Grids:
+        """The grids of a picture shown so."""
         (w, h), (vw, vh) = view.vae or (0, 0), view.vit or (0, 0)
         stride, patch = self.geometry.latent_stride, self.geometry.vit_patch
-        return h // stride, w // stride, vh // patch, vw // patch
+        return Grids(h // stride, w // stride, vh // patch, vw // patch)
 
-    def _look(self, piece: Image, viewer: Viewer, vae: bool, vit: bool) -> Seen:
+    def _look(self, segment: Image, viewer: Viewer, vae: bool, vit: bool) -> Seen:
         """The picture for the encoders that look at it."""
-        key = (piece.source, viewer, vae, vit) if isinstance(piece.source, str | Path | Confined) else None
-        if key in self._tiny:
-            return self._tiny[key]
-        seen = viewer.look(piece.source, vae, vit, self.cache)
-        if key is not None and seen.nbytes <= TINY_PICTURE and len(self._tiny) < TINY_PICTURES:
-            self._tiny[key] = seen
+        source = segment.source
+        known = (source, viewer, vae, vit) if isinstance(source, str | Path | Confined) else None
+        if known in self._tiny:
+            return self._tiny[known]
+        seen = viewer.look(source, vae, vit, self.cache)
+        if known is not None and seen.nbytes <= TINY_PICTURE and len(self._tiny) < TINY_PICTURES:
+            self._tiny[known] = seen
         return seen
 
     def _drawn(self, seen: Seen, generator: torch.Generator) -> Block:
         """What the blocks of a picture share. In samples that draw every picture takes its random numbers,
-        also one whose latents this visit drops: what is dropped then changes no other picture."""
+        also one whose latents this pass drops: what is dropped then changes no other picture."""
         shared = Block(Kind.CLEAN, 0, pixels=seen.pixels, patches=seen.patches, features=seen.features)
         if seen.view.vae is not None and self.geometry.posterior:
             p, (columns, rows) = (
@@ -428,67 +315,33 @@ class Planner:
 
 def _draws(sample: Sample) -> bool:
     """Does the model have to draw in this sample?"""
-    return any(isinstance(piece, Image) and piece.target for piece in sample)
+    return any(isinstance(segment, Image) and segment.target for segment in sample)
 
 
-def wording(piece: Text, number: int, draw: Draw | None) -> int:
-    """Which of a text's wordings this visit uses: 0 is ``text``, the others follow. Validation uses the
-    first."""
-    if not piece.others or draw is None or not draw.training:
+def _image_block(kind: Kind, grid: tuple[int, int], segment: int, loss: bool = False) -> Block:
+    return Block(kind, grid[0] * grid[1], segment, grid, loss)
+
+
+def caption_variant(text: Text, number: int, key: RandomKey | None) -> int:
+    """Which of its ``variants`` this epoch pass uses of the text that is segment ``number``. Validation uses
+    the first."""
+    if not text.others or key is None or not key.training:
         return 0
-    return draw.choices(f"wording/{number}").randrange(1 + len(piece.others))
+    # the purpose has the name it always had: another would draw other variants than runs that go on
+    return key.choices(f"wording/{number}").randrange(1 + len(text.others))
 
 
 def _sizes(
-    sample: Sample, numbers: Sequence[int], draw: Draw | None
-) -> list[int | tuple[int, int, int, int]]:
-    """The size of every piece: ids of a text (without ``draw``: of its longest wording); latent rows and
-    columns, ViT rows and columns of an image."""
-    sizes: list[int | tuple[int, int, int, int]] = []
-    at = 0
-    for i, piece in enumerate(sample):
-        if isinstance(piece, Text):
-            n = 1 + len(piece.others)
-            sizes.append(max(numbers[at : at + n]) if draw is None else numbers[at + wording(piece, i, draw)])
-            at += n
+    sample: Sample, texts: Iterable[int], pictures: Iterable[Grids], key: RandomKey | None
+) -> list[int | Grids]:
+    """The size of every segment: ids of a text (without ``key``: of its longest caption variant), the grids
+    of an image. ``texts`` and ``pictures`` are those of :class:`RecordLengths`."""
+    texts, pictures = iter(texts), iter(pictures)
+    sizes: list[int | Grids] = []
+    for i, segment in enumerate(sample):
+        if isinstance(segment, Image):
+            sizes.append(next(pictures))
         else:
-            sizes.append(tuple(numbers[at : at + 4]))  # type: ignore[arg-type]
-            at += 4
+            variants = [next(texts) for _ in segment.variants]
+            sizes.append(max(variants) if key is None else variants[caption_variant(segment, i, key)])
     return sizes
-
-
-class Measured:
-    """What :meth:`Planner.measure` gave for many records, as arrays."""
-
-    def __init__(self, values: np.ndarray, ends: np.ndarray):
-        """``values`` [N] int32, and record i's numbers are ``values[ends[i]:ends[i + 1]]``; ``ends`` [records
-        + 1] int64."""
-        self._first, counts = ends[:-1], values[ends[:-1]].astype(np.int64)
-        self._counts = counts
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        inside = np.arange(self._starts[-1]) - np.repeat(self._starts[:-1], counts)
-        self._blocks = values[np.repeat(self._first, counts) + 1 + inside]
-
-    def __len__(self) -> int:
-        return len(self._counts)
-
-    def blocks(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The blocks' numbers of the records one after another [B], how many each record has [n], where each
-        one's start [n]."""
-        counts = self._counts[records]
-        starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
-        inside = np.arange(counts.sum()) - np.repeat(starts, counts)
-        return (
-            self._blocks[np.repeat(self._starts[records], counts) + inside].astype(np.int64),
-            counts,
-            starts,
-        )
-
-    def tokens_by_kind(self, records: np.ndarray) -> dict[str, int]:
-        """Tokens without copies that are rarely made: ``text``, ``vit``, ``clean``, ``noised``, and
-        ``trained_text`` of them."""
-        blocks, _, _ = self.blocks(records)
-        blocks = blocks[blocks & 8 == 0]
-        sums = np.bincount(blocks & 3, blocks >> _BITS, 4).astype(np.int64).tolist()
-        trained = int((blocks >> _BITS)[(blocks & 16 != 0) & (blocks & 3 == Kind.TEXT)].sum())
-        return {**{kind.name.lower(): sums[kind] for kind in Kind}, "trained_text": trained}

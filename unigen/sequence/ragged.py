@@ -1,40 +1,50 @@
-"""Rows of whole numbers of different lengths, kept compactly: 4 bytes a number, 8 a row."""
+"""Arrays of one dtype and different lengths, kept compactly: their own bytes, and 8 for each."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 
 class Ragged:
-    """A growing list of rows of int32. A list of Python lists of the same numbers takes about ten times the
-    memory."""
+    """A growing list of arrays of one dtype. A list of Python lists of the same numbers takes about ten times
+    the memory."""
 
-    def __init__(self, rows: Iterable[Sequence[int]] = ()):
-        self._values, self._ends = array("i"), array("q", [0])
-        for row in rows:
-            self.append(row)
+    def __init__(self, dtype: np.dtype):
+        self.dtype = dtype
+        # views of both exist in the methods below alone: while there is one, nothing can be appended
+        self._bytes, self._ends = bytearray(), array("q", [0])
 
-    def append(self, row: Sequence[int]) -> None:
-        self._values.extend(row)
-        self._ends.append(len(self._values))
+    def append(self, row: np.ndarray | Sequence[Any]) -> None:
+        self._bytes += np.array(row, self.dtype).tobytes()
+        self._ends.append(len(self._bytes) // self.dtype.itemsize)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, i: int) -> list[int]:
+    def __getitem__(self, i: int) -> np.ndarray:
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         i %= len(self)
-        return self._values[self._ends[i] : self._ends[i + 1]].tolist()
+        size = self.dtype.itemsize
+        return np.frombuffer(self._bytes[self._ends[i] * size : self._ends[i + 1] * size], self.dtype)
 
-    def keep(self, rows: Iterable[int]) -> Ragged:
-        """The given rows alone, in the given order."""
-        return Ragged(self[i] for i in rows)
+    def ends(self) -> np.ndarray:
+        """[rows + 1] int64: row i is ``values()[ends[i]:ends[i + 1]]``."""
+        return np.array(self._ends)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(values [N] int32, ends [rows + 1] int64)``: row i is ``values[ends[i]:ends[i + 1]]``. Copies, as
-        the rows may still grow."""
-        return np.array(self._values, dtype=np.int32), np.array(self._ends, dtype=np.int64)
+    def values(self) -> np.ndarray:
+        """All rows, one after another [N]."""
+        return np.frombuffer(bytes(self._bytes), self.dtype)
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The given rows one after another [N], and how long each is [n] int64."""
+        ends = np.frombuffer(self._ends, np.int64)
+        counts = ends[rows + 1] - ends[rows]
+        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        values = np.frombuffer(self._bytes, self.dtype)
+        # twice as fast as indexing where the dtype has fields
+        return values.take(np.repeat(ends[rows], counts) + inside), counts

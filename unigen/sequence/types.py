@@ -1,13 +1,13 @@
 """The two values everything hangs on: a ``Sample`` (what every file format becomes) and a ``Pack`` (what the
 model reads).
 
-A ``Sample`` is a plain list of :class:`Text` and :class:`Image` pieces; ``target`` says that the model must
-produce the piece. A :class:`Pack` is one row of ``T`` tokens, many samples back to back.
+A ``Sample`` is a plain list of segments, :class:`Text` and :class:`Image`; ``target`` says that the model
+must produce the segment. A :class:`Pack` is one packed sequence of ``T`` tokens, many samples back to back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
@@ -21,12 +21,16 @@ from unigen.config import UserError
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text, used as it is (no stripping). ``others`` say the same in other words: each visit draws
-    one of all."""
+    """A text, used as it is (no stripping). ``others`` are further caption variants, which say the same: each
+    epoch pass uses one of all."""
 
     text: str
     target: bool = False
     others: tuple[str, ...] = ()
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return (self.text, *self.others)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Sight(IntEnum):
 
 @dataclass
 class Block:
-    """One block of a sample (the rows of the table in ``docs/model.md``).
+    """One block of a sample (a row of the table in ``docs/model.md``).
 
     An outline has lengths and labels only; filled in, text blocks carry ``ids`` and image blocks their
     content: ``patches`` or ready ``features`` for the ViT, ``pixels`` or a ready ``latent`` for the VAE.
@@ -92,7 +96,8 @@ class Block:
 
     kind: Kind
     length: int  # tokens without the two that open and close it
-    piece: int = -1  # the piece of the sample it shows; blocks of one picture share it, and so one encoding
+    # the segment of the sample that it shows; blocks of one picture share it, and so one encoding
+    segment: int = -1
     grid: tuple[int, int] | None = None  # rows and columns of an image's tokens
     loss: bool = False  # a trained text, or a noised image
     closing_label: int | None = None  # the extra label of the closing token
@@ -116,9 +121,9 @@ class Block:
 
 @dataclass
 class Pack:
-    """One row of ``T`` tokens, many samples back to back, stored as two halves: understanding tokens (TEXT,
-    VIT) first, generation tokens (CLEAN, NOISED) after them, each half in sequence order. So each expert is a
-    plain matrix product.
+    """One packed sequence of ``T`` tokens, many samples back to back, stored as two halves: understanding
+    tokens (TEXT, VIT) first, generation tokens (CLEAN, NOISED) after them, each half in sequence order. So
+    each expert is a plain matrix product.
 
     ``index`` gives a token's place in the sequence, which is all that the mask needs to know about order.
     """
@@ -127,8 +132,8 @@ class Pack:
     position: Tensor  # [T] int64, RoPE position, from 0 in every sample
     index: Tensor  # [T] int64, place in the sequence
     kind: Tensor  # [T] uint8, a Kind
-    sample: Tensor  # [T] int64, number of the sample in the row
-    span: Tensor  # [T] int64, number of the block in the row (an image's markers belong to it)
+    sample: Tensor  # [T] int64, number of the sample in the pack
+    span: Tensor  # [T] int64, number of the block in the pack (an image's markers belong to it)
     image: Tensor  # [T] bool, the span is an image: full attention inside it
     noised: Tensor  # [T] bool, the span is a noised image, which no other span sees
     label: Tensor  # [T] int64, -100 where there is none
@@ -174,12 +179,12 @@ class Pack:
 
     @property
     def n_text_labels(self) -> int:
-        """Label tokens of the row: its share of the text loss's denominator."""
+        """Label tokens of the pack: its share of the text loss's denominator."""
         return len(self.label_rows)
 
     @property
     def n_image_targets(self) -> int:
-        """Noised latent tokens of the row: its share of the image loss's denominator."""
+        """Noised latent tokens of the pack: its share of the image loss's denominator."""
         return len(self.noised_rows)
 
     @property
@@ -212,21 +217,31 @@ class Pack:
 class BadRecord(UserError):
     """A record a run cannot use: what is wrong, where, what was found, what was expected, and the fix.
 
-    ``origin`` may be filled in later by whoever knows it. Its string is the full message.
+    Its string is the full message. Who knows the sample alone gives the number of a ``segment`` in place of a
+    ``field``; :meth:`locate` fills in the rest.
     """
 
     def __init__(
-        self, code: str, field: str, found: str, expected: str, fix: str, origin: Origin | None = None
+        self,
+        code: str,
+        field: str | None,
+        found: str,
+        expected: str,
+        fix: str,
+        origin: Origin | None = None,
+        segment: int | None = None,
     ):
-        self.code, self.field, self.found, self.expected, self.fix, self.origin = (
-            code,
-            field,
-            found,
-            expected,
-            fix,
-            origin,
-        )
+        self.code, self.found, self.expected, self.fix = code, found, expected, fix
+        self.field = f"segment {segment}" if field is None else field
+        self.origin, self.segment = origin, segment
         super().__init__(code)
+
+    def locate(self, origin: Origin, fields: Sequence[str]) -> None:
+        """Fills in the place that is missing; ``fields`` are those of the record that its segments came
+        from."""
+        self.origin = self.origin or origin
+        if self.segment is not None:
+            self.field, self.segment = fields[self.segment], None
 
     def __str__(self) -> str:
         where = f"{self.origin}: " if self.origin else ""
@@ -250,4 +265,5 @@ class BadRecord(UserError):
         }
 
     def __reduce__(self):  # exceptions cross process borders by their constructor's arguments
-        return (BadRecord, (self.code, self.field, self.found, self.expected, self.fix, self.origin))
+        arguments = (self.code, self.field, self.found, self.expected, self.fix, self.origin, self.segment)
+        return (BadRecord, arguments)

@@ -69,7 +69,7 @@ class RunData:
             # With "skip" every process must leave out the same records; with "error" one that looks closely
             # is enough.
             check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
-            measure=planner.measure,
+            token_lengths=planner.token_lengths,
             bad_records_path=Path(c.output_dir) / "bad_records.jsonl" if main else None,
             data_root=c.data_root,
         )

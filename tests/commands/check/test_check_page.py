@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,7 @@ def test_the_page_shows_everything_and_is_safe(tmp_path, language):
 
 
 def test_an_interrupted_check_says_so_first(tmp_path):
-    found = look(tmp_path, talk("q", "a"))
-    found.interrupted = True
+    found = replace(look(tmp_path, talk("q", "a")), interrupted=True)
     words = Words("en", "check")
     text = Page(
         check_page.write(tmp_path / "x.html", found, found.summary(), [], words).read_text("utf-8")

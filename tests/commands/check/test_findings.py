@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from unigen.config import DataOptions
 from unigen.data.containers import read_part
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
 from unigen.model.weights import load_planner
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.pack import pack_blocks
-from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Kind
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "sample_data_format.json"
@@ -152,7 +154,7 @@ def test_every_problem_has_its_code_place_and_cure(tmp_path, planner):
     found = check(path, small, deep=True, num_workers=0)
     assert problems(found) == expected
     assert all(p["found"] and p["expected"] and p["cure"] for p in found.problems)
-    assert found.summary()["good_records"] == len(cases) and found.tally.read == 2 * len(cases)
+    assert found.summary()["good_records"] == len(cases) and len(found.tally.records) == 2 * len(cases)
     headers = check(path, small, num_workers=0)
     assert set(problems(found)) - set(problems(headers)) == {
         ("broken_picture", "bad.jsonl", 30, "sequence[0].image_path")
@@ -169,7 +171,7 @@ def test_the_check_refuses_what_the_data_set_refuses(tmp_path, planner):
         talk("q", ""),
     )
     with pytest.raises(BadData) as refused:
-        UnifiedGenerationDataset(path, measure=planner.measure)
+        UnifiedGenerationDataset(path, token_lengths=planner.token_lengths)
     assert [error.to_dict() for error in refused.value.records] == list(
         check(path, planner, num_workers=0).problems
     )
@@ -241,14 +243,14 @@ def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
     planner = load_planner(golden / "model", options)
     found = check(path, planner, limits=[250], num_workers=0)
     dataset = UnifiedGenerationDataset(
-        path, measure=load_planner(golden / "model", DataOptions(max_image_tokens=64)).measure
+        path, token_lengths=load_planner(golden / "model", DataOptions(max_image_tokens=64)).token_lengths
     )
     whole = load_planner(golden / "model", DataOptions(max_image_tokens=64))
     kinds: Counter[str] = Counter()
     lengths, text_tokens, image_tokens = [], 0, 0
     for i, record in enumerate(dataset):
-        draw = Draw(0, 0, i, training=False)
-        blocks = whole.fill(record.sample, whole.outline(record.sample, dataset.sizes[i], draw), draw)
+        draw = RandomKey(0, 0, i, training=False)
+        blocks = whole.fill(record.sample, whole.outline(record.sample, dataset.lengths[i], draw), draw)
         pack = pack_blocks([blocks], whole.tokenizer.special, whole.geometry)
         lengths.append(len(pack))
         trained = [b for b in blocks if b.kind == Kind.TEXT and b.loss]
@@ -258,7 +260,7 @@ def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
             kinds[b.kind.name.lower()] += len(b)
     if limit is None:
         assert len(found.problems) == 0
-        assert np.array_equal(found.tally.lengths.spread(1000), sorted(lengths))
+        assert found.tally.good["length"].tolist() == lengths
         s = found.summary()
         assert s["lengths"]["unit"] == "tokens" and s["lengths"]["total"] == sum(lengths)
         assert s["targets"]["text_tokens"] == text_tokens and s["targets"]["image_tokens"] == image_tokens > 0
@@ -274,7 +276,7 @@ def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
 
 def fits(planner: Planner, record) -> bool:
     try:
-        planner.measure(record)
+        planner.token_lengths(record)
     except BadRecord:
         return False
     return True
@@ -291,7 +293,7 @@ def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
     least = min(len(whole.tokenizer.encode(question)) for question in questions) + 2 + 3
     limits = tuple(sorted({20, least - 1, least, 60, 150, 300, 600, 100_000}))
     rows = check(path, whole, limits=limits, num_workers=0).summary()["limits"]
-    dataset = UnifiedGenerationDataset(path, measure=whole.measure)
+    dataset = UnifiedGenerationDataset(path, token_lengths=whole.token_lengths)
     for row, limit in zip(rows, limits, strict=True):
         planner = load_planner(golden / "model", DataOptions(max_image_tokens=64))
         planner.max_length = limit
@@ -301,7 +303,10 @@ def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
                 refused += 1
                 continue
             full, short = (
-                sum(len(b) for b in p.outline(record.sample, dataset.sizes[i], Draw(0, 0, i, training=False)))
+                sum(
+                    len(b)
+                    for b in p.outline(record.sample, dataset.lengths[i], RandomKey(0, 0, i, training=False))
+                )
                 for p in (whole, planner)
             )
             cut, lost = cut + (short < full), lost + full - short
@@ -428,7 +433,7 @@ def test_findings_do_not_depend_on_the_processes(tmp_path, golden, monkeypatch):
         and len(alone.problems) == 2
     )
     assert len(alone.parts) > 4 and [part.index for part in alone.parts] == [part.index for part in two.parts]
-    assert sum(1 for part in alone.parts for _ in read_part(part)) == alone.tally.read == 82 + 7
+    assert sum(1 for part in alone.parts for _ in read_part(part)) == len(alone.tally.records) == 82 + 7
 
 
 def deadly(*arguments):
@@ -508,14 +513,13 @@ def test_an_interrupt_ends_with_what_was_found_until_then(tmp_path, capsys, monk
     monkeypatch.setattr(module, "PART", 4096)
     values = [talk(f"question {i}", "answer") for i in range(3000)]
     path = write(tmp_path / "a.jsonl", '{"x": 1}', *values)
-    merge, before = module.Tally.merge, set(multiprocessing.active_children())
+    before = set(multiprocessing.active_children())
 
-    def interrupted(tally, other):
-        merge(tally, other)
-        if tally.read > 500:
+    def interrupt(done, total, records, problems):
+        if records > 500:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(module.Tally, "merge", interrupted)
+    monkeypatch.setattr("unigen.commands.check.command._bar", lambda: nullcontext(interrupt))
     # a program started in the background ignores it
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

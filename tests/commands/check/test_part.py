@@ -1,6 +1,6 @@
 """The process side of the check: lengths counted in batches."""
 
-from unigen.commands.check.part import _Lengths
+from unigen.commands.check.part import CountingTokenizer
 from unigen.config import DataOptions
 from unigen.model.weights import load_planner
 
@@ -19,7 +19,7 @@ def test_batched_lengths_are_those_of_the_tokenizer(golden):
         "ﬁ" * 99,
     ]
     for tokenizer in (load_planner(folder, DataOptions()).tokenizer for folder in (golden / "model", None)):
-        batched = _Lengths(tokenizer)
+        batched = CountingTokenizer(tokenizer)
         batched.learn(texts)
         batched.learn([*texts, "new one"])
         assert [len(batched.encode(t)) for t in [*texts, "not learnt"]] == [

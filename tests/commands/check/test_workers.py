@@ -28,7 +28,9 @@ def prepare(greeting: str) -> Callable:
             mark(-1)
             os.kill(os.getpid(), n)
         if kind == "sleep":
-            time.sleep(n / 100)
+            for _ in range(n):
+                mark(3)
+                time.sleep(0.01)
         if kind == "raise":
             raise ValueError(f"number {n}")
         if kind == "memory":
@@ -98,8 +100,15 @@ def test_a_task_is_tried_again_in_its_place():
 
 
 def test_an_error_of_ours_is_raised_with_its_trace():
-    with pytest.raises(RuntimeError, match=r"(?s)in work.*ValueError: number 7"):
+    with pytest.raises(ValueError, match="number 7") as error:
         run([("go", 1), ("raise", 7)], 1)
+    assert "in work" in str(error.value.__cause__)
+
+
+def test_an_error_after_a_death_is_raised_with_its_trace():
+    """What was lost with the pool is done again alone."""
+    with pytest.raises(RuntimeError, match=r"(?s)in work.*ValueError: number 7"):
+        run([("kill", signal.SIGKILL), ("raise", 7)], 1, lambda task, died: None)
 
 
 def test_processes_that_cannot_start_are_an_error_of_the_user():
@@ -107,18 +116,10 @@ def test_processes_that_cannot_start_are_an_error_of_the_user():
         list(in_order(prepare, ("die",), [("go", 1)], 1, never))
 
 
-def test_closing_ends_the_processes_at_once():
-    results = in_order(prepare, ("hello",), [("go", 1), *[("sleep", 6000)] * 8], 2, never)
+def test_closing_ends_the_processes_at_their_next_mark():
+    results = in_order(prepare, ("hello",), [("go", 1), *[("sleep", 1_000_000)] * 8], 2, never)
     pid = int(next(results)[1].split()[2])
     os.kill(pid, 0)
-    start = time.monotonic()
-    results.close()
-    assert time.monotonic() - start < 20
+    results.close()  # would take hours
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-
-
-def test_progress_counts_the_steps_of_unfinished_tasks():
-    seen = []
-    list(in_order(prepare, ("hello",), [("sleep", 60)], 1, never, seen.append))
-    assert 3 in seen and seen[-1] == 0

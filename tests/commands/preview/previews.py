@@ -10,8 +10,9 @@ from unigen.commands.preview import command as preview
 from unigen.commands.preview.page import write_preview
 from unigen.commands.preview.pick import PreviewOptions
 from unigen.commands.preview.view import look
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.pack import pack_blocks
-from unigen.sequence.plan import Draw, Planner
+from unigen.sequence.plan import Planner
 from unigen.sequence.types import Image, Origin, Pack, Record, Text
 from unigen.show.language import Words
 
@@ -29,8 +30,10 @@ def record(*pieces: Text | Image) -> Record:
 
 def packed(entry: Record, number: int, planner: Planner, epoch: int = 0, seed: int = 42) -> Pack:
     """The row that training makes of the record, without the preview's help."""
-    draw = Draw(seed, epoch, number)
-    blocks = planner.fill(entry.sample, planner.outline(entry.sample, planner.measure(entry), draw), draw)
+    draw = RandomKey(seed, epoch, number)
+    blocks = planner.fill(
+        entry.sample, planner.outline(entry.sample, planner.token_lengths(entry), draw), draw
+    )
     return pack_blocks([blocks], planner.tokenizer.special, planner.geometry)
 
 
@@ -53,5 +56,5 @@ def page_of(
 
 
 def sample_page(tmp_path: Path, entry: Record, planner: Planner, epoch: int = 0, number: int = 0) -> Page:
-    view = look(entry, number, planner, Draw(42, epoch, number))
+    view = look(entry, number, planner, RandomKey(42, epoch, number))
     return page_of(tmp_path, planner, preview.Look(number, entry.origin, view, None))

@@ -20,7 +20,7 @@ from unigen.commands.preview.view import look
 from unigen.config import DataOptions
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.model.weights import load_planner
-from unigen.sequence.plan import Draw
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Image, Origin, Record, Text
 from unigen.show.language import texts
 
@@ -247,7 +247,7 @@ def test_a_page_of_five_large_samples_is_small(tmp_path, capsys):
 
 def test_many_pictures_get_small_tiles_and_many_blocks_a_bare_mask(tmp_path, estimate):
     images = [Image(HOUSE) for _ in range(30)]
-    view = look(record(*images, Text("a", target=True)), 0, estimate, Draw(42, 0, 0))
+    view = look(record(*images, Text("a", target=True)), 0, estimate, RandomKey(42, 0, 0))
     assert tile_side(view.blocks) < tile_side(view.blocks[:3])
     svg = mask_drawing(view, SAY)
     assert (
@@ -261,7 +261,7 @@ def test_many_pictures_get_small_tiles_and_many_blocks_a_bare_mask(tmp_path, est
 
 
 def test_the_page_speaks_chinese(tmp_path, estimate, records):
-    view = look(records[4], 4, estimate, Draw(42, 0, 4))
+    view = look(records[4], 4, estimate, RandomKey(42, 0, 4))
     page = page_of(
         tmp_path, estimate, preview.Look(4, records[4].origin, view, None), language="zh", model=None
     )
@@ -272,7 +272,7 @@ def test_the_page_speaks_chinese(tmp_path, estimate, records):
 
 def test_tooltips_are_spent_once_a_sample(planner):
     ink = Ink(planner.tokenizer, SAY)
-    view = look(record(Text("a " * 1500), Text("b " * 1500, target=True)), 0, planner, Draw(42, 0, 0))
+    view = look(record(Text("a " * 1500), Text("b " * 1500, target=True)), 0, planner, RandomKey(42, 0, 0))
     for shown in view.blocks:
         ink.text(shown)
     assert -2 <= ink.left <= 0

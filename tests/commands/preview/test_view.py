@@ -14,7 +14,7 @@ from unigen.commands.preview.view import CAUSAL, FULL, NONE, block_mask, charact
 from unigen.config import DataOptions
 from unigen.model.flow import training_time
 from unigen.model.weights import load_planner
-from unigen.sequence.plan import Draw
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Image, Kind, Pack, Text
 
 # ---- tokens and loss
@@ -44,7 +44,7 @@ def test_what_is_marked_as_learnt_is_what_carries_labels(number, tmp_path, plann
     """Learnt tokens, transitions and labels behind a cut are together the pack's labels, in each of some
     visits."""
     for epoch in range(4):
-        view = look(records[number], number, planner, Draw(42, epoch, number))
+        view = look(records[number], number, planner, RandomKey(42, epoch, number))
         pack = packed(records[number], number, planner, epoch)
         learnt = sum(token.learnt for shown in view.blocks for token in shown.tokens)
         transitions = sum(shown.transition is not None for shown in view.blocks)
@@ -75,7 +75,7 @@ def test_a_cut_text_shows_what_is_lost(tmp_path, golden):
     entry = record(
         Text("Say it."), Text("What is cut off here is shown as lost, every word of it.", target=True)
     )
-    view = look(entry, 0, short, Draw(42, 0, 0))
+    view = look(entry, 0, short, RandomKey(42, 0, 0))
     pack = packed(entry, 0, short)
     (shown,) = [shown for shown in view.blocks if shown.block.cut]
     ids = short.tokenizer.encode(entry.sample[1].text)
@@ -127,7 +127,7 @@ def test_the_wording_of_the_visit_is_shown(tmp_path, planner):
     entry = record(Text("one", others=("two", "three")), Text("c", target=True))
     seen = set()
     for epoch in range(12):
-        view = look(entry, 0, planner, Draw(42, epoch, 0))
+        view = look(entry, 0, planner, RandomKey(42, epoch, 0))
         k, n = view.blocks[0].wording
         text = planner.tokenizer.decode([token.id for token in view.blocks[0].tokens[1:-1]])
         assert n == 3 and text == ("one", "two", "three")[k - 1]
@@ -140,7 +140,7 @@ def test_the_wording_of_the_visit_is_shown(tmp_path, planner):
 
 def test_tiles_show_the_tensors_of_the_pack(planner, records):
     pack = packed(records[4], 4, planner, epoch=2)
-    view = look(records[4], 4, planner, Draw(42, 2, 4), shift=3.0)
+    view = look(records[4], 4, planner, RandomKey(42, 2, 4), shift=3.0)
     shown = [s for s in view.blocks if s.picture]
     assert {s.kind for s in shown} == {Kind.VIT, Kind.CLEAN, Kind.NOISED}
     vae = [s for s in shown if s.kind != Kind.VIT]
@@ -163,7 +163,7 @@ def test_tiles_show_the_tensors_of_the_pack(planner, records):
 def test_the_page_says_what_the_resize_did(tmp_path, estimate):
     PILImage.new("RGB", (640, 480), "teal").save(tmp_path / "wide.png")
     entry = record(Image(tmp_path / "wide.png"), Text("Small?"), Image(HOUSE, target=True))
-    view = look(entry, 0, estimate, Draw(42, 0, 0))
+    view = look(entry, 0, estimate, RandomKey(42, 0, 0))
     page = sample_page(tmp_path, entry, estimate)
     for shown in view.blocks:
         if shown.picture:
@@ -177,7 +177,7 @@ def test_the_page_says_what_the_resize_did(tmp_path, estimate):
 
 
 def test_a_noised_image_shares_its_position_with_its_copy(tmp_path, planner, records):
-    view = look(records[0], 0, planner, Draw(42, 0, 0))
+    view = look(records[0], 0, planner, RandomKey(42, 0, 0))
     pack = packed(records[0], 0, planner)
     for shown in view.kept:
         inside = pack.position[(pack.index >= shown.start) & (pack.index < shown.stop)]
@@ -240,7 +240,7 @@ def drawn(svg: str, length: int) -> np.ndarray:
 
 @pytest.mark.parametrize("number", [0, 1, 4])
 def test_the_drawn_mask_is_the_rule(number, planner, records):
-    view = look(records[number], number, planner, Draw(42, 1, number))
+    view = look(records[number], number, planner, RandomKey(42, 1, number))
     assert len(view.pack) <= 400
     svg = mask_drawing(view, SAY)
     assert np.array_equal(drawn(svg, len(view.pack)), rule(view.pack))
@@ -249,7 +249,7 @@ def test_the_drawn_mask_is_the_rule(number, planner, records):
 
 def test_the_mask_of_blocks_is_the_rule(estimate, records):
     """Full, causal or nothing for every pair of blocks, by all of their tokens."""
-    view = look(records[5], 5, estimate, Draw(42, 0, 5))
+    view = look(records[5], 5, estimate, RandomKey(42, 0, 5))
     assert len(view.pack) > 400
     seen = rule(view.pack)
     for a, row in zip(view.kept, block_mask(view), strict=True):
@@ -272,16 +272,16 @@ def test_what_may_be_left_out_is_what_is_left_out_at_some_time(number, planner, 
     """Over many visits the planner drops exactly the blocks that the preview calls droppable, about as often
     as it says."""
     entry = records[number]
-    view = look(entry, number, planner, Draw(42, 0, number))
-    sizes = planner.measure(entry)
-    visits = [planner.outline(entry.sample, sizes, Draw(7, epoch, number)) for epoch in range(300)]
+    view = look(entry, number, planner, RandomKey(42, 0, number))
+    sizes = planner.token_lengths(entry)
+    visits = [planner.outline(entry.sample, sizes, RandomKey(7, epoch, number)) for epoch in range(300)]
     visits = [blocks for blocks in visits if len(blocks) == len(view.blocks)]
     for i, shown in enumerate(view.blocks):
         share = sum(blocks[i].dropped for blocks in visits) / len(visits)
         assert (share > 0) == bool(shown.option) and abs(share - shown.chance) < 0.12
         if shown.option:
             assert shown.chance == getattr(planner.options, shown.option)
-    now = planner.outline(entry.sample, sizes, Draw(42, 0, number))
+    now = planner.outline(entry.sample, sizes, RandomKey(42, 0, number))
     assert [shown.block.dropped for shown in view.blocks] == [block.dropped for block in now]
 
 
@@ -290,7 +290,7 @@ def test_what_the_visit_left_out_is_told(tmp_path, golden, records):
         golden / "model",
         DataOptions(max_image_tokens=16, text_cond_dropout_prob=1.0, vit_cond_dropout_prob=0.0),
     )
-    view = look(records[4], 4, planner, Draw(42, 0, 4))
+    view = look(records[4], 4, planner, RandomKey(42, 0, 4))
     page = sample_page(tmp_path, records[4], planner, number=4)
     gone = [shown for shown in view.blocks if shown.block.dropped]
     assert {shown.kind for shown in gone} >= {Kind.TEXT} and len(page.of("div", "card")) == len(view.blocks)
@@ -302,10 +302,10 @@ def test_what_the_visit_left_out_is_told(tmp_path, golden, records):
 def test_copies_after_a_single_image_are_told(planner, records):
     """In the share of the visits that the option says, and this visit's state is the planner's."""
     entry = records[2]
-    views = [look(entry, 2, planner, Draw(42, epoch, 2)) for epoch in range(40)]
+    views = [look(entry, 2, planner, RandomKey(42, epoch, 2)) for epoch in range(40)]
     assert {view.copies for view in views} == {planner.options.single_image_stop_prob}
     assert [view.copied for view in views] == [
         any(s.kind == Kind.CLEAN for s in view.blocks) for view in views
     ]
     assert 0 < sum(view.copied for view in views) < 20
-    assert look(records[3], 3, planner, Draw(42, 0, 3)).copies is None
+    assert look(records[3], 3, planner, RandomKey(42, 0, 3)).copies is None

@@ -11,9 +11,9 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,19 @@ from typing import Any
 import numpy as np
 
 from unigen.commands.check.part import Outcome, PartJob, checker
-from unigen.commands.check.statistics import Tally, how_full_rows_get, repeats, what_limits_cut
+from unigen.commands.check.statistics import (
+    KINDS,
+    Tally,
+    describe,
+    how_full_rows_get,
+    repeats,
+    what_limits_cut,
+)
 from unigen.commands.check.workers import Died, in_order
 from unigen.data.containers import ByteSpan, FilePart, Raw, find_files, parts, read_part
 from unigen.data.dataset import TASKS
 from unigen.data.formats import FORMATS, parse_raw
+from unigen.data.loader import cores
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
@@ -80,33 +88,30 @@ class Problems:
         self._file.close()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Findings:
     """What a check found."""
 
     files: list[Path]
     problems: Problems
     tally: Tally
-    parts: list[FilePart] = field(default_factory=list)  # as ``tally.parts`` counts their records
-    exact: bool = False  # lengths in the model's tokens; otherwise estimated in words
-    deep: bool = False
-    max_length: int = 0  # tokens that a record may have
-    interrupted: bool = False
-    seconds: float = 0.0
+    parts: list[FilePart]
+    part_ends: np.ndarray  # [parts] int64: records read up to the end of each part
+    limits: tuple[int, ...]  # values of ``max_sequence_length`` to say the effect of
+    exact: bool  # lengths in the model's tokens; otherwise estimated in words
+    deep: bool
+    max_length: int  # tokens that a record may have
+    interrupted: bool
+    seconds: float
 
     def find(self, numbers: Sequence[int]) -> dict[int, Record]:
         """Records by their number, read again (good ones only)."""
-        ends = (
-            np.cumsum(np.frombuffer(self.tally.parts, np.uint64).astype(np.int64))
-            if self.parts
-            else np.zeros(0, np.int64)
-        )
         wanted: dict[int, list[int]] = {}
         for n in sorted(set(numbers)):
-            wanted.setdefault(int(np.searchsorted(ends, n, side="right")), []).append(n)
+            wanted.setdefault(int(np.searchsorted(self.part_ends, n, side="right")), []).append(n)
         found = {}
         for number, inside in wanted.items():
-            part, start = self.parts[number], int(ends[number]) - self.tally.parts[number]
+            part, start = self.parts[number], int(self.part_ends[number - 1]) if number else 0
             records = islice(read_part(part), inside[-1] - start + 1)
             found |= {
                 start + i: _parsed(part, *record) for i, record in enumerate(records) if start + i in inside
@@ -116,80 +121,83 @@ class Findings:
     def summary(self, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
         """All statistics as JSON values; ``budgets`` are values of ``max_num_tokens`` to say how full rows
         get."""
-        tally, counts = self.tally, self.tally.counts
+        good, pictures = self.tally.good, self.tally.pictures
 
-        def by(topic: str, names: Iterable[str]) -> dict[str, int]:
-            return {name: counts[topic, name] for name in names if counts[topic, name]}
+        def tokens(name: str, records: np.ndarray = good) -> int:
+            return int(records[name].sum(dtype=np.int64))
 
-        sizes, of_size = tally.sizes.arrays()
-        often = np.lexsort((sizes, -of_size))[:SHOWN]
+        formats = np.bincount(good["format"], minlength=len(FORMATS)).tolist()
+        by_task = {name: good[good["task"] == number] for number, name in enumerate(TASKS)}
+        sizes, often = np.unique(pictures[["width", "height"]], return_counts=True)
+        most = np.argsort(-often, kind="stable")[:SHOWN]
         return {
             "files": len(self.files),
-            "records": tally.read,
-            "good_records": counts["records", "good"],
-            "formats": by("format", FORMATS),
+            "records": len(self.tally.records),
+            "good_records": len(good),
+            "formats": {name: n for name, n in zip(FORMATS, formats) if n},
             "tasks": {
                 name: {
-                    "records": n,
-                    "text_tokens": counts["text_tokens", name],
-                    "image_tokens": counts["image_tokens", name],
+                    "records": len(records),
+                    "text_tokens": tokens("text_tokens", records),
+                    "image_tokens": tokens("image_tokens", records),
                 }
-                for name, n in by("task", TASKS).items()
+                for name, records in by_task.items()
+                if len(records)
             },
             "targets": {
-                "texts": counts["targets", "texts"],
-                "images": counts["targets", "images"],
-                "records_with_text": counts["records", "with_text_target"],
-                "records_with_image": counts["records", "with_image_target"],
-                "text_tokens": sum(counts["text_tokens", name] for name in TASKS),
-                "image_tokens": sum(counts["image_tokens", name] for name in TASKS),
+                "texts": tokens("text_targets"),
+                "images": tokens("image_targets"),
+                "records_with_text": int((good["text_targets"] > 0).sum()),
+                "records_with_image": int((good["image_targets"] > 0).sum()),
+                "text_tokens": tokens("text_tokens"),
+                "image_tokens": tokens("image_tokens"),
             },
-            "tokens": {name: counts["kind", name] for name in ("text", "vit", "clean", "noised")},
-            "lengths": {"unit": "tokens" if self.exact else "words", **tally.lengths.describe()},
+            "tokens": {kind: tokens(kind) for kind in KINDS},
+            "lengths": {"unit": "tokens" if self.exact else "words", **describe(good["length"])},
             "pictures": {
-                "pieces": len(tally.pictures),
-                "sizes": [
-                    [int(sizes[i]) >> 32, int(sizes[i]) & 0xFFFFFFFF, int(of_size[i])] for i in often.tolist()
-                ],
+                "pieces": len(pictures),
+                "sizes": [[*size, n] for size, n in zip(sizes[most].tolist(), often[most].tolist())],
                 "distinct_sizes": len(sizes),
-                "upscaled": counts["pictures", "upscaled"],
-                "latent_tokens": tally.latent.describe(),
-                "vit_tokens": tally.vit.describe(),
+                "upscaled": int(pictures["upscaled"].sum()),
+                "latent_tokens": describe(pictures["latent"][pictures["latent"] > 0]),
+                "vit_tokens": describe(pictures["vit"][pictures["vit"] > 0]),
             },
             "repeats": self._repeats(),
             "near_empty": {
-                "records": counts["records", "near_empty"],
-                "first": [list(entry) for entry in tally.near_empty],
+                "records": int(good["near_empty"].sum()),
+                "first": [list(entry) for entry in self.tally.near_empty],
             },
             "max_length": self.max_length,
-            "limits": what_limits_cut(tally),
-            "rows": how_full_rows_get(tally.lengths, sorted(set(budgets))),
+            "limits": what_limits_cut(self.tally.records, self.limits),
+            "rows": how_full_rows_get(good["length"], sorted(set(budgets))),
         }
 
     def _repeats(self) -> dict[str, Any]:
         """``records``, ``texts``, ``pictures``, ``copies`` -> ``distinct``, ``surplus``, ``most``: ``count``,
         ``where``, ``what`` each."""
         found = repeats(self.tally, SHOWN)
-        inside = {kind for kind in found if kind in ("pictures", "copies")}  # places are pieces of records
-        records = self.find(
-            [
-                n >> 8 if kind in inside else n
-                for kind, of in found.items()
-                for repeat in of.most
-                for n in repeat.places
-            ]
-        )
+        # record and segment of each of the first few; of records and texts no segment is asked for
+        places = {
+            (kind, row): self.tally.pictures[["record", "segment"]][row].item()
+            if kind in ("pictures", "copies")
+            else (row, 0)
+            for kind, of in found.items()
+            for repeat in of.most
+            for row in repeat.rows
+        }
+        records = self.find([record for record, _ in places.values()])
         told: dict[str, Any] = {}
         for kind, of in found.items():
             told[kind] = {"distinct": of.distinct, "surplus": of.surplus, "most": []}
-            for count, places in of.most:
-                held = [(records.get(n >> 8 if kind in inside else n), n & 255) for n in places]
-                where = [str(record.origin) for record, _ in held if record]
-                what = [_shown(record, kind, piece) for record, piece in held if record]
+            for count, rows in of.most:
+                at = [places[kind, row] for row in rows]
+                # a file that changed since may hold fewer
+                held = [(records[record], segment) for record, segment in at if record in records]
+                what = [_shown(record, kind, segment) for record, segment in held]
                 told[kind]["most"].append(
                     {
                         "count": count,
-                        "where": where,
+                        "where": [str(record.origin) for record, _ in held],
                         "what": what if kind == "copies" else what[0] if what else "",
                     }
                 )
@@ -203,16 +211,13 @@ def _parsed(part: FilePart, span: ByteSpan, raw: Raw) -> Record:
 def _shown(record: Record, kind: str, number: int) -> str:
     """What is repeated, short."""
     if kind in ("pictures", "copies"):
-        piece = record.sample[number] if number < len(record.sample) else None
-        return (
-            str(piece.source)
-            if isinstance(piece, Image) and not isinstance(piece.source, bytes)
-            else "(inside the file)"
-        )
+        segment = record.sample[number]
+        assert isinstance(segment, Image)
+        return "(inside the file)" if isinstance(segment.source, bytes) else str(segment.source)
     texts = [
-        piece.text
-        for piece in record.sample
-        if isinstance(piece, Text) and (piece.target or kind == "records")
+        segment.text
+        for segment in record.sample
+        if isinstance(segment, Text) and (segment.target or kind == "records")
     ]
     text = " | ".join(" ".join(text.split()) for text in texts)
     return text if len(text) <= 100 else text[:97] + "..."
@@ -248,59 +253,52 @@ def check(
     files = [path for path, _ in find_files([paths] if isinstance(paths, str | Path) else paths)]
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:
-        alone = total <= ALONE and not deep
-        num_workers = (
-            0
-            if alone
-            else len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-    limits = tuple(sorted(set(limits)))
-    found = Findings(
-        files,
-        Problems() if problems is None else problems,
-        Tally(limits),
-        deep=deep,
-        max_length=planner.max_length,
-    )
-    found.exact = not isinstance(planner.tokenizer, WordTokenizer)
-    done, deaths = 0, 0
+        num_workers = 0 if total <= ALONE and not deep else cores()
+    problems = Problems() if problems is None else problems
+    tallies: list[Tally] = []
+    read: list[FilePart] = []
+    ends = [0]
+    done = deaths = 0
+    interrupted = False
 
     def again(job: PartJob, died: Died) -> PartJob | None:
         nonlocal deaths
         deaths += 1
         # left out, and yet it dies: of reading what follows
         known = any(step == died.step for step, _ in job.skip)
-        return (
-            None
-            if died.step < 0 or known or deaths > DEATHS
-            else job._replace(skip=(*job.skip, (died.step, died.reason)))
-        )
-
-    def tick(steps: int) -> None:
-        progress(done, total, found.tally.read + steps, len(found.problems))
+        if died.step < 0 or known or deaths > DEATHS:
+            return None
+        return job._replace(skip=(*job.skip, (died.step, died.reason)))
 
     jobs = _jobs(files, DEEP_PART if deep else PART)
     try:
-        with closing(
-            in_order(checker, (planner, limits, deep, data_root), jobs, num_workers, again, tick)
-        ) as outcomes:
+        with closing(in_order(checker, (planner, deep, data_root), jobs, num_workers, again)) as outcomes:
             for job, outcome in outcomes:
                 if isinstance(outcome, Died):
-                    outcome = Outcome(Tally(limits), [_lost(job, outcome).to_dict()])
+                    outcome = Outcome.of_lost(_lost(job, outcome))
                 for problem in outcome.problems:
-                    found.problems.add(problem)
+                    problems.add(problem)
+                tallies.append(outcome.tally)
                 if job.part is not None:
-                    found.parts.append(job.part)
-                    outcome.tally.parts.append(outcome.tally.read)
+                    read.append(job.part)
+                    ends.append(ends[-1] + len(outcome.tally.records))
                     done += job.part.size
-                found.tally.merge(outcome.tally)
-                tick(0)
+                progress(done, total, ends[-1], len(problems))
     except KeyboardInterrupt:
-        found.interrupted = True
-    found.seconds = time.monotonic() - start
-    return found
+        interrupted = True
+    return Findings(
+        files,
+        problems,
+        Tally.join(tallies),
+        read,
+        np.array(ends[1:], np.int64),
+        tuple(sorted(set(limits))),
+        exact=not isinstance(planner.tokenizer, WordTokenizer),
+        deep=deep,
+        max_length=planner.max_length,
+        interrupted=interrupted,
+        seconds=time.monotonic() - start,
+    )
 
 
 def _jobs(files: Sequence[Path], size: int) -> Iterator[PartJob]:

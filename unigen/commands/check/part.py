@@ -1,31 +1,31 @@
-"""What one process of ``unigen check`` does with a part of the data: judges, measures and counts its
-records."""
+"""What one process of ``unigen check`` does with a part of the data: judges its records and counts their
+tokens."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from unigen.commands.check.statistics import NEAR_EMPTY_SHOWN, Histogram, Tally
+from unigen.commands.check.statistics import NEAR_EMPTY_SHOWN, PICTURE, RECORD, Tally, count_tokens
 from unigen.commands.check.workers import Mark
 from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
-from unigen.data.dataset import task
-from unigen.data.examine import Pictures, bad_picture, examine, key_of
+from unigen.data.dataset import TASKS, task
+from unigen.data.examine import Pictures, bad_picture, examine, hash_of, key_of
+from unigen.data.formats import FORMATS
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
+from unigen.sequence.lengths import RecordLengths, TokenLengths
 from unigen.sequence.plan import Planner
-from unigen.sequence.ragged import Ragged
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
 
 _BATCH, _BATCH_BYTES = 512, 8 << 20  # records that are tokenised together
 _PICTURES = 100_000  # pictures whose size a process remembers
 _NO_LIMIT = 1 << 31
+_FORMATS = list(FORMATS)
 
 
 class PartJob(NamedTuple):
@@ -42,17 +42,15 @@ class Outcome(NamedTuple):
     tally: Tally
     problems: list[dict[str, Any]]
 
+    @classmethod
+    def of_lost(cls, error: BadRecord) -> Outcome:
+        """The outcome of a part that could not be read."""
+        return cls(Tally.join([]), [error.to_dict()])
 
-def checker(
-    planner: Planner, limits: tuple[int, ...], deep: bool, data_root: str | Path | None
-) -> Callable[[PartJob, Mark], Outcome]:
+
+def checker(planner: Planner, deep: bool, data_root: str | Path | None) -> Callable[[PartJob, Mark], Outcome]:
     """What does a :class:`PartJob`; made once in each process."""
-    return _Checker(planner, limits, deep, data_root).work
-
-
-def hash_of(value: bytes) -> int:
-    """64 bits that tell ``value`` from others; never 0, which stands for nothing."""
-    return int.from_bytes(blake2b(value, digest_size=8).digest(), "little") or 1
+    return _Checker(planner, deep, data_root).work
 
 
 def is_near_empty(text: str) -> bool:
@@ -61,7 +59,7 @@ def is_near_empty(text: str) -> bool:
     return sum(3 if ord(c) > 0x2E7F else 1 for c in text if c.isalnum()) < 3
 
 
-class _Lengths:
+class CountingTokenizer:
     """Stands in for a planner's tokenizer where only lengths are asked for: counts in batches, and remembers
     what comes again."""
 
@@ -110,7 +108,7 @@ class _Looks(Pictures):
         return found[0]
 
     def content(self, source: Any) -> int:
-        """A hash of the bytes of a good picture; 0 where they were not read."""
+        """A hash of the bytes of a good picture; 0 where no file is read for it."""
         found = self._find(source)
         assert not isinstance(found, PictureError)
         return found[1]
@@ -132,19 +130,19 @@ class _Looks(Pictures):
 
 
 class _Checker:
-    def __init__(self, planner: Planner, limits: tuple[int, ...], deep: bool, data_root: str | Path | None):
-        self.limits, self.deep, self.root = limits, deep, data_root
+    def __init__(self, planner: Planner, deep: bool, data_root: str | Path | None):
+        self.deep, self.root = deep, data_root
         self.max_length = planner.max_length
         self.strict, self.planner = copy.copy(planner), copy.copy(planner)
-        self.lengths = _Lengths(planner.tokenizer)
-        self.strict.tokenizer = self.planner.tokenizer = self.lengths  # type: ignore[assignment]
+        self.tokenizer = CountingTokenizer(planner.tokenizer)
+        self.strict.tokenizer = self.planner.tokenizer = self.tokenizer  # type: ignore[assignment]
         self.planner.max_length = _NO_LIMIT
         self.looks = _Looks(deep)
 
     def work(self, job: PartJob, mark: Mark) -> Outcome:
         if job.part is None:
             assert job.lost is not None
-            return Outcome(Tally(self.limits), [job.lost.to_dict()])
+            return Outcome.of_lost(job.lost)
         reading = _Reading(self, job.part, dict(job.skip), mark)
         try:
             for step, (span, raw) in enumerate(read_part(job.part)):
@@ -156,23 +154,20 @@ class _Checker:
 
 
 class _Reading:
-    """The records of one part on their way: judged one by one, measured in batches."""
+    """The records of one part on their way: judged one by one, their tokens counted in batches."""
 
     def __init__(self, checker: _Checker, part: FilePart, skip: dict[int, str], mark: Mark):
         self.checker, self.part, self.skip, self.mark = checker, part, skip, mark
-        self.tally, self.rows = Tally(checker.limits), Ragged()
-        self.good: list[bool] = []  # as the rows
-        self.tasks: list[str] = []
-        self.sizes: list[int] = []
-        self.latent: list[int] = []
-        self.vit: list[int] = []
+        self.records: list[tuple[Any, ...]] = []  # what the columns of RECORD begin with
+        self.pictures: list[tuple[Any, ...]] = []  # rows of PICTURE
+        self.lengths, self.counted = TokenLengths(), list[int]()  # and the records they are of
+        self.near_empty: list[tuple[str, str]] = []
         self.bad: list[tuple[int, BadRecord]] = []
         self.waiting: list[tuple[int, Record, list[str]]] = []
         self.held = 0
 
     def add(self, step: int, span: ByteSpan, raw: Raw) -> None:
-        self.tally.records.append(0)
-        self.tally.texts.append(0)
+        self.records.append((0,) * len(RECORD))
         try:
             if step in self.skip:
                 fix = "leave the record out, or save its pictures again"
@@ -190,121 +185,71 @@ class _Reading:
             self.flush()
 
     def flush(self) -> None:
-        texts = (
-            text
-            for _, record, _ in self.waiting
-            for p in record.sample
-            if isinstance(p, Text)
-            for text in (p.text, *p.others)
+        samples = [record.sample for _, record, _ in self.waiting]
+        self.checker.tokenizer.learn(
+            text for sample in samples for part in sample if isinstance(part, Text) for text in part.variants
         )
-        self.checker.lengths.learn(texts)
         for step, record, fields in self.waiting:
             self.mark(step)
             try:
-                self._measure(step, record)
+                self._count(step, record)
             except BadRecord as error:
-                error.origin = record.origin
-                piece = re.fullmatch(r"piece (\d+)", error.field)  # a planner knows no fields
-                error.field = fields[int(piece[1])] if piece else error.field
+                error.locate(record.origin, fields)  # a planner knows no fields
                 self.bad.append((step, error))
         self.waiting, self.held = [], 0
 
-    def _measure(self, step: int, record: Record) -> None:
-        row = self.checker.planner.measure(record)
-        name = task(record.sample)
-        # the length with all copies, or a little more
-        if sum(row[1 : 1 + row[0]]) >> 5 > self.checker.max_length:
-            try:
-                self.checker.strict.measure(record)
-            except BadRecord:
-                self._keep(row, False, name)
-                raise
-        self._keep(row, True, name)
-        self._count(step, record, name, row)
-
-    def _keep(self, row: Sequence[int], good: bool, name: str) -> None:
-        self.rows.append(row)
-        self.good.append(good)
-        self.tasks.append(name)
-
-    def _count(self, step: int, record: Record, name: str, row: Sequence[int]) -> None:
-        tally, counts = self.tally, self.tally.counts
-        counts["records", "good"] += 1
-        counts["format", record.format] += 1
-        counts["task", name] += 1
-        texts = [piece.text for piece in record.sample if piece.target and isinstance(piece, Text)]
-        images = sum(piece.target for piece in record.sample) - len(texts)
-        counts["targets", "texts"] += len(texts)
-        counts["targets", "images"] += images
-        counts["records", "with_text_target"] += bool(texts)
-        counts["records", "with_image_target"] += images > 0
-        pictures = [(number, piece) for number, piece in enumerate(record.sample) if isinstance(piece, Image)]
-        keys = iter([self._note(step, number, piece) for number, piece in pictures])
+    def _count(self, step: int, record: Record) -> None:
+        lengths = self.checker.planner.token_lengths(record)
+        self.lengths.append(lengths)
+        self.counted.append(step)
+        # the length with all clean copies, or a little more
+        if lengths.blocks["tokens"].sum() > self.checker.max_length:
+            self.checker.strict.token_lengths(record)
+        keys = iter(self._note_pictures(step, record, lengths))
         told = [
-            (piece.target, piece.text if isinstance(piece, Text) else next(keys)) for piece in record.sample
+            (segment.target, segment.text if isinstance(segment, Text) else next(keys))
+            for segment in record.sample
         ]
-        tally.records[step] = hash_of(repr(told).encode())
-        tally.texts[step] = hash_of(repr(texts).encode()) if texts else 0
-        if pictures:
-            self._measure_pictures(record, row)
-            if any(is_near_empty(text) for text in _described(record, name)):
-                counts["records", "near_empty"] += 1
-                if len(tally.near_empty) < NEAR_EMPTY_SHOWN:
-                    text = next(text for text in _described(record, name) if is_near_empty(text))
-                    tally.near_empty.append((str(record.origin), text))
+        texts = [segment.text for segment in record.sample if segment.target and isinstance(segment, Text)]
+        images = sum(segment.target for segment in record.sample) - len(texts)
+        name = task(record.sample)
+        empty = next((text for text in _described(record, name) if is_near_empty(text)), None)
+        if empty is not None:
+            self.near_empty.append((str(record.origin), empty))
+        hashes = hash_of(repr(told).encode()), hash_of(repr(texts).encode()) if texts else 0
+        numbers = _FORMATS.index(record.format), TASKS.index(name), len(texts), images
+        row = (*hashes, True, empty is not None, *numbers)
+        self.records[step] = row + (0,) * (len(RECORD) - len(row))
 
-    def _note(self, step: int, number: int, piece: Image) -> int:
-        """Notes a picture, piece ``number`` of its record, and returns the hash that tells it apart."""
-        content = self.checker.looks.content(piece.source)
-        key = content if isinstance(piece.source, bytes) else key_of(str(piece.source))
-        self.tally.pictures.append(key)
-        self.tally.places.append(256 * step + min(number, 255))
-        if self.checker.deep:
-            self.tally.contents.append(content)
-        return key
-
-    def _measure_pictures(self, record: Record, row: Sequence[int]) -> None:
-        """``row`` ends with the pieces: a number for each wording, four for a picture (rows, columns of its
-        latents, of its ViT)."""
-        at = 1 + row[0]
-        smallest, stride = (
-            self.checker.planner.transforms.vae.min_size,
-            self.checker.planner.geometry.latent_stride,
-        )
-        latent, vit = [], []
-        for piece in record.sample:
-            if isinstance(piece, Text):
-                at += 1 + len(piece.others)
+    def _note_pictures(self, step: int, record: Record, lengths: RecordLengths) -> Iterator[int]:
+        """Notes the pictures of a record; a hash of each that tells it apart."""
+        looks, planner, grids = self.checker.looks, self.checker.planner, iter(lengths.pictures)
+        smallest, stride = planner.transforms.vae.min_size, planner.geometry.latent_stride
+        for number, segment in enumerate(record.sample):
+            if not isinstance(segment, Image):
                 continue
-            assert piece.size is not None
-            (width, height), (rows, columns, vit_rows, vit_columns) = piece.size, row[at : at + 4]
-            at += 4
-            self.sizes.append(width << 32 | height)
-            if rows:
-                latent.append(rows * columns)
-                small = min(width, height) < min(smallest, stride * min(rows, columns))
-                self.tally.counts["pictures", "upscaled"] += small
-            if vit_rows:
-                vit.append(vit_rows * vit_columns)
-        self.latent += latent
-        self.vit += vit
+            assert segment.size is not None
+            grid, least, content = next(grids), min(segment.size), looks.content(segment.source)
+            key = content if isinstance(segment.source, bytes) else key_of(str(segment.source))
+            upscaled = any(grid.latent) and least < min(smallest, stride * min(grid.latent))
+            place = (key, content if self.checker.deep else 0, step, number, *segment.size)
+            tokens = grid.latent_rows * grid.latent_columns, grid.vit_rows * grid.vit_columns
+            self.pictures.append((*place, *tokens, upscaled))
+            yield key
 
     def finish(self) -> Outcome:
         self.flush()
-        tally = self.tally
-        tally.sizes, tally.latent, tally.vit = (
-            Histogram(self.sizes),
-            Histogram(self.latent),
-            Histogram(self.vit),
-        )
-        tally.measure(self.rows, np.array(self.good, bool), self.tasks, self.checker.planner, self.part.index)
+        records = np.array(self.records, RECORD)
+        if self.counted:
+            count_tokens(records, self.counted, self.lengths, self.checker.planner, self.part.index)
+        tally = Tally(records, np.array(self.pictures, PICTURE), self.near_empty[:NEAR_EMPTY_SHOWN])
         return Outcome(tally, [error.to_dict() for _, error in sorted(self.bad, key=lambda entry: entry[0])])
 
 
 def _described(record: Record, name: str) -> Iterator[str]:
     """The texts that the pictures of a record of task ``name`` are described with: all there is besides
     them."""
-    texts = [piece for piece in record.sample if isinstance(piece, Text)]
-    if name == "generate" or (name == "understand" and all(piece.target for piece in texts)):
-        for piece in texts:
-            yield from (piece.text, *piece.others)
+    texts = [segment for segment in record.sample if isinstance(segment, Text)]
+    if name == "generate" or (name == "understand" and all(text.target for text in texts)):
+        for text in texts:
+            yield from text.variants

@@ -1,8 +1,8 @@
-"""Processes that work through tasks: results in the order of the tasks, and a process that dies takes nothing
-with it.
+"""Tasks done in several processes: results in the order of the tasks, and a process that dies takes nothing with
+it.
 
-A plain pool cannot say which task killed a process, nor of what it died. Here every process says what it is
-at, so that the one record that a decoder dies of can be named and left out.
+A process of a pool that dies breaks the pool, which cannot say which task it died of. So every lost task is done
+again alone, in a process that says where it is: that names the one record that a decoder dies of.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from multiprocessing import connection
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
 from unigen.config import UserError
@@ -23,10 +25,10 @@ Task = TypeVar("Task")
 Mark = Callable[[int], None]
 Work = Callable[[Any, Mark], Any]
 
-_STARTING, _IDLE = -2, -1
-_PATIENCE = 0.2  # seconds between two looks at the progress
+_STARTING, _READY = -2, -1
 # tasks per process that may be done before their turn: the slowest one holds up no more than these
 _AHEAD = 4
+_KILLED = 137  # exit code of a process that the kernel ended for want of memory
 
 
 class WorkersFailed(UserError):
@@ -44,61 +46,16 @@ class _Raised(NamedTuple):
     trace: str
 
 
-class _Worker:
-    """One process, its pipe, and the number of the task it has."""
-
-    def __init__(self, context: Any, prepare: Callable[..., Work], arguments: tuple):
-        self.at = context.Value("q", _STARTING, lock=False)
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, self.at, prepare, arguments), daemon=True)
-        self.process.start()
-        other.close()
-        self.number: int | None = None
-
-    def give(self, number: int, task: Any) -> None:
-        self.number = number
-        # it has died; receiving finds that out and says of what
-        with suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send(task)
-
-    def take(self) -> Any:
-        """The result of its task, or :class:`Died`."""
-        try:
-            result = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            if self.at.value == _STARTING:
-                fix = "free some memory, or use fewer with --num_workers"
-                raise WorkersFailed(
-                    f"the worker processes end while they start ({_reason(self.process.exitcode)}); {fix}"
-                ) from None
-            return Died(self.at.value, _reason(self.process.exitcode))
-        if isinstance(result, _Raised):
-            raise RuntimeError(f"in a worker process:\n{result.trace}")
-        self.number = None
-        self.at.value = _IDLE
-        return result
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.pipe.close()
-
-
 def in_order(
     prepare: Callable[..., Work],
     arguments: tuple,
     tasks: Iterable[Task],
     processes: int,
     again: Callable[[Task, Died], Task | None],
-    tick: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[tuple[Task, Any]]:
     """``(task, result)`` of every task, in their order, whatever the number of processes.
 
-    Closing the iterator ends the processes at once; a keyboard interrupt reaches the caller alone.
+    Closing the iterator ends the processes at their next mark; a keyboard interrupt reaches the caller alone.
 
     Args:
         prepare: Called once in each process, importable by name; gives what does a task: ``work(task,
@@ -108,11 +65,10 @@ def in_order(
         processes: How many; 0 does everything in this process, where nothing is caught.
         again: Called when a process died: the task to try in place of this one, or None to go on without it.
             Then the result is the :class:`Died`.
-        tick: Called now and then with the steps marked in unfinished tasks.
 
     Raises:
         WorkersFailed: The processes die before their first task.
-        RuntimeError: ``work`` raised; with its trace.
+        Exception: What ``work`` raised.
     """
     if processes < 1:
         work = prepare(*arguments)
@@ -120,62 +76,73 @@ def in_order(
             yield task, work(task, lambda step: None)
         return
     context = _context(prepare.__module__)
-    queue = enumerate(tasks)
-    pending: dict[int, Task] = {}
-    done: dict[int, Any] = {}
-    workers: list[_Worker] = []
-    turn, more = 0, True
+    stop = context.Value("b", False, lock=False)
+    upcoming = iter(tasks)
+    ahead: deque[tuple[Task, Future[Any]]] = deque()
+    pool: ProcessPoolExecutor | None = None
     try:
         while True:
-            idle = [worker for worker in workers if worker.number is None]
-            while more and len(pending) < processes * _AHEAD and (idle or len(workers) < processes):
-                entry = next(queue, None)
-                if entry is None:
-                    more = False
-                    break
-                if not idle:
-                    workers.append(_Worker(context, prepare, arguments))
-                    idle = [workers[-1]]
-                pending[entry[0]] = entry[1]
-                idle.pop().give(*entry)
-            busy = {worker.pipe: worker for worker in workers if worker.number is not None}
-            if not busy:
+            while len(ahead) < processes * _AHEAD and (task := next(upcoming, None)) is not None:
+                try:
+                    assert pool is not None
+                    future = pool.submit(_do, task)
+                except (AssertionError, BrokenProcessPool):
+                    pool = ProcessPoolExecutor(processes, context, _begin, (stop, prepare, arguments))
+                    future = pool.submit(_do, task)
+                ahead.append((task, future))
+            if not ahead:
                 return
-            for pipe in connection.wait(list(busy), _PATIENCE):
-                _collect(
-                    busy[pipe], workers, pending, done, again, lambda: _Worker(context, prepare, arguments)
-                )
-            tick(sum(max(worker.at.value + 1, 0) for worker in busy.values()))
-            while turn in done:
-                yield pending.pop(turn), done.pop(turn)
-                turn += 1
+            task, future = ahead.popleft()
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                task, result = _until_done(context, prepare, arguments, task, again)
+            yield task, result
     finally:
-        for worker in workers:
-            worker.stop()
+        stop.value = True
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
-def _collect(
-    worker: _Worker,
-    workers: list[_Worker],
-    pending: dict[int, Any],
-    done: dict[int, Any],
-    again: Callable[[Any, Died], Any],
-    start: Callable[[], _Worker],
-) -> None:
-    """Takes what a process has; one that died is replaced, and its task given to the new one or given up."""
-    number = worker.number
-    assert number is not None
-    result = worker.take()
-    if isinstance(result, Died):
-        workers.remove(worker)
-        worker.stop()
-        task = again(pending[number], result)
-        if task is not None:
-            pending[number] = task
-            workers.append(start())
-            workers[-1].give(number, task)
-            return
-    done[number] = result
+def _until_done(
+    context: Any,
+    prepare: Callable[..., Work],
+    arguments: tuple,
+    task: Task,
+    again: Callable[[Task, Died], Task | None],
+) -> tuple[Task, Any]:
+    """The task and its result, with another task in its place as often as ``again`` gives one."""
+    while True:
+        result = _alone(context, prepare, arguments, task)
+        other = again(task, result) if isinstance(result, Died) else None
+        if other is None:
+            return task, result
+        task = other
+
+
+def _alone(context: Any, prepare: Callable[..., Work], arguments: tuple, task: Any) -> Any:
+    """The result of a task in a process of its own, or :class:`Died`."""
+    at = context.Value("q", _STARTING, lock=False)
+    pipe, other = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(other, at, prepare, arguments, task), daemon=True)
+    process.start()
+    other.close()
+    try:
+        result = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        reason = _reason(process.exitcode)
+        if at.value == _STARTING:
+            fix = "free some memory, or use fewer with --num_workers"
+            raise WorkersFailed(f"the worker processes end while they start ({reason}). Fix: {fix}") from None
+        return Died(at.value, reason)
+    finally:
+        pipe.close()
+        process.terminate()
+        process.join()
+    if isinstance(result, _Raised):
+        raise RuntimeError(f"in a worker process:\n{result.trace}")
+    return result
 
 
 def _context(module: str) -> Any:
@@ -188,40 +155,57 @@ def _context(module: str) -> Any:
     return context
 
 
-def _serve(pipe: connection.Connection, at: Any, prepare: Callable[..., Work], arguments: tuple) -> None:
-    """The life of a process."""
+# ---- in the processes
+
+_stop: Any
+_work: Work
+
+
+def _begin(stop: Any, prepare: Callable[..., Work], arguments: tuple) -> None:
+    """Prepares a process of the pool."""
+    global _stop, _work
+    _stop, _work = stop, _prepared(prepare, arguments)
+
+
+def _prepared(prepare: Callable[..., Work], arguments: tuple) -> Work:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread a process is the point of processes
-    _one_thread()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    return prepare(*arguments)
+
+
+def _do(task: Any) -> Any:
+    def mark(step: int) -> None:
+        if _stop.value:
+            raise KeyboardInterrupt
+
+    return _done(_work, task, mark)
+
+
+def _serve(pipe: Connection, at: Any, prepare: Callable[..., Work], arguments: tuple, task: Any) -> None:
+    """The life of a process that does one task."""
 
     def mark(step: int) -> None:
         at.value = step
 
     try:
-        work = prepare(*arguments)
-        at.value = _IDLE
-        while True:
-            try:
-                task = pipe.recv()
-            except EOFError:
-                return  # the parent is gone
-            at.value = _IDLE
-            pipe.send(work(task, mark))
-    except (BrokenPipeError, ConnectionResetError):
-        return
-    except MemoryError:
-        os._exit(137)  # as the kernel would have ended it: the step it was at counts as its cause
+        work = _prepared(prepare, arguments)
+        mark(_READY)
+        pipe.send(_done(work, task, mark))
     except Exception:
         pipe.send(_Raised(traceback.format_exc()))
 
 
-def _one_thread() -> None:
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+def _done(work: Work, task: Any, mark: Mark) -> Any:
+    try:
+        return work(task, mark)
+    except MemoryError:
+        os._exit(_KILLED)  # as the kernel would have ended it: the step it was at counts as its cause
 
 
 def _reason(code: int | None) -> str:
-    if code == -signal.SIGKILL or code == 137:
+    if code in (-signal.SIGKILL, _KILLED):
         return "it was killed, most likely for want of memory"
     if code is not None and code < 0:
         return f"it was ended by signal {-code} ({signal.Signals(-code).name})"

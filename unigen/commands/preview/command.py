@@ -83,8 +83,8 @@ def in_terminal(look: Look, ink: Colours) -> str:
     view = look.view
     pack = view.pack
     parts: list[str] = []
-    for piece in sorted({shown.block.piece for shown in view.blocks}):
-        group = [shown for shown in view.blocks if shown.block.piece == piece]
+    for piece in sorted({shown.block.segment for shown in view.blocks}):
+        group = [shown for shown in view.blocks if shown.block.segment == piece]
         parts.append(_piece(group, ink))
     answer = next((i for i, piece in enumerate(view.record.sample) if piece.target), 0)
     line = f"{' '.join(parts[:answer])}{' -> ' if answer else ''}{' '.join(parts[answer:])}"

@@ -193,9 +193,9 @@ def _card(shown: Shown, view: SampleView, ink: Ink, side: int, planner: Planner,
 
 def _gone(shown: Shown, view: SampleView, ink: Ink, say: Say) -> str:
     """What a dropped block would have been, and what is left of it."""
-    piece = view.record.sample[shown.block.piece]
+    piece = view.record.sample[shown.block.segment]
     if isinstance(piece, Text):
-        text = (piece.text, *piece.others)[shown.wording[0] - 1]
+        text = piece.variants[shown.wording[0] - 1]
         was, note = visible(text[:RAW]), say("dropped_text")
     else:
         rows, columns = shown.block.grid or (0, 0)

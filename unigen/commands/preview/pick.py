@@ -225,8 +225,8 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
     """The record in its visit, or what is wrong with it, judged as before training."""
     from unigen.commands.preview.view import look
     from unigen.data.examine import Pictures, examine
+    from unigen.sequence.draw import RandomKey
     from unigen.sequence.images import PictureError
-    from unigen.sequence.plan import Draw
     from unigen.sequence.types import BadRecord, Origin
 
     if found.span is None:
@@ -236,9 +236,9 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
     problem: UserError
     try:
         record, _, sizes = examine(
-            found.raw, found.span, found.file, Pictures(), planner.measure, options.data_root
+            found.raw, found.span, found.file, Pictures(), planner.token_lengths, options.data_root
         )
-        draw = Draw(options.seed, options.epoch, found.number)
+        draw = RandomKey(options.seed, options.epoch, found.number)
         return Look(found.number, origin, look(record, found.number, planner, draw, shift, sizes), None)
     except BadRecord as error:
         problem = error

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from unigen.model.flow import training_time
 from unigen.model.mask import Tokens, allowed
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.grid import unpatchify
 from unigen.sequence.images import image_size
+from unigen.sequence.lengths import RecordLengths
 from unigen.sequence.pack import next_position, pack_blocks
-from unigen.sequence.plan import Draw, Planner, wording
+from unigen.sequence.plan import Planner, caption_variant
 from unigen.sequence.tokens import NAMES, Tokenizer
 from unigen.sequence.types import Block, Image, Kind, Pack, Record, Text
 
@@ -117,22 +119,22 @@ def look(
     record: Record,
     number: int,
     planner: Planner,
-    draw: Draw,
+    draw: RandomKey,
     shift: float = 1.0,
-    sizes: Sequence[int] | None = None,
+    sizes: RecordLengths | None = None,
 ) -> SampleView:
     """The record in the visit ``draw``, as training packs it.
 
     Args:
         number: Of the record, for messages; ``draw.record`` decides the random numbers.
         shift: ``timestep_shift``, which the times of noised images depend on.
-        sizes: What ``planner.measure`` gave, where it is known.
+        sizes: What ``planner.token_lengths`` gave, where it is known.
 
     Raises:
-        BadRecord: as :meth:`Planner.measure`.
+        BadRecord: as :meth:`Planner.token_lengths`.
         PictureError: a picture cannot be decoded.
     """
-    sizes = planner.measure(record) if sizes is None else sizes
+    sizes = planner.token_lengths(record) if sizes is None else sizes
     outline = planner.outline(record.sample, sizes, draw)
     blocks = planner.fill(record.sample, outline, draw)
     pack = pack_blocks([blocks], planner.tokenizer.special, planner.geometry, origins=[str(record.origin)])
@@ -212,7 +214,7 @@ def _places(record: Record, blocks: Sequence[Block], pack: Pack) -> list[Shown]:
     shown, start, position = [], 0, 0
     for number, block in enumerate(blocks, start=1):
         stop = start + len(block)
-        target = record.sample[block.piece].target
+        target = record.sample[block.segment].target
         if block.dropped:
             shown.append(Shown(number, block, target, start, stop, (position, position)))
         else:
@@ -243,7 +245,7 @@ def _token(table: dict[str, list[int]], i: int, learnt: bool) -> Token:
 
 
 def _add_dropout(
-    shown: Sequence[Shown], record: Record, sizes: Sequence[int], planner: Planner, draw: Draw
+    shown: Sequence[Shown], record: Record, sizes: RecordLengths, planner: Planner, draw: RandomKey
 ) -> None:
     for option in DROPOUT:
         certain = planner_with(planner, **{name: float(name == option) for name in DROPOUT})
@@ -253,15 +255,15 @@ def _add_dropout(
 
 
 def _add_texts(
-    shown: Sequence[Shown], record: Record, sizes: Sequence[int], planner: Planner, draw: Draw
+    shown: Sequence[Shown], record: Record, sizes: RecordLengths, planner: Planner, draw: RandomKey
 ) -> None:
     unlimited = planner_with(planner, max_length=1 << 40)
     whole = unlimited.outline(record.sample, sizes, draw)
     for entry, block in zip(shown, whole, strict=True):
-        piece = record.sample[block.piece]
+        piece = record.sample[block.segment]
         if not isinstance(piece, Text):
             continue
-        entry.wording = wording(piece, block.piece, draw) + 1, 1 + len(piece.others)
+        entry.wording = caption_variant(piece, block.segment, draw) + 1, 1 + len(piece.others)
         if entry.block.cut:
             (filled,) = unlimited.fill(record.sample, [block], draw)
             assert filled.ids is not None
@@ -274,7 +276,7 @@ def _add_pictures(shown: Sequence[Shown], record: Record, planner: Planner, pack
     vae_blocks = iter(pack.vae_block)
     times = iter(training_time(pack.u, shift).split([rows * columns for rows, columns in pack.vae_grid]))
     for entry in shown:
-        piece = record.sample[entry.block.piece]
+        piece = record.sample[entry.block.segment]
         if entry.block.dropped or not isinstance(piece, Image):
             continue
         assert entry.block.grid is not None

@@ -1,0 +1,155 @@
+"""Token lengths of records, known before training and without their contents: a row for each block, text and
+picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from unigen.config import DataOptions
+from unigen.sequence.draw import structure_numbers
+from unigen.sequence.ragged import Ragged
+from unigen.sequence.types import Kind
+
+BLOCK = np.dtype(
+    [
+        ("tokens", np.int32),  # with the two that open and close it
+        ("kind", np.uint8),  # a Kind
+        ("target", bool),  # the model learns to produce it
+        ("droppable", bool),  # guidance dropout may take it away
+        ("by_chance", bool),  # a clean copy that single_image_stop_prob of the epoch passes have
+    ]
+)
+
+
+class Grids(NamedTuple):
+    """Rows and columns of a picture's tokens; zeros where an encoder does not look."""
+
+    latent_rows: int
+    latent_columns: int
+    vit_rows: int
+    vit_columns: int
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        return self[:2]
+
+    @property
+    def vit(self) -> tuple[int, int]:
+        return self[2:]
+
+
+class RecordLengths(NamedTuple):
+    """What the lengths of a record's epoch passes follow from."""
+
+    blocks: np.ndarray  # [blocks] BLOCK: those of a pass with all clean copies and nothing dropped
+    texts: list[int]  # ids of each text, followed by those of its other caption variants
+    pictures: list[Grids]
+
+
+class Blocks(NamedTuple):
+    """The blocks of some records, one after another."""
+
+    table: np.ndarray  # [B] BLOCK
+    record: np.ndarray  # [B] int64: which of the given records
+    number: np.ndarray  # [B] int64: place among the blocks of its record
+
+    def sums(self, values: np.ndarray, records: int) -> np.ndarray:
+        """[records] int64: the sum of ``values`` [B] over the blocks of each record."""
+        return np.bincount(self.record, values, records).astype(np.int64)
+
+
+def dropout_chances(options: DataOptions) -> tuple[float, ...]:
+    """How often guidance dropout takes a context block of each :class:`Kind` away."""
+    chances = {
+        Kind.TEXT: options.text_cond_dropout_prob,
+        Kind.VIT: options.vit_cond_dropout_prob,
+        Kind.CLEAN: options.vae_cond_dropout_prob,
+    }
+    return tuple(chances.get(kind, 0.0) for kind in Kind)
+
+
+class TokenLengths:
+    """The lengths of many records: a growing list of :class:`RecordLengths`, some 70 bytes each."""
+
+    def __init__(self, records: Iterable[RecordLengths] = ()):
+        self._blocks, self._texts = Ragged(BLOCK), Ragged(np.dtype(np.int32))
+        self._pictures = Ragged(np.dtype([(side, np.uint16) for side in Grids._fields]))
+        for record in records:
+            self.append(record)
+
+    def append(self, record: RecordLengths) -> None:
+        self._blocks.append(record.blocks)
+        self._texts.append(record.texts)
+        self._pictures.append(record.pictures)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, i: int) -> RecordLengths:
+        pictures = [Grids(*sides) for sides in self._pictures[i].tolist()]
+        return RecordLengths(self._blocks[i], self._texts[i].tolist(), pictures)
+
+    def keep(self, records: Iterable[int]) -> TokenLengths:
+        """The given records alone, in the given order."""
+        return TokenLengths(self[i] for i in records)
+
+    def blocks(self, records: np.ndarray) -> Blocks:
+        """The blocks of ``records`` [n]."""
+        table, counts = self._blocks.take(records)
+        starts = np.cumsum(counts) - counts
+        return Blocks(
+            table,
+            np.repeat(np.arange(len(records)), counts),
+            np.arange(len(table)) - np.repeat(starts, counts),
+        )
+
+    def tokens_by_kind(self) -> dict[str, int]:
+        """Tokens of all records without the clean copies by chance: ``text``, ``vit``, ``clean``, ``noised``,
+        and ``trained_text`` of them."""
+        blocks = self._blocks.values()
+        blocks = blocks[~blocks["by_chance"]]
+        sums = np.bincount(blocks["kind"], blocks["tokens"], len(Kind)).astype(np.int64).tolist()
+        trained = blocks["tokens"][blocks["target"] & (blocks["kind"] == Kind.TEXT)].sum()
+        return {**{kind.name.lower(): sums[kind] for kind in Kind}, "trained_text": int(trained)}
+
+    def full(self, limit: int) -> np.ndarray:
+        """Tokens [records] int64 with all clean copies and nothing dropped, at most ``limit``: the most that
+        an epoch pass can have."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        ends = self._blocks.ends()
+        return np.minimum(np.add.reduceat(self._blocks.values()["tokens"], ends[:-1], dtype=np.int64), limit)
+
+    def of_passes(
+        self,
+        records: np.ndarray,
+        seed: int,
+        epoch: int | None,
+        options: DataOptions,
+        limit: int,
+        first: int = 0,
+    ) -> np.ndarray:
+        """Tokens [n] int64 of epoch passes over many records, of which nothing is read.
+
+        Where a text has caption variants the longest counts, so this is :meth:`Planner.length` or a little
+        more.
+
+        Args:
+            records: [n] int64, numbers as in :class:`RandomKey`.
+            epoch: None for validation.
+            limit: No pass is longer.
+            first: The number of the first record here.
+        """
+        if not len(records):
+            return np.zeros(0, np.int64)
+        blocks = self.blocks(records - first)
+        table = blocks.table
+        numbers = structure_numbers(seed, epoch, records, 2 + int(blocks.number.max(initial=-1)))
+        kept = ~table["by_chance"] | (numbers[blocks.record, 0] < options.single_image_stop_prob)
+        if epoch is not None:
+            chances = np.array(dropout_chances(options))[table["kind"]]
+            kept &= ~table["droppable"] | (numbers[blocks.record, 1 + blocks.number] >= chances)
+        return np.minimum(blocks.sums(np.where(kept, table["tokens"], 0), len(records)), limit)
