@@ -245,7 +245,7 @@ def cache(folder: Path, n: int) -> None:
             about(encoder, digest(data), seen.view),
         )
     encoded = (time.perf_counter() - began) / n
-    looked_up = FeatureCache(store, encoder, None, vae.scale_factor, vae.shift_factor)
+    looked_up = FeatureCache(store, encoder, None, vae)
     began = time.perf_counter()
     for path in found:
         assert viewer.look(path, True, False, looked_up).posterior is not None

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from unigen.cache import store as module
 from unigen.cache.store import CacheError, CacheTally, Encoder, FeatureCache, Store, about, key_of
+from unigen.model.codec import VaeConfig
 from unigen.sequence.contents import View
 
 VAE = Encoder("vae", "weights", "float32")
@@ -72,6 +73,20 @@ def test_an_entry_is_a_safetensors_file_that_says_what_it_is_of(store):
         and said["size"] == "64x48"
         and said["decoded"] == "64x48"
     )
+
+
+def test_an_entry_that_an_earlier_version_wrote_is_read(store):
+    header = (
+        b'{"__metadata__":{"version":"1","encoder":"vae","picture":"picture","size":"64x48","decoded":"64x48",'
+        b'"pixels":"1","weights":"weights","dtype":"float32",'
+        b'"key":"b759882566922217b05825b45b0e731ab8ae79781057c498797739fe5f534a95","checksum":"c9b8fb4b"},'
+        b'"std":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"mean":{"dtype":"BF16","shape":[2],"data_offsets":[4,8]}} '
+    )
+    store.path(KEY).parent.mkdir(parents=True)
+    store.path(KEY).write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0?\x80?\0@")
+    wanted = {"std": torch.tensor([0.5]), "mean": torch.tensor([1.0, 2.0]).bfloat16()}
+    assert same(store.get(KEY), wanted)
 
 
 def test_a_missing_entry_is_none_without_a_word(store, caplog):
@@ -177,7 +192,7 @@ def test_a_full_disk_is_a_clear_error_and_breaks_nothing(store, monkeypatch, cod
     def full(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(module.os, fails, full)
+    monkeypatch.setattr(os, fails, full)
     with pytest.raises(CacheError, match=r"disk is full.*Fix: make room"):
         put(store, 1)
     monkeypatch.undo()
@@ -301,7 +316,7 @@ def test_only_encoders_that_were_named_are_looked_for(store):
     put(store)
     features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     store.put(key_of(VIT, "picture", VIEW), {"features": features}, {})
-    both, neither = FeatureCache(store, VAE, VIT), FeatureCache(store, None, None)
+    both, neither = (FeatureCache(store, *encoders, VaeConfig()) for encoders in ((VAE, VIT), (None, None)))
     assert same(dict(zip(("mean", "std"), both.posterior("picture", VIEW), strict=True)), tensors())
     assert torch.equal(both.features("picture", VIEW), features)
     assert both.posterior("other", VIEW) is None and both.features("other", VIEW) is None

@@ -207,11 +207,5 @@ def open_cache(
             "Fix: run unigen cache with the options of this run",
             cache_dir, {"vae": "VAE", "vit": "ViT"}[name],
         )  # fmt: skip
-    vae = model.config.vae
-    return FeatureCache(
-        store,
-        found.get("vae") if "vae" in known else None,
-        found.get("vit") if "vit" in known else None,
-        scale=vae.scale_factor,
-        shift=vae.shift_factor,
-    )
+    vae, vit = (found.get(name) if name in known else None for name in ("vae", "vit"))
+    return FeatureCache(store, vae, vit, model.config.vae)

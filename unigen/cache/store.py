@@ -3,7 +3,7 @@ absent.
 
 A key is a digest of everything an entry depends on: the picture's bytes, what decoding and resizing make of
 them, the encoder's weights and the dtype it computes in. Change any and the key is another, so a stale entry
-is never found. No model lives here.
+is never found.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from unigen.config import UserError
 from unigen.files import atomic, free_bytes
+from unigen.model.codec import VaeConfig
 from unigen.sequence.contents import PIXELS, View
 from unigen.sequence.types import Pack
 
@@ -34,11 +36,9 @@ log = logging.getLogger(__name__)
 VERSION = 1  # of keys and entries
 MARKER = "unigen-cache.json"
 ABANDONED = 3600  # seconds after which a file still being written has no writer any more
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _PART = re.compile(r"\.[0-9a-f]{64}\.\w+\.part")
-_UNSET = "00000000"  # what the checksum is while it is computed
+_CHECKSUM, _UNSET = b'"checksum":"', b"00000000"  # its place in the header, its digits while it is computed
 
 
 class CacheError(UserError):
@@ -159,15 +159,10 @@ class Store:
         once)."""
         path = self.path(key)
         try:
-            with open(path, "rb", buffering=0) as file:
-                data = bytearray(os.fstat(file.fileno()).st_size)
-                view, done = memoryview(data), 0
-                while done < len(data) and (got := file.readinto(view[done:])):
-                    done += got
-            return _decode(data, key)
+            return _decode(path.read_bytes(), key)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if key not in self._told:
                 self._told.add(key)
                 log.warning(
@@ -235,13 +230,11 @@ class FeatureCache:
         store: the folder.
         vae: the model's VAE; None where it is not to be looked for.
         vit: the model's ViT; None where it learns, or there is none.
-        scale, shift: those of the VAE's config: a latent is ``scale * (z - shift)``.
+        config: the VAE's, which says how latents are normalised.
     """
 
-    def __init__(
-        self, store: Store, vae: Encoder | None, vit: Encoder | None, scale: float = 1.0, shift: float = 0.0
-    ):
-        self.store, self.vae, self.vit, self.scale, self.shift = store, vae, vit, scale, shift
+    def __init__(self, store: Store, vae: Encoder | None, vit: Encoder | None, config: VaeConfig):
+        self.store, self.vae, self.vit, self.config = store, vae, vit, config
 
     def posterior(self, picture: str, view: View) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation [C, h, w] of the picture's latent before normalisation; None where
@@ -259,10 +252,8 @@ class FeatureCache:
         return found["features"] if found is not None else None
 
     def latent(self, posterior: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
-        """The normalised latent [C, h, w] that ``noise`` draws: the codec's operations in its order, so the
-        same bits."""
-        mean, std = posterior
-        return self.scale * (mean + std * noise.to(mean.dtype) - self.shift)
+        """The normalised latent [C, h, w] that ``noise`` [C, h, w] draws, bit for bit the codec's."""
+        return self.config.latent(*posterior, noise)
 
 
 @dataclass
@@ -287,53 +278,32 @@ class CacheTally:
 
 
 def _encode(key: str, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {**of, "key": key, "checksum": _UNSET}}
-    parts, offset = [], 0
-    # wide types first: all are aligned
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + len(data)],
-        }
-        parts.append(data)
-        offset += len(data)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    whole = b"".join([len(text).to_bytes(8, "little"), text, *parts])
-    at = whole.index(_CHECKSUM) + len(_CHECKSUM)
-    return whole[:at] + b"%08x" % zlib.crc32(whole) + whole[at + len(_UNSET) :]
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(plain, {**of, "key": key, "checksum": _UNSET.decode()})
+    at = _checksum_at(data)
+    return b"".join([data[:at], b"%08x" % zlib.crc32(data), data[at + len(_UNSET) :]])
 
 
-_CHECKSUM = b'"checksum":"'
-
-
-def _decode(data: bytearray, key: str) -> dict[str, Tensor]:
-    """The tensors, which share memory with ``data``. Raises ValueError where anything in it is not as it was
-    written."""
-    length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= len(data) - 8:
-        raise ValueError("it is truncated")
-    at = data.find(_CHECKSUM, 8, 8 + length) + len(_CHECKSUM)
-    if at < len(_CHECKSUM):
-        raise ValueError("it has no checksum")
-    wanted = bytes(data[at : at + len(_UNSET)])
-    data[at : at + len(_UNSET)] = _UNSET.encode()
-    if b"%08x" % zlib.crc32(data) != wanted:
+def _decode(data: bytes, key: str) -> dict[str, Tensor]:
+    """The tensors. Raises ValueError where anything in ``data`` is not as it was written."""
+    at = _checksum_at(data)
+    view, end = memoryview(data), at + len(_UNSET)
+    if b"%08x" % zlib.crc32(view[end:], zlib.crc32(_UNSET, zlib.crc32(view[:at]))) != data[at:end]:
         raise ValueError("its checksum differs")
-    header = json.loads(data[8 : 8 + length])
-    if header.pop("__metadata__")["key"] != key:
+    if json.loads(data[8 : 8 + _header_length(data)])["__metadata__"]["key"] != key:
         raise ValueError("it is the entry of another key")
-    tensors = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
-        flat = torch.frombuffer(
-            data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=8 + length + start
-        )
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors
+    return safetensors.torch.load(data)
+
+
+def _checksum_at(data: bytes) -> int:
+    at = data.find(_CHECKSUM, 8, 8 + _header_length(data))
+    if at < 0:
+        raise ValueError("it is truncated, or has no checksum")
+    return at + len(_CHECKSUM)
+
+
+def _header_length(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
 
 
 def _write(path: Path, data: bytes, key: str = "0" * 64) -> None:

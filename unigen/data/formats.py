@@ -26,7 +26,8 @@ class Format(NamedTuple):
     parse: Callable[[Json, Path], Segments]  # the folder is that of the file the record stands in
     fields: tuple[str, ...]  # one of them makes a record one of this format
     content: str  # where it keeps what the model must produce; messages about the whole record name it
-    also: tuple[str, ...] = ()  # pictures that it has in common with other formats
+    # Where it names pictures. A dot leads into the objects of a list; the last field holds one or a list.
+    pictures: tuple[str, ...]
     recognise: Callable[[Json], bool] | None = None  # what must hold besides
 
 
@@ -270,22 +271,34 @@ FORMATS: dict[str, Format] = {
         conversation,
         ("conversations",),
         "conversations",
+        ("conversations.image_path",),
         recognise=lambda record: _has_roles(record) or not _is_sharegpt(record),
     ),
-    "direct": Format(direct, ("input_sequence", "target_sequence"), "target_sequence"),
-    "text_to_image": Format(text_to_image, ("text_prompt",), "image_path"),
-    "image_to_text": Format(image_to_text, ("caption",), "caption", also=("image_path",)),
-    "editing": Format(editing, ("input_image", "editing_steps"), "editing_steps"),
-    "interleaved": Format(interleaved, ("sequence",), "sequence"),
+    "direct": Format(
+        direct,
+        ("input_sequence", "target_sequence"),
+        "target_sequence",
+        ("input_sequence.image_path", "target_sequence.image_path"),
+    ),
+    "text_to_image": Format(text_to_image, ("text_prompt",), "image_path", ("image_path",)),
+    "image_to_text": Format(image_to_text, ("caption",), "caption", ("image_path",)),
+    "editing": Format(
+        editing,
+        ("input_image", "editing_steps"),
+        "editing_steps",
+        ("input_image", "editing_steps.result_image"),
+    ),
+    "interleaved": Format(interleaved, ("sequence",), "sequence", ("sequence.image_path",)),
     "messages": Format(
         messages,
         ("messages", "images"),
         "messages",
+        ("images", "messages.content.image_url"),
         recognise=lambda record: record.get("messages") is not None or not _is_sharegpt(record),
     ),
     "sharegpt": Format(sharegpt, ("conversations",), "conversations", ("image", "images"), _is_sharegpt),
-    "captioned": Format(captioned, ("captions",), "image"),
-    "edit_list": Format(edit_list, ("image_list", "instruction_list"), "image_list"),
+    "captioned": Format(captioned, ("captions",), "image", ("image",)),
+    "edit_list": Format(edit_list, ("image_list", "instruction_list"), "image_list", ("image_list",)),
 }
 
 # Of several formats, so they tell none; beside a format that does not have them they are a mistake.
@@ -312,7 +325,7 @@ def _recognise(record: Json) -> str:
         )
     entry = FORMATS[found[0]]
     for name in _PICTURES:
-        if name in present and name not in (*entry.fields, *entry.also, entry.content):
+        if name in present and name not in entry.pictures:
             fix = f"move the picture into the {entry.content}, or take the field out"
             raise BadRecord(
                 "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", fix

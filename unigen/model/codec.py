@@ -47,6 +47,17 @@ class VaeConfig:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ch_mult": list(self.ch_mult)}
 
+    def normalise(self, z: Tensor) -> Tensor:
+        """What the model sees of VAE latents of any shape."""
+        return self.scale_factor * (z - self.shift_factor)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents / self.scale_factor + self.shift_factor
+
+    def latent(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """The normalised latent that ``noise`` draws from a posterior; all of one shape."""
+        return self.normalise(mean + std * noise.to(mean.dtype))
+
 
 class Codec(nn.Module):
     """What both codecs share: normalisation, and that nothing here learns."""
@@ -55,12 +66,6 @@ class Codec(nn.Module):
         super().__init__()
         self.config = config
         self.downsample, self.channels = config.downsample, config.z_channels
-
-    def normalise(self, z: Tensor) -> Tensor:
-        return self.config.scale_factor * (z - self.config.shift_factor)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        return latents / self.config.scale_factor + self.config.shift_factor
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """``pixels`` [B, 3, H, W], uint8 or float in [-1, 1] -> normalised latents [B, C, H / f, W / f]; the
@@ -90,10 +95,10 @@ class PixelCodec(Codec):
         pixels = to_unit(pixels)
         if self.gray:
             pixels = pixels.mean(dim=1, keepdim=True)
-        return self.normalise(F.pixel_unshuffle(pixels, self.downsample))
+        return self.config.normalise(F.pixel_unshuffle(pixels, self.downsample))
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels = F.pixel_shuffle(self.denormalise(latents), self.downsample)
+        pixels = F.pixel_shuffle(self.config.denormalise(latents), self.downsample)
         return pixels.expand(-1, 3, -1, -1) if self.gray else pixels
 
 
@@ -143,13 +148,12 @@ class FluxCodec(Codec):
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         posterior = self.posterior(pixels)
-        z = posterior.mean
-        if noise is not None:
-            z = z + posterior.std * noise.to(z.dtype)
-        return self.normalise(z)
+        if noise is None:
+            return self.config.normalise(posterior.mean)
+        return self.config.latent(posterior.mean, posterior.std, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(self.denormalise(latents.to(self.vae.dtype))).sample
+        return self.vae.decode(self.config.denormalise(latents.to(self.vae.dtype))).sample
 
 
 CODECS = {"flux": FluxCodec, "pixel": PixelCodec}

@@ -16,21 +16,15 @@ from unigen.commands.fetch.addresses import FetchError, is_address, parse_url, s
 from unigen.commands.fetch.store import PictureStore
 from unigen.config import UserError
 from unigen.data.containers import parts, read_part
+from unigen.data.formats import FORMATS
 from unigen.data.json_text import parse_json
 from unigen.sequence.types import BadRecord, Origin
 
 # Fields that name pictures, and those that lead to more fields. `metadata` and texts are in neither: nothing
 # is fetched for them.
-PICTURE_FIELDS = ("image_path", "input_image", "result_image", "image", "images", "image_list", "image_url")
-NESTED_FIELDS = (
-    "conversations",
-    "input_sequence",
-    "target_sequence",
-    "editing_steps",
-    "sequence",
-    "messages",
-    "content",
-)
+_PATHS = [path.split(".") for entry in FORMATS.values() for path in entry.pictures]
+PICTURE_FIELDS = {path[-1] for path in _PATHS}
+NESTED_FIELDS = {name for path in _PATHS for name in path[:-1]}
 
 
 class RewrittenFile(NamedTuple):
