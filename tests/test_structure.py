@@ -40,6 +40,7 @@ HOMES = {
     "diffusers": ["model/codec.py"],
     "sklearn": ["commands/demo/*"],
     "transformers": ["sequence/tokens.py", "model/*"],
+    "tokenizers": ["commands/demo/digits.py"],
     "jsonargparse": ["cli.py"],
     "pyarrow": ["data/tables.py", "data/unpack.py"],
     "socket": ["commands/fetch/client.py"],

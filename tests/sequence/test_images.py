@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, features
 
 from unigen.sequence.grid import patchify, to_unit
-from unigen.sequence.images import ImageTransform, PictureError, image_size, open_image, to_image
+from unigen.sequence.images import ImageTransform, PictureError, area_means, image_size, open_image, to_image
 
 BLOCKS = np.kron(
     np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)
@@ -477,3 +477,9 @@ def test_patches_are_those_of_the_pixels_to_the_bit():
             wanted = patchify(transform(picture, images), transform.stride)
             found = transform.patches(picture, images)
             assert found.dtype == torch.uint8 and torch.equal(to_unit(found), wanted)
+
+
+def test_area_means_are_means_over_equal_areas():
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+    found = area_means(Image.fromarray(levels), (6, 4))
+    assert found.shape == (4, 6) and np.allclose(found, levels.reshape(4, 5, 6, 5).mean((1, 3)), atol=1e-3)

@@ -9,7 +9,7 @@ from pictures import noise
 from PIL import Image as Picture
 
 from unigen.config import DataOptions
-from unigen.sequence.key import RandomKey
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.grid import patchify, to_unit
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.lengths import TokenLengths

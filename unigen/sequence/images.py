@@ -25,7 +25,16 @@ from torch import Tensor
 from unigen.sequence.files import MAX_BYTES, Confined, PictureError, open_file
 from unigen.sequence.grid import to_unit
 
-__all__ = ["Confined", "ImageTransform", "PictureError", "image_size", "open_image", "read_bytes", "to_image"]
+__all__ = [
+    "Confined",
+    "ImageTransform",
+    "PictureError",
+    "area_means",
+    "image_size",
+    "open_image",
+    "read_bytes",
+    "to_image",
+]
 
 PILImage = Image.Image
 Source = str | Path | Confined | bytes | PILImage
@@ -428,6 +437,12 @@ class ImageTransform:
         grids = [(min(c, most), min(r, most // min(c, most))) for c in near_columns for r in near_rows]
         c, r = min(grids, key=lambda grid: (abs(math.log(grid[0] / grid[1] / aspect)), -grid[0] * grid[1]))
         return c * self.stride, r * self.stride
+
+
+def area_means(picture: PILImage, size: tuple[int, int]) -> np.ndarray:
+    """Gray levels ``[height, width]`` float32 in 0..255: means over the areas into which ``size``, ``(width,
+    height)``, cuts the picture. A pixel on an edge counts where its centre lies."""
+    return np.asarray(picture.convert("L").convert("F").resize(size, Image.Resampling.BOX))
 
 
 def to_image(pixels: Tensor) -> PILImage:

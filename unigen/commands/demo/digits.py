@@ -9,18 +9,16 @@ picture ever appears in the training records.
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from unigen.sequence.images import to_image
+from unigen.sequence.images import area_means, to_image
 
 SIDE = 8  # pixels of a digit's side
 INK = 16  # the darkest value of a digit; its PNG holds value * 255 / 16
@@ -358,17 +356,8 @@ class Judge:
 
 
 def _shrink(image: Any) -> np.ndarray:
-    """A PIL picture as ``[8, 8]`` gray values in [0, 1]: the mean over the area of each pixel, whatever the
-    size."""
-    pixels = np.asarray(image.convert("L"), np.float64) / 255.0
-    return _areas(pixels.shape[0]) @ pixels @ _areas(pixels.shape[1]).T
-
-
-def _areas(size: int) -> np.ndarray:
-    """``[8, size]``: the share of each of ``size`` pixels in each of 8 equal intervals; rows sum to 1."""
-    pixel, width = np.arange(size), size / SIDE
-    start = np.arange(SIDE)[:, None] * width
-    return np.maximum(np.minimum(pixel + 1, start + width) - np.maximum(pixel, start), 0.0) / width
+    """A PIL picture of any size as ``[8, 8]`` gray values in [0, 1]."""
+    return area_means(image, (SIDE, SIDE)) / 255.0
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -381,6 +370,13 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
+# How Qwen2 cuts a text before it merges bytes: digits one by one, letters apart from signs.
+_CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
     """Writes a Qwen2 tokenizer (byte-level BPE) with few tokens into ``folder``, and returns their number.
 
@@ -391,21 +387,26 @@ def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
     Raises:
         ValueError: a word that the pre-tokenizer splits, so that no merge can make it one token.
     """
-    merges: dict[tuple[str, str], int] = {}
-    for word in dict.fromkeys(unicodedata.normalize("NFC", w) for w in words):
-        if re.fullmatch(r"\d", word):
-            continue
-        if not (word.isalpha() or re.fullmatch(r"[^\w\s]+", word)):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    cut = pre_tokenizers.Split(Regex(_CUTS), "isolated")
+    words = [unicodedata.normalize("NFC", word) for word in words]
+    for word in words:
+        if len(cut.pre_tokenize_str(word)) != 1:
             raise ValueError(
                 f"{word!r} cannot be one token: Qwen2 splits at spaces and digits, and letters from signs."
                 " Give its parts."
             )
-        for form in (word, " " + word):
-            _learn([_BYTES[b] for b in form.encode("utf-8")], merges)
-    # two merges may make one token
-    tokens = dict.fromkeys([*sorted(_BYTES), *("".join(pair) for pair in merges)])
-    vocabulary = {token: n for n, token in enumerate(tokens)}
-    specials = {token: len(vocabulary) + n for n, token in enumerate(SPECIAL_TOKENS)}
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    # merges until every word is one token
+    trainer = trainers.BpeTrainer(
+        vocab_size=1 << 20, initial_alphabet=to_bytes.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([*words, *(f" {word}" for word in words)], trainer)
+    size = tokenizer.get_vocab_size()
+    specials = {token: size + n for n, token in enumerate(SPECIAL_TOKENS)}
 
     options = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {str(n): {"content": token, **options, "special": True} for token, n in specials.items()}
@@ -422,43 +423,8 @@ def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {
-        "vocab": vocabulary,
-        "added_tokens": specials,
-        "special_tokens_map": ends,
-        "tokenizer_config": config,
-    }
+    tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+    tables = {"added_tokens": specials, "special_tokens_map": ends, "tokenizer_config": config}
     for name, content in tables.items():
-        (folder / f"{name}.json").write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(vocabulary) + len(specials)
-
-
-def _learn(pieces: list[str], merges: dict[tuple[str, str], int]) -> None:
-    """Adds to ``merges`` (pair -> rank) what makes ``pieces`` one token.
-
-    A new merge ranks below all older ones, so words learnt before still merge as they did.
-    """
-    while len(pieces) > 1:
-        best = min(pairwise(pieces), key=lambda pair: merges.get(pair, len(merges)))
-        merges.setdefault(best, len(merges))
-        merged, k = [], 0
-        while k < len(pieces):
-            together = tuple(pieces[k : k + 2]) == best
-            merged.append("".join(pieces[k : k + 2]) if together else pieces[k])
-            k += 2 if together else 1
-        pieces = merged
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it prints, otherwise the next free code point from 256
-    on."""
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    free = iter(range(256, 512))
-    return [chr(b) if b in printing else chr(next(free)) for b in range(256)]
-
-
-_BYTES = _byte_letters()
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return size + len(specials)
