@@ -18,7 +18,7 @@ from PIL import Image
 
 from unigen.data.dataset import BadData, UnifiedGenerationDataset, task
 from unigen.sequence.images import Confined, image_size, open_image
-from unigen.sequence.lengths import BLOCK, RecordLengths
+from unigen.sequence.lengths import BLOCK_DTYPE, RecordLengths
 from unigen.sequence.types import BadRecord, Record, Text
 from unigen.sequence.types import Image as Picture
 
@@ -55,7 +55,7 @@ def write(path: Path, *values: dict) -> Path:
 
 
 def of_texts(*tokens: int) -> RecordLengths:
-    return RecordLengths(np.zeros(1, BLOCK), list(tokens), [])
+    return RecordLengths(np.zeros(1, BLOCK_DTYPE), list(tokens), [])
 
 
 def texts_of(dataset: UnifiedGenerationDataset) -> list[list[int]]:

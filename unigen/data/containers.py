@@ -25,7 +25,6 @@ from unigen.sequence.types import BadRecord, Origin
 Raw = bytes | dict[str, Any]
 
 PART = 8 << 20  # bytes of a JSON Lines file that are read as one part
-GROUPS = 256 << 20  # bytes of table groups that a Reader keeps in each process
 MAX_LINE = 256 << 20  # a longer line is no record but a file of another kind
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t\r]*\n", re.MULTILINE)  # what _content finds nothing in

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from unigen.data.containers import BadData, ByteSpan, Raw, find_files, parts, read_part
-from unigen.data.examine import CountTokens, Pictures, bad_picture, examine, key_of
+from unigen.data.examine import CountTokens, PictureHeaders, bad_picture, examine, key_of
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.reader import Reader
 from unigen.sequence.images import PictureError, open_image
@@ -136,7 +136,7 @@ class UnifiedGenerationDataset:
         self._counts: Counter[tuple[str, str]] = Counter()
         self.lengths = None if token_lengths is None else TokenLengths()
         bad: list[tuple[ByteSpan, BadRecord]] = []
-        pictures, pictured = Pictures(), array("Q")
+        pictures, pictured = PictureHeaders(), array("Q")
         unreadable, contents = [], []
         for number, (path, name) in enumerate(named):
             digest = hashlib.sha256()
@@ -236,7 +236,7 @@ class UnifiedGenerationDataset:
         self,
         span: ByteSpan,
         raw: Raw,
-        pictures: Pictures,
+        pictures: PictureHeaders,
         pictured: array[int],
         token_lengths: CountTokens | None,
     ) -> None:

@@ -30,7 +30,7 @@ def examine(
     raw: Raw,
     span: ByteSpan,
     file: Path,
-    pictures: Pictures,
+    pictures: PictureHeaders,
     token_lengths: CountTokens | None = None,
     root: str | Path | None = None,
 ) -> Examined:
@@ -52,7 +52,7 @@ def examine(
         raise
 
 
-class Pictures:
+class PictureHeaders:
     """What the headers of pictures said. A path is looked at once; bytes are not compared with each other.
 
     Attributes:

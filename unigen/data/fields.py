@@ -20,7 +20,7 @@ from unigen.sequence.types import BadRecord, Image, Text
 
 Json = dict[str, Any]
 Segments = list[tuple[Text | Image, str]]  # each segment with the field it came from, which messages name
-Picture = Path | bytes
+PathOrBytes = Path | bytes
 
 ROLES = ("user", "assistant", "system")
 SPEAKERS = {
@@ -69,19 +69,19 @@ def objects(record: Json, name: str, where: str) -> list[tuple[Json, str]]:
     return [(item, f"{path}[{i}]") for i, item in enumerate(items)]
 
 
-def picture(record: Json, name: str, where: str, folder: Path) -> Picture:
+def picture(record: Json, name: str, where: str, folder: Path) -> PathOrBytes:
     """The picture of a field; see :func:`as_picture`."""
     if record.get(name) is None:
         raise _missing(record, name, "the path of a picture", where)
     return as_picture(record[name], join(where, name), folder)
 
 
-def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[Picture, str]]:
+def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[PathOrBytes, str]]:
     """The pictures of a list, each with its field."""
     return [(as_picture(value, f"{field}[{i}]", folder), f"{field}[{i}]") for i, value in enumerate(values)]
 
 
-def as_picture(value: Any, field: str, folder: Path) -> Picture:
+def as_picture(value: Any, field: str, folder: Path) -> PathOrBytes:
     """A path, relative ones joined to ``folder``; or bytes, alone or as ``{"bytes", "path"}`` (bytes win), as
     tables hold them."""
     if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
@@ -238,7 +238,9 @@ def variants(value: Any, field: str) -> tuple[Text, str]:
 
 
 def tagged(
-    turns: list[tuple[str, list[tuple[str | Picture, str]]]], images: list[tuple[Picture, str]], field: str
+    turns: list[tuple[str, list[tuple[str | PathOrBytes, str]]]],
+    images: list[tuple[PathOrBytes, str]],
+    field: str,
 ) -> Segments:
     """The segments of turns ``(role, contents)``: tags stand for the last of ``images`` in order. Leading
     images, which have no tag, come first, as context.
@@ -279,11 +281,11 @@ def tagged(
     return leading + segments
 
 
-def contents_of(item: Json, where: str, folder: Path) -> list[tuple[str | Picture, str]]:
+def contents_of(item: Json, where: str, folder: Path) -> list[tuple[str | PathOrBytes, str]]:
     """The content of a message: its text, or the texts and pictures of the list form, each with its field."""
     if not isinstance(item.get("content"), list):
         return [(string(item, "content", where), f"{where}.content")]
-    parts: list[tuple[str | Picture, str]] = []
+    parts: list[tuple[str | PathOrBytes, str]] = []
     for part, field in objects(item, "content", where):
         kind = required(part, "type", str, field)
         if kind == "text":

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 PILImage = Image.Image
-Source = str | Path | Confined | bytes | PILImage
+PictureSource = str | Path | Confined | bytes | PILImage
 Fit = Callable[[int, int], tuple[int, int]]
 
 MAX_PIXELS = 64_000_000  # larger pictures are refused from their header, before any memory is spent on them
@@ -77,7 +77,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 _PIL_MODULES = re.compile(r"PIL\.")
 
 
-def open_image(source: Source, fit: Fit | None = None) -> PILImage:
+def open_image(source: PictureSource, fit: Fit | None = None) -> PILImage:
     """The picture as RGB, 8 bits, upright (EXIF orientation applied), transparency composed onto white, first
     frame only.
 
@@ -118,7 +118,7 @@ def open_image(source: Source, fit: Fit | None = None) -> PILImage:
         return picture
 
 
-def image_size(source: Source) -> tuple[int, int]:
+def image_size(source: PictureSource) -> tuple[int, int]:
     """``(width, height)`` of the upright picture, from its header alone: no pixel is decoded.
 
     Raises:
@@ -155,7 +155,7 @@ def read_bytes(source: str | Path | Confined | bytes) -> bytes:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[tuple[PILImage, str]]:
+def _opened(source: PictureSource) -> Iterator[tuple[PILImage, str]]:
     """The picture behind ``source`` with its header read and its size accepted, and the name that messages
     use."""
     if isinstance(source, PILImage):

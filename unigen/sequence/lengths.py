@@ -13,7 +13,7 @@ from unigen.sequence.draw import structure_numbers
 from unigen.sequence.ragged import Ragged
 from unigen.sequence.types import Kind
 
-BLOCK = np.dtype(
+BLOCK_DTYPE = np.dtype(
     [
         ("tokens", np.int32),  # with the two that open and close it
         ("kind", np.uint8),  # a Kind
@@ -44,7 +44,7 @@ class Grids(NamedTuple):
 class RecordLengths(NamedTuple):
     """What the lengths of a record's epoch passes follow from."""
 
-    blocks: np.ndarray  # [blocks] BLOCK: those of a pass with all clean copies and nothing dropped
+    blocks: np.ndarray  # [blocks] BLOCK_DTYPE: those of a pass with all clean copies and nothing dropped
     texts: list[int]  # ids of each text, followed by those of its other caption variants
     pictures: list[Grids]
 
@@ -52,7 +52,7 @@ class RecordLengths(NamedTuple):
 class Blocks(NamedTuple):
     """The blocks of some records, one after another."""
 
-    table: np.ndarray  # [B] BLOCK
+    table: np.ndarray  # [B] BLOCK_DTYPE
     record: np.ndarray  # [B] int64: which of the given records
     number: np.ndarray  # [B] int64: place among the blocks of its record
 
@@ -75,7 +75,7 @@ class TokenLengths:
     """The lengths of many records: a growing list of :class:`RecordLengths`, some 70 bytes each."""
 
     def __init__(self, records: Iterable[RecordLengths] = ()):
-        self._blocks, self._texts = Ragged(BLOCK), Ragged(np.dtype(np.int32))
+        self._blocks, self._texts = Ragged(BLOCK_DTYPE), Ragged(np.dtype(np.int32))
         self._pictures = Ragged(np.dtype([(side, np.uint16) for side in Grids._fields]))
         for record in records:
             self.append(record)

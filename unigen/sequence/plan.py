@@ -18,7 +18,7 @@ from unigen.config import DataOptions
 from unigen.sequence.contents import PictureCache, Seen, View, Viewer
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size
-from unigen.sequence.lengths import BLOCK, Grids, RecordLengths, dropout_chances
+from unigen.sequence.lengths import BLOCK_DTYPE, Grids, RecordLengths, dropout_chances
 from unigen.sequence.pack import Geometry
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import BadRecord, Block, Image, Kind, Record, Sample, Text
@@ -93,7 +93,7 @@ class Planner:
         always = len(self._blocks(sample, sizes, clean_copies=False))
         draws = _draws(sample)
         rows = [(len(b), b.kind, b.loss, draws and not b.loss, i >= always) for i, b in enumerate(blocks)]
-        return RecordLengths(np.array(rows, BLOCK), texts, pictures)
+        return RecordLengths(np.array(rows, BLOCK_DTYPE), texts, pictures)
 
     def length(self, sample: Sample, lengths: RecordLengths, key: RandomKey) -> int:
         """Tokens of the sample in this epoch pass."""

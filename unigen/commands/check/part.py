@@ -14,7 +14,7 @@ from unigen.commands.check.statistics import NEAR_EMPTY_SHOWN, PICTURE, RECORD, 
 from unigen.commands.check.workers import Mark
 from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
 from unigen.data.dataset import TASKS, task
-from unigen.data.examine import Pictures, bad_picture, examine, hash_of, key_of
+from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of
 from unigen.data.formats import FORMATS
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
 from unigen.sequence.lengths import RecordLengths, TokenLengths
@@ -92,7 +92,7 @@ class CountingTokenizer:
         return range(self._known[text])
 
 
-class _Looks(Pictures):
+class _Looks(PictureHeaders):
     """What was seen of pictures: by their headers, or (``deep``) decoded to the last row. Remembers so many
     of them."""
 

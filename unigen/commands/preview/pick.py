@@ -224,7 +224,7 @@ def _reservoir(every: Iterator[Found], n: int, choose: random.Random) -> list[Fo
 def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: float) -> Look:
     """The record in its visit, or what is wrong with it, judged as before training."""
     from unigen.commands.preview.view import look
-    from unigen.data.examine import Pictures, examine
+    from unigen.data.examine import PictureHeaders, examine
     from unigen.sequence.draw import RandomKey
     from unigen.sequence.images import PictureError
     from unigen.sequence.types import BadRecord, Origin
@@ -236,7 +236,7 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
     problem: UserError
     try:
         record, _, sizes = examine(
-            found.raw, found.span, found.file, Pictures(), planner.token_lengths, options.data_root
+            found.raw, found.span, found.file, PictureHeaders(), planner.token_lengths, options.data_root
         )
         draw = RandomKey(options.seed, options.epoch, found.number)
         return Look(found.number, origin, look(record, found.number, planner, draw, shift, sizes), None)
