@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from unigen.sequence.pack import pack_blocks
 from unigen.sequence.types import BadRecord, Pack
 
 CHUNK = 4096  # records whose lengths are computed at once
-SMALL = 2**20  # bytes of a row's tensors up to which they are sent through a pipe
+SMALL = 2**20  # bytes of a pack's tensors up to which they are sent through a pipe
 
 
 @dataclass(frozen=True)
@@ -57,79 +57,71 @@ class MicroBatch:
     bad: list[BadRecord] = field(default_factory=list)
 
 
-class _Leaf(NamedTuple):
-    """Where ``count`` tensors of one shape lie in a parcel, one after the other."""
+class _Run(NamedTuple):
+    """Where ``count`` tensors of one shape lie in a buffer, one after another."""
 
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     count: int
 
+    def tensors(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        size = self.dtype.itemsize * self.count * math.prod(self.shape)
+        return buffer[self.offset :][:size].view(self.dtype).view(self.count, *self.shape).unbind()
+
 
 class _Parcel:
-    """A row on its way from a worker, all its tensors in one buffer: each tensor sent by itself would cost a
-    file descriptor and more time than a small picture takes to decode."""
+    """A micro-batch on its way from a worker, all its tensors in one buffer.
 
-    def __init__(self, row: MicroBatch):
-        self._parts: list[tuple[int, Sequence[Tensor]]] = []
-        self._size = 0
+    Each tensor sent by itself would cost a file descriptor, of which a process has few, and more time than a
+    small picture takes to decode.
+    """
+
+    def __init__(self, batch: MicroBatch):
+        self.rest = batch.records, batch.after, batch.bad
         self.fields: dict[str, Any] = {}
-        for f in fields(Pack):
-            value = getattr(row.pack, f.name)
+        self.size = 0
+        parts: list[tuple[_Run, Sequence[Tensor]]] = []
+
+        def place(tensors: Sequence[Tensor]) -> _Run:
+            run = _Run(self.size, tensors[0].dtype, tuple(tensors[0].shape), len(tensors))
+            parts.append((run, tensors))
+            # aligned, so that a view of any type can start there
+            self.size += -(-tensors[0].nbytes * len(tensors) // 16) * 16
+            return run
+
+        for name, value in vars(batch.pack).items():
             if isinstance(value, Tensor):
-                value = self._note([value])
+                value = place([value])
             elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                value = [self._note(list(run)) for _, run in groupby(value, key=lambda t: (t.dtype, t.shape))]
-            self.fields[f.name] = value
-        self.buffer = torch.empty(self._size, dtype=torch.uint8)
-        for offset, tensors in self._parts:
-            for tensor in tensors:
-                self.buffer[offset : offset + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-                offset += tensor.nbytes
-        self.rest = (row.records, row.after, row.bad)
-        self._parts = []
-        self._small: np.ndarray | None = None
+                value = [place(list(run)) for _, run in groupby(value, key=lambda t: (t.dtype, t.shape))]
+            self.fields[name] = value
+        self.buffer = torch.empty(self.size, dtype=torch.uint8)
+        for run, tensors in parts:
+            for view, tensor in zip(run.tensors(self.buffer), tensors, strict=True):
+                view.copy_(tensor)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Shared memory is handed over by a thread of the worker, which waits for its turn while the next row
-        is built; so what is small goes through the pipe itself."""
-        small = {"buffer": None, "_small": self.buffer.numpy()} if self._size <= SMALL else {}
+        """Shared memory is handed over by a thread of the worker, which waits for its turn while the next
+        pack is built; so what is small goes through the pipe itself."""
+        small = {"buffer": self.buffer.numpy()} if self.size <= SMALL else {}
         return {**self.__dict__, **small}
 
-    def _note(self, tensors: Sequence[Tensor]) -> _Leaf:
-        first = tensors[0]
-        leaf = _Leaf(self._size, first.dtype, tuple(first.shape), len(tensors))
-        self._parts.append((self._size, tensors))
-        # aligned, so that a view of any type can start here
-        self._size += -(-first.nbytes * len(tensors) // 16) * 16
-        return leaf
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, buffer=torch.as_tensor(state["buffer"]))
 
     def pin_memory(self) -> _Parcel:
-        self.buffer = (self.buffer if self._small is None else torch.from_numpy(self._small)).pin_memory()
-        self._small = None
+        self.buffer = self.buffer.pin_memory()
         return self
 
     def open(self) -> MicroBatch:
-        """The row; its tensors are views of the one buffer."""
-
-        if self._small is not None:
-            self.buffer, self._small = torch.from_numpy(self._small), None
-
-        def tensors(leaf: _Leaf) -> Sequence[Tensor]:
-            size = leaf.dtype.itemsize * leaf.count * math.prod(leaf.shape)
-            return (
-                self.buffer[leaf.offset : leaf.offset + size]
-                .view(leaf.dtype)
-                .view(leaf.count, *leaf.shape)
-                .unbind()
-            )
-
+        """The micro-batch; its tensors are views of the one buffer."""
         opened: dict[str, Any] = {}
         for name, value in self.fields.items():
-            if isinstance(value, _Leaf):
-                value = tensors(value)[0]
-            elif isinstance(value, list) and value and isinstance(value[0], _Leaf):
-                value = [tensor for leaf in value for tensor in tensors(leaf)]
+            if isinstance(value, _Run):
+                (value,) = value.tensors(self.buffer)
+            elif isinstance(value, list) and value and isinstance(value[0], _Run):
+                value = [tensor for run in value for tensor in run.tensors(self.buffer)]
             opened[name] = value
         return MicroBatch(Pack(**opened), *self.rest)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from unigen.model.backends import repeated_shapes
 from unigen.model.bagel import Bagel
 from unigen.model.kv_cache import Cache
 from unigen.sequence.grid import unpatchify
-from unigen.sequence.pack import next_position, pack_blocks
+from unigen.sequence.pack import Geometry, next_position, pack_blocks
 from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack, Sight
 
@@ -52,39 +53,27 @@ def token_pack(ids: Sequence[int], positions: Sequence[int], model: Bagel) -> Pa
     work."""
     n, device = len(ids), model.device
     count, zeros = torch.arange(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-    no, none = torch.zeros(n, dtype=torch.bool, device=device), zeros[:0]
-    geometry = model.config.geometry
-    return Pack(
+    return replace(
+        _empty_pack(model.config.geometry, device),
         ids=torch.tensor(ids, device=device),
         position=torch.tensor(positions, device=device),
         index=count,
         kind=zeros.to(torch.uint8),
         sample=count,
         span=count,
-        image=no,
-        noised=no,
+        image=zeros.to(torch.bool),
+        noised=zeros.to(torch.bool),
         label=zeros - 100,
         n_und=n,
         und_lengths=[1] * n,
         gen_lengths=[0] * n,
         sight=[Sight.FULL] * n,
-        vit_rows=none,
-        label_rows=none,
-        noised_rows=none,
-        vit_patches=torch.zeros(0, geometry.vit_patch**2 * 3, device=device),
-        vit_position=none,
-        vit_lengths=[],
-        vae_pixels=[],
-        vae_noise=[],
-        latents=[],
-        vae_block=[],
-        vae_grid=[],
-        vae_position=none,
-        vae_first=none,
-        vae_number=none,
-        u=torch.zeros(0, device=device),
-        noise=torch.zeros(0, geometry.patch_dim, device=device),
     )
+
+
+@lru_cache(maxsize=8)
+def _empty_pack(geometry: Geometry, device: torch.device) -> Pack:
+    return pack_blocks([], SpecialIds(*range(5)), geometry).to(device)  # without blocks no id is used
 
 
 @torch.no_grad()
