@@ -173,7 +173,7 @@ class Store:
             return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> int:
-        """Writes an entry (float tensors, and ``of``: what it is of) in one piece; its bytes on disk.
+        """Writes an entry whole: tensors, and ``of``, what :func:`about` says. Its bytes on disk.
 
         Raises:
             CacheError: the disk is full, or the folder cannot be written. What was there before is untouched.

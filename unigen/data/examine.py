@@ -1,4 +1,4 @@
-"""One record judged before training: parsed, its pictures looked at, its token lengths counted."""
+"""One record checked before training: parsed, the headers of its pictures read, its tokens counted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def examine(
     token_lengths: CountTokens | None = None,
     root: str | Path | None = None,
 ) -> Examined:
-    """Judges what ``read_part`` gave: its format, the header of each of its pictures, and its token lengths.
+    """Checks a record that ``read_part`` gave: its format, the headers of its pictures, its token lengths.
 
     Raises:
         BadRecord: With its origin, and the field of the record.

@@ -1,4 +1,4 @@
-"""What the encoders see of a picture; or, from a cache, what they made of it earlier."""
+"""Pictures as the encoders take them, and their answers where a cache knows them."""
 
 from __future__ import annotations
 

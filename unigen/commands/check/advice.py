@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 # Shares above which a finding is a warning.
 CUT, DUPLICATES, SAME_TEXT, UPSCALED, NEAR_EMPTY = 0.01, 0.01, 0.05, 0.05, 0.01
 FEW_RECORDS, FEW_TOKENS = 0.05, 0.005  # shares of a modality below which the data is lopsided
-FULL = 0.97  # of a row
-ROWS = 10  # fewer say nothing: the last one, which ends with the data, weighs too much
+FULL = 0.97  # of a packed sequence
+PACKS = 10  # fewer say nothing: the last one, which ends with the data, weighs too much
 
 
 class Advice(NamedTuple):
@@ -104,7 +104,7 @@ def _of_lengths(s: dict[str, Any]) -> Iterator[Advice]:
                     "lost": row["share_lost"],
                 },
             )
-    rows = [row for row in s["rows"] if row["rows"] >= ROWS]
+    rows = [row for row in s["rows"] if row["rows"] >= PACKS]
     if rows:
         whole = [row for row in rows if not row["longer"]] or rows[-1:]
         row = next((row for row in whole if row["fill"] >= FULL), max(whole, key=lambda row: row["fill"]))

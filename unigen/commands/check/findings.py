@@ -25,7 +25,7 @@ from unigen.commands.check.statistics import (
     KINDS,
     Tally,
     describe,
-    how_full_rows_get,
+    how_full_packs_get,
     repeats,
     what_limits_cut,
 )
@@ -119,8 +119,8 @@ class Findings:
         return found
 
     def summary(self, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
-        """All statistics as JSON values; ``budgets`` are values of ``max_num_tokens`` to say how full rows
-        get."""
+        """All statistics as JSON values; ``budgets`` are values of ``max_num_tokens`` to say how full
+        packed sequences get."""
         good, pictures = self.tally.good, self.tally.pictures
 
         def tokens(name: str, records: np.ndarray = good) -> int:
@@ -169,7 +169,7 @@ class Findings:
             },
             "max_length": self.max_length,
             "limits": what_limits_cut(self.tally.records, self.limits),
-            "rows": how_full_rows_get(good["length"], sorted(set(budgets))),
+            "rows": how_full_packs_get(good["length"], sorted(set(budgets))),
         }
 
     def _repeats(self) -> dict[str, Any]:

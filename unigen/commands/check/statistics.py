@@ -18,7 +18,7 @@ from unigen.sequence.plan import Planner
 from unigen.sequence.types import Kind
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-# lengths that rows are filled with: best-fit is a loop, and so many say it to a tenth of a percent
+# lengths that are packed: best-fit is a loop, and so many say it to a tenth of a percent
 SAMPLE = 50_000
 KINDS = tuple(kind.name.lower() for kind in Kind)
 
@@ -231,10 +231,10 @@ def what_limits_cut(records: np.ndarray, limits: Sequence[int]) -> list[dict[str
     return found
 
 
-def how_full_rows_get(lengths: np.ndarray, budgets: Sequence[int]) -> list[dict[str, int | float]]:
-    """For each ``max_num_tokens``: ``fill`` of the ``rows`` that training packs (of at most 50,000 lengths,
-    shuffled), ``single`` with one sample a row, samples a row, and how many samples of all are ``longer``
-    than the budget."""
+def how_full_packs_get(lengths: np.ndarray, budgets: Sequence[int]) -> list[dict[str, int | float]]:
+    """For each ``max_num_tokens``: ``fill`` of the packed sequences (``rows``) that training makes of at most
+    50,000 lengths, shuffled; ``single`` with one sample in each, samples in each, and how many samples of all
+    are ``longer`` than the budget."""
     n = len(lengths)
     if not n:
         return []
@@ -243,14 +243,14 @@ def how_full_rows_get(lengths: np.ndarray, budgets: Sequence[int]) -> list[dict[
     sample = np.random.default_rng(0).permutation(spread).tolist()
     found: list[dict[str, int | float]] = []
     for budget in budgets:
-        rows = [sum(sample[i] for i in row) for row in best_fit(sample, budget)]
+        packs = [sum(sample[i] for i in pack) for pack in best_fit(sample, budget)]
         found.append(
             {
                 "max_num_tokens": budget,
-                "fill": sum(rows) / sum(max(row, budget) for row in rows),
+                "fill": sum(packs) / sum(max(tokens, budget) for tokens in packs),
                 "single": sum(sample) / sum(max(n, budget) for n in sample),
-                "rows": len(rows),
-                "samples_per_row": len(sample) / len(rows),
+                "rows": len(packs),
+                "samples_per_row": len(sample) / len(packs),
                 "longer": int((lengths > budget).sum()),
             }
         )
