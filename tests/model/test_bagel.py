@@ -162,7 +162,9 @@ def test_a_block_is_seen_by_itself_and_what_follows_in_its_sample(model, block, 
     r = random.Random(6)
     samples = [conversation(r), conversation(r)]
     old = samples[0][block]
-    new = tiny.text(r, old.length) if old.kind == Kind.TEXT else tiny.image(r, old.kind, old.segment, old.grid)
+    new = (
+        tiny.text(r, old.length) if old.kind == Kind.TEXT else tiny.image(r, old.kind, old.segment, old.grid)
+    )
     values = (
         {"ids": new.ids}
         if old.kind == Kind.TEXT

@@ -193,35 +193,44 @@ def refusal(fn, path):
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-image_size(sys.argv[2])
+def cost(fn, path):
+    best = 999.0
+    for _ in range(3):
+        start = time.process_time()
+        answer = refusal(fn, path)
+        best = min(best, time.process_time() - start)
+    return best, answer
+
+sound, _ = cost(open_image, sys.argv[2])
 for path in sorted(Path(sys.argv[1]).iterdir()):
-    seconds, before = [], peak()
-    for fn in (image_size, open_image):
-        best = 9.0
-        for _ in range(3):
-            start = time.process_time()
-            accepted, code = refusal(fn, path)
-            best = min(best, time.process_time() - start)
-        seconds.append(best)
-    print(json.dumps([path.name, accepted, code, seconds, peak() - before]), flush=True)
+    before = peak()
+    (first, _), (second, (accepted, code)) = (cost(fn, path) for fn in (image_size, open_image))
+    print(json.dumps([path.name, accepted, code, max(first, second) / sound, peak() - before]), flush=True)
 """
 
 
+def two_megapixels() -> bytes:
+    """A sound picture, which other costs are compared with."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
+    return encoded(Image.fromarray(pixels), "PNG")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_bomb_is_refused_within_50_ms_and_50_mb(tmp_path: Path) -> None:
+def test_a_bomb_costs_less_than_a_sound_picture_and_50_mb(tmp_path: Path) -> None:
     bombs = _bombs()
     (tmp_path / "bombs").mkdir()
     for name, data in bombs.items():
         (tmp_path / "bombs" / name).write_bytes(data)
-    (tmp_path / "sound.png").write_bytes(encoded(SMALL, "PNG"))
+    (tmp_path / "sound.png").write_bytes(two_megapixels())
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "bombs"), str(tmp_path / "sound.png")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(bombs) >= 40
-    for name, accepted, code, seconds, grown in rows:
+    for name, accepted, code, ratio, grown in rows:
         assert not accepted and code in CODES, f"{name}: {accepted or code}"
-        assert max(seconds) < 0.05, f"{name} took {max(seconds) * 1000:.0f} ms"
+        assert ratio < 1, f"{name} took {ratio:.1f} times as long as a sound picture of 2 megapixels"
         # The peak never falls: one that an earlier bomb hides was below 50 MB as well.
         assert grown < 50e6, f"{name} took {grown / 1e6:.0f} MB"
     assert sum(row[4] for row in rows) < 50e6, "together"
@@ -232,9 +241,13 @@ def test_exif_data_that_names_itself_many_times_costs_little(bomb: str) -> None:
     tags = [(0x100 + i, 7, 60_000, 8) for i in range(4900)]
     first = segment(0xE1, b"Exif\0\0" + ifd(*tags, tail=bytes(6000)))
     data = jpeg(first, *[segment(0xE1, b"Exif\0\0" + bytes(60_000))] * (100 if bomb == "many exif" else 0))
+    whole = two_megapixels()
+    start = time.process_time()
+    open_image(whole)
+    sound = time.process_time() - start
     start = time.process_time()
     assert open_image(data).size == image_size(data) == (16, 16)
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 20 * sound
 
 
 def test_ordinary_metadata_is_no_bomb() -> None:

@@ -419,6 +419,7 @@ def test_near_empty_descriptions_are_found(tmp_path, planner):
 # ---- processes
 
 
+@pytest.mark.slow
 def test_findings_do_not_depend_on_the_processes(tmp_path, golden, monkeypatch):
     """With the tokenizer of a checkpoint, which travels to the processes."""
     planner = load_planner(golden / "model", DataOptions(max_image_tokens=64))
@@ -451,6 +452,7 @@ def deadly(*arguments):
     return check_part.checker(*arguments)
 
 
+@pytest.mark.slow
 def test_a_record_that_kills_its_process_is_named_and_the_rest_is_checked(tmp_path, planner, monkeypatch):
     monkeypatch.setattr(module, "checker", deadly)
     values = [talk("q", f"answer {i}") for i in range(40)]
