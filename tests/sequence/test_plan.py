@@ -234,9 +234,7 @@ def test_purposes_are_independent(planner):
     sample = sample_of("ITii")
     u, noise = numbers(planner(), sample, KEY)
     v, n = numbers(
-        planner(text_cond_dropout_prob=1.0, vit_cond_dropout_prob=1.0, vae_cond_dropout_prob=1.0),
-        sample,
-        KEY,
+        planner(text_cond_dropout_prob=1.0, vit_cond_dropout_prob=1.0, vae_cond_dropout_prob=1.0), sample, KEY
     )
     assert u == v and torch.equal(noise, n)  # dropout changes neither times nor noise
     some, other = planner(), planner(text_cond_dropout_prob=0.9)
