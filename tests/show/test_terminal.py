@@ -116,10 +116,11 @@ def test_a_live_view_puts_the_terminal_right_however_it_ends(monkeypatch: pytest
             stack.enter_context(pytest.raises(ValueError))
         with live() as show:
             assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-            show(table(["猫"], [[EVIL]] * 100))
+            show([table(["猫"], [[EVIL]] * 100)], "the last line")
             if end:
                 raise end
     text = screen.getvalue()
+    assert "the last line" in text.splitlines()[-1]
     assert "\x1b[?1049h" in text and "[bold]x" in text and "\\u732b" in text and "owned\x07" not in text
     assert text.rindex("\x1b[?1049l") > text.rindex("[bold]x") and text.rindex("\x1b[?25h") > text.index(
         "\x1b[?25l"

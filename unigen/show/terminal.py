@@ -8,20 +8,25 @@ import shutil
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from unigen.show.figures import cell, is_figure
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.columns import Columns
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.measure import Measurement
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
 # The names of styles, in every command's output.
 STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "soft": "dim"}
+# Signs of ours, and what stands for one where the output's encoding lacks it.
+PLAIN = dict(zip("●■○✓✕×↑━─▁▂▃▄▅▆▇█…–", "*#ovxx^=-_.:-=+*#.-", strict=True))
 UNBOUND = 100_000  # columns of an output that is no terminal: nothing is broken into lines or cut
 
 
@@ -37,9 +42,15 @@ def harmless(text: object) -> str:
 
 
 def showable(text: str) -> str:
-    """The text with characters that the output's encoding lacks as escapes."""
+    """The text with characters that the output's encoding lacks as plain signs, or else as escapes."""
     encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text.translate(_plain(encoding)).encode(encoding, "backslashreplace").decode(encoding)
+
+
+@cache
+def _plain(encoding: str) -> dict[int, str]:
+    """The part of ``PLAIN`` that an encoding needs."""
+    return {ord(sign): plain for sign, plain in PLAIN.items() if not sign.encode(encoding, "ignore")}
 
 
 def say(*parts: RenderableType) -> None:
@@ -57,10 +68,13 @@ def drawn(part: RenderableType, width: int | None = None, colour: bool | None = 
         width: Columns; default: those of the terminal, without a limit where there is none.
         colour: Whether to colour; default: where the terminal wants it.
     """
+    from rich.console import Group
+
     out = io.StringIO()
     if width is None:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNBOUND
-    _console(out, width, has_colour() if colour is None else colour).print(part, crop=False)
+    # in a group, since a text alone would lose that it is not to be broken
+    _console(out, width, has_colour() if colour is None else colour).print(Group(part), crop=False)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip("\n").split("\n"))
 
 
@@ -70,6 +84,30 @@ def line(*parts: tuple[object, str] | str) -> Text:
 
     pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
     return Text.assemble(*((harmless(text), style) for text, style in pairs))
+
+
+def one_line(*parts: Text | tuple[object, str] | str, most: int | None = None) -> Text:
+    """As :func:`line`, but never broken: what goes beyond its place, or ``most`` columns, is cut with …."""
+    made = line(*parts)
+    made.no_wrap, made.overflow = True, "ellipsis"
+    if most is not None:
+        made.truncate(most, overflow="ellipsis")
+    return made
+
+
+class Stretched:
+    """A text as wide as its place, at most ``most`` columns: ``draw`` makes it for a number of columns."""
+
+    def __init__(self, draw: Callable[[int], Text], most: int = 100):
+        self.draw, self.most = draw, most
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(1, min(self.most, options.max_width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield self.draw(min(self.most, options.max_width))
 
 
 def indented(part: RenderableType, by: int = 2) -> Padding:
@@ -114,6 +152,26 @@ def notices(entries: Sequence[tuple[str, str]]) -> Table:
     return made
 
 
+def grid(rows: Sequence[Sequence[RenderableType]]) -> Table:
+    """Cells that line up without a header, each on one line; what is :class:`Stretched` fills the width."""
+    from rich.table import Table
+
+    made = Table.grid(padding=(0, 1, 0, 0))
+    for k in range(max(map(len, rows))):
+        fills = any(k < len(row) and isinstance(row[k], Stretched) for row in rows)
+        made.add_column(no_wrap=not fills, overflow="ellipsis")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def beside(parts: Iterable[RenderableType]) -> Columns:
+    """The parts beside each other, as many in a row as fit."""
+    from rich.columns import Columns
+
+    return Columns(parts, padding=(0, 3))
+
+
 def _lines(text: str) -> Text:
     """The text as it is broken into lines, each harmless."""
     from rich.text import Text
@@ -127,9 +185,12 @@ def _longest(text: Text) -> int:
 
 
 @contextmanager
-def live() -> Iterator[Callable[[RenderableType], None]]:
-    """A view on the terminal's second screen, shown anew by the function this gives; the rest is cut.
-    Ctrl-C, SIGTERM and errors leave with the screen put right; the first two end the block in silence."""
+def live() -> Iterator[Callable[[Iterable[RenderableType], str], None]]:
+    """A view on the terminal's second screen, shown anew by the function this gives: parts, of which those
+    that do not fit are cut, over a last line that stays. Ctrl-C, SIGTERM and errors leave with the screen put
+    right; the first two end the block in silence."""
+    from rich.console import Group
+    from rich.layout import Layout
     from rich.live import Live
 
     # leaves as Ctrl-C does
@@ -138,9 +199,15 @@ def live() -> Iterator[Callable[[RenderableType], None]]:
     view = Live(
         console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
     )
+    screen = Layout()
+
+    def show(parts: Iterable[RenderableType], footer: str) -> None:
+        screen.split_column(Layout(Group(*parts)), Layout(line((footer, "soft")), size=1))
+        view.update(screen, refresh=True)
+
     try:
         with view:
-            yield lambda part: view.update(part, refresh=True)
+            yield show
     except KeyboardInterrupt:
         pass
     finally:

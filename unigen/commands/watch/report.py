@@ -1,0 +1,171 @@
+"""What is said of runs, as texts and tables, for the terminal and the page alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from unigen.commands.watch.health import State, judge, speed, worries
+from unigen.runs.metrics import Lines
+from unigen.runs.reader import Run
+from unigen.show.figures import figure, size
+from unigen.show.language import Words
+
+MARKS = {
+    "running": ("●", "good"), "hung": ("■", "bad"), "dead": ("✕", "bad"), "stopped": ("■", "warn"),
+    "finished": ("✓", "good"), "new": ("○", "note"),
+}  # fmt: skip
+VALUE_LENGTH = 400  # of a value in a table
+
+
+class Grid(NamedTuple):
+    """A table: ``more`` says that some rows are not shown, ``minor`` are columns that a narrow window lacks."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Any]]
+    more: str = ""
+    minor: tuple[int, ...] = ()
+
+
+def why(state: State, words: Words) -> str:
+    """The evidence for the state of a run."""
+    return "; ".join(words(told.key, **told.values) for told in state.why)
+
+
+def place(run: Run, words: Words) -> str:
+    """How far the run is."""
+    if (total := run.total_steps) is not None:
+        return words("of_steps", step=run.step, total=total)
+    return words("step_alone", step=run.step)
+
+
+def share_done(run: Run) -> float | None:
+    """The share of the steps that are done, where it is known how many there are."""
+    return None if run.total_steps is None else min(1.0, run.step / run.total_steps)
+
+
+def facts(run: Run, state: State, words: Words) -> list[tuple[str, str, str]]:
+    """``(name, value, note)`` of the run's speed, last checkpoint and disk."""
+    pace, told = speed(run), []
+    minute = None if pace.seconds_per_step is None else 60 / pace.seconds_per_step
+    if state.name == "running":
+        told.append(("eta", _left(run, state, words), ""))
+    told.append(("tokens_per_second", figure(pace.tokens_per_second), ""))
+    told.append(("steps_per_minute", figure(minute), ""))
+    told.append(("data_wait_share", "–" if pace.data_wait is None else f"{pace.data_wait:.1%}", ""))
+    if (last := run.last_checkpoint) is not None:
+        told.append(("last_checkpoint", words("ago", ago=time.time() - last.time), last.name))
+    told.append(("disk_left", "–" if run.disk_free is None else size(run.disk_free), ""))
+    return [(words(key), value, note) for key, value, note in told]
+
+
+def warnings(run: Run, state: State, words: Words) -> list[tuple[str, str]]:
+    """``(level, text)`` of what should be looked at, the worst first."""
+    return [(w.level, words(w.key, **w.values)) for w in worries(run, state)]
+
+
+def checkpoints(run: Run, words: Words, most: int) -> Grid:
+    """The checkpoints, those being written and the newest first."""
+    rows: list[list[Any]] = [[name, "", words("being_written"), "", ""] for name in run.writing]
+    rows += [
+        [c.name, c.step, words("ago", ago=time.time() - c.time), size(c.size), c.world]
+        for c in reversed(run.checkpoints[-most:])
+    ]
+    return _grid(
+        "checkpoints", ("name", "step", "age", "size", "world"), rows, words, len(run.checkpoints) - most
+    )
+
+
+def processes(run: Run, words: Words, most: int) -> Grid:
+    """The processes of a run of several; where some are left out, those that are silent or behind stay."""
+    ranks = run.ranks if len(run.ranks) > 1 else []
+    shown = sorted(ranks, key=lambda rank: (-round(rank.age, -1), rank.step, rank.rank))[:most]
+    rows: list[list[Any]] = []
+    for r in sorted(shown, key=lambda rank: rank.rank):
+        times = (words.duration(r.busy), words("ago", ago=r.age))
+        rows.append([r.rank, r.host, str(r.pid), r.step, r.phase or "–", *times])
+    header = ("rank", "host", "pid", "step", "phase", "phase_for", "last_sign")
+    return _grid("processes", header, rows, words, len(ranks) - most)._replace(minor=(1, 2, 5))
+
+
+def problems(run: Run, words: Words, most: int) -> list[Grid]:
+    """The last steps that were skipped, and the last records that were left out."""
+    steps, records = _last(run.bad_steps, most), _last(run.bad_records, most)
+    grids = [
+        _grid(
+            "bad_steps",
+            ("step", "why", "records"),
+            [
+                [short(e.get("step", "")), short(e.get("why", "")), short(_records(e.get("records")))]
+                for e in steps
+            ],
+            words,
+            run.bad_steps.count - len(steps),
+        ),
+        _grid(
+            "bad_records",
+            ("file", "code", "found"),
+            [
+                [short(f"{e.get('file')}:{e.get('line')}"), short(e.get("code")), short(e.get("found"))]
+                for e in records
+            ],
+            words,
+            run.bad_records.count - len(records),
+        ),
+    ]
+    return [grid for grid in grids if grid.rows]
+
+
+def overview(runs: Sequence[Run], words: Words) -> tuple[Grid, list[str], list[tuple[str, str]]]:
+    """A row for each of several runs, the names of their states, and ``(level, text)`` of what is wrong."""
+    states = [judge(run) for run in runs]
+    rows, wrong = [], []
+    for run, state in zip(runs, states, strict=True):
+        latest = run.metrics.log.latest
+        steps = f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else "")
+        best = min((p.low for p in run.metrics.log.points("val_loss")), default=None)
+        numbers = (latest.get("loss"), latest.get("val_loss"), best, speed(run).tokens_per_second)
+        named = f"{MARKS[state.name][0]} {words(state.name)}"
+        rows.append([run.name, named, steps, *map(figure, numbers), _left(run, state, words)])
+        wrong += [
+            (level, f"{run.name}: {text}") for level, text in warnings(run, state, words) if level == "bad"
+        ]
+    header = ("run", "state", "step", "loss", "validation", "best", "tokens_per_second", "eta")
+    return (
+        _grid("", header, rows, words)._replace(minor=(4, 5, 6, 7)),
+        [state.name for state in states],
+        wrong,
+    )
+
+
+def more(n: int, words: Words) -> str:
+    """That ``n`` are not shown; empty for none."""
+    return words("more", n=n) if n > 0 else ""
+
+
+def short(value: Any) -> str:
+    """The begin of a value that may be long."""
+    text = str(value)
+    return text if len(text) <= VALUE_LENGTH else text[:VALUE_LENGTH] + " …"
+
+
+def _grid(title: str, header: Iterable[str], rows: list[list[Any]], words: Words, rest: int = 0) -> Grid:
+    return Grid(words(title) if title else "", [words(key) for key in header], rows, more(rest, words))
+
+
+def _last(lines: Lines, most: int) -> list[Mapping[str, Any]]:
+    return list(reversed(lines.last))[:most]
+
+
+def _left(run: Run, state: State, words: Words) -> str:
+    eta = speed(run).eta
+    return words.duration(eta) if eta is not None and state.name == "running" else "–"
+
+
+def _records(value: Any) -> str:
+    if not isinstance(value, list):
+        return ""
+    shown = [":".join(map(str, entry)) if isinstance(entry, list) else str(entry) for entry in value[:3]]
+    return ", ".join(shown) + (f" … ({len(value):,})" if len(value) > 3 else "")
