@@ -10,11 +10,16 @@ import time
 from pathlib import Path
 
 from unigen.commands.watch.health import judge
-from unigen.commands.watch.terminal import View, frame, render
+from unigen.commands.watch.terminal import frame
 from unigen.runs.reader import Run, is_run
 from unigen.show.language import Words
+from unigen.show.terminal import drawn
 
 ROOT = Path(__file__).parents[2]
+
+
+def shown(run: Run) -> str:
+    return "\n".join(drawn(part, 100) for part in frame([run], Words("en", "watch")))
 
 
 def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
@@ -41,7 +46,7 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
                 run.update()
                 seen.append((judge(run).name, run.step))
                 if len(seen) % 5 == 0:
-                    render(frame([run], View(Words("en", "watch"), 100)), 100, colour=False)
+                    shown(run)
             time.sleep(0.03)
         assert process.wait(5) == 0, log.read_text()
         run.update()
@@ -57,5 +62,5 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
         -1
     ].size > 1000
     assert run.metrics.log.n_unreadable == 0 and run.metrics.log.n_lines >= 12
-    text = "\n".join(render(frame([run], View(Words("en", "watch"), 100)), 100, colour=False))
+    text = shown(run)
     assert "finished" in text and "100.0%" in text and "step_12" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,6 +33,12 @@ def is_figure(value: Any) -> bool:
     if isinstance(value, str):
         return re.fullmatch(r"(< )?-?[\d.,]+ ?%?", value) is not None
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def figures_alone(rows: Sequence[Sequence[Any]], k: int) -> bool:
+    """Whether column ``k`` of a table holds figures and nothing else but gaps; then it stands to the right."""
+    values = [row[k] for row in rows if row[k] not in ("", "–")]
+    return bool(values) and all(map(is_figure, values))
 
 
 def cell(value: Any) -> str:

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unigen.show.figures import cell, is_figure
+from unigen.show.figures import cell, figures_alone
 
 MAX_SIDE = 1024  # of a picture in a page; the files beside the page keep their size
 SMALL = 192  # pictures up to this side are magnified with hard pixels
@@ -50,8 +50,7 @@ def environment() -> Any:
         lstrip_blocks=True,
     )
     made.filters |= {"cell": cell, "share": "{:.2%}".format}
-    made.tests["figure"] = is_figure
-    made.globals["right_aligned"] = lambda rows, k: bool(rows) and all(is_figure(row[k]) for row in rows)
+    made.globals["right_aligned"] = figures_alone
     return made
 
 

@@ -11,14 +11,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unigen.show.figures import cell, is_figure
+from unigen.show.figures import cell, figures_alone
 
 if TYPE_CHECKING:
     from rich.columns import Columns
     from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.measure import Measurement
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "soft": "dim"}
 # Signs of ours, and what stands for one where the output's encoding lacks it.
 PLAIN = dict(zip("●■○✓✕×↑━─▁▂▃▄▅▆▇█…–", "*#ovxx^=-_.:-=+*#.-", strict=True))
+CUT = 12  # columns that a text keeps which may be cut
 UNBOUND = 100_000  # columns of an output that is no terminal: nothing is broken into lines or cut
 
 
@@ -95,21 +95,6 @@ def one_line(*parts: Text | tuple[object, str] | str, most: int | None = None) -
     return made
 
 
-class Stretched:
-    """A text as wide as its place, at most ``most`` columns: ``draw`` makes it for a number of columns."""
-
-    def __init__(self, draw: Callable[[int], Text], most: int = 100):
-        self.draw, self.most = draw, most
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        from rich.measure import Measurement
-
-        return Measurement(1, min(self.most, options.max_width))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        yield self.draw(min(self.most, options.max_width))
-
-
 def indented(part: RenderableType, by: int = 2) -> Padding:
     """The part, its lines moved to the right."""
     from rich.padding import Padding
@@ -117,26 +102,94 @@ def indented(part: RenderableType, by: int = 2) -> Padding:
     return Padding(part, (0, 0, 0, by), expand=False)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], minor: Sequence[int] = ()) -> RenderableType:
     """Columns that line up, Chinese ones too: figures to the right and never broken, texts to the left.
 
-    A cell is a number, a text (whose line breaks stay), or a ``Text`` made by :func:`line`.
+    A cell is a number, a text (whose line breaks stay), or a ``Text`` made by :func:`line`. Where all are too
+    wide, the ``minor`` columns go one after the other.
     """
-    from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="soft")
     shown = [[v if isinstance(v, Text) else _lines(cell(v)) for v in row] for row in rows]
+    made = []
     for k, name in enumerate(header):
-        values = [row[k] for row in rows if row[k] not in ("", "–")]
-        right = bool(values) and all(map(is_figure, values))
+        cells, right = [line(name), *(row[k] for row in shown)], figures_alone(rows, k)
         # at least a figure, or an ordinary word
-        words = max(map(_longest, [line(name), *(row[k] for row in shown)]))
-        least = max(words, *(row[k].cell_len for row in shown)) if right else min(20, words)
-        made.add_column(line(name), justify="right" if right else "left", min_width=least, overflow="fold")
-    for row in shown:
-        made.add_row(*row)
-    return made
+        words = max(map(_longest, cells))
+        least = max(words, *(cell.cell_len for cell in cells[1:])) if right else min(20, words)
+        most = max((part.cell_len for cell in cells for part in cell.split("\n")), default=0)
+        made.append(_Column(cells, least, least, most, right))
+    return _Table(made, minor, gap=2, headed=True)
+
+
+def grid(rows: Sequence[Sequence[Text | Stretched]], minor: Sequence[int] = ()) -> RenderableType:
+    """As :func:`table`, without a header, each cell on one line; what is :class:`Stretched` fills the width."""
+    made = []
+    for k in range(max(map(len, rows))):
+        cells = [row[k] if k < len(row) else line("") for row in rows]
+        texts = [cell.cell_len for cell in cells if not isinstance(cell, Stretched)]
+        if len(texts) < len(cells):
+            made.append(_Column(cells, 1, Stretched.LEAST, Stretched.MOST))
+        else:
+            made.append(_Column(cells, max(texts) if k else min(CUT, max(texts)), max(texts), max(texts)))
+    return _Table(made, minor, gap=1, headed=False)
+
+
+class Stretched:
+    """A text as wide as its place: ``draw`` makes it for a number of columns."""
+
+    LEAST, MOST = 20, 100
+
+    def __init__(self, draw: Callable[[int], Text]):
+        self.draw = draw
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield self.draw(min(self.MOST, options.max_width))
+
+
+class _Column(NamedTuple):
+    """Of a table: it is ``most`` wide where there is room, ``fair`` before minor ones go, ``least`` always."""
+
+    cells: Sequence[Text | Stretched]
+    least: int
+    fair: int
+    most: int
+    right: bool = False
+
+
+class _Table:
+    """A table that is laid out when it is known how wide it may be."""
+
+    def __init__(self, columns: Sequence[_Column], minor: Sequence[int], gap: int, headed: bool):
+        self.columns, self.minor, self.gap, self.headed = columns, minor, gap, headed
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        from rich.table import Table
+
+        left, room = list(self.columns), options.max_width + self.gap
+        for k in self.minor:
+            if sum(c.fair + self.gap for c in left) > room:
+                left.remove(self.columns[k])
+        gaps = self.gap * (len(left) - 1)
+        widths = _narrowed(left, options.max_width - gaps)
+        made = Table.grid(padding=(0, self.gap, 0, 0))
+        made.width = sum(widths) + gaps  # or rich would break figures to make it fit
+        for c, width in zip(left, widths, strict=True):
+            made.add_column(justify="right" if c.right else "left", width=width, overflow="fold")
+        for n, row in enumerate(zip(*(c.cells for c in left), strict=True)):
+            made.add_row(*row, style="soft" if self.headed and n == 0 else "")
+        yield made
+
+
+def _narrowed(columns: Sequence[_Column], room: int) -> list[int]:
+    """Their widths, of which the widest give way until all fit or are as narrow as they may be."""
+    widths = [max(c.least, min(c.most, room)) for c in columns]
+    while sum(widths) > room:
+        wide = [k for k, c in enumerate(columns) if widths[k] > c.least]
+        if not wide:
+            break
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
 
 
 def notices(entries: Sequence[tuple[str, str]]) -> Table:
@@ -149,19 +202,6 @@ def notices(entries: Sequence[tuple[str, str]]) -> Table:
     for level, text in entries:
         mark, style = ("-", "") if level == "note" else ("!", level)
         made.add_row(line((mark, style)), line(text))
-    return made
-
-
-def grid(rows: Sequence[Sequence[RenderableType]]) -> Table:
-    """Cells that line up without a header, each on one line; what is :class:`Stretched` fills the width."""
-    from rich.table import Table
-
-    made = Table.grid(padding=(0, 1, 0, 0))
-    for k in range(max(map(len, rows))):
-        fills = any(k < len(row) and isinstance(row[k], Stretched) for row in rows)
-        made.add_column(no_wrap=not fills, overflow="ellipsis")
-    for row in rows:
-        made.add_row(*row)
     return made
 
 
@@ -180,8 +220,9 @@ def _lines(text: str) -> Text:
 
 
 def _longest(text: Text) -> int:
-    """Columns of its longest word."""
-    return max((columns(word) for word in text.plain.split()), default=0)
+    """Columns of its longest word; a few of a text that may be cut."""
+    words = max((columns(word) for word in text.plain.split()), default=0)
+    return min(CUT, words) if text.no_wrap else words
 
 
 @contextmanager

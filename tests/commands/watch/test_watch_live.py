@@ -69,9 +69,9 @@ class Terminal:
 
 
 def frames(text: str) -> list[list[str]]:
-    """The frames as lines without colours; the last one may be cut."""
+    """The frames as lines without colours; the first and the last one may be cut."""
     plain = re.sub(r"\x1b\[[\d;?]*[A-GI-Zhlm]", "", text)
-    return [[line.rstrip() for line in part.split("\r\n")] for part in plain.split("\x1b[H")[1:]]
+    return [part.split("\r\n") for part in plain.split("\x1b[H")]
 
 
 @pytest.fixture
@@ -86,15 +86,16 @@ def test_a_live_view_follows_the_run_and_the_window_and_leaves_no_trace(folder):
     terminal = Terminal([sys.executable, "-m", "unigen", "watch", str(folder), "--interval", "0.2"], 100, 30)
     try:
         first = terminal.wait_for(r"step 120 of 2,000(?s:.*)Ctrl-C leaves")
-        assert first.startswith("\x1b[?1049h\x1b[?25l") and "\x1b[32m" in first
+        assert first.startswith("\x1b[?1049h") and "\x1b[?25l" in first and "\x1b[32m● running" in first
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row(121, random.Random(0))) + "\n")
         beat(folder, 121, ranks=2)
-        terminal.wait_for(r"step 121 of 2,000(?s:.*)\x1b\[J")
+        terminal.wait_for(r"step 121 of 2,000(?s:.*)Ctrl-C leaves")
         terminal.size(50, 16)
-        terminal.wait_for(r"\x1b\[J")
-        small = frames(terminal.wait_for(r"\x1b\[H(?s:.*)\x1b\[J(?s:.*)\x1b\[H"))[0]
-        assert max(columns(line) for line in small) <= 50 and len(small) <= 16
+        terminal.wait_for(r"Ctrl-C leaves(?s:.*)\x1b\[H")
+        small = frames(terminal.wait_for(r"\x1b\[H(?s:.*)\x1b\[H"))[1]
+        assert {columns(line) for line in small} == {50} and len(small) == 16
+        assert small[0].startswith("run  ● running") and "Ctrl-C leaves" in small[-1]
         os.kill(terminal.process.pid, signal.SIGINT)
         while terminal.read(5.0) and terminal.process.poll() is None:
             pass

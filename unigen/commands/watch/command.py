@@ -3,7 +3,6 @@ alone."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from unigen.runs.reader import Run
     from unigen.show.language import Words
     from unigen.show.terminal import RenderableType
-
-NARROW = 70  # columns; tables leave out what matters less in fewer
 
 
 def watch(options: WatchOptions) -> int:
@@ -96,8 +93,7 @@ def _write_page(options: WatchOptions, runs: Sequence[Run]) -> None:
 def _frame(options: WatchOptions, runs: Sequence[Run], words: Words) -> Iterator[RenderableType]:
     from unigen.commands.watch.terminal import frame
 
-    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < NARROW
-    return frame(runs, words, options.smooth, narrow)
+    return frame(runs, words, options.smooth)
 
 
 def _follow(options: WatchOptions, runs: Sequence[Run], words: Words) -> None:

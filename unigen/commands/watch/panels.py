@@ -23,7 +23,7 @@ class Panel(NamedTuple):
     from_zero: bool = False
 
     def title(self, words: Words) -> str:
-        return words("data_wait_curve" if self.name == "data_wait" else self.name)
+        return words("data_wait_share" if self.name == "data_wait" else self.name)
 
     def values(self, curves: Sequence[Curve]) -> Range:
         """The values that the chart of these curves shows."""

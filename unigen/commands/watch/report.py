@@ -20,7 +20,12 @@ VALUE_LENGTH = 400  # of a value in a table
 
 
 class Grid(NamedTuple):
-    """A table: ``more`` says that some rows are not shown, ``minor`` are columns that a narrow window lacks."""
+    """A table.
+
+    Args:
+        more: That some rows are not shown.
+        minor: Columns that a window too narrow for all goes without, in the order in which they go.
+    """
 
     title: str
     header: list[str]
@@ -73,9 +78,8 @@ def checkpoints(run: Run, words: Words, most: int) -> Grid:
         [c.name, c.step, words("ago", ago=time.time() - c.time), size(c.size), c.world]
         for c in reversed(run.checkpoints[-most:])
     ]
-    return _grid(
-        "checkpoints", ("name", "step", "age", "size", "world"), rows, words, len(run.checkpoints) - most
-    )
+    header = ("name", "step", "age", "size", "world")
+    return _grid(words, "checkpoints", header, rows, len(run.checkpoints) - most)
 
 
 def processes(run: Run, words: Words, most: int) -> Grid:
@@ -87,35 +91,21 @@ def processes(run: Run, words: Words, most: int) -> Grid:
         times = (words.duration(r.busy), words("ago", ago=r.age))
         rows.append([r.rank, r.host, str(r.pid), r.step, r.phase or "–", *times])
     header = ("rank", "host", "pid", "step", "phase", "phase_for", "last_sign")
-    return _grid("processes", header, rows, words, len(ranks) - most)._replace(minor=(1, 2, 5))
+    return _grid(words, "processes", header, rows, len(ranks) - most, minor=(2, 5, 1))
 
 
 def problems(run: Run, words: Words, most: int) -> list[Grid]:
     """The last steps that were skipped, and the last records that were left out."""
-    steps, records = _last(run.bad_steps, most), _last(run.bad_records, most)
-    grids = [
-        _grid(
-            "bad_steps",
-            ("step", "why", "records"),
-            [
-                [short(e.get("step", "")), short(e.get("why", "")), short(_records(e.get("records")))]
-                for e in steps
-            ],
-            words,
-            run.bad_steps.count - len(steps),
-        ),
-        _grid(
-            "bad_records",
-            ("file", "code", "found"),
-            [
-                [short(f"{e.get('file')}:{e.get('line')}"), short(e.get("code")), short(e.get("found"))]
-                for e in records
-            ],
-            words,
-            run.bad_records.count - len(records),
-        ),
-    ]
-    return [grid for grid in grids if grid.rows]
+    found = []
+    if steps := _last(run.bad_steps, most):
+        cells = [(e.get("step", ""), e.get("why", ""), _records(e.get("records"))) for e in steps]
+        rows, rest = [list(map(short, row)) for row in cells], run.bad_steps.count - len(cells)
+        found.append(_grid(words, "bad_steps", ("step", "why", "records"), rows, rest))
+    if records := _last(run.bad_records, most):
+        cells = [(f"{e.get('file')}:{e.get('line')}", e.get("code"), e.get("found")) for e in records]
+        rows, rest = [list(map(short, row)) for row in cells], run.bad_records.count - len(cells)
+        found.append(_grid(words, "bad_records", ("file", "code", "found"), rows, rest, minor=(1,)))
+    return found
 
 
 def overview(runs: Sequence[Run], words: Words) -> tuple[Grid, list[str], list[tuple[str, str]]]:
@@ -124,7 +114,7 @@ def overview(runs: Sequence[Run], words: Words) -> tuple[Grid, list[str], list[t
     rows, wrong = [], []
     for run, state in zip(runs, states, strict=True):
         latest = run.metrics.log.latest
-        steps = f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else "")
+        steps = f"{run.step:,}" + (f"/{run.total_steps:,}" if run.total_steps else "")
         best = min((p.low for p in run.metrics.log.points("val_loss")), default=None)
         numbers = (latest.get("loss"), latest.get("val_loss"), best, speed(run).tokens_per_second)
         named = f"{MARKS[state.name][0]} {words(state.name)}"
@@ -133,11 +123,8 @@ def overview(runs: Sequence[Run], words: Words) -> tuple[Grid, list[str], list[t
             (level, f"{run.name}: {text}") for level, text in warnings(run, state, words) if level == "bad"
         ]
     header = ("run", "state", "step", "loss", "validation", "best", "tokens_per_second", "eta")
-    return (
-        _grid("", header, rows, words)._replace(minor=(4, 5, 6, 7)),
-        [state.name for state in states],
-        wrong,
-    )
+    made = _grid(words, "", header, rows, minor=(6, 5, 7, 4))
+    return made, [state.name for state in states], wrong
 
 
 def more(n: int, words: Words) -> str:
@@ -151,8 +138,16 @@ def short(value: Any) -> str:
     return text if len(text) <= VALUE_LENGTH else text[:VALUE_LENGTH] + " …"
 
 
-def _grid(title: str, header: Iterable[str], rows: list[list[Any]], words: Words, rest: int = 0) -> Grid:
-    return Grid(words(title) if title else "", [words(key) for key in header], rows, more(rest, words))
+def _grid(
+    words: Words,
+    title: str,
+    header: Iterable[str],
+    rows: list[list[Any]],
+    rest: int = 0,
+    minor: tuple[int, ...] = (),
+) -> Grid:
+    """A table of ``rows``, of which ``rest`` more are not shown; title and header are keys of the texts."""
+    return Grid(words(title) if title else "", [words(key) for key in header], rows, more(rest, words), minor)
 
 
 def _last(lines: Lines, most: int) -> list[Mapping[str, Any]]:

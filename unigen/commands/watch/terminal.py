@@ -9,7 +9,6 @@ from unigen.commands.watch.health import judge
 from unigen.commands.watch.panels import Panel, curves_of, panels_of
 from unigen.commands.watch.report import (
     MARKS,
-    Grid,
     checkpoints,
     facts,
     overview,
@@ -20,7 +19,7 @@ from unigen.commands.watch.report import (
     warnings,
     why,
 )
-from unigen.runs.reader import Run
+from unigen.runs.reader import Answer, Run
 from unigen.show.curves import span
 from unigen.show.figures import figure
 from unigen.show.language import Words
@@ -28,31 +27,28 @@ from unigen.show.plot import marks, sparkline
 from unigen.show.terminal import Stretched, beside, grid, line, notices, one_line, table
 
 if TYPE_CHECKING:
-    from unigen.show.terminal import RenderableType
+    from unigen.show.terminal import RenderableType, Text
 
-FEW = {"checkpoints": 4, "processes": 8, "problems": 2, "samples": 3}
-NAME, NARROW_NAME = 24, 17  # columns of a run's name or a prompt at most
+CHECKPOINTS, PROCESSES, PROBLEMS, SAMPLES = 4, 8, 2, 3  # at most
+NAME = 24  # columns of a run's name or a prompt at most
 
 
-def frame(
-    runs: Sequence[Run], words: Words, smoothing: float = 0.0, narrow: bool = False
-) -> Iterator[RenderableType]:
-    """One run in full, or several compared, part by part; ``narrow`` leaves out what matters less."""
+def frame(runs: Sequence[Run], words: Words, smoothing: float = 0.0) -> Iterator[RenderableType]:
+    """One run in full, or several compared, part by part; ``smoothing`` is that of training curves."""
     if len(runs) == 1:
-        yield from _one(runs[0], words, smoothing, narrow)
+        yield from _one(runs[0], words, smoothing)
         return
     compared, states, wrong = overview(runs, words)
     for row, state in zip(compared.rows, states, strict=True):
         row[:2] = [one_line(row[0], most=NAME), line((row[1], MARKS[state][1]))]
-    yield from _table(compared, narrow)
+    yield table(compared.header, compared.rows, compared.minor)
     yield ""
-    yield _curves(runs, words, smoothing, narrow)
+    yield _curves(runs, words, smoothing)
     if wrong:
-        yield ""
         yield notices(wrong)
 
 
-def _one(run: Run, words: Words, smoothing: float, narrow: bool) -> Iterator[RenderableType]:
+def _one(run: Run, words: Words, smoothing: float) -> Iterator[RenderableType]:
     state = judge(run)
     sign, style = MARKS[state.name]
     share = share_done(run)
@@ -73,47 +69,50 @@ def _one(run: Run, words: Words, smoothing: float, narrow: bool) -> Iterator[Ren
     if found := warnings(run, state, words):
         yield notices(found)
     yield ""
-    yield _curves([run], words, smoothing, narrow)
+    yield _curves([run], words, smoothing)
     for made in (
-        checkpoints(run, words, FEW["checkpoints"]),
-        processes(run, words, FEW["processes"]),
-        *problems(run, words, FEW["problems"]),
+        checkpoints(run, words, CHECKPOINTS),
+        processes(run, words, PROCESSES),
+        *problems(run, words, PROBLEMS),
     ):
         if made.rows:
             yield ""
             yield line((made.title, "bold"))
-            yield from _table(made, narrow)
+            yield table(made.header, made.rows, made.minor)
+            if made.more:
+                yield line((made.more, "soft"))
     if run.sampled:
         yield ""
         yield line((words("latest_sample", step=run.sampled[-1]), "bold"))
-        for answer in run.answers(run.sampled[-1])[: FEW["samples"]]:
-            parts = [
-                p["text"] if "text" in p else f"[{words('picture')} {p['image'].name}]" for p in answer.pieces
-            ]
-            prompt = one_line(answer.prompt, most=NAME).plain
-            yield one_line((prompt, "soft"), "  ", "  ".join(parts) or answer.error)
+        for answer in run.answers(run.sampled[-1])[:SAMPLES]:
+            yield _answer(answer, words)
 
 
-def _curves(runs: Sequence[Run], words: Words, smoothing: float, narrow: bool) -> RenderableType:
+def _answer(answer: Answer, words: Words) -> Text:
+    parts = [p["text"] if "text" in p else f"[{words('picture')} {p['image'].name}]" for p in answer.pieces]
+    prompt = one_line(answer.prompt, most=NAME).plain
+    return one_line((prompt, "soft"), "  ", "  ".join(parts) or answer.error)
+
+
+def _curves(runs: Sequence[Run], words: Words, smoothing: float) -> RenderableType:
     """The curves of all panels, those of several runs with a line between panels."""
-    parts = [_panel(runs, panel, words, smoothing, narrow) for panel in panels_of(runs)]
+    parts = [_panel(runs, panel, words, smoothing) for panel in panels_of(runs)]
     if not parts:
         return line((words("no_metrics"), "soft"))
-    return grid([row for part in parts for row in (part if len(runs) == 1 else [*part, [""]])])
+    rows = [row for part in parts for row in (part if len(runs) == 1 else [*part, [line("")]])]
+    return grid(rows, minor=(3,))
 
 
-def _panel(
-    runs: Sequence[Run], panel: Panel, words: Words, smoothing: float, narrow: bool
-) -> list[list[RenderableType]]:
+def _panel(runs: Sequence[Run], panel: Panel, words: Words, smoothing: float) -> list[list[Text | Stretched]]:
     """A line for each curve, all on one scale: its name, itself, its newest value, and a note."""
     curves, several = curves_of(runs, panel, smoothing), len(runs) > 1
     values = panel.values(curves)
     box = (*span([c.points for c in curves]), values)
     title, unit = panel.title(words), "%" if panel.unit == "unit_share" else ""
     extent = f"{figure(values.low)} … {'↑' * values.cut}{figure(values.high)}{unit}"
-    rows: list[list[RenderableType]] = (
-        [[line((title, "bold")), one_line((extent, "soft"))]] if several else []
-    )
+    rows: list[list[Text | Stretched]] = []
+    if several:
+        rows.append([line((title, "bold")), one_line((extent, "soft"))])
     for curve in curves:
         name, note = (runs[curve.run].name, "") if several else (title, extent)
         if curve.is_validation:
@@ -123,17 +122,9 @@ def _panel(
         style = "yellow" if curve.is_validation else "cyan"
         spark = Stretched(lambda n, curve=curve, style=style: line((sparkline(curve, box, n), style)))
         newest = f"{figure(curve.points[-1].mean) + unit:>8}"
-        named = one_line(name, most=NARROW_NAME if narrow else NAME)
-        rows.append([named, spark, line(newest), *([] if narrow else [line((note, "soft"))])])
+        rows.append([one_line(name, most=NAME), spark, line(newest), line((note, "soft"))])
     skipped = [step for step in runs[0].metrics.log.skipped if box[0] <= step <= box[1]]
     if panel.name == "grad_norm" and skipped and not several:
         spark = Stretched(lambda n: line((marks(skipped, box, n), "bad")))
         rows.append([line((f"  {words('skipped_steps')}", "soft")), spark])
     return rows
-
-
-def _table(made: Grid, narrow: bool) -> Iterator[RenderableType]:
-    left = [k for k in range(len(made.header)) if not (narrow and k in made.minor)]
-    yield table([made.header[k] for k in left], [[row[k] for k in left] for row in made.rows])
-    if made.more:
-        yield line((made.more, "soft"))
