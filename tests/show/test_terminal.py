@@ -12,7 +12,20 @@ from pathlib import Path
 import pytest
 
 from unigen.commands.preview.command import Colours, colours
-from unigen.show.terminal import UNBOUND, columns, drawn, harmless, has_colour, line, live, say, table
+from unigen.show.terminal import (
+    UNBOUND,
+    Stretched,
+    columns,
+    drawn,
+    grid,
+    harmless,
+    has_colour,
+    line,
+    live,
+    one_line,
+    say,
+    table,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +57,8 @@ def test_text_of_others_cannot_steer_the_terminal():
 def test_what_the_encoding_lacks_is_shown_as_an_escape(monkeypatch: pytest.MonkeyPatch):
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    say("a 猫")
-    assert raw.getvalue() == b"a \\u732b\n"
+    say("a 猫", "● ━━─ ▁▄█ …")
+    assert raw.getvalue() == b"a \\u732b\n* ==- _-# .\n", "our own signs have plain ones, as wide"
 
 
 def test_where_nobody_reads_on_the_command_comes_to_its_own_end():
@@ -82,6 +95,27 @@ def test_figures_and_ordinary_words_stay_whole_in_a_narrow_terminal():
     words = text.split()
     assert {"several", "ordinary", "words", "1,234,567"} <= set(words) and "< 0.01%" in text
     assert text.count("x") == 50, "what is longer than a column goes on below"
+
+
+def test_lesser_columns_go_where_a_table_is_too_wide():
+    rows = [["a name", 1234567, "some words", "x"], ["b", 2, "more", "y"]]
+    made = table(["name", "n", "what", "last"], rows, minor=(2, 1))
+    heads = {width: drawn(made, width).split("\n")[0].split() for width in (40, 22, 12)}
+    assert heads == {40: ["name", "n", "what", "last"], 22: ["name", "n", "last"], 12: ["name", "last"]}
+
+
+def test_what_is_stretched_fills_the_width_and_texts_stay_on_their_line():
+    rows = [
+        [one_line("a long name of a run"), Stretched(lambda n: line("=" * n)), line("1.5"), line("a note")]
+    ]
+    assert drawn(grid(rows, minor=(3,)), 60) == f"a long name of a run {'=' * 28} 1.5 a note"
+    assert drawn(grid(rows, minor=(3,)), 46) == f"a long name of a run {'=' * 21} 1.5"
+    narrow = drawn(grid(rows, minor=(3,)), 30)
+    assert (
+        len(narrow) == 30 and narrow.startswith("a long name") and narrow.endswith("= 1.5") and "…" in narrow
+    )
+    assert drawn(grid(rows), UNBOUND).count("=") == Stretched.MOST
+    assert drawn(one_line("橘猫橘猫"), 5) == "橘猫…" and one_line("abcdef", most=4).plain == "abc…"
 
 
 def test_nothing_is_broken_or_cut_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 # The names of styles, in every command's output.
-STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "soft": "dim"}
+STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "note": "dim", "soft": "dim"}
 # Signs of ours, and what stands for one where the output's encoding lacks it.
 PLAIN = dict(zip("●■○✓✕×↑━─▁▂▃▄▅▆▇█…–", "*#ovxx^=-_.:-=+*#.-", strict=True))
 CUT = 12  # columns that a text keeps which may be cut
