@@ -54,13 +54,14 @@ def test_help_of_train_is_grouped_and_says_what_the_docstrings_say(capsys, monke
     text = " ".join(capsys.readouterr().out.split())
     titles = [
         "Which model, and which of its parts learn",
-        "Which data, and how a record becomes tokens",
+        "How a record becomes tokens",
+        "Which data is read, and how it is packed",
         "How the weights move",
     ]
     titles += ["Where and how it runs", "Who is told"]
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
-    assert places[2] < text.index("--learning_rate") < places[3]
+    assert places[3] < text.index("--learning_rate") < places[4]
     for topic in cli.TOPICS:
         for option, help_line in re.findall(r"^ {8}(\w+): (.+)$", topic.__doc__, re.M):
             assert option in known_options() and " ".join(help_line.split()) in text

@@ -26,9 +26,6 @@ class ModelOptions:
 
     Args:
         model_path: Folder of the checkpoint to start from, in the published BAGEL layout.
-        visual_gen: Let the model draw; false leaves the generation expert out (text targets only, half the
-            memory).
-        visual_und: Let the model see pictures through its ViT; false leaves the ViT out.
         freeze_llm: Keep the whole decoder (both experts, embeddings and text head) as it is.
         freeze_vit: Keep the vision transformer as it is.
         freeze_und: Train the generation expert only; the understanding side keeps its weights and its
@@ -38,8 +35,6 @@ class ModelOptions:
     """
 
     model_path: str | None = None
-    visual_gen: bool = True
-    visual_und: bool = True
     freeze_llm: bool = False
     freeze_vit: bool = False
     freeze_und: bool = False
@@ -117,19 +112,15 @@ _SOURCE_WORDS = {
 
 @dataclass
 class DataOptions:
-    """Which data, and how a record becomes tokens.
+    """How a record becomes tokens, the same in training, check and preview.
 
     Args:
-        train_data_path: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face
-            datasets, folders of them.
-        train_sources: Several sources with weights, as a list in a recipe (in place of train_data_path); see
-            docs/data.md.
-        val_data_path: Held-out data of the same kinds, for validation.
+        visual_gen: Let the model draw; false leaves the generation expert out (half the memory), and records
+            with an image to draw cannot be used.
+        visual_und: Let the model see pictures through its ViT; false leaves the ViT out, and records with
+            pictures but none to draw cannot be used.
         data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
             Default: no limit.
-        cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
-        batch_size: Samples per packed row.
-        max_num_tokens: Token budget of a packed row; when given, it decides how many samples a row holds.
         max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the
             model's limit.
         max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
@@ -142,6 +133,44 @@ class DataOptions:
             guidance).
         vit_cond_dropout_prob: The same for the ViT tokens of a context image.
         vae_cond_dropout_prob: The same for the clean VAE tokens of a context image.
+    """
+
+    visual_gen: bool = True
+    visual_und: bool = True
+    data_root: str | None = None
+    max_sequence_length: int | None = None
+    max_image_tokens: int = 4096
+    train_transitions: bool = True
+    single_image_stop_prob: float = 0.15
+    text_cond_dropout_prob: float = 0.1
+    vit_cond_dropout_prob: float = 0.3
+    vae_cond_dropout_prob: float = 0.3
+
+    def check_data(self) -> None:
+        """Raises ConfigError for a value out of range."""
+        for name in ("max_image_tokens", "max_sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1 (--{name} ...)")
+        for name in (f.name for f in fields(DataOptions) if f.name.endswith("_prob")):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value}; a probability lies in [0, 1] (--{name} ...)")
+
+
+@dataclass
+class LoaderOptions:
+    """Which data is read, and how it is packed.
+
+    Args:
+        train_data_path: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face
+            datasets, folders of them.
+        train_sources: Several sources with weights, as a list in a recipe (in place of train_data_path); see
+            docs/data.md.
+        val_data_path: Held-out data of the same kinds, for validation.
+        cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
+        batch_size: Samples per packed row.
+        max_num_tokens: Token budget of a packed row; when given, it decides how many samples a row holds.
         on_bad_record: error stops before training; skip leaves the record out, lists it, and stops above 1 %.
         check_pictures: Before training, decode every picture (full), read their headers only (headers), or
             decide by their number (auto).
@@ -152,17 +181,9 @@ class DataOptions:
     train_data_path: str | list[str] | None = None
     train_sources: list[dict[str, Any]] | None = None
     val_data_path: str | list[str] | None = None
-    data_root: str | None = None
     cache_dir: str | None = None
     batch_size: int = 1
     max_num_tokens: int | None = None
-    max_sequence_length: int | None = None
-    max_image_tokens: int = 4096
-    train_transitions: bool = True
-    single_image_stop_prob: float = 0.15
-    text_cond_dropout_prob: float = 0.1
-    vit_cond_dropout_prob: float = 0.3
-    vae_cond_dropout_prob: float = 0.3
     on_bad_record: Literal["error", "skip"] = "error"
     check_pictures: Literal["auto", "full", "headers"] = "auto"
     num_workers: int | None = None
@@ -311,11 +332,11 @@ class TrackingOptions:
     sample_steps: int | None = None
 
 
-TOPICS = (ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOptions)
+TOPICS = (ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, TrackingOptions)
 
 
 @dataclass
-class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOptions):
+class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, TrackingOptions):
     """Every option of a training run, flat."""
 
     def resolve(self) -> Config:
@@ -353,27 +374,14 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
             ),
         ]
         counts = ("batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps", "save_steps")
-        for name in (*counts, "max_image_tokens", "max_skipped_steps"):
+        for name in (*counts, "max_skipped_steps"):
             checks.append(
                 (getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1")
             )
-        optional = ("max_steps", "eval_steps", "max_num_tokens", "max_sequence_length")
+        optional = ("max_steps", "eval_steps", "max_num_tokens")
         for name in (*optional, "save_total_limit", "early_stopping_patience", "shard_size", "sample_steps"):
             value = getattr(self, name)
             checks.append((value is None or value >= 1, name, f"is {value}; it must be at least 1"))
-        for name in (
-            "single_image_stop_prob",
-            "text_cond_dropout_prob",
-            "vit_cond_dropout_prob",
-            "vae_cond_dropout_prob",
-        ):
-            checks.append(
-                (
-                    0 <= getattr(self, name) <= 1,
-                    name,
-                    f"is {getattr(self, name)}; a probability lies in [0, 1]",
-                )
-            )
         for name in (
             "learning_rate",
             "weight_decay",
@@ -475,6 +483,7 @@ class Config(ModelOptions, DataOptions, OptimOptions, RunOptions, TrackingOption
         for good, name, problem in checks:
             if not good:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")
+        self.check_data()
         self.asked_precision()
         self.sources()
         return self

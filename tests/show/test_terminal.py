@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from unigen.commands.preview.command import Colours, colours
 from unigen.show.terminal import (
     UNBOUND,
     Stretched,
@@ -39,15 +38,15 @@ def test_colours_are_for_terminals_and_off_where_asked(monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.stdout", Terminal())
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert has_colour() and colours().end == "\x1b[0m"
+    assert has_colour() and drawn(line(("a", "bad"))) == "\x1b[1;31ma\x1b[0m"
     monkeypatch.setenv("TERM", "dumb")
     assert not has_colour()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not has_colour() and colours() == Colours()
+    assert not has_colour() and drawn(line(("a", "bad"))) == "a"
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert not has_colour() and colours() == Colours()
+    assert not has_colour() and drawn(line(("a", "bad"))) == "a"
 
 
 def test_text_of_others_cannot_steer_the_terminal():

@@ -87,8 +87,8 @@ class BagelConfig:
             self.transforms(tokens, **{name: size for name, size in asked.items() if size is not None}),
             options,
             self.llm.max_position_embeddings,
-            getattr(options, "visual_gen", True),
-            getattr(options, "visual_und", True),
+            options.visual_gen,
+            options.visual_und,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def is_figure(value: Any) -> bool:
 
 
 def figures_alone(rows: Sequence[Sequence[Any]], k: int) -> bool:
-    """Whether column ``k`` of a table holds figures and nothing else but gaps; then it stands to the right."""
+    """Does column ``k`` of a table hold figures and gaps alone? Then it stands to the right."""
     values = [row[k] for row in rows if row[k] not in ("", "–")]
     return bool(values) and all(map(is_figure, values))
 

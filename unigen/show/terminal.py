@@ -123,7 +123,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], minor: Sequence[
 
 
 def grid(rows: Sequence[Sequence[Text | Stretched]], minor: Sequence[int] = ()) -> RenderableType:
-    """As :func:`table`, without a header, each cell on one line; what is :class:`Stretched` fills the width."""
+    """As :func:`table`, without a header, a line each; what is :class:`Stretched` fills the width."""
     made = []
     for k in range(max(map(len, rows))):
         cells = [row[k] if k < len(row) else line("") for row in rows]
@@ -148,7 +148,7 @@ class Stretched:
 
 
 class _Column(NamedTuple):
-    """Of a table: it is ``most`` wide where there is room, ``fair`` before minor ones go, ``least`` always."""
+    """A column: ``most`` wide where there is room, ``fair`` before minor ones go, ``least`` always."""
 
     cells: Sequence[Text | Stretched]
     least: int

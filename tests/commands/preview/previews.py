@@ -24,16 +24,14 @@ SAY = Words("en", "preview")
 TIP = re.compile(r"index (\d+) · position (\d+) · id (\d+)(?: · label (\d+))?")
 
 
-def record(*pieces: Text | Image) -> Record:
-    return Record(list(pieces), Origin(Path("data.jsonl"), 1), "direct")
+def record(*segments: Text | Image) -> Record:
+    return Record(list(segments), Origin(Path("data.jsonl"), 1), "direct")
 
 
 def packed(entry: Record, number: int, planner: Planner, epoch: int = 0, seed: int = 42) -> Pack:
-    """The row that training makes of the record, without the preview's help."""
-    draw = RandomKey(seed, epoch, number)
-    blocks = planner.fill(
-        entry.sample, planner.outline(entry.sample, planner.token_lengths(entry), draw), draw
-    )
+    """The packed sequence that training makes of the record, without the preview's help."""
+    key = RandomKey(seed, epoch, number)
+    blocks = planner.fill(entry.sample, planner.outline(entry.sample, planner.token_lengths(entry), key), key)
     return pack_blocks([blocks], planner.tokenizer.special, planner.geometry)
 
 

@@ -1,21 +1,23 @@
 """``unigen preview`` as its user meets it: which records, exit codes, the terminal, and a page that data
 cannot break."""
 
-from dataclasses import fields
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import FAULTS, framed, in_browser
 from pages import Page
 from PIL import Image as PILImage
 from previews import EXAMPLES, HOUSE, PICTURES, SAY, packed, page_of, record, sample_page, write
 
 from unigen import cli
 from unigen.commands.preview import command as preview
-from unigen.commands.preview.blocks import Ink, mask_drawing, plain, strip, tile_side, visible
+from unigen.commands.preview.chips import Chip, Chips, named
 from unigen.commands.preview.page import write_preview
 from unigen.commands.preview.pick import PreviewOptions, pick
+from unigen.commands.preview.pictures import BLOCKS, mask_picture, tile_side
 from unigen.commands.preview.view import look
 from unigen.config import DataOptions
 from unigen.data.dataset import UnifiedGenerationDataset
@@ -43,7 +45,7 @@ def test_the_command_as_it_is_written_in_the_help(tmp_path, monkeypatch, capsys)
     )
     page = Page((tmp_path / "preview.html").read_text(encoding="utf-8"))
     assert page.text.count("Record ") == 2 and "texts are cut into words, an estimate" in page.text
-    assert len(page.of("img")) == sum(values["class"].count("tile") for values in page.of("div", "tile"))
+    assert len(page.of("img")) == len(page.of("div", "tile")) + len(page.of("div", "mask")) > 2
 
 
 def test_the_short_form(tmp_path, capsys):
@@ -166,10 +168,10 @@ def test_which_records_are_picked(tmp_path):
     assert counts.min() > 15 and counts.max() < 75  # 40 expected of each
 
 
-def test_a_records_number_decides_its_visit(tmp_path, golden):
-    """Record 3 of a list looks as record 3 of all does: the number names the random draws."""
+def test_a_records_number_decides_its_pass(tmp_path, golden):
+    """Record 4 of a list looks as record 4 of all does: the number names the random numbers."""
     options = PreviewOptions(paths=[str(EXAMPLES)], records=[4], max_image_tokens=16)
-    planner = load_planner(golden / "model", options.data_options())
+    planner = load_planner(golden / "model", options)
     (found,) = pick(options)
     view = preview.look_at(found, options, planner, 1.0).view
     entry = list(UnifiedGenerationDataset(EXAMPLES))[4]
@@ -177,21 +179,15 @@ def test_a_records_number_decides_its_visit(tmp_path, golden):
     assert torch.equal(view.pack.noise, packed(entry, 4, planner).noise)
 
 
-def test_the_options_are_those_of_training():
-    """Same names, same defaults, and all of them reach the planner."""
-    options = PreviewOptions(max_image_tokens=9, vit_cond_dropout_prob=0.5, train_transitions=False)
-    shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(PreviewOptions)}
-    assert {name: getattr(PreviewOptions(), name) for name in shared} == {
-        name: getattr(DataOptions(), name) for name in shared
-    }
-    given = options.data_options()
-    assert (given.max_image_tokens, given.vit_cond_dropout_prob, given.train_transitions) == (9, 0.5, False)
-    assert {
-        "text_cond_dropout_prob",
-        "vit_cond_dropout_prob",
-        "vae_cond_dropout_prob",
-        "single_image_stop_prob",
-    } <= shared
+def test_the_options_of_training_reach_the_planner(tmp_path, capsys):
+    assert issubclass(PreviewOptions, DataOptions)
+    picture = {"image_path": str(HOUSE)}
+    path = write(tmp_path, {"text_prompt": "A house.", **picture}, {**picture, "caption": "A house."})
+    argv = (path, "--output", "none", "--max_image_tokens", 4, "--visual_gen", "false")
+    code, out, _ = run(capsys, *argv)
+    assert code == 1 and f"{path}:1: image_target_without_visual_gen" in out and "-> vit 16x16" in out
+    code, out, _ = run(capsys, *argv[:-2], "--visual_und", "false", "--no_train_transitions")
+    assert code == 1 and f"{path}:2: image_without_visual_und" in out and "noised 2x2=4" in out
 
 
 def test_the_time_law_is_the_checkpoints(golden, tmp_path):
@@ -226,10 +222,14 @@ def test_hostile_texts_are_shown_not_obeyed(tmp_path, estimate):
 
 
 def test_invisible_characters_have_names_and_visible_ones_stay():
-    assert visible("a b") == "a<i> </i>b" and ">↵</b>\n" in visible("a\n") and "⇥" in visible("\t")
-    assert visible("👩\u200d👧") == "👩\u200d👧" and ">ZWJ</b>" in visible("\u200dx")
-    assert plain("a\u202eb <c>") == "a⟨RLO⟩b &lt;c&gt;"
-    assert visible("مرحبا你好é") == "مرحبا你好é"
+    def parts(text: str) -> list[tuple[str, str]]:
+        return Chip(text).parts
+
+    assert parts("ab c") == [("ab", ""), (" ", "space"), ("c", "")]
+    assert parts("a\n\t") == [("a", ""), ("↵", "U+000A"), ("\n", ""), ("⇥", "U+0009")]
+    assert parts("👩\u200d👧") == [("👩\u200d👧", "")] and parts("\u200dx")[0] == ("ZWJ", "Zero Width Joiner")
+    assert parts("مرحبا你好é") == [("مرحبا你好é", "")]
+    assert named("a\u202eb <c>\n") == "a⟨RLO⟩b <c>\n"
 
 
 def test_a_page_of_five_large_samples_is_small(tmp_path, capsys):
@@ -249,14 +249,11 @@ def test_many_pictures_get_small_tiles_and_many_blocks_a_bare_mask(tmp_path, est
     images = [Image(HOUSE) for _ in range(30)]
     view = look(record(*images, Text("a", target=True)), 0, estimate, RandomKey(42, 0, 0))
     assert tile_side(view.blocks) < tile_side(view.blocks[:3])
-    svg = mask_drawing(view, SAY)
-    assert (
-        "<title>" not in svg
-        and len(svg) < 60_000
-        and strip(view, SAY).count("<div class=") == 1 + len(view.blocks)
-    )
+    many = look(record(*[Text("a"), Text("b", target=True)] * 200), 0, estimate, RandomKey(42, 0, 0))
+    picture = mask_picture(many)
+    assert len(picture.blocks) == len(picture.sizes) == BLOCKS and min(picture.sizes) > 0
     page = sample_page(tmp_path, record(*[Text("a"), Text("b", target=True)] * 200), estimate)
-    assert "Only the first 96 of 400 blocks are drawn." in page.text and "One cell is one block" in page.text
+    assert "Only the first 96 of 400 blocks are drawn." in page.text
     assert (tmp_path / "preview.html").stat().st_size < 900_000
 
 
@@ -270,12 +267,28 @@ def test_the_page_speaks_chinese(tmp_path, estimate, records):
         assert texts("zh")["preview"][key] in page.text and texts("en")["preview"][key] not in page.text
 
 
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_on_a_phone_words_stay_whole_and_nothing_leaves_its_card(tmp_path, capsys, language):
+    code, _, _ = run(capsys, EXAMPLES, "-n", 2, "--output", tmp_path / "p.html", "--language", language)
+    source, cells = (tmp_path / "p.html").read_text("utf-8"), "td, th, figcaption"
+    if language == "en":  # a Chinese sentence is no word
+        cells += ", dt, dd, .num, .tag, .tiles *, .note"
+    faults = json.loads(framed(source, FAULTS.replace("td, th, figcaption", cells), tmp_path))
+    assert code == 0 and faults["cells"] > 20 and (faults["wide"], faults["split"]) == ([], [])
+    beyond = """document.title = JSON.stringify([...d.querySelectorAll('section *')].filter(e =>
+      !e.closest('svg, .wide') && e.getBoundingClientRect().right > e.closest('section').getBoundingClientRect().right
+    ).map(e => e.className))"""
+    assert json.loads(framed(source, beyond, tmp_path)) == []
+
+
 def test_tooltips_are_spent_once_a_sample(planner):
-    ink = Ink(planner.tokenizer, SAY)
+    chips = Chips(planner.tokenizer, SAY)
     view = look(record(Text("a " * 1500), Text("b " * 1500, target=True)), 0, planner, RandomKey(42, 0, 0))
     for shown in view.blocks:
-        ink.text(shown)
-    assert -2 <= ink.left <= 0
+        chips.text(shown)
+    assert -2 <= chips.left <= 0
 
 
 def test_a_picture_outside_the_root_is_refused(tmp_path, capsys):

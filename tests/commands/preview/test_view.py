@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
-from previews import HOUSE, SAY, TIP, packed, record, sample_page
+from previews import HOUSE, TIP, packed, record, sample_page
 
-from unigen.commands.preview.blocks import CHIPS, SIDE, mask_drawing
-from unigen.commands.preview.view import CAUSAL, FULL, NONE, block_mask, characters, look
+from unigen.commands.preview.chips import CHIPS, characters
+from unigen.commands.preview.pictures import COLOURS, HATCHED, mask_picture, noised
+from unigen.commands.preview.view import PictureView, look
 from unigen.config import DataOptions
 from unigen.model.flow import training_time
 from unigen.model.weights import load_planner
@@ -41,17 +42,17 @@ def test_every_token_in_the_page_is_a_column_of_the_pack(number, epoch, tmp_path
 
 @pytest.mark.parametrize("number", range(7))
 def test_what_is_marked_as_learnt_is_what_carries_labels(number, tmp_path, planner, records):
-    """Learnt tokens, transitions and labels behind a cut are together the pack's labels, in each of some
-    visits."""
+    """Learnt tokens, next-modality tokens and labels behind a cut are together the pack's labels, in each of
+    some passes."""
     for epoch in range(4):
         view = look(records[number], number, planner, RandomKey(42, epoch, number))
         pack = packed(records[number], number, planner, epoch)
         learnt = sum(token.learnt for shown in view.blocks for token in shown.tokens)
-        transitions = sum(shown.transition is not None for shown in view.blocks)
-        assert learnt + transitions == pack.n_text_labels == view.pack.n_text_labels
+        opened = sum(shown.next_modality is not None for shown in view.blocks)
+        assert learnt + opened == pack.n_text_labels == view.pack.n_text_labels
         page = sample_page(tmp_path, records[number], planner, epoch, number)
         legend = 1  # of each mark
-        assert len(page.of("bdi", "t")) - legend == transitions
+        assert len(page.of("bdi", "t")) - legend == opened
         lit = [values for tag in ("span", "bdi") for values in page.of(tag, "y")]
         assert sum(len(TIP.findall(values.get("title") or "")) for values in lit) == learnt
 
@@ -60,14 +61,10 @@ def test_the_sums_in_the_page_are_the_packs(tmp_path, estimate, records):
     pack = packed(records[1], 1, estimate)
     text = sample_page(tmp_path, records[1], estimate, number=1).text
     share = pack.n_image_targets / (pack.n_image_targets + pack.n_text_labels)
-    assert f"{len(pack)}length: {len(pack) / 32768:.1%} of the 32,768 tokens" in text.replace(
-        f"{len(pack):,}", str(len(pack))
-    )
-    assert (
-        f"{pack.n_text_labels}text labels: {pack.n_text_labels / len(pack):.1%} of the sample's tokens"
-        in text
-    )
-    assert f"{pack.n_image_targets}image target tokens" in text and f"{share:.1%} of its targets" in text
+    assert f"{len(pack):,}length{len(pack) / 32768:.1%} of the 32,768 tokens" in text
+    of_tokens = f"{pack.n_text_labels / len(pack):.1%} of the sample's tokens"
+    assert f"{pack.n_text_labels}text labels{of_tokens}" in text
+    assert f"{pack.n_image_targets:,}image target tokens" in text and f"{share:.1%} of its targets" in text
 
 
 def test_a_cut_text_shows_what_is_lost(tmp_path, golden):
@@ -87,7 +84,7 @@ def test_a_cut_text_shows_what_is_lost(tmp_path, golden):
     assert f"cut: {len(shown.lost)} text tokens are lost" in page.text
     learnt = sum(token.learnt for token in shown.tokens)
     # one stands behind the cut
-    assert learnt + 1 + sum(s.transition is not None for s in view.blocks) == pack.n_text_labels
+    assert learnt + 1 + sum(s.next_modality is not None for s in view.blocks) == pack.n_text_labels
 
 
 def test_a_long_text_folds_and_loses_nothing(tmp_path, planner):
@@ -95,7 +92,7 @@ def test_a_long_text_folds_and_loses_nothing(tmp_path, planner):
     entry = record(Text("Count."), Text(text, target=True))
     page = sample_page(tmp_path, entry, planner)
     assert len(page.of("details", "fold")) == 1
-    assert text in re.sub(r"…… \S+|… [\d,]+ more tokens", "", page.text)
+    assert text in re.sub(r"… [\d,]+ more tokens|\n", "", page.text)
     assert 0 < sum(len(TIP.findall(values.get("title") or "")) for _, values in page.elements) <= CHIPS + 4
 
 
@@ -123,16 +120,20 @@ def test_a_special_token_inside_a_text_is_pointed_out(tmp_path, planner):
     )
 
 
-def test_the_wording_of_the_visit_is_shown(tmp_path, planner):
+def test_the_caption_variant_of_the_pass_is_shown(tmp_path, planner):
     entry = record(Text("one", others=("two", "three")), Text("c", target=True))
     seen = set()
     for epoch in range(12):
         view = look(entry, 0, planner, RandomKey(42, epoch, 0))
-        k, n = view.blocks[0].wording
-        text = planner.tokenizer.decode([token.id for token in view.blocks[0].tokens[1:-1]])
-        assert n == 3 and text == ("one", "two", "three")[k - 1]
-        seen.add(k)
-    assert len(seen) > 1 and f"wording {k} of 3" in sample_page(tmp_path, entry, planner, epoch=11).text
+        (shown, _) = view.blocks
+        text = planner.tokenizer.decode([token.id for token in shown.tokens[1:-1]])
+        assert shown.variants == ("one", "two", "three") and text == shown.variants[shown.variant]
+        seen.add(text)
+    assert (
+        len(seen) > 1
+        and f"caption variant {shown.variant + 1} of 3"
+        in sample_page(tmp_path, entry, planner, epoch=11).text
+    )
 
 
 # ---- pictures, positions
@@ -170,10 +171,14 @@ def test_the_page_says_what_the_resize_did(tmp_path, estimate):
             (w0, h0), (w, h), grid = shown.picture.original, shown.picture.size, shown.block.grid
             assert f"{w0:,} × {h0:,} → {w:,} × {h:,} px" in page.text
             assert f"{grid[0]} × {grid[1]} = {grid[0] * grid[1]}" in page.text
-            assert shown.picture.upscaled == (min(w / w0, h / h0) > 1.1)
-    enlarged = [shown for shown in view.blocks if shown.picture and shown.picture.upscaled]
+            assert shown.picture.enlarged == (min(w / w0, h / h0) > 1.1)
+    enlarged = [shown for shown in view.blocks if shown.picture and shown.picture.enlarged]
     assert page.text.count("this adds no detail") == len(enlarged)
-    assert "scaled down to" in page.text and view.blocks[0].picture.original == (640, 480)
+    assert (
+        "resize×0." in page.text
+        and "resizeunchanged" in page.text
+        and view.blocks[0].picture.original == (640, 480)
+    )
 
 
 def test_a_noised_image_shares_its_position_with_its_copy(tmp_path, planner, records):
@@ -184,23 +189,20 @@ def test_a_noised_image_shares_its_position_with_its_copy(tmp_path, planner, rec
         assert shown.positions == (int(inside.min()), int(inside.max()))
     (noised,) = [s for s in view.kept if s.kind == Kind.NOISED]
     (copied,) = [s for s in view.kept if s.kind == Kind.CLEAN]
-    assert noised.twins == [copied.number] and copied.twins == [noised.number]
-    assert sum(bool(s.twins) for s in view.kept) == 2
+    assert noised.same_position == [copied.number] and copied.same_position == [noised.number]
+    assert sum(bool(s.same_position) for s in view.kept) == 2
     assert f"same position as {copied.number}" in sample_page(tmp_path, records[0], planner).text
 
 
 def test_noise_hides_as_much_as_its_time_says(estimate):
     """At t = 0 the tile is the picture, at t = 1 it has nothing of it."""
-    from unigen.commands.preview.blocks import noised
-    from unigen.commands.preview.view import Picture
-
     image = PILImage.new("RGB", (64, 64), (200, 40, 90))
     clean = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-    assert torch.allclose(noised(image, Picture("", (1, 1), clean, 0.0), (4, 4)), clean)
+    assert torch.allclose(noised(image, PictureView("", (1, 1), clean, 0.0), (4, 4)), clean)
     other = PILImage.new("RGB", (64, 64), "white")
     assert torch.equal(
-        noised(image, Picture("", (1, 1), clean, 1.0), (4, 4)),
-        noised(other, Picture("", (1, 1), clean, 1.0), (4, 4)),
+        noised(image, PictureView("", (1, 1), clean, 1.0), (4, 4)),
+        noised(other, PictureView("", (1, 1), clean, 1.0), (4, 4)),
     )
 
 
@@ -223,45 +225,51 @@ def rule(pack: Pack) -> np.ndarray:
     return seen
 
 
-def drawn(svg: str, length: int) -> np.ndarray:
-    """The rectangles of a token-by-token drawing as a matrix."""
-    seen = np.zeros((length, length), bool)
-    left = float(re.search(r'viewBox="0 0 (\S+)', svg)[1]) - SIDE - 4
-    unit = SIDE / length
-    for path in re.findall(r'<path class="f-\w+" d="([^"]+)"', svg):
-        for x, y, w, h in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)H", path):
-            column, row, columns, rows = (
-                round(v / unit) for v in (float(x) - left, float(y) - 18, float(w), float(h))
-            )
-            assert not seen[row : row + rows, column : column + columns].any(), "drawn twice"
-            seen[row : row + rows, column : column + columns] = True
-    return seen
+def drawn(picture) -> tuple[np.ndarray, np.ndarray]:
+    """[n, n] bool each: what is seen, and what is hatched."""
+    opacity = np.asarray(picture.image)[..., 3]
+    assert set(np.unique(opacity)) <= {0, HATCHED, 255}
+    return opacity == 255, opacity == HATCHED
 
 
 @pytest.mark.parametrize("number", [0, 1, 4])
 def test_the_drawn_mask_is_the_rule(number, planner, records):
     view = look(records[number], number, planner, RandomKey(42, 1, number))
-    assert len(view.pack) <= 400
-    svg = mask_drawing(view, SAY)
-    assert np.array_equal(drawn(svg, len(view.pack)), rule(view.pack))
-    assert svg.count("<title>") == len(view.kept) * (len(view.kept) + 1) // 2
+    picture = mask_picture(view)
+    seen, hatched = drawn(picture)
+    wanted = rule(view.pack)
+    assert picture.by_token and np.array_equal(seen, wanted)
+    noised_before = np.tril(~wanted)
+    assert hatched.any() == noised_before.any() and not (hatched & ~noised_before).any()
+    colours = np.asarray(picture.image)[..., :3]
+    for shown in view.kept:
+        inside = colours[:, shown.start : shown.stop][seen[:, shown.start : shown.stop]]
+        assert (inside == COLOURS[shown.kind]).all()
 
 
-def test_the_mask_of_blocks_is_the_rule(estimate, records):
-    """Full, causal or nothing for every pair of blocks, by all of their tokens."""
+def test_the_mask_of_a_long_sample_is_the_rule(estimate, records):
+    """Each pair of blocks shows what holds between all of their tokens: everything, nothing, or a
+    triangle."""
     view = look(records[5], 5, estimate, RandomKey(42, 0, 5))
-    assert len(view.pack) > 400
-    seen = rule(view.pack)
-    for a, row in zip(view.kept, block_mask(view), strict=True):
-        for b, verdict in zip(view.kept, row, strict=True):
-            cell = seen[a.start : a.stop, b.start : b.stop]
-            full, nothing = cell.all(), not cell.any()
-            assert verdict == (FULL if full else NONE if nothing else CAUSAL), (a.number, b.number)
-            if verdict == CAUSAL:
-                assert np.array_equal(cell, np.tril(np.ones_like(cell)))
-    svg = mask_drawing(view, SAY)
-    hidden = sum(verdict == NONE for i, row in enumerate(block_mask(view)) for verdict in row[:i])
-    assert hidden and re.search(r'class="hidden" d="([^"]+)"', svg)[1].count("M") == hidden
+    wanted, picture = rule(view.pack), mask_picture(view)
+    seen, hatched = drawn(picture)
+    assert not picture.by_token and len(seen) == sum(picture.sizes) < len(wanted)
+    ends, hidden = np.cumsum([0, *picture.sizes]), 0
+    for i, a in enumerate(view.kept):
+        for j, b in enumerate(view.kept):
+            cell = wanted[a.start : a.stop, b.start : b.stop]
+            place = slice(ends[i], ends[i + 1]), slice(ends[j], ends[j + 1])
+            if cell.all() or not cell.any():
+                assert (seen[place] == cell.all()).all(), (a.number, b.number)
+            else:
+                assert i == j and np.array_equal(cell, np.tril(np.ones_like(cell)))
+                assert (
+                    np.triu(~seen[place], 1).any()
+                    and (np.tril(seen[place]) == np.tril(np.ones_like(seen[place]))).all()
+                )
+            assert hatched[place].any() == (j < i and not cell.any())
+            hidden += bool(hatched[place].any())
+    assert hidden
 
 
 # ---- dropout
@@ -269,15 +277,15 @@ def test_the_mask_of_blocks_is_the_rule(estimate, records):
 
 @pytest.mark.parametrize("number", range(7))
 def test_what_may_be_left_out_is_what_is_left_out_at_some_time(number, planner, records):
-    """Over many visits the planner drops exactly the blocks that the preview calls droppable, about as often
+    """Over many passes the planner drops exactly the blocks that the preview calls droppable, about as often
     as it says."""
     entry = records[number]
     view = look(entry, number, planner, RandomKey(42, 0, number))
     sizes = planner.token_lengths(entry)
-    visits = [planner.outline(entry.sample, sizes, RandomKey(7, epoch, number)) for epoch in range(300)]
-    visits = [blocks for blocks in visits if len(blocks) == len(view.blocks)]
+    passes = [planner.outline(entry.sample, sizes, RandomKey(7, epoch, number)) for epoch in range(300)]
+    passes = [blocks for blocks in passes if len(blocks) == len(view.blocks)]
     for i, shown in enumerate(view.blocks):
-        share = sum(blocks[i].dropped for blocks in visits) / len(visits)
+        share = sum(blocks[i].dropped for blocks in passes) / len(passes)
         assert (share > 0) == bool(shown.option) and abs(share - shown.chance) < 0.12
         if shown.option:
             assert shown.chance == getattr(planner.options, shown.option)
@@ -285,7 +293,7 @@ def test_what_may_be_left_out_is_what_is_left_out_at_some_time(number, planner, 
     assert [shown.block.dropped for shown in view.blocks] == [block.dropped for block in now]
 
 
-def test_what_the_visit_left_out_is_told(tmp_path, golden, records):
+def test_what_the_pass_left_out_is_told(tmp_path, golden, records):
     planner = load_planner(
         golden / "model",
         DataOptions(max_image_tokens=16, text_cond_dropout_prob=1.0, vit_cond_dropout_prob=0.0),
@@ -294,18 +302,18 @@ def test_what_the_visit_left_out_is_told(tmp_path, golden, records):
     page = sample_page(tmp_path, records[4], planner, number=4)
     gone = [shown for shown in view.blocks if shown.block.dropped]
     assert {shown.kind for shown in gone} >= {Kind.TEXT} and len(page.of("div", "card")) == len(view.blocks)
-    assert len([v for v in page.of("div", "gone") if "card" in v["class"]]) == len(gone)
+    assert len([v for v in page.of("div", "dropped") if "card" in v["class"]]) == len(gone)
     assert "Paint the walls blue." in page.text and "A dropped text leaves nothing" in page.text
-    assert "text_cond_dropout_prob100%left out in this visit" in page.text
+    assert "100%left out in this passtext_cond_dropout_prob" in page.text
 
 
-def test_copies_after_a_single_image_are_told(planner, records):
-    """In the share of the visits that the option says, and this visit's state is the planner's."""
+def test_clean_copies_after_a_single_image_are_told(planner, records):
+    """In the share of the passes that the option says, and this pass's state is the planner's."""
     entry = records[2]
     views = [look(entry, 2, planner, RandomKey(42, epoch, 2)) for epoch in range(40)]
-    assert {view.copies for view in views} == {planner.options.single_image_stop_prob}
+    assert {view.clean_copies for view in views} == {planner.options.single_image_stop_prob}
     assert [view.copied for view in views] == [
         any(s.kind == Kind.CLEAN for s in view.blocks) for view in views
     ]
     assert 0 < sum(view.copied for view in views) < 20
-    assert look(records[3], 3, planner, RandomKey(42, 0, 3)).copies is None
+    assert look(records[3], 3, planner, RandomKey(42, 0, 3)).clean_copies is None

@@ -16,8 +16,8 @@ from unigen.show.terminal import reader_may_leave, say
 
 
 @dataclass
-class CheckOptions:
-    """What to check, how thoroughly, and where the report goes.
+class CheckOptions(DataOptions):
+    """What to check, how thoroughly, and where the report goes; lengths count what chance may leave out.
 
     Args:
         paths: Files and folders of records, as train_data_path of the training.
@@ -27,12 +27,7 @@ class CheckOptions:
         problems: A JSONL file to write every problem to.
         model_path: Folder of a checkpoint, whose tokenizer and picture sizes make the lengths exact; its
             weights are not needed.
-        data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
-        max_sequence_length: Longest sample in tokens; says what it would cut. Default: the model's limit.
         max_num_tokens: A token budget of packed sequences; says how full they would get.
-        max_image_tokens: Most latent tokens of one picture, as in the training.
-        visual_gen: Whether the model is to draw; false makes image targets a problem.
-        visual_und: Whether the model is to see; false makes pictures to look at a problem.
         num_workers: Processes; 0 for none. Default: one for each core.
         language: Language of the report: en or zh.
     """
@@ -43,22 +38,9 @@ class CheckOptions:
     output: str | None = None
     problems: str | None = None
     model_path: str | None = None
-    data_root: str | None = None
-    max_sequence_length: int | None = None
     max_num_tokens: int | None = None
-    max_image_tokens: int = 4096
-    visual_gen: bool = True
-    visual_und: bool = True
     num_workers: int | None = None
     language: Literal["en", "zh"] = "en"
-
-
-@dataclass
-class _ModelAndData(DataOptions):
-    """What a planner is made of."""
-
-    visual_gen: bool = True
-    visual_und: bool = True
 
 
 def run(options: CheckOptions) -> int:
@@ -76,13 +58,7 @@ def run(options: CheckOptions) -> int:
     from unigen.show.language import Words
 
     words = Words(options.language, "check")
-    data = _ModelAndData(
-        max_sequence_length=options.max_sequence_length,
-        max_image_tokens=options.max_image_tokens,
-        visual_gen=options.visual_gen,
-        visual_und=options.visual_und,
-    )
-    planner = load_planner(options.model_path, data)
+    planner = load_planner(options.model_path, options)
     budgets = [*BUDGETS, options.max_num_tokens] if options.max_num_tokens else list(BUDGETS)
     problems = Problems(Path(options.problems) if options.problems else None)
     try:
@@ -118,10 +94,11 @@ def _resolve(options: CheckOptions) -> None:
         raise ConfigError(
             "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
         )
-    for name in ("max_sequence_length", "max_num_tokens", "max_image_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1 (--{name} ...)")
+    options.check_data()
+    if options.max_num_tokens is not None and options.max_num_tokens < 1:
+        raise ConfigError(
+            f"max_num_tokens is {options.max_num_tokens}; it must be at least 1 (--max_num_tokens ...)"
+        )
     if options.num_workers is not None and options.num_workers < 0:
         raise ConfigError(f"num_workers is {options.num_workers}; it must be 0 or more (--num_workers ...)")
     if options.data_root is not None and not Path(options.data_root).is_dir():

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from unigen.commands.preview.pick import Look, PreviewError, PreviewOptions, check, look_at, pick, time_shift
-from unigen.show.terminal import harmless, has_colour, say
+from unigen.show.terminal import indented, line, say
 
 if TYPE_CHECKING:
-    from unigen.commands.preview.view import Shown
+    from unigen.commands.preview.view import BlockView
+
+TEXT, IMAGE, LOSS = "blue", "green", "bold yellow"
+Words = list[str | tuple[str, str]]  # texts, some with a style
 
 
 def preview(options: PreviewOptions) -> int:
@@ -24,10 +27,9 @@ def preview(options: PreviewOptions) -> int:
     check(options)
     from unigen.model.weights import load_planner
 
-    planner = load_planner(options.model_path, options.data_options())
+    planner = load_planner(options.model_path, options)
     shift = time_shift(options)
     chosen = pick(options)
-    ink = colours()
     bad = 0
 
     def looks() -> Iterator[Look]:
@@ -35,7 +37,7 @@ def preview(options: PreviewOptions) -> int:
         for found in chosen:
             shown = look_at(found, options, planner, shift)
             bad += shown.problem is not None
-            say(in_terminal(shown, ink))
+            say(*in_terminal(shown))
             yield shown
 
     if options.model_path is None:
@@ -57,62 +59,44 @@ def preview(options: PreviewOptions) -> int:
     return 1 if bad else 0
 
 
-class Colours(NamedTuple):
-    """ANSI codes; empty where colours are not wanted."""
-
-    text: str = ""
-    image: str = ""
-    loss: str = ""
-    soft: str = ""
-    bad: str = ""
-    end: str = ""
-
-
-def colours() -> Colours:
-    """As the output wants them."""
-    if not has_colour():
-        return Colours()
-    return Colours("\x1b[34m", "\x1b[32m", "\x1b[1;33m", "\x1b[2m", "\x1b[1;31m", "\x1b[0m")
-
-
-def in_terminal(look: Look, ink: Colours) -> str:
+def in_terminal(look: Look) -> list[Any]:
     """A few lines on a record: where it is, its blocks in order, what carries loss."""
     if look.view is None:  # its message names the place
-        return f"{ink.soft}record {look.number}{ink.end}\n  {ink.bad}bad:{ink.end} {harmless(look.problem)}"
-    head = f"{ink.soft}record {look.number}  {harmless(look.origin)}{ink.end}"
-    view = look.view
-    pack = view.pack
-    parts: list[str] = []
-    for piece in sorted({shown.block.segment for shown in view.blocks}):
-        group = [shown for shown in view.blocks if shown.block.segment == piece]
-        parts.append(_piece(group, ink))
-    answer = next((i for i, piece in enumerate(view.record.sample) if piece.target), 0)
-    line = f"{' '.join(parts[:answer])}{' -> ' if answer else ''}{' '.join(parts[answer:])}"
-    share = len(pack) / view.max_length
+        problem = line(("bad:", "bad"), f" {look.problem}")
+        return [line((f"record {look.number}", "soft")), indented(problem)]
+    view, pack = look.view, look.view.pack
+    numbers = sorted({shown.block.segment for shown in view.blocks})
+    answer = next((i for i, segment in enumerate(view.record.sample) if segment.target), 0)
+    parts: Words = []
+    for i in numbers:
+        parts.append("" if i == numbers[0] else " -> " if i == answer else " ")
+        parts += _segment([shown for shown in view.blocks if shown.block.segment == i])
     total = (
-        f"{len(pack):,} tokens, {share:.1%} of {view.max_length:,}; loss on {pack.n_text_labels:,} text"
-        f" labels, {pack.n_image_targets:,} image tokens"
+        f"{len(pack):,} tokens, {len(pack) / view.max_length:.1%} of {view.max_length:,}; loss on"
+        f" {pack.n_text_labels:,} text labels, {pack.n_image_targets:,} image tokens"
     )
-    return f"{head}  {view.record.format}\n  {line}\n  {ink.soft}{total}{ink.end}"
+    head = line((f"record {look.number}  {look.origin}", "soft"), f"  {view.record.format}")
+    return [head, indented(line(*parts)), indented(line((total, "soft")))]
 
 
-def _piece(group: list[Shown], ink: Colours) -> str:
+def _segment(blocks: list[BlockView]) -> Words:
     """``[text 12]``, ``[image 640x480 -> clean 32x40=1280, vit 28x37=1036]``; what carries loss is marked
     ``*loss*``."""
-    first = group[0]
-    loss = f" {ink.loss}*loss*{ink.end}" if first.block.loss else ""
-    if first.kind == 0:
-        state = " dropped" if first.block.dropped else " cut" if first.block.cut else ""
-        return f"[{ink.text}text{ink.end} {first.block.length:,}{state}{loss}]"
-    seen = next((shown.picture for shown in group if shown.picture), None)
-    original = f" {seen.original[0]}x{seen.original[1]}" if seen else ""
-    forms = []
-    for shown in group:
+    if blocks[0].variants:
+        (shown,) = blocks
+        state = " dropped" if shown.block.dropped else " cut" if shown.block.cut else ""
+        return ["[", ("text", TEXT), f" {shown.block.length:,}{state}", *_loss(shown), "]"]
+    seen = next((shown.picture for shown in blocks if shown.picture), None)
+    parts: Words = ["[", ("image", IMAGE), f" {seen.original[0]}x{seen.original[1]}" if seen else "", " ->"]
+    for shown in blocks:
         rows, columns = shown.block.grid or (0, 0)
-        time = f" t={shown.picture.time:.2f}" if shown.picture and shown.picture.time is not None else ""
-        state = " dropped" if shown.block.dropped else time
-        forms.append(
-            f"{shown.kind.name.lower()}"
-            f" {rows}x{columns}={shown.block.length:,}{state}{loss if shown.block.loss else ''}"
-        )
-    return f"[{ink.image}image{ink.end}{original} -> {', '.join(forms)}]"
+        time = shown.picture.time if shown.picture else None
+        state = " dropped" if shown.block.dropped else f" t={time:.2f}" if time is not None else ""
+        comma = "" if shown is blocks[0] else ","
+        parts.append(f"{comma} {shown.kind.name.lower()} {rows}x{columns}={shown.block.length:,}{state}")
+        parts += _loss(shown)
+    return [*parts, "]"]
+
+
+def _loss(shown: BlockView) -> Words:
+    return [" ", ("*loss*", LOSS)] if shown.block.loss else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -18,31 +18,21 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PreviewOptions:
-    """Which records to look at, and the options of a training run that decide how they become tokens.
+class PreviewOptions(DataOptions):
+    """Which records to look at, in which epoch pass.
 
     Args:
         paths: JSON, JSONL (also .gz, .zst), Parquet or Arrow files, folders of them.
-        samples: How many records to show (-n).
+        samples: How many records to show; -n is short for it.
         records: Numbers of particular records, from 0, in place of the first ones.
-        shuffled: Draw the records from all of the data instead of taking the first ones.
+        shuffled: RandomKey the records from all of the data instead of taking the first ones.
         output: The HTML page to write; none writes no page.
         language: Language of the page: en or zh.
         model_path: Folder of a checkpoint, of which no weights are read; default: sizes of BAGEL-7B-MoT, and
             texts cut into words.
-        seed: Seed of the visit: of dropout, times, and of what shuffled draws.
-        epoch: Epoch of the visit.
-        data_root: Folder that every picture must lie in, links resolved. Default: no limit.
-        max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the
-            model's limit.
-        max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
-            1024).
-        train_transitions: Train the tokens that decide what comes next.
-        single_image_stop_prob: Share of the draws in which an answer of one single image also learns to stop
-            after it.
-        text_cond_dropout_prob: Chance that a context text is left out of a sample that draws.
-        vit_cond_dropout_prob: The same for the ViT tokens of a context image.
-        vae_cond_dropout_prob: The same for the clean VAE tokens of a context image.
+        seed: Seed of dropout, times and caption variants, and of what shuffled draws.
+        epoch: Epoch whose pass over the record is shown; with the seed and the record's number it decides
+            dropout, times and caption variants.
         timestep_shift: Shift of the flow-matching time law; default: the checkpoint's own, 1.0 where it says
             nothing.
     """
@@ -56,20 +46,7 @@ class PreviewOptions:
     model_path: str | None = None
     seed: int = 42
     epoch: int = 0
-    data_root: str | None = DataOptions.data_root
-    max_sequence_length: int | None = DataOptions.max_sequence_length
-    max_image_tokens: int = DataOptions.max_image_tokens
-    train_transitions: bool = DataOptions.train_transitions
-    single_image_stop_prob: float = DataOptions.single_image_stop_prob
-    text_cond_dropout_prob: float = DataOptions.text_cond_dropout_prob
-    vit_cond_dropout_prob: float = DataOptions.vit_cond_dropout_prob
-    vae_cond_dropout_prob: float = DataOptions.vae_cond_dropout_prob
     timestep_shift: float | None = None
-
-    def data_options(self) -> DataOptions:
-        """Those of a training run with the same values."""
-        shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(self)}
-        return DataOptions(**{name: getattr(self, name) for name in shared})
 
 
 class PreviewError(UserError):
@@ -98,44 +75,20 @@ class Look(NamedTuple):
 
 
 def check(options: PreviewOptions) -> None:
-    """Raises PreviewError for an option that cannot work."""
+    """Raises UserError for an option that cannot work."""
+    shift = options.timestep_shift
     checks = [
         (bool(options.paths), "no data is named. Fix: unigen preview data.jsonl"),
         (options.samples >= 1, f"samples is {options.samples}; it must be at least 1"),
-        (
-            all(number >= 0 for number in options.records),
-            f"records is {options.records}; numbers count from 0",
-        ),
+        (min(options.records, default=0) >= 0, f"records is {options.records}; numbers count from 0"),
         (not (options.records and options.shuffled), "records and shuffled exclude each other; keep one"),
         (options.epoch >= 0, f"epoch is {options.epoch}; epochs count from 0"),
-        (
-            options.max_image_tokens >= 1,
-            f"max_image_tokens is {options.max_image_tokens}; it must be at least 1",
-        ),
-        (
-            options.max_sequence_length is None or options.max_sequence_length >= 1,
-            f"max_sequence_length is {options.max_sequence_length}; it must be at least 1",
-        ),
-        (
-            options.timestep_shift is None or options.timestep_shift > 0,
-            f"timestep_shift is {options.timestep_shift}; it must be above 0",
-        ),
+        (shift is None or shift > 0, f"timestep_shift is {shift}; it must be above 0"),
     ]
-    for name in (
-        "single_image_stop_prob",
-        "text_cond_dropout_prob",
-        "vit_cond_dropout_prob",
-        "vae_cond_dropout_prob",
-    ):
-        checks.append(
-            (
-                0 <= getattr(options, name) <= 1,
-                f"{name} is {getattr(options, name)}; a probability lies in [0, 1]",
-            )
-        )
     for good, problem in checks:
         if not good:
             raise PreviewError(problem)
+    options.check_data()
 
 
 def time_shift(options: PreviewOptions) -> float:
@@ -159,14 +112,14 @@ def pick(options: PreviewOptions) -> list[Found]:
         PreviewError: there is no record, or not the one asked for.
         BadData: the paths hold no data.
     """
+    every = _walk(options.paths)
     if options.shuffled:
-        found = _reservoir(
-            _walk(options.paths), options.samples, random.Random(f"{options.seed}/{options.epoch}/preview")
-        )
+        choose = random.Random(f"{options.seed}/{options.epoch}/preview")
+        found = _reservoir(every, options.samples, choose)
     elif options.records:
-        found = _numbered(_walk(options.paths), set(options.records))
+        found = _numbered(every, set(options.records))
     else:
-        found = [entry for _, entry in zip(range(options.samples), _walk(options.paths))]
+        found = [entry for _, entry in zip(range(options.samples), every)]
     if not found:
         raise PreviewError(
             f"there is no record in {', '.join(options.paths)}. Fix: give files with at least one record"
@@ -222,7 +175,7 @@ def _reservoir(every: Iterator[Found], n: int, choose: random.Random) -> list[Fo
 
 
 def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: float) -> Look:
-    """The record in its visit, or what is wrong with it, judged as before training."""
+    """The record in its epoch pass, or what is wrong with it, found as before training."""
     from unigen.commands.preview.view import look
     from unigen.data.examine import PictureHeaders, examine
     from unigen.sequence.draw import RandomKey
@@ -235,17 +188,14 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
     origin = Origin(found.file, found.span.line or None, found.span.index)
     problem: UserError
     try:
-        record, _, sizes = examine(
+        record, _, lengths = examine(
             found.raw, found.span, found.file, PictureHeaders(), planner.token_lengths, options.data_root
         )
-        draw = RandomKey(options.seed, options.epoch, found.number)
-        return Look(found.number, origin, look(record, found.number, planner, draw, shift, sizes), None)
+        key = RandomKey(options.seed, options.epoch, found.number)
+        return Look(found.number, origin, look(record, found.number, planner, key, shift, lengths), None)
     except BadRecord as error:
         problem = error
     except PictureError as error:  # of one that only decoding finds broken
         cause = f"{error.name}: {error.problem}"
         problem = BadRecord(error.code, "(record)", cause, "a picture that can be decoded", error.fix, origin)
     return Look(found.number, origin, None, problem, found.raw)
-
-
-# ---- in the terminal

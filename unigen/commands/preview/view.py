@@ -1,5 +1,5 @@
-"""One sample as the model sees it: what ``unigen preview`` shows, read off the packed row that training would
-use.
+"""One sample as the model sees it: what ``unigen preview`` shows, read off the packed sequence that training
+would use.
 
 Nothing here states a rule again. Blocks come from the planner, numbers from the pack, the mask from
 ``allowed``, times from ``flow``; what dropout may take away is found by asking the planner with one chance
@@ -12,7 +12,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from unigen.model.flow import training_time
@@ -23,17 +22,14 @@ from unigen.sequence.images import image_size
 from unigen.sequence.lengths import RecordLengths
 from unigen.sequence.pack import next_position, pack_blocks
 from unigen.sequence.plan import Planner, caption_variant
-from unigen.sequence.tokens import NAMES, Tokenizer
 from unigen.sequence.types import Block, Image, Kind, Pack, Record, Text
 
 DROPOUT = ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob")
-NONE, FULL, CAUSAL, MIXED = range(4)  # what a block sees of another
 ENLARGED = 1.1  # times its size in the file, from which on a picture counts as enlarged
-LONGEST_CHARACTER = 8  # byte tokens that one character may take; more are shown as they are
 
 
 @dataclass(frozen=True)
-class Token:
+class TokenView:
     """A token of a text, or a marker of an image: one column of the pack."""
 
     index: int
@@ -44,10 +40,10 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureView:
     """What an image block shows."""
 
-    name: str
+    name: str  # of its file; "" where the picture itself stands in the data
     original: tuple[int, int]  # width, height of the upright file
     pixels: Tensor  # [3, H, W] uint8, as resized for this block
     time: float | None = None  # of a noised image, after the time law
@@ -59,59 +55,67 @@ class Picture:
 
     @property
     def scale(self) -> tuple[float, float]:
+        """By how much its width and its height grew."""
         return self.size[0] / self.original[0], self.size[1] / self.original[1]
 
     @property
-    def upscaled(self) -> bool:
-        """Enlarged by so much that it shows."""
+    def enlarged(self) -> bool:
+        """By so much that it shows."""
         return min(self.scale) > ENLARGED
 
 
 @dataclass
-class Shown:
+class BlockView:
     """A block of the sequence with what the pack says of it. A dropped one has no tokens: ``start ==
     stop``."""
 
     number: int  # from 1, dropped ones counted
     block: Block
-    target: bool
+    segment: Text | Image  # of the sample, which the block shows
     start: int  # place in the sequence of its first token, and behind its last
     stop: int
     positions: tuple[int, int]  # first and last RoPE position; where it would have stood, if it was dropped
     option: str = ""  # the option that may drop it
     chance: float = 0.0
-    tokens: list[Token] = field(default_factory=list)  # all of a text, the two markers of an image
+    tokens: list[TokenView] = field(default_factory=list)  # all of a text, the two markers of an image
     lost: list[int] = field(default_factory=list)  # ids of a text that the length limit cut off
-    wording: tuple[int, int] = (1, 1)  # which of how many wordings the visit uses
-    picture: Picture | None = None
-    twins: list[int] = field(default_factory=list)  # numbers of other blocks that share a position
+    variant: int = 0  # the caption variant that this epoch pass uses
+    picture: PictureView | None = None
+    same_position: list[int] = field(
+        default_factory=list
+    )  # numbers of blocks that share one of its positions
 
     @property
     def kind(self) -> Kind:
         return self.block.kind
 
     @property
-    def transition(self) -> int | None:
+    def variants(self) -> tuple[str, ...]:
+        """The caption variants of a text."""
+        return self.segment.variants if isinstance(self.segment, Text) else ()
+
+    @property
+    def next_modality(self) -> int | None:
         """The label of the closing token that says what comes next."""
         return self.tokens[-1].label if self.tokens and self.block.closing_label is not None else None
 
 
 @dataclass
 class SampleView:
-    """A sample, packed alone into one row."""
+    """A sample in one epoch pass, packed alone into one sequence."""
 
     record: Record
     number: int
     pack: Pack
-    blocks: list[Shown]
+    blocks: list[BlockView]
     max_length: int
-    # share of the visits in which the answer, one single image, gets clean copies; None where it has no
+    # share of the epoch passes in which the answer, one single image, gets clean copies; None where it has no
     # choice
-    copies: float | None
-    copied: bool  # in this visit
+    clean_copies: float | None
+    copied: bool  # in this pass
 
     @property
-    def kept(self) -> list[Shown]:
+    def kept(self) -> list[BlockView]:
         return [shown for shown in self.blocks if not shown.block.dropped]
 
 
@@ -119,38 +123,36 @@ def look(
     record: Record,
     number: int,
     planner: Planner,
-    draw: RandomKey,
+    key: RandomKey,
     shift: float = 1.0,
-    sizes: RecordLengths | None = None,
+    lengths: RecordLengths | None = None,
 ) -> SampleView:
-    """The record in the visit ``draw``, as training packs it.
+    """The record in the epoch pass ``key``, as training packs it.
 
     Args:
-        number: Of the record, for messages; ``draw.record`` decides the random numbers.
+        number: Of the record, for messages; ``key.record`` decides the random numbers.
         shift: ``timestep_shift``, which the times of noised images depend on.
-        sizes: What ``planner.token_lengths`` gave, where it is known.
+        lengths: What ``planner.token_lengths`` gave, where it is known.
 
     Raises:
         BadRecord: as :meth:`Planner.token_lengths`.
         PictureError: a picture cannot be decoded.
     """
-    sizes = planner.token_lengths(record) if sizes is None else sizes
-    outline = planner.outline(record.sample, sizes, draw)
-    blocks = planner.fill(record.sample, outline, draw)
+    lengths = planner.token_lengths(record) if lengths is None else lengths
+    outline = planner.outline(record.sample, lengths, key)
+    blocks = planner.fill(record.sample, outline, key)
     pack = pack_blocks([blocks], planner.tokenizer.special, planner.geometry, origins=[str(record.origin)])
     shown = _places(record, blocks, pack)
-    _add_dropout(shown, record, sizes, planner, draw)
-    _add_texts(shown, record, sizes, planner, draw)
-    _add_pictures(shown, record, planner, pack, shift)
-    lengths = [
-        len(planner_with(planner, single_image_stop_prob=p).outline(record.sample, sizes, draw))
+    _add_dropout(shown, record, lengths, planner, key)
+    _add_texts(shown, record, lengths, planner, key)
+    _add_pictures(shown, planner, pack, shift)
+    fewest, most = (
+        len(planner_with(planner, single_image_stop_prob=p).outline(record.sample, lengths, key))
         for p in (0.0, 1.0)
-    ]
-    choice = lengths[0] != lengths[1]
-    share = planner.options.single_image_stop_prob if choice else None
-    return SampleView(
-        record, number, pack, shown, planner.max_length, share, choice and len(blocks) == lengths[1]
     )
+    share = planner.options.single_image_stop_prob if fewest != most else None
+    copied = share is not None and len(blocks) == most
+    return SampleView(record, number, pack, shown, planner.max_length, share, copied)
 
 
 def planner_with(planner: Planner, max_length: int | None = None, **options: float) -> Planner:
@@ -168,116 +170,86 @@ def columns(pack: Pack) -> dict[str, list[int]]:
     return {name: getattr(pack, name)[order].tolist() for name in names}
 
 
-def mask(pack: Pack, rows: Tensor | None = None) -> Tensor:
-    """[n, n] bool: may the token at place ``rows[i]`` of the sequence see that at ``rows[j]``? Default: all
-    tokens."""
-    order = pack.index.argsort()
-    tokens = Tokens.of(pack).at(order if rows is None else order[rows])
-    return allowed(tokens.unsqueeze(1), tokens.unsqueeze(0))
+def mask(pack: Pack, places: Tensor | None = None) -> Tensor:
+    """[n, n] bool: may the token at ``places[i]`` of the sequence see the one at ``places[j]``?
 
-
-def block_mask(view: SampleView, most: int | None = None) -> list[list[int]]:
-    """What each block that was kept, of the first ``most``, sees of each other one: ``NONE``, ``FULL``,
-    ``CAUSAL`` (each token what stands before it) or ``MIXED``.
-
-    Tokens of a block differ for the rule in their place alone, so up to five of each, the two ends among
-    them, speak for all.
+    Args:
+        places: [n] int64; default: all tokens.
     """
-    picks = [
-        torch.linspace(s.start, s.stop - 1, min(5, s.stop - s.start)).round().long() for s in view.kept[:most]
-    ]
-    if not picks:
-        return []
-    seen = mask(view.pack, torch.cat(picks))
-    sizes = [len(pick) for pick in picks]
-    return [[_verdict(cell) for cell in row.split(sizes, dim=1)] for row in seen.split(sizes, dim=0)]
-
-
-def _verdict(cell: Tensor) -> int:
-    if not bool(cell.any()):
-        return NONE
-    if bool(cell.all()):
-        return FULL
-    return (
-        CAUSAL
-        if cell.shape[0] == cell.shape[1] and torch.equal(cell, torch.ones_like(cell).tril())
-        else MIXED
-    )
+    order = pack.index.argsort()
+    tokens = Tokens.of(pack).at(order if places is None else order[places])
+    return allowed(tokens.unsqueeze(1), tokens.unsqueeze(0))
 
 
 # ---- the parts of a view
 
 
-def _places(record: Record, blocks: Sequence[Block], pack: Pack) -> list[Shown]:
+def _places(record: Record, blocks: Sequence[Block], pack: Pack) -> list[BlockView]:
     """Every block with its place and its tokens, which are those of the pack's span of the same rank."""
     table = columns(pack)
     shown, start, position = [], 0, 0
     for number, block in enumerate(blocks, start=1):
         stop = start + len(block)
-        target = record.sample[block.segment].target
+        segment = record.sample[block.segment]
         if block.dropped:
-            shown.append(Shown(number, block, target, start, stop, (position, position)))
+            shown.append(BlockView(number, block, segment, start, stop, (position, position)))
         else:
             assert len(set(table["span"][start:stop])) == 1, "a block is one span"
-            places = table["position"][start:stop]
-            entry = Shown(number, block, target, start, stop, (min(places), max(places)))
+            taken = table["position"][start:stop]
+            entry = BlockView(number, block, segment, start, stop, (min(taken), max(taken)))
             picked = range(start, stop) if block.kind == Kind.TEXT else (start, stop - 1)
-            entry.tokens = [
-                _token(table, i, i > start and table["label"][i - 1] == table["ids"][i]) for i in picked
-            ]
+            entry.tokens = [_token(table, i, i > start) for i in picked]
             shown.append(entry)
         position, start = next_position(position, block), stop
     assert start == len(pack)
-    for entry in shown:
-        if not entry.block.dropped:
-            entry.twins = [
-                other.number for other in shown if other is not entry and _share_position(entry, other)
-            ]
+    kept = [entry for entry in shown if not entry.block.dropped]
+    for entry in kept:
+        first, last = entry.positions
+        entry.same_position = [
+            other.number
+            for other in kept
+            if other is not entry and first <= other.positions[1] and other.positions[0] <= last
+        ]
     return shown
 
 
-def _share_position(a: Shown, b: Shown) -> bool:
-    return not b.block.dropped and a.positions[0] <= b.positions[1] and b.positions[0] <= a.positions[1]
-
-
-def _token(table: dict[str, list[int]], i: int, learnt: bool) -> Token:
-    return Token(table["index"][i], table["position"][i], table["ids"][i], table["label"][i], learnt)
+def _token(table: dict[str, list[int]], i: int, inside: bool) -> TokenView:
+    learnt = inside and table["label"][i - 1] == table["ids"][i]
+    return TokenView(table["index"][i], table["position"][i], table["ids"][i], table["label"][i], learnt)
 
 
 def _add_dropout(
-    shown: Sequence[Shown], record: Record, sizes: RecordLengths, planner: Planner, draw: RandomKey
+    shown: Sequence[BlockView], record: Record, lengths: RecordLengths, planner: Planner, key: RandomKey
 ) -> None:
     for option in DROPOUT:
         certain = planner_with(planner, **{name: float(name == option) for name in DROPOUT})
-        for entry, block in zip(shown, certain.outline(record.sample, sizes, draw), strict=True):
+        for entry, block in zip(shown, certain.outline(record.sample, lengths, key), strict=True):
             if block.dropped:
                 entry.option, entry.chance = option, getattr(planner.options, option)
 
 
 def _add_texts(
-    shown: Sequence[Shown], record: Record, sizes: RecordLengths, planner: Planner, draw: RandomKey
+    shown: Sequence[BlockView], record: Record, lengths: RecordLengths, planner: Planner, key: RandomKey
 ) -> None:
     unlimited = planner_with(planner, max_length=1 << 40)
-    whole = unlimited.outline(record.sample, sizes, draw)
+    whole = unlimited.outline(record.sample, lengths, key)
     for entry, block in zip(shown, whole, strict=True):
-        piece = record.sample[block.segment]
-        if not isinstance(piece, Text):
+        if not isinstance(entry.segment, Text):
             continue
-        entry.wording = caption_variant(piece, block.segment, draw) + 1, 1 + len(piece.others)
+        entry.variant = caption_variant(entry.segment, block.segment, key)
         if entry.block.cut:
-            (filled,) = unlimited.fill(record.sample, [block], draw)
+            (filled,) = unlimited.fill(record.sample, [block], key)
             assert filled.ids is not None
             entry.lost = filled.ids[entry.block.length :]
 
 
-def _add_pictures(shown: Sequence[Shown], record: Record, planner: Planner, pack: Pack, shift: float) -> None:
+def _add_pictures(shown: Sequence[BlockView], planner: Planner, pack: Pack, shift: float) -> None:
     """The pictures of the pack in the order of its blocks."""
     patches = iter(pack.vit_patches.split(pack.vit_lengths))
     vae_blocks = iter(pack.vae_block)
     times = iter(training_time(pack.u, shift).split([rows * columns for rows, columns in pack.vae_grid]))
     for entry in shown:
-        piece = record.sample[entry.block.segment]
-        if entry.block.dropped or not isinstance(piece, Image):
+        if entry.block.dropped or not isinstance(entry.segment, Image):
             continue
         assert entry.block.grid is not None
         time = None
@@ -286,30 +258,10 @@ def _add_pictures(shown: Sequence[Shown], record: Record, planner: Planner, pack
         else:
             pixels, drawn = pack.vae_pixels[next(vae_blocks)], next(times)
             time = float(drawn[0]) if entry.kind == Kind.NOISED else None
-        entry.picture = Picture(source_name(piece), image_size(piece.source), pixels, time)
+        source = entry.segment.source
+        entry.picture = PictureView(source_name(entry.segment), image_size(source), pixels, time)
 
 
-def source_name(piece: Image) -> str:
+def source_name(segment: Image) -> str:
     """The name of the picture's file; "" where the picture itself stands in the data."""
-    return "" if isinstance(piece.source, bytes) else str(piece.source).rpartition("/")[2]
-
-
-# ---- tokens as text
-
-
-def special_names(tokenizer: Tokenizer) -> dict[int, str]:
-    return {getattr(tokenizer.special, field): name for field, name in NAMES.items()}
-
-
-def characters(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
-    """The text of ``ids`` in the smallest parts that can be read: (text, how many tokens). A byte-level token
-    may be a third of a character, which is no text."""
-    found, held = [], []
-    for id in ids:
-        held.append(id)
-        text = tokenizer.decode(held)
-        if text.endswith("\ufffd") and len(held) < LONGEST_CHARACTER:
-            continue
-        found.append((text, len(held)))
-        held = []
-    return found + ([(tokenizer.decode(held), len(held))] if held else [])
+    return "" if isinstance(segment.source, bytes) else str(segment.source).rpartition("/")[2]
