@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import shutil
 import struct
 import sys
@@ -19,10 +20,30 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 CHUNK = 1 << 22  # bytes of a file that are read at a time
+_LEFTOVER = re.compile(r"\.(.+)\.(partial|old)-[0-9]+")
 
 
 class Busy(Exception):
     """Someone else holds the lock; the text is what the holder wrote into its file, or empty."""
+
+
+# ---- the names of what is not yet there, or is being replaced
+
+
+def draft_of(path: Path, pid: int | None = None) -> Path:
+    """``.NAME.partial-PID`` beside ``path``: its name until it is whole. ``pid``: of another process."""
+    return path.with_name(f".{path.name}.partial-{pid or os.getpid()}")
+
+
+def aside_of(path: Path) -> Path:
+    """``.NAME.old-PID`` beside ``path``: the name of a folder while its successor takes its place."""
+    return path.with_name(f".{path.name}.old-{os.getpid()}")
+
+
+def leftover(name: str) -> tuple[str, str] | None:
+    """NAME, and ``partial`` or ``old``, of a name that a killed process may have left; None for another."""
+    match = _LEFTOVER.fullmatch(name)
+    return (match[1], match[2]) if match else None
 
 
 # ---- files
@@ -39,15 +60,15 @@ def atomic(
 
     Args:
         path: its folder is there.
-        draft: the name until then, on the same file system; default ``.NAME.partial-PID`` beside ``path``.
-            What has that name is overwritten, so writers that may meet need names of their own.
+        draft: the name until then, on the same file system; default :func:`draft_of` ``path``. What has that
+            name is overwritten, so writers that may meet need names of their own.
         sync: bring the bytes to the disk before the rename. Without it a power cut may leave an empty file.
         mode: permissions of the file, less the umask.
 
     Raises:
         OSError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.partial-{os.getpid()}") if draft is None else draft
+    draft = draft or draft_of(path)
     file = open(draft, "wb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115 (closed below)
     try:
         with file:
@@ -109,10 +130,10 @@ def make_empty(folder: Path) -> None:
 
 @contextmanager
 def staged(final: Path, *, replace: bool, sync: bool = True) -> Iterator[Path]:
-    """An empty folder ``.NAME.partial-PID`` that takes the name ``final`` when the block ends (see
+    """An empty folder, :func:`draft_of` ``final``, that takes the name ``final`` when the block ends (see
     :func:`publish`), and is removed where anything fails. With ``sync`` all that is in it is brought to the
     disk first. Raises OSError."""
-    staging = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    staging = draft_of(final)
     try:
         make_empty(staging)
         yield staging
@@ -130,14 +151,14 @@ def publish(staging: Path, final: Path, *, replace: bool, sync: bool = True) -> 
     Args:
         staging: the folder, beside ``final``.
         final: its name from now on.
-        replace: a folder of that name is set aside as ``.NAME.old-PID`` first, and removed afterwards. Else
+        replace: a folder of that name is set aside (see :func:`aside_of`) first, and removed afterwards. Else
             only an empty one gives way.
         sync: bring the new name to the disk.
 
     Raises:
         OSError: a rename or the disk failed.
     """
-    aside = final.with_name(f".{final.name}.old-{os.getpid()}")
+    aside = aside_of(final)
     replacing = replace and final.is_dir()
     if replacing:
         remove(aside)

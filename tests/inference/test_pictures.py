@@ -19,7 +19,8 @@ from unigen.inference import inferencer as inferencer_module
 from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.inferencer import THINK_PROMPTS, InterleaveInferencer
 from unigen.inference.options import InferenceError
-from unigen.inference.pictures import RUN_OPTIONS, run_transform, trained_transform
+from unigen.inference.pictures import run_transform, trained_transform
+from unigen.model.storage import RUN_OPTIONS
 from unigen.model.weights import load_bagel
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import ImageTransform, open_image

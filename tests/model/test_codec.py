@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_weights import copy_of
 
 from unigen.model.codec import FluxCodec, PixelCodec, VaeConfig, encode_all, read_vae_config
-from unigen.model.config import CheckpointFolderError
+from unigen.model.storage import CheckpointFolderError
 from unigen.model.weights import load_bagel, load_codec
 
 PIXEL = VaeConfig(type="pixel", downsample=4, z_channels=48, scale_factor=0.5, shift_factor=0.25)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unigen.model.bagel import Bagel
-from unigen.model.config import CheckpointFolderError, read_config
+from unigen.model.config import read_config
 from unigen.model.layers import sincos_table
-from unigen.model.storage import scan_safetensors
+from unigen.model.storage import CheckpointFolderError, scan_safetensors
 from unigen.model.weights import load_bagel, save_bagel
 
 ROOT = Path(__file__).parents[2]

@@ -405,7 +405,8 @@ def test_sweeping_removes_what_runs_left_half_done_and_nothing_else(tmp_path: Pa
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    (tmp_path / ".step_9.partial-7").touch()
+    for name in (".step_9.partial-7", ".metrics.jsonl.partial-7", ".bad_steps.jsonl.partial-7"):
+        (tmp_path / name).touch()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "file").touch()
     (tmp_path / ".step_8.partial-7").symlink_to(tmp_path / "elsewhere")

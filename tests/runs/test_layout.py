@@ -1,181 +1,95 @@
-"""The folder of a run: held by one run at a time; a new run finds it empty, and the earlier one whole beside
-it."""
+"""The names in a run's folder: parsed as they are made, spelled out in one file, read without PyTorch."""
 
 from __future__ import annotations
 
-import json
+import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny import metrics
+from recorded import record
 
-from unigen.config import Config, UserError
-from unigen.runs.checkpoint import verify_checkpoint
-from unigen.runs.layout import FILES, FOLDERS, prepare_folder
-from unigen.training.trainer import UnifiedTrainer
+from unigen.files import aside_of, draft_of, leftover
+from unigen.runs import layout
 
-# ---- an earlier run
-
-
-def leave_a_run(folder: Path, *checkpoints: int) -> dict[str, bytes]:
-    """What a run leaves, each file with content of its own; the content by name."""
-    folder.mkdir(exist_ok=True)
-    for name in FILES:
-        (folder / name).write_text(f"earlier {name}")
-    for name in (*FOLDERS, *(f"step_{n}" for n in checkpoints)):
-        file = folder / name / ("step_2/index.json" if name == "samples" else "file")
-        file.parent.mkdir(parents=True)
-        file.write_text(f"earlier {name}")
-    return contents(folder)
+ROOT = Path(__file__).parents[2]
+# Files that state a name because layers below runs/ need it.
+STATE = {"runs/layout.py", "model/storage.py", "files.py"}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != ".lock"
-    }
-
-
-@pytest.mark.parametrize("resume", [None, "auto"])
-def test_a_run_that_begins_anew_finds_the_earlier_one_set_aside_whole(
-    tmp_path: Path, resume: str | None, caplog
-):
-    left = leave_a_run(tmp_path, *((2, 10) if resume is None else ()))
-    prepare_folder(tmp_path, Config(resume_from_checkpoint=resume)).close()
-    assert contents(tmp_path / "old-1") == left
-    assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.json", "old-1"}
-    assert ("(to step 10)" in caplog.text and "--resume_from_checkpoint auto" in caplog.text) == (
-        resume is None
-    )
-    leave_a_run(tmp_path, 1)
-    prepare_folder(tmp_path, Config(resume_from_checkpoint=None)).close()
-    assert contents(tmp_path / "old-1") == left and (tmp_path / "old-2" / "step_1").is_dir()
+def test_names_are_parsed_as_they_are_made():
+    for n in (0, 7, 1_000_000):
+        assert layout.step_of(layout.step_name(n)) == n and layout.is_checkpoint(layout.step_name(n))
+        assert layout.rank_of(layout.heartbeat_file(n)) == layout.rank_of(layout.stack_file(n)) == n
+        assert layout.is_earlier(layout.earlier_name(n))
+    assert layout.is_checkpoint(layout.BEST)
+    for made, role in ((draft_of, "partial"), (aside_of, "old")):
+        hidden = made(Path("run") / "step_3")
+        assert hidden.parent == Path("run") and leftover(hidden.name) == ("step_3", role)
+        assert layout.unfinished(hidden.name) == ("step_3", role) and layout.is_samples(hidden.name)
+    assert draft_of(Path("best"), 7).name == ".best.partial-7"
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"resume_from_checkpoint": "auto"}, {"resume_from_checkpoint": "elsewhere/step_2"}, {"dry_run": True}],
-)
-def test_a_run_that_goes_on_or_is_only_tried_moves_nothing(tmp_path: Path, options: dict[str, Any]):
-    left = leave_a_run(tmp_path, 2)
-    prepare_folder(tmp_path, Config(**options)).close()
-    found = contents(tmp_path)
-    assert found.pop("config.json") == left.pop("config.json") or not options.get("dry_run")
-    assert found == left
+    "name",
+    [
+        "step_", "step_x", "step_-1", "step_3.old", "xstep_3", "step_3\n", f"step_{10**15}", "step_٣", "old-", "old-1x",
+        "rank_.json", "rank_1.json.partial", "rank_12345678.json", ".partial-1", ".step_2.partial-1x", ".x.partial-1",
+    ],
+)  # fmt: skip
+def test_names_that_are_none_are_not_taken_for_one(name: str):
+    assert layout.step_of(name) is None and not layout.is_checkpoint(name)
+    assert not layout.is_earlier(name) and layout.rank_of(name) is None and layout.unfinished(name) is None
 
 
-@pytest.mark.parametrize("moved", range(len(FILES) + len(FOLDERS) + 1))
-def test_a_kill_while_it_is_set_aside_tears_nothing_apart(
-    tmp_path: Path, moved: int, monkeypatch: pytest.MonkeyPatch
-):
-    left = leave_a_run(tmp_path, 2)
-    rename, done = Path.rename, []
-
-    def killed(self: Path, target: Path) -> Path:
-        if len(done) == moved:
-            raise KeyboardInterrupt
-        done.append(target)
-        return rename(self, target)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "rename", killed)
-        prepare_folder(tmp_path, Config())
-    prepare_folder(tmp_path, Config()).close()
-    assert contents(tmp_path / "old-1") == left and not (tmp_path / "old-2").exists()
-
-
-@pytest.mark.parametrize("model", ["step_2", "best", "step_2/inner"])
-def test_weights_that_would_be_moved_away_are_refused(tmp_path: Path, model: str):
-    left = leave_a_run(tmp_path, 2)
-    with pytest.raises(
-        UserError,
-        match=r"holds the run whose weights this one begins with .*Fix: choose another --output_dir",
-    ):
-        prepare_folder(tmp_path, Config(model_path=str(tmp_path / model)))
-    assert contents(tmp_path) == left
-
-
-def test_folders_of_the_user_stay_where_they_are(tmp_path: Path):
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "cat.png").write_text("no answer of a model")
-    (tmp_path / "best").mkdir()
-    prepare_folder(tmp_path, Config()).close()
-    assert (tmp_path / "samples" / "cat.png").exists() and (tmp_path / "best").exists(), (
-        "no run has been here"
-    )
-    (tmp_path / "metrics.jsonl").write_text("")
-    prepare_folder(tmp_path, Config()).close()
-    assert (tmp_path / "samples" / "cat.png").exists() and (tmp_path / "old-1" / "metrics.jsonl").exists()
-
-
-def test_the_folder_of_a_model_is_refused(options: dict[str, Any]):
-    """Its config.json says what the model is."""
-    model = Path(options["model_path"])
-    before = contents(model)
-    with pytest.raises(UserError, match=r"is the folder of a model.*Fix: choose another"):
-        UnifiedTrainer(Config(**options | {"output_dir": str(model)})).train()
-    assert contents(model) == before
-
-
-def test_who_starts_anew_beside_an_earlier_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    leave_a_run(tmp_path, 7)
-    prepare_folder(tmp_path, Config()).close()
-    caplog.clear()
-    prepare_folder(tmp_path, Config(resume_from_checkpoint="auto")).close()
-    assert [
-        f"an earlier one is in {tmp_path}/old-1 (to step 7)" in message for message in caplog.messages
-    ] == [True]
-
-
-def test_both_runs_are_whole_and_the_earlier_one_goes_on(options: dict[str, Any]):
-    run = Path(options["output_dir"])
-    UnifiedTrainer(Config(**options)).train()
-    first = contents(run)
-    UnifiedTrainer(Config(**options | {"seed": 7})).train()
-    assert contents(run / "old-1") == {
-        name: data for name, data in first.items() if not name.startswith("ranks/")
+def test_nobody_else_spells_them_out():
+    """Texts for people may name them; a text that is a name, or the beginning of one, may not stand elsewhere."""
+    names = {
+        layout.METRICS,
+        layout.BAD_STEPS,
+        layout.BAD_RECORDS,
+        layout.MANIFEST,
+        "training_config",
+        "trainer.json",
     }
-    verify_checkpoint(run / "old-1" / "step_2")
-    verify_checkpoint(run / "step_2")
-    assert metrics(run) != metrics(run / "old-1")
-    more = {"output_dir": str(run / "old-1"), "resume_from_checkpoint": "auto", "max_steps": 4}
-    UnifiedTrainer(Config(**options | more)).train()
-    assert [line["step"] for line in metrics(run / "old-1")] == [1, 2, 3, 4]
-    assert json.loads((run / "config.json").read_text())["seed"] == 7
+    names |= {f"{layout.OPTIONS}.json", "step_", ".partial-", ".old-"}
+    found, looked = [], 0
+    for path in sorted((ROOT / "unigen").rglob("*.py")):
+        place = path.relative_to(ROOT / "unigen").as_posix()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                looked += 1
+                if node.value in names and place not in STATE:
+                    found.append(f"{place}:{node.lineno}: {node.value}")
+    assert found == [] and looked > 5000
 
 
-# ---- the lock
+@pytest.mark.parametrize("command", [["watch", "--once"], ["ckpt", "ls"]])
+def test_who_only_reads_a_run_needs_no_pytorch(command: list[str], tmp_path: Path):
+    run = record(tmp_path / "run", 600)
+    name, *rest = command
+    code = (
+        "import sys; from unigen.cli import main; assert main(sys.argv[1:]) == 0;"
+        " print({'torch', 'PIL', 'transformers', 'unigen.sequence.plan'} & sys.modules.keys())"
+    )
+    argv = [sys.executable, "-c", code, name, *rest, str(run)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["set()"], done
+    assert "step_500" in done.stdout
 
 
-def test_a_folder_in_use_is_refused_and_free_again_after_kill_9(options: dict[str, Any], tmp_path: Path):
-    """Two runs into one folder: passes when the second is refused, touches nothing and names the first; after
-    ``kill -9`` it may."""
-    folder = Path(options["output_dir"])
-    folder.mkdir(parents=True)
-    code = f"""
-import time
-from pathlib import Path
-from unigen.runs.layout import lock_folder
-held = lock_folder(Path({str(folder)!r}))
-print("held", flush=True)
-time.sleep(600)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(
-            UserError, match=rf"in use by process {holder.pid} on .*Fix: wait for its end or stop it"
-        ):
-            UnifiedTrainer(Config(**options)).train()
-        assert not (folder / "config.json").exists() and not list(folder.glob("step_*")), (
-            "nothing was touched"
-        )
-    finally:
-        holder.kill()
-        holder.wait()
-    UnifiedTrainer(Config(**options)).train()
-    assert (folder / "step_2" / "manifest.json").exists()
+def test_the_header_of_a_checkpoint_is_read_without_pytorch(golden: Path):
+    code = (
+        "import sys; from pathlib import Path; import unigen.runs.checkpoint, unigen.runs.folder;"
+        " from unigen.model.storage import scan_folder;"
+        " found = scan_folder(Path(sys.argv[1])); print(len(found), sum(s.nbytes for s in found.values()));"
+        " print({'torch', 'PIL', 'transformers', 'numpy'} & sys.modules.keys())"
+    )
+    argv = [sys.executable, "-c", code, str(golden / "model")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+    counts, loaded = done.stdout.splitlines()
+    assert all(int(n) > 100 for n in counts.split()) and loaded == "set()", done

@@ -11,7 +11,7 @@ import pytest
 from recorded import row, validation, write_metrics
 
 from unigen.runs import metrics as module
-from unigen.runs.metrics import BUCKETS, CURVES, Lines, Log, Metrics, parse
+from unigen.runs.metrics import CURVES, POINTS, Lines, Log, Metrics, parsed, read_log
 
 
 def rows(n: int, seed: int = 0) -> list[dict]:
@@ -25,17 +25,35 @@ def append(path: Path, text: str) -> None:
 
 
 def test_curves_of_a_short_log_are_the_log(tmp_path):
-    """Every value of every curve."""
     random_ = random.Random(1)
-    path = write_metrics(tmp_path / "metrics.jsonl", [*rows(300), validation(300, random_)])
-    metrics = Metrics(path)
-    assert metrics.update() == path.stat().st_size and metrics.share == 1
-    logged = list(map(json.loads, path.read_text("utf-8").splitlines()))
+    values = [*rows(300), validation(300, random_)]
+    log = read_log(write_metrics(tmp_path / "metrics.jsonl", values))
     for name in CURVES:
-        points = metrics.log.points(name)
-        wanted = [(entry["step"], entry[name]) for entry in logged if name in entry]
-        assert wanted and [(p.step, p.mean) for p in points] == wanted
+        points = log.points(name)
+        wanted = [(v["step"], v[name]) for v in values if name in v]
+        assert [(p.step, p.mean) for p in points] == wanted and wanted
         assert all(p.low == p.mean == p.high for p in points)
+        assert log.curve(name).T.tolist() == [list(point) for point in wanted]
+        assert log.latest[name] == wanted[-1][1]
+
+
+def test_of_lines_with_the_same_step_the_last_one_counts(tmp_path):
+    """Also where it is written after the curve was drawn."""
+    path = write_metrics(tmp_path / "metrics.jsonl", [{"step": n, "loss": n / 2} for n in (1, 3, 2, 3, 1)])
+    append(path, '{"step": 2, "loss": 9}\n')
+    metrics = Metrics(path)
+    metrics.update()
+    assert metrics.log.curve("loss").tolist() == [[1, 2, 3], [0.5, 9, 1.5]]
+    append(path, '{"step": 1, "loss": 7.5}\n')
+    metrics.update()
+    assert metrics.log.curve("loss").tolist() == [[1, 2, 3], [7.5, 9, 1.5]]
+
+
+def test_lines_without_the_text_that_is_asked_for_are_passed_over(tmp_path):
+    values = [*rows(30), validation(30, random.Random(1))]
+    log = read_log(write_metrics(tmp_path / "metrics.jsonl", values), having="val_loss")
+    assert log.curve("val_loss").T.tolist() == [[30, values[-1]["val_loss"]]] and log.n_lines == 1
+    assert read_log(tmp_path / "nowhere").curve("val_loss").shape == (2, 0)
 
 
 def test_later_looks_read_only_what_is_new(tmp_path):
@@ -58,7 +76,7 @@ def test_a_long_curve_keeps_mean_least_and_greatest(tmp_path):
     metrics = Metrics(path)
     metrics.update()
     points = metrics.log.points("loss")
-    assert metrics.log.width == 8 and len(points) <= BUCKETS
+    assert 9000 / 8 <= len(points) <= POINTS
     assert max(p.high for p in points) == 1234.5 and min(p.low for p in points) == -7.25
     for point in points:
         first = int(point.step) // 8 * 8
@@ -178,44 +196,22 @@ def test_the_part_asked_for_alone_is_drawn_and_in_full(tmp_path):
     ) and metrics.log.last_step == 9000
 
 
-def test_a_long_log_is_looked_at_first_and_read_in_full_later(tmp_path, monkeypatch):
-    """The first look parses a part, with its end in full; later ones end at exactly what one reading finds,
-    also while it grows."""
-    monkeypatch.setattr(module, "BUDGET", 400_000)
-    monkeypatch.setattr(module, "END", 100_000)
-    monkeypatch.setattr(module, "PART", 8 << 10)
-    monkeypatch.setattr(module, "CHUNK", 64 << 10)
-    values = rows(6000)
-    path = write_metrics(tmp_path / "metrics.jsonl", values)
-    size = path.stat().st_size
-    assert size > 4 * module.BUDGET
-    metrics = Metrics(path)
-    assert metrics.update() < 1.3 * module.BUDGET and metrics.share < 1
-    first = metrics.log.points("loss")
-    assert metrics.log.last_step == 6000 and first[0].step <= 2 and len(first) > 200
-    assert list(metrics.log.recent)[-200:] == values[-200:]
-    append(path, json.dumps(row(6001, random.Random(0))) + "\n")
-    looks = 0
-    while metrics.share < 1:
-        assert metrics.update() < 1.3 * module.BUDGET
-        assert metrics.log.last_step == 6001
-        looks += 1
-        assert looks < 12
-    whole = Metrics(path, exact=True)
-    assert whole.update() == path.stat().st_size
-    assert (
-        metrics.log.points("loss") == whole.log.points("loss")
-        and metrics.log.n_lines == whole.log.n_lines == 6001
+def test_a_line_that_is_longer_than_what_is_read_at_once_costs_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 500)
+    values = rows(4)
+    path = write_metrics(
+        tmp_path / "metrics.jsonl", [*values[:2], {"step": 9, "why": "x" * 1000}, *values[2:]]
     )
-    assert metrics.update() == 0
+    log = read_log(path)
+    assert log.curve("loss")[0].tolist() == [1, 2, 3, 4] and log.n_unreadable > 0
 
 
-def test_parse_agrees_with_json_line_by_line():
-    data = "".join(json.dumps(r) + "\n" for r in rows(50)).encode()
-    assert parse(data) == ([json.loads(line) for line in data.splitlines()], 0)
-    assert parse(b'{"step": 1}, {"step": 2}\n{"step": 3}\n') == ([{"step": 3}], 1), (
-        "two objects on a line are no line of ours"
-    )
+def test_lines_are_parsed_together_as_they_are_alone():
+    lines = [json.dumps(r).encode() for r in rows(50)]
+    assert parsed(lines) == [json.loads(line) for line in lines]
+    # two objects on a line are no line of ours
+    assert parsed([b'{"step": 1}, {"step": 2}', b'{"step": 3}']) == [None, {"step": 3}]
+    assert parsed([b'{"step": 1', b'"loss": 2}', b"{}"]) == [None, None, {}]
 
 
 def test_lines_are_counted_and_the_last_kept(tmp_path):

@@ -20,9 +20,9 @@ from unigen.config import Config
 from unigen.model.backends import autocast
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec
-from unigen.model.config import BagelConfig, CheckpointFolderError, read_config
+from unigen.model.config import BagelConfig, read_config
 from unigen.model.parts import dtype_of, is_frozen
-from unigen.model.storage import scan_folder
+from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.vit import VisionModel
 from unigen.model.weights import load_codec
 from unigen.sequence.contents import Seen

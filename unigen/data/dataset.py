@@ -319,7 +319,7 @@ class UnifiedGenerationDataset:
                 fix += f", or leave them out with on_bad_record=skip (it stops above {max_share:.0%})"
             raise BadData(f"{len(bad):,} of {total:,} records cannot be used:\n{_list(bad)}\n{fix}.", bad)
         if bad and listing is not None:
-            _list_in(listing, bad)
+            list_bad_records(listing, [error.to_dict() for error in bad])
         if len(bad) > max_share * total:
             share = f"{len(bad):,} of {total:,} records ({len(bad) / total:.1%}) cannot be used"
             raise BadData(
@@ -392,16 +392,15 @@ def _decoding_error(segment: Image) -> PictureError | None:
     return None
 
 
-def _list_in(listing: Path, bad: list[BadRecord]) -> None:
-    """Appends to ``listing`` what it does not hold yet."""
+def list_bad_records(listing: Path, bad: Iterable[dict[str, Any]]) -> None:
+    """Appends to a JSONL file the bad records, as :meth:`BadRecord.to_dict` gives them, that it does not hold
+    yet. Raises OSError."""
     listing.parent.mkdir(parents=True, exist_ok=True)
     with listing.open("a+", encoding="utf-8") as file:
         file.seek(0)
         known = file.read()
         lines = set(known.splitlines())
-        new = [
-            line for line in dict.fromkeys(json.dumps(error.to_dict()) for error in bad) if line not in lines
-        ]
+        new = [line for line in dict.fromkeys(map(json.dumps, bad)) if line not in lines]
         # by a process that was killed while it wrote
         torn = "\n" if known and not known.endswith("\n") else ""
         file.write(torn + "".join(line + "\n" for line in new))

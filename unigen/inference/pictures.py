@@ -11,13 +11,12 @@ from typing import Any
 from unigen.config import Config, Source
 from unigen.inference.options import InferenceError
 from unigen.model.config import BagelConfig
+from unigen.model.storage import RUN_OPTIONS
 from unigen.sequence.contents import Viewer
 from unigen.sequence.grid import patchify
 from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import Block, Image, Kind, Sample
-
-RUN_OPTIONS = "training_config.json"  # beside the weights of a run's checkpoints
 
 
 def run_transform(config: BagelConfig, sources: Sequence[Source], max_image_tokens: int) -> ImageTransform:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unigen.config import DataOptions, Source, UserError
+from unigen.config import DataOptions, Source
 from unigen.model.codec import VaeConfig, read_vae_config
+from unigen.model.storage import CheckpointFolderError, read_json
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import Geometry
 from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import Tokenizer
-
-
-class CheckpointFolderError(UserError):
-    """A folder does not hold a BAGEL checkpoint this program can load; the message lists what is wrong."""
 
 
 @dataclass
@@ -114,24 +110,6 @@ CONSTANTS = (
     "vit_transform",
     "vit_edit_transform",
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointFolderError(
-            f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT (llm_config.json,"
-            " vit_config.json, ema.safetensors, ae.safetensors, tokenizer files). Fix: check the path, or"
-            " download the whole repository"
-        ) from None
-    except ValueError as error:
-        raise CheckpointFolderError(f"{path} is not valid JSON ({error}). Fix: download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointFolderError(
-            f"{path} holds a {type(value).__name__}, not a JSON object. Fix: download it again"
-        )
-    return value
 
 
 def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: Any) -> BagelConfig:

@@ -8,34 +8,74 @@ one entry more::
     "pieces": {tensor: {"dtype": "F32", "shape": [...], "parts": [[file, start, stop], ...]}}
 
 A part is a 1-D tensor of the same name in its file: elements [start, stop) of the flattened whole.
+
+What reads headers alone needs no PyTorch, so it is imported where tensors are made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from unigen.config import UserError
 from unigen.files import atomic
-from unigen.model.config import CheckpointFolderError, read_json
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]
+    """Name -> dtype, shape, and what makes the tensor; any device and layout."""
+
+# the format's name of a dtype -> PyTorch's name, and bytes of an element
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 WEIGHTS = "ema.safetensors"
+INDEX = ".index.json"  # behind the name of a set of several files
+RUN_OPTIONS = "training_config.json"  # the options of the run that trained the weights, beside them
 CHUNK = 1 << 24  # elements or bytes handled at a time
 
-Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]
-"""Name -> dtype, shape, and what makes the tensor; any device and layout."""
+
+class CheckpointFolderError(UserError):
+    """A folder does not hold a BAGEL checkpoint this program can load; the message lists what is wrong."""
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """The format's name of a dtype, such as ``F32``. Raises KeyError for one that it does not have."""
+    return _CODES[str(dtype)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint folder.
+
+    Raises:
+        CheckpointFolderError: the file is missing, or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointFolderError(
+            f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT (llm_config.json,"
+            " vit_config.json, ema.safetensors, ae.safetensors, tokenizer files). Fix: check the path, or"
+            " download the whole repository"
+        ) from None
+    except ValueError as error:
+        raise CheckpointFolderError(f"{path} is not valid JSON ({error}). Fix: download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointFolderError(
+            f"{path} holds a {type(value).__name__}, not a JSON object. Fix: download it again"
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -52,21 +92,29 @@ class ByteRange:
 class Stored:
     """Where one tensor lies; the parts are in order and cover it."""
 
-    dtype: torch.dtype
+    code: str  # of its dtype, a key of DTYPES
     shape: tuple[int, ...]
     parts: tuple[ByteRange, ...]
 
     @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, DTYPES[self.code][0])
+
+    @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * DTYPES[self.code][1]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The tensor in host memory of its own, in the stored dtype; with ``start`` or ``stop``, those
         elements of it, flattened."""
+        import torch
+
         whole = start == 0 and stop is None
         tensor = torch.empty((self.numel if stop is None else stop) - start, dtype=self.dtype)
         self._fill(tensor, start)
@@ -86,7 +134,9 @@ class Stored:
         assert start >= 0 and start + len(out) <= self.numel, (start, len(out), self.shape)
         if not len(out):
             return
-        view, size = memoryview(out.detach().view(torch.uint8).numpy()), self.dtype.itemsize
+        import torch
+
+        view, size = memoryview(out.detach().view(torch.uint8).numpy()), DTYPES[self.code][1]
         stop = start + len(out)
         for part in self.parts:
             a, b = max(start, part.start), min(stop, part.stop)
@@ -135,11 +185,11 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
                 raise ValueError(
                     f"it is truncated: {name} ends at byte {8 + length + end:,}, the file at {size:,}"
                 )
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            numel = torch.Size(shape).numel()
-            if end - start != numel * dtype.itemsize:
+            code, shape = entry["dtype"], tuple(entry["shape"])
+            numel = math.prod(shape)
+            if end - start != numel * DTYPES[code][1]:
                 raise ValueError(f"{name} has {end - start} bytes, not those of shape {shape}")
-            tensors[name] = Stored(dtype, shape, (ByteRange(path, 8 + length + start, 0, numel),))
+            tensors[name] = Stored(code, shape, (ByteRange(path, 8 + length + start, 0, numel),))
         return tensors
     except FileNotFoundError:
         raise CheckpointFolderError(
@@ -184,8 +234,8 @@ def scan_set(folder: Path, name: str) -> dict[str, Stored] | None:
     neither."""
     if (folder / name).exists():
         return scan_safetensors(folder / name)
-    if (folder / f"{name}.index.json").exists():
-        return _scan_index(folder / f"{name}.index.json")
+    if (folder / f"{name}{INDEX}").exists():
+        return _scan_index(folder / f"{name}{INDEX}")
     return None
 
 
@@ -221,21 +271,39 @@ def _scan_index(index: Path) -> dict[str, Stored]:
 
 def _join(index: Path, name: str, entry: dict[str, Any], files: dict[str, dict[str, Stored]]) -> Stored:
     """A tensor from its parts, which have to fit together without gap and overlap."""
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    code, shape = entry["dtype"], tuple(entry["shape"])
+    if code not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"{name} has dtype {code} and shape {shape}")
     parts, at = [], 0
     for file, start, stop in sorted(entry["parts"], key=lambda part: (part[1], part[2])):
         piece = files[file].get(name)
-        if piece is None or piece.dtype != dtype or piece.shape != (stop - start,) or start != at:
+        if piece is None or piece.code != code or piece.shape != (stop - start,) or start != at:
             raise CheckpointFolderError(
                 f"{index}: the parts of {name} do not fit together at element {at:,}. Fix: copy the set again"
             )
         parts.append(ByteRange(piece.parts[0].file, piece.parts[0].offset, start, stop))
         at = stop
-    if at != torch.Size(shape).numel():
+    if at != math.prod(shape):
         raise CheckpointFolderError(
-            f"{index}: the parts of {name} end at element {at:,} of {torch.Size(shape).numel():,}"
+            f"{index}: the parts of {name} end at element {at:,} of {math.prod(shape):,}"
         )
-    return Stored(dtype, shape, tuple(parts))
+    return Stored(code, shape, tuple(parts))
+
+
+def part_name(stem: str, number: int, count: int) -> str:
+    """The file of part ``number``, from 0 on, of the ``count`` that the set ``stem.safetensors`` has."""
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def set_files(stem: str) -> tuple[str, str]:
+    """The file of a set, and the index that stands in its place where the set has several files."""
+    return f"{stem}.safetensors", f"{stem}.safetensors{INDEX}"
+
+
+def is_of_set(name: str, stem: str) -> bool:
+    """Is it the name of a file of the set ``stem.safetensors``, or of its index?"""
+    part = re.fullmatch(r"(.+)-[0-9]{5}-of-[0-9]{5}\.safetensors", name)
+    return name in set_files(stem) or (part is not None and part[1] == stem)
 
 
 def few(names: list[str], limit: int = 20) -> str:
@@ -266,9 +334,9 @@ def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
     offset = 0
     for name in order:
         dtype, shape, _ = plan[name]
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": NAMES[dtype],
+            "dtype": code_of(dtype),
             "shape": list(shape),
             "data_offsets": [offset, offset + nbytes],
         }
@@ -286,6 +354,8 @@ def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
 
 
 def _bytes_of(head: bytes, plan: Plan, order: list[str]) -> Iterator[memoryview]:
+    import torch
+
     yield memoryview(head)
     for name in order:
         dtype, shape, make = plan[name]

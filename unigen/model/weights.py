@@ -19,13 +19,15 @@ from unigen.config import DataOptions
 from unigen.model.backends import use_expandable_segments
 from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec, VaeConfig
-from unigen.model.config import BagelConfig, CheckpointFolderError, read_config, read_json
+from unigen.model.config import BagelConfig, read_config
 from unigen.model.layers import sincos_table
 from unigen.model.parts import is_left_out, is_table
 from unigen.model.storage import (
     WEIGHTS,
+    CheckpointFolderError,
     Stored,
     few,
+    read_json,
     scan_folder,
     scan_safetensors,
     write_json,

@@ -2,18 +2,18 @@
 
     step_N/
       ema.safetensors        the model in the published layout: the average, or the weights where there is
-      none
+                             none
       model.safetensors      with an average: the weights of what trains (the rest stands in ema)
       optimizer.safetensors  AdamW's moments and step counts: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
-      <state>.json           everything else: place in the data, guards, options
+      <state>.json           everything else: state of the data loader, guards, options
       ...                    configs, tokenizer, VAE
       manifest.json          format, step, who wrote it, size and SHA-256 of every file above, and of itself
 
 Several processes each write a file of a group, ``ema-00001-of-00002.safetensors``, and
 ``ema.safetensors.index.json`` says what lies where (see ``model/storage.py``). All of it is staged in
-``.step_N.partial-<pid>`` beside its place, brought to the disk file by file, the manifest last, and published
+``.step_N.partial-PID`` beside its place, brought to the disk file by file, the manifest last, and published
 by one rename (``saver.py`` does that). Nothing is ever pickled. safetensors has no checksum of its own, so
-the manifest brings it; here it is read, checked, and old ones are removed.
+the manifest brings it; here it is read, checked, and old ones are removed. None of that needs PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -31,21 +30,31 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unigen.config import UserError
-from unigen.files import remove, sha256_of
-from unigen.model.storage import Stored, scan_set
+from unigen.files import draft_of, leftover, remove, sha256_of
+from unigen.model.storage import Stored, scan_set, set_files
+from unigen.runs.layout import FILES, MANIFEST, is_checkpoint, state_file, step_of
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-MANIFEST = "manifest.json"
 GROUPS = ("ema", "model", "optimizer")
-_STEP = re.compile(r"step_(\d+)")
-_ORPHAN = re.compile(r"\.(?P<name>\w+)\.(?P<role>partial|old)-(?P<pid>\d+)")
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, or cannot be trusted; the message names the file, what is wrong,
-    and the fix."""
+    and the fix.
+
+    Attributes:
+        problem: what is wrong alone, for a list below the checkpoint's name.
+    """
+
+    def __init__(self, message: str, problem: str = ""):
+        super().__init__(message)
+        self.problem = problem or message
+
+
+def _unusable(folder: Path, problem: str, fix: str = "use another checkpoint") -> CheckpointError:
+    return CheckpointError(f"{folder}: {problem}. Fix: {fix}", problem)
 
 
 # ---- reading
@@ -74,11 +83,9 @@ def read_states(folder: Path) -> dict[str, Any]:
     states = {}
     for name in read_manifest(folder)["states"]:
         try:
-            states[name] = json.loads((folder / f"{name}.json").read_text("utf-8"))
+            states[name] = json.loads((folder / state_file(name)).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: {name}.json cannot be read: {error}. Fix: use another checkpoint"
-            ) from error
+            raise _unusable(folder, f"{state_file(name)} cannot be read: {error}") from error
     return states
 
 
@@ -100,48 +107,75 @@ def verify_checkpoint(
     Raises:
         CheckpointError: naming every file that is missing, cut short or changed; on all processes.
     """
-    folder = Path(folder)
-    problems: list[str] = []
+    folder, manifest, found = Path(folder), "", []
     try:
-        entries = read_manifest(folder)["files"]
+        found = changed_files(folder, share=share, tick=tick)
     except CheckpointError as error:
-        problems.append(str(error))
-    else:
-        ours = [f"{group}.safetensors{end}" for group in GROUPS for end in ("", ".index.json")]
-        strays = [name for name in ours if name not in entries and (folder / name).exists()]
-        problems += [f"{name} is none of its files, yet would be read in place of them" for name in strays]
-        files = sorted(entries.items(), key=lambda item: -item[1]["size"])[share[0] :: share[1]]
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
-            problems += [
-                found for found in pool.map(lambda item: _problem(folder, *item, tick), files) if found
-            ]
-    problems = list(
-        dict.fromkeys(found for said in gather(json.dumps(problems)) for found in json.loads(said))
-    )
-    if problems:
-        whole = problems[0].startswith(f"{folder}:")  # the manifest itself
-        raise CheckpointError(
-            problems[0]
-            if whole
-            else (
-                f"{folder}: damaged checkpoint: {'; '.join(problems)}. Fix: use another checkpoint, or a"
-                " backup of this one"
-            )
+        manifest = str(error)
+    said = [json.loads(text) for text in gather(json.dumps([manifest, found]))]
+    for manifest, _ in said:
+        if manifest:
+            raise CheckpointError(manifest)
+    if problems := dict.fromkeys(problem for _, found in said for problem in found):
+        raise _unusable(
+            folder,
+            f"damaged checkpoint: {'; '.join(problems)}",
+            "use another checkpoint, or a backup of this one",
         )
 
 
+def changed_files(
+    folder: Path,
+    wanted: Callable[[str], bool] = lambda name: True,
+    *,
+    share: tuple[int, int] = (0, 1),
+    threads: int = 4,
+    tick: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """What is wrong with the bytes of a checkpoint's files, as :func:`verify_checkpoint` finds it.
+
+    Args:
+        folder: of the checkpoint.
+        wanted: which of the files to read, by the name that the manifest has for them.
+        share: (rank, processes): each reads some of the files.
+        threads: that read.
+        tick: called with every ``files.CHUNK`` read, from any thread.
+
+    Raises:
+        CheckpointError: its manifest is missing or damaged.
+    """
+    entries = read_manifest(folder)["files"]
+    strays = [n for group in GROUPS for n in set_files(group) if n not in entries and (folder / n).exists()]
+    files = sorted(entries.items(), key=lambda item: -item[1]["size"])[share[0] :: share[1]]
+    files = [(name, entry) for name, entry in files if wanted(name)]
+    with ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:  # hashing needs no interpreter lock
+        problems = list(pool.map(lambda item: _problem(folder, *item, tick), files))
+    return [
+        *(f"{name} is none of its files, yet would be read in place of them" for name in strays),
+        *filter(None, problems),
+    ]
+
+
 def _problem(folder: Path, name: str, entry: dict[str, Any], tick: Callable[[], None]) -> str:
+    if wrong := wrong_size(folder / name, name, entry["size"]):
+        return wrong
     try:
-        size = (folder / name).stat().st_size
-        if size != entry["size"]:
-            return f"{name} has {size} bytes instead of {entry['size']}"
         if sha256_of(folder / name, tick) != entry["sha256"]:
             return f"{name} has changed since it was written (SHA-256 differs)"
+    except OSError as error:
+        return f"{name} cannot be read ({error})"
+    return ""
+
+
+def wrong_size(path: Path, name: str, size: int) -> str:
+    """Why a file of a checkpoint is not ``size`` bytes; "" where it is."""
+    try:
+        found = path.stat().st_size
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read ({error})"
-    return ""
+    return "" if found == size else f"{name} has {found} bytes instead of {size}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -151,42 +185,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: no folder, no manifest, a damaged one, or one of another format.
     """
     path = Path(folder) / MANIFEST
+    named = "name a step_N folder of a run"
     if not path.parent.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder. Fix: name a step_N folder of a run")
+        raise _unusable(folder, "there is no such folder", named)
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: {MANIFEST} is missing: no whole checkpoint. Fix: name a step_N folder of a run"
-        ) from None
+        raise _unusable(folder, f"{MANIFEST} is missing: no whole checkpoint", named) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder}: {MANIFEST} cannot be read: {error}. Fix: use another checkpoint"
-        ) from error
+        raise _unusable(folder, f"{MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_hash(manifest):
-        raise CheckpointError(
-            f"{folder}: {MANIFEST} has changed since it was written (SHA-256 differs). Fix: use another"
-            " checkpoint"
-        )
+        raise _unusable(folder, f"{MANIFEST} has changed since it was written (SHA-256 differs)")
     if manifest["format"] != FORMAT:
-        older = (
-            "start a new run from its weights (--model_path)"
-            if manifest["format"] < FORMAT
-            else "update unigen"
-        )
-        raise CheckpointError(
-            f"{folder}: {MANIFEST} has format {manifest['format']}, this version reads {FORMAT}. Fix: {older}"
+        older = manifest["format"] < FORMAT
+        raise _unusable(
+            folder,
+            f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}",
+            "start a new run from its weights (--model_path)" if older else "update unigen",
         )
     for name in [*manifest["files"], *manifest["groups"], *manifest["states"]]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise CheckpointError(
-                f"{folder}: {MANIFEST} names {name!r}, outside of the checkpoint. Fix: do not use this"
-                " checkpoint"
+            raise _unusable(
+                folder, f"{MANIFEST} names {name!r}, outside of the checkpoint", "do not use this checkpoint"
             )
     return manifest
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own entry for it."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -228,9 +254,10 @@ def resolve_resume(
     if str(value) == "auto":
         found = latest_checkpoint(output_dir, verify)
         if found is None and (damaged := steps(output_dir)):
-            raise CheckpointError(
-                f"{output_dir}: every checkpoint is damaged ({', '.join(p.name for p in damaged)}). Fix:"
-                " restore one from a backup, or start afresh in another --output_dir"
+            raise _unusable(
+                output_dir,
+                f"every checkpoint is damaged ({', '.join(p.name for p in damaged)})",
+                "restore one from a backup, or start afresh in another --output_dir",
             )
         return found
     folder = Path(value)
@@ -243,26 +270,20 @@ def resolve_resume(
                 good |= dict.fromkeys(islice(_good_checkpoints(place, verify), 3))
         choice = f"good ones nearby: {', '.join(map(str, good))}" if good else "there is no good one nearby"
         raise CheckpointError(f"{error} (--resume_from_checkpoint {value}); {choice}") from error
-    newer = [
-        p.name
-        for p in steps(output_dir)
-        if p.resolve() != folder.resolve() and number(p) > read_manifest(folder)["step"]
-    ]
-    if newer:
+    step, others = (
+        read_manifest(folder)["step"],
+        [p for p in steps(output_dir) if p.resolve() != folder.resolve()],
+    )
+    if newer := ", ".join(p.name for p in others if _number(p) > step):
         log.warning(
             "Resuming from %s, but %s also holds the newer %s, which `auto` would choose.",
-            folder,
-            output_dir,
-            ", ".join(newer),
-        )
+            folder, output_dir, newer,
+        )  # fmt: skip
     return folder
 
 
-def number(folder: Path) -> int:
-    """N of ``step_N``."""
-    match = _STEP.fullmatch(folder.name)
-    assert match
-    return int(match[1])
+def _number(folder: Path) -> int:
+    return step_of(folder.name) or 0
 
 
 def steps(output_dir: Path) -> list[Path]:
@@ -271,12 +292,11 @@ def steps(output_dir: Path) -> list[Path]:
     Raises:
         CheckpointError: the folder cannot be listed, so that nobody can say what is in it.
     """
-    return sorted(
-        (p for p in listed(output_dir) if _STEP.fullmatch(p.name) and p.is_dir()), key=number, reverse=True
-    )
+    found = [p for p in list_folder(output_dir) if step_of(p.name) is not None and p.is_dir()]
+    return sorted(found, key=_number, reverse=True)
 
 
-def listed(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """What a folder holds; nothing where there is none. (``glob`` takes a folder that it may not list for an
     empty one.)
 
@@ -335,7 +355,7 @@ def prune_checkpoints(
 
 def remove_checkpoint(folder: Path) -> None:
     """Removes a checkpoint; renamed first, so that what is half removed no longer looks like one."""
-    doomed = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    doomed = draft_of(folder)
     remove(doomed)
     folder.rename(doomed)
     remove(doomed)
@@ -348,13 +368,13 @@ def sweep_orphans(output_dir: Path) -> None:
     What was left half written is removed. A checkpoint that was set aside to be replaced, and whose successor
     never came, gets its name back.
     """
-    for path in listed(Path(output_dir)):
-        match = _ORPHAN.fullmatch(path.name)
-        if not match:
+    for path in list_folder(Path(output_dir)):
+        name, role = leftover(path.name) or ("", "")
+        if not (is_checkpoint(name) or name in FILES):
             continue
         try:
-            final = path.with_name(match["name"])
-            if match["role"] == "old" and not final.exists():
+            final = path.with_name(name)
+            if role == "old" and not final.exists():
                 path.rename(final)
             else:
                 remove(path)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigen.files import atomic
+from unigen.runs.layout import heartbeat_file, rank_of, stack_file
 
 if TYPE_CHECKING:
     from unigen.runs.signals import SignalHandler
@@ -193,15 +194,15 @@ class Heartbeat:
         while True:
             closing = self._closing.is_set()  # before the heartbeat, so that the last one says so
             self._write(
-                f"rank_{self.rank}.json",
+                heartbeat_file(self.rank),
                 json.dumps(self._beat_of_now("ended" if closing else None), default=str),
             )
             report = "" if closing else self._report
             if report and not reported:
-                self._write(f"rank_{self.rank}.stack.txt", report)
+                self._write(stack_file(self.rank), report)
                 self._written.set()
             elif reported and not report:
-                self._unlink(f"rank_{self.rank}.stack.txt")
+                self._unlink(stack_file(self.rank))
             if closing or not self._stops.entered:
                 return
             reported = bool(report)
@@ -244,11 +245,9 @@ class Heartbeat:
         those of ranks that there are no more belong to rank 0."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in list(self.folder.glob("*rank_*")):
-                number = path.name.removeprefix(".").removeprefix("rank_").partition(".")[0]
-                if number.isdigit() and (
-                    int(number) == self.rank or (self.rank == 0 and int(number) >= self.world)
-                ):
+            for path in list(self.folder.iterdir()):
+                rank = rank_of(path.name.removeprefix(".").removesuffix(".partial"))
+                if rank == self.rank or (self.rank == 0 and rank is not None and rank >= self.world):
                     path.unlink(missing_ok=True)
 
     def _look(self) -> None:
@@ -259,7 +258,7 @@ class Heartbeat:
                 continue
             # missing, or not of this run's kind
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                beat = json.loads((self.folder / f"rank_{rank}.json").read_text("utf-8"))
+                beat = json.loads((self.folder / heartbeat_file(rank)).read_text("utf-8"))
                 beat = {key: beat[key] for key in _KEYS}
                 peer = before.get(rank)
                 changed = peer is not None and beat["time"] != peer.beat["time"]

@@ -1,127 +1,115 @@
-"""The folder of a run: one run at a time, and no run's files among another's."""
+"""The names in a run's folder, made and parsed here alone.
+
+RUN/
+  config.json          the options
+  metrics.jsonl        a line for every step and every validation
+  bad_steps.jsonl      steps that were left out, with their records
+  bad_records.jsonl    records that were left out
+  step_N/              a checkpoint: weights, optimiser, trainer.json, training_config.json, manifest.json
+  best/                the weights with the lowest validation loss
+  samples/step_N/      answers to the prompts: index.json and pictures
+  ranks/               rank_N.json, the heartbeat of a process; rank_N.stack.txt after a hang
+  tensorboard/, wandb/, wandb_run_id, trackio_run_id     of the trackers
+  old-N/               an earlier run, set aside
+  .lock                held by the process that trains
+  .old.new/            an earlier run that is being set aside
+  .NAME.partial-PID    NAME being written, and .NAME.old-PID while it is replaced (see files.py)
+"""
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-from pathlib import Path
-from typing import IO
 
-from unigen.config import Config, UserError
-from unigen.files import Busy, hold
-from unigen.runs.checkpoint import listed, number, steps, sweep_orphans
-from unigen.runs.secrets import redacted
+from unigen.files import leftover
+from unigen.model.storage import RUN_OPTIONS
 
-log = logging.getLogger("unigen")
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+BAD_STEPS = "bad_steps.jsonl"
+BAD_RECORDS = "bad_records.jsonl"
+BEST = "best"
+SAMPLES = "samples"
+RANKS = "ranks"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+LOCK = ".lock"
+SETTING_ASIDE = ".old.new"
 
-# What a run leaves in its folder beside its step_N. The heartbeats in ranks/ are removed by those who write
-# them.
-FILES = (
-    "metrics.jsonl",
-    "bad_steps.jsonl",
-    "bad_records.jsonl",
-    "config.json",
-    "wandb_run_id",
-    "trackio_run_id",
-)
-FOLDERS = ("best", "samples", "tensorboard", "wandb")
+# in a checkpoint
+MANIFEST = "manifest.json"
+TRAINER = "trainer"  # states: what a resume needs, and the options
+OPTIONS = RUN_OPTIONS.removesuffix(".json")
 
+SAMPLES_INDEX = "index.json"  # in samples/step_N
 
-def prepare_folder(folder: Path, config: Config) -> IO[str]:
-    """Makes the folder of a run, takes its lock (see :func:`lock_folder`), cleans up after killed runs, sets
-    an earlier run aside where this one begins anew, and writes the options down.
-
-    Raises:
-        UserError: it cannot be written, it is a model, another run is in it, or this run begins with weights
-            of the one that it would set aside.
-    """
-    if (folder / "llm_config.json").exists():
-        raise UserError(
-            f"output_dir {folder} is the folder of a model, whose config.json would be replaced. Fix: choose"
-            " another one"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-        sweep_orphans(folder)
-        if not config.dry_run and (
-            not config.resume_from_checkpoint
-            or (config.resume_from_checkpoint == "auto" and not steps(folder))
-        ):
-            set_aside(folder, Path(config.model_path or ""))
-        written = folder / "config.json"
-        if not (config.dry_run and written.exists()):  # the options of a run stay those of the run
-            options = json.dumps(redacted(config.to_dict()), indent=2, ensure_ascii=False)
-            written.write_text(options + "\n", encoding="utf-8")
-        return lock
-    except OSError as error:
-        raise UserError(
-            f"output_dir {folder} cannot be written ({error}). Fix: choose another --output_dir"
-        ) from error
+_STEP = re.compile(r"step_([0-9]{1,15})")
+_EARLIER = re.compile(r"old-[0-9]+")
+_RANK = re.compile(r"rank_([0-9]{1,7})(\.json|\.stack\.txt)")
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Holds the folder of a run until the file returned is closed or the process ends, in whatever way.
-
-    Raises:
-        UserError: another process holds it; says which.
-    """
-    try:
-        return hold(folder / ".lock")
-    except Busy as busy:
-        raise UserError(
-            f"output_dir {folder} is in use by {str(busy) or 'another process'}: two runs in one folder would"
-            " overwrite each other. Fix: wait for its end or stop it, or choose another --output_dir"
-        ) from None
+def step_name(step: int) -> str:
+    """The folder of a checkpoint, or of samples, after ``step`` steps."""
+    return f"step_{step}"
 
 
-def set_aside(folder: Path, model: Path) -> None:
-    """Moves an earlier run, whole, to the first free ``old-N`` below: among its checkpoints a new run's would
-    be pruned first, and ``auto`` would resume the wrong one. It can be watched and resumed there.
-
-    Args:
-        folder: of the run; its lock is held.
-        model: the weights that the new run begins with.
-
-    Raises:
-        UserError: ``model`` is one of its checkpoints.
-        OSError: the folder cannot be written.
-    """
-    checkpoints, staged = steps(folder), folder / ".old.new"
-    if not (checkpoints or (folder / "metrics.jsonl").exists() or staged.exists()):
-        _tell_of_earlier(folder)
-        return
-    if any(
-        path.resolve() in (model.resolve(), *model.resolve().parents)
-        for path in [*checkpoints, folder / "best"]
-    ):
-        raise UserError(
-            f"output_dir {folder} holds the run whose weights this one begins with ({model}). Fix: choose"
-            " another --output_dir, or go on with that run by --resume_from_checkpoint auto"
-        )
-    aside = next(path for n in range(1, 10**6) if not (path := folder / f"old-{n}").exists())
-    staged.mkdir(exist_ok=True)  # one that was killed here goes on
-    for path in [*(folder / name for name in (*FILES, *FOLDERS)), *checkpoints]:
-        if path.exists() and (
-            path.name != "samples" or all(re.match(r"\.?step_\d", entry.name) for entry in listed(path))
-        ):
-            path.rename(staged / path.name)
-    staged.rename(aside)
-    log.warning(
-        "%s held an earlier run%s; it is now in %s%s",
-        folder, f" (to step {number(checkpoints[0])})" if checkpoints else "", aside,
-        f", and goes on from there with --output_dir {aside} --resume_from_checkpoint "
-        f"auto" if checkpoints else "",
-    )  # fmt: skip
+def step_of(name: str) -> int | None:
+    """N of ``step_N``; None for another name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
 
 
-def _tell_of_earlier(folder: Path) -> None:
-    """Who started anew by mistake, and now wants to go on, must not start anew again without knowing."""
-    if found := [
-        newest for path in listed(folder) if re.fullmatch(r"old-\d+", path.name) for newest in steps(path)[:1]
-    ]:
-        newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
-        log.warning(
-            "This run starts anew; an earlier one is in %s (to step %d)", newest.parent, number(newest)
-        )
+def is_checkpoint(name: str) -> bool:
+    """Is it the name of a checkpoint?"""
+    return name == BEST or step_of(name) is not None
+
+
+def is_samples(name: str) -> bool:
+    """Is it the folder of a step's samples, or what a kill left of one?"""
+    return step_of(name.removeprefix(".").partition(".")[0]) is not None
+
+
+def unfinished(name: str) -> tuple[str, str] | None:
+    """The checkpoint, and whether it is ``partial`` or ``old``, that a hidden folder was to become or was."""
+    found = leftover(name)
+    return found if found and is_checkpoint(found[0]) else None
+
+
+def state_file(state: str) -> str:
+    """The file of a state in a checkpoint."""
+    return f"{state}.json"
+
+
+def earlier_name(number: int) -> str:
+    """The folder of the earlier run ``number``."""
+    return f"old-{number}"
+
+
+def is_earlier(name: str) -> bool:
+    """Is it the folder of an earlier run?"""
+    return _EARLIER.fullmatch(name) is not None
+
+
+def heartbeat_file(rank: int) -> str:
+    """The heartbeat of a process, in ``ranks``."""
+    return f"rank_{rank}.json"
+
+
+def stack_file(rank: int) -> str:
+    """The stack of a process that hung, in ``ranks``."""
+    return f"rank_{rank}.stack.txt"
+
+
+def rank_of(name: str) -> int | None:
+    """The rank that a heartbeat or a stack is of; None for another name."""
+    match = _RANK.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def run_id_file(tracker: str) -> str:
+    """The file with the id that a tracker gave the run."""
+    return f"{tracker}_run_id"
+
+
+# What a run leaves in its folder beside its checkpoints; heartbeats are removed by those who write them.
+FILES = (METRICS, BAD_STEPS, BAD_RECORDS, CONFIG, run_id_file(WANDB), run_id_file("trackio"))
+FOLDERS = (BEST, SAMPLES, TENSORBOARD, WANDB)

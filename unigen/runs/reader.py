@@ -1,7 +1,7 @@
-"""The folder of a run, read and never written: who works on it, its checkpoints, samples, problems, and the
-disk it lies on.
+"""The folder of a run, read and never written: its processes, checkpoints, samples and problems, and the disk
+it lies on.
 
-Any file may be missing, half written, or of another version; what cannot be read is as if it were not there.
+Any file may be missing, half written, or of another version; one that cannot be read counts as missing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 from unigen.config import UserError
 from unigen.files import free_bytes, is_held
-from unigen.runs.metrics import MAX_STEP, Lines, Metrics
+from unigen.runs import layout
+from unigen.runs.metrics import MAX_STEP, Lines, Metrics, numbers
 
 MAX_JSON = 64 << 20  # bytes; a larger file is none of a run's
 AHEAD_S = 5.0  # a heartbeat from further in the future is another clock's
@@ -45,13 +45,12 @@ class Rank:
 
     @property
     def busy(self) -> float:
-        """Seconds from the begin of its phase to its last heartbeat, by its own clock."""
+        """Seconds from the start of its phase to its last heartbeat, by its own clock."""
         return max(0.0, self.time - self.since)
 
     @property
     def quiet(self) -> float:
-        """Seconds without progress: a long validation goes on within its phase. As long as the phase where
-        that is not told."""
+        """Seconds without progress, which a long phase may make; without that fact, seconds in the phase."""
         told = self.facts.get("quiet")
         return max(0.0, float(told)) if isinstance(told, (int, float)) and told < 1e300 else self.busy
 
@@ -70,8 +69,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model made of a prompt at a step; pieces are {"text": str} or {"image": path}. ``given`` are
-    the prompt's pictures. ``error`` says why there are no pieces."""
+    """The answer to a prompt at a step: ``pieces`` are {"text": str} or {"image": path}, ``given`` are the
+    prompt's pictures, ``error`` says why there are no pieces."""
 
     step: int
     prompt: str
@@ -87,16 +86,14 @@ class Run:
     Args:
         folder: Of the run.
         steps: First and last step of the curves.
-        exact: Read the whole log in the first update.
     """
 
-    def __init__(self, folder: Path, steps: tuple[int, int] = (0, MAX_STEP), exact: bool = False):
+    def __init__(self, folder: Path, steps: tuple[int, int] = (0, MAX_STEP)):
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
-        self.metrics = Metrics(self.folder / "metrics.jsonl", steps, exact)
+        self.metrics = Metrics(self.folder / layout.METRICS, steps)
         self.bad_steps, self.bad_records = (
-            Lines(self.folder / "bad_steps.jsonl"),
-            Lines(self.folder / "bad_records.jsonl"),
+            Lines(self.folder / name) for name in (layout.BAD_STEPS, layout.BAD_RECORDS)
         )
         self.config: dict[str, Any] = {}
         self.ranks: list[Rank] = []
@@ -120,25 +117,21 @@ class Run:
         self.bad_steps.update()
         self.bad_records.update()
         names = _names(self.folder)
-        config = self._json(self.folder / "config.json")
+        config = self._json(self.folder / layout.CONFIG)
         self.config = config if isinstance(config, dict) else {}
-        self.earlier = [name for name in names if re.fullmatch(r"old-\d+", name)]
-        self.writing = [match[1] for name in names if (match := re.fullmatch(r"\.(\w+)\.partial-\d+", name))]
-        found = [self._checkpoint(name) for name in names if re.fullmatch(r"step_\d{1,15}|best", name)]
-        self.checkpoints = sorted(
-            (c for c in found if c is not None), key=lambda c: (c.step, c.name != "best")
-        )
-        self.sampled = sorted(
-            int(m[1])
-            for name in _names(self.folder / "samples")
-            if (m := re.fullmatch(r"step_(\d{1,15})", name))
-        )
-        self._update_ranks(_names(self.folder / "ranks"))
-        self.locked = is_held(self.folder / ".lock")
+        self.earlier = list(filter(layout.is_earlier, names))
+        hidden = filter(None, map(layout.unfinished, names))
+        self.writing = [name for name, role in hidden if role == "partial"]
+        found = filter(None, map(self._checkpoint, filter(layout.is_checkpoint, names)))
+        self.checkpoints = sorted(found, key=lambda c: (c.step, c.name != layout.BEST))
+        sampled = map(layout.step_of, _names(self.folder / layout.SAMPLES))
+        self.sampled = sorted(step for step in sampled if step is not None)
+        self._update_ranks(_names(self.folder / layout.RANKS))
+        self.locked = is_held(self.folder / layout.LOCK)
         with contextlib.suppress(OSError):
             self.disk_free = free_bytes(self.folder)
 
-    # ---- what is known together
+    # ---- what several files say together
 
     @property
     def step(self) -> int:
@@ -148,8 +141,8 @@ class Run:
 
     @property
     def started(self) -> float:
-        """Unix seconds, by the run's clock, when its processes began; 0 where that is not told. A run that
-        was resumed began then."""
+        """Unix seconds, by the run's clock, when its processes started, the last time where it was resumed; 0
+        where that is not known."""
         told = [rank.facts.get("started") for rank in self.ranks if rank.rank == 0]
         return next((float(t) for t in told if type(t) in (int, float) and 0 < t < 1e300), 0.0)
 
@@ -157,9 +150,8 @@ class Run:
     def total_steps(self) -> int | None:
         """Steps of the whole run."""
         told = [rank.facts.get("total_steps") for rank in self.ranks if rank.rank == 0]
-        newest = next((c for c in reversed(self.checkpoints) if c.name != "best"), None)
-        if newest is not None:
-            state = self._json(self.folder / newest.name / "trainer.json")
+        if newest := self.last_checkpoint:
+            state = self._json(self.folder / newest.name / layout.state_file(layout.TRAINER))
             told.append(state.get("total_steps") if isinstance(state, dict) else None)
         told.append(self.config.get("max_steps"))
         return next((n for n in told if type(n) is int and 0 < n < MAX_STEP), None)
@@ -167,21 +159,16 @@ class Run:
     @property
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest one that a resume could take."""
-        return next((c for c in reversed(self.checkpoints) if c.name != "best"), None)
+        return next((c for c in reversed(self.checkpoints) if c.name != layout.BEST), None)
 
     def option(self, name: str, default: float) -> float:
         """A number of the run's options; ``default`` where it is none."""
-        value = self.config.get(name)
-        return (
-            value
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-            else default
-        )
+        return next(iter(numbers([self.config], name)), default)
 
     def answers(self, step: int) -> list[Answer]:
         """The samples of a step, in the order of the prompts."""
-        folder = self.folder / "samples" / f"step_{step}"
-        found = self._json(folder / "index.json")
+        folder = self.folder / layout.SAMPLES / layout.step_name(step)
+        found = self._json(folder / layout.SAMPLES_INDEX)
         answers = []
         for entry in found if isinstance(found, list) else []:
             if not isinstance(entry, dict) or not isinstance(entry.get("pieces"), list):
@@ -195,16 +182,8 @@ class Run:
             seed = entry.get("seed") if isinstance(entry.get("seed"), int) else None
             names = entry.get("given") if isinstance(entry.get("given"), list) else []
             given = tuple(path for name in names if (path := _inside(folder, name)))
-            answers.append(
-                Answer(
-                    step,
-                    str(entry.get("prompt", "")),
-                    seed,
-                    tuple(pieces),
-                    str(entry.get("error") or ""),
-                    given,
-                )
-            )
+            prompt, error = str(entry.get("prompt", "")), str(entry.get("error") or "")
+            answers.append(Answer(step, prompt, seed, tuple(pieces), error, given))
         return answers
 
     # ---- files
@@ -225,50 +204,40 @@ class Run:
         return value
 
     def _checkpoint(self, name: str) -> Checkpoint | None:
-        manifest = self._json(self.folder / name / "manifest.json")
+        path = self.folder / name / layout.MANIFEST
+        manifest = self._json(path)
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
             return None
         sizes = [entry.get("size") for entry in manifest["files"].values() if isinstance(entry, dict)]
         step, world, when = manifest.get("step"), manifest.get("world", 1), manifest.get("time")
+        if type(step) is not int:
+            return None
         if not isinstance(when, (int, float)):
-            when = (self.folder / name / "manifest.json").stat().st_mtime
+            when = path.stat().st_mtime
         size = sum(size for size in sizes if type(size) is int)
-        return (
-            Checkpoint(name, step, float(when), size, world if type(world) is int else 1)
-            if type(step) is int
-            else None
-        )
+        return Checkpoint(name, step, float(when), size, world if type(world) is int else 1)
 
     def _update_ranks(self, names: list[str]) -> None:
-        found = [
-            self._rank(self._json(self.folder / "ranks" / name))
-            for name in names
-            if re.fullmatch(r"rank_\d{1,7}\.json", name)
-        ]
-        self.ranks = sorted((rank for rank in found if rank is not None), key=lambda rank: rank.rank)
-        self.stacks = [f"ranks/{name}" for name in names if re.fullmatch(r"rank_\d{1,7}\.stack\.txt", name)]
+        ranks = self.folder / layout.RANKS
+        numbers = sorted({n for n in map(layout.rank_of, names) if n is not None})
+        found = [self._rank(self._json(ranks / layout.heartbeat_file(n))) for n in numbers]
+        self.ranks = sorted(filter(None, found), key=lambda rank: rank.rank)
+        stacks = [layout.stack_file(n) for n in numbers]
+        self.stacks = [f"{layout.RANKS}/{name}" for name in stacks if name in names]
         for rank in self.ranks[:1]:
             if not self.rank_steps or rank.time != self.rank_steps[-1][0]:
                 self.rank_steps = [*self.rank_steps[-200:], (rank.time, rank.step)]
 
     def _rank(self, value: Any) -> Rank | None:
+        number = (int, float)
         known = {
-            "rank": int,
-            "step": int,
-            "phase": str,
-            "since": (int, float),
-            "time": (int, float),
-            "pid": int,
-            "host": str,
-        }
-        if not isinstance(value, dict) or not all(
-            isinstance(value.get(name), kind) for name, kind in known.items()
-        ):
+            "rank": int, "step": int, "phase": str, "since": number, "time": number, "pid": int, "host": str,
+        }  # fmt: skip
+        is_dict = isinstance(value, dict)
+        if not is_dict or not all(isinstance(value.get(name), kind) for name, kind in known.items()):
             return None
-        rank = Rank(
-            **{name: value[name] for name in known},
-            facts={name: v for name, v in value.items() if name not in known},
-        )
+        facts = {name: v for name, v in value.items() if name not in known}
+        rank = Rank(**{name: value[name] for name in known}, facts=facts)
         rank.age = self._age(rank)
         return rank
 
@@ -311,7 +280,7 @@ def find_runs(paths: list[str]) -> list[Path]:
         runs = [path] if is_run(path) else [path / name for name in _names(path) if is_run(path / name)]
         if not runs:
             raise WatchError(
-                f"{given}: no run is there, neither metrics.jsonl nor config.json. Fix: name the"
+                f"{given}: no run is there, neither {layout.METRICS} nor {layout.CONFIG}. Fix: name the"
                 " --output_dir of a training, or a folder of several"
             )
         found += runs
@@ -321,9 +290,9 @@ def find_runs(paths: list[str]) -> list[Path]:
 def is_run(folder: Path) -> bool:
     """Is it the output folder of a training? A checkpoint has a config.json too, but is sealed by a
     manifest."""
-    if (folder / "metrics.jsonl").is_file() or (folder / "ranks").is_dir():
+    if (folder / layout.METRICS).is_file() or (folder / layout.RANKS).is_dir():
         return True
-    return (folder / "config.json").is_file() and (folder / ".lock").is_file()
+    return (folder / layout.CONFIG).is_file() and (folder / layout.LOCK).is_file()
 
 
 def _names(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -22,11 +23,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from unigen.config import UserError
-from unigen.files import fsync, make_empty, publish, sha256_of
-from unigen.model.storage import NAMES, write_json, write_safetensors
+from unigen.files import draft_of, fsync, make_empty, publish, sha256_of
+from unigen.model.storage import DTYPES, code_of, part_name, set_files, write_json, write_safetensors
 from unigen.runs.channel import Channel
-from unigen.runs.checkpoint import FORMAT, MANIFEST, CheckpointError, manifest_hash, prune_checkpoints
+from unigen.runs.checkpoint import FORMAT, CheckpointError, manifest_hash, prune_checkpoints
 from unigen.runs.host_memory import free_memory
+from unigen.runs.layout import MANIFEST, state_file, step_name
 from unigen.runs.snapshot import GpuLane, Lane, copied_later, copy_out
 
 log = logging.getLogger("unigen")
@@ -49,7 +51,7 @@ class StateEntry:
 
     @property
     def whole(self) -> bool:
-        return self.start == 0 and self.value.numel() == _numel(self.shape)
+        return self.start == 0 and self.value.numel() == math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -108,14 +110,8 @@ class Saver:
         source: Path | None = None,
         tick: Callable[[], None] = lambda: None,
     ):
-        self.output_dir, self.rank, self.channel, self.background, self.keep = (
-            Path(output_dir),
-            rank,
-            channel,
-            background,
-            keep,
-        )
-        self.source, self.tick = source, tick
+        self.output_dir, self.rank, self.channel = Path(output_dir), rank, channel
+        self.background, self.keep, self.source, self.tick = background, keep, source, tick
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._untold: deque[Path] = deque()
@@ -132,19 +128,15 @@ class Saver:
                 checkpoints are as they were.
         """
         self.wait()
-        name = name or f"step_{contents.step}"
+        name = name or step_name(contents.step)
         assert re.fullmatch(r"\w+", name), f"{name!r} is no name for a checkpoint"
         final = self.output_dir / name
         for key, state in contents.states.items():
             _assert_json_keys(state, key)
         if self.background and self._room_for_copies(contents):
             kept = [entry.kept() for entry in contents.entries]
-            contents = replace(
-                contents,
-                entries=kept,
-                states=copy.deepcopy(contents.states),
-                about=copy.deepcopy(contents.about),
-            )
+            states, about = copy.deepcopy((contents.states, contents.about))
+            contents = replace(contents, entries=kept, states=states, about=about)
             if device := next((entry.value.device for entry in kept if entry.copied_later), None):
                 self._lane = self._lane or GpuLane(device)
                 self._lane.begin()
@@ -167,10 +159,8 @@ class Saver:
         """Does the memory of every machine hold what its processes would copy? The same answer on all of
         them."""
         need = sum(entry.nbytes for entry in contents.entries if entry.read is None and not entry.own)
-        said = [
-            json.loads(text)
-            for text in self.channel.gather(json.dumps([platform.node(), need, free_memory()]))
-        ]
+        ours = json.dumps([platform.node(), need, free_memory()])
+        said = [json.loads(text) for text in self.channel.gather(ours)]
         for machine in dict.fromkeys(name for name, _, _ in said):
             wanted = sum(need for name, need, _ in said if name == machine)
             free = min(free for name, _, free in said if name == machine)
@@ -192,7 +182,7 @@ class Saver:
         return self._error is not None
 
     def published(self) -> Path | None:
-        """A checkpoint that has been published and not been told yet, the oldest first; each is told once."""
+        """A checkpoint that was published since the last call, the oldest first; each is returned once."""
         return self._untold.popleft() if self._untold else None
 
     def wait(self) -> None:
@@ -227,7 +217,7 @@ class Saver:
         self._together(contents, final, lambda: self._copy_out(contents))
         # All processes write into the folder that the first one made; its name holds that one's process id.
         pid, *_ = self.channel.gather(str(os.getpid()))
-        staging = self.output_dir / f".{final.name}.partial-{pid}"
+        staging = draft_of(final, int(pid))
         main = self.rank == 0
         published = False
         try:
@@ -287,27 +277,14 @@ class Saver:
         files, tensors = {}, []
         for group in dict.fromkeys(entry.group for entry in contents.entries):
             entries = [entry for entry in contents.entries if entry.group == group]
-            file = (
-                f"{group}.safetensors"
-                if self.channel.world == 1
-                else _part_name(group, self.rank, self.channel.world)
-            )
+            file = part_name(group, self.rank, self.channel.world)
             plan = {}
             for e in entries:
                 shape = e.shape if e.whole else (e.value.numel(),)
                 assert e.name not in plan, f"{group} holds {e.name} twice"
                 plan[e.name] = (e.value.dtype, shape, lambda e=e, shape=shape: e.make().reshape(shape))
-                tensors.append(
-                    [
-                        group,
-                        e.name,
-                        file,
-                        NAMES[e.value.dtype],
-                        list(e.shape),
-                        e.start,
-                        e.start + e.value.numel(),
-                    ]
-                )
+                where = [e.start, e.start + e.value.numel()]
+                tensors.append([group, e.name, file, code_of(e.value.dtype), list(e.shape), *where])
             size, digest = write_safetensors(staging / file, plan)
             files[file] = {"size": size, "sha256": digest}
         return {"files": files, "tensors": tensors}
@@ -318,35 +295,22 @@ class Saver:
         groups = list(dict.fromkeys(tensor[0] for tensor in tensors))
         if self.channel.world > 1:
             for group in groups:
-                write_json(
-                    staging / f"{group}.safetensors.index.json",
-                    _index([t[1:] for t in tensors if t[0] == group]),
-                )
+                index = _index([t[1:] for t in tensors if t[0] == group])
+                write_json(staging / set_files(group)[1], index)
         contents.write_files(staging)
         for name, state in contents.states.items():
-            assert f"{name}.json" != MANIFEST and not (staging / f"{name}.json").exists(), (
-                f"state {name!r} would overwrite another file"
-            )
-            (staging / f"{name}.json").write_text(json.dumps(state, indent=1), "utf-8")
+            path = staging / state_file(name)
+            assert path.name != MANIFEST and not path.exists(), f"state {name!r} would overwrite another file"
+            path.write_text(json.dumps(state, indent=1), "utf-8")
         known = {file: entry for part in said for file, entry in part["files"].items()}
         # Written with fewer digits than a float has: a flipped bit in the last ones could otherwise mean the
         # same number.
-        now = round(time.time(), 3)
-        about = {
-            "format": FORMAT,
-            "step": contents.step,
-            "time": now,
-            "world": self.channel.world,
-            **contents.about,
-        }
+        now, step = round(time.time(), 3), contents.step
+        about = {"format": FORMAT, "step": step, "time": now, "world": self.channel.world, **contents.about}
         _seal(staging, about | {"groups": groups, "states": sorted(contents.states)}, known)
         publish(staging, final, replace=True)
-        if final.name == f"step_{contents.step}":
+        if final.name == step_name(step):
             prune_checkpoints(self.output_dir, self.keep, protect=final, source=self.source)
-
-
-def _part_name(group: str, rank: int, world: int) -> str:
-    return f"{group}-{rank + 1:05}-of-{world:05}.safetensors"
 
 
 def _index(tensors: list[list[Any]]) -> dict[str, Any]:
@@ -355,8 +319,8 @@ def _index(tensors: list[list[Any]]) -> dict[str, Any]:
     pieces: dict[str, Any] = {}
     total = 0
     for name, file, dtype, shape, start, stop in tensors:
-        total += (stop - start) * next(d.itemsize for d, n in NAMES.items() if n == dtype)
-        if start == 0 and stop == _numel(shape):
+        total += (stop - start) * DTYPES[dtype][1]
+        if start == 0 and stop == math.prod(shape):
             weight_map[name] = file
         else:
             entry = pieces.setdefault(name, {"dtype": dtype, "shape": shape, "parts": []})
@@ -364,19 +328,10 @@ def _index(tensors: list[list[Any]]) -> dict[str, Any]:
     for name, entry in pieces.items():
         entry["parts"].sort(key=lambda part: part[1])
         ends = [0, *(stop for _, _, stop in entry["parts"])]
-        assert [start for _, start, _ in entry["parts"]] == ends[:-1] and ends[-1] == _numel(
-            entry["shape"]
-        ), f"{name} has gaps"
-    return {"metadata": {"total_size": total}, "weight_map": weight_map} | (
-        {"pieces": pieces} if pieces else {}
-    )
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
+        starts = [*(start for _, start, _ in entry["parts"]), math.prod(entry["shape"])]
+        assert starts == ends, f"{name} has gaps"
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return index | ({"pieces": pieces} if pieces else {})
 
 
 def _await_folder(folder: Path) -> None:

@@ -21,7 +21,8 @@ from typing import Any, Literal, Protocol
 
 from unigen.config import UserError
 from unigen.files import existing, free_bytes
-from unigen.runs.checkpoint import MANIFEST, CheckpointError, remove_checkpoint, steps, verify_checkpoint
+from unigen.runs.checkpoint import CheckpointError, remove_checkpoint, steps, verify_checkpoint
+from unigen.runs.layout import MANIFEST
 
 POLL_S = 5.0  # between two looks at a full disk
 SETTLE_S = 5.0  # that a file system may take to count removed files as free space

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import UserError
+from unigen.runs.layout import TENSORBOARD
 from unigen.runs.log import JsonlLog
-
-FOLDER = "tensorboard"
 
 
 class EventFiles:
@@ -37,7 +36,7 @@ class EventFiles:
                 f"tensorboard is not installed ({error}). Fix: pip install tensorboard"
             ) from error
         self._messages, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
-        folder = Path(output_dir) / FOLDER
+        folder = Path(output_dir) / TENSORBOARD
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{os.getpid()}"
         self._file = JsonlLog(folder / name)

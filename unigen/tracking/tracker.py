@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unigen.config import Config, UserError
+from unigen.runs import layout
 from unigen.runs.log import JsonlLog, drop_after
 from unigen.runs.secrets import hide, redacted
 from unigen.tracking import services
@@ -28,11 +29,9 @@ from unigen.tracking.console import Progress, describe, duration, plain
 from unigen.tracking.services import Complain, Service
 from unigen.tracking.tensorboard import EventFiles
 
-__all__ = ["METRICS_FILE", "TRACKERS", "Progress", "Tracker", "describe", "duration"]
+__all__ = ["TRACKERS", "Progress", "Tracker", "describe", "duration"]
 
 log = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Backend(Protocol):
@@ -143,7 +142,7 @@ class JsonLines:
     null, under ``nonfinite``."""
 
     def __init__(self, output_dir: Path, resume_step: int, repeats: bool = False):
-        path = output_dir / METRICS_FILE
+        path = output_dir / layout.METRICS
         self._file = JsonlLog(path, lambda: drop_after(path, resume_step, repeats) if path.exists() else None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
@@ -217,7 +216,7 @@ def _identity(service: str, start: Start) -> tuple[str, bool, dict[str, Any]]:
         UserError: the service's package is not installed.
     """
     _need(service)
-    shown, path = redacted(start.config.to_dict()), start.output_dir / f"{service}_run_id"
+    shown, path = redacted(start.config.to_dict()), start.output_dir / layout.run_id_file(service)
     if start.resume_step and path.exists() and (run_id := path.read_text("utf-8").strip()):
         return run_id, True, shown
     run_id = uuid.uuid4().hex[:8]

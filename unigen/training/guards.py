@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, UserError
+from unigen.data.dataset import list_bad_records
 from unigen.data.loader import MicroBatch, PackStream
+from unigen.runs.layout import BAD_RECORDS, BAD_STEPS
 from unigen.runs.log import drop_after
 from unigen.training.engine import Engine
 
@@ -51,7 +53,7 @@ class BadStepGuard:
 
     def load(self, state: dict[str, Any], step: int) -> None:
         """Goes on from ``step``: later ones will be taken, and listed, again."""
-        path = self.output_dir / "bad_steps.jsonl"
+        path = self.output_dir / BAD_STEPS
         if self.engine.main and path.exists():
             try:
                 drop_after(path, step)
@@ -99,7 +101,7 @@ class BadStepGuard:
         if self.engine.main:
             shown = {name: str(value) for name, value in numbers.items()}
             line = {"step": step, "why": why, **shown, "records": everyone}
-            with open(self.output_dir / "bad_steps.jsonl", "a", encoding="utf-8") as f:
+            with open(self.output_dir / BAD_STEPS, "a", encoding="utf-8") as f:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
             log.warning("Step %d skipped: %s; its records are listed in bad_steps.jsonl", step, why)
         if self.in_a_row >= self.config.max_skipped_steps:
@@ -130,11 +132,7 @@ class BadStepGuard:
                 " --resume_from_checkpoint auto"
             )
         if self.engine.main:
-            with open(self.output_dir / "bad_records.jsonl", "a+", encoding="utf-8") as f:
-                f.seek(0)
-                listed = set(f)  # by the run that this one resumes
-                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in everyone]
-                f.writelines(line for line in lines if line not in listed)
+            list_bad_records(self.output_dir / BAD_RECORDS, everyone)
             log.warning("%d record(s) left out: %s", len(everyone), message)
         stream.unreadable |= {f"{record['file']}:{record['index']}" for record in everyone}
         mixture = stream.mixture

@@ -21,6 +21,7 @@ from unigen.model.bagel import Bagel
 from unigen.model.parts import title
 from unigen.model.storage import scan_folder
 from unigen.model.weights import side_bytes
+from unigen.runs import layout
 from unigen.runs.checkpoint import (
     CheckpointError,
     read_states,
@@ -28,8 +29,8 @@ from unigen.runs.checkpoint import (
     scan_weights,
     verify_checkpoint,
 )
+from unigen.runs.folder import prepare_folder
 from unigen.runs.heartbeat import Heartbeat
-from unigen.runs.layout import prepare_folder
 from unigen.runs.saver import Saver
 from unigen.runs.secrets import hide_in_logs
 from unigen.runs.signals import SignalHandler
@@ -144,7 +145,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         lock = undo.enter_context(_prepare_folder(engine, output_dir, c))
         facts: dict[str, Any] = {"total_steps": 0}
         heartbeat = Heartbeat(
-            output_dir / "ranks", engine.rank, engine.world, c.hang_timeout, signals, lambda: facts
+            output_dir / layout.RANKS, engine.rank, engine.world, c.hang_timeout, signals, lambda: facts
         )
         undo.callback(heartbeat.close)
 
@@ -158,11 +159,11 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         source = Path(c.model_path or "")
         resume, states = _to_resume(c, verify)
         if resume:
-            tell_change(states["training_config"], engine.precision)
+            tell_change(states[layout.OPTIONS], engine.precision)
         model = engine.load_model(resume or source, scan_weights(resume, raw=True) if resume else None)
         model.source = source  # saving copies from the folder the run began with
         if resume:
-            tell_compiling(states["training_config"], engine.compiles)
+            tell_compiling(states[layout.OPTIONS], engine.compiles)
         cache = open_cache(c.cache_dir, model, c, engine.dtype, engine.tensors) if c.cache_dir else None
         data = RunData(c, engine, model, cache)
         rank_slice = RankSlice(engine.rank, engine.world, global_batch_of(c, engine.world, states))
@@ -237,7 +238,7 @@ def _to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | N
         return None, {}
     folder = resolve_resume(config.resume_from_checkpoint, Path(config.output_dir), verify)
     states = read_states(folder) if folder else {}
-    if folder and "trainer" not in states:
+    if folder and layout.TRAINER not in states:
         raise CheckpointError(
             f"{folder} holds weights only, so a run cannot go on from it. Fix: resume from a step_N"
             f" folder, or start a new run with --model_path {folder}"
@@ -247,7 +248,7 @@ def _to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | N
 
 def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     """Brings a built run to where a checkpoint left off."""
-    state = states["trainer"]
+    state = states[layout.TRAINER]
     if state["fingerprint"] != run.stream.mixture.fingerprint:
         raise UserError(
             f"{folder}: the training data is not what this run began with (its fingerprint differs)."
@@ -255,7 +256,7 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
             " checkpoint"
         )
     run.state.restore(folder)
-    if stored_precision(states["training_config"]) == run.engine.precision.name:
+    if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:
         run.engine.scale.load(state["scale"])
     run.position.load(state)
     run.guard.load(state["guards"], run.position.step)

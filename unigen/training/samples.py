@@ -24,6 +24,7 @@ from unigen.inference.inferencer import InferenceError, InterleaveInferencer
 from unigen.inference.pictures import run_transform
 from unigen.inference.prompts import Prompt, PromptError, read_prompts
 from unigen.model.bagel import Bagel
+from unigen.runs import layout
 from unigen.sequence.images import ImageTransform, open_image
 from unigen.sequence.tokens import Tokenizer
 from unigen.tracking.tracker import Tracker
@@ -32,7 +33,6 @@ from unigen.training.synchronised import Elsewhere, SynchronisedGeneration, expe
 
 log = logging.getLogger("unigen")
 
-FOLDER = "samples"
 GIVEN_SIDE = 192  # longest side in pixels of the copy of a prompt's picture
 SIDE = 256  # longest side in pixels of a drawn picture, where the model draws so small
 MAX_PIECES = 4  # of an answer whose pieces the model chooses
@@ -59,7 +59,7 @@ class SampleWriter:
     def __init__(self, config: Config, engine: Engine, model: Bagel):
         assert config.sample_prompts is not None and model.source is not None
         self.config, self.engine, self.model = config, engine, model
-        self.folder = Path(config.output_dir) / FOLDER
+        self.folder = Path(config.output_dir) / layout.SAMPLES
         # called before every prompt, token and Euler step; it may raise to end the samples
         self.idle: Callable[[], None] = lambda: None
         self.prompts = read_prompts(config.sample_prompts, config.seed)
@@ -113,7 +113,7 @@ class SampleWriter:
             log.info(
                 "Samples of step %d: %s (%.1f s)",
                 step,
-                self.folder / f"step_{step}",
+                self.folder / layout.step_name(step),
                 time.perf_counter() - began,
             )
 
@@ -212,11 +212,12 @@ class SampleWriter:
 
     def _publish(self, step: int, answers: Sequence[Answer], tracker: Tracker | None) -> None:
         """Writes a hidden folder and renames it; a disk that fails is a warning."""
-        target = self.folder / f"step_{step}"
+        target = self.folder / layout.step_name(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".step_*"):  # by a kill
-                remove(left)
+            for path in list(self.folder.iterdir()):
+                if path.name.startswith(".") and layout.is_samples(path.name):  # by a kill
+                    remove(path)
             with staged(target, replace=True, sync=False) as folder:  # a resumed run comes here again
                 index = self._write(folder, answers)
         except (OSError, ValueError) as error:
@@ -241,7 +242,7 @@ class SampleWriter:
                 asked |= {"images": prompt.images, "given": self._given(folder, number, prompt)}
             asked |= {"options": prompt.options} if prompt.options else {}
             index.append({**asked, **answer, "pieces": pieces})
-        (folder / "index.json").write_text(
+        (folder / layout.SAMPLES_INDEX).write_text(
             json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         return index
@@ -264,10 +265,12 @@ class SampleWriter:
         for number, line in enumerate(index):
             texts = [piece["text"] for piece in line["pieces"] if "text" in piece]
             if texts:
-                tracker.text(f"{FOLDER}/{number:03}", f"{line['prompt']}\n\n" + "\n\n".join(texts), step)
+                text = "\n\n".join([line["prompt"], *texts])
+                tracker.text(f"{layout.SAMPLES}/{number:03}", text, step)
             for piece in line["pieces"]:
                 if "image" in piece:
-                    tracker.image(f"{FOLDER}/{Path(piece['image']).stem}", folder / piece["image"], step)
+                    path = folder / piece["image"]
+                    tracker.image(f"{layout.SAMPLES}/{path.stem}", path, step)
 
 
 def small_pictures(config: Config, model: Bagel) -> ImageTransform:

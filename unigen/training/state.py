@@ -13,6 +13,7 @@ from torch import Tensor
 from unigen.config import Config
 from unigen.model.storage import Stored
 from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights
+from unigen.runs.layout import OPTIONS, TRAINER
 from unigen.runs.saver import StateEntry
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
@@ -34,8 +35,8 @@ def global_batch_of(config: Config, processes: int, states: Mapping[str, Any]) -
     wanted = config.gradient_accumulation_steps * processes
     if not states:
         return wanted
-    before = states["trainer"]["step_rows"]
-    if states["training_config"]["gradient_accumulation_steps"] != config.gradient_accumulation_steps:
+    before = states[TRAINER]["step_rows"]
+    if states[OPTIONS]["gradient_accumulation_steps"] != config.gradient_accumulation_steps:
         if wanted != before:
             log.warning(
                 "A step now has %d packed sequences, not %d: gradient_accumulation_steps has changed",

@@ -15,6 +15,7 @@ from unigen.cache.store import CacheTally
 from unigen.config import Config
 from unigen.data.loader import LoaderState, MicroBatch, PackStream, RankSlice, load_batches
 from unigen.model.weights import write_side_files
+from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError
 from unigen.runs.heartbeat import WAITING
 from unigen.runs.saver import Contents
@@ -277,7 +278,7 @@ class TrainingLoop:
         self.run.guard.validated(better)
         if better:
             position.best = values["val_loss"]
-            self._save("best")
+            self._save(layout.BEST)
         return values
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -302,7 +303,7 @@ class TrainingLoop:
         with run.signals.phase("saving"):
             run.saver.wait()
             self._tell_saved()
-            keep = (run.output_dir / f"step_{position.saved}", run.source)
+            keep = (run.output_dir / layout.step_name(position.saved), run.source)
             run.disk.need(run.checkpoint_bytes(weights_only), keep, self._wait_for_space)
             contents = Contents(
                 position.step,
@@ -321,9 +322,9 @@ class TrainingLoop:
         run, engine = self.run, self.engine
         options = self.config.to_dict()
         options |= {"precision": engine.precision.name, "compile": "on" if engine.compiles else "off"}
-        states: dict[str, Any] = {"training_config": redacted(options)}
+        states: dict[str, Any] = {layout.OPTIONS: redacted(options)}
         if not weights_only:
-            states["trainer"] = self.position.state() | {
+            states[layout.TRAINER] = self.position.state() | {
                 "fingerprint": run.stream.mixture.fingerprint,
                 "total_steps": run.total_steps,
                 "step_rows": run.rank_slice.global_batch,

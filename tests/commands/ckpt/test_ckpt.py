@@ -16,7 +16,7 @@ from checkpoints import write_checkpoint
 
 from unigen import cli, load_bagel
 from unigen.commands.ckpt.export import ExportError, export
-from unigen.commands.ckpt.listing import describe, listed
+from unigen.commands.ckpt.listing import checkpoints_of, describe
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.model.storage import scan_folder, scan_safetensors
 from unigen.runs.checkpoint import read_manifest
@@ -178,9 +178,9 @@ def test_ls_of_one_checkpoint_and_of_a_run_without_any(run: Path, tmp_path: Path
     (tmp_path / "empty").mkdir()
     assert ckpt("ls", tmp_path / "empty") == 0 and "holds no checkpoints" in capsys.readouterr().out
     assert ckpt("ls", tmp_path / "empty", "--json") == 0 and json.loads(capsys.readouterr().out) == []
-    assert listed(run / "best") == [run / "best"]
+    assert checkpoints_of(run / "best") == [run / "best"]
     (run / "best" / "manifest.json").unlink()
-    assert listed(run / "best") == [run / "best"] and describe(run / "best")["state"] == "damaged"
+    assert checkpoints_of(run / "best") == [run / "best"] and describe(run / "best")["state"] == "damaged"
 
 
 # ---- verify

@@ -25,7 +25,7 @@ from unigen.show.language import Words
 
 
 def written(path: Path, *folders: Path, **options) -> str:
-    runs = [Run(folder, exact=True) for folder in folders]
+    runs = [Run(folder) for folder in folders]
     for run in runs:
         run.update()
     return write(path, runs, WatchOptions(**options)).read_text("utf-8")

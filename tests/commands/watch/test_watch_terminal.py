@@ -220,8 +220,8 @@ def test_steps_may_lack_an_end():
 
 
 def test_a_look_is_quick_and_needs_no_pytorch(folder, tmp_path):
-    """Neither the terminal's view nor a page of small pictures imports PyTorch, PIL, numpy or pyarrow."""
-    heavy = ["torch", "PIL", "numpy", "pyarrow", "transformers"]
+    """Neither the terminal's view nor a page of small pictures imports PyTorch, PIL or pyarrow."""
+    heavy = ["torch", "PIL", "pyarrow", "transformers"]
     code = (
         f"import sys; from unigen.cli import main; main(sys.argv[1:]); print([m for m in {heavy!r} if m in"
         " sys.modules])"

@@ -38,13 +38,14 @@ def run(options: CkptOptions) -> int:
     takes, fewest, most = _TAKES[action]
     if not fewest <= len(folders) <= most:
         raise UserError(f"unigen ckpt {action} takes {takes}; found {len(folders)}")
-    from unigen.commands.ckpt.export import export
-    from unigen.commands.ckpt.listing import list_checkpoints
-
     if action == "ls":
+        from unigen.commands.ckpt.listing import list_checkpoints
+
         return list_checkpoints(Path(folders[0]), options.json)
     if action == "verify":
         return verify(list(map(Path, folders)), options.json)
+    from unigen.commands.ckpt.export import export
+
     export(Path(folders[0]), Path(folders[1]), options)
     return 0
 
@@ -52,14 +53,13 @@ def run(options: CkptOptions) -> int:
 def verify(folders: list[Path], as_json: bool = False) -> int:
     """Reads every byte of checkpoints, or of all of a run's, and prints ``OK`` or every problem; 1 where
     there is one."""
-    from unigen.commands.ckpt.listing import listed
+    from unigen.commands.ckpt.listing import checkpoints_of
     from unigen.commands.ckpt.verify import problems_of
 
     found: dict[str, list[str]] = {}
     for folder in folders:
-        checkpoints = (
-            [p for p in listed(folder) if not p.name.startswith(".")] if folder.is_dir() else [folder]
-        )
+        inside = checkpoints_of(folder) if folder.is_dir() else [folder]
+        checkpoints = [path for path in inside if not path.name.startswith(".")]
         if not checkpoints:
             raise UserError(
                 f"{folder} holds no checkpoints. Fix: name a step_N folder, or the folder of a run"

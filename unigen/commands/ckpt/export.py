@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from unigen.commands.ckpt.listing import is_checkpoint, listed
+from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint
 from unigen.commands.ckpt.options import CkptOptions
-from unigen.commands.ckpt.verify import of_group, problems_of
+from unigen.commands.ckpt.verify import problems_of
 from unigen.config import UserError
 from unigen.files import free_bytes, staged
-from unigen.model.storage import WEIGHTS, Stored, write_json, write_safetensors
+from unigen.model.storage import INDEX, WEIGHTS, Stored, is_of_set, part_name, write_json, write_safetensors
+from unigen.runs import layout
 from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
 from unigen.runs.space import gb, mount_of
 from unigen.version import __version__
+
+_RECEIPT = "export.json"  # what an export was made of
 
 
 class ExportError(UserError):
@@ -40,8 +43,11 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     """
     if options.max_shard_gb is not None and not 0 < options.max_shard_gb < float("inf"):
         raise ExportError(f"max_shard_gb is {options.max_shard_gb}; it must be above 0 (--max_shard_gb ...)")
-    if not is_checkpoint(source) and (inside := [p.name for p in listed(source)] if source.is_dir() else []):
-        raise ExportError(f"{source} is a run. Fix: name one of its checkpoints: {', '.join(inside)}")
+    inside = [] if is_checkpoint(source) or not source.is_dir() else checkpoints_of(source)
+    if inside:
+        raise ExportError(
+            f"{source} is a run. Fix: name one of its checkpoints: {', '.join(p.name for p in inside)}"
+        )
     manifest, out = read_manifest(source), Path(os.path.abspath(out))
     replacing = _check_place(source.resolve(), out, options.overwrite)
     if options.weights == "raw" and manifest.get("average", True) and "model" not in manifest["groups"]:
@@ -50,11 +56,9 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         )
     average = options.weights == "ema" and manifest.get("average", True)
     groups = ("ema", "model") if options.weights == "raw" else ("ema",)
-    others = [name for name in manifest["files"] if not any(of_group(name, group) for group in GROUPS)]
-    others = [name for name in others if name.removesuffix(".json") not in manifest["states"]]
-    exported = {
-        name for name in manifest["files"] if name in others or any(of_group(name, group) for group in groups)
-    }
+    states = set(map(layout.state_file, manifest["states"]))
+    others = [name for name in manifest["files"] if name not in states and not _is_of(name, GROUPS)]
+    exported = {*others, *(name for name in manifest["files"] if _is_of(name, groups))}
     if options.verify and (problems := problems_of(source, exported.__contains__)):
         raise ExportError(
             f"{source}: damaged checkpoint: {'; '.join(problems)}. Fix: export another one; --no_verify"
@@ -66,13 +70,9 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             for name in others:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, staging / name)
-            about = {
-                "unigen": __version__,
-                "step": manifest["step"],
-                "average": average,
-                "dtype": options.dtype,
-            }
-            write_json(staging / "export.json", about | {"checkpoint": manifest["sha256"], "files": files})
+            about = {"unigen": __version__, "step": manifest["step"], "average": average}
+            about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
+            write_json(staging / _RECEIPT, about)
     except OSError as error:
         raise ExportError(
             f"{out}: cannot write the export: {error}. Fix: free space there, or choose another folder"
@@ -84,12 +84,16 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     )
 
 
+def _is_of(name: str, groups: Iterable[str]) -> bool:
+    return any(is_of_set(name, group) for group in groups)
+
+
 def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
     """Whether ``out`` is to be replaced. Raises ExportError where it must not be."""
     place = out.resolve()
     if place.is_relative_to(source) or source.is_relative_to(place):
         raise ExportError(f"{out} and the checkpoint {source} lie in each other. Fix: choose another folder")
-    if place.parent == source.parent and re.fullmatch(r"step_\d+|best", place.name):
+    if place.parent == source.parent and layout.is_checkpoint(place.name):
         raise ExportError(f"{out} would look like a checkpoint of the run. Fix: choose another name")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -98,9 +102,9 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
             f"{out} exists already. Fix: choose another"
             f" folder{'' if not out.is_dir() else ', or --overwrite'}"
         )
-    if not (out / "export.json").is_file():
+    if not (out / _RECEIPT).is_file():
         raise ExportError(
-            f"{out} is no earlier export (it has no export.json), so --overwrite leaves it. Fix: choose"
+            f"{out} is no earlier export (it has no {_RECEIPT}), so --overwrite leaves it. Fix: choose"
             " another folder"
         )
     return True
@@ -119,11 +123,7 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
         )
     shards = _shards(sizes, options.max_shard_gb)
     stem = WEIGHTS.removesuffix(".safetensors")
-    names = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
+    names = [part_name(stem, number, len(shards)) for number in range(len(shards))]
     # each tensor is on the disk before the next is read
     buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)
     written = {}
@@ -143,9 +143,8 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
             written[file] = {"size": size, "sha256": digest}
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        write_json(
-            staging / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": where}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(staging / f"{WEIGHTS}{INDEX}", index)
     return written
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
 from unigen.files import CHUNK
-from unigen.model.config import CheckpointFolderError
-from unigen.runs.checkpoint import CheckpointError, read_manifest, scan_group, verify_checkpoint
+from unigen.model.storage import CheckpointFolderError, is_of_set
+from unigen.runs.checkpoint import CheckpointError, changed_files, read_manifest, scan_group
 
 
 def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
@@ -28,58 +26,22 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
-        return [reason(folder, error)]
-    # The order in which `verify_checkpoint` deals files out: with as many shares as files, each share is one
-    # file.
-    files = sorted(manifest["files"].items(), key=lambda item: -item[1]["size"])
-    chosen = [i for i, (name, _) in enumerate(files) if wanted(name)]
-    total = sum(files[i][1]["size"] for i in chosen)
-    problems: dict[int, str] = {}
-    lock = threading.Lock()
-    with (
-        tqdm(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            desc=f"verify {folder.name}",
-            leave=False,
-            disable=None,
-            file=sys.stderr,
-        ) as bar,
-        ThreadPoolExecutor(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ) as pool,
-    ):
+        return [error.problem]
+    names = [name for name in manifest["files"] if wanted(name)]
+    total = sum(manifest["files"][name]["size"] for name in names)
+    lock, show = threading.Lock(), {"unit": "B", "unit_scale": True, "leave": False, "file": sys.stderr}
+    with tqdm(total=total, desc=f"verify {folder.name}", disable=None, **show) as bar:
 
         def tick() -> None:
             with lock:
                 bar.update(min(CHUNK, total - bar.n))
 
-        jobs = {pool.submit(verify_checkpoint, folder, (i, len(files)), tick=tick): i for i in chosen}
-        try:
-            for job in as_completed(jobs):
-                try:
-                    job.result()
-                except CheckpointError as error:
-                    problems[jobs[job]] = reason(folder, error)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    found = list(dict.fromkeys(problems[i] for i in sorted(problems)))
+        found = changed_files(folder, wanted, threads=os.cpu_count() or 1, tick=tick)
     if not found:  # the bytes are those that were written; do they make tensors?
         for group in manifest["groups"]:
-            if any(wanted(name) and of_group(name, group) for name, _ in files):
+            if any(is_of_set(name, group) for name in names):
                 try:
                     scan_group(folder, group)
                 except CheckpointFolderError as error:
                     found.append(str(error))
     return found
-
-
-def reason(folder: Path, error: Exception) -> str:
-    """The middle of a message about a checkpoint, where many are listed below its name."""
-    return str(error).removeprefix(f"{folder}: ").removeprefix("damaged checkpoint: ").partition(". Fix:")[0]
-
-
-def of_group(name: str, group: str) -> bool:
-    return re.fullmatch(rf"{group}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?", name) is not None

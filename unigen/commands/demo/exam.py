@@ -24,7 +24,8 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.bagel import Bagel
 from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
-from unigen.runs.metrics import Metrics
+from unigen.runs import layout
+from unigen.runs.metrics import read_log
 from unigen.sequence.images import open_image
 from unigen.show import pages
 from unigen.show.charts import Line, line_chart
@@ -166,7 +167,7 @@ def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
     print("unigen train " + " ".join(f"--{name} {value}" for name, value in flags.items()), flush=True)
     if train(Config(**flags)) != 0:
         raise RuntimeError("training was stopped before its end")
-    return output_dir / "run" / f"step_{size.steps}"
+    return output_dir / "run" / layout.step_name(size.steps)
 
 
 class Exam:
@@ -321,8 +322,7 @@ def _share(right: Sequence[Any]) -> float:
 
 
 def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path:
-    metrics_log = Metrics(output_dir / "run" / "metrics.jsonl")
-    metrics_log.update()
+    log = read_log(output_dir / "run" / layout.METRICS)
     pages.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(
         output_dir / "drawings.png"
     )
@@ -332,9 +332,7 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path
     ]
     more = [(name.replace("_", " "), value) for name, value in metrics.items() if name not in BARS]
     words = Words("en", "common")
-    lines = [
-        Line(name, metrics_log.log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))
-    ]
+    lines = [Line(name, log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))]
     values = {
         "scores": rows,
         "figures": more,

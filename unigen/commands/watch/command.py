@@ -32,7 +32,7 @@ def watch(options: WatchOptions) -> int:
     from unigen.show.language import Words
 
     words = Words(options.language, "watch")
-    runs = [Run(folder, steps, exact=options.html is not None) for folder in find_runs(options.run)]
+    runs = [Run(folder, steps) for folder in find_runs(options.run)]
     if options.html is None and not options.once and sys.stdout.isatty():
         _follow(options, runs, words)
     else:

@@ -48,7 +48,7 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
         panel
         for panel in PANELS
         if any(
-            run.metrics.log.buckets[name] for run in runs for name in (panel.name, panel.validation) if name
+            run.metrics.log.points(name) for run in runs for name in (panel.name, panel.validation) if name
         )
     ]
     names = {panel.name for panel in there}

@@ -64,8 +64,6 @@ def _one(run: Run, words: Words, smoothing: float) -> Iterator[RenderableType]:
         line((f"{name} ", "soft"), value, f" ({note})" if note else "")
         for name, value, note in facts(run, state, words)
     )
-    if run.metrics.share < 1:
-        yield line((words("reading", share=run.metrics.share), "soft"))
     if found := warnings(run, state, words):
         yield notices(found)
     yield ""
