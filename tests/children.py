@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAD = """
 import ctypes, os, signal, sys, threading, time
-from unigen.runs.signals import Stopped, Stops, shielded, worker_init
-from unigen.runs.heartbeat import Watchdog
+from unigen.runs.signals import SignalHandler, Stopped, shielded, worker_init
+from unigen.runs.heartbeat import Heartbeat
 
 def say(*words):
     print(*words, flush=True)

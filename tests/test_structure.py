@@ -34,9 +34,10 @@ HOMES = {
     ],
     "deepspeed": ["training/deepspeed.py"],
     "bitsandbytes": ["training/adam8bit.py"],
-    "wandb": ["tracking/service_process.py"],
-    "trackio": ["tracking/service_process.py"],
+    "wandb": ["tracking/services.py"],
+    "trackio": ["tracking/services.py"],
     "tensorboard": ["tracking/tensorboard.py"],
+    "torch.utils.tensorboard": ["tracking/tensorboard.py"],
     "diffusers": ["model/codec.py"],
     "sklearn": ["commands/demo/*"],
     "transformers": ["sequence/tokens.py", "model/*"],
@@ -275,7 +276,7 @@ def test_at_home_nobody_is_a_stranger(tmp_path):
     files = {
         "sequence__images": "from PIL import Image",
         "model__weights": "import transformers",
-        "tracking__service_process": "import wandb",
+        "tracking__services": "import wandb",
     }
     assert strangers(house(tmp_path, **files)) == []
 

@@ -9,10 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from children import Child
 from children import start as start
 
-from unigen.runs.heartbeat import EXIT_HUNG, WAITING, Heartbeat, _blame
+from unigen.runs.heartbeat import EXIT_HUNG, Heartbeat
 from unigen.runs.signals import SignalHandler
 
 # ---- hung processes
@@ -29,13 +30,13 @@ def beats(seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.2)
-        watchdog.beat(7)
+        heartbeat.beat(7)
 
 def beats_until_ended(other):
     path = f"{folder}/rank_{other}.json"
     while not os.path.exists(path) or '"ended"' not in open(path).read():
         time.sleep(0.2)
-        watchdog.beat(7)
+        heartbeat.beat(7)
 
 def waits(seconds):
     end = time.monotonic() + seconds
@@ -43,15 +44,15 @@ def waits(seconds):
         time.sleep(0.05)
 
 folder, rank, world, timeout = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-with Stops() as stops:
-    watchdog = Watchdog(folder, rank, world, timeout, stops, lambda: {"total_steps": 12})
-    watchdog.beat(6)
+with SignalHandler() as stops:
+    heartbeat = Heartbeat(folder, rank, world, timeout, stops, lambda: {"total_steps": 12})
+    heartbeat.beat(6)
     for step, phase, work in eval(sys.argv[5]):
-        watchdog.beat(step)
+        heartbeat.beat(step)
         with stops.phase(phase, breakable=phase == "data"):
             say("in", phase)
             eval(work)
-    watchdog.close()
+    heartbeat.close()
 say("done")
 """
 
@@ -66,55 +67,56 @@ def _ranks_of(start, folder: Path, timeout: float, plans: list[list[tuple[int, s
 
 
 def test_a_process_that_hangs_reports_itself_and_ends(start, tmp_path: Path):
-    """In Python: EXIT_HUNG soon after the timeout; stderr and rank_0.stack.txt say rank, host, step, phase,
-    seconds, and where."""
+    """In Python: EXIT_HUNG; stderr and rank_0.stack.txt say rank, host, step, phase, seconds, and where."""
     (child,) = _ranks_of(start, tmp_path / "ranks", 1.0, [[(7, "data", "never_ends()")]])
-    began = time.monotonic()
     code, _, err = child.end()
-    assert code == EXIT_HUNG and 0.5 < time.monotonic() - began < 5
-    stack = (tmp_path / "ranks" / "rank_0.stack.txt").read_text("utf-8")
-    assert stack == err
-    head, main, *_ = stack.splitlines()
-    assert head.startswith("rank 0 of 1 (host ") and f"pid {child.process.pid}" in head
-    assert (
-        head.endswith("has made no progress for 1 s: step 7, phase data")
-        and main == "Thread MainThread (most recent call last):"
-    )
-    assert "in never_ends" in stack and "unigen-watch" not in stack
+    assert code == EXIT_HUNG
+    for said in (err, (tmp_path / "ranks" / "rank_0.stack.txt").read_text("utf-8")):
+        head = said.splitlines()[0]
+        assert head.startswith("rank 0 of 1 (host ") and f"pid {child.process.pid}" in head
+        assert head.endswith("has made no progress for 1 s: step 7, phase data") and "in never_ends" in said
 
 
+@pytest.mark.slow
 def test_a_process_whose_interpreter_is_held_by_C_prints_its_stack_and_ends(start, tmp_path: Path):
-    """No Python thread can run: faulthandler's timer prints the stack and ends the process with 1, within the
-    timeout and some s."""
+    """No Python thread can run: faulthandler's timer prints the stack and ends the process with 1."""
     (child,) = _ranks_of(start, tmp_path / "ranks", 1.0, [[(7, "forward/backward", "held_by_c()")]])
-    began = time.monotonic()
     code, _, err = child.end()
-    assert code == 1 and time.monotonic() - began < 8
+    assert code == 1
     assert "Timeout" in err and "in held_by_c" in err
 
 
+def _verdict(errs: list[str]) -> list[str]:
+    """The lines about all processes, which one of them says."""
+    said = [[line for line in err.splitlines() if line.startswith("unigen: ")] for err in errs]
+    (lines,) = [lines for lines in said if lines]
+    return lines
+
+
+@pytest.mark.slow
 def test_of_three_the_one_that_hangs_is_named_and_all_end(start, tmp_path: Path):
-    """Rank 1 waits for data without end in step 7, the others for it in step 8: each says so, with the stack
-    of its own."""
+    """Rank 1 waits for data without end in step 7, the others for it in step 8: one says so, and each leaves
+    its stack."""
     behind = [(6, "forward/backward", "waits(0)"), (7, "data", "never_ends()")]
     waiting = [(7, "data", "waits(0)"), (8, "forward/backward", "waits(600)")]
     children = _ranks_of(start, tmp_path, 1.5, [waiting, behind, waiting])
-    began = time.monotonic()
+    errs = []
     for rank, child in enumerate(children):
         code, _, err = child.end()
         assert code == EXIT_HUNG, (rank, err)
-        lines = [line for line in err.splitlines() if line.startswith("unigen: ")]
-        assert len(lines) == 2, err
-        assert lines[0].startswith("unigen: rank 1 hangs: step 7, phase data, for ")
-        assert lines[1] == "unigen: ranks 0, 2: step 8, phase forward/backward, waiting"
         stack = (tmp_path / f"rank_{rank}.stack.txt").read_text("utf-8")
-        assert ("in never_ends" if rank == 1 else "in waits") in stack and stack in err
-    assert time.monotonic() - began < 1.5 + 10
+        assert all(("in never_ends" if rank == 1 else "in waits") in said for said in (stack, err))
+        errs.append(err)
+    first, second = _verdict(errs)
+    assert first.startswith("unigen: rank 1: step 7, phase data, hangs for ")
+    assert second.startswith("unigen: ranks 0, 2: step 8, phase forward/backward, waits for ")
+    assert (tmp_path / "hang.txt").read_text("utf-8").splitlines() == [first, second]
 
 
-def test_frozen_and_killed_ranks_are_reported_by_the_others(start, tmp_path: Path):
+@pytest.mark.slow
+def test_frozen_and_killed_ranks_are_named_by_the_others(start, tmp_path: Path):
     """Of four, rank 1 is stopped by SIGSTOP, and rank 2, which still moved when the others were late, is
-    killed: the others say which give no sign of life and why, and end."""
+    killed: another one says that they give no sign of life, and the others end."""
     plan = [(7, "forward/backward", "waits(600)")]
     zero, one, two, three = _ranks_of(
         start, tmp_path, 2.0, [plan, plan, [(7, "sampling", "beats(600)")], plan]
@@ -122,86 +124,40 @@ def test_frozen_and_killed_ranks_are_reported_by_the_others(start, tmp_path: Pat
     for rank, phase in ((1, "forward/backward"), (2, "sampling")):
         _await_beat(tmp_path / f"rank_{rank}.json", phase)
     one.send(signal.SIGSTOP)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not (tmp_path / "rank_0.stack.txt").exists() and time.monotonic() < end:
         time.sleep(0.02)
     time.sleep(0.5)
     two.send(signal.SIGKILL)
     two.process.wait()
-    for child in (zero, three):
-        code, _, err = child.end()
-        assert code == EXIT_HUNG
-        lines = [line for line in err.splitlines() if line.startswith("unigen: ")]
-        assert lines == [
-            (
-                "unigen: rank 1 gives no sign of life, last at step 7, phase forward/backward: its process is"
-                " stopped (SIGSTOP); no stack of it can be had"
-            ),
-            (
-                "unigen: rank 2 gives no sign of life, last at step 7, phase sampling: its process does not"
-                " run any more; no stack of it can be had"
-            ),
-            "unigen: ranks 0, 3: step 7, phase forward/backward, waiting",
-        ], err
+    ends = [child.end() for child in (zero, three)]
+    assert [code for code, _, _ in ends] == [EXIT_HUNG] * 2
+    lines = _verdict([err for _, _, err in ends])
+    assert len(lines) == 3
+    for rank, phase, line in ((1, "forward/backward", lines[0]), (2, "sampling", lines[1])):
+        assert line.startswith(f"unigen: rank {rank}: step 7, phase {phase}, no sign of life for "), line
+    assert lines[2].startswith("unigen: ranks 0, 3: step 7, phase forward/backward, waits for ")
     assert not (tmp_path / "rank_1.stack.txt").exists()
 
 
+@pytest.mark.slow
 def test_slow_is_not_hung_nor_is_waiting_for_who_is_slow(start, tmp_path: Path):
     """Rank 1 beats within the timeout while its phase lasts longer; rank 0 waits for it, for longer than the
-    timeout and less than twice: it says so once and goes on. Both finish; no stack is left, the last
+    timeout and less than twice: it prints its stack and goes on. Both finish; no stack is left, the last
     heartbeats say that they ended."""
     slow = [(7, "sampling", "beats_until_ended(0)")]
     waiting = [(7, "forward/backward", "waits(3.6)")]
     children = _ranks_of(start, tmp_path, 2.0, [waiting, slow])
     (zero, _, said), (one, _, quiet) = (child.end() for child in children)
     assert (zero, one) == (0, 0), said + quiet
-    assert [line.partition(":")[0] for line in said.splitlines()] == [
-        "rank 0"
-    ] and "rank 1 still moves" in said
+    assert said.startswith("rank 0 of 2") and "in waits" in said and "unigen: " not in said
     assert quiet == ""
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["rank_0.json", "rank_1.json"]
     assert {json.loads(path.read_text())["phase"] for path in tmp_path.glob("*.json")} == {"ended"}
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.stack.txt"))
 
 
-def test_who_is_to_blame_when_nobody_hangs_visibly():
-    """All in one place: a collective, or the same hang everywhere. One that moves while the others wait for
-    twice the time: it is too slow. In one step but different phases: whoever has stood still for the
-    longest."""
-
-    def told(timeout: float = 60.0, **ranks: tuple[int, str, float]) -> list[str]:
-        alive = {
-            int(r[1:]): {"step": step, "phase": phase, "quiet": quiet}
-            for r, (step, phase, quiet) in ranks.items()
-        }
-        return _blame(alive, timeout, accused=False)
-
-    same = (7, "forward/backward", 61.0)
-    (line,) = told(r0=same, r1=same, r2=same)
-    assert line.startswith(
-        "ranks 0-2: step 7, phase forward/backward: all hang in the same place, or in a collective"
-    )
-    assert told(r0=same, r1=(7, "sampling", 2.0), r2=same) == [
-        "rank 1: step 7, phase sampling, moves, but too slowly for the others to wait",
-        "ranks 0, 2: step 7, phase forward/backward, waiting or hanging",
-    ]
-    waits = (7, WAITING, 64.0)  # of its own time it knows more than of that of others
-    assert told(r0=waits, r1=(7, "data", 61.0), r2=waits) == [
-        "rank 1 hangs: step 7, phase data, for 61 s",
-        f"ranks 0, 2: step 7, phase {WAITING}, waiting",
-    ]
-    (line,) = told(r0=waits, r1=waits)
-    assert line.startswith(
-        f"ranks 0, 1: step 7, phase {WAITING}: all hang in the same place, or in a collective"
-    )
-    assert told(r0=same, r1=(7, "data", 64.0), r2=(7, "", 61.0), r3=same, r9=(7, "data", 63.0)) == [
-        "rank 1 hangs: step 7, phase data, for 64 s",
-        "rank 9 hangs: step 7, phase data, for 63 s",
-        "ranks 0, 3: step 7, phase forward/backward, waiting",
-        "rank 2: step 7, between two phases, waiting",
-    ]
-
-
+@pytest.mark.slow
 def test_time_in_which_the_process_is_frozen_does_not_count(start, tmp_path: Path):
     """SIGSTOP for longer than the timeout, then SIGCONT: no alarm."""
     (child,) = _ranks_of(start, tmp_path, 1.0, [[(7, "data", "beats(1.5)")]])
@@ -210,6 +166,17 @@ def test_time_in_which_the_process_is_frozen_does_not_count(start, tmp_path: Pat
     time.sleep(1.5)
     child.send(signal.SIGCONT)
     assert child.end()[0::2] == (0, "")
+
+
+def test_a_hung_process_ends_and_says_so_without_a_disk(start, tmp_path: Path):
+    """The folder of heartbeats cannot be made, so nothing is known of the other process."""
+    (tmp_path / "ranks").write_text("")
+    child = start(RANK, tmp_path / "ranks", 0, 2, 1.0, [(7, "data", "never_ends()")])
+    code, _, err = child.end()
+    assert code == EXIT_HUNG and "in never_ends" in err
+    first, second = _verdict([err])
+    assert first.startswith("unigen: rank 1: no heartbeat in ")
+    assert second.startswith("unigen: rank 0: step 7, phase data, hangs for ")
 
 
 def test_a_stop_is_not_in_the_way_of_the_report(start, tmp_path: Path):
@@ -240,11 +207,11 @@ def test_heartbeats_say_where_a_process_is(tmp_path: Path):
         (folder / name).write_text("{}")
     with SignalHandler() as stops:
         before = time.time()
-        watchdog = Heartbeat(folder, 0, 2, 2.0, stops, lambda: {"total_steps": 12})
-        watchdog.beat(4)
+        heartbeat = Heartbeat(folder, 0, 2, 2.0, stops, lambda: {"total_steps": 12})
+        heartbeat.beat(4)
         with stops.phase("saving"):
             beat = _await_beat(folder / "rank_0.json", "saving")
-        watchdog.close()
+        heartbeat.close()
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "rank_0.json", "rank_1.json"]
     assert (beat["rank"], beat["world"], beat["step"], beat["pid"], beat["total_steps"]) == (
         0,
@@ -276,25 +243,11 @@ def test_a_disk_that_takes_nothing_costs_heartbeats_alone(tmp_path: Path):
 
     for folder in (tmp_path / "ranks", tmp_path / "good"):
         with SignalHandler() as stops:
-            watchdog = Heartbeat(folder, 0, 1, 30, stops, broken)
-            watchdog.beat(1)
-            watchdog.close()
+            heartbeat = Heartbeat(folder, 0, 1, 30, stops, broken)
+            heartbeat.beat(1)
+            heartbeat.close()
     assert (tmp_path / "ranks").read_text() == ""
     assert json.loads((tmp_path / "good" / "rank_0.json").read_text())["step"] == 1
-
-
-def test_a_heartbeat_costs_less_than_two_microseconds(tmp_path: Path):
-    """The best of ten times ten thousand, on whatever machine this is."""
-    with SignalHandler() as stops:
-        watchdog = Heartbeat(tmp_path, 0, 1, 0, stops)
-        best = 1.0
-        for _ in range(10):
-            began = time.perf_counter()
-            for step in range(10_000):
-                watchdog.beat(step >> 6)
-            best = min(best, (time.perf_counter() - began) / 10_000)
-        watchdog.close()
-    assert best < 2e-6, f"{best * 1e6:.2f} µs"
 
 
 def test_outside_of_a_run_phases_ask_for_nothing(tmp_path: Path):
@@ -303,17 +256,18 @@ def test_outside_of_a_run_phases_ask_for_nothing(tmp_path: Path):
     stops, threads = SignalHandler(), threading.active_count()
     with stops.phase("data", breakable=True):
         assert stops.at.name == "data" and not stops.asked
-    watchdog = Heartbeat(tmp_path / "ranks", 0, 1, 0.2, stops)
-    watchdog.beat(3)
+    heartbeat = Heartbeat(tmp_path / "ranks", 0, 1, 0.2, stops)
+    heartbeat.beat(3)
     assert threading.active_count() == threads and not (tmp_path / "ranks").exists()
-    watchdog.close()
+    heartbeat.close()
 
 
+@pytest.mark.slow
 def test_nothing_ends_a_process_after_its_run_even_without_close(start, tmp_path: Path):
     """The run is over, the process lives on for longer than the timeout: no report, no end."""
     child = start("""
-with Stops() as stops:
-    Watchdog(sys.argv[1], 0, 1, 0.4, stops)
+with SignalHandler() as stops:
+    Heartbeat(sys.argv[1], 0, 1, 0.4, stops)
 time.sleep(2.5)
 say("alive", threading.active_count())
 """, tmp_path)  # fmt: skip

@@ -34,7 +34,7 @@ def test_a_signal_breaks_off_a_breakable_phase_at_once_and_only_asks_in_any_othe
     code = """
 for name, breakable in eval(sys.argv[1]) + [("", False)]:
     done = entered = False
-    with Stops() as stops:
+    with SignalHandler() as stops:
         say("ready", name)
         try:
             with stops.phase(name, breakable) if name else stops:
@@ -84,7 +84,7 @@ def test_a_phase_inside_another_counts_and_the_outer_one_is_broken_off_after_it(
     an outer phase that could be."""
     child = start(
         """
-with Stops() as stops, stops.phase("outside"):
+with SignalHandler() as stops, stops.phase("outside"):
     try:
         with stops.phase("trying", breakable=True):
             try:
@@ -125,7 +125,7 @@ import random
 random.seed(1)
 broken = 0
 for n in range(200):
-    with Stops() as stops:
+    with SignalHandler() as stops:
         with stops.phase("outer"):
             at = stops.at
             threading.Timer(random.random() * 0.003, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -159,7 +159,7 @@ class Slow:
         say("ready")
         time.sleep(5)
 
-with Stops() as stops:
+with SignalHandler() as stops:
     try:
         with stops.phase("data", breakable=True):
             slow = Slow()
@@ -192,7 +192,7 @@ def test_a_second_signal_ends_the_process_at_once_but_not_one_within_a_second(st
     """Copies of the first signal some ms later change nothing; one after a second ends with 128 + its number,
     also where the main thread never comes back from C. stderr has one line for each."""
     child = start(
-        "with Stops() as stops:\n    with stops.phase('forward/backward'):\n        say('ready')\n       "
+        "with SignalHandler() as stops:\n    with stops.phase('forward/backward'):\n        say('ready')\n       "
         f" {STUCK[where]}"
     )
     assert child.line() == "ready"
@@ -217,7 +217,7 @@ def test_copies_that_C_code_held_back_are_no_second_signal(start):
     """Two signals 50 ms apart, while C code holds the interpreter for two seconds: when Python sees the
     second one does not count."""
     child = start("""
-with Stops() as stops, stops.phase("forward/backward"):
+with SignalHandler() as stops, stops.phase("forward/backward"):
     say("ready")
     while not stops.asked:
         time.sleep(0.001)
@@ -241,7 +241,7 @@ with Stops() as stops, stops.phase("forward/backward"):
 def test_SIGINT_and_SIGHUP_stay_ignored_where_the_program_was_started_so(start):
     """As nohup and background jobs of a script start programs; SIGTERM still asks."""
     child = start(
-        "with Stops() as stops:\n    say('ready')\n    while not stops.asked: time.sleep(0.01)\n   "
+        "with SignalHandler() as stops:\n    say('ready')\n    while not stops.asked: time.sleep(0.01)\n   "
         " say(stops.signal)",
         before=["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"],
     )
@@ -298,7 +298,7 @@ def test_in_another_thread_signals_stay_as_they_are_and_phases_are_tracked():
 def test_a_forked_child_has_the_earlier_handlers_and_its_signals_do_not_reach_the_run(start):
     """SIGTERM ends a forked child as ever; the parent has not been asked to stop."""
     child = start("""
-with Stops() as stops:
+with SignalHandler() as stops:
     pid = os.fork()
     if pid == 0:
         time.sleep(30)
@@ -326,7 +326,7 @@ def work():
     say("worker", os.getpid())
     time.sleep(60)
 
-with Stops() as stops:
+with SignalHandler() as stops:
     with shielded():
         process = fork.Process(target=work, daemon=True)
         process.start()
@@ -365,7 +365,7 @@ class Rows(IterableDataset):
 if __name__ == "__main__":
     loader = DataLoader(Rows(), batch_size=None, num_workers=2, worker_init_fn=worker_init)
     stopped = False
-    with Stops() as stops:
+    with SignalHandler() as stops:
         with shielded():
             rows = iter(loader)
         say(*(w.pid for w in rows._workers))

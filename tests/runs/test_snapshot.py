@@ -113,7 +113,7 @@ def test_the_trainer_waits_before_it_changes_what_is_not_copied_yet(tmp_path: Pa
 
     trainer = threading.Thread(target=change)
     trainer.start()
-    assert not settled.wait(1.3) and ticks, "the watchdog hears of the waiting"
+    assert not settled.wait(1.3) and ticks, "the heartbeat hears of the waiting"
     assert late.go is not None
     late.go.set()
     trainer.join()

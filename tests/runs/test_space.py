@@ -1,7 +1,8 @@
-"""Room on the disk: on real small file systems where the machine lets us mount one, with pretended numbers
-elsewhere."""
+"""Disk space: on real small file systems where the machine lets us mount one, with pretended numbers
+elsewhere. And the memory left: of the machine, and of the container or job around it."""
 
 import errno
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from unigen.runs import space as module
 from unigen.runs.channel import Channel
 from unigen.runs.checkpoint import verify_checkpoint
 from unigen.runs.saver import Contents, Saver, StateEntry
-from unigen.runs.space import DiskSpace, SpaceError, gb, mount_of, refused_by_quota
+from unigen.runs.space import DiskSpace, SpaceError, free_memory, gb, mount_of
 
 MB = 1_000_000
 
@@ -93,7 +94,7 @@ def space(run: Path, policy: str = "stop", min_free_gb: float = 0.0, **more) -> 
 # ---- stop
 
 
-def test_stop_raises_with_what_is_needed_free_where_and_the_cure_only_when_it_does_not_fit(disk: Path):
+def test_stop_raises_with_what_is_needed_free_where_and_the_fix_only_when_it_does_not_fit(disk: Path):
     """Passes when 3 MB fit on 4.2 MB, and 5 MB, or 3 MB with 2 MB to stay free, do not."""
     run = disk / "run"  # it need not exist
     assert space(run)[0].need(3 * MB) is None
@@ -111,32 +112,6 @@ def test_stop_raises_with_what_is_needed_free_where_and_the_cure_only_when_it_do
         assert word in text
     with pytest.raises(SpaceError, match=r"2\.0 MB are to stay free \(min_free_gb\)"):
         space(run, min_free_gb=0.002)[0].need(3 * MB)
-
-
-def test_a_quota_of_the_user_counts_and_a_file_system_that_cannot_say_does_not(tmp_path: Path, monkeypatch):
-    asked = []
-
-    def answer(code: int):
-        monkeypatch.setattr(module, "_allocate", lambda file, nbytes: asked.append(nbytes) or code)
-
-    for code in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOSPC, errno.EFBIG):
-        answer(code)
-        space(tmp_path)[0].need(3 * MB)
-    answer(errno.EDQUOT)
-    with pytest.raises(SpaceError, match=r"takes 3\.0 MB, more than your quota on .* allows.*Fix:"):
-        space(tmp_path)[0].need(3 * MB)
-    assert asked == [3 * MB] * 6 and names(tmp_path) == []
-
-
-def test_asking_for_a_quota_takes_no_space_and_leaves_no_file(tmp_path: Path, disk: Path):
-    before = free_bytes(tmp_path)
-    assert not refused_by_quota(tmp_path, 1_000 * MB) and not refused_by_quota(tmp_path, 10**15)
-    assert names(tmp_path) == ["disk"] and abs(free_bytes(tmp_path) - before) < 500 * MB
-    assert not refused_by_quota(disk, 3 * MB) and names(disk) == []
-    with open(tmp_path / "f", "wb") as file:  # the kernel really answers
-        assert module._allocate(file.fileno(), 1 << 20) in (0, errno.EOPNOTSUPP)
-    assert module._allocate(-1, 1 << 20) == errno.EBADF
-    assert mount_of(disk / "a" / "b") == disk and module._file_system(disk / "a") == "tmpfs"
 
 
 def test_a_disk_that_cannot_be_asked_is_a_space_error(tmp_path: Path, monkeypatch):
@@ -229,7 +204,7 @@ def test_prune_waits_for_a_file_system_that_frees_late_instead_of_removing_more(
 # ---- wait
 
 
-def test_wait_goes_on_when_there_is_room_and_calls_idle_meanwhile(disk: Path, monkeypatch):
+def test_wait_goes_on_when_it_fits_and_calls_idle_meanwhile(disk: Path, monkeypatch):
     """Passes when it returns only after the file that filled the disk is gone, having said twice, once each,
     what it does."""
     monkeypatch.setattr(module, "POLL_S", 0.01)
@@ -246,7 +221,7 @@ def test_wait_goes_on_when_there_is_room_and_calls_idle_meanwhile(disk: Path, mo
     assert rounds == [True] * 3
     assert (
         len(said) == 2
-        and said[0].startswith("Waiting for room")
+        and said[0].startswith("Waiting for disk space")
         and "takes 2.0 MB" in said[0]
         and "going on" in said[1]
     )
@@ -322,24 +297,24 @@ def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(
     assert names(tmp_path) == (["step_2"] if policy == "prune" else ["step_1", "step_2"])
 
 
-# ---- beforehand
+# ---- the forecast
 
 
-def test_the_prediction_says_how_many_how_large_and_how_much_is_free(tmp_path: Path, pretended):
+def test_the_forecast_says_how_many_how_large_and_how_much_is_free(tmp_path: Path, pretended):
     pretended["bytes"] = 812 * 10**9
     asking, _ = space(tmp_path, min_free_gb=1.0)
     one = int(233.1e9)
     place = mount_of(tmp_path)
     assert (
-        asking.predict(0, 1200, 500, None, one)
+        asking.forecast(0, 1200, 500, None, one)
         == f"Checkpoints: 3 of 233.1 GB each, 699.3 GB in all; 812.0 GB free on {place}"
     )
-    text = asking.predict(0, 10_000, 500, 2, one)
+    text = asking.forecast(0, 10_000, 500, 2, one)
     assert (
         text.startswith("Checkpoints: 2 of 233.1 GB each, one more while it is written, 699.3 GB in all")
         and "Warning" not in text
     )
-    text = asking.predict(0, 1200, 500, None, one, best=int(58e9))
+    text = asking.forecast(0, 1200, 500, None, one, best=int(58e9))
     assert "and 58.0 GB for the best one, 757.3 GB in all" in text and "Warning" not in text
 
 
@@ -356,17 +331,17 @@ def test_the_prediction_says_how_many_how_large_and_how_much_is_free(tmp_path: P
         (3000, 3000, 500, None, None),
     ],
 )
-def test_the_warning_names_the_step_whose_checkpoint_will_find_no_room(
+def test_the_warning_names_the_step_whose_checkpoint_will_not_fit(
     tmp_path: Path, pretended, step, total, save_steps, keep, full
 ):
     pretended["bytes"] = 812 * 10**9
-    text = space(tmp_path, min_free_gb=1.0)[0].predict(step, total, save_steps, keep, int(233.1e9))
+    text = space(tmp_path, min_free_gb=1.0)[0].forecast(step, total, save_steps, keep, int(233.1e9))
     assert ("Warning" in text) == (full is not None)
     if full is not None:
         assert (
-            f"step {full};" in text
+            f"step {full} will not fit" in text
             and "low_space is stop" in text
-            and "--save_total_limit 2 would fit" in text
+            and text.endswith("Fix: --save_total_limit 2")
         )
 
 
@@ -375,25 +350,27 @@ def test_what_is_there_already_counts_and_is_pruned_by_the_limit(tmp_path: Path,
         save(tmp_path, step)
     size = module.folder_bytes(tmp_path / "step_1")
     pretended["bytes"] = size
-    assert "Warning" not in space(tmp_path)[0].predict(3, 50, 1, 3, size)
-    assert "step 5;" in space(tmp_path)[0].predict(3, 50, 1, 4, size)
+    assert "Warning" not in space(tmp_path)[0].forecast(3, 50, 1, 3, size)
+    assert "step 5 will not fit" in space(tmp_path)[0].forecast(3, 50, 1, 4, size)
     pretended["bytes"] = size - 1
-    text = space(tmp_path, "prune")[0].predict(3, 50, 1, 3, size)
-    assert "step 4; the oldest will be removed then" in text and "--save_total_limit 2 would fit" in text
+    text = space(tmp_path, "prune")[0].forecast(3, 50, 1, 3, size)
+    assert "step 4 will not fit; the oldest will be removed then" in text and text.endswith(
+        "Fix: --save_total_limit 2"
+    )
 
 
-def test_the_prediction_is_what_happens_on_a_real_disk(disk: Path):
-    """Passes when the step that the prediction names is the first for which there is no room."""
+def test_the_forecast_is_what_happens_on_a_real_disk(disk: Path):
+    """Passes when the step that the forecast names is the first whose checkpoint does not fit."""
     size = module.folder_bytes(save(disk, 1))
     asking, _ = space(disk)
-    text = asking.predict(1, 50, 1, None, size)
+    text = asking.forecast(1, 50, 1, None, size)
     for step in range(2, 50):
         try:
             asking.need(size)
         except SpaceError:
             break
         save(disk, step)
-    assert 5 < step < 12 and f"step {step};" in text
+    assert 5 < step < 12 and f"step {step} will not fit" in text
 
 
 def test_sizes_are_in_units_of_1000():
@@ -404,3 +381,68 @@ def test_sizes_are_in_units_of_1000():
         "4.2 MB",
         "0.0 kB",
     ]
+
+
+# ---- memory
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine of 64 GB, half of it available; ``pretend(own group's lines, {folder: {file: text}})``."""
+
+    def make(own: str, groups: dict[str, dict[str, str]]) -> float:
+        (tmp_path / "meminfo").write_text("MemTotal:       64000000 kB\nMemAvailable:   32000000 kB\n")
+        (tmp_path / "own").write_text(own)
+        for folder, files in groups.items():
+            (tmp_path / "cgroup" / folder).mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (tmp_path / "cgroup" / folder / name).write_text(text)
+        for name, path in (("MEMINFO", "meminfo"), ("OWN_GROUP", "own"), ("GROUPS", "cgroup")):
+            monkeypatch.setattr(module, name, tmp_path / path)
+        return free_memory()
+
+    return make
+
+
+def two(limit: str, used: int, cache: int) -> dict[str, str]:
+    return {
+        "memory.max": limit + "\n",
+        "memory.current": f"{used}\n",
+        "memory.stat": f"anon 5\ninactive_file {cache}\n",
+    }
+
+
+def one(limit: int, used: int, cache: int) -> dict[str, str]:
+    stat = f"cache 9\ntotal_inactive_file {cache}\n"
+    return {"memory.limit_in_bytes": f"{limit}\n", "memory.usage_in_bytes": f"{used}\n", "memory.stat": stat}
+
+
+def test_here_it_is_a_number_of_bytes():
+    assert 1e8 < free_memory() < 1e14
+
+
+def test_without_a_limit_it_is_what_the_machine_has(pretend):
+    assert pretend("0::/job\n", {"job": two("max", 10**9, 0)}) == 32_000_000 * 1024
+
+
+def test_the_tightest_limit_above_counts_and_file_caches_are_free(pretend):
+    groups = {"job/step": two("9000000000", 3 * 10**9, 10**9), "job": two("6000000000", 3 * 10**9, 5 * 10**8)}
+    assert pretend("0::/job/step\n", groups) == 3.5e9
+
+
+def test_in_a_container_the_root_is_the_limit(pretend):
+    assert pretend("0::/kubepods/pod7\n", {".": two("4000000000", 10**9, 0)}) == 3e9
+
+
+def test_the_older_version_too(pretend):
+    own = "12:cpu,cpuacct:/job\n5:memory:/job\n0::/\n"
+    assert (
+        pretend(own, {"memory/job": one(8 * 10**9, 2 * 10**9, 10**9), "memory": one(2**63 - 4096, 0, 0)})
+        == 7e9
+    )
+
+
+def test_where_nobody_says_there_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("MEMINFO", "OWN_GROUP", "GROUPS"):
+        monkeypatch.setattr(module, name, tmp_path / "nothing")
+    assert free_memory() == math.inf

@@ -12,7 +12,7 @@ import torch
 from tiny import metrics
 
 from unigen import cli, load_bagel
-from unigen.commands.watch.health import judge
+from unigen.commands.watch.health import diagnose
 from unigen.config import Config
 from unigen.model.storage import scan_folder, scan_safetensors
 from unigen.runs.checkpoint import scan_weights, verify_checkpoint
@@ -69,7 +69,7 @@ def test_it_is_watched(run: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["watch", str(run), "--once"]) == 0 and "2" in capsys.readouterr().out
     seen = Run(run)
     seen.update()
-    assert judge(seen).name == "stopped"
+    assert diagnose(seen).name == "stopped"
     assert (seen.step, seen.total_steps, [c.name for c in seen.checkpoints]) == (2, 4, ["best", "step_2"])
     assert [p.mean for p in seen.metrics.log.points("loss")] == [
         line["loss"] for line in metrics(run) if "loss" in line

@@ -1,18 +1,33 @@
 """TensorBoard's event files, read back with TensorBoard's own reader."""
 
+import io
 import os
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import draw_picture
+from trackers import small_disk, wait_for
 
 from unigen.config import Config
+from unigen.tracking import background
+from unigen.tracking import tensorboard as module
 from unigen.tracking.tracker import Tracker
 
 pytest.importorskip("tensorboard")
+
+
+@pytest.fixture(autouse=True)
+def names_in_order(monkeypatch: pytest.MonkeyPatch):
+    """Files are read in the order of their names: second, host, process, and a number that the process counts
+    up. Runs of one process within a second must not pass from 9 to 10."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def read(folder: Path):
@@ -38,25 +53,28 @@ def run(folder: Path, steps: range, resume_step: int = 0, scale: float = 1.0) ->
     tracker.finish()
 
 
-def test_numbers_pictures_and_texts_are_shown(tmp_path: Path):
+def test_numbers_pictures_and_texts_are_shown(tmp_path: Path, caplog):
     picture = tmp_path / draw_picture(tmp_path / "a.png", 0, 48, 32)
     tracker = Tracker(tmp_path, Config(tensorboard=True))
     tracker.log({"loss": 0.5, "norm": float("nan"), "note": "x"}, 1)
     tracker.image("samples/0", picture, 1)
     tracker.text("prompts/0", "# a house\n<b>and</b> a 猫", 1)
+    (queue,) = tracker._trackers
+    wait_for(lambda: queue._done == 3)
     shown = read(tmp_path / "tensorboard")  # while the run goes on: nothing waits in a buffer
-    assert set(shown.Tags()["tensors"]) == {"loss", "norm", "samples/0", "prompts/0"}
+    assert set(shown.Tags()["tensors"]) == {"loss", "norm", "samples/0", "prompts/0/text_summary"}
     assert [(event.step, list(event.tensor_proto.float_val)) for event in shown.Tensors("loss")] == [
         (1, [0.5])
     ]
     width, height, data = shown.Tensors("samples/0")[0].tensor_proto.string_val
-    assert (int(width), int(height)) == (48, 32) and data == picture.read_bytes()
-    (text,) = shown.Tensors("prompts/0")[0].tensor_proto.string_val
+    assert (int(width), int(height)) == (48, 32)
+    assert Image.open(io.BytesIO(data)).tobytes() == Image.open(picture).convert("RGB").tobytes()
+    (text,) = shown.Tensors("prompts/0/text_summary")[0].tensor_proto.string_val
     assert text.decode() == "    # a house\n    <b>and</b> a 猫"
-    assert shown.PluginTagToContent("text").keys() == {"prompts/0"} and shown.PluginTagToContent(
-        "images"
-    ).keys() == {"samples/0"}
+    assert shown.PluginTagToContent("text").keys() == {"prompts/0/text_summary"}
+    assert shown.PluginTagToContent("images").keys() == {"samples/0"}
     tracker.finish()
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("cut", [0, 5])
@@ -76,19 +94,47 @@ def test_a_resumed_run_shows_every_step_once(tmp_path: Path, cut: int):
     assert [step for step, _ in curve(tmp_path, "loss")] == list(range(1, 12))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_loses_no_point(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    tracker = Tracker(tmp_path, Config(tensorboard=True))
-    tracker.log({"loss": 1.0}, 1)
-    file = tracker._backends["tensorboard"]._file._file
-    disk = os.dup(file)
-    os.dup2(os.open("/dev/full", os.O_WRONLY), file)
-    tracker.log({"loss": 2.0}, 2)
-    os.dup2(disk, file)
-    tracker.log({"loss": 3.0}, 3)
-    tracker.finish()
-    assert curve(tmp_path, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert len(caplog.messages) == 2
+# The writer's own thread dies of a full disk, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_a_full_or_read_only_disk_does_not_take_comes_later_and_nothing_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+):
+    """Pass: one warning an outage; the calls return, and all points are there when the disk takes them."""
+    monkeypatch.setattr(module, "RETRY_S", 0.1)
+    with small_disk(tmp_path / "disk", 256) as disk:
+        (disk / "ballast").write_bytes(bytes(252 << 10))
+        tracker = Tracker(disk, Config(tensorboard=True))
+        for step in range(1, 201):
+            tracker.log({"loss": 1 / step, "norm": 2 / step}, step)
+        wait_for(lambda: any("tensorboard cannot write" in message for message in caplog.messages))
+        (disk / "ballast").unlink()
+        (queue,) = tracker._trackers
+        wait_for(lambda: queue._done == 200)
+        tracker.finish()
+        found = dict(curve(disk, "norm"))
+        assert list(found) == list(range(1, 201)) and found[200] == pytest.approx(0.01)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        tracker = Tracker(disk, Config(tensorboard=True), 150)
+        tracker.log({"loss": 9.0}, 151)
+        wait_for(lambda: sum("tensorboard cannot write" in message for message in caplog.messages) == 2)
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        tracker.finish()
+        assert [step for step, _ in curve(disk, "loss")] == list(range(1, 152))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_stays_full_holds_the_end_for_its_limit_only(tmp_path: Path, caplog, monkeypatch):
+    monkeypatch.setattr(background, "FINISH_S", 0.5)
+    with small_disk(tmp_path / "disk", 16) as disk:
+        (disk / "ballast").write_bytes(bytes(16 << 10))
+        tracker = Tracker(disk, Config(tensorboard=True))
+        tracker.log({"loss": 1.0}, 1)
+        done = threading.Timer(60, lambda: None)
+        done.start()
+        tracker.finish()
+        assert done.is_alive(), "it waited for the disk"
+        done.cancel()
+    assert any("1 of 1 calls were not sent" in message for message in caplog.messages)
 
 
 def test_a_picture_that_cannot_be_read_is_told_and_the_rest_goes_on(
@@ -101,7 +147,8 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_rest_goes_on(
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
     assert [message.partition(";")[0] for message in caplog.messages] == [
-        "Tracker tensorboard cannot show images"
+        "Tracker tensorboard cannot show images",
+        "Tracker tensorboard is incomplete",
     ]
     assert curve(tmp_path, "loss") == [(1, 1.0)]
 
@@ -109,7 +156,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_rest_goes_on(
 def test_without_the_package_the_cure_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
+    for name in [name for name in sys.modules if name.startswith(("tensorboard", "torch.utils.tensorboard"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     run(tmp_path, range(1, 3))
@@ -117,7 +164,7 @@ def test_without_the_package_the_cure_is_told(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_neither_tensorflow_nor_torch_is_imported_for_it(tmp_path: Path):
+def test_tensorflow_is_not_imported_for_it(tmp_path: Path):
     code = f"""
 import sys
 from pathlib import Path
@@ -126,13 +173,15 @@ from unigen.tracking.tracker import Tracker
 tracker = Tracker(Path({str(tmp_path)!r}), Config(tensorboard=True))
 tracker.log({{"loss": 1.0}}, 1)
 tracker.text("a", "b", 1)
-print({{"tensorflow", "torch", "PIL"}} & sys.modules.keys())
+tracker.finish()
+print("tensorflow" in sys.modules, "torch.utils.tensorboard" in sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         cwd=Path(__file__).parents[2],
     )
-    assert done.stdout == "set()\n", done.stderr
+    assert done.stdout == "False True\n" and not done.stderr
+    assert curve(tmp_path, "loss") == [(1, 1.0)]

@@ -191,6 +191,7 @@ def _await(path: Path, process: subprocess.Popen[str]) -> None:
     assert path.exists(), process.communicate()[0][-3000:]
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
     """The guide's script itself, two data workers, SIGTERM to the whole process group as SLURM and Kubernetes
     send it."""
@@ -215,6 +216,7 @@ def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
     assert [line["step"] for line in metrics(run_folder)] == list(range(1, steps[-1] + 3))
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_path: Path):
     """The first comes while a step takes for ever; 1.2 s later the second one does not wait for it."""
     code = (
@@ -265,8 +267,8 @@ def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(
     whole: dict[str, Any], tmp_path: Path, where: str, function: str
 ):
     """Rank 1 sleeps in step 3, or waits for its rows; rank 0 waits for it in a collective. Both end within
-    the time-out and some seconds. Where rank 0 only waits, both name rank 1; inside of a step the stacks
-    tell."""
+    the time-out and some seconds. Where rank 0 only waits, one of them names rank 1; inside of a step the
+    stacks tell."""
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     options = whole | {"output_dir": str(tmp_path / "run"), "hang_timeout": 12.0}
     (
@@ -291,8 +293,6 @@ def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(
     assert "rank 1 of 2" in printed[1] and f"step 2, phase {where}" in printed[1] and function in printed[1]
     assert function in (tmp_path / "run" / "ranks" / "rank_1.stack.txt").read_text()
     if where == "data":
-        for text in printed:
-            assert (
-                "unigen: rank 1 hangs: step 2, phase data, for" in text
-                and "unigen: rank 0: step 2, phase waiting for the others" in text
-            )
+        (text,) = [text for text in printed if "unigen: rank" in text]
+        assert "unigen: rank 1: step 2, phase data, hangs for" in text
+        assert "unigen: rank 0: step 2, phase waiting for the others, waits for" in text

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from unigen.commands.watch.health import judge
+import pytest
+
+from unigen.commands.watch.health import diagnose
 from unigen.commands.watch.terminal import frame
 from unigen.runs.reader import Run, is_run
 from unigen.show.language import Words
@@ -22,6 +24,7 @@ def shown(run: Run) -> str:
     return "\n".join(drawn(part, 100) for part in frame([run], Words("en", "watch")))
 
 
+@pytest.mark.slow
 def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
     """States in order: running with rising steps, then finished; its checkpoint is listed; the numbers are
     those of its log."""
@@ -44,7 +47,7 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
             if folder.exists() and is_run(folder):
                 # Its files are in every state between these looks.
                 run.update()
-                seen.append((judge(run).name, run.step))
+                seen.append((diagnose(run).name, run.step))
                 if len(seen) % 5 == 0:
                     shown(run)
             time.sleep(0.03)
@@ -57,7 +60,7 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
     steps = [step for _, step in seen]
     alive = {step for name, step in seen if name == "running"}
     assert steps == sorted(steps) and len(alive) >= 3, seen
-    assert judge(run).name == "finished" and run.step == run.total_steps == 12
+    assert diagnose(run).name == "finished" and run.step == run.total_steps == 12
     assert [c.name for c in run.checkpoints if c.name != "best"] == ["step_6", "step_12"] and run.checkpoints[
         -1
     ].size > 1000

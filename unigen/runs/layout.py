@@ -8,7 +8,7 @@ RUN/
   step_N/              a checkpoint: weights, optimiser, trainer.json, training_config.json, manifest.json
   best/                the weights with the lowest validation loss
   samples/step_N/      answers to the prompts: index.json and pictures
-  ranks/               rank_N.json, the heartbeat of a process; rank_N.stack.txt after a hang
+  ranks/               rank_N.json, the heartbeat of a process; rank_N.stack.txt and hang.txt after a hang
   tensorboard/, wandb/, wandb_run_id, trackio_run_id     of the trackers
   old-N/               an earlier run, set aside
   .lock                held by the process that trains
@@ -33,6 +33,7 @@ RANKS = "ranks"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 LOCK = ".lock"
+HANG = "hang.txt"  # in ranks: who held up the run
 SETTING_ASIDE = ".old.new"
 
 # in a checkpoint

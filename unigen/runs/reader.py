@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +17,13 @@ from unigen.config import UserError
 from unigen.files import free_bytes, is_held
 from unigen.runs import layout
 from unigen.runs.metrics import MAX_STEP, Lines, Metrics, numbers
+from unigen.runs.ranks import Rank, RankFiles
 
 MAX_JSON = 64 << 20  # bytes; a larger file is none of a run's
-AHEAD_S = 5.0  # a heartbeat from further in the future is another clock's
 
 
 class WatchError(UserError):
     """There is no run to watch; the message says where it was looked for."""
-
-
-@dataclass
-class Rank:
-    """A process of the run, as its last heartbeat told. ``since`` and ``time`` are unix seconds of its own
-    clock."""
-
-    rank: int
-    step: int
-    phase: str
-    since: float
-    time: float
-    pid: int
-    host: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    age: float = 0.0  # seconds since it gave a sign of life, by what is known here
-
-    @property
-    def busy(self) -> float:
-        """Seconds from the start of its phase to its last heartbeat, by its own clock."""
-        return max(0.0, self.time - self.since)
-
-    @property
-    def quiet(self) -> float:
-        """Seconds without progress, which a long phase may make; without that fact, seconds in the phase."""
-        told = self.facts.get("quiet")
-        return max(0.0, float(told)) if isinstance(told, (int, float)) and told < 1e300 else self.busy
 
 
 @dataclass(frozen=True)
@@ -108,8 +79,7 @@ class Run:
         self.rank_steps: list[tuple[float, int]] = []
         # JSON files: (mtime in ns, size) and the value
         self._read: dict[Path, tuple[tuple[int, int], Any]] = {}
-        # rank -> (heartbeat, when it was first seen here, has it changed)
-        self._signs: dict[int, tuple[float, float, bool]] = {}
+        self._rank_files = RankFiles(self.folder / layout.RANKS)
 
     def update(self) -> None:
         """Looks at the folder again."""
@@ -126,7 +96,7 @@ class Run:
         self.checkpoints = sorted(found, key=lambda c: (c.step, c.name != layout.BEST))
         sampled = map(layout.step_of, _names(self.folder / layout.SAMPLES))
         self.sampled = sorted(step for step in sampled if step is not None)
-        self._update_ranks(_names(self.folder / layout.RANKS))
+        self._update_ranks()
         self.locked = is_held(self.folder / layout.LOCK)
         with contextlib.suppress(OSError):
             self.disk_free = free_bytes(self.folder)
@@ -217,47 +187,16 @@ class Run:
         size = sum(size for size in sizes if type(size) is int)
         return Checkpoint(name, step, float(when), size, world if type(world) is int else 1)
 
-    def _update_ranks(self, names: list[str]) -> None:
-        ranks = self.folder / layout.RANKS
-        numbers = sorted({n for n in map(layout.rank_of, names) if n is not None})
-        found = [self._rank(self._json(ranks / layout.heartbeat_file(n))) for n in numbers]
-        self.ranks = sorted(filter(None, found), key=lambda rank: rank.rank)
-        stacks = [layout.stack_file(n) for n in numbers]
-        self.stacks = [f"{layout.RANKS}/{name}" for name in stacks if name in names]
+    def _update_ranks(self) -> None:
+        self.ranks = self._rank_files.read()
+        self.stacks = [f"{layout.RANKS}/{name}" for name in self._rank_files.stacks()]
         for rank in self.ranks[:1]:
             if not self.rank_steps or rank.time != self.rank_steps[-1][0]:
                 self.rank_steps = [*self.rank_steps[-200:], (rank.time, rank.step)]
 
-    def _rank(self, value: Any) -> Rank | None:
-        number = (int, float)
-        known = {
-            "rank": int, "step": int, "phase": str, "since": number, "time": number, "pid": int, "host": str,
-        }  # fmt: skip
-        is_dict = isinstance(value, dict)
-        if not is_dict or not all(isinstance(value.get(name), kind) for name, kind in known.items()):
-            return None
-        facts = {name: v for name, v in value.items() if name not in known}
-        rank = Rank(**{name: value[name] for name in known}, facts=facts)
-        rank.age = self._age(rank)
-        return rank
-
-    def _age(self, rank: Rank) -> float:
-        """Seconds since the last sign of life. A heartbeat seen to change here tells more than the clocks of
-        two machines."""
-        now = time.monotonic()
-        before = self._signs.get(rank.rank)
-        if before is None or before[0] != rank.time:
-            self._signs[rank.rank] = before = (rank.time, now, before is not None)
-        _, seen, changed = before
-        by_clock = time.time() - rank.time
-        return now - seen if changed or by_clock < -AHEAD_S else max(0.0, by_clock)
-
     def clock_offset(self) -> float:
         """Seconds that the run's clock seems to be ahead of this one's; 0 where heartbeats do not show it."""
-        told = [(rank.time - time.time(), self._signs[rank.rank]) for rank in self.ranks]
-        ahead = [offset for offset, _ in told if offset > AHEAD_S]
-        behind = [offset + (time.monotonic() - seen) for offset, (_, seen, changed) in told if changed]
-        return max(ahead) if ahead else min(behind, default=0.0)
+        return self._rank_files.clock_offset()
 
 
 def find_runs(paths: list[str]) -> list[Path]:
@@ -311,16 +250,3 @@ def _inside(folder: Path, name: Any) -> Path | None:
         return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
     except OSError:
         return None
-
-
-def is_gone(rank: Rank) -> bool:
-    """Has the process of a heartbeat ended? Known only for processes of this machine."""
-    if rank.host != platform.node() or not 0 < rank.pid < 1 << 31:
-        return False
-    try:
-        os.kill(rank.pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -27,9 +27,9 @@ from unigen.files import draft_of, fsync, make_empty, publish, sha256_of
 from unigen.model.storage import DTYPES, code_of, part_name, set_files, write_json, write_safetensors
 from unigen.runs.channel import Channel
 from unigen.runs.checkpoint import FORMAT, CheckpointError, manifest_hash, prune_checkpoints
-from unigen.runs.host_memory import free_memory
 from unigen.runs.layout import MANIFEST, state_file, step_name
 from unigen.runs.snapshot import GpuLane, Lane, copied_later, copy_out
+from unigen.runs.space import free_memory
 
 log = logging.getLogger("unigen")
 

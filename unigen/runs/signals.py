@@ -2,8 +2,7 @@
 
 The first signal only asks: the run finishes the phase it is in, saves the last finished step, and ends with
 ``EXIT_STOPPED``. A second one ends the process at once, also where the main thread is stuck in C code: the
-interpreter's C handler writes every signal into a pipe, and a thread reads that. Processes that hang are the
-matter of ``watchdog.py``. No PyTorch here.
+interpreter's C handler writes every signal into a pipe, and a thread reads that. No PyTorch here.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ EXIT_STOPPED = 75
 """Stopped by a signal, the last finished step is saved: run again with ``--resume_from_checkpoint auto``
 (EX_TEMPFAIL)."""
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """All mean the same. SIGUSR1 is what SLURM is usually told to send before the end; SIGHUP comes when a
 terminal closes."""
 
@@ -41,33 +38,33 @@ class Stopped(BaseException):
 class Phase:
     """A part of the run, as a context manager: see :meth:`SignalHandler.phase`."""
 
-    __slots__ = ("_stops", "breakable", "name", "outer", "since")
+    __slots__ = ("_handler", "breakable", "name", "outer", "since")
 
-    def __init__(self, stops: SignalHandler, name: str, breakable: bool):
-        self._stops, self.name, self.breakable = stops, name, breakable
+    def __init__(self, handler: SignalHandler, name: str, breakable: bool):
+        self._handler, self.name, self.breakable = handler, name, breakable
         self.outer: Phase | None = None
         self.since = 0.0  # unix seconds
 
     def __enter__(self) -> Phase:
-        stops = self._stops
-        if stops.belongs_here():
-            self.outer, self.since, stops.moved = stops.at, time.time(), time.monotonic()
-            if self.breakable and stops.asked:
-                stops.break_off(self)
-            stops.at = self
+        handler = self._handler
+        if handler.belongs_here():
+            self.outer, self.since, handler.moved = handler.at, time.time(), time.monotonic()
+            if self.breakable and handler.asked:
+                handler.break_off(self)
+            handler.at = self
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        stops = self._stops
-        if not stops.belongs_here():
+        handler = self._handler
+        if not handler.belongs_here():
             return
-        stops.at, stops.moved = self.outer, time.monotonic()
+        handler.at, handler.moved = self.outer, time.monotonic()
         # Also what a signal did not break off by itself: it came in a phase inside this one, or code that may
         # not raise (__del__) had to handle it.
-        if kind is None and stops.asked:
+        if kind is None and handler.asked:
             for phase in (self, self.outer):
                 if phase is not None and phase.breakable:
-                    stops.break_off(phase)
+                    handler.break_off(phase)
 
 
 class SignalHandler:
@@ -86,17 +83,20 @@ class SignalHandler:
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
         self.entered = False
-        self.at: Phase | None = None
-        self.moved = time.monotonic()
-        self._owner: int | None = None
-        self._handled = False
-        self._met: Phase | None = None  # the phase in which the first signal came
         self._earlier: dict[int, Any] = {}
         self._earlier_fd = -1
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
+        self._begin(None)
+
+    def _begin(self, owner: int | None) -> None:
+        self.signal: int | None = None
+        self.at: Phase | None = None
+        self.moved = time.monotonic()
+        self._owner = owner  # the thread whose phases are tracked
+        self._handled = False
+        self._met: Phase | None = None  # the phase in which the first signal came
 
     @property
     def asked(self) -> bool:
@@ -104,7 +104,7 @@ class SignalHandler:
         return self.signal is not None
 
     def phase(self, name: str, breakable: bool = False) -> Phase:
-        """``with stops.phase("data", breakable=True):``. Phases nest; the innermost one counts.
+        """``with signals.phase("data", breakable=True):``. Phases nest; the innermost one counts.
 
         Raises:
             Stopped: out of a breakable phase, as soon as the first signal comes, or at its start where one
@@ -114,7 +114,7 @@ class SignalHandler:
 
     def belongs_here(self) -> bool:
         """Is this the thread whose phases are tracked? (A checkpoint is written beside it.)"""
-        return self._owner is None or self._owner == threading.get_ident()
+        return self._owner in (None, threading.get_ident())
 
     def break_off(self, phase: Phase) -> None:
         """Raises Stopped out of a breakable phase, which is over by that."""
@@ -125,17 +125,16 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         assert not self.entered, "one run at a time"
-        self.signal, self.at, self.moved = None, None, time.monotonic()
-        self._handled, self._owner, self.entered = False, threading.get_ident(), True
+        self._begin(threading.get_ident())
+        self.entered = True
         if threading.current_thread() is threading.main_thread():
             self._listen()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pipe is not None:
+        if self._pipe is not None and self._thread is not None:
             self._give_back()
             os.write(self._pipe[1], b"\0")
-            assert self._thread is not None
             self._thread.join(_DEBOUNCE_S)
             for end in self._pipe:
                 os.close(end)
@@ -156,14 +155,11 @@ class SignalHandler:
         self._thread.start()
         _listening = self
         for number in SIGNALS:
+            earlier = signal.getsignal(number)
             # Whoever starts a program with these two ignored means it to outlive his Ctrl-C and his terminal.
-            if (
-                number in (signal.SIGINT, getattr(signal, "SIGHUP", None))
-                and signal.getsignal(number) == signal.SIG_IGN
-            ):
-                continue
-            self._earlier[number] = signal.getsignal(number)
-            signal.signal(number, self._handle)
+            if earlier != signal.SIG_IGN or number not in (signal.SIGINT, signal.SIGHUP):
+                self._earlier[number] = earlier
+                signal.signal(number, self._handle)
 
     def _give_back(self) -> None:
         global _listening
@@ -176,11 +172,10 @@ class SignalHandler:
         """Runs in the main thread, between any two instructions of it. Counting is left to :meth:`_attend`:
         here a signal may arrive late."""
         self._note(number)
-        if self._handled:
-            return
-        self._handled = True
-        if self.at is not None and self.at.breakable:
-            self.break_off(self.at)
+        if not self._handled:
+            self._handled = True
+            if self.at is not None and self.at.breakable:
+                self.break_off(self.at)
 
     # ---- the thread beside it
 
@@ -199,15 +194,18 @@ class SignalHandler:
                     return
                 if number not in self._earlier:
                     continue  # another's signal, SIGCHLD for one
+                name = signal.Signals(number).name
                 if not first:
                     first = empty = time.monotonic()
                     self._note(number)
+                    met = self._met.name if self._met else "what is under way"
+                    end = "broken off" if self._met and self._met.breakable else "finished"
                     then = f"then the last finished step is saved and the run ends (exit code {EXIT_STOPPED})"
-                    _say(f"{_name(number)}: {self._what()}, {then}. A second signal ends it at once, unsaved")
+                    _say(f"{name}: {met} is {end}, {then}. A second signal ends it at once, unsaved")
                 elif empty - first >= _DEBOUNCE_S:
                     # It came after the pipe was last seen empty; how long after cannot be known, C code may
                     # have held the interpreter.
-                    _say(f"{_name(number)} again: ended at once, nothing more is saved")
+                    _say(f"{name} again: ended at once, nothing more is saved")
                     os._exit(128 + number)
 
     def _note(self, number: int) -> None:
@@ -215,38 +213,27 @@ class SignalHandler:
         if self.signal is None:
             self._met, self.signal = self.at, number
 
-    def _what(self) -> str:
-        met = self._met
-        if met is None:
-            return "what is under way is finished"
-        return f"{met.name} is broken off" if met.breakable else f"{met.name} is finished"
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name
-
 
 def _say(text: str) -> None:
-    """One line on stderr, past Python's buffers, which the main thread may hold; a terminal that is gone does
-    not matter."""
+    """A line on stderr, past Python's buffers, which the main thread may hold; the terminal may be gone."""
     rank = f" [rank {os.environ.get('RANK', '?')}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     with contextlib.suppress(OSError):
         os.write(2, f"unigen{rank}: {text}\n".encode())
 
 
-# Child processes
+# ---- child processes
 
 _listening: SignalHandler | None = None
 
 
 def _after_fork() -> None:
     """A forked child is no part of the run: its signals must not reach the parent's pipe."""
-    stops = _listening
-    if stops is not None:
-        stops._give_back()
-        for end in stops._pipe or ():
+    handler = _listening
+    if handler is not None:
+        handler._give_back()
+        for end in handler._pipe or ():
             os.close(end)
-        stops._pipe, stops.entered = None, False
+        handler._pipe, handler.entered = None, False
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -290,17 +277,13 @@ def _told_of_errors(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _attend_parent(born_of: int) -> None:
+    """Ends a worker with its parent, or where that asks for it."""
     parent = multiprocessing.parent_process()
     while True:
         came = signal.sigtimedwait(SIGNALS, 1.0)
-        if (
-            came is not None
-            and came.si_signo == signal.SIGTERM
-            and parent is not None
-            and came.si_pid == parent.pid
-        ):
+        if came and came.si_signo == signal.SIGTERM and parent is not None and came.si_pid == parent.pid:
             os._exit(128 + signal.SIGTERM)
-        # The loader's own look at the parent comes only between two rows, and not while a pipe nobody reads
-        # any more is full.
+        # The loader itself looks for its parent only between two packed sequences, and not while a pipe that
+        # nobody reads any more is full.
         if os.getppid() != born_of or (parent is not None and not parent.is_alive()):
             os._exit(1)

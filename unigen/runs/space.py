@@ -1,19 +1,12 @@
-"""Room on the disk: foretold before the first step, asked for before every checkpoint, and what is done where
-there is none.
-
-A save that fails for want of space costs nothing but itself (``saver.py``), yet the run is over then. Here it
-is known before.
-"""
+"""Disk space for checkpoints: a forecast before the first step, a check before every save, and the policy
+where space is short (stop, prune the oldest, wait). And the memory that is left for ``async_save``."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import json
+import math
 import os
-import re
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -26,7 +19,7 @@ from unigen.runs.layout import MANIFEST
 
 POLL_S = 5.0  # between two looks at a full disk
 SETTLE_S = 5.0  # that a file system may take to count removed files as free space
-_IN_MEMORY = ("tmpfs", "ramfs")  # where reserving space would take memory
+MEMINFO, OWN_GROUP, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class SpaceError(UserError):
@@ -44,12 +37,11 @@ class Processes(Protocol):
 
 
 class DiskSpace:
-    """Finds room for checkpoints in ``output_dir``. The main process looks and removes; all come to the same
-    end.
+    """The disk-space check of ``output_dir``. The main process looks and removes; all come to the same end.
 
     Args:
         output_dir: folder of the run.
-        policy: where there is no room: stop with an error, prune the oldest checkpoints, or wait for room.
+        policy: where space is short: stop with an error, prune the oldest checkpoints, or wait.
         min_free_gb: gigabytes (10^9 bytes) that stay free beside the next checkpoint.
         write: takes a line for the log; called on the main process.
         engine: of a run with several processes; without it there is one.
@@ -69,13 +61,11 @@ class DiskSpace:
         self.write, self.engine, self.verify = write, engine, verify
         self._verified: dict[str, bool] = {}
 
-    # ---- before a save
-
     def need(
         self, nbytes: int, protect: Collection[Path] = (), idle: Callable[[], None] = lambda: None
     ) -> None:
-        """Returns when there is room for ``nbytes`` more. To be called while no checkpoint is being written:
-        what it has not yet written would still count as free.
+        """Returns when ``nbytes`` more fit. To be called while no checkpoint is being written: what one lacks
+        would still count as free.
 
         Args:
             nbytes: bytes of the next checkpoint, all processes together.
@@ -85,7 +75,7 @@ class DiskSpace:
                 all of them.
 
         Raises:
-            SpaceError: there is no room, and none can be made; on all processes.
+            SpaceError: they do not fit, and nothing may be removed for them; on all processes.
         """
         waiting = False
         while lack := self._on_main(lambda: self._lack(nbytes)):
@@ -99,43 +89,77 @@ class DiskSpace:
                     )
             else:
                 if not waiting:
-                    self._say(f"Waiting for room (low_space is wait): {lack}")
+                    self._say(f"Waiting for disk space (low_space is wait): {lack}")
                 waiting = True
                 idle()
                 time.sleep(POLL_S)
         if waiting:
-            self._say(
-                f"There is room for the next checkpoint again, {gb(free_bytes(self.output_dir))} free;"
-                " going on"
-            )
+            self._say(f"The next checkpoint fits again, {gb(free_bytes(self.output_dir))} are free; going on")
+
+    def forecast(
+        self, step: int, total_steps: int, save_steps: int, keep: int | None, nbytes: int, best: int = 0
+    ) -> str:
+        """What the checkpoints of a run will take, in a line; a warning where the disk will not hold them.
+
+        Args:
+            step: steps done already.
+            total_steps: of the whole run; the last one is saved too.
+            save_steps: steps between two checkpoints.
+            keep: newest checkpoints to keep; None keeps all.
+            nbytes: bytes of one.
+            best: bytes of ``best``, where there will be one.
+        """
+        at = [*range(step - step % save_steps + save_steps, total_steps, save_steps)]
+        at += [total_steps] if step < total_steps else []
+        held = sum((path / MANIFEST).is_file() for path in steps(self.output_dir))
+        limit = math.inf if keep is None else keep
+        kept = int(min(limit, held + len(at))) if at else 0
+        one_more = held + len(at) > limit  # an older one goes when the new one is published
+        free = free_bytes(self.output_dir)
+        text = (
+            f"Checkpoints: {kept} of {gb(nbytes)} each{', one more while it is written' if one_more else ''}"
+            f"{f', and {gb(best)} for the best one' if best else ''}, {gb(nbytes * (kept + one_more) + best)}"
+            f" in all; {gb(free)} free on {mount_of(self.output_dir)}"
+        )
+        fit = max(0, free - self.reserve - best) // max(nbytes, 1)  # beside those that are there
+        if fit >= min(len(at), max(limit - held, 0) + 1):
+            return text
+        most = fit + held - 1
+        then = {
+            "stop": "the run will stop there",
+            "prune": "the oldest will be removed then",
+            "wait": "the run will wait there",
+        }[self.policy]
+        return (
+            f"{text}. Warning: the checkpoint of step {at[fit]} will not fit; {then} (low_space is"
+            f" {self.policy}). Fix: "
+            + (f"--save_total_limit {most}" if most >= 1 else "a larger disk, no --save_total_limit would do")
+        )
+
+    # ---- the policies
 
     def _lack(self, nbytes: int) -> str:
         """What is missing, in words; "" where nothing is."""
-        free, place = free_bytes(self.output_dir), mount_of(self.output_dir)
-        if free < nbytes + self.reserve:
-            stay = f", {gb(self.reserve)} are to stay free (min_free_gb)" if self.reserve else ""
-            return (
-                f"{self.output_dir}: the next checkpoint takes {gb(nbytes)}{stay}, and {gb(free)} are free on"
-                f" {place}"
-            )
-        if refused_by_quota(self.output_dir, nbytes):
-            return (
-                f"{self.output_dir}: the next checkpoint takes {gb(nbytes)}, more than your quota on {place}"
-                f" allows ({gb(free)} are free)"
-            )
-        return ""
+        free = free_bytes(self.output_dir)
+        if free >= nbytes + self.reserve:
+            return ""
+        stay = f", {gb(self.reserve)} are to stay free (min_free_gb)" if self.reserve else ""
+        return (
+            f"{self.output_dir}: the next checkpoint takes {gb(nbytes)}{stay}, and {gb(free)} are free on"
+            f" {mount_of(self.output_dir)}"
+        )
 
     def _fix(self) -> str:
         others = " or ".join(policy for policy in ("prune", "wait") if policy != self.policy)
         return (
             "Earlier checkpoints are untouched. Fix: free space there or choose a disk with more"
-            " (--output_dir), keep fewer checkpoints (--save_total_limit), or let the run make room or wait"
+            " (--output_dir), keep fewer checkpoints (--save_total_limit), or let the run remove some or wait"
             f" (--low_space {others}); then go on with --resume_from_checkpoint auto"
         )
 
     def _prune_one(self, nbytes: int, protect: set[Path]) -> bool:
         """Removes the oldest checkpoint that may go; False, and nothing is removed, where all of them would
-        not make the room."""
+        not be enough."""
         names: list[str] = self._on_main(
             lambda: [p.name for p in steps(self.output_dir) if (p / MANIFEST).is_file()]
         )
@@ -170,58 +194,11 @@ class DiskSpace:
     def _remove(self, folder: Path) -> None:
         size, before = folder_bytes(folder), free_bytes(self.output_dir)
         remove_checkpoint(folder)
-        self.write(f"Removed {folder} ({gb(size)}) to make room for the next checkpoint (low_space is prune)")
+        self.write(f"Removed {folder} ({gb(size)}) for the next checkpoint (low_space is prune)")
         # some file systems free later; without patience one more would have to go
         deadline = time.monotonic() + SETTLE_S
         while free_bytes(self.output_dir) < before + size // 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-
-    # ---- before the first step
-
-    def predict(
-        self, step: int, total_steps: int, save_steps: int, keep: int | None, nbytes: int, best: int = 0
-    ) -> str:
-        """What the checkpoints of a run will take, in a line or two; a warning where the disk will not hold
-        them.
-
-        Args:
-            step: steps done already.
-            total_steps: of the whole run; the last one is saved too.
-            save_steps: steps between two checkpoints.
-            keep: newest checkpoints to keep; None keeps all.
-            nbytes: bytes of one.
-            best: bytes of ``best``, where there will be one.
-        """
-        at = [
-            *range(step - step % save_steps + save_steps, total_steps, save_steps),
-            *([total_steps] if step < total_steps else []),
-        ]
-        held = [folder_bytes(p) for p in reversed(steps(self.output_dir)) if (p / MANIFEST).is_file()]
-        free, place = free_bytes(self.output_dir), mount_of(self.output_dir)
-        # one that is there already is replaced when the new one is whole, so both count
-        room = free - self.reserve - best
-        kept = len(at) if keep is None else min(keep, len(held) + len(at)) if at else 0
-        extra = ", one more while it is written" if keep is not None and len(held) + len(at) > keep else ""
-        besides = f", and {gb(best)} for the best one" if best else ""
-        text = (
-            f"Checkpoints: {kept} of {gb(nbytes)} each{extra}{besides},"
-            f" {gb(nbytes * (kept + bool(extra)) + best)} in all"
-        )
-        text += f"; {gb(free)} free on {place}"
-        full = _first_without_room(room, held, nbytes, at, keep)
-        if full is None:
-            return text
-        most = (room + sum(held)) // nbytes - 1 if nbytes else 0
-        advice = f"--save_total_limit {most} would fit" if most >= 1 else "no --save_total_limit would do"
-        then = {
-            "stop": "the run will stop there",
-            "prune": "the oldest will be removed then",
-            "wait": "the run will wait there",
-        }[self.policy]
-        return (
-            f"{text}. Warning: there is no room for the checkpoint of step {full}; {then} (low_space is"
-            f" {self.policy}). {advice}"
-        )
 
     # ---- several processes
 
@@ -233,8 +210,8 @@ class DiskSpace:
                 said["value"] = work()
             except OSError as error:
                 said["error"] = (
-                    f"{self.output_dir}: cannot look after its space: {error}. Fix: make the folder readable"
-                    " and writable"
+                    f"{self.output_dir}: free space cannot be read or made: {error}. Fix: make the folder"
+                    " readable and writable"
                 )
         if self.engine is not None:
             said = json.loads(self.engine.gather(json.dumps(said))[0])
@@ -247,23 +224,7 @@ class DiskSpace:
             self.write(line)
 
 
-def _first_without_room(
-    room: int, held: list[int], nbytes: int, at: list[int], keep: int | None
-) -> int | None:
-    """The first of the steps ``at`` whose checkpoint finds no room, beside those ``held`` (bytes, oldest
-    first)."""
-    held = list(held)
-    for step in at:
-        if room < nbytes:
-            return step
-        room -= nbytes
-        held.append(nbytes)
-        while keep is not None and len(held) > keep:
-            room += held.pop(0)
-    return None
-
-
-# ---- the disk
+# ---- the disk, and the memory
 
 
 def folder_bytes(folder: Path) -> int:
@@ -281,48 +242,30 @@ def mount_of(folder: Path) -> Path:
     return next(path for path in (place, *place.parents) if os.path.ismount(path))
 
 
-def refused_by_quota(folder: Path, nbytes: int) -> bool:
-    """Does a quota of this user keep a file of ``nbytes`` out of the folder? False too where the file system
-    cannot say.
-
-    ``statvfs`` knows nothing of a user's quota. A file without a name is given the space, which takes
-    milliseconds and no writing, and is gone as soon as it is closed, also when the process is killed. Only
-    the word "quota" counts: on a file system made of many disks, one file may be too large where several are
-    not.
-    """
-    place = existing(folder)
-    if nbytes <= 0 or _file_system(place) in _IN_MEMORY:
-        return False
-    try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            return _allocate(file.fileno(), nbytes) == errno.EDQUOT
-    except OSError:
-        return False  # no file can be made at all, which the save will say better
-
-
-def _allocate(file: int, nbytes: int) -> int:
-    """The kernel's answer, an errno. (``os.posix_fallocate`` would write the file full where the file system
-    cannot reserve.)"""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate64"):
-        return errno.ENOSYS
-    failed = libc.fallocate64(file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
-    return ctypes.get_errno() if failed else 0
-
-
-def _file_system(folder: Path) -> str:
-    """The type of a folder's file system, such as ``ext4``; "" where that cannot be told."""
-    place = str(mount_of(folder))
-    try:
-        entries = [line.split() for line in Path("/proc/self/mounts").read_text("utf-8").splitlines()]
-    except (OSError, ValueError):
-        return ""
-    found = [
-        entry[2]
-        for entry in entries
-        if re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), entry[1]) == place
-    ]
-    return found[-1] if found else ""
+def free_memory() -> float:
+    """Bytes that this process can take before the kernel ends one: what the machine has left, or less where a
+    container or a job (a control group of either version) is limited. Infinite where nobody says."""
+    found = [math.inf]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        values = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        found.append(int(values["MemAvailable"].split()[0]) * 1024.0)
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN_GROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, limit, used, cache = GROUPS, "memory.max", "memory.current", "inactive_file"
+            if controllers:  # version 1
+                root, limit, used = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+                cache = "total_inactive_file"
+                if "memory" not in controllers.split(","):
+                    continue
+            place = root / path.lstrip("/")  # inside of a container often the machine's path: not there
+            for group in (place, *place.parents):
+                with contextlib.suppress(OSError, ValueError):  # no limit, or "max"
+                    left = int((group / limit).read_text()) - int((group / used).read_text())
+                    stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                    # the kernel gives back what files hold before it ends a process
+                    found.append(float(left + int(stat.get(cache, 0))))
+    return min(found)
 
 
 def gb(nbytes: float) -> str:

@@ -1,258 +1,192 @@
-"""Trackers that talk to others (Weights & Biases, Trackio) run in a process each, which
-``service_process.py`` is.
+"""Weights & Biases and Trackio, each as a tracker's client.
 
-Whatever happens there - a server that never answers, a crash, a hang, a package that prints or leaves threads
-- training neither waits nor ends for it: calls are queued here, a thread hands them over, and a process that
-does not end in time is ended.
+The packages are imported by the main thread: a data worker that is forked while another thread imports could
+wait for that import for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import html
+import importlib.util
 import logging
 import os
-import signal
-import subprocess
-import sys
+import re
 import threading
-import time
-from collections import deque
-from collections.abc import Callable
+import uuid
 from pathlib import Path
 from typing import Any
 
-from unigen.runs.secrets import hide
+from unigen.config import Config, UserError
+from unigen.runs.layout import run_id_file
+from unigen.runs.secrets import hide, redacted
+from unigen.tracking import background
+from unigen.tracking.background import Complain
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 10_000  # calls kept for a service that is slow; later ones are dropped
-SLOW_S = 120.0  # a service that has answered nothing for so long is said to be slow
-FINISH_S = 60.0  # at the end of a run all services together get so long
 START_S = 30.0  # Weights & Biases waits so long for its server before it goes on offline
-TRIES = 3  # a service that ended by itself is started again, so many starts in all
-LONG_S = 600.0  # ... unless it had done its work so long
-PAUSE_S = 1.0
-REPEAT_S = 30.0  # what was done so shortly before a service broke may be lost with it, and is done again
-
-_ROOT = str(Path(__file__).resolve().parents[2])
-_CODE = f"import sys; sys.path.insert(0, {_ROOT!r}); from unigen.tracking.service_process import main; main()"
-
-Complain = Callable[[str, str], None]
-"""(what the tracker cannot do, why): warns, once for each ``what``."""
 
 
-class Service:
-    """One tracker in a process of its own; every call returns at once and raises nothing.
+class Wandb:
+    """A run of Weights & Biases, whose package sends from a process of its own.
 
     Args:
-        request: What the process needs to start: JSON, with ``tracker`` naming a row of
-            ``service_process.STARTS``.
-        complain: Told what goes wrong, from a thread.
+        output_dir: Folder of the run; ``wandb/`` and ``wandb_run_id`` go there.
+        config: Names the project and the run, and is shown without its secrets.
+        resume_step: Steps done by the checkpoint the run resumes from, or 0; then the same run goes on.
+        complain: Is told of a server that does not answer.
+
+    Raises:
+        UserError: wandb is not installed.
     """
 
-    def __init__(self, request: dict[str, Any], complain: Complain):
-        self._request = request | {"parent": os.getpid(), "start_s": START_S, "finish_s": FINISH_S}
-        self._complain = complain
-        self._calls: deque[bytes] = deque()  # not yet done by the service; the first ``_sent`` are with it
-        self._sent = 0
-        self._done: deque[tuple[float, bytes]] = deque(maxlen=1000)  # (when, call)
-        self._kept: int | None = request.get("resume_step")  # the last step that is safe with the service
-        self._changed = threading.Condition()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._failure: dict[str, Any] = {}
-        self._dead = self._over = self._closing = False
-        self._heard = time.monotonic()
-        self._thread = threading.Thread(target=self._work, name=f"tracker-{request['tracker']}", daemon=True)
-        self._thread.start()
+    def __init__(self, output_dir: Path, config: Config, resume_step: int, complain: Complain):
+        _need("wandb")
+        # Its crash reports go to a third party, and without a login it would ask for one in the terminal; a
+        # user who wants that sets the variable.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        self._wandb, self._complain = wandb, complain
+        self._folder, self._config = os.path.abspath(output_dir), redacted(config.to_dict())
+        self._mode = config.wandb_mode
+        self._run_id, self._resumed = _run_id(output_dir / run_id_file("wandb"), resume_step)
+        self._later = f"Fix: wandb sync {self._folder}/wandb/*run-*-{self._run_id}"
+        self._run: Any = None
+
+    def start(self) -> None:
+        try:
+            self._run = self._init(self._mode)
+        except Exception as error:
+            if (self._mode or os.environ.get("WANDB_MODE", "online")) != "online":
+                raise
+            first = str(error).strip().partition("\n")[0]
+            self._complain("cannot start as asked and goes on with mode offline", f"{first}. {self._later}")
+            with contextlib.suppress(SystemExit):
+                self._wandb.teardown()  # until then the id counts as taken
+            self._run = self._init("offline")
+        where = getattr(self._run, "url", None) or f"run {self._run_id} in {self._folder}/wandb"
+        log.info("Weights & Biases: %s", hide(where))
+
+    def _init(self, mode: str | None) -> Any:
+        settings = self._wandb.Settings(
+            # No command line, host name, repository or console: they can hold secrets.
+            silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True,
+            init_timeout=START_S, finish_timeout=0.75 * background.FINISH_S, finish_timeout_raises=True,
+            reinit="create_new",  # a run that the caller of the trainer has of his own stays his
+            stop_fn=lambda: None,  # the button on the web page would send this process SIGINT
+        )  # fmt: skip
+        return self._wandb.init(
+            project=self._config["wandb_project"], name=self._config["wandb_run_name"], dir=self._folder,
+            config=self._config, id=self._run_id, resume="allow" if self._resumed else None, mode=mode,
+            settings=settings,
+        )  # fmt: skip
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        self._put({"call": "log", "metrics": metrics, "step": step})
+        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
     def image(self, name: str, path: Path, step: int) -> None:
-        self._put({"call": "image", "name": name, "path": os.path.abspath(path), "step": step})
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._put({"call": "text", "name": name, "text": text, "step": step})
+        page = f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>"
+        self._run.log({name: self._wandb.Html(page, inject=False)}, step=step)
 
-    def finish(self, failed: bool = False) -> None:
-        """Asks the service to end, and does not wait for it."""
-        with self._changed:
-            if not self._closing:
-                self._calls.append(_line({"call": "finish", "failed": failed}))
-                self._closing = True
-                self._changed.notify_all()
+    def finish(self, failed: bool) -> None:
+        try:
+            self._run.finish(exit_code=int(failed))
+        except TimeoutError:
+            self._complain("could not send everything in time", self._later)
 
-    def wait(self, deadline: float) -> None:
-        """Waits for the end until ``deadline`` (``time.monotonic`` seconds), then ends the process."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            with self._changed:
-                finished, waiting = self._over, len(self._calls)
-                self._over = True
-                self._changed.notify_all()
-            if not finished:
-                self._complain(
-                    "did not end in time", f"{waiting} call(s) were not answered; its process is ended"
-                )
-            self._kill()
-            self._thread.join(5)
+    def abandon(self) -> str:
+        """At Python's exit, wandb would wait for its process; a teardown, once begun, takes that back."""
+        teardown = threading.Thread(target=self._wandb.teardown, daemon=True)
+        teardown.start()
+        teardown.join(1.0)
+        return self._later
 
-    # ---- the queue
 
-    def _put(self, call: dict[str, Any]) -> None:
-        slow = full = False
-        with self._changed:
-            if self._over or self._closing:
-                return
-            slow = bool(self._calls) and time.monotonic() - self._heard > SLOW_S
-            full = len(self._calls) >= MAX_WAITING
-            if not full:
-                if not self._calls:
-                    self._heard = time.monotonic()
-                self._calls.append(_line(call))
-                self._changed.notify_all()
-        if full:
-            self._complain(
-                "is too slow", f"{MAX_WAITING} calls wait for it; what comes now is dropped for it"
-            )
-        elif slow:
-            self._complain("does not answer", f"for {SLOW_S:.0f} s; what is logged waits for it")
+class Trackio:
+    """A run of Trackio, on this machine alone: its dashboard is started by the user (``trackio show``), never
+    from here.
 
-    # ---- the process
+    Args, Raises: as :class:`Wandb`.
+    """
 
-    def _work(self) -> None:
-        """The thread: starts the process, hands it the calls, and starts it again where that may help."""
-        tries = 0
-        while tries < TRIES:
-            began = time.monotonic()
+    def __init__(self, output_dir: Path, config: Config, resume_step: int, complain: Complain):
+        _need("trackio")
+        # They would send the run elsewhere.
+        for name in ("SPACE_ID", "SERVER_URL", "WEBHOOK_URL", "BUCKET_ID", "DATASET_ID"):
+            os.environ.pop(f"TRACKIO_{name}", None)
+        import trackio
+        import trackio.run
+
+        # It would ask huggingface.co for the name of the user.
+        trackio.run._get_default_namespace = lambda: None
+        self._trackio, self._complain, self._config = trackio, complain, redacted(config.to_dict())
+        run_id, self._resumed = _run_id(output_dir / run_id_file("trackio"), resume_step)
+        self._resume_step = resume_step
+        # Trackio finds the run to resume by its name, so no two runs may share one.
+        self._name = f"{self._config['wandb_run_name'] or output_dir.resolve().name}-{run_id}"
+        self._run: Any = None
+
+    def start(self) -> None:
+        project = self._config["trackio_project"]
+        if self._resumed:
             try:
-                self._serve()
-                why = self._why_it_ended()
-            except OSError as error:  # no process could be started at all
-                self._failure, why = {"failed": "cannot start"}, str(error)
-            if self._over:
-                return
-            tries = tries + 1 if time.monotonic() - began < LONG_S else 1
-            what = self._failure.get("failed", "has stopped")
-            change = self._failure.get("again")
-            if not self._take_back() or (what == "cannot start" and change is None):
-                self._complain(what, why)
-                break
-            if change is not None:
-                self._complain(f"cannot start as asked and goes on with {_words(change)}", why)
-            else:
-                self._complain(f"{what} and is started again" if tries < TRIES else f"{what} again", why)
-            self._request |= {"resumed": True, "resume_step": self._kept} | (change or {})
-            with self._changed:
-                self._dead, self._failure = False, {}
-                self._changed.wait_for(lambda: self._over, timeout=PAUSE_S if change is None else 0)
-        with self._changed:
-            self._over = True
-            self._calls.clear()
+                self._drop_after(project, self._resume_step)
+            except Exception as error:
+                self._complain(f"may show steps after {self._resume_step} twice", str(error))
+        self._run = self._trackio.init(
+            project=project, name=self._name, config=self._config,
+            resume="allow" if self._resumed else "never", embed=False, auto_log_cpu=False,
+        )  # fmt: skip
 
-    def _take_back(self) -> bool:
-        """Puts what was done last before the calls that wait, whole steps of it. False if nothing but the end
-        is left to do.
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
-        Weights & Biases takes a call, and says so, for a moment after the program behind it was killed.
-        """
-        with self._changed:
-            done, self._sent = list(self._done), 0
-            self._done.clear()
-            steps = [json.loads(call)["step"] for _, call in done]
-            first = next(
-                (i for i, (when, _) in enumerate(done) if time.monotonic() - when < REPEAT_S), len(done)
-            )
-            while 0 < first < len(done) and steps[first - 1] == steps[first]:
-                first -= 1
-            if steps:
-                self._kept = steps[first] - 1 if first < len(steps) else steps[-1]
-            self._calls.extendleft(call for _, call in reversed(done[first:]))
-            return not self._closing or len(self._calls) > 1
+    def image(self, name: str, path: Path, step: int) -> None:
+        self._run.log({name: self._trackio.Image(str(path))}, step=step)
 
-    def _serve(self) -> None:
-        """One life of the process."""
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-        # A session of its own: a Ctrl-C in the terminal is for the training, and at the end the whole group
-        # can be ended by its id.
-        with subprocess.Popen(
-            [sys.executable, "-c", _CODE],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment,
-        ) as process:  # fmt: skip
-            with self._changed:
-                self._process = process
-            reader = threading.Thread(target=self._read, args=(process,), daemon=True)
-            reader.start()
-            assert process.stdin is not None
-            line: bytes | None = _line(self._request)
-            try:
-                while line is not None:
-                    process.stdin.write(line)
-                    process.stdin.flush()
-                    line = self._next()
-                reader.join()
-                process.stdin.close()
-            except OSError:  # it has ended; the reader says why
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
-                reader.join()
+    def text(self, name: str, text: str, step: int) -> None:
+        fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))  # longer than any in the text
+        self._run.log({name: self._trackio.Markdown(f"{fence}\n{text}\n{fence}")}, step=step)
 
-    def _next(self) -> bytes | None:
-        """The next call to hand over; None when there will be none."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._dead or self._over or self._sent < len(self._calls) or self._closing
-            )
-            if self._dead or self._over or self._sent == len(self._calls):
-                return None
-            self._sent += 1
-            return self._calls[self._sent - 1]
+    def finish(self, failed: bool) -> None:
+        self._run.finish()
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        """Another thread: what the process says, one JSON object a line, until it ends."""
-        assert process.stdout is not None
-        noise = ""
-        for line in process.stdout:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                noise = line.decode("utf-8", "replace").strip() or noise
-                continue
-            if "say" in message:
-                log.info("%s", hide(message["say"]))
-            if "complaint" in message:
-                self._complain(message["complaint"], message["why"])
-            with self._changed:
-                self._heard = time.monotonic()
-                self._failure = message if "failed" in message else self._failure
-                if message.get("done") and self._calls:
-                    self._done.append((self._heard, self._calls.popleft()))
-                    self._sent -= 1
-                if message.get("finished"):
-                    self._over = True
-        with self._changed:
-            self._failure.setdefault("why", noise)
-            self._dead = True
-            self._changed.notify_all()
+    def abandon(self) -> str:
+        """Nothing of it holds up the end."""
+        return ""
 
-    def _why_it_ended(self) -> str:
-        code = self._process.returncode if self._process is not None else None
-        return self._failure.get("why") or f"its process ended with code {code}"
+    def _drop_after(self, project: str, step: int) -> None:
+        """What was logged after the step resumed from will be logged again. Trackio itself has no way to take
+        it back."""
+        import sqlite3
 
-    def _kill(self) -> None:
-        """Ends the process and what it has started. It has not been waited for yet, so its id is no one
-        else's."""
-        process = self._process
-        if process is not None and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        from trackio.sqlite_storage import SQLiteStorage
+
+        path = SQLiteStorage.get_project_db_path(project)
+        if path.exists():
+            with contextlib.closing(sqlite3.connect(path, timeout=10)) as database, database:
+                database.execute("DELETE FROM metrics WHERE run_name = ? AND step > ?", (self._name, step))
 
 
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, default=str).encode() + b"\n"
+def _need(package: str) -> None:
+    """Raises UserError where ``package`` is not installed. (A folder of that name is no package.)"""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{package} is not installed. Fix: pip install {package}")
 
 
-def _words(change: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in change.items())
+def _run_id(path: Path, resume_step: int) -> tuple[str, bool]:
+    """The id of the run to go on with, or that of a new one, which is written down; and whether it is an old
+    one."""
+    if resume_step and path.exists() and (run_id := path.read_text("utf-8").strip()):
+        return run_id, True
+    run_id = uuid.uuid4().hex[:8]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run_id + "\n", "utf-8")
+    return run_id, False

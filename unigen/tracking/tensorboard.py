@@ -1,94 +1,109 @@
-"""TensorBoard: event files of a run, written with TensorBoard's own messages and nothing of its machinery."""
+"""TensorBoard: event files in the folder of a run."""
 
 from __future__ import annotations
 
-import io
-import os
+import contextlib
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unigen.config import UserError
+from unigen.config import Config, UserError
 from unigen.runs.layout import TENSORBOARD
-from unigen.runs.log import JsonlLog
+from unigen.tracking.background import Complain
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+RETRY_S = 2.0
 
 
-class EventFiles:
-    """Metrics, pictures and texts as TensorBoard shows them, in ``output_dir/tensorboard``.
+class TensorBoard:
+    """Metrics, pictures and texts in ``output_dir/tensorboard``, as a tracker's client.
 
     Every start of a run writes a file of its own. A resumed run tells TensorBoard to drop what was logged
-    after the step it resumes from.
+    after the step it resumes from. While the disk takes nothing, calls wait for it.
 
     Args:
         output_dir: Folder of the run.
+        config: Its options.
         resume_step: Optimiser steps done by the checkpoint the run resumes from, or 0.
+        complain: Is told of a disk that takes nothing.
 
     Raises:
         UserError: TensorBoard is not installed.
     """
 
-    def __init__(self, output_dir: Path, resume_step: int):
+    def __init__(self, output_dir: Path, config: Config, resume_step: int, complain: Complain):
         try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.record_writer import RecordWriter
+            from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
                 f"tensorboard is not installed ({error}). Fix: pip install tensorboard"
             ) from error
-        self._messages, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
-        folder = Path(output_dir) / TENSORBOARD
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{os.getpid()}"
-        self._file = JsonlLog(folder / name)
-        self._append(event_pb2.Event(file_version="brain.Event:2"))
-        # TensorBoard drops what it has read of this step and later ones; the first start of a run it passes
-        # over, so that needs one too.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._append(event_pb2.Event(step=resume_step + 1, session_log=start))
+        self._new, self._complain = SummaryWriter, complain
+        self._folder, self._purge_step = Path(output_dir) / TENSORBOARD, resume_step + 1
+        self._writer: SummaryWriter | None = None
+
+    def start(self) -> None:
+        self._write(lambda writer: None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Numbers alone: TensorBoard has no curve for anything else."""
-        values = [
-            self._summaries.Summary.Value(tag=name, simple_value=float(value))
-            for name, value in metrics.items()
-            if isinstance(value, int | float)
-        ]
-        if values:
-            self._append(self._messages.Event(step=step, summary=self._summaries.Summary(value=values)))
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        self._write(lambda writer: [writer.add_scalar(name, value, step) for name, value in numbers.items()])
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """The picture's own bytes. Raises OSError or UserError where it cannot be read."""
-        from unigen.sequence.images import image_size
+        """Raises UserError where the picture cannot be read."""
+        import numpy as np
 
-        data = path.read_bytes()
-        width, height = image_size(data)
-        image = self._summaries.Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=data
-        )
-        self._add(name, step, image=image)
+        from unigen.sequence.images import open_image
+
+        pixels = np.asarray(open_image(path))
+        self._write(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Shown word for word, as a block of code: TensorBoard would take it for Markdown."""
-        from tensorboard.compat.proto import tensor_pb2, tensor_shape_pb2
-
-        shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
         block = "\n".join("    " + line for line in text.splitlines())
-        tensor = tensor_pb2.TensorProto(dtype="DT_STRING", string_val=[block.encode()], tensor_shape=shape)
-        plugin = self._summaries.SummaryMetadata.PluginData(plugin_name="text")
-        self._add(name, step, tensor=tensor, metadata=self._summaries.SummaryMetadata(plugin_data=plugin))
+        self._write(lambda writer: writer.add_text(name, block, step))
 
     def finish(self, failed: bool) -> None:
-        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
 
-    def wait(self, deadline: float) -> None:
-        """Nothing is under way."""
+    def abandon(self) -> str:
+        """Nothing of it holds up the end."""
+        return ""
 
-    def _add(self, name: str, step: int, **content: Any) -> None:
-        value = self._summaries.Summary.Value(tag=name, **content)
-        self._append(self._messages.Event(step=step, summary=self._summaries.Summary(value=[value])))
+    def _write(self, add: Callable[[SummaryWriter], Any]) -> None:
+        """Calls ``add`` and brings what it adds to the disk, as soon as the disk takes it."""
+        while True:
+            try:
+                if self._writer is None:
+                    self._writer = self._new(str(self._folder), purge_step=self._purge_step)
+                add(self._writer)
+                self._writer.flush()
+                self._purge_step = None
+                return
+            except OSError as error:
+                self._complain("cannot write", f"What is logged waits until it can. {error}")
+                self._drop_writer()
+                self._await_disk()
 
-    def _append(self, event: Any) -> None:
-        event.wall_time = time.time()
-        record = io.BytesIO()
-        self._record_writer(record).write(event.SerializeToString())
-        self._file.append(record.getvalue())
+    def _drop_writer(self) -> None:
+        """TensorBoard reads a file up to half a record, so what follows an outage needs a file of its own."""
+        with contextlib.suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
+
+    def _await_disk(self) -> None:
+        """A writer that fails prints a traceback, so none is made while the disk takes nothing."""
+        while True:
+            time.sleep(RETRY_S)
+            with contextlib.suppress(OSError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self._folder) as file:
+                    file.write(bytes(1 << 16))
+                return

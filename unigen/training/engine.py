@@ -80,7 +80,7 @@ class Engine:
         self._optimised: dict[str, nn.Parameter] = {}  # what the optimiser holds of each trainable parameter
 
     def _start_group(self) -> None:
-        """The watchdog of the run speaks first (``hang_timeout``); this limit is behind it."""
+        """The heartbeat of the run speaks first (``hang_timeout``); this limit is behind it."""
         limit = timedelta(seconds=2 * self.config.hang_timeout + 600)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if dist.is_initialized():

@@ -289,4 +289,4 @@ def _describe(run: Run) -> None:
     best = run.checkpoint_bytes(weights_only=True) if run.val_stream is not None else 0
     if engine.main:
         plan = (run.position.step, run.total_steps, c.save_steps, c.save_total_limit, nbytes, best)
-        log.info("%s", run.disk.predict(*plan))
+        log.info("%s", run.disk.forecast(*plan))

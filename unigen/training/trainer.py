@@ -17,7 +17,7 @@ from unigen.data.loader import LoaderState, MicroBatch, PackStream, RankSlice, l
 from unigen.model.weights import write_side_files
 from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError
-from unigen.runs.heartbeat import WAITING
+from unigen.runs.ranks import WAITING
 from unigen.runs.saver import Contents
 from unigen.runs.secrets import redacted
 from unigen.runs.signals import SignalHandler, Stopped, shielded, worker_init

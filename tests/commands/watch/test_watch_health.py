@@ -16,7 +16,7 @@ import pytest
 from recorded import GB, record, row, validation, write_checkpoint, write_metrics, write_rank
 
 from unigen.commands.watch import health
-from unigen.commands.watch.health import judge, speed, worries
+from unigen.commands.watch.health import diagnose, speed, warnings
 from unigen.runs import reader as module
 from unigen.runs.reader import Run, WatchError, find_runs
 
@@ -35,13 +35,13 @@ def look(folder: Path) -> Run:
 
 
 def state(folder: Path) -> tuple[str, list[str]]:
-    found = judge(look(folder))
+    found = diagnose(look(folder))
     return found.name, [told.key for told in found.why]
 
 
 def keys(folder: Path) -> list[str]:
     run = look(folder)
-    return [worry.key for worry in worries(run, judge(run))]
+    return [warning.key for warning in warnings(run, diagnose(run))]
 
 
 def hold_lock(folder: Path) -> subprocess.Popen:
@@ -56,7 +56,7 @@ def hold_lock(folder: Path) -> subprocess.Popen:
     return process
 
 
-def test_a_healthy_run_is_running_and_worries_nobody(folder):
+def test_a_healthy_run_is_running_without_a_warning(folder):
     assert state(folder) == ("running", ["heartbeat"]) and keys(folder) == []
 
 
@@ -64,7 +64,7 @@ def test_no_heartbeat_for_long_is_dead(folder):
     for rank in (0, 1):
         write_rank(folder, rank, step=60, time=time.time() - 300, since=time.time() - 310)
     assert state(folder) == ("dead", ["no_heartbeat"])
-    (told,) = judge(look(folder)).why
+    (told,) = diagnose(look(folder)).why
     assert (
         told.values["step"] == 60
         and told.values["phase"] == "forward/backward"
@@ -77,7 +77,7 @@ def test_one_silent_process_is_a_hung_run_and_named(folder):
         folder, 1, step=59, time=time.time() - 300, since=time.time() - 310, host="node-7", phase="data"
     )
     assert state(folder) == ("hung", ["silent"])
-    values = judge(look(folder)).why[0].values
+    values = diagnose(look(folder)).why[0].values
     assert (values["rank"], values["host"], values["step"], values["phase"]) == (1, "node-7", 59, "data")
 
 
@@ -156,21 +156,25 @@ def test_clocks_that_differ_deceive_nobody_for_long(folder, monkeypatch):
     for rank in (0, 1):
         write_rank(folder, rank, time=behind, since=behind - 1, step=60)
     run = look(folder)
-    assert judge(run).name == "dead"
+    assert diagnose(run).name == "dead"
     for rank in (0, 1):
         write_rank(folder, rank, time=behind + 2, since=behind + 1, step=60)
     run.update()
-    assert judge(run).name == "running" and [w.key for w in worries(run, judge(run))] == ["clock_behind"]
+    assert diagnose(run).name == "running" and [w.key for w in warnings(run, diagnose(run))] == [
+        "clock_behind"
+    ]
 
     ahead = time.time() + 3600
     for rank in (0, 1):
         write_rank(folder, rank, time=ahead, since=ahead - 1, step=60)
     run = look(folder)
-    assert judge(run).name == "running" and [w.key for w in worries(run, judge(run))] == ["clock_ahead"]
+    assert diagnose(run).name == "running" and [w.key for w in warnings(run, diagnose(run))] == [
+        "clock_ahead"
+    ]
     later = time.monotonic() + 100
-    monkeypatch.setattr(module.time, "monotonic", lambda: later)
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     run.update()
-    assert judge(run).name == "dead"
+    assert diagnose(run).name == "dead"
 
 
 # ---- numbers
@@ -216,14 +220,14 @@ def test_speed_without_times_comes_from_durations_heartbeats_or_checkpoints(fold
 
 
 def with_rows(folder: Path, *changes: dict) -> list[str]:
-    """Worries about a run whose last steps log ``changes``."""
+    """Warnings of a run whose last steps log ``changes``."""
     first = [row(step, random.Random(step)) for step in range(1, 121)]
     last = [row(121 + n, random.Random(n)) | change for n, change in enumerate(changes)]
     write_metrics(folder / "metrics.jsonl", first + last)
     return keys(folder)
 
 
-def test_each_worry_is_raised_by_its_cause_and_by_nothing_else(folder):
+def test_each_warning_is_raised_by_its_cause_and_by_nothing_else(folder):
     assert with_rows(folder) == []
     assert with_rows(folder, {"loss": None, "nonfinite": ["loss"]}) == ["not_finite"]
     assert with_rows(folder, {"skipped": 1.0}) == ["skipped"]
@@ -309,8 +313,8 @@ def test_files_of_any_content_are_as_if_they_were_not_there(text, folder):
     for path in sorted(folder.rglob("*.json*")):
         path.write_text(text)
     run = look(folder)
-    found = judge(run)
-    worries(run, found)
+    found = diagnose(run)
+    warnings(run, found)
     assert (
         found.name in ("new", "stopped")
         and run.ranks == []
@@ -325,7 +329,7 @@ def test_the_files_of_another_version_may_lack_anything(folder):
         told = json.loads((folder / "ranks" / name).read_text())
         for key in list(told):
             (folder / "ranks" / name).write_text(json.dumps({k: v for k, v in told.items() if k != key}))
-            judge(look(folder))
+            diagnose(look(folder))
     (folder / "step_5").mkdir()
     (folder / "step_5" / "manifest.json").write_text(
         '{"step": 5, "files": {"a": 3, "b": {"size": "x"}, "c": {"size": 7}}}'
@@ -383,7 +387,7 @@ def test_runs_are_found_and_a_missing_one_is_told(tmp_path):
 def test_a_look_writes_nothing_and_changes_nothing(folder):
     before = {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
     run = look(folder)
-    worries(run, judge(run))
+    warnings(run, diagnose(run))
     run.update()
     assert {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]} == before
 
@@ -402,13 +406,12 @@ def test_the_total_is_told_by_the_run_its_checkpoint_or_its_options(folder):
     assert look(folder).total_steps is None
 
 
-def test_every_evidence_and_worry_has_its_words():
+def test_every_evidence_and_warning_has_its_words():
     """All keys that this module names are in the table of words."""
     import re
 
     from unigen.show.language import Words
 
     source = Path(health.__file__).read_text("utf-8")
-    named = set(re.findall(r'Told\("(\w+)"', source)) | set(re.findall(r'"(clock_\w+)"', source))
-    named |= set(re.findall(r'Worry\(.*?"(\w+)", \{', source))
+    named = set(re.findall(r'(?:Told|_bad|_warn|level)\("(\w+)"', source))
     assert len(named) > 20 and sorted(named - set(Words("en", "watch").texts)) == []

@@ -16,7 +16,7 @@ from recorded import PROMPTS, record, row, write_checkpoint, write_metrics, writ
 
 from unigen import cli
 from unigen.commands.watch import command
-from unigen.commands.watch.health import judge, worries
+from unigen.commands.watch.health import diagnose, warnings
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.terminal import frame
 from unigen.runs.metrics import Point
@@ -142,8 +142,8 @@ def test_states_and_warnings_are_said_in_both_languages(tmp_path, language):
         (new, "new"),
     ):
         lines = shown([look(folder)], 200, language)
-        assert words(name) in lines[0] and judge(look(folder)).name == name
-        for told in judge(look(folder)).why:
+        assert words(name) in lines[0] and diagnose(look(folder)).name == name
+        for told in diagnose(look(folder)).why:
             assert words(told.key, **told.values)[:10].strip() in "\n".join(lines)
 
     ill = record(tmp_path / "ill", 60, ranks=3, min_free_gb=1e9)
@@ -158,7 +158,7 @@ def test_states_and_warnings_are_said_in_both_languages(tmp_path, language):
     (ill / "ranks" / "rank_1.stack.txt").write_text("")
     write_checkpoint(ill, "step_7", 7, age=1)
     run = look(ill)
-    found = worries(run, judge(run))
+    found = warnings(run, diagnose(run))
     text = "\n".join(shown([run], 200, language))
     assert len(found) >= 11 and [w.level for w in found] == sorted(w.level for w in found)
     for warning in found:

@@ -26,7 +26,7 @@ def watch(options: WatchOptions) -> int:
         UserError: there is no run, an option cannot work, or the page cannot be written.
     """
     steps = _resolve(options)
-    from unigen.commands.watch.health import judge
+    from unigen.commands.watch.health import diagnose
     from unigen.commands.watch.report import why
     from unigen.runs.reader import Run, find_runs
     from unigen.show.language import Words
@@ -42,7 +42,7 @@ def watch(options: WatchOptions) -> int:
         say(*_frame(options, runs, words))
     else:
         _write_page(options, runs)
-    failed = [(run, state) for run in runs if (state := judge(run)).name in ("hung", "dead")]
+    failed = [(run, state) for run in runs if (state := diagnose(run)).name in ("hung", "dead")]
     if options.html is not None:
         for run, state in failed:
             print(f"{harmless(run.name)}: {words(state.name)}; {why(state, words)}", file=sys.stderr)

@@ -1,5 +1,4 @@
-"""How a run is: running, hung, dead, stopped or finished, why one thinks so, how fast it is, and what an
-engineer would worry about."""
+"""The diagnosis of a run: running, hung, dead, stopped or finished, the evidence, its speed, and warnings."""
 
 from __future__ import annotations
 
@@ -9,26 +8,26 @@ import time
 from typing import Any, Literal, NamedTuple
 
 from unigen.runs.metrics import numbers
-from unigen.runs.reader import Checkpoint, Rank, Run, is_gone
+from unigen.runs.ranks import ENDED, Rank, find_hang, is_gone
+from unigen.runs.reader import Checkpoint, Run
 
 # without a heartbeat (they come every few seconds; a network folder may show them a minute late)
 STALE_S = 60.0
 LONG_PHASE_S = 120.0  # without progress before it is worth a word, and at least this many times a step
 LONG_PHASE_STEPS = 20
-ENDED = ("ended", "finished", "stopped", "failed")  # phases of a process that said goodbye
 HANG_TIMEOUT_S = 1800.0  # as the option's default
 
 GROWN = 5.0  # a gradient norm this many times the one before
-FEWEST = 40  # rows that such a comparison needs
+FEWEST = 40  # lines that such a comparison needs
 WAIT = 0.10  # share of the time waiting for data
 WORSE = 3  # validations in a row
 LATE = 1.5  # times save_steps without a checkpoint
 LATE_S = 3 * 3600.0
-ROOM = 1.2  # times the last checkpoint's size
+SPARE = 1.2  # times the last checkpoint's size
 
 
 class Told(NamedTuple):
-    """A sentence of the words' table with its values."""
+    """A sentence of the texts with its values."""
 
     key: str
     values: dict[str, Any]
@@ -50,7 +49,7 @@ class Speed(NamedTuple):
     eta: float | None  # seconds
 
 
-class Worry(NamedTuple):
+class RunWarning(NamedTuple):
     """``level`` is bad (something is broken or will be) or warn."""
 
     level: Literal["bad", "warn"]
@@ -61,72 +60,50 @@ class Worry(NamedTuple):
 # ---- state
 
 
-def judge(run: Run) -> State:
+def diagnose(run: Run) -> State:
     """Whether it runs, by heartbeats, lock, processes and the steps done."""
     total, fresh = run.total_steps, [rank for rank in run.ranks if rank.age <= STALE_S]
     complete = total is not None and run.step >= total
+    done = State("finished", [Told("all_steps", {"n": run.step})])
     if run.ranks and all(rank.phase in ENDED for rank in run.ranks) and not run.locked:
-        why = Told("said_goodbye", {"phase": run.ranks[0].phase, "ago": run.ranks[0].age})
-        reason = str(run.ranks[0].facts.get("why", ""))
-        more = [Told("reason", {"why": reason})] if reason else []
-        return (
-            State("finished", [Told("all_steps", {"n": run.step})])
-            if complete
-            else State("stopped", [why, *more])
-        )
+        goodbye = [Told("said_goodbye", {"phase": run.ranks[0].phase, "ago": run.ranks[0].age})]
+        if reason := str(run.ranks[0].facts.get("why", "")):
+            goodbye.append(Told("reason", {"why": reason}))
+        return done if complete else State("stopped", goodbye)
     gone = [rank for rank in fresh if not run.locked and is_gone(rank)]
     if run.locked or len(fresh) > len(gone):
         return _living(run, fresh)
     if complete:
-        return State("finished", [Told("all_steps", {"n": run.step})])
+        return done
     if gone:
-        return State("dead", [_gone(run, gone[0])])
+        return State("dead", [Told("process_gone", _where(gone[0]))])
     if run.ranks:
         last = min(run.ranks, key=lambda rank: rank.age)
-        where = {"rank": last.rank, "step": last.step, "phase": last.phase, "ago": last.age}
-        return State("dead", [_gone(run, last) if is_gone(last) else Told("no_heartbeat", where)])
+        where = _where(last)
+        why = Told("process_gone", where) if is_gone(last) else Told("no_heartbeat", where)
+        return State("dead", [why])
     if run.metrics.log.last_step is None:
         return State("new", [Told("nothing_yet", {})])
     return State("stopped", [Told("no_process", {"ago": time.time() - run.metrics.modified})])
 
 
-def _gone(run: Run, rank: Rank) -> Told:
-    return Told(
-        "process_gone",
-        {"rank": rank.rank, "pid": rank.pid, "step": rank.step, "phase": rank.phase, "ago": rank.age},
-    )
-
-
 def _living(run: Run, fresh: list[Rank]) -> State:
-    stale = [rank for rank in run.ranks if rank.age > STALE_S]
-    if stale:
-        silent = [
-            Told("silent", {"rank": r.rank, "host": r.host, "step": r.step, "phase": r.phase, "ago": r.age})
-            for r in stale[:3]
-        ]
-        return State("hung", [*silent, *([Told("lock_held", {})] if run.locked else [])])
-    limit = run.option("hang_timeout", HANG_TIMEOUT_S) or math.inf
-    stuck = [rank for rank in fresh if rank.quiet > limit]
-    if stuck:
-        return State(
-            "hung",
-            [
-                Told("stuck", {"rank": r.rank, "step": r.step, "phase": r.phase, "for_": r.quiet})
-                for r in stuck[:3]
-            ],
-        )
+    lock = [Told("lock_held", {})]
+    hang = find_hang(run.ranks, run.option("hang_timeout", HANG_TIMEOUT_S) or math.inf, STALE_S)
+    if hang is not None and hang.silent:
+        silent = [Told("silent", _where(rank)) for rank in hang.silent[:3]]
+        return State("hung", silent + (lock if run.locked else []))
+    if hang is not None:
+        return State("hung", [Told("stuck", _where(rank)) for rank in hang.hung[:3]])
     if fresh:
-        first = fresh[0]
-        return State(
-            "running",
-            [
-                Told(
-                    "heartbeat",
-                    {"ago": max(rank.age for rank in fresh), "phase": first.phase, "n": len(fresh)},
-                )
-            ],
-        )
-    return State("running", [Told("lock_held", {})])
+        values = {"ago": max(rank.age for rank in fresh), "phase": fresh[0].phase, "n": len(fresh)}
+        return State("running", [Told("heartbeat", values)])
+    return State("running", lock)
+
+
+def _where(rank: Rank) -> dict[str, Any]:
+    """What is known of a process, by the names that the texts give it."""
+    return vars(rank) | {"ago": rank.age, "for_": rank.quiet}
 
 
 # ---- speed
@@ -173,111 +150,92 @@ def _marks(run: Run) -> list[tuple[float, int]]:
     return sorted(marks)[-2:]
 
 
-# ---- worries
+# ---- warnings
 
 
-def worries(run: Run, state: State) -> list[Worry]:
+def warnings(run: Run, state: State) -> list[RunWarning]:
     """What should be looked at, the worst first."""
     found = [*_numbers(run), *_validation(run), *_space(run)]
     if state.name in ("running", "hung"):
         found += [*_saving(run), *_processes(run)]
     if run.stacks:
-        found.append(Worry("bad", "stack_written", {"file": run.stacks[0], "n": len(run.stacks)}))
+        found.append(_bad("stack_written", file=run.stacks[0], n=len(run.stacks)))
     if state.name in ("dead", "stopped") and run.writing:
-        found.append(Worry("warn", "half_written", {"name": run.writing[0]}))
+        found.append(_warn("half_written", name=run.writing[0]))
     if run.metrics.log.n_unreadable:
-        found.append(Worry("warn", "unreadable", {"n": run.metrics.log.n_unreadable}))
-    return sorted(found, key=lambda worry: worry.level != "bad")
+        found.append(_warn("unreadable", n=run.metrics.log.n_unreadable))
+    return sorted(found, key=lambda warning: warning.level != "bad")
 
 
-def _numbers(run: Run) -> list[Worry]:
+def _bad(key: str, **values: Any) -> RunWarning:
+    return RunWarning("bad", key, values)
+
+
+def _warn(key: str, **values: Any) -> RunWarning:
+    return RunWarning("warn", key, values)
+
+
+def _numbers(run: Run) -> list[RunWarning]:
     log, found = run.metrics.log, []
-    rows = list(log.recent)
+    lines = list(log.recent)
     if log.n_not_finite:
-        lately = any(row.get("nonfinite") for row in rows[-100:])
-        found.append(
-            Worry(
-                "bad" if lately else "warn",
-                "not_finite",
-                {"n": log.n_not_finite, "step": log.not_finite_step},
-            )
-        )
-    skipped = sum(bool(row.get("skipped")) for row in rows[-100:])
-    if skipped:
-        found.append(Worry("warn", "skipped", {"n": skipped, "of": len(rows[-100:]), "total": log.n_skipped}))
-    norms = numbers(rows, "grad_norm")
+        level = _bad if any(line.get("nonfinite") for line in lines[-100:]) else _warn
+        found.append(level("not_finite", n=log.n_not_finite, step=log.not_finite_step))
+    if skipped := sum(bool(line.get("skipped")) for line in lines[-100:]):
+        found.append(_warn("skipped", n=skipped, of=len(lines[-100:]), total=log.n_skipped))
+    norms = numbers(lines, "grad_norm")
     if len(norms) >= FEWEST:
         before, after = statistics.median(norms[: len(norms) // 2]), statistics.median(norms[-10:])
         if before > 0 and after > GROWN * before:
-            found.append(Worry("bad", "norm_grows", {"after": after, "before": before}))
-    waits = numbers(rows[-100:], "data_wait")
+            found.append(_bad("norm_grows", after=after, before=before))
+    waits = numbers(lines[-100:], "data_wait")
     if len(waits) >= 10 and statistics.fmean(waits) > WAIT:
-        found.append(Worry("warn", "data_wait", {"share": statistics.fmean(waits)}))
+        found.append(_warn("data_wait", share=statistics.fmean(waits)))
     return found
 
 
-def _validation(run: Run) -> list[Worry]:
-    losses = [
-        (row["step"], value) for row in run.metrics.log.validations for value in numbers([row], "val_loss")
-    ]
+def _validation(run: Run) -> list[RunWarning]:
+    lines = run.metrics.log.validations
+    losses = [(line["step"], value) for line in lines for value in numbers([line], "val_loss")]
     if not losses:
         return []
-    best = min(range(len(losses)), key=lambda i: losses[i][1])
-    since = len(losses) - 1 - best
-    if since < WORSE:
-        return []
-    return [
-        Worry(
-            "warn",
-            "no_better",
-            {"n": since, "best": losses[best][1], "step": losses[best][0], "now": losses[-1][1]},
-        )
-    ]
+    step, best = min(losses, key=lambda found: found[1])
+    since = len(losses) - 1 - losses.index((step, best))
+    return [_warn("no_better", n=since, best=best, step=step, now=losses[-1][1])] if since >= WORSE else []
 
 
-def _saving(run: Run) -> list[Worry]:
+def _saving(run: Run) -> list[RunWarning]:
     last: Checkpoint | None = run.last_checkpoint
     every = run.option("save_steps", 0)
     begin = run.metrics.log.points("loss")
     since = run.step - (last.step if last else int(begin[0].step) - 1 if begin else run.step)
     if every and since > LATE * every:
-        return [Worry("bad", "no_checkpoint", {"n": since, "every": int(every)})]
+        return [_bad("no_checkpoint", n=since, every=int(every))]
     if last is not None and time.time() - last.time > LATE_S:
-        return [Worry("warn", "old_checkpoint", {"ago": time.time() - last.time})]
+        return [_warn("old_checkpoint", ago=time.time() - last.time)]
     return []
 
 
-def _processes(run: Run) -> list[Worry]:
+def _processes(run: Run) -> list[RunWarning]:
     found = []
     pace = _seconds_per_step(run, list(run.metrics.log.recent)[-100:]) or 0.0
     limit = max(LONG_PHASE_S, LONG_PHASE_STEPS * pace)
-    slow = [rank for rank in run.ranks if rank.quiet > limit and rank.phase not in ENDED]
-    if slow:
-        worst = max(slow, key=lambda rank: rank.quiet)
-        found.append(
-            Worry(
-                "warn",
-                "long_phase",
-                {"rank": worst.rank, "phase": worst.phase, "for_": worst.quiet, "step": worst.step},
-            )
-        )
+    if slow := [rank for rank in run.ranks if rank.quiet > limit and rank.phase not in ENDED]:
+        found.append(_warn("long_phase", **_where(max(slow, key=lambda rank: rank.quiet))))
     steps = [rank.step for rank in run.ranks]
     if steps and max(steps) - min(steps) > 1:
         last = min(run.ranks, key=lambda rank: rank.step)
-        found.append(Worry("warn", "behind", {"rank": last.rank, "step": last.step, "ahead": max(steps)}))
+        found.append(_warn("behind", rank=last.rank, step=last.step, ahead=max(steps)))
     offset = run.clock_offset()
-    if abs(offset) > 30:
-        found.append(Worry("warn", "clock_ahead" if offset > 0 else "clock_behind", {"for_": abs(offset)}))
+    if offset > 30:
+        found.append(_warn("clock_ahead", for_=offset))
+    if offset < -30:
+        found.append(_warn("clock_behind", for_=-offset))
     return found
 
 
-def _space(run: Run) -> list[Worry]:
+def _space(run: Run) -> list[RunWarning]:
     last = run.last_checkpoint
-    if run.disk_free is None:
-        return []
-    need = ROOM * (last.size if last else 0) + 1e9 * run.option("min_free_gb", 1.0)
-    return (
-        [Worry("bad", "disk_full", {"free": run.disk_free, "need": int(need)})]
-        if run.disk_free < need
-        else []
-    )
+    need = int(SPARE * (last.size if last else 0) + 1e9 * run.option("min_free_gb", 1.0))
+    short = run.disk_free is not None and run.disk_free < need
+    return [_bad("disk_full", free=run.disk_free, need=need)] if short else []

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unigen.commands.watch.health import judge
+from unigen.commands.watch.health import diagnose
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.panels import chart, curves_of, panels_of
 from unigen.commands.watch.report import (
@@ -67,7 +67,7 @@ def write(path: Path, runs: Sequence[Run], options: WatchOptions) -> Path:
 
 
 def _one(run: Run, words: Words) -> dict[str, Any]:
-    state = judge(run)
+    state = diagnose(run)
     tables = [checkpoints(run, words, CHECKPOINTS), processes(run, words, PROCESSES)]
     return {
         "head": {

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from unigen.commands.watch.health import State, judge, speed, worries
+from unigen.commands.watch import health
+from unigen.commands.watch.health import State, diagnose, speed
 from unigen.runs.metrics import Lines
 from unigen.runs.reader import Run
 from unigen.show.figures import figure, size
@@ -68,7 +69,7 @@ def facts(run: Run, state: State, words: Words) -> list[tuple[str, str, str]]:
 
 def warnings(run: Run, state: State, words: Words) -> list[tuple[str, str]]:
     """``(level, text)`` of what should be looked at, the worst first."""
-    return [(w.level, words(w.key, **w.values)) for w in worries(run, state)]
+    return [(w.level, words(w.key, **w.values)) for w in health.warnings(run, state)]
 
 
 def checkpoints(run: Run, words: Words, most: int) -> Grid:
@@ -110,7 +111,7 @@ def problems(run: Run, words: Words, most: int) -> list[Grid]:
 
 def overview(runs: Sequence[Run], words: Words) -> tuple[Grid, list[str], list[tuple[str, str]]]:
     """A row for each of several runs, the names of their states, and ``(level, text)`` of what is wrong."""
-    states = [judge(run) for run in runs]
+    states = [diagnose(run) for run in runs]
     rows, wrong = [], []
     for run, state in zip(runs, states, strict=True):
         latest = run.metrics.log.latest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from unigen.commands.watch.health import judge
+from unigen.commands.watch.health import diagnose
 from unigen.commands.watch.panels import Panel, curves_of, panels_of
 from unigen.commands.watch.report import (
     MARKS,
@@ -49,7 +49,7 @@ def frame(runs: Sequence[Run], words: Words, smoothing: float = 0.0) -> Iterator
 
 
 def _one(run: Run, words: Words, smoothing: float) -> Iterator[RenderableType]:
-    state = judge(run)
+    state = diagnose(run)
     sign, style = MARKS[state.name]
     share = share_done(run)
     done = "" if share is None else f"   {share:.1%}"
