@@ -1,4 +1,4 @@
-"""Our HTML pages, taken apart."""
+"""Our HTML pages, taken apart, and their parts alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import Any
 
 from PIL import Image as PILImage
 
+from unigen.show.pages import environment
+
 VOID = {"meta", "img", "br"}
+
+
+def part(name: str, *values: Any) -> Any:
+    """A macro of ``parts.html``, drawn: markup for a template."""
+    return getattr(environment().get_template("parts.html").module, name)(*values)
 
 
 class Page(HTMLParser):

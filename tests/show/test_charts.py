@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import Page
+from pages import Page, part
 
 from unigen.runs.metrics import Point
 from unigen.show.charts import COLOURS, SIDE, Chart, Line, bar_chart, line_chart
 from unigen.show.curves import MAX_POINTS, log_ticks, round_ticks, smooth, thin, value_range
 from unigen.show.language import Words
-from unigen.show.pages import part
 
 EVIL = "<script>alert('x')</script> & \"quoted\" 猫\x00"
 WORDS = Words("en", "common")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -52,11 +51,6 @@ def environment() -> Any:
     made.filters |= {"cell": cell, "share": "{:.2%}".format}
     made.globals["right_aligned"] = figures_alone
     return made
-
-
-def part(name: str, *values: Any) -> Any:
-    """A macro of ``parts.html``, drawn: markup for a template."""
-    return getattr(environment().get_template("parts.html").module, name)(*values)
 
 
 def write_page(
@@ -106,21 +100,6 @@ def write_page(
 
 def _asset(name: str) -> str:
     return (files("unigen") / "assets" / name).read_text("utf-8")
-
-
-# ---- for the rooms that have no template of their own yet
-
-
-def escape(value: Any) -> str:
-    return html.escape(readable(value))
-
-
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    return str(part("table", header, rows))
-
-
-def write_sections(path: Path, title: str, sections: Sequence[tuple[str, str]], **options: Any) -> Path:
-    return write_page(path, "sections.html", {"sections": sections}, title=title, **options)
 
 
 # ---- pictures
