@@ -37,10 +37,8 @@ def tokenizer(golden):
 
 @pytest.fixture(scope="module")
 def planner(tokenizer):
-    def make(max_length=4096, visual_gen=True, visual_und=True, **options):
-        return Planner(
-            tokenizer, GEOMETRY, TRANSFORMS, DataOptions(**options), max_length, visual_gen, visual_und
-        )
+    def make(max_length=4096, **options):
+        return Planner(tokenizer, GEOMETRY, TRANSFORMS, DataOptions(**options), max_length)
 
     return make
 

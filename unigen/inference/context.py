@@ -62,10 +62,8 @@ class ContextBuilder:
             tokenizer,
             config.geometry,
             transforms,
-            DataOptions(),
+            DataOptions(visual_gen=config.visual_gen, visual_und=config.visual_und),
             config.llm.max_position_embeddings,
-            config.visual_gen,
-            config.visual_und,
         )
 
     def replay(self, contexts: Sequence[Context], drawing: bool) -> None:

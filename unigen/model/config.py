@@ -83,8 +83,6 @@ class BagelConfig:
             self.transforms(tokens, **{name: size for name, size in asked.items() if size is not None}),
             options,
             self.llm.max_position_embeddings,
-            options.visual_gen,
-            options.visual_und,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,17 +47,10 @@ class Planner:
         transforms: Transforms,
         options: DataOptions,
         max_length: int,
-        visual_gen: bool = True,
-        visual_und: bool = True,
     ):
-        self.tokenizer, self.geometry, self.transforms, self.options = (
-            tokenizer,
-            geometry,
-            transforms,
-            options,
-        )
+        self.tokenizer, self.geometry, self.transforms = tokenizer, geometry, transforms
+        self.options = options
         self.max_length = min(max_length, options.max_sequence_length or max_length)
-        self.visual_gen, self.visual_und = visual_gen, visual_und
         self.cache: PictureCache | None = None  # set by the trainer: pictures found there are not decoded
         self._tiny: dict[object, Seen] = {}
         self._viewers: dict[tuple[bool, int], Viewer] = {}
@@ -111,13 +104,13 @@ class Planner:
 
     def _check_parts(self, sample: Sample) -> None:
         for i, segment in enumerate(sample):
-            if isinstance(segment, Image) and segment.target and not self.visual_gen:
+            if isinstance(segment, Image) and segment.target and not self.options.visual_gen:
                 raise BadRecord(
                     "image_target_without_visual_gen", None, "an image to draw",
                     "text targets only, because visual_gen is false",
                     "set visual_gen to true, or remove the record", segment=i,
                 )  # fmt: skip
-            if isinstance(segment, Image) and not self.visual_und and not _draws(sample):
+            if isinstance(segment, Image) and not self.options.visual_und and not _draws(sample):
                 raise BadRecord(
                     "image_without_visual_und", None, "an image to look at",
                     "no images, because visual_und is false",
@@ -173,7 +166,7 @@ class Planner:
 
     def _shown(self, grids: Grids, segment: int, draws: bool) -> list[Block]:
         """The blocks that show a picture to what follows."""
-        shown = [(Kind.CLEAN, grids.latent)] * draws + [(Kind.VIT, grids.vit)] * self.visual_und
+        shown = [(Kind.CLEAN, grids.latent)] * draws + [(Kind.VIT, grids.vit)] * self.options.visual_und
         return [_image_block(kind, grid, segment) for kind, grid in shown]
 
     def _has_clean_copies(self, sample: Sample, i: int, by_chance: bool) -> bool:
@@ -272,9 +265,12 @@ class Planner:
         # Pictures of samples that draw are seen one by one; those of others share the ViT's pixels.
         images = 1 if draws else max(1, images)
         if (draws, images) not in self._viewers:
-            vit = (self.transforms.vit_edit if draws else self.transforms.vit) if self.visual_und else None
+            vit = self.transforms.vit_edit if draws else self.transforms.vit
             self._viewers[draws, images] = Viewer(
-                self.transforms.vae if draws else None, vit, images, self.geometry.vit_patch
+                self.transforms.vae if draws else None,
+                vit if self.options.visual_und else None,
+                images,
+                self.geometry.vit_patch,
             )
         return self._viewers[draws, images]
 

@@ -210,8 +210,7 @@ def test_what_the_options_make_unusable_is_a_problem_of_its_field(tmp_path):
         {"text_prompt": "draw", "image_path": "p/x.png"},
         {"image_path": "p/x.png", "caption": "cap"},
     )
-    planner = load_planner(None, DataOptions())
-    planner.visual_gen = False
+    planner = load_planner(None, DataOptions(visual_gen=False))
     assert problems(check(path, planner, num_workers=0)) == [
         ("image_target_without_visual_gen", "a.jsonl", 1, "image_path")
     ]
