@@ -29,10 +29,10 @@ CONSTRAINTS = constraints.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean gpu-compile
+.PHONY: help install demo fast test lint format clean gpu-compile
 
 help:
-	@echo "make demo | test | lint | format | install | clean | gpu-compile"
+	@echo "make demo | fast | test | lint | format | install | clean | gpu-compile"
 
 install: $(STAMP)
 
@@ -55,6 +55,9 @@ endif
 
 demo: $(STAMP)
 	$(BIN)/unigen demo
+
+fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)

@@ -25,7 +25,7 @@ class ModelOptions:
     """Which model, and which of its parts learn.
 
     Args:
-        model_path: Folder of the checkpoint to start from, in the published BAGEL layout.
+        model_path: Folder of the checkpoint to start from, in the published BAGEL layout. Required.
         freeze_llm: Keep the whole decoder (both experts, embeddings and text head) as it is.
         freeze_vit: Keep the vision transformer as it is.
         freeze_und: Train the generation expert only; the understanding side keeps its weights and its
@@ -47,14 +47,14 @@ class Source:
 
     Args:
         path: Files or folders, as train_data_path.
-        name: Its name in logs; default: the first path's.
-        weight: Its rate, relative to the other sources; default: its number of records, which spreads all
-            evenly over the epoch.
-        repeat: Start again when it ends before the others; otherwise each of its records is met exactly once
-            an epoch.
+        name: Its name in logs. Default: the first path's.
+        weight: Its rate, relative to the other sources: one of weight 2 is met twice as often as one of
+            weight 1 while both run. Default: its number of records, which spreads all evenly over the epoch.
+        repeat: Start again, in a new order, when it ends before the others; otherwise each of its records is
+            met exactly once an epoch.
         max_image_tokens: As the option of that name, for this source alone.
-        max_image_size: Longest side in pixels that the VAE sees; default: the model's (1024).
-        min_image_size: Shortest side in pixels that the VAE sees; default: the model's (512).
+        max_image_size: Longest side in pixels that the VAE sees. Default: the model's (1024).
+        min_image_size: Shortest side in pixels that the VAE sees. Default: the model's (512).
     """
 
     path: str | list[str]
@@ -127,8 +127,7 @@ class DataOptions:
             1024).
         train_transitions: Train the tokens that decide what comes next (write, draw, stop), so that
             generation stops by itself.
-        single_image_stop_prob: Share of the draws in which an answer of one single image also learns to stop
-            after it.
+        single_image_stop_prob: Chance that an answer of one single image also learns to stop after it.
         text_cond_dropout_prob: Chance that a context text is left out of a sample that draws (classifier-free
             guidance).
         vit_cond_dropout_prob: The same for the ViT tokens of a context image.
@@ -164,18 +163,18 @@ class LoaderOptions:
 
     Args:
         train_data_path: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face
-            datasets, folders of them.
-        train_sources: Several sources with weights, as a list in a recipe (in place of train_data_path); see
+            datasets, folders of them. Required, or train_sources.
+        train_sources: Several sources with weights, as a list in a recipe, in place of train_data_path; see
             docs/data.md.
         val_data_path: Held-out data of the same kinds, for validation.
         cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
-        batch_size: Samples per packed row.
-        max_num_tokens: Token budget of a packed row; when given, it decides how many samples a row holds.
+        batch_size: Samples in a packed sequence.
+        max_num_tokens: Token budget of a packed sequence; when given, it decides how many samples one holds.
         on_bad_record: error stops before training; skip leaves the record out, lists it, and stops above 1 %.
         check_pictures: Before training, decode every picture (full), read their headers only (headers), or
             decide by their number (auto).
-        num_workers: Processes that decode and pack; 0 does it in the training process. Default: by the cores,
-            up to 4.
+        num_workers: Processes that decode and pack; 0 does it in the training process. Default: the cores but
+            one for each training process, at most 4.
     """
 
     train_data_path: str | list[str] | None = None
@@ -196,7 +195,8 @@ class OptimOptions:
     Args:
         num_epochs: Passes over the data.
         max_steps: Optimiser steps; when given, it decides instead of num_epochs.
-        gradient_accumulation_steps: Packed rows per process in one optimiser step.
+        gradient_accumulation_steps: Micro-batches of each process in one optimiser step; a micro-batch is one
+            packed sequence.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay of matrices (never of biases, norms and embeddings).
         adam_beta1: AdamW's first decay.
@@ -250,22 +250,23 @@ class RunOptions:
         precision: Matrix products in bf16, fp16 (with loss scaling) or fp32; auto is bf16 on a GPU that has
             it, else fp32.
         fp16: The same as precision fp16.
-        bf16: The same as precision bf16; when off, auto does not choose it.
+        bf16: The same as precision bf16; when off (--no_bf16), auto does not choose it.
         gradient_checkpointing: Recompute activations in the backward pass: slower, far less memory.
-        compile: Compile the layers, which takes a minute and makes steps faster; auto does on a GPU, but for
-            selective and deepspeed.
-        checkpointing_policy: full keeps nothing of a layer; selective keeps the results of attention and
-            every second matrix product.
-        engine: single, ddp, fsdp2 (all of the model and its state sharded) or deepspeed (ZeRO). Default:
-            single or ddp.
-        shard_size: With fsdp2, processes that share one copy of the model (hybrid sharding), the others hold
-            further copies. Default: all.
+        compile: Compile the decoder layers, which takes a minute or less in the warm-up batch and makes steps
+            faster; auto does on a GPU, but for selective checkpointing and deepspeed. Where nothing can be
+            compiled auto says so and goes on; on stops.
+        checkpointing_policy: With gradient_checkpointing: full keeps nothing of a layer; selective keeps the
+            results of attention and of every second matrix product.
+        engine: single, ddp, fsdp2 (all of the model and its state sharded) or deepspeed (ZeRO); auto is
+            single, or ddp with several processes. See docs/distributed.md.
+        shard_size: With fsdp2, processes that share one copy of the model (hybrid sharding); the others hold
+            further copies. Default: all share one.
         cpu_offload: With fsdp2, keep parameters, gradients and moments in host memory; far less GPU memory,
             slower.
         deepspeed_config: With deepspeed, an ordinary DeepSpeed JSON; "auto" and what is missing come from the
-            options here.
+            options here. Default: ZeRO 2.
         hang_timeout: Seconds without progress after which a process reports its rank, step, phase and stack,
-            and ends the run.
+            and ends the run; 0: never.
         logging_steps: Steps between two lines of the log.
         eval_steps: Steps between two validations; default: once an epoch.
         save_steps: Steps between two checkpoints.
@@ -557,12 +558,12 @@ class SamplingOptions:
         width: Width of a drawn picture in pixels; default: the last picture's, or the largest square's.
         num_timesteps: Points of the time grid from noise to picture; N points are N - 1 Euler steps.
         timestep_shift: Shift of the time grid; larger spends more steps near the noise.
-        cfg_text_scale: Guidance by the text; 1 turns it off.
-        cfg_img_scale: Guidance by the context pictures, on top of the text's; 1 turns it off.
+        cfg_text_scale: Guidance by the text (w_text of docs/model.md); 1 turns it off.
+        cfg_img_scale: Guidance by the context pictures, on top of the text's (w_img); 1 turns it off.
         cfg_interval: The times (low, high] in which guidance acts.
         cfg_renorm_min: Least factor by which a guided velocity is scaled back to its unguided length.
-        cfg_renorm_type: What lengths are of: the picture, each token, or each token right after the text
-            step.
+        cfg_renorm_type: Lengths are those of the whole picture (global), of each token (channel), or of each
+            token right after the text step (text_channel).
         seed: Seed of the noise and of the sampled tokens; none takes another one each time.
     """
 

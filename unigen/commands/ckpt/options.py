@@ -15,12 +15,13 @@ class CkptOptions:
         json: With ls and verify, print one JSON document.
         weights: With export: ema, the average (the weights themselves where the run kept none), or raw, those
             that train.
-        dtype: With export: dtype of the tensors. as_stored keeps what trained in float32 and the rest as it
-            was read.
-        max_shard_gb: With export: split the weights into files of at most so many gigabytes (10^9 bytes).
-            Default: one file.
-        overwrite: With export: replace an earlier export.
-        verify: With export: first read and check every byte that will be exported.
+        dtype: With export: dtype of the tensors. as_stored is exact: float32 for what trained, the rest as
+            the run found it; bfloat16 is half the size, rounded.
+        max_shard_gb: With export: split the weights into files of at most so many gigabytes (10^9 bytes),
+            with an index. Default: one file, as published.
+        overwrite: With export: replace an earlier export, and nothing else.
+        verify: With export: first read and check every byte that will be exported; --no_verify saves that
+            time.
     """
 
     paths: list[str] = field(default_factory=list)

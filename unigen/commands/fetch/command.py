@@ -41,13 +41,15 @@ class FetchOptions:
             no data then.
         retry_failed: Try addresses again that failed in an earlier run.
         deep: Decode every picture, not only its header; a damaged one counts as failed.
-        max_bytes: Largest picture in bytes.
-        timeout: Seconds for one picture, all in all: connection, redirects, retries and their waits.
+        max_bytes: Largest picture in bytes; reading stops there, whatever length was announced.
+        timeout: Seconds for one picture, all in all: name, connection, redirects, retries and their waits. A
+            server that sends a byte a second does not outlast it.
         connect_timeout: Seconds for one connection.
         max_redirects: Redirects to follow; each one is checked as the first address was.
-        retries: Further attempts after answers 429 and 5xx and after lost connections.
-        connections: Pictures fetched at the same time.
-        connections_per_host: Of them from one host.
+        retries: Further attempts after answers 429 and 5xx and after lost connections, after 1, 2, 4, ...
+            seconds or what Retry-After says. Nothing else is tried again.
+        connections: Pictures fetched at the same time. Each takes at most about twice max_bytes of memory.
+        connections_per_host: Of them from one host; hosts take turns.
         allow_network: Networks that are not public and yet trusted, such as 10.1.0.0/16; all others that are
             not public are refused.
     """

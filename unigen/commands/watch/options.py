@@ -15,9 +15,9 @@ class WatchOptions:
         html: Write a page to this file, and end.
         interval: Seconds between two looks at the folder.
         once: Print what there is now, and end; so it is, too, where the output is no terminal.
-        steps: The part of the curves to show, as FIRST:LAST; either may be missing.
+        steps: The part of the curves to show, in finer detail, as FIRST:LAST; either may be missing.
         smooth: Weight in [0, 1) of what was before in the drawn training curves, an exponential moving
-            average.
+            average; validation and learning rate stay as they are.
         language: Language: en or zh.
     """
 
