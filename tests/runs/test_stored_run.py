@@ -16,7 +16,7 @@ from unigen.commands.watch.health import diagnose
 from unigen.config import Config
 from unigen.model.storage import scan_folder, scan_safetensors
 from unigen.runs.checkpoint import scan_weights, verify_checkpoint
-from unigen.runs.reader import Run
+from unigen.runs.reader import RunFolder
 from unigen.training.trainer import UnifiedTrainer
 
 STORED = Path(__file__).parent / "stored_run"
@@ -67,7 +67,7 @@ def test_it_is_listed_and_every_byte_is_what_was_written(run: Path, capsys: pyte
 
 def test_it_is_watched(run: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["watch", str(run), "--once"]) == 0 and "2" in capsys.readouterr().out
-    seen = Run(run)
+    seen = RunFolder(run)
     seen.update()
     assert diagnose(seen).name == "stopped"
     assert (seen.step, seen.total_steps, [c.name for c in seen.checkpoints]) == (2, 4, ["best", "step_2"])

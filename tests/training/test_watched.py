@@ -13,14 +13,14 @@ import pytest
 
 from unigen.commands.watch.health import diagnose
 from unigen.commands.watch.terminal import frame
-from unigen.runs.reader import Run, is_run
+from unigen.runs.reader import RunFolder, is_run
 from unigen.show.language import Words
 from unigen.show.terminal import drawn
 
 ROOT = Path(__file__).parents[2]
 
 
-def shown(run: Run) -> str:
+def shown(run: RunFolder) -> str:
     return "\n".join(drawn(part, 100) for part in frame([run], Words("en", "watch")))
 
 
@@ -42,7 +42,7 @@ def test_a_training_is_seen_running_and_then_finished(options, tmp_path):
     with open(log, "w") as out:
         process = subprocess.Popen(argv, env=env, stdout=out, stderr=out)
     try:
-        run, deadline = Run(folder), time.monotonic() + 120
+        run, deadline = RunFolder(folder), time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if folder.exists() and is_run(folder):
                 # Its files are in every state between these looks.

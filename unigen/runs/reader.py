@@ -51,7 +51,7 @@ class Answer:
     given: tuple[Path, ...] = ()
 
 
-class Run:
+class RunFolder:
     """A run's folder; :meth:`update` reads what is new.
 
     Args:

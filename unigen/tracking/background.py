@@ -18,7 +18,7 @@ Complain = Callable[[str, str], None]
 """(what the tracker cannot do, why): warns, once for each ``what``."""
 
 
-class Client(Protocol):
+class TrackerClient(Protocol):
     """A tracker's package. Calls come from one thread, and may take long or raise; ``start`` is the first."""
 
     def start(self) -> None: ...
@@ -41,7 +41,7 @@ class BackgroundTracker:
         complain: is told what goes wrong, from the thread too.
     """
 
-    def __init__(self, name: str, client: Client, complain: Complain):
+    def __init__(self, name: str, client: TrackerClient, complain: Complain):
         self._client, self._complain = client, complain
         self._calls: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
         self._given = self._done = 0  # calls that came, and calls that succeeded

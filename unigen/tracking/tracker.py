@@ -22,7 +22,7 @@ from unigen.runs import layout
 from unigen.runs.log import JsonlLog, drop_after
 from unigen.runs.secrets import hide
 from unigen.tracking import background
-from unigen.tracking.background import BackgroundTracker, Client, Complain
+from unigen.tracking.background import BackgroundTracker, Complain, TrackerClient
 from unigen.tracking.console import Progress, describe, duration, plain
 from unigen.tracking.services import Trackio, Wandb
 from unigen.tracking.tensorboard import TensorBoard
@@ -137,7 +137,9 @@ class MetricsFile:
         self._file.close()
 
 
-TRACKERS: dict[str, tuple[Callable[[Config], Any], Callable[[Path, Config, int, Complain], Client]]] = {
+TRACKERS: dict[
+    str, tuple[Callable[[Config], Any], Callable[[Path, Config, int, Complain], TrackerClient]]
+] = {
     "tensorboard": (lambda config: config.tensorboard, TensorBoard),
     "wandb": (lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb),
     "trackio": (lambda config: config.trackio_project, Trackio),

@@ -18,7 +18,7 @@ from recorded import GB, record, row, validation, write_checkpoint, write_metric
 from unigen.commands.watch import health
 from unigen.commands.watch.health import diagnose, speed, warnings
 from unigen.runs import reader as module
-from unigen.runs.reader import Run, WatchError, find_runs
+from unigen.runs.reader import RunFolder, WatchError, find_runs
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
     return record(tmp_path / "run", 60, ranks=2)
 
 
-def look(folder: Path) -> Run:
-    run = Run(folder)
+def look(folder: Path) -> RunFolder:
+    run = RunFolder(folder)
     run.update()
     return run
 

@@ -18,14 +18,14 @@ from recorded import PROMPTS, record, write_metrics, write_rank, write_samples
 from unigen.commands.watch import page as page_module
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.page import write
-from unigen.runs.reader import Run
+from unigen.runs.reader import RunFolder
 from unigen.show.curves import MAX_POINTS
 from unigen.show.figures import figure
 from unigen.show.language import Words
 
 
 def written(path: Path, *folders: Path, **options) -> str:
-    runs = [Run(folder) for folder in folders]
+    runs = [RunFolder(folder) for folder in folders]
     for run in runs:
         run.update()
     return write(path, runs, WatchOptions(**options)).read_text("utf-8")

@@ -20,7 +20,7 @@ from unigen.commands.watch.health import diagnose, warnings
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.terminal import frame
 from unigen.runs.metrics import Point
-from unigen.runs.reader import Run
+from unigen.runs.reader import RunFolder
 from unigen.show.curves import Curve, Range
 from unigen.show.figures import figure
 from unigen.show.language import Words
@@ -30,13 +30,13 @@ from unigen.show.terminal import columns, drawn
 ROOT = Path(__file__).parents[3]
 
 
-def look(folder: Path) -> Run:
-    run = Run(folder)
+def look(folder: Path) -> RunFolder:
+    run = RunFolder(folder)
     run.update()
     return run
 
 
-def shown(runs: list[Run], width: int = 120, language: str = "en", colour: bool = False) -> list[str]:
+def shown(runs: list[RunFolder], width: int = 120, language: str = "en", colour: bool = False) -> list[str]:
     parts = frame(runs, Words(language, "watch"))
     return "\n".join(drawn(part, width, colour) for part in parts).split("\n")
 

@@ -19,7 +19,7 @@ class Note(NamedTuple):
     text: str
 
 
-class Grid(NamedTuple):
+class ReportTable(NamedTuple):
     """Rows of texts and numbers under a header."""
 
     header: list[str]
@@ -39,7 +39,7 @@ class Shares(NamedTuple):
     parts: list[tuple[str, float]]
 
 
-Block = Note | Grid | Charts | Shares
+Block = Note | ReportTable | Charts | Shares
 
 
 def verdict(found: Findings, words: Words) -> str:
@@ -104,7 +104,7 @@ def _contents(s: dict[str, Any], words: Words) -> Iterator[Block]:
     good = max(s["good_records"], 1)
     if s["formats"]:
         formats = sorted(s["formats"].items(), key=lambda entry: -entry[1])
-        yield Grid(
+        yield ReportTable(
             [words("format"), words("records"), words("share")],
             [[name, n, percent(n / good)] for name, n in formats],
         )
@@ -120,7 +120,7 @@ def _contents(s: dict[str, Any], words: Words) -> Iterator[Block]:
             ]
             for name, of in s["tasks"].items()
         ]
-        yield Grid(header, rows)
+        yield ReportTable(header, rows)
 
 
 def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:
@@ -133,13 +133,13 @@ def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:
     for kind, many in (("text", "texts"), ("image", "images")):
         records, tokens = t[f"records_with_{kind}"], t[f"{kind}_tokens"]
         rows.append([words(many), records, percent(records / good), t[many], tokens, percent(tokens / loss)])
-    yield Grid(header, rows)
+    yield ReportTable(header, rows)
     if t["text_tokens"] + t["image_tokens"]:
         shares = [(words(f"{kind}s"), t[f"{kind}_tokens"] / loss) for kind in ("text", "image")]
         yield Shares(words("tokens_with_loss"), shares)
     every = max(sum(s["tokens"].values()), 1)
     rows = [[words(f"kind_{kind}"), n, percent(n / every)] for kind, n in s["tokens"].items() if n]
-    yield Grid([words("kind"), words("tokens"), words("share")], rows)
+    yield ReportTable([words("kind"), words("tokens"), words("share")], rows)
     shares = [(words(f"kind_{kind}"), n / every) for kind, n in s["tokens"].items() if n]
     yield Shares(words("kind"), shares)
 
@@ -147,7 +147,7 @@ def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:
 QUANTILES = {"0.05": "5 %", "0.25": "25 %", "0.5": "median", "0.75": "75 %", "0.95": "95 %", "0.99": "99 %"}
 
 
-def _numbers(measured: dict[str, dict[str, Any]], words: Words) -> Grid:
+def _numbers(measured: dict[str, dict[str, Any]], words: Words) -> ReportTable:
     """Least, greatest, mean, sum and quantiles of what is named."""
     quantiles = [words(name) if name.isalpha() else name for name in QUANTILES.values()]
     rows = [
@@ -161,7 +161,9 @@ def _numbers(measured: dict[str, dict[str, Any]], words: Words) -> Grid:
         ]
         for name, of in measured.items()
     ]
-    return Grid(["", words("minimum"), *quantiles, words("maximum"), words("mean"), words("sum")], rows)
+    return ReportTable(
+        ["", words("minimum"), *quantiles, words("maximum"), words("mean"), words("sum")], rows
+    )
 
 
 def _histogram(title: str, of: dict[str, Any], x_label: str, y_label: str, words: Words) -> Chart:
@@ -195,7 +197,7 @@ def _cuts(s: dict[str, Any], words: Words) -> Iterator[Block]:
         rows.append(
             [limit, row["cut"], share, row["tokens_lost"], percent(row["share_lost"]), row["refused"], mark]
         )
-    yield Grid(header, rows)
+    yield ReportTable(header, rows)
     yield Note(words("refused_note"))
 
 
@@ -215,7 +217,7 @@ def _fill(s: dict[str, Any], words: Words) -> Iterator[Block]:
             ]
             for row in s["rows"]
         ]
-        yield Grid(header, rows)
+        yield ReportTable(header, rows)
 
 
 def _pictures(s: dict[str, Any], words: Words) -> Iterator[Block]:
@@ -233,7 +235,7 @@ def _pictures(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if others:
         n = p["pieces"] - sum(n for _, _, n in p["sizes"])
         rows.append([words("other_sizes", n=others), n, percent(n / p["pieces"])])
-    yield Grid([words("size"), words("count"), words("share")], rows)
+    yield ReportTable([words("size"), words("count"), words("share")], rows)
     of = p["latent_tokens"]["count"]
     if of:
         yield Note(words("upscaled_line", n=p["upscaled"], of=of, share=p["upscaled"] / of))
@@ -244,19 +246,23 @@ def _repetitions(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if not found:
         return
     header = [words(key) for key in ("repeated", "distinct", "surplus")]
-    yield Grid(header, [[words(f"same_{kind}"), of["distinct"], of["surplus"]] for kind, of in found.items()])
+    yield ReportTable(
+        header, [[words(f"same_{kind}"), of["distinct"], of["surplus"]] for kind, of in found.items()]
+    )
     for kind, of in found.items():
         # one picture in many records is ordinary: editing chains, several questions
         if of["most"] and kind != "pictures":
             rows = [[_joined(most["what"]), most["count"], _joined(most["where"])] for most in of["most"]]
-            yield Grid([f"{words(f'same_{kind}')}: {words('what')}", words("count"), words("where")], rows)
+            yield ReportTable(
+                [f"{words(f'same_{kind}')}: {words('what')}", words("count"), words("where")], rows
+            )
 
 
 def _near_empty(s: dict[str, Any], words: Words) -> Iterator[Block]:
     if s["near_empty"]["records"]:
         rows = [[where, repr(text)] for where, text in s["near_empty"]["first"]]
         more = s["near_empty"]["records"] - len(rows)
-        yield Grid([words("place"), words("what")], rows)
+        yield ReportTable([words("place"), words("what")], rows)
         if more:
             yield Note(words("more", n=more))
 

@@ -114,8 +114,8 @@ def count_tokens(
 
 def describe(numbers: np.ndarray) -> dict[str, Any]:
     """``count, total, mean, min, max, quantiles {share: number}, histogram [[from, to, count]]`` of whole
-    numbers [n]; just ``count`` where there are none. A quantile is the smallest number that at least its share
-    of all do not exceed."""
+    numbers [n]; just ``count`` where there are none. A quantile is the smallest number that at least its
+    share of all do not exceed."""
     n = len(numbers)
     if not n:
         return {"count": 0}

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from unigen.commands.check.advice import Advice
 from unigen.commands.check.findings import Findings
-from unigen.commands.check.report import Grid, Note, advice_line, covered, more, place, sections, verdict
+from unigen.commands.check.report import (
+    Note,
+    ReportTable,
+    advice_line,
+    covered,
+    more,
+    place,
+    sections,
+    verdict,
+)
 from unigen.show.language import Words, of_code
 from unigen.show.terminal import indented, line, notices, table
 
@@ -30,7 +39,7 @@ def report(
     for heading, blocks in sections(summary, words):
         yield ""
         yield line((f"== {heading} ==", "bold"))
-        shown = [block for block in blocks if isinstance(block, Grid | Note)]
+        shown = [block for block in blocks if isinstance(block, ReportTable | Note)]
         for n, block in enumerate(shown):
             if n:
                 yield ""

@@ -1,8 +1,8 @@
-"""Tasks done in several processes: results in the order of the tasks, and a process that dies takes nothing with
-it.
+"""Tasks done in several processes: results in the order of the tasks; a process that dies takes nothing
+with it.
 
-A process of a pool that dies breaks the pool, which cannot say which task it died of. So every lost task is done
-again alone, in a process that says where it is: that names the one record that a decoder dies of.
+A process of a pool that dies breaks the pool, which cannot say which task it died of. So every lost task
+is done again alone, in a process that says where it is: that names the one record that a decoder dies of.
 """
 
 from __future__ import annotations

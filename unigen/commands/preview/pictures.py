@@ -71,7 +71,7 @@ def encoded(image: Any, kind: str, **options: Any) -> str:
 
 
 def noised(image: Any, picture: PictureView, grid: tuple[int, int]) -> Tensor:
-    """[3, H, W] float32: a small picture mixed with noise at the block's time, a noise value a latent cell, to
+    """[3, H, W] float32: a small picture mixed with noise at the block's time, one value a latent cell, to
     show how much is left of it."""
     assert picture.time is not None
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -14,7 +14,7 @@ from unigen.config import ConfigError
 from unigen.show.terminal import harmless, live, say
 
 if TYPE_CHECKING:
-    from unigen.runs.reader import Run
+    from unigen.runs.reader import RunFolder
     from unigen.show.language import Words
     from unigen.show.terminal import RenderableType
 
@@ -28,11 +28,11 @@ def watch(options: WatchOptions) -> int:
     steps = _resolve(options)
     from unigen.commands.watch.health import diagnose
     from unigen.commands.watch.report import why
-    from unigen.runs.reader import Run, find_runs
+    from unigen.runs.reader import RunFolder, find_runs
     from unigen.show.language import Words
 
     words = Words(options.language, "watch")
-    runs = [Run(folder, steps) for folder in find_runs(options.run)]
+    runs = [RunFolder(folder, steps) for folder in find_runs(options.run)]
     if options.html is None and not options.once and sys.stdout.isatty():
         _follow(options, runs, words)
     else:
@@ -76,7 +76,7 @@ def _resolve(options: WatchOptions) -> tuple[int, int]:
     return found
 
 
-def _write_page(options: WatchOptions, runs: Sequence[Run]) -> None:
+def _write_page(options: WatchOptions, runs: Sequence[RunFolder]) -> None:
     from unigen.commands.watch.page import write
 
     assert options.html is not None
@@ -90,13 +90,13 @@ def _write_page(options: WatchOptions, runs: Sequence[Run]) -> None:
     say(f"-> {page}")
 
 
-def _frame(options: WatchOptions, runs: Sequence[Run], words: Words) -> Iterator[RenderableType]:
+def _frame(options: WatchOptions, runs: Sequence[RunFolder], words: Words) -> Iterator[RenderableType]:
     from unigen.commands.watch.terminal import frame
 
     return frame(runs, words, options.smooth)
 
 
-def _follow(options: WatchOptions, runs: Sequence[Run], words: Words) -> None:
+def _follow(options: WatchOptions, runs: Sequence[RunFolder], words: Words) -> None:
     """Shows the runs as they are now, again and again until Ctrl-C."""
     with live() as show:
         while True:

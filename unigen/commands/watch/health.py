@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from unigen.runs.metrics import numbers
 from unigen.runs.ranks import ENDED, Rank, find_hang, is_gone
-from unigen.runs.reader import Checkpoint, Run
+from unigen.runs.reader import Checkpoint, RunFolder
 
 # without a heartbeat (they come every few seconds; a network folder may show them a minute late)
 STALE_S = 60.0
@@ -60,7 +60,7 @@ class RunWarning(NamedTuple):
 # ---- state
 
 
-def diagnose(run: Run) -> State:
+def diagnose(run: RunFolder) -> State:
     """Whether it runs, by heartbeats, lock, processes and the steps done."""
     total, fresh = run.total_steps, [rank for rank in run.ranks if rank.age <= STALE_S]
     complete = total is not None and run.step >= total
@@ -87,7 +87,7 @@ def diagnose(run: Run) -> State:
     return State("stopped", [Told("no_process", {"ago": time.time() - run.metrics.modified})])
 
 
-def _living(run: Run, fresh: list[Rank]) -> State:
+def _living(run: RunFolder, fresh: list[Rank]) -> State:
     lock = [Told("lock_held", {})]
     hang = find_hang(run.ranks, run.option("hang_timeout", HANG_TIMEOUT_S) or math.inf, STALE_S)
     if hang is not None and hang.silent:
@@ -109,7 +109,7 @@ def _where(rank: Rank) -> dict[str, Any]:
 # ---- speed
 
 
-def speed(run: Run) -> Speed:
+def speed(run: RunFolder) -> Speed:
     """Over the last steps. ``eta`` counts what lies between steps too (validation, saving) where the log has
     times."""
     rows = list(run.metrics.log.recent)[-100:]
@@ -124,7 +124,7 @@ def speed(run: Run) -> Speed:
     )
 
 
-def _seconds_per_step(run: Run, rows: list[dict[str, Any]]) -> float | None:
+def _seconds_per_step(run: RunFolder, rows: list[dict[str, Any]]) -> float | None:
     """From the log's times or durations, else from heartbeats, else from the last checkpoints."""
     # The time between the end of a run and its resuming is no time of steps.
     times = [(t, row["step"]) for row in rows for t in numbers([row], "time") if t >= run.started]
@@ -144,7 +144,7 @@ def _rate(places: list[tuple[float, int]]) -> float | None:
     return (t1 - t0) / (s1 - s0) if t1 > t0 and s1 > s0 else None
 
 
-def _marks(run: Run) -> list[tuple[float, int]]:
+def _marks(run: RunFolder) -> list[tuple[float, int]]:
     """(time, step) of the last two signs with a clock: checkpoints, and the first process's heartbeat."""
     marks = [(c.time, c.step) for c in run.checkpoints] + [(rank.time, rank.step) for rank in run.ranks[:1]]
     return sorted(marks)[-2:]
@@ -153,7 +153,7 @@ def _marks(run: Run) -> list[tuple[float, int]]:
 # ---- warnings
 
 
-def warnings(run: Run, state: State) -> list[RunWarning]:
+def warnings(run: RunFolder, state: State) -> list[RunWarning]:
     """What should be looked at, the worst first."""
     found = [*_numbers(run), *_validation(run), *_space(run)]
     if state.name in ("running", "hung"):
@@ -175,7 +175,7 @@ def _warn(key: str, **values: Any) -> RunWarning:
     return RunWarning("warn", key, values)
 
 
-def _numbers(run: Run) -> list[RunWarning]:
+def _numbers(run: RunFolder) -> list[RunWarning]:
     log, found = run.metrics.log, []
     lines = list(log.recent)
     if log.n_not_finite:
@@ -194,7 +194,7 @@ def _numbers(run: Run) -> list[RunWarning]:
     return found
 
 
-def _validation(run: Run) -> list[RunWarning]:
+def _validation(run: RunFolder) -> list[RunWarning]:
     lines = run.metrics.log.validations
     losses = [(line["step"], value) for line in lines for value in numbers([line], "val_loss")]
     if not losses:
@@ -204,7 +204,7 @@ def _validation(run: Run) -> list[RunWarning]:
     return [_warn("no_better", n=since, best=best, step=step, now=losses[-1][1])] if since >= WORSE else []
 
 
-def _saving(run: Run) -> list[RunWarning]:
+def _saving(run: RunFolder) -> list[RunWarning]:
     last: Checkpoint | None = run.last_checkpoint
     every = run.option("save_steps", 0)
     begin = run.metrics.log.points("loss")
@@ -216,7 +216,7 @@ def _saving(run: Run) -> list[RunWarning]:
     return []
 
 
-def _processes(run: Run) -> list[RunWarning]:
+def _processes(run: RunFolder) -> list[RunWarning]:
     found = []
     pace = _seconds_per_step(run, list(run.metrics.log.recent)[-100:]) or 0.0
     limit = max(LONG_PHASE_S, LONG_PHASE_STEPS * pace)
@@ -234,7 +234,7 @@ def _processes(run: Run) -> list[RunWarning]:
     return found
 
 
-def _space(run: Run) -> list[RunWarning]:
+def _space(run: RunFolder) -> list[RunWarning]:
     last = run.last_checkpoint
     need = int(SPARE * (last.size if last else 0) + 1e9 * run.option("min_free_gb", 1.0))
     short = run.disk_free is not None and run.disk_free < need

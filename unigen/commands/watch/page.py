@@ -27,7 +27,7 @@ from unigen.commands.watch.report import (
     warnings,
     why,
 )
-from unigen.runs.reader import Answer, Run
+from unigen.runs.reader import Answer, RunFolder
 from unigen.show.charts import Chart
 from unigen.show.figures import figure
 from unigen.show.language import TAGS, Words
@@ -45,7 +45,7 @@ CHECKPOINTS, PROCESSES, PROBLEMS = 12, 256, 5  # rows of tables
 Answers = Mapping[tuple[str, int | None], Answer]  # by prompt and seed
 
 
-def write(path: Path, runs: Sequence[Run], options: WatchOptions) -> Path:
+def write(path: Path, runs: Sequence[RunFolder], options: WatchOptions) -> Path:
     """Writes the page of one run, or of several that are compared; makes ``path``'s folder.
 
     Raises:
@@ -66,7 +66,7 @@ def write(path: Path, runs: Sequence[Run], options: WatchOptions) -> Path:
     )
 
 
-def _one(run: Run, words: Words) -> dict[str, Any]:
+def _one(run: RunFolder, words: Words) -> dict[str, Any]:
     state = diagnose(run)
     tables = [checkpoints(run, words, CHECKPOINTS), processes(run, words, PROCESSES)]
     return {
@@ -88,13 +88,13 @@ def _one(run: Run, words: Words) -> dict[str, Any]:
     }
 
 
-def _many(runs: Sequence[Run], words: Words) -> dict[str, Any]:
+def _many(runs: Sequence[RunFolder], words: Words) -> dict[str, Any]:
     table, _, wrong = overview(runs, words)
     shared = {"overview": table, "warnings": wrong, "samples": _samples_of_runs(runs, words)}
     return {"head": None, "tables": [], "options": [], **shared}
 
 
-def _results(run: Run, words: Words) -> list[tuple[str, str, str]]:
+def _results(run: RunFolder, words: Words) -> list[tuple[str, str, str]]:
     """``(name, value, note)`` of the share done and of the losses."""
     share, log, found = share_done(run), run.metrics.log, []
     if share is not None:
@@ -108,7 +108,7 @@ def _results(run: Run, words: Words) -> list[tuple[str, str, str]]:
     return found
 
 
-def _charts(runs: Sequence[Run], smoothing: float, words: Words) -> list[Chart]:
+def _charts(runs: Sequence[RunFolder], smoothing: float, words: Words) -> list[Chart]:
     names, drawn = [run.name for run in runs], []
     for panel in panels_of(runs):
         skipped = list(runs[0].metrics.log.skipped) if len(runs) == 1 and panel.name == "grad_norm" else []
@@ -116,7 +116,7 @@ def _charts(runs: Sequence[Run], smoothing: float, words: Words) -> list[Chart]:
     return drawn
 
 
-def _options(run: Run) -> list[tuple[str, str]]:
+def _options(run: RunFolder) -> list[tuple[str, str]]:
     """The options of the run that are not the defaults of this version."""
     from unigen.config import Config
 
@@ -131,21 +131,21 @@ def _options(run: Run) -> list[tuple[str, str]]:
 # ---- samples
 
 
-def _samples_of_steps(run: Run, words: Words) -> dict[str, Any]:
+def _samples_of_steps(run: RunFolder, words: Words) -> dict[str, Any]:
     """For each prompt of the newest samples what became of it over the steps."""
     columns = [("", _answers(run, step)) for step in _picked(run.sampled)]
     newest = next((list(found) for _, found in reversed(columns) if found), [])
     return _samples(words("samples_note"), newest, columns, words)
 
 
-def _samples_of_runs(runs: Sequence[Run], words: Words) -> dict[str, Any]:
+def _samples_of_runs(runs: Sequence[RunFolder], words: Words) -> dict[str, Any]:
     """For each prompt of any run the newest answer of each."""
     columns = [(f"{run.name}, ", _answers(run, run.sampled[-1])) for run in runs if run.sampled]
     keys = list(dict.fromkeys(key for _, found in columns for key in found))
     return _samples(words("samples_of_runs"), keys, columns, words)
 
 
-def _answers(run: Run, step: int) -> Answers:
+def _answers(run: RunFolder, step: int) -> Answers:
     return {(answer.prompt, answer.seed): answer for answer in run.answers(step)}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from unigen.runs.metrics import Point
-from unigen.runs.reader import Run
+from unigen.runs.reader import RunFolder
 from unigen.show.charts import COLOURS, Chart, Key, Line, line_chart
 from unigen.show.curves import Curve, Range, smooth, value_range
 from unigen.show.language import Words
@@ -41,7 +41,7 @@ PANELS = (
 )
 
 
-def panels_of(runs: Sequence[Run]) -> list[Panel]:
+def panels_of(runs: Sequence[RunFolder]) -> list[Panel]:
     """The charts that have data. A run with one kind of target alone has a total loss that says nothing
     new."""
     there = [
@@ -56,7 +56,7 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     return [panel for panel in there if not (single and panel.name == "loss")]
 
 
-def curves_of(runs: Sequence[Run], panel: Panel, smoothing: float = 0.0) -> list[Curve]:
+def curves_of(runs: Sequence[RunFolder], panel: Panel, smoothing: float = 0.0) -> list[Curve]:
     """The lines of a chart: of each run its training, smoothed, and its validation."""
     curves = []
     for i, run in enumerate(runs):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unigen.commands.watch import health
 from unigen.commands.watch.health import State, diagnose, speed
 from unigen.runs.metrics import Lines
-from unigen.runs.reader import Run
+from unigen.runs.reader import RunFolder
 from unigen.show.figures import figure, size
 from unigen.show.language import Words
 
@@ -20,7 +20,7 @@ MARKS = {
 VALUE_LENGTH = 400  # of a value in a table
 
 
-class Grid(NamedTuple):
+class WatchTable(NamedTuple):
     """A table.
 
     Args:
@@ -40,19 +40,19 @@ def why(state: State, words: Words) -> str:
     return "; ".join(words(told.key, **told.values) for told in state.why)
 
 
-def place(run: Run, words: Words) -> str:
+def place(run: RunFolder, words: Words) -> str:
     """How far the run is."""
     if (total := run.total_steps) is not None:
         return words("of_steps", step=run.step, total=total)
     return words("step_alone", step=run.step)
 
 
-def share_done(run: Run) -> float | None:
+def share_done(run: RunFolder) -> float | None:
     """The share of the steps that are done, where it is known how many there are."""
     return None if run.total_steps is None else min(1.0, run.step / run.total_steps)
 
 
-def facts(run: Run, state: State, words: Words) -> list[tuple[str, str, str]]:
+def facts(run: RunFolder, state: State, words: Words) -> list[tuple[str, str, str]]:
     """``(name, value, note)`` of the run's speed, last checkpoint and disk."""
     pace, told = speed(run), []
     minute = None if pace.seconds_per_step is None else 60 / pace.seconds_per_step
@@ -67,12 +67,12 @@ def facts(run: Run, state: State, words: Words) -> list[tuple[str, str, str]]:
     return [(words(key), value, note) for key, value, note in told]
 
 
-def warnings(run: Run, state: State, words: Words) -> list[tuple[str, str]]:
+def warnings(run: RunFolder, state: State, words: Words) -> list[tuple[str, str]]:
     """``(level, text)`` of what should be looked at, the worst first."""
     return [(w.level, words(w.key, **w.values)) for w in health.warnings(run, state)]
 
 
-def checkpoints(run: Run, words: Words, most: int) -> Grid:
+def checkpoints(run: RunFolder, words: Words, most: int) -> WatchTable:
     """The checkpoints, those being written and the newest first."""
     rows: list[list[Any]] = [[name, "", words("being_written"), "", ""] for name in run.writing]
     rows += [
@@ -83,7 +83,7 @@ def checkpoints(run: Run, words: Words, most: int) -> Grid:
     return _grid(words, "checkpoints", header, rows, len(run.checkpoints) - most)
 
 
-def processes(run: Run, words: Words, most: int) -> Grid:
+def processes(run: RunFolder, words: Words, most: int) -> WatchTable:
     """The processes of a run of several; where some are left out, those that are silent or behind stay."""
     ranks = run.ranks if len(run.ranks) > 1 else []
     shown = sorted(ranks, key=lambda rank: (-round(rank.age, -1), rank.step, rank.rank))[:most]
@@ -95,7 +95,7 @@ def processes(run: Run, words: Words, most: int) -> Grid:
     return _grid(words, "processes", header, rows, len(ranks) - most, minor=(2, 5, 1))
 
 
-def problems(run: Run, words: Words, most: int) -> list[Grid]:
+def problems(run: RunFolder, words: Words, most: int) -> list[WatchTable]:
     """The last steps that were skipped, and the last records that were left out."""
     found = []
     if steps := _last(run.bad_steps, most):
@@ -109,7 +109,7 @@ def problems(run: Run, words: Words, most: int) -> list[Grid]:
     return found
 
 
-def overview(runs: Sequence[Run], words: Words) -> tuple[Grid, list[str], list[tuple[str, str]]]:
+def overview(runs: Sequence[RunFolder], words: Words) -> tuple[WatchTable, list[str], list[tuple[str, str]]]:
     """A row for each of several runs, the names of their states, and ``(level, text)`` of what is wrong."""
     states = [diagnose(run) for run in runs]
     rows, wrong = [], []
@@ -146,16 +146,18 @@ def _grid(
     rows: list[list[Any]],
     rest: int = 0,
     minor: tuple[int, ...] = (),
-) -> Grid:
+) -> WatchTable:
     """A table of ``rows``, of which ``rest`` more are not shown; title and header are keys of the texts."""
-    return Grid(words(title) if title else "", [words(key) for key in header], rows, more(rest, words), minor)
+    return WatchTable(
+        words(title) if title else "", [words(key) for key in header], rows, more(rest, words), minor
+    )
 
 
 def _last(lines: Lines, most: int) -> list[Mapping[str, Any]]:
     return list(reversed(lines.last))[:most]
 
 
-def _left(run: Run, state: State, words: Words) -> str:
+def _left(run: RunFolder, state: State, words: Words) -> str:
     eta = speed(run).eta
     return words.duration(eta) if eta is not None and state.name == "running" else "–"
 

@@ -19,7 +19,7 @@ from unigen.commands.watch.report import (
     warnings,
     why,
 )
-from unigen.runs.reader import Answer, Run
+from unigen.runs.reader import Answer, RunFolder
 from unigen.show.curves import span
 from unigen.show.figures import figure
 from unigen.show.language import Words
@@ -33,7 +33,7 @@ CHECKPOINTS, PROCESSES, PROBLEMS, SAMPLES = 4, 8, 2, 3  # at most
 NAME = 24  # columns of a run's name or a prompt at most
 
 
-def frame(runs: Sequence[Run], words: Words, smoothing: float = 0.0) -> Iterator[RenderableType]:
+def frame(runs: Sequence[RunFolder], words: Words, smoothing: float = 0.0) -> Iterator[RenderableType]:
     """One run in full, or several compared, part by part; ``smoothing`` is that of training curves."""
     if len(runs) == 1:
         yield from _one(runs[0], words, smoothing)
@@ -48,7 +48,7 @@ def frame(runs: Sequence[Run], words: Words, smoothing: float = 0.0) -> Iterator
         yield notices(wrong)
 
 
-def _one(run: Run, words: Words, smoothing: float) -> Iterator[RenderableType]:
+def _one(run: RunFolder, words: Words, smoothing: float) -> Iterator[RenderableType]:
     state = diagnose(run)
     sign, style = MARKS[state.name]
     share = share_done(run)
@@ -92,7 +92,7 @@ def _answer(answer: Answer, words: Words) -> Text:
     return one_line((prompt, "soft"), "  ", "  ".join(parts) or answer.error)
 
 
-def _curves(runs: Sequence[Run], words: Words, smoothing: float) -> RenderableType:
+def _curves(runs: Sequence[RunFolder], words: Words, smoothing: float) -> RenderableType:
     """The curves of all panels, those of several runs with a line between panels."""
     parts = [_panel(runs, panel, words, smoothing) for panel in panels_of(runs)]
     if not parts:
@@ -101,7 +101,9 @@ def _curves(runs: Sequence[Run], words: Words, smoothing: float) -> RenderableTy
     return grid(rows, minor=(3,))
 
 
-def _panel(runs: Sequence[Run], panel: Panel, words: Words, smoothing: float) -> list[list[Text | Stretched]]:
+def _panel(
+    runs: Sequence[RunFolder], panel: Panel, words: Words, smoothing: float
+) -> list[list[Text | Stretched]]:
     """A line for each curve, all on one scale: its name, itself, its newest value, and a note."""
     curves, several = curves_of(runs, panel, smoothing), len(runs) > 1
     values = panel.values(curves)
