@@ -42,10 +42,10 @@ def frame(runs: Sequence[RunFolder], words: Words, smoothing: float = 0.0) -> It
     for row, state in zip(compared.rows, states, strict=True):
         row[:2] = [one_line(row[0], most=NAME), line((row[1], MARKS[state][1]))]
     yield table(compared.header, compared.rows, compared.minor)
-    yield ""
-    yield _curves(runs, words, smoothing)
     if wrong:
         yield notices(wrong)
+    yield ""
+    yield _curves(runs, words, smoothing)
 
 
 def _one(run: RunFolder, words: Words, smoothing: float) -> Iterator[RenderableType]:
