@@ -14,7 +14,7 @@ from unigen.commands.demo import command
 from unigen.config import Config, ConfigError, UserError, known_options
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb"]
+HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb", "rich", "jinja2"]
 
 
 def python(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
