@@ -278,7 +278,7 @@ class Runner:
 def environment(small: bool) -> dict[str, str]:
     """Of a part: what the first one compiles the others find, and nothing asks a network."""
     cache = Path(tempfile.gettempdir()) / f"unigen-gpu-{os.getuid()}"
-    paths = [str(ROOT), str(ROOT / "tests" / "model"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
     asked = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",

@@ -433,7 +433,7 @@ def test_the_carried_packages_are_enough_for_a_bare_machine(tmp_path):
     }
     own = {"unigen", "tiny_model", "compare_reference", *(file.stem for file in SCRIPT.parent.glob("*.py"))}
     assert "pyarrow" not in top and "torch" in top
-    paths = [str(ROOT), *(str(ROOT / folder) for folder in ("benchmarks", "tests/model", "tools"))]
+    paths = [str(ROOT), *(str(ROOT / folder) for folder in ("benchmarks", "tests", "tools"))]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", BARE, ",".join(sorted(top | own)), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from kills import timeless
 from safetensors.torch import load_file, save_file
 from tiny import batch_of, built, draw_picture, metrics, take_warm_up, text, train_on, write_jsonl
 
-from unigen.config import Config, UserError, known_options
+from unigen.config import Config, UserError
 from unigen.data.dataset import BadData
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import read_states, verify_checkpoint
@@ -610,17 +609,3 @@ def test_an_output_folder_that_is_a_file_is_told(options: dict[str, Any], tmp_pa
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot be written.*--output_dir"):
         train(**options | {"output_dir": str(tmp_path / "file")})
-
-
-@pytest.mark.parametrize("page", ["training.md", "training.zh-CN.md"])
-def test_the_page_on_training_lists_every_flag_with_its_default(page: str):
-    lines = (ROOT / "docs" / page).read_text("utf-8").splitlines()
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in lines if line.startswith("| `")]
-    listed = {name: default for name, default in rows if name in known_options()}
-    assert listed.keys() == set(known_options())
-    for field in fields(Config):
-        wanted, given = field.default, listed[field.name]
-        if isinstance(wanted, float):
-            assert float(given) == wanted, field.name
-        else:
-            assert given == (str(wanted) if isinstance(wanted, str) else str(wanted).lower()), field.name
