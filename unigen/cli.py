@@ -1,6 +1,6 @@
 """The command line: ``unigen COMMAND --option value ...``.
 
-The commands are the rows of ``commands.py``.
+The commands are the rows of ``commands/table.py``.
 
 Options are flat and snake_case; the same names are the keys of YAML recipes (``--config recipe.yaml``). A
 flag wins over every recipe, a later recipe over an earlier one. ``jsonargparse`` checks the types and writes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -175,30 +175,21 @@ def segment(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | 
 
 
 def role_of(item: Json, where: str) -> str:
-    role = required(item, "role", str, where)
-    if role not in ROLES:
-        raise BadRecord(
-            "unknown_role",
-            f"{where}.role",
-            show(role),
-            " or ".join(f'"{r}"' for r in ROLES),
-            "correct the role",
-        )
-    return role
+    return _one_of(ROLES, item, "role", where, "correct the role")
 
 
 def speaker_of(item: Json, where: str) -> str:
     """The role behind the ``from`` of ShareGPT."""
-    name = required(item, "from", str, where)
-    if name not in SPEAKERS:
-        raise BadRecord(
-            "unknown_role",
-            f"{where}.from",
-            show(name),
-            " or ".join(f'"{s}"' for s in SPEAKERS),
-            "correct the speaker",
-        )
-    return SPEAKERS[name]
+    return SPEAKERS[_one_of(SPEAKERS, item, "from", where, "correct the speaker")]
+
+
+def _one_of(known: Collection[str], item: Json, key: str, where: str, fix: str) -> str:
+    """The value of ``key``. Raises BadRecord where it is not one of the known ones."""
+    value = required(item, key, str, where)
+    if value not in known:
+        expected = " or ".join(f'"{name}"' for name in known)
+        raise BadRecord("unknown_role", f"{where}.{key}", show(value), expected, fix)
+    return value
 
 
 def variants(value: Any, field: str) -> tuple[Text, str]:

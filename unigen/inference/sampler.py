@@ -131,7 +131,7 @@ def draw(
     """Integrates the flow from noise to data for every canvas; final latent tokens [rows * columns,
     patch_dim] float32.
 
-    All pictures and all contexts of the guidance go through the model in one row.
+    All pictures and all contexts of the guidance go through the model in one packed sequence.
     """
     device = model.device
     x = [canvas.noise.to(device=device, dtype=torch.float32) for canvas in canvases]
@@ -159,7 +159,7 @@ def draw(
 
 
 class _Row:
-    """The packed row of all canvases in all contexts that one kind of step needs; packed and planned once."""
+    """All canvases in all contexts that one kind of step needs; packed and prepared once."""
 
     def __init__(
         self, model: Bagel, special: SpecialIds, canvases: Sequence[Canvas], text: bool, image: bool
@@ -167,7 +167,7 @@ class _Row:
         self.model, self.n = model, len(canvases)
         every = range(len(canvases))
         self.apart = [i for i, c in enumerate(canvases) if image and c.no_image is not c.full]
-        self.shown = [*every, *(every if text else []), *self.apart]  # the canvas of each sample of the row
+        self.shown = [*every, *(every if text else []), *self.apart]  # the canvas of each sample
         self.caches = [c.full for c in canvases] + ([c.no_text for c in canvases] if text else [])
         self.caches += [canvases[i].no_image for i in self.apart]
         grids = [canvases[i].grid for i in self.shown]

@@ -111,16 +111,16 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def latents_of(self, pack: Pack) -> list[Tensor]:
-        """Normalised latents [C, h, w] of the row's VAE pictures: those it brings, then the codec's of the
-        others."""
+        """Normalised latents [C, h, w] of the sequence's VAE pictures: those it brings, then the codec's
+        of the others."""
         if not pack.vae_pixels:
             return pack.latents
         assert self.codec is not None, "this model has no codec; load it with load_bagel"
         return pack.latents + encode_all(self.codec, pack.vae_pixels, pack.vae_noise or None)
 
     def features_of(self, pack: Pack) -> Tensor:
-        """ViT features [N, ViT width] of the row's ViT tokens: those it brings, and the ViT's of the other
-        pictures."""
+        """ViT features [N, ViT width] of the sequence's ViT tokens: those it brings, and the ViT's of the
+        other pictures."""
         if not pack.vit_features:
             return self.vit_model(pack.vit_patches, pack.vit_position, pack.vit_lengths)
         parts: list[Tensor | None] = [None] * len(pack.vit_lengths)
@@ -199,9 +199,9 @@ class Bagel(nn.Module):
         return self.llm2vae(hidden).float()
 
     def forward(self, pack: Pack, latents: Sequence[Tensor] | None = None) -> Output:
-        """The training forward: per-token losses of a row.
+        """The training forward: per-token losses of a packed sequence.
 
-        ``latents`` default to the row's own pictures, encoded.
+        ``latents`` default to the sequence's own pictures, encoded.
         """
         x0 = self.clean_tokens(pack, self.latents_of(pack) if latents is None else latents)
         t = flow.training_time(pack.u, self.config.timestep_shift)

@@ -1,7 +1,8 @@
 """The small parts of the model. Shapes, here and in all of ``model/``:
 
-T tokens of a row, D hidden width, H query heads, G key-value heads, d width of a head, B pictures or samples
-of a group, L longest of a group, P tokens in the cache, C latent channels, p latent patch, M latent tokens.
+T tokens of a packed sequence, D hidden width, H query heads, G key-value heads, d width of a head, B pictures
+or samples of a group, L longest of a group, P tokens in the cache, C latent channels, p latent patch, M
+latent tokens.
 """
 
 from __future__ import annotations

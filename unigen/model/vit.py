@@ -1,5 +1,5 @@
-"""SigLIP with pictures of any size (NaViT): patches of many pictures in one row, full attention inside
-each."""
+"""SigLIP with pictures of any size (NaViT): patches of many pictures in one sequence, full attention
+inside each."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Held:
 
 
 class DeepSpeed(Engine):
-    """See the module."""
+    """Parameters, gradients and moments as ZeRO divides them."""
 
     name = "deepspeed"
     grouped = True

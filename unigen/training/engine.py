@@ -3,7 +3,7 @@
     single      one process
     ddp         every process a whole model (PyTorch's DistributedDataParallel)
     fsdp2       parameters, gradients, moments and average in shards (PyTorch's fully_shard), ``fsdp.py``
-    deepspeed   ZeRO 1, 2, 3, ``zero.py``
+    deepspeed   ZeRO 1, 2, 3, ``deepspeed.py``
 
 The optimiser works on plain tensors: on the parameters, or on what this process holds of them.
 """
@@ -221,7 +221,7 @@ class Engine:
         return autocast(self.device, self.dtype, cache=True)
 
     def forward(self, pack: Pack) -> Output:
-        """The training forward of a row. It uses every weight once, so no lowered copy is kept."""
+        """The training forward of a packed sequence; weights are used once, so no lowered copy is kept."""
         with autocast(self.device, self.dtype, cache=False):
             return self.wrapped(pack)
 

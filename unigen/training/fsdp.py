@@ -33,7 +33,7 @@ from unigen.training.shards import Shard
 
 
 class FullyShard(Engine):
-    """See the module."""
+    """Each process holds its rows of every parameter (FSDP2)."""
 
     name = "fsdp2"
     grouped = True
