@@ -166,6 +166,7 @@ def test_public_names_are_lazy_and_real():
         assert getattr(unigen, name) is not None
 
 
+@pytest.mark.slow
 def test_the_guides_inferencer_is_the_packages():
     done = python(
         "-c",

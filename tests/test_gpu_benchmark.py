@@ -178,6 +178,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_or_dies_costs_itself_only(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part("", 3, "") for name in PROGRAMS})
     with Pretended(tmp_path, 300, small=False) as runner:
@@ -199,6 +200,7 @@ def test_a_part_that_hangs_or_dies_costs_itself_only(tmp_path, monkeypatch):
     assert not alive(grandchild)
 
 
+@pytest.mark.slow
 def test_parts_without_time_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part("", 60, "") for name in PROGRAMS})
     with Pretended(tmp_path, gpu.LEAST + 2, small=False) as runner:
@@ -208,6 +210,7 @@ def test_parts_without_time_are_named(tmp_path, monkeypatch):
     assert skipped["part"] == "layers" and "no time left" in skipped["skipped"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_its_results_and_no_process(tmp_path):
     code = f"""
 import sys

@@ -54,6 +54,7 @@ def edit_json(file: Path, change) -> None:
     file.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_reference_s_numbers_are_ours(golden):
     done = command(golden)
     assert done.returncode == 0, done.stdout + done.stderr

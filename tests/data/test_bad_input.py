@@ -173,6 +173,7 @@ def test_the_templates_are_sound(place: Path) -> None:
 # ---- bytes
 
 
+@pytest.mark.slow
 def test_every_byte_at_every_kind_of_place(place: Path) -> None:
     """Inside a text, between two fields, in a field's name, and alone on its line."""
     around = [
@@ -222,6 +223,7 @@ def damaged(data: bytes, how: str, at: float, seed: int) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.slow
 def test_damaged_lines(place: Path) -> None:
     lines = [dumped(record) for record in TEMPLATES.values()]
     hows = ["cut", "flip", "insert", "delete", "double", "noise", "brackets"]

@@ -223,6 +223,7 @@ def test_different_rows_feed_different_bytes(one: dict, two: dict) -> None:
 # ---- compressed files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "c.jsonl.zst"])
 def test_a_truncated_compressed_file_is_an_error_at_every_length(tmp_path: Path, name: str) -> None:
     make(tmp_path)

@@ -158,6 +158,7 @@ def test_the_mask_of_the_loader_knows_all_kinds_of_blocks(model):
     assert seen == {NONE, PARTIAL, FULL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", range(5))
 def test_flex_attention_is_dense_attention(row, model):
     pack = tiny.row(list(long_rows(model))[row], model)

@@ -324,6 +324,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures through Linux's /proc")
 def test_loading_and_saving_take_no_second_copy(golden, tmp_path):
     """About 300 MB in float32, stored as float32 and as bfloat16; ru_maxrss would not do, as a child starts

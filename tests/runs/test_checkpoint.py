@@ -41,6 +41,7 @@ def forge(folder: Path, **changes: Any) -> None:
 # ---- what is damaged is noticed
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_manifest_and_many_of_each_file_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

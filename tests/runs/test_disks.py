@@ -413,6 +413,7 @@ for pid, name in modes.items():
 """
 
 
+@pytest.mark.slow
 def test_kill_9_or_a_refusal_at_any_moment_leaves_whole_checkpoints_only(tmp_path: Path):
     """``every``: killed before each single file operation of saving and pruning; ``refused``: each of them
     fails once with EACCES; ``at_random``: killed by the clock, in the middle of writes, beside the training

@@ -168,6 +168,7 @@ def test_time_in_which_the_process_is_frozen_does_not_count(start, tmp_path: Pat
     assert child.end()[0::2] == (0, "")
 
 
+@pytest.mark.slow
 def test_a_hung_process_ends_and_says_so_without_a_disk(start, tmp_path: Path):
     """The folder of heartbeats cannot be made, so nothing is known of the other process."""
     (tmp_path / "ranks").write_text("")

@@ -216,6 +216,7 @@ def test_without_background_it_is_published_when_save_returns(tmp_path: Path):
     assert saver.published() is None
 
 
+@pytest.mark.slow
 def test_training_goes_on_within_2_s_of_a_save_on_a_disk_that_takes_longer(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -486,6 +487,7 @@ def _save_as_rank(rank: int, world: int, port: int, folder: str) -> None:
     (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
 
 
+@pytest.mark.slow
 def test_two_real_processes_write_beside_the_training(tmp_path: Path):
     """Over gloo: three saves in the background while the processes talk, the two newest stay, a failing
     fourth is told by both."""

@@ -117,6 +117,7 @@ with SignalHandler() as stops, stops.phase("outside"):
     assert (code, out.split(), err.count("\n")) == (0, ["saved", "clean", "stopped", "outside"], 1), err
 
 
+@pytest.mark.slow
 def test_random_moments_never_leave_a_wrong_state(start):
     """200 signals at random moments of quickly changing phases: Stopped, or ``asked`` at the end of the
     round; and the innermost phase is then again what it was before."""
@@ -185,6 +186,7 @@ STUCK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "where"), [(signal.SIGTERM, "in Python"), (signal.SIGINT, "in C")], ids=["in Python", "in C"]
 )
@@ -386,6 +388,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_ends_a_run_with_workers_cleanly(start):
     """To the whole group, as torchrun, SLURM and a terminal send it: the step at hand is finished, workers
     end with the loader, stderr has one line and no traceback, all within seconds. A SIGTERM to each worker
@@ -406,6 +409,7 @@ def test_a_signal_to_all_processes_ends_a_run_with_workers_cleanly(start):
     assert not any(_lives(pid) for pid in workers)
 
 
+@pytest.mark.slow
 def test_no_worker_is_left_when_the_run_is_killed(start):
     """kill -9 of the main process while its workers are busy for ten minutes: they end within seconds."""
     child = start(LOADER, "stuck")

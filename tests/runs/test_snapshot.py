@@ -167,6 +167,7 @@ def test_a_copy_that_fails_on_one_process_is_an_error_on_all_and_holds_nobody(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(("step", ".step"))]
 
 
+@pytest.mark.slow
 def test_a_run_whose_copies_are_late_saves_the_same_bytes(
     options: dict[str, Any], late: LateLane, monkeypatch, tmp_path: Path
 ):

@@ -280,6 +280,7 @@ def with_parts_damaged(
     return rebuilt(format, parts, honest)
 
 
+@pytest.mark.slow
 def test_damaged_parts_are_decoded_to_the_announced_size_or_refused_with_a_reason(capfd) -> None:
     verdicts = {how: Counter() for how in PARTS}
 

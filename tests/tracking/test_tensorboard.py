@@ -164,6 +164,7 @@ def test_without_the_package_the_cure_is_told(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported_for_it(tmp_path: Path):
     code = f"""
 import sys

@@ -83,6 +83,7 @@ def test_a_regression_ends_within_five_percent_of_adamw():
     assert final["adamw8bit"] == pytest.approx(final["adamw"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_the_tiny_model_lose_at_most_half_a_percent_against_adamw(
     options: dict[str, Any], tmp_path: Path
 ):
@@ -263,6 +264,7 @@ def test_a_resumed_regression_equals_an_uninterrupted_one_to_the_bit():
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_the_tiny_model_equals_an_uninterrupted_one_to_the_bit(
     options: dict[str, Any], tmp_path: Path
 ):

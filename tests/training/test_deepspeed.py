@@ -26,7 +26,7 @@ from unigen.training.precision import DeviceFacts, choose_precision
 from unigen.training.step import Counts, joint_loss, loss_sums
 from unigen.training.trainer import TrainingLoop
 
-pytestmark = pytest.mark.xdist_group("zero")  # its processes are started once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("zero")]  # its processes are started once
 
 # Small pieces: buckets of a few thousand elements, groups that are cut, every parameter gathered when it is
 # needed.
@@ -258,6 +258,7 @@ def assert_within(found: dict[Any, torch.Tensor], wanted: dict[Any, torch.Tensor
             assert error <= limit * scale + floor, (key, error, scale, total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "zero", "name"), RUNS)
 def test_zero_trains_to_the_weights_of_one_process_within_1e_6(
     ran: Any, alone: Any, world: int, zero: str, name: str

@@ -29,6 +29,8 @@ from tiny import (
 
 from unigen.config import UserError
 
+pytestmark = pytest.mark.slow  # several processes
+
 ROOT = Path(__file__).parents[2]
 
 # Rows of each process: [rank][micro][records]. The records are those of the fixture: 0 and 5 are text, 1 and
@@ -162,6 +164,7 @@ def losses(output_dir: Path | str) -> list[tuple[Any, ...]]:
     return [tuple(line.get(name) for name in names) for line in metrics(output_dir) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path, tmp_path: Path):
     options |= {"model_path": "tests/golden/model", "max_image_tokens": 16, "save_steps": 1}
     printed = command([], options)
@@ -212,6 +215,7 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_user_ends_every_process(options: dict[str, Any], tmp_path: Path):
     write_jsonl(tmp_path / "bad.jsonl", [{"text_prompt": "x", "image_path": "missing.png"}])
     printed = command(torchrun(2), options | {"train_data_path": str(tmp_path / "bad.jsonl")}, code=1)

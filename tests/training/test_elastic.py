@@ -18,7 +18,7 @@ from unigen.data.loader import LoaderState
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import scan_group
 
-pytestmark = pytest.mark.xdist_group("elastic")  # its processes are started once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("elastic")]  # its processes are started once
 
 STEPS, ROWS = 8, 6
 # (processes, engine, up to step): the run moves on from line to line.

@@ -20,6 +20,8 @@ from tiny import batch_of, built, step_of, take_warm_up, write_jsonl
 
 from unigen.training.trainer import TrainingLoop
 
+pytestmark = pytest.mark.slow  # several processes
+
 # Of each step the rows of each process: [step][rank][micro-batch][records]. 0 and 5 are text, 1 and 6 are
 # drawn, 3 is an edit.
 TWO: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {
@@ -196,6 +198,7 @@ def prepared(
     return tmp_path_factory.mktemp("engines"), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(
     run: str, prepared: tuple[Path, dict[str, Any]]

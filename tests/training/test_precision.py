@@ -187,6 +187,7 @@ def test_the_precision_in_a_checkpoint_of_any_age(options: dict[str, Any], name:
     assert stored_precision(options) == name
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_in_another_precision_says_so(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):

@@ -18,9 +18,10 @@ from unigen.runs.signals import Stopped
 from unigen.training.samples import SampleWriter
 from unigen.training.synchronised import SynchronisedGeneration
 
-pytestmark = pytest.mark.xdist_group("samples_together")  # its processes are started once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("samples_together")]  # its processes are started once
 
 
+@pytest.mark.slow
 def test_a_failure_that_the_others_cannot_be_told_of_ends_the_run(options: dict[str, Any], tmp_path: Path):
     """Passes when an error between the gatherings of a stack, where the others wait, comes out, and one
     outside of it does not."""

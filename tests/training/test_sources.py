@@ -45,6 +45,7 @@ def sources(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return options | changed | {"gradient_accumulation_steps": 2, "logging_steps": 1}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_waiting_samples_is_the_uninterrupted_one_to_the_bit(
     sources: dict[str, Any], tmp_path: Path
 ):

@@ -157,6 +157,7 @@ def test_the_learning_rate_follows_the_schedule_over_optimiser_steps(options: di
     ]
 
 
+@pytest.mark.slow
 def test_num_workers_change_nothing(options: dict[str, Any], tmp_path: Path):
     """Passes when log and checkpoint are the same with 0, 2 and 4 data workers."""
     train(**options | {"gradient_accumulation_steps": 2})
@@ -169,6 +170,7 @@ def test_num_workers_change_nothing(options: dict[str, Any], tmp_path: Path):
         assert_same_checkpoint(folder / "step_2", Path(options["output_dir"]) / "step_2")
 
 
+@pytest.mark.slow
 def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_last_window(
     options: dict[str, Any], tmp_path: Path
 ):
@@ -190,6 +192,7 @@ def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_las
         assert tokens == seen[0][0] and sums == pytest.approx(seen[0][1], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(options: dict[str, Any], tmp_path: Path, precision: str):
     """Two steps, finite, near those of float32; the weights stay float32; and the scale of fp16 comes back on
@@ -233,6 +236,7 @@ def whole_run(
     return options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", range(1, 12))
 def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp_path: Path, stopped: int):
     """Passes when a run resumed after each of its steps, in the middle of an epoch and at its end, has the
@@ -253,6 +257,7 @@ def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp
         assert_same_checkpoint(tmp_path / f"step_{step}", whole / f"step_{step}")
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_by_itself(whole_run: dict[str, Any], tmp_path: Path):
     """kill -9 somewhere after the second step, then the same command with ``auto``."""
     if whole_run["ema"]:

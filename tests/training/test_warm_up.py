@@ -77,6 +77,7 @@ def _warm_up_as_rank(rank: int, world: int, port: int, cases: list[dict[str, Any
 TOGETHER = {"single": 1, "ddp fsdp2": 2, "deepspeed-1 deepspeed-2 deepspeed-3": 2}  # engines -> processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engines", TOGETHER)
 def test_the_second_micro_batch_runs_while_the_gradients_of_the_first_are_held(
     options: dict[str, Any], tmp_path: Path, engines: str
@@ -198,6 +199,7 @@ def living_after(trainer: TrainingLoop, sampling: bool) -> int:
     return found[0]
 
 
+@pytest.mark.slow
 def test_the_training_forward_keeps_no_lowered_copy_of_a_weight_and_sampling_does(options: dict[str, Any]):
     """With recomputed activations next to nothing in bfloat16 is left; with the cache that sampling has,
     every trained matrix is."""

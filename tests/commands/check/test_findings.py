@@ -233,6 +233,7 @@ def test_problems_are_all_kept_in_their_file_and_few_in_memory(tmp_path):
 # ---- numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 250])
 def test_lengths_and_targets_are_those_of_the_packs(tmp_path, golden, limit):
     """With a checkpoint: every token of the rows that training would build, by kind and by loss, counted from

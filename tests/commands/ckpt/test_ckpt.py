@@ -467,6 +467,7 @@ assert "unigen.training.engine" not in sys.modules and "unigen.runs.saver" not i
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_an_export_takes_the_memory_of_its_largest_tensor(tmp_path: Path):
     """Passes when exporting 256 MB in tensors of 64 MB raises the peak by less than 64 MB + 40 MB, and in

@@ -249,6 +249,7 @@ def test_a_second_run_asks_only_for_what_is_missing_damaged_or_failed(server, tm
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_continued(server, tmp_path):
     """kill -9 with five pictures there and others on their way: the next run asks for those that are missing
     alone."""
