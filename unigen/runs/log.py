@@ -18,7 +18,8 @@ MAX_WAITING = 64 * 2**20  # bytes kept in memory while the disk takes none
 
 
 class JsonlLog:
-    """Appends whole records, each in one write, so that a reader or a kill never meets half of one.
+    """Appends whole records, each in one write. A kill tears the last record at most (the kernel ends a
+    killed write between two pages); readers skip such a line and a resume drops it (``drop_after``).
 
     What cannot be written (disk full, file system read-only, folder away) is kept in memory, in order, up to
     ``MAX_WAITING`` bytes, and written with the first record that can be. The outage is a warning, its end
