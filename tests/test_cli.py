@@ -88,7 +88,7 @@ def test_help_and_errors_need_no_heavy_package(argv):
             ["train", "--model_path", "m", "--train_data_path", "x.jsonl", "--fp16", "--bf16"],
             "fp16 and bf16 exclude each other",
         ),
-        (["demo", "--seed", "many"], "--seed: 'many' does not fit"),
+        (["demo", "--seed", "many"], "--seed is 'many'"),
         (["--quick"], "unknown command '--quick'"),
     ],
 )

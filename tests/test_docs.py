@@ -13,6 +13,7 @@ import sys
 import types
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -350,7 +351,13 @@ def test_what_the_architecture_adds_as_an_example_works(monkeypatch, tmp_path, c
     for language, body in blocks(ROOT / "docs" / "architecture.md"):
         if language == "python":
             exec(compile(body, "architecture.md", "exec"), vars(example))
-    config = Config(learning_rate=2.0, lr_scheduler_type="sqrt", engine="told", device="cpu")
+
+    @dataclass
+    class Wider(Config):  # their names in the options' types, as the table of the page says
+        lr_scheduler_type: str = "sqrt"
+        engine: str = "told"
+
+    config = Wider(learning_rate=2.0, device="cpu")
     assert learning_rate_at(75, 100, config) == pytest.approx(1.0)
     engine = open_engine(config)
     assert isinstance(engine, Engine) and type(engine).__name__ == "Told"

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 # above.
 LAYERS = """
 version
-config files
+values
+config files recipe
 sequence
 model data
 cache runs inference

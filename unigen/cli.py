@@ -3,9 +3,9 @@
 The commands are the rows of ``commands/table.py``.
 
 Options are flat and snake_case; the same names are the keys of YAML recipes (``--config recipe.yaml``). A
-flag wins over every recipe, a later recipe over an earlier one. ``jsonargparse`` checks the types and writes
-the help; this file adds what it has no words for: switches without a value, several values, recipes by line,
-and "did you mean".
+flag wins over every recipe, a later recipe over an earlier one. ``recipe.py`` reads recipes, ``values.py``
+every value, ``jsonargparse`` writes the help; this file adds switches without a value, several values, and
+"did you mean".
 """
 
 from __future__ import annotations
@@ -18,21 +18,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from unigen.commands.table import COMMANDS, Command
-from unigen.config import TOPICS, Config, SamplingOptions, UserError, nearest
+from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError, nearest
+from unigen.recipe import UsageError, read_recipe
+from unigen.values import bracketed, describe, kinds, members, read_option
 from unigen.version import __version__
 
-if TYPE_CHECKING:
-    import yaml
-
 T = TypeVar("T")
-
-
-class UsageError(UserError):
-    """The command line or a recipe says something no command understands; names the flag or file:line."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,8 +87,8 @@ def run_command(name: str, argv: list[str]) -> int:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The training options in flags and recipes, types checked, ranges not (:meth:`Config.resolve` does
-    that).
+    """The training options in flags and recipes, each checked by itself; :meth:`Config.resolve` checks them
+    together.
 
     Raises:
         UsageError: an unknown option or key, a missing value, a wrong type, an unreadable recipe.
@@ -120,14 +114,18 @@ def parse_options(
     flags = list(read_flags(argv, types, positional, short or {}))
     recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
     values: dict[str, Any] = {}
-    for recipe in recipes:
-        for where, name, value in read_recipe(Path(recipe), types):
-            values[name] = checked(where, name, value, types[name])
-    for name, (flag, given) in collect(flags, types).items():
-        values[name] = checked(flag, name, flag_value(flag, given, types[name]), types[name])
+    try:
+        for recipe in recipes:
+            for where, name, value in read_recipe(Path(recipe), types):
+                values[name] = read_option(options, name, value, where)
+        for name, (flag, given) in collect(flags, types).items():
+            value = flag_value(flag, given, types[name], kinds(options)[name])
+            values[name] = read_option(options, name, value, f"--{name}")
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
     for field in fields(options):  # type: ignore[arg-type]
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise UsageError(f"--{field.name} is missing; it has no default (--{field.name} ...)")
+            raise UsageError(f"--{field.name} is missing; it has no default. Fix: --{field.name} ...")
     return options(**values)
 
 
@@ -199,12 +197,13 @@ def collect(
     return found
 
 
-def flag_value(flag: str, given: list[str], kind: Any) -> Any:
-    """The value for the type check: a switch without a value is on; several values are a list."""
+def flag_value(flag: str, given: list[str], kind: Any, ruled: Any) -> Any:
+    """The value for :func:`read_option`: a switch without a value is on; several values are a list.
+    ``ruled`` is the type with its rules, for messages."""
     if is_switch(kind) and not given:
         return "true"
     if not given:
-        raise UsageError(f"{flag} needs a value: {describe(kind)}")
+        raise UsageError(f"{flag} needs a value. Fix: give {describe(ruled)}")
     if len(given) == 1 and (not takes_several(kind) or accepts_text(kind) or bracketed(given[0])):
         return given[0]
     if not takes_several(kind):
@@ -218,105 +217,7 @@ def paths_of(flag: str, given: list[str]) -> list[str]:
     return given
 
 
-# Recipes
-
-
-def read_recipe(path: Path, types: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(``file:line: key``, option, value) of a YAML file of flat options."""
-    import yaml
-
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: cannot read {path}: {error}; give the path of a YAML recipe") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
-        raise UsageError(
-            f"{path}:{root.start_mark.line + 1}: a recipe is a list of 'option: value' lines, found something"
-            " else"
-        )
-    seen: dict[str, int] = {}
-    for key, node in root.value:
-        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-        where = f"{path}:{line}"
-        if name not in types:
-            raise UsageError(f"{where}: unknown option {key.value!r}{did_you_mean(name, list(types))}")
-        if name in seen:
-            raise UsageError(f"{where}: {name} was already given in line {seen[name]}; keep one of the two")
-        seen[name] = line
-        yield f"{where}: {name}", name, node_value(node, types[name], where)
-
-
-def node_value(node: yaml.Node, kind: Any, where: str) -> Any:
-    """The YAML value; a scalar where a text is asked for keeps its spelling (a run named ``2026-11-01`` is no
-    date)."""
-    import yaml
-
-    if isinstance(node, yaml.ScalarNode) and accepts_text(kind) and not node.tag.endswith(":null"):
-        return node.value
-    if isinstance(node, yaml.ScalarNode) and node.value in choices(kind):  # `compile: on` is no truth value
-        return node.value
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = getattr(error, "problem", None) or error
-        raise UsageError(
-            f"{where}: cannot be read: {problem}; write a plain number, text, true, false, or a list"
-        ) from None
-    finally:
-        loader.dispose()
-
-
 # Types
-
-
-def checked(where: str, name: str, value: Any, kind: Any) -> Any:
-    """The value in the option's type, or a UsageError with ``where``, the value, and the expected type."""
-    if type(None) in get_args(kind) and (value is None or value in ("none", "None", "null")):
-        return None
-    if is_text(value, kind):
-        return value
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_argument(f"--{name}", type=kind)
-    try:
-        return parser.parse_object({name: value})[name]
-    except jsonargparse.ArgumentError:
-        pass
-    raise UsageError(f"{where}: {value!r} does not fit; expected {describe(kind)}")
-
-
-def describe(kind: Any) -> str:
-    """A type in words: ``float | None`` is "a number, or none"."""
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(kind))
-    if get_origin(kind) in (list, tuple):
-        items = [describe(item) for item in get_args(kind)]
-        return (
-            f"several of: {items[0]}"
-            if get_origin(kind) is list
-            else f"{len(items)} values: " + ", ".join(items)
-        )
-    if get_args(kind):
-        return ", or ".join(describe(item) for item in get_args(kind))
-    names = {
-        bool: "true or false",
-        int: "a whole number (int)",
-        float: "a number (float)",
-        str: "a text (str)",
-        type(None): "none",
-    }
-    return names.get(kind, str(kind))
-
-
-def members(kind: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the type alone."""
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def is_switch(kind: Any) -> bool:
@@ -334,30 +235,6 @@ def takes_list(kind: Any) -> bool:
 
 def accepts_text(kind: Any) -> bool:
     return str in members(kind)
-
-
-def choices(kind: Any) -> tuple[Any, ...]:
-    """The words that an option can be."""
-    return tuple(
-        word for member in members(kind) if get_origin(member) is Literal for word in get_args(member)
-    )
-
-
-def is_text(value: Any, kind: Any) -> bool:
-    """Whether the value is the text or texts asked for as they stand; jsonargparse would read one that looks
-    like YAML."""
-    if isinstance(value, str):
-        return accepts_text(kind) and not (takes_several(kind) and bracketed(value))
-    return (
-        list[str] in members(kind)
-        and isinstance(value, list)
-        and all(isinstance(item, str) for item in value)
-    )
-
-
-def bracketed(text: str) -> bool:
-    """``[a, b]``: one flag value that is a list written as in a recipe."""
-    return text.startswith("[") and text.endswith("]")
 
 
 # Help

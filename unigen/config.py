@@ -1,27 +1,60 @@
 """Every option once. A topic is a dataclass; :class:`Config` is their union, and its names are flat.
 
-Recipes (YAML) and flags are read by ``unigen/cli.py``; a flag wins over a recipe, an unknown key is an error
-that names the nearest known one.
+What a value may be stands in its type (``unigen/values.py`` reads it), what several may be together in
+:meth:`Config.resolve`. Recipes (YAML) and flags are read by ``unigen/cli.py``; a flag wins over a recipe, an
+unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from unigen.values import (
+    ConfigError,
+    Count,
+    Device,
+    KeysOf,
+    NotNegative,
+    Options,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    UserError,
+    Whole,
+    nearest,
+    read_keys,
+)
 
-class UserError(ValueError):
-    """Something the user can put right; the command line shows the message alone, without a traceback."""
+__all__ = [
+    "TOPICS",
+    "Config",
+    "ConfigError",
+    "DataOptions",
+    "LoaderOptions",
+    "ModelOptions",
+    "OptimOptions",
+    "RunOptions",
+    "SamplingOptions",
+    "Source",
+    "TrackingOptions",
+    "UserError",
+    "known_options",
+    "nearest",
+]
 
-
-class ConfigError(UserError):
-    """An option has a value that cannot work; the message says which, why, and the fix."""
+# Beyond these a number is a slip of the hand: 1e20 as learning rate, 10^9 workers.
+Beta = Annotated[float, Range(0, 1, below=True)]
+Shift = Annotated[float, Range(0, 1000, above=True)]  # of times
+Loss = Annotated[float, Range(0, math.inf)]  # the weight of one, which counts beside the other's
+Workers = Annotated[int, Range(0, 1024)]
 
 
 @dataclass
-class ModelOptions:
+class ModelOptions(Options):
     """Which model, and which of its parts learn.
 
     Args:
@@ -38,11 +71,11 @@ class ModelOptions:
     freeze_llm: bool = False
     freeze_vit: bool = False
     freeze_und: bool = False
-    timestep_shift: float | None = None
+    timestep_shift: Shift | None = None
 
 
 @dataclass
-class Source:
+class Source(Options):
     """One entry of ``train_sources``.
 
     Args:
@@ -59,59 +92,35 @@ class Source:
 
     path: str | list[str]
     name: str = ""
-    weight: float | None = None
+    weight: Positive | None = None
     repeat: bool = False
-    max_image_tokens: int | None = None
-    max_image_size: int | None = None
-    min_image_size: int | None = None
+    max_image_tokens: Count | None = None
+    max_image_size: Count | None = None
+    min_image_size: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        first = self.path if isinstance(self.path, str) else self.path[0]
+        self.name = self.name or first.rstrip("/").rpartition("/")[2]
+        low, high = self.min_image_size, self.max_image_size
+        if low is not None and high is not None and low > high:
+            raise ConfigError(
+                f"min_image_size is {low}, above max_image_size {high}. Fix: swap them, or leave one out"
+            )
 
     @classmethod
     def read(cls, values: dict[str, Any], where: str) -> Source:
         """Raises ConfigError for an unknown key, a missing path, or a value of another type or out of
         range."""
-        kinds = {
-            "path": (str, list), "name": (str,), "weight": (int, float), "repeat": (bool,),
-            "max_image_tokens": (int,), "max_image_size": (int,), "min_image_size": (int,),
-        }  # fmt: skip
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{where} is {values!r}; write a mapping such as {{path: data.jsonl, weight: 2}}"
-            )
-        for key, value in values.items():
-            if key not in kinds:
-                near = nearest(str(key), list(kinds))
-                raise ConfigError(
-                    f"{where}: unknown key {key!r}"
-                    + (f"; did you mean {near}?" if near else f" (keys: {', '.join(kinds)})")
-                )
-            good = isinstance(value, kinds[key]) and (key == "repeat" or not isinstance(value, bool))
-            if good and isinstance(value, list):
-                good = bool(value) and all(isinstance(item, str) for item in value)
-            if good and isinstance(value, int | float) and key != "repeat":
-                good = math.isfinite(value) and value > 0
-            if not good:
-                raise ConfigError(f"{where}: {key} is {value!r}; expected {_SOURCE_WORDS[key]}")
-        if "path" not in values:
-            raise ConfigError(f"{where}: path is missing; name the files or folders of this source")
-        source = cls(**values)
-        first = source.path if isinstance(source.path, str) else source.path[0]
-        source.name = source.name or first.rstrip("/").rpartition("/")[2]
-        return source
-
-
-_SOURCE_WORDS = {
-    "path": "a path, or a list of paths",
-    "name": "a text",
-    "weight": "a number above 0",
-    "repeat": "true or false",
-    "max_image_tokens": "a whole number above 0",
-    "max_image_size": "a whole number above 0",
-    "min_image_size": "a whole number above 0",
-}
+        try:
+            return cls(**read_keys(cls, values, where))
+        except ConfigError as error:
+            message = str(error)
+            raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
 
 
 @dataclass
-class DataOptions:
+class DataOptions(Options):
     """How a record becomes tokens, the same in training, check and preview.
 
     Args:
@@ -137,28 +146,17 @@ class DataOptions:
     visual_gen: bool = True
     visual_und: bool = True
     data_root: str | None = None
-    max_sequence_length: int | None = None
-    max_image_tokens: int = 4096
+    max_sequence_length: Count | None = None
+    max_image_tokens: Count = 4096
     train_transitions: bool = True
-    single_image_stop_prob: float = 0.15
-    text_cond_dropout_prob: float = 0.1
-    vit_cond_dropout_prob: float = 0.3
-    vae_cond_dropout_prob: float = 0.3
-
-    def check_data(self) -> None:
-        """Raises ConfigError for a value out of range."""
-        for name in ("max_image_tokens", "max_sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1 (--{name} ...)")
-        for name in (f.name for f in fields(DataOptions) if f.name.endswith("_prob")):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name} is {value}; a probability lies in [0, 1] (--{name} ...)")
+    single_image_stop_prob: Share = 0.15
+    text_cond_dropout_prob: Share = 0.1
+    vit_cond_dropout_prob: Share = 0.3
+    vae_cond_dropout_prob: Share = 0.3
 
 
 @dataclass
-class LoaderOptions:
+class LoaderOptions(Options):
     """Which data is read, and how it is packed.
 
     Args:
@@ -178,18 +176,18 @@ class LoaderOptions:
     """
 
     train_data_path: str | list[str] | None = None
-    train_sources: list[dict[str, Any]] | None = None
+    train_sources: list[Annotated[dict[str, Any], KeysOf(Source)]] | None = None
     val_data_path: str | list[str] | None = None
     cache_dir: str | None = None
-    batch_size: int = 1
-    max_num_tokens: int | None = None
+    batch_size: Count = 1
+    max_num_tokens: Count | None = None
     on_bad_record: Literal["error", "skip"] = "error"
     check_pictures: Literal["auto", "full", "headers"] = "auto"
-    num_workers: int | None = None
+    num_workers: Workers | None = None
 
 
 @dataclass
-class OptimOptions:
+class OptimOptions(Options):
     """How the weights move.
 
     Args:
@@ -220,29 +218,29 @@ class OptimOptions:
             bitsandbytes).
     """
 
-    num_epochs: int = 3
-    max_steps: int | None = None
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = 10
-    spike_sigma: float | None = None
-    early_stopping_patience: int | None = None
+    num_epochs: Count = 3
+    max_steps: Count | None = None
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Annotated[float, Range(0, 10)] = 1e-5
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
+    adam_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-8
+    max_grad_norm: NotNegative = 1.0
+    max_skipped_steps: Count = 10
+    spike_sigma: Positive | None = None
+    early_stopping_patience: Count | None = None
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    warmup_ratio: float = 0.0
-    warmup_steps: int | None = None
-    text_loss_weight: float = 1.0
-    image_loss_weight: float = 1.0
-    ema: float | None = None
+    warmup_ratio: Share = 0.0
+    warmup_steps: Whole | None = None
+    text_loss_weight: Loss = 1.0
+    image_loss_weight: Loss = 1.0
+    ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 @dataclass
-class RunOptions:
+class RunOptions(Options):
     """Where and how it runs.
 
     Args:
@@ -278,7 +276,7 @@ class RunOptions:
         min_free_gb: Gigabytes (10^9 bytes) of the disk that stay free after a checkpoint.
         resume_from_checkpoint: A step_N folder, or auto for the newest in output_dir.
         seed: Seed of everything random.
-        device: cuda, cpu, or auto.
+        device: auto, cpu, cuda, or one GPU such as cuda:1.
         dry_run: Do everything up to the first step, then stop.
     """
 
@@ -290,25 +288,25 @@ class RunOptions:
     compile: Literal["auto", "on", "off"] = "auto"
     checkpointing_policy: Literal["full", "selective"] = "full"
     engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    shard_size: int | None = None
+    shard_size: Count | None = None
     cpu_offload: bool = False
     deepspeed_config: str | None = None
-    hang_timeout: float = 1800.0
-    logging_steps: int = 10
-    eval_steps: int | None = None
-    save_steps: int = 500
-    save_total_limit: int | None = None
+    hang_timeout: Annotated[float, Range(0, 1e9)] = 1800.0
+    logging_steps: Count = 10
+    eval_steps: Count | None = None
+    save_steps: Count = 500
+    save_total_limit: Count | None = None
     async_save: bool = True
     low_space: Literal["stop", "prune", "wait"] = "stop"
-    min_free_gb: float = 1.0
+    min_free_gb: NotNegative = 1.0
     resume_from_checkpoint: str | None = None
-    seed: int = 42
-    device: str = "auto"
+    seed: Seed = 42
+    device: Device = "auto"
     dry_run: bool = False
 
 
 @dataclass
-class TrackingOptions:
+class TrackingOptions(Options):
     """Who is told.
 
     Args:
@@ -330,7 +328,7 @@ class TrackingOptions:
     tensorboard: bool = False
     trackio_project: str | None = None
     sample_prompts: str | list[str] | None = None
-    sample_steps: int | None = None
+    sample_steps: Count | None = None
 
 
 TOPICS = (ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, TrackingOptions)
@@ -346,145 +344,10 @@ class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions,
         Raises:
             ConfigError: an option is missing or out of range, or two exclude each other.
         """
-        checks = [
-            (self.model_path, "model_path", "is missing; give the folder of a BAGEL checkpoint"),
-            (
-                self.train_data_path or self.train_sources,
-                "train_data_path",
-                "is missing; give a JSON or JSONL file, or a folder of them",
-            ),
-            (
-                not (self.train_data_path and self.train_sources),
-                "train_sources",
-                "and train_data_path exclude each other; keep one",
-            ),
-            (
-                self.visual_gen or self.visual_und or not self.freeze_llm,
-                "freeze_llm",
-                "with no visual part leaves nothing to train",
-            ),
-            (
-                not (self.freeze_und and not self.visual_gen),
-                "freeze_und",
-                "trains the generation expert, which visual_gen=false leaves out",
-            ),
-            (
-                not (self.freeze_und and self.freeze_llm),
-                "freeze_und",
-                "with freeze_llm leaves only the latent heads; choose one of them",
-            ),
-        ]
-        counts = ("batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps", "save_steps")
-        for name in (*counts, "max_skipped_steps"):
-            checks.append(
-                (getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1")
-            )
-        optional = ("max_steps", "eval_steps", "max_num_tokens")
-        for name in (*optional, "save_total_limit", "early_stopping_patience", "shard_size", "sample_steps"):
-            value = getattr(self, name)
-            checks.append((value is None or value >= 1, name, f"is {value}; it must be at least 1"))
-        for name in (
-            "learning_rate",
-            "weight_decay",
-            "max_grad_norm",
-            "warmup_ratio",
-            "text_loss_weight",
-            "image_loss_weight",
-        ):
-            value = getattr(self, name)
-            checks.append(
-                (
-                    math.isfinite(value) and value >= 0,
-                    name,
-                    f"is {value}; it must be a finite number of at least 0",
-                )
-            )
-        sigma = self.spike_sigma
-        checks.append(
-            (
-                sigma is None or (math.isfinite(sigma) and sigma > 0),
-                "spike_sigma",
-                f"is {sigma}; it must be a number above 0",
-            )
-        )
-        checks.append(
-            (
-                self.early_stopping_patience is None or self.val_data_path is not None,
-                "early_stopping_patience",
-                "needs val_data_path",
-            )
-        )
-        checks.append(
-            (
-                self.warmup_ratio <= 1,
-                "warmup_ratio",
-                f"is {self.warmup_ratio}; it is a share of all steps, at most 1",
-            )
-        )
-        checks.append(
-            (
-                self.ema is None or 0 < self.ema < 1,
-                "ema",
-                f"is {self.ema}; a decay lies between 0 and 1, such as 0.9999",
-            )
-        )
-        checks.append(
-            (
-                self.num_workers is None or self.num_workers >= 0,
-                "num_workers",
-                f"is {self.num_workers}; it must be 0 or more",
-            )
-        )
-        for name in ("shard_size", "cpu_offload"):
-            checks.append(
-                (
-                    not getattr(self, name) or self.engine == "fsdp2",
-                    name,
-                    "needs engine fsdp2 (--engine fsdp2)",
-                )
-            )
-        for name, value in (("hang_timeout", self.hang_timeout), ("min_free_gb", self.min_free_gb)):
-            checks.append(
-                (
-                    math.isfinite(value) and value >= 0,
-                    name,
-                    f"is {value}; it must be a finite number of at least 0",
-                )
-            )
-        checks += [
-            (
-                self.deepspeed_config is None or self.engine == "deepspeed",
-                "deepspeed_config",
-                "needs engine deepspeed (--engine deepspeed)",
-            ),
-            (
-                self.optimizer == "adamw" or self.engine != "deepspeed",
-                "optimizer",
-                "adamw8bit does not work with engine deepspeed; use fsdp2",
-            ),
-            (
-                self.sample_steps is None or self.sample_prompts is not None,
-                "sample_steps",
-                "needs sample_prompts",
-            ),
-            (
-                self.compile != "on" or not self.recomputes_selectively,
-                "compile",
-                (
-                    "is on, but checkpointing_policy selective cannot see the products inside of compiled"
-                    " layers; use full, or compile off"
-                ),
-            ),
-            (
-                self.compile != "on" or self.engine != "deepspeed",
-                "compile",
-                "is on, which engine deepspeed cannot; use fsdp2",
-            ),
-        ]
-        for good, name, problem in checks:
-            if not good:
+        self.check()
+        for refused, name, problem in (*_missing(self), *_nothing_to_learn(self), *_at_odds(self)):
+            if refused:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")
-        self.check_data()
         self.asked_precision()
         self.sources()
         return self
@@ -529,7 +392,7 @@ class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions,
                 name.
         """
         if not self.train_sources:
-            return [Source(path=self.train_data_path or [], name="train_data_path")]
+            return [Source(self.train_data_path, "train_data_path")] if self.train_data_path else []
         found = [Source.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)]
         names = [source.name for source in found]
         for name in names:
@@ -543,8 +406,105 @@ class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions,
         return asdict(self)
 
 
+# Option -> the option without which it has no effect.
+_NEEDS = {
+    "early_stopping_patience": "val_data_path",
+    "sample_steps": "sample_prompts",
+    "wandb_run_name": "wandb_project",
+}
+# (is it so?, the option, what is wrong and the fix)
+_Rules = Iterator[tuple[Any, str, str]]
+
+
+def _missing(c: Config) -> _Rules:
+    """What is not given, and what is given without the option that it belongs to."""
+    yield not c.model_path, "model_path", "is missing. Fix: give the folder of a BAGEL checkpoint"
+    yield (
+        not (c.train_data_path or c.train_sources),
+        "train_data_path",
+        "is missing. Fix: give a JSON or JSONL file, or a folder of them",
+    )
+    for name, other in _NEEDS.items():
+        given = getattr(c, name) is not None and getattr(c, other) is None
+        yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
+    for name in ("shard_size", "cpu_offload"):
+        yield getattr(c, name) and c.engine != "fsdp2", name, "needs engine fsdp2. Fix: --engine fsdp2"
+    yield (
+        c.deepspeed_config is not None and c.engine != "deepspeed",
+        "deepspeed_config",
+        "needs engine deepspeed. Fix: --engine deepspeed",
+    )
+    yield (
+        c.checkpointing_policy == "selective" and not c.gradient_checkpointing,
+        "checkpointing_policy",
+        "is selective, but gradient_checkpointing is off. Fix: --gradient_checkpointing, or leave the policy"
+        " out",
+    )
+
+
+def _nothing_to_learn(c: Config) -> _Rules:
+    """Parts and losses that leave out all that could be trained."""
+    yield (
+        not (c.visual_gen or c.visual_und) and c.freeze_llm,
+        "freeze_llm",
+        "with no visual part leaves nothing to train. Fix: leave freeze_llm out",
+    )
+    yield (
+        c.freeze_und and not c.visual_gen,
+        "freeze_und",
+        "trains the generation expert, which visual_gen=false leaves out. Fix: leave one of them out",
+    )
+    yield (
+        c.freeze_und and c.freeze_llm,
+        "freeze_und",
+        "with freeze_llm leaves only the latent heads. Fix: choose one of them",
+    )
+    yield (
+        c.text_loss_weight == 0 and (c.image_loss_weight == 0 or not c.visual_gen),
+        "text_loss_weight",
+        "is 0, and so is all else that could be learnt. Fix: give one loss a weight above 0",
+    )
+
+
+def _at_odds(c: Config) -> _Rules:
+    """Options that exclude each other."""
+    yield (
+        c.train_data_path and c.train_sources,
+        "train_sources",
+        "and train_data_path exclude each other. Fix: keep one",
+    )
+    yield (
+        None not in (c.warmup_steps, c.max_steps) and c.warmup_steps > c.max_steps,
+        "warmup_steps",
+        f"is {c.warmup_steps}, above max_steps {c.max_steps}: the learning rate would never reach its"
+        " peak. Fix: fewer",
+    )
+    yield (
+        c.learning_rate * c.weight_decay >= 1,
+        "weight_decay",
+        f"is {c.weight_decay}: times the learning rate of {c.learning_rate} a step takes away more than"
+        " there is. Fix: a smaller one",
+    )
+    yield (
+        c.optimizer == "adamw8bit" and c.engine == "deepspeed",
+        "optimizer",
+        "adamw8bit does not work with engine deepspeed. Fix: use fsdp2",
+    )
+    yield (
+        c.compile == "on" and c.recomputes_selectively,
+        "compile",
+        "is on, but checkpointing_policy selective cannot see the products inside of compiled layers. Fix:"
+        " use full, or compile off",
+    )
+    yield (
+        c.compile == "on" and c.engine == "deepspeed",
+        "compile",
+        "is on, which engine deepspeed cannot. Fix: use fsdp2",
+    )
+
+
 @dataclass
-class SamplingOptions:
+class SamplingOptions(Options):
     """How texts are written and pictures drawn.
 
     The command line, Python and samples while training take these names and defaults.
@@ -554,12 +514,14 @@ class SamplingOptions:
         max_new_tokens: Most tokens of one text, thinking included.
         do_sample: Sample tokens instead of taking the most likely one.
         temperature: Temperature of sampled tokens; read only with do_sample.
-        height: Height of a drawn picture in pixels; default: the last picture's, or the largest square's.
-        width: Width of a drawn picture in pixels; default: the last picture's, or the largest square's.
+        height: Height of a drawn picture in pixels, rounded down to the model's stride (16) with a line
+            that says so; needs width. Default: the last picture's, or the largest square's.
+        width: Width of a drawn picture in pixels; as height.
         num_timesteps: Points of the time grid from noise to picture; N points are N - 1 Euler steps.
         timestep_shift: Shift of the time grid; larger spends more steps near the noise.
-        cfg_text_scale: Guidance by the text (w_text of docs/model.md); 1 turns it off.
-        cfg_img_scale: Guidance by the context pictures, on top of the text's (w_img); 1 turns it off.
+        cfg_text_scale: Guidance by the text (w_text of docs/model.md); 1 or less turns it off.
+        cfg_img_scale: Guidance by the context pictures, on top of the text's (w_img); 1 or less
+            turns it off.
         cfg_interval: The times (low, high] in which guidance acts.
         cfg_renorm_min: Least factor by which a guided velocity is scaled back to its unguided length.
         cfg_renorm_type: Lengths are those of the whole picture (global), of each token (channel), or of each
@@ -568,26 +530,20 @@ class SamplingOptions:
     """
 
     think: bool = False
-    max_new_tokens: int = 1000
+    max_new_tokens: Count = 1000
     do_sample: bool = False
-    temperature: float = 0.3
-    height: int | None = None
-    width: int | None = None
-    num_timesteps: int = 50
-    timestep_shift: float = 3.0
-    cfg_text_scale: float = 3.0
-    cfg_img_scale: float = 1.5
-    cfg_interval: tuple[float, float] = (0.4, 1.0)
-    cfg_renorm_min: float = 0.0
+    temperature: Annotated[float, Range(0, 100)] = 0.3
+    height: Count | None = None
+    width: Count | None = None
+    num_timesteps: Annotated[int, Range(2, 10_000)] = 50
+    timestep_shift: Shift = 3.0
+    cfg_text_scale: Annotated[float, Range(0, 1000)] = 3.0
+    cfg_img_scale: Annotated[float, Range(0, 1000)] = 1.5
+    cfg_interval: tuple[Share, Share] = (0.4, 1.0)
+    cfg_renorm_min: Share = 0.0
     cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
-    seed: int | None = 42
+    seed: Seed | None = 42
 
 
 def known_options() -> list[str]:
     return [f.name for f in fields(Config)]
-
-
-def nearest(name: str, known: list[str] | None = None) -> str | None:
-    """The known option a misspelt one most likely meant, or None."""
-    found = difflib.get_close_matches(name.replace("-", "_"), known or known_options(), n=1, cutoff=0.5)
-    return found[0] if found else None

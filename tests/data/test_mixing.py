@@ -169,9 +169,9 @@ def test_the_log_counts_passes_and_tokens_of_each_source(tmp_path: Path):
 BAD = [
     ({"pat": "a.jsonl"}, "unknown key 'pat'; did you mean path?"),
     ({"weight": 2}, "path is missing"),
-    ({"path": "a.jsonl", "weight": -1}, "weight is -1; expected a number above 0"),
+    ({"path": "a.jsonl", "weight": -1}, "weight is -1.0; it is out of range. Fix: give a number above 0"),
     ({"path": "a.jsonl", "weight": True}, "weight is True"),
-    ({"path": "a.jsonl", "repeat": "yes"}, "repeat is 'yes'; expected true or false"),
+    ({"path": "a.jsonl", "repeat": "yes"}, "repeat is 'yes'. Fix: give true or false"),
     ({"path": []}, "path is []"),
     ({"path": "a.jsonl", "max_image_tokens": 1.5}, "max_image_tokens is 1.5"),
     ("a.jsonl", "write a mapping"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unigen.config import SamplingOptions, UserError
+from unigen.values import Device
 
 
 @dataclass(kw_only=True)
@@ -20,7 +21,7 @@ class GenerateOptions(SamplingOptions):
         mode: text answers in text, image draws, edit redraws the last picture; auto lets the model decide
             what comes next.
         output_dir: Folder for the texts, the pictures and index.html.
-        device: cuda, cpu, or auto.
+        device: auto, cpu, cuda, or one GPU such as cuda:1.
     """
 
     model_path: str
@@ -28,7 +29,7 @@ class GenerateOptions(SamplingOptions):
     image: list[str] = field(default_factory=list)
     mode: Literal["auto", "text", "image", "edit"] = "auto"
     output_dir: str = "outputs/generate"
-    device: str = "auto"
+    device: Device = "auto"
 
 
 class GenerateError(UserError):

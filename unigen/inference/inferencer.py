@@ -14,14 +14,15 @@ from unigen.config import SamplingOptions
 from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.options import InferenceError, Renamed, Settings, sampling_options
 from unigen.inference.pictures import blocks_as_reference, trained_transform, within
+from unigen.inference.requests import IMAGE, TEXT, Piece, Requests, picture_of, sample_of
 from unigen.inference.sampler import Canvas, decode_pixels, draw, feed, write
-from unigen.model.backends import prefer_flash
+from unigen.model.backends import pick_device, prefer_flash
 from unigen.model.bagel import Bagel
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import ImageTransform, to_image
 from unigen.sequence.plan import Transforms
 from unigen.sequence.tokens import Tokenizer
-from unigen.sequence.types import Block, Image, Kind, Text
+from unigen.sequence.types import Block, Image, Kind, Sample, Text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,10 +41,6 @@ THINK_PROMPTS = {
         " </think> image here"
     ),
 }
-Piece = Any  # str, or a picture: PIL image, pathlib.Path, bytes
-TEXT, IMAGE = "text", "image"
-
-
 _DEFAULT = SamplingOptions()
 
 
@@ -102,6 +99,7 @@ class InterleaveInferencer:
         )
         self.builder = ContextBuilder(model, self.tokenizer, transforms)
         self.think_prompts = dict(think_prompts or THINK_PROMPTS)
+        self.requests = Requests(config, self.builder.planner, self.think_prompts)
         # Where processes share one model every token that was chosen goes through here: they must take the
         # same one.
         self.agree: Callable[[int], int] = lambda token: token
@@ -111,10 +109,9 @@ class InterleaveInferencer:
         cls, folder: Path | str, device: str = "auto", dtype: torch.dtype | None = None
     ) -> InterleaveInferencer:
         """Loads a checkpoint folder; bfloat16 on a GPU, float32 on a CPU unless ``dtype`` says otherwise."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = pick_device(device)
         return cls(
-            load_bagel(folder, device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
+            load_bagel(folder, place, dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16))
         )
 
     # ---- drawing
@@ -138,39 +135,11 @@ class InterleaveInferencer:
             for tokens, canvas in zip(drawn, canvases, strict=True)
         ]
 
-    def canvas_shape(self, shape: Sequence[int] | None) -> tuple[int, int]:
-        """The height and width that the model draws where ``shape`` is asked for: multiples of its stride.
-        Default: its largest square.
-
-        Raises:
-            InferenceError: a side is outside what its position table has room for.
-        """
-        config = self.model.config
-        stride, limit = config.latent_stride, config.max_latent_size * config.latent_stride
-        if shape is None:
-            side = min(config.vae_transform["max_size"], limit) // stride * stride
-            return side, side
-        height, width = shape
-        for name, value in (("height", height), ("width", width)):
-            if value < stride or value > limit:
-                raise InferenceError(
-                    f"{name} is {value} pixels; this model draws from {stride} to {limit}. Fix: choose a"
-                    " side in that range"
-                )
-        return height // stride * stride, width // stride * stride
-
     def _noise(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         stride = self.model.config.latent_stride
         return torch.randn(
             (shape[0] // stride) * (shape[1] // stride), self.model.config.patch_dim, generator=generator
         )
-
-    def _needs_gen(self) -> None:
-        if not self.model.config.visual_gen:
-            raise InferenceError(
-                "this model was loaded with visual_gen=False and cannot draw. Fix: load it with"
-                " visual_gen=True"
-            )
 
     # ---- as the reference
 
@@ -202,14 +171,17 @@ class InterleaveInferencer:
 
         The parameters are the reference's; ``settings`` may name those of :class:`SamplingOptions` that are
         called otherwise here (``max_new_tokens``, ``temperature``, ``height`` and ``width``).
-        ``image_shapes`` is (height, width), the last input picture's where there is one. ``seed`` makes it
-        repeatable; ``trace`` collects tokens, latents and pictures as tensors.
+        ``image_shapes`` is (height, width); default the last input picture's, which the reference takes even
+        where a shape is given. ``seed`` makes it repeatable; ``trace`` collects tokens, latents and
+        pictures as tensors.
 
         Raises:
-            InferenceError: a setting is unknown or cannot work, or this model cannot do what is asked.
+            InferenceError: a setting is unknown or cannot work, this model cannot do what is asked, or the
+                request is longer than its context.
+            PictureError: a picture cannot be read.
         """
         asked: dict[str, Any] = {
-            "think": bool(think), "do_sample": bool(do_sample), "cfg_text_scale": cfg_text_scale,
+            "think": think, "do_sample": do_sample, "cfg_text_scale": cfg_text_scale,
             "cfg_img_scale": cfg_img_scale,
             "cfg_interval": cfg_interval, "timestep_shift": timestep_shift, "num_timesteps": num_timesteps,
             "cfg_renorm_min": cfg_renorm_min, "cfg_renorm_type": cfg_renorm_type, "seed": seed,
@@ -223,25 +195,21 @@ class InterleaveInferencer:
             if value != default:
                 asked[old] = value
         options, trace = sampling_options(**asked), {} if trace is None else trace
-        generator = _generator(options.seed)
+        think, generator = options.think, _generator(options.seed)
         if not understanding_output:
-            self._needs_gen()
-        context = Context(self.model.config.llm.num_hidden_layers)
+            self.requests.needs_gen()
+        self.requests.tell_idle(options, understanding_output or think, not understanding_output)
+        context, builder = Context(self.model.config.llm.num_hidden_layers), self.builder
         context.reset(drawing=not understanding_output)
-        config, builder = self.model.config, self.builder
-        if think:
-            builder.add_text(
-                [context], [self.think_prompts["understand" if understanding_output else "generate"]]
-            )
-        for piece in input_lists:
-            if isinstance(piece, str):
-                builder.add_text([context], [piece])
+        parts = self._reference_parts(input_lists, think, context.drawing)
+        shape = self.requests.last_shape(parts) if options.height is None or understanding_output else None
+        shape = shape or self.requests.canvas_shape(None if understanding_output else _shape(options))
+        self.requests.check_parts(parts, shape, initial_noise, understanding_output, options)
+        for part in parts:
+            if isinstance(part, str):
+                builder.add_text([context], [part])
             else:
-                builder.check_sees(context.drawing)
-                shown = blocks_as_reference(
-                    config, self.vae_transform, self.vit_transform, piece, context.drawing
-                )
-                builder.add_image([context], [shown])
+                builder.add_image([context], [part])
         output: list[Any] = []
         if understanding_output or think:
             pick = self._picker(options, [generator])
@@ -253,7 +221,6 @@ class InterleaveInferencer:
             return output
         if think:
             builder.add_text([context], [output[0]], only_full=True)
-        shape = context.shape or self.canvas_shape(_shape(options))
         noise = self._noise(shape, generator) if initial_noise is None else initial_noise
         tokens, pixels = self._draw([context], [shape], [noise], options)[0]
         picture = to_image(pixels.cpu())
@@ -261,14 +228,37 @@ class InterleaveInferencer:
         trace.setdefault("image", []).append(torch.from_numpy(_array(picture)))
         return [*output, picture]
 
+    def _reference_parts(
+        self, pieces: Sequence[Piece], think: bool, drawing: bool
+    ) -> list[str | list[Block]]:
+        """The texts of a request as they are, its pictures as blocks; the system prompt of thinking first."""
+        parts: list[str | list[Block]] = []
+        if think:
+            parts.append(self.think_prompts["generate" if drawing else "understand"])
+        for piece in sample_of(pieces):
+            if isinstance(piece, Text):
+                parts.append(piece.text)
+                continue
+            self.builder.check_sees(drawing)
+            parts.append(
+                blocks_as_reference(
+                    self.model.config, self.vae_transform, self.vit_transform, piece.source, drawing
+                )
+            )
+        return parts
+
     def __call__(self, image: Any = None, text: str | None = None, **options: Any) -> dict[str, Any]:
-        """``{"image": ..., "text": ...}`` for a picture, a text or both; options of
-        :meth:`interleave_inference`.
+        """``{"image": ..., "text": ...}`` for a picture (a path, a PIL image, bytes, or a list of them), a
+        text or both; options of :meth:`interleave_inference`.
 
         Raises:
-            InferenceError: neither is given.
+            InferenceError: neither is given, or one is neither a picture nor a text.
+            PictureError: a picture cannot be read.
         """
-        pieces = [piece for piece in (image, text) if piece is not None]
+        if not isinstance(text, str | None):
+            raise InferenceError(f"text is {type(text).__name__}. Fix: give a text (str)")
+        images = image if isinstance(image, list | tuple) else [] if image is None else [image]
+        pieces = [*map(picture_of, images), *([] if text is None else [text])]
         if not pieces:
             raise InferenceError("neither an image nor a text is given. Fix: pass image=, text= or both")
         result: dict[str, Any] = {"image": None, "text": None}
@@ -342,13 +332,16 @@ class InterleaveInferencer:
                 it.
 
         Raises:
-            InferenceError: a setting is unknown or cannot work, or this model cannot do what is asked.
+            InferenceError: a setting is unknown or cannot work, this model cannot do what is asked, or a
+                prompt and its answer are longer than its context.
+            PictureError: a picture cannot be read.
         """
         o = sampling_options(options, **settings)
-        self._check_outputs(outputs)
-        shape = None if o.height is None else self.canvas_shape(_shape(o))
+        samples, shape = self.requests.prepare(prompts, outputs, o)
+        contexts = [self._context(sample) for sample in samples]
+        if not isinstance(max_pieces, int) or isinstance(max_pieces, bool) or max_pieces < 1:
+            raise InferenceError(f"max_pieces is {max_pieces!r}. Fix: a whole number of at least 1")
         generators = [_generator(None if o.seed is None else o.seed + i) for i in range(len(prompts))]
-        contexts = [self._context(pieces) for pieces in prompts]
         answers: list[list[Any]] = [[] for _ in prompts]
 
         def write_in(chosen: list[int], by: Callable[..., list[str]], *rest: bool) -> None:
@@ -365,10 +358,10 @@ class InterleaveInferencer:
         )
         for turn in range(turns):
             if turn == 0:
-                kinds = dict(enumerate(self._begin(contexts, outputs, o.think)))
+                kinds = dict(enumerate(self._begin(contexts, outputs, o, shape)))
             else:
                 kinds = {
-                    i: outputs[turn] if outputs is not None else self._next_kind(contexts[i], first=False)
+                    i: outputs[turn] if outputs is not None else self._next_fitting(contexts[i], o, shape)
                     for i in active
                 }
             active, last = [i for i in active if kinds[i] is not None], turn == turns - 1
@@ -384,22 +377,17 @@ class InterleaveInferencer:
                     answers[i].append(picture)
         return answers
 
-    def _check_outputs(self, outputs: Sequence[str] | None) -> None:
-        for kind in outputs or ():
-            if kind not in (TEXT, IMAGE):
-                raise InferenceError(f"outputs names {kind!r}; a piece is 'text' or 'image'")
-        if outputs and IMAGE in outputs:
-            self._needs_gen()
-
-    def _context(self, pieces: Sequence[Piece]) -> Context:
-        if not pieces:
-            raise InferenceError("a prompt is empty. Fix: give at least one text or picture")
+    def _context(self, sample: Sample) -> Context:
         context = Context(self.model.config.llm.num_hidden_layers)
-        context.pieces = [Text(piece) if isinstance(piece, str) else Image(piece) for piece in pieces]
+        context.pieces = sample
         return context
 
     def _begin(
-        self, contexts: Sequence[Context], outputs: Sequence[str] | None, think: bool
+        self,
+        contexts: Sequence[Context],
+        outputs: Sequence[str] | None,
+        options: SamplingOptions,
+        shape: tuple[int, int] | None,
     ) -> list[str | None]:
         """Builds the contexts; what each answer begins with.
 
@@ -412,11 +400,13 @@ class InterleaveInferencer:
             kinds = [self._next_kind(context, first=True) for context in contexts]
         else:
             kinds = [outputs[0]] * len(contexts)
+        think = options.think
         if think:
             for context, kind in zip(contexts, kinds, strict=True):
-                context.pieces.insert(
-                    0, Text(self.think_prompts["generate" if kind == IMAGE else "understand"])
-                )
+                context.pieces.insert(0, Text(self.requests.think_prompt(kind)))
+        for context, kind in zip(contexts, kinds, strict=True):
+            if outputs is None and kind is not None:
+                self.requests.check_room(context.pieces, [kind], options, shape, think and kind == IMAGE)
         if think or outputs is not None:
             for drawing in (False, True):
                 these = [
@@ -440,6 +430,19 @@ class InterleaveInferencer:
         assert context.last is not None
         logits = self.model.logits(context.last)
         return kinds[self.agree(max(kinds, key=lambda token: float(logits[token])))]
+
+    def _next_fitting(
+        self, context: Context, options: SamplingOptions, shape: tuple[int, int] | None
+    ) -> str | None:
+        """As :meth:`_next_kind` after the first piece; an answer ends, with a warning, where the context is
+        full."""
+        kind = self._next_kind(context, first=False)
+        if kind is None:
+            return None
+        words = self.requests.room.refusal(context.pieces, [kind], options, shape, draws=context.drawing)
+        if words:
+            self.requests.tell(f"an answer ends early: with what was answered so far {words}")
+        return None if words else kind
 
     def _think(
         self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]
@@ -500,9 +503,9 @@ class InterleaveInferencer:
         last: bool = False,
     ) -> list[Any]:
         """Draws a picture in each context, which then sees it; nothing follows the ``last`` picture."""
-        self._needs_gen()
+        self.requests.needs_gen()
         self.builder.replay([c for c in contexts if not c.drawing], drawing=True)
-        shapes = [shape or c.shape or self._square() for c in contexts]
+        shapes = [shape or c.shape or self.requests.room.shape([]) for c in contexts]
         noises = [self._noise(s, g) for s, g in zip(shapes, generators, strict=True)]
         pictures = [to_image(pixels.cpu()) for _, pixels in self._draw(contexts, shapes, noises, options)]
         if last:
@@ -511,12 +514,6 @@ class InterleaveInferencer:
             context.pieces.append(Image(picture, target=True))
         self.builder.add_image(contexts, [self.builder.shown(c, len(c.pieces) - 1) for c in contexts])
         return pictures
-
-    def _square(self) -> tuple[int, int]:
-        """Height and width of the largest square that training draws."""
-        vae = self.builder.planner.transforms.vae
-        width, height = vae.size(vae.max_size, vae.max_size)
-        return height, width
 
 
 def _shape(options: SamplingOptions) -> tuple[int, int] | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
-from unigen.config import SamplingOptions, UserError, nearest
-from unigen.model.flow import RENORM_TYPES
+from unigen.config import ConfigError, SamplingOptions, UserError, nearest
+from unigen.values import shown
 
 
 class InferenceError(UserError):
@@ -41,6 +39,10 @@ class Settings(Renamed, total=False):
 
 
 NAMES = tuple(f.name for f in fields(SamplingOptions))
+MIN_TEMPERATURE = 0.001  # below, a logit divided by it is infinite
+_OF_TEXTS = ("max_new_tokens", "do_sample", "temperature")
+_OF_GUIDANCE = ("cfg_img_scale", "cfg_interval", "cfg_renorm_min", "cfg_renorm_type")
+_OF_PICTURES = ("height", "width", "num_timesteps", "timestep_shift", "cfg_text_scale", *_OF_GUIDANCE)
 # The reference's names -> ours. A shape is (height, width).
 OLD_NAMES: dict[str, tuple[str, ...]] = {
     "max_think_token_n": ("max_new_tokens",),
@@ -65,9 +67,7 @@ def sampling_options(base: SamplingOptions | None = None, /, **settings: Any) ->
             near = nearest(name, list(NAMES))
             words = f"did you mean {near}?" if near else f"settings are {', '.join(NAMES)}"
             raise InferenceError(f"unknown sampling setting {name!r}; {words} Fix: see SamplingOptions")
-    if isinstance(settings.get("cfg_interval"), list):  # of YAML, JSON or the reference
-        settings["cfg_interval"] = tuple(settings["cfg_interval"])
-    return check_sampling(replace(base or SamplingOptions(), **settings))
+    return check_sampling(base or SamplingOptions(), **settings)
 
 
 def _rename(settings: dict[str, Any], old: str, new: Sequence[str]) -> None:
@@ -77,75 +77,40 @@ def _rename(settings: dict[str, Any], old: str, new: Sequence[str]) -> None:
             f"{old} is the older name of {' and '.join(new)}, and both are given. Fix: keep {twice[0]}"
         )
     value = settings.pop(old)
-    values = (value,) if len(new) == 1 else (None,) * len(new) if value is None else tuple(value)
-    if len(values) != len(new):
-        raise InferenceError(f"{old} is {value!r}. Fix: give ({', '.join(new)})")
+    values = (value,) if len(new) == 1 else (None,) * len(new) if value is None else value
+    if not isinstance(values, list | tuple) or len(values) != len(new):
+        raise InferenceError(f"{old} is {shown(value)}. Fix: give ({', '.join(new)})")
     settings.update(zip(new, values))
 
 
-# ---- values
-
-
-def _whole(low: int, optional: bool = False) -> Callable[[Any], bool]:
-    def good(value: Any) -> bool:
-        return (optional and value is None) or (
-            isinstance(value, Integral) and not isinstance(value, bool) and low <= value < 2**63
-        )
-
-    return good
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-# Setting -> (is its value good?, what it should be).
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "think": (_flag, "true or false"),
-    "max_new_tokens": (_whole(1), "a whole number above 0"),
-    "do_sample": (_flag, "true or false"),
-    "temperature": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-    "height": (_whole(1, optional=True), "pixels, a whole number above 0"),
-    "width": (_whole(1, optional=True), "pixels, a whole number above 0"),
-    "num_timesteps": (_whole(2), "a whole number of at least 2 (one Euler step)"),
-    "timestep_shift": (lambda v: _number(v) and v > 0, "a number above 0"),
-    "cfg_text_scale": (_number, "a number"),
-    "cfg_img_scale": (_number, "a number"),
-    "cfg_interval": (
-        lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(_number, v)),
-        "a list of two numbers",
-    ),
-    "cfg_renorm_min": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-    "cfg_renorm_type": (lambda v: v in RENORM_TYPES, f"one of {', '.join(RENORM_TYPES)}"),
-    "seed": (_whole(0, optional=True), "a whole number of at least 0"),
-}
-
-
-def wrong_value(name: str, value: Any) -> str | None:
-    """What the setting should be where ``value`` cannot be it; None where it can."""
-    good, words = _VALUES[name]
-    return None if good(value) else words
-
-
-def check_sampling(options: SamplingOptions) -> SamplingOptions:
-    """Returns ``options``.
+def check_sampling(options: SamplingOptions, **settings: Any) -> SamplingOptions:
+    """``options`` with ``settings``, every value read and all of them together.
 
     Raises:
         InferenceError: a value cannot work, or two do not go together; says which, why, and the fix.
     """
-    for name in NAMES:
-        value = getattr(options, name)
-        if words := wrong_value(name, value):
-            raise InferenceError(f"{name} is {value!r}. Fix: {words}")
-    if options.do_sample and not options.temperature > 0:
+    try:
+        o = replace(options, **settings)
+    except ConfigError as error:
+        raise InferenceError(str(error)) from None
+    if o.do_sample and o.temperature < MIN_TEMPERATURE:
         raise InferenceError(
-            f"temperature is {options.temperature}; sampling takes one above 0. Fix: do_sample=False takes"
-            " the likeliest token"
+            f"temperature is {o.temperature}; sampling takes one of at least {MIN_TEMPERATURE}. Fix:"
+            " do_sample=False takes the likeliest token"
         )
-    if (options.height is None) != (options.width is None):
-        raise InferenceError("height and width go together. Fix: give both, or neither")
-    return options
+    if (o.height is None) != (o.width is None):
+        raise InferenceError("height and width go together, and one is missing. Fix: give both, or neither")
+    if o.cfg_interval[0] >= o.cfg_interval[1]:
+        raise InferenceError(
+            f"cfg_interval is {o.cfg_interval}, in which no time lies. Fix: the lower first; cfg_text_scale 1"
+            " turns guidance off"
+        )
+    return o
+
+
+def idle_settings(options: SamplingOptions, usual: SamplingOptions, writes: bool, draws: bool) -> list[str]:
+    """The settings that were changed from ``usual`` and that nothing reads, where the answer has texts
+    (``writes``; a thought is one) or pictures (``draws``)."""
+    idle = list(_OF_TEXTS if not writes else () if options.do_sample else ("temperature",))
+    idle += _OF_PICTURES if not draws else _OF_GUIDANCE if options.cfg_text_scale <= 1 else ()
+    return [name for name in idle if getattr(options, name) != getattr(usual, name)]

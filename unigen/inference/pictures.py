@@ -14,7 +14,7 @@ from unigen.model.config import BagelConfig
 from unigen.model.storage import RUN_OPTIONS
 from unigen.sequence.contents import Viewer
 from unigen.sequence.grid import patchify
-from unigen.sequence.images import ImageTransform, open_image
+from unigen.sequence.images import ImageTransform, image_size, open_image
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import Block, Image, Kind, Sample
 
@@ -23,9 +23,13 @@ def run_transform(config: BagelConfig, sources: Sequence[Source], max_image_toke
     """How a run resizes pictures for the VAE; where its sources differ, by the widest of their limits."""
     own = config.vae_transform
     return config.transforms(
-        max(source.max_image_tokens or max_image_tokens for source in sources),
-        max_size=max(source.max_image_size or own["max_size"] for source in sources),
-        min_size=min(source.min_image_size or own["min_size"] for source in sources),
+        max((source.max_image_tokens or max_image_tokens for source in sources), default=max_image_tokens),
+        max_size=max(
+            (source.max_image_size or own["max_size"] for source in sources), default=own["max_size"]
+        ),
+        min_size=min(
+            (source.min_image_size or own["min_size"] for source in sources), default=own["min_size"]
+        ),
     ).vae
 
 
@@ -44,8 +48,6 @@ def trained_transform(config: BagelConfig, folder: Path | None) -> ImageTransfor
                 raise ValueError("it holds no JSON object")
             names = ("max_image_tokens", "train_sources")
             run = Config(**{name: stored[name] for name in names if name in stored})
-            if not isinstance(run.max_image_tokens, int) or run.max_image_tokens < 1:
-                raise ValueError(f"max_image_tokens is {run.max_image_tokens!r}")
             return run_transform(config, run.sources(), run.max_image_tokens)
         except (OSError, ValueError, TypeError) as error:
             raise InferenceError(
@@ -71,13 +73,42 @@ def blocks_as_trained(planner: Planner, sample: Sample, number: int, draws: bool
     """
     picture = sample[number]
     assert isinstance(picture, Image)
+    return planner.context_blocks(picture.source, _viewer(planner, sample, number, draws))
+
+
+def tokens_as_trained(planner: Planner, sample: Sample, draws: bool) -> int:
+    """Tokens of a conversation in which the model draws or not; of pictures only headers are read.
+
+    Raises:
+        PictureError: a picture cannot be read.
+    """
+    return sum(
+        planner.context_length(image_size(piece.source), _viewer(planner, sample, number, draws))
+        if isinstance(piece, Image)
+        else 2 + len(planner.tokenizer.encode(piece.text))
+        for number, piece in enumerate(sample)
+    )
+
+
+def drawn_tokens(planner: Planner, shape: tuple[int, int], seen: bool) -> int:
+    """Tokens of a picture of this height and width that the model draws; ``seen``: as what follows sees
+    it."""
+    height, width = shape
+    if seen:
+        return planner.context_length((width, height), unresized(planner.viewer_of(True, 1), width, height))
+    stride = planner.geometry.latent_stride
+    return 2 + (height // stride) * (width // stride)
+
+
+def _viewer(planner: Planner, sample: Sample, number: int, draws: bool) -> Viewer:
+    """How picture ``number`` of a conversation is shown."""
     viewer = planner.viewer_of(draws, sum(isinstance(piece, Image) for piece in sample))
-    if picture.target:
-        viewer = _unresized(viewer, *picture.source.size)
-    return planner.context_blocks(picture.source, viewer)
+    picture = sample[number]
+    assert isinstance(picture, Image)
+    return unresized(viewer, *picture.source.size) if picture.target else viewer
 
 
-def _unresized(viewer: Viewer, width: int, height: int) -> Viewer:
+def unresized(viewer: Viewer, width: int, height: int) -> Viewer:
     """``viewer`` with a VAE that sees pictures of this size as they are."""
     assert viewer.vae is not None, "a context in which the model drew shows pictures to the VAE"
     sizes = {"max_size": max(width, height), "min_size": min(width, height), "max_pixels": width * height}

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unigen.config import SamplingOptions, UserError, nearest
+from unigen.config import ConfigError, SamplingOptions, UserError, nearest
 from unigen.data.json_text import parse_json
-from unigen.inference.options import NAMES, InferenceError, sampling_options, wrong_value
+from unigen.inference.options import NAMES, InferenceError, sampling_options
 from unigen.sequence.images import image_size
 from unigen.sequence.types import BadRecord
+from unigen.values import read_option
 
 # The settings of samples where a line sets none. What is named here differs from everywhere else, to save
 # time.
@@ -64,12 +65,19 @@ _HEAD: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _wrong(key: str, value: Any) -> str | None:
-    """What the key's value should be where ``value`` cannot be it; every sampling setting is a key, too."""
-    if key in NAMES:
-        return "leave it out" if value is None else wrong_value(key, value)
-    good, words = _HEAD[key]
-    return None if good(value) else words
+def _check_value(key: str, value: Any, where: str) -> None:
+    """Every sampling setting is a key, too. Raises PromptError."""
+    if key not in NAMES:
+        good, words = _HEAD[key]
+        if not good(value):
+            raise PromptError(f"{where}: {key} is {value!r}. Fix: {words}")
+        return
+    if value is None:
+        raise PromptError(f"{where}: {key} is None. Fix: leave it out")
+    try:
+        read_option(SamplingOptions, key, value, f"{where}: {key}")
+    except ConfigError as error:
+        raise PromptError(str(error)) from None
 
 
 def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
@@ -167,8 +175,7 @@ def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prom
                 f"{where}: unknown key {key!r}"
                 + (f"; did you mean {near}?" if near else f" (keys: {', '.join(known)})")
             )
-        if words := _wrong(key, value):
-            raise PromptError(f"{where}: {key} is {value!r}. Fix: {words}")
+        _check_value(key, value, where)
     image = values.get("image", [])
     prompt = Prompt(
         text=values.get("prompt", ""),

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from unigen.values import ConfigError, Device, read_value
+
 # What PyTorch reads the settings of the GPU's allocator from; the second and third are older names it still
 # knows.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -23,6 +25,23 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC
 _lock = threading.Lock()
 _inside = 0  # how many `repeated_shapes` are entered, over all threads
 _outside = False  # cuDNN attention as it was before the first of them
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of ``auto``, ``cpu``, ``cuda`` (the GPU ``local_rank``) or ``cuda:N``.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    read_value(Device, name, "device", " (--device ...)")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device is {name}, but no GPU is visible. Fix: --device cpu, or check the driver")
+    number, count = (int(name[5:]) if name[4:5] == ":" else local_rank), torch.cuda.device_count()
+    if ":" in name and number >= count:
+        raise ConfigError(f"device is {name}, but {count} GPUs are visible. Fix: count them from cuda:0")
+    return torch.device("cuda", number)
 
 
 def prefer_flash() -> None:

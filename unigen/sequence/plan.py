@@ -256,6 +256,11 @@ class Planner:
                 block.patches = seen.patches
         return blocks
 
+    def context_length(self, size: tuple[int, int], viewer: Viewer) -> int:
+        """Tokens of :meth:`context_blocks` of a picture of this width and height."""
+        shown = self._shown(self._grids(viewer.view(*size)), 0, viewer.vae is not None)
+        return sum(len(block) for block in shown)
+
     def viewer(self, sample: Sample) -> Viewer:
         """How this sample shows its pictures."""
         return self.viewer_of(_draws(sample), sum(isinstance(segment, Image) for segment in sample))

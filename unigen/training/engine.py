@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError, UserError
-from unigen.model.backends import autocast, prefer_flash, use_expandable_segments, use_tf32
+from unigen.model.backends import autocast, pick_device, prefer_flash, use_expandable_segments, use_tf32
 from unigen.model.bagel import Bagel, Output
 from unigen.model.parts import dtype_of
 from unigen.model.storage import Stored
@@ -92,12 +92,7 @@ class Engine:
 
     @staticmethod
     def _device(config: Config, local_rank: int) -> torch.device:
-        name = config.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError("device is cuda, but no GPU is visible (--device cpu, or check the driver)")
-        return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        return pick_device(config.device, local_rank)
 
     def _compute_alike(self) -> None:
         """Raises ConfigError where processes chose different precisions: their GPUs differ."""

@@ -20,9 +20,9 @@ from torch import nn
 
 from unigen.config import Config, UserError
 from unigen.files import remove, staged
-from unigen.inference.inferencer import InferenceError, InterleaveInferencer
+from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.pictures import run_transform
-from unigen.inference.prompts import Prompt, PromptError, read_prompts
+from unigen.inference.prompts import SAMPLES, Prompt, PromptError, read_prompts
 from unigen.model.bagel import Bagel
 from unigen.runs import layout
 from unigen.sequence.images import ImageTransform, open_image
@@ -67,6 +67,9 @@ class SampleWriter:
         self._inferencer = InterleaveInferencer(
             model, tokenizer=tokenizer, vae_transform=small_pictures(config, model)
         )
+        self._inferencer.requests.usual = SAMPLES
+        if not engine.main:
+            self._inferencer.requests.warn = lambda message: None  # rank 0 says it
         model.train(training)
         self._lockstep = SynchronisedGeneration(engine, model, self._idle) if engine.sharded else None
         if self._lockstep is not None:
@@ -135,11 +138,10 @@ class SampleWriter:
                 f"{prompt.where}: with visual_und=false the model sees pictures only to draw. Fix:"
                 " --visual_und true"
             )
-        if "height" in prompt.options:
-            try:
-                self._inferencer.canvas_shape((prompt.options["height"], prompt.options["width"]))
-            except InferenceError as error:
-                raise PromptError(f"{prompt.where}: {error}") from None
+        try:
+            self._inferencer.requests.prepare([prompt.pieces], OUTPUTS[prompt.kind], prompt.sampling)
+        except UserError as error:
+            raise PromptError(f"{prompt.where}: {error}") from None
 
     def _ask(self, prompt: Prompt) -> list[Any]:
         """The answer: texts and pictures."""

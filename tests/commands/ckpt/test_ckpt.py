@@ -74,7 +74,7 @@ def test_what_cannot_be_done_is_said_with_exit_code_2(tmp_path: Path, whole: Pat
         (("verify", tmp_path), "holds no checkpoints"),
         (("export", whole.parent, tmp_path / "out"), "is a run. Fix: name one of its checkpoints: step_3"),
         (("export", tmp_path / "step_9", tmp_path / "out"), "there is no such folder"),
-        (("export", whole, tmp_path / "out", "--max_shard_gb", 0), "max_shard_gb is 0.0; it must be above 0"),
+        (("export", whole, tmp_path / "out", "--max_shard_gb", 0), "max_shard_gb is 0.0; it is out of range"),
     ]:
         assert ckpt(*words) == 2 and said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

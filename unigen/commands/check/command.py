@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unigen.config import ConfigError, DataOptions
+from unigen.config import ConfigError, DataOptions, Workers
 from unigen.show.terminal import reader_may_leave, say
+from unigen.values import Count
 
 
 @dataclass
@@ -38,8 +39,8 @@ class CheckOptions(DataOptions):
     output: str | None = None
     problems: str | None = None
     model_path: str | None = None
-    max_num_tokens: int | None = None
-    num_workers: int | None = None
+    max_num_tokens: Count | None = None
+    num_workers: Workers | None = None
     language: Literal["en", "zh"] = "en"
 
 
@@ -94,13 +95,7 @@ def _resolve(options: CheckOptions) -> None:
         raise ConfigError(
             "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
         )
-    options.check_data()
-    if options.max_num_tokens is not None and options.max_num_tokens < 1:
-        raise ConfigError(
-            f"max_num_tokens is {options.max_num_tokens}; it must be at least 1 (--max_num_tokens ...)"
-        )
-    if options.num_workers is not None and options.num_workers < 0:
-        raise ConfigError(f"num_workers is {options.num_workers}; it must be 0 or more (--num_workers ...)")
+    options.check()
     if options.data_root is not None and not Path(options.data_root).is_dir():
         raise ConfigError(
             f"data_root is {options.data_root}, which is no folder; name the folder of the pictures"

@@ -41,8 +41,6 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             cannot be written.
         CheckpointError: there is no checkpoint, or its manifest is damaged.
     """
-    if options.max_shard_gb is not None and not 0 < options.max_shard_gb < float("inf"):
-        raise ExportError(f"max_shard_gb is {options.max_shard_gb}; it must be above 0 (--max_shard_gb ...)")
     inside = [] if is_checkpoint(source) or not source.is_dir() else checkpoints_of(source)
     if inside:
         raise ExportError(

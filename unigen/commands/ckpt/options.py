@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from unigen.values import Options, Positive
+
 
 @dataclass
-class CkptOptions:
+class CkptOptions(Options):
     """List, verify and export the checkpoints of a run.
 
     Args:
@@ -28,6 +30,6 @@ class CkptOptions:
     json: bool = False
     weights: Literal["ema", "raw"] = "ema"
     dtype: Literal["as_stored", "bfloat16", "float32"] = "as_stored"
-    max_shard_gb: float | None = None
+    max_shard_gb: Positive | None = None
     overwrite: bool = False
     verify: bool = True

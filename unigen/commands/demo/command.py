@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from unigen.values import Options, Seed
+
 
 @dataclass
-class DemoOptions:
+class DemoOptions(Options):
     """The demo: real handwritten digits, a tiny model from scratch, a report.
 
     Args:
@@ -18,7 +20,7 @@ class DemoOptions:
 
     output_dir: str = "outputs/demo"
     quick: bool = False
-    seed: int = 42
+    seed: Seed = 42
 
 
 def demo(options: DemoOptions) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tqdm import tqdm
 
@@ -25,10 +25,13 @@ from unigen.commands.fetch.store import Entry, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import find_files
 from unigen.files import Busy, locked
+from unigen.values import Count, Options, Range
+
+Seconds = Annotated[float, Range(0, 86400, above=True)]
 
 
 @dataclass
-class FetchOptions:
+class FetchOptions(Options):
     """Fetch the pictures that records name by http and https addresses, and write the data again with files
     in their place.
 
@@ -59,28 +62,18 @@ class FetchOptions:
     on_failure: Literal["skip", "error"] = "skip"
     retry_failed: bool = True
     deep: bool = False
-    max_bytes: int = 32 << 20
-    timeout: float = 60.0
-    connect_timeout: float = 10.0
-    max_redirects: int = 0
-    retries: int = 3
-    connections: int = 16
-    connections_per_host: int = 4
+    max_bytes: Annotated[int, Range(1, 1 << 30)] = 32 << 20
+    timeout: Seconds = 60.0
+    connect_timeout: Seconds = 10.0
+    max_redirects: Annotated[int, Range(0, 100)] = 0
+    retries: Annotated[int, Range(0, 100)] = 3
+    connections: Annotated[int, Range(1, 1024)] = 16
+    connections_per_host: Count = 4
     allow_network: list[str] = field(default_factory=list)
 
     def client(self) -> Client:
         """Raises UserError for a value out of range."""
-        for name, most in {
-            "max_bytes": 1 << 30,
-            "timeout": 86400,
-            "connect_timeout": 86400,
-            "connections": 1024,
-        }.items():
-            if not 0 < getattr(self, name) <= most:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be above 0 and at most {most:,}")
-        for name, least in {"max_redirects": 0, "retries": 0, "connections_per_host": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be {least} or above")
+        self.check()
         allowed = tuple(map(_network, self.allow_network))
         return Client(
             self.max_bytes, self.timeout, self.connect_timeout, self.max_redirects, self.retries, allowed

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from unigen.config import DataOptions, UserError
+from unigen.config import DataOptions, Shift, UserError
+from unigen.values import Count, Seed, Whole
 
 if TYPE_CHECKING:
     from unigen.commands.preview.view import SampleView
@@ -38,15 +39,15 @@ class PreviewOptions(DataOptions):
     """
 
     paths: list[str] = field(default_factory=list)
-    samples: int = 5
-    records: list[int] = field(default_factory=list)
+    samples: Count = 5
+    records: list[Whole] = field(default_factory=list)
     shuffled: bool = False
     output: str | None = "preview.html"
     language: Literal["en", "zh"] = "en"
     model_path: str | None = None
-    seed: int = 42
-    epoch: int = 0
-    timestep_shift: float | None = None
+    seed: Seed = 42
+    epoch: Whole = 0
+    timestep_shift: Shift | None = None
 
 
 class PreviewError(UserError):
@@ -76,19 +77,14 @@ class Look(NamedTuple):
 
 def check(options: PreviewOptions) -> None:
     """Raises UserError for an option that cannot work."""
-    shift = options.timestep_shift
+    options.check()
     checks = [
         (bool(options.paths), "no data is named. Fix: unigen preview data.jsonl"),
-        (options.samples >= 1, f"samples is {options.samples}; it must be at least 1"),
-        (min(options.records, default=0) >= 0, f"records is {options.records}; numbers count from 0"),
         (not (options.records and options.shuffled), "records and shuffled exclude each other; keep one"),
-        (options.epoch >= 0, f"epoch is {options.epoch}; epochs count from 0"),
-        (shift is None or shift > 0, f"timestep_shift is {shift}; it must be above 0"),
     ]
     for good, problem in checks:
         if not good:
             raise PreviewError(problem)
-    options.check_data()
 
 
 def time_shift(options: PreviewOptions) -> float:

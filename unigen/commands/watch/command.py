@@ -51,14 +51,7 @@ def watch(options: WatchOptions) -> int:
 
 def _resolve(options: WatchOptions) -> tuple[int, int]:
     """The steps to show. Raises ConfigError for an option that cannot work."""
-    if not 0 <= options.smooth < 1:
-        raise ConfigError(
-            f"smooth is {options.smooth}, which is no weight in [0, 1). Fix: write such as --smooth 0.9"
-        )
-    if not 0.1 <= options.interval <= 3600:
-        raise ConfigError(
-            f"interval is {options.interval}; expected 0.1 to 3600 seconds. Fix: write such as --interval 2"
-        )
+    options.check()
     if options.html is not None and Path(options.html).is_dir():
         raise ConfigError(f"html is {options.html}, which is a folder. Fix: name a file (--html run.html)")
     if options.steps is None:

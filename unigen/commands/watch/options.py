@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from unigen.values import Options, Range
 
 
 @dataclass
-class WatchOptions:
+class WatchOptions(Options):
     """Which runs to watch, and how they are shown.
 
     Args:
@@ -23,8 +25,8 @@ class WatchOptions:
 
     run: list[str] = field(default_factory=list)
     html: str | None = None
-    interval: float = 2.0
+    interval: Annotated[float, Range(0.1, 3600)] = 2.0
     once: bool = False
     steps: str | None = None
-    smooth: float = 0.0
+    smooth: Annotated[float, Range(0, 1, below=True)] = 0.0
     language: Literal["en", "zh"] = "en"

@@ -1,0 +1,266 @@
+"""A request before the model works: its texts and pictures, and whether they and the answer fit its
+context."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unigen.config import SamplingOptions
+from unigen.inference.options import InferenceError, idle_settings
+from unigen.inference.pictures import drawn_tokens, tokens_as_trained
+from unigen.model.config import BagelConfig
+from unigen.sequence.images import Confined, PILImage, image_size
+from unigen.sequence.plan import Planner
+from unigen.sequence.types import Block, Image, Kind, Sample, Text
+from unigen.values import shown
+
+TEXT, IMAGE = "text", "image"
+Piece = Any  # str, or a picture: PIL image, pathlib.Path, bytes
+
+
+def picture_of(given: Any) -> Any:
+    """A picture as the pieces of a prompt name one: here a text is a path, too. Raises InferenceError."""
+    if not isinstance(given, str | Path | Confined | bytes | PILImage):
+        raise InferenceError(
+            f"image is {shown(given)}. Fix: give a path, a PIL image (PIL.Image.fromarray(...) makes one),"
+            " bytes, or a list of them"
+        )
+    if isinstance(given, str) and not given:
+        raise InferenceError("image is an empty path. Fix: name the picture's file, or leave image out")
+    return Path(given) if isinstance(given, str) else given
+
+
+def sample_of(pieces: Sequence[Piece]) -> Sample:
+    """The segments of a prompt, each looked at: texts as they are, pictures by their headers.
+
+    Raises:
+        InferenceError: there is none, or one is empty or neither a text nor a picture.
+        PictureError: a picture cannot be read.
+    """
+    if not isinstance(pieces, list | tuple) or not pieces:
+        raise InferenceError("a prompt is empty. Fix: give at least one text or picture")
+    sample: Sample = []
+    for number, piece in enumerate(pieces, 1):
+        if isinstance(piece, str):
+            check_text(piece, f"text {number} of the prompt")
+            sample.append(Text(piece))
+            continue
+        image_size(picture_of(piece))
+        sample.append(Image(piece))
+    return sample
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises InferenceError for one that says nothing or cannot be cut into tokens."""
+    if not text.strip():
+        raise InferenceError(f"{name} is empty. Fix: write it, or leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InferenceError(
+            f"{name} holds half a character (a lone surrogate). Fix: write it anew"
+        ) from None
+
+
+class Room:
+    """What a prompt and its answer take of the model's context, in tokens as training counts them.
+
+    Args:
+        planner: Shows pictures as training does.
+        limit: Tokens of the context.
+    """
+
+    def __init__(self, planner: Planner, limit: int):
+        self.planner, self.limit = planner, limit
+
+    def shape(self, sample: Sample) -> tuple[int, int]:
+        """Height and width of a picture for which none are asked: the last picture's, or the largest
+        square that training draws."""
+        vae = self.planner.transforms.vae
+        size = vae.size(vae.max_size, vae.max_size)
+        for piece in sample:
+            if isinstance(piece, Image):
+                size = piece.source.size if piece.target else vae.size(*image_size(piece.source))
+        return size[1], size[0]
+
+    def refusal(
+        self,
+        sample: Sample,
+        outputs: Sequence[str],
+        options: SamplingOptions,
+        shape: tuple[int, int] | None,
+        thought: bool = False,
+        draws: bool = False,
+    ) -> str:
+        """Why an answer of these pieces to ``sample`` cannot be, with the counts; empty where it fits.
+
+        Args:
+            shape: Height and width asked for.
+            thought: The model writes a text before them.
+            draws: It has drawn before.
+        """
+        prompt = tokens_as_trained(self.planner, sample, draws or IMAGE in outputs)
+        shape, last, answer = shape or self.shape(sample), len(outputs) - 1, 0
+        for i, kind in enumerate(outputs):
+            if kind == TEXT:  # its closing token enters where anything follows
+                answer += options.max_new_tokens + (i < last)
+            else:
+                answer += drawn_tokens(self.planner, shape, seen=i < last)
+        answer += thought * (options.max_new_tokens + 1)
+        return self.words(prompt, answer, thought + sum(kind == TEXT for kind in outputs), options)
+
+    def words(self, prompt: int, answer: int, texts: int, options: SamplingOptions) -> str:
+        """As :meth:`refusal`, of tokens and the number of texts that the model writes."""
+        over = prompt + answer - self.limit
+        if over <= 0:
+            return ""
+        fewer = options.max_new_tokens - -(-over // texts) if texts else 0
+        return (
+            f"the prompt takes {prompt:,} tokens and the answer up to {answer:,}"
+            + (f" (max_new_tokens {options.max_new_tokens:,})" if texts else "")
+            + f", and the model's context holds {self.limit:,}. Fix: "
+            + (f"max_new_tokens of at most {fewer}, or " if fewer > 0 else "")
+            + "a shorter prompt, or fewer or smaller pictures"
+        )
+
+
+class Requests:
+    """What is asked of one model, checked before it works.
+
+    Args:
+        config: of the model.
+        planner: shows pictures as training does.
+        think_prompts: the system prompts of thinking mode.
+    """
+
+    def __init__(self, config: BagelConfig, planner: Planner, think_prompts: Mapping[str, str]):
+        self.config, self.think_prompts = config, think_prompts
+        self.room = Room(planner, config.llm.max_position_embeddings)
+        self.usual = SamplingOptions()  # what differs from these settings was asked for
+        self.warn: Callable[[str], None] = logging.getLogger("unigen").warning
+        self._told: set[str] = set()  # each warning once
+
+    def prepare(
+        self, prompts: Sequence[Sequence[Piece]], outputs: Sequence[str] | None, options: SamplingOptions
+    ) -> tuple[list[Sample], tuple[int, int] | None]:
+        """The prompts as samples, and the height and width asked for, after all checks that need no work of
+        the model.
+
+        Raises:
+            InferenceError, PictureError: as :meth:`unified_generate_batch`.
+        """
+        if isinstance(outputs, str) or not isinstance(outputs, Sequence | None):
+            raise InferenceError(f"outputs is {outputs!r}. Fix: a list such as ['text', 'image']")
+        for kind in outputs or ():
+            if kind not in (TEXT, IMAGE):
+                raise InferenceError(f"outputs names {kind!r}. Fix: a piece is 'text' or 'image'")
+        decides = outputs is None
+        if outputs and IMAGE in outputs:
+            self.needs_gen()
+        draws = self.config.visual_gen if decides else IMAGE in outputs
+        if outputs != []:
+            self.tell_idle(options, decides or TEXT in outputs or options.think, draws)
+        size = (options.height, options.width)
+        shape = self.canvas_shape(size) if draws and options.height is not None else None
+        samples = []
+        for pieces in prompts:
+            samples.append(sample_of(pieces))
+            first = [TEXT] if decides else list(outputs)
+            if first:
+                thinks = [Text(self.think_prompt(first[0]))] if options.think else []
+                self.check_room(
+                    [*thinks, *samples[-1]], first, options, shape, options.think and first[0] == IMAGE
+                )
+        return samples, shape
+
+    def check_room(self, sample: Sample, outputs: Sequence[str], *rest: Any) -> None:
+        if words := self.room.refusal(sample, outputs, *rest):
+            raise InferenceError(words)
+
+    def think_prompt(self, kind: str | None) -> str:
+        return self.think_prompts["generate" if kind == IMAGE else "understand"]
+
+    def canvas_shape(self, shape: Sequence[int] | None) -> tuple[int, int]:
+        """The height and width that the model draws where ``shape`` is asked for: rounded down to multiples
+        of its stride, with a warning that says so. Default: its largest square.
+
+        Raises:
+            InferenceError: a side is outside what its position table has room for.
+        """
+        config = self.config
+        stride, limit = config.latent_stride, config.max_latent_size * config.latent_stride
+        if shape is None:
+            side = min(config.vae_transform["max_size"], limit) // stride * stride
+            return side, side
+        height, width = shape
+        for name, value in (("height", height), ("width", width)):
+            if value < stride or value > limit:
+                raise InferenceError(
+                    f"{name} is {value} pixels; this model draws from {stride} to {limit}. Fix: choose a"
+                    " side in that range"
+                )
+        rounded = (height // stride * stride, width // stride * stride)
+        if rounded != (height, width):
+            self.tell(
+                f"height {height} and width {width} are rounded down to {rounded[0]} x {rounded[1]},"
+                f" multiples of {stride} pixels"
+            )
+        return rounded
+
+    def tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self.warn(message)
+
+    def tell_idle(self, options: SamplingOptions, writes: bool, draws: bool) -> None:
+        """Names the settings that have no effect."""
+        idle = idle_settings(options, self.usual, writes, draws)
+        if idle:
+            self.tell(f"no effect on this answer: {', '.join(idle)}")
+
+    def needs_gen(self) -> None:
+        if not self.config.visual_gen:
+            raise InferenceError(
+                "this model was loaded with visual_gen=False and cannot draw. Fix: load it with"
+                " visual_gen=True"
+            )
+
+    def check_parts(
+        self,
+        parts: Sequence[str | list[Block]],
+        shape: tuple[int, int],
+        noise: Tensor | None,
+        understanding: bool,
+        options: SamplingOptions,
+    ) -> None:
+        """Raises InferenceError where the request is longer than the context, or the noise of another
+        shape."""
+        rows = (shape[0] // self.config.latent_stride) * (shape[1] // self.config.latent_stride)
+        prompt = sum(
+            2 + len(self.room.planner.tokenizer.encode(part))
+            if isinstance(part, str)
+            else sum(map(len, part))
+            for part in parts
+        )
+        texts = int(understanding or options.think)
+        answer = texts * options.max_new_tokens + (0 if understanding else 2 + rows + texts)
+        if words := self.room.words(prompt, answer, texts, options):
+            raise InferenceError(words)
+        expected = (rows, self.config.patch_dim)
+        if noise is not None and tuple(noise.shape) != expected:
+            raise InferenceError(
+                f"initial_noise is {list(noise.shape)}; a picture of {shape[0]} x {shape[1]} takes"
+                f" {list(expected)}."
+                " Fix: noise of that shape, or image_shapes to match"
+            )
+
+    def last_shape(self, parts: Sequence[str | list[Block]]) -> tuple[int, int] | None:
+        """Height and width at which the VAE sees the last picture."""
+        grids = [b.grid for part in parts if not isinstance(part, str) for b in part if b.kind == Kind.CLEAN]
+        stride = self.config.latent_stride
+        return (grids[-1][0] * stride, grids[-1][1] * stride) if grids and grids[-1] else None
