@@ -42,7 +42,7 @@ def test_help_of_every_command(name, capsys):
     command = cli.COMMANDS[name]
     assert cli.main([name, "--seed", "1", "--help"]) == 0
     text = capsys.readouterr().out
-    for option in cli.get_type_hints(cli.load(command.options)):
+    for option in cli.kinds(cli.load(command.options)):
         assert f"--{option} " in text, option
     assert "--config" in text and text.rstrip().endswith(command.example)
     assert "+ " not in text and "[ITEM" not in text

@@ -18,12 +18,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin
 
 from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError, nearest
 from unigen.recipe import UsageError, read_recipe
-from unigen.values import bracketed, describe, kinds, members, read_option
+from unigen.values import describe, kinds, members, read_option, shown
 from unigen.version import __version__
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def parse_options(
     Raises:
         UsageError: as for :func:`parse_config`.
     """
-    types = get_type_hints(options)
+    types = kinds(options)
     flags = list(read_flags(argv, types, positional, short or {}))
     recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
     values: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def parse_options(
             for where, name, value in read_recipe(Path(recipe), types):
                 values[name] = read_option(options, name, value, where)
         for name, (flag, given) in collect(flags, types).items():
-            value = flag_value(flag, given, types[name], kinds(options)[name])
+            value = flag_value(flag, given, types[name])
             values[name] = read_option(options, name, value, f"--{name}")
     except ConfigError as error:
         raise UsageError(str(error)) from None
@@ -197,23 +197,23 @@ def collect(
     return found
 
 
-def flag_value(flag: str, given: list[str], kind: Any, ruled: Any) -> Any:
-    """The value for :func:`read_option`: a switch without a value is on; several values are a list.
-    ``ruled`` is the type with its rules, for messages."""
+def flag_value(flag: str, given: list[str], kind: Any) -> Any:
+    """The value for :func:`read_option`: a switch without a value is on; several values are a list."""
     if is_switch(kind) and not given:
         return "true"
     if not given:
-        raise UsageError(f"{flag} needs a value. Fix: give {describe(ruled)}")
-    if len(given) == 1 and (not takes_several(kind) or accepts_text(kind) or bracketed(given[0])):
+        raise UsageError(f"{flag} needs a value. Fix: give {describe(kind)}")
+    if len(given) == 1:
         return given[0]
     if not takes_several(kind):
-        raise UsageError(f"{flag} takes one value, found {len(given)}: {' '.join(given)}")
+        several = shown(" ".join(given))
+        raise UsageError(f"{flag} takes one value, found {len(given)}: {several}. Fix: keep one, or quote it")
     return given
 
 
 def paths_of(flag: str, given: list[str]) -> list[str]:
     if not given:
-        raise UsageError(f"{flag} needs a value: the path of a YAML recipe")
+        raise UsageError(f"{flag} needs a value. Fix: give the path of a YAML recipe")
     return given
 
 
@@ -231,10 +231,6 @@ def takes_several(kind: Any) -> bool:
 
 def takes_list(kind: Any) -> bool:
     return any(get_origin(member) is list for member in members(kind))
-
-
-def accepts_text(kind: Any) -> bool:
-    return str in members(kind)
 
 
 # Help

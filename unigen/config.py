@@ -112,11 +112,7 @@ class Source(Options):
     def read(cls, values: dict[str, Any], where: str) -> Source:
         """Raises ConfigError for an unknown key, a missing path, or a value of another type or out of
         range."""
-        try:
-            return cls(**read_keys(cls, values, where))
-        except ConfigError as error:
-            message = str(error)
-            raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
+        return cls(**read_keys(cls, values, where))
 
 
 @dataclass

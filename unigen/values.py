@@ -164,7 +164,12 @@ def read_keys(options: type, values: Any, label: str) -> dict[str, Any]:
     for field in fields(options):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
             raise ConfigError(f"{label}: {field.name} is missing. Fix: {field.name}: ...")
-    return {key: read_option(options, key, value, f"{label}: {key}") for key, value in values.items()}
+    found = {key: read_option(options, key, value, f"{label}: {key}") for key, value in values.items()}
+    try:
+        options(**found)  # its values together
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from None
+    return found
 
 
 # Types
@@ -317,12 +322,14 @@ def compose(text: str, label: str) -> Any:
 
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        problem = (
-            "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        )
+    except RecursionError:
+        raise ConfigError(f"{label}: it is nested too deeply. Fix: write plain lists") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        where = f"{label}:{mark.line + 1}" if mark else label
         raise ConfigError(
-            f"{label}: not valid YAML: {problem}. Fix: write 'option: value' lines, indented by blanks"
+            f"{where}: not valid YAML: {problem}. Fix: write 'option: value' lines, indented by blanks"
         ) from None
 
 
