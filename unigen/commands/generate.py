@@ -44,8 +44,8 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
 
     Raises:
         GenerateError: nothing is asked, or an edit has no picture.
-        UserError: a setting cannot work, the checkpoint or a picture cannot be read, or the size cannot be
-            drawn.
+        UserError: a setting cannot work, the checkpoint or a picture cannot be read, the size cannot be
+            drawn, or prompt and answer are longer than the model's context.
     """
     o = options
     prompt: list[Any] = [Path(path) for path in o.image] + ([o.prompt] if o.prompt else [])
@@ -57,9 +57,15 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
         )
     from unigen.inference.inferencer import InterleaveInferencer
     from unigen.inference.options import check_sampling
+    from unigen.inference.requests import sample_of
+    from unigen.model.weights import build_bagel
 
-    check_sampling(o)  # before the model is loaded
+    check_sampling(o)
+    sample_of(prompt)
+    requests = InterleaveInferencer(build_bagel(o.model_path)[0]).requests  # no weights are read yet
+    requests.prepare([prompt], OUTPUTS[o.mode], o)
     inferencer = InterleaveInferencer.from_pretrained(o.model_path, o.device)
+    inferencer.requests = requests  # which has told what there is to tell
     return prompt, inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
 
 

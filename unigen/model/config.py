@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unigen.config import DataOptions, Source
+from unigen.config import ConfigError, DataOptions, Source
 from unigen.model.codec import VaeConfig, read_vae_config
 from unigen.model.storage import CheckpointFolderError, read_json
 from unigen.sequence.images import ImageTransform
@@ -76,6 +76,7 @@ class BagelConfig:
         """What turns samples into blocks for this model; a source's own picture sizes win over those of the
         model and the options."""
         asked = {"max_size": source.max_image_size, "min_size": source.min_image_size} if source else {}
+        self._check_sizes(source, asked)
         tokens = (source.max_image_tokens if source else None) or options.max_image_tokens
         return Planner(
             tokenizer,
@@ -84,6 +85,18 @@ class BagelConfig:
             options,
             self.llm.max_position_embeddings,
         )
+
+    def _check_sizes(self, source: Source | None, asked: dict[str, int | None]) -> None:
+        """Raises ConfigError where a size that a source asks for would become another one."""
+        stride, limit = self.latent_stride, self.max_latent_size * self.latent_stride
+        for name, size in asked.items():
+            becomes = min(max(size or stride, stride), limit) // stride * stride
+            if source is not None and size not in (None, becomes):
+                key = name.replace("_size", "_image_size")
+                raise ConfigError(
+                    f"train_sources: {key} of {source.name} is {size} and would become {becomes}: this model"
+                    f" takes multiples of {stride} up to {limit} pixels. Fix: {key}: {becomes}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """``config.json``: what serving engines expect, and every constant."""
