@@ -215,7 +215,7 @@ def test_errors_name_option_value_and_what_was_expected(argv, parts):
     [
         ("seed: 1\nlearning_rate: fast\n", [":2: learning_rate", "'fast'", "a number"]),
         ("num_epochs: true\n", [":1: num_epochs", "true", "a whole number"]),
-        ("output_dir: [a, b]\n", [":1: output_dir", "['a', 'b']", "a text"]),
+        ("output_dir: [a, b]\n", [":1: output_dir", "['a', 'b']", "a path"]),
         ("seed: 1\nbf16: true\nseed: 2\n", [":3", "seed", "line 1"]),
         ("- seed\n", [":1", "option: value"]),
         ("seed: [1\n", ["not valid YAML"]),
@@ -338,6 +338,60 @@ def test_a_valid_config_resolves_to_itself():
 def test_values_that_cannot_work(options, name):
     with pytest.raises(ConfigError, match=f"^{name} .*--{name}"):
         valid(**options).resolve()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"learning_rate": 1e20}, "learning_rate"),
+        ({"adam_beta1": 1.0}, "adam_beta1"),
+        ({"adam_beta2": -0.1}, "adam_beta2"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"device": "gpu"}, "device"),
+        ({"model_path": ""}, "model_path"),
+        ({"batch_size": True}, "batch_size"),
+        ({"engine": "horovod"}, "engine"),
+        ({"train_data_path": [""]}, "train_data_path"),
+    ],
+)
+def test_python_is_checked_when_the_config_is_made(options, name):
+    with pytest.raises(ConfigError, match=f"^{name} is .*Fix: give"):
+        Config(**{"model_path": "m", "train_data_path": "d", **options})
+    config = valid()
+    (value,) = options.values()
+    setattr(config, name, value)
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        config.resolve()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"warmup_steps": 11, "max_steps": 10}, "warmup_steps is 11, above max_steps 10"),
+        ({"weight_decay": 200.0, "learning_rate": 0.01}, "weight_decay is 200.0"),
+        ({"text_loss_weight": 0, "image_loss_weight": 0}, "text_loss_weight is 0"),
+        ({"text_loss_weight": 0, "visual_gen": False}, "text_loss_weight is 0"),
+        ({"wandb_run_name": "x"}, "wandb_run_name needs wandb_project"),
+        ({"sample_steps": 3}, "sample_steps needs sample_prompts"),
+        ({"checkpointing_policy": "selective"}, "checkpointing_policy is selective, but"),
+        ({"shard_size": 2}, "shard_size needs engine fsdp2"),
+        ({"compile": "on", "engine": "deepspeed"}, "compile is on"),
+    ],
+)
+def test_options_that_contradict_each_other(options, words):
+    with pytest.raises(ConfigError, match=rf"^{words}.*Fix: .*\(--\w+ \.\.\.\)$"):
+        valid(**options).resolve()
+
+
+def test_numbers_of_numpy_and_paths_become_plain(tmp_path):
+    import numpy as np
+
+    config = valid(seed=np.int64(3), learning_rate=np.float32(0.5), bf16=np.bool_(True), output_dir=tmp_path)
+    found = (config.seed, config.learning_rate, config.bf16, config.output_dir)
+    assert found == (3, 0.5, True, str(tmp_path)) and list(map(type, found)) == [int, float, bool, str]
 
 
 def test_model_and_data_are_required():

@@ -19,6 +19,7 @@ from unigen.values import (
     KeysOf,
     NotNegative,
     Options,
+    PathText,
     Positive,
     Range,
     Seed,
@@ -67,7 +68,7 @@ class ModelOptions(Options):
             nothing.
     """
 
-    model_path: str | None = None
+    model_path: PathText | None = None
     freeze_llm: bool = False
     freeze_vit: bool = False
     freeze_und: bool = False
@@ -90,7 +91,7 @@ class Source(Options):
         min_image_size: Shortest side in pixels that the VAE sees. Default: the model's (512).
     """
 
-    path: str | list[str]
+    path: PathText | list[PathText]
     name: str = ""
     weight: Positive | None = None
     repeat: bool = False
@@ -141,7 +142,7 @@ class DataOptions(Options):
 
     visual_gen: bool = True
     visual_und: bool = True
-    data_root: str | None = None
+    data_root: PathText | None = None
     max_sequence_length: Count | None = None
     max_image_tokens: Count = 4096
     train_transitions: bool = True
@@ -171,10 +172,10 @@ class LoaderOptions(Options):
             one for each training process, at most 4.
     """
 
-    train_data_path: str | list[str] | None = None
+    train_data_path: PathText | list[PathText] | None = None
     train_sources: list[Annotated[dict[str, Any], KeysOf(Source)]] | None = None
-    val_data_path: str | list[str] | None = None
-    cache_dir: str | None = None
+    val_data_path: PathText | list[PathText] | None = None
+    cache_dir: PathText | None = None
     batch_size: Count = 1
     max_num_tokens: Count | None = None
     on_bad_record: Literal["error", "skip"] = "error"
@@ -276,7 +277,7 @@ class RunOptions(Options):
         dry_run: Do everything up to the first step, then stop.
     """
 
-    output_dir: str = "outputs/unified_training"
+    output_dir: PathText = "outputs/unified_training"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     fp16: bool | None = None
     bf16: bool | None = None
@@ -286,7 +287,7 @@ class RunOptions(Options):
     engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     shard_size: Count | None = None
     cpu_offload: bool = False
-    deepspeed_config: str | None = None
+    deepspeed_config: PathText | None = None
     hang_timeout: Annotated[float, Range(0, 1e9)] = 1800.0
     logging_steps: Count = 10
     eval_steps: Count | None = None
@@ -295,7 +296,7 @@ class RunOptions(Options):
     async_save: bool = True
     low_space: Literal["stop", "prune", "wait"] = "stop"
     min_free_gb: NotNegative = 1.0
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: PathText | None = None
     seed: Seed = 42
     device: Device = "auto"
     dry_run: bool = False

@@ -56,7 +56,7 @@ def read_recipe(path: Path, known: Collection[str]) -> Iterator[tuple[str, str, 
                 f"{where}: {name} was already given in line {seen[name]}. Fix: keep one of the two"
             )
         seen[name] = line
-        yield f"{where}: {name}", name, plain(node, where)
+        yield f"{where}: {name}", name, plain(node, f"{where}: {name}")
 
 
 def _text(path: Path) -> str:

@@ -2,10 +2,10 @@
 :func:`read_option`.
 
 An option's type stands at its field: ``batch_size: Count = 1``. A type is one of bool, int, float, str,
-``Literal[...]``, a list or a pair of them, ``None``, or ``Annotated[type, rule]`` with a :class:`Range`, a
-:class:`Spelling` or :class:`KeysOf`. A text is read the same wherever it comes from, so ``"1e-5"`` is a
-number in Python too; where YAML 1.1 would surprise (``010`` is 8, ``1:30`` is 90, ``yes`` is true) it is
-refused.
+``Literal[...]``, a list or a pair of them, ``None``, or ``Annotated[type, rule]`` with a :class:`Range`,
+:class:`Spelling`, :class:`AsPath` or :class:`KeysOf`. A text is read the same wherever it comes from, so
+``"1e-5"`` is a number in Python too; where YAML 1.1 would surprise (``010`` is 8, ``1:30`` is 90, ``yes`` is
+true) it is refused.
 """
 
 from __future__ import annotations
@@ -66,6 +66,18 @@ class Spelling:
 
 
 @dataclass(frozen=True)
+class AsPath:
+    """A text that file systems take as a path: at most 4,095 bytes, 255 between two slashes."""
+
+    def refuses(self, value: str) -> bool:
+        try:
+            data = os.fsencode(value)
+        except UnicodeEncodeError:
+            return True
+        return len(data) > 4095 or max(map(len, data.split(b"/"))) > 255
+
+
+@dataclass(frozen=True)
 class KeysOf:
     """A mapping whose keys are the fields of a dataclass of options."""
 
@@ -78,6 +90,7 @@ Seed = Annotated[int, Range(0, 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
+PathText = Annotated[str, AsPath()]
 Device = Annotated[
     str, Spelling(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda, or one GPU such as cuda:0")
 ]
@@ -195,6 +208,8 @@ def _fit(kind: Any, value: Any, label: str) -> Any:
     found = _READ[kind](value)
     if isinstance(rule, Range) and rule.refuses(found):
         raise _Unfit("it is out of range", found)
+    if isinstance(rule, AsPath) and rule.refuses(found):
+        raise _Unfit("no file system takes it as a path")
     if isinstance(rule, Spelling) and not re.fullmatch(rule.pattern, found):
         raise _Unfit("it is none of these")
     return found
@@ -381,6 +396,8 @@ def describe(kind: Any) -> str:
         base, rule = get_args(kind)
         if isinstance(rule, KeysOf):
             return f"mappings with the keys {', '.join(kinds(rule.options))}"
+        if isinstance(rule, AsPath):
+            return "a path"
         return rule.words if isinstance(rule, Spelling) else f"{describe(base)} {rule}"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(value) for value in get_args(kind))

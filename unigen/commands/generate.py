@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unigen.config import SamplingOptions, UserError
-from unigen.values import Device
+from unigen.values import Device, PathText
 
 
 @dataclass(kw_only=True)
@@ -24,11 +24,11 @@ class GenerateOptions(SamplingOptions):
         device: auto, cpu, cuda, or one GPU such as cuda:1.
     """
 
-    model_path: str
+    model_path: PathText
     prompt: str = ""
-    image: list[str] = field(default_factory=list)
+    image: list[PathText] = field(default_factory=list)
     mode: Literal["auto", "text", "image", "edit"] = "auto"
-    output_dir: str = "outputs/generate"
+    output_dir: PathText = "outputs/generate"
     device: Device = "auto"
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from unigen.config import ConfigError, DataOptions, Workers
 from unigen.show.terminal import reader_may_leave, say
-from unigen.values import Count
+from unigen.values import Count, PathText
 
 
 @dataclass
@@ -33,12 +33,12 @@ class CheckOptions(DataOptions):
         language: Language of the report: en or zh.
     """
 
-    paths: list[str] = field(default_factory=list)
+    paths: list[PathText] = field(default_factory=list)
     deep: bool = False
     json: bool = False
-    output: str | None = None
-    problems: str | None = None
-    model_path: str | None = None
+    output: PathText | None = None
+    problems: PathText | None = None
+    model_path: PathText | None = None
     max_num_tokens: Count | None = None
     num_workers: Workers | None = None
     language: Literal["en", "zh"] = "en"

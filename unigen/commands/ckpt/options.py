@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unigen.values import Options, Positive
+from unigen.values import Options, PathText, Positive
 
 
 @dataclass
@@ -26,7 +26,7 @@ class CkptOptions(Options):
             time.
     """
 
-    paths: list[str] = field(default_factory=list)
+    paths: list[PathText] = field(default_factory=list)
     json: bool = False
     weights: Literal["ema", "raw"] = "ema"
     dtype: Literal["as_stored", "bfloat16", "float32"] = "as_stored"

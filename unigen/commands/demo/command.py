@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from unigen.values import Options, Seed
+from unigen.values import Options, PathText, Seed
 
 
 @dataclass
@@ -18,7 +18,7 @@ class DemoOptions(Options):
         seed: Seed of everything random.
     """
 
-    output_dir: str = "outputs/demo"
+    output_dir: PathText = "outputs/demo"
     quick: bool = False
     seed: Seed = 42
 

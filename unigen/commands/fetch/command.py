@@ -25,7 +25,7 @@ from unigen.commands.fetch.store import Entry, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import find_files
 from unigen.files import Busy, locked
-from unigen.values import Count, Options, Range
+from unigen.values import Count, Options, PathText, Range
 
 Seconds = Annotated[float, Range(0, 86400, above=True)]
 
@@ -57,8 +57,8 @@ class FetchOptions(Options):
             not public are refused.
     """
 
-    paths: list[str]
-    output_dir: str = "fetched"
+    paths: list[PathText]
+    output_dir: PathText = "fetched"
     on_failure: Literal["skip", "error"] = "skip"
     retry_failed: bool = True
     deep: bool = False

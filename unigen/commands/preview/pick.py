@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from unigen.config import DataOptions, Shift, UserError
-from unigen.values import Count, Seed, Whole
+from unigen.values import Count, PathText, Seed, Whole
 
 if TYPE_CHECKING:
     from unigen.commands.preview.view import SampleView
@@ -38,13 +38,13 @@ class PreviewOptions(DataOptions):
             nothing.
     """
 
-    paths: list[str] = field(default_factory=list)
+    paths: list[PathText] = field(default_factory=list)
     samples: Count = 5
     records: list[Whole] = field(default_factory=list)
     shuffled: bool = False
-    output: str | None = "preview.html"
+    output: PathText | None = "preview.html"
     language: Literal["en", "zh"] = "en"
-    model_path: str | None = None
+    model_path: PathText | None = None
     seed: Seed = 42
     epoch: Whole = 0
     timestep_shift: Shift | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from unigen.values import Options, Range
+from unigen.values import Options, PathText, Range
 
 
 @dataclass
@@ -23,8 +23,8 @@ class WatchOptions(Options):
         language: Language: en or zh.
     """
 
-    run: list[str] = field(default_factory=list)
-    html: str | None = None
+    run: list[PathText] = field(default_factory=list)
+    html: PathText | None = None
     interval: Annotated[float, Range(0.1, 3600)] = 2.0
     once: bool = False
     steps: str | None = None
