@@ -571,3 +571,14 @@ def torchrun(workspace: Path, words: list[str]) -> tuple[int, str]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
     return process.returncode, log
+
+
+@pytest.mark.parametrize("name", ["limits.md", "limits.zh-CN.md"])
+def test_every_limit_is_a_constant_where_the_page_says(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`[、，,]? ?)+)`([\w/]+\.py)` \|", page, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| `", page, re.MULTILINE)) >= 20
+    for names, file in rows:
+        code = (ROOT / "unigen" / file).read_text(encoding="utf-8")
+        for constant in re.findall(r"\w+", names):
+            assert re.search(rf"^\s*{constant}(, \w+)* = ", code, re.MULTILINE), (constant, file)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 version
 values
-config files recipe
+config files recipe printing
 sequence
 model data
 cache runs inference

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_origin
 
 from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError, nearest
+from unigen.printing import guard, guarded, printable_lines
 from unigen.recipe import UsageError, read_recipe
 from unigen.values import describe, kinds, members, read_option, shown
 from unigen.version import __version__
@@ -36,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: Arguments after the program's name; default: those of the process.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    with guarded():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0 if argv else 2
@@ -46,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_command(argv[0], argv[1:])
     except UserError as error:
-        print(f"unigen: error: {error}", file=sys.stderr)
+        # a line break in a name starts no line that could pass for one of ours
+        print("unigen: error: " + printable_lines(str(error)).replace("\n", "\n  "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unigen: interrupted", file=sys.stderr)
@@ -56,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def program(argv: list[str] | None = None) -> None:
     """:func:`main` as the whole program: what ``unigen`` and ``python -m unigen`` run. Does not return."""
     code = 0
+    guard()  # for good: also for what the interpreter says of an error that nobody expected
     try:
         code = main(argv)
         sys.stdout.flush()

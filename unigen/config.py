@@ -131,6 +131,8 @@ class DataOptions(Options):
             model's limit.
         max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
             1024).
+        allow_control_tokens: Learn special tokens that are written in texts as the tokens that they are;
+            without it a record with one is a bad record.
         train_transitions: Train the tokens that decide what comes next (write, draw, stop), so that
             generation stops by itself.
         single_image_stop_prob: Chance that an answer of one single image also learns to stop after it.
@@ -144,6 +146,7 @@ class DataOptions(Options):
     visual_und: bool = True
     data_root: PathText | None = None
     max_sequence_length: Count | None = None
+    allow_control_tokens: bool = False
     max_image_tokens: Count = 4096
     train_transitions: bool = True
     single_image_stop_prob: Share = 0.15

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 CHUNK = 1 << 22  # bytes of a file that are read at a time
 _LEFTOVER = re.compile(r"\.(.+)\.(partial|old)-[0-9]+")
@@ -116,6 +117,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def json_of(value: Any, **layout: Any) -> str:
+    """JSON with all characters as they are, but where a name is not UTF-8: its bytes are escaped there, and
+    are the same name when it is read. ``layout`` as for ``json.dumps``."""
+    text = json.dumps(value, ensure_ascii=False, **layout)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, **layout)
+    return text
 
 
 # ---- folders

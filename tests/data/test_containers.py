@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import shutil
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unigen.config import UserError
-from unigen.data import containers, reader, tables, unpack
+from unigen.data import containers, json_text, reader, tables, unpack
 from unigen.data.containers import BadData, ByteSpan, Raw, crc_of, feed, find_files, parts, read_part
+from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.reader import Reader
 from unigen.sequence.types import BadRecord
 
@@ -578,3 +580,163 @@ def test_a_json_file_with_a_syntax_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json.gz").write_bytes(gzip.compress(b'[{"a": 1}\n {"a": 2}]'))
     assert broken(tmp_path / "x.json.gz").code == "bad_json"
     assert zlib.crc32(b"x") == crc_of(b"x")
+
+
+# ---- links in folders
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder of data with a link to another one, which has links back, to itself and to the first again."""
+    for name in ("data/real/deep", "other/inner"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("data/a.jsonl", "data/real/deep/b.jsonl", "other/c.jsonl", "other/inner/d.jsonl"):
+        (tmp_path / name).write_bytes(b"{}\n")
+    for link, target in (("data/aa", "other"), ("data/zz", "other"), ("data/again", "data/real")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "other/loop").symlink_to(tmp_path / "other")
+    (tmp_path / "other/inner/back").symlink_to(tmp_path / "data")
+    return tmp_path
+
+
+def test_linked_folders_are_searched_once_each(linked: Path) -> None:
+    names = [name for _, name in find_files([linked / "data"])]
+    assert names == ["a.jsonl", "aa/c.jsonl", "aa/inner/d.jsonl", "real/deep/b.jsonl"]
+    assert [name for _, name in find_files([linked / "data"], linked)] == names
+
+
+def test_a_linked_folder_outside_the_root_or_above_is_named(linked: Path) -> None:
+    with pytest.raises(BadData, match=r"data/aa: .*outside data_root.*Fix: "):
+        find_files([linked / "data"], linked / "data")
+    with pytest.raises(BadData, match=r"data/aa: .*outside data_root.*Fix: "):
+        UnifiedGenerationDataset(linked / "data", data_root=linked / "data")
+    (linked / "data/up").symlink_to("/")
+    with pytest.raises(BadData, match=r"data/up: .*holds .*Fix: "):
+        find_files([linked / "data"])
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_looks_like_data_and_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n")
+    if kind == "link":
+        (tmp_path / "b.jsonl").symlink_to(tmp_path / "none")
+    else:
+        os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(BadData, match=r"b\.jsonl: .*Fix: "):
+        find_files([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_description_that_is_no_small_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(BadData, match=rf"{name}: .*regular file"):
+        find_files([tmp_path])
+
+
+# ---- bounds in bytes
+
+
+def test_a_long_line_is_a_bad_record_and_those_around_it_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (containers, json_text):
+        monkeypatch.setattr(module, "MAX_RECORD", 100)
+    good = [b'{"a": %d}' % i for i in range(40)]
+    lines = [b'"' + b"x" * (98 + i % 4) + b'"' if i % 10 == 5 else line for i, line in enumerate(good)]
+    path = tmp_path / "x.jsonl"
+    for end in (b"\n", b""):
+        path.write_bytes(b"\n \n".join(lines) + end)
+        whole = read(path)
+        for size in (1 << 20, 300, 50):
+            assert read(path, size) == whole, "cut anywhere"
+        assert [span.index for span, _ in whole] == list(range(40))
+        assert [span.line for span, _ in whole] == list(range(1, 80, 2))
+        refused = []
+        for span, raw in whole:
+            try:
+                assert json_text.parse_json(raw) is not None
+            except BadRecord as error:
+                refused.append((span.index, error.code))
+        assert refused == [(i, "huge_record") for i in range(40) if i % 10 == 5 and i % 4]
+
+
+@pytest.mark.slow
+def test_one_line_of_200_mb_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"caption": "a", "image_path": "none.png"}\n{"caption": "')
+        for _ in range(200):
+            file.write(b"y" * 1_000_000)
+        file.write(b'", "image_path": "a.png"}\n{"caption": "a", "image_path": "none.png"}\n')
+    tracemalloc.start()
+    found = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [span.line for span, _ in found] == [1, 2, 3] and peak < 100 << 20
+
+
+@pytest.mark.parametrize("name", ["x.json.gz", "x.jsonl.gz", "x.json.zst", "x.jsonl.zst"])
+def test_what_unpacks_to_far_more_than_records_do_is_told(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpack, "RATIO_FREE", 1 << 20)
+    data = b'{"caption": "' + b"a" * (8 << 20) + b'"}'
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else zst(data))
+    with pytest.raises(BadRecord) as error:
+        read(path)
+    assert (error.value.code, error.value.field, error.value.origin.file) == ("huge_file", "(file)", path)
+    with pytest.raises(BadData, match="huge_file"):
+        Reader([path])
+    assert not [left for left in (tmp_path / "cache").rglob("*") if left.is_file() and left.stat().st_size]
+
+
+def test_a_json_file_that_is_too_large_to_read_whole_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "MAX_JSON", 100)
+    (tmp_path / "x.json").write_bytes(b"[" + b" " * 98 + b"]")
+    assert read(tmp_path / "x.json") == []
+    (tmp_path / "x.json").write_bytes(b"[" + b" " * 99 + b"]")
+    with pytest.raises(BadRecord, match=r"huge_file .*Fix: save it as \.jsonl"):
+        read(tmp_path / "x.json")
+
+
+def test_a_table_claims_no_more_rows_than_it_has_bytes(tmp_path: Path) -> None:
+    nothing = pa.table({"a": pa.nulls(10_000_000)})
+    pq.write_table(nothing, tmp_path / "x.parquet")
+    for name, new in (("f.arrow", pa.ipc.new_file), ("s.arrow", pa.ipc.new_stream)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, new(sink, nothing.schema) as writer:
+            writer.write_table(nothing)
+    for name in ("x.parquet", "f.arrow", "s.arrow"):
+        assert "claims" in broken(tmp_path / name).found
+
+
+def test_columns_without_number_are_told_at_once(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(20_000)]
+    with (
+        pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([(name, pa.int8()) for name in names])),
+    ):
+        pass
+    assert "20,000 columns" in broken(tmp_path / "x.arrow").found
+
+
+def test_a_group_has_a_limit_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"a": ["x" * 10_000] * 1000}), tmp_path / "x.parquet")  # a dictionary of one text
+    assert (tmp_path / "x.parquet").stat().st_size < 50_000
+    monkeypatch.setattr(tables, "MAX_GROUP", 1 << 20)
+    with pytest.raises(BadRecord, match=r"broken_file.*more than 1,048,576 bytes"):
+        read(tmp_path / "x.parquet")
+
+
+def test_large_groups_are_kept_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "GROUPS", 1)
+    kept = reader._Kept()
+    for i in range(9):
+        kept.get((0, i), lambda: pa.array([0] * 10))
+    assert len(kept._groups) == reader.LEAST
+    monkeypatch.setattr(reader, "MOST", 100)
+    kept.get((0, 99), lambda: pa.array([0] * 10))
+    assert len(kept._groups) == 1 and kept.size == 80

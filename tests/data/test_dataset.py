@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from unigen.data import dataset
 from unigen.data.dataset import BadData, UnifiedGenerationDataset, task
 from unigen.sequence.images import Confined, image_size, open_image
 from unigen.sequence.lengths import BLOCK_DTYPE, RecordLengths
@@ -210,7 +212,7 @@ def test_a_file_changed_while_in_use_is_noticed(tmp_path: Path) -> None:
         (b'{"a": "NaN", "b": [-Infinity]}', "bad_json", "-Infinity at line 2, column 20"),
         (b'{"a": "caf\xe9"}', "bad_utf8", "line 2, byte 11"),
         (b'{"caption": "a", "caption": "b"}', "duplicate_key", '"caption" twice'),
-        (b"[" * 100000, "bad_json", "recursion"),
+        (b"[" * 100000, "bad_json", "more than 100 objects"),
         (b'{"a": ' + b"9" * 5000 + b"}", "bad_json", "digits"),
         (b"[]", "not_an_object", "[]"),
         (b'{"caption": "a"}', "missing_field", "image_path"),
@@ -633,3 +635,57 @@ def test_tasks() -> None:
     assert task([a, x_target, x_target]) == "generate"
     assert task([x, a, x_target]) == "edit"
     assert task([a, a_target, x_target]) == task([x, x_target, a_target]) == "interleaved"
+
+
+# ---- bad records in bounds
+
+
+def test_bad_records_keep_no_traceback_and_take_little_memory(tmp_path: Path) -> None:
+    """Each line has a megabyte; what is kept of each is a message."""
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        for i in range(60):
+            name = f"{i}".encode() + b"x" * 1_000_000
+            file.write(b'{"%s": 1}\n' % name)
+    tracemalloc.start()
+    error = refused(tmp_path)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(error.records) == 60 and held < 10 << 20
+    for record in error.records:
+        assert record.__traceback__ is None and record.__context__ is None and record.__cause__ is None
+        assert len(str(record)) < 5000
+    assert len(str(error)) < 100_000
+
+
+def test_where_most_is_bad_the_rest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "BAD_BYTES", 100_000)
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" * 10_000)
+    for mode in ("error", "skip"):
+        error = refused(tmp_path, on_bad_record=mode)
+        assert 50 < len(error.records) < 100 and "Fix: " in str(error)
+        assert "no more are looked at" in str(error)
+
+
+@pytest.mark.parametrize("n", [200_000])
+def test_repeated_keys_and_unknown_names_take_linear_time(tmp_path: Path, n: int) -> None:
+    """A quadratic search takes minutes for so many."""
+    many = ",".join(f'"k{i}":1' for i in range(n))
+    lines = ["{" + many + f',"k{n - 1}":2}}', "{" + many + "}"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    error = refused(tmp_path)
+    assert [record.code for record in error.records] == ["duplicate_key", "no_format"]
+    assert f"k{n - 1}" in error.records[0].found and len(str(error)) < 5000
+
+
+@pytest.mark.parametrize("depth", [101, 900, 5000, 200_000])
+@pytest.mark.parametrize("where", ["metadata", "conversations", "messages", "captions", "x"])
+def test_deep_json_is_a_bad_record(tmp_path: Path, depth: int, where: str) -> None:
+    deep = "[" * depth + "]" * depth
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png"})[:-1] + f', "{where}": {deep}}}\n')
+    (record,) = refused(tmp_path).records
+    assert record.code == "bad_json" and len(str(record)) < 1000
+
+
+def test_brackets_in_texts_are_not_deep(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line("[{" * 5000 + '\\"'))
+    assert len(UnifiedGenerationDataset(tmp_path)) == 1

@@ -298,3 +298,18 @@ def test_a_picture_that_broke_after_the_check_is_told(golden: Path, data: Path, 
     assert all(bad.code == "broken_picture" and "1.png" in str(bad) and "Fix:" in str(bad) for bad in row.bad)
     assert row.pack.n_samples == N - len(broken) == len(row.pack.origins)
     assert row.after == LoaderState(0, N)
+
+
+def test_a_picture_that_changed_its_size_is_a_bad_picture(golden: Path, data: Path):
+    stream, again = (make_stream(golden, data, batch_size=1) for _ in range(2))
+    whole = take(stream, len(stream.mixture))
+    to_image(torch.zeros(3, 32, 32)).save(data.parent / "2.png")  # was 32 x 64
+    (data.parent / "0.png").write_bytes((data.parent / "1.png").read_bytes())  # and 0 as 1
+    changed = take(again, len(again.mixture))
+    bad = [entry for (row,) in changed for entry in row.bad]
+    assert {entry.code for entry in bad} == {"changed_picture"} and len({str(e.origin) for e in bad}) == len(
+        bad
+    )
+    assert any("2.png" in entry.found for entry in bad) and any("0.png" in entry.found for entry in bad)
+    for (before,), (after,) in zip(whole, changed, strict=True):
+        assert after.bad or bits(before)[2:4] == bits(after)[2:4], "no position moves"

@@ -18,7 +18,7 @@ from cases import chunk, encoded, run
 from hypothesis import strategies as st
 from PIL import Image
 
-from unigen.sequence.images import ImageTransform, PictureError, image_size, open_image
+from unigen.sequence.images import ImageTransform, PictureError, _scans, image_size, open_image
 
 CASES = {"bytes": 900, "parts": 900, "headers": 300}
 CODES = {"not_a_picture", "broken_picture", "huge_picture", "unsupported_picture"}
@@ -369,3 +369,34 @@ def test_headers_that_lie_about_size_or_pixels(capfd) -> None:
 
 def test_there_are_as_many_cases_as_were_promised() -> None:
     assert sum(CASES.values()) >= 2000
+
+
+# ---- bounds
+
+
+def with_scans(data: bytes, scans: int) -> bytes:
+    """A JPEG whose last scan comes again and again."""
+    last = data.rindex(b"\xff\xda")
+    assert data.endswith(b"\xff\xd9")
+    return data[:last] + data[last:-2] * scans + b"\xff\xd9"
+
+
+def test_scans_of_a_jpeg_are_counted_before_any_is_decoded():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8))
+    ordinary = encoded(picture, "JPEG", progressive=True, quality=90)
+    assert 5 <= _scans(ordinary) <= 20 and verdict(ordinary) == "decoded"
+    assert _scans(encoded(picture, "JPEG")) == 1 == _scans(ordinary[: ordinary.index(b"\xff\xda") + 9])
+    inside = ordinary[:2] + b"\xff\xe1\x00\x0a" + b"\xff\xda" * 4 + ordinary[2:]  # as a thumbnail has them
+    assert _scans(inside) == _scans(ordinary)
+    assert verdict(with_scans(ordinary, 50)) == "decoded"
+    with pytest.raises(PictureError, match=r"20,0\d\d scans over 256 x 256") as error:
+        open_image(with_scans(ordinary, 20_000))
+    assert error.value.code == "huge_picture"
+
+
+def test_the_scans_of_a_large_jpeg_count_by_its_pixels(monkeypatch: pytest.MonkeyPatch):
+    picture = Image.new("RGB", (512, 512))
+    data = with_scans(encoded(picture, "JPEG", progressive=True), 30)
+    assert verdict(data) == "decoded"
+    monkeypatch.setattr("unigen.sequence.images.MAX_SCANNED", 512 * 512 * 30)
+    assert verdict(data) == "huge_picture"

@@ -467,3 +467,15 @@ def test_tokens_by_kind_counts_what_a_sample_shows(planner):
     found = lengths.tokens_by_kind()
     assert found.pop("trained_text") == sum(len(b) for b in blocks if b.kind == Kind.TEXT and b.loss)
     assert found == wanted
+
+
+def test_a_control_token_in_a_text_is_a_bad_record_unless_it_is_allowed(planner):
+    sample = [Text("draw", others=("a cat", "x<|vision_end|>")), Text("<|im_end|>", True)]
+    for bad, number in ((sample, 0), (sample[1:], 0), ([Text("a"), sample[1]], 1)):
+        with pytest.raises(BadRecord) as error:
+            planner().token_lengths(record_of(bad))
+        assert error.value.code == "control_token" and error.value.segment == number
+    with pytest.raises(BadRecord, match=r"<\|vision_end\|> at character 2 of caption variant 3"):
+        planner().token_lengths(record_of(sample))
+    made = planner(allow_control_tokens=True)
+    assert made.token_lengths(record_of(sample)).texts[-1] == 1, "one token"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unigen.sequence.tokens import SpecialIds, Tokenizer, TokenizerError
+from unigen.sequence.tokens import KEPT_TEXT, SpecialIds, Tokenizer, TokenizerError, WordTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,39 @@ def test_a_vocabulary_without_a_special_token_says_which(golden, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(TokenizerError, match=r"has no <\|vision_start\|>\. Fix"):
         Tokenizer.load(tmp_path)
+
+
+def test_control_tokens_are_found_wherever_they_stand(tokenizer):
+    for each in (tokenizer, WordTokenizer()):
+        assert each.control_token("a cat < im_end | > |im_end|") is None
+        assert each.control_token("a <|im_end|> b <|im_start|>") == ("<|im_end|>", 2)
+        assert each.control_token("猫<|endoftext|>") == ("<|endoftext|>", 1)
+        assert each.control_token("<think>no</think>") is None
+    assert WordTokenizer().control_token("<|fim_prefix|><tool_call>") == ("<|fim_prefix|>", 0)
+
+
+def test_every_text_that_becomes_a_special_id_is_one(tokenizer):
+    special = set(tokenizer.tokenizer.added_tokens_decoder)
+    for id, token in tokenizer.tokenizer.added_tokens_decoder.items():
+        assert tokenizer.encode(f"a{token}b") and id in tokenizer.encode(f"a{token}b")
+        assert tokenizer.control_token(f"a{token}b") == (str(token), 1)
+    assert len(special) == 5
+
+
+def test_many_at_once_are_as_one_by_one(tokenizer):
+    texts = ["a", "", "猫 <|im_end|>", "a" * 9000]
+    assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_all([]) == []
+
+
+def test_what_a_tokenizer_remembers_is_bounded_in_bytes(tokenizer, monkeypatch):
+    fresh = Tokenizer(tokenizer.tokenizer)
+    fresh.encode("a" * (KEPT_TEXT + 1))
+    assert not fresh._known, "a long text is not kept"
+    ids = fresh.encode("a cat")
+    ids.append(1)
+    assert fresh.encode("a cat") == ids[:-1], "who changes the list changes no other"
+    monkeypatch.setattr("unigen.sequence.tokens.KEPT_BYTES", 10_000)
+    for i in range(1000):
+        fresh.encode(f"text {i}")
+    assert fresh._held < 11_000 and len(fresh._known) < 30

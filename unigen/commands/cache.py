@@ -25,6 +25,7 @@ from unigen.cache.encoders import Encoders
 from unigen.cache.store import Encoder, Store, about, key_of
 from unigen.config import Config, ConfigError, Source
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.printing import bar
 from unigen.sequence.contents import Seen, View, digest, named
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import PictureError, image_size, read_bytes
@@ -311,12 +312,10 @@ class Filler:
     ) -> Iterator[tuple[A, B]]:
         """Results in order, computed a bounded number ahead by threads; a picture that cannot be used goes to
         ``report.bad``."""
-        from tqdm import tqdm
-
         ahead: deque[tuple[A, Future[B]]] = deque()
         upcoming = iter(items)
         try:
-            for _ in tqdm(items, desc=title, unit=" pictures", disable=None):
+            for _ in bar(title, iterable=items, unit=" pictures"):
                 while len(ahead) < 2 * self.threads and (item := next(upcoming, None)) is not None:
                     ahead.append((item, pool.submit(work, item)))
                 item, future = ahead.popleft()

@@ -11,21 +11,23 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.config import UserError
 from unigen.data import tables
-from unigen.data.json_text import split_json
+from unigen.data.json_text import MAX_RECORD, split_json
 from unigen.data.unpack import PACKED, open_packed
 from unigen.sequence.types import BadRecord, Origin
 
 Raw = bytes | dict[str, Any]
 
 PART = 8 << 20  # bytes of a JSON Lines file that are read as one part
-MAX_LINE = 256 << 20  # a longer line is no record but a file of another kind
+MAX_LINE = 256 << 20  # bytes; a longer line is no record but a file of another kind
+MAX_JSON = 2 << 30  # bytes of a .json file, which is read whole
+MAX_STATE = 16 << 20  # bytes of a description that Hugging Face datasets wrote
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t\r]*\n", re.MULTILINE)  # what _content finds nothing in
 _HF_FILES = ("state.json", "dataset_info.json")
@@ -40,6 +42,19 @@ class BadData(UserError):
 
     def __reduce__(self):
         return (BadData, (self.args[0], self.records))
+
+
+def no_record(files: Sequence[Path]) -> BadRecord:
+    """What is wrong with files that hold no record at all."""
+    names = ", ".join(map(str, files[:5]))
+    return BadRecord(
+        "no_record",
+        "(file)",
+        f"there is no record in {names}",
+        "at least one record",
+        "give files with at least one record",
+        Origin(files[0]),
+    )
 
 
 class ByteSpan(NamedTuple):
@@ -78,21 +93,24 @@ class Container(NamedTuple):
 # ---- finding
 
 
-def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
+def find_files(paths: Iterable[str | Path], root: str | Path | None = None) -> list[tuple[Path, str]]:
     """Absolute paths of the files, each with the name it has in a fingerprint (which a moved folder keeps).
 
-    Folders are searched recursively, in sorted order, hidden entries left out. A folder that Hugging Face
-    ``datasets`` saved stands for its Arrow files.
+    Folders are searched recursively, in sorted order, hidden entries left out; linked ones too, each place
+    once. A folder that Hugging Face ``datasets`` saved stands for its Arrow files.
+
+    Args:
+        root: ``data_root``, which no linked folder may leave; None: no limit.
 
     Raises:
-        BadData: No path is given, one does not exist or is of no known kind, or a folder holds nothing to
-            read.
+        BadData: No path is given, one does not exist or is of no known kind, a folder holds nothing to read,
+            or a file or linked folder in it that may not be read.
     """
     found = []
     for given in paths:
         path = Path(given).absolute()
         if path.is_dir():
-            names = sorted(_in_folder(path))
+            names = sorted(_in_folder(path, root))
             if not names:
                 kinds = "no .json or .jsonl, Parquet or Arrow file"
                 raise BadData(
@@ -116,27 +134,61 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
     return found
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
+def _in_folder(folder: Path, root: str | Path | None) -> Iterator[Path]:
     """Relative paths of the files with records, in no order."""
-    for place, folders, names in os.walk(folder, onerror=_unlisted):
-        at = Path(place)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if "dataset_dict.json" in names:
-            folders[:] = [_only_split(at, folders)]
-        elif "state.json" in names and "dataset_info.json" in names:
-            yield from (at.relative_to(folder) / name for name in _saved_files(at))
-            folders.clear()
-        else:
-            # as in the cache of datasets: a description beside the data
-            cached = any(name.endswith(".arrow") for name in names)
-            for name in names:
-                if (
-                    not name.startswith(".")
-                    and _kind(at / name)
-                    and (at / name).is_file()
-                    and not (cached and name in _HF_FILES)
-                ):
-                    yield (at / name).relative_to(folder)
+    met: set[tuple[int, int]] = set()
+    linked = [folder]  # folders behind links come last: what lies here really keeps its name
+    for top in linked:
+        for place, folders, names in os.walk(top, onerror=_unlisted):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in met:  # a loop, or a second way
+                folders.clear()
+                continue
+            met.add((status.st_dev, status.st_ino))
+            yield from _in_one(folder, Path(place), folders, names)
+            links = [Path(place, name) for name in sorted(folders) if os.path.islink(Path(place, name))]
+            for link in links:
+                _check_link(link, folder, root)
+            linked += links
+
+
+def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
+    """Raises BadData for a linked folder that is not to be followed."""
+    real = Path(os.path.realpath(link))
+    if real.is_relative_to(os.path.realpath(folder)):
+        return
+    if root is not None and not real.is_relative_to(os.path.realpath(root)):
+        raise BadData(
+            f"{link}: this link leads to a folder outside data_root, {root}. Fix: move that folder into"
+            " data_root, name another one, or remove the link."
+        )
+    if real in Path(os.path.realpath(folder)).parents:
+        raise BadData(
+            f"{link}: this link leads to a folder that holds {folder} itself. Fix: remove the link, or name"
+            " that folder."
+        )
+
+
+def _in_one(folder: Path, at: Path, folders: list[str], names: list[str]) -> Iterator[Path]:
+    """The files with records in the folder ``at``; ``folders`` keeps those to be searched, too."""
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    if "dataset_dict.json" in names:
+        folders[:] = [_only_split(at, folders)]
+    elif "state.json" in names and "dataset_info.json" in names:
+        yield from (at.relative_to(folder) / name for name in _saved_files(at))
+        folders.clear()
+    else:
+        # as in the cache of datasets: a description beside the data
+        cached = any(name.endswith(".arrow") for name in names)
+        for name in names:
+            if name.startswith(".") or not _kind(at / name) or (cached and name in _HF_FILES):
+                continue
+            if not (at / name).is_file():
+                raise BadData(
+                    f"{at / name}: it is a link that leads nowhere, or no regular file. Fix: remove it,"
+                    " or put the file there."
+                )
+            yield (at / name).relative_to(folder)
 
 
 def _unlisted(error: OSError) -> None:
@@ -181,6 +233,8 @@ def _saved_files(folder: Path) -> list[str]:
 
 def _json_field(path: Path, name: str, missing: Any = None) -> list[Any]:
     try:
+        if not path.is_file() or path.stat().st_size > MAX_STATE:
+            raise ValueError(f"it is no regular file of at most {MAX_STATE:,} bytes")
         value = json.loads(path.read_bytes()).get(name, missing)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BadData(f"{path}: it cannot be read ({error}). Save the data set again.") from None
@@ -311,13 +365,34 @@ def _cut_lines(whole: FilePart, size: int) -> Iterator[FilePart]:
     start, line, index = 0, 1, 0
     with whole.source.open("rb") as file:
         while block := file.read(size):
-            if not block.endswith(b"\n"):
-                block += file.readline(MAX_LINE)
-            yield whole._replace(
-                start=start, stop=start + len(block), line=line, index=index, size=len(block)
-            )
-            start, lines = start + len(block), block.count(b"\n")
-            line, index = line + lines, index + lines - _blank_lines(block)
+            last, ended = block.rfind(b"\n") + 1, block.endswith(b"\n")
+            read, lines = len(block), block.count(b"\n")
+            if not ended:  # the rest of its last line
+                rest, more, ended = _line(file)
+                read, lines = read + more, lines + ended
+                length = read - last - ended
+                if length > MAX_LINE:
+                    raise _too_long(line + lines - ended)
+                block = block + rest if length <= MAX_RECORD else block[:last]  # a longer one is not blank
+            yield whole._replace(start=start, stop=start + read, line=line, index=index, size=read)
+            start, line, index = start + read, line + lines, index + lines - _blank_lines(block)
+
+
+def _line(file: BinaryIO, update: Callable[[bytes], Any] = lambda data: None) -> tuple[bytes, int, bool]:
+    """The next line, of which ``MAX_RECORD`` bytes and one more are kept at most: those, how many it has (not
+    counted far above ``MAX_LINE``), and whether it ended."""
+    kept = data = file.readline(MAX_RECORD + 1)
+    size = len(kept)
+    update(data)
+    while data and not data.endswith(b"\n") and size <= MAX_LINE:
+        data = file.readline(1 << 20)
+        size += len(data)
+        update(data)
+    return kept, size, data.endswith(b"\n")
+
+
+def _too_long(line: int) -> ValueError:
+    return ValueError(f"line {line} is longer than {MAX_LINE:,} bytes")
 
 
 def _blank_lines(block: bytes) -> int:
@@ -339,28 +414,35 @@ def _walk_lines(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
         if part.start:
             file.seek(part.start)
         while part.stop is None or offset < part.stop:
-            data = file.readline(MAX_LINE)
-            if not data:
+            data, size, ended = _line(file, (lambda data: None) if digest is None else digest.update)
+            if not size:
                 break
-            if len(data) == MAX_LINE and not data.endswith(b"\n"):
-                raise ValueError(f"line {line} is longer than {MAX_LINE:,} bytes")
-            if digest is not None:
-                digest.update(data)
-            skip, content = _content(data)
+            if size - ended > MAX_LINE:
+                raise _too_long(line)
+            # of a record that is too long its beginning stands for it: it is refused for its length
+            skip, content = _content(data) if size - ended <= MAX_RECORD else (0, data)
             if content:
                 yield (
                     ByteSpan(part.file, offset + skip, len(content), line, index, zlib.crc32(content)),
                     content,
                 )
                 index += 1
-            offset, line = offset + len(data), line + 1
+            offset, line = offset + size, line + 1
     if part.stop is not None and offset != part.stop:
         raise ValueError("it was changed while it was read")
 
 
 def _walk_json(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
     with _opened(part) as file:
-        data = file.read()
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise BadRecord(
+            "huge_file",
+            "(file)",
+            f"more than {MAX_JSON:,} bytes",
+            "a .json file that can be read whole",
+            "save it as .jsonl, one record a line: such a file may have any size",
+        )
     if digest is not None:
         digest.update(data)
     skip = len(_BOM) if data.startswith(_BOM) else 0

@@ -20,13 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from unigen.data.containers import BadData, ByteSpan, Raw, find_files, parts, read_part
+from unigen.data.containers import BadData, ByteSpan, Raw, find_files, no_record, parts, read_part
 from unigen.data.examine import CountTokens, PictureHeaders, bad_picture, examine, key_of
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.reader import Reader
 from unigen.sequence.images import PictureError, open_image
 from unigen.sequence.lengths import TokenLengths
-from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample
+from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample, without_trace
 
 __all__ = ["TASKS", "BadData", "UnifiedGenerationDataset", "task"]
 
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 # check_pictures="auto" decodes every picture when there are at most this many distinct ones
 AUTO_FULL_CHECK = 5000
 SHOWN = 20  # bad records that an error message shows; the rest are counted
+BAD_BYTES = 64 << 20  # of bad records that are kept, about; where there are more, no further record is read
 TASKS = ("text", "understand", "generate", "edit", "interleaved")
 
 
@@ -77,6 +78,26 @@ class _Broken(NamedTuple):
     field: str
     path: str | None  # None for bytes
     error: PictureError
+
+
+class _Bad:
+    """The bad records found so far and their places, in bounds."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[ByteSpan, BadRecord]] = []
+        self._bytes = 0
+
+    def add(self, span: ByteSpan, error: BadRecord) -> None:
+        """Raises BadData where they take more than ``BAD_BYTES``."""
+        self.kept.append((span, without_trace(error)))
+        self._bytes += 1000 + len(error.field) + len(error.found) + len(error.expected) + len(error.fix)
+        if self._bytes > BAD_BYTES:
+            bad = [error for _, error in self.kept]
+            raise BadData(
+                f"{len(bad):,} records so far cannot be used, and no more are looked at:\n{_list(bad)}\nFix:"
+                " correct them; unigen check lists them all.",
+                bad,
+            )
 
 
 class UnifiedGenerationDataset:
@@ -126,16 +147,16 @@ class UnifiedGenerationDataset:
         data_root: str | Path | None = None,
     ):
         assert on_bad_record in ("error", "skip") and check_pictures in ("auto", "full", "headers")
-        named = find_files([paths] if isinstance(paths, str | Path) else paths)
-        self.files = [path for path, _ in named]
         self.root = None if data_root is None else Path(data_root).absolute()
         if self.root is not None and not self.root.is_dir():
             raise BadData(f"{data_root}: data_root is no folder. Name the folder that all pictures lie in.")
+        named = find_files([paths] if isinstance(paths, str | Path) else paths, self.root)
+        self.files = [path for path, _ in named]
         self._reader = Reader(self.files)
         self._index = _Index()
         self._counts: Counter[tuple[str, str]] = Counter()
         self.lengths = None if token_lengths is None else TokenLengths()
-        bad: list[tuple[ByteSpan, BadRecord]] = []
+        bad = _Bad()
         pictures, pictured = PictureHeaders(), array("Q")
         unreadable, contents = [], []
         for number, (path, name) in enumerate(named):
@@ -145,14 +166,15 @@ class UnifiedGenerationDataset:
                     try:
                         self._add(span, raw, pictures, pictured, token_lengths)
                     except BadRecord as error:
-                        bad.append((span, error))
+                        bad.add(span, error)
             except BadRecord as error:  # the whole file
-                unreadable.append(error)
+                unreadable.append(without_trace(error))
             contents.append([name, path.stat().st_size, digest.hexdigest()])
         self._distinct = pictures.sound
         if check_pictures == "full" or (check_pictures == "auto" and pictures.sound <= AUTO_FULL_CHECK):
-            bad += self._drop_broken(pictured)
-        self.bad = [error for _, error in sorted(bad, key=lambda entry: (entry[0].file, entry[0].index))]
+            for span, error in self._drop_broken(pictured):
+                bad.add(span, error)
+        self.bad = [error for _, error in sorted(bad.kept, key=lambda entry: (entry[0].file, entry[0].index))]
         self._settle(unreadable, on_bad_record, bad_records_path, max_bad_share)
         self.fingerprint = hashlib.sha256(json.dumps([contents, self._index.digest()]).encode()).hexdigest()
 
@@ -327,8 +349,7 @@ class UnifiedGenerationDataset:
                 bad,
             )
         if not len(self):
-            names = ", ".join(map(str, self.files[:5]))
-            raise BadData(f"there is no record in {names}. Give files with at least one record.")
+            raise BadData(str(no_record(self.files)))
         if bad:
             where = f", listed in {listing}" if listing else ""
             log.warning(
@@ -388,7 +409,7 @@ def _decoding_error(segment: Image) -> PictureError | None:
     try:
         open_image(segment.source)
     except PictureError as error:
-        return error
+        return without_trace(error)
     return None
 
 

@@ -12,7 +12,7 @@ from unigen.data.containers import ByteSpan, Raw
 from unigen.data.formats import parse_raw
 from unigen.sequence.images import PictureError, image_size
 from unigen.sequence.lengths import RecordLengths
-from unigen.sequence.types import BadRecord, Image, Origin, Record
+from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
 
 CountTokens = Callable[[Record], RecordLengths]
 
@@ -84,7 +84,7 @@ class PictureHeaders:
             size = image_size(source)  # type: ignore[arg-type]
         except PictureError as error:
             if not isinstance(source, bytes):
-                self._errors[str(source)] = error
+                self._errors[str(source)] = without_trace(error)
             raise bad_picture(error, field) from None
         self.sound += 1
         return size

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from unigen.data.json_text import parse_json
-from unigen.sequence.files import printable
+from unigen.data.json_text import MAX_RECORD, parse_json
+from unigen.printing import printable
 from unigen.sequence.types import BadRecord, Image, Text
 
 Json = dict[str, Any]
@@ -129,6 +129,10 @@ def _missing(record: Json, name: str, expected: str, where: str) -> BadRecord:
 
 
 def _encodable(text: str, field: str, code: str) -> str:
+    if len(text) > MAX_RECORD:  # of a table; JSON is bounded before
+        raise BadRecord(
+            "huge_record", field, f"{len(text):,} characters", f"at most {MAX_RECORD:,}", "split the record"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

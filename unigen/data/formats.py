@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -342,8 +343,8 @@ def _nearest_fix(record: Json) -> str:
         return "add a text_prompt (the image is the target) or a caption (the text is the target)"
     if record.get("image") is not None:
         return "add captions (the image is the target) or conversations"
-    for name in record:
-        near = nearest(name, _known())
+    for name in islice(record, 20):
+        near = nearest(name[:100], _known())
         if near:
             return f"did you mean {near} in place of {f.cut(name)}? docs/data_formats.md shows every format"
     return "write the record in one of the formats of docs/data_formats.md"

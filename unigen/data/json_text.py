@@ -12,7 +12,12 @@ from typing import Any
 
 from unigen.sequence.types import BadRecord
 
-_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity', re.DOTALL)
+MAX_RECORD = 16 << 20  # bytes of a record; parsed it may take thirty times as much memory
+MAX_DEPTH = 100  # objects and lists inside of one another
+
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'  # unrolled: a group for each character would keep a place for each
+_STRING_OR_CONSTANT = re.compile(_STRING + r"|NaN|-?Infinity", re.DOTALL)
+_STRING_OR_BRACKET = re.compile(_STRING + r"|[\[{]|[\]}]", re.DOTALL)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -31,8 +36,11 @@ def _no_constant(name: str) -> Any:
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RepeatedKey(key)
+            seen.add(key)
     return found
 
 
@@ -48,10 +56,23 @@ def parse_json(data: bytes, line: int = 1) -> Any:
         line: The 1-based line of its first byte, for messages; 0 when it shares that line with other records.
 
     Raises:
-        BadRecord: ``bad_utf8``, ``bad_json`` or ``duplicate_key``, with line and column in what was found. No
-            origin yet.
+        BadRecord: ``bad_utf8``, ``bad_json`` or ``duplicate_key``, with line and column in what was found;
+            ``huge_record``. No origin yet.
     """
+    if len(data) > MAX_RECORD:
+        raise BadRecord(
+            "huge_record",
+            "(record)",
+            f"more than {MAX_RECORD:,} bytes",
+            f"a record of at most {MAX_RECORD:,} bytes",
+            "split the record; pictures belong into files of their own",
+        )
     text = decode(data, line)
+    if _is_deep(text):
+        found = f"more than {MAX_DEPTH} objects and lists inside of one another"
+        raise BadRecord(
+            "bad_json", "(record)", found, "a record of ordinary depth and numbers", "simplify the record"
+        )
     try:
         return _STRICT.decode(text)
     except json.JSONDecodeError as error:
@@ -72,6 +93,18 @@ def parse_json(data: bytes, line: int = 1) -> Any:
         raise BadRecord(
             "bad_json", "(record)", found, "a record of ordinary depth and numbers", "simplify the record"
         ) from None
+
+
+def _is_deep(text: str) -> bool:
+    """Deeper than ``MAX_DEPTH``? Few records have as many brackets at all."""
+    depth = 0
+    if text.count("{") + text.count("[") > MAX_DEPTH:
+        for match in _STRING_OR_BRACKET.finditer(text):
+            sign = text[match.start()]
+            depth += (sign in "{[") - (sign in "}]")
+            if depth > MAX_DEPTH:
+                return True
+    return False
 
 
 def split_json(data: bytes) -> list[tuple[int, int, int]]:

@@ -15,9 +15,10 @@ from unigen.data.unpack import unpacked
 from unigen.sequence.types import BadRecord, Origin
 
 GROUPS = 256 << 20  # bytes of table groups that a Reader keeps in each process
-# groups it keeps whatever their size: the order of training mixes as many, and would read each again for
-# every record
+# groups it keeps even where they are larger: the order of training mixes as many, and would read each again
+# for every record
 LEAST = 4
+MOST = 4 << 30  # bytes above which not even those are kept
 
 
 class Reader:
@@ -117,7 +118,7 @@ class _Kept:
                 return self._groups[key]
             group = self._groups[key] = load()
             self.size += group.nbytes
-            while self.size > GROUPS and len(self._groups) > LEAST:
+            while self.size > GROUPS and len(self._groups) > (LEAST if self.size <= MOST else 1):
                 self.size -= self._groups.popitem(last=False)[1].nbytes
             return group
 

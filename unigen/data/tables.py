@@ -8,6 +8,7 @@ raises whatever pyarrow does for a damaged file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 # rows of Parquet turned into Python values at once: with pictures in them a whole group may be gigabytes
 BATCH = 64
+MAX_COLUMNS = 10_000
+ROWS_FREE = 100_000  # rows that a file may have whatever its size; more only where each has a byte of it
+MAX_GROUP = 4 << 30  # bytes of a group, unpacked
 
 
 class Group(NamedTuple):
@@ -33,6 +37,7 @@ def parquet_groups(path: Path) -> list[Group]:
         rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if sum(rows) != total:
             raise ValueError(f"its row groups do not hold its {total:,} rows")
+        _check_rows(path, total)
         # Not from the sizes of its columns: in a damaged file, asking pyarrow for a column's metadata ends
         # the process.
         size = path.stat().st_size
@@ -42,10 +47,11 @@ def parquet_groups(path: Path) -> list[Group]:
 def parquet_rows(path: Path, key: int) -> Iterator[Row]:
     """The rows of a group, with little of it in memory at a time."""
     with _parquet(path) as file:
-        count = 0
+        count = size = 0
         for batch in file.iter_batches(BATCH, row_groups=[key], use_threads=False):
             yield from _rows(batch)
-            count += batch.num_rows
+            count, size = count + batch.num_rows, size + batch.nbytes
+            _check_group(size)
         if count != file.metadata.row_group(key).num_rows:
             raise ValueError(
                 f"a row group holds {count:,} rows in place of {file.metadata.row_group(key).num_rows:,}"
@@ -66,20 +72,26 @@ def arrow_groups(path: Path) -> Iterator[Group]:
         if source.read(6) == b"ARROW1":
             file = pa.ipc.open_file(source)
             _check_names(file.schema.names)
+            rows = 0
             for i in range(file.num_record_batches):
                 batch = file.get_batch(i)
+                rows += batch.num_rows
+                _check_rows(path, rows)
                 yield Group(i, batch.num_rows, batch.nbytes)
             return
         source.seek(0)
         stream = pa.ipc.open_stream(source)
         _check_names(stream.schema.names)
         _check_no_dictionary(stream.schema)
+        rows = 0
         while True:
             key = source.tell()
             try:
                 batch = stream.read_next_batch()
             except StopIteration:
                 break
+            rows += batch.num_rows
+            _check_rows(path, rows)
             yield Group(key, batch.num_rows, source.tell() - key)
         if source.tell() == key:  # cut between two batches it would read well, and be short
             raise ValueError("its end mark is missing")
@@ -105,6 +117,7 @@ def arrow_group(path: Path, key: int) -> Any:
             source.seek(key)
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
         batch.validate(full=True)
+        _check_group(batch.nbytes)
         return batch
 
 
@@ -142,9 +155,23 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _check_names(names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    if len(names) > MAX_COLUMNS:
+        raise ValueError(f"it has {len(names):,} columns, more than {MAX_COLUMNS:,}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"two columns are called {twice[0]!r}")
+        raise ValueError(f"two columns are called {min(twice)!r}")
+
+
+def _check_rows(path: Path, rows: int) -> None:
+    """Rows of nothing take no space: a file of a few bytes may claim any number of them."""
+    size = path.stat().st_size
+    if rows > max(ROWS_FREE, size):
+        raise ValueError(f"it claims {rows:,} rows in {size:,} bytes")
+
+
+def _check_group(size: int) -> None:
+    if size > MAX_GROUP:
+        raise ValueError(f"a group of rows takes more than {MAX_GROUP:,} bytes; write smaller groups")
 
 
 def _check_no_dictionary(schema: Any) -> None:

@@ -11,12 +11,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 from unigen.config import UserError
 from unigen.files import atomic, free_bytes, locked, sha256_of
+from unigen.sequence.types import BadRecord
 
 PACKED = (".gz", ".zst")
+MAX_RATIO = 200  # bytes that a compressed byte may stand for, on average: records have 3 to 50
+RATIO_FREE = 64 << 20  # bytes of contents up to which the ratio does not matter
 RESERVE = 256 << 20  # bytes that stay free on the disk of the cache
 _BLOCK = 4 << 20
 _UNFINISHED = ".unpacking-"
@@ -26,15 +29,44 @@ def open_packed(path: Path) -> BinaryIO:
     """The contents as a stream; several members or frames are one after another.
 
     Reading raises EOFError, OSError, ``zlib.error`` or ValueError where the file is truncated or damaged: it
-    is never just short.
+    is never just short; and BadRecord ``huge_file`` above ``MAX_RATIO``.
     """
     if path.stat().st_size == 0:
         raise EOFError("it is empty")
     if path.suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    import pyarrow as pa
+        packed: Any = gzip.open(path, "rb")  # noqa: SIM115 (closed with what is around it)
+    else:
+        import pyarrow as pa
 
-    return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 1 << 20))
+        packed = pa.input_stream(str(path), compression="zstd")
+    return io.BufferedReader(_Bounded(packed, path.stat().st_size), 1 << 20)
+
+
+class _Bounded(io.RawIOBase):
+    """The contents of a compressed file of ``size`` bytes, up to ``MAX_RATIO`` times as many."""
+
+    def __init__(self, packed: Any, size: int):
+        self._packed, self._most, self._read = packed, max(RATIO_FREE, MAX_RATIO * size), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._packed.readinto(buffer)
+        self._read += count
+        if self._read > self._most:
+            raise BadRecord(
+                "huge_file",
+                "(file)",
+                f"contents of more than {self._most:,} bytes, {MAX_RATIO} times those of the file",
+                "records, which do not compress so well",
+                "unpack the file yourself and look what it holds",
+            )
+        return count
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 def unpacked(path: Path) -> Path:

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from unigen.config import UserError
-from unigen.files import atomic
+from unigen.files import atomic, json_of
 
 if TYPE_CHECKING:
     import torch
@@ -316,7 +316,7 @@ def few(names: list[str], limit: int = 20) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_of(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:

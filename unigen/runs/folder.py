@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import IO
 
 from unigen.config import Config, UserError
-from unigen.files import Busy, hold
+from unigen.files import Busy, hold, json_of
 from unigen.runs import layout
 from unigen.runs.checkpoint import list_folder, steps, sweep_orphans
 from unigen.runs.secrets import redacted
@@ -38,7 +37,7 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
             set_aside(folder, Path(config.model_path or ""))
         written = folder / layout.CONFIG
         if not (config.dry_run and written.exists()):  # the options of a run stay those of the run
-            options = json.dumps(redacted(config.to_dict()), indent=2, ensure_ascii=False)
+            options = json_of(redacted(config.to_dict()), indent=2)
             written.write_text(options + "\n", encoding="utf-8")
         return lock
     except OSError as error:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from unigen.printing import printable
+
 EXIT_STOPPED = 75
 """Stopped by a signal, the last finished step is saved: run again with ``--resume_from_checkpoint auto``
 (EX_TEMPFAIL)."""
@@ -218,7 +220,7 @@ def _say(text: str) -> None:
     """A line on stderr, past Python's buffers, which the main thread may hold; the terminal may be gone."""
     rank = f" [rank {os.environ.get('RANK', '?')}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     with contextlib.suppress(OSError):
-        os.write(2, f"unigen{rank}: {text}\n".encode())
+        os.write(2, f"unigen{rank}: {printable(text)}\n".encode())
 
 
 # ---- child processes

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from unigen.config import UserError
+from unigen.printing import printable
 
 # larger files are refused: a picture of 64 megapixels in 8-bit RGB, uncompressed, has 192 MB
 MAX_BYTES = 256 * 1024**2
@@ -31,7 +32,6 @@ _KERNEL = {
 }  # fmt: skip
 _KERNEL_FOLDERS = ("/proc", "/sys", "/dev")
 _MAX_LINKS = 40  # as Linux
-_MAX_NAME = 1000  # characters of a path that a message shows
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 _LOOK = getattr(os, "O_PATH", None)  # Linux
 
@@ -40,7 +40,7 @@ class PictureError(UserError):
     """A picture that cannot be used; its string says which, what is wrong with it, and the fix.
 
     ``code`` is stable: ``missing_picture``, ``not_a_file``, ``outside_root``, ``unreadable_picture``,
-    ``not_a_picture``, ``broken_picture``, ``huge_picture`` or ``unsupported_picture``.
+    ``not_a_picture``, ``broken_picture``, ``huge_picture``, ``unsupported_picture`` or ``changed_picture``.
     """
 
     def __init__(self, code: str, name: str, problem: str, fix: str):
@@ -257,15 +257,3 @@ def _kernel_devices() -> set[int]:
             major, _, minor = before.split(" ")[2].partition(":")
             found.add(os.makedev(int(major), int(minor)))
     return found
-
-
-def printable(text: str) -> str:
-    """``text`` for a message: no control characters (a terminal obeys them), nothing that cannot be encoded,
-    no endless names."""
-    if len(text) > _MAX_NAME:
-        text = f"{text[: _MAX_NAME // 2]} ... {text[-_MAX_NAME // 2 :]}"
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )

@@ -74,7 +74,7 @@ class Planner:
             if isinstance(segment, Image):
                 pictures.append(self._grids_of(segment, i, viewer))
                 continue
-            texts += [len(self.tokenizer.encode(text)) for text in segment.variants]
+            texts += [self._tokens_of(text, i, n) for n, text in enumerate(segment.variants)]
             if segment.target and not texts[-1] and not self.options.train_transitions and len(sample) == 1:
                 raise BadRecord(
                     "nothing_to_learn", None, "an empty text", "a text with content", "remove the record",
@@ -101,6 +101,21 @@ class Planner:
             raise BadRecord(
                 error.code, None, found, "a readable picture", error.fix, segment=number
             ) from error
+
+    def _tokens_of(self, text: str, segment: int, variant: int) -> int:
+        """Tokens of caption variant ``variant`` of a segment. Raises BadRecord where it holds a control
+        token."""
+        found = None if self.options.allow_control_tokens else self.tokenizer.control_token(text)
+        if found:
+            token, at = found
+            where = f"character {at + 1}" + (f" of caption variant {variant + 1}" if variant else "")
+            raise BadRecord(
+                "control_token", None, f"the token {token} at {where}",
+                "a text that opens and closes no part of a sequence",
+                "take the token out of the text, or learn it as the token that it is: --allow_control_tokens",
+                segment=segment,
+            )  # fmt: skip
+        return len(self.tokenizer.encode(text))
 
     def _check_parts(self, sample: Sample) -> None:
         for i, segment in enumerate(sample):
@@ -227,6 +242,7 @@ class Planner:
             if block.segment not in opened:
                 kinds = {b.kind for b in blocks if b.segment == block.segment and not b.dropped}
                 seen = self._look(segment, viewer, kinds != {Kind.VIT}, Kind.VIT in kinds)
+                self._check_grids(segment, seen, (b for b in blocks if b.segment == block.segment))
                 opened[block.segment] = self._drawn(seen, posterior)
             shared = opened[block.segment]
             if block.kind == Kind.VIT:
@@ -240,6 +256,21 @@ class Planner:
                 shown = {"pixels": shared.pixels, "latent": shared.latent, "posterior": shared.posterior}
                 filled.append(replace(block, **shown, noise=drawn, u=u))
         return filled
+
+    def _check_grids(self, segment: Image, seen: Seen, blocks: Iterable[Block]) -> None:
+        """Raises PictureError for a picture whose tokens are not those that were counted: it was exchanged
+        for one of another size."""
+        grids = self._grids(seen.view)
+        for block in blocks:
+            now = grids.vit if block.kind == Kind.VIT else grids.latent
+            if block.grid != now:
+                name = "the given bytes" if isinstance(segment.source, bytes) else str(segment.source)
+                assert block.grid is not None
+                was, now_is = (f"{rows} x {columns}" for rows, columns in (block.grid, now))
+                problem = f"it has another size than when the data was checked ({now_is} tokens, then {was})"
+                raise PictureError(
+                    "changed_picture", name, problem, "leave the data alone during a run, and start it again"
+                )
 
     def context_blocks(self, source: Any, viewer: Viewer) -> list[Block]:
         """The blocks of one context picture with their contents, nothing dropped: what inference continues.

@@ -34,12 +34,29 @@ NAMES = {
 }
 
 
+# What else Qwen2's tokenizer makes one token of, for data that is looked at without a checkpoint.
+_QWEN2 = (
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+    "<|quad_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
+    "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+# A tokenizer may have these as tokens of their own, and answers that think are written with them.
+_WRITTEN = ("<think>", "</think>")
+
+KEPT_BYTES = 16 << 20  # of texts that a tokenizer remembers in each process, about
+KEPT_TEXT = (
+    4096  # characters of a text that it remembers: prompts and instructions come again, long texts not
+)
+
+
 class Tokenizer:
     """Text <-> ids with the ids that BAGEL's sequences are built from."""
 
     def __init__(self, tokenizer: Any, special: SpecialIds | None = None):
         self.tokenizer = tokenizer
-        self._known: dict[str, list[int]] = {}  # prompts and instructions come again and again
+        self._known: dict[str, list[int]] = {}
+        self._held = 0  # bytes of them, about
+        self._control: re.Pattern[str] | None = None
         self.special = special or SpecialIds(
             **{name: tokenizer.convert_tokens_to_ids(token) for name, token in NAMES.items()}
         )
@@ -76,11 +93,37 @@ class Tokenizer:
         return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        if text not in self._known:
-            if len(self._known) >= 10_000:
-                self._known.clear()
-            self._known[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return list(self._known[text])
+        """The ids of a text; of up to ``KEPT_BYTES`` of short texts they are remembered."""
+        known = self._known.get(text)
+        if known is None:
+            (known,) = self.encode_all([text])
+            if len(text) <= KEPT_TEXT:
+                if self._held > KEPT_BYTES:
+                    self._known.clear()
+                    self._held = 0
+                self._known[text] = known
+                self._held += 300 + 4 * len(text) + 40 * len(known)  # objects of Python, of any script
+        return list(known)
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """The ids of many texts at once, none remembered."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def control_token(self, text: str) -> tuple[str, int] | None:
+        """The first token in a text that is no text to the model, and the character it begins at: it would
+        become the id that opens, closes or ends a part of a sequence. None where there is none."""
+        if self._control is None:
+            names = sorted(self._control_tokens() - set(_WRITTEN), key=len, reverse=True)
+            self._control = re.compile("|".join(map(re.escape, names)))
+        found = self._control.search(text)
+        return (found[0], found.start()) if found else None
+
+    def _control_tokens(self) -> set[str]:
+        """All that the tokenizer finds in a text before it cuts that into words."""
+        added = (str(token) for token in self.tokenizer.added_tokens_decoder.values())
+        return {*NAMES.values(), *added, *self.tokenizer.all_special_tokens} - {""}
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -102,6 +145,7 @@ class WordTokenizer(Tokenizer):
         self._words = list(NAMES.values())
         self._ids = {word: i for i, word in enumerate(self._words)}
         self.tokenizer = None
+        self._control = None
         self.special = SpecialIds(*range(len(NAMES)))
 
     def encode(self, text: str) -> list[int]:
@@ -112,6 +156,9 @@ class WordTokenizer(Tokenizer):
                 self._words.append(word)
             ids.append(self._ids[word])
         return ids
+
+    def _control_tokens(self) -> set[str]:
+        return {*NAMES.values(), *_QWEN2}
 
     def count(self, text: str) -> int:
         """``len(encode(text))``, without keeping the words."""

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from unigen.config import UserError
+from unigen.printing import printable
+
+E = TypeVar("E", bound=Exception)
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,9 @@ class BadRecord(UserError):
         origin: Origin | None = None,
         segment: int | None = None,
     ):
-        self.code, self.found, self.expected, self.fix = code, found, expected, fix
-        self.field = f"segment {segment}" if field is None else field
+        # names and values of data, of any length, and there may be many such records
+        self.code, self.found, self.expected, self.fix = code, *map(printable, (found, expected, fix))
+        self.field = f"segment {segment}" if field is None else printable(field)
         self.origin, self.segment = origin, segment
         super().__init__(code)
 
@@ -241,10 +245,10 @@ class BadRecord(UserError):
         from."""
         self.origin = self.origin or origin
         if self.segment is not None:
-            self.field, self.segment = fields[self.segment], None
+            self.field, self.segment = printable(fields[self.segment]), None
 
     def __str__(self) -> str:
-        where = f"{self.origin}: " if self.origin else ""
+        where = f"{printable(self.origin)}: " if self.origin else ""
         return (
             f"{where}{self.code} in field '{self.field}': found {self.found}; expected {self.expected}. Fix:"
             f" {self.fix}"
@@ -267,3 +271,9 @@ class BadRecord(UserError):
     def __reduce__(self):  # exceptions cross process borders by their constructor's arguments
         arguments = (self.code, self.field, self.found, self.expected, self.fix, self.origin, self.segment)
         return (BadRecord, arguments)
+
+
+def without_trace(error: E) -> E:
+    """The error without the frames it was raised in, which hold a whole record; for who keeps it."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from unigen.printing import beneath, printable, printable_lines
 from unigen.show.figures import cell, figures_alone
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "note": "dim", "
 # Signs of ours, and what stands for one where the output's encoding lacks it.
 PLAIN = dict(zip("●■○✓✕×↑━─▁▂▃▄▅▆▇█…–", "*#ovxx^=-_.:-=+*#.-", strict=True))
 CUT = 12  # columns that a text keeps which may be cut
+LONGEST_TEXT = 4000  # characters of a text in a table or a line; the middle of a longer one goes
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 UNBOUND = 100_000  # columns of an output that is no terminal: nothing is broken into lines or cut
 
 
@@ -36,15 +40,18 @@ def has_colour() -> bool:
 
 
 def harmless(text: object) -> str:
-    """Text from data or files on one line, without characters that steer a terminal or turn the order of what
-    stands beside them."""
-    return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in str(text))
+    """Text from data or files on one line: line ends and tabs become spaces, for the rest see
+    :func:`printable`."""
+    return printable(re.sub(r"\r?\n|\t", " ", str(text)), LONGEST_TEXT)
 
 
 def showable(text: str) -> str:
-    """The text with characters that the output's encoding lacks as plain signs, or else as escapes."""
+    """The text with characters that the output's encoding lacks as plain signs, or else as escapes; and with
+    nothing that steers a terminal but colours of rich."""
     encoding = sys.stdout.encoding or "utf-8"
-    return text.translate(_plain(encoding)).encode(encoding, "backslashreplace").decode(encoding)
+    parts = _COLOUR.split(text)
+    parts[::2] = map(printable_lines, parts[::2])
+    return "".join(parts).translate(_plain(encoding)).encode(encoding, "backslashreplace").decode(encoding)
 
 
 @cache
@@ -56,9 +63,9 @@ def _plain(encoding: str) -> dict[int, str]:
 def say(*parts: RenderableType) -> None:
     """Prints texts as they are and what rich draws, now; where nobody reads on (``unigen ... | head``) the
     command goes on to its own end and exit code."""
-    text = "\n".join(part if isinstance(part, str) else drawn(part) for part in parts)
+    text = "\n".join(printable_lines(part) if isinstance(part, str) else drawn(part) for part in parts)
     with reader_may_leave():
-        print(showable(text), flush=True)
+        print(showable(text), flush=True, file=beneath(sys.stdout))
 
 
 def drawn(part: RenderableType, width: int | None = None, colour: bool | None = None) -> str:
@@ -261,7 +268,9 @@ class _Output(io.TextIOBase):
     encoding = property(lambda self: sys.stdout.encoding)  # type: ignore[assignment]
 
     def write(self, text: str) -> int:
-        sys.stdout.write(showable(text))
+        encoding = sys.stdout.encoding or "utf-8"  # rich moves the cursor here; all parts are harmless
+        shown = text.translate(_plain(encoding)).encode(encoding, "backslashreplace").decode(encoding)
+        beneath(sys.stdout).write(shown)
         return len(text)
 
     def flush(self) -> None:

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from unigen.printing import bar, beneath, printable_lines
+
 _SHOWN: dict[str, tuple[str, str]] = {
     "loss": ("loss", ".4f"),
     "text_loss": ("text", ".4f"),
@@ -45,15 +47,13 @@ class Progress:
         self._start = time.monotonic()
         self._bar = None
         if enabled and self._stream.isatty():
-            from tqdm import tqdm
-
             # Some containers' terminals say that they have no columns; a bar of no width would be invisible.
             width = (
                 {"dynamic_ncols": True}
                 if os.get_terminal_size(self._stream.fileno()).columns
                 else {"ncols": 160}
             )
-            self._bar = tqdm(total=total_steps, initial=initial, file=self._stream, unit="step", **width)
+            self._bar = bar("", self._stream, total=total_steps, initial=initial, unit="step", **width)
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
         """Shows that ``step`` optimiser steps are done; of ``metrics`` what is known by name (see ``_SHOWN``)
@@ -75,7 +75,7 @@ class Progress:
         """A line of its own, above the bar."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
-                self._bar.write(text, file=self._stream)
+                self._bar.write(printable_lines(text), file=beneath(self._stream))
         elif self._enabled:
             self._print(text)
 

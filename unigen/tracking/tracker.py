@@ -6,7 +6,6 @@ Nothing of the environment is written anywhere; a tracker that fails says so and
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import Config
+from unigen.files import json_of
 from unigen.runs import layout
 from unigen.runs.log import JsonlLog, drop_after
 from unigen.runs.secrets import hide
@@ -131,7 +131,7 @@ class MetricsFile:
         }
         if nonfinite:
             row["nonfinite"] = nonfinite
-        self._file.append((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self._file.append((json_of(row, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()

@@ -17,6 +17,7 @@ from typing import Any
 from unigen.config import Config, UserError
 from unigen.data.dataset import list_bad_records
 from unigen.data.loader import MicroBatch, PackStream
+from unigen.files import json_of
 from unigen.runs.layout import BAD_RECORDS, BAD_STEPS
 from unigen.runs.log import drop_after
 from unigen.training.engine import Engine
@@ -102,7 +103,7 @@ class BadStepGuard:
             shown = {name: str(value) for name, value in numbers.items()}
             line = {"step": step, "why": why, **shown, "records": everyone}
             with open(self.output_dir / BAD_STEPS, "a", encoding="utf-8") as f:
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+                f.write(json_of(line) + "\n")
             log.warning("Step %d skipped: %s; its records are listed in bad_steps.jsonl", step, why)
         if self.in_a_row >= self.config.max_skipped_steps:
             raise TrainingStopped(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from unigen.config import Config, UserError
-from unigen.files import remove, staged
+from unigen.files import json_of, remove, staged
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.pictures import run_transform
 from unigen.inference.prompts import SAMPLES, Prompt, PromptError, read_prompts
@@ -244,9 +244,7 @@ class SampleWriter:
                 asked |= {"images": prompt.images, "given": self._given(folder, number, prompt)}
             asked |= {"options": prompt.options} if prompt.options else {}
             index.append({**asked, **answer, "pieces": pieces})
-        (folder / layout.SAMPLES_INDEX).write_text(
-            json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (folder / layout.SAMPLES_INDEX).write_text(json_of(index, indent=1) + "\n", encoding="utf-8")
         return index
 
     def _given(self, folder: Path, number: int, prompt: Prompt) -> list[str]:

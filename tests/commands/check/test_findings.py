@@ -535,3 +535,46 @@ def test_an_interrupt_ends_with_what_was_found_until_then(tmp_path, capsys, monk
         and document["problem_count"] == 1
     )
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_problems_beyond_their_bound_are_counted_and_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("unigen.commands.check.findings.MAX_PROBLEMS", 10_000)
+    (tmp_path / "a.jsonl").write_text("{}\n" * 200)
+    listed = tmp_path / "problems.jsonl"
+    problems = Problems(listed)
+    found = check([tmp_path / "a.jsonl"], load_planner(None, DataOptions()), num_workers=0, problems=problems)
+    assert found.problems.counts["no_format"] == 200 and found.problems.counts["more_problems"] == 1
+    problems.close()
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert lines[-1]["code"] == "more_problems" and 20 < len(lines) < 60
+
+
+def test_data_without_a_record_is_a_problem_as_training_refuses_it(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("\n")
+    assert main(["check", str(tmp_path / "a.jsonl"), "--num_workers", "0"]) == 1
+    assert "no_record" in capsys.readouterr().out
+    (tmp_path / "b.jsonl").write_text('{"conversations": [{"role": "assistant", "content": "yes"}]}\n')
+    assert main(["check", str(tmp_path), "--num_workers", "0"]) == 0, "one of several may be empty"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_control_tokens_are_problems_in_whatever_text_they_stand(tmp_path, golden, workers):
+    texts = [
+        "<|im_start|>",
+        "a <|endoftext|>",
+        "x<|vision_start|>",
+        "<|vision_end|>",
+        "no <|im_end|>",
+        "fine",
+    ]
+    turns = [
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
+        for text in texts
+    ]
+    path = write(tmp_path / "a.jsonl", *turns)
+    for folder in (None, golden / "model"):
+        found = check(path, load_planner(folder, DataOptions()), num_workers=workers)
+        told = [(p["code"], p["line"], p["field"]) for p in found.problems]
+        assert told == [("control_token", n, "conversations[1].content") for n in range(1, 6)]
+        allowed = load_planner(folder, DataOptions(allow_control_tokens=True))
+        assert not len(check(path, allowed, num_workers=workers).problems)

@@ -11,7 +11,7 @@ from previews import HOUSE, TIP, packed, record, sample_page
 
 from unigen.commands.preview.chips import CHIPS, characters
 from unigen.commands.preview.pictures import COLOURS, HATCHED, mask_picture, noised
-from unigen.commands.preview.view import PictureView, look
+from unigen.commands.preview.view import PictureView, look, planner_with
 from unigen.config import DataOptions
 from unigen.model.flow import training_time
 from unigen.model.weights import load_planner
@@ -110,6 +110,7 @@ def test_parts_of_characters_are_joined(planner, estimate):
 
 
 def test_a_special_token_inside_a_text_is_pointed_out(tmp_path, planner):
+    planner = planner_with(planner, allow_control_tokens=True)
     assert (
         "special token inside the text"
         in sample_page(tmp_path, record(Text("a <|im_end|> b"), Text("c", target=True)), planner).text

@@ -4,7 +4,6 @@ problems, 2 cannot run."""
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unigen.config import ConfigError, DataOptions, Workers
+from unigen.printing import bar
 from unigen.show.terminal import reader_may_leave, say
 from unigen.values import Count, PathText
 
@@ -110,14 +110,12 @@ def _resolve(options: CheckOptions) -> None:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int, int, int], None]]:
     """A progress bar on stderr where that is a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, disable=None, file=sys.stderr, desc="check") as bar:
+    with bar("check", unit="B", unit_scale=True) as shown:
 
         def progress(done: int, total: int, records: int, problems: int) -> None:
-            bar.total = max(total, done)
-            bar.set_postfix(records=f"{records:,}", problems=f"{problems:,}", refresh=False)
-            bar.update(done - bar.n)
+            shown.total = max(total, done)
+            shown.set_postfix(records=f"{records:,}", problems=f"{problems:,}", refresh=False)
+            shown.update(done - shown.n)
 
         yield progress
 

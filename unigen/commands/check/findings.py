@@ -30,7 +30,7 @@ from unigen.commands.check.statistics import (
     what_limits_cut,
 )
 from unigen.commands.check.workers import Died, in_order
-from unigen.data.containers import ByteSpan, FilePart, Raw, find_files, parts, read_part
+from unigen.data.containers import ByteSpan, FilePart, Raw, find_files, no_record, parts, read_part
 from unigen.data.dataset import TASKS
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.loader import cores
@@ -44,6 +44,7 @@ ALONE = 1 << 20  # bytes of data up to which this process does it alone, as star
 BUDGETS = (8192, 16384, 32768)
 SHOWN = 8  # of the most frequent repetitions and picture sizes
 LIMITS = (1024, 2048, 4096, 8192, 16384, 32768)
+MAX_PROBLEMS = 1 << 30  # bytes of problems that are written down; the others are counted
 DEATHS = 20  # processes that may die before what they die of is no longer looked for record by record
 
 
@@ -62,6 +63,7 @@ class Problems:
         self.first: dict[str, list[dict[str, Any]]] = {}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+        self._written = 0
         self._file = (
             tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
             if path is None
@@ -69,11 +71,22 @@ class Problems:
         )
 
     def add(self, problem: dict[str, Any]) -> None:
+        if self._written > MAX_PROBLEMS:
+            self.counts[problem["code"]] += 1
+            return
+        self._write(problem)
+        if self._written > MAX_PROBLEMS:
+            found = f"more than {MAX_PROBLEMS:,} bytes of problems"
+            fix = "correct those that are listed, and check again: the others are only counted"
+            last = BadRecord("more_problems", "(file)", found, "fewer problems", fix)
+            self._write(last.to_dict() | {"file": "(all files)"})
+
+    def _write(self, problem: dict[str, Any]) -> None:
         self.counts[problem["code"]] += 1
         kept = self.first.setdefault(problem["code"], [])
         if len(kept) < self.KEPT:
             kept.append(problem)
-        self._file.write(json.dumps(problem) + "\n")
+        self._written += self._file.write(json.dumps(problem) + "\n")
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -250,7 +263,7 @@ def check(
         BadData: There is nothing to check.
     """
     start = time.monotonic()
-    files = [path for path, _ in find_files([paths] if isinstance(paths, str | Path) else paths)]
+    files = [path for path, _ in find_files([paths] if isinstance(paths, str | Path) else paths, data_root)]
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:
         num_workers = 0 if total <= ALONE and not deep else cores()
@@ -286,6 +299,8 @@ def check(
                 progress(done, total, ends[-1], len(problems))
     except KeyboardInterrupt:
         interrupted = True
+    if not ends[-1] and not len(problems) and not interrupted:
+        problems.add(no_record(files).to_dict())
     return Findings(
         files,
         problems,

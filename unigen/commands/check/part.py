@@ -20,7 +20,7 @@ from unigen.sequence.images import PictureError, image_size, open_image, read_by
 from unigen.sequence.lengths import RecordLengths, TokenLengths
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
-from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
+from unigen.sequence.types import BadRecord, Image, Origin, Record, Text, without_trace
 
 _BATCH, _BATCH_BYTES = 512, 8 << 20  # records that are tokenised together
 _PICTURES = 100_000  # pictures whose size a process remembers
@@ -67,7 +67,7 @@ class CountingTokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self.special, self._tokenizer = tokenizer.special, tokenizer
-        self._fast = getattr(getattr(tokenizer, "tokenizer", None), "backend_tokenizer", None)
+        self.control_token = tokenizer.control_token
         self._known: dict[str, int] = {}
         self._held = 0
 
@@ -77,12 +77,8 @@ class CountingTokenizer:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if isinstance(self._tokenizer, WordTokenizer):
             lengths = [self._tokenizer.count(text) for text in new]
-        elif self._fast is not None:
-            lengths = [
-                len(encoding.ids) for encoding in self._fast.encode_batch(new, add_special_tokens=False)
-            ]
         else:
-            lengths = [len(self._tokenizer.encode(text)) for text in new]
+            lengths = list(map(len, self._tokenizer.encode_all(new)))
         self._known.update(zip(new, lengths))
         self._held += sum(map(len, new)) + 100 * len(new)
 
@@ -125,7 +121,7 @@ class _Looks(PictureHeaders):
                     open_image(source)
                 self._seen[key] = image_size(source), content
             except PictureError as error:
-                self._seen[key] = error
+                self._seen[key] = without_trace(error)
         return self._seen[key]
 
 
@@ -176,7 +172,7 @@ class _Reading:
                 raise BadRecord("check_died", "(record)", found, "a harmless record", fix, origin)
             record, fields, _ = examine(raw, span, self.part.path, self.checker.looks, root=self.checker.root)
         except BadRecord as error:
-            self.bad.append((step, error))
+            self.bad.append((step, without_trace(error)))
             return
         self.waiting.append((step, record, fields))
         inside = (p.source for p in record.sample if isinstance(p, Image) and isinstance(p.source, bytes))
@@ -195,7 +191,7 @@ class _Reading:
                 self._count(step, record)
             except BadRecord as error:
                 error.locate(record.origin, fields)  # a planner knows no fields
-                self.bad.append((step, error))
+                self.bad.append((step, without_trace(error)))
         self.waiting, self.held = [], 0
 
     def _count(self, step: int, record: Record) -> None:
@@ -214,7 +210,7 @@ class _Reading:
         images = sum(segment.target for segment in record.sample) - len(texts)
         name = task(record.sample)
         empty = next((text for text in _described(record, name) if is_near_empty(text)), None)
-        if empty is not None:
+        if empty is not None and len(self.near_empty) < NEAR_EMPTY_SHOWN:
             self.near_empty.append((str(record.origin), empty))
         hashes = hash_of(repr(told).encode()), hash_of(repr(texts).encode()) if texts else 0
         numbers = _FORMATS.index(record.format), TASKS.index(name), len(texts), images

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
 from unigen.config import UserError
+from unigen.printing import guard
 
 Task = TypeVar("Task")
 Mark = Callable[[int], None]
@@ -168,6 +169,7 @@ def _begin(stop: Any, prepare: Callable[..., Work], arguments: tuple) -> None:
 
 
 def _prepared(prepare: Callable[..., Work], arguments: tuple) -> Work:
+    guard()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread a process is the point of processes
     if "torch" in sys.modules:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.config import UserError, nearest
+from unigen.printing import printable
 
 _TAKES = {
     "ls": ("one folder: unigen ckpt ls RUN", 1, 1),
@@ -68,7 +69,8 @@ def verify(folders: list[Path], as_json: bool = False) -> int:
             problems = problems_of(checkpoint)
             found[str(checkpoint)] = problems
             if not as_json:
-                print(f"{checkpoint}: {'damaged' if problems else 'OK'}", *problems, sep="\n  ", flush=True)
+                head = printable(f"{checkpoint}: {'damaged' if problems else 'OK'}")
+                print(head, *map(printable, problems), sep="\n  ", flush=True)
     if as_json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))
     return 1 if any(found.values()) else 0

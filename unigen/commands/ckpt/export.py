@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint
 from unigen.commands.ckpt.options import CkptOptions
@@ -18,6 +16,7 @@ from unigen.commands.ckpt.verify import problems_of
 from unigen.config import UserError
 from unigen.files import free_bytes, staged
 from unigen.model.storage import INDEX, WEIGHTS, Stored, is_of_set, part_name, write_json, write_safetensors
+from unigen.printing import bar
 from unigen.runs import layout
 from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
 from unigen.runs.space import gb, mount_of
@@ -125,14 +124,12 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
     # each tensor is on the disk before the next is read
     buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)
     written = {}
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="export", leave=False, disable=None, file=sys.stderr
-    ) as bar:
+    with bar("export", total=total, unit="B", unit_scale=True, leave=False) as shown:
 
         def make(name: str, entry: Stored) -> torch.Tensor:
             flat = buffer[: sizes[name]].view(dtypes[name])
             entry.read_into(flat)
-            bar.update(sizes[name])
+            shown.update(sizes[name])
             return flat.view(entry.shape)
 
         for file, shard in zip(names, shards, strict=True):

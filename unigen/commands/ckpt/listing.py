@@ -32,7 +32,7 @@ def list_checkpoints(folder: Path, as_json: bool = False) -> int:
     for row in rows:
         row["val_loss"] = losses.get(row["step"])
     if as_json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print(json.dumps(rows, indent=1))
     elif not rows:
         print(f"{folder} holds no checkpoints")
     else:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from unigen.files import CHUNK
 from unigen.model.storage import CheckpointFolderError, is_of_set
+from unigen.printing import bar
 from unigen.runs.checkpoint import CheckpointError, changed_files, read_manifest, scan_group
 
 
@@ -29,12 +27,12 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
         return [error.problem]
     names = [name for name in manifest["files"] if wanted(name)]
     total = sum(manifest["files"][name]["size"] for name in names)
-    lock, show = threading.Lock(), {"unit": "B", "unit_scale": True, "leave": False, "file": sys.stderr}
-    with tqdm(total=total, desc=f"verify {folder.name}", disable=None, **show) as bar:
+    lock, show = threading.Lock(), {"unit": "B", "unit_scale": True, "leave": False}
+    with bar(f"verify {folder.name}", total=total, **show) as shown:
 
         def tick() -> None:
             with lock:
-                bar.update(min(CHUNK, total - bar.n))
+                shown.update(min(CHUNK, total - shown.n))
 
         found = changed_files(folder, wanted, threads=os.cpu_count() or 1, tick=tick)
     if not found:  # the bytes are those that were written; do they make tensors?

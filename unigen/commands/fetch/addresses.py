@@ -15,6 +15,7 @@ from urllib.parse import quote
 import idna
 
 from unigen.config import UserError
+from unigen.printing import printable
 
 IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -114,7 +115,7 @@ def is_address(text: str) -> bool:
 def shown(url: str, most: int = 200) -> str:
     """``url`` for messages: user information hidden, nothing unprintable, at most ``most`` characters."""
     url = re.sub(r"^([\x00-\x20]*[a-zA-Z][\w+.-]*:[/\\]{0,9})[^/?#]*@", r"\1***@", url)
-    url = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in url[: most + 1])
+    url = printable(url[: most + 1])
     return url if len(url) <= most else url[: most - 3] + "..."
 
 

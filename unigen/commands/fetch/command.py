@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tqdm import tqdm
-
 from unigen.commands.fetch.addresses import FetchError, Network, is_address, parse_url, shown
 from unigen.commands.fetch.client import Client
 from unigen.commands.fetch.rewrite import RewrittenFile, Writer, places, records
@@ -25,6 +23,7 @@ from unigen.commands.fetch.store import Entry, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import find_files
 from unigen.files import Busy, locked
+from unigen.printing import bar, printable
 from unigen.values import Count, Options, PathText, Range
 
 Seconds = Annotated[float, Range(0, 86400, above=True)]
@@ -243,7 +242,7 @@ def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: Fe
     for _ in range(min(options.connections, len(urls))):
         threading.Thread(target=work, daemon=True).start()  # a daemon: Ctrl-C does not wait for slow servers
     failed = 0
-    with tqdm(total=len(urls), desc="pictures", unit="", disable=None if urls else True) as bar:
+    with bar("pictures", total=len(urls), unit="", disable=None if urls else True) as shown_bar:
         try:
             for _ in urls:
                 entry = results.get()
@@ -251,8 +250,8 @@ def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: Fe
                     raise entry
                 store.note(entry)
                 failed += not entry.good
-                bar.set_postfix(failed=failed, refresh=False)
-                bar.update()
+                shown_bar.set_postfix(failed=failed, refresh=False)
+                shown_bar.update()
         finally:
             turns.stop()
 
@@ -275,7 +274,8 @@ def _report(
         place = f"{first['file']}{line}, {first['field']}" + (
             f", {shown(first['url'])}" if first["url"] else ""
         )
-        print(f"  {reason:<18} {count:>8,}  first in {place}: {first['problem']}. Fix: {first['cure']}")
+        told = printable(f"{place}: {first['problem']}. Fix: {first['cure']}")
+        print(f"  {reason:<18} {count:>8,}  first in {told}")
     if writer.failures:
         print(f"All failures are listed in {store.folder / 'failed.log'}.")
     if writer.left_out and not writer.written:

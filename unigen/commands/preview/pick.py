@@ -108,7 +108,7 @@ def pick(options: PreviewOptions) -> list[Found]:
         PreviewError: there is no record, or not the one asked for.
         BadData: the paths hold no data.
     """
-    every = _walk(options.paths)
+    every = _walk(options.paths, options.data_root)
     if options.shuffled:
         choose = random.Random(f"{options.seed}/{options.epoch}/preview")
         found = _reservoir(every, options.samples, choose)
@@ -123,13 +123,13 @@ def pick(options: PreviewOptions) -> list[Found]:
     return found
 
 
-def _walk(paths: list[str]) -> Iterator[Found]:
+def _walk(paths: list[str], root: str | None) -> Iterator[Found]:
     """Every record in the order of the files, and in place of what cannot be read its problem."""
     from unigen.data.containers import find_files, parts, read_part
     from unigen.sequence.types import BadRecord
 
     number = 0
-    for file, (path, _) in enumerate(find_files(paths)):
+    for file, (path, _) in enumerate(find_files(paths, root)):
         try:
             for part in parts(path, file):
                 for span, raw in read_part(part):

@@ -1,0 +1,132 @@
+"""What is printed: nothing that a terminal obeys, but what the program itself draws.
+
+Texts of data, names of files and of tensors, and messages of libraries are all written by others. So the two
+standard streams are guarded while a command runs: whatever is printed, logged or raised passes
+:class:`Guarded`, which shows control characters as ``\\x1b``. Who steers the terminal on purpose (rich in
+``show/terminal.py``, the bars here) writes to the stream :func:`beneath` it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LONGEST_NAME = 1000  # characters of a name or value that a message shows; the middle of a longer one goes
+LONGEST_LINE = 8000  # characters of a line of a message, on standard error
+_STAYS = "\u3000"  # the space of Chinese texts, which Python calls unprintable
+_LINE_END = re.compile(r"(\r?\n)")
+
+
+def printable(text: object, most: int | None = LONGEST_NAME) -> str:
+    """A text of others on one line: what a terminal obeys, what turns the order of what stands beside it, and
+    what cannot be encoded is shown as ``\\x1b``.
+
+    Args:
+        most: Characters that are shown; the middle of a longer text is left out. None: all.
+    """
+    shown = str(text)
+    if most is not None and len(shown) > most:
+        # before anything is done to millions of characters
+        shown = f"{shown[: most // 2]} ... {shown[-(most // 2) :]}"
+    return shown if shown.isprintable() else "".join(map(_visible, shown))
+
+
+def _visible(c: str) -> str:
+    if c.isprintable() or c in _STAYS:
+        return c
+    return c.encode("unicode_escape").decode()
+
+
+def printable_lines(text: str, most: int | None = None) -> str:
+    """As :func:`printable`, but line ends and tabs stay.
+
+    Args:
+        most: Characters of a line that are shown; None: all.
+    """
+    if text.replace("\n", "").isprintable() and (most is None or len(text) <= most):
+        return text
+    parts = _LINE_END.split(text)
+    parts[::2] = ["\t".join(printable(cell, None) for cell in _short(part, most)) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _short(line: str, most: int | None) -> list[str]:
+    if most is not None and len(line) > most:
+        line = f"{line[: most // 2]} ... {line[-(most // 2) :]}"
+    return line.split("\t")
+
+
+class Guarded:
+    """A text stream that shows what a terminal would obey, and what its encoding lacks, as escapes; lines
+    keep their ends. All but writing is done by the stream ``beneath``.
+
+    Args:
+        beneath: Where it goes.
+        most: Characters of a line; the middle of a longer one is left out. None: all.
+    """
+
+    def __init__(self, beneath: TextIO, most: int | None = None):
+        self.beneath, self._most = beneath, most
+
+    def write(self, text: str) -> int:
+        encoding = self.beneath.encoding or "utf-8"
+        shown = printable_lines(text, self._most)
+        if not shown.isascii():
+            shown = shown.encode(encoding, "backslashreplace").decode(encoding)
+        self.beneath.write(shown)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.beneath)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.beneath, name)
+
+
+def guard() -> None:
+    """Guards the standard streams for the rest of the process, where they are not; messages are shortened,
+    results are not."""
+    if sys.stdout is not None and not isinstance(sys.stdout, Guarded):
+        sys.stdout = cast(TextIO, Guarded(sys.stdout))
+    if sys.stderr is not None and not isinstance(sys.stderr, Guarded):
+        sys.stderr = cast(TextIO, Guarded(sys.stderr, LONGEST_LINE))
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """:func:`guard` for a block of code."""
+    before = sys.stdout, sys.stderr
+    guard()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def beneath(stream: TextIO) -> TextIO:
+    """The stream itself, for control sequences of our own."""
+    return stream.beneath if isinstance(stream, Guarded) else stream
+
+
+def bar(desc: str = "", stream: TextIO | None = None, **options: Any) -> tqdm:
+    """A progress bar of tqdm on standard error, or another stream; none where that is no terminal.
+
+    Args:
+        desc: What it counts, shown before it.
+        stream: Default: standard error.
+        options: Of tqdm.
+    """
+    from tqdm import tqdm
+
+    options = {"disable": None, **options}
+    return tqdm(desc=printable(desc, 40) or None, file=beneath(stream or sys.stderr), **options)
