@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 version
 values
-config files recipe printing
+config files recipe printing schema
+foreign
 sequence
 model data
 cache runs inference

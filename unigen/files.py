@@ -101,13 +101,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path, tick: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; ``tick`` is called with every ``CHUNK`` read."""
+def sha256_of(path: Path | BinaryIO, tick: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of the bytes of a file, by its path or open at its start, in hexadecimal; ``tick`` is called
+    with every ``CHUNK`` read."""
+    if isinstance(path, Path):
+        with open(path, "rb", buffering=0) as file:
+            return sha256_of(file, tick)
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            tick()
+    while chunk := path.read(CHUNK):
+        digest.update(chunk)
+        tick()
     return digest.hexdigest()
 
 
@@ -228,7 +231,10 @@ def hold(path: Path) -> IO[str]:
     """
     import fcntl
 
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
+    def alone(name: str, flags: int) -> int:  # no link, whose end would be emptied
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    file = open(path, "a+", encoding="utf-8", opener=alone)  # noqa: SIM115 (it stays open)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -253,7 +259,7 @@ def is_held(path: Path) -> bool | None:
     import fcntl
 
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             answer = fcntl.fcntl(
                 file, fcntl.F_GETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             )

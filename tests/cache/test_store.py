@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> Store:
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {"mean": torch.randn(3, 2, 4, generator=g).bfloat16(), "std": torch.rand(3, 2, 4, generator=g)}
+    return {"mean": torch.randn(3, 6, 8, generator=g).bfloat16(), "std": torch.rand(3, 6, 8, generator=g)}
 
 
 def put(store: Store, seed: int = 0, key: str = KEY) -> Path:
@@ -316,11 +316,42 @@ def test_only_encoders_that_were_named_are_looked_for(store):
     put(store)
     features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     store.put(key_of(VIT, "picture", VIEW), {"features": features}, {})
-    both, neither = (FeatureCache(store, *encoders, VaeConfig()) for encoders in ((VAE, VIT), (None, None)))
+    config = VaeConfig(z_channels=3)
+    both, neither = (
+        FeatureCache(store, *encoders, config, (14, 5)) for encoders in ((VAE, VIT), (None, None))
+    )
     assert same(dict(zip(("mean", "std"), both.posterior("picture", VIEW), strict=True)), tensors())
     assert torch.equal(both.features("picture", VIEW), features)
     assert both.posterior("other", VIEW) is None and both.features("other", VIEW) is None
     assert neither.posterior("picture", VIEW) is None and neither.features("picture", VIEW) is None
+
+
+def test_a_whole_entry_with_other_tensors_is_told_and_not_used(store, caplog):
+    """A cache of someone else, whose checksum is right."""
+    cache = FeatureCache(store, VAE, VIT, VaeConfig(z_channels=3), (14, 5))
+    good = tensors()
+    for number, wrong in enumerate((
+        {"mean": good["mean"]}, {**good, "std": good["std"][:, :1]}, {**good, "mean": good["mean"].int()},
+    )):  # fmt: skip
+        picture = f"picture {number}"
+        store.put(key_of(VAE, picture, VIEW), wrong, {})
+        assert cache.posterior(picture, VIEW) is None
+    store.put(key_of(VIT, "picture", VIEW), {"features": torch.zeros(5, 5)}, {})
+    assert cache.features("picture", VIEW) is None
+    assert sum("not those of this picture" in record.getMessage() for record in caplog.records) == 4
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_marker_or_an_entry_that_is_no_file_of_the_cache_is_not_read(store, tmp_path, kind):
+    path = put(store)
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved") if kind == "link" else os.mkfifo(path)
+    assert store.get(KEY) is None
+    marker = store.folder / module.MARKER
+    marker.rename(tmp_path / "marker")
+    marker.symlink_to(tmp_path / "marker") if kind == "link" else os.mkfifo(marker)
+    with pytest.raises(CacheError, match="holds no cache"):
+        Store.open(store.folder)
 
 
 def test_the_tally_counts_what_rows_bring():

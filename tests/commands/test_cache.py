@@ -444,7 +444,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_left_out(options, tmp_pat
 def test_a_pixel_codec_has_nothing_to_cache(options, model, tmp_path, caplog):
     folder = tmp_path / "pixel"
     shutil.copytree(model, folder)
-    (folder / "vae_config.json").write_text(json.dumps({"type": "pixel", "downsample": 2, "z_channels": 12}))
+    (folder / "vae_config.json").write_text(json.dumps({"type": "pixel", "downsample": 4, "z_channels": 16}))
     options |= {"model_path": str(folder), "freeze_vit": False}
     with caplog.at_level(logging.INFO, "unigen"):
         assert run(options) == 0

@@ -262,8 +262,8 @@ def test_a_file_that_is_no_safetensors_is_explained(tmp_path, content):
         (lambda f: shutil.rmtree(f), "is not a folder.*Fix"),
         (lambda f: (f / "ema.safetensors").unlink(), "neither ema.safetensors nor a sharded set.*Fix"),
         (lambda f: (f / "llm_config.json").unlink(), "llm_config.json is missing.*Fix"),
-        (lambda f: (f / "vit_config.json").write_text("{"), "vit_config.json is not valid JSON.*Fix"),
-        (lambda f: (f / "vit_config.json").write_text("[]"), "vit_config.json holds a list.*Fix"),
+        (lambda f: (f / "vit_config.json").write_text("{"), "vit_config.json: it is not valid JSON.*Fix"),
+        (lambda f: (f / "vit_config.json").write_text("[]"), "vit_config.json: it holds a list.*Fix"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_explained(golden, tmp_path, spoil, message):

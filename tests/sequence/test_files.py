@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unigen.sequence import files
+from unigen import foreign
 from unigen.sequence.images import MAX_BYTES, Confined, PictureError, image_size, open_image, read_bytes
 
 LOOK = getattr(os, "O_PATH", 0)
@@ -50,7 +50,7 @@ sys.addaudithook(_hook)
 def watched() -> Iterator[list[str]]:
     """The real paths of the files that this process opens, but for the kernel's list of what is mounted."""
     global _watched
-    files._is_kernel.cache_clear()
+    foreign._is_kernel.cache_clear()
     _watched = seen = []
     try:
         yield seen
@@ -251,7 +251,7 @@ def test_unusual_roots(place: Path, root: str) -> None:
 
 def test_without_a_hold_on_files_the_rules_are_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On systems without O_PATH."""
-    monkeypatch.setattr(files, "_LOOK", None)
+    monkeypatch.setattr(foreign, "_LOOK", None)
     for trick, (free, confined) in TRICKS.items():
         if trick.startswith("root/") and "{top}" not in trick and "stdin" not in trick:
             for source, wanted in ((trick, free), (Confined(trick, "root"), confined)):
@@ -265,7 +265,7 @@ def test_a_link_that_is_turned_while_it_is_opened_never_leads_outside(
     place: Path, hold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not hold:
-        monkeypatch.setattr(files, "_LOOK", None)
+        monkeypatch.setattr(foreign, "_LOOK", None)
     stop, targets = threading.Event(), ("a.png", "../outside/a.png", "pipe", "/dev/zero")
 
     def turn() -> None:
@@ -305,15 +305,15 @@ def exchanged_after(look: Callable, replace: Callable[[], None]) -> Callable:
 @linux
 def test_what_was_looked_at_is_what_is_opened(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is exchanged after the last look at it: the one that was looked at is read, or nothing."""
-    check = files._check
+    check = foreign._check
     monkeypatch.setattr(
-        files, "_check", exchanged_after(check, lambda: os.replace("outside/a.png", "root/a.png"))
+        foreign, "_check", exchanged_after(check, lambda: os.replace("outside/a.png", "root/a.png"))
     )
     assert read_bytes(Confined("root/a.png", "root")) == INSIDE
     assert (place / "root/a.png").read_bytes() == OUTSIDE
-    monkeypatch.setattr(files, "_LOOK", None)
+    monkeypatch.setattr(foreign, "_LOOK", None)
     monkeypatch.setattr(
-        files, "_check", exchanged_after(check, lambda: os.replace("root2/a.png", "root/a.png"))
+        foreign, "_check", exchanged_after(check, lambda: os.replace("root2/a.png", "root/a.png"))
     )
     with pytest.raises(PictureError, match="exchanged"):
         read_bytes("root/a.png")

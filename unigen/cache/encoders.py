@@ -208,4 +208,5 @@ def open_cache(
             cache_dir, {"vae": "VAE", "vit": "ViT"}[name],
         )  # fmt: skip
     vae, vit = (found.get(name) if name in known else None for name in ("vae", "vit"))
-    return FeatureCache(store, vae, vit, model.config.vae)
+    c = model.config
+    return FeatureCache(store, vae, vit, c.vae, (c.vit.patch_size, c.vit.hidden_size))

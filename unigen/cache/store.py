@@ -27,7 +27,9 @@ from torch import Tensor
 
 from unigen.config import UserError
 from unigen.files import atomic, free_bytes
+from unigen.foreign import ForeignFileError, read_bytes, read_json
 from unigen.model.codec import VaeConfig
+from unigen.schema import Rule, Table
 from unigen.sequence.contents import PIXELS, View
 from unigen.sequence.types import Pack
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of keys and entries
 MARKER = "unigen-cache.json"
+MAX_ENTRY = 256 << 20  # bytes; the ViT's answer for the largest picture has 11 MB
 ABANDONED = 3600  # seconds after which a file still being written has no writer any more
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _PART = re.compile(r"\.[0-9a-f]{64}\.\w+\.part")
@@ -100,8 +103,8 @@ class Store:
         """
         folder = Path(folder)
         try:
-            found = json.loads((folder / MARKER).read_text(encoding="utf-8"))["unigen_cache"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(folder / MARKER, [folder], Table({"unigen_cache": Rule()}))["unigen_cache"]
+        except ForeignFileError:
             problem = "holds no cache of encoded pictures" if folder.is_dir() else "is not a folder"
             raise CacheError(
                 f"cache_dir {folder} {problem}. Fix: fill it with unigen cache, or leave cache_dir out"
@@ -159,18 +162,24 @@ class Store:
         once)."""
         path = self.path(key)
         try:
-            return _decode(path.read_bytes(), key)
-        except FileNotFoundError:
+            return _decode(read_bytes(path, [self.folder], MAX_ENTRY), key)
+        except ForeignFileError as error:
+            if error.code != "missing":
+                self.tell(key, error.problem)
             return None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            if key not in self._told:
-                self._told.add(key)
-                log.warning(
-                    "%s is damaged (%s): it is not used; the next run of unigen cache writes it anew",
-                    path,
-                    error,
-                )
+            self.tell(key, error)
             return None
+
+    def tell(self, key: str, problem: object) -> None:
+        """Warns, once, of an entry that cannot be used."""
+        if key not in self._told:
+            self._told.add(key)
+            log.warning(
+                "%s is damaged (%s): it is not used; the next run of unigen cache writes it anew",
+                self.path(key),
+                problem,
+            )
 
     def put(self, key: str, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> int:
         """Writes an entry whole: tensors, and ``of``, what :func:`about` says. Its bytes on disk.
@@ -231,25 +240,53 @@ class FeatureCache:
         vae: the model's VAE; None where it is not to be looked for.
         vit: the model's ViT; None where it learns, or there is none.
         config: the VAE's, which says how latents are normalised.
+        features: pixels of a ViT patch's side, and numbers of its feature.
     """
 
-    def __init__(self, store: Store, vae: Encoder | None, vit: Encoder | None, config: VaeConfig):
-        self.store, self.vae, self.vit, self.config = store, vae, vit, config
+    def __init__(
+        self,
+        store: Store,
+        vae: Encoder | None,
+        vit: Encoder | None,
+        config: VaeConfig,
+        features: tuple[int, int] | None = None,
+    ):
+        self.store, self.vae, self.vit, self.config, self.sizes = store, vae, vit, config, features
 
     def posterior(self, picture: str, view: View) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation [C, h, w] of the picture's latent before normalisation; None where
         there is no entry."""
         if self.vae is None:
             return None
-        found = self.store.get(key_of(self.vae, picture, view))
+        assert view.vae is not None
+        f = self.config.downsample
+        shape = (self.config.z_channels, view.vae[1] // f, view.vae[0] // f)
+        found = self._entry(key_of(self.vae, picture, view), {"mean": shape, "std": shape})
         return (found["mean"], found["std"]) if found is not None else None
 
     def features(self, picture: str, view: View) -> Tensor | None:
         """What the ViT makes of the picture, [patches, width]; None where there is no entry."""
         if self.vit is None:
             return None
-        found = self.store.get(key_of(self.vit, picture, view))
+        assert view.vit is not None and self.sizes is not None
+        patch, width = self.sizes
+        shape = ((view.vit[0] // patch) * (view.vit[1] // patch), width)
+        found = self._entry(key_of(self.vit, picture, view), {"features": shape})
         return found["features"] if found is not None else None
+
+    def _entry(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+        """An entry whose tensors are floats of these shapes; another, which a whole cache of someone else may
+        hold, is damaged."""
+        found = self.store.get(key)
+        if found is None:
+            return None
+        if all(
+            name in found and tuple(found[name].shape) == shape and found[name].is_floating_point()
+            for name, shape in shapes.items()
+        ):
+            return found
+        self.store.tell(key, "its tensors are not those of this picture")
+        return None
 
     def latent(self, posterior: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
         """The normalised latent [C, h, w] that ``noise`` [C, h, w] draws, bit for bit the codec's."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unigen.config import Config, Source
+from unigen.config import Config, Source, UserError
+from unigen.foreign import read_json, roots_of
 from unigen.inference.options import InferenceError
 from unigen.model.config import BagelConfig
 from unigen.model.storage import RUN_OPTIONS
+from unigen.schema import Items, Maybe, Table, whole
 from unigen.sequence.contents import Viewer
 from unigen.sequence.grid import patchify
 from unigen.sequence.images import ImageTransform, image_size, open_image
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import Block, Image, Kind, Sample
+
+_RUN = Table({}, {"max_image_tokens": whole(1, 1 << 20), "train_sources": Maybe(Items(Table()))})
+"""The options of a run that say how it resized pictures."""
 
 
 def run_transform(config: BagelConfig, sources: Sequence[Source], max_image_tokens: int) -> ImageTransform:
@@ -41,15 +46,11 @@ def trained_transform(config: BagelConfig, folder: Path | None) -> ImageTransfor
         InferenceError: the run's options cannot be read.
     """
     run, path = Config(), None if folder is None else folder / RUN_OPTIONS
-    if path is not None and path.is_file():
+    if path is not None and os.path.lexists(path):
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(stored, dict):
-                raise ValueError("it holds no JSON object")
-            names = ("max_image_tokens", "train_sources")
-            run = Config(**{name: stored[name] for name in names if name in stored})
+            run = Config(**_RUN.known(read_json(path, roots_of(path.parent), _RUN)))
             return run_transform(config, run.sources(), run.max_image_tokens)
-        except (OSError, ValueError, TypeError) as error:
+        except UserError as error:
             raise InferenceError(
                 f"{path} cannot be read ({error}). Fix: copy the checkpoint again, or remove the file: "
                 "pictures are then shown as with the default options"

@@ -7,7 +7,7 @@ A codec has ``downsample`` (pixels per latent cell), ``channels``, ``encode(pixe
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unigen.model.hub import without_hub_kernels
+from unigen.model.schemas import VAE
+from unigen.model.storage import CheckpointFolderError, read_json
 from unigen.sequence.grid import to_unit
+
+_GROUPS = 32  # of its group norms
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,6 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VaeConfig:
-        if not isinstance(values, dict):
-            raise ValueError(f"vae_config.json holds a {type(values).__name__}, not a JSON object")
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         if "ch_mult" in known:
             known["ch_mult"] = tuple(known["ch_mult"])
@@ -67,6 +70,11 @@ class Codec(nn.Module):
         self.config = config
         self.downsample, self.channels = config.downsample, config.z_channels
 
+    @classmethod
+    def check(cls, config: VaeConfig) -> None:
+        """Raises ValueError where no codec of this type can have such a config; names the key."""
+        raise NotImplementedError(cls.__name__)
+
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """``pixels`` [B, 3, H, W], uint8 or float in [-1, 1] -> normalised latents [B, C, H / f, W / f]; the
         posterior's mean, or its draw with ``noise`` of the latents' shape."""
@@ -83,13 +91,17 @@ class PixelCodec(Codec):
 
     def __init__(self, config: VaeConfig):
         super().__init__(config)
+        self.check(config)
+        self.gray = config.z_channels == config.downsample**2
+
+    @classmethod
+    def check(cls, config: VaeConfig) -> None:
         gray, colour = config.downsample**2, 3 * config.downsample**2
         if config.z_channels not in (gray, colour):
             raise ValueError(
                 f"vae_config.json: z_channels is {config.z_channels}; a pixel codec with downsample"
                 f" {config.downsample} has {colour} (colour) or {gray} (gray)"
             )
-        self.gray = config.z_channels == gray
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         pixels = to_unit(pixels)
@@ -107,14 +119,11 @@ class FluxCodec(Codec):
 
     def __init__(self, config: VaeConfig):
         super().__init__(config)
-        from diffusers import AutoencoderKL
+        self.check(config)
+        with without_hub_kernels():
+            from diffusers import AutoencoderKL
 
         levels = len(config.ch_mult)
-        if config.downsample != 2 ** (levels - 1):
-            raise ValueError(
-                f"vae_config.json: downsample is {config.downsample}; {levels} levels of ch_mult give"
-                f" {2 ** (levels - 1)}"
-            )
         self.vae = AutoencoderKL(
             block_out_channels=[config.ch * m for m in config.ch_mult],
             down_block_types=["DownEncoderBlock2D"] * levels,
@@ -125,13 +134,27 @@ class FluxCodec(Codec):
             use_post_quant_conv=False,
         )
 
+    @classmethod
+    def check(cls, config: VaeConfig) -> None:
+        levels = len(config.ch_mult)
+        if config.downsample != 2 ** (levels - 1):
+            raise ValueError(
+                f"vae_config.json: downsample is {config.downsample}; {levels} levels of ch_mult give"
+                f" {2 ** (levels - 1)}"
+            )
+        if config.ch % _GROUPS:
+            raise ValueError(
+                f"vae_config.json: ch is {config.ch}, not a multiple of {_GROUPS}, its norms' groups"
+            )
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the tensors of ``ae.safetensors``.
 
         Raises:
             ValueError: keys are missing, unexpected or misshapen; all are listed.
         """
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+        with without_hub_kernels():
+            from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
         try:
             converted = convert_ldm_vae_checkpoint(dict(tensors), dict(self.vae.config))
@@ -184,4 +207,14 @@ def encode_all(codec: Codec, pixels: list[Tensor], noise: list[Tensor] | None = 
 def read_vae_config(folder: Path) -> VaeConfig:
     """``vae_config.json`` of a checkpoint folder, FLUX's where there is none."""
     path = folder / "vae_config.json"
-    return VaeConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else VaeConfig()
+    if not os.path.lexists(path):
+        return VaeConfig()
+    values = read_json(path, VAE)
+    try:
+        config = VaeConfig.from_dict(values)
+        CODECS[config.type].check(config)
+        return config
+    except ValueError as error:
+        raise CheckpointFolderError(
+            f"{folder}: {error}. Fix: take this file from the original checkpoint again"
+        ) from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unigen.config import ConfigError, DataOptions, Source
 from unigen.model.codec import VaeConfig, read_vae_config
+from unigen.model.schemas import CONFIG, LLM, VIT, contradictions, misfits
 from unigen.model.storage import CheckpointFolderError, read_json
 from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import Geometry
@@ -128,6 +131,10 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
 
     ``overrides`` win over ``config.json``; where neither knows the side of a position table, the ``shapes``
     of the stored tensors do.
+
+    Raises:
+        CheckpointFolderError: a file is missing or breaks its schema, values exclude each other, or do not
+            fit the ``shapes``; with file and key.
     """
     from transformers import Qwen2Config, SiglipVisionConfig
 
@@ -136,23 +143,30 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
             f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
             " path"
         )
-    llm = Qwen2Config.from_dict(read_json(folder / "llm_config.json"))
-    if llm.rope_parameters.get("rope_type", "default") != "default":
-        raise CheckpointFolderError(
-            f"{folder / 'llm_config.json'}: rope scaling {llm.rope_parameters} is not part of BAGEL"
-        )
-    vit = SiglipVisionConfig.from_dict(read_json(folder / "vit_config.json"))
-    stored = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    said = read_json(folder / "llm_config.json", LLM)
+    if "rope_theta" not in said and "rope_theta" not in (said.get("rope_parameters") or {}):
+        raise wrong(folder, "llm_config.json: rope_theta is missing")
+    llm = Qwen2Config.from_dict(LLM.known(said))
+    vit = SiglipVisionConfig.from_dict(VIT.known(read_json(folder / "vit_config.json", VIT)))
+    stored = read_json(folder / "config.json", CONFIG) if os.path.lexists(folder / "config.json") else {}
     constants = {name: stored[name] for name in CONSTANTS if stored.get(name) is not None}
-    constants.setdefault("vit_max_num_patch_per_side", vit.image_size // vit.patch_size)
+    constants.setdefault("vit_max_num_patch_per_side", min(vit.image_size // vit.patch_size, 1024))
     table = shapes.get("latent_pos_embed.pos_embed")
-    if table is not None:
-        constants.setdefault("max_latent_size", round(table[0] ** 0.5))
+    if table:
+        constants.setdefault("max_latent_size", min(max(math.isqrt(table[0]), 1), 1024))
     constants.update({name: value for name, value in overrides.items() if value is not None})
-    try:
-        return BagelConfig(llm, vit, read_vae_config(folder), **constants)
-    except (TypeError, ValueError) as error:
-        raise CheckpointFolderError(f"{folder}: {error}") from error
+    for problem in contradictions(llm, vit, constants):
+        raise wrong(folder, ": ".join(problem))
+    config = BagelConfig(llm, vit, read_vae_config(folder), **constants)
+    if found := misfits(config, shapes):
+        raise wrong(folder, "; ".join(found), "take weights and config files of one and the same checkpoint")
+    return config
+
+
+def wrong(
+    folder: Path, problem: str, fix: str = "take this file from the original checkpoint again"
+) -> CheckpointFolderError:
+    return CheckpointFolderError(f"{folder}: {problem}. Fix: {fix}")
 
 
 def small_config(

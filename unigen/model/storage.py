@@ -17,14 +17,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from unigen import foreign
 from unigen.config import UserError
 from unigen.files import atomic, json_of
+from unigen.foreign import ForeignFileError, known_mistake, roots_of
+from unigen.model.mistakes import fix_of
+from unigen.schema import Items, Rule, Table, Text, short, whole
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +44,14 @@ DTYPES = {
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
 _CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 WEIGHTS = "ema.safetensors"
 INDEX = ".index.json"  # behind the name of a set of several files
 RUN_OPTIONS = "training_config.json"  # the options of the run that trained the weights, beside them
 CHUNK = 1 << 24  # elements or bytes handled at a time
+# of a file: 7B and its optimiser have 5,000 tensors and a header of 0.6 MB
+MAX_HEADER, MAX_TENSORS = 16 << 20, 100_000
 
 
 class CheckpointFolderError(UserError):
@@ -55,27 +63,23 @@ def code_of(dtype: torch.dtype) -> str:
     return _CODES[str(dtype)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, schema: Rule | None = None) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint folder.
 
     Raises:
-        CheckpointFolderError: the file is missing, or holds no JSON object.
+        CheckpointFolderError: the file is missing, leads out of the folder, holds no JSON object, or breaks
+            the schema.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointFolderError(
-            f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT (llm_config.json,"
-            " vit_config.json, ema.safetensors, ae.safetensors, tokenizer files). Fix: check the path, or"
-            " download the whole repository"
-        ) from None
-    except ValueError as error:
-        raise CheckpointFolderError(f"{path} is not valid JSON ({error}). Fix: download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointFolderError(
-            f"{path} holds a {type(value).__name__}, not a JSON object. Fix: download it again"
-        )
-    return value
+        return foreign.read_json(path, roots_of(path.parent), schema or Table())
+    except ForeignFileError as error:
+        if error.code == "missing":
+            raise CheckpointFolderError(
+                f"{path} is missing; model_path must be a folder in the layout of BAGEL-7B-MoT"
+                " (llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, tokenizer files). Fix:"
+                f" {fix_of(path.parent)}"
+            ) from None
+        raise CheckpointFolderError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Stored:
 
 
 def _read_bytes(file: Path, offset: int, view: memoryview) -> None:
-    with open(file, "rb", buffering=0) as f:
+    with _open(file) as f:
         f.seek(offset)
         done = 0
         while done < len(view):
@@ -162,51 +166,97 @@ def _read_bytes(file: Path, offset: int, view: memoryview) -> None:
 # ---- where things lie
 
 
+def _open(path: Path) -> BinaryIO:
+    try:
+        return foreign.open_file(path, roots_of(path.parent))
+    except ForeignFileError as error:
+        if error.code == "missing":
+            raise CheckpointFolderError(
+                f"{path} is missing. Fix: check the path, or download the whole repository"
+            ) from None
+        raise CheckpointFolderError(str(error)) from None
+
+
 def scan_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, from its header alone.
+    """The tensors of one safetensors file, from its header alone. They fill the file, without gap and
+    overlap.
 
     Raises:
-        CheckpointFolderError: the file is missing, damaged or truncated.
+        CheckpointFolderError: the file is missing, no regular one of its folder, damaged, truncated or of
+            another kind.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
+        with _open(path) as f:
+            size, start = os.fstat(f.fileno()).st_size, f.read(64)
+            if found := known_mistake(start):
+                raise CheckpointFolderError(f"{path}: {found[0]}. Fix: {found[1]}")
+            length = int.from_bytes(start[:8], "little")
+            if not 2 <= length <= size - 8:
                 raise ValueError("its header length makes no sense")
-            header = json.loads(f.read(length))
+            if length > MAX_HEADER:
+                raise ValueError(f"its header has {length:,} bytes, above {MAX_HEADER:,}")
+            f.seek(8)
+            header = foreign.parse_json(f.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header holds no JSON object")
         header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if not all(isinstance(n, int) and n >= 0 for n in (start, end, *entry["shape"])):
-                raise ValueError(f"{name} has shape {entry['shape']} at bytes {start} to {end}")
-            if 8 + length + end > size:
-                raise ValueError(
-                    f"it is truncated: {name} ends at byte {8 + length + end:,}, the file at {size:,}"
-                )
-            code, shape = entry["dtype"], tuple(entry["shape"])
-            numel = math.prod(shape)
-            if end - start != numel * DTYPES[code][1]:
-                raise ValueError(f"{name} has {end - start} bytes, not those of shape {shape}")
-            tensors[name] = Stored(code, shape, (ByteRange(path, 8 + length + start, 0, numel),))
-        return tensors
-    except FileNotFoundError:
-        raise CheckpointFolderError(
-            f"{path} is missing. Fix: check the path, or download the whole repository"
-        ) from None
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"it has {len(header):,} tensors, above {MAX_TENSORS:,}")
+        tensors = {name: _stored(path, 8 + length, size, name, entry) for name, entry in header.items()}
     except OSError as error:
         raise CheckpointFolderError(
             f"{path} cannot be read ({error}). Fix: check the path and its permissions"
         ) from error
-    except KeyError as error:
-        raise CheckpointFolderError(
-            f"{path} has a tensor of dtype or entry {error}, which is not supported"
-        ) from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except UserError:  # itself a ValueError
+        raise
+    except ValueError as error:
         raise CheckpointFolderError(
             f"{path} is not a whole safetensors file: {error}. Fix: download or copy it again"
         ) from None
+    _fills(path, tensors, 8 + length, size)
+    return tensors
+
+
+_SHAPE = Items(whole(0, 1 << 40), high=64)
+_ENTRY = Table({"dtype": Text(), "shape": _SHAPE, "data_offsets": Items(whole(0, 1 << 60), 2, 2)})
+
+
+def _stored(path: Path, base: int, size: int, name: str, entry: Any) -> Stored:
+    """Where a tensor of a header lies. Raises ValueError, or CheckpointFolderError for an unknown dtype."""
+    if wrong := _ENTRY.wrong(entry):
+        raise ValueError(f"{short(name)}{wrong[0]} {wrong[1]}")
+    code, (start, end), shape = entry["dtype"], entry["data_offsets"], tuple(entry["shape"])
+    if code not in DTYPES:
+        kind = ", an FP8 format" if code.startswith("F8") else ""
+        raise CheckpointFolderError(
+            f"{path}: {short(name)} has dtype {short(code)}{kind}, which is not read. Fix: use the weights in"
+            " bfloat16, float16 or float32, from before they were quantised"
+        )
+    if base + end > size:
+        raise ValueError(f"it is truncated: {short(name)} ends at byte {base + end:,}, the file at {size:,}")
+    numel = math.prod(shape)
+    if end - start != numel * DTYPES[code][1]:
+        raise ValueError(f"{short(name)} has {end - start} bytes, not those of {code} and shape {shape}")
+    return Stored(code, shape, (ByteRange(path, base + start, 0, numel),))
+
+
+def _fills(path: Path, tensors: dict[str, Stored], base: int, size: int) -> None:
+    """Raises CheckpointFolderError where two tensors share bytes, or bytes belong to none: somebody else's
+    reader would then see other weights than this one."""
+    at = base
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].parts[0].offset, item[1].nbytes)):
+        offset = stored.parts[0].offset
+        if offset != at:
+            how = "overlaps the tensor before it" if offset < at else f"leaves a gap of {offset - at:,} bytes"
+            raise CheckpointFolderError(
+                f"{path} is not a whole safetensors file: {short(name)} {how}. Fix: download or copy it again"
+            )
+        at += stored.nbytes
+    if at != size:
+        raise CheckpointFolderError(
+            f"{path} is not a whole safetensors file: {size - at:,} bytes follow the last tensor. Fix:"
+            " download or copy it again"
+        )
 
 
 def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safetensors")) -> dict[str, Stored]:
@@ -224,56 +274,56 @@ def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safeten
     if indexes:
         return _scan_index(indexes[0])
     raise CheckpointFolderError(
-        f"{folder} has neither {WEIGHTS} nor a sharded set (*.safetensors.index.json). "
-        "Fix: check the path, or download the whole repository"
+        f"{folder} has neither {WEIGHTS} nor a sharded set (*.safetensors.index.json). Fix: {fix_of(folder)}"
     )
 
 
 def scan_set(folder: Path, name: str) -> dict[str, Stored] | None:
     """The tensors of ``name`` or of the set that ``name.index.json`` describes; None where there is
     neither."""
-    if (folder / name).exists():
+    if os.path.lexists(folder / name):
         return scan_safetensors(folder / name)
-    if (folder / f"{name}{INDEX}").exists():
+    if os.path.lexists(folder / f"{name}{INDEX}"):
         return _scan_index(folder / f"{name}{INDEX}")
     return None
 
 
+_PARTS = Items(Items(Rule(), 3, 3))
+_PIECES = Table(rest=Table({"dtype": Text(tuple(DTYPES)), "shape": _SHAPE, "parts": _PARTS}))
+_INDEX = Table({"weight_map": Table(rest=Text(length=255))}, {"pieces": _PIECES})
+_PART = Table({"file": Text(length=255), "start": whole(0, 1 << 60), "stop": whole(0, 1 << 60)})
+
+
 def _scan_index(index: Path) -> dict[str, Stored]:
-    described = read_json(index)
-    weight_map, pieces = described.get("weight_map"), described.get("pieces", {})
-    if not isinstance(weight_map, dict) or not isinstance(pieces, dict):
-        raise CheckpointFolderError(f"{index} has no weight_map. Fix: download it again")
-    try:
-        wanted = {file for file in weight_map.values()} | {
-            part[0] for entry in pieces.values() for part in entry["parts"]
-        }
-        for file in wanted:
-            if PurePosixPath(file).name != file or file in ("", ".."):
-                raise CheckpointFolderError(
-                    f"{index} names {file!r}, outside of its folder. Fix: do not use this checkpoint"
-                )
-        files = {file: scan_safetensors(index.parent / file) for file in sorted(wanted)}
-        for file, tensors in files.items():
-            missing = [name for name, at in weight_map.items() if at == file and name not in tensors]
-            if missing:
-                raise CheckpointFolderError(
-                    f"{index.parent / file} lacks {few(missing)}, which {index.name} promises. Fix: download"
-                    " it again"
-                )
-        found = {name: files[file][name] for name, file in weight_map.items()}
-        return found | {name: _join(index, name, entry, files) for name, entry in pieces.items()}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointFolderError(
-            f"{index} makes no sense ({type(error).__name__}: {error}). Fix: download it again"
-        ) from None
+    described = read_json(index, _INDEX)
+    weight_map, pieces = described["weight_map"], described.get("pieces", {})
+    parts = [part for entry in pieces.values() for part in entry["parts"]]
+    for part in parts:
+        if wrong := _PART.wrong(dict(zip(("file", "start", "stop"), part, strict=True))):
+            raise CheckpointFolderError(
+                f"{index}: {wrong[0].lstrip('.')} of a part {wrong[1]}. Fix: download it again"
+            )
+    wanted = {*weight_map.values(), *(part[0] for part in parts)}
+    for file in wanted:
+        if PurePosixPath(file).name != file or file in ("", "..") or "\0" in file:
+            raise CheckpointFolderError(
+                f"{index} names {short(file)}, outside of its folder. Fix: do not use this checkpoint"
+            )
+    files = {file: scan_safetensors(index.parent / file) for file in sorted(wanted)}
+    for file, tensors in files.items():
+        missing = [name for name, at in weight_map.items() if at == file and name not in tensors]
+        if missing:
+            raise CheckpointFolderError(
+                f"{index.parent / file} lacks {few(missing)}, which {index.name} promises. Fix: download"
+                " it again"
+            )
+    found = {name: files[file][name] for name, file in weight_map.items()}
+    return found | {name: _join(index, name, entry, files) for name, entry in pieces.items()}
 
 
 def _join(index: Path, name: str, entry: dict[str, Any], files: dict[str, dict[str, Stored]]) -> Stored:
     """A tensor from its parts, which have to fit together without gap and overlap."""
     code, shape = entry["dtype"], tuple(entry["shape"])
-    if code not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"{name} has dtype {code} and shape {shape}")
     parts, at = [], 0
     for file, start, stop in sorted(entry["parts"], key=lambda part: (part[1], part[2])):
         piece = files[file].get(name)

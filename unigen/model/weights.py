@@ -7,7 +7,7 @@ holds them twice, and written one after another without a second copy.
 from __future__ import annotations
 
 import math
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen import foreign
 from unigen.config import DataOptions
 from unigen.model.backends import use_expandable_segments
 from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec, VaeConfig
-from unigen.model.config import BagelConfig, read_config
+from unigen.model.config import BagelConfig, read_config, wrong
 from unigen.model.layers import sincos_table
 from unigen.model.parts import is_left_out, is_table
+from unigen.model.schemas import vae_misfits
 from unigen.model.storage import (
+    FLOATS,
     WEIGHTS,
     CheckpointFolderError,
     Stored,
@@ -72,6 +75,7 @@ def load_planner(folder: str | Path | None, options: DataOptions) -> Planner:
         )
         return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options)
     folder = Path(folder)
+    check_side_files(folder)
     # configs and tokenizer alone will do, where config.json says the sizes
     held = any(folder.glob("*.safetensors*"))
     shapes = {name: stored.shape for name, stored in scan_folder(folder).items()} if held else {}
@@ -135,6 +139,8 @@ def build_bagel(
     folder = Path(folder)
     dtype_for = dtype if callable(dtype) else lambda name: dtype
     stored = scan_folder(folder, weights) if stored is None else stored
+    check_side_files(folder)
+    _check_names_and_dtypes(folder, stored)
     shapes = {name: entry.shape for name, entry in stored.items()}
     config = read_config(
         folder, shapes, visual_gen=visual_gen, visual_und=visual_und, **dict(constants or {})
@@ -183,19 +189,45 @@ def load_codec(folder: Path, config: BagelConfig, device: torch.device | str = "
             ``vae_config.json`` says.
     """
     try:
-        codec = CODECS[config.vae.type](config.vae)
+        kind = CODECS[config.vae.type]
+        stored = scan_safetensors(folder / "ae.safetensors") if kind is FluxCodec else {}
+        if found := vae_misfits(config.vae, {name: entry.shape for name, entry in stored.items()}):
+            raise wrong(folder, "; ".join(found), "take both files of one and the same checkpoint")
+        codec = kind(config.vae)
         if isinstance(codec, FluxCodec):
-            codec.load(
-                {
-                    name: entry.read().float()
-                    for name, entry in scan_safetensors(folder / "ae.safetensors").items()
-                }
-            )
+            codec.load({name: entry.read().float() for name, entry in stored.items()})
     except CheckpointFolderError:
         raise
     except ValueError as error:
         raise CheckpointFolderError(f"{folder}: {error}") from error
     return codec.to(device).eval().requires_grad_(False)
+
+
+def _check_names_and_dtypes(folder: Path, stored: Mapping[str, Stored]) -> None:
+    """Raises CheckpointFolderError where all names have the prefix of a wrapper, or weights are no floats."""
+    for prefix in ("module.", "_orig_mod.", "model.", "bagel."):
+        if stored and all(name.startswith(prefix) for name in stored):
+            raise wrong(
+                folder,
+                f"{_file(stored)}: the names of all weights begin with {prefix!r}, as a wrapper of the model"
+                " saves them",
+                f"write the file anew with names without {prefix!r}:"
+                f" {{name.removeprefix({prefix!r}): tensor ...}}, or save the wrapped model itself",
+            )
+    if odd := [name for name, entry in stored.items() if entry.code not in FLOATS]:
+        codes = ", ".join(sorted({stored[name].code for name in odd}))
+        raise wrong(
+            folder,
+            f"{_file(stored, odd[0])}: {len(odd)} weights have dtype {codes}, as quantised ones do:"
+            f" {few(odd)}",
+            "use the weights in bfloat16, float16 or float32, from before they were quantised",
+        )
+
+
+def _file(stored: Mapping[str, Stored], name: str | None = None) -> str:
+    """The file of a tensor, or of the first."""
+    parts = stored[name or next(iter(stored))].parts
+    return parts[0].file.name if parts else WEIGHTS  # an empty tensor may have none
 
 
 def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -219,9 +251,9 @@ def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]
     ]
     if problems:
         raise CheckpointFolderError(
-            f"{folder}: the weights do not fit llm_config.json, vit_config.json and config.json.\n  "
-            + "\n  ".join(problems)
-            + "\nFix: take weights and config files of one and the same checkpoint"
+            f"{folder}: the weights do not fit llm_config.json, vit_config.json and config.json: "
+            + "; ".join(problems)
+            + ". Fix: take weights and config files of one and the same checkpoint"
         )
 
 
@@ -261,12 +293,13 @@ def write_side_files(model: Bagel, folder: Path) -> None:
     if model.source is not None:
         for name in SIDE_FILES:
             origin = model.source / name
-            if origin.exists() and not (folder / name).exists():
-                shutil.copyfile(origin, folder / name)
+            if os.path.lexists(origin) and not (folder / name).exists():
+                foreign.copy_file(origin, folder / name, foreign.roots_of(model.source))
     else:
+        vit = model.config.vit
         for name, part in (
             ("llm_config", model.config.llm.to_diff_dict()),
-            ("vit_config", model.config.vit.to_diff_dict()),
+            ("vit_config", {"num_attention_heads": vit.num_attention_heads, **vit.to_diff_dict()}),
         ):
             write_json(folder / f"{name}.json", part)
     if model.config.vae.type != "flux" and not (folder / "vae_config.json").exists():
@@ -277,6 +310,21 @@ def write_side_files(model: Bagel, folder: Path) -> None:
         else {}
     )
     write_json(folder / "config.json", {**stored, **model.config.to_dict()})
+
+
+def check_side_files(folder: Path) -> None:
+    """Opens every file that :func:`write_side_files` would copy out of a folder.
+
+    Raises:
+        CheckpointFolderError: one leads out of the folder, is no regular file, or is far too large.
+    """
+    for name in SIDE_FILES:
+        if os.path.lexists(folder / name):
+            limit = foreign.MAX_FILE if name.endswith(".safetensors") else foreign.MAX_JSON
+            try:
+                foreign.open_file(folder / name, foreign.roots_of(folder), limit).close()
+            except foreign.ForeignFileError as error:
+                raise CheckpointFolderError(str(error)) from None
 
 
 def side_bytes(model: Bagel) -> int:

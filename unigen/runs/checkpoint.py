@@ -23,21 +23,24 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from unigen.config import UserError
 from unigen.files import draft_of, leftover, remove, sha256_of
+from unigen.foreign import ForeignFileError, open_file, read_json, require, roots_of
 from unigen.model.storage import Stored, scan_set, set_files
-from unigen.runs.layout import FILES, MANIFEST, is_checkpoint, state_file, step_of
+from unigen.runs.layout import FILES, MANIFEST, TRAINER, is_checkpoint, state_file, step_of
+from unigen.runs.states import GROUPS, outside
+from unigen.runs.states import MANIFEST as MANIFEST_RULE
+from unigen.schema import Rule, short
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-GROUPS = ("ema", "model", "optimizer")
 
 
 class CheckpointError(UserError):
@@ -74,18 +77,26 @@ def scan_weights(folder: Path, raw: bool = False) -> dict[str, Stored]:
     return scan_group(folder, "ema") | (scan_group(folder, "model") if raw else {})
 
 
-def read_states(folder: Path) -> dict[str, Any]:
+def read_states(folder: Path, schemas: Mapping[str, Rule] | None = None) -> dict[str, Any]:
     """The JSON states by name.
 
     Raises:
-        CheckpointError: the manifest or one of them cannot be read.
+        CheckpointError: the manifest or one of them cannot be read, breaks its schema (state -> rule), or is
+            of another step than the manifest says; with file and key.
     """
-    states = {}
-    for name in read_manifest(folder)["states"]:
+    manifest, states = read_manifest(folder), {}
+    for name in manifest["states"]:
+        file = state_file(name)
         try:
-            states[name] = json.loads((folder / state_file(name)).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise _unusable(folder, f"{state_file(name)} cannot be read: {error}") from error
+            rule = (schemas or {}).get(name)
+            states[name] = read_json(folder / file, roots_of(folder), rule, finite=False)
+        except ForeignFileError as error:
+            raise _unusable(folder, f"{file}: {error.problem}") from error
+    trainer = states.get(TRAINER)
+    if isinstance(trainer, dict) and trainer.get("step", manifest["step"]) != manifest["step"]:
+        raise _unusable(
+            folder, f"{state_file(TRAINER)}: step is {trainer['step']}, {MANIFEST} says {manifest['step']}"
+        )
     return states
 
 
@@ -160,8 +171,11 @@ def _problem(folder: Path, name: str, entry: dict[str, Any], tick: Callable[[], 
     if wrong := wrong_size(folder / name, name, entry["size"]):
         return wrong
     try:
-        if sha256_of(folder / name, tick) != entry["sha256"]:
-            return f"{name} has changed since it was written (SHA-256 differs)"
+        with open_file(folder / name, roots_of(folder)) as file:
+            if sha256_of(file, tick) != entry["sha256"]:
+                return f"{name} has changed since it was written (SHA-256 differs)"
+    except ForeignFileError as error:
+        return f"{name}: {error.problem}"
     except OSError as error:
         return f"{name} cannot be read ({error})"
     return ""
@@ -189,25 +203,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise _unusable(folder, "there is no such folder", named)
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise _unusable(folder, f"{MANIFEST} is missing: no whole checkpoint", named) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unusable(folder, f"{MANIFEST} cannot be read: {error}") from error
+        manifest = read_json(path, roots_of(path.parent))
+    except ForeignFileError as error:
+        if error.code == "missing":
+            raise _unusable(folder, f"{MANIFEST} is missing: no whole checkpoint", named) from None
+        raise _unusable(folder, f"{MANIFEST} cannot be read: {error.problem}") from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_hash(manifest):
         raise _unusable(folder, f"{MANIFEST} has changed since it was written (SHA-256 differs)")
-    if manifest["format"] != FORMAT:
-        older = manifest["format"] < FORMAT
+    found = manifest.get("format")
+    if found != FORMAT:
+        older = type(found) is int and found < FORMAT
         raise _unusable(
             folder,
-            f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}",
+            f"{MANIFEST} has format {short(found)}, this version reads {FORMAT}",
             "start a new run from its weights (--model_path)" if older else "update unigen",
         )
-    for name in [*manifest["files"], *manifest["groups"], *manifest["states"]]:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise _unusable(
-                folder, f"{MANIFEST} names {name!r}, outside of the checkpoint", "do not use this checkpoint"
-            )
+    for key in ("files", "groups", "states"):
+        names = manifest.get(key)
+        for name in names if isinstance(names, (dict, list)) else ():
+            if isinstance(name, str) and (said := outside(name)):
+                raise _unusable(folder, f"{MANIFEST} {said}", "do not use this checkpoint")
+    try:
+        require(manifest, MANIFEST_RULE, MANIFEST)
+    except ForeignFileError as error:
+        raise _unusable(folder, f"{MANIFEST}: {error.problem}") from None
+    files = manifest["files"]
+    promised = [("groups", group, set_files(group)) for group in manifest["groups"]]
+    promised += [("states", state, (state_file(state),)) for state in manifest["states"]]
+    for key, name, wanted in promised:
+        if not any(file in files for file in wanted):
+            problem = f"{MANIFEST}: {key} names {short(name)}, but files lacks {' or '.join(wanted)}"
+            raise _unusable(folder, problem)
     return manifest
 
 

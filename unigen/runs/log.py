@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unigen.files import atomic
+from unigen.foreign import ForeignFileError, open_file
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +109,18 @@ def drop_after(path: Path, step: int, repeats: bool = False) -> None:
         OSError: it cannot be read or written; it is as it was then.
     """
     kept, done = [], 0
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+        with open_file(path, [path.parent]) as file:
+            lines = file.read().splitlines()
+    except ForeignFileError as error:
+        raise OSError(str(error)) from None
+    for number, line in enumerate(lines, 1):
         try:
             at = json.loads(line)["step"]
             if at < step or (at == step and not (repeats and done == step)):
                 kept.append(line + b"\n")
             done = at
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             log.warning("%s:%d is no line with a step; it is dropped: %r", path, number, line[:80])
     with atomic(path) as file:
         file.writelines(kept)

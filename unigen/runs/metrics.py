@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from unigen.foreign import ForeignFileError, open_file
+
 TRAIN = ("loss", "text_loss", "image_loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait")
 VALIDATION = ("val_loss", "val_text_loss", "val_image_loss")
 CURVES = (*TRAIN, *VALIDATION)
@@ -156,7 +158,7 @@ class Follower:
     def update(self) -> int:
         """Takes what is new; how many bytes that are."""
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path, [self.path.parent]) as file:
                 stat = os.fstat(file.fileno())
                 # A new inode alone says nothing: a copied folder has one at every copy.
                 file.seek(self._offset - len(self._mark))
@@ -164,8 +166,9 @@ class Follower:
                     self._begin()
                 self.modified = stat.st_mtime
                 return self._read(file)
-        except FileNotFoundError:
-            self._begin()
+        except ForeignFileError as error:
+            if error.code == "missing":
+                self._begin()
         except OSError:  # a network folder that is away for a moment: show what was known
             pass
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import time
@@ -12,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unigen.foreign import ForeignFileError, read_json
 from unigen.runs.layout import heartbeat_file, rank_of, stack_file
+from unigen.schema import Number, Table, Text, whole
 
 WAITING = "waiting for the others"
 """The phase of a process that only waits: it never holds up those that are in another one."""
@@ -22,15 +23,11 @@ ENDED = ("ended", "finished", "stopped", "failed")
 
 AHEAD_S = 5.0  # a heartbeat from further in the future is another clock's
 _MAX_BYTES = 1 << 20  # a larger file is no heartbeat
-_KNOWN = {
-    "rank": int,
-    "step": int,
-    "phase": str,
-    "since": (int, float),
-    "time": (int, float),
-    "pid": int,
-    "host": str,
-}
+_TIME = Number(0, 1e12)
+_BEAT = Table({
+    "rank": whole(0, 10**7), "step": whole(0, 10**15), "phase": Text(length=1000), "since": _TIME,
+    "time": _TIME, "pid": whole(0, 1 << 31), "host": Text(length=1000),
+})  # fmt: skip
 
 
 @dataclass
@@ -62,10 +59,10 @@ class Rank:
 
 def parse(beat: Any) -> Rank | None:
     """A heartbeat's JSON value as a Rank; None where it is none."""
-    if not isinstance(beat, dict) or not all(isinstance(beat.get(n), kind) for n, kind in _KNOWN.items()):
+    if _BEAT.wrong(beat):
         return None
-    facts = {name: value for name, value in beat.items() if name not in _KNOWN}
-    return Rank(**{name: beat[name] for name in _KNOWN}, facts=facts)
+    known = _BEAT.known(beat)
+    return Rank(**known, facts={name: value for name, value in beat.items() if name not in known})
 
 
 def is_gone(rank: Rank) -> bool:
@@ -95,9 +92,9 @@ class RankFiles:
         read are left out."""
         self.ranks = []
         for number in sorted(set(self._numbers())):
-            with contextlib.suppress(OSError, ValueError, RecursionError):
+            with contextlib.suppress(OSError, ForeignFileError):
                 path = self.folder / heartbeat_file(number)
-                if path.stat().st_size <= _MAX_BYTES and (rank := parse(json.loads(path.read_bytes()))):
+                if rank := parse(read_json(path, [self.folder], limit=_MAX_BYTES)):
                     rank.age = self._age(rank)
                     self.ranks.append(rank)
         self.ranks.sort(key=lambda rank: rank.rank)

@@ -7,7 +7,6 @@ Any file may be missing, half written, or of another version; one that cannot be
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 
 from unigen.config import UserError
 from unigen.files import free_bytes, is_held
+from unigen.foreign import ForeignFileError, read_json
 from unigen.runs import layout
 from unigen.runs.metrics import MAX_STEP, Lines, Metrics, numbers
 from unigen.runs.ranks import Rank, RankFiles
-
-MAX_JSON = 64 << 20  # bytes; a larger file is none of a run's
 
 
 class WatchError(UserError):
@@ -165,10 +163,8 @@ class RunFolder:
             key = (stat.st_mtime_ns, stat.st_size)
             if path in self._read and self._read[path][0] == key:
                 return self._read[path][1]
-            if stat.st_size > MAX_JSON:
-                return None
-            value = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            value = read_json(path, [self.folder])
+        except (OSError, ForeignFileError):
             return None
         self._read[path] = (key, value)
         return value
@@ -182,7 +178,7 @@ class RunFolder:
         step, world, when = manifest.get("step"), manifest.get("world", 1), manifest.get("time")
         if type(step) is not int:
             return None
-        if not isinstance(when, (int, float)):
+        if not isinstance(when, (int, float)) or not 0 <= when < 1e11:
             when = path.stat().st_mtime
         size = sum(size for size in sizes if type(size) is int)
         return Checkpoint(name, step, float(when), size, world if type(world) is int else 1)

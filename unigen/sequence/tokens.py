@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import UserError
+from unigen.foreign import ForeignFileError
+from unigen.sequence.vocabulary import FILES, NAMED, check_model, read_vocabulary
 
 
 class TokenizerError(UserError):
@@ -47,6 +49,8 @@ KEPT_BYTES = 16 << 20  # of texts that a tokenizer remembers in each process, ab
 KEPT_TEXT = (
     4096  # characters of a text that it remembers: prompts and instructions come again, long texts not
 )
+_SENTENCES = ("A red house by the sea, at 10:45.", "海边有一座红色的房子。")
+"""What every tokenizer must give back as it was."""
 
 
 class Tokenizer:
@@ -65,32 +69,24 @@ class Tokenizer:
     def load(cls, folder: Path | str) -> Tokenizer:
         """The tokenizer of a checkpoint folder.
 
-        Raises:
-            TokenizerError: files are missing, or a special token is not in the vocabulary.
-        """
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
+        It is a Qwen2 tokenizer, whatever class the files name; no code of the folder runs.
 
-        verbosity = logging.get_verbosity()
-        # it warns that it does not know the model type "bagel", which no tokenizer needs
-        logging.set_verbosity_error()
+        Raises:
+            TokenizerError: files are missing or make no sense, a special token is not in the vocabulary, or
+                the model of the folder is another's.
+        """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise TokenizerError(
-                f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}). "
-                "Fix: put the checkpoint's vocab.json, merges.txt and tokenizer_config.json there"
-            ) from error
-        finally:
-            logging.set_verbosity(verbosity)
-        vocabulary = tokenizer.get_vocab()
-        missing = [token for token in NAMES.values() if token not in vocabulary]
-        if missing:
-            raise TokenizerError(
-                f"{folder}: the tokenizer has no {', '.join(missing)}. Fix: use the tokenizer files of"
-                " BAGEL-7B-MoT, which has them"
-            )
-        return cls(tokenizer)
+            made = cls(_qwen2(Path(folder)))
+        except ForeignFileError as error:
+            raise TokenizerError(str(error)) from None
+        for text in _SENTENCES:
+            ids = made.encode(text)
+            if made.decode(ids) != text:
+                raise TokenizerError(
+                    f"{folder}: the tokenizer makes {made.decode(ids)!r} of {text!r}. Fix: put the"
+                    f" checkpoint's {FILES} there"
+                )
+        return made
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; of up to ``KEPT_BYTES`` of short texts they are remembered."""
@@ -127,6 +123,49 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
+
+
+def _qwen2(folder: Path) -> Any:
+    """The transformers tokenizer of a folder, with the ids that its files name. Raises ForeignFileError."""
+    from transformers import AddedToken
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+
+    found = read_vocabulary(folder, PRETOKENIZE_REGEX)
+    added = {n: AddedToken(**token) for n, token in found.added.items()}
+    by_content = {token["content"]: added[n] for n, token in found.added.items()}
+    options = {
+        name: by_content.get(value, value) if name in NAMED else value
+        for name, value in found.options.items()
+    }
+    try:
+        tokenizer = Qwen2Tokenizer(
+            vocab=found.tokens, merges=found.merges, added_tokens_decoder=added, **options
+        )
+    except BaseException as error:  # a panic of the library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        problem = f"no tokenizer can be made of its files ({str(error).partition(chr(10))[0]})"
+        raise ForeignFileError("content", folder, problem, f"put the checkpoint's {FILES} there") from error
+    ids, source = tokenizer.get_vocab(), folder / found.source
+    place = "added_tokens_decoder" if found.source == "tokenizer_config.json" else "the tokenizer"
+    if missing := [token for token in NAMES.values() if token not in ids]:
+        raise ForeignFileError(
+            "content",
+            source,
+            f"{place} has no {', '.join(missing)}",
+            "use the tokenizer files of BAGEL-7B-MoT, which has them",
+        )
+    # the library counts on from the last token, whatever ids the files name
+    for n, token in found.added.items():
+        if (got := ids.get(token["content"])) != n:
+            raise ForeignFileError(
+                "content",
+                source,
+                f"{place}: {token['content']!r} has id {n}, where {got} comes next",
+                "take the tokenizer's files of one and the same checkpoint",
+            )
+    check_model(folder, ids, {token: ids[token] for token in NAMES.values()})
+    return tokenizer
 
 
 # Words with the space before them, single digits and CJK characters, runs of signs, of spaces: near what a

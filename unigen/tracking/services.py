@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, UserError
+from unigen.foreign import read_bytes
 from unigen.runs.layout import run_id_file
 from unigen.runs.secrets import hide, redacted
 from unigen.tracking import background
@@ -184,8 +185,9 @@ def _need(package: str) -> None:
 def _run_id(path: Path, resume_step: int) -> tuple[str, bool]:
     """The id of the run to go on with, or that of a new one, which is written down; and whether it is an old
     one."""
-    if resume_step and path.exists() and (run_id := path.read_text("utf-8").strip()):
-        return run_id, True
+    resumes = resume_step and os.path.lexists(path)
+    if resumes and (old := read_bytes(path, [path.parent], 1000).decode("utf-8", "replace").strip()):
+        return old, True
     run_id = uuid.uuid4().hex[:8]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run_id + "\n", "utf-8")

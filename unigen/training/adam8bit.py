@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import Config, UserError
+from unigen.model.hub import without_hub_kernels
 from unigen.model.parts import is_embedding
 
 BLOCK = 256  # elements that share a scale; bitsandbytes has no other for its optimisers
@@ -53,7 +54,8 @@ def _bits(name: str) -> int:
 @cache
 def _adamw8bit() -> type[torch.optim.Optimizer]:
     try:
-        from bitsandbytes.optim import AdamW8bit
+        with without_hub_kernels():
+            from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise UserError(
             f'--optimizer adamw8bit needs bitsandbytes ({error}). Fix: pip install "bitsandbytes>=0.50"'

@@ -35,6 +35,7 @@ from unigen.runs.saver import Saver
 from unigen.runs.secrets import hide_in_logs
 from unigen.runs.signals import SignalHandler
 from unigen.runs.space import DiskSpace
+from unigen.runs.states import STATES
 from unigen.training.datasets import RunData
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
@@ -237,7 +238,7 @@ def _to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | N
     if not config.resume_from_checkpoint:
         return None, {}
     folder = resolve_resume(config.resume_from_checkpoint, Path(config.output_dir), verify)
-    states = read_states(folder) if folder else {}
+    states = read_states(folder, STATES) if folder else {}
     if folder and layout.TRAINER not in states:
         raise CheckpointError(
             f"{folder} holds weights only, so a run cannot go on from it. Fix: resume from a step_N"
@@ -254,6 +255,12 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
             f"{folder}: the training data is not what this run began with (its fingerprint differs)."
             " Fix: resume with the same files and weights, or start a new run with --model_path of this"
             " checkpoint"
+        )
+    total = len(run.stream.mixture)
+    if max([state["position"], *(place + 1 for place in state["waiting"])]) > total:
+        raise CheckpointError(
+            f"{folder}: {layout.state_file(layout.TRAINER)}: position or waiting lie behind the {total:,}"
+            " records of an epoch. Fix: use another checkpoint"
         )
     run.state.restore(folder)
     if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:

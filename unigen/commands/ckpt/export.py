@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from unigen.commands.ckpt.options import CkptOptions
 from unigen.commands.ckpt.verify import problems_of
 from unigen.config import UserError
 from unigen.files import free_bytes, staged
+from unigen.foreign import ForeignFileError, copy_file, roots_of
 from unigen.model.storage import INDEX, WEIGHTS, Stored, is_of_set, part_name, write_json, write_safetensors
 from unigen.printing import bar
 from unigen.runs import layout
@@ -66,10 +66,12 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             files = _write_weights(source, staging, options)
             for name in others:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, staging / name)
+                copy_file(source / name, staging / name, roots_of(source))
             about = {"unigen": __version__, "step": manifest["step"], "average": average}
             about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
             write_json(staging / _RECEIPT, about)
+    except ForeignFileError as error:
+        raise ExportError(str(error)) from None
     except OSError as error:
         raise ExportError(
             f"{out}: cannot write the export: {error}. Fix: free space there, or choose another folder"

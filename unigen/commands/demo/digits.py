@@ -382,7 +382,7 @@ def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
 
     It holds all 256 bytes, so it reads any text (Qwen2 brings text to Unicode's NFC first); each word, alone
     and after a space, is one token. Digits stay single and never take the space before them: that is Qwen2's
-    pre-tokenizer. Load it with ``AutoTokenizer.from_pretrained(folder, local_files_only=True)``.
+    pre-tokenizer. Load it with ``Tokenizer.load(folder)``.
 
     Raises:
         ValueError: a word that the pre-tokenizer splits, so that no merge can make it one token.

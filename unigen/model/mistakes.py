@@ -1,0 +1,60 @@
+"""What a folder is that was given for a checkpoint and is none, and what to do about it. No PyTorch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_MARK = "llm_config.json"  # every checkpoint folder has it
+_UNREADABLE = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+_MANY = 1000  # entries of a folder that are looked at
+
+
+def fix_of(folder: Path) -> str:
+    """The fix where ``folder`` lacks what a checkpoint has."""
+    names = _names(folder)
+    if _MARK not in names and (found := _checkpoint_below(folder)):
+        return f"give {found}, the checkpoint that lies in this folder"
+    weights = [name for name in names if name.endswith(".safetensors") and name != "ae.safetensors"]
+    if weights and _MARK not in names:
+        return (
+            f"this folder has weights ({weights[0]}) without configs, as the reference's own training saves"
+            " them: copy llm_config.json, vit_config.json, ae.safetensors and the tokenizer's files of the"
+            " base model beside them"
+        )
+    unreadable = [name for name in names if name.lower().endswith(_UNREADABLE)]
+    if unreadable and not weights:
+        return (
+            f"{unreadable[0]} is a GGUF file or a pickle, which is never loaded: use the checkpoint's"
+            " safetensors"
+        )
+    return "check the path, or download the whole repository"
+
+
+def _checkpoint_below(folder: Path) -> Path | None:
+    """The checkpoint in a run (``best``, else the newest step), in the root of a Hugging Face cache, or in a
+    folder around one; None where there is none."""
+    below = [folder / name for name in _names(folder) if not name.startswith(".")]
+    found = [path for path in below if _is_checkpoint(path)]
+    if not found:
+        found = [path for path in (*_snapshots(folder), *_snapshots(*below)) if _is_checkpoint(path)]
+    if not found:  # weights alone, as the reference saves them, named by their step
+        found = [path for path in below if (path / "ema.safetensors").is_file()]
+    return max(found, key=lambda path: (path.name == "best", len(path.name), path.name), default=None)
+
+
+def _snapshots(*folders: Path) -> Iterator[Path]:
+    for folder in folders:
+        yield from (folder / "snapshots" / name for name in _names(folder / "snapshots"))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / _MARK).is_file()
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))[:_MANY]
+    except OSError:
+        return []
