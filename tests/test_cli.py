@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -97,6 +98,54 @@ def test_a_user_error_is_one_line_and_exit_code_2(argv, message, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("unigen: error: ") and message in captured.err
+
+
+def takes_a_text(kind: object) -> bool:
+    return str in get_args(kind) or kind in (str, list[str]) or any(map(takes_a_text, get_args(kind)))
+
+
+PATHS = [
+    "model_path",
+    "data_root",
+    "train_data_path",
+    "val_data_path",
+    "cache_dir",
+    "output_dir",
+    "deepspeed_config",
+    "resume_from_checkpoint",
+    "output",
+    "problems",
+    "html",
+    "run",
+    "paths",
+    "image",
+]
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_no_option_takes_an_empty_text_as_a_path(name, capsys):
+    """As a shell makes one of a variable that is not set; only a prompt may be empty."""
+    row = cli.COMMANDS[name]
+    kinds = get_type_hints(cli.load(row.options))
+    needed = ["--model_path", "m"] if name == "generate" else ["data"] if row.positional else []
+    tried = 0
+    for option, kind in kinds.items():
+        if option in PATHS and takes_a_text(kind):
+            given = ["data", ""] if option == row.positional else [f"--{option}", ""]
+            assert cli.main([name, *needed, *given]) == 2
+            assert option in capsys.readouterr().err, option
+            tried += 1
+    assert tried >= 1
+
+
+def test_an_empty_path_is_refused_from_python_and_in_a_source_too():
+    given = {"model_path": "m", "train_data_path": "d"}
+    for option in ("model_path", "train_data_path", "output_dir", "resume_from_checkpoint", "cache_dir"):
+        with pytest.raises(ConfigError, match=option):
+            Config(**given | {option: ""}).resolve()
+    for path in ("", [""], ["a", ""]):
+        with pytest.raises(ConfigError, match="path"):
+            Config(model_path="m", train_sources=[{"path": path}]).resolve()
 
 
 def test_which_errors_are_the_users():

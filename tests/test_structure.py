@@ -13,7 +13,7 @@ LAYERS = """
 version
 values
 config files recipe printing schema
-foreign
+foreign outputs
 sequence
 model data
 cache runs inference

@@ -81,6 +81,7 @@ def take_warm_up(loop: TrainingLoop) -> None:
 
 def train_on(loop: TrainingLoop) -> dict[str, float]:
     """All steps that are left, logged as a run's are."""
+    loop.run.begin()
     loop.tracker = open_tracker(loop.run)
     return loop.train()
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -133,7 +133,57 @@ def json_of(value: Any, **layout: Any) -> str:
     return text
 
 
+def is_running(pid: int) -> bool:
+    """Is there a process of this number on this machine?"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sweep(path: Path) -> None:
+    """Clears away what killed processes left beside ``path``: a draft of it is removed; what was set aside
+    for a successor that never came gets its name back. Raises OSError."""
+    for name in os.listdir(path.parent) if path.parent.is_dir() else []:
+        of, role = leftover(name) or ("", "")
+        if of != path.name or is_running(int(name.rpartition("-")[2])):
+            continue
+        if role == "old" and not path.exists():
+            path.with_name(name).rename(path)
+        else:
+            remove(path.with_name(name))
+
+
 # ---- folders
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Makes a folder and those above it; returns those that were missing, the innermost first.
+
+    Raises:
+        OSError: that failed, and no folder was made.
+    """
+    made: list[Path] = []
+    try:
+        for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            with suppress(FileExistsError):
+                path.mkdir()
+                made.insert(0, path)
+        os.listdir(folder)  # that is no folder, where a file has its name
+    except OSError:
+        unmake(made)
+        raise
+    return made
+
+
+def unmake(folders: Iterable[Path]) -> None:
+    """Removes folders that :func:`make_folders` made, as far as they are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def make_empty(folder: Path) -> None:
@@ -237,6 +287,9 @@ def hold(path: Path) -> IO[str]:
     file = open(path, "a+", encoding="utf-8", opener=alone)  # noqa: SIM115 (it stays open)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            file.close()  # its holder has removed it meanwhile
+            return hold(path)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read().strip()

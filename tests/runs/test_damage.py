@@ -282,7 +282,7 @@ def test_resuming_runs_nothing_that_was_planted_in_a_checkpoint(options, tmp_pat
     plant(Path(options["output_dir"]) / "step_1", tmp_path / "fuse")
     trainer = built(**options, resume_from_checkpoint="auto")
     assert trainer.position.step == 1
-    trainer.run.lock.close()
+    trainer.run.close()
     assert not (tmp_path / "fuse").exists()
 
 

@@ -4,21 +4,34 @@ it."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import metrics
 
+from unigen.commands.watch.health import diagnose
 from unigen.config import Config, UserError
 from unigen.runs.checkpoint import verify_checkpoint
-from unigen.runs.folder import prepare_folder
+from unigen.runs.folder import FolderClaim
 from unigen.runs.layout import FILES, FOLDERS
+from unigen.runs.reader import RunFolder, find_runs
+from unigen.training import trainer as trainer_module
 from unigen.training.trainer import UnifiedTrainer
 
 # ---- an earlier run
+
+
+def prepare_folder(folder: Path, config: Config) -> FolderClaim:
+    """The folder as a run has it that is known to work, or is only tried."""
+    claim = FolderClaim(folder, config)
+    if not config.dry_run:
+        claim.begin()
+    return claim
 
 
 def leave_a_run(folder: Path, *checkpoints: int) -> dict[str, bytes]:
@@ -26,6 +39,7 @@ def leave_a_run(folder: Path, *checkpoints: int) -> dict[str, bytes]:
     folder.mkdir(exist_ok=True)
     for name in FILES:
         (folder / name).write_text(f"earlier {name}")
+    (folder / "config.json").write_text(json.dumps(Config(seed=7).to_dict()))
     for name in (*FOLDERS, *(f"step_{n}" for n in checkpoints)):
         file = folder / name / ("step_2/index.json" if name == "samples" else "file")
         file.parent.mkdir(parents=True)
@@ -82,9 +96,11 @@ def test_a_kill_while_it_is_set_aside_tears_nothing_apart(
         done.append(target)
         return rename(self, target)
 
+    claim = FolderClaim(tmp_path, Config())
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "rename", killed)
-        prepare_folder(tmp_path, Config())
+        claim.begin()
+    claim.close()
     prepare_folder(tmp_path, Config()).close()
     assert contents(tmp_path / "old-1") == left and not (tmp_path / "old-2").exists()
 
@@ -126,7 +142,7 @@ def test_who_starts_anew_beside_an_earlier_run_is_told(tmp_path: Path, caplog: p
     leave_a_run(tmp_path, 7)
     prepare_folder(tmp_path, Config()).close()
     caplog.clear()
-    prepare_folder(tmp_path, Config(resume_from_checkpoint="auto")).close()
+    prepare_folder(tmp_path, Config()).close()
     assert [
         f"an earlier one is in {tmp_path}/old-1 (to step 7)" in message for message in caplog.messages
     ] == [True]
@@ -147,6 +163,143 @@ def test_both_runs_are_whole_and_the_earlier_one_goes_on(options: dict[str, Any]
     UnifiedTrainer(Config(**options | more)).train()
     assert [line["step"] for line in metrics(run / "old-1")] == [1, 2, 3, 4]
     assert json.loads((run / "config.json").read_text())["seed"] == 7
+
+
+# ---- nothing moves before it is sure
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    given = {"model_path": str(small_model), "train_data_path": str(records), "output_dir": str(folder)}
+    UnifiedTrainer(Config(**given, max_steps=2, device="cpu", learning_rate=1e-3)).train()
+    return folder
+
+
+FAILING: dict[str, dict[str, Any]] = {
+    "model": {"model_path": "nowhere"},
+    "data": {"train_data_path": "nowhere.jsonl"},
+    "validation data": {"val_data_path": "nowhere.jsonl"},
+    "resume": {"resume_from_checkpoint": "nowhere/step_1"},
+    "cache": {"cache_dir": "nowhere"},
+    "warm-up batch": {},
+    "dry run": {"dry_run": True},
+    "dry run, resumed": {"dry_run": True, "resume_from_checkpoint": "auto"},
+}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["over a finished run", "into a new folder"])
+@pytest.mark.parametrize("case", FAILING)
+def test_a_command_that_fails_or_only_tries_leaves_the_folder_as_it_was(
+    options: dict[str, Any], finished: Path, tmp_path: Path, case: str, there: bool, monkeypatch
+):
+    folder = tmp_path / "deep" / "run"
+    if there:
+        shutil.copytree(finished, folder)
+    before = everything(tmp_path)
+    if case == "warm-up batch":
+
+        def fails(*_: Any) -> None:
+            raise UserError("out of memory")
+
+        monkeypatch.setattr("unigen.training.trainer.warm_up", fails)
+    trainer = UnifiedTrainer(Config(**options | {"output_dir": str(folder)} | FAILING[case]))
+    if "dry run" in case:
+        assert trainer.train() == {}
+    else:
+        with pytest.raises(UserError):
+            trainer.train()
+    found = everything(tmp_path)
+    lock = "deep/run/.lock"  # says which process held it last
+    assert found.keys() == before.keys()
+    assert {name for name in found if found[name] != before[name]} <= ({lock} if "dry" not in case else set())
+
+
+def test_the_files_of_a_start_take_the_place_of_an_earlier_runs(tmp_path: Path):
+    for place, names in (
+        ("ranks", ("rank_0.json", "rank_7.json", "hang.txt")),
+        (".starting/ranks", ("rank_0.json",)),
+    ):
+        (tmp_path / place).mkdir(parents=True)
+        for name in names:
+            (tmp_path / place / name).write_text(place)
+    claim = prepare_folder(tmp_path, Config())
+    assert contents(tmp_path).keys() == {"ranks/rank_0.json", "config.json"}
+    assert (tmp_path / "ranks" / "rank_0.json").read_text() == ".starting/ranks"
+    assert not (tmp_path / ".starting").exists()
+    claim.close()
+
+
+@pytest.mark.parametrize("top", ["nothing", "a run without checkpoints"])
+def test_auto_does_not_start_over_beside_an_earlier_run(tmp_path: Path, top: str):
+    """Both ways on are named, and they work."""
+    leave_a_run(tmp_path, 7)
+    prepare_folder(tmp_path, Config()).close()
+    if top != "nothing":
+        leave_a_run(tmp_path)
+    before = everything(tmp_path)
+    for tried in (False, True):
+        with pytest.raises(UserError) as error:
+            FolderClaim(tmp_path, Config(resume_from_checkpoint="auto", dry_run=tried))
+    assert f"{tmp_path}/old-1 those of an earlier run (to step 7)" in str(error.value)
+    assert f"--output_dir {tmp_path}/old-1 --resume_from_checkpoint auto" in str(error.value)
+    after = everything(tmp_path)
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}
+    prepare_folder(tmp_path / "old-1", Config(resume_from_checkpoint="auto")).close()
+    prepare_folder(tmp_path, Config()).close()
+
+
+def test_auto_finishes_setting_aside_what_a_kill_tore_apart_and_does_not_go_on_from_a_part(tmp_path: Path):
+    leave_a_run(tmp_path, 2, 3)
+    (tmp_path / ".old.new").mkdir()
+    for name in ("metrics.jsonl", "config.json", "step_3"):
+        (tmp_path / name).rename(tmp_path / ".old.new" / name)
+    with pytest.raises(UserError, match=r"old-1 those of an earlier run \(to step 3\)"):
+        FolderClaim(tmp_path, Config(resume_from_checkpoint="auto"))
+    assert {"step_2", "step_3", "metrics.jsonl"} <= {p.name for p in (tmp_path / "old-1").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "metrics.jsonl", "bad_records.jsonl", "best/a", "step_5/a", "samples/step_1/a", ".lock"],
+)
+def test_files_that_no_run_left_are_refused_where_a_run_would_write_them(tmp_path: Path, name: str):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"a": 1}')
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which a run writes"):
+        FolderClaim(tmp_path / "run", Config())
+    assert everything(tmp_path / "run")[name] == b'{"a": 1}'
+
+
+def test_the_heartbeats_of_a_start_become_those_of_the_run(options: dict[str, Any], monkeypatch):
+    """While it starts they stand apart, where ``unigen watch`` finds them."""
+    folder = Path(options["output_dir"])
+    seen: list[Any] = []
+    warm_up = trainer_module.warm_up
+
+    def looked(*given: Any) -> None:
+        (found,) = find_runs([str(folder)])
+        run = RunFolder(found)
+        deadline = time.monotonic() + 60
+        while not run.ranks and time.monotonic() < deadline:
+            run.update()
+        seen.append((run.ranks[0].phase, diagnose(run).name, (folder / "ranks").exists()))
+        warm_up(*given)
+
+    monkeypatch.setattr(trainer_module, "warm_up", looked)
+    UnifiedTrainer(Config(**options)).train()
+    assert len(seen) == 1 and seen[0][1:] == ("running", False)
+    assert [p.name for p in (folder / "ranks").iterdir()] == ["rank_0.json"]
+    assert json.loads((folder / "ranks" / "rank_0.json").read_text())["phase"] == "ended"
+    assert not (folder / ".starting").exists()
 
 
 # ---- the lock

@@ -527,7 +527,7 @@ def test_a_gradient_that_overflows_skips_the_step_too(options: dict[str, Any], s
 
 def test_a_dry_run_trains_and_saves_nothing(options: dict[str, Any], capfd: pytest.CaptureFixture[str]):
     assert train(**options, dry_run=True) == {}
-    assert sorted(p.name for p in Path(options["output_dir"]).iterdir()) == [".lock", "config.json", "ranks"]
+    assert not Path(options["output_dir"]).exists()
 
 
 def test_bad_data_stops_before_training(options: dict[str, Any], tmp_path: Path):

@@ -25,6 +25,7 @@ from unigen.cache.encoders import Encoders
 from unigen.cache.store import Encoder, Store, about, key_of
 from unigen.config import Config, ConfigError, Source
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.outputs import output_folder
 from unigen.printing import bar
 from unigen.sequence.contents import Seen, View, digest, named
 from unigen.sequence.draw import RandomKey
@@ -98,6 +99,7 @@ def run(options: CacheOptions) -> int:
         raise ConfigError(
             "cache_dir is missing; give the folder that takes the encoded pictures (--cache_dir ...)"
         )
+    output_folder("cache_dir", options.cache_dir, [options.model_path])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with Engine(options) as engine:
         shard = parse_shard(options.shard) if options.shard else (engine.rank, engine.world)

@@ -71,10 +71,15 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
 
 def generate(options: GenerateOptions) -> None:
     """``unigen generate``."""
-    from unigen.show.pages import write_answer
+    from unigen.outputs import output_folder, unwritten
+    from unigen.show.pages import refuse_strangers, write_answer
 
+    pictures = [Path(path) for path in options.image]
+    folder = output_folder("output_dir", options.output_dir, [options.model_path, *pictures])
+    refuse_strangers(folder, inputs=pictures)
     prompt, pieces = answer(options)
-    page = write_answer(Path(options.output_dir), prompt, pieces, title="Unigen")
     for piece in pieces:
         print(piece if isinstance(piece, str) else f"[picture of {piece.width} x {piece.height}]")
+    with unwritten("output_dir", folder):
+        page = write_answer(folder, prompt, pieces, title="Unigen")
     print(f"Written to {page}")

@@ -349,7 +349,7 @@ class UnifiedGenerationDataset:
                 bad,
             )
         if not len(self):
-            raise BadData(str(no_record(self.files)))
+            raise BadData(f"{no_record(self.files)}.")
         if bad:
             where = f", listed in {listing}" if listing else ""
             log.warning(

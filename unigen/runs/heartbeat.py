@@ -66,6 +66,7 @@ class Heartbeat:
     ):  # fmt: skip
         self.folder, self.rank, self.world, self.timeout = Path(folder), rank, world, timeout
         self._signals, self._facts = signals, facts
+        self._peers = RankFiles(self.folder)
         self._started = self._since = time.time()
         self._step, self._moved, self._quiet = 0, time.monotonic(), 0.0
         self._period = min(_BEAT_S, max(timeout / 8, 0.2)) if timeout else _BEAT_S
@@ -87,6 +88,10 @@ class Heartbeat:
         self._moved = time.monotonic()
         if step != self._step:
             self._step, self._since = step, time.time()
+
+    def move(self, folder: Path) -> None:
+        """Goes on in another folder, to which rank 0 has moved the files of all processes."""
+        self.folder, self._peers = Path(folder), RankFiles(folder)
 
     def close(self) -> None:
         """The end of the run: no more heartbeats, and nothing ends the process any more."""
@@ -152,7 +157,7 @@ class Heartbeat:
     # ---- the thread that has to do with files
 
     def _keep_files(self) -> None:
-        peers, stack = RankFiles(self.folder), False
+        stack = False
         while True:
             closing = self._closing.is_set()  # before the heartbeat, so that the last one says so
             late_since = None if closing else self._late_since
@@ -161,7 +166,7 @@ class Heartbeat:
             if closing or not self._signals.entered:
                 return
             if late_since is not None and not self._over:
-                self._over = self.world == 1 or self._nobody_moves(peers, late_since)
+                self._over = self.world == 1 or self._nobody_moves(late_since)
             self._looked = time.monotonic()
             # While there is a report to make, changes must be seen early.
             self._wake.wait(self._period if late_since is None else self._period / 2)
@@ -203,9 +208,9 @@ class Heartbeat:
                 path.unlink()
         return late
 
-    def _nobody_moves(self, peers: RankFiles, late_since: float) -> bool:
+    def _nobody_moves(self, late_since: float) -> bool:
         """Does no other process move any more? The first to find that says who holds up the others."""
-        ranks = {rank.rank: rank for rank in peers.read() if rank.rank < self.world}
+        ranks = {rank.rank: rank for rank in self._peers.read() if rank.rank < self.world}
         own = parse(self._beat())
         assert own is not None
         ranks[self.rank] = own

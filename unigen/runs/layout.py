@@ -11,6 +11,7 @@ RUN/
   ranks/               rank_N.json, the heartbeat of a process; rank_N.stack.txt and hang.txt after a hang
   tensorboard/, wandb/, wandb_run_id, trackio_run_id     of the trackers
   old-N/               an earlier run, set aside
+  .starting/           ranks/ of a run that is not yet known to work: nothing else has changed
   .lock                held by the process that trains
   .old.new/            an earlier run that is being set aside
   .NAME.partial-PID    NAME being written, and .NAME.old-PID while it is replaced (see files.py)
@@ -35,6 +36,8 @@ WANDB = "wandb"
 LOCK = ".lock"
 HANG = "hang.txt"  # in ranks: who held up the run
 SETTING_ASIDE = ".old.new"
+STARTING = ".starting"
+STARTING_RANKS = f"{STARTING}/{RANKS}"
 
 # in a checkpoint
 MANIFEST = "manifest.json"
@@ -104,6 +107,11 @@ def rank_of(name: str) -> int | None:
     """The rank that a heartbeat or a stack is of; None for another name."""
     match = _RANK.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def is_of_ranks(name: str) -> bool:
+    """Is it a file of ``ranks``, or what a kill left of one?"""
+    return name == HANG or rank_of(name.removeprefix(".").removesuffix(".partial")) is not None
 
 
 def run_id_file(tracker: str) -> str:

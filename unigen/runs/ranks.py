@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unigen.files import is_running
 from unigen.foreign import ForeignFileError, read_json
 from unigen.runs.layout import heartbeat_file, rank_of, stack_file
 from unigen.schema import Number, Table, Text, whole
@@ -69,13 +70,7 @@ def is_gone(rank: Rank) -> bool:
     """Has the process of a heartbeat ended? Known only for processes of this machine."""
     if rank.host != platform.node() or not 0 < rank.pid < 1 << 31:
         return False
-    try:
-        os.kill(rank.pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    return not is_running(rank.pid)
 
 
 class RankFiles:

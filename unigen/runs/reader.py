@@ -184,8 +184,13 @@ class RunFolder:
         return Checkpoint(name, step, float(when), size, world if type(world) is int else 1)
 
     def _update_ranks(self) -> None:
+        # of a run that is just starting, in a folder that may hold an earlier one
+        starting = (self.folder / layout.STARTING_RANKS).is_dir()
+        place = layout.STARTING_RANKS if starting else layout.RANKS
+        if self._rank_files.folder != self.folder / place:
+            self._rank_files = RankFiles(self.folder / place)
         self.ranks = self._rank_files.read()
-        self.stacks = [f"{layout.RANKS}/{name}" for name in self._rank_files.stacks()]
+        self.stacks = [f"{place}/{name}" for name in self._rank_files.stacks()]
         for rank in self.ranks[:1]:
             if not self.rank_steps or rank.time != self.rank_steps[-1][0]:
                 self.rank_steps = [*self.rank_steps[-200:], (rank.time, rank.step)]
@@ -225,7 +230,9 @@ def find_runs(paths: list[str]) -> list[Path]:
 def is_run(folder: Path) -> bool:
     """Is it the output folder of a training? A checkpoint has a config.json too, but is sealed by a
     manifest."""
-    if (folder / layout.METRICS).is_file() or (folder / layout.RANKS).is_dir():
+    if (folder / layout.METRICS).is_file():
+        return True
+    if (folder / layout.RANKS).is_dir() or (folder / layout.STARTING_RANKS).is_dir():
         return True
     return (folder / layout.CONFIG).is_file() and (folder / layout.LOCK).is_file()
 

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unigen.config import UserError
+from unigen.files import atomic
+from unigen.outputs import is_own, refuse_foreign, same, written_by
 from unigen.show.figures import cell, figures_alone
 
+GENERATE, INDEX = "unigen generate", "index.html"
+_PIECE = re.compile(r"[0-9]{2,}_(text\.txt|image\.png)")
 MAX_SIDE = 1024  # of a picture in a page; the files beside the page keep their size
 SMALL = 192  # pictures up to this side are magnified with hard pixels
 # the browser itself refuses anything from outside
@@ -58,44 +67,68 @@ def write_page(
     template: str,
     values: Mapping[str, Any],
     *,
-    title: str,
-    language: str = "en",
-    styles: Sequence[str] = (),
-    script: str = "",
+    by: str = "unigen",
+    **options: Any,
 ) -> Path:
-    """Writes a page to ``path``, whose folder it makes.
+    """Writes a page to ``path``, whose folder it makes, in one rename. An earlier page by the same command
+    gives way.
 
     Args:
         path: Of the HTML file.
+        template: As for :func:`render`, like ``values`` and ``options``.
+        by: The command that writes it, as ``unigen check``.
+
+    Raises:
+        UserError: Something else is at ``path``.
+        OSError: The page cannot be written.
+    """
+    source = render(template, values, by=by, **options)
+    path = Path(path)
+    refuse_foreign(path, by)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(Path(os.path.realpath(path)), sync=False) as file:
+        file.write(source)
+    return path
+
+
+def render(
+    template: str,
+    values: Mapping[str, Any],
+    *,
+    title: str,
+    by: str,
+    language: str = "en",
+    styles: Sequence[str] = (),
+    script: str = "",
+) -> bytes:
+    """The bytes of a page.
+
+    Args:
         template: Name of a file in ``assets/templates/`` that extends ``page.html``.
         values: What the template shows.
         title: Of the page, its heading too.
+        by: The command that writes it; the page's generator.
         language: Its tag, such as ``zh-CN``.
         styles: Names in ``assets/styles/``, without ``.css``; ``page`` comes first by itself.
         script: Name in ``assets/scripts/``, without ``.js``. The browser runs no other (SHA-256).
-
-    Raises:
-        OSError: The page cannot be written.
     """
     code = _asset(f"scripts/{script}.js") if script else ""
     assert "</" not in code, "it would end the element"
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
-    source = (
+    text: str = (
         environment()
         .get_template(template)
         .render(
             values,
             title=title,
+            generator=by,
             language=language,
             policy=POLICY + (f"; script-src 'sha256-{digest}'" if code else ""),
             style="".join(_asset(f"styles/{name}.css") for name in ("page", *styles)),
             script=code,
         )
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source, encoding="utf-8", newline="\n")
-    return path
+    return text.encode("utf-8")
 
 
 def _asset(name: str) -> str:
@@ -154,7 +187,7 @@ def write_answer(folder: Path, prompt: Sequence[Any], segments: Sequence[Any], t
     that shows it under its prompt.
 
     Args:
-        folder: Made where it is missing; files of the same names are replaced, others stay.
+        folder: Made where it is missing. An earlier answer in it gives way, all of its files; others stay.
         prompt: Texts (``str``, ``Text``) and pictures (PIL, path, bytes, ``Image``) in order. A ``str`` is
             always a text.
         segments: The answer, of the same kinds, in order.
@@ -165,24 +198,78 @@ def write_answer(folder: Path, prompt: Sequence[Any], segments: Sequence[Any], t
 
     Raises:
         PictureError: A picture cannot be read.
+        UserError: A file of the folder is in the way that no answer left there, or that was changed since.
         OSError: The folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # opened before anything is written: the prompt may show a file of this folder
     asked, answered = _opened(prompt), _opened(segments)
     digits = max(2, len(str(len(answered))))
+    files: dict[str, bytes] = {}
     for n, segment in enumerate(answered, start=1):
         if isinstance(segment, str):
-            path = folder / f"{n:0{digits}d}_text.txt"
-            path.write_text(segment, encoding="utf-8", errors="replace", newline="\n")
+            files[f"{n:0{digits}d}_text.txt"] = segment.encode("utf-8", "replace")
         else:
-            (folder / f"{n:0{digits}d}_image.png").write_bytes(_png(segment))
+            files[f"{n:0{digits}d}_image.png"] = _png(segment)
     values = {
         name: [s if isinstance(s, str) else embed(s, min_width=160) for s in segments]
         for name, segments in (("prompt", asked), ("answer", answered))
     }
-    return write_page(folder / "index.html", "answer.html", values, title=title, styles=["answer"])
+    refuse_strangers(folder, files)
+    before = _own_files(folder)
+    after = {name: [hashlib.sha256(data).hexdigest()] for name, data in files.items()}
+
+    def index(own: dict[str, list[str]]) -> Path:
+        listed = values | {"files": json.dumps(own)}
+        return write_page(folder / INDEX, "answer.html", listed, by=GENERATE, title=title, styles=["answer"])
+
+    # a kill leaves some of the old files and some of the new ones, and the page answers for all of them
+    index({name: [*before.get(name, []), *after.get(name, [])] for name in {**before, **after}})
+    for name, data in files.items():
+        with atomic(folder / name, sync=False) as file:
+            file.write(data)
+    for name in before.keys() - after.keys():
+        if is_own(folder / name, before[name]):
+            (folder / name).unlink()
+    return index(after)
+
+
+def refuse_strangers(folder: Path, names: Iterable[str] | None = None, inputs: Sequence[Path] = ()) -> None:
+    """Says no where an answer would replace what no answer left in a folder as it is now, or an input.
+
+    Args:
+        folder: Of the answer, which need not exist.
+        names: Files of the answer; default: any that one may have.
+        inputs: Files that it is made from.
+
+    Raises:
+        UserError: It would.
+    """
+    refuse_foreign(folder / INDEX, GENERATE)
+    own = _own_files(folder)
+    if names is None:
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        names = [INDEX, *filter(_PIECE.fullmatch, there)]
+    for path in (folder / name for name in names):
+        ours = path.name == INDEX or is_own(path, own.get(path.name, []))
+        if os.path.lexists(path) and (not ours or any(same(path, given) for given in inputs)):
+            why = "this command reads it" if ours else f"{GENERATE} did not write it as it is now"
+            raise UserError(
+                f"{path} is in the way of the answer: {why}. Fix: name another folder (--output_dir ...)"
+            )
+
+
+def _own_files(folder: Path) -> dict[str, list[str]]:
+    """The files of the answer in a folder, and the SHA-256 that each may have, as its page says."""
+    if written_by(folder / INDEX) != GENERATE:
+        return {}
+    try:
+        with open(folder / INDEX, "rb") as file:
+            found = re.search(rb'<meta name="files" content="([^"]*)">', file.read(1 << 20))
+        own = json.loads(html.unescape(found[1].decode("utf-8"))) if found else {}
+        return {name: list(map(str, sums)) for name, sums in own.items() if _PIECE.fullmatch(name)}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return {}
 
 
 def _opened(segments: Sequence[Any]) -> list[Any]:

@@ -11,7 +11,6 @@ from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import PackStream
 from unigen.data.mixing import DataSource, Mixture
 from unigen.model.bagel import Bagel
-from unigen.runs.layout import BAD_RECORDS
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
 from unigen.training.engine import Engine
@@ -71,7 +70,6 @@ class RunData:
             # is enough.
             check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
             token_lengths=planner.token_lengths,
-            bad_records_path=Path(c.output_dir) / BAD_RECORDS if main else None,
             data_root=c.data_root,
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from unigen.cache.encoders import open_cache
 from unigen.cache.store import FeatureCache
 from unigen.config import Config, UserError
+from unigen.data.dataset import list_bad_records
 from unigen.data.loader import LoaderState, PackStream, RankSlice, default_workers
 from unigen.model.bagel import Bagel
 from unigen.model.parts import title
 from unigen.model.storage import scan_folder
 from unigen.model.weights import side_bytes
+from unigen.outputs import unwritten
 from unigen.runs import layout
 from unigen.runs.checkpoint import (
     CheckpointError,
@@ -29,7 +30,7 @@ from unigen.runs.checkpoint import (
     scan_weights,
     verify_checkpoint,
 )
-from unigen.runs.folder import prepare_folder
+from unigen.runs.folder import FolderClaim
 from unigen.runs.heartbeat import Heartbeat
 from unigen.runs.saver import Saver
 from unigen.runs.secrets import hide_in_logs
@@ -85,7 +86,7 @@ class Run:
     engine: Engine  # processes, devices, optimiser
     signals: SignalHandler
     heartbeat: Heartbeat
-    lock: IO[str]  # of the run's folder
+    claim: FolderClaim | None  # to the run's folder, on rank 0
     model: Bagel
     cache: FeatureCache | None
     stream: PackStream  # of the training data
@@ -100,6 +101,7 @@ class Run:
     disk: DiskSpace
     guard: BadStepGuard
     samples: SampleWriter | None
+    resumed: dict[str, Any] | None  # the state that it goes on from; None for a fresh start
     position: Position  # the one thing that changes
 
     @property
@@ -119,10 +121,33 @@ class Run:
         """Bytes of the next checkpoint, all processes together."""
         return self.state.nbytes(weights_only) + side_bytes(self.model)
 
+    def begin(self) -> None:
+        """Takes the folder over, now that everything is known to work. All processes call it together.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        self.engine.on_main(self._begin)
+        self.heartbeat.move(self.output_dir / layout.RANKS)
+        if self.resumed is not None:
+            self.guard.load(self.resumed["guards"], self.position.step)
+
+    def _begin(self) -> None:
+        assert self.claim is not None
+        self.claim.begin()
+        streams = [stream for stream in (self.stream, self.val_stream) if stream is not None]
+        for part in (part for stream in streams for part in stream.mixture.parts):
+            if part.dataset.bad:
+                with unwritten("output_dir", self.output_dir):
+                    bad = [record.to_dict() for record in part.dataset.bad]
+                    list_bad_records(self.output_dir / layout.BAD_RECORDS, bad)
+                log.warning("The records of %s that are left out are in %s", part.name, layout.BAD_RECORDS)
+
     def close(self) -> None:
         """Ends the heartbeats and lets go of the folder."""
         self.heartbeat.close()
-        self.lock.close()
+        if self.claim is not None:
+            self.claim.close()
 
 
 def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
@@ -143,11 +168,12 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         log.info("%s", engine.precision)
         torch.manual_seed(c.seed)  # samples bring their own random numbers; this is for whatever else draws
         output_dir, position = Path(c.output_dir), Position()
-        lock = undo.enter_context(_prepare_folder(engine, output_dir, c))
+        claim = _claim(engine, output_dir, c)
+        if claim is not None:
+            undo.callback(claim.close)
         facts: dict[str, Any] = {"total_steps": 0}
-        heartbeat = Heartbeat(
-            output_dir / layout.RANKS, engine.rank, engine.world, c.hang_timeout, signals, lambda: facts
-        )
+        ranks = output_dir / layout.STARTING_RANKS
+        heartbeat = Heartbeat(ranks, engine.rank, engine.world, c.hang_timeout, signals, lambda: facts)
         undo.callback(heartbeat.close)
 
         def tick() -> None:
@@ -183,7 +209,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             engine=engine,
             signals=signals,
             heartbeat=heartbeat,
-            lock=lock,
+            claim=claim,
             model=model,
             cache=cache,
             stream=data.train,
@@ -213,6 +239,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             ),
             guard=BadStepGuard(engine, c, output_dir),
             samples=SampleWriter(c, engine, model) if c.sample_prompts else None,
+            resumed=states.get(layout.TRAINER),
             position=position,
         )
         if resume is not None:
@@ -222,11 +249,11 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         return run
 
 
-def _prepare_folder(engine: Engine, folder: Path, config: Config) -> IO[str]:
-    """The lock of the run's folder, which rank 0 prepares; the others hold nothing."""
-    held: list[IO[str]] = []
-    engine.on_main(lambda: held.append(prepare_folder(folder, config)))
-    return held[0] if held else open(os.devnull, encoding="utf-8")
+def _claim(engine: Engine, folder: Path, config: Config) -> FolderClaim | None:
+    """Rank 0's claim to the run's folder; the others have none."""
+    held: list[FolderClaim] = []
+    engine.on_main(lambda: held.append(FolderClaim(folder, config)))
+    return held[0] if held else None
 
 
 def _to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | None, dict[str, Any]]:
@@ -266,7 +293,6 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:
         run.engine.scale.load(state["scale"])
     run.position.load(state)
-    run.guard.load(state["guards"], run.position.step)
     log.info("Resumed from %s at step %d", folder, run.position.step)
 
 

@@ -65,6 +65,7 @@ class UnifiedTrainer:
                     if self.config.dry_run:
                         log.info("Dry run: everything is ready; nothing was trained")
                         return {}
+                    run.begin()
                     return TrainingLoop(run, open_tracker(run)).train()
             except Stopped:
                 self.stopped = True

@@ -226,6 +226,7 @@ def test_problems_are_all_kept_in_their_file_and_few_in_memory(tmp_path):
     for _ in range(200):
         kept.add({"code": "a", "line": 0})
     assert len(kept.first["a"]) == Problems.KEPT
+    kept.save()
     kept.close()
     assert len((tmp_path / "new" / "problems.jsonl").read_text().splitlines()) == 451
 

@@ -393,11 +393,8 @@ def test_nothing_is_overwritten_but_an_earlier_export_when_told(whole: Path, tmp
     assert ckpt("export", whole, tmp_path / "empty", "--weights", "raw") == 2
     assert "exists already. Fix: choose another folder, or --overwrite" in capsys.readouterr().err
     before = tensors_of(tmp_path / "empty")
-    (tmp_path / "empty" / "left_over").touch()
     assert ckpt("export", whole, tmp_path / "empty", "--weights", "raw", "--overwrite") == 0
-    assert (
-        not same(tensors_of(tmp_path / "empty"), before) and not (tmp_path / "empty" / "left_over").exists()
-    )
+    assert not same(tensors_of(tmp_path / "empty"), before)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     assert (
@@ -411,6 +408,42 @@ def test_nothing_is_overwritten_but_an_earlier_export_when_told(whole: Path, tmp
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "mine"]
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "eval/results.json", "empty_folder/", "vocab.json", "link"])
+def test_what_people_put_into_an_export_stays(whole: Path, tmp_path: Path, name: str, capsys):
+    """Files of theirs, and files of ours that they changed: the export is refused and nothing moves."""
+    out = tmp_path / "out"
+    assert ckpt("export", whole, out) == 0
+    theirs = out / name
+    if name == "link":
+        theirs.symlink_to(tmp_path)
+    elif name.endswith("/"):
+        theirs.mkdir()
+    else:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("years of work")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert ckpt("export", whole, out, "--overwrite") == 2
+    assert f"holds {name.rstrip('/')}" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} and os.path.lexists(theirs)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_a_killed_export_left_is_swept_by_the_next(whole: Path, tmp_path: Path, replaced: bool):
+    """Its draft goes; an earlier export that was set aside when the kill came has its name back first."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert ckpt("export", whole, tmp_path / "out") == 0
+    (tmp_path / f".out.partial-{gone.pid}").mkdir()
+    (tmp_path / f".out.partial-{gone.pid}" / "ema.safetensors").write_bytes(b"half")
+    (tmp_path / f".out.partial-{os.getppid()}").mkdir()  # of an export that goes on beside this one
+    if replaced:
+        (tmp_path / "out").rename(tmp_path / f".out.old-{gone.pid}")
+    assert ckpt("export", whole, tmp_path / "out") == 2, "the earlier one is there"
+    assert ckpt("export", whole, tmp_path / "out", "--overwrite") == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"out", f".out.partial-{os.getppid()}"}
 
 
 def test_an_export_never_lies_in_a_checkpoint_or_looks_like_one(whole: Path, tmp_path: Path, capsys):

@@ -392,13 +392,13 @@ def test_local_paths_stay_valid_through_links_and_odd_ones_stay_as_they_are(tmp_
         ({"a.jsonl": "", "b/a.jsonl": ""}, ["a.jsonl", "b/a.jsonl"], "would be written for it and for"),
         ({"out/a.jsonl": ""}, ["out/a.jsonl"], "lies in the output folder"),
         ({"out/a.jsonl": ""}, ["out"], "lies in the output folder"),
-        ({"out/a.jsonl": "", "a.jsonl": ""}, ["a.jsonl"], "no fetch wrote it"),
+        ({"out/a.jsonl": "", "a.jsonl": ""}, ["a.jsonl"], "holds a.jsonl, which unigen fetch did not write"),
         ({"a.json": '[{"a": 1}, {'}, ["a.json"], "bad_json"),
         ({"a.jsonl": ""}, ["a.jsonl", "--allow_network", "localnet"], "'localnet' is no network"),
         ({"a.jsonl": ""}, ["a.jsonl", "--timeout", "0"], "--timeout is 0"),
         ({"a.jsonl": ""}, ["a.jsonl", "--timeout", "1e9"], "--timeout is 1000000000.0"),
         ({"a.jsonl": ""}, ["a.jsonl", "--max_redirects", "-1"], "--max_redirects is -1"),
-        ({"a.jsonl": "", "out": ""}, ["a.jsonl"], "cannot write there"),
+        ({"a.jsonl": "", "out": ""}, ["a.jsonl"], "cannot be written (it is no folder)"),
     ],
 )
 def test_what_cannot_run_ends_with_2_and_its_cause(files, words, message, tmp_path, monkeypatch, capsys):

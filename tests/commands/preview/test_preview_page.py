@@ -125,7 +125,10 @@ def test_a_broken_picture_and_a_broken_file_are_told(tmp_path, capsys):
         (["data.jsonl", "--max_image_tokens", "0"], "max_image_tokens is 0"),
         (["data.jsonl", "--timestep_shift", "0"], "timestep_shift is 0"),
         (["data.jsonl", "--model_path", "gone"], "gone is not a folder"),
-        (["data.jsonl", "--output", "data.jsonl/p.html"], "the page cannot be written"),
+        (
+            ["data.jsonl", "--output", "data.jsonl/p.html"],
+            "output is data.jsonl/p.html, which cannot be written",
+        ),
         (["empty.jsonl"], "there is no record in empty.jsonl"),
     ],
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unigen.config import ConfigError, DataOptions, Workers
+from unigen.config import ConfigError, DataOptions, UserError, Workers
+from unigen.outputs import output_file, unwritten
 from unigen.printing import bar
 from unigen.show.terminal import reader_may_leave, say
 from unigen.values import Count, PathText
@@ -53,16 +54,20 @@ def run(options: CheckOptions) -> int:
     """
     _resolve(options)
     from unigen.commands.check.advice import advise
-    from unigen.commands.check.findings import BUDGETS, LIMITS, Problems, check
+    from unigen.commands.check.findings import BUDGETS, CHECK, LIMITS, Problems, check
     from unigen.commands.check.terminal import report
     from unigen.model.weights import load_planner
     from unigen.show.language import Words
 
+    inputs = [*options.paths, options.model_path]
+    output = options.output and output_file("output", options.output, CHECK, inputs)
+    listing = Path(options.problems) if options.problems else None
+    if listing:
+        output_file("problems", listing, CHECK, [*inputs, output], ".jsonl")
     words = Words(options.language, "check")
     planner = load_planner(options.model_path, options)
     budgets = [*BUDGETS, options.max_num_tokens] if options.max_num_tokens else list(BUDGETS)
-    problems = Problems(Path(options.problems) if options.problems else None)
-    try:
+    with closing(Problems(listing)) as problems:
         with _bar() as progress:
             found = check(
                 options.paths,
@@ -76,17 +81,34 @@ def run(options: CheckOptions) -> int:
             )
         summary = found.summary(budgets)
         advice = advise(summary, len(problems), options.deep)
-        if options.output:
+        failed: list[UserError] = []  # what could not be written; the report is shown all the same
+        if listing:
+            with _noted(failed), unwritten("problems", listing):
+                problems.save()
+            problems.path = None if failed else listing
+        page = options.output
+        if output:
             from unigen.commands.check import page as check_page
 
-            check_page.write(Path(options.output), found, summary, advice, words)
+            with _noted(failed), unwritten("output", output):
+                check_page.write(output, found, summary, advice, words)
+            page = None if failed else page
         if options.json:
             _print_json(found, summary, advice)
         else:
-            say(*report(found, summary, advice, words, options.output))
+            say(*report(found, summary, advice, words, page))
+        for error in failed[:1]:
+            raise error
         return 130 if found.interrupted else 1 if len(problems) else 0
-    finally:
-        problems.close()
+
+
+@contextmanager
+def _noted(failed: list[UserError]) -> Iterator[None]:
+    """Keeps an error for later."""
+    try:
+        yield
+    except UserError as error:
+        failed.append(error)
 
 
 def _resolve(options: CheckOptions) -> None:
@@ -101,10 +123,6 @@ def _resolve(options: CheckOptions) -> None:
             f"data_root is {options.data_root}, which is no folder; name the folder of the pictures"
             " (--data_root ...)"
         )
-    for name in ("output", "problems"):
-        value = getattr(options, name)
-        if value is not None and Path(value).is_dir():
-            raise ConfigError(f"{name} is {value}, which is a folder; name a file (--{name} ...)")
 
 
 @contextmanager

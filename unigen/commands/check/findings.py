@@ -34,10 +34,12 @@ from unigen.data.containers import ByteSpan, FilePart, Raw, find_files, no_recor
 from unigen.data.dataset import TASKS
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.loader import cores
+from unigen.files import atomic
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
 
+CHECK = "unigen check"  # the mark of what the command writes
 # bytes of JSON Lines read as one part: decoding pictures takes longer, so that parts are smaller
 PART, DEEP_PART = 1 << 20, 1 << 17
 ALONE = 1 << 20  # bytes of data up to which this process does it alone, as starting others takes seconds
@@ -49,10 +51,11 @@ DEATHS = 20  # processes that may die before what they die of is no longer looke
 
 
 class Problems:
-    """All problems, in the order of the data: every one in a file, the first few of each code here.
+    """All problems, in the order of the data: every one in a file that is gone in the end, the first few of
+    each code here.
 
     Args:
-        path: A JSONL file to write them to; default: one that is gone in the end.
+        path: The JSONL file that :meth:`save` writes.
     """
 
     KEPT = 200  # of each code
@@ -61,14 +64,8 @@ class Problems:
         self.path = path
         self.counts: Counter[str] = Counter()
         self.first: dict[str, list[dict[str, Any]]] = {}
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
         self._written = 0
-        self._file = (
-            tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
-            if path is None
-            else path.open("w+", encoding="utf-8")
-        )
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (close() is below)
 
     def add(self, problem: dict[str, Any]) -> None:
         if self._written > MAX_PROBLEMS:
@@ -96,6 +93,14 @@ class Problems:
         for line in self._file:
             yield json.loads(line)
         self._file.seek(0, os.SEEK_END)
+
+    def save(self) -> None:
+        """Writes them all to ``path``, each with the command's mark. Raises OSError."""
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(Path(os.path.realpath(self.path)), sync=False) as file:
+            for problem in self:
+                file.write(json.dumps({"generator": CHECK, **problem}).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.commands.check.advice import Advice
-from unigen.commands.check.findings import Findings
+from unigen.commands.check.findings import CHECK, Findings
 from unigen.commands.check.report import (
     advice_line,
     common_folder,
@@ -54,6 +54,7 @@ def write(
         path,
         "check.html",
         values,
+        by=CHECK,
         title=words("title"),
         language=TAGS[words.language],
         styles=["charts", "check"],

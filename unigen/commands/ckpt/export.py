@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +14,10 @@ from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.commands.ckpt.verify import problems_of
 from unigen.config import UserError
-from unigen.files import free_bytes, staged
+from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import ForeignFileError, copy_file, roots_of
 from unigen.model.storage import INDEX, WEIGHTS, Stored, is_of_set, part_name, write_json, write_safetensors
+from unigen.outputs import is_own, output_folder, unwritten
 from unigen.printing import bar
 from unigen.runs import layout
 from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
@@ -46,7 +48,10 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             f"{source} is a run. Fix: name one of its checkpoints: {', '.join(p.name for p in inside)}"
         )
     manifest, out = read_manifest(source), Path(os.path.abspath(out))
-    replacing = _check_place(source.resolve(), out, options.overwrite)
+    with unwritten("the new folder", out):
+        sweep(out)  # what a killed export left
+        replacing = _check_place(source.resolve(), out, options.overwrite)
+        output_folder("the new folder", out)
     if options.weights == "raw" and manifest.get("average", True) and "model" not in manifest["groups"]:
         raise ExportError(
             f"{source} holds the average alone. Fix: export a step_N folder, or leave --weights raw out"
@@ -69,6 +74,8 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
                 copy_file(source / name, staging / name, roots_of(source))
             about = {"unigen": __version__, "step": manifest["step"], "average": average}
             about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
+            about["contents"] = {name: sha256_of(staging / name) for name in others}
+            about["contents"] |= {name: file["sha256"] for name, file in files.items()}
             write_json(staging / _RECEIPT, about)
     except ForeignFileError as error:
         raise ExportError(str(error)) from None
@@ -106,7 +113,26 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
             f"{out} is no earlier export (it has no {_RECEIPT}), so --overwrite leaves it. Fix: choose"
             " another folder"
         )
+    if strange := _strange(out):
+        raise ExportError(
+            f"{out} holds {strange}, which no export left there as it is now, so --overwrite leaves it."
+            " Fix: move that away, or choose another folder"
+        )
     return True
+
+
+def _strange(out: Path) -> str:
+    """A file in an earlier export that is not one of it, or was changed since; empty where there is none."""
+    try:
+        contents = dict(json.loads((out / _RECEIPT).read_bytes())["contents"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        contents = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        inner = path.is_dir() and not path.is_symlink() and any(path.iterdir())
+        if name != _RECEIPT and not inner and not is_own(path, [contents.get(name, "")]):
+            return name
+    return ""
 
 
 def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[str, dict[str, Any]]:

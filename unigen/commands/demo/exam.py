@@ -24,6 +24,7 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.bagel import Bagel
 from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
+from unigen.outputs import claim, output_folder, unwritten
 from unigen.runs import layout
 from unigen.runs.metrics import read_log
 from unigen.sequence.images import open_image
@@ -71,6 +72,7 @@ BARS = {
     "edit_accuracy": 0.85,
     "interleaved_accuracy": 0.70,
 }
+DEMO = "unigen demo"  # the mark of its folder and its report
 MARK = {True: "✓", False: "✗"}
 CHANCE = {
     "understanding_accuracy": 0.1,
@@ -95,7 +97,9 @@ def create_model(folder: Path, seed: int = 0, **sizes: int) -> None:
 def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]:
     """The whole demo; what ``metrics.json`` holds."""
     began = time.perf_counter()
-    output_dir, size = Path(output_dir), QUICK if quick else FULL
+    output_dir, size = output_folder("output_dir", output_dir), QUICK if quick else FULL
+    with unwritten("output_dir", output_dir):
+        claim("output_dir", output_dir, DEMO, sorted(os.listdir(output_dir)) if output_dir.is_dir() else [])
     digits = write_digits(output_dir / "data", seed=0, per_epoch=size.per_epoch)
     create_model(output_dir / "model", seed, **size.model)
     prepared = time.perf_counter()
@@ -114,14 +118,13 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
         "seed": seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
     }
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    page = _write_report(output_dir, metrics, exam)
     for name, bar in BARS.items():
         print(f"{name:<24} {metrics[name]:.3f}   (bar {bar:.2f}, chance {CHANCE[name]:.2f})")
-    print(
-        f"{'the judge on real digits':<24} {exam.judge.heldout_accuracy:.3f}\n{metrics['seconds_total']:.0f}"
-        f" s in all. Look at {page}"
-    )
+    print(f"{'the judge on real digits':<24} {exam.judge.heldout_accuracy:.3f}")
+    with unwritten("output_dir", output_dir):
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        page = _write_report(output_dir, metrics, exam)
+    print(f"{metrics['seconds_total']:.0f} s in all. Look at {page}")
     print(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
     return metrics
 
@@ -346,6 +349,7 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam) -> Path
         output_dir / "report.html",
         "report.html",
         values,
+        by=DEMO,
         title="Unigen demo: handwritten digits",
         styles=["charts"],
         script="charts",

@@ -7,6 +7,7 @@ records twice: to collect the addresses, and, when the pictures are there, to wr
 from __future__ import annotations
 
 import ipaddress
+import os
 import queue
 import threading
 from collections import Counter, deque
@@ -19,10 +20,11 @@ from typing import Annotated, Literal
 from unigen.commands.fetch.addresses import FetchError, Network, is_address, parse_url, shown
 from unigen.commands.fetch.client import Client
 from unigen.commands.fetch.rewrite import RewrittenFile, Writer, places, records
-from unigen.commands.fetch.store import Entry, PictureStore
+from unigen.commands.fetch.store import FETCH, LOG, OWN, Entry, PictureStore, is_log
 from unigen.config import UserError
 from unigen.data.containers import find_files
-from unigen.files import Busy, locked
+from unigen.files import Busy, locked, sha256_of
+from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
 from unigen.printing import bar, printable
 from unigen.values import Count, Options, PathText, Range
 
@@ -85,8 +87,10 @@ def fetch(options: FetchOptions) -> int:
     Raises:
         UserError: Nothing can be read or written, or an option cannot work.
     """
-    client, out = options.client(), Path(options.output_dir)
+    client = options.client()
+    out = output_folder("output_dir", options.output_dir)
     sources = _sources(options.paths, out)
+    _claim(out, sources)
     with _alone(out), closing(PictureStore(out)) as store:
         urls = {url: None for source in sources for url in _addresses(source)}
         damaged = store.verify(urls)
@@ -136,16 +140,33 @@ def _sources(paths: list[str], out: Path) -> list[RewrittenFile]:
                 f"{path}: {target} would be written for it and for {found[target]}. Fetch it alone, into"
                 " another --output_dir."
             )
-        if target.exists() and not (out / "fetched.log").exists():
-            raise UserError(
-                f"{target}: it is there already, and no fetch wrote it. Name another --output_dir."
-            )
         found[target] = path
     if not found:
         raise UserError(
             f"there is nothing to read outside of the output folder {out}. Name the files with the records."
         )
     return [RewrittenFile(path, target) for target, path in found.items()]
+
+
+def _claim(out: Path, sources: list[RewrittenFile]) -> None:
+    """Makes the output folder ours. Raises UserError where something in it is in the way that no fetch wrote,
+    or that was changed since."""
+    targets = [source.target for source in sources]
+    with unwritten("output_dir", out):
+        if is_log(out / LOG) and not (out / RECEIPT).exists():  # of a version without receipts
+            write_receipt(out, FETCH, {_name(t, out): [sha256_of(t)] for t in targets if t.is_file()})
+        claim("output_dir", out, FETCH, [*OWN, *(_name(target, out) for target in targets)])
+        own = read_receipt(out, FETCH)
+        for target in targets:
+            if os.path.lexists(target) and not is_own(target, own.get(_name(target, out), [])):
+                raise UserError(
+                    f"{target}: it is there already, and no fetch wrote it as it is now. Fix: name another"
+                    " --output_dir, or move it away"
+                )
+
+
+def _name(target: Path, out: Path) -> str:
+    return target.relative_to(out).as_posix()
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.commands.fetch.addresses import FetchError, is_address, parse_url, shown
-from unigen.commands.fetch.store import PictureStore
+from unigen.commands.fetch.store import FETCH, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import parts, read_part
 from unigen.data.formats import FORMATS
 from unigen.data.json_text import parse_json
+from unigen.files import sha256_of
+from unigen.outputs import read_receipt, write_receipt
 from unigen.sequence.types import BadRecord, Origin
 
 # Fields that name pictures, and those that lead to more fields. `metadata` and texts are in neither: nothing
@@ -122,10 +124,19 @@ class Writer:
             if self.failures and not partial:
                 self.written = 0
             else:
+                self._answer_for(sources, drafts)
                 for source, draft in zip(sources, drafts):
                     source.target.parent.mkdir(parents=True, exist_ok=True)
                     draft.replace(source.target)
             listing.replace(self.store.folder / "failed.log")
+
+    def _answer_for(self, sources: list[RewrittenFile], drafts: list[Path]) -> None:
+        """Notes the new data as ours; a kill leaves some of it, and some of what was there before."""
+        own = read_receipt(self.store.folder, FETCH)
+        for source, draft in zip(sources, drafts):
+            name = source.target.relative_to(self.store.folder).as_posix()
+            own[name] = [*own.get(name, [])[-1:], sha256_of(draft)]
+        write_receipt(self.store.folder, FETCH, own)
 
     def _lines(self, source: RewrittenFile, listed: BinaryIO) -> Iterator[bytes]:
         for origin, raw, value in records(source):

@@ -27,6 +27,9 @@ from unigen.config import UserError
 from unigen.files import atomic, sha256_of
 from unigen.sequence.images import PictureError, image_size, open_image
 
+FETCH = "unigen fetch"  # the mark of its folder
+LOG, DRAFTS = "fetched.log", ".new"
+OWN = (LOG, DRAFTS, "failed.log", "pictures", ".lock")  # what a fetch has in its folder beside the data
 FETCHED = "fetched"  # the status of a picture that is there
 _FILE = re.compile(r"pictures/([0-9a-f]{2})/(\1[0-9a-f]{62})\.[a-z0-9]+")
 # a picture of 64 megapixels takes 192 MB: not one for every connection
@@ -130,8 +133,8 @@ class PictureStore:
     def __init__(self, folder: Path):
         self.folder = folder
         # what is not whole yet; on the same disk, so that a rename puts it in its place
-        self.drafts = folder / ".new"
-        self.log = folder / "fetched.log"
+        self.drafts = folder / DRAFTS
+        self.log = folder / LOG
         with self.writing():
             shutil.rmtree(self.drafts, ignore_errors=True)
             self.drafts.mkdir(parents=True, exist_ok=True)
@@ -204,6 +207,11 @@ class PictureStore:
             return None
         except OSError:
             return False
+
+
+def is_log(path: Path) -> bool:
+    """Is it a log of fetches?"""
+    return path.is_file() and next(_read(path), None) is not None
 
 
 def _read(path: Path) -> Iterator[Entry]:

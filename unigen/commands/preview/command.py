@@ -4,10 +4,10 @@ terminal."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigen.commands.preview.pick import Look, PreviewError, PreviewOptions, check, look_at, pick, time_shift
+from unigen.commands.preview.pick import Look, PreviewOptions, check, look_at, pick, time_shift
+from unigen.outputs import output_file, unwritten
 from unigen.show.terminal import indented, line, say
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ def preview(options: PreviewOptions) -> int:
             be written.
     """
     check(options)
+    output = options.output and output_file(
+        "output", options.output, "unigen preview", [*options.paths, options.model_path]
+    )
     from unigen.model.weights import load_planner
 
     planner = load_planner(options.model_path, options)
@@ -42,20 +45,15 @@ def preview(options: PreviewOptions) -> int:
 
     if options.model_path is None:
         say("No --model_path: texts are cut into words (an estimate), pictures sized as for BAGEL-7B-MoT.")
-    if options.output is None:
+    if not output:
         for _ in looks():
             pass
     else:
         from unigen.commands.preview.page import write_preview
 
-        try:
-            page = write_preview(Path(options.output), looks(), options, planner)
-        except OSError as error:
-            raise PreviewError(
-                f"{options.output}: the page cannot be written ({error.strerror or error}). Fix: another"
-                " --output"
-            ) from error
-        say(f"Written to {page}")
+        with unwritten("output", output):
+            write_preview(output, looks(), options, planner)
+        say(f"Written to {options.output}")
     return 1 if bad else 0
 
 

@@ -62,7 +62,13 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
     }
     title = words("title", source=named(", ".join(Path(given).name or given for given in options.paths)))
     return write_page(
-        path, "preview.html", values, title=title, language=TAGS[options.language], styles=["preview"]
+        path,
+        "preview.html",
+        values,
+        by="unigen preview",
+        title=title,
+        language=TAGS[options.language],
+        styles=["preview"],
     )
 
 

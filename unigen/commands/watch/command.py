@@ -6,11 +6,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigen.commands.watch.options import WatchOptions
-from unigen.config import ConfigError
+from unigen.config import ConfigError, UserError
+from unigen.outputs import output_file, unwritten
 from unigen.show.terminal import harmless, live, say
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def watch(options: WatchOptions) -> int:
         UserError: there is no run, an option cannot work, or the page cannot be written.
     """
     steps = _resolve(options)
+    html = options.html and output_file("html", options.html, "unigen watch", options.run)
     from unigen.commands.watch.health import diagnose
     from unigen.commands.watch.report import why
     from unigen.runs.reader import RunFolder, find_runs
@@ -38,10 +39,18 @@ def watch(options: WatchOptions) -> int:
     else:
         for run in runs:
             run.update()
-    if options.html is None:
+    if not html:
         say(*_frame(options, runs, words))
     else:
-        _write_page(options, runs)
+        from unigen.commands.watch.page import write
+
+        try:
+            with unwritten("html", html):
+                write(html, runs, options)
+        except UserError:
+            say(*_frame(options, runs, words))
+            raise
+        say(f"-> {options.html}")
     failed = [(run, state) for run in runs if (state := diagnose(run)).name in ("hung", "dead")]
     if options.html is not None:
         for run, state in failed:
@@ -52,8 +61,6 @@ def watch(options: WatchOptions) -> int:
 def _resolve(options: WatchOptions) -> tuple[int, int]:
     """The steps to show. Raises ConfigError for an option that cannot work."""
     options.check()
-    if options.html is not None and Path(options.html).is_dir():
-        raise ConfigError(f"html is {options.html}, which is a folder. Fix: name a file (--html run.html)")
     if options.steps is None:
         return 0, 1 << 53
     first, colon, last = options.steps.replace("_", "").partition(":")
@@ -67,20 +74,6 @@ def _resolve(options: WatchOptions) -> tuple[int, int]:
             " Fix: write such as --steps 1000:2000, --steps 1000: or --steps :500"
         )
     return found
-
-
-def _write_page(options: WatchOptions, runs: Sequence[RunFolder]) -> None:
-    from unigen.commands.watch.page import write
-
-    assert options.html is not None
-    try:
-        page = write(Path(options.html), runs, options)
-    except OSError as error:
-        raise ConfigError(
-            f"{options.html}: the page cannot be written ({error.strerror or error})."
-            " Fix: name another file (--html run.html)"
-        ) from error
-    say(f"-> {page}")
 
 
 def _frame(options: WatchOptions, runs: Sequence[RunFolder], words: Words) -> Iterator[RenderableType]:

@@ -59,6 +59,7 @@ def write(path: Path, runs: Sequence[RunFolder], options: WatchOptions) -> Path:
         path,
         "watch.html",
         values | {"words": words, "charts": _charts(runs, options.smooth, words)},
+        by="unigen watch",
         title=title,
         language=TAGS[words.language],
         styles=["charts", "watch"],
