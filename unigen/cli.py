@@ -65,7 +65,8 @@ def program(argv: list[str] | None = None) -> None:
     guard()  # for good: also for what the interpreter says of an error that nobody expected
     try:
         code = main(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started the program
+            sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on: unigen ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be written has no place
         code = code or 128 + signal.SIGPIPE

@@ -203,6 +203,7 @@ class OptimOptions(Options):
         max_grad_norm: Gradients are clipped to this total norm; 0 turns clipping off.
         max_skipped_steps: Stop after so many steps in a row that had to be skipped, their loss or gradient
             not being finite.
+        max_skipped_share: Stop where a larger share of the last 20 steps had to be skipped.
         spike_sigma: Skip a step whose gradient norm is so many standard deviations above the mean of the last
             100. Default: none is.
         early_stopping_patience: Stop after so many validations in a row without a lower val_loss. Default:
@@ -228,6 +229,7 @@ class OptimOptions(Options):
     adam_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-8
     max_grad_norm: NotNegative = 1.0
     max_skipped_steps: Count = 10
+    max_skipped_share: Share = 0.25
     spike_sigma: Positive | None = None
     early_stopping_patience: Count | None = None
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"

@@ -446,3 +446,15 @@ def test_where_nobody_says_there_is_no_limit(tmp_path: Path, monkeypatch: pytest
     for name in ("MEMINFO", "OWN_GROUP", "GROUPS"):
         monkeypatch.setattr(module, name, tmp_path / "nothing")
     assert free_memory() == math.inf
+
+
+def test_a_first_checkpoint_that_cannot_fit_is_refused_before_the_first_step(tmp_path: Path):
+    free = free_bytes(tmp_path)
+    for policy in ("stop", "prune", "wait"):
+        disk = DiskSpace(tmp_path, policy, 0, print)
+        disk.need_first(1000)
+        if policy == "wait":
+            disk.need_first(free + 10**12)
+        else:
+            with pytest.raises(SpaceError, match=r"Nothing was trained.*Fix: "):
+                disk.need_first(free + 10**12)

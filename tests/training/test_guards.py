@@ -10,9 +10,11 @@ import pytest
 import torch
 from tiny import built, metrics, train_on
 
+from unigen.commands.ckpt.listing import describe
 from unigen.config import Config, ConfigError
+from unigen.runs.checkpoint import latest_checkpoint
 from unigen.training.engine import Engine
-from unigen.training.guards import FEWEST, BadStepGuard, TrainingStopped
+from unigen.training.guards import CONFIRM, FEWEST, BadStepGuard, Diverged, TrainingStopped
 from unigen.training.trainer import UnifiedTrainer
 
 
@@ -116,3 +118,81 @@ def test_training_stops_when_validation_no_longer_improves_and_its_state_is_save
 def test_early_stopping_needs_something_to_validate_on():
     with pytest.raises(ConfigError, match="early_stopping_patience needs val_data_path"):
         Config(model_path="m", train_data_path="d", early_stopping_patience=2).resolve()
+
+
+# ---- divergence
+
+
+def test_a_share_of_skipped_steps_ends_a_run_that_takes_some_between(tmp_path: Path):
+    g = guards(tmp_path, max_skipped_share=0.25)
+    with pytest.raises(
+        Diverged, match=r"7 of the last 20 steps .*max_skipped_share is 0\.25.*Fix: "
+    ) as caught:
+        for step in range(1, 40):
+            if step % 3:
+                g.took(1.0)
+            else:
+                g.skipped(step, "x", [], {})
+    assert str(caught.value).startswith("step 21:")
+    with pytest.raises(Diverged, match="the run has ended"):
+        g.finish()
+
+
+def test_few_skipped_steps_are_marked_and_end_nothing(tmp_path: Path):
+    g = guards(tmp_path)
+    for step in range(1, 20):
+        g.took(1.0) if step != 7 else g.skipped(7, "x", [], {})
+        assert bool(g.mark()) == (step >= 7) and bool(g.mark().get("diverging")) == (step == 7)
+    assert g.mark()["skipped_steps"] == [1, 19]
+    g.finish()
+
+
+def test_a_checkpoint_is_good_once_steps_were_taken_after_it(tmp_path: Path):
+    g = guards(tmp_path)
+    g.saved("step_1")
+    for _ in range(CONFIRM):
+        assert g.good == ""
+        g.took(1.0)
+    assert g.good == "step_1"
+    g.saved("step_6")
+    g.took(1.0)
+    g.skipped(8, "x", [], {})
+    g.saved("step_8")
+    for _ in range(2 * CONFIRM):
+        g.took(1.0)
+    assert g.good == "step_1", "what was followed by a skipped step, or follows one, is not"
+    assert g.mark()["last_good"] == "step_1"
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_auto_goes_on_from_it(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    """As in a run whose learning rate was raised: step 9 breaks the weights, which nobody can know then."""
+    options |= {"save_steps": 1, "save_total_limit": 1, "max_skipped_steps": 4, "num_epochs": 9}
+    UnifiedTrainer(Config(**options | {"max_steps": 8})).train()
+    run = Path(options["output_dir"])
+    assert [path.name for path in run.glob("step_*")] == ["step_8"]
+    trainer = built(**options | {"max_steps": 20, "resume_from_checkpoint": "auto"})
+    take = trainer.take_step
+
+    def breaking(*given: Any) -> Any:
+        result = take(*given)
+        if trainer.position.step == 8:
+            poison(trainer.run.model)
+        return result
+
+    trainer.take_step = breaking  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=r"Fix: lower --learning_rate.*--resume_from_checkpoint .*run/step_8"):
+        train_on(trainer)
+    trainer.run.close()
+    assert {path.name for path in run.glob("step_*")} == {"step_8", "step_12"}
+    rows = {row["name"]: row for row in map(describe, run.glob("step_*"))}
+    assert rows["step_12"]["diverging"] and rows["step_12"]["skipped_steps"] == [3, 12]
+    assert not rows["step_8"]["diverging"]
+    caplog.clear()
+    assert latest_checkpoint(run) == run / "step_8" and "Passing over" in caplog.text
+    # lower than the number of the one that was passed over, and all the same what the run goes on from
+    UnifiedTrainer(Config(**options | {"max_steps": 10, "resume_from_checkpoint": "auto"})).train()
+    assert (run / "step_10").is_dir() and latest_checkpoint(run) == run / "step_10"
+    UnifiedTrainer(Config(**options | {"max_steps": 14, "resume_from_checkpoint": "auto"})).train()
+    assert [path.name for path in run.glob("step_*")] == ["step_14"]

@@ -15,6 +15,7 @@ from saves import ALONE, contents, names, together
 from torch import Tensor, nn
 
 from unigen.config import Config
+from unigen.model.source import Source
 from unigen.model.storage import Stored, scan_safetensors
 from unigen.runs.channel import Channel
 from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights, verify_checkpoint
@@ -61,6 +62,11 @@ def source(tmp_path: Path) -> dict[str, Stored]:
     return scan_safetensors(tmp_path / "source.safetensors")
 
 
+def opened(stored: dict[str, Stored]) -> Source:
+    """The files in which these tensors lie, as a run holds them."""
+    return Source(Path(), stored)
+
+
 class Run:
     """A run of one process, or one of several."""
 
@@ -80,7 +86,7 @@ class Run:
         self.net = self.engine.model = net  # type: ignore[assignment]
         self.engine.start()
         self.ema = EMA(self.engine.shards(), decay) if decay else None
-        self.state = RunState(self.engine, self.ema, source, resumed=resumed is not None)
+        self.state = RunState(self.engine, self.ema, opened(source), resumed=resumed is not None)
         if resumed:
             self.state.restore(resumed)
 
@@ -179,9 +185,8 @@ def test_a_frozen_table_of_another_size_or_that_the_source_lacks_is_written_from
     rest = {name: stored for name, stored in source.items() if name != "frozen.bias"}
     save_file({"frozen.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     run = Run(source)
-    run.state = RunState(
-        run.engine, run.ema, rest | scan_safetensors(tmp_path / "other.safetensors"), resumed=False
-    )
+    other = opened(rest | scan_safetensors(tmp_path / "other.safetensors"))
+    run.state = RunState(run.engine, run.ema, other, resumed=False)
     saved = load_file(run.save(tmp_path, 1) / "ema.safetensors")
     for name in ("weight", "bias"):
         assert torch.equal(saved[f"frozen.{name}"], getattr(run.net.frozen, name))
@@ -221,7 +226,7 @@ def test_frozen_weights_held_in_half_precision_are_compared_in_it(source: dict[s
     wide = scan_safetensors(tmp_path / "b.safetensors")
     run = Run(wide)
     run.net.frozen.bfloat16()
-    run.state = RunState(run.engine, run.ema, wide, resumed=True)
+    run.state = RunState(run.engine, run.ema, opened(wide), resumed=True)
     saved = load_file(run.save(tmp_path, 1) / "ema.safetensors")
     assert saved["frozen.weight"].dtype == torch.float32 and torch.equal(
         saved["frozen.weight"], wide["frozen.weight"].read()
@@ -349,7 +354,7 @@ def test_what_is_frozen_now_and_trained_before_is_named(source: dict[str, Stored
     with pytest.raises(
         CheckpointError, match=r"exp_avg\.last\.weight is unexpected; .*step\.last\.weight is unexpected"
     ):
-        RunState(run.engine, None, source, resumed=True).restore(folder)
+        RunState(run.engine, None, opened(source), resumed=True).restore(folder)
 
 
 # ---- several processes
@@ -425,7 +430,7 @@ def test_a_frozen_weight_that_changed_on_one_process_is_written_by_all(
         if rank == 1:
             with torch.no_grad():
                 run.net.frozen.weight.view(-1)[-1] += 1
-        run.state = RunState(run.engine, run.ema, source, resumed=True)
+        run.state = RunState(run.engine, run.ema, opened(source), resumed=True)
         return run.save(tmp_path, 1)
 
     folder = together(2, work)[0]

@@ -4,7 +4,9 @@ weight."""
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +15,16 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
-from tiny import built, step_of, take_warm_up
+from safetensors.torch import load_file, save_file
+from tiny import built, step_of, take_warm_up, text, write_jsonl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unigen.config import Config
+from unigen.config import Config, UserError
+from unigen.model.weights import load_bagel, nonfinite
 from unigen.training import step as passes
 from unigen.training.guards import TrainingStopped
-from unigen.training.trainer import TrainingLoop
+from unigen.training.trainer import TrainingLoop, UnifiedTrainer
 
 # ---- the warm-up batch
 
@@ -211,3 +215,80 @@ def test_the_training_forward_keeps_no_lowered_copy_of_a_weight_and_sampling_doe
     )
     assert living_after(trainer, sampling=True) > 0.9 * matrices
     assert living_after(trainer, sampling=False) < 0.25 * matrices
+
+
+# ---- what the numbers of the warm-up batch promise
+
+
+TEXTS = [text("What is two and two?", "Four."), text("Say it twice.", "It. It.")]
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"freeze_und": True}, "freeze_und is on"),
+        ({"freeze_llm": True}, "freeze_llm is on"),
+        ({"text_loss_weight": 0.0}, "text_loss_weight is 0"),
+    ],
+)
+def test_options_and_data_that_leave_nothing_to_learn(
+    options: dict[str, Any], tmp_path: Path, how: dict[str, Any], named: str
+):
+    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    with pytest.raises(TrainingStopped, match=rf"nothing to learn.*texts.*{named}.*Fix: "):
+        UnifiedTrainer(Config(**options | how | {"train_data_path": str(texts)})).train()
+    assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
+
+
+def test_a_warm_up_batch_without_gradient_is_fine_where_other_records_have_one(
+    options: dict[str, Any], records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """The largest record is a text, so that nothing of the generation expert learns from it."""
+    long = text("What?", " ".join(["word"] * 400))
+    drawn = {"text_prompt": "A red house", "image_path": str(records.parent / "0.png")}
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [long, *TEXTS, drawn])
+    options |= {"train_data_path": str(mixed), "max_steps": 1}
+    with caplog.at_level("INFO"):
+        UnifiedTrainer(Config(**options | {"freeze_und": True})).train()
+        assert "nothing to learn" not in caplog.text
+        UnifiedTrainer(Config(**options | {"output_dir": str(tmp_path / "all")})).train()
+    assert "No gradient in the warm-up batch: " in caplog.text and "generation expert" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_named_before_training_and_by_who_asks(
+    options: dict[str, Any], small_model: Path, tmp_path: Path
+):
+    shutil.copytree(small_model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "ema.safetensors")
+    tensors["connector.fc1.bias"][0] = float("nan")
+    tensors["language_model.lm_head.weight"][3, 2] = float("inf")
+    save_file(tensors, tmp_path / "model" / "ema.safetensors")
+    told = r"model: 2 tensors .*(connector\.fc1\.bias.*lm_head|lm_head.*connector\.fc1\.bias).*Fix: "
+    with pytest.raises(UserError, match=told):
+        UnifiedTrainer(Config(**options | {"model_path": str(tmp_path / "model")})).train()
+    with pytest.raises(UserError, match=told):
+        load_bagel(tmp_path / "model")
+
+
+def test_finite_numbers_whose_sum_is_not_are_finite():
+    huge = torch.full((4,), torch.finfo(torch.float32).max)
+    assert nonfinite(
+        [("huge", huge), ("none", torch.empty(0)), ("nan", torch.tensor([1.0, float("nan")]))]
+    ) == ["nan"]
+
+
+def test_a_run_whose_steps_are_done_says_so(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    UnifiedTrainer(Config(**options)).train()
+    with caplog.at_level("INFO"):
+        assert UnifiedTrainer(Config(**options | {"resume_from_checkpoint": "auto"})).train() == {}
+    assert "All 2 steps are done already" in caplog.text and "--max_steps" in caplog.text
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_made(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    for name in ("wandb_project", "trackio_project"):
+        with pytest.raises(UserError, match=r"not installed\. Fix: pip install"):
+            UnifiedTrainer(Config(**options | {name: "p"})).train()
+    assert not Path(options["output_dir"]).exists()

@@ -134,6 +134,15 @@ class Stored:
             piece = out[at : at + CHUNK]
             piece.copy_(self.read(start + at, start + at + len(piece)))
 
+    def equals(self, other: Stored) -> bool:
+        """Are dtype, shape and values those of ``other``? A chunk of both is in memory at a time."""
+        import torch
+
+        ends = [(at, min(at + CHUNK, self.numel)) for at in range(0, self.numel, CHUNK)]
+        return (self.code, self.shape) == (other.code, other.shape) and all(
+            torch.equal(self.read(*end).view(torch.uint8), other.read(*end).view(torch.uint8)) for end in ends
+        )
+
     def _fill(self, out: Tensor, start: int) -> None:
         assert start >= 0 and start + len(out) <= self.numel, (start, len(out), self.shape)
         if not len(out):
@@ -365,8 +374,13 @@ def few(names: list[str], limit: int = 20) -> str:
 # ---- writing
 
 
+def json_bytes(value: Any) -> bytes:
+    """A JSON file of a checkpoint folder."""
+    return (json_of(value, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json_of(value, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(value))
 
 
 def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,10 +30,10 @@ from unigen.model.storage import (
     CheckpointFolderError,
     Stored,
     few,
+    json_bytes,
     read_json,
     scan_folder,
     scan_safetensors,
-    write_json,
     write_safetensors,
 )
 from unigen.sequence.plan import Planner
@@ -105,7 +105,7 @@ def load_bagel(
 
     Raises:
         CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all
-            listed).
+            listed); or weights are not finite.
     """
     if torch.device(device).type == "cuda":
         use_expandable_segments()
@@ -119,6 +119,7 @@ def load_bagel(
         setattr(
             model.get_submodule(owner), last, torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
         )
+    refuse_nonfinite(Path(folder), nonfinite(model.named_parameters()))
     object.__setattr__(model, "codec", load_codec(Path(folder), model.config, device) if visual_gen else None)
     return model.eval()
 
@@ -179,6 +180,25 @@ def read_parameter(
     else:
         assert entry is not None
         entry.read_into(out, start)
+
+
+@torch.no_grad()
+def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity. Each is read once; a device is waited for once."""
+    named = [(name, value.detach()) for name, value in tensors if value.numel()]
+    sums = [value.sum(dtype=torch.float32) for _, value in named]
+    doubted = torch.stack([total.isfinite() for total in sums]).logical_not().tolist() if sums else []
+    # the sum of finite numbers can be too large
+    return [n for (n, value), odd in zip(named, doubted, strict=True) if odd and not value.isfinite().all()]
+
+
+def refuse_nonfinite(folder: Path, names: Sequence[str]) -> None:
+    """Raises CheckpointFolderError where tensors of a folder are not finite."""
+    if names:
+        raise CheckpointFolderError(
+            f"{folder}: {len(names)} tensors hold NaN or infinity: {few(list(names), 5)}. Fix: use a"
+            " checkpoint from before the training diverged, or download the weights again"
+        )
 
 
 def load_codec(folder: Path, config: BagelConfig, device: torch.device | str = "cpu"):
@@ -285,55 +305,57 @@ def save_bagel(
         else:
             plan[name] = (value.dtype, tuple(value.shape), lambda value=value: value.detach().cpu())
     write_safetensors(folder / filename, plan)
-    write_side_files(model, folder)
+    write_side_files(side_files(model), folder)
 
 
-def write_side_files(model: Bagel, folder: Path) -> None:
-    """What a folder of the published layout holds beside its weights: configs, tokenizer, VAE."""
-    if model.source is not None:
-        for name in SIDE_FILES:
-            origin = model.source / name
-            if os.path.lexists(origin) and not (folder / name).exists():
-                foreign.copy_file(origin, folder / name, foreign.roots_of(model.source))
-    else:
+def side_files(model: Bagel) -> dict[str, bytes]:
+    """What a folder of the published layout holds beside its weights, by name: configs, tokenizer, VAE.
+
+    Raises:
+        CheckpointFolderError: one of those that the model came with cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    for name in (*SIDE_FILES, "config.json") if model.source is not None else ():
+        if os.path.lexists(model.source / name):
+            with _open_side_file(model.source, name) as file:
+                files[name] = file.read()
+    parts: dict[str, dict[str, Any]] = {}
+    if model.source is None:
+        parts["llm_config.json"] = model.config.llm.to_diff_dict()
         vit = model.config.vit
-        for name, part in (
-            ("llm_config", model.config.llm.to_diff_dict()),
-            ("vit_config", {"num_attention_heads": vit.num_attention_heads, **vit.to_diff_dict()}),
-        ):
-            write_json(folder / f"{name}.json", part)
-    if model.config.vae.type != "flux" and not (folder / "vae_config.json").exists():
-        write_json(folder / "vae_config.json", model.config.vae.to_dict())
-    stored = (
-        read_json(model.source / "config.json")
-        if model.source is not None and (model.source / "config.json").exists()
-        else {}
-    )
-    write_json(folder / "config.json", {**stored, **model.config.to_dict()})
+        parts["vit_config.json"] = {"num_attention_heads": vit.num_attention_heads, **vit.to_diff_dict()}
+    if model.config.vae.type != "flux" and "vae_config.json" not in files:
+        parts["vae_config.json"] = model.config.vae.to_dict()
+    stored = read_json(model.source / "config.json") if model.source and "config.json" in files else {}
+    parts["config.json"] = {**stored, **model.config.to_dict()}
+    return files | {name: json_bytes(part) for name, part in parts.items()}
+
+
+def write_side_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes what :func:`side_files` gave; of what is there already only ``config.json`` is replaced."""
+    for name, data in files.items():
+        if name == "config.json" or not (folder / name).exists():
+            (folder / name).write_bytes(data)
 
 
 def check_side_files(folder: Path) -> None:
-    """Opens every file that :func:`write_side_files` would copy out of a folder.
+    """Opens every file that :func:`side_files` would read out of a folder.
 
     Raises:
-        CheckpointFolderError: one leads out of the folder, is no regular file, or is far too large.
+        CheckpointFolderError: one leads out of the folder, is no regular file, is far too large, or cannot be
+            read.
     """
     for name in SIDE_FILES:
         if os.path.lexists(folder / name):
-            limit = foreign.MAX_FILE if name.endswith(".safetensors") else foreign.MAX_JSON
-            try:
-                foreign.open_file(folder / name, foreign.roots_of(folder), limit).close()
-            except foreign.ForeignFileError as error:
-                raise CheckpointFolderError(str(error)) from None
+            _open_side_file(folder, name).close()
 
 
-def side_bytes(model: Bagel) -> int:
-    """Bytes of the files that :func:`write_side_files` copies."""
-    return (
-        sum((model.source / name).stat().st_size for name in SIDE_FILES if (model.source / name).exists())
-        if model.source
-        else 0
-    )
+def _open_side_file(folder: Path, name: str) -> BinaryIO:
+    limit = foreign.MAX_FILE if name.endswith(".safetensors") else foreign.MAX_JSON
+    try:
+        return foreign.open_file(folder / name, foreign.roots_of(folder), limit)
+    except foreign.ForeignFileError as error:
+        raise CheckpointFolderError(str(error)) from None
 
 
 def _unchanged(value: Tensor, entry: Stored) -> bool:

@@ -36,3 +36,11 @@ class Channel:
         rows = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
         dist.all_gather(rows, torch.cat([data, data.new_zeros(longest - len(data))]), group=self.group)
         return [row[: int(n)].cpu().numpy().tobytes().decode() for row, n in zip(rows, sizes, strict=True)]
+
+
+def is_broken(error: BaseException) -> bool:
+    """Does the error say that another process cannot be reached any more?"""
+    words = ("closed by peer", "reset by peer", "gloo", "NCCL", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

@@ -251,8 +251,31 @@ Verify = Callable[[Path], None]
 
 def latest_checkpoint(output_dir: Path, verify: Verify = verify_checkpoint) -> Path | None:
     """The newest ``step_N`` of a run that verifies, or None. A damaged newer one is passed over with a
-    warning."""
-    return next(_good_checkpoints(Path(output_dir), verify, warn=True), None)
+    warning; so is one that was written while steps had to be skipped, where there is one from before that."""
+    newest = None
+    doubted: list[tuple[int, float]] = []  # steps after this one, written before this time
+    for folder in _good_checkpoints(Path(output_dir), verify, warn=True):
+        mark = _mark(folder)
+        if any(_number(folder) > step and mark["time"] < time for step, time in doubted):
+            continue
+        if not mark.get("diverging"):
+            return folder
+        newest = newest or folder
+        good = step_of(mark["last_good"])
+        doubted += [(good, mark["time"])] if good is not None else []
+        log.warning(
+            "Passing over %s: %s of the last %s steps before it had to be skipped. It can be named itself: "
+            "--resume_from_checkpoint %s", folder, *mark["skipped_steps"], folder,
+        )  # fmt: skip
+    return newest
+
+
+def _mark(folder: Path) -> dict[str, Any]:
+    """The manifest, with what it says of skipped steps; empty where it cannot be read."""
+    try:
+        return read_manifest(folder)
+    except CheckpointError:
+        return {}
 
 
 def resolve_resume(
@@ -355,7 +378,11 @@ def _good_checkpoints(output_dir: Path, verify: Verify, warn: bool = False) -> I
 
 
 def prune_checkpoints(
-    output_dir: Path, keep: int | None, protect: Path | None = None, source: Path | None = None
+    output_dir: Path,
+    keep: int | None,
+    protect: Path | None = None,
+    source: Path | None = None,
+    good: str = "",
 ) -> None:
     """Removes the oldest ``step_N`` folders beyond ``keep``; never ``best``, nor a folder without a manifest.
 
@@ -365,14 +392,20 @@ def prune_checkpoints(
         protect: One more that stays: the one just written, which is not the newest number after resuming from
             an older step.
         source: Another: the folder the run copies from.
+        good: The name of another: the newest after which steps could be taken.
     """
     if keep is None:
         return
     assert keep >= 1
-    for folder in [p for p in steps(Path(output_dir)) if (p / MANIFEST).is_file()][keep:]:
+    held = [folder for folder in steps(Path(output_dir)) if (folder / MANIFEST).is_file()]
+    diverging = {folder for folder in held if _mark(folder).get("diverging")}
+    if protect in diverging and (last := step_of(good)) is not None:
+        diverging |= {folder for folder in held if _number(folder) > last}  # nobody knows since when
+    held.sort(key=diverging.__contains__)  # those go first
+    for folder in held[keep:]:
         if source is not None and folder.resolve() == Path(source).resolve():
             continue
-        if protect is None or folder.name != Path(protect).name:
+        if folder.name not in (good, protect and Path(protect).name):
             try:
                 remove_checkpoint(folder)
             except OSError as error:

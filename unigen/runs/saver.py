@@ -112,6 +112,7 @@ class Saver:
     ):
         self.output_dir, self.rank, self.channel = Path(output_dir), rank, channel
         self.background, self.keep, self.source, self.tick = background, keep, source, tick
+        self.good = ""  # a checkpoint that is not removed either, until another one counts as good
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._untold: deque[Path] = deque()
@@ -195,6 +196,15 @@ class Saver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def prune(self, newest: str) -> None:
+        """Removes checkpoints beyond ``keep``, but for ``newest`` and ``good``; while one is being written,
+        that does it."""
+        if self.rank == 0 and self._thread is None:
+            self._prune(self.output_dir / newest)
+
+    def _prune(self, protect: Path) -> None:
+        prune_checkpoints(self.output_dir, self.keep, protect, self.source, self.good)
 
     # ---- the work, in the thread
 
@@ -310,7 +320,7 @@ class Saver:
         _seal(staging, about | {"groups": groups, "states": sorted(contents.states)}, known)
         publish(staging, final, replace=True)
         if final.name == step_name(step):
-            prune_checkpoints(self.output_dir, self.keep, protect=final, source=self.source)
+            self._prune(final)
 
 
 def _index(tensors: list[list[Any]]) -> dict[str, Any]:

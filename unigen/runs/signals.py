@@ -241,18 +241,43 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+_of_workers: Any = None  # PyTorch's handler of SIGCHLD, which raises RuntimeError where a worker has died
+
+
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """Processes started inside have the stop signals blocked from their first moment until
     :func:`worker_init` sees to them.
 
     For ``iter(loader)``: a signal to the whole process group must not kill a worker that is just starting.
+    PyTorch's handler of SIGCHLD would raise anywhere in the main thread, in the middle of an update too: it
+    is kept for :func:`watching_workers`.
     """
+    global _of_workers
+    before = signal.getsignal(signal.SIGCHLD)
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+        if (found := signal.getsignal(signal.SIGCHLD)) is not before:
+            _of_workers = found
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def watching_workers() -> Iterator[None]:
+    """Around the waiting for a worker: where one dies, or has died, RuntimeError says so. (What a killed one
+    had half sent would else be waited for without end.)"""
+    if _of_workers is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, _of_workers)
+    try:
+        _of_workers(signal.SIGCHLD, None)
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def worker_init(worker_id: int) -> None:

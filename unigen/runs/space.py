@@ -96,6 +96,18 @@ class DiskSpace:
         if waiting:
             self._say(f"The next checkpoint fits again, {gb(free_bytes(self.output_dir))} are free; going on")
 
+    def need_first(self, nbytes: int) -> None:
+        """Before the first step. Raises SpaceError, on all processes, where it is known that the first
+        checkpoint will not fit: nobody waits for space, and removing older ones would not do."""
+
+        def lack() -> str:
+            held = [path for path in steps(self.output_dir) if (path / MANIFEST).is_file()]
+            freed = sum(map(folder_bytes, held[1:])) if self.policy == "prune" else 0
+            return "" if self.policy == "wait" else self._lack(max(0, nbytes - freed))
+
+        if found := self._on_main(lack):
+            raise SpaceError(f"{found}. Nothing was trained. {self._fix()}")
+
     def forecast(
         self, step: int, total_steps: int, save_steps: int, keep: int | None, nbytes: int, best: int = 0
     ) -> str:

@@ -43,7 +43,7 @@ class Wandb:
     """
 
     def __init__(self, output_dir: Path, config: Config, resume_step: int, complain: Complain):
-        _need("wandb")
+        need("wandb")
         # Its crash reports go to a third party, and without a login it would ask for one in the terminal; a
         # user who wants that sets the variable.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -117,7 +117,7 @@ class Trackio:
     """
 
     def __init__(self, output_dir: Path, config: Config, resume_step: int, complain: Complain):
-        _need("trackio")
+        need("trackio")
         # They would send the run elsewhere.
         for name in ("SPACE_ID", "SERVER_URL", "WEBHOOK_URL", "BUCKET_ID", "DATASET_ID"):
             os.environ.pop(f"TRACKIO_{name}", None)
@@ -175,11 +175,13 @@ class Trackio:
                 database.execute("DELETE FROM metrics WHERE run_name = ? AND step > ?", (self._name, step))
 
 
-def _need(package: str) -> None:
+def need(package: str) -> None:
     """Raises UserError where ``package`` is not installed. (A folder of that name is no package.)"""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f"{package} is not installed. Fix: pip install {package}")
+        raise UserError(
+            f"{package} is asked for, but not installed. Fix: pip install {package}, or leave its option out"
+        )
 
 
 def _run_id(path: Path, resume_step: int) -> tuple[str, bool]:

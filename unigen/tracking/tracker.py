@@ -24,12 +24,19 @@ from unigen.runs.secrets import hide
 from unigen.tracking import background
 from unigen.tracking.background import BackgroundTracker, Complain, TrackerClient
 from unigen.tracking.console import Progress, describe, duration, plain
-from unigen.tracking.services import Trackio, Wandb
+from unigen.tracking.services import Trackio, Wandb, need
 from unigen.tracking.tensorboard import TensorBoard
 
 __all__ = ["TRACKERS", "Progress", "Tracker", "describe", "duration"]
 
 log = logging.getLogger(__name__)
+
+
+def need_trackers(config: Config) -> None:
+    """Raises UserError where the package of a tracker that the config asks for is not installed."""
+    for package, (asked_for, _) in TRACKERS.items():
+        if asked_for(config):
+            need(package)
 
 
 class Tracker:
@@ -144,4 +151,4 @@ TRACKERS: dict[
     "wandb": (lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb),
     "trackio": (lambda config: config.trackio_project, Trackio),
 }
-"""Name -> (does the config ask for it?, what makes its client)."""
+"""Name, of the package too -> (does the config ask for it?, what makes its client)."""

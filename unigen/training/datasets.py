@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from unigen.cache.store import FeatureCache
 from unigen.config import Config, ConfigError, Source, UserError
@@ -29,8 +28,8 @@ class RunData:
 
     def __init__(self, config: Config, engine: Engine, model: Bagel, cache: FeatureCache | None):
         self.config, self.engine, self.model, self.cache = config, engine, model, cache
-        assert config.model_path is not None
-        tokenizer = Tokenizer.load(Path(config.model_path))
+        assert model.source is not None
+        tokenizer = Tokenizer.load(model.source)
         vocabulary = model.config.llm.vocab_size
         if max(vars(tokenizer.special).values()) >= vocabulary:
             raise ConfigError(

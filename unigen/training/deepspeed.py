@@ -205,6 +205,9 @@ class DeepSpeed(Engine):
         (total,) = self.sum([float(squared_norm(self._gradients()))])
         return total**0.5 / self.scale.scale
 
+    def learning(self) -> dict[str, bool]:
+        return {}  # its gradients lie in buffers of all parts
+
     def step(self, lr: float, norm: float) -> None:
         set_learning_rate(self.optimizer, lr)
         # DeepSpeed divides its float32 gradients by the loss scale: clipping goes the same way.

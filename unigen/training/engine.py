@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from unigen.config import Config, ConfigError, UserError
 from unigen.model.backends import autocast, pick_device, prefer_flash, use_expandable_segments, use_tf32
 from unigen.model.bagel import Bagel, Output
-from unigen.model.parts import dtype_of
+from unigen.model.parts import dtype_of, title
 from unigen.model.storage import Stored
 from unigen.model.weights import build_bagel, load_codec, read_parameter
 from unigen.runs.channel import Channel
@@ -232,6 +232,14 @@ class Engine:
     def grad_norm(self) -> float:
         """2-norm of the whole gradient, the same number on every process."""
         return float(squared_norm(self._gradients())) ** 0.5 / self.scale.scale
+
+    def learning(self) -> dict[str, bool]:
+        """Does a part of the model that trains (by its title) have a gradient? The same on every process;
+        empty where the engine cannot say."""
+        parts = dict.fromkeys(map(title, self._optimised), 0.0)
+        for name, p in self._optimised.items():
+            parts[title(name)] += p.grad is not None and bool(p.grad.any())
+        return {part: n > 0 for part, n in zip(parts, self.sum(list(parts.values())), strict=True)}
 
     def step(self, lr: float, norm: float) -> None:
         """An update with the gradient, whose norm is ``norm``, clipped to ``max_grad_norm``; the gradient is

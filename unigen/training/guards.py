@@ -28,10 +28,16 @@ log = logging.getLogger("unigen")
 MAX_BAD_SHARE = 0.01
 # gradient norms that a spike is measured against: the last ones, and how many there must be
 WINDOW, FEWEST = 100, 20
+# steps of which a share may be skipped; and those that must be taken after a checkpoint to make it a good one
+LAST, CONFIRM = 20, 5
 
 
 class TrainingStopped(UserError):
     """Training cannot go on; the message says why and the fix."""
+
+
+class Diverged(TrainingStopped):
+    """Steps could not be taken: the weights of the last one may be broken as well."""
 
 
 class BadStepGuard:
@@ -43,6 +49,10 @@ class BadStepGuard:
         self.in_a_row = 0  # skipped steps
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.stale = 0  # validations since the best one
+        self.recent: deque[int] = deque(maxlen=LAST)  # 1 for a step that was skipped
+        self.left_out = 0  # steps of this process's life that were skipped
+        self.good = ""  # the newest checkpoint from which steps could be taken
+        self._fresh: dict[str, int] = {}  # checkpoints after which fewer than CONFIRM steps were taken
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to decide alike."""
@@ -50,6 +60,7 @@ class BadStepGuard:
             "skipped_in_a_row": self.in_a_row,
             "grad_norms": list(self.norms),
             "stale_validations": self.stale,
+            "recent": list(self.recent),
         }
 
     def load(self, state: dict[str, Any], step: int) -> None:
@@ -62,6 +73,7 @@ class BadStepGuard:
                 log.warning("%s may list steps twice, as it cannot be rewritten: %s", path, error)
         self.in_a_row, self.stale = state.get("skipped_in_a_row", 0), state.get("stale_validations", 0)
         self.norms.extend(state.get("grad_norms", ()))
+        self.recent.extend(state.get("recent", ()))
 
     # ---- steps
 
@@ -87,6 +99,12 @@ class BadStepGuard:
     def took(self, grad_norm: float) -> None:
         """A step was taken."""
         self.in_a_row = 0
+        self.recent.append(0)
+        for name in list(self._fresh):
+            self._fresh[name] += 1
+            if self._fresh[name] >= CONFIRM:
+                self.good = name
+                del self._fresh[name]
         if math.isfinite(grad_norm):
             self.norms.append(grad_norm)
 
@@ -94,9 +112,13 @@ class BadStepGuard:
         """A step was left out: its records go to ``bad_steps.jsonl``.
 
         Raises:
-            TrainingStopped: as many in a row as ``max_skipped_steps`` allows were left out.
+            Diverged: as many in a row as ``max_skipped_steps`` allows were left out, or a larger share of the
+                last ones than ``max_skipped_share``.
         """
         self.in_a_row += 1
+        self.left_out += 1
+        self.recent.append(1)
+        self._fresh.clear()
         origins = json.dumps([origin for batch in batches for origin in batch.pack.origins])
         everyone = [origin for part in self.engine.gather(origins) for origin in json.loads(part)]
         if self.engine.main:
@@ -106,11 +128,51 @@ class BadStepGuard:
                 f.write(json_of(line) + "\n")
             log.warning("Step %d skipped: %s; its records are listed in bad_steps.jsonl", step, why)
         if self.in_a_row >= self.config.max_skipped_steps:
-            raise TrainingStopped(
+            raise Diverged(
                 f"step {step}: {why}, as in the {self.in_a_row - 1} steps before it (max_skipped_steps is"
-                f" {self.config.max_skipped_steps}). Fix: lower --learning_rate, look at the records in"
-                " bad_steps.jsonl, then resume with --resume_from_checkpoint auto"
+                f" {self.config.max_skipped_steps}). {self._fix()}"
             )
+        if len(self.recent) == LAST and self._too_many:
+            raise Diverged(f"step {step}: {why}; {self._share()}. {self._fix()}")
+
+    @property
+    def _too_many(self) -> bool:
+        return sum(self.recent) > self.config.max_skipped_share * len(self.recent)
+
+    def _share(self) -> str:
+        return (
+            f"{sum(self.recent)} of the last {len(self.recent)} steps had to be skipped (max_skipped_share is"
+            f" {self.config.max_skipped_share:g})"
+        )
+
+    def _fix(self) -> str:
+        start = f"resume with --resume_from_checkpoint {self.output_dir / self.good}" if self.good else ""
+        return (
+            "Fix: lower --learning_rate, look at the records in bad_steps.jsonl, then"
+            f" {start or 'start again, or resume from a checkpoint before it'}"
+            f"{', the last checkpoint before it' if start else ''}"
+        )
+
+    # ---- checkpoints
+
+    def mark(self) -> dict[str, Any]:
+        """What the manifest of a checkpoint says of steps that were skipped before it; nothing where none
+        was."""
+        if not any(self.recent):
+            return {}
+        diverging = self.in_a_row > 0 or self._too_many
+        skipped = [sum(self.recent), len(self.recent)]
+        return {"skipped_steps": skipped, "diverging": diverging, "last_good": self.good}
+
+    def saved(self, name: str) -> None:
+        """A checkpoint was written. It counts as good when ``CONFIRM`` steps have been taken after it."""
+        if not self.mark().get("diverging"):
+            self._fresh[name] = 0
+
+    def finish(self) -> None:
+        """The end of the run. Raises Diverged where too many of its last steps were skipped."""
+        if sum(self.recent) > 2 and self._too_many:
+            raise Diverged(f"the run has ended, but {self._share()}. {self._fix()}")
 
     # ---- records
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from unigen.data.dataset import list_bad_records
 from unigen.data.loader import LoaderState, PackStream, RankSlice, default_workers
 from unigen.model.bagel import Bagel
 from unigen.model.parts import title
-from unigen.model.storage import scan_folder
-from unigen.model.weights import side_bytes
+from unigen.model.source import Source
+from unigen.model.storage import CheckpointFolderError
+from unigen.model.weights import nonfinite, refuse_nonfinite, side_files
 from unigen.outputs import unwritten
 from unigen.runs import layout
 from unigen.runs.checkpoint import (
@@ -37,6 +39,7 @@ from unigen.runs.secrets import hide_in_logs
 from unigen.runs.signals import SignalHandler
 from unigen.runs.space import DiskSpace
 from unigen.runs.states import STATES
+from unigen.tracking.tracker import need_trackers
 from unigen.training.datasets import RunData
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
@@ -58,6 +61,7 @@ class Position:
     best: float = math.inf  # lowest validation loss
     pending: set[str] = field(default_factory=set)  # what a signal kept from being done after the last step
     saved: int = -1  # the last step with a checkpoint
+    sound: bool = True  # are the weights those of ``step``? Not while an update is under way
 
     def state(self) -> dict[str, Any]:
         """Its part of ``trainer.json``."""
@@ -87,6 +91,8 @@ class Run:
     signals: SignalHandler
     heartbeat: Heartbeat
     claim: FolderClaim | None  # to the run's folder, on rank 0
+    source: Source  # the weights that the run began with; saving copies from them
+    side: dict[str, bytes]  # on rank 0, the files that every checkpoint takes along
     model: Bagel
     cache: FeatureCache | None
     stream: PackStream  # of the training data
@@ -108,18 +114,13 @@ class Run:
     def output_dir(self) -> Path:
         return self.saver.output_dir
 
-    @property
-    def source(self) -> Path:
-        """The checkpoint folder that the run began with; saving copies from it."""
-        return Path(self.config.model_path or "")
-
     def tick(self) -> None:
         """Says that progress was made."""
         self.heartbeat.beat(self.position.step)
 
     def checkpoint_bytes(self, weights_only: bool = False) -> int:
         """Bytes of the next checkpoint, all processes together."""
-        return self.state.nbytes(weights_only) + side_bytes(self.model)
+        return self.state.nbytes(weights_only) + sum(map(len, self.side.values()))
 
     def begin(self) -> None:
         """Takes the folder over, now that everything is known to work. All processes call it together.
@@ -144,8 +145,9 @@ class Run:
                 log.warning("The records of %s that are left out are in %s", part.name, layout.BAD_RECORDS)
 
     def close(self) -> None:
-        """Ends the heartbeats and lets go of the folder."""
+        """Ends the heartbeats and lets go of the folders."""
         self.heartbeat.close()
+        self.source.close()
         if self.claim is not None:
             self.claim.close()
 
@@ -168,6 +170,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         log.info("%s", engine.precision)
         torch.manual_seed(c.seed)  # samples bring their own random numbers; this is for whatever else draws
         output_dir, position = Path(c.output_dir), Position()
+        engine.on_main(lambda: need_trackers(c))
         claim = _claim(engine, output_dir, c)
         if claim is not None:
             undo.callback(claim.close)
@@ -183,12 +186,18 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             verify_checkpoint(folder, (engine.rank, engine.world), engine.gather, tick)
 
         engine.tick = tick
-        source = Path(c.model_path or "")
         resume, states = _to_resume(c, verify)
+        source = _open_source(Path(c.model_path or ""), resume)
         if resume:
             tell_change(states[layout.OPTIONS], engine.precision)
-        model = engine.load_model(resume or source, scan_weights(resume, raw=True) if resume else None)
-        model.source = source  # saving copies from the folder the run began with
+        model = engine.load_model(resume or source.folder, scan_weights(resume, raw=True) if resume else None)
+        if resume and not _has_left_out(source, resume, model, engine):
+            source.close()
+            source = Source(resume)
+        undo.callback(source.close)
+        source.settle()
+        side: dict[str, bytes] = {}
+        engine.on_main(lambda: side.update(side_files(model)))
         if resume:
             tell_compiling(states[layout.OPTIONS], engine.compiles)
         cache = open_cache(c.cache_dir, model, c, engine.dtype, engine.tensors) if c.cache_dir else None
@@ -203,6 +212,10 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         eval_every = c.eval_steps or (steps_in(0) if data.val else total_steps)
         facts["total_steps"] = total_steps
         engine.start()
+        said = engine.gather(json.dumps(nonfinite((s.name, s.value) for s in engine.shards())))
+        refuse_nonfinite(
+            resume or source.folder, sorted({name for part in said for name in json.loads(part)})
+        )
         ema = EMA(engine.shards(), c.ema) if c.ema else None
         run = Run(
             config=c,
@@ -210,6 +223,8 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             signals=signals,
             heartbeat=heartbeat,
             claim=claim,
+            source=source,
+            side=side,
             model=model,
             cache=cache,
             stream=data.train,
@@ -219,14 +234,14 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             total_steps=total_steps,
             eval_every=eval_every,
             ema=ema,
-            state=RunState(engine, ema, scan_folder(source), resumed=resume is not None),
+            state=RunState(engine, ema, source, resumed=resume is not None),
             saver=Saver(
                 output_dir,
                 engine.rank,
                 engine.background(),
                 background=c.async_save,
                 keep=c.save_total_limit,
-                source=source,
+                source=source.folder,
                 tick=tick,
             ),
             disk=DiskSpace(
@@ -274,6 +289,37 @@ def _to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | N
     return folder, states
 
 
+def _open_source(folder: Path, resume: Path | None) -> Source:
+    """The folder of ``model_path``; where that is gone, the checkpoint that a run goes on from."""
+    try:
+        return Source(folder)
+    except CheckpointFolderError as error:
+        if resume is None:
+            raise
+        log.warning(
+            "%s. The run goes on with what %s holds", str(error).split(" Fix: ")[0].rstrip("."), resume
+        )
+        return Source(resume)
+
+
+def _has_left_out(source: Source, resume: Path, model: Bagel, engine: Engine) -> bool:
+    """Do the parts of a checkpoint that the model leaves out have their bytes in the source, too? (What the
+    model holds is compared by :class:`RunState`.)"""
+    held = dict(model.named_parameters())
+    left = [(name, entry) for name, entry in scan_weights(resume).items() if name not in held]
+    changed = 0
+    for name, entry in left[engine.rank :: engine.world]:
+        engine.tick()
+        same = source.stored.get(name)
+        changed += same is None or not same.equals(entry)
+    if (changed := int(engine.sum([changed])[0])) and engine.main:
+        log.warning(
+            "%s is not what this run began with (%d tensors differ); what the run leaves out comes from %s",
+            source.folder, changed, resume,
+        )  # fmt: skip
+    return not changed
+
+
 def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     """Brings a built run to where a checkpoint left off."""
     state = states[layout.TRAINER]
@@ -293,6 +339,8 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:
         run.engine.scale.load(state["scale"])
     run.position.load(state)
+    if folder.resolve().parent == run.output_dir.resolve():
+        run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)
 
 
@@ -320,6 +368,8 @@ def _describe(run: Run) -> None:
     )
     nbytes = run.checkpoint_bytes()
     best = run.checkpoint_bytes(weights_only=True) if run.val_stream is not None else 0
+    if run.position.step < run.total_steps:
+        run.disk.need_first(nbytes)
     if engine.main:
         plan = (run.position.step, run.total_steps, c.save_steps, c.save_total_limit, nbytes, best)
         log.info("%s", run.disk.forecast(*plan))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from unigen.config import Config
-from unigen.model.storage import Stored
+from unigen.model.source import Source
+from unigen.model.storage import Stored, few
 from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights
 from unigen.runs.layout import OPTIONS, TRAINER
 from unigen.runs.saver import StateEntry
@@ -61,9 +64,11 @@ class RunState:
     model holds it in another dtype, and also the tensors of parts that were left out.
     """
 
-    def __init__(self, engine: Engine, ema: EMA | None, source: Mapping[str, Stored], resumed: bool):
+    def __init__(self, engine: Engine, ema: EMA | None, origin: Source, resumed: bool):
         """``resumed``: the weights came from elsewhere, so what is frozen now is compared with the source."""
-        self.engine, self.ema, self.source = engine, ema, source
+        self.engine, self.ema, self.origin = engine, ema, origin
+        self._told: set[str] = set()  # files of the source of which a warning has spoken
+        source = origin.stored
         frozen = [shard for shard in engine.shards() if not shard.trains]
         changed = [float(resumed and not _equal(shard, source.get(shard.name))) for shard in frozen]
         changed = engine.sum(changed) if frozen and resumed else changed
@@ -74,14 +79,20 @@ class RunState:
             if n == 0 and s.name in source and source[s.name].shape == s.shape
         }
         self._copied = [name for name in source if name in copied or name not in held]
+        self._from_memory: set[str] = set()  # frozen, and no longer to be had from the source
 
     # ---- out
 
     def entries(self, weights_only: bool = False) -> list[StateEntry]:
-        """This process's part of a checkpoint; ``weights_only`` for one that is not resumed from."""
+        """This process's part of a checkpoint; ``weights_only`` for one that is not resumed from. All
+        processes call it together."""
+        self._look_at_source()
         found = self._copies()
         for shard in self.engine.shards():
             if not shard.owned or shard.name in self._copied:
+                continue
+            if shard.name in self._from_memory:
+                found.append(self._frozen(shard))
                 continue
             averaged = shard.trains and self.ema is not None
             value = self.ema.average(shard.name) if averaged and self.ema else shard.value
@@ -107,8 +118,40 @@ class RunState:
                 )
         return found
 
+    def _look_at_source(self) -> None:
+        """Copies nothing more from files of the source that were rewritten in place; says what changed."""
+        said = [self.origin.rewritten(), self.origin.moved()]
+        everyone = [json.loads(text) for text in self.engine.gather(json.dumps(said))]
+        rewritten, moved = ({name for part in everyone for name in part[i]} for i in (0, 1))
+        fresh = sorted((rewritten | moved) - self._told)
+        self._told |= rewritten | moved
+        if rewritten:
+            left = [name for name in self._copied if rewritten & self.origin.files_of(name)]
+            self._copied = [name for name in self._copied if name not in left]
+            held = {shard.name for shard in self.engine.shards()}
+            self._from_memory |= held.intersection(left)
+            if (lost := [name for name in left if name not in held]) and self.engine.main:
+                log.warning(
+                    "Checkpoints lack %d tensors from now on (%s): this run does not hold them, and their "
+                    "file in %s was rewritten. Runs with the same parts left out can go on from such a one",
+                    len(lost), few(lost, 3), self.origin.folder,
+                )  # fmt: skip
+        if fresh and self.engine.main:
+            log.warning(
+                "%s was removed, replaced or rewritten while the run goes on; checkpoints keep what the run "
+                "began with. Fix: give a run a folder that nobody changes",
+                ", ".join(str(self.origin.folder / name) for name in fresh),
+            )
+
+    def _frozen(self, shard: Shard) -> StateEntry:
+        """What is frozen, as the model holds it; in the stored dtype where the model has only widened it."""
+        dtype = min(shard.value.dtype, self.origin.stored[shard.name].dtype, key=lambda kind: kind.itemsize)
+        stand_in = torch.empty(len(shard.value), dtype=dtype, device="meta")
+        shape, value = tuple(shard.shape), shard.value
+        return StateEntry("ema", shard.name, shape, stand_in, shard.start, lambda: value.to("cpu", dtype))
+
     def _copies(self) -> list[StateEntry]:
-        stored = [self.source[name] for name in self._copied]
+        stored = [self.origin.stored[name] for name in self._copied]
         owners = share_out([entry.nbytes for entry in stored], self.engine.world)
         return [
             StateEntry(
@@ -116,7 +159,7 @@ class RunState:
                 name,
                 entry.shape,
                 torch.empty(entry.shape, dtype=entry.dtype, device="meta"),
-                read=entry.read,
+                read=partial(self.origin.read, name),
             )
             for name, entry, owner in zip(self._copied, stored, owners, strict=True)
             if owner == self.engine.rank

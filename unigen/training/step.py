@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 
 from unigen.config import Config
-from unigen.data.loader import MicroBatch, PackStream
+from unigen.data.loader import LoaderState, MicroBatch, PackStream
 from unigen.model.bagel import Output
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
+from unigen.training.failures import LESS_MEMORY
 from unigen.training.guards import TrainingStopped
 from unigen.training.run import Run
 
 log = logging.getLogger("unigen")
+
+_LOOKED_AT = 64  # records in which other targets are looked for, where the warm-up batch gave no gradient
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def train_step(run: Run, batches: Sequence[MicroBatch], lr: float, counts: Count
         engine.discard()
     else:
         run.saver.settle()  # a checkpoint that is being copied needs the weights as they are
+        run.position.sound = False
         engine.step(lr, norm)
         if run.ema is not None:
             run.ema.update()
@@ -160,24 +165,25 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1) -> None:
     the first one's gradients are held. Nothing of it stays.
 
     Raises:
-        TrainingStopped: it does not fit into the memory of the device.
+        TrainingStopped: it does not fit into the memory of the device, its loss or gradient is not finite, or
+            nothing learns from the data.
     """
     pack = stream.build_largest().pack
-    packs, peaks = [pack] * min(micro_batches, 2), []
+    packs, peaks, sums = [pack] * min(micro_batches, 2), [], torch.zeros(2)
     try:
         held = _moments_to_come(engine)
         _restart_peak(engine.device)
-        for _ in forward_backward(engine, packs, Counts.of(packs), engine.config):
+        for found in forward_backward(engine, packs, Counts.of(packs), engine.config):
+            sums = found
             peaks.append(_restart_peak(engine.device))
     except torch.OutOfMemoryError as error:
         which = "" if len(packs) == 1 else f" as micro-batch {len(peaks) + 1} of a step"
         raise TrainingStopped(
             f"The largest packed sequence, {len(pack):,} tokens, does not fit{which} into the memory of"
-            f" {engine.device} ({str(error).splitlines()[0]}). Fix: --gradient_checkpointing, --precision"
-            " bf16, --engine fsdp2 on several GPUs, --optimizer adamw8bit, a smaller --batch_size,"
-            " --max_num_tokens or --max_image_tokens, or freeze a part"
+            f" {engine.device} ({str(error).splitlines()[0]}). Fix: {LESS_MEMORY}"
         ) from error
     del held
+    _look_at_numbers(engine, stream, pack, sums)
     engine.discard()
     twice = "" if len(packs) == 1 else " twice, as two micro-batches of a step"
     took = " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks)
@@ -187,6 +193,63 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1) -> None:
         pack.n_samples,
         twice,
         f", at most {took}" if engine.device.type == "cuda" else "",
+    )
+
+
+def _look_at_numbers(engine: Engine, stream: PackStream, pack: Pack, sums: Tensor) -> None:
+    """Raises TrainingStopped where the warm-up batch's numbers promise no training; says which part gets no
+    gradient from it."""
+    losses, norm = engine.sum(sums.tolist()), engine.grad_norm()
+    finite = all(map(math.isfinite, losses))
+    # in fp16 a gradient may overflow until the loss scale has been lowered
+    if not finite or not (math.isfinite(norm) or engine.precision.name == "fp16"):
+        raise TrainingStopped(
+            f"the warm-up batch's {'gradient' if finite else 'loss'} is not finite, though the weights are"
+            f" (records {', '.join(pack.origins[:3])}). Fix: --precision bf16 or fp32, or mend these records"
+        )
+    still = [part for part, learns in engine.learning().items() if not learns]
+    if norm == 0:
+        kinds = {(pack.n_text_labels > 0, pack.n_image_targets > 0)}
+        for other in _other_targets(stream, kinds):
+            engine.discard()
+            for _ in forward_backward(engine, [other], Counts.of([other]), engine.config):
+                pass
+            if engine.grad_norm() != 0:
+                return
+        raise TrainingStopped(_nothing_learns(engine.config, kinds))
+    if still and engine.main:
+        log.info("No gradient in the warm-up batch: %s (as where it has no targets for it)", ", ".join(still))
+
+
+def _other_targets(stream: PackStream, kinds: set[tuple[bool, bool]]) -> Iterator[Pack]:
+    """Packed sequences of single records whose targets (texts, pictures) are of other kinds than those in
+    ``kinds``, to which they are added. Of many records some, spread over all, are looked at."""
+    total = stream.mixture.total
+    for record in range(0, total, -(-total // _LOOKED_AT)):
+        key = RandomKey(stream.mixture.seed, 0, record, training=False, all_clean_copies=True)
+        pack = stream.build_samples([key], LoaderState()).pack
+        kind = (pack.n_text_labels > 0, pack.n_image_targets > 0)
+        if kind not in kinds:
+            kinds.add(kind)
+            yield pack
+
+
+def _nothing_learns(config: Config, kinds: set[tuple[bool, bool]]) -> str:
+    texts, pictures = (any(kind[i] for kind in kinds) for i in (0, 1))
+    what = " and ".join(n for n, there in (("texts", texts), ("pictures", pictures)) if there) or "nothing"
+    reasons = {
+        "text_loss_weight": texts and config.text_loss_weight == 0,
+        "image_loss_weight": pictures and config.image_loss_weight == 0,
+        "freeze_und": config.freeze_und and not pictures,
+        "freeze_llm": config.freeze_llm and not pictures,
+    }
+    named = [name for name, there in reasons.items() if there]
+    words = {"text_loss_weight": "text_loss_weight is 0", "image_loss_weight": "image_loss_weight is 0"}
+    why = " and ".join(words.get(name, f"{name} is on") for name in named)
+    fix = ", ".join(f"--{n} 1" if n in words else f"drop --{n}" for n in named)
+    return (
+        f"nothing to learn: the data has {what} as targets{f', and {why}' if why else ''}; every gradient is"
+        f" zero. Fix: {fix or 'train other parts'}, or add records with other targets"
     )
 
 

@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from unigen.cache.store import CacheTally
-from unigen.config import Config
+from unigen.config import Config, UserError
 from unigen.data.loader import LoaderState, MicroBatch, PackStream, RankSlice, load_batches
 from unigen.model.weights import write_side_files
 from unigen.runs import layout
@@ -20,10 +22,12 @@ from unigen.runs.checkpoint import CheckpointError
 from unigen.runs.ranks import WAITING
 from unigen.runs.saver import Contents
 from unigen.runs.secrets import redacted
-from unigen.runs.signals import SignalHandler, Stopped, shielded, worker_init
+from unigen.runs.signals import SignalHandler, Stopped, shielded, watching_workers, worker_init
 from unigen.runs.space import SpaceError
 from unigen.tracking.tracker import Progress, Tracker
 from unigen.training.engine import open_engine
+from unigen.training.failures import explain, lost_process
+from unigen.training.guards import Diverged, TrainingStopped
 from unigen.training.optim import learning_rate_at
 from unigen.training.run import Run, build
 from unigen.training.step import Counts, StepResult, train_step, validation_losses, warm_up
@@ -59,7 +63,10 @@ class UnifiedTrainer:
             try:
                 with self.signals.phase("loading", breakable=True):
                     run = build(self.config, engine, self.signals)
-                with contextlib.closing(run):
+                with contextlib.closing(run), told_of_lost_processes(run):
+                    if run.position.step >= run.total_steps and not run.position.pending:
+                        log.info("%s", nothing_left(run))
+                        return {}
                     with self.signals.phase("warm-up batch", breakable=True):
                         warm_up(engine, run.stream, run.rank_slice.micro_batches)
                     if self.config.dry_run:
@@ -70,6 +77,28 @@ class UnifiedTrainer:
             except Stopped:
                 self.stopped = True
                 return {}
+
+
+def nothing_left(run: Run) -> str:
+    """What is said where a run resumes with all of its steps done."""
+    option = "max_steps" if run.config.max_steps else "num_epochs"
+    return (
+        f"All {run.total_steps} steps are done already (the checkpoint is of step {run.position.step}):"
+        f" nothing is left to do. To train further, raise --{option}; for a new run from these weights, give"
+        f" --model_path {run.output_dir / layout.step_name(run.position.step)} and another --output_dir"
+    )
+
+
+@contextlib.contextmanager
+def told_of_lost_processes(run: Run) -> Iterator[None]:
+    """Says in a line where another process has ended; each of those that are left would give a traceback."""
+    try:
+        yield
+    except Exception as error:
+        told = lost_process(error, run.engine.rank, run.heartbeat.folder)
+        if run.engine.world == 1 or told is None:
+            raise
+        raise told from error
 
 
 def open_tracker(run: Run) -> Tracker | None:
@@ -91,6 +120,7 @@ class TrainingLoop:
             run.total_steps, run.position.step, run.config.logging_steps, run.engine.main
         )
         self.cached = CacheTally()
+        self._failure: Exception | None = None  # of this process's data; the others are to hear of it first
         if run.samples is not None:
             run.samples.idle = self._idle
 
@@ -100,7 +130,13 @@ class TrainingLoop:
             metrics = self._steps()
             self.run.saver.wait()
             self._tell_saved()
+            self._end()
             return metrics
+        except Exception as error:
+            self._rescue(error)
+            if told := explain(error, self.engine.device):
+                raise told from error
+            raise
         finally:
             # a checkpoint on its way is finished, whatever ended the run
             with contextlib.suppress(CheckpointError):
@@ -121,7 +157,8 @@ class TrainingLoop:
             lr = learning_rate_at(position.step, run.total_steps, c)
             with run.signals.phase("forward/backward"):
                 result = self.take_step(taken, lr, counts)
-            position.step, position.loader = position.step + 1, taken[-1].after
+            position.step, position.loader, position.sound = position.step + 1, taken[-1].after, True
+            self._spare_the_good()
             run.tick()
             metrics = self._log(result, taken, lr, waited, time.perf_counter() - began)
             metrics |= self._look(self._due())
@@ -135,6 +172,18 @@ class TrainingLoop:
             self.progress.write(f"Cache: {self.cached}")
         return metrics
 
+    def _end(self) -> None:
+        """Says what was skipped. Raises Diverged where that was too much."""
+        run = self.run
+        if run.guard.left_out:
+            self.progress.write(
+                f"{run.guard.left_out} steps were skipped and changed nothing; their records are listed in"
+                f" {run.output_dir / layout.BAD_STEPS}"
+            )
+        run.guard.finish()
+        run.saver.good = ""
+        run.saver.prune(layout.step_name(self.position.saved))
+
     def take_step(self, batches: Sequence[MicroBatch], lr: float, counts: Counts) -> StepResult:
         """One optimiser step (:func:`train_step`)."""
         return train_step(self.run, batches, lr, counts)
@@ -144,7 +193,7 @@ class TrainingLoop:
     def _batches(
         self, stream: PackStream, rank_slice: RankSlice, start: LoaderState, limit: int
     ) -> Iterator[list[MicroBatch]]:
-        return load_batches(
+        batches = load_batches(
             stream,
             rank_slice,
             start,
@@ -154,13 +203,23 @@ class TrainingLoop:
             worker_init=worker_init,
             starting=shielded,
         )
+        while True:
+            with watching_workers():
+                step = next(batches, None)
+            if step is None:
+                return
+            yield step
 
     def _next(self, batches: Iterator[list[MicroBatch]]) -> list[MicroBatch]:
-        """This process's micro-batches of the next step; none where a signal broke the waiting off."""
+        """This process's micro-batches of the next step; none where a signal broke the waiting off, or there
+        was an error, which :meth:`_agree` raises."""
         try:
             with self.run.signals.phase("data", breakable=True):
                 return next(batches)
         except Stopped:
+            return []
+        except Exception as error:
+            self._failure = error
             return []
 
     def _agree(self, batches: list[MicroBatch]) -> Counts:
@@ -169,21 +228,62 @@ class TrainingLoop:
         Raises:
             Stopped: a signal came to one of them; the last step is saved.
             CheckpointError: the checkpoint that was written beside the training has failed.
-            TrainingStopped: as :meth:`BadStepGuard.check_records`.
+            TrainingStopped: as :meth:`BadStepGuard.check_records`; or the data of another process failed.
+            Exception: the data of this process failed.
         """
         run = self.run
         bad = sum(len(batch.bad) for batch in batches)
         mine = Counts.of([batch.pack for batch in batches])
         with run.signals.phase(WAITING):
-            said = [run.signals.asked, run.saver.failed, bad, *vars(mine).values()]
-            stop, failed, bad, *counts = self.engine.sum(said)
+            said = [run.signals.asked, run.saver.failed, self._failure is not None, bad, *vars(mine).values()]
+            stop, failed, broken, bad, *counts = self.engine.sum(said)
         if failed:
             run.saver.wait()
+        if broken:
+            self._fail_together()
         if stop:
             self._stop()
         if bad:
             run.guard.check_records(batches, run.stream)
         return Counts(*counts)
+
+    def _fail_together(self) -> None:
+        """Raises the error of this process's data on it, and what it says on the others."""
+        failure = self._failure
+        mine = (failure and explain(failure, self.engine.device)) or failure
+        said = self.engine.gather(f"{mine}" if mine else "")
+        if failure is not None:
+            failure.agreed = True  # type: ignore[attr-defined]
+            raise failure
+        rank, text = next((rank, text) for rank, text in enumerate(said) if text)
+        raise TrainingStopped(f"rank {rank}: {text.rstrip().splitlines()[-1]}")
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves the last finished step after an error, where the weights are those of it and all processes
+        have the same error; says what came of it. Not after one of the disk, nor a divergence."""
+        position, engine = self.position, self.engine
+        shared = engine.world == 1 or isinstance(error, UserError) or hasattr(error, "agreed")
+        if not shared or not position.step or isinstance(error, (Diverged, SpaceError)):
+            return
+        if isinstance(error, CheckpointError):
+            if not engine.sum([len(self.run.source.rewritten())])[0]:
+                return
+            position.saved = -1
+        if position.saved == position.step:
+            return
+        if not position.sound:
+            self.progress.write(f"Step {position.step + 1} was being taken, so nothing more can be saved")
+            return
+        try:
+            engine.discard()
+            if engine.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._save()
+            self.run.saver.wait()
+            self._tell_saved()
+            self.progress.write("Resume with --resume_from_checkpoint auto: the run goes on from there")
+        except Exception as failure:
+            self.progress.write(f"Step {position.step} could not be saved: {failure}")
 
     def _stop(self) -> None:
         """Ends the run as a signal asks. Raises Stopped."""
@@ -304,19 +404,27 @@ class TrainingLoop:
         with run.signals.phase("saving"):
             run.saver.wait()
             self._tell_saved()
-            keep = (run.output_dir / layout.step_name(position.saved), run.source)
+            keep = {run.output_dir / layout.step_name(position.saved), run.source.folder}
+            keep |= {run.output_dir / run.guard.good} if run.guard.good else set()
             run.disk.need(run.checkpoint_bytes(weights_only), keep, self._wait_for_space)
             contents = Contents(
                 position.step,
                 run.state.entries(weights_only),
                 self._states(weights_only),
-                lambda folder: write_side_files(run.model, folder),
-                {"engine": self.engine.name, "average": run.ema is not None},
+                lambda folder: write_side_files(run.side, folder),
+                {"engine": self.engine.name, "average": run.ema is not None, **run.guard.mark()},
             )
             run.saver.save(contents, name)
         if not weights_only:
             position.saved = position.step
+            run.guard.saved(layout.step_name(position.step))
         self._tell_saved()
+
+    def _spare_the_good(self) -> None:
+        """An older checkpoint may go as soon as a newer one counts as good, and no earlier."""
+        if self.run.saver.good != self.run.guard.good:
+            self.run.saver.good = self.run.guard.good
+            self.run.saver.prune(layout.step_name(self.position.saved))
 
     def _states(self, weights_only: bool) -> dict[str, Any]:
         """The JSON files of a checkpoint: the options, and what a resume needs."""

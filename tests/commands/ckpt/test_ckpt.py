@@ -162,7 +162,7 @@ def test_ls_gives_the_same_as_json(run: Path, capsys):
         "name": "step_10", "step": 10, "time": manifest["time"],
         "bytes": sum(f["size"] for f in manifest["files"].values()),
         "processes": 2, "engine": "fsdp2", "holds": ["ema", "model", "optimizer"], "resumable": True,
-        "val_loss": 1.5, "state": "whole",
+        "val_loss": 1.5, "state": "whole", "skipped_steps": None, "diverging": False,
         "problems": [],
     }  # fmt: skip
     assert (

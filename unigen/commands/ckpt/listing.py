@@ -43,13 +43,15 @@ def list_checkpoints(folder: Path, as_json: bool = False) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: name, step, time (unix s), bytes, processes, engine, holds,
-    resumable, state, problems.
+    resumable, skipped_steps ([of the last ones, how many these are]; null where none), diverging (written
+    while steps had to be skipped: ``auto`` passes over it), state, problems.
 
     ``state`` is whole, damaged, half written, or set aside (a run was killed while it replaced a checkpoint).
     """
     name, left = layout.unfinished(folder.name) or (folder.name, "")
     row: dict[str, Any] = {"name": name, "step": layout.step_of(name), "time": None, "bytes": 0}
     row |= {"processes": None, "engine": None, "holds": [], "resumable": False}
+    row |= {"skipped_steps": None, "diverging": False}
     row |= {"state": _HALF.get(left, "damaged"), "problems": []}
     if left:
         return row | {"bytes": folder_bytes(folder)}
@@ -67,6 +69,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "engine": manifest.get("engine"),
         "holds": manifest["groups"],
         "resumable": layout.TRAINER in manifest["states"],
+        "skipped_steps": manifest.get("skipped_steps"),
+        "diverging": manifest.get("diverging", False),
         "state": "damaged" if problems else "whole",
         "problems": problems,
     }
@@ -78,6 +82,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     state = "; ".join([row["state"], *problems[:3], *(["..."] if len(problems) > 3 else [])])
     if row["state"] == "whole" and not row["resumable"]:
         state += ", weights only"
+    if row["skipped_steps"]:
+        state += ", {} of the last {} steps skipped".format(*row["skipped_steps"])
     step, *known = ["-" if row[key] is None else str(row[key]) for key in ("step", "processes", "engine")]
     holds, loss = " ".join(row["holds"]) or "-", "-" if loss is None else f"{loss:.4f}"
     return [row["name"], step, written, gb(row["bytes"]), *known, holds, loss, state]

@@ -23,8 +23,14 @@ class DemoOptions(Options):
     seed: Seed = 42
 
 
-def demo(options: DemoOptions) -> None:
-    """``unigen demo``."""
-    from unigen.commands.demo.exam import run
+def demo(options: DemoOptions) -> int:
+    """``unigen demo``: 0, or 75 where a signal stopped it; called again, it goes on from there."""
+    from unigen.commands.demo.exam import Interrupted, run
+    from unigen.runs.signals import EXIT_STOPPED
 
-    run(Path(options.output_dir), options.quick, options.seed)
+    try:
+        run(Path(options.output_dir), options.quick, options.seed)
+    except (KeyboardInterrupt, Interrupted):
+        print("unigen demo: stopped. The same command goes on from here", flush=True)
+        return EXIT_STOPPED
+    return 0

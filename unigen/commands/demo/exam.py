@@ -26,6 +26,7 @@ from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
 from unigen.outputs import claim, output_folder, unwritten
 from unigen.runs import layout
+from unigen.runs.checkpoint import steps
 from unigen.runs.metrics import read_log
 from unigen.sequence.images import open_image
 from unigen.show import pages
@@ -80,6 +81,10 @@ CHANCE = {
     "edit_accuracy": 0.0,
     "interleaved_accuracy": 0.0,
 }
+
+
+class Interrupted(Exception):
+    """A signal ended the training; its last finished step is saved."""
 
 
 def create_model(folder: Path, seed: int = 0, **sizes: int) -> None:
@@ -158,6 +163,16 @@ def _write_prompts(path: Path, digits: DigitSet) -> Path:
     return path
 
 
+def _goes_on(run: Path, metrics: Path, flags: dict[str, Any]) -> bool:
+    """Was an earlier demo of the same options stopped before its end?"""
+    try:
+        options = json.loads((run / layout.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    same = isinstance(options, dict) and all(options.get(name) == value for name, value in flags.items())
+    return same and bool(steps(run)) and not metrics.exists()
+
+
 def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
     """Trains as ``unigen train`` with the printed flags does; the last checkpoint."""
     flags: dict[str, Any] = {
@@ -167,9 +182,13 @@ def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
         "ema": size.ema, "seed": seed, "sample_prompts": str(prompts), "sample_steps": size.steps // SAMPLES,
         **TRAINING,
     }  # fmt: skip
+    metrics = output_dir / "metrics.json"
+    if _goes_on(output_dir / "run", metrics, flags):
+        flags["resume_from_checkpoint"] = "auto"
+    metrics.unlink(missing_ok=True)  # of an earlier demo, which had come to its end
     print("unigen train " + " ".join(f"--{name} {value}" for name, value in flags.items()), flush=True)
     if train(Config(**flags)) != 0:
-        raise RuntimeError("training was stopped before its end")
+        raise Interrupted
     return output_dir / "run" / layout.step_name(size.steps)
 
 
