@@ -53,6 +53,7 @@ TINY_TRAIN = "--max_steps 1 --device cpu --max_image_tokens 16 --num_workers 0 -
 TINY = {
     "train": TINY_TRAIN,
     "generate": "--max_new_tokens 4 --num_timesteps 3 --height 32 --width 32 --device cpu",
+    "evaluate": "--max_new_tokens 4 --num_timesteps 3 --height 32 --width 32 --device cpu",
     "check": "--num_workers 0",
     "preview": "--max_image_tokens 16",
     "fetch": "",  # the records of the workspace name no picture of the web

@@ -40,6 +40,12 @@ COMMANDS: dict[str, Command] = {
         "Generate text and pictures from a prompt and pictures.",
         'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
     ),
+    "evaluate": Command(
+        "unigen.commands.evaluate:EvaluateOptions",
+        "unigen.commands.evaluate:evaluate",
+        "Answer held-out records and measure the answers: metrics with intervals.",
+        "unigen evaluate --model_path outputs/unified_training/best --data_path data/val.jsonl",
+    ),
     "check": Command(
         "unigen.commands.check.command:CheckOptions",
         "unigen.commands.check.command:run",

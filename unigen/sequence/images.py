@@ -30,6 +30,7 @@ __all__ = [
     "ImageTransform",
     "PictureError",
     "area_means",
+    "bicubic_levels",
     "image_size",
     "open_image",
     "read_bytes",
@@ -478,6 +479,13 @@ def area_means(picture: PILImage, size: tuple[int, int]) -> np.ndarray:
     """Gray levels ``[height, width]`` float32 in 0..255: means over the areas into which ``size``, ``(width,
     height)``, cuts the picture. A pixel on an edge counts where its centre lies."""
     return np.asarray(picture.convert("L").convert("F").resize(size, Image.Resampling.BOX))
+
+
+def bicubic_levels(picture: PILImage, size: tuple[int, int]) -> np.ndarray:
+    """Levels ``[3, height, width]`` float32 in 0..255 of an RGB picture at ``size``, ``(width, height)``,
+    bicubic and not rounded to whole levels, as clean-fid resizes (Parmar et al. 2022)."""
+    bands = [band.convert("F").resize(size, Image.Resampling.BICUBIC) for band in picture.split()]
+    return np.stack([np.asarray(band) for band in bands]).clip(0, 255)
 
 
 def to_image(pixels: Tensor) -> PILImage:

@@ -1,0 +1,149 @@
+"""Records become questions; answers are kept, and a killed run ends like one that was not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import noise
+
+from unigen.evaluation.answers import AnswersError, Prediction, answer_all
+from unigen.evaluation.cases import batches, case_of, cases_of
+from unigen.sequence.types import Image, Origin, Record, Text
+
+
+def record(*segments) -> Record:
+    return Record(list(segments), Origin(Path("val.jsonl"), 7), "test")
+
+
+A, B = Image("a.png"), Image("b.png", target=True)
+ASKED, SAID = Text("What?"), Text("a cat", True, ("a tabby",))
+
+
+PIC, DRAWN, RIGHT = Path("a.png"), Path("b.png"), ("a cat", "a tabby")
+
+
+@pytest.mark.parametrize(
+    ("segments", "task", "prompt", "outputs", "references"),
+    [
+        ((ASKED, SAID), "text", ("What?",), ("text",), (RIGHT,)),
+        ((A, ASKED, SAID), "understand", (PIC, "What?"), ("text",), (RIGHT,)),
+        ((ASKED, B), "generate", ("What?",), ("image",), (DRAWN,)),
+        ((A, ASKED, B), "edit", (PIC, "What?"), ("image",), (DRAWN,)),
+        ((ASKED, SAID, B), "interleaved", ("What?",), ("text", "image"), (RIGHT, DRAWN)),
+        # a conversation: its last answer; the first one is given
+        ((ASKED, SAID, Text("And?"), B), "generate", ("What?", "a cat", "And?"), ("image",), (DRAWN,)),
+        ((ASKED, B, Text("And?"), SAID), "understand", ("What?", DRAWN, "And?"), ("text",), (RIGHT,)),
+        # what stands behind it asks nothing
+        ((ASKED, SAID, Text("Thanks.")), "text", ("What?",), ("text",), (RIGHT,)),
+    ],
+)
+def test_the_last_answer_of_a_record_is_asked_for(segments, task, prompt, outputs, references):
+    case = case_of(record(*segments), 3)
+    assert (case.task, case.prompt, case.outputs, case.references) == (task, prompt, outputs, references)
+    assert case.number == 3 and case.where == "val.jsonl:7"
+    assert case.source == next((piece for piece in prompt if isinstance(piece, Path)), None)
+    assert case.texts == [given for given in references if isinstance(given, tuple)]
+
+
+@pytest.mark.parametrize("segments", [(SAID,), (ASKED, A), ()])
+def test_a_record_that_asks_nothing_is_no_case(segments):
+    assert case_of(record(*segments), 0) is None
+
+
+RECORDS = [
+    record(ASKED, SAID),
+    record(SAID),
+    record(ASKED, B),
+    record(A, ASKED, SAID),
+    record(Text("Draw."), B),
+]
+
+
+def test_cases_keep_the_order_and_batches_ask_for_the_same():
+    cases, silent = cases_of(RECORDS)
+    assert [case.number for case in cases] == [0, 2, 3, 4] and silent == 1
+    assert [[case.number for case in batch] for batch in batches(cases, 2)] == [[2, 4], [0, 3]]
+    assert [case.number for case in cases_of(RECORDS, limit=2)[0]] == [0, 2]
+
+
+class Model:
+    """Answers from the seed alone, and may be killed before a batch."""
+
+    def __init__(self, dies_before: int | None = None):
+        self.asked: list[int] = []
+        self.dies_before = dies_before
+
+    def __call__(self, prompts, outputs, seed):
+        if len(self.asked) == self.dies_before:
+            raise KeyboardInterrupt
+        self.asked.append(seed)
+        return [
+            [f"{prompt[-1]} 猫 {seed + i}" if kind == "text" else noise(8, 8, seed + i) for kind in outputs]
+            for i, prompt in enumerate(prompts)
+        ]
+
+
+CASES = cases_of(RECORDS * 3)[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("dies_before", range(6))
+def test_a_killed_run_ends_with_the_same_answers(dies_before, tmp_path):
+    whole, model = tmp_path / "whole", Model()
+    expected = answer_all(CASES, model, whole, {"digest": "x"}, batch_size=2, seed=5)
+    killed, first, second = tmp_path / "killed", Model(dies_before), Model()
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(CASES, first, killed, {"digest": "x"}, batch_size=2, seed=5)
+    assert not (killed / "predictions.jsonl").exists()
+    found = answer_all(CASES, second, killed, {"digest": "x"}, batch_size=2, seed=5)
+    assert contents(killed) == contents(whole)
+    assert first.asked + second.asked == model.asked  # nothing twice
+    assert [p.number for p in found] == [p.number for p in expected] == [case.number for case in CASES]
+
+
+def test_predictions_say_what_was_answered(tmp_path):
+    seen: list[int] = []
+    found = answer_all(CASES[:2], Model(), tmp_path, {}, seed=5, tick=seen.append)
+    assert seen == [1, 2]
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0]) == {
+        "number": 0, "where": "val.jsonl:7", "task": "text", "seed": 6, "pieces": [{"text": "What? 猫 6"}],
+    }  # fmt: skip
+    assert [Prediction.read(line, tmp_path) for line in lines] == found
+    from unigen.sequence.images import open_image
+
+    assert (np.asarray(open_image(found[1].pieces[0])) == np.asarray(noise(8, 8, 5))).all()
+
+
+@pytest.mark.parametrize("lost", ["pictures/000002_0.png", "batches/00000.jsonl"])
+def test_what_is_lost_is_asked_for_again(lost, tmp_path):
+    answer_all(CASES, Model(), tmp_path, {}, batch_size=2)
+    before, model = contents(tmp_path), Model()
+    (tmp_path / lost).unlink()
+    answer_all(CASES, model, tmp_path, {}, batch_size=2)
+    assert model.asked == [0] and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "other", [{"about": {"digest": "y"}}, {"seed": 1}, {"batch_size": 3}, {"cases": CASES[:3]}]
+)
+def test_a_folder_of_other_answers_is_left_alone(other, tmp_path):
+    given = {"cases": CASES, "about": {"digest": "x"}, "seed": 0, "batch_size": 2}
+    answer_all(given["cases"], Model(), tmp_path, given["about"], batch_size=2, seed=0)
+    before, changed = contents(tmp_path), {**given, **other}
+    with pytest.raises(AnswersError, match="Fix: give another folder"):
+        answer_all(
+            changed["cases"], Model(), tmp_path, changed["about"],
+            batch_size=changed["batch_size"], seed=changed["seed"],
+        )  # fmt: skip
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_description_is_an_error(tmp_path):
+    (tmp_path / "answers.json").write_text("{")
+    with pytest.raises(AnswersError, match="damaged"):
+        answer_all(CASES, Model(), tmp_path, {})
