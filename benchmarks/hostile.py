@@ -1,8 +1,10 @@
-"""What strangers and mistakes bring: ``python benchmarks/hostile.py [--only KIND ...] [--limit N] [--jobs 2]``.
+"""What strangers and mistakes bring: ``python benchmarks/hostile.py [--only KIND ...] [--limit N] [--jobs
+2]``.
 
-Well over 1,500 cases (``hostile_cases.py``) are made by themselves: edited configs, resealed checkpoints, tokenizer
-files, broken weights, special files, options, recipes, outputs, data, folders of runs. Each runs ``unigen`` in a
-forked child with limits of time and memory, in a folder of its own, and has one of these ends:
+Well over 1,500 cases (``hostile_cases.py``) are made by themselves: edited configs, resealed checkpoints,
+tokenizer files, broken weights, special files, options, recipes, outputs, data, folders of runs. Each runs
+``unigen`` in a forked child with limits of time and memory, in a folder of its own, and has one of these
+ends:
 
     held        refused in one line that names the trouble, or accepted with the outcome of the unedited input
     traceback   a traceback, a signal, or another exit code than the documented ones

@@ -38,8 +38,9 @@ class Case:
     Args:
         make: (originals, an empty folder) -> arguments of ``unigen``, which runs in that folder.
         names: the output of a refusal holds one of them.
-        accepted: what exit code 0 is worth: ``no``: it must be refused; ``same``: held where the outcome is that
-            of the unedited input; ``named``: held where the output holds one of ``names``; ``any``: held.
+        accepted: what exit code 0 is worth: ``no``: it must be refused; ``same``: held where the outcome is
+            that of the unedited input; ``named``: held where the output holds one of ``names``; ``any``:
+            held.
         baseline: which unedited input ``same`` compares with.
         outcome: of the folder after the command.
         kept: files that must be as before, byte for byte.

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # above.
 LAYERS = """
 version
-values
+values rules
 config files recipe printing schema
 foreign outputs
 sequence
@@ -35,7 +35,8 @@ HOMES = {
         "training/deepspeed.py",
     ],
     "deepspeed": ["training/deepspeed.py"],
-    "bitsandbytes": ["training/adam8bit.py"],
+    "bitsandbytes": ["model/quantise.py", "training/adam8bit.py"],
+    "peft": ["model/lora.py"],
     "wandb": ["tracking/services.py"],
     "trackio": ["tracking/services.py"],
     "tensorboard": ["tracking/tensorboard.py"],

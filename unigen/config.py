@@ -8,10 +8,10 @@ unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
+from unigen.rules import conflicts
 from unigen.values import (
     ConfigError,
     Count,
@@ -52,6 +52,8 @@ Beta = Annotated[float, Range(0, 1, below=True)]
 Shift = Annotated[float, Range(0, 1000, above=True)]  # of times
 Loss = Annotated[float, Range(0, math.inf)]  # the weight of one, which counts beside the other's
 Workers = Annotated[int, Range(0, 1024)]
+Rate = Annotated[float, Range(0, 10)]
+Decay = Annotated[float, Range(0, 1000)]
 
 
 @dataclass
@@ -66,6 +68,20 @@ class ModelOptions(Options):
             answers.
         timestep_shift: Shift of the flow-matching time law; default: the checkpoint's own, 1.0 where it says
             nothing.
+        lora_rank: Train low-rank adapters of this rank in place of the weights, which stay as they are (64 is
+            usual). Default: the weights themselves train.
+        lora_alpha: Their strength: what they add is multiplied by lora_alpha / lora_rank. Default: twice
+            lora_rank.
+        lora_targets: Which matrices they change: gen (the generation expert), und (the understanding expert),
+            both, connector, vit, or patterns of module names such as "*.q_proj_moe_gen". Default: gen.
+        lora_variant: lora; rslora divides by the root of the rank; dora learns the length of each row apart.
+        lora_dropout: Chance that an input of an adapter is left out in training.
+        quantize: Hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8), so that a model fits a smaller
+            card; adapters train over them (lora_rank). Default: as they are.
+        double_quant: Quantise the scales of nf4, too: 0.4 bits fewer a number.
+        model_load_mode: The same by number: 1 bfloat16, 2 nf4, 3 int8.
+        train_also: Parts to train whole beside the adapters: time_embedder, vae2llm, llm2vae, connector,
+            norms, or patterns of parameter names.
     """
 
     model_path: PathText | None = None
@@ -73,6 +89,15 @@ class ModelOptions(Options):
     freeze_vit: bool = False
     freeze_und: bool = False
     timestep_shift: Shift | None = None
+    lora_rank: Count | None = None
+    lora_alpha: Positive | None = None
+    lora_targets: list[str] | None = None
+    lora_variant: Literal["lora", "rslora", "dora"] = "lora"
+    lora_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    quantize: Literal["nf4", "int8"] | None = None
+    double_quant: bool = False
+    model_load_mode: Annotated[int, Range(1, 3)] | None = None
+    train_also: list[str] | None = None
 
 
 @dataclass
@@ -186,6 +211,10 @@ class LoaderOptions(Options):
     num_workers: Workers | None = None
 
 
+RATED = ("und", "gen", "vit", "connector")
+"""Parts of the model that can have learning rates and weight decays of their own."""
+
+
 @dataclass
 class OptimOptions(Options):
     """How the weights move.
@@ -195,8 +224,18 @@ class OptimOptions(Options):
         max_steps: Optimiser steps; when given, it decides instead of num_epochs.
         gradient_accumulation_steps: Micro-batches of each process in one optimiser step; a micro-batch is one
             packed sequence.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate. Default: 1e-5, with adapters 1e-4.
         weight_decay: Decoupled weight decay of matrices (never of biases, norms and embeddings).
+        learning_rate_und: Peak learning rate of the understanding side of the decoder (embeddings and text
+            head too), where it is another; likewise learning_rate_gen (generation expert and drawing heads),
+            learning_rate_vit, learning_rate_connector.
+        learning_rate_gen: The same of the generation expert and of the drawing heads.
+        learning_rate_vit: The same of the ViT.
+        learning_rate_connector: The same of the connector.
+        weight_decay_und: Weight decay of a part, likewise, where it is another.
+        weight_decay_gen: The same of the generation expert and of the drawing heads.
+        weight_decay_vit: The same of the ViT.
+        weight_decay_connector: The same of the connector.
         adam_beta1: AdamW's first decay.
         adam_beta2: AdamW's second decay.
         adam_epsilon: AdamW's epsilon.
@@ -222,8 +261,16 @@ class OptimOptions(Options):
     num_epochs: Count = 3
     max_steps: Count | None = None
     gradient_accumulation_steps: Count = 1
-    learning_rate: Annotated[float, Range(0, 10)] = 1e-5
-    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
+    learning_rate: Rate | None = None
+    weight_decay: Decay = 0.0
+    learning_rate_und: Rate | None = None
+    learning_rate_gen: Rate | None = None
+    learning_rate_vit: Rate | None = None
+    learning_rate_connector: Rate | None = None
+    weight_decay_und: Decay | None = None
+    weight_decay_gen: Decay | None = None
+    weight_decay_vit: Decay | None = None
+    weight_decay_connector: Decay | None = None
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.95
     adam_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-8
@@ -336,9 +383,19 @@ class TrackingOptions(Options):
 TOPICS = (ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, TrackingOptions)
 
 
+_MODES = {None: None, 1: None, 2: "nf4", 3: "int8"}
+
+
 @dataclass
 class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, TrackingOptions):
     """Every option of a training run, flat."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = 1e-5 if self.lora_rank is None else 1e-4
+        # the same choice under two names; resolve() tells where they differ
+        self.quantize = self.quantize or _MODES[self.model_load_mode]
 
     def resolve(self) -> Config:
         """Checks what can be checked without touching a file, and returns itself.
@@ -347,12 +404,17 @@ class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions,
             ConfigError: an option is missing or out of range, or two exclude each other.
         """
         self.check()
-        for refused, name, problem in (*_missing(self), *_nothing_to_learn(self), *_at_odds(self)):
+        for refused, name, problem in conflicts(self):
             if refused:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")
         self.asked_precision()
         self.sources()
         return self
+
+    @property
+    def alpha(self) -> float:
+        """``lora_alpha``, or its default."""
+        return 2.0 * (self.lora_rank or 0) if self.lora_alpha is None else self.lora_alpha
 
     @property
     def recomputes_selectively(self) -> bool:
@@ -409,100 +471,6 @@ class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions,
 
 
 # Option -> the option without which it has no effect.
-_NEEDS = {
-    "early_stopping_patience": "val_data_path",
-    "sample_steps": "sample_prompts",
-    "wandb_run_name": "wandb_project",
-}
-# (is it so?, the option, what is wrong and the fix)
-_Rules = Iterator[tuple[Any, str, str]]
-
-
-def _missing(c: Config) -> _Rules:
-    """What is not given, and what is given without the option that it belongs to."""
-    yield not c.model_path, "model_path", "is missing. Fix: give the folder of a BAGEL checkpoint"
-    yield (
-        not (c.train_data_path or c.train_sources),
-        "train_data_path",
-        "is missing. Fix: give a JSON or JSONL file, or a folder of them",
-    )
-    for name, other in _NEEDS.items():
-        given = getattr(c, name) is not None and getattr(c, other) is None
-        yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
-    for name in ("shard_size", "cpu_offload"):
-        yield getattr(c, name) and c.engine != "fsdp2", name, "needs engine fsdp2. Fix: --engine fsdp2"
-    yield (
-        c.deepspeed_config is not None and c.engine != "deepspeed",
-        "deepspeed_config",
-        "needs engine deepspeed. Fix: --engine deepspeed",
-    )
-    yield (
-        c.checkpointing_policy == "selective" and not c.gradient_checkpointing,
-        "checkpointing_policy",
-        "is selective, but gradient_checkpointing is off. Fix: --gradient_checkpointing, or leave the policy"
-        " out",
-    )
-
-
-def _nothing_to_learn(c: Config) -> _Rules:
-    """Parts and losses that leave out all that could be trained."""
-    yield (
-        not (c.visual_gen or c.visual_und) and c.freeze_llm,
-        "freeze_llm",
-        "with no visual part leaves nothing to train. Fix: leave freeze_llm out",
-    )
-    yield (
-        c.freeze_und and not c.visual_gen,
-        "freeze_und",
-        "trains the generation expert, which visual_gen=false leaves out. Fix: leave one of them out",
-    )
-    yield (
-        c.freeze_und and c.freeze_llm,
-        "freeze_und",
-        "with freeze_llm leaves only the latent heads. Fix: choose one of them",
-    )
-    yield (
-        c.text_loss_weight == 0 and (c.image_loss_weight == 0 or not c.visual_gen),
-        "text_loss_weight",
-        "is 0, and so is all else that could be learnt. Fix: give one loss a weight above 0",
-    )
-
-
-def _at_odds(c: Config) -> _Rules:
-    """Options that exclude each other."""
-    yield (
-        c.train_data_path and c.train_sources,
-        "train_sources",
-        "and train_data_path exclude each other. Fix: keep one",
-    )
-    yield (
-        None not in (c.warmup_steps, c.max_steps) and c.warmup_steps > c.max_steps,
-        "warmup_steps",
-        f"is {c.warmup_steps}, above max_steps {c.max_steps}: the learning rate would never reach its"
-        " peak. Fix: fewer",
-    )
-    yield (
-        c.learning_rate * c.weight_decay >= 1,
-        "weight_decay",
-        f"is {c.weight_decay}: times the learning rate of {c.learning_rate} a step takes away more than"
-        " there is. Fix: a smaller one",
-    )
-    yield (
-        c.optimizer == "adamw8bit" and c.engine == "deepspeed",
-        "optimizer",
-        "adamw8bit does not work with engine deepspeed. Fix: use fsdp2",
-    )
-    yield (
-        c.compile == "on" and c.recomputes_selectively,
-        "compile",
-        "is on, but checkpointing_policy selective cannot see the products inside of compiled layers. Fix:"
-        " use full, or compile off",
-    )
-    yield (
-        c.compile == "on" and c.engine == "deepspeed",
-        "compile",
-        "is on, which engine deepspeed cannot. Fix: use fsdp2",
-    )
 
 
 @dataclass

@@ -185,7 +185,8 @@ def inception(tmp_path_factory):
 
 @pytest.mark.slow
 def test_inception_is_torch_fidelitys(inception):
-    # torch-fidelity 0.4.0's FeatureExtractorInceptionV3 with these weights gave these numbers for this picture
+    # torch-fidelity 0.4.0's FeatureExtractorInceptionV3 with these weights gave these numbers for this
+    # picture
     _, network, picture = inception
     with torch.no_grad():
         features = network(resize_as_tensorflow(picture.float()))

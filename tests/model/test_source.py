@@ -1,4 +1,5 @@
-"""The files of a checkpoint that a run holds open: read whatever becomes of their names, never once rewritten."""
+"""The files of a checkpoint that a run holds open: read whatever becomes of their names, never once
+rewritten."""
 
 import os
 import shutil

@@ -45,7 +45,8 @@ def test_names_that_are_none_are_not_taken_for_one(name: str):
 
 
 def test_nobody_else_spells_them_out():
-    """Texts for people may name them; a text that is a name, or the beginning of one, may not stand elsewhere."""
+    """Texts for people may name them; a text that is a name, or the beginning of one, may not stand
+    elsewhere."""
     names = {
         layout.METRICS,
         layout.BAD_STEPS,

@@ -1,5 +1,5 @@
-"""Checkpoints whose manifest is edited and sealed again, states, heartbeats and metrics of strangers: refused in
-one line with file and key, or counted as missing; no traceback, no waiting."""
+"""Checkpoints whose manifest is edited and sealed again, states, heartbeats and metrics of strangers: refused
+in one line with file and key, or counted as missing; no traceback, no waiting."""
 
 from __future__ import annotations
 

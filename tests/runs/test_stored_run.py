@@ -1,5 +1,5 @@
-"""A run that the code of commit a0b180c left after 2 of its 4 steps (see ``stored_run/README.md``): users have
-such runs, and go on with them."""
+"""A run that the code of commit a0b180c left after 2 of its 4 steps (see ``stored_run/README.md``): users
+have such runs, and go on with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Weights & Biases and Trackio, the real packages: what they keep, and servers and processes that hang or fail.
+"""Weights & Biases and Trackio, the real packages: what they keep, and servers and processes that hang or
+fail.
 
 Each run is a program of its own, as it would be: what the packages leave behind must not hold its end.
 """

@@ -122,7 +122,8 @@ for step in range(10**9):
         time.sleep(0.01)
     child.kill()
     child.wait()
-    # The kernel copies page by page and ends a killed process between two pages, so the last line may be torn.
+    # The kernel copies page by page and ends a killed process between two pages, so the last line may be
+    # torn.
     log = tmp_path / "metrics.jsonl"
     whole, newline, _ = log.read_bytes().rpartition(b"\n")
     steps = [json.loads(line)["step"] for line in whole.splitlines()]

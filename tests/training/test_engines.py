@@ -45,6 +45,14 @@ TWO: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {
         [[[[0, 1]], [[]]], [[[0]], [[1]]]],
         {"visual_gen": False, "train_data_path": "text.jsonl"},
     ),
+    "adapters": (
+        [[[[0, 1, 2]], [[3, 4, 5, 6]]], [[[6]], [[2]]], [[[0]], [[4]]]],
+        {"lora_rank": 3, "lora_targets": ["both", "vit"], "train_also": ["time_embedder"], "ema": 0.5},
+    ),
+    "adapters with lengths of rows": (
+        [[[[0, 1]], [[3, 4]]], [[[6]], [[2]]]],
+        {"lora_rank": 2, "lora_variant": "dora"},
+    ),
     "clipped": ([[[[0, 1, 2]], [[3, 4, 5, 6]]], [[[6]], [[2]]]], {"max_grad_norm": 0.05}),
 }
 THREE: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from unigen.training.optim import (
     learning_rate_at,
     moments_of,
     parameter_groups,
+    rates,
     scale_gradients,
     set_learning_rate,
     set_moments_of,
@@ -84,7 +86,7 @@ def train(
 
 def test_only_trainable_matrices_that_are_no_embeddings_decay():
     model = Model()
-    decayed, plain = parameter_groups(model, 0.1)
+    decayed, plain = parameter_groups(model, Config(weight_decay=0.1))
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert {n for n, _ in decayed["params"]} == {"up.weight", "conv.weight", "rare.weight"}
     assert {n for n, _ in plain["params"]} == {
@@ -111,6 +113,34 @@ def test_the_optimiser_remembers_names_and_options():
     assert not group["fused"]
 
 
+def test_parts_have_rates_and_decays_of_their_own():
+    config = Config(
+        learning_rate=1e-4,
+        weight_decay=0.1,
+        learning_rate_gen=3e-4,
+        weight_decay_vit=0.0,
+        learning_rate_vit=0.0,
+    )
+    model = tiny_model.build()
+    optimizer = build_optimizer(model, dict(model.named_parameters()), config)
+    set_learning_rate(optimizer, 5e-5)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    layer = "language_model.model.layers.0.self_attn.q_proj"
+    assert found[f"{layer}.weight"] == (5e-5, 0.1) and found[f"{layer}.bias"] == (5e-5, 0.0)
+    assert found[f"{layer}_moe_gen.weight"] == pytest.approx((1.5e-4, 0.1))
+    assert found["vae2llm.weight"] == found["llm2vae.weight"] == found[f"{layer}_moe_gen.weight"]
+    assert found["connector.fc1.weight"] == (5e-5, 0.1)
+    assert {found[name] for name in found if name.startswith("vit_model.")} == {(0.0, 0.0)}
+    assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert rates(config, 5e-5) == pytest.approx({"learning_rate_gen": 1.5e-4, "learning_rate_vit": 0.0})
+    plain = build_optimizer(model, dict(model.named_parameters()), Config(weight_decay=0.1))
+    assert len(plain.param_groups) == 2
+
+
 def test_a_head_tied_to_the_embedding_does_not_decay_whichever_comes_first():
     class Tied(nn.Module):
         def __init__(self):
@@ -119,14 +149,14 @@ def test_a_head_tied_to_the_embedding_does_not_decay_whichever_comes_first():
             self.embed_tokens = nn.Embedding(9, 4)
             self.embed_tokens.weight = self.lm_head.weight
 
-    (group,) = parameter_groups(Tied(), 0.1)
+    (group,) = parameter_groups(Tied(), Config(weight_decay=0.1))
     assert group["weight_decay"] == 0.0
     assert [n for n, _ in group["params"]] == ["lm_head.weight"]
 
 
 def test_nothing_to_train_is_the_users_error():
     with pytest.raises(ConfigError, match="unfreeze"):
-        parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.0)
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), Config())
 
 
 def test_the_optimiser_works_on_what_a_process_holds_and_the_model_decides_the_groups():

@@ -37,7 +37,7 @@ def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_byte
     plain = load_bagel(folder).train()
     halved = load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)).train()
     for model in (plain, halved):
-        prepare(model, config, "cpu", "single")
+        prepare(model, config, "cpu", "single", torch.bfloat16)
     assert halved.language_model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     assert halved.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.dtype == torch.float32
 

@@ -22,6 +22,9 @@ class GenerateOptions(SamplingOptions):
             what comes next.
         output_dir: Folder for the texts, the pictures and index.html.
         device: auto, cpu, cuda, or one GPU such as cuda:1.
+        quantize: Hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8): less memory, and a little less
+            true.
+        adapter: Folders of adapters to add up, FOLDER or FOLDER:FACTOR; model_path may itself be one.
     """
 
     model_path: PathText
@@ -30,6 +33,8 @@ class GenerateOptions(SamplingOptions):
     mode: Literal["auto", "text", "image", "edit"] = "auto"
     output_dir: PathText = "outputs/generate"
     device: Device = "auto"
+    quantize: Literal["nf4", "int8"] | None = None
+    adapter: list[PathText] = field(default_factory=list)
 
 
 class GenerateError(UserError):
@@ -58,13 +63,14 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
     from unigen.inference.inferencer import InterleaveInferencer
     from unigen.inference.options import check_sampling
     from unigen.inference.requests import sample_of
-    from unigen.model.weights import build_bagel
+    from unigen.model.weights import base_of, build_bagel
 
     check_sampling(o)
     sample_of(prompt)
-    requests = InterleaveInferencer(build_bagel(o.model_path)[0]).requests  # no weights are read yet
+    base, adapters = base_of(o.model_path, o.adapter)
+    requests = InterleaveInferencer(build_bagel(base)[0]).requests  # no weights are read yet
     requests.prepare([prompt], OUTPUTS[o.mode], o)
-    inferencer = InterleaveInferencer.from_pretrained(o.model_path, o.device)
+    inferencer = InterleaveInferencer.from_pretrained(base, o.device, adapters=adapters, quantize=o.quantize)
     inferencer.requests = requests  # which has told what there is to tell
     return prompt, inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
 

@@ -16,8 +16,10 @@ from unigen.inference.options import InferenceError, Renamed, Settings, sampling
 from unigen.inference.pictures import blocks_as_reference, trained_transform, within
 from unigen.inference.requests import IMAGE, TEXT, Piece, Requests, picture_of, sample_of
 from unigen.inference.sampler import Canvas, decode_pixels, draw, feed, write
+from unigen.model.adapters import AdapterError
 from unigen.model.backends import pick_device, prefer_flash
 from unigen.model.bagel import Bagel
+from unigen.model.lora import activate
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import ImageTransform, to_image
 from unigen.sequence.plan import Transforms
@@ -93,7 +95,9 @@ class InterleaveInferencer:
         self.vae_transform = within(vae_transform or own.vae, own.vae)
         self.vit_transform = within(vit_transform or own.vit, own.vit)
         transforms = Transforms(
-            vae=self.vae_transform if vae_transform else trained_transform(config, model.source),
+            vae=self.vae_transform
+            if vae_transform
+            else trained_transform(config, model.trained_in or model.source),
             vit=self.vit_transform,
             vit_edit=within(vit_edit_transform or own.vit_edit, own.vit_edit),
         )
@@ -106,13 +110,30 @@ class InterleaveInferencer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, device: str = "auto", dtype: torch.dtype | None = None
+        cls,
+        folder: Path | str,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        adapters: Sequence[str | Path] = (),
+        quantize: str | None = None,
     ) -> InterleaveInferencer:
-        """Loads a checkpoint folder; bfloat16 on a GPU, float32 on a CPU unless ``dtype`` says otherwise."""
+        """Loads a checkpoint folder, or an adapter's over its base; bfloat16 on a GPU, float32 on a CPU
+        unless ``dtype`` says otherwise. ``adapters`` are added up: ``FOLDER`` or ``FOLDER:FACTOR``."""
         place = pick_device(device)
-        return cls(
-            load_bagel(folder, place, dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16))
-        )
+        dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+        return cls(load_bagel(folder, place, dtype, adapters=adapters, quantize=quantize))
+
+    def use_adapters(self, *factors: float) -> None:
+        """How much of each loaded adapter takes part from now on, in the order in which they were loaded; 0
+        for nothing of it. What adapters trained whole stays as it was loaded.
+
+        Raises:
+            AdapterError: another number of adapters was loaded.
+        """
+        names = list(self.model.adapters)
+        if len(factors) != len(names):
+            raise AdapterError(f"{len(factors)} factors for {len(names)} adapters. Fix: give one for each")
+        activate(self.model, dict(zip(names, factors, strict=True)))
 
     # ---- drawing
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigen.model import flow
+from unigen.model.adapters import Adapter
 from unigen.model.attention import Attention, prepare_attention
 from unigen.model.codec import Codec, encode_all
 from unigen.model.config import BagelConfig
@@ -66,6 +67,8 @@ class Bagel(nn.Module):
             self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
         object.__setattr__(self, "codec", None)  # not a submodule: its weights live in ae.safetensors
         self.source: Path | None = None
+        self.trained_in: Path | None = None  # the folder of the run's options, where it is not ``source``
+        self.adapters: dict[str, Adapter] = {}  # by name, in the order in which they were put in
         # layers gather their weights from other processes, which must all call the same ones
         self.sharded = False
 

@@ -6,6 +6,7 @@ holds them twice, and written one after another without a second copy.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,12 +18,16 @@ from torch import Tensor
 
 from unigen import foreign
 from unigen.config import DataOptions
+from unigen.model.adapters import CONFIG as ADAPTER
+from unigen.model.adapters import NAME, config_of, is_adapter_folder, parse_adapter, read_adapter
 from unigen.model.backends import use_expandable_segments
 from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec, VaeConfig
 from unigen.model.config import BagelConfig, read_config, wrong
 from unigen.model.layers import sincos_table
-from unigen.model.parts import is_left_out, is_table
+from unigen.model.lora import activate, bind, fresh_values, linear_modules
+from unigen.model.parts import is_adapter, is_left_out, is_table, published_name
+from unigen.model.quantise import holds_quantised, quantise_layers, store
 from unigen.model.schemas import vae_misfits
 from unigen.model.storage import (
     FLOATS,
@@ -38,6 +43,8 @@ from unigen.model.storage import (
 )
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
+
+log = logging.getLogger("unigen")
 
 SIDE_FILES = (
     "llm_config.json",
@@ -91,8 +98,11 @@ def load_bagel(
     visual_und: bool = True,
     constants: Mapping[str, Any] | None = None,
     weights: tuple[str, ...] = (WEIGHTS, "model.safetensors"),
+    adapters: Sequence[str | Path] = (),
+    quantize: str | None = None,
+    double_quant: bool = False,
 ) -> Bagel:
-    """Loads a checkpoint folder in the published layout.
+    """Loads a checkpoint folder in the published layout, or an adapter over the base that it names.
 
     Args:
         folder: the folder (see ``docs/model.md``).
@@ -102,26 +112,44 @@ def load_bagel(
         visual_und: false leaves the ViT out.
         constants: values that win over ``config.json``, for checkpoints whose files do not say them.
         weights: file names to look for, in this order.
+        adapters: folders of adapters to add up, ``FOLDER`` or ``FOLDER:FACTOR``.
+        quantize: ``nf4`` or ``int8`` for the decoder's matrices; double_quant: with NF4, its scales, too.
 
     Raises:
         CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all
             listed); or weights are not finite.
+        AdapterError: an adapter was made for another base.
     """
+    folder, adapters = base_of(folder, adapters)
     if torch.device(device).type == "cuda":
         use_expandable_segments()
     model, stored = build_bagel(
         folder, dtype, visual_gen=visual_gen, visual_und=visual_und, constants=constants, weights=weights
     )
+    if quantize is not None:
+        computes = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        quantise_layers(model, quantize, double_quant, computes)
     for name, parameter in list(model.named_parameters()):
-        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        read_parameter(model, name, stored, value.view(-1))
-        owner, _, last = name.rpartition(".")
-        setattr(
-            model.get_submodule(owner), last, torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
-        )
-    refuse_nonfinite(Path(folder), nonfinite(model.named_parameters()))
-    object.__setattr__(model, "codec", load_codec(Path(folder), model.config, device) if visual_gen else None)
+        place_parameter(model, name, parameter, stored, device)
+    refuse_nonfinite(folder, nonfinite(model.named_parameters()))
+    object.__setattr__(model, "codec", load_codec(folder, model.config, device) if visual_gen else None)
+    factors = {}
+    for number, (place, factor) in enumerate(map(parse_adapter, adapters)):
+        name = f"adapter_{number}"
+        log.info("Adapter %s: %s", place, bind(model, place, factor, name, stored, device))
+        factors[name], model.trained_in = factor, place
+    if factors:
+        activate(model, factors)
+        refuse_nonfinite(Path(str(adapters[0])), nonfinite(model.named_parameters()))
     return model.eval()
+
+
+def base_of(folder: Path | str, adapters: Sequence[str | Path] = ()) -> tuple[Path, list[str | Path]]:
+    """The folder of a model, and the adapters over it: an adapter's folder stands for its base and itself."""
+    folder = Path(folder)
+    if is_adapter_folder(folder):
+        return Path(read_adapter(folder)[0].base), [folder, *adapters]
+    return folder, list(adapters)
 
 
 def build_bagel(
@@ -138,6 +166,12 @@ def build_bagel(
     dtypes; and where the values lie (see :func:`read_parameter`). Arguments and errors as :func:`load_bagel`;
     ``stored`` says where the weights lie in place of ``weights``."""
     folder = Path(folder)
+    if is_adapter_folder(folder):
+        raise CheckpointFolderError(
+            f"{folder} holds an adapter, no model. Fix: give the model that it was trained on "
+            f"(--model_path), or merge"
+            f" them (unigen ckpt export {folder} NEW_FOLDER --merge)"
+        )
     dtype_for = dtype if callable(dtype) else lambda name: dtype
     stored = scan_folder(folder, weights) if stored is None else stored
     check_side_files(folder)
@@ -164,6 +198,23 @@ def build_bagel(
     return model, stored
 
 
+def place_parameter(
+    model: Bagel, name: str, p: torch.nn.Parameter, stored: Mapping[str, Stored], device: torch.device | str
+) -> None:
+    """Gives a parameter, which lies nowhere yet, its memory on a device and its value; quantised where its
+    module is."""
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    quantised = last == "weight" and holds_quantised(module)
+    dtype = stored[published_name(name)].dtype if quantised else p.dtype
+    value = torch.empty(p.shape, dtype=dtype, device=device)
+    read_parameter(model, name, stored, value.view(-1))
+    if quantised:
+        store(module, value)
+    else:
+        setattr(module, last, torch.nn.Parameter(value, requires_grad=p.requires_grad))
+
+
 @torch.no_grad()
 def read_parameter(
     model: Bagel, name: str, stored: Mapping[str, Stored], out: Tensor, start: int = 0
@@ -171,10 +222,14 @@ def read_parameter(
     """Elements [start, start + len(out)) of a flattened parameter into the flat tensor ``out``, of any dtype
     and device.
 
-    A position table that the checkpoint lacks, or holds for another size, is computed.
+    A position table that the checkpoint lacks, or holds for another size, is computed; an adapter that it
+    lacks is new.
     """
-    entry, shape = stored.get(name), tuple(model.get_parameter(name).shape)
-    if is_table(name) and (entry is None or entry.shape != shape):
+    entry, shape = stored.get(published_name(name)), tuple(model.get_parameter(name).shape)
+    if entry is None and is_adapter(name):
+        fresh = fresh_values(model, name, shape, stored)
+        out.copy_(fresh.view(-1)[start : start + len(out)])
+    elif is_table(name) and (entry is None or entry.shape != shape):
         table = sincos_table(math.isqrt(shape[0]), shape[1])
         out.copy_(table.view(-1)[start : start + len(out)])
     else:
@@ -309,11 +364,14 @@ def save_bagel(
 
 
 def side_files(model: Bagel) -> dict[str, bytes]:
-    """What a folder of the published layout holds beside its weights, by name: configs, tokenizer, VAE.
+    """What a folder of the published layout holds beside its weights, by name: configs, tokenizer, VAE. A
+    model with adapters has their config alone: the rest is the base's.
 
     Raises:
         CheckpointFolderError: one of those that the model came with cannot be read.
     """
+    if model.adapters:
+        return {ADAPTER: json_bytes(config_of(model.adapters[NAME], linear_modules(model)))}
     files: dict[str, bytes] = {}
     for name in (*SIDE_FILES, "config.json") if model.source is not None else ():
         if os.path.lexists(model.source / name):

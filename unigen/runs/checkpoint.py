@@ -3,6 +3,7 @@
     step_N/
       ema.safetensors        the model in the published layout: the average, or the weights where there is
                              none
+      adapter_model.safetensors  in its place where adapters train, beside adapter_config.json
       model.safetensors      with an average: the weights of what trains (the rest stands in ema)
       optimizer.safetensors  AdamW's moments and step counts: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
       <state>.json           everything else: state of the data loader, guards, options
@@ -32,6 +33,7 @@ from typing import Any
 from unigen.config import UserError
 from unigen.files import draft_of, leftover, remove, sha256_of
 from unigen.foreign import ForeignFileError, open_file, read_json, require, roots_of
+from unigen.model.adapters import GROUP, own_name
 from unigen.model.storage import Stored, scan_set, set_files
 from unigen.runs.layout import FILES, MANIFEST, TRAINER, is_checkpoint, state_file, step_of
 from unigen.runs.states import GROUPS, outside
@@ -73,8 +75,10 @@ def scan_group(folder: Path, group: str) -> dict[str, Stored]:
 
 
 def scan_weights(folder: Path, raw: bool = False) -> dict[str, Stored]:
-    """Where the model's tensors lie: the average's, or with ``raw`` those that train."""
-    return scan_group(folder, "ema") | (scan_group(folder, "model") if raw else {})
+    """Where the model's tensors lie: the average's, or with ``raw`` those that train. Of a run that trained
+    adapters it is theirs alone."""
+    adapters = {own_name(key): entry for key, entry in scan_group(folder, GROUP).items()}
+    return scan_group(folder, "ema") | adapters | (scan_group(folder, "model") if raw else {})
 
 
 def read_states(folder: Path, schemas: Mapping[str, Rule] | None = None) -> dict[str, Any]:

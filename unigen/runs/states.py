@@ -7,7 +7,7 @@ from pathlib import Path
 from unigen.runs.layout import OPTIONS, TRAINER
 from unigen.schema import Flag, Items, Maybe, Number, Rule, Table, Text, whole
 
-GROUPS = ("ema", "model", "optimizer")
+GROUPS = ("ema", "adapter_model", "model", "optimizer")
 _STEP, _COUNT, _INDEX = whole(0, 10**15), whole(0, 1 << 40), whole(0, 1 << 50)
 
 

@@ -94,7 +94,7 @@ class DeepSpeed(Engine):
     def place(self, stored: dict[str, Stored]) -> None:
         """ZeRO 3: every process reads and holds its piece of each parameter. ZeRO 1, 2: the whole model."""
         self._stored = stored
-        groups = parameter_groups(self.model, self.config.weight_decay)  # by shapes, which ZeRO 3 takes away
+        groups = parameter_groups(self.model, self.config)  # by shapes, which ZeRO 3 takes away
         self._groups = [([name for name, _ in group["params"]], group["weight_decay"]) for group in groups]
         if self.settings.held_dtype is not None:
             self.model.to(self.settings.held_dtype)

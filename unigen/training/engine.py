@@ -15,6 +15,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,11 +24,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unigen.config import Config, ConfigError, UserError
+from unigen.model.adapters import NAME
 from unigen.model.backends import autocast, pick_device, prefer_flash, use_expandable_segments, use_tf32
 from unigen.model.bagel import Bagel, Output
-from unigen.model.parts import dtype_of, title
+from unigen.model.lora import check_same_parts, digest_of
+from unigen.model.parts import dtype_of, is_adapter, title
 from unigen.model.storage import Stored
-from unigen.model.weights import build_bagel, load_codec, read_parameter
+from unigen.model.weights import build_bagel, load_codec, place_parameter
 from unigen.runs.channel import Channel
 from unigen.sequence.types import Pack
 from unigen.training.optim import (
@@ -161,6 +164,9 @@ class Engine:
             ConfigError: nothing would train, or attention in this precision does not fit the GPU.
         """
         c = self.config
+        given = stored or {}
+        if stored is not None:
+            stored = {name: entry for name, entry in given.items() if not is_adapter(name)}
         model, stored = build_bagel(
             folder,
             lambda name: dtype_of(name, c, self.dtype),
@@ -174,19 +180,21 @@ class Engine:
         object.__setattr__(
             model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None
         )
-        self.compiled = prepare(model, c, self.device.type, self.name)
+        self.compiled = prepare(model, c, self.device.type, self.name, self.dtype)
         self.model = model.train()
-        self.place(stored)
+        if adapter := model.adapters.get(NAME):
+            digest = digest_of(stored, adapter.targets)
+            model.adapters[NAME] = replace(adapter, digest=digest)
+            if given:
+                check_same_parts(folder, dict(model.named_parameters()), given)
+        self.place(stored | given)
         return self.model
 
     def place(self, stored: dict[str, Stored]) -> None:
         """Gives the parameters of ``self.model``, which lie nowhere yet, their memory and their values."""
         for name, p in list(self.model.named_parameters()):
             self.tick()
-            value = torch.empty(p.shape, dtype=p.dtype, device=self.device)
-            read_parameter(self.model, name, stored, value.view(-1))
-            owner, _, last = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), last, nn.Parameter(value, requires_grad=p.requires_grad))
+            place_parameter(self.model, name, p, stored, self.device)
 
     def start(self) -> None:
         """Wraps the model for training and builds the optimiser."""

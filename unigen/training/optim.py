@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.config import Config, ConfigError
-from unigen.model.parts import is_embedding
+from unigen.config import RATED, Config, ConfigError
+from unigen.model.parts import is_embedding, rated_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -18,12 +18,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # ---- the optimiser
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: matrices decay; biases, norms and embeddings do not.
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The trainable parameters in groups: matrices decay; biases, norms and embeddings do not; parts may have
+    rates of their own.
 
     Returns:
         Groups for a PyTorch optimiser, ``params`` as (name, parameter) pairs, so that it remembers
-        ``param_names``.
+        ``param_names``; ``rate``: what the learning rate is multiplied with.
 
     Raises:
         ConfigError: nothing is trainable.
@@ -38,15 +39,34 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             "no parameter is trainable; unfreeze a part of the model (--freeze_llm, --freeze_vit,"
             " --freeze_und)"
         )
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, float, float], list[tuple[str, nn.Parameter]]] = {}
     for parameter, known_as in names.items():
-        embedding = any(map(is_embedding, known_as))
-        decays = parameter.ndim >= 2 and not embedding
-        groups[0 if decays else 1]["params"].append((known_as[0], parameter))
-    return [group for group in groups if group["params"]]
+        part = rated_part(known_as[0])
+        decay = getattr(config, f"weight_decay_{part}")
+        still = parameter.ndim < 2 or any(map(is_embedding, known_as))
+        key = (
+            still,
+            0.0 if still else config.weight_decay if decay is None else decay,
+            rate_of(config, part),
+        )
+        groups.setdefault(key, []).append((known_as[0], parameter))
+    return [
+        {"params": params, "weight_decay": decay, "rate": rate}
+        for (_, decay, rate), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def rate_of(config: Config, part: str) -> float:
+    """What the learning rate is multiplied with for a part (a word of RATED)."""
+    own = getattr(config, f"learning_rate_{part}")
+    return 1.0 if own is None else own / config.learning_rate
+
+
+def rates(config: Config, lr: float) -> dict[str, float]:
+    """The learning rates of the parts that have their own, for the log: ``learning_rate_gen`` -> rate, where
+    ``lr`` is that of the others."""
+    own = [part for part in RATED if getattr(config, f"learning_rate_{part}") is not None]
+    return {f"learning_rate_{part}": lr * rate_of(config, part) for part in own}
 
 
 def build_optimizer(
@@ -60,7 +80,7 @@ def build_optimizer(
         held: trainable parameter name -> what this process holds of it, a plain tensor.
         config: learning rate, decays, ``optimizer``.
     """
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config)
     for group in groups:
         group["params"] = [(name, held[name]) for name, _ in group["params"]]
     if config.optimizer == "adamw8bit":
@@ -145,9 +165,9 @@ def learning_rate_at(step: int, total_steps: int, config: Config) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group."""
+    """Sets the learning rate of every group, times its own ``rate``."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)
 
 
 # ---- gradients

@@ -9,18 +9,23 @@ from typing import Any
 import torch
 
 from unigen.config import Config, ConfigError
+from unigen.model.adapters import Adapter, describe
 from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
+from unigen.model.lora import add_adapter, targets_of, whole_of
 from unigen.model.parts import GEN, is_frozen
+from unigen.model.quantise import quantise_layers
 from unigen.training.recompute import recompute_layers
 
 log = logging.getLogger("unigen")
 
 
-def prepare(model: Bagel, config: Config, device: str, engine: str) -> CompiledLayers | None:
+def prepare(
+    model: Bagel, config: Config, device: str, engine: str, computes: torch.dtype
+) -> CompiledLayers | None:
     """Makes a model ready for training, in place; returns its compiled layers, if they are.
 
-    The one order: quantise, adapters, freeze, compile, checkpointing; the engine shards last
+    The one order: adapters, quantise, freeze, compile, checkpointing; the engine shards last
     (``Engine.place``). Wrappers of a layer go from the inside out: what is recomputed runs compiled, and the
     frozen half is neither.
 
@@ -29,12 +34,17 @@ def prepare(model: Bagel, config: Config, device: str, engine: str) -> CompiledL
         config: of the run.
         device: cuda or cpu.
         engine: its name.
+        computes: dtype of matrix products.
 
     Raises:
         ConfigError: nothing would be left to train.
     """
     if config.timestep_shift is not None:
         model.config.timestep_shift = config.timestep_shift  # saved with the model
+    add_adapters(model, config)
+    if config.quantize is not None:
+        # after the adapters, since peft cannot put DoRA around a quantised layer that lies nowhere yet
+        quantise_layers(model, config.quantize, config.double_quant, computes)
     freeze(model, config)
     compiled = compile_layers(model, config, device, engine)
     if config.gradient_checkpointing:
@@ -42,6 +52,36 @@ def prepare(model: Bagel, config: Config, device: str, engine: str) -> CompiledL
     if config.freeze_und:
         hold_understanding(model)
     return compiled
+
+
+def add_adapters(model: Bagel, config: Config) -> None:
+    """Puts low-rank adapters around the matrices that the config names, if it does.
+
+    Raises:
+        AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model, or both mean the same.
+    """
+    if config.lora_rank is None:
+        return
+    targets = targets_of(model, config.lora_targets or ["gen"])
+    whole = whole_of(model, config.train_also or [])
+    twice = [name for name in whole if name.removesuffix(".weight") in targets]
+    if twice:
+        raise ConfigError(
+            f"train_also and lora_targets both mean {twice[0]} and {len(twice) - 1} more. Fix: leave them "
+            f"out of one"
+        )
+    adapter = Adapter(
+        rank=config.lora_rank,
+        alpha=config.alpha,
+        targets=targets,
+        variant=config.lora_variant,
+        dropout=config.lora_dropout,
+        whole=whole,
+        base=config.model_path or "",
+        seed=config.seed,
+    )
+    add_adapter(model, adapter)
+    log.info("Adapters: %s", describe(adapter))
 
 
 def freeze(model: Bagel, config: Config) -> None:
@@ -83,6 +123,8 @@ def compiles(config: Config, device: str, engine: str) -> tuple[bool, str]:
         return False, "auto: steps on a CPU gain less than compiling costs"
     if config.recomputes_selectively:
         return False, "auto: checkpointing_policy is selective"
+    if config.quantize is not None:
+        return False, "auto: the matrices are quantised"
     if engine == "deepspeed":
         return False, "auto: the engine is deepspeed"
     return True, "auto: the device is a GPU"

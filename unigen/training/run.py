@@ -18,10 +18,12 @@ from unigen.cache.store import FeatureCache
 from unigen.config import Config, UserError
 from unigen.data.dataset import list_bad_records
 from unigen.data.loader import LoaderState, PackStream, RankSlice, default_workers
+from unigen.model.adapters import is_adapter_folder, read_adapter
 from unigen.model.bagel import Bagel
+from unigen.model.lora import check_fits
 from unigen.model.parts import title
 from unigen.model.source import Source
-from unigen.model.storage import CheckpointFolderError
+from unigen.model.storage import CheckpointFolderError, Stored
 from unigen.model.weights import nonfinite, refuse_nonfinite, side_files
 from unigen.outputs import unwritten
 from unigen.runs import layout
@@ -190,8 +192,8 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         source = _open_source(Path(c.model_path or ""), resume)
         if resume:
             tell_change(states[layout.OPTIONS], engine.precision)
-        model = engine.load_model(resume or source.folder, scan_weights(resume, raw=True) if resume else None)
-        if resume and not _has_left_out(source, resume, model, engine):
+        model = engine.load_model(*_weights(c, source, resume))
+        if resume and not model.adapters and not _has_left_out(source, resume, model, engine):
             source.close()
             source = Source(resume)
         undo.callback(source.close)
@@ -234,7 +236,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             total_steps=total_steps,
             eval_every=eval_every,
             ema=ema,
-            state=RunState(engine, ema, source, resumed=resume is not None),
+            state=RunState(engine, ema, source, resumed=resume is not None, adapted=bool(model.adapters)),
             saver=Saver(
                 output_dir,
                 engine.rank,
@@ -294,7 +296,7 @@ def _open_source(folder: Path, resume: Path | None) -> Source:
     try:
         return Source(folder)
     except CheckpointFolderError as error:
-        if resume is None:
+        if resume is None or is_adapter_folder(resume):
             raise
         log.warning(
             "%s. The run goes on with what %s holds", str(error).split(" Fix: ")[0].rstrip("."), resume
@@ -318,6 +320,35 @@ def _has_left_out(source: Source, resume: Path, model: Bagel, engine: Engine) ->
             source.folder, changed, resume,
         )  # fmt: skip
     return not changed
+
+
+def _weights(config: Config, source: Source, resume: Path | None) -> tuple[Path, dict[str, Stored] | None]:
+    """The folder of the model's configs, and where its weights lie; adapters are resumed over their base.
+
+    Raises:
+        CheckpointError: the checkpoint's adapter is another one, or it has none.
+        AdapterError: it was trained over another base.
+    """
+    if resume is None:
+        return source.folder, None
+    weights = scan_weights(resume, raw=True)
+    if config.lora_rank is None:
+        return resume, weights
+    if not is_adapter_folder(resume):
+        raise CheckpointError(
+            f"{resume} holds no adapter, so a run with lora_rank cannot go on from it. Fix: leave "
+            f"--lora_rank out, or"
+            f" start a new run with --model_path {resume}"
+        )
+    before, named = read_adapter(resume)
+    now = {"lora_rank": config.lora_rank, "lora_alpha": config.alpha, "lora_variant": config.lora_variant}
+    for (name, value), was in zip(now.items(), (before.rank, before.alpha, before.variant), strict=True):
+        if value != was:
+            raise CheckpointError(
+                f"{resume}: the adapter has {name} {was}, this run {value}. Fix: resume with --{name} {was}"
+            )
+    check_fits(resume, before, named, source.stored)
+    return source.folder, source.stored | weights
 
 
 def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
@@ -350,10 +381,10 @@ def _describe(run: Run) -> None:
     parts: dict[str, int] = {}
     for shard in shards:
         if shard.trains:
-            parts[title(shard.name)] = parts.get(title(shard.name), 0) + shard.shape.numel()
+            parts[title(shard.name)] = parts.get(title(shard.name), 0) + shard.numel
     log.info(
         "Model: %s parameters, %s train (%s)",
-        f"{sum(shard.shape.numel() for shard in shards):,}",
+        f"{sum(shard.numel for shard in shards):,}",
         f"{sum(parts.values()):,}",
         ", ".join(f"{part} {count:,}" for part, count in parts.items()),
     )

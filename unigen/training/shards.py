@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unigen.model import quantise
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -29,6 +31,12 @@ class Shard:
     value: Tensor
     trains: bool
     owned: bool = True
+    count: int = 0  # numbers that a quantised ``value`` stands for
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return self.count or self.shape.numel()
 
     @property
     def whole(self) -> bool:
@@ -42,7 +50,8 @@ def shards_of(parameters: Iterable[tuple[str, nn.Parameter]], rank: int = 0, wor
     found = []
     for (name, p), owner in zip(named, owners, strict=True):
         assert p.is_contiguous(), name
-        found.append(Shard(name, p.shape, 0, p.detach().view(-1), p.requires_grad, owner == rank))
+        flat = p.detach().view(-1)
+        found.append(Shard(name, p.shape, 0, flat, p.requires_grad, owner == rank, quantise.count(p)))
     return found
 
 

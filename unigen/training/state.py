@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unigen.config import Config
+from unigen.model.adapters import GROUP, disk_name
 from unigen.model.source import Source
 from unigen.model.storage import Stored, few
 from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights
@@ -61,13 +62,20 @@ class RunState:
     """Weights, average and moments of a run.
 
     What does not train keeps the bytes of the checkpoint that the run began with (``source``), also where the
-    model holds it in another dtype, and also the tensors of parts that were left out.
+    model holds it in another dtype, and also the tensors of parts that were left out. Beside adapters nothing
+    of it is written.
     """
 
-    def __init__(self, engine: Engine, ema: EMA | None, origin: Source, resumed: bool):
-        """``resumed``: the weights came from elsewhere, so what is frozen now is compared with the source."""
+    def __init__(self, engine: Engine, ema: EMA | None, origin: Source, resumed: bool, adapted: bool = False):
+        """``resumed``: the weights came from elsewhere, so what is frozen now is compared with the source.
+        ``adapted``: adapters train."""
         self.engine, self.ema, self.origin = engine, ema, origin
         self._told: set[str] = set()  # files of the source of which a warning has spoken
+        self.adapted = adapted
+        if adapted:  # the base is not written
+            self._copied: list[str] = []
+            self._from_memory: set[str] = set()
+            return
         source = origin.stored
         frozen = [shard for shard in engine.shards() if not shard.trains]
         changed = [float(resumed and not _equal(shard, source.get(shard.name))) for shard in frozen]
@@ -89,14 +97,15 @@ class RunState:
         self._look_at_source()
         found = self._copies()
         for shard in self.engine.shards():
-            if not shard.owned or shard.name in self._copied:
+            if not self._writes(shard):
                 continue
             if shard.name in self._from_memory:
                 found.append(self._frozen(shard))
                 continue
             averaged = shard.trains and self.ema is not None
             value = self.ema.average(shard.name) if averaged and self.ema else shard.value
-            found.append(StateEntry("ema", shard.name, tuple(shard.shape), value, shard.start))
+            group, name = (GROUP, disk_name(shard.name)) if self.adapted else ("ema", shard.name)
+            found.append(StateEntry(group, name, tuple(shard.shape), value, shard.start))
             if not shard.trains or weights_only:
                 continue
             if averaged:
@@ -150,6 +159,10 @@ class RunState:
         shape, value = tuple(shard.shape), shard.value
         return StateEntry("ema", shard.name, shape, stand_in, shard.start, lambda: value.to("cpu", dtype))
 
+    def _writes(self, shard: Shard) -> bool:
+        """Does this process write the shard?"""
+        return shard.owned and shard.name not in self._copied and (shard.trains or not self.adapted)
+
     def _copies(self) -> list[StateEntry]:
         stored = [self.origin.stored[name] for name in self._copied]
         owners = share_out([entry.nbytes for entry in stored], self.engine.world)
@@ -169,7 +182,7 @@ class RunState:
         """Bytes of the next checkpoint, all processes together; moments count even before there are any."""
         total = sum(entry.nbytes for entry in self._copies())
         for shard in self.engine.shards():
-            if shard.owned and shard.name not in self._copied:
+            if self._writes(shard):
                 times = 1 if not shard.trains or weights_only else 3 + (self.ema is not None)
                 total += shard.value.numel() * shard.value.element_size() * times
         return int(self.engine.sum([total])[0])

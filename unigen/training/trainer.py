@@ -28,7 +28,7 @@ from unigen.tracking.tracker import Progress, Tracker
 from unigen.training.engine import open_engine
 from unigen.training.failures import explain, lost_process
 from unigen.training.guards import Diverged, TrainingStopped
-from unigen.training.optim import learning_rate_at
+from unigen.training.optim import learning_rate_at, rates
 from unigen.training.run import Run, build
 from unigen.training.step import Counts, StepResult, train_step, validation_losses, warm_up
 
@@ -309,6 +309,7 @@ class TrainingLoop:
         metrics = result.metrics(self.config) | {
             "learning_rate": lr,
             "epoch": loader.epoch + loader.done / len(self.run.stream.mixture),
+            **rates(self.config, lr),
             "tokens_per_second": result.counts.tokens / seconds,
             "data_wait": waited / seconds,
         }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,19 @@ from unigen.commands.ckpt.verify import problems_of
 from unigen.config import UserError
 from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import ForeignFileError, copy_file, roots_of
-from unigen.model.storage import INDEX, WEIGHTS, Stored, is_of_set, part_name, write_json, write_safetensors
+from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
+from unigen.model.lora import merges
+from unigen.model.storage import (
+    INDEX,
+    WEIGHTS,
+    Stored,
+    is_of_set,
+    part_name,
+    scan_folder,
+    write_json,
+    write_safetensors,
+)
+from unigen.model.weights import SIDE_FILES
 from unigen.outputs import is_own, output_folder, unwritten
 from unigen.printing import bar
 from unigen.runs import layout
@@ -24,6 +38,7 @@ from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
 from unigen.runs.space import gb, mount_of
 from unigen.version import __version__
 
+MODEL = WEIGHTS.removesuffix(".safetensors")
 _RECEIPT = "export.json"  # what an export was made of
 
 
@@ -48,6 +63,13 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             f"{source} is a run. Fix: name one of its checkpoints: {', '.join(p.name for p in inside)}"
         )
     manifest, out = read_manifest(source), Path(os.path.abspath(out))
+    adapted = GROUP in manifest["groups"]
+    for name in ("merge", "base"):
+        if getattr(options, name) and not (adapted and options.merge):
+            why = "holds no adapter" if not adapted else "is not merged"
+            raise ExportError(
+                f"{name} says nothing here: {source} {why}. Fix: leave --{name} out, or add --merge"
+            )
     with unwritten("the new folder", out):
         sweep(out)  # what a killed export left
         replacing = _check_place(source.resolve(), out, options.overwrite)
@@ -57,7 +79,8 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             f"{source} holds the average alone. Fix: export a step_N folder, or leave --weights raw out"
         )
     average = options.weights == "ema" and manifest.get("average", True)
-    groups = ("ema", "model") if options.weights == "raw" else ("ema",)
+    groups = ("model",) if options.weights == "raw" else ()
+    groups = ("ema", GROUP, *groups)
     states = set(map(layout.state_file, manifest["states"]))
     others = [name for name in manifest["files"] if name not in states and not _is_of(name, GROUPS)]
     exported = {*others, *(name for name in manifest["files"] if _is_of(name, groups))}
@@ -68,13 +91,17 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         )
     try:
         with staged(out, replace=replacing) as staging:
-            files = _write_weights(source, staging, options)
-            for name in others:
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                copy_file(source / name, staging / name, roots_of(source))
+            tensors, side = (
+                _merged(source, others, options) if options.merge else _stored(source, others, options)
+            )
+            files = _write_weights(
+                tensors, staging, options, GROUP if adapted and not options.merge else MODEL
+            )
+            for path in side:
+                copy_file(path, staging / path.name, roots_of(path.parent))
             about = {"unigen": __version__, "step": manifest["step"], "average": average}
             about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
-            about["contents"] = {name: sha256_of(staging / name) for name in others}
+            about["contents"] = {path.name: sha256_of(staging / path.name) for path in side}
             about["contents"] |= {name: file["sha256"] for name, file in files.items()}
             write_json(staging / _RECEIPT, about)
     except ForeignFileError as error:
@@ -135,11 +162,52 @@ def _strange(out: Path) -> str:
     return ""
 
 
-def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[str, dict[str, Any]]:
-    """The weights in one file, or in several and their index; size and SHA-256 of each."""
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to write: its dtype in the checkpoint, its shape, and what puts it into a flat buffer."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read_into: Callable[[torch.Tensor], None]
+
+    @classmethod
+    def of(cls, entry: Stored) -> _Tensor:
+        return cls(entry.dtype, entry.shape, entry.read_into)
+
+
+def _stored(source: Path, others: list[str], options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
+    """What the checkpoint holds, by its names on disk, and the files beside it."""
     stored = scan_weights(source, raw=options.weights == "raw")
+    named = {disk_name(name) if is_adapter_folder(source) else name: entry for name, entry in stored.items()}
+    return {name: _Tensor.of(entry) for name, entry in named.items()}, [source / name for name in others]
+
+
+def _merged(source: Path, others: list[str], options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
+    """The base with the adapter added, and the base's files beside it with those of the run."""
+    folder = Path(options.base or read_adapter(source)[0].base)
+    base, raw = scan_folder(folder), scan_weights(source, raw=options.weights == "raw")
+    made = merges(source, base, raw)
+
+    def read(entry: Stored, make: Callable[[], torch.Tensor] | None) -> _Tensor:
+        if make is None:
+            return _Tensor.of(entry)
+        return _Tensor(entry.dtype, entry.shape, lambda flat: _copy(flat, make()))
+
+    side = [folder / name for name in SIDE_FILES if (folder / name).is_file()]
+    side += [folder / "config.json"] if (folder / "config.json").is_file() else []
+    return {name: read(entry, made.get(name)) for name, entry in base.items()}, side
+
+
+def _copy(flat: torch.Tensor, value: torch.Tensor) -> None:
+    flat.copy_(value.view(-1))
+
+
+def _write_weights(
+    stored: dict[str, _Tensor], staging: Path, options: CkptOptions, stem: str
+) -> dict[str, dict[str, Any]]:
+    """The weights in one file, or in several and their index; size and SHA-256 of each."""
     dtypes = {name: _dtype(entry.dtype, options.dtype) for name, entry in stored.items()}
-    sizes = {name: entry.numel * dtypes[name].itemsize for name, entry in stored.items()}
+    sizes = {name: math.prod(entry.shape) * dtypes[name].itemsize for name, entry in stored.items()}
     total, free = sum(sizes.values()), free_bytes(staging)
     if free < total:
         raise ExportError(
@@ -147,14 +215,13 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
             " Fix: another disk"
         )
     shards = _shards(sizes, options.max_shard_gb)
-    stem = WEIGHTS.removesuffix(".safetensors")
     names = [part_name(stem, number, len(shards)) for number in range(len(shards))]
     # each tensor is on the disk before the next is read
     buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)
     written = {}
     with bar("export", total=total, unit="B", unit_scale=True, leave=False) as shown:
 
-        def make(name: str, entry: Stored) -> torch.Tensor:
+        def make(name: str, entry: _Tensor) -> torch.Tensor:
             flat = buffer[: sizes[name]].view(dtypes[name])
             entry.read_into(flat)
             shown.update(sizes[name])
@@ -167,7 +234,7 @@ def _write_weights(source: Path, staging: Path, options: CkptOptions) -> dict[st
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_json(staging / f"{WEIGHTS}{INDEX}", index)
+        write_json(staging / f"{stem}.safetensors{INDEX}", index)
     return written
 
 

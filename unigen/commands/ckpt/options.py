@@ -21,6 +21,9 @@ class CkptOptions(Options):
             the run found it; bfloat16 is half the size, rounded.
         max_shard_gb: With export: split the weights into files of at most so many gigabytes (10^9 bytes),
             with an index. Default: one file, as published.
+        merge: With export: of a checkpoint of adapters, the model that they and their base are together.
+            Without it the adapter alone is written, as peft does.
+        base: With export --merge: folder of the base. Default: the one that the adapter names.
         overwrite: With export: replace an earlier export, and nothing else.
         verify: With export: first read and check every byte that will be exported; --no_verify saves that
             time.
@@ -31,5 +34,7 @@ class CkptOptions(Options):
     weights: Literal["ema", "raw"] = "ema"
     dtype: Literal["as_stored", "bfloat16", "float32"] = "as_stored"
     max_shard_gb: Positive | None = None
+    merge: bool = False
+    base: PathText | None = None
     overwrite: bool = False
     verify: bool = True

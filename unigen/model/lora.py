@@ -1,0 +1,315 @@
+"""Adapters in a model: around its matrices by peft, their first values, their binding, and merging.
+
+See ``adapters.py`` for what they are and how they lie on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unigen.config import nearest
+from unigen.model.adapters import NAME, Adapter, AdapterError, read_adapter
+from unigen.model.parts import (
+    ADAPTED,
+    ADAPTER_MARKS,
+    TRAINED_WHOLE,
+    Patterns,
+    is_adapter,
+    is_table,
+    matches,
+)
+from unigen.model.quantise import dequantised, holds_quantised
+from unigen.model.storage import Stored, few
+
+Bagel = Any  # the model's file knows what an adapter is
+
+# ---- what is adapted
+
+
+def targets_of(model: nn.Module, wanted: Iterable[str]) -> tuple[str, ...]:
+    """The linear modules that ``lora_targets`` means: keys of ADAPTED, or patterns of module names.
+
+    Raises:
+        AdapterError: one means no linear module of this model.
+    """
+    return _chosen("lora_targets", wanted, ADAPTED, linear_modules(model))
+
+
+def whole_of(model: nn.Module, wanted: Iterable[str]) -> tuple[str, ...]:
+    """The parameters that ``train_also`` means: keys of TRAINED_WHOLE, or patterns of parameter names.
+
+    Raises:
+        AdapterError: one means no parameter of this model that can learn.
+    """
+    names = [name for name, _ in model.named_parameters() if not is_table(name)]
+    return _chosen("train_also", wanted, TRAINED_WHOLE, names)
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Published names of all linear modules, which adapters can go around."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name.removesuffix(".base_layer") for name in names if not is_adapter(f"{name}.")]
+
+
+def _chosen(option: str, wanted: Iterable[str], known: Patterns, names: list[str]) -> tuple[str, ...]:
+    chosen: set[str] = set()
+    for word in wanted:
+        found = {name for name in names if matches(name, word, known)}
+        if not found:
+            close = nearest(word, [*known, *{part for name in names for part in name.split(".")}])
+            raise AdapterError(
+                f"{option}: {word!r} means nothing in this "
+                f"model{f' (did you mean {close}?)' if close else ''}."
+                f" Fix: use {', '.join(known)}, or a pattern of names such as *.q_proj_moe_gen"
+            )
+        chosen |= found
+    return tuple(name for name in names if name in chosen)
+
+
+# ---- putting it in
+
+
+def add_adapter(model: Bagel, adapter: Adapter, name: str = NAME) -> None:
+    """Puts an adapter around its matrices, in place. Its parameters lie nowhere yet; ``model.adapters`` knows
+    it.
+
+    Raises:
+        AdapterError: peft is not installed, or refuses.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise AdapterError(f"adapters need peft ({error}). Fix: pip install 'unigen[lora]'") from None
+    config = LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets),
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.variant == "rslora", use_dora=adapter.variant == "dora",
+    )  # fmt: skip
+    try:
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise AdapterError(f"the adapter cannot be added: {' '.join(str(error).split())}") from error
+    model.adapters[name] = adapter
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Proof that an adapter does something: the size of the change it makes to each of its matrices."""
+
+    bound: int
+    wanted: int
+    low: float  # least Frobenius norm of a change
+    high: float
+
+    def __str__(self) -> str:
+        return f"bound {self.bound} of {self.wanted} modules, |dW| {self.low:.3g} .. {self.high:.3g}"
+
+
+def binding_of(model: Bagel, name: str = NAME) -> Binding:
+    """How far the adapter changes each of its matrices.
+
+    Raises:
+        AdapterError: a module that it names has no adapter.
+    """
+    adapter = model.adapters[name]
+    modules = dict(model.named_modules())
+    bound = [t for t in adapter.targets if name in getattr(modules.get(t), "lora_A", ())]
+    if len(bound) < len(adapter.targets) or not bound:
+        lacking = [target for target in adapter.targets if target not in bound]
+        raise AdapterError(
+            f"only {len(bound)} of {len(adapter.targets)} modules were bound; without an adapter: "
+            f"{few(lacking, 5)}."
+            " Fix: use the base that the adapter was trained on"
+        )
+    sizes = [_change(modules[target], name) for target in bound]
+    return Binding(len(bound), len(adapter.targets), min(sizes), max(sizes))
+
+
+def _change(module: Any, name: str) -> float:
+    """Frobenius norm of ``scaling B A``, by two products of r x r: |BA|^2 = tr((B'B)(AA'))."""
+    a, b = (getattr(module, mark)[name].weight.detach().float() for mark in ("lora_A", "lora_B"))
+    square = float(((b.T @ b) * (a @ a.T)).sum())
+    return module.scaling[name] * math.sqrt(max(square, 0.0))
+
+
+def activate(model: Bagel, weights: Mapping[str, float]) -> None:
+    """Which adapters take part from now on, and how much: name -> factor of the adapter's own scaling."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            taking_part = [name for name, factor in weights.items() if factor and name in module.lora_A]
+            module.set_adapter(taking_part, inference_mode=True)
+            for name in taking_part:
+                module.set_scale(name, weights[name])
+
+
+# ---- values
+
+
+def fresh_values(model: Bagel, name: str, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> Tensor:
+    """The first values [shape] float32 of an adapter's parameter: A uniform in +-1 / sqrt(inputs), B zero, so
+    that nothing changes at first (Hu et al. 2021, section 4.1); DoRA's magnitudes are the norms of the base's
+    rows.
+
+    ``stored`` says where the base lies; quantised matrices are there already. The same numbers for every
+    engine: they depend on seed and name alone.
+    """
+    if ".lora_A." in name:
+        digest = hashlib.sha256(f"{model.adapters[NAME].seed} {name}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return (torch.rand(shape, generator=draw) * 2 - 1) / math.sqrt(shape[1])
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    target = name.partition(".lora_")[0]
+    below = model.get_submodule(f"{target}.base_layer")
+    return (dequantised(below) if holds_quantised(below) else stored[f"{target}.weight"].read().float()).norm(
+        dim=1
+    )
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """The matrix [out, in] float32 that does what ``weight`` and its adapter do together:
+    W + s B A; with DoRA m (W + s B A) / |W + s B A| by rows (Liu et al. 2024, eq. 5).
+
+    Args:
+        weight: [out, in]; a: [r, in]; b: [out, r]; scaling: of ``B A``; magnitude: [out].
+    """
+    changed = weight.float() + scaling * (b.float() @ a.float())
+    if magnitude is None:
+        return changed
+    return changed * (magnitude.float() / changed.norm(dim=1))[:, None]
+
+
+def check_fits(
+    folder: Path, adapter: Adapter, named: Mapping[str, Stored], base: Mapping[str, Stored]
+) -> None:
+    """Does the adapter fit the base whose tensors are ``base``?
+
+    Raises:
+        AdapterError: modules or shapes of another model, or another base of the same shape.
+    """
+    odd = [target for target in adapter.targets if f"{target}.weight" not in base]
+    odd += [name for name in adapter.whole if name not in base or base[name].shape != named[name].shape]
+    for target in adapter.targets:
+        if f"{target}.weight" in base:
+            out, inputs = base[f"{target}.weight"].shape
+            shapes = [named[f"{target}.{mark}.{NAME}.weight"].shape for mark in ADAPTER_MARKS[:2]]
+            if shapes != [(adapter.rank, inputs), (out, adapter.rank)]:
+                odd.append(f"{target} {shapes}, the base's matrix is {[out, inputs]}")
+    if odd:
+        raise AdapterError(
+            f"{folder}: the adapter was made for another model; {len(odd)} of its parts do not fit: "
+            f"{few(odd, 3)}."
+            f" Fix: use its base ({adapter.base or 'not named'})"
+        )
+    if adapter.digest and adapter.digest != digest_of(base, adapter.targets):
+        raise AdapterError(
+            f"{folder}: the adapter was trained on other weights of the same shape (their digest differs). "
+            f"Fix: use its"
+            f" base ({adapter.base or 'not named'})"
+        )
+
+
+def check_same_parts(folder: Path, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Does a run that goes on have the adapters of its checkpoint?
+
+    Args:
+        folder: of the base, for the message.
+        parameters: of the model.
+        stored: where the numbers of base and adapter lie, by the model's names.
+
+    Raises:
+        AdapterError: one of them has matrices that the other has not.
+    """
+    ours = {name for name in parameters if is_adapter(name)}
+    theirs = {name for name in stored if is_adapter(name)}
+    if odd := sorted(ours ^ theirs):
+        raise AdapterError(
+            f"the checkpoint's adapter over {folder} changes other matrices than this run's: {few(odd, 3)}. "
+            f"Fix: resume"
+            " with the run's own --lora_targets"
+        )
+
+
+def digest_of(base: Mapping[str, Stored], targets: Iterable[str]) -> str:
+    """Tells one base from another by the first 256 numbers of each adapted matrix, in bfloat16: the same for
+    copies of other dtypes and other cuts into files."""
+    digest = hashlib.sha256()
+    for target in sorted(targets):
+        entry = base[f"{target}.weight"]
+        first = entry.read(0, min(256, entry.numel)).to(torch.bfloat16)
+        digest.update(f"{target} {list(entry.shape)}".encode() + first.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- trained ones
+
+
+@torch.no_grad()
+def bind(
+    model: Bagel,
+    folder: Path,
+    factor: float,
+    name: str,
+    base: Mapping[str, Stored],
+    device: torch.device | str,
+) -> Binding:
+    """Loads the adapter of a folder into a model whose weights are there, in float32.
+
+    Args:
+        model: it; what the adapter trained whole moves by ``factor`` from where it is.
+        folder: of the adapter.
+        factor: how much of it is added.
+        name: its name in the model.
+        base: where the tensors of the model's base lie.
+        device: of the model.
+
+    Raises:
+        AdapterError: it is no adapter, was made for another base, or does not bind.
+    """
+    adapter, stored = read_adapter(folder)
+    check_fits(folder, adapter, stored, base)
+    add_adapter(model, adapter, name)
+    for own in adapter.names():
+        if own in adapter.whole:
+            weight = model.get_parameter(own)
+            weight.lerp_(stored[own].read().to(weight), factor)
+        else:
+            owner, _, last = own.replace(f".{NAME}.", f".{name}.").rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, last, nn.Parameter(stored[own].read().float().to(device), requires_grad=False))
+    return binding_of(model, name)
+
+
+def merges(
+    folder: Path, base: Mapping[str, Stored], raw: Mapping[str, Stored] | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """What makes each tensor of the base that an adapter changes: published name -> float32 tensor of its
+    shape.
+
+    Args:
+        folder: of the adapter.
+        base: where the tensors of the base lie.
+        raw: where other numbers of the adapter lie (those that train, say), in place of the folder's.
+
+    Raises:
+        AdapterError: as :func:`bind`.
+    """
+    adapter, stored = read_adapter(folder)
+    check_fits(folder, adapter, stored, base)
+    stored = stored if raw is None else {**stored, **raw}
+
+    def make(target: str) -> Tensor:
+        parts = [stored.get(f"{target}.{mark}.{NAME}.weight") for mark in ADAPTER_MARKS]
+        a, b, magnitude = (None if part is None else part.read() for part in parts)
+        return merged(base[f"{target}.weight"].read(), a, b, adapter.scaling, magnitude)
+
+    found = {f"{target}.weight": lambda target=target: make(target) for target in adapter.targets}
+    return found | {name: lambda name=name: stored[name].read().float() for name in adapter.whole}

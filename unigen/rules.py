@@ -1,0 +1,177 @@
+"""What the options of a run may be together: tables of refusals by topic, for ``Config.resolve``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Rules = Iterator[tuple[Any, str, str]]
+"""(is it refused?, option, what is wrong and the fix)."""
+
+_NEEDS = {
+    "early_stopping_patience": "val_data_path",
+    "sample_steps": "sample_prompts",
+    "wandb_run_name": "wandb_project",
+}
+# (is it so?, the option, what is wrong and the fix)
+
+
+def conflicts(c: Any) -> Rules:
+    """All rules for a ``Config``, whether broken or not."""
+    for topic in (_missing, _nothing_to_learn, _at_odds, _adapters, _quantised):
+        yield from topic(c)
+
+
+def _missing(c: Any) -> Rules:
+    """What is not given, and what is given without the option that it belongs to."""
+    yield not c.model_path, "model_path", "is missing. Fix: give the folder of a BAGEL checkpoint"
+    yield (
+        not (c.train_data_path or c.train_sources),
+        "train_data_path",
+        "is missing. Fix: give a JSON or JSONL file, or a folder of them",
+    )
+    for name, other in _NEEDS.items():
+        given = getattr(c, name) is not None and getattr(c, other) is None
+        yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
+    for name in ("shard_size", "cpu_offload"):
+        yield getattr(c, name) and c.engine != "fsdp2", name, "needs engine fsdp2. Fix: --engine fsdp2"
+    yield (
+        c.deepspeed_config is not None and c.engine != "deepspeed",
+        "deepspeed_config",
+        "needs engine deepspeed. Fix: --engine deepspeed",
+    )
+    yield (
+        c.checkpointing_policy == "selective" and not c.gradient_checkpointing,
+        "checkpointing_policy",
+        "is selective, but gradient_checkpointing is off. Fix: --gradient_checkpointing, or leave the policy"
+        " out",
+    )
+
+
+def _nothing_to_learn(c: Any) -> Rules:
+    """Parts and losses that leave out all that could be trained."""
+    yield (
+        not (c.visual_gen or c.visual_und) and c.freeze_llm,
+        "freeze_llm",
+        "with no visual part leaves nothing to train. Fix: leave freeze_llm out",
+    )
+    yield (
+        c.freeze_und and not c.visual_gen,
+        "freeze_und",
+        "trains the generation expert, which visual_gen=false leaves out. Fix: leave one of them out",
+    )
+    yield (
+        c.freeze_und and c.freeze_llm,
+        "freeze_und",
+        "with freeze_llm leaves only the latent heads. Fix: choose one of them",
+    )
+    yield (
+        c.text_loss_weight == 0 and (c.image_loss_weight == 0 or not c.visual_gen),
+        "text_loss_weight",
+        "is 0, and so is all else that could be learnt. Fix: give one loss a weight above 0",
+    )
+
+
+def _at_odds(c: Any) -> Rules:
+    """Options that exclude each other."""
+    for part in ("und", "gen", "vit", "connector"):
+        own = [
+            name for name in (f"learning_rate_{part}", f"weight_decay_{part}") if getattr(c, name) is not None
+        ]
+        for name in own:
+            yield c.engine == "deepspeed", name, "does not work with engine deepspeed. Fix: use fsdp2"
+        rated = getattr(c, f"learning_rate_{part}") is not None and c.learning_rate == 0
+        yield rated, f"learning_rate_{part}", "follows learning_rate, which is 0. Fix: a rate above 0"
+    yield (
+        c.train_data_path and c.train_sources,
+        "train_sources",
+        "and train_data_path exclude each other. Fix: keep one",
+    )
+    yield (
+        None not in (c.warmup_steps, c.max_steps) and c.warmup_steps > c.max_steps,
+        "warmup_steps",
+        f"is {c.warmup_steps}, above max_steps {c.max_steps}: the learning rate would never reach its"
+        " peak. Fix: fewer",
+    )
+    yield (
+        c.learning_rate * c.weight_decay >= 1,
+        "weight_decay",
+        f"is {c.weight_decay}: times the learning rate of {c.learning_rate} a step takes away more than"
+        " there is. Fix: a smaller one",
+    )
+    yield (
+        c.optimizer == "adamw8bit" and c.engine == "deepspeed",
+        "optimizer",
+        "adamw8bit does not work with engine deepspeed. Fix: use fsdp2",
+    )
+    yield (
+        c.compile == "on" and c.recomputes_selectively,
+        "compile",
+        "is on, but checkpointing_policy selective cannot see the products inside of compiled layers. Fix:"
+        " use full, or compile off",
+    )
+    yield (
+        c.compile == "on" and c.engine == "deepspeed",
+        "compile",
+        "is on, which engine deepspeed cannot. Fix: use fsdp2",
+    )
+
+
+def _adapters(c: Any) -> Rules:
+    """Adapters, and what says nothing without or beside them."""
+    if c.lora_rank is None:
+        for name, off in _WITHOUT_ADAPTERS.items():
+            yield getattr(c, name) != off, name, "needs lora_rank. Fix: --lora_rank 64, or leave it out"
+        return
+    for name in ("freeze_llm", "freeze_vit"):
+        yield (
+            getattr(c, name),
+            name,
+            "says nothing beside lora_rank: what lora_targets leaves out stays as it is. Fix: leave it out",
+        )
+    words = {*(c.lora_targets or ()), *(c.train_also or ())}
+    yield (
+        c.freeze_und and {"und", "both", "vit", "connector"} & words,
+        "freeze_und",
+        "excludes adapters of the understanding side. Fix: --lora_targets gen",
+    )
+    yield c.lora_targets == [], "lora_targets", "is empty. Fix: name a part, such as gen"
+    yield (
+        not c.visual_gen and c.lora_targets is None,
+        "lora_targets",
+        "is gen, which visual_gen=false leaves out. Fix: --lora_targets und",
+    )
+    yield c.engine == "deepspeed", "lora_rank", "does not work with engine deepspeed. Fix: use fsdp2"
+
+
+def _quantised(c: Any) -> Rules:
+    """Matrices of 4 and 8 bits."""
+    yield c.double_quant and c.quantize != "nf4", "double_quant", "needs quantize nf4. Fix: --quantize nf4"
+    if c.quantize is None:
+        return
+    yield (
+        c.model_load_mode not in (None, {"nf4": 2, "int8": 3}[c.quantize]),
+        "model_load_mode",
+        f"is {c.model_load_mode}, and quantize {c.quantize}. Fix: keep one of them",
+    )
+    yield (
+        c.lora_rank is None,
+        "quantize",
+        "needs lora_rank: quantised matrices cannot train themselves. Fix: --lora_rank 64",
+    )
+    yield (
+        c.engine not in ("auto", "single", "ddp"),
+        "quantize",
+        f"does not work with engine {c.engine}. Fix: use ddp",
+    )
+    yield (
+        c.lora_variant == "dora" and c.quantize == "int8",
+        "lora_variant",
+        "dora does not work over int8. Fix: --quantize nf4, or --lora_variant lora",
+    )
+    yield c.compile == "on", "compile", "is on, which quantised layers do not allow. Fix: --compile auto"
+
+
+_WITHOUT_ADAPTERS = {
+    "lora_alpha": None, "lora_targets": None, "train_also": None, "lora_variant": "lora", "lora_dropout": 0.0,
+}  # fmt: skip
