@@ -46,7 +46,7 @@ def made(base: Path, folder: Path, seed: int = 0, **about: object) -> Path:
     adapter = Adapter(3, 5.0, targets, whole=whole, base=str(base), **about)  # type: ignore[arg-type]
     adapter = replace(adapter, digest=lora.digest_of(scan_folder(base), targets))
     folder.mkdir()
-    disk.write_config(folder, adapter, linear)
+    (folder / disk.CONFIG).write_text(json.dumps(disk.config_of(adapter, linear)))
     generator = torch.Generator().manual_seed(seed)
     stored, tensors = scan_folder(base), {}
     for name in adapter.names():

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from unigen.config import UserError
 from unigen.model.parts import ADAPTER_MARKS, is_adapter

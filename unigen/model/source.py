@@ -16,10 +16,9 @@ from typing import BinaryIO
 from torch import Tensor
 
 from unigen.config import UserError
-from unigen.model.storage import Stored, scan_folder
+from unigen.model.storage import HELD, Stored, scan_folder
 
 _HEAD, _BLOCK, _BLOCKS = 1 << 20, 1 << 12, 64  # bytes and blocks of a file that its stamp covers
-_OPEN_FILES = Path("/proc/self/fd") if Path("/proc/self/fd").is_dir() else Path("/dev/fd")
 
 
 class SourceChanged(UserError):
@@ -72,7 +71,7 @@ class Source:
         if known is None and scan_folder(folder) != found:
             self.close()
             raise self._unsteady()
-        self._paths = {_OPEN_FILES / str(file.fileno()): path for path, file in self._files.items()}
+        self._paths = {HELD / str(file.fileno()): path for path, file in self._files.items()}
         through = {path: place for place, path in self._paths.items()}
         self.stored = {
             name: replace(entry, parts=tuple(replace(part, file=through[part.file]) for part in entry.parts))

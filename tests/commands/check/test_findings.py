@@ -545,6 +545,7 @@ def test_problems_beyond_their_bound_are_counted_and_that_is_told(tmp_path, monk
     problems = Problems(listed)
     found = check([tmp_path / "a.jsonl"], load_planner(None, DataOptions()), num_workers=0, problems=problems)
     assert found.problems.counts["no_format"] == 200 and found.problems.counts["more_problems"] == 1
+    problems.save()
     problems.close()
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert lines[-1]["code"] == "more_problems" and 20 < len(lines) < 60

@@ -109,7 +109,7 @@ def test_nothing_in_a_folder_can_steer_the_terminal(tmp_path):
     for age in (0, 300):
         write_rank(folder, 1, phase=EVIL, host=EVIL, time=time.time() - age)
         lines = shown([look(folder)], 200) + shown([look(folder), look(folder)], 200)
-        assert sum("evil" in line for line in lines) > 8
+        assert sum("evil" in line for line in lines) > 4  # a heartbeat with such a host counts for nothing
         assert not {c for line in lines for c in line if not c.isprintable()}
 
 
