@@ -24,7 +24,7 @@ from unigen.config import Config, SamplingOptions, Source, UserError
 from unigen.values import kinds, members, read_option
 
 COMMAND_OPTIONS = {name: load(row.options) for name, row in COMMANDS.items()}
-NEEDED = {"model_path": "m", "paths": ["p"]}  # of options that have no default
+NEEDED = {"model_path": "m", "paths": ["p"], "data_path": "d"}  # of options that have no default
 
 # Spellings that some reader of numbers, truth values, YAML or paths would take for something else.
 ODD = [

@@ -53,6 +53,7 @@ Shift = Annotated[float, Range(0, 1000, above=True)]  # of times
 Loss = Annotated[float, Range(0, math.inf)]  # the weight of one, which counts beside the other's
 Workers = Annotated[int, Range(0, 1024)]
 Rate = Annotated[float, Range(0, 10)]
+USUAL_RATE = 1e-5  # adapters take more
 Decay = Annotated[float, Range(0, 1000)]
 
 
@@ -261,7 +262,7 @@ class OptimOptions(Options):
     num_epochs: Count = 3
     max_steps: Count | None = None
     gradient_accumulation_steps: Count = 1
-    learning_rate: Rate | None = None
+    learning_rate: Rate = USUAL_RATE
     weight_decay: Decay = 0.0
     learning_rate_und: Rate | None = None
     learning_rate_gen: Rate | None = None
@@ -391,9 +392,10 @@ class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions,
     """Every option of a training run, flat."""
 
     def __post_init__(self) -> None:
+        usual = self.learning_rate is USUAL_RATE  # the object: whoever gives 1e-5 means it
         super().__post_init__()
-        if self.learning_rate is None:
-            self.learning_rate = 1e-5 if self.lora_rank is None else 1e-4
+        if usual and self.lora_rank is not None:
+            self.learning_rate = 1e-4
         # the same choice under two names; resolve() tells where they differ
         self.quantize = self.quantize or _MODES[self.model_load_mode]
 

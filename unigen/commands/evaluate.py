@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigen.config import SamplingOptions
+from unigen.values import Count, Device, PathText, Seed, Whole
 
 if TYPE_CHECKING:
     from unigen.evaluation.results import Result
@@ -37,24 +38,24 @@ class EvaluateOptions(SamplingOptions):
         wordnet: The wordnet folder of nltk, for synonyms in METEOR.
         alexnet: File of its weights, for LPIPS of edits.
         lang: Language of the texts, for the tokenizer of BLEU; default: by their script.
-        device: cuda, cpu, or auto.
+        device: auto, cpu, cuda, or one GPU such as cuda:1.
     """
 
-    model_path: str
-    data_path: str | list[str]
-    output_dir: str = "outputs/evaluate"
-    samples: int | None = None
-    batch_size: int = 8
-    data_root: str | None = None
+    model_path: PathText
+    data_path: PathText | list[PathText]
+    output_dir: PathText = "outputs/evaluate"
+    samples: Count | None = None
+    batch_size: Count = 8
+    data_root: PathText | None = None
     features: str | None = None
-    clip: str | None = None
-    bert: str | None = None
-    bert_layer: int | None = None
-    wordnet: str | None = None
-    alexnet: str | None = None
+    clip: PathText | None = None
+    bert: PathText | None = None
+    bert_layer: Whole | None = None
+    wordnet: PathText | None = None
+    alexnet: PathText | None = None
     lang: str | None = None
-    device: str = "auto"
-    seed: int | None = 42
+    device: Device = "auto"
+    seed: Seed | None = 42
 
 
 def evaluate(options: EvaluateOptions) -> int:
@@ -69,10 +70,6 @@ def evaluate(options: EvaluateOptions) -> int:
     from unigen.inference.options import check_sampling
 
     check_sampling(o)
-    for name in ("samples", "batch_size"):
-        value = getattr(o, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1 (--{name} ...)")
     if o.seed is None:
         raise ConfigError("seed is none, and answers without one cannot be repeated. Fix: --seed 42")
     from unigen.data.dataset import UnifiedGenerationDataset
