@@ -41,8 +41,8 @@ COMMANDS: dict[str, Command] = {
         'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
     ),
     "evaluate": Command(
-        "unigen.commands.evaluate:EvaluateOptions",
-        "unigen.commands.evaluate:evaluate",
+        "unigen.commands.evaluate.command:EvaluateOptions",
+        "unigen.commands.evaluate.command:evaluate",
         "Answer held-out records and measure the answers: metrics with intervals.",
         "unigen evaluate --model_path outputs/unified_training/best --data_path data/val.jsonl",
     ),

@@ -295,6 +295,8 @@ def _not_comparable(a: Result, b: Result) -> str:
         (r.parts is None or r.rule not in RULES) and (r.rows is None or r.function is None) for r in (a, b)
     ):
         return "the values of the samples were not kept"
+    if any((r.parts is None or r.rule not in RULES) and r.interval is None for r in (a, b)):
+        return f"{a.n} samples are too few to say how sure the difference is"
     return ""
 
 

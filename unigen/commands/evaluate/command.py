@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from unigen.config import SamplingOptions
 from unigen.values import Count, Device, PathText, Seed, Whole
 
 if TYPE_CHECKING:
+    from unigen.evaluation.answers import Prediction
     from unigen.evaluation.results import Result
     from unigen.evaluation.score import Tools
+    from unigen.evaluation.statistics import Comparison
 
 
 @dataclass(kw_only=True)
@@ -24,8 +27,8 @@ class EvaluateOptions(SamplingOptions):
         model_path: Folder of the checkpoint, in the published BAGEL layout.
         data_path: Held-out records, of the kinds that training reads: files or folders. The last answer of
             each is asked for.
-        output_dir: Folder for metrics.json, predictions.jsonl and the pictures. The same command goes on
-            where it was stopped.
+        output_dir: Folder for report.html, metrics.json, predictions.jsonl and the pictures. The same command
+            goes on where it was stopped.
         samples: The first so many records; default: all.
         batch_size: Records answered at once. It is part of what the answers depend on.
         data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
@@ -39,6 +42,9 @@ class EvaluateOptions(SamplingOptions):
         alexnet: File of its weights, for LPIPS of edits.
         lang: Language of the texts, for the tokenizer of BLEU; default: by their script.
         device: auto, cpu, cuda, or one GPU such as cuda:1.
+        compare: More checkpoints that answer the same prompts with the same seeds; each is compared with
+            model_path's by paired tests. Their answers lie in folders of their own in output_dir.
+        language: Language of the report: en or zh.
     """
 
     model_path: PathText
@@ -55,6 +61,8 @@ class EvaluateOptions(SamplingOptions):
     alexnet: PathText | None = None
     lang: str | None = None
     device: Device = "auto"
+    compare: list[PathText] = field(default_factory=list)
+    language: Literal["en", "zh"] = "en"
     seed: Seed | None = 42
 
 
@@ -80,26 +88,69 @@ def evaluate(options: EvaluateOptions) -> int:
     if not cases:
         raise ConfigError(f"no record of {o.data_path} asks anything. Fix: give records with a target")
     # before the model, which takes longer to load, and before anything is generated
+    from unigen.commands.evaluate.page import write
+    from unigen.outputs import output_folder, unwritten
+    from unigen.show.language import Words
+
     tools = _tools(o)
-    return _answer_and_score(o, cases, silent, dataset.fingerprint, tools)
+    models, out = [o.model_path, *o.compare], Path(o.output_dir)
+    output_folder(
+        "output_dir", out, [*models, *([o.data_path] if isinstance(o.data_path, str) else o.data_path)]
+    )
+    answered = [
+        _answer_and_score(o, model, folder, cases, silent, dataset.fingerprint, tools)
+        for model, folder in zip(models, folders_of(out, models), strict=True)
+    ]
+    with unwritten("output_dir", out):
+        compared = _write_comparisons(out, answered) if o.compare else {}
+        page = write(out / "report.html", cases, answered, compared, Words(o.language, "evaluate"))
+    _report(answered, compared, page)
+    everything = (result for one in answered for results in one.scores.values() for result in results)
+    return 1 if any(_failed(result, o) for result in everything) else 0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one checkpoint answered, and how well.
+
+    Args:
+        name: of the checkpoint, for people.
+        about: what the answers depend on.
+        predictions: of all cases, in their order.
+        scores: metrics by task.
+    """
+
+    name: str
+    about: dict[str, Any]
+    predictions: list[Prediction]
+    scores: dict[str, list[Result]]
 
 
 def _answer_and_score(
-    o: EvaluateOptions, cases: list[Any], silent: int, fingerprint: str, tools: Tools
-) -> int:
-    from tqdm import tqdm
+    o: EvaluateOptions,
+    model: str,
+    folder: Path,
+    cases: list[Any],
+    silent: int,
+    fingerprint: str,
+    tools: Tools,
+) -> Answered:
+    """Has a checkpoint answer all cases into ``folder``, and measures the answers.
 
+    Raises:
+        UserError: the checkpoint cannot be read, or the folder holds other answers or cannot be written.
+    """
     from unigen.cache.encoders import digest_weights
     from unigen.config import ConfigError
     from unigen.evaluation.answers import answer_all
     from unigen.evaluation.score import as_json, score
     from unigen.files import atomic
     from unigen.inference.inferencer import InterleaveInferencer
+    from unigen.printing import bar
     from unigen.version import __version__
 
-    folder = Path(o.output_dir)
     sampling = {name: value for name, value in asdict(o).items() if hasattr(SamplingOptions(), name)}
-    inferencer = InterleaveInferencer.from_pretrained(o.model_path, o.device)
+    inferencer = InterleaveInferencer.from_pretrained(model, o.device)
     about = {
         "checkpoint": digest_weights(inferencer.model.named_parameters(), None)[:12],
         "data": fingerprint,
@@ -113,19 +164,56 @@ def _answer_and_score(
 
     assert o.seed is not None
     try:
-        with tqdm(total=len(cases), desc="records", unit="", disable=None) as bar:
+        with bar("records", total=len(cases), unit="") as shown:
             predictions = answer_all(
                 cases, ask, folder, about, batch_size=o.batch_size, seed=o.seed,
-                tick=lambda done: bar.update(done - bar.n),
+                tick=lambda done: shown.update(done - shown.n),
             )  # fmt: skip
         scores = score(cases, predictions, tools)
-        shown = {"about": about, "records": len(cases), "without_question": silent, "tasks": as_json(scores)}
+        held = {"about": about, "records": len(cases), "without_question": silent, "tasks": as_json(scores)}
         with atomic(folder / "metrics.json") as file:
-            file.write(json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}). Fix: give another --output_dir") from error
-    _report(scores, folder)
-    return 1 if any(_failed(result, o) for results in scores.values() for result in results) else 0
+    return Answered(model, about, predictions, scores)
+
+
+def comparisons(base: Answered, other: Answered) -> dict[str, list[Comparison]]:
+    """What can be said of each metric of ``other`` against ``base``, task by task. Both answered the same
+    cases."""
+    from unigen.evaluation.statistics import compare
+
+    return {
+        task: [compare(a, b) for a, b in zip(results, other.scores[task], strict=True)]
+        for task, results in base.scores.items()
+    }
+
+
+def _write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
+    """``compare.json``: every checkpoint against the first; returns them by the checkpoint's name."""
+    from unigen.files import atomic
+
+    base, *others = answered
+    found = {other.name: comparisons(base, other) for other in others}
+    held = {
+        "base": base.name,
+        "against": {
+            name: {task: [asdict(one) for one in ones] for task, ones in tasks.items()}
+            for name, tasks in found.items()
+        },
+    }
+    with atomic(folder / "compare.json") as file:
+        file.write(json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    return found
+
+
+def folders_of(output_dir: Path, models: Sequence[str]) -> list[Path]:
+    """The folder of each checkpoint's answers: ``output_dir`` itself for one, otherwise ``1-NAME``,
+    ``2-NAME``."""
+    if len(models) == 1:
+        return [output_dir]
+    names = [re.sub(r"[^\w.-]+", "_", Path(model).resolve().name)[:60] for model in models]
+    return [output_dir / f"{number}-{name}" for number, name in enumerate(names, 1)]
 
 
 def _failed(result: Result, o: EvaluateOptions) -> bool:
@@ -156,16 +244,21 @@ def _tools(o: EvaluateOptions) -> Tools:
     )  # fmt: skip
 
 
-def _report(scores: dict[str, list[Result]], folder: Path) -> None:
+def _report(answered: list[Answered], compared: dict[str, dict[str, list[Comparison]]], page: Path) -> None:
     from unigen.show.terminal import say, table
 
-    for task, results in scores.items():
-        say(f"\n{task}")
-        say(table(["metric", "value", "95 %", "n"], [_row(result) for result in results]))
-        for result in results:
-            for note in result.notes:
-                say(f"{result.kind}: {note}")
-    say(f"\nWritten to {folder / 'metrics.json'}")
+    for one in answered:
+        for task, results in one.scores.items():
+            say(f"\n{task}" if len(answered) == 1 else f"\n{one.name}: {task}")
+            say(table(["metric", "value", "95 %", "n"], [_row(result) for result in results]))
+            for result in results:
+                for note in result.notes:
+                    say(f"{result.kind}: {note}")
+    for name, tasks in compared.items():
+        for task, ones in tasks.items():
+            say(f"\n{name} against {answered[0].name}: {task}")
+            say(table(["metric", "verdict"], [[one.name.partition("[")[0], one.sentence()] for one in ones]))
+    say(f"\nWritten to {page}")
 
 
 def _row(result: Result) -> list[str]:

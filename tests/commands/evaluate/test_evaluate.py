@@ -1,0 +1,164 @@
+"""``unigen evaluate`` on the tiny checkpoint: numbers with names, the same after a second run, one line for
+every mistake."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from unigen import cli
+from unigen.commands.evaluate.command import Answered, comparisons
+from unigen.commands.evaluate.page import write
+from unigen.evaluation.answers import Prediction
+from unigen.evaluation.cases import Case
+from unigen.evaluation.results import Result
+from unigen.evaluation.statistics import estimate
+from unigen.inference.inferencer import InterleaveInferencer
+from unigen.show.language import Words
+
+TINY = ["--device", "cpu", "--num_timesteps", "3", "--max_new_tokens", "4", "--height", "32", "--width", "32"]
+RECORDS = [
+    {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": "yes 是"}]}
+    for n in range(3)
+]
+
+
+@pytest.fixture
+def evaluate(golden, tmp_path, capsys):
+    """Runs the command; (exit code, standard output, standard error)."""
+    data = tmp_path / "val.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
+
+    def run(*argv: str):
+        given = {"--model_path": golden / "model", "--data_path": data, "--output_dir": tmp_path / "out"}
+        code = cli.main(["evaluate", *(str(word) for pair in given.items() for word in pair), *TINY, *argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_second_run_asks_nothing_and_gives_the_same_numbers(evaluate, tmp_path, monkeypatch):
+    code, said, error = evaluate("--batch_size", "2")
+    assert code == 0, error
+    before = contents(tmp_path / "out")
+    held = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    names = [entry["name"] for entry in held["tasks"]["text"]]
+    assert held["records"] == 3 and list(held["tasks"]) == ["text"]
+    assert any(name.startswith("bleu[nrefs:1|case:mixed|eff:no|tok:zh|") for name in names)
+    assert len(held["about"]["checkpoint"]) == 12 and held["about"]["sampling"]["num_timesteps"] == 3
+    assert "rougeL" in said and str(tmp_path / "out" / "report.html") in said
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [42, 43, 44]
+    monkeypatch.setattr(InterleaveInferencer, "unified_generate_batch", None)  # a call would raise
+    assert evaluate("--batch_size", "2")[0] == 0 and contents(tmp_path / "out") == before
+    code, _, error = evaluate("--batch_size", "2", "--num_timesteps", "4")
+    assert code == 2 and "sampling" in error and "Fix: give another folder" in error
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--batch_size", "0"], "batch_size"),
+        (["--samples", "0"], "samples"),
+        (["--seed", "null"], "seed"),
+        (["--features", "no/such/folder"], "no/such/folder"),
+        (["--clip", "./none"], "none"),
+        (["--bert", "./none", "--bert_layer", "1"], "none"),
+        (["--data_path", "none.jsonl"], "none.jsonl"),
+        (["--num_timesteps", "0"], "num_timesteps"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(evaluate, tmp_path, argv, word):
+    code, _, error = evaluate(*argv)
+    assert code == 2 and word in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_records_that_ask_nothing_are_a_mistake(evaluate, tmp_path):
+    (tmp_path / "val.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Good day."}]}\n')
+    code, _, error = evaluate()
+    assert code == 2 and "asks anything" in error
+
+
+@pytest.fixture
+def other(golden, tmp_path):
+    """The checkpoint with another text head."""
+    folder = tmp_path / "other"
+    shutil.copytree(golden / "model", folder)
+    tensors = load_file(folder / "ema.safetensors")
+    tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "ema.safetensors")
+    return folder
+
+
+@pytest.mark.slow
+def test_checkpoints_are_compared_on_the_same_prompts_and_seeds(evaluate, golden, other, tmp_path):
+    code, said, error = evaluate("--compare", str(golden / "model"), str(other), "--language", "zh")
+    assert code == 0, error
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} >= {
+        "1-model",
+        "2-model",
+        "3-other",
+        "compare.json",
+        "report.html",
+    }
+    held = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    same = held["against"][str(golden / "model")]["text"]
+    shown = [one for one in same if one["verdict"] != "not compared"]  # three texts are few for some metrics
+    assert len(shown) > 8 and {(one["verdict"], one["p"]) for one in shown} == {("no difference shown", 1.0)}
+    seeds = [
+        [json.loads(line)["seed"] for line in (out / name / "predictions.jsonl").read_text().splitlines()]
+        for name in ("1-model", "3-other")
+    ]
+    assert seeds[0] == seeds[1] == [42, 43, 44]
+    first, last = (
+        [json.loads(line)["pieces"] for line in (out / name / "predictions.jsonl").read_text().splitlines()]
+        for name in ("1-model", "3-other")
+    )
+    assert first != last
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert 'lang="zh-CN"' in page and "看不出差别" in page and "Question 1?" in page and "yes 是" in page
+    assert f"{other} against {golden / 'model'}: text" in said
+    # a page that something else left there stays
+    (out / "report.html").write_text("mine")
+    assert evaluate("--compare", str(golden / "model"), str(other))[0] == 2
+    assert (out / "report.html").read_text() == "mine"
+
+
+def result(kind: str, values: list[float]) -> Result:
+    return estimate(f"{kind}[n={len(values)}]", np.array(values))
+
+
+def test_the_page_shows_the_best_the_worst_and_the_most_changed(tmp_path):
+    cases = [
+        Case(n, f"val.jsonl:{n}", "text", (f"<b>question {n}</b>",), ("text",), ((f"right {n}",),))
+        for n in range(20)
+    ]
+    values = [np.linspace(0, 1, 20), np.linspace(0, 1, 20)]
+    values[1][7] = 0.99
+    answered = [
+        Answered(
+            name, {"checkpoint": name, "sampling": {"seed": 42}},
+            [Prediction(n, f"val.jsonl:{n}", "text", 42 + n, (f"{name} {n}",)) for n in range(20)],
+            {"text": [result("accuracy", list(scores)), Result("bleu[x]", None, reason="no reason", fix="none")]},
+        )
+        for name, scores in zip("ab", values, strict=True)
+    ]  # fmt: skip
+    compared = {"b": comparisons(*answered)}
+    page = write(tmp_path / "report.html", cases, answered, compared, Words("en", "evaluate")).read_text()
+    samples = re.findall(r"<b>(most changed|best|worst)</b> · (\S+) .*?val\.jsonl:(\d+)", page)
+    assert samples[0] == ("most changed", "accuracy", "7")
+    assert [number for label, _, number in samples if label == "best"] == ["19", "18", "17"]
+    assert [number for label, _, number in samples if label == "worst"] == ["0", "1", "2", "3"]
+    assert "&lt;b&gt;question 7" in page and "<b>question" not in page
+    assert "not compared: one has no value (no reason)" in page

@@ -1,0 +1,182 @@
+"""The report of ``unigen evaluate``: verdicts first, then numbers with intervals, then samples side by
+side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unigen.config import UserError
+from unigen.show.language import TAGS, Words
+from unigen.show.pages import embed, write_page
+
+if TYPE_CHECKING:
+    from unigen.commands.evaluate.command import Answered
+    from unigen.evaluation.cases import Case
+    from unigen.evaluation.results import Result
+    from unigen.evaluation.statistics import Comparison
+
+BY = "unigen evaluate"
+EACH = 4  # samples of a kind: best, worst, most changed
+# By which metric samples are called good: the first of a task that has a value of each sample.
+ORDER = ("accuracy", "anls", "rougeL", "clip_score", "similarity", "ssim", "psnr", "structure")
+MARKS = {
+    "better": "good",
+    "worse": "bad",
+    "differs": "warn",
+    "no difference shown": "note",
+    "not compared": "note",
+}
+
+
+def write(
+    path: Path,
+    cases: Sequence[Case],
+    answered: Sequence[Answered],
+    compared: Mapping[str, Mapping[str, Sequence[Comparison]]],
+    words: Words,
+) -> Path:
+    """Writes the page.
+
+    Args:
+        path: of it.
+        cases: what was asked.
+        answered: by each checkpoint; the first is what the others are compared with.
+        compared: comparisons by checkpoint and task.
+
+    Raises:
+        UserError: something else is at ``path``.
+        OSError: it cannot be written.
+    """
+    base = answered[0]
+    values = {
+        "words": words,
+        "checkpoints": [[one.name, one.about["checkpoint"]] for one in answered],
+        "verdicts": [
+            (name, [(task, [_verdict(one, words) for one in ones]) for task, ones in tasks.items()])
+            for name, tasks in compared.items()
+        ],
+        "records": len(cases),
+        "tasks": [_task(task, cases, answered, words) for task in base.scores],
+        "settings": sorted((name, str(value)) for name, value in base.about["sampling"].items()),
+        "about": base.about,
+    }
+    return write_page(
+        path, "evaluate.html", values, by=BY, title=words("title"), language=TAGS[words.language],
+        styles=["evaluate"],
+    )  # fmt: skip
+
+
+def _verdict(one: Comparison, words: Words) -> tuple[str, str, str]:
+    """(mark, metric, sentence)."""
+    kind = one.name.partition("[")[0]
+    if one.verdict == "not compared":
+        return MARKS[one.verdict], kind, words("not_compared", why=one.reason)
+    if one.verdict == "no difference shown":
+        return MARKS[one.verdict], kind, words("no_difference", n=one.n, p=f"{one.p:.2g}")
+    assert one.difference is not None and one.interval is not None
+    low, high = one.interval if one.difference > 0 else (-one.interval[1], -one.interval[0])
+    size = f"{abs(one.difference):.4g} [{low:.4g}, {high:.4g}]"
+    return MARKS[one.verdict], kind, words(one.verdict, size=size, p=f"{one.p:.2g}", n=one.n)
+
+
+def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:
+    """Numbers and samples of one task."""
+    rows = []
+    for number, result in enumerate(answered[0].scores[task]):
+        found = [one.scores[task][number] for one in answered]
+        rows.append([_kind(result), *map(_number, found), str(result.n)])
+    notes = [(result.kind, note) for result in answered[0].scores[task] for note in result.notes]
+    lacking = [
+        (result.kind, f"{result.reason}. Fix: {result.fix}")
+        for result in answered[0].scores[task]
+        if result.value is None
+    ]
+    places = [place for place, case in enumerate(cases) if case.task == task]
+    return {
+        "name": task,
+        "header": [words("metric"), *(one.name for one in answered), "n"],
+        "rows": rows,
+        "notes": [("note", f"{kind}: {text}") for kind, text in [*notes, *lacking]],
+        "names": [result.name for result in answered[0].scores[task]],
+        "samples": _samples(task, places, cases, answered, words),
+    }
+
+
+def _kind(result: Result) -> str:
+    return result.kind + (" (source)" if "to=source" in result.name else "")
+
+
+def _number(result: Result) -> str:
+    if result.value is None:
+        return "–"
+    ends = "" if result.interval is None else " [{:.3g}, {:.3g}]".format(*result.interval)
+    return f"{result.value:.4g}{ends}"
+
+
+def _samples(
+    task: str, places: list[int], cases: Sequence[Case], answered: Sequence[Answered], words: Words
+) -> list[dict[str, Any]]:
+    """The best, the worst and the most changed samples, without repetition."""
+    measured = _measure(task, answered)
+    if measured is None or len(measured[1][0]) != len(places):
+        chosen = [("", place, "") for place in places[: 2 * EACH]]
+        kind = ""
+    else:
+        kind, values = measured
+        last = values[-1]
+        order = [int(i) for i in np.argsort(last, kind="stable") if np.isfinite(last[i])]
+        groups = {"best": order[::-1][:EACH], "worst": order[:EACH]}
+        if len(values) > 1:
+            change = np.nan_to_num(np.abs(values[-1] - values[0]))
+            groups = {
+                "changed": [int(i) for i in np.argsort(-change, kind="stable")[:EACH] if change[i]],
+                **groups,
+            }
+        chosen, seen = [], set()
+        for label, ones in groups.items():
+            for i in ones:
+                if i not in seen:
+                    seen.add(i)
+                    scores = " → ".join(f"{value[i]:.3g}" for value in values)
+                    chosen.append((words(label), places[i], f"{kind} {scores}"))
+    return [
+        {
+            "label": label,
+            "score": score,
+            "where": cases[place].where,
+            "prompt": [_shown(piece) for piece in cases[place].prompt],
+            "reference": [
+                _shown(piece[0] if isinstance(piece, tuple) else piece) for piece in cases[place].references
+            ],
+            "answers": [
+                (one.name, [_shown(piece) for piece in one.predictions[place].pieces]) for one in answered
+            ],
+        }
+        for label, place, score in chosen
+    ]
+
+
+def _measure(task: str, answered: Sequence[Answered]) -> tuple[str, list[np.ndarray]] | None:
+    """The metric by which samples are told apart, and each checkpoint's value of each sample."""
+    for kind in ORDER:
+        found = [
+            next((r.samples for r in one.scores[task] if r.kind == kind and r.samples is not None), None)
+            for one in answered
+        ]
+        if all(values is not None for values in found):
+            return kind, [np.asarray(values, float) for values in found]
+    return None
+
+
+def _shown(piece: Any) -> Any:
+    """A text, or a picture inside the page."""
+    if isinstance(piece, str):
+        return piece
+    try:
+        return embed(piece, min_width=120)
+    except (UserError, OSError) as error:
+        return f"({error})"
