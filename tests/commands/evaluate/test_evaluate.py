@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from unigen import cli
-from unigen.commands.evaluate.command import Answered, comparisons
 from unigen.commands.evaluate.page import write
+from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import Case
 from unigen.evaluation.results import Result

@@ -13,7 +13,7 @@ from unigen.config import SamplingOptions
 from unigen.values import Count, Device, PathText, Seed, Whole
 
 if TYPE_CHECKING:
-    from unigen.evaluation.answers import Prediction
+    from unigen.evaluation.answered import Answered
     from unigen.evaluation.results import Result
     from unigen.evaluation.score import Tools
     from unigen.evaluation.statistics import Comparison
@@ -109,23 +109,6 @@ def evaluate(options: EvaluateOptions) -> int:
     return 1 if any(_failed(result, o) for result in everything) else 0
 
 
-@dataclass(frozen=True)
-class Answered:
-    """What one checkpoint answered, and how well.
-
-    Args:
-        name: of the checkpoint, for people.
-        about: what the answers depend on.
-        predictions: of all cases, in their order.
-        scores: metrics by task.
-    """
-
-    name: str
-    about: dict[str, Any]
-    predictions: list[Prediction]
-    scores: dict[str, list[Result]]
-
-
 def _answer_and_score(
     o: EvaluateOptions,
     model: str,
@@ -142,6 +125,7 @@ def _answer_and_score(
     """
     from unigen.cache.encoders import digest_weights
     from unigen.config import ConfigError
+    from unigen.evaluation.answered import Answered
     from unigen.evaluation.answers import answer_all
     from unigen.evaluation.score import as_json, score
     from unigen.files import atomic
@@ -178,19 +162,9 @@ def _answer_and_score(
     return Answered(model, about, predictions, scores)
 
 
-def comparisons(base: Answered, other: Answered) -> dict[str, list[Comparison]]:
-    """What can be said of each metric of ``other`` against ``base``, task by task. Both answered the same
-    cases."""
-    from unigen.evaluation.statistics import compare
-
-    return {
-        task: [compare(a, b) for a, b in zip(results, other.scores[task], strict=True)]
-        for task, results in base.scores.items()
-    }
-
-
 def _write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
     """``compare.json``: every checkpoint against the first; returns them by the checkpoint's name."""
+    from unigen.evaluation.answered import comparisons
     from unigen.files import atomic
 
     base, *others = answered

@@ -14,7 +14,7 @@ from unigen.show.language import TAGS, Words
 from unigen.show.pages import embed, write_page
 
 if TYPE_CHECKING:
-    from unigen.commands.evaluate.command import Answered
+    from unigen.evaluation.answered import Answered
     from unigen.evaluation.cases import Case
     from unigen.evaluation.results import Result
     from unigen.evaluation.statistics import Comparison

@@ -1,0 +1,36 @@
+"""What several checkpoints answered to the same cases, and what can be said of one against another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from unigen.evaluation.answers import Prediction
+from unigen.evaluation.results import Result
+from unigen.evaluation.statistics import Comparison, compare
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one checkpoint answered, and how well.
+
+    Args:
+        name: of the checkpoint, for people.
+        about: what the answers depend on.
+        predictions: of all cases, in their order.
+        scores: metrics by task.
+    """
+
+    name: str
+    about: dict[str, Any]
+    predictions: list[Prediction]
+    scores: dict[str, list[Result]]
+
+
+def comparisons(base: Answered, other: Answered) -> dict[str, list[Comparison]]:
+    """What can be said of each metric of ``other`` against ``base``, task by task. Both answered the same
+    cases."""
+    return {
+        task: [compare(a, b) for a, b in zip(results, other.scores[task], strict=True)]
+        for task, results in base.scores.items()
+    }
