@@ -76,7 +76,6 @@ class ModelOptions(Options):
         lora_targets: Which matrices they change: gen (the generation expert), und (the understanding expert),
             both, connector, vit, or patterns of module names such as "*.q_proj_moe_gen". Default: gen.
         lora_variant: lora; rslora divides by the root of the rank; dora learns the length of each row apart.
-        lora_dropout: Chance that an input of an adapter is left out in training.
         quantize: Hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8), so that a model fits a smaller
             card; adapters train over them (lora_rank). Default: as they are.
         double_quant: Quantise the scales of nf4, too: 0.4 bits fewer a number.
@@ -94,7 +93,6 @@ class ModelOptions(Options):
     lora_alpha: Positive | None = None
     lora_targets: list[str] | None = None
     lora_variant: Literal["lora", "rslora", "dora"] = "lora"
-    lora_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = False
     model_load_mode: Annotated[int, Range(1, 3)] | None = None

@@ -142,6 +142,16 @@ def _adapters(c: Any) -> Rules:
         "is gen, which visual_gen=false leaves out. Fix: --lora_targets und",
     )
     yield c.engine == "deepspeed", "lora_rank", "does not work with engine deepspeed. Fix: use fsdp2"
+    yield (
+        c.recomputes_selectively,
+        "checkpointing_policy",
+        "is selective, which does not know the products of adapters. Fix: --checkpointing_policy full",
+    )
+    yield (
+        c.compile == "on" and c.lora_variant == "dora",
+        "compile",
+        "is on, which layers with dora do not allow. Fix: --compile auto",
+    )
 
 
 def _quantised(c: Any) -> Rules:
@@ -173,5 +183,5 @@ def _quantised(c: Any) -> Rules:
 
 
 _WITHOUT_ADAPTERS = {
-    "lora_alpha": None, "lora_targets": None, "train_also": None, "lora_variant": "lora", "lora_dropout": 0.0,
+    "lora_alpha": None, "lora_targets": None, "train_also": None, "lora_variant": "lora",
 }  # fmt: skip

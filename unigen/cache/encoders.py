@@ -21,7 +21,7 @@ from unigen.model.backends import autocast
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec
 from unigen.model.config import BagelConfig, read_config
-from unigen.model.parts import dtype_of, is_frozen
+from unigen.model.parts import ADAPTED, GEN, TRAINED_WHOLE, dtype_of, is_frozen
 from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.vit import VisionModel
 from unigen.model.weights import load_codec
@@ -150,6 +150,12 @@ class Encoders:
 
 
 def _vit_is_frozen(config: Config) -> bool:
+    """Does no option train the ViT, or a part of it? A pattern that may mean one of its parts counts."""
+    if config.lora_rank is not None:
+        words = {*(config.lora_targets or ()), *(config.train_also or ())}
+        others = ({*ADAPTED, *TRAINED_WHOLE} - {"vit"}) & words
+        ours = [word for word in words - others if GEN not in word and not word.startswith("language_model.")]
+        return config.visual_und and not ours
     return config.visual_und and is_frozen("vit_model.", config)
 
 

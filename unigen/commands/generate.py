@@ -63,12 +63,16 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
     from unigen.inference.inferencer import InterleaveInferencer
     from unigen.inference.options import check_sampling
     from unigen.inference.requests import sample_of
+    from unigen.model.adapters import parse_adapter
     from unigen.model.weights import base_of, build_bagel
 
     check_sampling(o)
     sample_of(prompt)
     base, adapters = base_of(o.model_path, o.adapter)
-    requests = InterleaveInferencer(build_bagel(base)[0]).requests  # no weights are read yet
+    empty = build_bagel(base)[0]  # no weights are read yet
+    if adapters:
+        empty.trained_in = parse_adapter(adapters[-1])[0]
+    requests = InterleaveInferencer(empty).requests
     requests.prepare([prompt], OUTPUTS[o.mode], o)
     inferencer = InterleaveInferencer.from_pretrained(base, o.device, adapters=adapters, quantize=o.quantize)
     inferencer.requests = requests  # which has told what there is to tell

@@ -26,6 +26,11 @@ from unigen.model.storage import Stored, few, read_json, scan_set
 
 CONFIG = "adapter_config.json"
 GROUP = "adapter_model"  # of files, as ``adapter_model.safetensors``
+# of peft's configs: what changes the numbers in ways that are not known here
+_UNUSED = (
+    "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias", "fan_in_fan_out", "target_parameters",
+    "trainable_token_indices", "megatron_config",
+)  # fmt: skip
 PREFIX = "base_model.model."
 NAME = "default"  # peft's name of the adapter that trains
 VARIANTS = ("lora", "rslora", "dora")
@@ -43,7 +48,6 @@ class Adapter:
     alpha: float
     targets: tuple[str, ...]  # modules, by their whole names
     variant: str = "lora"  # one of VARIANTS
-    dropout: float = 0.0
     whole: tuple[str, ...] = ()  # parameters that are trained whole beside it
     base: str = ""  # folder or name of the model below
     digest: str = ""  # of the base's matrices, see :func:`digest_of`
@@ -83,10 +87,10 @@ def config_of(adapter: Adapter, linear: Iterable[str]) -> dict[str, Any]:
     return {
             "peft_type": "LORA", "task_type": None, "inference_mode": True,
             "base_model_name_or_path": adapter.base,
-            "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout, "bias": "none",
+            "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none",
             "fan_in_fan_out": False, "target_modules": short_targets(adapter.targets, linear),
             "use_rslora": adapter.variant == "rslora", "use_dora": adapter.variant == "dora",
-            "modules_to_save": sorted({name.partition(".")[0] for name in adapter.whole}) or None,
+            "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
             "unigen": {"targets": list(adapter.targets), "whole": list(adapter.whole),
             "digest": adapter.digest},
         }  # fmt: skip
@@ -109,7 +113,7 @@ def _ends(name: str) -> Iterator[str]:
 
 def is_adapter_folder(folder: Path) -> bool:
     """Does the folder hold an adapter, and no model?"""
-    return (folder / CONFIG).is_file()
+    return (folder / CONFIG).is_file() and not (folder / "llm_config.json").exists()
 
 
 def parse_adapter(text: str | Path) -> tuple[Path, float]:
@@ -160,11 +164,13 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
             f"no LoRA"
             " adapter. Fix: give a folder that peft or unigen wrote for LoRA"
         )
-    unknown = [key for key in ("rank_pattern", "alpha_pattern", "layer_replication") if config.get(key)]
-    if unknown or config.get("bias", "none") != "none":
-        raise AdapterError(
-            f"{folder / CONFIG}: {few(unknown or ['bias'])} is not supported. Fix: merge it with peft"
-        )
+    odd = [key for key in _UNUSED if config.get(key)]
+    odd += ["bias"] if config.get("bias", "none") != "none" else []
+    odd += ["use_rslora with use_dora"] if config.get("use_rslora") and config.get("use_dora") else []
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva"):
+        odd.append("init_lora_weights")  # its base is not the published one
+    if odd:
+        raise AdapterError(f"{folder / CONFIG}: {few(odd)} is not supported. Fix: merge it with peft")
     targets = tuple(dict.fromkeys(n.partition(".lora_")[0] for n in named if is_adapter(n)))
     variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     adapter = Adapter(
@@ -173,6 +179,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
         base=str(config.get("base_model_name_or_path") or ""),
         digest=str(ours.get("digest") or ""),
     )  # fmt: skip
+    if odd := [name for name in named if name not in adapter.names()]:
+        raise AdapterError(
+            f"{folder}: the adapter holds {few(odd, 3)}, which is no part of LoRA. Fix: merge it with peft"
+        )
     lacking = [name for name in adapter.names() if name not in named]
     lacking += [target for target in ours.get("targets", []) if target not in targets]
     if lacking or not targets:

@@ -90,7 +90,6 @@ def add_adapter(model: Bagel, adapter: Adapter, name: str = NAME) -> None:
         raise AdapterError(f"adapters need peft ({error}). Fix: pip install 'unigen[lora]'") from None
     config = LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets),
-        lora_dropout=adapter.dropout,
         use_rslora=adapter.variant == "rslora", use_dora=adapter.variant == "dora",
     )  # fmt: skip
     try:
@@ -130,18 +129,53 @@ def binding_of(model: Bagel, name: str = NAME) -> Binding:
             " Fix: use the base that the adapter was trained on"
         )
     sizes = [_change(modules[target], name) for target in bound]
-    return Binding(len(bound), len(adapter.targets), min(sizes), max(sizes))
+    return _proven(Binding(len(bound), len(adapter.targets), min(sizes), max(sizes)), adapter)
+
+
+def _proven(binding: Binding, adapter: Adapter) -> Binding:
+    if binding.high == 0 and adapter.variant != "dora" and not adapter.whole:
+        raise AdapterError(
+            f"the adapter changes nothing ({binding}). Fix: use a checkpoint after its first steps"
+        )
+    return binding
+
+
+def binding_on_disk(adapter: Adapter, stored: Mapping[str, Stored]) -> Binding:
+    """:func:`binding_of` an adapter whose numbers lie where ``stored`` says. Raises AdapterError."""
+    sizes = []
+    for target in adapter.targets:
+        a, b = (stored[f"{target}.{mark}.{NAME}.weight"].read() for mark in ADAPTER_MARKS[:2])
+        sizes.append(_size(a, b, adapter.scaling))
+    return _proven(Binding(len(sizes), len(adapter.targets), min(sizes), max(sizes)), adapter)
 
 
 def _change(module: Any, name: str) -> float:
+    a, b = (getattr(module, mark)[name].weight.detach() for mark in ("lora_A", "lora_B"))
+    return _size(a, b, module.scaling[name])
+
+
+def _size(a: Tensor, b: Tensor, scaling: float) -> float:
     """Frobenius norm of ``scaling B A``, by two products of r x r: |BA|^2 = tr((B'B)(AA'))."""
-    a, b = (getattr(module, mark)[name].weight.detach().float() for mark in ("lora_A", "lora_B"))
-    square = float(((b.T @ b) * (a @ a.T)).sum())
-    return module.scaling[name] * math.sqrt(max(square, 0.0))
+    a, b = a.float(), b.float()
+    return scaling * math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+
+
+def _refuse_share(adapter: Adapter, factor: float) -> None:
+    if adapter.variant == "dora" and factor not in (0, 1):
+        raise AdapterError(
+            f"a DoRA adapter cannot take part by {factor:g}: it learnt the lengths of rows. Fix: 1, or 0 for "
+            f"off"
+        )
 
 
 def activate(model: Bagel, weights: Mapping[str, float]) -> None:
-    """Which adapters take part from now on, and how much: name -> factor of the adapter's own scaling."""
+    """Which adapters take part from now on, and how much: name -> factor of the adapter's own scaling.
+
+    Raises:
+        AdapterError: a part of a DoRA adapter is asked for.
+    """
+    for name, factor in weights.items():
+        _refuse_share(model.adapters[name], factor)
     for module in model.modules():
         if hasattr(module, "lora_A"):
             taking_part = [name for name, factor in weights.items() if factor and name in module.lora_A]
@@ -209,7 +243,7 @@ def check_fits(
             f"{few(odd, 3)}."
             f" Fix: use its base ({adapter.base or 'not named'})"
         )
-    if adapter.digest and adapter.digest != digest_of(base, adapter.targets):
+    if adapter.digest and adapter.digest != digest_of(base):
         raise AdapterError(
             f"{folder}: the adapter was trained on other weights of the same shape (their digest differs). "
             f"Fix: use its"
@@ -238,14 +272,17 @@ def check_same_parts(folder: Path, parameters: Mapping[str, Tensor], stored: Map
         )
 
 
-def digest_of(base: Mapping[str, Stored], targets: Iterable[str]) -> str:
-    """Tells one base from another by the first 256 numbers of each adapted matrix, in bfloat16: the same for
-    copies of other dtypes and other cuts into files."""
+def digest_of(base: Mapping[str, Stored]) -> str:
+    """Tells one base from another by numbers from four places of each of its tensors, in bfloat16: the same
+    for copies of other dtypes and other cuts into files. Position tables do not count, which copies may
+    lack."""
     digest = hashlib.sha256()
-    for target in sorted(targets):
-        entry = base[f"{target}.weight"]
-        first = entry.read(0, min(256, entry.numel)).to(torch.bfloat16)
-        digest.update(f"{target} {list(entry.shape)}".encode() + first.view(torch.uint8).numpy().tobytes())
+    for name in sorted(name for name in base if not is_table(name) and not is_adapter(name)):
+        entry = base[name]
+        digest.update(f"{name} {list(entry.shape)}".encode())
+        for at in sorted({entry.numel * part // 4 for part in range(4)}):
+            some = entry.read(at, min(at + 32, entry.numel)).to(torch.bfloat16)
+            digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -276,11 +313,12 @@ def bind(
     """
     adapter, stored = read_adapter(folder)
     check_fits(folder, adapter, stored, base)
+    _refuse_share(adapter, factor)
     add_adapter(model, adapter, name)
     for own in adapter.names():
         if own in adapter.whole:
             weight = model.get_parameter(own)
-            weight.lerp_(stored[own].read().to(weight), factor)
+            weight.add_((stored[own].read().float() - base[own].read().float()).to(weight), alpha=factor)
         else:
             owner, _, last = own.replace(f".{NAME}.", f".{name}.").rpartition(".")
             module = model.get_submodule(owner)

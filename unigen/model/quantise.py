@@ -41,6 +41,8 @@ def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.d
     Raises:
         QuantiseError: bitsandbytes is missing.
     """
+    if kind not in KINDS:
+        raise QuantiseError(f"quantize is {kind!r}. Fix: use one of {', '.join(KINDS)}")
     bnb = _bitsandbytes(kind)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = [name for name in linear if is_quantised(name)]
@@ -65,10 +67,19 @@ def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.d
             new.compute_type_is_set = True
         else:
             new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=0.0, device="meta")
+        new.bias = old.bias
+        new.register_forward_pre_hook(_lowered)  # bitsandbytes gives back the dtype that it is given
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, new)
     # how peft tells which of its layers fits
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
+
+
+def _lowered(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Under autocast the input in the dtype of products, as PyTorch's linear layers take it."""
+    x, *rest = args
+    kind = x.device.type
+    return (x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x, *rest)
 
 
 def is_quantised(name: str) -> bool:

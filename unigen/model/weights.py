@@ -19,7 +19,14 @@ from torch import Tensor
 from unigen import foreign
 from unigen.config import DataOptions
 from unigen.model.adapters import CONFIG as ADAPTER
-from unigen.model.adapters import NAME, config_of, is_adapter_folder, parse_adapter, read_adapter
+from unigen.model.adapters import (
+    NAME,
+    AdapterError,
+    config_of,
+    is_adapter_folder,
+    parse_adapter,
+    read_adapter,
+)
 from unigen.model.backends import use_expandable_segments
 from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec, VaeConfig
@@ -148,7 +155,14 @@ def base_of(folder: Path | str, adapters: Sequence[str | Path] = ()) -> tuple[Pa
     """The folder of a model, and the adapters over it: an adapter's folder stands for its base and itself."""
     folder = Path(folder)
     if is_adapter_folder(folder):
-        return Path(read_adapter(folder)[0].base), [folder, *adapters]
+        base = read_adapter(folder)[0].base
+        if not base or not Path(base).is_dir():
+            raise AdapterError(
+                f"{folder} is an adapter, and its base is not there ({base or 'it names none'}). Fix: give "
+                f"the"
+                f" base and the adapter: --model_path BASE --adapter {folder}"
+            )
+        return Path(base), [folder, *adapters]
     return folder, list(adapters)
 
 
@@ -210,6 +224,7 @@ def place_parameter(
     value = torch.empty(p.shape, dtype=dtype, device=device)
     read_parameter(model, name, stored, value.view(-1))
     if quantised:
+        refuse_nonfinite(model.source or Path(), nonfinite([(published_name(name), value)]))
         store(module, value)
     else:
         setattr(module, last, torch.nn.Parameter(value, requires_grad=p.requires_grad))

@@ -183,7 +183,7 @@ class Engine:
         self.compiled = prepare(model, c, self.device.type, self.name, self.dtype)
         self.model = model.train()
         if adapter := model.adapters.get(NAME):
-            digest = digest_of(stored, adapter.targets)
+            digest = digest_of(stored)
             model.adapters[NAME] = replace(adapter, digest=digest)
             if given:
                 check_same_parts(folder, dict(model.named_parameters()), given)

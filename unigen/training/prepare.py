@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from unigen.model.adapters import Adapter, describe
 from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
 from unigen.model.lora import add_adapter, targets_of, whole_of
-from unigen.model.parts import GEN, is_frozen
-from unigen.model.quantise import quantise_layers
+from unigen.model.parts import GEN, is_frozen, rated_part
+from unigen.model.quantise import is_quantised, quantise_layers
 from unigen.training.recompute import recompute_layers
 
 log = logging.getLogger("unigen")
@@ -64,24 +65,38 @@ def add_adapters(model: Bagel, config: Config) -> None:
         return
     targets = targets_of(model, config.lora_targets or ["gen"])
     whole = whole_of(model, config.train_also or [])
-    twice = [name for name in whole if name.removesuffix(".weight") in targets]
-    if twice:
-        raise ConfigError(
-            f"train_also and lora_targets both mean {twice[0]} and {len(twice) - 1} more. Fix: leave them "
-            f"out of one"
-        )
+    _refuse_names(config, targets, whole)
     adapter = Adapter(
         rank=config.lora_rank,
         alpha=config.alpha,
         targets=targets,
         variant=config.lora_variant,
-        dropout=config.lora_dropout,
         whole=whole,
-        base=config.model_path or "",
+        base=os.path.abspath(config.model_path or ""),  # it is looked for from other folders, too
         seed=config.seed,
     )
     add_adapter(model, adapter)
     log.info("Adapters: %s", describe(adapter))
+
+
+def _refuse_names(config: Config, targets: tuple[str, ...], whole: tuple[str, ...]) -> None:
+    """Raises ConfigError for names that cannot do what was asked of them."""
+    for name in whole:
+        module = name.rpartition(".")[0]
+        if module in targets:
+            raise ConfigError(
+                f"train_also means {name}, whose matrix lora_targets adapts. Fix: leave it out of one of them"
+            )
+        if config.quantize is not None and is_quantised(module):
+            raise ConfigError(
+                f"train_also means {name}, whose matrix is quantised. Fix: leave it out, or --quantize none"
+            )
+    still = [name for name in (*targets, *whole) if rated_part(name) != "gen"] if config.freeze_und else []
+    if still:
+        raise ConfigError(
+            f"freeze_und keeps {still[0]} as it is, which lora_targets or train_also means"
+            f" ({len(still)} of them). Fix: name the generation expert's, such as *norm*_moe_gen*"
+        )
 
 
 def freeze(model: Bagel, config: Config) -> None:
@@ -123,6 +138,8 @@ def compiles(config: Config, device: str, engine: str) -> tuple[bool, str]:
         return False, "auto: steps on a CPU gain less than compiling costs"
     if config.recomputes_selectively:
         return False, "auto: checkpointing_policy is selective"
+    if config.lora_variant == "dora":
+        return False, "auto: dora"
     if config.quantize is not None:
         return False, "auto: the matrices are quantised"
     if engine == "deepspeed":
@@ -146,4 +163,20 @@ def tell_compiling(options: Mapping[str, Any], compiled: bool) -> None:
             "This run's layers were %s and are %s now: its numbers can differ in the last digits from here "
             "on. Fix: --compile %s",
             *("compiled" if so else "not compiled" for so in (before, compiled)), "on" if before else "off",
+        )  # fmt: skip
+
+
+def tell_quantising(options: Mapping[str, Any], config: Config) -> None:
+    """Says where a resumed run goes on over a base of other bits than that of its checkpoint, whose options
+    are ``options``."""
+    names = ("quantize", "double_quant")
+    before, now = (
+        [options.get(name) or None for name in names],
+        [getattr(config, name) or None for name in names],
+    )
+    if before != now:
+        log.warning(
+            "This run's base was %s and is %s now: its losses change from here on. Fix: --quantize %s%s",
+            before[0] or "as it is stored", now[0] or "as it is stored", before[0] or "none",
+            " --double_quant" if before[1] else "",
         )  # fmt: skip

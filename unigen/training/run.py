@@ -47,7 +47,7 @@ from unigen.training.ema import EMA
 from unigen.training.engine import Engine
 from unigen.training.guards import BadStepGuard
 from unigen.training.precision import stored_precision, tell_change
-from unigen.training.prepare import tell_compiling
+from unigen.training.prepare import tell_compiling, tell_quantising
 from unigen.training.samples import SampleWriter
 from unigen.training.state import RunState, global_batch_of
 
@@ -202,6 +202,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         engine.on_main(lambda: side.update(side_files(model)))
         if resume:
             tell_compiling(states[layout.OPTIONS], engine.compiles)
+            tell_quantising(states[layout.OPTIONS], c)
         cache = open_cache(c.cache_dir, model, c, engine.dtype, engine.tensors) if c.cache_dir else None
         data = RunData(c, engine, model, cache)
         rank_slice = RankSlice(engine.rank, engine.world, global_batch_of(c, engine.world, states))
@@ -293,6 +294,12 @@ def _to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | N
 
 def _open_source(folder: Path, resume: Path | None) -> Source:
     """The folder of ``model_path``; where that is gone, the checkpoint that a run goes on from."""
+    if is_adapter_folder(folder):
+        raise CheckpointFolderError(
+            f"{folder} holds an adapter, no model. Fix: go on with its run by --resume_from_checkpoint, or "
+            f"merge"
+            f" it first (unigen ckpt export {folder} NEW_FOLDER --merge)"
+        )
     try:
         return Source(folder)
     except CheckpointFolderError as error:
@@ -333,6 +340,12 @@ def _weights(config: Config, source: Source, resume: Path | None) -> tuple[Path,
         return source.folder, None
     weights = scan_weights(resume, raw=True)
     if config.lora_rank is None:
+        if is_adapter_folder(resume):
+            rank = read_adapter(resume)[0].rank
+            raise CheckpointError(
+                f"{resume} holds an adapter, and this run trains none. Fix: resume with the run's own options"
+                f" (--lora_rank {rank} ...)"
+            )
         return resume, weights
     if not is_adapter_folder(resume):
         raise CheckpointError(

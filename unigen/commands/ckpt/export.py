@@ -19,7 +19,7 @@ from unigen.config import UserError
 from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import ForeignFileError, copy_file, roots_of
 from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
-from unigen.model.lora import merges
+from unigen.model.lora import binding_on_disk, merges
 from unigen.model.storage import (
     INDEX,
     WEIGHTS,
@@ -91,12 +91,13 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         )
     try:
         with staged(out, replace=replacing) as staging:
-            tensors, side = (
-                _merged(source, others, options) if options.merge else _stored(source, others, options)
-            )
+            tensors, side = _merged(source, options) if options.merge else _stored(source, others, options)
             files = _write_weights(
                 tensors, staging, options, GROUP if adapted and not options.merge else MODEL
             )
+            if adapted:
+                about_adapter, named = read_adapter(source)
+                print(f"Adapter: {binding_on_disk(about_adapter, named)}")
             for path in side:
                 copy_file(path, staging / path.name, roots_of(path.parent))
             about = {"unigen": __version__, "step": manifest["step"], "average": average}
@@ -182,9 +183,13 @@ def _stored(source: Path, others: list[str], options: CkptOptions) -> tuple[dict
     return {name: _Tensor.of(entry) for name, entry in named.items()}, [source / name for name in others]
 
 
-def _merged(source: Path, others: list[str], options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
-    """The base with the adapter added, and the base's files beside it with those of the run."""
+def _merged(source: Path, options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
+    """The base with the adapter added, and the base's files."""
     folder = Path(options.base or read_adapter(source)[0].base)
+    if not folder.is_dir():
+        raise ExportError(
+            f"the base of {source} is not there ({folder}). Fix: name it by --base, or leave --merge out"
+        )
     base, raw = scan_folder(folder), scan_weights(source, raw=options.weights == "raw")
     made = merges(source, base, raw)
 
