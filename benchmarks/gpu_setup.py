@@ -260,7 +260,7 @@ def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
     config = Config(device=Here.device, precision="bf16", compile=compile, **options)
     engine = open_engine(config)
     model = random_model(published(layers), lambda name: dtype_of(name, config, engine.dtype))
-    engine.compiled = prepare_for_training(model, config, engine.device.type, engine.name)
+    engine.compiled = prepare_for_training(model, config, engine.device.type, engine.name, engine.dtype)
     engine.model = model.train()
     engine.start()
     return engine

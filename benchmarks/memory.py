@@ -59,7 +59,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     from unigen.model.codec import VaeConfig
     from unigen.model.config import BagelConfig
     from unigen.model.storage import WEIGHTS, write_safetensors
-    from unigen.model.weights import write_side_files
+    from unigen.model.weights import side_files, write_side_files
 
     def model_of(layers: int) -> Bagel:
         llm = Qwen2Config(
@@ -91,7 +91,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
         for name, p in model.named_parameters()
     }
     write_safetensors(folder / WEIGHTS, plan)
-    write_side_files(model, folder)
+    write_side_files(side_files(model), folder)
     return bytes_of(model)
 
 

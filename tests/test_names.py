@@ -39,7 +39,7 @@ def test_a_name_that_is_not_utf8_works_to_the_end(
     model = str(ROOT / "tests/golden/model")
     for argv in (
         ["check", str(data), "--num_workers", "0", "--output", str(page)],
-        ["preview", str(data), "--output", str(page), "--samples", "2"],
+        ["preview", str(data), "--output", str(tmp_path / f"shown_{NAME}.html"), "--samples", "2"],
         ["fetch", str(data), "--output_dir", str(tmp_path / f"out_{NAME}")],
     ):
         assert main(argv) == 0, capsys.readouterr()
@@ -55,7 +55,7 @@ def test_a_name_that_is_not_utf8_works_to_the_end(
     capsys.readouterr()
     for argv in (
         ["watch", str(run), "--once"],
-        ["watch", str(run), "--html", str(page)],
+        ["watch", str(run), "--html", str(tmp_path / f"watched_{NAME}.html")],
         ["ckpt", "ls", str(run)],
         ["ckpt", "verify", str(run)],
         ["ckpt", "export", str(run / "step_1"), str(tmp_path / f"export_{NAME}")],

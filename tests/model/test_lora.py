@@ -101,11 +101,14 @@ def test_base_and_adapter_are_the_merged_checkpoint(base: Path, tmp_path: Path, 
     assert_equal(answers(load_bagel(folder)), adapted, 0)  # the folder names its base
 
 
-@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
-def test_plain_peft_loads_it_onto_the_model(base: Path, tmp_path: Path, variant: str):
+@pytest.mark.parametrize(
+    ("variant", "also"),
+    [("lora", ()), ("rslora", ("time_embedder",)), ("dora", ()), ("lora", ("norms", "llm2vae"))],
+)
+def test_plain_peft_loads_it_onto_the_model(base: Path, tmp_path: Path, variant: str, also: tuple[str, ...]):
     from peft import PeftModel
 
-    folder = made(base, tmp_path / "adapter", variant=variant)
+    folder = made(base, tmp_path / "adapter", variant=variant, also=also)
     expected = answers(load_bagel(base, adapters=[folder]))
     loaded = PeftModel.from_pretrained(load_bagel(base), str(folder))
     bound = [name for name, _ in loaded.named_parameters() if ".lora_A." in name]
@@ -130,6 +133,56 @@ def test_adapters_add_up_by_their_factors_and_can_be_switched(base: Path, tmp_pa
     assert_equal(answers(model), answers(load_bagel(base)), 0)
     lora.activate(model, {"adapter_0": 1.0, "adapter_1": -0.5})
     assert_equal(answers(model), answers(plain))
+
+
+def test_parts_trained_whole_add_up_too_and_dora_takes_part_whole_or_not(base: Path, tmp_path: Path):
+    a, b = (
+        made(base, tmp_path / name, seed, wanted=("gen",), also=("llm2vae",))
+        for seed, name in ((1, "a"), (2, "b"))
+    )
+    before = scan_folder(base)["llm2vae.weight"].read()
+    ends = [
+        load_file(folder / "adapter_model.safetensors")["base_model.model.llm2vae.weight"]
+        for folder in (a, b)
+    ]
+    for order in ([a, b], [b, a]):
+        torch.testing.assert_close(
+            load_bagel(base, adapters=order).llm2vae.weight, ends[0] + ends[1] - before
+        )
+    dora = made(base, tmp_path / "dora", variant="dora")
+    with pytest.raises(AdapterError, match="DoRA"):
+        load_bagel(base, adapters=[f"{dora}:0.5"])
+    model = load_bagel(base, adapters=[dora])
+    with pytest.raises(AdapterError, match="DoRA"):
+        lora.activate(model, {"adapter_0": 0.5})
+
+
+def test_an_adapter_that_changes_nothing_is_an_error(base: Path, tmp_path: Path):
+    folder = made(base, tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {n: t * (".lora_B." not in n) for n, t in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    with pytest.raises(AdapterError, match="changes nothing"):
+        load_bagel(base, adapters=[folder])
+
+
+@pytest.mark.parametrize(
+    "name", ["language_model.model.embed_tokens.weight", "vit_model.vision_model.post_layernorm.bias"]
+)
+def test_another_base_is_known_by_any_of_its_tensors(base: Path, tmp_path: Path, name: str):
+    folder = made(base, tmp_path / "a", wanted=("gen",))
+    shutil.copytree(base, tmp_path / "other")
+    weights = load_file(base / "ema.safetensors")
+    weights[name] = weights[name] + 0.5
+    save_file(weights, tmp_path / "other" / "ema.safetensors")
+    with pytest.raises(AdapterError, match="other weights"):
+        load_bagel(tmp_path / "other", adapters=[folder])
+    save_file(
+        {n: t.bfloat16() for n, t in load_file(base / "ema.safetensors").items()},
+        tmp_path / "other" / "ema.safetensors",
+    )
+    load_bagel(tmp_path / "other", adapters=[folder])  # a copy of half the size is the same base
 
 
 def test_what_was_trained_whole_moves_by_the_factor(base: Path, tmp_path: Path):
@@ -242,7 +295,7 @@ def test_an_adapter_is_no_model(base: Path, tmp_path: Path):
         build_bagel(folder)
     shutil.move(str(base), str(tmp_path / "moved"))
     try:
-        with pytest.raises(CheckpointFolderError, match=str(base)):
+        with pytest.raises(AdapterError, match=str(base)):
             load_bagel(folder)
     finally:
         shutil.move(str(tmp_path / "moved"), str(base))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import batch_of, built, metrics, train_on
 from torch import nn
 
@@ -14,7 +16,7 @@ from unigen.cli import main
 from unigen.config import Config, ConfigError
 from unigen.model import quantise
 from unigen.model.bagel import Bagel
-from unigen.model.storage import scan_folder
+from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.weights import load_bagel
 from unigen.training.trainer import TrainingLoop
 
@@ -97,6 +99,31 @@ def test_memory_is_what_the_bits_say(golden: Path):
         matrices = sum(stored[f"{name}.weight"].numel for name in expected_matrices(kind))
         saved = (whole - held(load_bagel(golden / "model", quantize=kind))) / matrices
         assert saved == pytest.approx(4 - bytes_of_one, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_under_autocast_products_give_the_dtype_that_plain_ones_give(
+    options: dict[str, Any], tmp_path: Path, kind: str
+):
+    loop = built(**options | {"lora_rank": 2, "quantize": kind, "precision": "bf16"})
+    layer, given = loop.run.model.language_model.model.layers[0], torch.randn(5, 64)
+    with loop.engine.autocast(), torch.no_grad():
+        for expert in ("", "_moe_gen"):
+            assert getattr(layer.self_attn, f"q_proj{expert}")(given).dtype == torch.bfloat16
+
+
+def test_weights_that_are_not_finite_are_refused_before_they_are_quantised(golden: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(golden / "model", folder)
+    tensors = load_file(folder / "ema.safetensors")
+    name = "language_model.model.layers.1.self_attn.q_proj.weight"
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, folder / "ema.safetensors")
+    for kind in ("nf4", "int8"):
+        with pytest.raises(CheckpointFolderError, match=name):
+            load_bagel(folder, quantize=kind)
+    with pytest.raises(quantise.QuantiseError, match="NF4"):
+        load_bagel(golden / "model", quantize="NF4")
 
 
 @pytest.mark.parametrize(("kind", "double"), KINDS)

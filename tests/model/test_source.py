@@ -41,7 +41,7 @@ def test_names_may_come_and_go(folder: Path, change: str):
     elif change == "rmtree":
         shutil.rmtree(folder)
     else:
-        folder.rename(folder.with_name("elsewhere"))
+        folder.rename(folder.with_name(f"{folder.name}-elsewhere"))
     assert source.moved() == [WEIGHTS] and source.rewritten() == []
     assert reads_well(source)
     source.close()

@@ -169,7 +169,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], given: di
     [
         ({"lora_targets": ["generation"]}, "lora_targets.*'generation'"),
         ({"train_also": ["time_embeder"]}, "train_also.*time_embedder"),
-        ({"lora_targets": ["connector"], "train_also": ["connector"]}, "both mean connector"),
+        ({"lora_targets": ["connector"], "train_also": ["connector"]}, "connector.*lora_targets adapts"),
     ],
 )
 def test_names_that_mean_nothing_are_refused(options: dict[str, Any], given: dict[str, Any], said: str):
@@ -194,6 +194,30 @@ def test_a_run_goes_on_only_with_the_same_adapters(options: dict[str, Any], tmp_
     with pytest.raises(ValueError, match="holds no adapter"):
         whole = {"output_dir": str(tmp_path / "plain"), "resume_from_checkpoint": "auto", "max_steps": 2}
         train(**options | LORA | whole)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train_also": ["*.q_proj_moe_gen.bias"]}, "q_proj_moe_gen.bias"),
+        ({"quantize": "int8", "train_also": ["*.down_proj.weight"]}, "quantised"),
+        ({"freeze_und": True, "train_also": ["norms"]}, "freeze_und"),
+    ],
+)
+def test_names_that_could_not_do_what_is_asked_are_refused(
+    options: dict[str, Any], given: dict[str, Any], said: str
+):
+    with pytest.raises(ConfigError, match=said):
+        built(**options | {"lora_rank": 2} | given)
+
+
+def test_another_base_of_bits_is_told_on_a_resume(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    train(**options | {"lora_rank": 2, "max_steps": 1, "save_steps": 1})
+    caplog.clear()
+    train(**options | {"lora_rank": 2, "max_steps": 2, "quantize": "int8", "resume_from_checkpoint": "auto"})
+    assert "--quantize none" in caplog.text
 
 
 @pytest.mark.slow

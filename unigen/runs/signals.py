@@ -255,6 +255,9 @@ def shielded() -> Iterator[None]:
     """
     global _of_workers
     before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "") == "torch.utils.data._utils.signal_handling":
+        # a loader of someone else's was there first, and PyTorch sets its handler once in a process
+        _of_workers, before = before, signal.SIG_DFL
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
