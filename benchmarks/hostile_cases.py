@@ -322,9 +322,12 @@ def weights(made: Originals) -> Iterator[Case]:
             ):  # fmt: skip
                 if change.get("data_offsets") != entry["data_offsets"]:
                     edited = weights_of({**header, name: {**entry, **change}}, body)
-                    yield weight_case(file, f"{odd} {name}", edited)
+                    yield weight_case(file, f"{odd} {name}", edited, (name,))
             yield weight_case(
-                file, f"gone {name}", weights_of({k: v for k, v in header.items() if k != name}, body)
+                file,
+                f"gone {name}",
+                weights_of({k: v for k, v in header.items() if k != name}, body),
+                (name,),
             )
         text = json.dumps(header)
         twice = text[:-1] + f', "{names[0]}": {json.dumps(header[names[0]])}}}'

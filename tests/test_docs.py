@@ -42,6 +42,7 @@ NOT_RUN = {
     "unigen demo": "tests/commands/demo/test_demo.py",
     "unigen watch outputs/demo/run": "tests/commands/demo/test_demo.py",
     "unigen --help": "tests/test_cli.py",
+    "unigen evaluate --model_path models/BAGEL-7B-MoT --compare": "tests/commands/evaluate/test_evaluate.py",
     "torchrun --nnodes=2": "several machines",
     "torchrun --nproc_per_node=8 train_unified_generation.py --config recipe.yaml --engine deepspeed": (
         "tests/training/test_deepspeed.py"

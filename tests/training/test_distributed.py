@@ -66,7 +66,7 @@ def _step_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fol
             (result.text_loss, result.image_loss, result.grad_norm, gradients(trainer)),
             Path(folder) / f"{number}.{rank}.pt",
         )
-    trainer = built(**options | {"ema": 0.5})
+    trainer = built(**options | {"ema": 0.5, "output_dir": f"{folder}/broken"})
     with torch.no_grad():
         trainer.run.model.language_model.model.embed_tokens.weight[broken] = float("nan")
     before = {name: p.clone() for name, p in trainer.run.model.state_dict().items()}
@@ -126,10 +126,7 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(
     assert [json.loads((folder / f"broken.{rank}.json").read_text()) for rank in range(2)] == [
         [True, True, 0]
     ] * 2
-    (line,) = [
-        json.loads(line)
-        for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text().splitlines()
-    ]
+    (line,) = [json.loads(line) for line in (folder / "broken" / "bad_steps.jsonl").read_text().splitlines()]
     data = options["train_data_path"]
     assert line["records"] == [f"{data}:2", f"{data}:1"]
 

@@ -285,7 +285,9 @@ def load_codec(folder: Path, config: BagelConfig, device: torch.device | str = "
             raise wrong(folder, "; ".join(found), "take both files of one and the same checkpoint")
         codec = kind(config.vae)
         if isinstance(codec, FluxCodec):
-            codec.load({name: entry.read().float() for name, entry in stored.items()})
+            values = {name: entry.read().float() for name, entry in stored.items()}
+            refuse_nonfinite(folder / "ae.safetensors", nonfinite(values.items()))
+            codec.load(values)
     except CheckpointFolderError:
         raise
     except ValueError as error:

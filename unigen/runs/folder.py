@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import IO
 
 from unigen.config import Config, UserError
 from unigen.files import Busy, atomic, hold, is_held, json_of, make_folders, remove, unmake
+from unigen.foreign import ForeignFileError, open_file, read_json
 from unigen.outputs import output_folder, unwritten
 from unigen.runs import layout
 from unigen.runs.checkpoint import list_folder, steps, sweep_orphans
@@ -154,7 +154,7 @@ def _foreign(folder: Path) -> str:
             empty = not path.exists() or path.stat().st_size == 0
             taken = name in (*layout.FILES, *layout.FOLDERS, layout.RANKS) or layout.is_checkpoint(name)
             if name == layout.LOCK:
-                taken = not path.read_bytes()[:100].startswith(b"process ")
+                taken = not _start(path).startswith(b"process ")
         else:
             empty = not any(path.iterdir())
             taken = name in (*layout.FILES, layout.TENSORBOARD, layout.WANDB)
@@ -167,11 +167,19 @@ def _foreign(folder: Path) -> str:
     return ""
 
 
+def _start(path: Path) -> bytes:
+    try:
+        with open_file(path, [path.parent]) as file:
+            return file.read(100)
+    except ForeignFileError:
+        return b""
+
+
 def _is_options(path: Path) -> bool:
     """Is it the file in which a run wrote its options down?"""
     try:
-        found = json.loads(path.read_bytes()) if path.stat().st_size < MAX_OPTIONS else None
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path, [path.parent], limit=MAX_OPTIONS, finite=False)
+    except ForeignFileError:
         return False
     return isinstance(found, dict) and {"model_path", "train_data_path", "output_dir"} <= found.keys()
 
