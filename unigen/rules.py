@@ -143,6 +143,11 @@ def _adapters(c: Any) -> Rules:
     )
     yield c.engine == "deepspeed", "lora_rank", "does not work with engine deepspeed. Fix: use fsdp2"
     yield (
+        c.timestep_shift is not None,
+        "timestep_shift",
+        "would be lost: a checkpoint of adapters has no config.json. Fix: set it in the base's config.json",
+    )
+    yield (
         c.recomputes_selectively,
         "checkpointing_policy",
         "is selective, which does not know the products of adapters. Fix: --checkpointing_policy full",

@@ -157,6 +157,13 @@ def test_parts_trained_whole_add_up_too_and_dora_takes_part_whole_or_not(base: P
         lora.activate(model, {"adapter_0": 0.5})
 
 
+def test_a_model_with_adapters_is_not_saved_as_one(base: Path, tmp_path: Path):
+    model = load_bagel(base, adapters=[made(base, tmp_path / "a")])
+    with pytest.raises(AdapterError, match="--merge"):
+        save_bagel(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_an_adapter_that_changes_nothing_is_an_error(base: Path, tmp_path: Path):
     folder = made(base, tmp_path / "a")
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -156,6 +156,7 @@ def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp
         ({"lora_rank": 2, "freeze_llm": True}, "freeze_llm"),
         ({"lora_rank": 2, "lora_targets": ["und"], "freeze_und": True}, "freeze_und"),
         ({"lora_rank": 2, "engine": "deepspeed"}, "lora_rank"),
+        ({"lora_rank": 2, "timestep_shift": 2.0}, "timestep_shift"),
         ({"lora_rank": 2, "visual_gen": False}, "lora_targets"),
     ],
 )

@@ -363,6 +363,10 @@ def save_bagel(
         weights: values to write instead of the model's own, by name (an average, say).
         filename: name of the weights file.
     """
+    if model.adapters:
+        raise AdapterError(
+            "a model with adapters cannot be saved as one. Fix: unigen ckpt export ADAPTER NEW_FOLDER --merge"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = scan_folder(model.source) if model.source is not None else {}

@@ -147,9 +147,12 @@ class RunState:
                 )  # fmt: skip
         if fresh and self.engine.main:
             log.warning(
-                "%s was removed, replaced or rewritten while the run goes on; checkpoints keep what the run "
-                "began with. Fix: give a run a folder that nobody changes",
+                "%s was removed, replaced or rewritten while the run goes on; %s. Fix: give a run a folder "
+                "that nobody changes",
                 ", ".join(str(self.origin.folder / name) for name in fresh),
+                "its adapters belong to what was there before"
+                if self.adapted
+                else "checkpoints keep what the run began with",
             )
 
     def _frozen(self, shard: Shard) -> StateEntry:
