@@ -187,6 +187,15 @@ def test_modes_by_number(options: dict[str, Any]):
     assert asked == {None: None, 1: None, 2: "nf4", 3: "int8"}
 
 
+def test_adapters_load_over_a_quantised_base(options: dict[str, Any], tmp_path: Path):
+    train_on(built(**options | {"lora_rank": 4, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}))
+    for kind in ("nf4", "int8"):
+        model = load_bagel(options["model_path"], quantize=kind, adapters=[tmp_path / "run" / "step_2"])
+        small = [name for name, module in model.named_modules() if quantise.holds_quantised(module)]
+        names = {name.removesuffix(".base_layer") for name in small}
+        assert len(names) == len(small) and names == expected_matrices(kind)
+
+
 def test_generate_answers_with_a_quantised_model(golden: Path, tmp_path: Path, capsys):
     asked = [
         "--model_path",

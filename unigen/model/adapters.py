@@ -33,7 +33,6 @@ _UNUSED = (
 )  # fmt: skip
 PREFIX = "base_model.model."
 NAME = "default"  # peft's name of the adapter that trains
-VARIANTS = ("lora", "rslora", "dora")
 
 
 class AdapterError(UserError):
@@ -47,7 +46,7 @@ class Adapter:
     rank: int
     alpha: float
     targets: tuple[str, ...]  # modules, by their whole names
-    variant: str = "lora"  # one of VARIANTS
+    variant: str = "lora"  # or rslora, or dora
     whole: tuple[str, ...] = ()  # parameters that are trained whole beside it
     base: str = ""  # folder or name of the model below
     digest: str = ""  # of the base's matrices, see :func:`digest_of`

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unigen.config import nearest
 from unigen.model.adapters import NAME, Adapter, AdapterError, read_adapter
+from unigen.model.hub import without_hub_kernels
 from unigen.model.parts import (
     ADAPTED,
     ADAPTER_MARKS,
@@ -85,7 +86,8 @@ def add_adapter(model: Bagel, adapter: Adapter, name: str = NAME) -> None:
         AdapterError: peft is not installed, or refuses.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        with without_hub_kernels():  # it imports bitsandbytes
+            from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise AdapterError(f"adapters need peft ({error}). Fix: pip install 'unigen[lora]'") from None
     config = LoraConfig(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import UserError
+from unigen.model.hub import without_hub_kernels
 from unigen.model.parts import ADAPTED, is_adapter, matches
 from unigen.model.storage import few
 
@@ -89,7 +90,8 @@ def is_quantised(name: str) -> bool:
 
 def holds_quantised(module: nn.Module) -> bool:
     """Is ``module.weight`` quantised, or going to be?"""
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    # peft's layers around them have such names, too
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer")
 
 
 def store(module: nn.Module, value: Tensor) -> None:
@@ -102,7 +104,6 @@ def store(module: nn.Module, value: Tensor) -> None:
             blocksize=BLOCK, module=module,
         )._quantize(value.device)  # fmt: skip
     else:
-        # bitsandbytes quantises it on its way to a device
         weight = bnb.nn.Int8Params(value, requires_grad=False, has_fp16_weights=False)._quantize(value.device)
     module.weight = weight
 
@@ -127,7 +128,8 @@ def count(p: Tensor) -> int:
 
 def _bitsandbytes(kind: str) -> Any:
     try:
-        import bitsandbytes
+        with without_hub_kernels():
+            import bitsandbytes
     except ImportError as error:
         raise QuantiseError(
             f"--quantize {kind} needs bitsandbytes ({error}). Fix: pip install 'bitsandbytes>=0.50'"
