@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 version
 values rules
+topics
 config files recipe printing schema
 foreign outputs
 sequence

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unigen.config import ConfigError, DataOptions, UserError, Workers
+from unigen.config import ConfigError, DataOptions, UserError
 from unigen.outputs import output_file, unwritten
 from unigen.printing import bar
 from unigen.show.terminal import reader_may_leave, say
+from unigen.topics import Workers
 from unigen.values import Count, PathText
 
 

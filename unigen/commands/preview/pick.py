@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from unigen.config import DataOptions, Shift, UserError
+from unigen.config import DataOptions, UserError
+from unigen.topics import Shift
 from unigen.values import Count, PathText, Seed, Whole
 
 if TYPE_CHECKING:

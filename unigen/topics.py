@@ -1,0 +1,400 @@
+"""Every option once. A topic is a dataclass; ``unigen.config.Config`` is the union of those of training.
+
+What a value may be stands in its type (``unigen/values.py`` reads it), what several may be together in
+``unigen/rules.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from unigen.values import (
+    ConfigError,
+    Count,
+    Device,
+    KeysOf,
+    NotNegative,
+    Options,
+    PathText,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    Whole,
+    read_keys,
+)
+
+# Beyond these a number is a slip of the hand: 1e20 as learning rate, 10^9 workers.
+Beta = Annotated[float, Range(0, 1, below=True)]
+Shift = Annotated[float, Range(0, 1000, above=True)]  # of times
+Loss = Annotated[float, Range(0, math.inf)]  # the weight of one, which counts beside the other's
+Workers = Annotated[int, Range(0, 1024)]
+Rate = Annotated[float, Range(0, 10)]
+USUAL_RATE = 1e-5  # adapters take more
+Decay = Annotated[float, Range(0, 1000)]
+
+
+@dataclass
+class ModelOptions(Options):
+    """Which model, and which of its parts learn.
+
+    Args:
+        model_path: Folder of the checkpoint to start from, in the published BAGEL layout. Required.
+        freeze_llm: Keep the whole decoder (both experts, embeddings and text head) as it is.
+        freeze_vit: Keep the vision transformer as it is.
+        freeze_und: Train the generation expert only; the understanding side keeps its weights and its
+            answers.
+        timestep_shift: Shift of the flow-matching time law; default: the checkpoint's own, 1.0 where it says
+            nothing.
+        lora_rank: Train low-rank adapters of this rank in place of the weights, which stay as they are (64 is
+            usual). Default: the weights themselves train.
+        lora_alpha: Their strength: what they add is multiplied by lora_alpha / lora_rank. Default: twice
+            lora_rank.
+        lora_targets: Which matrices they change: gen (the generation expert), und (the understanding expert),
+            both, connector, vit, or patterns of module names such as "*.q_proj_moe_gen". Default: gen.
+        lora_variant: lora; rslora divides by the root of the rank; dora learns the length of each row apart.
+        quantize: Hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8), so that a model fits a smaller
+            card; adapters train over them (lora_rank). Default: as they are.
+        double_quant: Quantise the scales of nf4, too: 0.4 bits fewer a number.
+        model_load_mode: The same by number: 1 bfloat16, 2 nf4, 3 int8.
+        train_also: Parts to train whole beside the adapters: time_embedder, vae2llm, llm2vae, connector,
+            norms, or patterns of parameter names.
+    """
+
+    model_path: PathText | None = None
+    freeze_llm: bool = False
+    freeze_vit: bool = False
+    freeze_und: bool = False
+    timestep_shift: Shift | None = None
+    lora_rank: Count | None = None
+    lora_alpha: Positive | None = None
+    lora_targets: list[str] | None = None
+    lora_variant: Literal["lora", "rslora", "dora"] = "lora"
+    quantize: Literal["nf4", "int8"] | None = None
+    double_quant: bool = False
+    model_load_mode: Annotated[int, Range(1, 3)] | None = None
+    train_also: list[str] | None = None
+
+
+@dataclass
+class Source(Options):
+    """One entry of ``train_sources``.
+
+    Args:
+        path: Files or folders, as train_data_path.
+        name: Its name in logs. Default: the first path's.
+        weight: Its rate, relative to the other sources: one of weight 2 is met twice as often as one of
+            weight 1 while both run. Default: its number of records, which spreads all evenly over the epoch.
+        repeat: Start again, in a new order, when it ends before the others; otherwise each of its records is
+            met exactly once an epoch.
+        max_image_tokens: As the option of that name, for this source alone.
+        max_image_size: Longest side in pixels that the VAE sees. Default: the model's (1024).
+        min_image_size: Shortest side in pixels that the VAE sees. Default: the model's (512).
+    """
+
+    path: PathText | list[PathText]
+    name: str = ""
+    weight: Positive | None = None
+    repeat: bool = False
+    max_image_tokens: Count | None = None
+    max_image_size: Count | None = None
+    min_image_size: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        first = self.path if isinstance(self.path, str) else self.path[0]
+        self.name = self.name or first.rstrip("/").rpartition("/")[2]
+        low, high = self.min_image_size, self.max_image_size
+        if low is not None and high is not None and low > high:
+            raise ConfigError(
+                f"min_image_size is {low}, above max_image_size {high}. Fix: swap them, or leave one out"
+            )
+
+    @classmethod
+    def read(cls, values: dict[str, Any], where: str) -> Source:
+        """Raises ConfigError for an unknown key, a missing path, or a value of another type or out of
+        range."""
+        return cls(**read_keys(cls, values, where))
+
+
+@dataclass
+class DataOptions(Options):
+    """How a record becomes tokens, the same in training, check and preview.
+
+    Args:
+        visual_gen: Let the model draw; false leaves the generation expert out (half the memory), and records
+            with an image to draw cannot be used.
+        visual_und: Let the model see pictures through its ViT; false leaves the ViT out, and records with
+            pictures but none to draw cannot be used.
+        data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
+            Default: no limit.
+        max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the
+            model's limit.
+        max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
+            1024).
+        allow_control_tokens: Learn special tokens that are written in texts as the tokens that they are;
+            without it a record with one is a bad record.
+        train_transitions: Train the tokens that decide what comes next (write, draw, stop), so that
+            generation stops by itself.
+        single_image_stop_prob: Chance that an answer of one single image also learns to stop after it.
+        text_cond_dropout_prob: Chance that a context text is left out of a sample that draws (classifier-free
+            guidance).
+        vit_cond_dropout_prob: The same for the ViT tokens of a context image.
+        vae_cond_dropout_prob: The same for the clean VAE tokens of a context image.
+    """
+
+    visual_gen: bool = True
+    visual_und: bool = True
+    data_root: PathText | None = None
+    max_sequence_length: Count | None = None
+    allow_control_tokens: bool = False
+    max_image_tokens: Count = 4096
+    train_transitions: bool = True
+    single_image_stop_prob: Share = 0.15
+    text_cond_dropout_prob: Share = 0.1
+    vit_cond_dropout_prob: Share = 0.3
+    vae_cond_dropout_prob: Share = 0.3
+
+
+@dataclass
+class LoaderOptions(Options):
+    """Which data is read, and how it is packed.
+
+    Args:
+        train_data_path: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face
+            datasets, folders of them. Required, or train_sources.
+        train_sources: Several sources with weights, as a list in a recipe, in place of train_data_path; see
+            docs/data.md.
+        val_data_path: Held-out data of the same kinds, for validation.
+        cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
+        batch_size: Samples in a packed sequence.
+        max_num_tokens: Token budget of a packed sequence; when given, it decides how many samples one holds.
+        on_bad_record: error stops before training; skip leaves the record out, lists it, and stops above 1 %.
+        check_pictures: Before training, decode every picture (full), read their headers only (headers), or
+            decide by their number (auto).
+        num_workers: Processes that decode and pack; 0 does it in the training process. Default: the cores but
+            one for each training process, at most 4.
+    """
+
+    train_data_path: PathText | list[PathText] | None = None
+    train_sources: list[Annotated[dict[str, Any], KeysOf(Source)]] | None = None
+    val_data_path: PathText | list[PathText] | None = None
+    cache_dir: PathText | None = None
+    batch_size: Count = 1
+    max_num_tokens: Count | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
+    check_pictures: Literal["auto", "full", "headers"] = "auto"
+    num_workers: Workers | None = None
+
+
+RATED = ("und", "gen", "vit", "connector")
+"""Parts of the model that can have learning rates and weight decays of their own."""
+
+
+@dataclass
+class OptimOptions(Options):
+    """How the weights move.
+
+    Args:
+        num_epochs: Passes over the data.
+        max_steps: Optimiser steps; when given, it decides instead of num_epochs.
+        gradient_accumulation_steps: Micro-batches of each process in one optimiser step; a micro-batch is one
+            packed sequence.
+        learning_rate: Peak learning rate. Default: 1e-5, with adapters 1e-4.
+        weight_decay: Decoupled weight decay of matrices (never of biases, norms and embeddings).
+        learning_rate_und: Peak learning rate of the understanding side of the decoder (embeddings and text
+            head too), where it is another; likewise learning_rate_gen (generation expert and drawing heads),
+            learning_rate_vit, learning_rate_connector.
+        learning_rate_gen: The same of the generation expert and of the drawing heads.
+        learning_rate_vit: The same of the ViT.
+        learning_rate_connector: The same of the connector.
+        weight_decay_und: Weight decay of a part, likewise, where it is another.
+        weight_decay_gen: The same of the generation expert and of the drawing heads.
+        weight_decay_vit: The same of the ViT.
+        weight_decay_connector: The same of the connector.
+        adam_beta1: AdamW's first decay.
+        adam_beta2: AdamW's second decay.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: Gradients are clipped to this total norm; 0 turns clipping off.
+        max_skipped_steps: Stop after so many steps in a row that had to be skipped, their loss or gradient
+            not being finite.
+        max_skipped_share: Stop where a larger share of the last 20 steps had to be skipped.
+        spike_sigma: Skip a step whose gradient norm is so many standard deviations above the mean of the last
+            100. Default: none is.
+        early_stopping_patience: Stop after so many validations in a row without a lower val_loss. Default:
+            never.
+        lr_scheduler_type: Shape of the learning rate after the warm-up, over optimiser steps.
+        warmup_ratio: Share of all steps over which the learning rate rises from zero.
+        warmup_steps: The same as a number of steps; wins over warmup_ratio.
+        text_loss_weight: Weight of the text cross-entropy.
+        image_loss_weight: Weight of the image flow-matching loss.
+        ema: Decay of the exponential moving average of the weights (for example 0.9999); none keeps no
+            average.
+        optimizer: adamw, or adamw8bit with its two moments in 8 bits (2 bytes a parameter instead of 8; needs
+            bitsandbytes).
+    """
+
+    num_epochs: Count = 3
+    max_steps: Count | None = None
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Rate = USUAL_RATE
+    weight_decay: Decay = 0.0
+    learning_rate_und: Rate | None = None
+    learning_rate_gen: Rate | None = None
+    learning_rate_vit: Rate | None = None
+    learning_rate_connector: Rate | None = None
+    weight_decay_und: Decay | None = None
+    weight_decay_gen: Decay | None = None
+    weight_decay_vit: Decay | None = None
+    weight_decay_connector: Decay | None = None
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
+    adam_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-8
+    max_grad_norm: NotNegative = 1.0
+    max_skipped_steps: Count = 10
+    max_skipped_share: Share = 0.25
+    spike_sigma: Positive | None = None
+    early_stopping_patience: Count | None = None
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: Share = 0.0
+    warmup_steps: Whole | None = None
+    text_loss_weight: Loss = 1.0
+    image_loss_weight: Loss = 1.0
+    ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+
+
+@dataclass
+class RunOptions(Options):
+    """Where and how it runs.
+
+    Args:
+        output_dir: Folder of the run: checkpoints, metrics.jsonl, logs.
+        precision: Matrix products in bf16, fp16 (with loss scaling) or fp32; auto is bf16 on a GPU that has
+            it, else fp32.
+        fp16: The same as precision fp16.
+        bf16: The same as precision bf16; when off (--no_bf16), auto does not choose it.
+        gradient_checkpointing: Recompute activations in the backward pass: slower, far less memory.
+        compile: Compile the decoder layers, which takes a minute or less in the warm-up batch and makes steps
+            faster; auto does on a GPU, but for selective checkpointing and deepspeed. Where nothing can be
+            compiled auto says so and goes on; on stops.
+        checkpointing_policy: With gradient_checkpointing: full keeps nothing of a layer; selective keeps the
+            results of attention and of every second matrix product.
+        engine: single, ddp, fsdp2 (all of the model and its state sharded) or deepspeed (ZeRO); auto is
+            single, or ddp with several processes. See docs/distributed.md.
+        shard_size: With fsdp2, processes that share one copy of the model (hybrid sharding); the others hold
+            further copies. Default: all share one.
+        cpu_offload: With fsdp2, keep parameters, gradients and moments in host memory; far less GPU memory,
+            slower.
+        deepspeed_config: With deepspeed, an ordinary DeepSpeed JSON; "auto" and what is missing come from the
+            options here. Default: ZeRO 2.
+        hang_timeout: Seconds without progress after which a process reports its rank, step, phase and stack,
+            and ends the run; 0: never.
+        logging_steps: Steps between two lines of the log.
+        eval_steps: Steps between two validations; default: once an epoch.
+        save_steps: Steps between two checkpoints.
+        save_total_limit: Newest checkpoints to keep; the best one is kept besides.
+        async_save: Write checkpoints in the background while training goes on; costs host memory for a copy
+            of what is saved.
+        low_space: When the disk cannot hold the next checkpoint: stop, prune the oldest checkpoints, or wait
+            for space.
+        min_free_gb: Gigabytes (10^9 bytes) of the disk that stay free after a checkpoint.
+        resume_from_checkpoint: A step_N folder, or auto for the newest in output_dir.
+        seed: Seed of everything random.
+        device: auto, cpu, cuda, or one GPU such as cuda:1.
+        dry_run: Do everything up to the first step, then stop.
+    """
+
+    output_dir: PathText = "outputs/unified_training"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    fp16: bool | None = None
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    checkpointing_policy: Literal["full", "selective"] = "full"
+    engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    shard_size: Count | None = None
+    cpu_offload: bool = False
+    deepspeed_config: PathText | None = None
+    hang_timeout: Annotated[float, Range(0, 1e9)] = 1800.0
+    logging_steps: Count = 10
+    eval_steps: Count | None = None
+    save_steps: Count = 500
+    save_total_limit: Count | None = None
+    async_save: bool = True
+    low_space: Literal["stop", "prune", "wait"] = "stop"
+    min_free_gb: NotNegative = 1.0
+    resume_from_checkpoint: PathText | None = None
+    seed: Seed = 42
+    device: Device = "auto"
+    dry_run: bool = False
+
+
+@dataclass
+class TrackingOptions(Options):
+    """Who is told.
+
+    Args:
+        wandb_project: Log to this Weights & Biases project.
+        wandb_run_name: Name of the run there.
+        wandb_mode: online, offline (kept in the run's folder, sent later by "wandb sync"), or disabled.
+            Default: what WANDB_MODE says.
+        tensorboard: Write TensorBoard's event files into the run's folder.
+        trackio_project: Log to this Trackio project (kept on this machine).
+        sample_prompts: Texts, or a file of one prompt a line, that the model answers with text or a picture
+            while it trains.
+        sample_steps: Steps between two such answers; default: with every validation, or else with every
+            checkpoint.
+    """
+
+    wandb_project: str | None = None
+    wandb_run_name: str | None = None
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    tensorboard: bool = False
+    trackio_project: str | None = None
+    sample_prompts: str | list[str] | None = None
+    sample_steps: Count | None = None
+
+
+@dataclass
+class SamplingOptions(Options):
+    """How texts are written and pictures drawn.
+
+    The command line, Python and samples while training take these names and defaults.
+
+    Args:
+        think: Let the model reason in text before it answers or draws.
+        max_new_tokens: Most tokens of one text, thinking included.
+        do_sample: Sample tokens instead of taking the most likely one.
+        temperature: Temperature of sampled tokens; read only with do_sample.
+        height: Height of a drawn picture in pixels, rounded down to the model's stride (16) with a line
+            that says so; needs width. Default: the last picture's, or the largest square's.
+        width: Width of a drawn picture in pixels; as height.
+        num_timesteps: Points of the time grid from noise to picture; N points are N - 1 Euler steps.
+        timestep_shift: Shift of the time grid; larger spends more steps near the noise.
+        cfg_text_scale: Guidance by the text (w_text of docs/model.md); 1 or less turns it off.
+        cfg_img_scale: Guidance by the context pictures, on top of the text's (w_img); 1 or less
+            turns it off.
+        cfg_interval: The times (low, high] in which guidance acts.
+        cfg_renorm_min: Least factor by which a guided velocity is scaled back to its unguided length.
+        cfg_renorm_type: Lengths are those of the whole picture (global), of each token (channel), or of each
+            token right after the text step (text_channel).
+        seed: Seed of the noise and of the sampled tokens; none takes another one each time.
+    """
+
+    think: bool = False
+    max_new_tokens: Count = 1000
+    do_sample: bool = False
+    temperature: Annotated[float, Range(0, 100)] = 0.3
+    height: Count | None = None
+    width: Count | None = None
+    num_timesteps: Annotated[int, Range(2, 10_000)] = 50
+    timestep_shift: Shift = 3.0
+    cfg_text_scale: Annotated[float, Range(0, 1000)] = 3.0
+    cfg_img_scale: Annotated[float, Range(0, 1000)] = 1.5
+    cfg_interval: tuple[Share, Share] = (0.4, 1.0)
+    cfg_renorm_min: Share = 0.0
+    cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
+    seed: Seed | None = 42
