@@ -134,8 +134,8 @@ class DataOptions(Options):
             model's limit.
         max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
             1024).
-        allow_control_tokens: Learn special tokens that are written in texts as the tokens that they are;
-            without it a record with one is a bad record.
+        allow_control_tokens: Learn special tokens that are written in texts as the tokens that they are, and
+            tags such as <image> without a picture as text; without it a record with one is a bad record.
         train_transitions: Train the tokens that decide what comes next (write, draw, stop), so that
             generation stops by itself.
         single_image_stop_prob: Chance that an answer of one single image also learns to stop after it.

@@ -624,8 +624,21 @@ def test_statistics_of_the_example() -> None:
         "image_targets": 8,
         "pictures": 12,
         "distinct_pictures": 4,
+        "unread": {},
+        "no_picture": {},
     }
     assert "interleaved 4 (57%)" in dataset.describe() and "5 texts, 8 images" in dataset.describe()
+
+
+def test_what_reading_left_out_is_counted_and_said(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = [{"conversations": turns, "image": "", "id": i, "label": 2} for i in range(3)]
+    write(tmp_path / "a.jsonl", *records, {"conversations": turns})
+    dataset = UnifiedGenerationDataset(tmp_path / "a.jsonl")
+    statistics = dataset.statistics()
+    assert statistics["unread"] == {"id": 3, "label": 3} and statistics["no_picture"] == {"image": 3}
+    told = dataset.describe()
+    assert "nothing reads" in told and "id 3 of 4, label 3 of 4" in told and "image 3 of 4" in told
 
 
 def test_tasks() -> None:

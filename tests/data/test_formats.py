@@ -89,6 +89,80 @@ def test_type_defaults_to_text_and_texts_stay_apart_and_unstripped() -> None:
     assert shape({"conversations": turns}) == [" a\n", "b", " c *"]
 
 
+EVERY_TURN = [  # one record of every format with turns or segments, whose last target is `last`
+    lambda **last: {
+        "conversations": [turn("user", "q"), turn("assistant", "a"), turn("assistant", "b", **last)]
+    },
+    lambda **last: {"input_sequence": [text("q")], "target_sequence": [text("a"), text("b", **last)]},
+    lambda **last: {"sequence": [image("x"), text("a"), text("b", **last)]},
+    lambda **last: {
+        "messages": [message("user", "q"), message("assistant", "a"), message("assistant", "b") | last]
+    },
+    lambda **last: {
+        "conversations": [*said(("human", "q"), ("gpt", "a")), {"from": "gpt", "value": "b", **last}]
+    },
+    lambda **last: {
+        "input_image": "x",
+        "editing_steps": [
+            {"instruction": "a", "result_image": "y"},
+            {"instruction": "b", "result_image": "z", **last},
+        ],
+    },
+    lambda **last: {
+        "messages": [
+            message("user", "q"),
+            message("assistant", [{"type": "text", "text": "a"}, {"type": "text", "text": "b", **last}]),
+        ]
+    },
+]
+
+
+@pytest.mark.parametrize("made", EVERY_TURN)
+def test_what_a_turn_says_of_its_learning_holds_in_every_format(made) -> None:
+    def last(**said):
+        *_, segment = parse_record(made(**said), ORIGIN).sample
+        assert parse_record(made(**said), ORIGIN).sample[:-1] == parse_record(made(), ORIGIN).sample[:-1]
+        return segment.target, segment.weight
+
+    assert last() == last(target=True) == last(loss=True) == last(weight=1) == last(has_loss=1) == (True, 1.0)
+    for key in ("loss", "weight", "loss_weight", "loss_scale", "has_loss"):
+        assert last(**{key: 0}) == last(**{key: False}) == (False, 1.0)
+    assert last(target=False) == (False, 1.0)
+    assert last(weight=0.25) == last(weight=0.25, target=True) == last(loss=0.25) == (True, 0.25)
+    assert last(weight=None, metadata={"id": 1}) == (True, 1.0)
+
+
+def test_a_user_turn_may_be_learnt() -> None:
+    turns = [message("user", "q") | {"weight": 0.5}, message("assistant", "a")]
+    assert shape({"messages": turns}) == ["q*", "a*"]
+
+
+def test_a_system_field_comes_first_in_every_format() -> None:
+    for made in EVERY_TURN:
+        sample = parse_record(made() | {"system": "Be brief."}, ORIGIN).sample
+        assert sample == [Text("Be brief."), *parse_record(made(), ORIGIN).sample]
+    assert shape({"text_prompt": "a", "image_path": "x", "system": ""}) == ["a", "[x]*"]
+
+
+def test_thoughts_come_before_their_turn_and_are_learnt_with_it() -> None:
+    record = {"messages": [message("user", "q"), message("assistant", "a") | {"reasoning_content": "hm"}]}
+    assert shape(record) == ["q", "<think>hm</think>*", "a*"]
+    assert parse_with_fields(record, ORIGIN)[1][1] == "messages[1].reasoning_content"
+    record["messages"][1]["loss"] = False
+    record["messages"].append(message("assistant", "b"))
+    assert shape(record) == ["q", "<think>hm</think>", "a", "b*"]
+    step = {"instruction": "a", "result_image": "y", "reasoning_content": "<think>so</think>"}
+    assert shape({"input_image": "x", "editing_steps": [step]}) == ["[x]", "a", "<think>so</think>*", "[y]*"]
+    drawn = {"text_prompt": "a", "image_path": "x", "reasoning_content": "hm"}
+    assert shape(drawn) == ["a", "<think>hm</think>*", "[x]*"]
+
+
+def test_a_weight_of_the_record_holds_for_all_its_targets() -> None:
+    turns = [message("user", "q"), message("assistant", "a") | {"weight": 0.5}, message("assistant", "b")]
+    sample = parse_record({"messages": turns, "loss_weight": 0.5}, ORIGIN).sample
+    assert [(s.target, s.weight) for s in sample] == [(False, 0.5), (True, 0.25), (True, 0.5)]
+
+
 def test_an_image_tag_is_ordinary_text_outside_messages() -> None:
     assert shape({"conversations": [turn("user", "a <image> b"), turn("assistant", "c")]}) == [
         "a <image> b",
@@ -400,6 +474,31 @@ def test_metadata_and_unknown_fields() -> None:
     assert parse_record({"text_prompt": "a", "image_path": "x", "metadata": None}, ORIGIN).metadata == {}
 
 
+def test_fields_that_nothing_reads_are_noted() -> None:
+    record = {"text_prompt": "a", "image_path": "x", "metadata": {}, "source": "web", "label": 3, "id": None}
+    assert parse_record(record, ORIGIN).notes == (("unread", "source"), ("unread", "label"))
+    for made in EVERY_TURN:
+        assert parse_record(made(), ORIGIN).notes == ()
+
+
+@pytest.mark.parametrize("value", ["", "None", " ", [""], ["None"]])
+def test_an_empty_picture_field_is_no_picture_and_noted(value) -> None:
+    record = {"image": value, "conversations": said(("human", "q"), ("gpt", "a"))}
+    assert shape(record) == ["q", "a*"]
+    assert parse_record(record, ORIGIN).notes == (("no_picture", "image"),)
+    assert bad({"text_prompt": "a", "image_path": value}).code == "missing_field"
+
+
+def test_questions_with_interleaved_answers() -> None:
+    record = {
+        "image_list": ["x", "y"],
+        "instruction_list": [["q", "Q"]],
+        "output_text_list": ["<think>t</think><image_start>", "<image_end>a"],
+    }
+    assert shape(record) == ["[x]", "q|Q", "<think>t</think>*", "[y]*", "a*"]
+    assert shape(record | {"image_list": ["y"]}) == ["q|Q", "<think>t</think>*", "[y]*", "a*"]
+
+
 def test_every_piece_knows_its_field() -> None:
     record = {"messages": [message("user", "q"), message("assistant", "a<image>")], "images": ["x", "y"]}
     assert parse_with_fields(record, ORIGIN)[1] == [
@@ -481,6 +580,26 @@ WRONG = [
         "wrong_type",
         "messages[0].content[0].image_url",
     ),
+    ({"conversations": [OK_TURN | {"loss": "no"}]}, "wrong_type", "conversations[0].loss"),
+    ({"messages": [OK_TURN | {"weight": 1.5}]}, "wrong_type", "messages[0].weight"),
+    ({"messages": [OK_TURN | {"weight": float("nan")}]}, "wrong_type", "messages[0].weight"),
+    ({"messages": [OK_TURN], "system": ["a"]}, "wrong_type", "system"),
+    ({"messages": [OK_TURN], "weight": "70 kg"}, "wrong_type", "weight"),
+    ({"messages": [OK_TURN | {"target": True, "loss": False}]}, "ambiguous_piece", "messages[0].target"),
+    ({"messages": [OK_TURN | {"weight": 0.5, "loss_weight": 1}]}, "ambiguous_piece", "messages[0].weight"),
+    ({"sequence": [text("a"), image("x", traget=False)]}, "unknown_key", "sequence[1].traget"),
+    ({"messages": [OK_TURN | {"name": "Ann"}]}, "unknown_key", "messages[0].name"),
+    ({"conversations": said(("gpt", "a")), "video": "a.mp4"}, "unsupported_key", "video"),
+    ({"messages": [OK_TURN], "audios": ["a.wav"]}, "unsupported_key", "audios"),
+    ({"messages": [OK_TURN], "tools": [{"name": "f"}]}, "unsupported_key", "tools"),
+    ({"messages": [OK_TURN | {"tool_calls": [{}]}]}, "unsupported_key", "messages[0].tool_calls"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unsupported_key", "chosen"),
+    ({"messages": [OK_TURN], "label": False}, "unsupported_key", "label"),
+    (
+        {"image_list": ["a"], "instruction_list": ["q"], "output_text_list": ["b", "c", "d"]},
+        "unequal_image_count",
+        "image_list",
+    ),
     (steps("1"), "wrong_type", "editing_steps[0].step"),
     (steps(True), "wrong_type", "editing_steps[0].step"),
     (steps(1.0), "wrong_type", "editing_steps[0].step"),
@@ -494,7 +613,7 @@ WRONG = [
     ({"image_path": "x", "caption": ""}, "empty_text", "caption"),
     ({"messages": [message("user", "q"), message("assistant", "")]}, "empty_text", "messages[1].content"),
     ({"image_path": "x", "caption": "a\ud83d"}, "bad_text", "caption"),
-    ({"image_path": "", "caption": "a"}, "bad_path", "image_path"),
+    ({"image_path": "", "caption": "a"}, "missing_field", "image_path"),
     ({"image_path": "a\0b", "caption": "a"}, "bad_path", "image_path"),
     ({"image_path": "a\udc00b", "caption": "a"}, "bad_path", "image_path"),
     ({"image_path": "https://example.org/a.png", "caption": "a"}, "bad_path", "image_path"),

@@ -17,6 +17,9 @@ GEOMETRY = Geometry(
 )
 
 
+WEIGHTS = (1.0, 0.25, 0.7)
+
+
 def text(*ids, **options):
     return Block(Kind.TEXT, len(ids), ids=list(ids), **options)
 
@@ -37,6 +40,7 @@ def random_sample(r: random.Random) -> list[Block]:
     blocks = []
     for piece in range(r.randint(1, 5)):
         closing = r.choice([None, SPECIAL.text_start, SPECIAL.end])
+        weights = {"weight": r.choice(WEIGHTS), "closing_weight": r.choice(WEIGHTS)}
         if r.random() < 0.4:
             ids = [r.randrange(50) for _ in range(r.randint(0, 5))]
             cut = bool(ids) and r.random() < 0.3
@@ -48,14 +52,14 @@ def random_sample(r: random.Random) -> list[Block]:
                     dropped=r.random() < 0.2,
                     cut=cut,
                     cut_label=7 if cut else -100,
+                    **weights,
                 )
             )
         else:
             kind = r.choice([Kind.VIT, Kind.CLEAN, Kind.NOISED])
             dropped = kind != Kind.NOISED and r.random() < 0.2
-            blocks.append(
-                image(kind, r.randint(1, 3), r.randint(1, 3), piece, closing_label=closing, dropped=dropped)
-            )
+            sides = r.randint(1, 3), r.randint(1, 3)
+            blocks.append(image(kind, *sides, piece, closing_label=closing, dropped=dropped, **weights))
     return blocks
 
 
@@ -73,7 +77,9 @@ def naive(samples, starts=None):
                 "span": span,
                 "image": b.kind != Kind.TEXT,
                 "noised": b.kind == Kind.NOISED,
+                "weight": b.weight,
             }
+            closing = {"weight": b.closing_weight if b.closing_label else b.weight}
             span += 1
             if b.kind == Kind.TEXT:
                 ids = [SPECIAL.text_start, *b.ids, SPECIAL.text_end]
@@ -83,14 +89,21 @@ def naive(samples, starts=None):
                     tokens.append(
                         {"ids": token, "kind": Kind.TEXT, "position": position + i, "label": label, **common}
                     )
+                tokens[-1] |= closing
                 position += len(ids)
             else:
                 inner = [{"ids": 0, "kind": b.kind, "label": -100}] * b.length
                 first = {"ids": SPECIAL.image_start, "kind": Kind.TEXT, "label": -100}
                 last = {"ids": SPECIAL.image_end, "kind": Kind.TEXT, "label": b.closing_label or -100}
                 tokens += [{**t, "position": position, **common} for t in (first, *inner, last)]
+                tokens[-1] |= closing
                 position += b.kind != Kind.NOISED
     return tokens
+
+
+def test_weights_of_one_are_not_carried():
+    pack = pack_blocks([[text(1, 2, loss=True), image(Kind.NOISED, 1, 2)]], SPECIAL, GEOMETRY)
+    assert pack.label_weight is pack.noised_weight is None and pack.target_weights == (3, 2)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -109,6 +122,12 @@ def test_rows_follow_the_table(seed):
     assert pack.n_samples == len(samples)
     assert pack.n_text_labels == sum(t["label"] >= 0 for t in expected)
     assert pack.n_image_targets == sum(t["kind"] == Kind.NOISED for t in expected)
+    if pack.label_weight is not None:
+        und = [t for t in expected if t["kind"] in (Kind.TEXT, Kind.VIT)]
+        labels = torch.tensor([t["weight"] for t in und if t["label"] >= 0])
+        noised = torch.tensor([t["weight"] for t in expected if t["kind"] == Kind.NOISED])
+        assert torch.equal(pack.label_weight, labels) and torch.equal(pack.noised_weight, noised)
+        assert pack.target_weights == pytest.approx((float(labels.sum()), float(noised.sum())), rel=1e-6)
     kinds, halves = pack.kind.tolist(), (range(pack.n_und), range(pack.n_und, len(pack)))
     for lengths, half in zip((pack.und_lengths, pack.gen_lengths), halves, strict=True):
         assert [s for s, n in enumerate(lengths) for _ in range(n)] == [int(pack.sample[i]) for i in half]

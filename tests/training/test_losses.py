@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,24 @@ def test_the_gradient_is_that_of_the_weighted_sum(trainer: TrainingLoop):
     (0.7 * output.ce.mean() + 1.3 * output.mse.mean()).backward()
     wanted = {name: p.grad.clone() for name, p in trainer.run.model.named_parameters() if p.grad is not None}
     assert_close(step(trainer, [list(range(7))])[1], wanted)
+
+
+def test_a_target_counts_with_its_weight(trainer: TrainingLoop):
+    """Against the definition: the mean over all targets, weighted; also where the weights add up to less than
+    one."""
+    plain = batch_of(trainer, list(range(7)))
+    with torch.no_grad():
+        output = trainer.run.model(plain.pack)
+    text = torch.linspace(0.001, 0.003, plain.pack.n_text_labels)
+    image = torch.linspace(0.002, 0.02, plain.pack.n_image_targets)
+    sums = float(text.double().sum()), float(image.double().sum())
+    assert max(sums) < 1
+    pack = replace(plain.pack, label_weight=text, noised_weight=image, weight_sums=sums)
+    result = step_of(trainer, [replace(plain, pack=pack)], 0.0)
+    assert result.counts.text == pytest.approx(sums[0]) and result.counts.image == pytest.approx(sums[1])
+    assert result.text_loss == pytest.approx(float((output.ce * text).sum()) / sums[0], rel=1e-5)
+    expected = float((output.mse.mean(-1) * image).sum()) / sums[1]
+    assert result.image_loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_row_without_anything_gives_zero_gradients_and_not_none(trainer: TrainingLoop):

@@ -23,6 +23,7 @@ import numpy as np
 from unigen.data.containers import BadData, ByteSpan, Raw, find_files, no_record, parts, read_part
 from unigen.data.examine import CountTokens, PictureHeaders, bad_picture, examine, key_of
 from unigen.data.formats import FORMATS, parse_raw
+from unigen.data.keys import NOTES, Notes, listed
 from unigen.data.reader import Reader
 from unigen.sequence.images import PictureError, open_image
 from unigen.sequence.lengths import TokenLengths
@@ -155,6 +156,7 @@ class UnifiedGenerationDataset:
         self._reader = Reader(self.files)
         self._index = _Index()
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._notes = Notes()
         self.lengths = None if token_lengths is None else TokenLengths()
         bad = _Bad()
         pictures, pictured = PictureHeaders(), array("Q")
@@ -205,7 +207,8 @@ class UnifiedGenerationDataset:
 
     def statistics(self) -> dict[str, Any]:
         """Counts: records, files, bad records, records per format and per task (see :func:`task`), text and
-        image targets, pictures.
+        image targets, pictures, and how many records have each field that nothing reads (``unread``) or that
+        names no picture (``no_picture``).
 
         ``pictures`` counts the image segments of all records, ``distinct_pictures`` the files behind them.
         """
@@ -223,6 +226,7 @@ class UnifiedGenerationDataset:
             "image_targets": self._counts["segments", "image_targets"],
             "pictures": self._counts["segments", "pictures"],
             "distinct_pictures": self._distinct,
+            **{what: self._notes.of(what) for what in NOTES},
         }
 
     def describe(self) -> str:
@@ -245,6 +249,14 @@ class UnifiedGenerationDataset:
                 f"tasks     {table(s['tasks'])}",
                 f"targets   {s['text_targets']:,} texts, {s['image_targets']:,} images",
                 f"pictures  {s['pictures']:,} ({s['distinct_pictures']:,} distinct files)",
+                *(
+                    f"{words}: {listed(s[what], len(self))}"
+                    for what, words in (
+                        ("unread", "Fields that nothing reads (metadata is their place)"),
+                        ("no_picture", "Empty fields, taken as no picture"),
+                    )
+                    if s[what]
+                ),
             ]
         )
 
@@ -366,6 +378,7 @@ class UnifiedGenerationDataset:
                 texts += segment.target
         self._counts["format", record.format] += sign
         self._counts["task", task(record.sample)] += sign
+        self._notes.add(record.notes, sign)
         for name, count in (("text_targets", texts), ("image_targets", images), ("pictures", pictures)):
             self._counts["segments", name] += sign * count
 

@@ -8,17 +8,16 @@ null is as good as absent.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unigen.data.json_text import MAX_RECORD, parse_json
-from unigen.printing import printable
+from unigen.data.keys import REFUSED, THOUGHT, check_keys, weight_of
+from unigen.data.words import Json, cut, join, names, show
 from unigen.sequence.types import BadRecord, Image, Text
 
-Json = dict[str, Any]
 Segments = list[tuple[Text | Image, str]]  # each segment with the field it came from, which messages name
 PathOrBytes = Path | bytes
 
@@ -29,6 +28,7 @@ SPEAKERS = {
 }  # fmt: skip
 TAG = "<image>"
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+://|data:)")
+_NO_PICTURE = ("", "None", "none", "null", "NULL", "nan", "NaN", "N/A")
 _JSON = re.compile(r"\s*[\[{]\s*[\"\]}]")  # a list or an object of texts; no caption begins like that
 _NAMES = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
 
@@ -59,13 +59,14 @@ def string(record: Json, name: str, where: str) -> str:
     return _encodable(required(record, name, str, where), join(where, name), "bad_text")
 
 
-def objects(record: Json, name: str, where: str) -> list[tuple[Json, str]]:
-    """The objects of a list, each with its field."""
+def objects(record: Json, name: str, where: str, kind: str) -> list[tuple[Json, str]]:
+    """The objects of a list, each with its field; their keys are those of ``kind`` in ``keys.ITEMS``."""
     items = required(record, name, list, where)
     path = join(where, name)
     for i, item in enumerate(items):
         if not isinstance(item, dict):
             raise BadRecord("wrong_type", f"{path}[{i}]", show(item), "a JSON object", "write it as {...}")
+        check_keys(item, f"{path}[{i}]", kind)
     return [(item, f"{path}[{i}]") for i, item in enumerate(items)]
 
 
@@ -124,7 +125,7 @@ def as_picture(value: Any, field: str, folder: Path) -> PathOrBytes:
 
 
 def _missing(record: Json, name: str, expected: str, where: str) -> BadRecord:
-    found = "null" if name in record else f"fields {names(record)}"
+    found = "nothing in it" if name in record else f"fields {names(record)}"
     return BadRecord("missing_field", join(where, name), found, f"{name}: {expected}", f"add {name}")
 
 
@@ -146,16 +147,25 @@ def _encodable(text: str, field: str, code: str) -> str:
 # ---- segments
 
 
-def segment(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | Image, str]:
-    """A text (``content``) or an image (``image_path``) by its ``type``, with the field that holds it. Its
-    own ``target`` wins."""
+def as_text(text: str, weight: float) -> Text:
+    """A text with its part of the loss: context where that is 0."""
+    return Text(text, weight > 0, weight=weight or 1.0)
+
+
+def as_image(source: PathOrBytes, weight: float) -> Image:
+    """A picture with its part of the loss: context where that is 0."""
+    return Image(source, weight > 0, weight=weight or 1.0)
+
+
+def segment(item: Json, where: str, folder: Path, target: bool) -> Segments:
+    """A text (``content``) or an image (``image_path``) by its ``type``, with the field that holds it; its
+    thoughts before it. What it says of its own learning wins over ``target``."""
     kind = optional(item, "type", str, where) or "text"
-    own = optional(item, "target", bool, where)
-    target = target if own is None else own
+    weight = weight_of(item, where, float(target))
     if kind not in ("text", "image"):
         raise BadRecord("unknown_type", f"{where}.type", show(kind), '"text" or "image"', "correct the type")
     wanted, other = ("content", "image_path") if kind == "text" else ("image_path", "content")
-    if item.get(wanted) is None and item.get(other) is not None:
+    if item.get(wanted) is None and not no_picture(item.get(other)):
         fix = f'write "type": "{"image" if kind == "text" else "text"}", or give {wanted}'
         raise BadRecord(
             "missing_field",
@@ -164,7 +174,7 @@ def segment(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | 
             f"{wanted} in a segment of type {kind}",
             fix,
         )
-    if item.get(other) not in (None, ""):
+    if not no_picture(item.get(other)):
         fix = "write two segments, one of each type"
         raise BadRecord(
             "ambiguous_piece",
@@ -173,9 +183,25 @@ def segment(item: Json, where: str, folder: Path, target: bool) -> tuple[Text | 
             f"{wanted} alone in a segment of type {kind}",
             fix,
         )
+    before = thought(item, where, weight)
     if kind == "text":
-        return Text(string(item, "content", where), target), f"{where}.content"
-    return Image(picture(item, "image_path", where, folder), target), f"{where}.image_path"
+        return [*before, (as_text(string(item, "content", where), weight), f"{where}.content")]
+    return [*before, (as_image(picture(item, "image_path", where, folder), weight), f"{where}.image_path")]
+
+
+def thought(item: Json, where: str, weight: float) -> Segments:
+    """The thinking text of a turn, step or record, as the model writes it: a segment, or none."""
+    text = optional(item, THOUGHT, str, where)
+    if not text:
+        return []
+    field = join(where, THOUGHT)
+    _encodable(text, field, "bad_text")
+    return [(as_text(text if "<think>" in text else f"<think>{text}</think>", weight), field)]
+
+
+def no_picture(value: Any) -> bool:
+    """Does a field that may name a picture say that there is none?"""
+    return value is None or (isinstance(value, str) and value.strip() in _NO_PICTURE)
 
 
 def role_of(item: Json, where: str) -> str:
@@ -232,17 +258,37 @@ def variants(value: Any, field: str) -> tuple[Text, str]:
 # ---- turns with tags
 
 
+class Part(NamedTuple):
+    """A text or a picture of a turn, the field it came from, and its part of the loss (0: context)."""
+
+    value: str | PathOrBytes  # texts are strings, pictures paths or bytes
+    field: str
+    weight: float
+
+
+Turn = tuple[str, list[Part]]  # a role, and what it says or shows
+
+
+def turn(item: Json, where: str, role: str, contents: Iterable[Part]) -> Turn:
+    """A turn for :func:`tagged`: its thoughts, then its contents."""
+    thoughts = thought(item, where, weight_of(item, where, default_weight(role)))
+    parts = [Part(text.text, field, text.weight * text.target) for text, field in thoughts]  # type: ignore[union-attr]
+    return role, [*parts, *contents]
+
+
+def default_weight(role: str) -> float:
+    return float(role == "assistant")
+
+
 def tagged(
-    turns: list[tuple[str, list[tuple[str | PathOrBytes, str]]]],
-    images: list[tuple[PathOrBytes, str]],
-    field: str,
+    turns: list[tuple[str, list[Part]]], images: list[tuple[PathOrBytes, str]], field: str
 ) -> Segments:
     """The segments of turns ``(role, contents)``: tags stand for the last of ``images`` in order. Leading
-    images, which have no tag, come first, as context.
-
-    Texts of contents are strings, pictures paths or bytes. ``field`` is where the images stand.
+    images, which have no tag, come first, as context. ``field`` is where the images stand.
     """
-    tags = sum(part.count(TAG) for _, contents in turns for part, _ in contents if isinstance(part, str))
+    tags = sum(
+        part.value.count(TAG) for _, contents in turns for part in contents if isinstance(part.value, str)
+    )
     if tags > len(images):
         fix = "list one image for each tag, or remove the tags that have none"
         raise BadRecord(
@@ -262,41 +308,48 @@ def tagged(
         if role != "system":
             segments += leading
             leading = []
-        target = role == "assistant"
-        for part, part_field in contents:
-            if not isinstance(part, str):
-                segments.append((Image(part, target), part_field))
+        for value, part_field, weight in contents:
+            if not isinstance(value, str):
+                segments.append((as_image(value, weight), part_field))
                 continue
-            for text in _split(part):
+            for text in _split(value):
                 if text is None:
                     source, image_field = next(left)
-                    segments.append((Image(source, target), image_field))
+                    segments.append((as_image(source, weight), image_field))
                 else:
-                    segments.append((Text(text, target), part_field))
+                    segments.append((as_text(text, weight), part_field))
     return leading + segments
 
 
-def contents_of(item: Json, where: str, folder: Path) -> list[tuple[str | PathOrBytes, str]]:
-    """The content of a message: its text, or the texts and pictures of the list form, each with its field."""
+def contents_of(item: Json, where: str, folder: Path, role: str) -> list[Part]:
+    """The content of a message: its text, or the texts and pictures of the list form, each with its field.
+    What a part says of its own learning wins over its message, and that over its role."""
+    weight = weight_of(item, where, default_weight(role))
     if not isinstance(item.get("content"), list):
-        return [(string(item, "content", where), f"{where}.content")]
-    parts: list[tuple[str | PathOrBytes, str]] = []
-    for part, field in objects(item, "content", where):
-        kind = required(part, "type", str, field)
-        if kind == "text":
-            parts.append((string(part, "text", field), f"{field}.text"))
-        elif kind == "image_url":
-            field = f"{field}.image_url"
-            if isinstance(part.get("image_url"), str):
-                parts.append((as_picture(part["image_url"], field, folder), field))
-            else:
-                url = required(part, "image_url", dict, field.rpartition(".")[0])
-                parts.append((picture(url, "url", field, folder), f"{field}.url"))
-        else:
-            raise BadRecord(
-                "unknown_type", f"{field}.type", show(kind), '"text" or "image_url"', "correct the type"
-            )
-    return parts
+        return [Part(string(item, "content", where), f"{where}.content", weight)]
+    return [
+        Part(*_part(part, field, folder), weight_of(part, field, weight))
+        for part, field in objects(item, "content", where, "part")
+    ]
+
+
+def _part(part: Json, field: str, folder: Path) -> tuple[str | PathOrBytes, str]:
+    """The text or the picture of a part of a message, and the field it stands in."""
+    kind = required(part, "type", str, field)
+    if kind == "text":
+        return string(part, "text", field), f"{field}.text"
+    if kind != "image_url":
+        if kind in REFUSED:
+            raise BadRecord("unknown_type", f"{field}.type", show(kind), *REFUSED[kind])
+        raise BadRecord(
+            "unknown_type", f"{field}.type", show(kind), '"text" or "image_url"', "correct the type"
+        )
+    at = f"{field}.image_url"
+    if isinstance(part.get("image_url"), str):
+        return as_picture(part["image_url"], at, folder), at
+    address = required(part, "image_url", dict, field)
+    check_keys(address, at, "address")
+    return picture(address, "url", at, folder), f"{at}.url"
 
 
 def _split(content: str) -> list[str | None]:
@@ -313,30 +366,3 @@ def _split(content: str) -> list[str | None]:
         if text or len(texts) == 1:
             segments.append(text)
     return segments
-
-
-# ---- words for messages
-
-
-def join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def show(value: Any) -> str:
-    """``value`` as JSON, cut to a length that a message can carry; always encodable."""
-    return cut(json.dumps(value, ensure_ascii=False, default=_brief))
-
-
-def names(record: Json) -> str:
-    """The fields a record has."""
-    return cut(", ".join(name for name in record if record[name] is not None) or "(none)")
-
-
-def cut(text: str) -> str:
-    text = printable(text)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _brief(value: Any) -> str:
-    """A value that tables have and JSON has not."""
-    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)[:80]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from unigen.config import nearest
 from unigen.data import fields as f
+from unigen.data import keys
 from unigen.data.fields import Json, Segments
 from unigen.data.json_text import parse_json
 from unigen.sequence.images import Confined
@@ -30,6 +31,13 @@ class Format(NamedTuple):
     # Where it names pictures. A dot leads into the objects of a list; the last field holds one or a list.
     pictures: tuple[str, ...]
     recognise: Callable[[Json], bool] | None = None  # what must hold besides
+    reads: tuple[str, ...] = ()  # what else it reads of a record
+
+    @property
+    def known(self) -> set[str]:
+        """The fields of a record that it reads."""
+        pictures = (name.partition(".")[0] for name in self.pictures)
+        return {*self.fields, self.content, *pictures, *self.reads}
 
 
 def parse_record(value: Any, origin: Origin) -> Record:
@@ -40,8 +48,9 @@ def parse_record(value: Any, origin: Origin) -> Record:
         BadRecord: The value fits no format or two, or breaks a rule of its format. The codes are
             ``not_an_object``, ``no_format``, ``ambiguous_format``, ``ambiguous_piece``, ``missing_field``,
             ``unexpected_field``, ``wrong_type``, ``unknown_type``, ``unknown_role``, ``bad_text``,
-            ``empty_text``, ``bad_path``, ``bad_step_number``, ``unequal_image_count``, ``no_target``; of
-            captions that are JSON also ``bad_json`` and ``duplicate_key``.
+            ``empty_text``, ``bad_path``, ``bad_step_number``, ``unequal_image_count``, ``no_target``,
+            ``unknown_key``, ``unsupported_key``; of captions that are JSON also ``bad_json`` and
+            ``duplicate_key``.
     """
     return parse_with_fields(value, origin)[0]
 
@@ -80,8 +89,11 @@ def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None
                 "not_an_object", "(record)", f.show(value), "a JSON object", "write one {...} for each record"
             )
         metadata = f.optional(value, "metadata", dict) or {}
+        keys.refuse(value)
+        value, notes = _without_empty(value)
         name = _recognise(value)
-        segments = FORMATS[name].parse(value, origin.file.parent)
+        segments = _framed(value, FORMATS[name].parse(value, origin.file.parent))
+        notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known)]
         if not any(segment.target for segment, _ in segments):
             raise BadRecord(
                 "no_target",
@@ -99,7 +111,36 @@ def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None
         error.origin = origin
         raise
     sample = [segment if root is None else _confined(segment, root) for segment, _ in segments]
-    return Record(sample, origin, name, metadata), [field for _, field in segments]
+    return Record(sample, origin, name, metadata, tuple(notes)), [field for _, field in segments]
+
+
+def _without_empty(record: Json) -> tuple[Json, list[tuple[str, str]]]:
+    """The record with null in the picture fields that name none (``""``, ``"None"``), and a note of each."""
+    empty = []
+    for name in {path for entry in FORMATS.values() for path in entry.pictures} & record.keys():
+        value = record[name]
+        values = value if isinstance(value, list) and value else [value]
+        if value is not None and value != [] and all(isinstance(v, str) and f.no_picture(v) for v in values):
+            empty.append(name)
+    if not empty:
+        return record, []
+    return record | dict.fromkeys(empty), [("no_picture", name) for name in sorted(empty)]
+
+
+def _framed(record: Json, segments: Segments) -> Segments:
+    """The segments of a record with what it says of all of them: a system text comes first, a thinking text
+    before the first target, and a weight holds for every target."""
+    weight = keys.weight_of(record, "", 1.0, keys.RECORD_WEIGHT)
+    first = next((i for i, (segment, _) in enumerate(segments) if segment.target), len(segments))
+    segments = [*segments[:first], *f.thought(record, "", 1.0), *segments[first:]]
+    if weight < 1:
+        segments = [
+            (replace(s, target=s.target and weight > 0, weight=s.weight * (weight or 1.0)), field)
+            for s, field in segments
+        ]
+    if f.optional(record, "system", str):
+        segments.insert(0, (Text(f.string(record, "system", "")), "system"))
+    return segments
 
 
 def _confined(segment: Text | Image, root: str | Path) -> Text | Image:
@@ -113,23 +154,20 @@ def _confined(segment: Text | Image, root: str | Path) -> Text | Image:
 
 def conversation(record: Json, folder: Path) -> Segments:
     """``conversations``: turns in order; assistant segments are targets."""
-    segments = []
-    for item, field in f.objects(record, "conversations", ""):
+    segments: Segments = []
+    for item, field in f.objects(record, "conversations", "", "turn"):
         role = f.role_of(item, field)
-        segments.append(f.segment(item, field, folder, target=role == "assistant"))
+        segments += f.segment(item, field, folder, target=role == "assistant")
     return segments
 
 
 def direct(record: Json, folder: Path) -> Segments:
     """``input_sequence`` is context, ``target_sequence`` is what the model must produce."""
-    inputs = [
-        f.segment(item, field, folder, target=False)
-        for item, field in f.objects(record, "input_sequence", "")
-    ]
-    return inputs + [
-        f.segment(item, field, folder, target=True)
-        for item, field in f.objects(record, "target_sequence", "")
-    ]
+    segments: Segments = []
+    for name, target in (("input_sequence", False), ("target_sequence", True)):
+        for item, field in f.objects(record, name, "", "segment"):
+            segments += f.segment(item, field, folder, target)
+    return segments
 
 
 def text_to_image(record: Json, folder: Path) -> Segments:
@@ -153,26 +191,26 @@ def editing(record: Json, folder: Path) -> Segments:
     the next step)."""
     segments: Segments = [(Image(f.picture(record, "input_image", "", folder)), "input_image")]
     first: int | None = None  # the number of step 0, as far as the numbers given so far say
-    for i, (step, field) in enumerate(f.objects(record, "editing_steps", "")):
+    for i, (step, field) in enumerate(f.objects(record, "editing_steps", "", "step")):
         number = f.optional(step, "step", int, field)
         if number is not None:
             first = number - i if first is None else first
             if number != first + i:
                 fix = "number the steps 1, 2, 3, ... in their order, or leave the numbers out"
                 raise BadRecord("bad_step_number", f"{field}.step", str(number), f"{first + i}", fix)
+        weight = keys.weight_of(step, field, 1.0)
+        result = f.as_image(f.picture(step, "result_image", field, folder), weight)
         segments.append((Text(f.string(step, "instruction", field)), f"{field}.instruction"))
-        segments.append(
-            (Image(f.picture(step, "result_image", field, folder), target=True), f"{field}.result_image")
-        )
+        segments += [*f.thought(step, field, weight), (result, f"{field}.result_image")]
     return segments
 
 
 def interleaved(record: Json, folder: Path) -> Segments:
     """``sequence``: all segments are targets, but for the start: a first image, or a first text that an image
     follows."""
-    items = f.objects(record, "sequence", "")
-    for item, field in items:
-        if item.get("role") is not None:
+    for i, item in enumerate(f.required(record, "sequence", list, "")):
+        field = f"sequence[{i}]"
+        if isinstance(item, dict) and item.get("role") is not None:
             fix = (
                 'use "conversations" for turns with roles, or take the role out and say "target": true or'
                 " false"
@@ -180,11 +218,14 @@ def interleaved(record: Json, folder: Path) -> Segments:
             raise BadRecord(
                 "unexpected_field", f"{field}.role", f.show(item["role"]), "no role in a sequence", fix
             )
-    segments = [f.segment(item, field, folder, target=True) for item, field in items]
+    items = f.objects(record, "sequence", "", "segment")
+    segments: Segments = []
+    for item, field in items:
+        segments += f.segment(item, field, folder, target=True)
     if segments:
         start, field = segments[0]
         needed = isinstance(start, Image) or any(isinstance(segment, Image) for segment, _ in segments)
-        if needed and items[0][0].get("target") is None:
+        if needed and all(items[0][0].get(name) is None for name in keys.LEARNING):
             segments[0] = (replace(start, target=False), field)
     return segments
 
@@ -192,16 +233,18 @@ def interleaved(record: Json, folder: Path) -> Segments:
 def messages(record: Json, folder: Path) -> Segments:
     """``messages`` whose ``<image>`` tags stand for ``images`` in order; leading images, which
     have no tag, come first, as context."""
-    items = f.objects(record, "messages", "")
     images = f.pictures(f.optional(record, "images", list) or [], "images", folder)
-    turns = [(f.role_of(item, field), f.contents_of(item, field, folder)) for item, field in items]
+    turns = []
+    for item, field in f.objects(record, "messages", "", "message"):
+        role = f.role_of(item, field)
+        turns.append(f.turn(item, field, role, f.contents_of(item, field, folder, role)))
     return f.tagged(turns, images, "images")
 
 
 def sharegpt(record: Json, folder: Path) -> Segments:
     """``conversations`` with ``from`` and ``value`` (ShareGPT, LLaVA); the tags stand for ``image`` (one or a
     list) or ``images``."""
-    items = f.objects(record, "conversations", "")
+    items = f.objects(record, "conversations", "", "speaker")
     field = "image" if record.get("image") is not None else "images"
     if field == "image" and record.get("images") is not None:
         raise BadRecord(
@@ -215,7 +258,12 @@ def sharegpt(record: Json, folder: Path) -> Segments:
         images = [(f.as_picture(record["image"], "image", folder), "image")]
     else:
         images = f.pictures(f.optional(record, field, list) or [], field, folder)
-    turns = [(f.speaker_of(item, at), [(f.string(item, "value", at), f"{at}.value")]) for item, at in items]
+    turns = []
+    for item, at in items:
+        role = f.speaker_of(item, at)
+        weight = keys.weight_of(item, at, f.default_weight(role))
+        part = f.Part(f.string(item, "value", at), f"{at}.value", weight)
+        turns.append(f.turn(item, at, role, [part]))
     return f.tagged(turns, images, field)
 
 
@@ -231,9 +279,11 @@ def captioned(record: Json, folder: Path) -> Segments:
 
 def edit_list(record: Json, folder: Path) -> Segments:
     """``image_list`` with the instructions of ``instruction_list`` between: the first image is context, the
-    others targets."""
+    others targets. With ``output_text_list`` it is a question and its interleaved answer."""
     images = f.pictures(f.required(record, "image_list", list, ""), "image_list", folder)
     steps = f.required(record, "instruction_list", list, "")
+    if not keys.is_empty(record.get("output_text_list")):
+        return _interleaved_answer(record, images, steps)
     if len(images) != len(steps) + 1:
         fix = "give one instruction, or one list of variants, for each picture after the first"
         raise BadRecord(
@@ -246,6 +296,30 @@ def edit_list(record: Json, folder: Path) -> Segments:
     segments: Segments = [(Image(images[0][0]), images[0][1])]
     for i, (step, (source, field)) in enumerate(zip(steps, images[1:])):
         segments += [f.variants(step, f"instruction_list[{i}]"), (Image(source, target=True), field)]
+    return segments
+
+
+def _interleaved_answer(
+    record: Json, images: list[tuple[f.PathOrBytes, str]], questions: list[Any]
+) -> Segments:
+    """Pictures and questions (context), then the texts of ``output_text_list`` with the last pictures between
+    (targets). The marks ``<image_start>`` and ``<image_end>`` around a drawn picture are taken off."""
+    texts = f.required(record, "output_text_list", list, "")
+    given = len(images) - (len(texts) - 1)
+    if given < 0:
+        fix = "give one picture between every two texts of output_text_list, after those of the question"
+        found, expected = f"{len(images)} images", f"{len(texts) - 1} or more for {len(texts)} texts"
+        raise BadRecord("unequal_image_count", "image_list", found, expected, fix)
+    segments: Segments = [(Image(source), field) for source, field in images[:given]]
+    segments += [f.variants(question, f"instruction_list[{i}]") for i, question in enumerate(questions)]
+    for i, text in enumerate(texts):
+        field = f"output_text_list[{i}]"
+        if i:
+            source, at = images[given + i - 1]
+            segments.append((Image(source, target=True), at))
+        text = f.string({"": text}, "", field).removeprefix("<image_end>").removesuffix("<image_start>")
+        if text:
+            segments.append((Text(text, target=True), field))
     return segments
 
 
@@ -299,7 +373,13 @@ FORMATS: dict[str, Format] = {
     ),
     "sharegpt": Format(sharegpt, ("conversations",), "conversations", ("image", "images"), _is_sharegpt),
     "captioned": Format(captioned, ("captions",), "image", ("image",)),
-    "edit_list": Format(edit_list, ("image_list", "instruction_list"), "image_list", ("image_list",)),
+    "edit_list": Format(
+        edit_list,
+        ("image_list", "instruction_list"),
+        "image_list",
+        ("image_list",),
+        reads=("output_text_list",),
+    ),
 }
 
 # Of several formats, so they tell none; beside a format that does not have them they are a mistake.

@@ -33,6 +33,7 @@ from unigen.sequence.types import Pack
 
 class Output(NamedTuple):
     halves: Halves  # [n, D] after the final norms
+    # each times the weight of its target
     ce: Tensor  # [labels] cross-entropy of each label token, float32, in stored order
     mse: Tensor  # [noised tokens, patch_dim] squared error of the velocity, float32
 
@@ -212,11 +213,15 @@ class Bagel(nn.Module):
         ce = token_losses(
             self.language_model.lm_head, hidden[0][pack.label_rows], pack.label[pack.label_rows]
         )
+        if pack.label_weight is not None:
+            ce = ce * pack.label_weight
         if not self.config.visual_gen:
             return Output(hidden, ce, hidden[0].new_zeros(0, 0, dtype=torch.float32))
         drawn = hidden[1] if len(hidden) > 1 else hidden[0][:0]
         predicted = self.velocities(drawn[pack.noised_rows])
         mse = (predicted - flow.velocity(x0, pack.noise)[pack.noised_rows]) ** 2
+        if pack.noised_weight is not None:
+            mse = mse * pack.noised_weight[:, None]
         return Output(hidden, ce, mse)
 
 

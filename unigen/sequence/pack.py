@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -258,7 +259,28 @@ def _finish(
         origins=origins,
         vit_features=content.features,
         vit_ready=content.ready if content.features else [],
+        **_weights(placed, und, gen),
     )
+
+
+def _weights(
+    placed: Sequence[_Placed], und: dict[str, np.ndarray], gen: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """How much each label and each noised token counts; nothing where all count 1."""
+    blocks = [p.block for p in placed]
+    if all(b.weight == b.closing_weight == 1 for b in blocks):
+        return {}
+    of_blocks = np.array([b.weight for b in blocks], np.float32)
+    of_tokens = of_blocks[und["span"]]
+    last = np.append(np.diff(und["span"]) != 0, True)  # every block has its markers in this half
+    of_tokens[last] = [b.weight if b.closing_label is None else b.closing_weight for b in blocks]
+    labels = of_tokens[und["label"] >= 0]
+    noised = of_blocks[gen["span"][gen["kind"] == Kind.NOISED]]
+    return {
+        "label_weight": torch.from_numpy(labels),
+        "noised_weight": torch.from_numpy(noised),
+        "weight_sums": (float(labels.sum(dtype=np.float64)), float(noised.sum(dtype=np.float64))),
+    }
 
 
 def _rows(chosen: np.ndarray) -> Tensor:

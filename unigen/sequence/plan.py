@@ -20,7 +20,7 @@ from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size
 from unigen.sequence.lengths import BLOCK_DTYPE, Grids, RecordLengths, dropout_chances
 from unigen.sequence.pack import Geometry
-from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.tokens import Tokenizer, is_media_tag
 from unigen.sequence.types import BadRecord, Block, Image, Kind, Record, Sample, Text
 
 # Opening a file of a few pixels costs more than all that follows, so such pictures stay decoded: at most 64
@@ -109,6 +109,13 @@ class Planner:
         if found:
             token, at = found
             where = f"character {at + 1}" + (f" of caption variant {variant + 1}" if variant else "")
+            if is_media_tag(token):
+                raise BadRecord(
+                    "tag_without_picture", None, f"the tag {token} at {where}", "a picture for it",
+                    "name its picture in a field of the format (messages and ShareGPT have tags), take the"
+                    " tag out, or learn it as text: --allow_control_tokens",
+                    segment=segment,
+                )  # fmt: skip
             raise BadRecord(
                 "control_token", None, f"the token {token} at {where}",
                 "a text that opens and closes no part of a sequence",
@@ -167,16 +174,21 @@ class Planner:
         blocks: list[Block] = []
         for i, (segment, size) in enumerate(zip(sample, sizes, strict=True)):
             label = self._next_modality(sample, i) if self.options.train_transitions else None
+            # of a label: what it makes the model go on with, or end
+            weight = sample[i + 1].weight if sample[i + 1 :] and sample[i + 1].target else segment.weight
+            extra = {"closing_label": label, "closing_weight": 1.0 if label is None else weight}
             if not isinstance(size, Grids):
-                blocks.append(Block(Kind.TEXT, size, i, loss=segment.target, closing_label=label))
+                text = Block(Kind.TEXT, size, i, loss=segment.target, weight=segment.weight, **extra)
+                blocks.append(text)
                 continue
             if segment.target:
-                blocks.append(_image_block(Kind.NOISED, size.latent, i, loss=True))
+                noised = _image_block(Kind.NOISED, size.latent, i, loss=True)
+                blocks.append(replace(noised, weight=segment.weight))
             if not segment.target or self._has_clean_copies(sample, i, clean_copies):
                 shown = self._shown(size, i, draws)
                 blocks += shown
                 if shown:
-                    blocks[-1].closing_label = label
+                    blocks[-1] = replace(blocks[-1], **extra)
         return blocks
 
     def _shown(self, grids: Grids, segment: int, draws: bool) -> list[Block]:

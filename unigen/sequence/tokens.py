@@ -44,6 +44,8 @@ _QWEN2 = (
 )  # fmt: skip
 # A tokenizer may have these as tokens of their own, and answers that think are written with them.
 _WRITTEN = ("<think>", "</think>")
+# what data sets write in a text where a picture, a video or a sound belongs
+_MEDIA = re.compile(r"<\|?(?:image|video|audio)(?:[ _-]?\d+)?\|?>")
 
 KEPT_BYTES = 16 << 20  # of texts that a tokenizer remembers in each process, about
 KEPT_TEXT = (
@@ -51,6 +53,11 @@ KEPT_TEXT = (
 )
 _SENTENCES = ("A red house by the sea, at 10:45.", "海边有一座红色的房子。")
 """What every tokenizer must give back as it was."""
+
+
+def is_media_tag(token: str) -> bool:
+    """Is this token of :meth:`Tokenizer.control_token` a tag, and no token of the vocabulary?"""
+    return _MEDIA.fullmatch(token) is not None
 
 
 class Tokenizer:
@@ -109,10 +116,11 @@ class Tokenizer:
 
     def control_token(self, text: str) -> tuple[str, int] | None:
         """The first token in a text that is no text to the model, and the character it begins at: it would
-        become the id that opens, closes or ends a part of a sequence. None where there is none."""
+        become the id that opens, closes or ends a part of a sequence; or the first tag that stands for a
+        picture, a video or a sound. None where there is none."""
         if self._control is None:
             names = sorted(self._control_tokens() - set(_WRITTEN), key=len, reverse=True)
-            self._control = re.compile("|".join(map(re.escape, names)))
+            self._control = re.compile("|".join([*map(re.escape, names), _MEDIA.pattern]))
         found = self._control.search(text)
         return (found[0], found.start()) if found else None
 

@@ -30,6 +30,7 @@ class Text:
     text: str
     target: bool = False
     others: tuple[str, ...] = ()
+    weight: float = 1.0  # of a target: how much its labels count in the loss, above 0
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -42,6 +43,7 @@ class Image:
 
     source: Any
     target: bool = False
+    weight: float = 1.0  # as that of a text
     # width, height (upright) where they are known
     size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
@@ -69,6 +71,8 @@ class Record:
     origin: Origin
     format: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    # what reading it left out or decided, to be counted: (what, field of the record)
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 class Kind(IntEnum):
@@ -104,6 +108,8 @@ class Block:
     grid: tuple[int, int] | None = None  # rows and columns of an image's tokens
     loss: bool = False  # a trained text, or a noised image
     closing_label: int | None = None  # the extra label of the closing token
+    weight: float = 1.0  # how much its labels, or its noised tokens, count in the loss
+    closing_weight: float = 1.0  # how much the extra label counts
     dropped: bool = False  # leaves no token; an image still advances the position by one
     cut: bool = False  # a text target cut at its end: its last label is `cut_label`, the token that followed
     cut_label: int = -100
@@ -172,6 +178,10 @@ class Pack:
     # The mask as flex attention takes it (`sequence/blockmask.py`); None where nobody asked for it
     mask_rule: Tensor | None = None  # [5, padded tokens] int32
     mask_blocks: Tensor | None = None  # [blocks, blocks] uint8
+    # How much each target counts in the loss; None where all count 1
+    label_weight: Tensor | None = None  # [labels] float32
+    noised_weight: Tensor | None = None  # [noised tokens] float32
+    weight_sums: tuple[float, float] | None = None  # of both
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -182,13 +192,19 @@ class Pack:
 
     @property
     def n_text_labels(self) -> int:
-        """Label tokens of the pack: its share of the text loss's denominator."""
+        """Label tokens of the pack."""
         return len(self.label_rows)
 
     @property
     def n_image_targets(self) -> int:
-        """Noised latent tokens of the pack: its share of the image loss's denominator."""
+        """Noised latent tokens of the pack."""
         return len(self.noised_rows)
+
+    @property
+    def target_weights(self) -> tuple[float, float]:
+        """The pack's share of the denominators of the text loss and of the image loss: its label tokens and
+        its noised tokens, each with its weight."""
+        return self.weight_sums or (self.n_text_labels, self.n_image_targets)
 
     @property
     def n_ready(self) -> int:

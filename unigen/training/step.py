@@ -2,8 +2,9 @@
 
 The losses are sums over all targets of an optimiser step, divided by their global count. Text: cross-entropy,
 mean over all label tokens. Images: squared error of the velocity, mean over the channels of a token, then
-over all noised latent tokens. Both means are over every rank and every micro-batch, so the split into
-micro-batches and ranks changes nothing (:class:`Counts` are the denominators).
+over all noised latent tokens. A target counts with its weight, which is 1 unless the data says otherwise.
+Both means are over every rank and every micro-batch, so the split into micro-batches and ranks changes
+nothing (:class:`Counts` are the denominators).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _LOOKED_AT = 64  # records in which other targets are looked for, where the warm
 
 @dataclass(frozen=True)
 class Counts:
-    """What an optimiser step contains: text targets and image targets (the denominators), and tokens."""
+    """What an optimiser step contains: text targets and image targets, each with its weight (the
+    denominators), and tokens."""
 
     text: float
     image: float
@@ -43,8 +45,8 @@ class Counts:
     def of(cls, packs: Sequence[Pack]) -> Counts:
         """Those of some packed sequences; those of a step are the sum over all processes."""
         return cls(
-            sum(pack.n_text_labels for pack in packs),
-            sum(pack.n_image_targets for pack in packs),
+            sum(pack.target_weights[0] for pack in packs),
+            sum(pack.target_weights[1] for pack in packs),
             sum(len(pack) for pack in packs),
         )
 
@@ -108,7 +110,7 @@ def train_step(run: Run, batches: Sequence[MicroBatch], lr: float, counts: Count
             run.ema.update()
     engine.scale.update(overflow)
 
-    text_loss, image_loss = text_sum / max(counts.text, 1), image_sum / max(counts.image, 1)
+    text_loss, image_loss = text_sum / (counts.text or 1), image_sum / (counts.image or 1)
     if refused:
         numbers = {"text_loss": text_loss, "image_loss": image_loss, "grad_norm": norm}
         guard.skipped(run.position.step + 1, refused, batches, numbers)
@@ -152,7 +154,7 @@ def joint_loss(
     text_sum: Tensor, image_sum: Tensor, counts: Counts, text_weight: float, image_weight: float
 ) -> Tensor:
     """A packed sequence's part of the step's loss, a scalar: both sums over the step's global counts."""
-    return text_weight * text_sum / max(counts.text, 1) + image_weight * image_sum / max(counts.image, 1)
+    return text_weight * text_sum / (counts.text or 1) + image_weight * image_sum / (counts.image or 1)
 
 
 # ---- beside the step

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from unigen.data.keys import listed
+
 # Shares above which a finding is a warning.
 CUT, DUPLICATES, SAME_TEXT, UPSCALED, NEAR_EMPTY = 0.01, 0.01, 0.05, 0.05, 0.01
 FEW_RECORDS, FEW_TOKENS = 0.05, 0.005  # shares of a modality below which the data is lopsided
@@ -43,6 +45,8 @@ def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
     if problems:
         share = (s["records"] - s["good_records"]) / max(s["records"], 1)
         yield Advice("problems" if share > 0.01 else "few_problems", "warn", {"n": problems, "share": share})
+    if s["unread"]:
+        yield Advice("unread", "warn", {"fields": listed(s["unread"], s["good_records"])})
     surplus = s["repeats"]["records"]["surplus"]
     if surplus:
         yield Advice(

@@ -33,6 +33,7 @@ from unigen.commands.check.workers import Died, in_order
 from unigen.data.containers import ByteSpan, FilePart, Raw, find_files, no_record, parts, read_part
 from unigen.data.dataset import TASKS
 from unigen.data.formats import FORMATS, parse_raw
+from unigen.data.keys import NOTES
 from unigen.data.loader import cores
 from unigen.files import atomic
 from unigen.sequence.plan import Planner
@@ -153,6 +154,7 @@ class Findings:
             "records": len(self.tally.records),
             "good_records": len(good),
             "formats": {name: n for name, n in zip(FORMATS, formats) if n},
+            **{what: self.tally.notes.of(what) for what in NOTES},
             "tasks": {
                 name: {
                     "records": len(records),

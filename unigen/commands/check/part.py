@@ -16,6 +16,7 @@ from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
 from unigen.data.dataset import TASKS, task
 from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of
 from unigen.data.formats import FORMATS
+from unigen.data.keys import Notes
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
 from unigen.sequence.lengths import RecordLengths, TokenLengths
 from unigen.sequence.plan import Planner
@@ -158,6 +159,7 @@ class _Reading:
         self.pictures: list[tuple[Any, ...]] = []  # rows of PICTURE
         self.lengths, self.counted = TokenLengths(), list[int]()  # and the records they are of
         self.near_empty: list[tuple[str, str]] = []
+        self.notes = Notes()
         self.bad: list[tuple[int, BadRecord]] = []
         self.waiting: list[tuple[int, Record, list[str]]] = []
         self.held = 0
@@ -216,6 +218,7 @@ class _Reading:
         numbers = _FORMATS.index(record.format), TASKS.index(name), len(texts), images
         row = (*hashes, True, empty is not None, *numbers)
         self.records[step] = row + (0,) * (len(RECORD) - len(row))
+        self.notes.add(record.notes)
 
     def _note_pictures(self, step: int, record: Record, lengths: RecordLengths) -> Iterator[int]:
         """Notes the pictures of a record; a hash of each that tells it apart."""
@@ -238,7 +241,8 @@ class _Reading:
         records = np.array(self.records, RECORD)
         if self.counted:
             count_tokens(records, self.counted, self.lengths, self.checker.planner, self.part.index)
-        tally = Tally(records, np.array(self.pictures, PICTURE), self.near_empty[:NEAR_EMPTY_SHOWN])
+        near_empty = self.near_empty[:NEAR_EMPTY_SHOWN]
+        tally = Tally(records, np.array(self.pictures, PICTURE), near_empty, self.notes)
         return Outcome(tally, [error.to_dict() for _, error in sorted(self.bad, key=lambda entry: entry[0])])
 
 

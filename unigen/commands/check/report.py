@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 from unigen.commands.check.advice import Advice
 from unigen.commands.check.findings import Findings
+from unigen.data.keys import NOTES
 from unigen.show.charts import Chart, bar_chart
 from unigen.show.language import Words
+
+NAMES = 20  # fields of one kind that are shown
 
 
 class Note(NamedTuple):
@@ -121,6 +124,12 @@ def _contents(s: dict[str, Any], words: Words) -> Iterator[Block]:
             for name, of in s["tasks"].items()
         ]
         yield ReportTable(header, rows)
+    for what in NOTES:
+        if s[what]:
+            rows = [[name, n, percent(n / good)] for name, n in s[what].items()]
+            yield ReportTable([words(f"field_{what}"), words("records"), words("share")], rows[:NAMES])
+            if len(rows) > NAMES:
+                yield Note(words("more", n=len(rows) - NAMES))
 
 
 def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unigen.data.keys import Notes
 from unigen.data.packing import best_fit
 from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.plan import Planner
@@ -61,19 +62,23 @@ class Tally(NamedTuple):
     records: np.ndarray  # [records] RECORD
     pictures: np.ndarray  # [pictures] PICTURE
     near_empty: list[tuple[str, str]]  # (origin, text) of the first few
+    notes: Notes  # of the good records
 
     @classmethod
     def join(cls, tallies: Sequence[Tally]) -> Tally:
         """One tally of parts that follow one another."""
-        first, pictures = 0, []
+        first, pictures, notes = 0, [], Notes()
         for tally in tallies:
             pictures.append(tally.pictures.copy())
             pictures[-1]["record"] += first
             first += len(tally.records)
+            for note, times in tally.notes.items():
+                notes.add([note], times)
         return cls(
             np.concatenate([np.zeros(0, RECORD), *(tally.records for tally in tallies)]),
             np.concatenate([np.zeros(0, PICTURE), *pictures]),
             [entry for tally in tallies for entry in tally.near_empty][:NEAR_EMPTY_SHOWN],
+            notes,
         )
 
     @property

@@ -1,0 +1,153 @@
+"""The table of known keys: of records, of turns and of segments, in all formats; what a turn says of its own
+learning; what is refused, and why.
+
+A key of a turn or segment that is not in the table is an error: it may change what is learnt. A key of a
+record that nothing reads is counted and listed (:func:`unread`). A key without a value (null, an empty text,
+list or object) is as good as absent. A new format adds a row to :data:`ITEMS` for each kind of objects in
+its lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from unigen.config import nearest
+from unigen.data.words import Json, cut, join, names, show
+from unigen.sequence.types import BadRecord
+
+LEARNING = ("target", "loss", "weight", "loss_weight", "loss_scale", "has_loss")
+"""How a turn or segment says whether, and how much, it is learnt: true or false, or a number from 0 to 1."""
+
+THOUGHT = "reasoning_content"
+RECORD_WEIGHT = ("loss", "weight", "loss_weight", "loss_scale", "has_loss")
+RECORD = ("metadata", "system", THOUGHT, *RECORD_WEIGHT)
+"""Keys that a record of any format may have."""
+
+ITEMS: dict[str, tuple[str, ...]] = {
+    "turn": ("role", "type", "content", "image_path", THOUGHT),
+    "segment": ("type", "content", "image_path", THOUGHT),
+    "step": ("step", "instruction", "result_image", THOUGHT),
+    "message": ("role", "content", THOUGHT),
+    "part": ("type", "text", "image_url"),
+    "address": ("url", "detail"),
+    "speaker": ("from", "value", THOUGHT),
+}
+"""Keys of the objects in the lists of a record, by their kind; beside ``metadata`` and :data:`LEARNING`."""
+
+_VIDEO, _AUDIO = (f"texts and pictures alone: {name} cannot be read" for name in ("video", "audio"))
+_PREFERENCE = "answers to learn: there is no preference training, and a bad answer would be learnt as well"
+_TOOLS = "no tools: the model would learn answers without the calls they follow from"
+REFUSED: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        ("video", "videos", "video_url", "video_path"), (_VIDEO, "take frames of it as pictures")
+    ),
+    **dict.fromkeys(
+        ("audio", "audios", "audio_url", "audio_path", "input_audio"), (_AUDIO, "write down what it says")
+    ),
+    **dict.fromkeys(
+        (
+            "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images",
+            "rejected_conversations", "kto_tag",
+        ),
+        (_PREFERENCE, "keep the good answer alone, in a field of the format"),
+    ),
+    **dict.fromkeys(
+        ("tools", "functions", "tool_calls", "function_call"), (_TOOLS, "leave these records out")
+    ),
+}  # fmt: skip
+"""Keys of records, turns and segments that change what would have to be learnt: why, and the fix."""
+
+
+def is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def check_keys(item: Json, where: str, kind: str) -> None:
+    """Raises BadRecord for a key of a turn or segment that is not of its ``kind`` in :data:`ITEMS`."""
+    known = ITEMS[kind]
+    for name in item:
+        if name in known or name in LEARNING or name == "metadata" or is_empty(item[name]):
+            continue
+        refuse({name: item[name]}, where)
+        near = nearest(cut(name), [*known, *LEARNING])
+        fix = "take it out, or move it into metadata"
+        raise BadRecord(
+            "unknown_key",
+            join(where, cut(name)),
+            show(item[name]),
+            f"no key but {', '.join((*known, *LEARNING))} or metadata",
+            f"did you mean {near}? Otherwise {fix}" if near else fix,
+        )
+
+
+def refuse(record: Json, where: str = "") -> None:
+    """Raises BadRecord for a key with a value that is in :data:`REFUSED`, or a ``label`` of true or false."""
+    for name in record:
+        reason = REFUSED.get(name)
+        if name == "label" and isinstance(record[name], bool):  # a class is a number or a text
+            reason = (_PREFERENCE, "keep the good answers, without label")
+        if reason and not is_empty(record[name]):
+            expected, fix = reason
+            raise BadRecord("unsupported_key", join(where, name), show(record[name]), expected, fix)
+
+
+def unread(record: Json, known: Iterable[str]) -> list[str]:
+    """The keys of a record that have a value and that nothing reads."""
+    known = {*known, *RECORD}
+    return [name for name in record if name not in known and record[name] is not None]
+
+
+def weight_of(item: Json, where: str, default: float, keys: Iterable[str] = LEARNING) -> float:
+    """How much of the loss an object of the record carries, from 0 (context) to 1: what it says itself, or
+    ``default``.
+
+    Raises:
+        BadRecord: A value is of another kind, or two keys contradict one another.
+    """
+    said: dict[str, float | None] = {}  # None: it is learnt, with the weight that others say
+    for name in keys:
+        value = item.get(name)
+        if value is None:
+            continue
+        expected = "true or false" if name == "target" else "true, false or a number from 0 to 1"
+        number = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
+        if not number or (name == "target" and not isinstance(value, bool)):
+            fix = f"write {expected}: how much it is learnt; anything else belongs in metadata"
+            raise BadRecord("wrong_type", join(where, name), show(value), expected, fix)
+        said[name] = None if value is True else float(value)
+    weights = {weight for weight in said.values() if weight is not None}
+    if len(weights) > 1 or (0 in weights and None in said.values()):
+        found = names(dict.fromkeys(said, True))
+        fix = "keep one of them"
+        raise BadRecord("ambiguous_piece", join(where, next(iter(said))), found, "keys that agree", fix)
+    if weights:
+        return weights.pop()
+    return (default or 1.0) if said else default
+
+
+# ---- what reading records left out or decided
+
+NOTES = ("unread", "no_picture")  # what a note says of a field: nothing reads it; it names no picture
+_NAMES = 500  # fields that are counted by name; a record may name its fields as it likes
+
+
+class Notes(Counter[tuple[str, str]]):
+    """The notes of many records, counted."""
+
+    def add(self, notes: Iterable[tuple[str, str]], times: int = 1) -> None:
+        for note in notes:
+            what, _ = note
+            self[note if note in self or len(self) < _NAMES else (what, "(others)")] += times
+
+    def of(self, what: str) -> dict[str, int]:
+        """Field -> records, the most frequent ones first."""
+        return {cut(name): n for (kind, name), n in self.most_common() if kind == what and n > 0}
+
+
+def listed(fields: dict[str, int], total: int, most: int = 12) -> str:
+    """``label 300 of 300, source 12 of 300``."""
+    told = [f"{name} {n:,} of {total:,}" for name, n in fields.items()]
+    return ", ".join(told[:most]) + (f" and {len(told) - most:,} more" if len(told) > most else "")
