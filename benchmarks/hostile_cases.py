@@ -489,6 +489,8 @@ def checkpoints(made: Originals) -> Iterator[Case]:
             return on_run(made, command)
 
         names = (file, file.removesuffix(".json"), name.partition("=")[0].rpartition(".")[2])
+        if name.startswith("files."):  # the message may name the file that no longer agrees
+            names += (name.partition("=")[0].removeprefix("files.").rpartition(".")[0],)
         wants = command != "verify"
         return Case(
             "resealed",
@@ -511,6 +513,8 @@ def checkpoints(made: Originals) -> Iterator[Case]:
     manifest = json.loads((made.checkpoint / "manifest.json").read_text())
     small = {**manifest, "files": dict(list(manifest["files"].items())[:2])}
     for name, edited, _ in edits(small, deep=3):
+        if name.startswith("sha256=") and not name.endswith("=missing"):
+            continue  # sealing writes it again
         if name.startswith("files."):
             edited = {**edited, "files": {**manifest["files"], **edited["files"]}}
             if name.count(".") == 2 and name.endswith("=missing"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from saves import trainer_state
 from torch import Tensor
 
 from unigen.runs.saver import Contents, Saver, StateEntry
@@ -113,7 +114,8 @@ def write_checkpoint(
                 shutil.copyfile(path, folder / path.name)
         (folder / "config.json").write_text("{}\n", "utf-8")
 
-    states = {"training_config": {"seed": 1}} | ({} if name else {"trainer": {"step": step}})
+    options = {"seed": 1, "gradient_accumulation_steps": 1}
+    states = {"training_config": options} | ({} if name else {"trainer": trainer_state(step)})
     about = {"engine": "single" if world == 1 else "fsdp2", "average": average}
     together(
         world,

@@ -56,7 +56,15 @@ def contents(step: int, *entries: StateEntry, **more: Any) -> Contents:
         entry("ema", "w", torch.arange(5.0)),
         entry("optimizer", "exp_avg.w", torch.full((3,), float(step))),
     )
-    return replace(Contents(step, chosen, {"trainer": {"step": step}}, write_files, {}), **more)
+    return replace(Contents(step, chosen, {"trainer": trainer_state(step)}, write_files, {}), **more)
+
+
+def trainer_state(step: int) -> dict[str, Any]:
+    """All that a resume asks of ``trainer.json``."""
+    return {
+        "step": step, "epoch": 0, "position": 0, "waiting": [], "best": None, "pending": [],
+        "fingerprint": "", "step_rows": 1, "guards": {}, "scale": {"scale": 1.0, "good": 0},
+    }  # fmt: skip
 
 
 def save(

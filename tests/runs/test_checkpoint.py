@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from saves import contents_of, damage, names, read_group, save, save_together, together
+from saves import contents_of, damage, names, read_group, save, save_together, together, trainer_state
 
 from unigen.runs import checkpoint, saver
 from unigen.runs.checkpoint import (
@@ -111,7 +111,7 @@ def test_a_missing_short_long_or_unreadable_file_is_named(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", ["trainer.json", "manifest.json"])
 def test_states_that_cannot_be_read_are_named(tmp_path: Path, name: str):
     folder = save(tmp_path, 1)
-    assert read_states(folder) == {"trainer": {"step": 1}}
+    assert read_states(folder) == {"trainer": trainer_state(1)}
     for damage_it in (
         lambda path: path.write_text("{"),
         lambda path: path.write_bytes(b"\xff"),
@@ -422,5 +422,5 @@ def test_sweeping_gives_back_one_whose_replacement_never_came(tmp_path: Path):
     save(tmp_path, 1, name="best").rename(tmp_path / ".best.old-123")
     save(tmp_path, 2).rename(tmp_path / ".best.partial-123")
     sweep_orphans(tmp_path)
-    assert names(tmp_path) == ["best"] and read_states(tmp_path / "best") == {"trainer": {"step": 1}}
+    assert names(tmp_path) == ["best"] and read_states(tmp_path / "best") == {"trainer": trainer_state(1)}
     verify_checkpoint(tmp_path / "best")

@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from saves import ALONE, FILES, contents, contents_of, entry, mount_disk, names, save, write_files
+from saves import (
+    ALONE,
+    FILES,
+    contents,
+    contents_of,
+    entry,
+    mount_disk,
+    names,
+    save,
+    trainer_state,
+    write_files,
+)
 
 from unigen.runs.checkpoint import (
     CheckpointError,
@@ -154,7 +165,7 @@ def test_a_disk_that_cannot_sync_at_any_moment_keeps_the_earlier_checkpoint(
         ), refused
     refused = -1
     Saver(tmp_path, 0, ALONE).save(contents(3), name)
-    assert read_states(tmp_path / name) == {"trainer": {"step": 3}}
+    assert read_states(tmp_path / name) == {"trainer": trainer_state(3)}
 
 
 def test_a_folder_that_cannot_be_synced_is_fine_where_the_file_system_has_no_such_call(

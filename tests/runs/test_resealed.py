@@ -13,6 +13,7 @@ import pytest
 from edits import edited, sampled
 from saves import save
 
+from unigen.commands.ckpt.verify import problems_of
 from unigen.runs.checkpoint import (
     CheckpointError,
     manifest_hash,
@@ -164,3 +165,14 @@ def test_the_lock_is_no_link(tmp_path: Path):
     with pytest.raises(OSError):
         hold(tmp_path / ".lock")
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_verify_refuses_what_a_resume_refuses(tmp_path: Path):
+    folder = save(tmp_path, 1)
+    manifest = read_manifest(folder)
+    for key, new in (("step", 0), ("groups", []), ("groups", ["optimizer"])):
+        seal(folder, {**manifest, key: new})
+        problems = problems_of(folder)
+        assert any(key in problem for problem in problems), (key, new, problems)
+    seal(folder, manifest)
+    assert problems_of(folder) == []

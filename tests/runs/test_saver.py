@@ -27,6 +27,7 @@ from saves import (
     save_together,
     shared_entries,
     together,
+    trainer_state,
 )
 
 from unigen.config import Config
@@ -130,7 +131,7 @@ def test_saving_again_replaces_the_whole_folder(tmp_path: Path):
     (tmp_path / "best" / "left_over").touch()
     save(tmp_path, 5, name="best")
     assert names(tmp_path) == ["best"] and names(tmp_path / "best") == FILES
-    assert read_states(tmp_path / "best") == {"trainer": {"step": 5}}
+    assert read_states(tmp_path / "best") == {"trainer": trainer_state(5)}
 
 
 def test_saving_keeps_as_many_as_asked_and_the_one_just_written(tmp_path: Path):

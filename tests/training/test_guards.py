@@ -13,6 +13,9 @@ from tiny import built, metrics, train_on
 from unigen.commands.ckpt.listing import describe
 from unigen.config import Config, ConfigError
 from unigen.runs.checkpoint import latest_checkpoint
+from unigen.runs.layout import TRAINER
+from unigen.runs.states import STATES
+from unigen.schema import Table
 from unigen.training.engine import Engine
 from unigen.training.guards import CONFIRM, FEWEST, BadStepGuard, Diverged, TrainingStopped
 from unigen.training.trainer import UnifiedTrainer
@@ -196,3 +199,10 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_auto_goes_on_fro
     assert (run / "step_10").is_dir() and latest_checkpoint(run) == run / "step_10"
     UnifiedTrainer(Config(**options | {"max_steps": 14, "resume_from_checkpoint": "auto"})).train()
     assert [path.name for path in run.glob("step_*")] == ["step_14"]
+
+
+def test_every_state_has_a_rule(tmp_path: Path):
+    """A key that a resume reads and no schema knows is how an odd value becomes a traceback."""
+    rule = STATES[TRAINER]
+    assert isinstance(rule, Table) and isinstance(rule.needs["guards"], Table)
+    assert set(guards(tmp_path).state()) == set(rule.needs["guards"].may)

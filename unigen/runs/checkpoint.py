@@ -34,7 +34,7 @@ from unigen.config import UserError
 from unigen.files import draft_of, leftover, remove, sha256_of
 from unigen.foreign import ForeignFileError, open_file, read_json, require, roots_of
 from unigen.model.adapters import GROUP, own_name
-from unigen.model.storage import Stored, scan_set, set_files
+from unigen.model.storage import Stored, is_of_set, scan_set, set_files
 from unigen.runs.layout import FILES, MANIFEST, TRAINER, is_checkpoint, state_file, step_of
 from unigen.runs.states import GROUPS, outside
 from unigen.runs.states import MANIFEST as MANIFEST_RULE
@@ -238,6 +238,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not any(file in files for file in wanted):
             problem = f"{MANIFEST}: {key} names {short(name)}, but files lacks {' or '.join(wanted)}"
             raise _unusable(folder, problem)
+    for name in files:
+        group = next((group for group in GROUPS if is_of_set(name, group)), None)
+        if group is not None and group not in manifest["groups"]:
+            raise _unusable(folder, f"{MANIFEST}: files names {short(name)}, but groups lacks {group!r}")
     return manifest
 
 

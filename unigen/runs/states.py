@@ -32,7 +32,13 @@ MANIFEST = Table(
 )
 
 _GUARDS = Table(
-    {}, {"skipped_in_a_row": _COUNT, "grad_norms": Items(Number(0, 1e300)), "stale_validations": _COUNT}
+    {},
+    {
+        "skipped_in_a_row": _COUNT,
+        "grad_norms": Items(Number(0, 1e300)),
+        "stale_validations": _COUNT,
+        "recent": Items(whole(0, 1)),
+    },
 )
 _SCALE = Table({"scale": Number(1e-300, 1e300), "good": _COUNT})
 
