@@ -55,7 +55,7 @@ HOMES = {
     "ssl": ["commands/fetch/client.py"],
     "http": ["commands/fetch/client.py"],
     "urllib.request": ["commands/fetch/client.py"],
-    "urllib3": ["commands/fetch/client.py"],
+    "urllib3": ["commands/fetch/client.py", "evaluation/judge.py"],
     "requests": ["commands/fetch/client.py"],
     "idna": ["commands/fetch/addresses.py"],
     "filelock": ["files.py"],

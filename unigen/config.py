@@ -66,7 +66,7 @@ class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions,
         Raises:
             ConfigError: an option is missing or out of range, or two exclude each other.
         """
-        self.check()
+        self.reread()
         for refused, name, problem in conflicts(self):
             if refused:
                 raise ConfigError(f"{name} {problem} (--{name} ...)")

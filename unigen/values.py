@@ -104,9 +104,9 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        self.check()
+        self.reread()
 
-    def check(self) -> None:
+    def reread(self) -> None:
         """Reads every value again, for attributes that were set later. Raises ConfigError."""
         for name in kinds(type(self)):
             setattr(self, name, read_option(type(self), name, getattr(self, name)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pictures import noise
 
-from unigen.evaluation.answers import AnswersError, Prediction, answer_all
+from unigen.evaluation.answers import Answer, AnswersError, Part, Prediction, answer_all
 from unigen.evaluation.cases import batches, case_of, cases_of
 from unigen.sequence.types import Image, Origin, Record, Text
 
@@ -79,7 +79,13 @@ class Model:
             raise KeyboardInterrupt
         self.asked.append(seed)
         return [
-            [f"{prompt[-1]} 猫 {seed + i}" if kind == "text" else noise(8, 8, seed + i) for kind in outputs]
+            Answer(
+                [
+                    f"{prompt[-1]} 猫 {seed + i}" if kind == "text" else noise(8, 8, seed + i)
+                    for kind in outputs
+                ],
+                True,
+            )
             for i, prompt in enumerate(prompts)
         ]
 
@@ -111,12 +117,36 @@ def test_predictions_say_what_was_answered(tmp_path):
     assert seen == [1, 2]
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0]) == {
-        "number": 0, "where": "val.jsonl:7", "task": "text", "seed": 6, "pieces": [{"text": "What? 猫 6"}],
+        "number": 0, "where": "val.jsonl:7", "task": "text", "seed": 6, "stopped": True,
+        "pieces": [{"text": "What? 猫 6"}],
     }  # fmt: skip
-    assert [Prediction.read(line, tmp_path) for line in lines] == found
+    assert [Prediction.of(json.loads(line), tmp_path) for line in lines] == found
     from unigen.sequence.images import open_image
 
     assert (np.asarray(open_image(found[1].pieces[0])) == np.asarray(noise(8, 8, 5))).all()
+
+
+@pytest.mark.parametrize("worlds", [(2,), (3, 2), (2, 1)])
+def test_however_many_processes_share_the_batches_the_answers_are_the_same(worlds, tmp_path):
+    """Each in turn stands for processes side by side, that were killed where they would have met."""
+    answer_all(CASES, Model(), tmp_path / "one", {}, batch_size=2, seed=5)
+    asked = []
+
+    def gone():
+        raise KeyboardInterrupt
+
+    for world in worlds:
+        for rank in reversed(range(world)):
+            model = Model(None if world == worlds[-1] else 1)
+            with pytest.raises(KeyboardInterrupt):
+                answer_all(
+                    CASES, model, tmp_path / "many", {}, batch_size=2, seed=5, part=Part(rank, world, gone)
+                )
+            asked += model.asked
+    assert sorted(asked) == sorted(set(asked)) and len(asked) == 6  # each batch by one of them
+    found = answer_all(CASES, Model(0), tmp_path / "many", {}, batch_size=2, seed=5)
+    assert [p.number for p in found] == [case.number for case in CASES]
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("lost", ["pictures/000002_0.png", "batches/00000.jsonl"])

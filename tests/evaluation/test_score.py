@@ -7,7 +7,7 @@ import pytest
 import torch
 from pictures import noise
 
-from unigen.evaluation.answers import Prediction, answer_all
+from unigen.evaluation.answers import Answer, Prediction, answer_all
 from unigen.evaluation.cases import Case, cases_of
 from unigen.evaluation.features import module_extractor
 from unigen.evaluation.score import Tools, as_json, score
@@ -106,10 +106,11 @@ def test_a_model_is_asked_and_scored_and_a_killed_run_gives_the_same_numbers(gol
     inferencer = InterleaveInferencer.from_pretrained(str(golden / "model"), "cpu")
 
     def answer(prompts, outputs, seed):
-        return inferencer.unified_generate_batch(
+        found = inferencer.unified_generate_batch(
             prompts, outputs=list(outputs), seed=seed, do_sample=True, max_new_tokens=4, num_timesteps=3,
             height=32, width=32,
         )  # fmt: skip
+        return [Answer(pieces, True) for pieces in found]
 
     def killed(prompts, outputs, seed):
         if seed > 1:

@@ -89,6 +89,8 @@ def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None
                 "not_an_object", "(record)", f.show(value), "a JSON object", "write one {...} for each record"
             )
         metadata = f.optional(value, "metadata", dict) or {}
+        if isinstance(value.get("id"), str | int):
+            metadata = {"id": value["id"], **metadata}
         keys.refuse(value)
         value, notes = _without_empty(value)
         name = _recognise(value)

@@ -19,18 +19,24 @@ class Answered:
         about: what the answers depend on.
         predictions: of all cases, in their order.
         scores: metrics by task.
+        step: after which a run saved the checkpoint.
     """
 
     name: str
     about: dict[str, Any]
     predictions: list[Prediction]
     scores: dict[str, list[Result]]
+    step: int | None = None
 
 
 def comparisons(base: Answered, other: Answered) -> dict[str, list[Comparison]]:
-    """What can be said of each metric of ``other`` against ``base``, task by task. Both answered the same
-    cases."""
+    """What can be said of each metric of ``other`` against ``base``, task by task, but for those that nobody
+    gave what they need. Both answered the same cases."""
     return {
-        task: [compare(a, b) for a, b in zip(results, other.scores[task], strict=True)]
+        task: [
+            compare(a, b)
+            for a, b in zip(results, other.scores[task], strict=True)
+            if not (a.was_not_given or b.was_not_given)
+        ]
         for task, results in base.scores.items()
     }

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unigen.config import UserError
 from unigen.evaluation.cases import Case, batches
@@ -19,8 +19,16 @@ from unigen.files import atomic
 
 ABOUT, BATCHES, PICTURES, PREDICTIONS = "answers.json", "batches", "pictures", "predictions.jsonl"
 
-# prompts, the pieces asked for, the seed of the first prompt -> the pieces of each answer: texts and pictures
-Ask = Callable[[Sequence[Sequence[Any]], Sequence[str], int], list[list[Any]]]
+
+class Answer(NamedTuple):
+    """Of a model: texts and pictures, and whether it ended by itself."""
+
+    pieces: Sequence[Any]
+    stopped: bool | None = None
+
+
+# prompts, the pieces of the records, the seed of the first prompt -> the answers
+Ask = Callable[[Sequence[Sequence[Any]], Sequence[str], int], list[Answer]]
 
 
 class AnswersError(UserError):
@@ -35,13 +43,15 @@ class Prediction:
         number: of the case's record.
         seed: what it was drawn with.
         pieces: texts, and paths of pictures.
+        stopped: did the answer end by itself? None where nobody knows.
     """
 
     number: int
     where: str
     task: str
-    seed: int
-    pieces: tuple[str | Path, ...]
+    seed: int | None
+    pieces: tuple[Any, ...]
+    stopped: bool | None = None
 
     def as_json(self, folder: Path) -> dict[str, Any]:
         pieces = [
@@ -49,16 +59,29 @@ class Prediction:
             for piece in self.pieces
         ]
         known = {"number": self.number, "where": self.where, "task": self.task, "seed": self.seed}
-        return {**known, "pieces": pieces}
+        return {**known, "stopped": self.stopped, "pieces": pieces}
 
     @classmethod
-    def read(cls, line: str, folder: Path) -> Prediction:
-        """Raises ValueError, KeyError, TypeError: the line is no prediction."""
-        held = json.loads(line)
+    def of(cls, held: dict[str, Any], folder: Path) -> Prediction:
+        """From what :meth:`as_json` gave. Raises KeyError, TypeError: it is no prediction."""
         pieces = tuple(
             piece["text"] if "text" in piece else folder / piece["image"] for piece in held["pieces"]
         )
-        return cls(held["number"], held["where"], held["task"], held["seed"], pieces)
+        known = (held[key] for key in ("number", "where", "task", "seed"))
+        return cls(*known, pieces, held.get("stopped"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which batches a process takes, and how it meets the others: each batch is answered alike by whoever
+    takes it, so their number changes nothing."""
+
+    rank: int = 0
+    world: int = 1
+    meet: Callable[[], None] = lambda: None
+
+
+ALONE = Part()
 
 
 def answer_all(
@@ -70,6 +93,7 @@ def answer_all(
     batch_size: int = 8,
     seed: int = 0,
     tick: Callable[[int], None] = lambda done: None,
+    part: Part = ALONE,
 ) -> list[Prediction]:
     """The answers to all cases, in their order; those that the folder holds are not asked for again.
 
@@ -81,38 +105,88 @@ def answer_all(
         about: what the answers depend on besides: the checkpoint's digest, the settings, the data; as
             JSON holds it.
         tick: called with how many cases are answered.
+        part: of this process; all of them return all answers.
 
     Raises:
         AnswersError: the folder holds answers that depend on other things.
         OSError: it cannot be written.
     """
-    about = json.loads(json.dumps({**about, "cases": len(cases), "batch_size": batch_size, "seed": seed}))
-    _claim(folder, about)
-    found: list[Prediction] = []
+    claim(folder, {**about, "cases": len(cases), "batch_size": batch_size, "seed": seed})
+    (folder / PICTURES).mkdir(exist_ok=True)
+    starts = {}
     position = 0
-    for number, batch in enumerate(batches(cases, batch_size)):
-        path = folder / BATCHES / f"{number:05d}.jsonl"
-        held = _read(path, folder, batch)
-        if held is None:
-            answers = ask([case.prompt for case in batch], batch[0].outputs, seed + position)
-            held = [
-                _keep(case, pieces, seed + position + place, folder)
-                for place, (case, pieces) in enumerate(zip(batch, answers, strict=True))
-            ]
-            _write(path, held, folder)
-        found += held
+    for batch in batches(cases, batch_size):
+        starts[batch[0].number] = position
         position += len(batch)
-        tick(position)
-    found.sort(key=lambda prediction: prediction.number)
-    _write(folder / PREDICTIONS, found, folder)
+
+    def answer(batch: Sequence[Case]) -> list[dict[str, Any]]:
+        first = seed + starts[batch[0].number]
+        answers = ask([case.prompt for case in batch], batch[0].outputs, first)
+        return [
+            _keep(case, answer, first + place, folder).as_json(folder)
+            for place, (case, answer) in enumerate(zip(batch, answers, strict=True))
+        ]
+
+    def pictures_are_there(row: dict[str, Any]) -> bool:
+        pieces = Prediction.of(row, folder).pieces
+        return all(piece.is_file() for piece in pieces if isinstance(piece, Path))
+
+    rows = row_by_row(
+        cases, answer, folder / BATCHES, batch_size=batch_size, tick=tick, part=part, whole=pictures_are_there
+    )
+    found = [Prediction.of(rows[case.number], folder) for case in cases]
+    if part.rank == 0:
+        _write(folder / PREDICTIONS, [one.as_json(folder) for one in found])
     return found
 
 
-def _claim(folder: Path, about: dict[str, Any]) -> None:
+def row_by_row(
+    cases: Sequence[Case],
+    work: Callable[[Sequence[Case]], list[dict[str, Any]]],
+    folder: Path,
+    *,
+    batch_size: int,
+    tick: Callable[[int], None] = lambda done: None,
+    part: Part = ALONE,
+    whole: Callable[[dict[str, Any]], bool] = lambda row: True,
+) -> dict[int, dict[str, Any]]:
+    """A row of each case, with its ``number``, by that number: those that the folder holds, batch by batch,
+    are not worked for again.
+
+    Args:
+        work: gives the rows of a batch, as JSON holds them.
+        whole: is a row that was kept still good?
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = batches(cases, batch_size)
+    done = 0
+    for number, batch in enumerate(parts):
+        if number % part.world == part.rank:
+            path = folder / f"{number:05d}.jsonl"
+            if _read(path, batch, whole) is None:
+                _write(path, work(batch))
+        done += len(batch)
+        tick(done)
+    part.meet()
+    found: dict[int, dict[str, Any]] = {}
+    for number, batch in enumerate(parts):
+        rows = _read(folder / f"{number:05d}.jsonl", batch, whole)
+        if rows is None:
+            raise AnswersError(
+                f"{folder}: batch {number} is gone again. Fix: start the same command again, and let every"
+                " process see the same folder"
+            )
+        found |= {row["number"]: row for row in rows}
+    return found
+
+
+def claim(folder: Path, about: dict[str, Any]) -> None:
     """Makes the folder that of these answers. Raises AnswersError: it is of others."""
-    path = folder / ABOUT
-    for part in (BATCHES, PICTURES):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    path, about = folder / ABOUT, json.loads(json.dumps(about))
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -130,34 +204,33 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
         )
 
 
-def _keep(case: Case, pieces: Sequence[Any], seed: int, folder: Path) -> Prediction:
+def _keep(case: Case, answer: Answer, seed: int, folder: Path) -> Prediction:
     """Stores the pictures of an answer."""
     kept: list[str | Path] = []
-    for place, piece in enumerate(pieces):
+    for place, piece in enumerate(answer.pieces):
         if not isinstance(piece, str):
             path = folder / PICTURES / f"{case.number:06d}_{place}.png"
             with atomic(path) as file:
                 piece.save(file, format="PNG")
             piece = path
         kept.append(piece)
-    return Prediction(case.number, case.where, case.task, seed, tuple(kept))
+    return Prediction(case.number, case.where, case.task, seed, tuple(kept), answer.stopped)
 
 
-def _read(path: Path, folder: Path, batch: Sequence[Case]) -> list[Prediction] | None:
-    """The answers to a batch; None where they are not there, or a picture of theirs is not."""
+def _read(
+    path: Path, batch: Sequence[Case], whole: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]] | None:
+    """The rows of a batch; None where they are not there, or one is not whole."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        held = [Prediction.read(line, folder) for line in lines]
+        held = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if [row["number"] for row in held] == [case.number for case in batch] and all(map(whole, held)):
+            return held
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if [prediction.number for prediction in held] != [case.number for case in batch]:
-        return None
-    pictures = [piece for prediction in held for piece in prediction.pieces if isinstance(piece, Path)]
-    return held if all(picture.is_file() for picture in pictures) else None
+        pass
+    return None
 
 
-def _write(path: Path, predictions: Sequence[Prediction], folder: Path) -> None:
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with atomic(path) as file:
-        for prediction in predictions:
-            line = json.dumps(prediction.as_json(folder), ensure_ascii=False)
-            file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")

@@ -26,6 +26,7 @@ class Case:
         outputs: the pieces asked for, ``text`` or ``image``, as many as the record has.
         references: for each of them the texts that are right (variants of a caption), or the picture's
             source.
+        name: the record's ``id``, at its top or in its metadata; empty without one.
     """
 
     number: int
@@ -34,6 +35,12 @@ class Case:
     prompt: tuple[Any, ...]
     outputs: tuple[str, ...]
     references: tuple[Any, ...]
+    name: str = ""
+
+    @property
+    def said_last(self) -> str:
+        """The last text of the prompt; empty without one."""
+        return next((piece for piece in reversed(self.prompt) if isinstance(piece, str)), "")
 
     @property
     def texts(self) -> list[tuple[str, ...]]:
@@ -66,6 +73,7 @@ def case_of(record: Record, number: int) -> Case | None:
         tuple(_piece(segment) for segment in context),
         tuple(TEXT if isinstance(segment, Text) else IMAGE for segment in answer),
         tuple(segment.variants if isinstance(segment, Text) else _piece(segment) for segment in answer),
+        str(record.metadata.get("id", "")),
     )
 
 

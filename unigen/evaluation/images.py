@@ -27,6 +27,7 @@ from unigen.evaluation.perceptual import lpips, psnr, ssim
 from unigen.evaluation.results import (
     CannotRun,
     Result,
+    Unfit,
     digest_of,
     digest_of_numbers,
     identity,
@@ -37,8 +38,8 @@ from unigen.evaluation.statistics import HALVES, estimate, estimate_by
 from unigen.evaluation.towers import PictureTower
 
 __all__ = [
-    "clip_direction", "clip_score", "cmmd", "frechet_distance", "frechet_distance_infinity", "kid", "lpips",
-    "neighbours", "psnr", "similarity", "ssim",
+    "around_score", "clip_direction", "clip_score", "cmmd", "frechet_distance", "frechet_distance_infinity",
+    "kid", "lpips", "neighbours", "psnr", "similarity", "ssim",
 ]  # fmt: skip
 
 FEW = 2000  # below so many pictures a Frechet distance says more of their number than of the pictures
@@ -48,7 +49,7 @@ def _named(kind: str, made: Features, references: Features, *variant: str) -> di
     """Name and digest of the references. Raises CannotRun: the features cannot be held against each other."""
     for features in (made, references):
         if len(features) < 2:
-            raise CannotRun("a single picture has no distribution", "give at least two")
+            raise Unfit("a single picture has no distribution", "give at least two")
     if (made.identity, made.libraries) != (references.identity, references.libraries):
         raise CannotRun(
             f"the features differ in kind: {made.identity} ({made.libraries}) and {references.identity}"
@@ -90,7 +91,7 @@ def frechet_distance_infinity(
     known = _named("fd_infinity", made, references, "points=15", f"seed={seed}")
     fewest = min(len(made), len(references))
     if fewest < 100:
-        raise CannotRun(f"{fewest} pictures are too few to extrapolate from", "give 100 or more")
+        raise Unfit(f"{fewest} pictures are too few to extrapolate from", "give 100 or more")
     notes = ()
     if fewest <= made.values.shape[1]:
         notes = (f"rough: {fewest} pictures are fewer than the {made.values.shape[1]} dimensions",)
@@ -143,10 +144,10 @@ def neighbours(
     fewest = min(len(made), len(references))
     try:
         if fewest <= k:
-            raise CannotRun(f"{fewest} pictures have less than {k} neighbours each", f"give more than {k}")
+            raise Unfit(f"{fewest} pictures have less than {k} neighbours each", f"give more than {k}")
         known = _named(kind, made, references, f"k={k}")
     except CannotRun as error:  # under its own name
-        return Result(kind, None, reason=error.reason, fix=error.fix)
+        return Result.without(kind, error)
     balls = Neighbours(references.values, k)
     return estimate_by(
         known["name"], made.values, getattr(balls, kind), draws=draws, seed=seed, least=k + 1,
@@ -191,6 +192,31 @@ def clip_score(
     values = 100 * np.maximum(cosines(seen.values, said), 0)
     name = identity("clip_score", seen.identity, "x100", n=len(values), lib=seen.libraries)
     return estimate(name, values, seed=seed, data=digest_of(list(texts)), notes=notes)
+
+
+@metric("around_score", "mean over the texts next to a picture of 100 max(cos, 0), as in Hessel et al. 2021")
+def around_score(
+    pictures: Sequence[Picture],
+    around: Sequence[Sequence[str]],
+    *,
+    model: str | PictureTower,
+    cache: FeatureStore | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Result:
+    """How well each drawn segment shows the texts just before and after it, 0 to 100: the mean of its CLIP
+    scores with them (``around``: one or two texts; a picture without any is left out)."""
+    chosen = [(picture, list(texts)) for picture, texts in zip(pictures, around, strict=True) if texts]
+    if not chosen:
+        raise Unfit("no picture has a text next to it", "ask for texts and pictures")
+    tower = _tower(model, device)
+    seen = tower_extractor(tower, crop=True)([picture for picture, _ in chosen], cache)
+    said, notes = _text_features(tower, [text for _, texts in chosen for text in texts])
+    owner = np.repeat(np.arange(len(chosen)), [len(texts) for _, texts in chosen])
+    scores = 100 * np.maximum(cosines(seen.values[owner], said), 0)
+    values = np.bincount(owner, scores) / np.bincount(owner)
+    name = identity("around_score", seen.identity, "x100", n=len(values), lib=seen.libraries)
+    return estimate(name, values, seed=seed, data=digest_of([texts for _, texts in chosen]), notes=notes)
 
 
 @metric("clip_direction", "Gal et al. 2022, equation 2, as a similarity; Brooks et al. 2023, section 4.1")

@@ -17,6 +17,7 @@ from unigen.evaluation.features import Picture
 from unigen.evaluation.results import (
     CannotRun,
     Result,
+    Unfit,
     digest_of,
     digest_of_numbers,
     first_line,
@@ -51,9 +52,8 @@ def _by_pairs(
     for one, two in zip(pictures, others):
         picture, other = open_image(one), open_image(two)
         digests.append(digest_of_numbers(np.asarray(other)))
-        if other.size != picture.size:
-            changed += 1
-            other = _AS_IT_IS.resize(other, size=picture.size)
+        changed += other.size != picture.size
+        other = at_size(other, picture.size)
         values.append(measure(picture, other))
     notes = (f"{changed} of {n} were of another size and were resized to their picture's",) if changed else ()
     return estimate(
@@ -64,6 +64,11 @@ def _by_pairs(
         notes=notes,
         data=digest_of(digests),
     )
+
+
+def at_size(picture: Any, size: tuple[int, int]) -> Any:
+    """An opened picture at a size (width, height), resized where it has another."""
+    return picture if picture.size == size else _AS_IT_IS.resize(picture, size=size)
 
 
 @metric("psnr", "10 log10(255^2 / mean squared error), mean of the pictures, decibels")
@@ -89,7 +94,7 @@ def ssim(
 
     def measure(picture: Any, other: Any) -> float:
         if min(picture.size) < WINDOW:
-            raise CannotRun(f"a picture is smaller than the window of {WINDOW}", "leave small pictures out")
+            raise Unfit(f"a picture is smaller than the window of {WINDOW}", "leave small pictures out")
         x, y = (torch.tensor(np.asarray(p.convert("L"), np.float64)) for p in (picture, other))
         return structural_similarity(x, y)
 
@@ -131,7 +136,7 @@ def lpips(
 
     def measure(picture: Any, other: Any) -> float:
         if min(picture.size) < 64:
-            raise CannotRun("a picture has a side below 64 pixels, too few for AlexNet", "leave it out")
+            raise Unfit("a picture has a side below 64 pixels, too few for AlexNet", "leave it out")
         x, y = (_AS_IT_IS(p, size=p.size).to(device)[None] for p in (picture, other))
         return float(network(x, y)[0])
 

@@ -28,6 +28,10 @@ class CannotRun(UserError):
         self.reason, self.fix = reason, fix
 
 
+class Unfit(CannotRun):
+    """The samples do not allow a metric: they are too few, too small, or hold no such thing."""
+
+
 @dataclass(frozen=True)
 class Result:
     """One metric over n samples.
@@ -43,6 +47,7 @@ class Result:
         higher_is_better: None where neither end is good (a ratio of lengths).
         notes: what the reader must know, such as a bias.
         reason, fix: why there is no value, and what to do about it.
+        lacks: where that is nobody's fault: ``samples``, or what was not given.
         source: the paper or program the number is defined by.
         data: digest of what the samples were held against.
         parts: sums over samples make the value: [n, k] numbers, and the ``rule`` that turns sums into it
@@ -61,6 +66,7 @@ class Result:
     notes: tuple[str, ...] = ()
     reason: str = ""
     fix: str = ""
+    lacks: str = ""
     source: str = ""
     data: str = ""
     parts: np.ndarray | None = field(default=None, repr=False, compare=False)
@@ -68,10 +74,21 @@ class Result:
     rows: np.ndarray | None = field(default=None, repr=False, compare=False)
     function: Callable[[np.ndarray], float] | None = field(default=None, repr=False, compare=False)
 
+    @classmethod
+    def without(cls, kind: str, error: CannotRun, source: str = "") -> Result:
+        """The result of a metric that cannot run."""
+        lacks = "samples" if isinstance(error, Unfit) else ""
+        return cls(kind, None, reason=error.reason, fix=error.fix, lacks=lacks, source=source)
+
     @property
     def kind(self) -> str:
         """The metric's short name: what stands before the bracket."""
         return self.name.partition("[")[0]
+
+    @property
+    def was_not_given(self) -> bool:
+        """Has it no value because nobody gave what it needs?"""
+        return self.value is None and self.lacks not in ("", "samples")
 
     def as_json(self) -> dict[str, Any]:
         """What ``metrics.json`` holds of it; a missing value is ``null``, and none is NaN."""
@@ -86,6 +103,17 @@ class Result:
         if self.notes:
             shown["notes"] = list(self.notes)
         return shown
+
+
+def not_given(results: Sequence[Result]) -> list[tuple[list[str], str, str]]:
+    """The metrics that lack what nobody gave, for each such thing: their kinds, why, and the fix."""
+    found: dict[str, tuple[list[str], str, str]] = {}
+    for result in results:
+        if result.was_not_given:
+            kinds = found.setdefault(result.lacks, ([], result.reason, result.fix))[0]
+            if result.kind not in kinds:
+                kinds.append(result.kind)
+    return list(found.values())
 
 
 def identity(kind: str, *parts: str, **named: Any) -> str:
@@ -136,7 +164,7 @@ def metric(kind: str, source: str) -> Callable[[Callable[P, Result]], Callable[P
             try:
                 result = function(*args, **kwargs)
             except CannotRun as error:
-                return Result(kind, None, reason=error.reason, fix=error.fix, source=source)
+                return Result.without(kind, error, source)
             except ImportError as error:
                 reason = f"{error.name or 'a library'} cannot be imported ({first_line(error)})"
                 return Result(kind, None, reason=reason, fix=INSTALL, source=source)
@@ -163,5 +191,5 @@ def same_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
     n = len(first)
     assert all(len(other) == n for other in others), f"{[n, *map(len, others)]} samples: one for each"
     if not n:
-        raise CannotRun(*NO_SAMPLES)
+        raise Unfit(*NO_SAMPLES)
     return n

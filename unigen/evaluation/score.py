@@ -1,154 +1,238 @@
-"""All metrics that fit the answers to a data set, task by task."""
+"""All metrics that fit the answers to a data set, task by task: one table of metrics, one loop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from unigen.evaluation import images, text
+from unigen.evaluation import edits, images, text, views
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, TEXT, Case
-from unigen.evaluation.features import Extractor, FeatureStore
-from unigen.evaluation.results import Result, identity, metric
+from unigen.evaluation.material import Material, Row, Tools
+from unigen.evaluation.results import CannotRun, Result, Unfit, identity, metric
 from unigen.evaluation.statistics import estimate
-from unigen.evaluation.towers import PictureTower
 
-EDIT = "edit"
+Of = Literal["answers", "texts", "pictures", "edits"]
+
+# What a metric may need, by its name in Tools or in Material.said: why there is none, and the fix.
+NEEDS = {
+    "extractor": ("no network gives features of pictures", "--features FOLDER"),
+    "real": ("no other real pictures are given", "--real FOLDER, pictures that are none of the references"),
+    "clip": ("no CLIP is given", "--clip FOLDER, of a CLIP or SigLIP"),
+    "bert": ("no text encoder is given", "--bert FOLDER, of a text encoder"),
+    "alexnet": ("no weights of AlexNet are given", "--alexnet FILE"),
+    "likelihood": (
+        "no checkpoint was asked how likely the references are", "give a checkpoint, not answers alone",
+    ),
+    "views": ("the checkpoint was not asked what it sees", "--views"),
+    "judge": ("no judge is given", "--judge_url http://127.0.0.1:8000/v1"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What metrics need besides the answers; without one its metrics are left out.
+class Metric:
+    """A row of :data:`METRICS`.
 
     Args:
-        extractor: of features, for distances and similarities of pictures.
-        clip: a CLIP or SigLIP with its texts, for ``clip_score``.
-        bert: folder of a text encoder, for ``bertscore``; layer: which of its layers.
-        wordnet: nltk's folder, for synonyms in METEOR.
-        alexnet: file of its weights, for LPIPS.
-        lang: language of the texts, for BLEU's tokenizer; default by their script.
-        cache: of features.
+        run: gives the result.
+        of: which tasks it fits: those with ``texts``, ``pictures`` or ``edits`` to make, or all.
+        needs: a key of :data:`NEEDS`.
+        words: whether every picture must have a text in its prompt.
     """
 
-    extractor: Extractor | None = None
-    clip: PictureTower | None = None
-    bert: str | Path | None = None
-    layer: int | None = None
-    wordnet: str | Path | None = None
-    alexnet: str | Path | None = None
-    lang: str | None = None
-    cache: FeatureStore | None = None
-    device: str = "cpu"
-    seed: int = 0
+    run: Callable[[Material], Result]
+    of: Of
+    needs: str = ""
+
+    def fits(self, of: Material) -> bool:
+        if self.of == "texts":
+            return bool(of.texts[1])
+        return self.of == "answers" or (of.draws and (self.of == "pictures" or of.edits))
 
 
-def score(cases: Sequence[Case], predictions: Sequence[Prediction], tools: Tools) -> dict[str, list[Result]]:
-    """The metrics of each task that the cases have, tasks in the order of their names.
-
-    A text that is asked for and missing counts as an empty one; a picture that is missing is left out, and
-    ``structure`` says so. ``predictions`` are those of the cases, in their order.
-    """
-    assert [case.number for case in cases] == [found.number for found in predictions], "other cases' answers"
-    scores = {}
-    for task in sorted({case.task for case in cases}):
-        pairs = [
-            (case, found.pieces) for case, found in zip(cases, predictions, strict=True) if case.task == task
-        ]
-        scores[task] = [
-            structure(pairs, seed=tools.seed),
-            *_texts(pairs, tools),
-            *_pictures(pairs, task == EDIT, tools),
-        ]
-    return scores
+@metric("structure", "share of answers with the pieces of their record, in number and order")
+def structure(cases: Sequence[Case], answers: Sequence[Sequence[Any]], *, seed: int = 0) -> Result:
+    """Share of answers whose texts and pictures come in the number and order of the record's."""
+    right = np.array([_kinds(pieces) == case.outputs for case, pieces in zip(cases, answers)], float)
+    return estimate(identity("structure", n=len(right)), right, seed=seed)
 
 
-def as_json(scores: dict[str, list[Result]]) -> dict[str, list[dict[str, Any]]]:
-    """What ``metrics.json`` holds of :func:`score`."""
-    return {task: [result.as_json() for result in results] for task, results in scores.items()}
+@metric("stopped", "share of answers that the model ended itself")
+def stopped(predictions: Sequence[Prediction], *, seed: int = 0) -> Result:
+    """Share of answers that ended by themselves: no text reached ``max_new_tokens``, and where the model
+    chose the pieces it closed the answer."""
+    if any(one.stopped is None for one in predictions):
+        raise Unfit("the given answers do not say whether they ended by themselves", "give a checkpoint")
+    ended = np.array([one.stopped for one in predictions], float)
+    return estimate(identity("stopped", n=len(ended)), ended, seed=seed)
 
 
 def _kinds(pieces: Sequence[Any]) -> tuple[str, ...]:
     return tuple(TEXT if isinstance(piece, str) else IMAGE for piece in pieces)
 
 
-@metric("structure", "share of answers with the pieces of their record, in number and order")
-def structure(pairs: Sequence[tuple[Case, Sequence[Any]]], *, seed: int = 0) -> Result:
-    """Share of answers, each beside its case, whose texts and pictures come in the number and order of the
-    record's."""
-    right = np.array([_kinds(pieces) == case.outputs for case, pieces in pairs], float)
-    return estimate(identity("structure", n=len(right)), right, seed=seed)
+def _of_texts(function: Callable[..., Result], **options: Any) -> Callable[[Material], Result]:
+    return lambda m: function(*m.texts, **options, seed=m.tools.seed)
 
 
-def _texts(pairs: Sequence[tuple[Case, Sequence[Any]]], tools: Tools) -> list[Result]:
-    made, wanted = [], []
-    for case, pieces in pairs:
-        said = [piece for piece in pieces if isinstance(piece, str)]
-        # a thought comes before what was asked for
-        said = said[-len(case.texts) :] if case.texts else []
-        made += said + [""] * (len(case.texts) - len(said))
-        wanted += [list(right) for right in case.texts]
-    if not wanted:
-        return []
-    seed = {"seed": tools.seed}
-    results = [
-        text.bleu(made, wanted, lang=tools.lang, **seed),
-        text.chrf(made, wanted, **seed),
-        *(text.rouge(made, wanted, kind=kind, **seed) for kind in ("1", "2", "L", "Lsum")),
-        text.meteor(made, wanted, wordnet=tools.wordnet, **seed),
-        text.exact_match(made, wanted, **seed),
-        text.accuracy(made, wanted, **seed),
-        text.anls(made, wanted, **seed),
-        text.length_ratio(made, wanted, **seed),
-        text.distinct(made, **seed),
-    ]
-    if tools.bert is not None:
-        results.append(
-            text.bertscore(made, wanted, model=tools.bert, layer=tools.layer, device=tools.device, **seed)
+def _of_features(function: Callable[..., Result], **more: Any) -> Callable[[Material], Result]:
+    to = more.get("to", "reference")
+    return lambda m: function(m.features("picture"), m.features(to), **more, seed=m.tools.seed)
+
+
+def _of_pairs(function: Callable[..., Result], to: str) -> Callable[[Material], Result]:
+    return lambda m: function(m.column("picture"), m.column(to), to=to, seed=m.tools.seed)
+
+
+def _lpips(to: str) -> Callable[[Material], Result]:
+    return lambda m: images.lpips(
+        m.column("picture"), m.column(to), alexnet=m.tools.alexnet or "", to=to, device=m.tools.device,
+        seed=m.tools.seed,
+    )  # fmt: skip
+
+
+def _real_to_real(kind: str, function: Callable[..., Result]) -> Callable[[Material], Result]:
+    """The distance of as many other real pictures as were drawn: what a perfect model would reach."""
+
+    def run(m: Material) -> Result:
+        assert m.tools.extractor is not None
+        count = min(len(m.drawn), len(m.tools.real))
+        real = m.tools.extractor(list(m.tools.real)[:count], m.tools.cache)
+        result = function(real, m.features("reference"), seed=m.tools.seed)
+        return replace(result, name=kind + result.name[len(result.kind) :])
+
+    return run
+
+
+def _edit(function: Callable[..., Result]) -> Callable[[Material], Result]:
+    return lambda m: function(*map(m.column, ("picture", "source", "reference")), seed=m.tools.seed)
+
+
+def _clip_score(m: Material) -> Result:
+    prompts = m.column("prompt")
+    if not all(prompts):
+        raise Unfit("a prompt has no text", "ask with texts")
+    assert m.tools.clip is not None
+    return images.clip_score(
+        m.column("picture"), prompts, model=m.tools.clip, cache=m.tools.cache, seed=m.tools.seed
+    )
+
+
+def _around_score(m: Material) -> Result:
+    assert m.tools.clip is not None
+    return images.around_score(
+        m.column("picture"), m.column("around"), model=m.tools.clip, cache=m.tools.cache, seed=m.tools.seed
+    )
+
+
+METRICS: dict[str, list[Metric]] = {
+    "structure": [
+        Metric(lambda m: structure(m.cases, [p.pieces for p in m.predictions], seed=m.tools.seed), "answers")
+    ],
+    "stopped": [Metric(lambda m: stopped(m.predictions, seed=m.tools.seed), "answers")],
+    "bleu": [Metric(lambda m: text.bleu(*m.texts, lang=m.tools.lang, seed=m.tools.seed), "texts")],
+    "chrf2": [Metric(_of_texts(text.chrf), "texts")],
+    **{
+        f"rouge{kind}": [Metric(_of_texts(text.rouge, kind=kind), "texts")]
+        for kind in ("1", "2", "L", "Lsum")
+    },
+    "meteor": [Metric(lambda m: text.meteor(*m.texts, wordnet=m.tools.wordnet, seed=m.tools.seed), "texts")],
+    "exact_match": [Metric(_of_texts(text.exact_match), "texts")],
+    "accuracy": [Metric(_of_texts(text.accuracy), "texts")],
+    "anls": [Metric(_of_texts(text.anls), "texts")],
+    "length_ratio": [Metric(_of_texts(text.length_ratio), "texts")],
+    "distinct2": [Metric(lambda m: text.distinct(m.texts[0], seed=m.tools.seed), "texts")],
+    "bertscore": [
+        Metric(
+            lambda m: text.bertscore(
+                *m.texts, model=m.tools.bert or "", layer=m.tools.layer, device=m.tools.device,
+                seed=m.tools.seed,
+            ),
+            "texts", "bert",
         )
-    return results
+    ],
+    "perplexity": [Metric(views.perplexity, "texts", "likelihood")],
+    "psnr": [Metric(_of_pairs(images.psnr, to), "edits") for to in ("reference", "source")],
+    "ssim": [Metric(_of_pairs(images.ssim, to), "edits") for to in ("reference", "source")],
+    "lpips": [Metric(_lpips(to), "edits", "alexnet") for to in ("reference", "source")],
+    "edit_changed": [Metric(_edit(edits.edit_changed), "edits")],
+    "edit_stayed": [Metric(_edit(edits.edit_stayed), "edits")],
+    "similarity": [
+        Metric(_of_features(images.similarity), "pictures", "extractor"),
+        Metric(_of_features(images.similarity, to="source"), "edits", "extractor"),
+    ],
+    "fd": [Metric(_of_features(images.frechet_distance), "pictures", "extractor")],
+    "fd_real": [Metric(_real_to_real("fd_real", images.frechet_distance), "pictures", "real")],
+    "fd_infinity": [Metric(_of_features(images.frechet_distance_infinity), "pictures", "extractor")],
+    "kid": [Metric(_of_features(images.kid), "pictures", "extractor")],
+    "kid_real": [Metric(_real_to_real("kid_real", images.kid), "pictures", "real")],
+    "cmmd": [Metric(_of_features(images.cmmd), "pictures", "extractor")],
+    **{
+        kind: [Metric(_of_features(images.neighbours, kind=kind), "pictures", "extractor")]
+        for kind in ("precision", "recall", "density", "coverage")
+    },
+    "clip_score": [Metric(_clip_score, "pictures", "clip")],
+    "around_score": [Metric(_around_score, "pictures", "clip")],
+    "verify": [Metric(views.verify, "pictures", "views")],
+    "verify_margin": [Metric(views.verify_margin, "pictures", "views")],
+    "cycle_rougeL": [Metric(views.cycle_rouge, "pictures", "views")],
+    "cycle_chrf2": [Metric(views.cycle_chrf, "pictures", "views")],
+    "described_as_real": [Metric(views.described_as_real, "pictures", "views")],
+    "judge": [Metric(views.judge, "pictures", "judge")],
+}  # fmt: skip
+"""The metrics by their kinds, in the order in which they are shown."""
 
 
-def _pictures(pairs: Sequence[tuple[Case, Sequence[Any]]], edits: bool, tools: Tools) -> list[Result]:
-    drawn, wanted, sources, prompts = [], [], [], []
-    for case, pieces in pairs:
-        right = [given for kind, given in zip(case.outputs, case.references) if kind == IMAGE]
-        there = [piece for piece in pieces if not isinstance(piece, str)]
-        for picture, reference in zip(there, right):
-            drawn.append(picture)
-            wanted.append(reference)
-            sources.append(case.source)
-            prompts.append(next((p for p in reversed(case.prompt) if isinstance(p, str)), ""))
-    if not drawn:
-        return []
-    seed: dict[str, Any] = {"seed": tools.seed}
-    results = []
-    against = {"reference": wanted, **({"source": sources} if edits else {})}
-    if edits:
-        for to, others in against.items():
-            results += [images.psnr(drawn, others, to=to, **seed), images.ssim(drawn, others, to=to, **seed)]
-            if tools.alexnet is not None:
-                results.append(
-                    images.lpips(drawn, others, alexnet=tools.alexnet, to=to, device=tools.device, **seed)
-                )
-    if tools.extractor is not None:
-        made = tools.extractor(drawn, tools.cache)
-        real = {to: tools.extractor(others, tools.cache) for to, others in against.items()}
-        results += [images.similarity(made, features, to=to, **seed) for to, features in real.items()]  # type: ignore[arg-type]
-        given = real["reference"]
-        results += [
-            images.frechet_distance(made, given, **seed),
-            images.frechet_distance_infinity(made, given, **seed),
-            images.kid(made, given, **seed),
-            images.cmmd(made, given, **seed),
-        ]
-        results += [
-            images.neighbours(made, given, kind=kind, **seed)
-            for kind in ("precision", "recall", "density", "coverage")
-        ]
-    if tools.clip is not None and all(prompts):
-        results.append(images.clip_score(drawn, prompts, model=tools.clip, cache=tools.cache, **seed))
-    return results
+def score(
+    cases: Sequence[Case],
+    predictions: Sequence[Prediction],
+    tools: Tools,
+    said: Mapping[str, Mapping[int, Row]] | None = None,
+    kinds: Collection[str] = (),
+    more: Callable[[Material], list[Result]] = lambda material: [],
+) -> dict[str, list[Result]]:
+    """The metrics of each task that the cases have, tasks in the order of their names.
+
+    A text that is asked for and missing counts as an empty one; a picture that is missing is left out, and
+    ``structure`` says so. A metric that lacks what it needs has no value.
+
+    Args:
+        predictions: those of the cases, in their order.
+        said: what models said of the cases (:class:`Material`).
+        kinds: of the metrics; default all that fit.
+        more: further results of a task.
+    """
+    assert [case.number for case in cases] == [found.number for found in predictions], "other cases' answers"
+    scores = {}
+    for task in sorted({case.task for case in cases}):
+        those = [(case, found) for case, found in zip(cases, predictions) if case.task == task]
+        material = Material(task, [case for case, _ in those], [one for _, one in those], tools, said or {})
+        scores[task] = [
+            _measure(kind, one, material)
+            for kind, ones in METRICS.items()
+            for one in ones
+            if one.fits(material) and (not kinds or kind in kinds)
+        ] + more(material)
+    return scores
+
+
+def _measure(kind: str, one: Metric, material: Material) -> Result:
+    """The metric, or why there is none, always under its own kind."""
+    if one.needs and not (getattr(material.tools, one.needs, None) or material.said.get(one.needs)):
+        reason, fix = NEEDS[one.needs]
+        return Result(kind, None, reason=reason, fix=fix, lacks=one.needs)
+    if one.of in ("pictures", "edits") and not material.drawn:
+        return Result(kind, None, reason="no picture was drawn", fix="look at the answers", lacks="samples")
+    try:
+        result = one.run(material)
+    except CannotRun as error:
+        return Result.without(kind, error)
+    return result if result.value is not None else replace(result, name=kind)
+
+
+def as_json(scores: dict[str, list[Result]]) -> dict[str, list[dict[str, Any]]]:
+    """What ``metrics.json`` holds of :func:`score`."""
+    return {task: [result.as_json() for result in results] for task, results in scores.items()}

@@ -35,6 +35,11 @@ def _ratio(sums: np.ndarray, n: int) -> np.ndarray:
     return np.divide(sums[..., 0], sums[..., 1], out=np.zeros_like(sums[..., 0]), where=sums[..., 1] > 0)
 
 
+def _perplexity(sums: np.ndarray, n: int) -> np.ndarray:
+    """``sums``: negative log-likelihoods in nats, and tokens."""
+    return np.exp(_ratio(sums, n))
+
+
 def _bleu(sums: np.ndarray, n: int) -> np.ndarray:
     """Papineni et al. 2002, equation 3, times 100, with sacrebleu's smoothing ``exp``. ``sums``: length of
     the predictions, of the references, then matches of 1 to 4-grams, then how many there are."""
@@ -62,7 +67,13 @@ def _chrf(sums: np.ndarray, n: int, beta: float = 2.0) -> np.ndarray:
     return np.nan_to_num(score)
 
 
-RULES: dict[str, Rule] = {"mean": _mean, "ratio": _ratio, "bleu": _bleu, "chrf": _chrf}
+RULES: dict[str, Rule] = {
+    "mean": _mean,
+    "ratio": _ratio,
+    "perplexity": _perplexity,
+    "bleu": _bleu,
+    "chrf": _chrf,
+}
 """From sums [..., k] over n samples to values [...]."""
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from unigen.evaluation.results import (
     CannotRun,
     Result,
+    Unfit,
     digest_of,
     first_line,
     identity,
@@ -323,7 +324,7 @@ def distinct(predictions: Sequence[str], *, order: int = 2, seed: int = 0) -> Re
         return len(set(grams)) / len(grams) if grams else 0.0
 
     if not any(rows):
-        raise CannotRun(f"no text has {order} words", "look at the predictions, or ask for a lower order")
+        raise Unfit(f"no text has {order} words", "look at the predictions, or ask for a lower order")
     name = identity(f"distinct{order}", f"tok:{TOKENIZER}", n=len(rows))
     return estimate_by(name, rows, value, seed=seed)
 
@@ -339,7 +340,7 @@ def length_ratio(predictions: Sequence[str], references: References, *, seed: in
         made = len(tokens(text))
         parts[number] = made, min((len(tokens(one)) for one in given), key=lambda n: (abs(n - made), n))
     if not parts[:, 1].any():
-        raise CannotRun("the references hold no words", "give references with words in them")
+        raise Unfit("the references hold no words", "give references with words in them")
     with np.errstate(divide="ignore", invalid="ignore"):
         samples = np.where(parts[:, 1] > 0, parts[:, 0] / parts[:, 1], np.nan)
     name = identity("length_ratio", f"tok:{TOKENIZER}", f"nrefs:{about['nrefs']}", n=len(parts))

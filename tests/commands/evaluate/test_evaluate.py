@@ -52,6 +52,7 @@ def test_a_second_run_asks_nothing_and_gives_the_same_numbers(evaluate, tmp_path
     before = contents(tmp_path / "out")
     held = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     names = [entry["name"] for entry in held["tasks"]["text"]]
+    assert 1 < next(e["value"] for e in held["tasks"]["text"] if e["name"].startswith("perplexity[")) < 1e7
     assert held["records"] == 3 and list(held["tasks"]) == ["text"]
     assert any(name.startswith("bleu[nrefs:1|case:mixed|eff:no|tok:zh|") for name in names)
     assert len(held["about"]["checkpoint"]) == 12 and held["about"]["sampling"]["num_timesteps"] == 3
@@ -87,6 +88,76 @@ def test_records_that_ask_nothing_are_a_mistake(evaluate, tmp_path):
     (tmp_path / "val.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Good day."}]}\n')
     code, _, error = evaluate()
     assert code == 2 and "asks anything" in error
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def score_given(tmp_path, capsys):
+    """Runs the command on answers that are given; (exit code, standard output, standard error)."""
+    write_lines(tmp_path / "val.jsonl", *RECORDS)
+
+    def run(predictions, *argv):
+        given = ["--predictions", predictions, "--data_path", str(tmp_path / "val.jsonl")]
+        code = cli.main(["evaluate", *given, "--output_dir", str(tmp_path / "out"), *argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_given_answers_are_scored_and_compared_without_a_model(score_given, tmp_path):
+    mine = write_lines(tmp_path / "mine.jsonl", *({"index": n, "text": "yes 是"} for n in range(3)))
+    others = write_lines(tmp_path / "others.jsonl", *({"index": n, "text": "no"} for n in range(3)))
+    code, said, error = score_given(mine, "--compare", others)
+    assert code == 0, error
+    held = json.loads((tmp_path / "out" / "1-mine.jsonl" / "metrics.json").read_text(encoding="utf-8"))
+    values = {entry["name"].partition("[")[0]: entry for entry in held["tasks"]["text"]}
+    assert values["exact_match"]["value"] == 1 and values["perplexity"]["value"] is None
+    assert "not measured: perplexity" in said and values["stopped"]["reason"]
+    compared = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert {one["name"].partition("[")[0]: one["b"] for one in compared["against"][others]["text"]}[
+        "accuracy"
+    ] == 0
+    # what was asked for and cannot be had makes the exit code
+    assert score_given(mine, "--compare", others, "--metrics", "rougeL")[0] == 0
+    assert score_given(mine, "--compare", others, "--metrics", "rougeL", "perplexity")[0] == 1
+    assert score_given(mine, "--compare", others, "--metrics", "fd")[0] == 1  # no record has a picture
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model_path", "model"], "model_path and predictions"),
+        (["--metrics", "rouge"], "did you mean rouge"),
+        (["--judge_model", "seer"], "judge_url"),
+        (["--describe_question", "what"], "--views"),
+        (["--views", "--verify_question", "is it?"], "{text}"),
+        (["--real", "there"], "there"),
+        (["--judge_url", "http://127.0.0.1:9/v1"], "does not answer"),
+    ],
+)
+def test_options_that_cannot_be_together_are_one_line(score_given, tmp_path, argv, words):
+    mine = write_lines(tmp_path / "mine.jsonl", *({"index": n, "text": "yes"} for n in range(3)))
+    code, _, error = score_given(mine, *argv)
+    assert code == 2 and words in error and "Fix:" in error and not (tmp_path / "out").exists()
+
+
+def test_check_says_what_can_run_before_anything_is_generated(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(InterleaveInferencer, "from_pretrained", None)  # a call would raise
+    code, said, error = evaluate("--check")
+    assert code == 0, error
+    assert re.search(r"rougeL\s+can run", said) and re.search(r"perplexity\s+can run\s+by the model", said)
+    assert "not measured: bertscore" in said and "--bert" in said and not (tmp_path / "out").exists()
+    assert evaluate("--check", "--metrics", "bertscore")[0] == 1
+    assert evaluate("--check", "--metrics", "fd")[0] == 1
+    assert evaluate("--check", "--metrics", "perplexity", "bleu")[0] == 0
+    code, said, _ = evaluate("--check", "--wordnet", str(tmp_path))
+    assert code == 1 and "is no WordNet" in said
+    assert evaluate("--check", "--model_path", str(tmp_path / "none"))[0] == 2
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def _resolve(options: CheckOptions) -> None:
         raise ConfigError(
             "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
         )
-    options.check()
+    options.reread()
     if options.data_root is not None and not Path(options.data_root).is_dir():
         raise ConfigError(
             f"data_root is {options.data_root}, which is no folder; name the folder of the pictures"

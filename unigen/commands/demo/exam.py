@@ -177,7 +177,7 @@ def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
     """Trains as ``unigen train`` with the printed flags does; the last checkpoint."""
     flags: dict[str, Any] = {
         "model_path": str(output_dir / "model"), "train_data_path": str(output_dir / "data" / "train"),
-        "output_dir": str(output_dir / "run"), "max_steps": size.steps, "save_steps": size.steps,
+        "output_dir": str(output_dir / "run"), "max_steps": size.steps, "save_steps": size.steps // 2,
         "learning_rate": size.learning_rate,
         "ema": size.ema, "seed": seed, "sample_prompts": str(prompts), "sample_steps": size.steps // SAMPLES,
         **TRAINING,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unigen.config import UserError
+from unigen.evaluation.results import not_given
 from unigen.show.language import TAGS, Words
 from unigen.show.pages import embed, write_page
 
@@ -54,7 +55,9 @@ def write(
     base = answered[0]
     values = {
         "words": words,
-        "checkpoints": [[one.name, one.about["checkpoint"]] for one in answered],
+        "checkpoints": [
+            [one.name, one.about.get("checkpoint") or one.about["predictions"]] for one in answered
+        ],
         "verdicts": [
             (name, [(task, [_verdict(one, words) for one in ones]) for task, ones in tasks.items()])
             for name, tasks in compared.items()
@@ -85,23 +88,30 @@ def _verdict(one: Comparison, words: Words) -> tuple[str, str, str]:
 
 def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:
     """Numbers and samples of one task."""
-    rows = []
+    rows, lacking = [], []
     for number, result in enumerate(answered[0].scores[task]):
         found = [one.scores[task][number] for one in answered]
-        rows.append([_kind(result), *map(_number, found), str(result.n)])
-    notes = [(result.kind, note) for result in answered[0].scores[task] for note in result.notes]
-    lacking = [
-        (result.kind, f"{result.reason}. Fix: {result.fix}")
-        for result in answered[0].scores[task]
-        if result.value is None
+        if not all(one.was_not_given for one in found):
+            n = next((one.n for one in found if one.value is not None), 0)
+            rows.append([_kind(result), *map(_number, found), str(n)])
+            lacking += [
+                f"{one.kind}: {one.reason}. {words('fix')}{one.fix}"
+                for one in found
+                if one.value is None and not one.was_not_given
+            ]
+    results = [result for one in answered for result in one.scores[task]]
+    notes = [f"{result.kind}: {note}" for result in results for note in result.notes]
+    absent = [
+        words("not_measured", kinds=", ".join(kinds), why=reason, fix=fix)
+        for kinds, reason, fix in not_given(results)
     ]
     places = [place for place, case in enumerate(cases) if case.task == task]
     return {
         "name": task,
         "header": [words("metric"), *(one.name for one in answered), "n"],
         "rows": rows,
-        "notes": [("note", f"{kind}: {text}") for kind, text in [*notes, *lacking]],
-        "names": [result.name for result in answered[0].scores[task]],
+        "notes": [("note", text) for text in dict.fromkeys([*notes, *lacking, *absent])],
+        "names": [result.name for result in answered[0].scores[task] if result.value is not None],
         "samples": _samples(task, places, cases, answered, words),
     }
 

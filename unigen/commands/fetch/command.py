@@ -74,7 +74,7 @@ class FetchOptions(Options):
 
     def client(self) -> Client:
         """Raises UserError for a value out of range."""
-        self.check()
+        self.reread()
         allowed = tuple(map(_network, self.allow_network))
         return Client(
             self.max_bytes, self.timeout, self.connect_timeout, self.max_redirects, self.retries, allowed

@@ -78,7 +78,7 @@ class Look(NamedTuple):
 
 def check(options: PreviewOptions) -> None:
     """Raises UserError for an option that cannot work."""
-    options.check()
+    options.reread()
     checks = [
         (bool(options.paths), "no data is named. Fix: unigen preview data.jsonl"),
         (not (options.records and options.shuffled), "records and shuffled exclude each other; keep one"),

@@ -60,7 +60,7 @@ def watch(options: WatchOptions) -> int:
 
 def _resolve(options: WatchOptions) -> tuple[int, int]:
     """The steps to show. Raises ConfigError for an option that cannot work."""
-    options.check()
+    options.reread()
     if options.steps is None:
         return 0, 1 << 53
     first, colon, last = options.steps.replace("_", "").partition(":")

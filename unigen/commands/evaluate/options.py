@@ -1,0 +1,84 @@
+"""The options of ``unigen evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from unigen.config import SamplingOptions
+from unigen.values import Count, Device, PathText, Seed, Whole
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(SamplingOptions):
+    """Which checkpoint answers what, and how its answers are measured.
+
+    Args:
+        model_path: Folder of the checkpoint, in the published BAGEL layout.
+        predictions: Answers to measure in place of a checkpoint's: lines such as {"index": 0, "text": "..."},
+            {"id": "a", "image": "a.png"}, or a predictions.jsonl of this command.
+        run: Folder of a training run, in place of model_path: all its checkpoints answer, each is compared
+            with the first, and the report draws the metrics over the steps.
+        data_path: Held-out records, of the kinds that training reads: files or folders. The last answer of
+            each is asked for.
+        output_dir: Folder for report.html, metrics.json, predictions.jsonl and the pictures. The same command
+            goes on where it was stopped.
+        compare: More checkpoints (or files of answers) for the same prompts, with the same seeds; each is
+            compared with model_path's by paired tests. Their answers lie in folders of their own in
+            output_dir.
+        check: Say which metrics can run and why others cannot, and end before anything is generated.
+        metrics: Only these, by name; one that has no value then makes the exit code 1, whatever the reason.
+        samples: The first so many records; default: all.
+        batch_size: Records answered at once. It is part of what the answers depend on.
+        pieces: record asks for the texts and pictures that the record has; model lets the checkpoint decide
+            what to write and draw and when to stop, which structure and stopped then measure.
+        data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
+            Default: no limit.
+        features: Whose features pictures are compared by: a transformers folder, bagel-vit:FOLDER,
+            inception-tf1:FILE or inception-clean:FILE.
+        real: Folder of real pictures that are none of the references, for the distance from real to real.
+        clip: Folder of a CLIP or SigLIP, for the CLIP score.
+        bert: Folder of a text encoder, for BERTScore.
+        bert_layer: Its layer; default: the usual one of a model of that name.
+        wordnet: The wordnet folder of nltk, for synonyms in METEOR.
+        alexnet: File of its weights, for LPIPS of edits.
+        lang: Language of the texts, for the tokenizer of BLEU; default: by their script.
+        views: Let the checkpoint look at what it drew: verify it against the text, and describe it.
+        verify_question: How it is asked to verify, with {text} where the text goes. Default: a question in
+            the text's language, to be answered by yes or no.
+        describe_question: How it is asked to describe.
+        judge_url: Address of an OpenAI-compatible server whose model scores the pictures, such as
+            http://127.0.0.1:8000/v1. The pictures are sent there.
+        judge_model: Which of its models; default: the first it names.
+        device: auto, cpu, cuda, or one GPU such as cuda:1.
+        language: Language of the report: en or zh.
+    """
+
+    model_path: PathText | None = None
+    predictions: PathText | None = None
+    run: PathText | None = None
+    data_path: PathText | list[PathText]
+    output_dir: PathText = "outputs/evaluate"
+    compare: list[PathText] = field(default_factory=list)
+    check: bool = False
+    metrics: list[str] = field(default_factory=list)
+    samples: Count | None = None
+    batch_size: Count = 8
+    pieces: Literal["record", "model"] = "record"
+    data_root: PathText | None = None
+    features: str | None = None
+    real: PathText | None = None
+    clip: PathText | None = None
+    bert: PathText | None = None
+    bert_layer: Whole | None = None
+    wordnet: PathText | None = None
+    alexnet: PathText | None = None
+    lang: str | None = None
+    views: bool = False
+    verify_question: str | None = None
+    describe_question: str | None = None
+    judge_url: str | None = None
+    judge_model: str | None = None
+    device: Device = "auto"
+    language: Literal["en", "zh"] = "en"
+    seed: Seed | None = 42

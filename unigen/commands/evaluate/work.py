@@ -1,0 +1,454 @@
+"""``unigen evaluate``: checkpoints answer held-out records one after another, and are measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigen.cache.encoders import digest_weights
+from unigen.commands.evaluate.options import EvaluateOptions
+from unigen.commands.evaluate.page import write
+from unigen.commands.evaluate.terminal import report, report_check
+from unigen.config import ConfigError, SamplingOptions
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.evaluation.answered import Answered, comparisons
+from unigen.evaluation.answers import Answer, Part, Prediction, answer_all, claim, row_by_row
+from unigen.evaluation.cases import IMAGE, TEXT, Case, cases_of
+from unigen.evaluation.features import Extractor, FeatureStore, load_extractor
+from unigen.evaluation.given import read_predictions
+from unigen.evaluation.judge import Judge
+from unigen.evaluation.material import Material, Row, Tools
+from unigen.evaluation.probes import Viewer, likelihood, other_texts
+from unigen.evaluation.results import INSTALL, CannotRun, Result, digest_of
+from unigen.evaluation.score import METRICS, as_json, score
+from unigen.evaluation.statistics import Comparison
+from unigen.evaluation.towers import PictureTower, TokenTower
+from unigen.files import atomic, sha256_of
+from unigen.inference.inferencer import InterleaveInferencer
+from unigen.inference.options import check_sampling, idle_settings
+from unigen.model.backends import pick_device
+from unigen.outputs import output_folder, unwritten
+from unigen.printing import bar
+from unigen.runs.channel import Channel, processes
+from unigen.runs.checkpoint import steps
+from unigen.runs.layout import step_of
+from unigen.sequence.files import Confined
+from unigen.sequence.tokens import Tokenizer
+from unigen.show.language import Words
+from unigen.show.terminal import say
+from unigen.values import nearest
+from unigen.version import __version__
+
+MOST_PIECES = 8  # of an answer whose pieces the model chooses
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a caller in Python adds to the options: features of its own, other real pictures, more results of
+    a task."""
+
+    extractor: Extractor | None = None
+    real: Sequence[Any] = ()
+    more: Callable[[Material], list[Result]] = lambda material: []
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who answers: a checkpoint's folder or a file of answers; ``folder`` is where its answers lie."""
+
+    name: str
+    folder: Path
+
+    @property
+    def is_given(self) -> bool:
+        return Path(self.name).is_file()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What stays the same from checkpoint to checkpoint."""
+
+    options: EvaluateOptions
+    cases: list[Case]
+    silent: int
+    fingerprint: str
+    tools: Tools
+    judge: Judge | None
+    part: Part = field(default_factory=Part)
+    extras: Extras = field(default_factory=Extras)
+
+    def wants(self, kind: str) -> bool:
+        return not self.options.metrics or kind in self.options.metrics
+
+    def wants_views(self) -> bool:
+        return self.options.views and any(IMAGE in case.outputs for case in self.cases)
+
+
+def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
+    """``unigen evaluate``; see there."""
+    _check_options(o)
+    extras = extras or Extras()
+    with processes() as (rank, channel):
+        dataset = UnifiedGenerationDataset(o.data_path, data_root=o.data_root)
+        cases, silent = cases_of(dataset, o.samples)
+        if not cases:
+            raise ConfigError(f"no record of {o.data_path} asks anything. Fix: give records with a target")
+        # before the model, which takes longer to load, and before anything is generated
+        names = _names(o)
+        tools = replace(_tools(o, extras), lang=o.lang)
+        part = Part(rank, channel.world, lambda: _meet(channel))
+        judge = _judge(o)
+        work = Work(o, cases, silent, dataset.fingerprint, tools, judge, part, extras)
+        if o.check:
+            return _check(work, names) if rank == 0 else 0
+        inputs = [*names, *([o.data_path] if isinstance(o.data_path, str) else o.data_path)]
+        out = Path(o.output_dir)
+        output_folder("output_dir", out, inputs)
+        _tell_idle(work, rank)
+        sources = [Source(name, folder) for name, folder in zip(names, folders_of(out, names), strict=True)]
+        said = [_answers(work, source) for source in sources]
+        if rank:
+            return 0
+        answered = [_scored(work, source, *found) for source, found in zip(sources, said, strict=True)]
+        with unwritten("output_dir", out):
+            compared = _write_comparisons(out, answered) if len(answered) > 1 else {}
+            page = write(out / "report.html", cases, answered, compared, Words(o.language, "evaluate"))
+        report(answered, compared, page)
+        return _exit_code(
+            o, [result for one in answered for results in one.scores.values() for result in results]
+        )
+
+
+def _meet(channel: Channel) -> None:
+    channel.gather("")
+
+
+# ---- before anything is generated
+
+
+def _check_options(o: EvaluateOptions) -> None:
+    check_sampling(o)
+    if o.seed is None:
+        raise ConfigError("seed is none, and answers without one cannot be repeated. Fix: --seed 42")
+    given = [name for name in ("model_path", "predictions", "run") if getattr(o, name) is not None]
+    if len(given) != 1:
+        said = " and ".join(given) + " are given" if given else "nobody answers"
+        raise ConfigError(
+            f"{said}. Fix: one of --model_path FOLDER, --run FOLDER of a training run, --predictions FILE"
+        )
+    if o.predictions is not None and not Path(o.predictions).is_file():
+        raise ConfigError(f"predictions is {o.predictions}, which is no file. Fix: a JSONL file of answers")
+    for kind in o.metrics:
+        if kind not in METRICS:
+            near = nearest(kind, list(METRICS))
+            raise ConfigError(
+                f"metrics names {kind!r}, which is no metric"
+                + (f"; did you mean {near}?" if near else "")
+                + f" Fix: of {', '.join(METRICS)}"
+            )
+    if o.judge_model and not o.judge_url:
+        raise ConfigError("judge_model is given without judge_url. Fix: --judge_url http://127.0.0.1:8000/v1")
+    for name in ("verify_question", "describe_question"):
+        if getattr(o, name) and not o.views:
+            raise ConfigError(f"{name} is given without views. Fix: --views, or leave it out")
+    if o.verify_question and "{text}" not in o.verify_question:
+        raise ConfigError("verify_question has no {text}. Fix: say where the text goes")
+
+
+def _names(o: EvaluateOptions) -> list[str]:
+    """Who answers, the one first that the others are compared with."""
+    if o.run is None:
+        return [str(o.model_path or o.predictions), *o.compare]
+    found = [str(path) for path in reversed(steps(Path(o.run)))]
+    if not found:
+        raise ConfigError(f"run is {o.run}, which holds no checkpoint. Fix: the output_dir of a training")
+    return [*found, *o.compare]
+
+
+def folders_of(output_dir: Path, names: Sequence[str]) -> list[Path]:
+    """The folder of each source's answers: ``output_dir`` itself for one, otherwise ``1-NAME``,
+    ``2-NAME``."""
+    if len(names) == 1:
+        return [output_dir]
+    short = [re.sub(r"[^\w.-]+", "_", Path(name).resolve().name)[:60] for name in names]
+    return [output_dir / f"{number}-{name}" for number, name in enumerate(short, 1)]
+
+
+def _tools(o: EvaluateOptions, extras: Extras) -> Tools:
+    """What the metrics need, loaded. Raises CannotRun: one cannot be."""
+    device = str(pick_device(o.device))
+    if o.bert is not None:
+        TokenTower.load(o.bert, o.bert_layer)  # to know that it can be
+    real = extras.real
+    if o.real is not None:
+        real = sorted(path for path in Path(o.real).rglob("*") if path.suffix.lower() in PICTURES)
+        if not real:
+            raise ConfigError(
+                f"real is {o.real}, which holds no picture. Fix: a folder of {', '.join(PICTURES)}"
+            )
+        real = [path if o.data_root is None else Confined(path, o.data_root) for path in real]
+    if real and not (o.features or extras.extractor):
+        raise ConfigError("real is given without features. Fix: --features FOLDER")
+    return Tools(
+        extractor=extras.extractor or (load_extractor(o.features, device) if o.features else None),
+        real=real, clip=PictureTower.load(o.clip, device, texts=True) if o.clip else None,
+        bert=o.bert, layer=o.bert_layer, wordnet=o.wordnet, alexnet=o.alexnet,
+        cache=FeatureStore(Path(o.output_dir) / "features"), device=device,
+    )  # fmt: skip
+
+
+def _judge(o: EvaluateOptions) -> Judge | None:
+    """The judge, where one is given and answers. Raises CannotRun: it does not."""
+    if o.judge_url is None:
+        return None
+    judge = Judge(o.judge_url, o.judge_model)
+    judge.meet()
+    return judge
+
+
+def _check(work: Work, names: Sequence[str]) -> int:
+    """``--check``: every metric measures the references themselves; what only a model can say is promised."""
+    from unigen.model.weights import base_of, build_bagel
+
+    checkpoints = [name for name in names if not Path(name).is_file()]
+    for name in checkpoints:
+        base = base_of(name, [])[0]
+        build_bagel(base)  # no weights are read
+        Tokenizer.load(base)
+    promised = set(checkpoints and ["likelihood"]) | set(
+        (checkpoints and work.options.views and ["views"]) or []
+    )
+    promised |= {"judge"} if work.judge else set()
+    right = [
+        Prediction(
+            case.number, case.where, case.task, None,
+            tuple(given[0] if kind == TEXT else given for kind, given in zip(case.outputs, case.references)),
+            True,
+        )
+        for case in work.cases
+    ]  # fmt: skip
+    # features of the references are computed here and kept nowhere: the folder stays as it is
+    tools = replace(work.tools, cache=None)
+    scores = score(work.cases, right, tools, kinds=work.options.metrics, more=work.extras.more)
+    report_check(scores, promised)
+    results = [r for results in scores.values() for r in results if r.lacks not in promised]
+    return _exit_code(work.options, results, [r.kind for ones in scores.values() for r in ones])
+
+
+def _exit_code(o: EvaluateOptions, results: Sequence[Result], there: Sequence[str] | None = None) -> int:
+    """1 where a metric has no value that was asked for, or for want of a library or of what an option gives;
+    too few samples are a reason only where it was named."""
+    for kind in o.metrics:
+        if kind not in (there if there is not None else [result.kind for result in results]):
+            say(f"{kind}: no record asks for what it measures")
+            return 1
+    given = {"meteor": o.wordnet}
+    return int(
+        any(
+            result.value is None
+            and (
+                result.kind in o.metrics
+                or (not result.lacks and (result.fix == INSTALL or _is_given(result.kind, o, given)))
+            )
+            for result in results
+        )
+    )
+
+
+def _is_given(kind: str, o: EvaluateOptions, given: dict[str, Any]) -> bool:
+    needs = {one.needs for one in METRICS.get(kind, [])} - {""}
+    options = {"extractor": o.features, "judge": o.judge_url, "views": o.views or None, "real": o.real}
+    return given.get(kind) is not None or any(
+        options.get(need, getattr(o, need, None)) is not None for need in needs
+    )
+
+
+def _tell_idle(work: Work, rank: int) -> None:
+    """Names once what was asked for and changes nothing."""
+    o = work.options
+    kinds = {kind for case in work.cases for kind in case.outputs} | (
+        {TEXT, IMAGE} if o.pieces == "model" else set()
+    )
+    idle = idle_settings(o, SamplingOptions(), TEXT in kinds or o.think, IMAGE in kinds)
+    if idle and rank == 0 and o.predictions is None:
+        say(f"no effect on any record: {', '.join(idle)}")
+
+
+# ---- answers
+
+
+Said = dict[str, dict[int, Row]]
+
+
+def _answers(work: Work, source: Source) -> tuple[dict[str, Any], list[Prediction], Said]:
+    """What a source answers, what the answers depend on, and what models say of them; every process takes its
+    part and gets all.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the folder holds other answers or cannot be written.
+    """
+    try:
+        if source.is_given:
+            about, predictions, said = _given(work, source)
+        else:
+            about, predictions, said = _generated(work, source)
+        if work.judge is not None and work.wants("judge"):
+            said["judge"] = _judged(work, source, predictions, work.judge)
+        return about, predictions, said
+    except OSError as error:
+        raise ConfigError(
+            f"{source.folder} cannot be written ({error}). Fix: give another --output_dir"
+        ) from error
+
+
+def _given(work: Work, source: Source) -> tuple[dict[str, Any], list[Prediction], Said]:
+    predictions = read_predictions(source.name, work.cases, work.options.data_root)
+    about = {
+        "predictions": sha256_of(Path(source.name))[:12], "data": work.fingerprint, "version": __version__,
+        "sampling": {},
+    }  # fmt: skip
+    claim(source.folder, {**about, "cases": len(work.cases)})
+    return about, predictions, {}
+
+
+def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Prediction], Said]:
+    o = work.options
+    assert o.seed is not None
+    device = pick_device(o.device, work.part.rank)
+    inferencer = InterleaveInferencer.from_pretrained(source.name, str(device))
+    inferencer.requests.usual = o  # what has no effect was told once for all
+    sampling = {name: value for name, value in asdict(o).items() if hasattr(SamplingOptions(), name)}
+    about = {
+        "checkpoint": digest_weights(inferencer.model.named_parameters(), None)[:12],
+        "data": work.fingerprint, "device": device.type, "pieces": o.pieces, "sampling": sampling,
+        "version": __version__,
+    }  # fmt: skip
+    if device.type == "cpu":
+        _same_threads(source.folder)
+
+    def ask(prompts: Sequence[Sequence[Any]], outputs: Sequence[str], seed: int) -> list[Answer]:
+        wanted = list(outputs) if o.pieces == "record" else None
+        answers = inferencer.unified_generate_batch(
+            prompts, outputs=wanted, max_pieces=MOST_PIECES, options=o, seed=seed
+        )
+        return [Answer(pieces, _stopped(pieces, wanted, inferencer, o)) for pieces in answers]
+
+    def over(name: str, cases: Sequence[Case], job: Callable[..., list[dict[str, Any]]]) -> dict[int, Row]:
+        with _bar(work, name, len(cases)) as tick:
+            folder = source.folder / name.replace(" ", "-")
+            return row_by_row(cases, job, folder, batch_size=o.batch_size, tick=tick, part=work.part)
+
+    with _bar(work, "records", len(work.cases)) as tick:
+        predictions = answer_all(
+            work.cases, ask, source.folder, about, batch_size=o.batch_size, seed=o.seed, tick=tick,
+            part=work.part,
+        )  # fmt: skip
+    said: Said = {}
+    if work.wants("perplexity") and any(case.texts for case in work.cases):
+        said["likelihood"] = over("likelihood", work.cases, lambda cases: likelihood(inferencer, cases))
+    if work.wants_views():
+        viewer = Viewer(inferencer, o.verify_question, o.describe_question)
+        found, others = {one.number: one for one in predictions}, other_texts(work.cases)
+        name = f"views {digest_of(viewer.about())}"  # other questions, other rows
+        rows = over(name, work.cases, lambda cases: viewer.views(cases, found, others))
+        said["views"] = {-1: viewer.about(), **rows}
+    return about, predictions, said
+
+
+def _same_threads(folder: Path) -> None:
+    """Sums on a CPU may depend on how many threads add up: whoever goes on takes as many as the answers
+    began with."""
+    path = folder / "threads.json"
+    try:
+        torch.set_num_threads(int(json.loads(path.read_text(encoding="utf-8"))["threads"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
+            file.write(json.dumps({"threads": torch.get_num_threads()}).encode())
+
+
+def _stopped(
+    pieces: Sequence[Any], wanted: Sequence[str] | None, inferencer: InterleaveInferencer, o: SamplingOptions
+) -> bool:
+    """Did an answer end by itself? The opening token counts among those of a text."""
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    cut = any(len(inferencer.tokenizer.encode(text)) + 1 >= o.max_new_tokens for text in texts)
+    return not cut and (wanted is not None or len(pieces) < MOST_PIECES)
+
+
+def _judged(work: Work, source: Source, predictions: list[Prediction], judge: Judge) -> dict[int, Row]:
+    """What the judge says, asked by the first process alone, which waits for answers most of the time."""
+    if work.part.rank:
+        return {}
+    found = {one.number: one for one in predictions}
+    folder = source.folder / f"judge-{digest_of(judge.about(), judge.url)}"
+    try:
+        with _bar(work, "judge", len(work.cases)) as tick:
+            rows = row_by_row(
+                work.cases, lambda cases: judge.judged(cases, found), folder,
+                batch_size=work.options.batch_size, tick=tick,
+            )  # fmt: skip
+    except CannotRun as error:  # what it said so far is kept
+        return {-1: {"reason": error.reason, "fix": error.fix}}
+    return {-1: judge.about(), **rows}
+
+
+class _bar:
+    """The progress of the first process, with the time left."""
+
+    def __init__(self, work: Work, name: str, total: int):
+        options = {} if work.part.rank == 0 else {"disable": True}
+        self._bar = bar(name.partition(" ")[0], total=total, unit="", **options)
+
+    def __enter__(self) -> Callable[[int], None]:
+        shown = self._bar.__enter__()
+        return lambda done: shown.update(done - shown.n)
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+
+# ---- numbers
+
+
+def _scored(
+    work: Work, source: Source, about: dict[str, Any], predictions: list[Prediction], said: Said
+) -> Answered:
+    """``metrics.json`` of a source."""
+    scores = score(
+        work.cases, predictions, work.tools, said, kinds=work.options.metrics, more=work.extras.more
+    )
+    held = {
+        "about": about, "records": len(work.cases), "without_question": work.silent, "tasks": as_json(scores),
+    }  # fmt: skip
+    with unwritten("output_dir", source.folder):
+        _write(source.folder / "metrics.json", held)
+    step = step_of(Path(source.name).name) if work.options.run is not None else None
+    return Answered(source.name, about, predictions, scores, step)
+
+
+def _write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
+    """``compare.json``: every source against the first; returns them by the source's name."""
+    base, *others = answered
+    found = {other.name: comparisons(base, other) for other in others}
+    held = {
+        "base": base.name,
+        "against": {
+            name: {task: [asdict(one) for one in ones] for task, ones in tasks.items()}
+            for name, tasks in found.items()
+        },
+    }
+    _write(folder / "compare.json", held)
+    return found
+
+
+def _write(path: Path, held: dict[str, Any]) -> None:
+    with atomic(path) as file:
+        file.write(json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
