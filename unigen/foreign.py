@@ -274,7 +274,8 @@ def copy_file(path: Path, target: Path, roots: Sequence[Path], limit: int = MAX_
 
 
 _MAGIC = (
-    (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself", "run git lfs pull there"),
+    (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself", "run git lfs pull there, or"
+     " download the file itself"),
     (b"GGUF", "it is a GGUF file, which is not read", "use the checkpoint's safetensors"),
     (b"PK\x03\x04", "it is a zip archive or a pickled PyTorch file, which is never loaded", "use the"
      " checkpoint's safetensors"),

@@ -136,6 +136,7 @@ class DataOptions(Options):
             model's limit.
         max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
             1024).
+        max_bad_share: Share of the records that on_bad_record=skip may leave out.
         allow_control_tokens: Learn special tokens that are written in texts as the tokens that they are, and
             tags such as <image> without a picture as text; without it a record with one is a bad record.
         train_transitions: Train the tokens that decide what comes next (write, draw, stop), so that
@@ -151,6 +152,7 @@ class DataOptions(Options):
     visual_und: bool = True
     data_root: PathText | None = None
     max_sequence_length: Count | None = None
+    max_bad_share: Share = 0.01
     allow_control_tokens: bool = False
     max_image_tokens: Count = 4096
     train_transitions: bool = True
@@ -174,7 +176,8 @@ class LoaderOptions(Options):
         cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
         batch_size: Samples in a packed sequence.
         max_num_tokens: Token budget of a packed sequence; when given, it decides how many samples one holds.
-        on_bad_record: error stops before training; skip leaves the record out, lists it, and stops above 1 %.
+        on_bad_record: error stops before training; skip leaves the record out, lists it, and stops above
+            max_bad_share.
         check_pictures: Before training, decode every picture (full), read their headers only (headers), or
             decide by their number (auto).
         num_workers: Processes that decode and pack; 0 does it in the training process. Default: the cores but

@@ -399,3 +399,25 @@ def test_shared_memory_is_an_ordinary_folder() -> None:
         assert read_bytes(path) == INSIDE
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "fix"),
+    [
+        (b"", "empty", "download"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "web page", "download"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC", "pillow-heif"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "video", "frames"),
+        (b'<?xml version="1.0"?>\n<svg></svg>', "SVG", "PNG"),
+        (b"%PDF-1.7", "PDF", "PNG"),
+        (b"nothing that anybody knows", "not a picture of a known format", "PNG"),
+    ],
+)
+def test_what_is_no_picture_is_named(tmp_path: Path, data: bytes, said: str, fix: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    for source in (tmp_path / "a.jpg", data):
+        with pytest.raises(PictureError) as caught:
+            open_image(source)
+        assert caught.value.code == "not_a_picture"
+        assert said in caught.value.problem and fix in caught.value.fix

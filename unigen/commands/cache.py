@@ -200,6 +200,7 @@ class Filler:
             dataset = UnifiedGenerationDataset(
                 source.path,
                 on_bad_record=c.on_bad_record,
+                max_bad_share=c.max_bad_share,
                 check_pictures="headers",  # they are decoded below
                 token_lengths=planner.token_lengths,
                 data_root=c.data_root,

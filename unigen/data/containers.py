@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from unigen.config import UserError
 from unigen.data import tables
-from unigen.data.json_text import MAX_RECORD, split_json
+from unigen.data.json_text import HEAD, MAX_RECORD, not_lines, split_json
 from unigen.data.unpack import PACKED, open_packed
+from unigen.foreign import known_mistake
 from unigen.sequence.types import BadRecord, Origin
 
 Raw = bytes | dict[str, Any]
@@ -338,6 +339,10 @@ def explained(path: Path) -> Iterator[None]:
         MemoryError,
         zlib.error,
     ) as error:
+        mistake = None if isinstance(error, OSError) and error.errno else _mistake(path)
+        if mistake:
+            found, fix = mistake
+            raise BadRecord("broken_file", "(file)", found, "a whole file", fix, Origin(path)) from error
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
             fix = "check the path and the permissions"
@@ -355,6 +360,16 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _mistake(path: Path) -> tuple[str, str] | None:
+    """What commonly stands in a file's place, and the fix; None where it is something else."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return None
+    return None if is_packed(path) and start else known_mistake(start)
+
+
 @contextmanager
 def _opened(part: FilePart) -> Iterator[BinaryIO]:
     with open_packed(part.source) if is_packed(part.source) else part.source.open("rb") as file:
@@ -365,6 +380,8 @@ def _cut_lines(whole: FilePart, size: int) -> Iterator[FilePart]:
     start, line, index = 0, 1, 0
     with whole.source.open("rb") as file:
         while block := file.read(size):
+            if not start:
+                _check_start(block)
             last, ended = block.rfind(b"\n") + 1, block.endswith(b"\n")
             read, lines = len(block), block.count(b"\n")
             if not ended:  # the rest of its last line
@@ -408,7 +425,17 @@ def _content(line: bytes) -> tuple[int, bytes]:
     return skip, line[skip:].rstrip(b" \t\r\n")
 
 
+def _check_start(start: bytes) -> None:
+    """Raises BadRecord where the records do not stand one on a line: one problem, not one a line."""
+    error = not_lines(start[:HEAD])
+    if error:
+        raise error
+
+
 def _walk_lines(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
+    if is_packed(part.source):  # others were looked at when they were cut
+        with _opened(part) as file:
+            _check_start(file.read(HEAD))
     offset, index, line = part.start, part.index, part.line
     with _opened(part) as file:
         if part.start:
@@ -446,7 +473,7 @@ def _walk_json(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
     if digest is not None:
         digest.update(data)
     skip = len(_BOM) if data.startswith(_BOM) else 0
-    records = split_json(data[skip:])
+    records, broken = split_json(data[skip:])
     lines = [line for _, _, line in records]
     telling = len(records) == 1 or len(set(lines)) == len(lines)
     for i, (offset, length, line) in enumerate(records):
@@ -455,6 +482,8 @@ def _walk_json(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
             ByteSpan(part.file, skip + offset, length, line if telling else 0, i, zlib.crc32(content)),
             content,
         )
+    if broken:
+        raise broken
 
 
 def _by_group(

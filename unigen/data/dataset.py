@@ -25,6 +25,7 @@ from unigen.data.examine import CountTokens, PictureHeaders, bad_picture, examin
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.keys import NOTES, Notes, listed
 from unigen.data.reader import Reader
+from unigen.data.verdict import Verdict, percent
 from unigen.sequence.images import PictureError, open_image
 from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample, without_trace
@@ -346,26 +347,32 @@ class UnifiedGenerationDataset:
     ) -> None:
         """Raises BadData, or writes down what is left out."""
         bad = unreadable + self.bad
-        total = len(self) + len(bad)
-        if bad and (on_bad_record == "error" or unreadable):
-            fix = "Correct them"
-            if not unreadable:
-                fix += f", or leave them out with on_bad_record=skip (it stops above {max_share:.0%})"
-            raise BadData(f"{len(bad):,} of {total:,} records cannot be used:\n{_list(bad)}\n{fix}.", bad)
-        if bad and listing is not None:
-            list_bad_records(listing, [error.to_dict() for error in bad])
-        if len(bad) > max_share * total:
-            share = f"{len(bad):,} of {total:,} records ({len(bad) / total:.1%}) cannot be used"
-            raise BadData(
-                f"{share}, more than the {max_share:.0%} that may be left out:\n{_list(bad)}\nCorrect them.",
-                bad,
-            )
-        if not len(self):
+        verdict = Verdict(len(self), len(self.bad), len(unreadable), max_share)
+        if not bad and not len(self):
             raise BadData(f"{no_record(self.files)}.")
+        if self.bad and listing is not None and on_bad_record == "skip" and not unreadable:
+            list_bad_records(listing, [error.to_dict() for error in bad])
+        if not verdict.can_train(on_bad_record):
+            told = f"{len(bad):,} of {verdict.total:,} records cannot be used"
+            fix = "Fix: correct them"
+            if verdict.code == "few":
+                skip = f"--on_bad_record skip (it stops above {percent(max_share)})"
+                fix += f", or leave them out with {skip}"
+            elif verdict.code == "lost":
+                told = f"{verdict.total:,} records were read, and no more of {_files(unreadable)}"
+                told += f"; {verdict.bad:,} of them cannot be used" if verdict.bad else ""
+            elif on_bad_record == "skip":
+                told += f" ({verdict.share:.1%}), more than the {percent(max_share)} that may be left out"
+                fix += ", or raise --max_bad_share"
+            raise BadData(f"{told}:\n{_list(bad)}\n{fix}.", bad)
         if bad:
             where = f", listed in {listing}" if listing else ""
             log.warning(
-                "%d of %d records cannot be used and are left out%s:\n%s", len(bad), total, where, _list(bad)
+                "%d of %d records cannot be used and are left out%s:\n%s",
+                len(bad),
+                verdict.total,
+                where,
+                _list(bad),
             )
 
     def _count(self, record: Record, sign: int) -> None:
@@ -438,6 +445,10 @@ def list_bad_records(listing: Path, bad: Iterable[dict[str, Any]]) -> None:
         # by a process that was killed while it wrote
         torn = "\n" if known and not known.endswith("\n") else ""
         file.write(torn + "".join(line + "\n" for line in new))
+
+
+def _files(unreadable: list[BadRecord]) -> str:
+    return "a file" if len(unreadable) == 1 else f"{len(unreadable):,} files"
 
 
 def _list(bad: list[BadRecord]) -> str:

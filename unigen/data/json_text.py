@@ -10,14 +10,18 @@ import json
 import re
 from typing import Any
 
+from unigen.foreign import known_mistake
 from unigen.sequence.types import BadRecord
 
 MAX_RECORD = 16 << 20  # bytes of a record; parsed it may take thirty times as much memory
 MAX_DEPTH = 100  # objects and lists inside of one another
 
+HEAD = 1 << 20  # bytes of a file's beginning that say whether it holds a record a line
+
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'  # unrolled: a group for each character would keep a place for each
 _STRING_OR_CONSTANT = re.compile(_STRING + r"|NaN|-?Infinity", re.DOTALL)
 _STRING_OR_BRACKET = re.compile(_STRING + r"|[\[{]|[\]}]", re.DOTALL)
+_HAN = re.compile(r"[\u4e00-\u9fff]")
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -107,24 +111,30 @@ def _is_deep(text: str) -> bool:
     return False
 
 
-def split_json(data: bytes) -> list[tuple[int, int, int]]:
+def split_json(data: bytes) -> tuple[list[tuple[int, int, int]], BadRecord | None]:
     """``(byte offset, byte length, 1-based line)`` of each record of a JSON file: of each item of a list, or
-    of the one value.
+    of the one value. And the syntax error (``bad_json``) after which no more of them can be told apart.
 
     Raises:
-        BadRecord: ``bad_utf8`` or ``bad_json``. Nothing after a syntax error can be told apart, so it spoils
-            the whole file.
+        BadRecord: ``bad_utf8``, which spoils the whole file.
     """
     text = decode(data, 1)
+    spans: list[tuple[int, int]] = []
+    broken = None
     try:
-        spans = _split(text)
+        _split(text, spans)
     except json.JSONDecodeError as error:
-        raise _bad_json(error.msg, text, error.pos, 1) from None
+        if text[error.pos :].strip() or not spans:
+            broken = _bad_json(error.msg, text, error.pos, 1)
+        else:
+            where = f"{_place(text, error.pos, 1)}, after {len(spans):,} records"
+            found = f"the end of the file in the middle of a list at {where}"
+            fix = "fetch or write the file again; close the list with ] if nothing is missing"
+            broken = BadRecord("bad_json", "(file)", found, "a whole list", fix)
     except (RecursionError, ValueError) as error:
         found = str(error).partition(";")[0]
-        raise BadRecord(
-            "bad_json", "(file)", found, "records of ordinary depth and numbers", "simplify the records"
-        ) from None
+        fix = "simplify the records"
+        broken = BadRecord("bad_json", "(file)", found, "records of ordinary depth and numbers", fix)
     records, seen, offset, line = [], 0, 0, 1
     for start, end in spans:
         # between records there is nothing but brackets, commas and white space: a byte each
@@ -133,7 +143,7 @@ def split_json(data: bytes) -> list[tuple[int, int, int]]:
         length = len(text[start:end].encode())
         records.append((offset, length, line))
         offset, line, seen = offset + length, line + text.count("\n", start, end), end
-    return records
+    return records, broken
 
 
 def decode(data: bytes, line: int) -> str:
@@ -149,15 +159,69 @@ def decode(data: bytes, line: int) -> str:
             else f"byte {error.start + 1} of the record"
         )
         found = f"byte 0x{data[error.start]:02x} at {where} ({error.reason})"
-        raise BadRecord("bad_utf8", "(record)", found, "UTF-8 text", "save the file as UTF-8") from None
+        raise BadRecord("bad_utf8", "(record)", found, "UTF-8 text", _encoding_fix(data)) from None
 
 
-def _split(text: str) -> list[tuple[int, int]]:
-    """``(start, end)`` in characters of each record."""
+def _encoding_fix(data: bytes) -> str:
+    try:
+        chinese = _HAN.search(data.decode("gb18030"))
+    except UnicodeDecodeError:
+        chinese = None
+    if chinese:
+        return "it reads as GBK: iconv -f GB18030 -t UTF-8 OLD > NEW makes it UTF-8"
+    return "save the file as UTF-8 (iconv -f ENCODING -t UTF-8 OLD > NEW)"
+
+
+def not_lines(head: bytes) -> BadRecord | None:
+    """What is wrong with a file whose records do not stand one on a line; None where nothing shows.
+
+    Args:
+        head: Its first ``HEAD`` bytes, or all of a shorter one.
+    """
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        fix = "iconv -f UTF-16 -t UTF-8 OLD > NEW makes it UTF-8"
+        return BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", fix)
+    mistake = known_mistake(head[:64]) if head.strip() else None
+    if mistake:
+        return BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
+    text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    line, _, rest = text.partition("\n")
+    if text.startswith("[") and (_opens_list(line) if rest.strip() else _is_list(line)):
+        return BadRecord(
+            "bad_json", "(file)", "one JSON list", "a record on each line",
+            "name it .json: that is a file with a list of records",
+        )  # fmt: skip
+    if text.startswith("{") and rest.strip() and _end(line) is None and _end(text) is not None:
+        return BadRecord(
+            "bad_json", "(file)", "records over several lines", "each record on one line",
+            "write each on one line (json.dumps without indent; or jq -c . OLD > NEW)",
+        )  # fmt: skip
+    return None
+
+
+def _end(text: str) -> int | None:
+    """Where the JSON value that begins a text ends; None where it does not."""
+    try:
+        return _LENIENT.raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _opens_list(line: str) -> bool:
+    """Does the first of several lines open a list of records that it does not close?"""
+    return _end(line) is None and line[1:].lstrip()[:1] in ("", "{", "[")
+
+
+def _is_list(line: str) -> bool:
+    """Is a single line a list of records?"""
+    return _end(line) is not None and line[1:].lstrip().startswith("{")
+
+
+def _split(text: str, spans: list[tuple[int, int]]) -> None:
+    """Appends ``(start, end)`` in characters of each record to ``spans``. Raises JSONDecodeError."""
     at = _skip(text, 0)
     if at == len(text):
-        return []
-    spans = []
+        return
     if text[at] != "[":
         _, end = _LENIENT.raw_decode(text, at)
         spans.append((at, end))
@@ -178,7 +242,6 @@ def _split(text: str) -> list[tuple[int, int]]:
     at = _skip(text, end)
     if at < len(text):
         raise json.JSONDecodeError("Extra data", text, at)
-    return spans
 
 
 def _skip(text: str, at: int) -> int:
@@ -189,7 +252,9 @@ def _skip(text: str, at: int) -> int:
 
 def _bad_json(message: str, text: str, at: int, line: int) -> BadRecord:
     fix = "correct the JSON there"
-    if message == "Extra data":
+    if message == "Extra data" and text[at:].strip() == ",":
+        message, fix = "a comma after the record", "take it out: nothing stands between records of a .jsonl"
+    elif message == "Extra data":
         fix = "put one record on a line of a .jsonl file, or all records into one [...] list of a .json file"
     return BadRecord("bad_json", "(record)", f"{message} at {_place(text, at, line)}", "valid JSON", fix)
 

@@ -9,7 +9,6 @@ its lists.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -113,7 +112,7 @@ def weight_of(item: Json, where: str, default: float, keys: Iterable[str] = LEAR
         if value is None:
             continue
         expected = "true or false" if name == "target" else "true, false or a number from 0 to 1"
-        number = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
+        number = isinstance(value, int | float) and 0 <= value <= 1
         if not number or (name == "target" and not isinstance(value, bool)):
             fix = f"write {expected}: how much it is learnt; anything else belongs in metadata"
             raise BadRecord("wrong_type", join(where, name), show(value), expected, fix)

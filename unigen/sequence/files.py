@@ -3,6 +3,9 @@ where one is set (see ``unigen/foreign.py``)."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +14,7 @@ from unigen import foreign
 from unigen.config import UserError
 from unigen.foreign import ForeignFileError
 from unigen.printing import printable
+from unigen.sequence.neighbours import neighbour
 
 # larger files are refused: a picture of 64 megapixels in 8-bit RGB, uncompressed, has 192 MB
 MAX_BYTES = 256 * 1024**2
@@ -63,7 +67,7 @@ def open_file(path: str | Path | Confined) -> BinaryIO:
     try:
         return foreign.open_file(name, roots, MAX_BYTES)
     except ForeignFileError as error:
-        raise PictureError(_CODES[error.code], name, *_said(error)) from None
+        raise PictureError(_CODES[error.code], name, *_said(error, roots)) from None
 
 
 _CODES = {
@@ -72,8 +76,11 @@ _CODES = {
 }  # fmt: skip
 
 
-def _said(error: ForeignFileError) -> tuple[str, str]:
+def _said(error: ForeignFileError, roots: Sequence[str | Path]) -> tuple[str, str]:
     """What is wrong with a picture, and the fix."""
+    found = neighbour(error.name) if error.code == "missing" else None
+    if found and all(Path(os.path.realpath(found[0])).is_relative_to(os.path.realpath(r)) for r in roots):
+        return error.problem, f"{found[0]} exists: {found[1]}"
     fixes = {
         "missing": "correct the path or put the picture there",
         "not_a_file": "name a regular file that holds a picture",
@@ -82,3 +89,20 @@ def _said(error: ForeignFileError) -> tuple[str, str]:
     }
     problem = error.problem.replace("in which it must lie", "in which all pictures must lie")
     return problem, fixes.get(error.code, error.fix)
+
+
+_KINDS = (
+    (re.compile(rb".{4}ftyp(hei[cfmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL), "it is a HEIC picture",
+     "convert it to JPEG or PNG (in Python: pip install pillow-heif, register_heif_opener(), open, save)"),
+    (re.compile(rb".{4}ftyp", re.DOTALL), "it is a video, not a picture", "take frames of it as pictures"),
+    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?<svg"), "it is a drawing in SVG", "save it as PNG"),
+    (re.compile(rb"%PDF"), "it is a PDF document, not a picture", "save its pages as PNG or JPEG"),
+    (re.compile(rb"PK\x03\x04"), "it is a zip archive, not a picture", "unpack it"),
+)  # fmt: skip
+
+
+def other_kind(start: bytes) -> tuple[str, str]:
+    """What a file is whose first bytes are those of no known kind of picture, and the fix."""
+    found = next(((problem, fix) for magic, problem, fix in _KINDS if magic.match(start)), None)
+    unknown = "it is not a picture of a known format, or its header is damaged"
+    return found or foreign.known_mistake(start) or (unknown, "save it again as PNG, JPEG or WebP")

@@ -22,7 +22,7 @@ from einops import rearrange
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from unigen.sequence.files import MAX_BYTES, Confined, PictureError, open_file
+from unigen.sequence.files import MAX_BYTES, Confined, PictureError, open_file, other_kind
 from unigen.sequence.grid import to_unit
 
 __all__ = [
@@ -178,7 +178,7 @@ def _opened(source: PictureSource) -> Iterator[tuple[PILImage, str]]:
         raise PictureError("huge_picture", name, problem, "scale the picture down")
     with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
         header = _Header(file, name)
-        with _explained(name):
+        with _explained(name, file):
             _silence()
             Image.init()
             _check_png(header, name)
@@ -288,8 +288,9 @@ def _draft(picture: PILImage, orientation: int, fit: Fit) -> tuple[float, float,
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turns whatever PIL raises (it has no common base class) into a PictureError."""
+def _explained(name: str, file: BinaryIO | None = None) -> Iterator[None]:
+    """Turns whatever PIL raises (it has no common base class) into a PictureError; ``file`` is looked at
+    where it is of no known kind."""
     try:
         yield
     except PictureError:
@@ -299,8 +300,9 @@ def _explained(name: str) -> Iterator[None]:
             "huge_picture", name, f"it is above {MAX_PIXELS:,} pixels ({error})", "scale it down"
         ) from error
     except Image.UnidentifiedImageError as error:
-        problem = "it is not a picture of a known format, or its header is damaged"
-        raise PictureError("not_a_picture", name, problem, "save it again as PNG, JPEG or WebP") from error
+        assert file is not None
+        file.seek(0)
+        raise PictureError("not_a_picture", name, *other_kind(file.read(256))) from error
     except Exception as error:
         problem = f"it is truncated or damaged ({type(error).__name__}: {error})"
         raise PictureError(

@@ -77,6 +77,7 @@ class RunData:
         dataset = UnifiedGenerationDataset(
             source.path,
             on_bad_record=c.on_bad_record,
+            max_bad_share=c.max_bad_share,
             # With "skip" every process must leave out the same records; with "error" one that looks closely
             # is enough.
             check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",

@@ -17,6 +17,7 @@ from typing import Any
 from unigen.config import Config, UserError
 from unigen.data.dataset import list_bad_records
 from unigen.data.loader import MicroBatch, PackStream
+from unigen.data.verdict import Verdict, percent
 from unigen.files import json_of
 from unigen.runs.layout import BAD_RECORDS, BAD_STEPS
 from unigen.runs.log import drop_after
@@ -24,8 +25,6 @@ from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
 
-# with on_bad_record=skip, of all records; the data set holds the same line before training
-MAX_BAD_SHARE = 0.01
 # gradient norms that a spike is measured against: the last ones, and how many there must be
 WINDOW, FEWEST = 100, 20
 # steps of which a share may be skipped; and those that must be taken after a checkpoint to make it a good one
@@ -181,7 +180,7 @@ class BadStepGuard:
         they are few.
 
         Raises:
-            TrainingStopped: with ``on_bad_record`` error, or above 1 % of all records.
+            TrainingStopped: with ``on_bad_record`` error, or above ``max_bad_share`` of all records.
         """
         bad = [record.to_dict() for batch in batches for record in batch.bad]
         everyone = [record for part in self.engine.gather(json.dumps(bad)) for record in json.loads(part)]
@@ -199,12 +198,13 @@ class BadStepGuard:
             log.warning("%d record(s) left out: %s", len(everyone), message)
         stream.unreadable |= {f"{record['file']}:{record['index']}" for record in everyone}
         mixture = stream.mixture
-        count, total = mixture.left_out + len(stream.unreadable), mixture.left_out + mixture.total
-        if count > MAX_BAD_SHARE * total:
+        broken = len(stream.unreadable)
+        verdict = Verdict(mixture.total - broken, mixture.left_out + broken, 0, self.config.max_bad_share)
+        if not verdict.can_train("skip"):
             raise TrainingStopped(
-                f"{message}; now {count:,} of {total:,} records cannot be used, more than"
-                f" {MAX_BAD_SHARE:.0%}. Fix: see bad_records.jsonl, bring the pictures back, then resume"
-                " with --resume_from_checkpoint auto"
+                f"{message}; now {verdict.bad:,} of {verdict.total:,} records cannot be used, more than"
+                f" {percent(verdict.max_bad_share)} (max_bad_share). Fix: see bad_records.jsonl, bring the"
+                " pictures back, then resume with --resume_from_checkpoint auto"
             )
 
     # ---- validation

@@ -221,10 +221,10 @@ def test_problems_are_all_kept_in_their_file_and_few_in_memory(tmp_path):
     for n in range(Problems.KEPT + 50):
         kept.add(BadRecord("a" if n % 2 else "b", "f", "x", "y", "z").to_dict() | {"line": n})
     assert len(kept) == Problems.KEPT + 50 and kept.counts == {"a": 125, "b": 125}
-    kept.add({"code": "a", "line": -1})
+    kept.add({"code": "a", "field": "f", "line": -1})
     assert [p["line"] for p in kept] == [*range(250), -1] == [p["line"] for p in kept], "read twice alike"
     for _ in range(200):
-        kept.add({"code": "a", "line": 0})
+        kept.add({"code": "a", "field": "f", "line": 0})
     assert len(kept.first["a"]) == Problems.KEPT
     kept.save()
     kept.close()

@@ -361,9 +361,19 @@ def test_records_without_pictures_keep_their_bytes(server, tmp_path):
     data.write_text(
         text + f'{{"caption": "\\ud800 é", "image_path": "{server.url("/good.png")}"}}\n', encoding="utf-8"
     )
-    assert run(data, tmp_path / "out") == 0
+    assert run(data, tmp_path / "out") == 1  # texts that no training takes
     first, second = (tmp_path / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert first == text.strip() and json.loads(second)["caption"] == "\ud800 é"
+
+
+def test_records_that_no_training_takes_are_told(tmp_path, capsys):
+    good, bad = caption("/a.png"), {"url": "http://example.org/a.png", "caption": "a disc"}
+    assert run(write(tmp_path / "a.jsonl", [good, bad]), tmp_path / "one") == 1
+    told = capsys.readouterr().out
+    assert "1 of 2 records written cannot be trained on" in told and "missing_field" in told
+    assert "Train with" in told
+    assert run(write(tmp_path / "b.jsonl", [bad]), tmp_path / "two") == 1
+    assert "Train with" not in capsys.readouterr().out
 
 
 def test_local_paths_stay_valid_through_links_and_odd_ones_stay_as_they_are(tmp_path):
@@ -378,7 +388,7 @@ def test_local_paths_stay_valid_through_links_and_odd_ones_stay_as_they_are(tmp_
     data = write(tmp_path / "data" / "data.jsonl", [caption(path) for path in paths])
     with data.open("a") as file:
         file.writelines(json.dumps(caption(path)) + "\n" for path in odd)
-    assert run(data, tmp_path / "out") == 0
+    assert run(data, tmp_path / "out") == 1  # of the odd ones
     new = [record["image_path"] for record in lines(tmp_path / "out" / "data.jsonl")]
     for old, path in zip(paths, new):
         assert os.path.samefile(tmp_path / "data" / old, os.path.join(tmp_path / "out", path))

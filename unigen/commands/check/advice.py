@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from unigen.data.keys import listed
+from unigen.data.verdict import Verdict, percent
 
 # Shares above which a finding is a warning.
 CUT, DUPLICATES, SAME_TEXT, UPSCALED, NEAR_EMPTY = 0.01, 0.01, 0.05, 0.05, 0.01
 FEW_RECORDS, FEW_TOKENS = 0.05, 0.005  # shares of a modality below which the data is lopsided
 FULL = 0.97  # of a packed sequence
 PACKS = 10  # fewer say nothing: the last one, which ends with the data, weighs too much
+
+
+_PROBLEMS = {"few": "few_problems", "many": "problems", "lost": "lost_file", "nothing": "no_records"}
 
 
 class Advice(NamedTuple):
@@ -43,8 +47,10 @@ def advise(summary: dict[str, Any], problems: int, deep: bool) -> list[Advice]:
 def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
     good = max(s["good_records"], 1)
     if problems:
-        share = (s["records"] - s["good_records"]) / max(s["records"], 1)
-        yield Advice("problems" if share > 0.01 else "few_problems", "warn", {"n": problems, "share": share})
+        bad = s["records"] - s["good_records"]
+        verdict = Verdict(s["good_records"], bad, s["lost_files"], s["max_bad_share"])
+        values = {"n": problems, "share": verdict.share, "limit": percent(verdict.max_bad_share)}
+        yield Advice(_PROBLEMS[verdict.code], "warn", values)
     if s["unread"]:
         yield Advice("unread", "warn", {"fields": listed(s["unread"], s["good_records"])})
     surplus = s["repeats"]["records"]["surplus"]

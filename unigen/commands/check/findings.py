@@ -66,9 +66,11 @@ class Problems:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, list[dict[str, Any]]] = {}
         self._written = 0
+        self.lost = 0  # files that could not be read to their end
         self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (close() is below)
 
     def add(self, problem: dict[str, Any]) -> None:
+        self.lost += problem["field"] == "(file)" and problem["code"] != "no_record"
         if self._written > MAX_PROBLEMS:
             self.counts[problem["code"]] += 1
             return
@@ -122,6 +124,7 @@ class Findings:
     max_length: int  # tokens that a record may have
     interrupted: bool
     seconds: float
+    max_bad_share: float  # of the records, that a training may leave out
 
     def find(self, numbers: Sequence[int]) -> dict[int, Record]:
         """Records by their number, read again (good ones only)."""
@@ -153,6 +156,8 @@ class Findings:
             "files": len(self.files),
             "records": len(self.tally.records),
             "good_records": len(good),
+            "lost_files": self.problems.lost,
+            "max_bad_share": self.max_bad_share,
             "formats": {name: n for name, n in zip(FORMATS, formats) if n},
             **{what: self.tally.notes.of(what) for what in NOTES},
             "tasks": {
@@ -320,6 +325,7 @@ def check(
         max_length=planner.max_length,
         interrupted=interrupted,
         seconds=time.monotonic() - start,
+        max_bad_share=planner.options.max_bad_share,
     )
 
 

@@ -82,7 +82,8 @@ class FetchOptions(Options):
 
 
 def fetch(options: FetchOptions) -> int:
-    """Runs the command: 0 when every picture was fetched, 1 when records are left out.
+    """Runs the command: 0 when every picture was fetched, 1 when records are left out or fit no
+    format.
 
     Raises:
         UserError: Nothing can be read or written, or an option cannot work.
@@ -106,7 +107,7 @@ def fetch(options: FetchOptions) -> int:
         writer.run(sources, options.on_failure == "skip")
         store.settle()
         _report(urls, known, store, sources, writer)
-    return 1 if writer.failures else 0
+    return 1 if writer.failures or writer.unfit else 0
 
 
 def _network(text: str) -> Network:
@@ -302,4 +303,11 @@ def _report(
     if writer.left_out and not writer.written:
         print("No data was written.")
         return
+    if writer.unfit:
+        told = f"{writer.unfit:,} of {writer.written:,} records written cannot be trained on. The first:"
+        print(f"unusable   {told}\n  {writer.first_unfit}")
+        if writer.unfit == writer.written:
+            print("There is nothing to train on: correct the records, and fetch again.")
+            return
+        print("unigen check says more about them.")
     print(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")

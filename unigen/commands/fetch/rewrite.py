@@ -16,7 +16,7 @@ from unigen.commands.fetch.addresses import FetchError, is_address, parse_url, s
 from unigen.commands.fetch.store import FETCH, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import parts, read_part
-from unigen.data.formats import FORMATS
+from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.json_text import parse_json
 from unigen.files import sha256_of
 from unigen.outputs import read_receipt, write_receipt
@@ -99,11 +99,14 @@ class Writer:
         left_out: Records with a failure.
         failures: Failures by reason.
         first: The first of each reason, as in ``failed.log``.
+        unfit: Records in the new data that fit no format, or break its rules; the first of them is
+            ``first_unfit``.
     """
 
     def __init__(self, store: PictureStore, deep: bool):
         self.store, self.deep = store, deep
-        self.written = self.left_out = 0
+        self.written = self.left_out = self.unfit = 0
+        self.first_unfit: BadRecord | None = None
         self.failures: Counter[str] = Counter()
         self.first: dict[str, dict[str, Any]] = {}
 
@@ -147,7 +150,16 @@ class Writer:
                 listed.write(json.dumps(failure).encode() + b"\n")
             self.left_out += bool(failed)
             if not failed:
+                self._examine(source, line)
                 yield line
+
+    def _examine(self, source: RewrittenFile, line: bytes) -> None:
+        """Notes a record of the new data that no training can use."""
+        try:
+            parse_raw(line, self.written + 1, Origin(source.target, None, self.written))
+        except BadRecord as error:
+            self.unfit += 1
+            self.first_unfit = self.first_unfit or error
 
     def _line(
         self, source: RewrittenFile, origin: Origin, raw: bytes | None, value: Any
