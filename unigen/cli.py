@@ -183,6 +183,8 @@ def belongs(token: str, kind: Any, taken: int) -> bool:
     """Whether a value after a flag is the flag's, where a command also takes values without one."""
     if is_switch(kind):
         return taken == 0 and token.lower() in ("true", "false")
+    if dict in map(get_origin, members(kind)):
+        return "=" in token
     return takes_several(kind) or taken == 0
 
 
@@ -234,11 +236,11 @@ def is_switch(kind: Any) -> bool:
 
 
 def takes_several(kind: Any) -> bool:
-    return any(get_origin(member) in (list, tuple) for member in members(kind))
+    return any(get_origin(member) in (list, tuple, dict) for member in members(kind))
 
 
 def takes_list(kind: Any) -> bool:
-    return any(get_origin(member) is list for member in members(kind))
+    return any(get_origin(member) in (list, dict) for member in members(kind))
 
 
 # Help

@@ -7,7 +7,7 @@ What a value may be stands in its type (``unigen/values.py`` reads it), what sev
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from unigen.values import (
@@ -20,6 +20,7 @@ from unigen.values import (
     PathText,
     Positive,
     Range,
+    Renames,
     Seed,
     Share,
     Whole,
@@ -89,20 +90,24 @@ class Source(Options):
             weight 1 while both run. Default: its number of records, which spreads all evenly over the epoch.
         repeat: Start again, in a new order, when it ends before the others; otherwise each of its records is
             met exactly once an epoch.
-        preserve: Learn nothing from its records: the model is to stay what it was on them (preserve_weight).
         max_image_tokens: As the option of that name, for this source alone.
         max_image_size: Longest side in pixels that the VAE sees. Default: the model's (1024).
         min_image_size: Shortest side in pixels that the VAE sees. Default: the model's (512).
+        image_root: As the option of that name, for this source alone.
+        fields: As the option of that name, for this source alone: a mapping such as {text_prompt: caption}.
+        trigger_word: As the option of that name, for this source alone.
     """
 
     path: PathText | list[PathText]
     name: str = ""
     weight: Positive | None = None
     repeat: bool = False
-    preserve: bool = False
     max_image_tokens: Count | None = None
     max_image_size: Count | None = None
     min_image_size: Count | None = None
+    image_root: PathText | None = None
+    fields: Renames = field(default_factory=dict)
+    trigger_word: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,6 +137,12 @@ class DataOptions(Options):
             pictures but none to draw cannot be used.
         data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
             Default: no limit.
+        image_root: Folder that relative paths of pictures start from. Default: that of the file that names
+            them.
+        fields: What fields of the records are called here, as NAME=PLACE: text_prompt=caption reads caption
+            as text_prompt; dots lead into objects, lists and JSON in a text (image=meta.picture.path).
+        trigger_word: A word that every caption of a picture to draw begins with (format 11, and folders of
+            pictures with captions); [trigger] in a caption stands for it.
         max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the
             model's limit.
         max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
@@ -151,6 +162,9 @@ class DataOptions(Options):
     visual_gen: bool = True
     visual_und: bool = True
     data_root: PathText | None = None
+    image_root: PathText | None = None
+    fields: Renames = field(default_factory=dict)
+    trigger_word: str | None = None
     max_sequence_length: Count | None = None
     max_bad_share: Share = 0.01
     allow_control_tokens: bool = False
@@ -172,7 +186,6 @@ class LoaderOptions(Options):
         train_sources: Several sources with weights, as a list in a recipe, in place of train_data_path; see
             docs/data.md.
         val_data_path: Held-out data of the same kinds, for validation.
-        preserve_data_path: Data of the same kinds, on which the model stays what it was (preserve_weight).
         cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
         batch_size: Samples in a packed sequence.
         max_num_tokens: Token budget of a packed sequence; when given, it decides how many samples one holds.
@@ -187,7 +200,6 @@ class LoaderOptions(Options):
     train_data_path: PathText | list[PathText] | None = None
     train_sources: list[Annotated[dict[str, Any], KeysOf(Source)]] | None = None
     val_data_path: PathText | list[PathText] | None = None
-    preserve_data_path: PathText | list[PathText] | None = None
     cache_dir: PathText | None = None
     batch_size: Count = 1
     max_num_tokens: Count | None = None
@@ -237,10 +249,6 @@ class OptimOptions(Options):
         warmup_steps: The same as a number of steps; wins over warmup_ratio.
         text_loss_weight: Weight of the text cross-entropy.
         image_loss_weight: Weight of the image flow-matching loss.
-        preserve_weight: Keep what the model could: weight of its distance to the model of model_path, at
-            labels and in velocities. Default: no such distance.
-        preserve_share: Share of the samples that preserve_data_path gives; without such data, of those of the
-            training data that are also kept. Default: 0.25.
         ema: Decay of the exponential moving average of the weights (for example 0.9999); none keeps no
             average.
         optimizer: adamw, or adamw8bit with its two moments in 8 bits (2 bytes a parameter instead of 8; needs
@@ -273,8 +281,6 @@ class OptimOptions(Options):
     warmup_steps: Whole | None = None
     text_loss_weight: Loss = 1.0
     image_loss_weight: Loss = 1.0
-    preserve_weight: Positive | None = None
-    preserve_share: Share | None = None
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 

@@ -3,9 +3,9 @@
 
 An option's type stands at its field: ``batch_size: Count = 1``. A type is one of bool, int, float, str,
 ``Literal[...]``, a list or a pair of them, ``None``, or ``Annotated[type, rule]`` with a :class:`Range`,
-:class:`Spelling`, :class:`AsPath` or :class:`KeysOf`. A text is read the same wherever it comes from, so
-``"1e-5"`` is a number in Python too; where YAML 1.1 would surprise (``010`` is 8, ``1:30`` is 90, ``yes`` is
-true) it is refused.
+:class:`Spelling`, :class:`AsPath`, :class:`KeysOf` or :class:`Pairs`. A text is read the same wherever it
+comes from, so ``"1e-5"`` is a number in Python too; where YAML 1.1 would surprise (``010`` is 8, ``1:30`` is
+90, ``yes`` is true) it is refused.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ class KeysOf:
     options: type
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """A mapping of texts to texts; a flag writes it as ``a=b c=d``."""
+
+
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
@@ -91,6 +96,7 @@ Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 PathText = Annotated[str, AsPath()]
+Renames = Annotated[dict[str, str], Pairs()]
 Device = Annotated[
     str, Spelling(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda, or one GPU such as cuda:0")
 ]
@@ -126,7 +132,7 @@ def _empties(options: type) -> dict[str, Any]:
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(options)
     }
-    return {name: value for name, value in made.items() if value in ("", [])}
+    return {name: value for name, value in made.items() if value in ("", [], {})}
 
 
 def read_option(options: type, name: str, value: Any, label: str = "") -> Any:
@@ -142,7 +148,7 @@ def read_option(options: type, name: str, value: Any, label: str = "") -> Any:
         ConfigError: the value has another type, is out of range, or is empty.
     """
     found = read_value(kinds(options)[name], value, label or name, "" if label else f" (--{name} ...)")
-    if isinstance(found, str | list) and not found and name not in _empties(options):
+    if isinstance(found, str | list | dict) and not found and name not in _empties(options):
         words = describe(kinds(options)[name])
         raise ConfigError(f"{label or name} is {shown(found)}; it is empty. Fix: give {words}")
     return found
@@ -201,6 +207,8 @@ def _fit(kind: Any, value: Any, label: str) -> Any:
         raise _Unfit("it has no value")
     if isinstance(rule, KeysOf):
         return read_keys(rule.options, value, label)
+    if isinstance(rule, Pairs):
+        return _pairs(value)
     if get_origin(kind) is Literal:
         return _word(value, get_args(kind))
     if get_origin(kind) in (list, tuple):
@@ -237,6 +245,23 @@ def _word(value: Any, words: tuple[str, ...]) -> str:
         if isinstance(value, str) and value == word:
             return word
     raise _Unfit
+
+
+def _pairs(value: Any) -> dict[str, str]:
+    """A mapping, or texts with an equals sign each."""
+    if isinstance(value, str) and value.startswith("{") and value.endswith("}"):
+        value = spelled(value, "it")
+    if not isinstance(value, dict):
+        parts = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(part, str) and "=" in part for part in parts):
+            raise _Unfit("each is written as NAME=PLACE")
+        pairs = [part.partition("=")[::2] for part in parts]
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise _Unfit("one name is given twice")
+    if not all(isinstance(text, str) and text for pair in value.items() for text in pair):
+        raise _Unfit("names and places are texts, none of them empty")
+    return dict(value)
 
 
 def _several(kind: Any, value: Any, label: str) -> Any:
@@ -398,6 +423,8 @@ def describe(kind: Any) -> str:
             return f"mappings with the keys {', '.join(kinds(rule.options))}"
         if isinstance(rule, AsPath):
             return "a path"
+        if isinstance(rule, Pairs):
+            return "NAME=PLACE pairs, such as text_prompt=caption, or in a recipe a mapping"
         return rule.words if isinstance(rule, Spelling) else f"{describe(base)} {rule}"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(value) for value in get_args(kind))

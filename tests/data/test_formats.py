@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unigen.data.formats import FORMATS, parse_raw, parse_record, parse_with_fields
+from unigen.data.mapping import ReadOptions
 from unigen.sequence.images import Confined, open_image
 from unigen.sequence.types import BadRecord, Image, Origin, Text
 
@@ -444,7 +445,7 @@ def test_cells_of_any_kind_can_be_shown() -> None:
 
 def test_paths_are_confined_and_bytes_need_not_be() -> None:
     record, _ = parse_with_fields(
-        {"image_list": ["x", b"1"], "instruction_list": ["a"]}, ORIGIN, Path("/data")
+        {"image_list": ["x", b"1"], "instruction_list": ["a"]}, ORIGIN, ReadOptions(Path("/data"))
     )
     assert [piece.source for piece in record.sample if isinstance(piece, Image)] == [
         Confined(Path("/data/set/x"), Path("/data")),
@@ -522,7 +523,7 @@ WRONG = [
     ({"conversation": []}, "no_format", "(record)"),
     ({"text_prompt": "a", "image_path": "x", "caption": "b"}, "ambiguous_format", "(record)"),
     ({"messages": [OK_TURN], "conversations": [OK_TURN]}, "ambiguous_format", "(record)"),
-    ({"conversations": [OK_TURN], "images": ["x"]}, "ambiguous_format", "(record)"),
+    ({"conversations": [OK_TURN | {"type": "text"}], "images": ["x"]}, "ambiguous_format", "(record)"),
     ({"conversations": [OK_TURN], "image_path": "x"}, "ambiguous_format", "image_path"),
     ({"text_prompt": "a"}, "missing_field", "image_path"),
     ({"caption": "a"}, "missing_field", "image_path"),
@@ -555,7 +556,7 @@ WRONG = [
     ),
     ({"sequence": [text("a"), {"type": "image", "content": "x"}]}, "missing_field", "sequence[1].image_path"),
     ({"messages": [{"role": "user"}]}, "missing_field", "messages[0].content"),
-    ({"messages": [message("user", [{"text": "a"}])]}, "missing_field", "messages[0].content[0].type"),
+    ({"messages": [message("user", [{"text": "a"}])]}, "no_target", "messages"),
     (
         {"messages": [message("user", [{"type": "image_url"}])]},
         "missing_field",
@@ -572,8 +573,7 @@ WRONG = [
     ({"conversations": ["a"]}, "wrong_type", "conversations[0]"),
     ({"conversations": [OK_TURN | {"target": "yes"}]}, "wrong_type", "conversations[0].target"),
     ({"conversations": [OK_TURN | {"target": 1}]}, "wrong_type", "conversations[0].target"),
-    ({"conversations": [OK_TURN], "metadata": "m"}, "wrong_type", "metadata"),
-    ({"messages": [OK_TURN], "images": "x"}, "wrong_type", "images"),
+    ({"messages": [OK_TURN], "images": 3}, "wrong_type", "images"),
     ({"messages": [OK_TURN], "images": [3]}, "wrong_type", "images[0]"),
     (
         {"messages": [message("user", [{"type": "image_url", "image_url": 3}])]},
@@ -604,7 +604,7 @@ WRONG = [
     (steps(True), "wrong_type", "editing_steps[0].step"),
     (steps(1.0), "wrong_type", "editing_steps[0].step"),
     ({"sequence": [text("a"), {"type": "video", "content": "b"}]}, "unknown_type", "sequence[1].type"),
-    ({"messages": [message("user", [{"type": "audio"}])]}, "unknown_type", "messages[0].content[0].type"),
+    ({"messages": [message("user", [{"type": "audio"}])]}, "unsupported_key", "messages[0].content[0].audio"),
     ({"conversations": [{"role": "gpt", "content": "a"}]}, "unknown_role", "conversations[0].role"),
     ({"messages": [OK_TURN, message("tool", "a")]}, "unknown_role", "messages[1].role"),
     ({"sequence": [text("a", role="user"), text("b")]}, "unexpected_field", "sequence[0].role"),
@@ -618,8 +618,8 @@ WRONG = [
     ({"image_path": "a\udc00b", "caption": "a"}, "bad_path", "image_path"),
     ({"image_path": "https://example.org/a.png", "caption": "a"}, "bad_path", "image_path"),
     (
-        {"messages": [message("assistant", "<image>")], "images": ["data:image/png;base64,AAAA"]},
-        "bad_path",
+        {"messages": [message("assistant", "<image>")], "images": ["data:image/png,AAAA"]},
+        "broken_picture",
         "images[0]",
     ),
     ({"messages": [message("assistant", "<image>")]}, "unequal_image_count", "images"),
@@ -641,7 +641,7 @@ WRONG = [
     ({"conversations": [{"from": "gpt", "content": "a"}]}, "ambiguous_format", "(record)"),
     ({"conversations": said(("gpt", "a")), "messages": [OK_TURN]}, "ambiguous_format", "(record)"),
     ({"conversations": said(("gpt", "a")), "image_path": "x"}, "ambiguous_format", "image_path"),
-    ({"conversations": [OK_TURN], "image": "x"}, "ambiguous_format", "image"),
+    ({"conversations": [OK_TURN | {"type": "text"}], "image": "x"}, "ambiguous_format", "image"),
     ({"text_prompt": "a", "image_path": "x", "image": "y"}, "ambiguous_format", "image"),
     ({"caption": "a", "captions": "b", "image": "y"}, "ambiguous_format", "(record)"),
     ({"conversations": said(("gpt", "a")), "image": "x", "images": ["y"]}, "ambiguous_piece", "image"),
@@ -670,8 +670,9 @@ WRONG = [
     ({"image": "x", "captions": ["a", "b\ud800"]}, "bad_text", "captions[1]"),
     ({"image": {"bytes": None, "path": None}, "captions": "a"}, "wrong_type", "image.path"),
     ({"image": {"bytes": b"", "path": "x"}, "captions": "a"}, "missing_field", "image.bytes"),
-    ({"image": {"bytes": "QUJD"}, "captions": "a"}, "wrong_type", "image.bytes"),
-    ({"image": {"url": "x"}, "captions": "a"}, "wrong_type", "image"),
+    ({"image": {"bytes": "Q!"}, "captions": "a"}, "broken_picture", "image.bytes"),
+    ({"image": {"bytes": 3}, "captions": "a"}, "wrong_type", "image.bytes"),
+    ({"image": {"url": "http://a/b.png"}, "captions": "a"}, "bad_path", "image"),
     ({"image": b"", "captions": "a"}, "missing_field", "image"),
     ({"image_list": ["x", "y"]}, "missing_field", "instruction_list"),
     ({"instruction_list": ["a"]}, "missing_field", "image_list"),

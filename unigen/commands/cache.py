@@ -25,6 +25,7 @@ from unigen.cache.encoders import Encoders
 from unigen.cache.store import Encoder, Store, about, key_of
 from unigen.config import Config, ConfigError, Source
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.mapping import ReadOptions
 from unigen.outputs import output_folder
 from unigen.printing import bar
 from unigen.sequence.contents import Seen, View, digest, named
@@ -203,7 +204,7 @@ class Filler:
                 max_bad_share=c.max_bad_share,
                 check_pictures="headers",  # they are decoded below
                 token_lengths=planner.token_lengths,
-                data_root=c.data_root,
+                read=ReadOptions.of(source, c),
             )
             yield dataset, planner
 

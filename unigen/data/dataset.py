@@ -14,6 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,8 @@ from unigen.data.containers import BadData, ByteSpan, Raw, find_files, no_record
 from unigen.data.examine import CountTokens, PictureHeaders, bad_picture, examine, key_of
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.keys import NOTES, Notes, listed
+from unigen.data.mapping import PLAIN, ReadOptions
+from unigen.data.probe import check_roots, require_match
 from unigen.data.reader import Reader
 from unigen.data.verdict import Verdict, percent
 from unigen.sequence.images import PictureError, open_image
@@ -124,6 +127,7 @@ class UnifiedGenerationDataset:
         max_bad_share: With ``skip``, the share of bad records above which it raises all the same.
         data_root: Folder that every picture named by a path must lie in, links resolved; for data one does
             not trust.
+        read: How the records are read; its ``data_root`` may be given alone.
 
     Attributes:
         lengths: What ``token_lengths`` returned for each record; None without it.
@@ -147,13 +151,14 @@ class UnifiedGenerationDataset:
         bad_records_path: Path | None = None,
         max_bad_share: float = 0.01,
         data_root: str | Path | None = None,
+        read: ReadOptions = PLAIN,
     ):
         assert on_bad_record in ("error", "skip") and check_pictures in ("auto", "full", "headers")
-        self.root = None if data_root is None else Path(data_root).absolute()
-        if self.root is not None and not self.root.is_dir():
-            raise BadData(f"{data_root}: data_root is no folder. Name the folder that all pictures lie in.")
-        named = find_files([paths] if isinstance(paths, str | Path) else paths, self.root)
+        self.read = read if data_root is None else replace(read, data_root=Path(data_root).absolute())
+        check_roots(self.read)
+        named = find_files([paths] if isinstance(paths, str | Path) else paths, self.read.data_root)
         self.files = [path for path, _ in named]
+        require_match(self.files, self.read)
         self._reader = Reader(self.files)
         self._index = _Index()
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -179,7 +184,10 @@ class UnifiedGenerationDataset:
                 bad.add(span, error)
         self.bad = [error for _, error in sorted(bad.kept, key=lambda entry: (entry[0].file, entry[0].index))]
         self._settle(unreadable, on_bad_record, bad_records_path, max_bad_share)
-        self.fingerprint = hashlib.sha256(json.dumps([contents, self._index.digest()]).encode()).hexdigest()
+        how = [[dict(read.fields), read.trigger_word]] if read.fields or read.trigger_word else []
+        self.fingerprint = hashlib.sha256(
+            json.dumps([contents, self._index.digest(), *how]).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -277,7 +285,7 @@ class UnifiedGenerationDataset:
     ) -> None:
         """Checks a record and puts it into the index; ``pictured`` gets the numbers of those with pictures.
         Raises BadRecord."""
-        record, _, lengths = examine(raw, span, self.files[span.file], pictures, token_lengths, self.root)
+        record, _, lengths = examine(raw, span, self.files[span.file], pictures, token_lengths, self.read)
         if any(isinstance(segment, Image) for segment in record.sample):
             pictured.append(len(self._index))
         self._index.append(span)
@@ -393,7 +401,7 @@ class UnifiedGenerationDataset:
 
     def _read(self, i: int) -> tuple[Record, list[str]]:
         span = self._index[self._checked(i)]
-        return parse_raw(self._reader.read(span), span.line, self._origin(span), self.root)
+        return parse_raw(self._reader.read(span), span.line, self._origin(span), self.read)
 
     def _origin(self, span: ByteSpan) -> Origin:
         return Origin(self.files[span.file], span.line or None, span.index)

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from unigen.data.containers import ByteSpan, Raw
 from unigen.data.formats import parse_raw
+from unigen.data.mapping import PLAIN, ReadOptions
+from unigen.data.nearby import image_root_for
+from unigen.printing import printable
 from unigen.sequence.images import PictureError, image_size
 from unigen.sequence.lengths import RecordLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
@@ -32,7 +35,7 @@ def examine(
     file: Path,
     pictures: PictureHeaders,
     token_lengths: CountTokens | None = None,
-    root: str | Path | None = None,
+    read: ReadOptions = PLAIN,
 ) -> Examined:
     """Checks a record that ``read_part`` gave: its format, the headers of its pictures, its token lengths.
 
@@ -42,13 +45,28 @@ def examine(
     origin = Origin(file, span.line or None, span.index)
     fields: list[str] = []
     try:
-        record, fields = parse_raw(raw, span.line, origin, root)
+        record, fields = parse_raw(raw, span.line, origin, read)
         for i, (segment, field) in enumerate(zip(record.sample, fields)):
             if isinstance(segment, Image):
-                record.sample[i] = replace(segment, size=pictures.size(segment.source, field))
+                record.sample[i] = replace(segment, size=_size(segment, field, pictures, file, read))
         return Examined(record, fields, token_lengths(record) if token_lengths else None)
     except BadRecord as error:
         error.locate(origin, fields)
+        raise
+
+
+def _size(
+    segment: Image, field: str, pictures: PictureHeaders, file: Path, read: ReadOptions
+) -> tuple[int, int]:
+    """The size of a picture; a missing one, where none was found yet, is looked for nearby. Raises
+    BadRecord."""
+    try:
+        return pictures.size(segment.source, field)
+    except BadRecord as error:
+        if error.code == "missing_picture" and not pictures.sound:
+            root = image_root_for(str(segment.source), file, read)
+            if root:
+                error.fix = f"it lies in {printable(root)}: give --image_root {printable(root)}"
         raise
 
 

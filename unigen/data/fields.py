@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unigen.data.embedded import Address, decoded, place_of
 from unigen.data.json_text import MAX_RECORD, parse_json
-from unigen.data.keys import REFUSED, THOUGHT, check_keys, weight_of
+from unigen.data.keys import THOUGHT, check_keys, refuse, weight_of
 from unigen.data.words import Json, cut, join, names, show
 from unigen.sequence.types import BadRecord, Image, Text
 
 Segments = list[tuple[Text | Image, str]]  # each segment with the field it came from, which messages name
-PathOrBytes = Path | bytes
+PictureSource = Path | bytes | Address
 
 ROLES = ("user", "assistant", "system")
 SPEAKERS = {
@@ -27,7 +29,6 @@ SPEAKERS = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
 }  # fmt: skip
 TAG = "<image>"
-_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+://|data:)")
 _NO_PICTURE = ("", "None", "none", "null", "NULL", "nan", "NaN", "N/A")
 _JSON = re.compile(r"\s*[\[{]\s*[\"\]}]")  # a list or an object of texts; no caption begins like that
 _NAMES = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
@@ -70,58 +71,55 @@ def objects(record: Json, name: str, where: str, kind: str) -> list[tuple[Json, 
     return [(item, f"{path}[{i}]") for i, item in enumerate(items)]
 
 
-def picture(record: Json, name: str, where: str, folder: Path) -> PathOrBytes:
+def picture(record: Json, name: str, where: str, folder: Path) -> PictureSource:
     """The picture of a field; see :func:`as_picture`."""
     if record.get(name) is None:
         raise _missing(record, name, "the path of a picture", where)
     return as_picture(record[name], join(where, name), folder)
 
 
-def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[PathOrBytes, str]]:
+def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[PictureSource, str]]:
     """The pictures of a list, each with its field."""
     return [(as_picture(value, f"{field}[{i}]", folder), f"{field}[{i}]") for i, value in enumerate(values)]
 
 
-def as_picture(value: Any, field: str, folder: Path) -> PathOrBytes:
-    """A path, relative ones joined to ``folder``; or bytes, alone or as ``{"bytes", "path"}`` (bytes win), as
-    tables hold them."""
-    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
-        embedded = value.get("bytes")
-        if embedded is not None and not isinstance(embedded, bytes):
-            raise BadRecord(
-                "wrong_type",
-                f"{field}.bytes",
-                show(embedded),
-                "bytes",
-                "keep the picture in a table, or name its path",
-            )
-        field, value = (
-            (f"{field}.bytes", embedded) if embedded is not None else (f"{field}.path", value.get("path"))
-        )
+def as_picture(value: Any, field: str, folder: Path) -> PictureSource:
+    """The picture of a value: a path, relative ones joined to ``folder``; an address of the web; or the
+    encoded bytes of a picture: bytes, base64, a ``data:`` URI.
+
+    It may stand in an object: ``{"bytes", "path"}`` as tables hold it (bytes win), or ``{"url"}``.
+    """
+    inside = False
+    if isinstance(value, dict) and value.keys() & {"bytes", "path", "url"}:
+        name = next((name for name in ("bytes", "path", "url") if value.get(name) is not None), "path")
+        field, value, inside = f"{field}.{name}", value.get(name), name == "bytes"
+        if inside and not isinstance(value, str | bytes):
+            fix = "keep the picture in a table, as base64, or name its path"
+            raise BadRecord("wrong_type", field, show(value), "bytes or base64", fix)
     if isinstance(value, bytes):
         if not value:
-            raise BadRecord(
-                "missing_field",
-                field,
-                "no bytes",
-                "the bytes of a picture",
-                "fill it, or leave the record out",
-            )
+            fix = "fill it, or leave the record out"
+            raise BadRecord("missing_field", field, "no bytes", "the bytes of a picture", fix)
         return value
     if not isinstance(value, str):
         raise BadRecord("wrong_type", field, show(value), "a string", "write the path of a picture")
     _encodable(value, field, "bad_path")
-    if _URL.match(value):
-        raise BadRecord(
-            "bad_path",
-            field,
-            show(value),
-            "the path of a file",
-            'run "unigen fetch": training opens no connection',
-        )
-    if not value or "\0" in value:
+    try:
+        if (data := decoded(value, inside)) is not None:
+            return data
+    except ValueError as error:
+        fix = "write the picture again as base64, or name its path"
+        raise BadRecord("broken_picture", field, str(error), "a whole picture as base64", fix) from None
+    try:
+        place = place_of(value)
+    except ValueError as error:
+        why, fix = error.args
+        raise BadRecord("bad_path", field, f"{show(value)}: {why}", "the path of a file", fix) from None
+    if isinstance(place, Address):
+        return place
+    if not place or "\0" in place:
         raise BadRecord("bad_path", field, show(value), "the path of a file", "write the path of a picture")
-    return folder / value
+    return folder / place
 
 
 def _missing(record: Json, name: str, expected: str, where: str) -> BadRecord:
@@ -152,7 +150,7 @@ def as_text(text: str, weight: float) -> Text:
     return Text(text, weight > 0, weight=weight or 1.0)
 
 
-def as_image(source: PathOrBytes, weight: float) -> Image:
+def as_image(source: PictureSource, weight: float) -> Image:
     """A picture with its part of the loss: context where that is 0."""
     return Image(source, weight > 0, weight=weight or 1.0)
 
@@ -255,13 +253,22 @@ def variants(value: Any, field: str) -> tuple[Text, str]:
     return Text(texts[0], others=tuple(texts[1:])), found[0][1]
 
 
+def document(segments: Segments) -> Segments:
+    """Segments without roles: all are targets but the start, which is a first image, or a first text that an
+    image follows."""
+    found = [(replace(segment, target=True), field) for segment, field in segments]
+    if found and any(isinstance(segment, Image) for segment, _ in found):
+        found[0] = (replace(found[0][0], target=False), found[0][1])
+    return found
+
+
 # ---- turns with tags
 
 
 class Part(NamedTuple):
     """A text or a picture of a turn, the field it came from, and its part of the loss (0: context)."""
 
-    value: str | PathOrBytes  # texts are strings, pictures paths or bytes
+    value: str | PictureSource  # texts are strings, pictures paths or bytes
     field: str
     weight: float
 
@@ -281,7 +288,7 @@ def default_weight(role: str) -> float:
 
 
 def tagged(
-    turns: list[tuple[str, list[Part]]], images: list[tuple[PathOrBytes, str]], field: str
+    turns: list[tuple[str, list[Part]]], images: list[tuple[PictureSource, str]], field: str
 ) -> Segments:
     """The segments of turns ``(role, contents)``: tags stand for the last of ``images`` in order. Leading
     images, which have no tag, come first, as context. ``field`` is where the images stand.
@@ -333,23 +340,46 @@ def contents_of(item: Json, where: str, folder: Path, role: str) -> list[Part]:
     ]
 
 
-def _part(part: Json, field: str, folder: Path) -> tuple[str | PathOrBytes, str]:
-    """The text or the picture of a part of a message, and the field it stands in."""
-    kind = required(part, "type", str, field)
-    if kind == "text":
+_TEXTS = ("text", "input_text", "output_text")
+_PICTURES = ("image", "image_url", "input_image")
+# where a part of type image has its picture: transformers and Qwen, OpenAI, and again transformers
+_PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "source")
+
+
+def _part(part: Json, field: str, folder: Path) -> tuple[str | PictureSource, str]:
+    """The text or the picture of a part of a message, and the field it stands in. A part that is an image and
+    names none stands for the next of the record's images, as a tag does."""
+    kind = optional(part, "type", str, field)
+    if kind is None:  # older data of Qwen says it by the key alone
+        kind = "text" if part.get("text") is not None else "image"
+    if kind in _TEXTS:
         return string(part, "text", field), f"{field}.text"
-    if kind != "image_url":
-        if kind in REFUSED:
-            raise BadRecord("unknown_type", f"{field}.type", show(kind), *REFUSED[kind])
-        raise BadRecord(
-            "unknown_type", f"{field}.type", show(kind), '"text" or "image_url"', "correct the type"
-        )
-    at = f"{field}.image_url"
-    if isinstance(part.get("image_url"), str):
-        return as_picture(part["image_url"], at, folder), at
-    address = required(part, "image_url", dict, field)
-    check_keys(address, at, "address")
-    return picture(address, "url", at, folder), f"{at}.url"
+    if kind not in _PICTURES:
+        refuse({kind: True}, field)
+        raise BadRecord("unknown_type", f"{field}.type", show(kind), '"text" or "image"', "correct the type")
+    found = [name for name in _PICTURE_KEYS if part.get(name) is not None]
+    if not found:
+        if kind == "image":
+            return TAG, field
+        raise _missing(part, "image_url", "the path of a picture", field)
+    if len(found) > 1:
+        expected = f"one of {', '.join(_PICTURE_KEYS)}"
+        raise BadRecord("ambiguous_piece", field, names(part), expected, "name the picture once")
+    name, at = found[0], f"{field}.{found[0]}"
+    value = part[name]
+    if name == "source" and isinstance(value, dict):  # Anthropic's
+        check_keys(value, at, "source")
+        name = "data" if value.get("data") is not None else "url"
+        if name == "data":
+            value = {"bytes": string(value, "data", at)}
+            return as_picture(value, at, folder), f"{at}.data"
+        return picture(value, "url", at, folder), f"{at}.url"
+    if name == "base64":
+        return as_picture({"bytes": value}, at, folder), at
+    if isinstance(value, dict) and not value.keys() & {"bytes", "path"}:
+        check_keys(value, at, "address")
+        return picture(value, "url", at, folder), f"{at}.url"
+    return as_picture(value, at, folder), at
 
 
 def _split(content: str) -> list[str | None]:

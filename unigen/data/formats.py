@@ -7,6 +7,7 @@ and a section there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 from unigen.config import nearest
 from unigen.data import fields as f
-from unigen.data import keys
+from unigen.data import keys, layouts
+from unigen.data.embedded import Address
 from unigen.data.fields import Json, Segments
 from unigen.data.json_text import parse_json
+from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.sequence.images import Confined
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
 
@@ -32,12 +35,25 @@ class Format(NamedTuple):
     pictures: tuple[str, ...]
     recognise: Callable[[Json], bool] | None = None  # what must hold besides
     reads: tuple[str, ...] = ()  # what else it reads of a record
+    # Of a layout, which no single field tells: a record has a field of each group.
+    needs: tuple[tuple[str, ...], ...] = ()
 
     @property
     def known(self) -> set[str]:
         """The fields of a record that it reads."""
         pictures = (name.partition(".")[0] for name in self.pictures)
-        return {*self.fields, self.content, *pictures, *self.reads}
+        return {
+            *self.fields,
+            self.content,
+            *pictures,
+            *self.reads,
+            *(n for group in self.needs for n in group),
+        }
+
+    def fits(self, record: Json) -> bool:
+        """Is a record one of this layout?"""
+        groups = (any(record.get(name) is not None for name in group) for group in self.needs)
+        return bool(self.needs) and all(groups) and (self.recognise is None or self.recognise(record))
 
 
 def parse_record(value: Any, origin: Origin) -> Record:
@@ -48,54 +64,73 @@ def parse_record(value: Any, origin: Origin) -> Record:
         BadRecord: The value fits no format or two, or breaks a rule of its format. The codes are
             ``not_an_object``, ``no_format``, ``ambiguous_format``, ``ambiguous_piece``, ``missing_field``,
             ``unexpected_field``, ``wrong_type``, ``unknown_type``, ``unknown_role``, ``bad_text``,
-            ``empty_text``, ``bad_path``, ``bad_step_number``, ``unequal_image_count``, ``no_target``,
-            ``unknown_key``, ``unsupported_key``; of captions that are JSON also ``bad_json`` and
-            ``duplicate_key``.
+            ``empty_text``, ``bad_path``, ``broken_picture``, ``bad_step_number``,
+            ``unequal_image_count``, ``no_target``, ``unknown_key``, ``unsupported_key``; of captions that are
+            JSON also ``bad_json`` and ``duplicate_key``.
     """
     return parse_with_fields(value, origin)[0]
 
 
 def parse_raw(
-    raw: bytes | Json, line: int, origin: Origin, root: str | Path | None = None
+    raw: bytes | Json, line: int, origin: Origin, read: ReadOptions = PLAIN
 ) -> tuple[Record, list[str]]:
-    """:func:`parse_with_fields` of what ``containers.read_part`` gives: the bytes of a JSON text, or a row of
-    a table.
+    """:func:`parse_with_fields` of what ``containers.read_part`` gives.
 
     Args:
         raw: The record.
         line: ``Span.line``, for messages about its JSON.
         origin: Where it stands.
-        root: As there.
+        read: As there.
     """
     try:
-        if isinstance(raw, bytes):
-            return parse_with_fields(parse_json(raw, line), origin, root)
+        value = value_of(raw, line)
     except BadRecord as error:
         error.origin = origin
         raise
-    # NaN is an empty cell
-    return parse_with_fields({name: value for name, value in raw.items() if value == value}, origin, root)
+    return parse_with_fields(value, origin, read)
 
 
-def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None) -> tuple[Record, list[str]]:
+def value_of(raw: bytes | Json, line: int) -> Any:
+    """The value of a record that ``containers.read_part`` gave: of a JSON text; or of the row of a table, in
+    which NaN is an empty cell. Raises BadRecord, without origin."""
+    if isinstance(raw, bytes):
+        return parse_json(raw, line)
+    return {name: value for name, value in raw.items() if value == value}
+
+
+def parse_with_fields(
+    value: Any, origin: Origin, read: ReadOptions = PLAIN, addresses: bool = False
+) -> tuple[Record, list[str]]:
     """:func:`parse_record`, and for every segment of the sample the field it came from, as
     ``conversations[2].image_path``.
 
-    With ``root`` every path of a picture becomes ``Confined(path, root)``.
+    Args:
+        value: Of the record.
+        origin: Where it stands.
+        read: Options of its source. With ``data_root`` every path of a picture becomes
+            ``Confined(path, data_root)``.
+        addresses: Pictures may be addresses of the web; their source is an :class:`Address`.
     """
     try:
         if not isinstance(value, dict):
             raise BadRecord(
                 "not_an_object", "(record)", f.show(value), "a JSON object", "write one {...} for each record"
             )
-        metadata = f.optional(value, "metadata", dict) or {}
+        metadata = value.get("metadata") or {}
+        metadata = metadata if isinstance(metadata, dict) else {"metadata": metadata}
         if isinstance(value.get("id"), str | int):
             metadata = {"id": value["id"], **metadata}
         keys.refuse(value)
+        value, aside = read.renamed(value)
         value, notes = _without_empty(value)
+        notes += [("unread", field) for field in aside]
         name = _recognise(value)
-        segments = _framed(value, FORMATS[name].parse(value, origin.file.parent))
-        notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known)]
+        segments = FORMATS[name].parse(value, read.folder(origin.file))
+        if name == "image_and_text":
+            segments = [_captioned(segments[0], read), *segments[1:]]
+        segments = _framed(value, segments)
+        read_from = {re.split(r"[.\[]", field)[0] for _, field in segments}
+        notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known | read_from)]
         if not any(segment.target for segment, _ in segments):
             raise BadRecord(
                 "no_target",
@@ -105,6 +140,9 @@ def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None
                 'add an answer (an assistant turn, a target), or mark a segment with "target": true',
             )
         for segment, field in segments:
+            if isinstance(segment, Image) and isinstance(segment.source, Address) and not addresses:
+                fix = 'run "unigen fetch": training opens no connection'
+                raise BadRecord("bad_path", field, f.show(segment.source.url), "the path of a file", fix)
             if isinstance(segment, Text) and segment.target and not segment.text:
                 raise BadRecord(
                     "empty_text", field, '""', "a text to learn", "write the text, or leave the segment out"
@@ -112,7 +150,7 @@ def parse_with_fields(value: Any, origin: Origin, root: str | Path | None = None
     except BadRecord as error:
         error.origin = origin
         raise
-    sample = [segment if root is None else _confined(segment, root) for segment, _ in segments]
+    sample = [_confined(segment, read.data_root) for segment, _ in segments]
     return Record(sample, origin, name, metadata, tuple(notes)), [field for _, field in segments]
 
 
@@ -145,8 +183,20 @@ def _framed(record: Json, segments: Segments) -> Segments:
     return segments
 
 
-def _confined(segment: Text | Image, root: str | Path) -> Text | Image:
-    if isinstance(segment, Image) and isinstance(segment.source, Path):
+def _captioned(text: tuple[Text | Image, str], read: ReadOptions) -> tuple[Text | Image, str]:
+    """The text of a picture to draw, with the trigger word. Raises BadRecord where it is empty."""
+    segment, field = text
+    assert isinstance(segment, Text)
+    segment = read.triggered(segment)
+    if not segment.text:
+        raise BadRecord(
+            "empty_text", field, '""', "what the picture shows", "write it, or give --trigger_word"
+        )
+    return segment, field
+
+
+def _confined(segment: Text | Image, root: Path | None) -> Text | Image:
+    if root is not None and isinstance(segment, Image) and isinstance(segment.source, Path):
         return replace(segment, source=Confined(segment.source, root))
     return segment
 
@@ -224,42 +274,33 @@ def interleaved(record: Json, folder: Path) -> Segments:
     segments: Segments = []
     for item, field in items:
         segments += f.segment(item, field, folder, target=True)
-    if segments:
-        start, field = segments[0]
-        needed = isinstance(start, Image) or any(isinstance(segment, Image) for segment, _ in segments)
-        if needed and all(items[0][0].get(name) is None for name in keys.LEARNING):
-            segments[0] = (replace(start, target=False), field)
+    said = bool(items) and any(items[0][0].get(name) is not None for name in keys.LEARNING)
+    if segments and not said:
+        segments[0] = f.document(segments)[0]
     return segments
 
 
-def messages(record: Json, folder: Path) -> Segments:
-    """``messages`` whose ``<image>`` tags stand for ``images`` in order; leading images, which
+def messages(record: Json, folder: Path, name: str = "messages") -> Segments:
+    """``messages`` whose ``<image>`` tags stand for ``images`` (or ``image``) in order; leading images, which
     have no tag, come first, as context."""
-    images = f.pictures(f.optional(record, "images", list) or [], "images", folder)
+    images, field = layouts.images_of(record, folder)
     turns = []
-    for item, field in f.objects(record, "messages", "", "message"):
-        role = f.role_of(item, field)
-        turns.append(f.turn(item, field, role, f.contents_of(item, field, folder, role)))
-    return f.tagged(turns, images, "images")
+    for item, at in f.objects(record, name, "", "message"):
+        role = f.role_of(item, at)
+        turns.append(f.turn(item, at, role, f.contents_of(item, at, folder, role)))
+    return f.tagged(turns, images, field)
+
+
+def chat(record: Json, folder: Path) -> Segments:
+    """Messages that are called ``conversations``, with their pictures beside (MiniCPM-V)."""
+    return messages(record, folder, "conversations")
 
 
 def sharegpt(record: Json, folder: Path) -> Segments:
     """``conversations`` with ``from`` and ``value`` (ShareGPT, LLaVA); the tags stand for ``image`` (one or a
     list) or ``images``."""
     items = f.objects(record, "conversations", "", "speaker")
-    field = "image" if record.get("image") is not None else "images"
-    if field == "image" and record.get("images") is not None:
-        raise BadRecord(
-            "ambiguous_piece",
-            "image",
-            "both image and images",
-            "one of the two",
-            "put all pictures into images",
-        )
-    if field == "image" and not isinstance(record["image"], list):
-        images = [(f.as_picture(record["image"], "image", folder), "image")]
-    else:
-        images = f.pictures(f.optional(record, field, list) or [], field, folder)
+    images, field = layouts.images_of(record, folder)
     turns = []
     for item, at in items:
         role = f.speaker_of(item, at)
@@ -302,7 +343,7 @@ def edit_list(record: Json, folder: Path) -> Segments:
 
 
 def _interleaved_answer(
-    record: Json, images: list[tuple[f.PathOrBytes, str]], questions: list[Any]
+    record: Json, images: list[tuple[f.PictureSource, str]], questions: list[Any]
 ) -> Segments:
     """Pictures and questions (context), then the texts of ``output_text_list`` with the last pictures between
     (targets). The marks ``<image_start>`` and ``<image_end>`` around a drawn picture are taken off."""
@@ -342,6 +383,18 @@ def _some_turn(*names: str) -> Callable[[Json], bool]:
 
 _is_sharegpt = _some_turn("from", "value")
 _has_roles = _some_turn("role", "content", "image_path")
+_is_plain = _some_turn("type", "image_path")
+
+
+def _is_chat(record: Json) -> bool:
+    """Are its conversations messages: pictures beside them, or in the lists of their contents?"""
+    beside = record.get("image") is not None or record.get("images") is not None
+    turns = record.get("conversations")
+    listed = isinstance(turns, list) and any(
+        isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns
+    )
+    return _has_roles(record) and not _is_sharegpt(record) and not _is_plain(record) and (beside or listed)
+
 
 FORMATS: dict[str, Format] = {
     "conversation": Format(
@@ -349,7 +402,7 @@ FORMATS: dict[str, Format] = {
         ("conversations",),
         "conversations",
         ("conversations.image_path",),
-        recognise=lambda record: _has_roles(record) or not _is_sharegpt(record),
+        recognise=lambda record: (_has_roles(record) or not _is_sharegpt(record)) and not _is_chat(record),
     ),
     "direct": Format(
         direct,
@@ -370,9 +423,12 @@ FORMATS: dict[str, Format] = {
         messages,
         ("messages", "images"),
         "messages",
-        ("images", "messages.content.image_url"),
-        recognise=lambda record: record.get("messages") is not None or not _is_sharegpt(record),
+        ("image", "images"),
+        recognise=lambda record: (
+            record.get("messages") is not None or (not _is_sharegpt(record) and not _is_chat(record))
+        ),
     ),
+    "chat": Format(chat, ("conversations",), "conversations", ("image", "images"), _is_chat),
     "sharegpt": Format(sharegpt, ("conversations",), "conversations", ("image", "images"), _is_sharegpt),
     "captioned": Format(captioned, ("captions",), "image", ("image",)),
     "edit_list": Format(
@@ -382,6 +438,52 @@ FORMATS: dict[str, Format] = {
         ("image_list",),
         reads=("output_text_list",),
     ),
+    "image_and_text": Format(
+        layouts.image_and_text,
+        (),
+        "image",
+        layouts.PICTURE,
+        # image_path and caption are image_to_text
+        recognise=lambda record: (
+            record.get("image_path") is None
+            or record.get("caption") is None
+            or any(record.get(name) is not None for name in ("image", "file_name", "text", "prompt"))
+        ),
+        needs=(layouts.PICTURE, layouts.CAPTION),
+    ),
+    "single_edit": Format(
+        layouts.single_edit,
+        (),
+        "output_image",
+        (*layouts.SOURCE, *layouts.EDITED, "image"),
+        recognise=lambda record: layouts.edited_of(record) is not None,
+        needs=((*layouts.EDITED, "image"), layouts.INSTRUCTION),
+    ),
+    "query_response": Format(
+        layouts.query_response,
+        (),
+        "response",
+        ("image", "images"),
+        reads=("history",),
+        needs=(layouts.QUESTION, layouts.ANSWER),
+    ),
+    "instruction": Format(
+        layouts.instruction,
+        (),
+        "output",
+        ("image", "images"),
+        reads=("input", "history"),
+        needs=(("instruction",), ("output",)),
+    ),
+    "reasoning_trace": Format(
+        layouts.reasoning_trace, (), "Final Answer", (), needs=tuple((name,) for name in layouts.ZEBRA)
+    ),
+    "parallel_lists": Format(
+        layouts.parallel_lists, (), "texts", ("images",), needs=(("images",), ("texts",))
+    ),
+    "matched_images": Format(
+        layouts.matched_images, (), "text_list", (), needs=(("text_list",), ("image_info",))
+    ),
 }
 
 # Of several formats, so they tell none; beside a format that does not have them they are a mistake.
@@ -390,6 +492,8 @@ _PICTURES = ("image_path", "image")
 
 def _recognise(record: Json) -> str:
     present = {name for name in record if record[name] is not None}
+    if layout := _layout(record, present):
+        return layout
     found = []
     for name, entry in FORMATS.items():
         if not present.isdisjoint(entry.fields) and (entry.recognise is None or entry.recognise(record)):
@@ -414,6 +518,22 @@ def _recognise(record: Json) -> str:
                 "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", fix
             )
     return found[0]
+
+
+def _layout(record: Json, present: set[str]) -> str | None:
+    """Of the layouts that fit and read all fields by which formats are known, the one that reads most."""
+    telling = present & {name for entry in FORMATS.values() for name in entry.fields}
+    fit = {
+        name: len(present & entry.known)
+        for name, entry in FORMATS.items()
+        if entry.needs and telling <= entry.known and entry.fits(record)
+    }
+    best = [name for name in fit if fit[name] == max(fit.values())]
+    if len(best) > 1:
+        fix = "say what they are with --fields (docs/data_formats.md), or take some out"
+        found = f"fields of {' and '.join(best)} ({f.names(record)})"
+        raise BadRecord("ambiguous_format", "(record)", found, "the fields of one format", fix)
+    return best[0] if best else None
 
 
 def _known() -> list[str]:

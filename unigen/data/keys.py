@@ -30,10 +30,17 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "segment": ("type", "content", "image_path", THOUGHT),
     "step": ("step", "instruction", "result_image", THOUGHT),
     "message": ("role", "content", THOUGHT),
-    "part": ("type", "text", "image_url"),
+    "part": (
+        "type", "text", "image", "image_url", "url", "path", "base64", "source",
+        "detail", "min_pixels", "max_pixels", "resized_width", "resized_height", "cache_control",
+    ),
     "address": ("url", "detail"),
+    "source": ("type", "media_type", "data", "url"),
+    "image_info": (
+        "image_name", "raw_url", "matched_text_index", "matched_sim", "face_detections", "width", "height",
+    ),
     "speaker": ("from", "value", THOUGHT),
-}
+}  # fmt: skip
 """Keys of the objects in the lists of a record, by their kind; beside ``metadata`` and :data:`LEARNING`."""
 
 _VIDEO, _AUDIO = (f"texts and pictures alone: {name} cannot be read" for name in ("video", "audio"))

@@ -56,7 +56,7 @@ STATES: dict[str, Rule] = {
             "guards": _GUARDS,
             "scale": _SCALE,
         },
-        {"total_steps": whole(1, 10**15), "preserved": Text()},
+        {"total_steps": whole(1, 10**15)},
     ),
     OPTIONS: Table(
         {"gradient_accumulation_steps": whole(1, 1 << 24)},

@@ -8,6 +8,7 @@ from unigen.cache.store import FeatureCache
 from unigen.config import Config, ConfigError, Source, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import PackStream
+from unigen.data.mapping import ReadOptions
 from unigen.data.mixing import DataSource, Mixture
 from unigen.model.bagel import Bagel
 from unigen.sequence.plan import Planner
@@ -15,8 +16,6 @@ from unigen.sequence.tokens import Tokenizer
 from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
-
-KEPT_SHARE = 0.25  # preserve_share where none is given
 
 
 class RunData:
@@ -55,22 +54,12 @@ class RunData:
                     dataset.describe(),
                 )
             planner.cache = self.cache
-            parts.append(
-                DataSource(
-                    source.name, dataset, planner, source.weight, source.repeat, preserve=source.preserve
-                )
-            )
-        share = c.preserve_share or KEPT_SHARE
-        if training and c.preserve_data_path:
-            learnt = sum(part.weight or len(part.dataset) for part in parts[:-1])
-            parts[-1].weight = learnt * share / (1 - share)
-        own = training and c.preserve_weight is not None and not any(part.preserve for part in parts)
+            parts.append(DataSource(source.name, dataset, planner, source.weight, source.repeat))
         mixture = Mixture(parts, c.seed, training)
         if self.engine.main:
             log.info("%s", mixture.describe())
         # On a GPU attention takes its mask from the loader.
-        masks = self.engine.device.type == "cuda"
-        return PackStream(mixture, c.batch_size, c.max_num_tokens, masks, share if own else 0.0)
+        return PackStream(mixture, c.batch_size, c.max_num_tokens, masks=self.engine.device.type == "cuda")
 
     def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
         c, main = self.config, self.engine.main
@@ -82,7 +71,7 @@ class RunData:
             # is enough.
             check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
             token_lengths=planner.token_lengths,
-            data_root=c.data_root,
+            read=ReadOptions.of(source, c),
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:
             raise UserError(

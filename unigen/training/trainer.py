@@ -440,7 +440,6 @@ class TrainingLoop:
                 "step_rows": run.rank_slice.global_batch,
                 "guards": run.guard.state(),
                 "scale": engine.scale.state(),
-                **({} if engine.teacher is None else {"preserved": engine.teacher.digest}),
             }
         return states
 

@@ -23,6 +23,7 @@ from unigen.commands.check.findings import Findings, Problems, check
 from unigen.config import DataOptions
 from unigen.data.containers import read_part
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
+from unigen.data.mapping import ReadOptions
 from unigen.model.weights import load_planner
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.pack import pack_blocks
@@ -198,7 +199,7 @@ def test_pictures_outside_the_root_are_problems(tmp_path, planner):
         {"image_path": "../x.png", "caption": "cap"},
         {"image_path": "y.png", "caption": "cap"},
     )
-    found = check(path, planner, data_root=tmp_path / "in", num_workers=0)
+    found = check(path, planner, read=ReadOptions(tmp_path / "in"), num_workers=0)
     assert problems(found) == [("outside_root", "a.jsonl", 1, "image_path")]
     assert len(check(path, planner, num_workers=0).problems) == 0
 

@@ -1,6 +1,8 @@
 """``unigen fetch``: the new data trains, nothing is asked twice, and what ended a run at whatever moment
 costs nothing."""
 
+import base64
+import copy
 import errno
 import gzip
 import hashlib
@@ -66,6 +68,7 @@ def run(data: Path, out: Path, *flags: str) -> int:
 # Where pictures are named
 
 
+TALK = [{"role": "assistant", "content": "That."}]
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 RECORDS = [
     *EXAMPLES,
@@ -76,57 +79,104 @@ RECORDS = [
     {"image": {"bytes": None, "path": "a.png"}, "captions": ["Text"]},
     {"image": {"bytes": PNG, "path": "a.png"}, "captions": ["Text"]},
     {"image_list": ["a.png", PNG, {"bytes": PNG}], "instruction_list": [["x"], ["y"]]},
+    {"file_name": "a.png", "text": "Text"},
+    {"image": {"url": "http://a/b.png"}, "text": "Text"},
+    {"input_images": ["a.png", {"bytes": PNG}], "instruction": "x", "output_image": "http://a/b.png"},
+    {"query": "q", "response": "r", "images": ["a.png"]},
+    {"instruction": "q", "output": "r", "image": "a.png"},
+    {"conversations": [{"role": "assistant", "content": "<image>"}], "image": "a.png"},
+    {
+        "Question": "<image_start>[problem_image_1]<image_end>",
+        "Text Reasoning Trace": "t",
+        "Final Answer": "a",
+        "problem_image_1": "a.png",
+    },
+    {"texts": ["a", None], "images": [None, "a.png"]},
+    {"text_list": ["a"], "image_info": [{"raw_url": "http://a/b.png", "matched_text_index": 0}]},
 ]
 ORIGIN = Origin(ROOT / "examples" / "sample_data_format.json")
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: ",".join(record))
 def test_every_picture_of_every_format_is_found(record):
-    """The fields that fetch looks into are those in which the format keeps its pictures."""
-    parsed, fields = parse_with_fields(record, ORIGIN)
-    wanted = [
-        (field, piece.source) for piece, field in zip(parsed.sample, fields) if isinstance(piece, Image)
-    ]
-    found = {place.field: place.value for place in places(record)}
-    assert wanted and len(found) == len(list(places(record)))
-    for field, source in wanted:
-        key = next(
-            name for name in found if field in (name, name.removesuffix(".bytes"), name.removesuffix(".path"))
-        )
-        value = found.pop(key)
-        assert source == (value if isinstance(value, bytes) else ORIGIN.file.parent / value)
-    assert found == {}
+    """Where fetch looks is where the format has its pictures; what it puts there is read as the picture."""
+    record = copy.deepcopy(record)
+    parsed, fields = parse_with_fields(record, ORIGIN, addresses=True)
+    sources = [segment.source for segment in parsed.sample if isinstance(segment, Image)]
+    found = list(places(record, parsed, fields))
+    assert sources and len(found) == len(sources)
+    for number, (place, source) in enumerate(zip(found, sources)):
+        assert place.value == source or ORIGIN.file.parent / place.value == source
+        place.holder[place.key] = f"new/{number}.png"
+    sources = [s.source for s in parse_with_fields(record, ORIGIN)[0].sample if isinstance(s, Image)]
+    assert sources == [ORIGIN.file.parent / f"new/{number}.png" for number in range(len(sources))]
 
 
 def test_every_format_is_in_the_test_above():
     """A new format needs a record there."""
-    assert {parse_with_fields(record, ORIGIN)[0].format for record in RECORDS} == set(FORMATS)
+    assert {parse_with_fields(record, ORIGIN, addresses=True)[0].format for record in RECORDS} == set(FORMATS)
+
+
+def found_in(record) -> list[tuple[str, object]]:
+    parsed, fields = parse_with_fields(record, ORIGIN, addresses=True)
+    return [(place.field, place.value) for place in places(record, parsed, fields)]
 
 
 def test_the_other_ways_to_name_a_picture_are_found_and_texts_are_not():
     parts = [
         {"type": "image_url", "image_url": {"url": "1"}},
-        {"type": "image_url", "image_url": "2"},
+        {"type": "image", "image": "2"},
         {"type": "text", "text": "http://a/b"},
     ]
     record = {
-        "messages": [{"role": "user", "content": parts}, {"role": "user", "content": "http://a/b"}],
-        "images": ["3", {"bytes": None, "path": "4"}, {"bytes": b"5", "path": "no"}, b"6", None, 7, ["no"]],
-        "image": {"path": "8"},
-        "caption": "http://a/b",
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "http://a/b"}],
+        "images": ["3", {"bytes": None, "path": "4"}, {"bytes": b"5", "path": "no"}, b"6"],
+        "caption_url": "http://a/b",
         "metadata": {"image_path": "http://a/b", "images": ["http://a/b"]},
         "other": {"image_path": "http://a/b"},
     }
-    assert [(place.field, place.value) for place in places(record)] == [
-        ("messages[0].content[0].image_url.url", "1"),
-        ("messages[0].content[1].image_url", "2"),
+    assert found_in(record) == [
         ("images[0]", "3"),
-        ("images[1].path", "4"),
-        ("images[2].bytes", b"5"),
+        ("images[1]", "4"),
+        ("images[2]", b"5"),
         ("images[3]", b"6"),
-        ("image.path", "8"),
+        ("messages[0].content[0].image_url.url", "1"),
+        ("messages[0].content[1].image", "2"),
     ]
-    assert list(places(["http://a/b"])) == [] and list(places({"sequence": {"image_path": "x"}})) == []
+
+
+def test_pictures_in_json_stay_where_they_are():
+    inside = base64.b64encode(PNG).decode()
+    assert found_in({"image": f"data:image/png;base64,{inside}", "text": "Text"}) == []
+    assert found_in({"image": {"bytes": inside}, "text": "Text"}) == []
+
+
+def test_mapped_records_are_written_under_the_names_that_formats_know(server, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(PNG)
+    records = [
+        {"u": server.url("/good.png"), "meta": '{"said": "Text"}'},
+        {"u": "a.png", "meta": {"said": "Text"}},
+    ]
+    data = write(tmp_path / "in" / "d.jsonl", records)
+    flags = ("--fields", "image=u", "text=meta.said", "--image_root", tmp_path / "pictures")
+    assert run(data, tmp_path / "out", *map(str, flags)) == 0
+    found = UnifiedGenerationDataset(tmp_path / "out" / "d.jsonl")
+    assert (
+        found.statistics()["formats"] == {"image_and_text": 2}
+        and found.statistics()["distinct_pictures"] == 2
+    )
+
+
+def test_records_that_training_refuses_are_failures(server, tmp_path, capsys):
+    bad = {"url": server.url("/good.png"), "caption": "Text"}
+    assert run(write(tmp_path / "data.jsonl", [bad]), tmp_path / "out") == 1 and not server.asked
+    assert "Train with" not in capsys.readouterr().out
+    assert [(e["field"], e["reason"]) for e in lines(tmp_path / "out" / "failed.log")] == [
+        ("image_path", "missing_field")
+    ]
+    assert run(write(tmp_path / "two.jsonl", [caption("/a.png"), bad]), tmp_path / "two") == 1
+    assert "1 written, 1 with failures" in (told := capsys.readouterr().out) and "Train with" in told
 
 
 # The whole way
@@ -139,7 +189,8 @@ def test_the_new_data_trains_and_means_the_same(server, tmp_path, capsys):
     (tmp_path / "data" / "pictures").symlink_to(ROOT / "examples" / "pictures")
     records = json.loads(json.dumps(EXAMPLES))
     for number, record in enumerate(records):
-        for place in list(places(record))[:1]:
+        parsed, fields = parse_with_fields(record, ORIGIN)
+        for place in list(places(record, parsed, fields))[:1]:
             place.holder[place.key] = server.url(f"/colour/{number}")
     records.append(caption("pictures/house_day.png", metadata={"source": "http://a/b"}))
     data = write(tmp_path / "data" / "train.jsonl", records)
@@ -171,10 +222,10 @@ def test_the_new_data_trains_and_means_the_same(server, tmp_path, capsys):
 
 def test_failures_are_listed_and_their_records_left_out(server, tmp_path, capsys):
     urls = [server.url(path) for path in ("/good.png", "/404", "/page", "/bomb")]
-    urls += ["http://user:secret@a.b/x.png", "http://10.0.0.1/x.png", "file:///etc/passwd", "http:///x"]
+    urls += ["http://user:secret@a.b/x.png", "http://10.0.0.1/x.png", "s3://b/x.png", "http:///x"]
     data = write(tmp_path / "data.jsonl", [caption(url) for url in urls])
     with data.open("a", encoding="utf-8") as file:
-        file.write('{"caption": \n' + json.dumps({"images": [urls[0], urls[1]], "messages": []}) + "\n")
+        file.write('{"caption": \n' + json.dumps({"images": [urls[0], urls[1]], "messages": TALK}) + "\n")
     out = tmp_path / "out"
     assert run(data, out) == 1
     assert [record["image_path"][:9] for record in lines(out / "data.jsonl")] == ["pictures/"]
@@ -185,7 +236,7 @@ def test_failures_are_listed_and_their_records_left_out(server, tmp_path, capsys
         (4, "image_path", "huge_picture"),
         (5, "image_path", "credentials"),
         (6, "image_path", "refused_address"),
-        (7, "image_path", "refused_scheme"),
+        (7, "image_path", "bad_path"),
         (8, "image_path", "bad_address"),
         (9, "(record)", "bad_json"),
         (10, "images[1]", "http_404"),
@@ -336,7 +387,7 @@ def test_packed_files_lists_and_tables_become_jsonl(server, tmp_path):
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps(caption(url)).encode()))
     rows = [
         {"image": {"bytes": picture("JPEG"), "path": "a.jpg"}, "captions": '{"a": "b"}'},
-        {"image": {"bytes": b"GIF", "path": None}, "captions": "[]"},
+        {"image": {"bytes": b"GIF", "path": None}, "captions": "b"},
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "d.parquet")
     out = folder / "fetched"
@@ -349,34 +400,25 @@ def test_packed_files_lists_and_tables_become_jsonl(server, tmp_path):
         (".jpg", '{"a": "b"}')
     ]
     assert [(entry["file"], entry["field"], entry["reason"]) for entry in lines(out / "failed.log")] == [
-        (str(folder / "d.parquet"), "image.bytes", "not_a_picture")
+        (str(folder / "d.parquet"), "image", "not_a_picture")
     ]
     assert run(folder, out) == 1 and server.asked["/good.png"] == 1
     assert not (out / "fetched").exists(), "what an earlier run wrote is no source"
 
 
 def test_records_without_pictures_keep_their_bytes(server, tmp_path):
-    text = '{"text_prompt": "é \\ud800",  "image_path": "/a/b.png", "x": 1e999, "y": 1.50}\n'
+    text = '{"text_prompt": "é \\u00e8",  "image_path": "/a/b.png", "x": 1e999, "y": 1.50}\n'
     data = tmp_path / "data.jsonl"
     data.write_text(
-        text + f'{{"caption": "\\ud800 é", "image_path": "{server.url("/good.png")}"}}\n', encoding="utf-8"
+        text + f'{{"caption": "é", "x": "\\ud800", "image_path": "{server.url("/good.png")}"}}\n',
+        encoding="utf-8",
     )
-    assert run(data, tmp_path / "out") == 1  # texts that no training takes
+    assert run(data, tmp_path / "out") == 0
     first, second = (tmp_path / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()
-    assert first == text.strip() and json.loads(second)["caption"] == "\ud800 é"
+    assert first == text.strip() and json.loads(second)["x"] == "\ud800"
 
 
-def test_records_that_no_training_takes_are_told(tmp_path, capsys):
-    good, bad = caption("/a.png"), {"url": "http://example.org/a.png", "caption": "a disc"}
-    assert run(write(tmp_path / "a.jsonl", [good, bad]), tmp_path / "one") == 1
-    told = capsys.readouterr().out
-    assert "1 of 2 records written cannot be trained on" in told and "missing_field" in told
-    assert "Train with" in told
-    assert run(write(tmp_path / "b.jsonl", [bad]), tmp_path / "two") == 1
-    assert "Train with" not in capsys.readouterr().out
-
-
-def test_local_paths_stay_valid_through_links_and_odd_ones_stay_as_they_are(tmp_path):
+def test_local_paths_stay_valid_through_links_and_odd_ones_are_failures(tmp_path):
     (tmp_path / "disk" / "deep" / "er").mkdir(parents=True)
     (tmp_path / "data").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "deep" / "er")
@@ -384,15 +426,16 @@ def test_local_paths_stay_valid_through_links_and_odd_ones_stay_as_they_are(tmp_
     for path in ("data/a.png", "disk/b.png"):
         (tmp_path / path).write_bytes(PNG)
     paths = ["a.png", "./a.png", "../data/a.png", "link/../b.png", str(tmp_path / "data" / "a.png")]
-    odd = ["", "a\0b", "x\ud800.png", "missing.png"]
+    odd = ["", "a\0b", "x\ud800.png"]  # no paths at all
     data = write(tmp_path / "data" / "data.jsonl", [caption(path) for path in paths])
     with data.open("a") as file:
         file.writelines(json.dumps(caption(path)) + "\n" for path in odd)
-    assert run(data, tmp_path / "out") == 1  # of the odd ones
+    assert run(data, tmp_path / "out") == 1
+    assert [e["field"] for e in lines(tmp_path / "out" / "failed.log")] == ["image_path"] * 3
     new = [record["image_path"] for record in lines(tmp_path / "out" / "data.jsonl")]
     for old, path in zip(paths, new):
         assert os.path.samefile(tmp_path / "data" / old, os.path.join(tmp_path / "out", path))
-    assert new[len(paths) :][:3] == odd[:3]
+    assert len(new) == len(paths)
 
 
 @pytest.mark.parametrize(

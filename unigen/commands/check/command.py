@@ -57,9 +57,13 @@ def run(options: CheckOptions) -> int:
     from unigen.commands.check.advice import advise
     from unigen.commands.check.findings import BUDGETS, CHECK, LIMITS, Problems, check
     from unigen.commands.check.terminal import report
+    from unigen.data.mapping import ReadOptions
+    from unigen.data.probe import check_roots
     from unigen.model.weights import load_planner
     from unigen.show.language import Words
 
+    read = ReadOptions.of(options)
+    check_roots(read)
     inputs = [*options.paths, options.model_path]
     output = options.output and output_file("output", options.output, CHECK, inputs)
     listing = Path(options.problems) if options.problems else None
@@ -74,7 +78,7 @@ def run(options: CheckOptions) -> int:
                 options.paths,
                 planner,
                 deep=options.deep,
-                data_root=options.data_root,
+                read=read,
                 limits=[*LIMITS, planner.max_length],
                 num_workers=options.num_workers,
                 problems=problems,
@@ -119,11 +123,6 @@ def _resolve(options: CheckOptions) -> None:
             "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
         )
     options.reread()
-    if options.data_root is not None and not Path(options.data_root).is_dir():
-        raise ConfigError(
-            f"data_root is {options.data_root}, which is no folder; name the folder of the pictures"
-            " (--data_root ...)"
-        )
 
 
 @contextmanager

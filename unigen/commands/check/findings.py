@@ -35,6 +35,8 @@ from unigen.data.dataset import TASKS
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.keys import NOTES
 from unigen.data.loader import cores
+from unigen.data.mapping import PLAIN, ReadOptions
+from unigen.data.probe import require_match
 from unigen.files import atomic
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer
@@ -125,6 +127,7 @@ class Findings:
     interrupted: bool
     seconds: float
     max_bad_share: float  # of the records, that a training may leave out
+    read: ReadOptions = PLAIN
 
     def find(self, numbers: Sequence[int]) -> dict[int, Record]:
         """Records by their number, read again (good ones only)."""
@@ -136,7 +139,9 @@ class Findings:
             part, start = self.parts[number], int(self.part_ends[number - 1]) if number else 0
             records = islice(read_part(part), inside[-1] - start + 1)
             found |= {
-                start + i: _parsed(part, *record) for i, record in enumerate(records) if start + i in inside
+                start + i: self._parsed(part, *record)
+                for i, record in enumerate(records)
+                if start + i in inside
             }
         return found
 
@@ -197,6 +202,9 @@ class Findings:
             "rows": how_full_packs_get(good["length"], sorted(set(budgets))),
         }
 
+    def _parsed(self, part: FilePart, span: ByteSpan, raw: Raw) -> Record:
+        return parse_raw(raw, span.line, Origin(part.path, span.line or None, span.index), self.read)[0]
+
     def _repeats(self) -> dict[str, Any]:
         """``records``, ``texts``, ``pictures``, ``copies`` -> ``distinct``, ``surplus``, ``most``: ``count``,
         ``where``, ``what`` each."""
@@ -229,10 +237,6 @@ class Findings:
         return told
 
 
-def _parsed(part: FilePart, span: ByteSpan, raw: Raw) -> Record:
-    return parse_raw(raw, span.line, Origin(part.path, span.line or None, span.index))[0]
-
-
 def _shown(record: Record, kind: str, number: int) -> str:
     """What is repeated, short."""
     if kind in ("pictures", "copies"):
@@ -253,7 +257,7 @@ def check(
     planner: Planner,
     *,
     deep: bool = False,
-    data_root: str | Path | None = None,
+    read: ReadOptions = PLAIN,
     limits: Sequence[int] = LIMITS,
     num_workers: int | None = None,
     problems: Problems | None = None,
@@ -265,7 +269,7 @@ def check(
         paths: As for ``UnifiedGenerationDataset``.
         planner: Says how long records are, and refuses those that its ``max_length`` cannot hold.
         deep: Decode every picture to its last row; otherwise headers only.
-        data_root: The folder that all pictures must lie in.
+        read: How the records are read.
         limits: Values of ``max_sequence_length`` to say the effect of.
         num_workers: Processes; 0 for none; default: one for each core, none where the data is small.
         problems: Where they go.
@@ -275,13 +279,15 @@ def check(
         BadData: There is nothing to check.
     """
     start = time.monotonic()
-    files = [path for path, _ in find_files([paths] if isinstance(paths, str | Path) else paths, data_root)]
+    given = [paths] if isinstance(paths, str | Path) else paths
+    files = [path for path, _ in find_files(given, read.data_root)]
+    require_match(files, read)
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:
         num_workers = 0 if total <= ALONE and not deep else cores()
     problems = Problems() if problems is None else problems
     tallies: list[Tally] = []
-    read: list[FilePart] = []
+    done_parts: list[FilePart] = []
     ends = [0]
     done = deaths = 0
     interrupted = False
@@ -297,7 +303,7 @@ def check(
 
     jobs = _jobs(files, DEEP_PART if deep else PART)
     try:
-        with closing(in_order(checker, (planner, deep, data_root), jobs, num_workers, again)) as outcomes:
+        with closing(in_order(checker, (planner, deep, read), jobs, num_workers, again)) as outcomes:
             for job, outcome in outcomes:
                 if isinstance(outcome, Died):
                     outcome = Outcome.of_lost(_lost(job, outcome))
@@ -305,7 +311,7 @@ def check(
                     problems.add(problem)
                 tallies.append(outcome.tally)
                 if job.part is not None:
-                    read.append(job.part)
+                    done_parts.append(job.part)
                     ends.append(ends[-1] + len(outcome.tally.records))
                     done += job.part.size
                 progress(done, total, ends[-1], len(problems))
@@ -317,7 +323,7 @@ def check(
         files,
         problems,
         Tally.join(tallies),
-        read,
+        done_parts,
         np.array(ends[1:], np.int64),
         tuple(sorted(set(limits))),
         exact=not isinstance(planner.tokenizer, WordTokenizer),
@@ -326,6 +332,7 @@ def check(
         interrupted=interrupted,
         seconds=time.monotonic() - start,
         max_bad_share=planner.options.max_bad_share,
+        read=read,
     )
 
 

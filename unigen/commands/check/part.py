@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from unigen.data.dataset import TASKS, task
 from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of
 from unigen.data.formats import FORMATS
 from unigen.data.keys import Notes
+from unigen.data.mapping import ReadOptions
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
 from unigen.sequence.lengths import RecordLengths, TokenLengths
 from unigen.sequence.plan import Planner
@@ -49,9 +49,9 @@ class Outcome(NamedTuple):
         return cls(Tally.join([]), [error.to_dict()])
 
 
-def checker(planner: Planner, deep: bool, data_root: str | Path | None) -> Callable[[PartJob, Mark], Outcome]:
+def checker(planner: Planner, deep: bool, read: ReadOptions) -> Callable[[PartJob, Mark], Outcome]:
     """What does a :class:`PartJob`; made once in each process."""
-    return _Checker(planner, deep, data_root).work
+    return _Checker(planner, deep, read).work
 
 
 def is_near_empty(text: str) -> bool:
@@ -121,14 +121,15 @@ class _Looks(PictureHeaders):
                 if self.deep:
                     open_image(source)
                 self._seen[key] = image_size(source), content
+                self.sound += 1
             except PictureError as error:
                 self._seen[key] = without_trace(error)
         return self._seen[key]
 
 
 class _Checker:
-    def __init__(self, planner: Planner, deep: bool, data_root: str | Path | None):
-        self.deep, self.root = deep, data_root
+    def __init__(self, planner: Planner, deep: bool, read: ReadOptions):
+        self.deep, self.read = deep, read
         self.max_length = planner.max_length
         self.strict, self.planner = copy.copy(planner), copy.copy(planner)
         self.tokenizer = CountingTokenizer(planner.tokenizer)
@@ -172,7 +173,7 @@ class _Reading:
                 found = f"the process that read it ended: {self.skip[step]}"
                 origin = Origin(self.part.path, span.line or None, span.index)
                 raise BadRecord("check_died", "(record)", found, "a harmless record", fix, origin)
-            record, fields, _ = examine(raw, span, self.part.path, self.checker.looks, root=self.checker.root)
+            record, fields, _ = examine(raw, span, self.part.path, self.checker.looks, read=self.checker.read)
         except BadRecord as error:
             self.bad.append((step, without_trace(error)))
             return

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from unigen.config import SamplingOptions
-from unigen.values import Count, Device, PathText, Seed, Whole
+from unigen.values import Count, Device, PathText, Renames, Seed, Whole
 
 
 @dataclass(kw_only=True)
@@ -34,6 +34,10 @@ class EvaluateOptions(SamplingOptions):
             what to write and draw and when to stop, which structure and stopped then measure.
         data_root: Folder that every picture must lie in, links resolved; for data one does not trust.
             Default: no limit.
+        image_root: Folder that relative paths of pictures start from. Default: that of the file that names
+            them.
+        fields: What fields of the records are called here, as NAME=PLACE; as in training.
+        trigger_word: A word that every caption of a picture to draw begins with; as in training.
         features: Whose features pictures are compared by: a transformers folder, bagel-vit:FOLDER,
             inception-tf1:FILE or inception-clean:FILE.
         real: Folder of real pictures that are none of the references, for the distance from real to real.
@@ -66,6 +70,9 @@ class EvaluateOptions(SamplingOptions):
     batch_size: Count = 8
     pieces: Literal["record", "model"] = "record"
     data_root: PathText | None = None
+    image_root: PathText | None = None
+    fields: Renames = field(default_factory=dict)
+    trigger_word: str | None = None
     features: str | None = None
     real: PathText | None = None
     clip: PathText | None = None

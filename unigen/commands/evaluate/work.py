@@ -17,6 +17,7 @@ from unigen.commands.evaluate.page import write
 from unigen.commands.evaluate.terminal import report, report_check
 from unigen.config import ConfigError, SamplingOptions
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.mapping import ReadOptions
 from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import Answer, Part, Prediction, answer_all, claim, row_by_row
 from unigen.evaluation.cases import IMAGE, TEXT, Case, cases_of
@@ -96,7 +97,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
     _check_options(o)
     extras = extras or Extras()
     with processes() as (rank, channel):
-        dataset = UnifiedGenerationDataset(o.data_path, data_root=o.data_root)
+        dataset = UnifiedGenerationDataset(o.data_path, read=ReadOptions.of(o))
         cases, silent = cases_of(dataset, o.samples)
         if not cases:
             raise ConfigError(f"no record of {o.data_path} asks anything. Fix: give records with a target")

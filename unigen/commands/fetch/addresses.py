@@ -103,15 +103,6 @@ class Target(NamedTuple):
 # ---- addresses
 
 
-def is_address(text: str) -> bool:
-    """Whether a picture is named by an address in place of a path, well written or not (``data:`` and other
-    schemes count)."""
-    return (
-        re.match(r"[\x00-\x20]*(https?:|ftp:|file:|data:|gopher:|[a-z][a-z0-9+.-]+://)", text, re.IGNORECASE)
-        is not None
-    )
-
-
 def shown(url: str, most: int = 200) -> str:
     """``url`` for messages: user information hidden, nothing unprintable, at most ``most`` characters."""
     url = re.sub(r"^([\x00-\x20]*[a-zA-Z][\w+.-]*:[/\\]{0,9})[^/?#]*@", r"\1***@", url)

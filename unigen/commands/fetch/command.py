@@ -17,16 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from unigen.commands.fetch.addresses import FetchError, Network, is_address, parse_url, shown
+from unigen.commands.fetch.addresses import FetchError, Network, parse_url, shown
 from unigen.commands.fetch.client import Client
-from unigen.commands.fetch.rewrite import RewrittenFile, Writer, places, records
+from unigen.commands.fetch.rewrite import RewrittenFile, Writer, records
 from unigen.commands.fetch.store import FETCH, LOG, OWN, Entry, PictureStore, is_log
 from unigen.config import UserError
 from unigen.data.containers import find_files
+from unigen.data.embedded import Address
+from unigen.data.mapping import ReadOptions
+from unigen.data.probe import require_match
 from unigen.files import Busy, locked, sha256_of
 from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
 from unigen.printing import bar, printable
-from unigen.values import Count, Options, PathText, Range
+from unigen.values import Count, Options, PathText, Range, Renames
 
 Seconds = Annotated[float, Range(0, 86400, above=True)]
 
@@ -41,6 +44,10 @@ class FetchOptions(Options):
             folders of them.
         output_dir: Folder for the new data (JSONL), the pictures, fetched.log and failed.log; the same folder
             continues a fetch.
+        image_root: Folder that relative paths of pictures start from. Default: that of the file that names
+            them.
+        fields: What fields of the records are called here, as NAME=PLACE, as in training; the new data has
+            the names.
         on_failure: skip leaves records with a failed picture out of the new data and lists them; error writes
             no data then.
         retry_failed: Try addresses again that failed in an earlier run.
@@ -60,6 +67,8 @@ class FetchOptions(Options):
 
     paths: list[PathText]
     output_dir: PathText = "fetched"
+    image_root: PathText | None = None
+    fields: Renames = field(default_factory=dict)
     on_failure: Literal["skip", "error"] = "skip"
     retry_failed: bool = True
     deep: bool = False
@@ -90,7 +99,7 @@ def fetch(options: FetchOptions) -> int:
     """
     client = options.client()
     out = output_folder("output_dir", options.output_dir)
-    sources = _sources(options.paths, out)
+    sources = _sources(options, out)
     _claim(out, sources)
     with _alone(out), closing(PictureStore(out)) as store:
         urls = {url: None for source in sources for url in _addresses(source)}
@@ -107,7 +116,7 @@ def fetch(options: FetchOptions) -> int:
         writer.run(sources, options.on_failure == "skip")
         store.settle()
         _report(urls, known, store, sources, writer)
-    return 1 if writer.failures or writer.unfit else 0
+    return 1 if writer.failures else 0
 
 
 def _network(text: str) -> Network:
@@ -123,10 +132,10 @@ def _network(text: str) -> Network:
 # ---- reading
 
 
-def _sources(paths: list[str], out: Path) -> list[RewrittenFile]:
+def _sources(options: FetchOptions, out: Path) -> list[RewrittenFile]:
     """The files to read and to write. What an earlier run wrote is no source, also where the output lies in a
     source's folder."""
-    root = out.resolve()
+    root, paths, read = out.resolve(), options.paths, ReadOptions.of(options)
     found: dict[Path, Path] = {}
     named = {Path(path).resolve() for path in paths}
     for path, name in find_files(paths):
@@ -146,7 +155,8 @@ def _sources(paths: list[str], out: Path) -> list[RewrittenFile]:
         raise UserError(
             f"there is nothing to read outside of the output folder {out}. Name the files with the records."
         )
-    return [RewrittenFile(path, target) for target, path in found.items()]
+    require_match(list(found.values()), read)
+    return [RewrittenFile(path, target, read) for target, path in found.items()]
 
 
 def _claim(out: Path, sources: list[RewrittenFile]) -> None:
@@ -190,11 +200,11 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _addresses(source: RewrittenFile) -> Iterator[str]:
     """The addresses that can be asked, in the one spelling under which they are stored."""
-    for _, _, value in records(source):
-        for place in places(value):
-            if isinstance(place.value, str) and is_address(place.value):
+    for read in records(source):
+        for place in read.places:
+            if isinstance(place.value, Address):
                 try:
-                    yield str(parse_url(place.value))
+                    yield str(parse_url(place.value.url))
                 except FetchError:
                     continue  # refused again, and listed, when the data is written
 
@@ -303,11 +313,4 @@ def _report(
     if writer.left_out and not writer.written:
         print("No data was written.")
         return
-    if writer.unfit:
-        told = f"{writer.unfit:,} of {writer.written:,} records written cannot be trained on. The first:"
-        print(f"unusable   {told}\n  {writer.first_unfit}")
-        if writer.unfit == writer.written:
-            print("There is nothing to train on: correct the records, and fetch again.")
-            return
-        print("unigen check says more about them.")
     print(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")

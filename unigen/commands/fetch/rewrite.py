@@ -6,27 +6,26 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from unigen.commands.fetch.addresses import FetchError, is_address, parse_url, shown
+from unigen.commands.fetch.addresses import FetchError, parse_url, shown
 from unigen.commands.fetch.store import FETCH, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import parts, read_part
-from unigen.data.formats import FORMATS, parse_raw
-from unigen.data.json_text import parse_json
+from unigen.data.embedded import Address
+from unigen.data.formats import parse_with_fields, value_of
+from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.files import sha256_of
 from unigen.outputs import read_receipt, write_receipt
-from unigen.sequence.types import BadRecord, Origin
+from unigen.sequence.types import BadRecord, Image, Origin, Record
 
-# Fields that name pictures, and those that lead to more fields. `metadata` and texts are in neither: nothing
-# is fetched for them.
-_PATHS = [path.split(".") for entry in FORMATS.values() for path in entry.pictures]
-PICTURE_FIELDS = {path[-1] for path in _PATHS}
-NESTED_FIELDS = {name for path in _PATHS for name in path[:-1]}
+_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")  # a name or a number on the way to a field
 
 
 class RewrittenFile(NamedTuple):
@@ -34,6 +33,7 @@ class RewrittenFile(NamedTuple):
 
     path: Path
     target: Path
+    read: ReadOptions = PLAIN
 
 
 class Place(NamedTuple):
@@ -41,54 +41,58 @@ class Place(NamedTuple):
 
     holder: Any
     key: Any
-    value: str | bytes
+    value: str | bytes | Address
     field: str
 
 
-def records(source: RewrittenFile) -> Iterator[tuple[Origin, bytes | None, Any]]:
-    """Each record: its place, its bytes where it has any, and its value or the BadRecord it is."""
+class Read(NamedTuple):
+    """A record that was read: where, its bytes where it has any, its value, and where it names pictures; or
+    what is wrong with it."""
+
+    origin: Origin
+    raw: bytes | None
+    value: Any
+    places: list[Place]
+    problem: BadRecord | None = None
+
+
+def records(source: RewrittenFile) -> Iterator[Read]:
+    """Every record of a file, under the names that the formats know. What training could not use is a
+    problem."""
+    plain = replace(source.read, fields={})
     for part in parts(source.path, 0):
         for span, raw in read_part(part):
             origin = Origin(source.path, span.line or None, span.index)
-            if not isinstance(raw, bytes):
-                yield origin, None, raw
-                continue
+            text = raw if isinstance(raw, bytes) and not source.read.fields else None
             try:
-                value = parse_json(raw, span.line)
+                value = value_of(raw, span.line)
+                if source.read.fields and isinstance(value, dict):
+                    value, _ = source.read.renamed(value)
+                record, fields = parse_with_fields(value, origin, plain, addresses=True)
             except BadRecord as error:
-                value = error
-            yield origin, raw, value
+                yield Read(origin, None, None, [], error)
+                continue
+            yield Read(origin, text, value, list(places(value, record, fields)))
 
 
-def places(value: Any, where: str = "", depth: int = 3) -> Iterator[Place]:
-    """Every picture that a record names by a path, an address, or its bytes. No format is nested deeper than
-    three objects."""
-    if not isinstance(value, dict) or depth == 0:
-        return
-    for name in value:
-        at = f"{where}.{name}" if where else name
-        if name in PICTURE_FIELDS:
-            yield from _pictures(value, name, at)
-        elif name in NESTED_FIELDS and isinstance(value[name], list):
-            for i, item in enumerate(value[name]):
-                yield from places(item, f"{at}[{i}]", depth - 1)
-
-
-def _pictures(holder: Any, key: Any, at: str) -> Iterator[Place]:
-    value = holder[key]
-    if isinstance(value, list):
-        for i, item in enumerate(value):
-            if not isinstance(item, list):
-                yield from _pictures(value, i, f"{at}[{i}]")
-    elif isinstance(value, dict):
-        if isinstance(value.get("url"), str):
-            yield Place(value, "url", value["url"], f"{at}.url")
-        else:  # an image column of datasets, whose bytes win; a path alone takes its place
-            name = "path" if value.get("bytes") is None else "bytes"
-            if isinstance(value.get(name), str | bytes):
-                yield Place(holder, key, value[name], f"{at}.{name}")
-    elif isinstance(value, str | bytes):
-        yield Place(holder, key, value, at)
+def places(value: Any, record: Record, fields: list[str]) -> Iterator[Place]:
+    """Every picture that a record names by a path, an address, or the bytes of a table, once."""
+    pictures = {
+        field: segment.source for segment, field in zip(record.sample, fields) if isinstance(segment, Image)
+    }
+    for field, source in pictures.items():
+        way = [field] if field in value else [int(n) if n else name for name, n in _STEP.findall(field)]
+        holder: Any = value
+        for step in way[:-1]:
+            holder = holder[step]
+        key, found = way[-1], holder[way[-1]]
+        if isinstance(found, dict):  # an image column: the path takes the place of it
+            found = next(found[name] for name in ("bytes", "path", "url") if found.get(name) is not None)
+        if isinstance(source, bytes) and not isinstance(found, bytes):
+            continue  # base64 in JSON may stay where it is
+        if isinstance(source, Address):
+            found = source
+        yield Place(holder, key, found, field)
 
 
 class Writer:
@@ -99,14 +103,11 @@ class Writer:
         left_out: Records with a failure.
         failures: Failures by reason.
         first: The first of each reason, as in ``failed.log``.
-        unfit: Records in the new data that fit no format, or break its rules; the first of them is
-            ``first_unfit``.
     """
 
     def __init__(self, store: PictureStore, deep: bool):
         self.store, self.deep = store, deep
-        self.written = self.left_out = self.unfit = 0
-        self.first_unfit: BadRecord | None = None
+        self.written = self.left_out = 0
         self.failures: Counter[str] = Counter()
         self.first: dict[str, dict[str, Any]] = {}
 
@@ -142,64 +143,47 @@ class Writer:
         write_receipt(self.store.folder, FETCH, own)
 
     def _lines(self, source: RewrittenFile, listed: BinaryIO) -> Iterator[bytes]:
-        for origin, raw, value in records(source):
-            line, failed = self._line(source, origin, raw, value)
+        for read in records(source):
+            line, failed = self._line(source, read)
             for failure in failed:
                 self.failures[failure["reason"]] += 1
                 self.first.setdefault(failure["reason"], failure)
                 listed.write(json.dumps(failure).encode() + b"\n")
             self.left_out += bool(failed)
             if not failed:
-                self._examine(source, line)
                 yield line
 
-    def _examine(self, source: RewrittenFile, line: bytes) -> None:
-        """Notes a record of the new data that no training can use."""
-        try:
-            parse_raw(line, self.written + 1, Origin(source.target, None, self.written))
-        except BadRecord as error:
-            self.unfit += 1
-            self.first_unfit = self.first_unfit or error
-
-    def _line(
-        self, source: RewrittenFile, origin: Origin, raw: bytes | None, value: Any
-    ) -> tuple[bytes, list[dict[str, Any]]]:
+    def _line(self, source: RewrittenFile, read: Read) -> tuple[bytes, list[dict[str, Any]]]:
         """The new line of a record, or its failures. A record without pictures keeps its very bytes."""
-        if isinstance(value, BadRecord):
-            return b"", [
-                _failure(
-                    origin,
-                    value.field,
-                    value.code,
-                    f"found {value.found}; expected {value.expected}",
-                    value.fix,
-                )
-            ]
+        if read.problem is not None:
+            problem = read.problem
+            told = f"found {problem.found}; expected {problem.expected}"
+            return b"", [_failure(read.origin, problem.field, problem.code, told, problem.fix)]
         failed, changed = [], False
-        for place in places(value):
+        for place in read.places:
             try:
                 new = self._local(place.value, source)
             except FetchError as error:
-                url = shown(place.value, 2000) if isinstance(place.value, str) else "(bytes)"
-                failed.append(_failure(origin, place.field, error.reason, error.problem, error.fix, url))
+                url = shown(place.value.url, 2000) if isinstance(place.value, Address) else "(bytes)"
+                failed.append(_failure(read.origin, place.field, error.reason, error.problem, error.fix, url))
                 continue
             if new != place.holder[place.key]:
                 place.holder[place.key], changed = new, True
-        if failed or not (changed or raw is None or b"\n" in raw):
-            return raw or b"", failed
+        if failed or not (changed or read.raw is None or b"\n" in read.raw):
+            return read.raw or b"", failed
         try:
-            return _dumps(value), []
+            return _dumps(read.value), []
         except (ValueError, RecursionError) as error:  # 1e999 reads as infinity
             return b"", [
-                _failure(origin, "(record)", "bad_json", str(error), "write ordinary numbers and depth")
+                _failure(read.origin, "(record)", "bad_json", str(error), "write ordinary numbers and depth")
             ]
 
-    def _local(self, value: str | bytes, source: RewrittenFile) -> str:
+    def _local(self, value: str | bytes | Address, source: RewrittenFile) -> str:
         """The path of a picture as the new file names it. Raises FetchError."""
         if isinstance(value, bytes):
             file = self.store.keep("", value, self.deep).file
-        elif is_address(value):
-            entry = self.store.entries.get(str(parse_url(value)))
+        elif isinstance(value, Address):
+            entry = self.store.entries.get(str(parse_url(value.url)))
             if entry is None:
                 raise UserError(f"{source.path}: it was changed while it was read. Run the command again.")
             if not entry.good:
@@ -238,16 +222,13 @@ def _dumps(value: Any) -> bytes:
 def _moved(path: str, source: RewrittenFile) -> str:
     """A path relative to the source as one that means the same in the new file: relative where links allow
     it."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:  # no path at all, as with a NUL: refused where the data is read
+    if path.startswith("/") or "://" in path:  # of file:
         return path
-    if not path or path.startswith("/") or "\0" in path:
-        return path
-    old = os.path.join(source.path.parent, path)
+    folder = source.read.folder(source.path)
+    old = os.path.join(folder, path)
     new = os.path.relpath(old, source.target.parent)
     same = _real(os.path.join(source.target.parent, os.path.dirname(new))) == _real(os.path.dirname(old))
-    return new if same else os.path.abspath(source.path.parent) + os.sep + path
+    return new if same else os.path.abspath(folder) + os.sep + path
 
 
 @lru_cache(4096)

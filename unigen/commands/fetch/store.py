@@ -25,6 +25,7 @@ from typing import NamedTuple
 from unigen.commands.fetch.addresses import FetchError
 from unigen.config import UserError
 from unigen.files import atomic, sha256_of
+from unigen.sequence.files import kind_of_start
 from unigen.sequence.images import PictureError, image_size, open_image
 
 FETCH = "unigen fetch"  # the mark of its folder
@@ -35,16 +36,6 @@ _FILE = re.compile(r"pictures/([0-9a-f]{2})/(\1[0-9a-f]{62})\.[a-z0-9]+")
 # a picture of 64 megapixels takes 192 MB: not one for every connection
 _DECODING = threading.Semaphore(os.cpu_count() or 1)
 
-_KINDS = [
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "png"),
-    (re.compile(rb"\xff\xd8\xff"), "jpg"),
-    (re.compile(rb"GIF8[79]a"), "gif"),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), "webp"),
-    (re.compile(rb"BM....\x00\x00\x00\x00", re.DOTALL), "bmp"),
-    (re.compile(rb"II\x2a\x00|MM\x00\x2a"), "tif"),
-    (re.compile(rb"....ftyp(avif|avis|mif1|miaf)", re.DOTALL), "avif"),
-    (re.compile(rb"\x00\x00\x00\x0cjP  \r\n\x87\n"), "jp2"),
-]
 _PAGE = re.compile(rb"<!doctype html|<html|<head|<body|<script", re.IGNORECASE)
 
 
@@ -88,7 +79,7 @@ def kind_of(data: bytes, deep: bool = False) -> str:
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if not data:
         raise FetchError("empty", "the answer is empty", "check the address in a browser")
-    kind = next((kind for magic, kind in _KINDS if magic.match(data)), None)
+    kind = kind_of_start(data)
     if kind is None and start.startswith(b"<") and _PAGE.search(start):
         raise FetchError(
             "html",

@@ -109,7 +109,7 @@ def pick(options: PreviewOptions) -> list[Found]:
         PreviewError: there is no record, or not the one asked for.
         BadData: the paths hold no data.
     """
-    every = _walk(options.paths, options.data_root)
+    every = _walk(options)
     if options.shuffled:
         choose = random.Random(f"{options.seed}/{options.epoch}/preview")
         found = _reservoir(every, options.samples, choose)
@@ -124,13 +124,19 @@ def pick(options: PreviewOptions) -> list[Found]:
     return found
 
 
-def _walk(paths: list[str], root: str | None) -> Iterator[Found]:
+def _walk(options: PreviewOptions) -> Iterator[Found]:
     """Every record in the order of the files, and in place of what cannot be read its problem."""
     from unigen.data.containers import find_files, parts, read_part
+    from unigen.data.mapping import ReadOptions
+    from unigen.data.probe import check_roots, require_match
     from unigen.sequence.types import BadRecord
 
+    read = ReadOptions.of(options)
+    check_roots(read)
+    files = [path for path, _ in find_files(options.paths, read.data_root)]
+    require_match(files, read)
     number = 0
-    for file, (path, _) in enumerate(find_files(paths, root)):
+    for file, path in enumerate(files):
         try:
             for part in parts(path, file):
                 for span, raw in read_part(part):
@@ -175,6 +181,7 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
     """The record in its epoch pass, or what is wrong with it, found as before training."""
     from unigen.commands.preview.view import look
     from unigen.data.examine import PictureHeaders, examine
+    from unigen.data.mapping import ReadOptions
     from unigen.sequence.draw import RandomKey
     from unigen.sequence.images import PictureError
     from unigen.sequence.types import BadRecord, Origin
@@ -186,7 +193,12 @@ def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: floa
     problem: UserError
     try:
         record, _, lengths = examine(
-            found.raw, found.span, found.file, PictureHeaders(), planner.token_lengths, options.data_root
+            found.raw,
+            found.span,
+            found.file,
+            PictureHeaders(),
+            planner.token_lengths,
+            ReadOptions.of(options),
         )
         key = RandomKey(options.seed, options.epoch, found.number)
         return Look(found.number, origin, look(record, found.number, planner, key, shift, lengths), None)

@@ -1,0 +1,330 @@
+"""Layouts of public data sets: what each is read as, how two of them are told apart, mapped names, pictures in the
+record."""
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from unigen.data.embedded import Address, place_of
+from unigen.data.formats import parse_record, parse_with_fields
+from unigen.data.mapping import ReadOptions
+from unigen.sequence.types import BadRecord, Image, Origin, Text
+
+ORIGIN = Origin(Path("/data/set/train.jsonl"), line=7)
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def read(value, **options) -> tuple[str, list[str]]:
+    """The format of a record and its sample: ``a`` for a text, ``[a.png]`` for a picture, ``*`` behind a
+    target."""
+    record, fields = parse_with_fields(value, ORIGIN, ReadOptions(**options))
+    assert len(fields) == len(record.sample)
+    shown = []
+    for segment in record.sample:
+        if isinstance(segment, Text):
+            body = "|".join((segment.text, *segment.others))
+        elif isinstance(segment.source, bytes):
+            body = "[bytes]" if segment.source == PNG else "[other bytes]"
+        else:
+            body = f"[{Path(str(segment.source)).relative_to('/data/set')}]"
+        shown.append(body + "*" * segment.target)
+    return record.format, shown
+
+
+def refused(value, **options) -> BadRecord:
+    with pytest.raises(BadRecord) as caught:
+        parse_with_fields(value, ORIGIN, ReadOptions(**options))
+    assert caught.value.origin == ORIGIN and caught.value.fix
+    return caught.value
+
+
+# ---- text to image, one edit
+
+
+@pytest.mark.parametrize("picture", ["image", "file_name", "image_path"])
+@pytest.mark.parametrize("text", ["text", "caption", "prompt"])
+def test_a_picture_and_its_text_are_text_to_image_but_for_format_4(picture: str, text: str) -> None:
+    found = read({picture: "a.png", text: "A", "width": 3})
+    if (picture, text) == ("image_path", "caption"):
+        assert found == ("image_to_text", ["[a.png]", "A*"])
+    else:
+        assert found == ("image_and_text", ["A", "[a.png]*"])
+
+
+def test_captions_may_be_variants_and_not_empty() -> None:
+    assert read({"image": ["a.png"], "caption": ["A", "B"]}) == ("image_and_text", ["A|B", "[a.png]*"])
+    assert read({"image": "a.png", "caption": '["A", "B"]'})[1][0] == '["A", "B"]'
+    assert refused({"image": "a.png", "text": ""}).code == "empty_text"
+    assert refused({"image": ["a.png", "b.png"], "text": "A"}).field == "image"
+
+
+@pytest.mark.parametrize(
+    ("record", "sample"),
+    [
+        ({"instruction": "i", "input_images": ["a", "b"], "output_image": "c"}, ["[a]", "[b]", "i", "[c]*"]),
+        ({"instruction": "i", "output_image": "c", "task_type": "t2i"}, ["i", "[c]*"]),
+        (
+            {
+                "original_prompt": "o",
+                "original_image": "a",
+                "edit_prompt": "i",
+                "edited_prompt": "p",
+                "edited_image": "c",
+            },
+            ["[a]", "i", "[c]*"],
+        ),
+        (
+            {"source_image": "a", "edited_image": "c", "edit_prompt": "i", "mask_image": "m"},
+            ["[a]", "i", "[c]*"],
+        ),
+        ({"src_img": "a", "edited_img": "c", "edited_prompt_list": ["i", "j"]}, ["[a]", "i|j", "[c]*"]),
+        ({"source_img": "a", "mask_img": "m", "instruction": "i", "target_img": "c"}, ["[a]", "i", "[c]*"]),
+        (
+            {
+                "open_image_input_url": "http://a/b",
+                "local_input_image": "a",
+                "text": "i",
+                "output_image": "c",
+            },
+            ["[a]", "i", "[c]*"],
+        ),
+        ({"input_prompt": "i", "input_image": ["a"], "output_image": "c"}, ["[a]", "i", "[c]*"]),
+        (
+            {"input_image": "a", "output_image": "c", "edit": "i", "inverse_edit": "j", "input": "x"},
+            ["[a]", "i", "[c]*"],
+        ),
+        ({"image": "c", "prompt": "i", "edit_image": ["a", "b"]}, ["[a]", "[b]", "i", "[c]*"]),
+        ({"image": "a", "prompt": "i", "edited_image": "c"}, ["[a]", "i", "[c]*"]),
+        (
+            {"instruction": "<image> as <image>", "input_images": ["a", "b"], "output_image": "c"},
+            ["[a]", "as", "[b]", "[c]*"],
+        ),
+    ],
+)
+def test_an_edit_under_the_names_of_public_sets(record, sample) -> None:
+    assert read(record) == ("single_edit", sample)
+
+
+def test_two_names_of_one_thing_are_refused_with_the_mapping_that_chooses() -> None:
+    error = refused({"image": "a", "text": "A", "prompt": "B"})
+    assert error.code == "ambiguous_piece" and "--fields text=prompt" in error.fix
+    assert read({"image": "a", "text": "A", "prompt": "B"}, fields={"text": "prompt"})[1] == ["B", "[a]*"]
+    assert read({"image": "a", "text": "A", "prompt": "B"}, fields={"text": "text"})[1] == ["A", "[a]*"]
+    assert (
+        refused({"source_image": "a", "input_image": "b", "prompt": "i", "output_image": "c"}).code
+        == "ambiguous_piece"
+    )
+
+
+# ---- questions, traces, documents
+
+
+def test_questions_and_instructions() -> None:
+    record = {"query": "<image>q", "response": "r", "images": ["a"], "system": "S", "history": [["p", "o"]]}
+    assert read(record) == ("query_response", ["S", "p", "o*", "[a]", "q", "r*"])
+    assert read({"prompt": "q", "completion": "r"}) == ("query_response", ["q", "r*"])
+    assert read({"image": "a", "prompt": "q", "response": "r"}) == ("query_response", ["[a]", "q", "r*"])
+    assert read({"instruction": "do", "input": "x", "output": "y"}) == ("instruction", ["do\nx", "y*"])
+    assert read({"instruction": "do", "input": "", "output": "y"}) == ("instruction", ["do", "y*"])
+    assert refused({"query": "q", "response": "r", "history": ["p"]}).field == "history[0]"
+    assert refused({"query": "<image>q", "response": "r"}).code == "unequal_image_count"
+
+
+def test_a_reasoning_trace_draws_where_its_marks_stand() -> None:
+    record = {
+        "Question": "q <image_start>[problem_image_1]<image_end>",
+        "Text Reasoning Trace": "t <image_start>[reasoning_image_1]<image_end> u",
+        "Final Answer": "7",
+        "problem_image_1": "p.png",
+        "problem_image_2": None,
+        "reasoning_image_1": {"bytes": PNG, "path": "r.png"},
+    }
+    assert read(record) == ("reasoning_trace", ["q", "[p.png]", "t*", "[bytes]*", "u*", "7*"])
+    assert parse_record(record, ORIGIN).notes == ()
+    assert refused(record | {"reasoning_image_2": "x"}).field == "reasoning_image_2"
+    assert refused(record | {"reasoning_image_1": None}).field == "reasoning_image_1"
+
+
+def test_documents() -> None:
+    record = {"texts": ["a", None, "b"], "images": [None, "x", None], "metadata": "[{}]"}
+    assert read(record) == ("parallel_lists", ["a", "[x]*", "b*"])
+    assert parse_record(record, ORIGIN).metadata == {"metadata": "[{}]"}
+    assert read({"texts": [None, "b"], "images": ["x", None]})[1] == ["[x]", "b*"]
+    assert refused({"texts": ["a"], "images": ["x"]}).field == "texts[0]"
+    assert refused({"texts": ["a"], "images": [None, "x"]}).code == "unequal_image_count"
+    info = [
+        {"image_name": "y", "matched_text_index": 1, "matched_sim": 0.3},
+        {"image_name": "x", "matched_text_index": 0},
+    ]
+    assert read({"text_list": ["a", "b"], "image_info": info, "similarity_matrix": [[1]]}) == (
+        "matched_images",
+        ["[x]", "a*", "[y]*", "b*"],
+    )
+    assert refused({"text_list": ["a"], "image_info": info}).field == "image_info[0].matched_text_index"
+
+
+def test_a_reflection_is_a_sequence() -> None:
+    """Draw, criticise, draw again, as docs/data_formats.md says: a use of format 6."""
+    record = {
+        "sequence": [
+            {"type": "text", "content": "A blue house"},
+            {"type": "image", "image_path": "first.png", "target": False},
+            {"type": "text", "content": "The walls are white."},
+            {"type": "image", "image_path": "second.png"},
+        ]
+    }
+    assert read(record) == (
+        "interleaved",
+        ["A blue house", "[first.png]", "The walls are white.*", "[second.png]*"],
+    )
+
+
+# ---- chats
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "url": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "image", "image": "a.png", "max_pixels": 9, "min_pixels": 4},
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+        {"type": "input_image", "image_url": "a.png"},
+        {"type": "image", "source": {"type": "url", "url": "a.png"}},
+        {"image": "a.png"},
+        {"type": "image", "image": {"bytes": None, "path": "a.png"}, "text": None},
+        {"type": "image", "image": "file:///data/set/a.png"},
+    ],
+)
+def test_parts_of_messages_as_others_write_them(part) -> None:
+    turns = [
+        {"role": "user", "content": [part, {"type": "input_text", "text": "q"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "r"}]},
+    ]
+    assert read({"messages": turns}) == ("messages", ["[a.png]", "q", "r*"])
+    assert read({"conversations": turns}) == ("chat", ["[a.png]", "q", "r*"])
+
+
+def test_a_bare_image_part_is_the_next_picture() -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "q"}, {"type": "image"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "r"}]
+    assert read({"messages": turns, "images": ["a", "b"]})[1] == ["[a]", "q", "[b]", "r*"]
+    assert refused({"messages": turns, "images": ["a"]}).code == "unequal_image_count"
+    assert refused(
+        {"messages": [{"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]}]}
+    ).code == ("ambiguous_piece")
+
+
+def test_roles_under_conversations_with_a_picture_beside() -> None:
+    turns = [{"role": "user", "content": "<image>\nq"}, {"role": "assistant", "content": "r"}]
+    assert read({"image": "a", "conversations": turns}) == ("chat", ["[a]", "q", "r*"])
+    assert read({"images": ["a"], "conversations": turns}) == ("chat", ["[a]", "q", "r*"])
+
+
+# ---- mapped names
+
+
+def test_mapped_fields_reach_into_objects_lists_and_json() -> None:
+    value = {"file_name": "a", "caption": "A", "more": '{"names": ["x", {"text": "B"}]}'}
+    assert read(value, fields={"text_prompt": "caption", "image_path": "file_name"}) == (
+        "text_to_image",
+        ["A", "[a]*"],
+    )
+    assert read(value, fields={"text": "more.names.1.text"}) == ("image_and_text", ["B", "[a]*"])
+    assert read({"image": "a", "caption": "A"}, fields={"image_path": "image"}) == (
+        "image_to_text",
+        ["[a]", "A*"],
+    )
+    assert refused({"image": "a", "more": "{"}, fields={"text": "more.x"}).field == "more"
+    record, _ = parse_with_fields(value, ORIGIN, ReadOptions(fields={"text": "more.names.0"}))
+    assert ("unread", "caption") in record.notes
+
+
+def test_a_trigger_word_begins_every_text_once() -> None:
+    def text(caption):
+        return read({"image": "a", "text": caption}, trigger_word="sks")[1][0]
+
+    assert [text("a dog"), text("a sks dog"), text("[trigger] dog"), text("")] == [
+        "sks, a dog", "a sks dog", "sks dog", "sks",
+    ]  # fmt: skip
+    assert read({"text_prompt": "a dog", "image_path": "a"}, trigger_word="sks")[1][0] == "a dog"
+
+
+# ---- pictures in the record, addresses
+
+BASE64 = base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        f"data:image/png;base64,{BASE64}", f"DATA:image/PNG;charset=x;base64,{BASE64}", BASE64,
+        BASE64[:60] + "\n" + BASE64[60:], BASE64.rstrip("="), {"bytes": BASE64}, {"bytes": PNG},
+        {"url": f"data:image/png;base64,{BASE64}"},
+    ],
+)  # fmt: skip
+def test_pictures_in_the_record_are_decoded(picture) -> None:
+    assert read({"image": picture, "text": "A"})[1] == ["A", "[bytes]*"]
+
+
+def test_pictures_of_an_anthropic_message() -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": BASE64}
+    turns = [
+        {"role": "user", "content": [{"type": "image", "source": source}]},
+        {"role": "assistant", "content": "r"},
+    ]
+    assert read({"messages": turns})[1] == ["[bytes]", "r*"]
+    assert refused(
+        {"messages": [{"role": "user", "content": [{"type": "image", "source": source | {"id": 3}}]}]}
+    ).code == ("unknown_key")
+
+
+@pytest.mark.parametrize(
+    ("picture", "code", "words"),
+    [
+        ("data:image/png,abc", "broken_picture", "base64"),
+        (f"data:image/png;base64,{BASE64[:-3]}!", "broken_picture", "base64"),
+        ("s3://bucket/a.png", "bad_path", "aws s3 sync s3://bucket DIR"),
+        ("gs://bucket/a.png", "bad_path", "gcloud storage rsync -r gs://bucket DIR"),
+        ("hf://datasets/me/set/a.png", "bad_path", "hf download me/set --repo-type dataset"),
+        ("s3://$(reboot)/a.png", "bad_path", "s3://BUCKET DIR"),
+        ("ftp://host/a.png", "bad_path", "copy the files"),
+        ("file://host/a.png", "bad_path", "path of the file"),
+        ("https://host/a.png", "bad_path", "unigen fetch"),
+    ],
+)
+def test_what_is_no_path_names_the_way_out(picture: str, code: str, words: str) -> None:
+    error = refused({"image": picture, "text": "A"})
+    assert (error.code, error.field) == (code, "image") and words in error.fix
+
+
+def test_relative_paths_start_from_image_root() -> None:
+    record, _ = parse_with_fields(
+        {"messages": [{"role": "assistant", "content": "<image><image>"}], "images": ["a.png", "/b.png"]},
+        ORIGIN,
+        ReadOptions(image_root=Path("/pictures")),
+    )
+    assert [s.source for s in record.sample if isinstance(s, Image)] == [
+        Path("/pictures/a.png"),
+        Path("/b.png"),
+    ]
+
+
+def test_addresses_are_told_from_paths() -> None:
+    assert place_of("HTTPS://a") == Address("HTTPS://a")
+    paths = [
+        "a.png",
+        "/a/b.png",
+        "C:/a.png",
+        "c:\\a",
+        "http.png",
+        "a/http://b",
+        "photo: day.png",
+        "//a/b.png",
+    ]
+    assert [place_of(path) for path in paths] == paths
+    assert place_of("file:///a%20b.png") == "/a b.png" == place_of("file://localhost/a b.png")

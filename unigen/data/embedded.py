@@ -1,0 +1,104 @@
+"""Pictures that stand in a record itself (``data:`` URIs, base64 texts), and addresses in place of paths."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from unigen.sequence.files import MAX_BYTES, kind_of_start
+
+_DATA = re.compile(r"data:[^,;]{0,100}(;[^,;]{0,100}){0,9},", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+_LEAST = 64  # characters of a picture written as base64; the smallest PNG takes 90
+
+_TOOLS = {
+    "s3": "aws s3 sync s3://BUCKET DIR",
+    "s3a": "aws s3 sync s3://BUCKET DIR",
+    "gs": "gcloud storage rsync -r gs://BUCKET DIR",
+    "oss": "ossutil cp -r oss://BUCKET DIR",
+    "cos": "coscli cp -r cos://BUCKET DIR",
+    "tos": "tosutil cp -r tos://BUCKET DIR",
+    "hf": "hf download OWNER/NAME --repo-type dataset --local-dir DIR",
+    "az": "azcopy copy URL DIR --recursive",
+    "hdfs": "hdfs dfs -get PATH DIR",
+}
+"""Copies what an address of object storage names."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """A picture on the web (http, https), which training does not open and ``unigen fetch`` does."""
+
+    url: str
+
+
+def decoded(text: str, certain: bool = False) -> bytes | None:
+    """The bytes of a picture that is written as a ``data:`` URI or as base64; None for any other text. With
+    ``certain`` the text can be nothing else.
+
+    Raises:
+        ValueError: It is a ``data:`` URI that cannot be decoded, or of more than 256 MiB.
+    """
+    if text[:5].lower() == "data:":
+        head = _DATA.match(text)
+        if head is None or not head[0].lower().endswith(";base64,"):
+            raise ValueError("a data: URI without ;base64,")
+        return _base64(text[head.end() :])
+    if certain:
+        return _base64(text)
+    if len(text) < _LEAST or kind_of_start(_start(text)) is None or not _BASE64.fullmatch(text):
+        return None
+    return _base64(text)
+
+
+def _start(text: str) -> bytes:
+    """What the first characters stand for, as far as they are base64."""
+    try:
+        return base64.b64decode(text[:48], validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _base64(text: str) -> bytes:
+    if len(text) > MAX_BYTES // 3 * 4 + 4:
+        raise ValueError(f"base64 of more than {MAX_BYTES:,} bytes")
+    packed = re.sub(r"\s+", "", unquote(text) if "%" in text[-12:] else text)
+    try:
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"base64 that cannot be decoded ({error})") from None
+
+
+def place_of(text: str) -> str | Address:
+    """The path that a text names (``file://`` taken off), or its address on the web.
+
+    Raises:
+        ValueError: It is an address of another kind; its two arguments are why, and the fix.
+    """
+    match = _SCHEME.match(text)
+    if match is None:
+        return text
+    scheme, rest = match[1].lower(), text[match.end() :]
+    if scheme in ("http", "https"):
+        return Address(text)
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if not slash or host.lower() not in ("", "localhost"):
+            raise ValueError("a file: address of another machine", "write the path of the file alone")
+        return unquote("/" + path)
+    if scheme not in _TOOLS:
+        raise ValueError(f"the scheme {scheme}:, which is not read", "copy the files, and name them by paths")
+    raise ValueError(f"an address of {scheme}:// storage, which is not read", _copied(scheme, rest))
+
+
+def _copied(scheme: str, rest: str) -> str:
+    """The fix for an address of object storage: what copies it, and how its pictures are then found."""
+    found = re.match(r"datasets/([\w.-]+/[\w.-]+)" if scheme == "hf" else r"([\w.-]+)", rest)
+    tool = _TOOLS[scheme]
+    if found:  # a name that a shell takes as it is
+        tool = tool.replace("OWNER/NAME", found[1]).replace("BUCKET", found[1])
+    return f"copy the files once ({tool}), write the rest of the address as a path, and give --image_root DIR"

@@ -1,0 +1,225 @@
+"""Layouts of public data sets and of other trainers, as they are: one function a layout, a row each in
+``formats.FORMATS``.
+
+A layout has names that everybody uses (``image``, ``text``, ``instruction``), so no single field tells it:
+each needs one field of every group, and of those that fit, the one that reads most of the record's fields is
+meant (``formats.py`` decides). Where two fields of one group stand side by side, nobody can know which is
+meant, and the record is refused with the mapping that says it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from unigen.data import fields as f
+from unigen.data.fields import Json, Part, Segments
+from unigen.sequence.types import BadRecord, Image, Text
+
+PICTURE = ("image", "image_path", "file_name")
+CAPTION = ("text", "caption", "prompt")
+SOURCE = (
+    "input_image", "input_images", "source_image", "source_images", "source_img", "src_img", "src_image",
+    "original_image", "edit_image", "local_input_image", "open_image_input_url",
+)  # fmt: skip
+INSTRUCTION = (
+    "instruction", "instructions", "edit_prompt", "edit_instruction", "edited_prompt_list", "input_prompt",
+    "prompt", "edit", "text",
+)  # fmt: skip
+EDITED = ("output_image", "output_images", "edited_image", "target_image", "target_img", "edited_img")
+QUESTION, ANSWER = ("query", "prompt"), ("response", "completion")
+ZEBRA = ("Question", "Text Reasoning Trace", "Final Answer")
+
+RIVALS = (
+    frozenset(PICTURE),
+    frozenset((*CAPTION, "text_prompt", *INSTRUCTION, *QUESTION)),
+    frozenset(SOURCE),
+    frozenset(EDITED),
+    frozenset(ANSWER),
+)
+"""Names of which a record means one: where a mapping gives one of them, the others stand aside."""
+
+_MARK = re.compile(r"<image_start>\s*\[([^\[\]]{1,200})\]\s*<image_end>")
+
+
+def image_and_text(record: Json, folder: Path) -> Segments:
+    """A picture and its text (a text, or several that say the same): the text is context, the picture the
+    target."""
+    name = the_one(record, PICTURE)
+    (picture,) = _pictures(record, name, folder, most=1)
+    return [_texts(record, the_one(record, CAPTION)), (Image(picture[0], target=True), picture[1])]
+
+
+def single_edit(record: Json, folder: Path) -> Segments:
+    """Pictures to start from (or none), an instruction, and the edited picture, the target."""
+    target = edited_of(record)
+    assert target is not None
+    sources = tuple(name for name in _there(record, SOURCE) if name != target)
+    if len(sources) > 1:  # an address of the same picture, where it was downloaded
+        sources = tuple(name for name in sources if name != "open_image_input_url")
+    if not sources and target != "image" and record.get("image") is not None:
+        sources = ("image",)
+    images = _pictures(record, the_one(record, sources), folder) if sources else []
+    (edited,) = _pictures(record, target, folder, most=1)
+    name = the_one(record, INSTRUCTION)
+    if isinstance(record[name], str):
+        text = Part(f.string(record, name, ""), name, 0.0)
+        segments = f.tagged([("user", [text])], images, sources[0] if sources else "input_images")
+    else:
+        segments = [(Image(source), field) for source, field in images]
+        segments.append(_texts(record, name))
+    return [*segments, (Image(edited[0], target=True), edited[1])]
+
+
+def query_response(record: Json, folder: Path) -> Segments:
+    """A question and its answer, earlier ones in ``history``; tags stand for ``images`` or ``image``."""
+    question, answer = the_one(record, QUESTION), the_one(record, ANSWER)
+    return _talk(record, [(question, f.string(record, question, ""))], answer, folder)
+
+
+def instruction(record: Json, folder: Path) -> Segments:
+    """``instruction``, what it is about (``input``) on the next line, and ``output`` (Alpaca)."""
+    asked = f.string(record, "instruction", "")
+    about = f.string(record, "input", "") if record.get("input") is not None else ""
+    return _talk(record, [("instruction", f"{asked}\n{about}" if about else asked)], "output", folder)
+
+
+def reasoning_trace(record: Json, folder: Path) -> Segments:
+    """Zebra-CoT: the question with its pictures is context; the trace, the pictures drawn in it, and the
+    answer are targets. ``<image_start>[key]<image_end>`` stands for the picture in the field ``key``."""
+    turns, images = [], []
+    for name, role in zip(ZEBRA, ("user", "assistant", "assistant")):
+        text = f.string(record, name, "")
+        for key in _MARK.findall(text):
+            images.append((f.as_picture(record.get(key), key, folder), key))
+        turns.append((role, [Part(_MARK.sub(f.TAG, text), name, f.default_weight(role))]))
+    left = trace_pictures(record) - {name for _, name in images}
+    if left:
+        fix = "write <image_start>[key]<image_end> where the picture belongs, or take the field out"
+        raise BadRecord(
+            "unexpected_field", min(left), "a picture", "a picture that one of the texts names", fix
+        )
+    return f.tagged(turns, images, "Question")
+
+
+def trace_pictures(record: Json) -> set[str]:
+    """The fields of a reasoning trace that hold its pictures."""
+    return {name for name in record if re.fullmatch(r"(problem|reasoning)_image_\d+", name) and record[name]}
+
+
+def parallel_lists(record: Json, folder: Path) -> Segments:
+    """OBELICS: ``images`` and ``texts`` side by side, one of the two at each place; a document as in format
+    6."""
+    images = f.required(record, "images", list, "")
+    texts = f.required(record, "texts", list, "")
+    if len(images) != len(texts):
+        fix = "write null in the one list wherever the other has something"
+        found = f"{len(images)} images beside {len(texts)} texts"
+        raise BadRecord("unequal_image_count", "images", found, "lists of the same length", fix)
+    segments: Segments = []
+    for i, (image, text) in enumerate(zip(images, texts)):
+        if text is not None and image is not None:
+            fix = "leave one of the two null, and write the other at a place of its own"
+            raise BadRecord("ambiguous_piece", f"texts[{i}]", f.show(text), f"null beside images[{i}]", fix)
+        if image is not None:
+            segments.append((Image(f.as_picture(image, f"images[{i}]", folder)), f"images[{i}]"))
+        elif text is not None:
+            segments.append((Text(_string(text, f"texts[{i}]")), f"texts[{i}]"))
+    return f.document(segments)
+
+
+def matched_images(record: Json, folder: Path) -> Segments:
+    """MMC4: every picture of ``image_info`` before the text of ``text_list`` that it was matched with; a
+    document as in format 6."""
+    texts = f.required(record, "text_list", list, "")
+    before: dict[int, Segments] = {}
+    for item, field in f.objects(record, "image_info", "", "image_info"):
+        at = f.required(item, "matched_text_index", int, field)
+        if not 0 <= at < len(texts):
+            fix = "name a text of the list by its number, from 0"
+            expected = f"a number below {len(texts)}"
+            raise BadRecord("wrong_type", f"{field}.matched_text_index", str(at), expected, fix)
+        name = "image_name" if item.get("image_name") is not None else "raw_url"
+        before.setdefault(at, []).append((Image(f.picture(item, name, field, folder)), f"{field}.{name}"))
+    segments: Segments = []
+    for i, text in enumerate(texts):
+        segments += before.get(i, [])
+        segments.append((Text(_string(text, f"text_list[{i}]")), f"text_list[{i}]"))
+    return f.document(segments)
+
+
+# ---- what they share
+
+
+def the_one(record: Json, names: tuple[str, ...]) -> str:
+    """The field of a group that the record has. Raises BadRecord where it has two."""
+    found = _there(record, names)
+    assert found, f"none of {names}"
+    if len(found) > 1:
+        fix = f"say which one is meant: --fields {found[0]}={found[1]}, or --fields {found[0]}={found[0]}"
+        raise BadRecord(
+            "ambiguous_piece", found[0], f"{' and '.join(found)} side by side", "one of them", fix
+        )
+    return found[0]
+
+
+def edited_of(record: Json) -> str | None:
+    """The field of the picture that an edit ends with; ``image`` is one beside ``edit_image``."""
+    found = _there(record, EDITED)
+    if found:
+        return the_one(record, EDITED)
+    return "image" if record.get("image") is not None and record.get("edit_image") is not None else None
+
+
+def images_of(record: Json, folder: Path) -> tuple[list[tuple[f.PictureSource, str]], str]:
+    """The pictures that tags stand for: ``image`` (one or a list) or ``images``; and which of the two."""
+    field = "image" if record.get("image") is not None else "images"
+    if field == "image" and record.get("images") is not None:
+        fix = "put all pictures into images"
+        raise BadRecord("ambiguous_piece", "image", "both image and images", "one of the two", fix)
+    return (_pictures(record, field, folder) if record.get(field) is not None else []), field
+
+
+def _there(record: Json, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if record.get(name) is not None)
+
+
+def _pictures(
+    record: Json, name: str, folder: Path, most: int | None = None
+) -> list[tuple[f.PictureSource, str]]:
+    """The pictures of a field that holds one or a list of them."""
+    value = record[name]
+    if not isinstance(value, list):
+        return [(f.as_picture(value, name, folder), name)]
+    found = f.pictures(value, name, folder)
+    if most is not None and len(found) != most:
+        fix = "write a record for each, or use format 6"
+        raise BadRecord("wrong_type", name, f"{len(found)} pictures", f"{most}", fix)
+    return found
+
+
+def _string(value: object, field: str) -> str:
+    return f.string({field: value}, field, "")
+
+
+def _texts(record: Json, name: str) -> tuple[Text, str]:
+    """A context text, or several variants of it in a list; a string is nothing but itself."""
+    if isinstance(record[name], str):
+        return Text(f.string(record, name, "")), name
+    return f.variants(record[name], name)
+
+
+def _talk(record: Json, asked: list[tuple[str, str]], answer: str, folder: Path) -> Segments:
+    """Earlier questions and answers of ``history``, the question ``asked`` and the field ``answer``."""
+    turns: list[tuple[str, list[Part]]] = []
+    for i, pair in enumerate(f.optional(record, "history", list) or []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            fix = "write [[question, answer], ...]"
+            raise BadRecord("wrong_type", f"history[{i}]", f.show(pair), "a question and its answer", fix)
+        for role, text, at in zip(("user", "assistant"), pair, (0, 1)):
+            field = f"history[{i}][{at}]"
+            turns.append((role, [Part(_string(text, field), field, f.default_weight(role))]))
+    turns += [("user", [Part(text, name, 0.0)]) for name, text in asked]
+    turns.append(("assistant", [Part(f.string(record, answer, ""), answer, 1.0)]))
+    images, field = images_of(record, folder)
+    return f.tagged(turns, images, field)

@@ -1,0 +1,118 @@
+"""How the records of a source are read, beside what stands in them: where relative pictures lie, what fields
+are called, the trigger word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unigen.data.json_text import parse_json
+from unigen.data.layouts import RIVALS
+from unigen.data.words import Json, join, names
+from unigen.sequence.types import BadRecord, Text
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options of a source that its records are read with.
+
+    Args:
+        data_root: Folder that every picture named by a path must lie in; None: no limit.
+        image_root: Folder that relative paths of pictures start from; None: that of the file that names them.
+        fields: Name of a field -> where the records have it: a field, or with dots a place inside of one
+            (an object, a list, or JSON in a text).
+        trigger_word: A word that every text of the format ``image_and_text`` begins with; ``[trigger]`` in a
+            text stands for it.
+    """
+
+    data_root: Path | None = None
+    image_root: Path | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    trigger_word: str | None = None
+
+    @classmethod
+    def of(cls, *options: Any) -> ReadOptions:
+        """Those of options of a command or of a source; the first that says something counts."""
+
+        def said(name: str) -> Any:
+            return next((value for o in options if (value := getattr(o, name, None))), None)
+
+        roots = (
+            Path(value).absolute() if (value := said(name)) else None for name in ("data_root", "image_root")
+        )
+        return cls(*roots, said("fields") or {}, said("trigger_word"))
+
+    def folder(self, file: Path) -> Path:
+        """Where relative paths of pictures in ``file`` start from."""
+        return self.image_root or file.parent
+
+    def renamed(self, record: Json) -> tuple[Json, list[str]]:
+        """The record with its fields under the names of ``fields``, and which fields thereby stand aside."""
+        if not self.fields:
+            return record, []
+        found = {new: value for new, old in self.fields.items() if (value := reach(record, old)) is not None}
+        taken = {old for old in self.fields.values() if old in record}
+        rivals = {name for group in RIVALS if not group.isdisjoint(self.fields) for name in group}
+        kept = {name: value for name, value in record.items() if name not in taken and name not in found}
+        aside = [name for name in kept if name in rivals and kept[name] is not None]
+        return {name: value for name, value in kept.items() if name not in aside} | found, aside
+
+    def triggered(self, text: Text) -> Text:
+        """A text with the trigger word, once."""
+        word = self.trigger_word
+        if not word:
+            return text
+
+        def one(text: str) -> str:
+            text = text.replace("[trigger]", word)
+            return text if word in text else f"{word}, {text}" if text else word
+
+        return Text(one(text.text), text.target, tuple(map(one, text.others)), text.weight)
+
+
+PLAIN = ReadOptions()
+
+
+def reach(record: Json, place: str) -> Any:
+    """The value at a place such as ``answer.choices.0.text``; None where there is none.
+
+    Raises:
+        BadRecord: A text on the way is no JSON.
+    """
+    if place in record:
+        return record[place]
+    value: Any = record
+    done = ""
+    for name in place.split("."):
+        if isinstance(value, str):
+            try:
+                value = parse_json(value.encode("utf-8", "surrogatepass"), 0)
+            except BadRecord as error:
+                error.field = done
+                raise
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return None
+        done = join(done, name)
+    return value
+
+
+def unmatched(fields: Mapping[str, str], records: Iterable[Json]) -> BadRecord | None:
+    """What is wrong with a mapping of which a place is in none of ``records``."""
+    left = dict(fields)
+    seen: dict[str, None] = {}
+    for record in records:
+        seen |= dict.fromkeys(record)
+        left = {new: old for new, old in left.items() if reach(record, old) is None}
+        if not left:
+            return None
+    new, old = next(iter(left.items()))
+    found = f"fields {names(dict.fromkeys(seen, True))}"
+    return BadRecord(
+        "missing_field", old, found, f"{old}, which --fields {new}={old} names", "correct --fields"
+    )

@@ -1,0 +1,51 @@
+"""What is told of a source before all of it is read: are its folders there, does the mapping of its fields
+match anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from unigen.data.containers import BadData, parts, read_part
+from unigen.data.formats import value_of
+from unigen.data.mapping import ReadOptions, unmatched
+from unigen.data.words import Json
+from unigen.sequence.types import BadRecord, Origin
+
+FIRST = 1000
+"""Records among which every place of a mapping must be found once."""
+
+
+def check_roots(read: ReadOptions) -> None:
+    """Raises BadData where a folder that is named is none."""
+    for name, what in (("data_root", "that all pictures lie in"), ("image_root", "that paths start from")):
+        path = getattr(read, name)
+        if path is not None and not path.is_dir():
+            raise BadData(f"{path}: {name} is no folder. Fix: name the folder {what} (--{name} ...)")
+
+
+def require_match(files: Sequence[Path], read: ReadOptions) -> None:
+    """Raises BadData where a place of ``read.fields`` is in none of the first records of the files."""
+    if not read.fields:
+        return
+    problem = unmatched(read.fields, islice(_values(files), FIRST))
+    if problem is not None:
+        problem.origin = Origin(files[0])
+        raise BadData(f"{problem} (none of the first {FIRST:,} records has it)", [problem])
+
+
+def _values(files: Sequence[Path]) -> Iterator[Json]:
+    """The records that are objects; what cannot be read is found, and told, when all is read."""
+    for number, path in enumerate(files):
+        try:
+            for part in parts(path, number):
+                for span, raw in read_part(part):
+                    try:
+                        value = value_of(raw, span.line)
+                    except BadRecord:
+                        continue
+                    if isinstance(value, dict):
+                        yield value
+        except BadRecord:
+            continue
