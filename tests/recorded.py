@@ -44,7 +44,14 @@ def validation(step: int, random_: random.Random, total: int = 2000) -> dict[str
         clean["text_loss"] + 0.08 + random_.gauss(0, 0.02),
         clean["image_loss"] + 0.02 + random_.gauss(0, 0.004),
     )
-    return {"step": step, "val_text_loss": text, "val_image_loss": image, "val_loss": text + image}
+    values = {"step": step, "val_text_loss": text, "val_image_loss": image, "val_loss": text + image}
+    for n, task in enumerate(("understand", "interleaved")):
+        values[f"val/text_loss_by_task/{task}"] = text * (0.8 + 0.5 * n)
+    for n, task in enumerate(("generate", "edit", "interleaved")):
+        values[f"val/image_loss_by_task/{task}"] = image * (1.2 - 0.2 * n)
+    for n in range(4):
+        values[f"val/image_loss_by_time/{n / 4:.2f}-{(n + 1) / 4:.2f}"] = image * (1.5 - 0.3 * n)
+    return values
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -57,6 +57,7 @@ TITLES = {
     "LoaderOptions": "Loading",
     "OptimOptions": "Optimisation",
     "RunOptions": "Run",
+    "EvaluationOptions": "Evaluation",
     "TrackingOptions": "Trackers",
     "SamplingOptions": "Sampling",
 }

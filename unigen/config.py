@@ -14,6 +14,7 @@ from unigen.topics import (
     RATED,
     USUAL_RATE,
     DataOptions,
+    EvaluationOptions,
     LoaderOptions,
     ModelOptions,
     OptimOptions,
@@ -30,6 +31,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataOptions",
+    "EvaluationOptions",
     "LoaderOptions",
     "ModelOptions",
     "OptimOptions",
@@ -42,14 +44,18 @@ __all__ = [
     "nearest",
 ]
 
-TOPICS = (ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, TrackingOptions)
+TOPICS = (
+    ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, EvaluationOptions, TrackingOptions,
+)  # fmt: skip
 
 
 _MODES = {None: None, 1: None, 2: "nf4", 3: "int8"}
 
 
 @dataclass
-class Config(ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, TrackingOptions):
+class Config(
+    ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, EvaluationOptions, TrackingOptions
+):
     """Every option of a training run, flat."""
 
     def __post_init__(self) -> None:

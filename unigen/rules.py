@@ -10,6 +10,7 @@ Rules = Iterator[tuple[Any, str, str]]
 
 _NEEDS = {
     "early_stopping_patience": "val_data_path",
+    "greater_is_better": "val_data_path",
     "sample_steps": "sample_prompts",
     "wandb_run_name": "wandb_project",
 }
@@ -33,6 +34,11 @@ def _missing(c: Any) -> Rules:
     for name, other in _NEEDS.items():
         given = getattr(c, name) is not None and getattr(c, other) is None
         yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
+    yield (
+        c.metric_for_best_model != "val_loss" and c.val_data_path is None,
+        "metric_for_best_model",
+        "needs val_data_path. Fix: give that, too, or leave metric_for_best_model out",
+    )
     for name in ("shard_size", "cpu_offload"):
         yield getattr(c, name) and c.engine != "fsdp2", name, "needs engine fsdp2. Fix: --engine fsdp2"
     yield (

@@ -242,8 +242,8 @@ class OptimOptions(Options):
         max_skipped_share: Stop where a larger share of the last 20 steps had to be skipped.
         spike_sigma: Skip a step whose gradient norm is so many standard deviations above the mean of the last
             100. Default: none is.
-        early_stopping_patience: Stop after so many validations in a row without a lower val_loss. Default:
-            never.
+        early_stopping_patience: Stop after so many validations in a row without a better
+            metric_for_best_model. Default: never.
         lr_scheduler_type: Shape of the learning rate after the warm-up, over optimiser steps.
         warmup_ratio: Share of all steps over which the learning rate rises from zero.
         warmup_steps: The same as a number of steps; wins over warmup_ratio.
@@ -349,6 +349,20 @@ class RunOptions(Options):
     seed: Seed = 42
     device: Device = "auto"
     dry_run: bool = False
+
+
+@dataclass
+class EvaluationOptions(Options):
+    """What a run measures of itself, at step 0 and every eval_steps.
+
+    Args:
+        metric_for_best_model: The number of metrics.jsonl that best and early stopping follow.
+        greater_is_better: Whether it is better the greater it is. Default: losses are not, other numbers as
+            they are meant.
+    """
+
+    metric_for_best_model: str = "val_loss"
+    greater_is_better: bool | None = None
 
 
 @dataclass

@@ -251,7 +251,7 @@ def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp
         **whole_run
         | {"output_dir": str(tmp_path), "resume_from_checkpoint": str(tmp_path / f"step_{stopped}")}
     )
-    assert timeless(tmp_path) == timeless(whole) and len(timeless(tmp_path)) == 15
+    assert timeless(tmp_path) == timeless(whole) and len(timeless(tmp_path)) == 16
     assert [line["epoch"] for line in timeless(tmp_path) if "epoch" in line][3:5] == [1.0, 1 + 2 / 7]
     for step in range(stopped + 1, 13):
         assert_same_checkpoint(tmp_path / f"step_{step}", whole / f"step_{step}")
@@ -299,8 +299,8 @@ def test_validation_keeps_the_best_model(whole_run: dict[str, Any], tmp_path: Pa
     again."""
     run = Path(whole_run["output_dir"])
     found = {line["step"]: line["val_loss"] for line in metrics(run) if "val_loss" in line}
-    assert list(found) == [4, 8, 12]
-    step = min(found, key=lambda s: found[s])
+    assert list(found) == [0, 4, 8, 12]
+    step = min(list(found)[1:], key=lambda s: found[s])
     assert json.loads((run / "best" / "manifest.json").read_text())["step"] == step
     trainer = built(**whole_run | {"model_path": str(run / "best"), "output_dir": str(tmp_path)})
     assert trainer.evaluate()["val_loss"] == found[step]
@@ -347,7 +347,7 @@ def test_validation_twice_gives_the_same_number_and_learns_nothing(options: dict
     options |= {"max_steps": 3, "eval_steps": 1, "learning_rate": 0.0, "val_data_path": str(records)}
     train(**options)
     found = [line for line in timeless(options["output_dir"]) if "val_loss" in line]
-    assert len(found) == 3 and all({**line, "step": 0} == {**found[0], "step": 0} for line in found)
+    assert len(found) == 4 and all({**line, "step": 0} == {**found[0], "step": 0} for line in found)
     assert found[0]["val_loss"] == found[0]["val_text_loss"] + found[0]["val_image_loss"]
     trainer = built(**options)
     assert (
@@ -370,7 +370,7 @@ def test_validation_is_once_an_epoch_by_default(options: dict[str, Any], records
             "val_data_path": str(records),
         }
     )
-    assert [line["step"] for line in metrics(options["output_dir"]) if "val_loss" in line] == [2, 4]
+    assert [line["step"] for line in metrics(options["output_dir"]) if "val_loss" in line] == [0, 2, 4]
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_best(options: dict[str, Any], records: Path):

@@ -6,7 +6,7 @@ RUN/
   bad_steps.jsonl      steps that were left out, with their records
   bad_records.jsonl    records that were left out
   step_N/              a checkpoint: weights, optimiser, trainer.json, training_config.json, manifest.json
-  best/                the weights with the lowest validation loss
+  best/                the weights of the best validation
   samples/step_N/      answers to the prompts: index.json and pictures
   ranks/               rank_N.json, the heartbeat of a process; rank_N.stack.txt and hang.txt after a hang
   tensorboard/, wandb/, wandb_run_id, trackio_run_id     of the trackers

@@ -26,6 +26,7 @@ POINTS = 2048  # of a curve, at most: more than any chart has columns
 RECENT = 200  # lines kept as they are, of training and of validation each
 MARK = 64  # bytes before the offset that must still stand there, or the file has been rewritten
 MAX_STEP = 1 << 53
+NAMES, NAME_LENGTH = 200, 100  # of grouped curves: at most so many, no longer than this
 HUGE = 1e300  # a value beyond is none: sums and ranges of such overflow
 
 
@@ -49,6 +50,8 @@ class Log:
         validations: The last lines of validation.
         skipped: Steps that were left out, the last ones.
         latest: The last value of each curve.
+        groups: Names of grouped numbers (``val/text_loss_by_task/edit``) by their group, what stands before
+            the last stroke; in the order in which they came.
     """
 
     def __init__(self, steps: tuple[int, int] = (0, MAX_STEP)):
@@ -62,6 +65,7 @@ class Log:
         self.last_step: int | None = None
         # name -> [2, n] float64, steps and values in the order of the file; in parts until they are drawn
         self._curves: dict[str, list[np.ndarray]] = {name: [] for name in CURVES}
+        self.groups: dict[str, list[str]] = {}
         self._points: dict[str, list[Point]] = {}
 
     def add(self, entries: list[dict[str, Any]], n_unreadable: int = 0) -> None:
@@ -72,6 +76,7 @@ class Log:
             return
         self._points.clear()
         steps = np.array([entry["step"] for entry in entries], float)
+        self._meet([entry for entry in entries if "loss" not in entry])
         for name, parts in self._curves.items():
             values = _column([entry.get(name) for entry in entries])
             there = ~np.isnan(values)
@@ -88,6 +93,15 @@ class Log:
         self.recent.extend(entry for entry in entries[-2 * RECENT :] if "loss" in entry)
         self.validations.extend(entry for entry in entries if "val_loss" in entry)
         self.last_step = entries[-1]["step"]
+
+    def _meet(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Makes curves of grouped numbers that were not met before."""
+        for name in dict.fromkeys(name for entry in entries for name in entry):
+            group, stroke, last = name.rpartition("/")
+            fits = len(name) <= NAME_LENGTH and len(self._curves) < len(CURVES) + NAMES
+            if stroke and group and last and fits and name not in self._curves:
+                self._curves[name] = []
+                self.groups.setdefault(group, []).append(name)
 
     def curve(self, name: str) -> np.ndarray:
         """[2, n] float64: steps, ascending, and values. Of several lines with a step the last one counts."""

@@ -40,6 +40,7 @@ _GUARDS = Table(
         "recent": Items(whole(0, 1)),
     },
 )
+_EVALUATION = Table({}, {"metric": Text(), "greater_is_better": Flag()})
 _SCALE = Table({"scale": Number(1e-300, 1e300), "good": _COUNT})
 
 STATES: dict[str, Rule] = {
@@ -56,7 +57,7 @@ STATES: dict[str, Rule] = {
             "guards": _GUARDS,
             "scale": _SCALE,
         },
-        {"total_steps": whole(1, 10**15)},
+        {"total_steps": whole(1, 10**15), "evaluation": _EVALUATION},
     ),
     OPTIONS: Table(
         {"gradient_accumulation_steps": whole(1, 1 << 24)},

@@ -31,11 +31,12 @@ class Range(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A line to draw. ``run`` is the index of its run."""
+    """A line to draw. ``run`` is the index of its run, ``name`` its own where it is one of a group."""
 
     run: int
     is_validation: bool
     points: list[Point]
+    name: str = ""
 
 
 def smooth(points: Sequence[Point], weight: float) -> list[Point]:

@@ -45,6 +45,7 @@ from unigen.tracking.tracker import need_trackers
 from unigen.training.datasets import RunData
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
+from unigen.training.evaluate import Evaluation
 from unigen.training.guards import BadStepGuard
 from unigen.training.precision import stored_precision, tell_change
 from unigen.training.prepare import tell_compiling, tell_quantising
@@ -60,7 +61,7 @@ class Position:
 
     step: int = 0  # optimiser steps done
     loader: LoaderState = field(default_factory=LoaderState)
-    best: float = math.inf  # lowest validation loss
+    best: float = math.inf  # the best value of the number that decides (metric_for_best_model); inf: none yet
     pending: set[str] = field(default_factory=set)  # what a signal kept from being done after the last step
     saved: int = -1  # the last step with a checkpoint
     sound: bool = True  # are the weights those of ``step``? Not while an update is under way
@@ -108,6 +109,7 @@ class Run:
     saver: Saver
     disk: DiskSpace
     guard: BadStepGuard
+    evaluation: Evaluation | None  # what is measured beside the training
     samples: SampleWriter | None
     resumed: dict[str, Any] | None  # the state that it goes on from; None for a fresh start
     position: Position  # the one thing that changes
@@ -256,6 +258,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
                 verify,
             ),
             guard=BadStepGuard(engine, c, output_dir),
+            evaluation=Evaluation(c, engine, data.val) if data.val else None,
             samples=SampleWriter(c, engine, model) if c.sample_prompts else None,
             resumed=states.get(layout.TRAINER),
             position=position,
@@ -383,6 +386,12 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:
         run.engine.scale.load(state["scale"])
     run.position.load(state)
+    if run.evaluation is not None and not run.evaluation.decides_as(state.get("evaluation", {})):
+        log.warning(
+            "The best checkpoint is now chosen by %s; what was best so far does not count",
+            run.evaluation.metric,
+        )
+        run.position.best = math.inf
     if folder.resolve().parent == run.output_dir.resolve():
         run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -271,38 +271,3 @@ def _restart_peak(device: torch.device) -> int:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
-
-
-@torch.no_grad()
-def validation_losses(
-    engine: Engine,
-    config: Config,
-    batches: Iterable[list[MicroBatch]],
-    agree: Callable[[MicroBatch], bool],
-) -> dict[str, float] | None:
-    """Mean losses over packed sequences with fixed noise and times: equal weights give equal numbers.
-
-    Args:
-        engine, config: of the run.
-        batches: of this process, one at a time, and as many on every process.
-        agree: asked before each, on all processes together; false breaks it off, and the answer is None.
-    """
-    totals = torch.zeros(4, dtype=torch.float64)
-    engine.model.eval()
-    try:
-        for (batch,) in batches:
-            if not agree(batch):
-                return None
-            sums = loss_sums(engine.forward(batch.pack.to(engine.device)))
-            counts = Counts.of([batch.pack])
-            totals += torch.tensor([*map(float, sums), counts.text, counts.image], dtype=torch.float64)
-    finally:
-        engine.model.train()
-    text_sum, image_sum, text, image = engine.sum(totals.tolist())
-    values = {}
-    if text:
-        values["val_text_loss"] = text_sum / text
-    if image:
-        values["val_image_loss"] = image_sum / image
-    text_loss, image_loss = values.get("val_text_loss", 0.0), values.get("val_image_loss", 0.0)
-    return values | {"val_loss": config.text_loss_weight * text_loss + config.image_loss_weight * image_loss}

@@ -26,11 +26,12 @@ from unigen.runs.signals import SignalHandler, Stopped, shielded, watching_worke
 from unigen.runs.space import SpaceError
 from unigen.tracking.tracker import Progress, Tracker
 from unigen.training.engine import open_engine
+from unigen.training.evaluate import told
 from unigen.training.failures import explain, lost_process
 from unigen.training.guards import Diverged, TrainingStopped
 from unigen.training.optim import learning_rate_at, rates
 from unigen.training.run import Run, build
-from unigen.training.step import Counts, StepResult, train_step, validation_losses, warm_up
+from unigen.training.step import Counts, StepResult, train_step, warm_up
 
 log = logging.getLogger("unigen")
 
@@ -148,7 +149,8 @@ class TrainingLoop:
     def _steps(self) -> dict[str, float]:
         run, position, c = self.run, self.position, self.config
         batches = self._batches(run.stream, run.rank_slice, position.loader, run.total_steps - position.step)
-        metrics = self._look(position.pending)  # what a signal broke off
+        # what a signal broke off; and the model before its first step, which all later ones are held against
+        metrics = self._look(position.pending if position.step else self._due())
         while position.step < run.total_steps and not run.guard.exhausted:
             began = time.perf_counter()
             taken = self._next(batches)
@@ -323,9 +325,9 @@ class TrainingLoop:
         """Names what is to be done after the step at hand, before it is saved."""
         run, step = self.run, self.position.step
         last = step == run.total_steps
-        validates = run.val_stream is not None and (step % run.eval_every == 0 or last)
+        validates = run.evaluation is not None and (step % run.eval_every == 0 or last)
         saves = step % self.config.save_steps == 0 or last
-        otherwise = validates if run.val_stream is not None else saves
+        otherwise = validates if run.evaluation is not None else saves
         samples = run.samples is not None and run.samples.due(step, otherwise)
         return {work for work, due in (("validating", validates), ("sampling", samples)) if due}
 
@@ -351,35 +353,40 @@ class TrainingLoop:
         return values
 
     def evaluate(self) -> dict[str, float] | None:
-        """Losses on the validation data; None where a signal broke it off."""
-        run, stream = self.run, self.run.val_stream
-        assert stream is not None
+        """What is measured of the weights as they are; None where a signal broke it off."""
+        run = self.run
+        assert run.evaluation is not None
         rank_slice = replace(run.rank_slice, global_batch=run.rank_slice.world)
 
-        def agree(batch: MicroBatch) -> bool:
+        def batches(stream: PackStream) -> Iterator[list[MicroBatch]]:
+            steps = stream.steps_in(0, rank_slice.global_batch)
+            return self._batches(stream, rank_slice, LoaderState(), steps)
+
+        def agree(batch: MicroBatch, stream: PackStream) -> bool:
             run.tick()
             stop, bad = self.engine.sum([run.signals.asked, len(batch.bad)])
             if bad:
                 run.guard.check_records([batch], stream)
             return not stop
 
-        steps = stream.steps_in(0, rank_slice.global_batch)
-        batches = self._batches(stream, rank_slice, LoaderState(), steps)
-        return validation_losses(self.engine, self.config, batches, agree)
+        return run.evaluation.measure(batches, agree)
 
     def _validate(self) -> dict[str, float]:
-        position = self.position
+        position, evaluation = self.position, self.run.evaluation
+        assert evaluation is not None
         with self._averaged():
             values = self.evaluate()
         if values is None:
             raise Stopped
         if self.tracker:
             self.tracker.log(values, position.step)
-        self.progress.write("Validation: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        better = values["val_loss"] < position.best
+        self.progress.write(f"Validation at step {position.step}: {told(values, evaluation.metric)}")
+        if not position.step:  # the model that the run began with is none of its results
+            return values
+        better = evaluation.improves(values, position.best)
         self.run.guard.validated(better)
         if better:
-            position.best = values["val_loss"]
+            position.best = values[evaluation.metric]
             self._save(layout.BEST)
         return values
 
@@ -440,6 +447,7 @@ class TrainingLoop:
                 "step_rows": run.rank_slice.global_batch,
                 "guards": run.guard.state(),
                 "scale": engine.scale.state(),
+                "evaluation": run.evaluation.state() if run.evaluation is not None else {},
             }
         return states
 

@@ -46,7 +46,7 @@ def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, la
         *PROMPTS,
     ):  # fmt: skip
         assert part in page.text, part
-    assert len(page.charts) == 7 and sorted(p.size for p in page.pictures) == [(48, 48)] + [(128, 128)] * 12
+    assert len(page.charts) == 10 and sorted(p.size for p in page.pictures) == [(48, 48)] + [(128, 128)] * 12
     assert len(page.of("img", "small")) == 1, "the picture that the second prompt gives"
 
 

@@ -13,7 +13,8 @@ from unigen.show.language import Words
 
 
 class Panel(NamedTuple):
-    """A chart: names of the run's curves, ``unit`` a key of the texts or ""."""
+    """A chart: names of the run's curves, ``unit`` a key of the texts or "". With ``members``, curves that
+    share it, ``name`` is that of their group."""
 
     name: str
     validation: str = ""
@@ -21,9 +22,16 @@ class Panel(NamedTuple):
     scale: float = 1.0  # of the values shown
     log: bool | None = False  # None: where the values ask for it
     from_zero: bool = False
+    members: tuple[str, ...] = ()
 
     def title(self, words: Words) -> str:
-        return words("data_wait_share" if self.name == "data_wait" else self.name)
+        if not self.members:
+            return words("data_wait_share" if self.name == "data_wait" else self.name)
+        return words.texts.get(f"of_{self.name.rpartition('/')[2]}", self.name)
+
+    def line(self, curve: Curve, words: Words) -> str:
+        """What a curve of a group is called."""
+        return words.texts.get(f"task_{curve.name}", curve.name)
 
     def values(self, curves: Sequence[Curve]) -> Range:
         """The values that the chart of these curves shows."""
@@ -39,11 +47,13 @@ PANELS = (
     Panel("tokens_per_second", from_zero=True),
     Panel("data_wait", unit="unit_share", scale=100.0, from_zero=True),
 )
+UNITS = {"val/image_loss_by_time": "unit_time"}
+"""Of groups of numbers."""
 
 
 def panels_of(runs: Sequence[RunFolder]) -> list[Panel]:
-    """The charts that have data. A run with one kind of target alone has a total loss that says nothing
-    new."""
+    """The charts that have data, of one run those of its grouped numbers, too. A run with one kind of target
+    alone has a total loss that says nothing new."""
     there = [
         panel
         for panel in PANELS
@@ -53,11 +63,21 @@ def panels_of(runs: Sequence[RunFolder]) -> list[Panel]:
     ]
     names = {panel.name for panel in there}
     single = len(names & {"text_loss", "image_loss"}) == 1
-    return [panel for panel in there if not (single and panel.name == "loss")]
+    there = [panel for panel in there if not (single and panel.name == "loss")]
+    return [*there, *(_grouped(runs[0]) if len(runs) == 1 else [])]
+
+
+def _grouped(run: RunFolder) -> list[Panel]:
+    log = run.metrics.log
+    drawn = {group: tuple(filter(log.points, names)) for group, names in log.groups.items()}
+    return [Panel(group, "", UNITS.get(group, ""), members=names) for group, names in drawn.items() if names]
 
 
 def curves_of(runs: Sequence[RunFolder], panel: Panel, smoothing: float = 0.0) -> list[Curve]:
-    """The lines of a chart: of each run its training, smoothed, and its validation."""
+    """The lines of a chart: of each run its training, smoothed, and its validation; or all of a group."""
+    if panel.members:
+        log = runs[0].metrics.log
+        return [Curve(0, True, log.points(name), name.rpartition("/")[2]) for name in panel.members]
     curves = []
     for i, run in enumerate(runs):
         for is_validation, name in ((False, panel.name), (True, panel.validation)):
@@ -84,7 +104,11 @@ def chart(
     """
     several = len(names) > 1
     lines = []
-    for run, is_validation, points in curves:
+    for number, curve in enumerate(curves):
+        run, is_validation, points, own = curve
+        if own:
+            lines.append(Line(panel.line(curve, words), points, number, True))
+            continue
         name = words("validation" if is_validation else "training")
         if several:
             name = f"{names[run]} · {name}" if is_validation else names[run]

@@ -111,11 +111,13 @@ def _panel(
     title, unit = panel.title(words), "%" if panel.unit == "unit_share" else ""
     extent = f"{figure(values.low)} … {'↑' * values.cut}{figure(values.high)}{unit}"
     rows: list[list[Text | Stretched]] = []
-    if several:
+    if several or panel.members:
         rows.append([line((title, "bold")), one_line((extent, "soft"))])
     for curve in curves:
         name, note = (runs[curve.run].name, "") if several else (title, extent)
-        if curve.is_validation:
+        if panel.members:
+            name, note = f"  {panel.line(curve, words)}", ""
+        elif curve.is_validation:
             name = name if several else f"  {words('validation')}"
             note = f"{words('best')} {figure(min(p.low for p in curve.points))}"
             note = f"{words('validation')}, {note}" if several else note
