@@ -118,7 +118,8 @@ def test_losses_are_those_of_one_process_within_1e_6(elastic: tuple[Path, dict[s
     folder, _ = elastic
     found, wanted = metrics(folder / "run"), metrics(folder / "one")
     assert [line["step"] for line in found] == [
-        step for step in range(1, STEPS + 1) for _ in ("trained", "validated")
+        0,
+        *(step for step in range(1, STEPS + 1) for _ in ("trained", "validated")),
     ]
     for a, b in zip(found, wanted, strict=True):
         for name in (

@@ -15,6 +15,7 @@ import torch
 from sampling import files, pixels, sampler_of, write_prompts
 from tiny import batch_of, built, draw_picture, step_of
 
+from unigen.config import Config
 from unigen.inference.context import ContextBuilder
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.prompts import PromptError
@@ -24,7 +25,9 @@ from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import open_image
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Image, Origin, Record, Text
-from unigen.training.samples import GIVEN_SIDE, SampleWriter, small_pictures
+from unigen.training.answering import small_pictures
+from unigen.training.samples import GIVEN_SIDE, SampleWriter
+from unigen.training.trainer import UnifiedTrainer
 
 
 @pytest.fixture
@@ -189,6 +192,29 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(
         (tmp_path / "run-True" / "samples" / f"step_{step}" / "000_0.png").read_bytes() for step in range(3)
     ]
     assert len(set(pictures)) == 3, "the samples do not show that the weights move"
+
+
+def test_average_and_weights_answer_side_by_side(options: dict[str, Any], prompts: Path):
+    """Passes when index.json holds the average's answers, and under raw those of the weights, which a run
+    without an average gives to the byte; at step 0 both are one."""
+    found = {}
+    for ema in (None, 0.9):
+        run = Path(f"{options['output_dir']}-{ema}")
+        given = {"sample_prompts": str(prompts), "sample_steps": 2, "ema": ema, "output_dir": str(run)}
+        UnifiedTrainer(Config(**options | given)).train()
+        found[ema] = run / "samples"
+    plain, average = found[None] / "step_2", found[0.9] / "step_2"
+    index, both = (json.loads((folder / "index.json").read_text("utf-8")) for folder in (plain, average))
+    assert all("raw" not in line for line in index)
+    for line, pair in zip(index, both, strict=True):
+        for piece, raw in zip(line["pieces"], pair["raw"]["pieces"], strict=True):
+            if "image" in piece:
+                assert (plain / piece["image"]).read_bytes() == (average / raw["image"]).read_bytes()
+            else:
+                assert piece == raw
+    name = both[0]["pieces"][0]["image"]
+    assert (average / name).read_bytes() != (plain / name).read_bytes()
+    assert "raw" not in json.loads((found[0.9] / "step_0" / "index.json").read_text("utf-8"))[0]
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5, 12])

@@ -39,7 +39,8 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Answer:
     """The answer to a prompt at a step: ``pieces`` are {"text": str} or {"image": path}, ``given`` are the
-    prompt's pictures, ``error`` says why there are no pieces."""
+    prompt's pictures, ``error`` says why there are no pieces. Where an average of the weights answered,
+    ``raw`` is what the weights themselves did."""
 
     step: int
     prompt: str
@@ -47,6 +48,7 @@ class Answer:
     pieces: tuple[dict[str, Any], ...]
     error: str = ""
     given: tuple[Path, ...] = ()
+    raw: Answer | None = None
 
 
 class RunFolder:
@@ -139,19 +141,16 @@ class RunFolder:
         found = self._json(folder / layout.SAMPLES_INDEX)
         answers = []
         for entry in found if isinstance(found, list) else []:
-            if not isinstance(entry, dict) or not isinstance(entry.get("pieces"), list):
+            if (pieces := _pieces(folder, entry)) is None:
                 continue
-            pieces = []
-            for piece in entry["pieces"]:
-                if isinstance(piece, dict) and isinstance(piece.get("text"), str):
-                    pieces.append({"text": piece["text"]})
-                elif isinstance(piece, dict) and (path := _inside(folder, piece.get("image"))):
-                    pieces.append({"image": path})
             seed = entry.get("seed") if isinstance(entry.get("seed"), int) else None
             names = entry.get("given") if isinstance(entry.get("given"), list) else []
             given = tuple(path for name in names if (path := _inside(folder, name)))
             prompt, error = str(entry.get("prompt", "")), str(entry.get("error") or "")
-            answers.append(Answer(step, prompt, seed, tuple(pieces), error, given))
+            own, raw = entry.get("raw"), None
+            if (raw_pieces := _pieces(folder, own)) is not None:
+                raw = Answer(step, prompt, seed, raw_pieces, str(own.get("error") or ""))
+            answers.append(Answer(step, prompt, seed, pieces, error, given, raw))
         return answers
 
     # ---- files
@@ -242,6 +241,19 @@ def _names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError:
         return []
+
+
+def _pieces(folder: Path, entry: Any) -> tuple[dict[str, Any], ...] | None:
+    """The pieces of an answer in ``index.json``; None where it is none."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("pieces"), list):
+        return None
+    pieces: list[dict[str, Any]] = []
+    for piece in entry["pieces"]:
+        if isinstance(piece, dict) and isinstance(piece.get("text"), str):
+            pieces.append({"text": piece["text"]})
+        elif isinstance(piece, dict) and (path := _inside(folder, piece.get("image"))):
+            pieces.append({"image": path})
+    return tuple(pieces)
 
 
 def _inside(folder: Path, name: Any) -> Path | None:

@@ -345,8 +345,9 @@ class TrainingLoop:
                     values = self._validate()
                 position.pending.discard("validating")
             if "sampling" in due and run.samples is not None:
-                with run.signals.phase("sampling"), self._averaged():
-                    run.samples.run(position.step, self.tracker)
+                with run.signals.phase("sampling"):
+                    apart = run.ema is not None and position.step > 0  # at step 0 both are the same
+                    run.samples.run(position.step, self.tracker, self._averaged if apart else None)
                 position.pending.discard("sampling")
         except Stopped:
             self._stop()

@@ -164,9 +164,14 @@ def _samples(
     pictures, prompts = Pictures(words), []
     for key in keys[:SHOWN_PROMPTS]:
         there = [(begin, found[key]) for begin, found in columns if key in found]
-        answers = [(begin + words("step_alone", step=a.step), _parts(a, pictures)) for begin, a in there]
+        raw = [(begin, a.raw) for begin, a in there if a.raw is not None]
+        rows = [
+            [(begin + words("step_alone", step=a.step), _parts(a, pictures)) for begin, a in some]
+            for some in (there, raw)
+        ]
         given = [pictures.show(path) for path in there[-1][1].given]
-        prompts.append({"text": _cut(key[0]), "seed": key[1], "given": given, "answers": answers})
+        shown = {"answers": rows[0], "raw": rows[1]}
+        prompts.append({"text": _cut(key[0]), "seed": key[1], "given": given, **shown})
     return {"note": note, "prompts": prompts, "more": more(len(keys) - SHOWN_PROMPTS, words)}
 
 
