@@ -118,15 +118,19 @@ class Config(
         return "fp32" if self.precision == "auto" and self.bf16 is False else self.precision
 
     def sources(self) -> list[Source]:
-        """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one.
+        """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one; and
+        ``preserve_data_path``.
 
         Raises:
             ConfigError: an entry of ``train_sources`` has an unknown key or a bad value, or two have one
                 name.
         """
+        kept = self.preserve_data_path
+        more = [Source(kept, "preserve_data_path", repeat=True, preserve=True)] if kept else []
         if not self.train_sources:
-            return [Source(self.train_data_path, "train_data_path")] if self.train_data_path else []
+            return [Source(self.train_data_path, "train_data_path"), *more] if self.train_data_path else more
         found = [Source.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)]
+        found += more
         names = [source.name for source in found]
         for name in names:
             if names.count(name) > 1:

@@ -19,7 +19,7 @@ _NEEDS = {
 
 def conflicts(c: Any) -> Rules:
     """All rules for a ``Config``, whether broken or not."""
-    for topic in (_missing, _nothing_to_learn, _at_odds, _adapters, _quantised):
+    for topic in (_missing, _nothing_to_learn, _at_odds, _adapters, _quantised, _preserving):
         yield from topic(c)
 
 
@@ -191,6 +191,32 @@ def _quantised(c: Any) -> Rules:
         "dora does not work over int8. Fix: --quantize nf4, or --lora_variant lora",
     )
     yield c.compile == "on", "compile", "is on, which quantised layers do not allow. Fix: --compile auto"
+
+
+def _preserving(c: Any) -> Rules:
+    """The distance to the model as it was."""
+    marked = any(isinstance(s, dict) and s.get("preserve") for s in c.train_sources or ())
+    if c.preserve_weight is None:
+        for name in ("preserve_data_path", "preserve_share"):
+            yield getattr(c, name) is not None, name, "needs preserve_weight. Fix: --preserve_weight 1"
+        yield marked, "train_sources", "has preserve, which needs preserve_weight. Fix: --preserve_weight 1"
+        return
+    yield (
+        c.engine == "deepspeed",
+        "preserve_weight",
+        "does not work with engine deepspeed, whose weights cannot be exchanged. Fix: use fsdp2",
+    )
+    yield c.preserve_share == 0, "preserve_share", "is 0, so that nothing is kept. Fix: a share above 0"
+    yield (
+        c.preserve_share == 1 and c.preserve_data_path,
+        "preserve_share",
+        "is 1, which leaves no sample to learn from. Fix: a share below 1",
+    )
+    yield (
+        c.preserve_share is not None and marked and not c.preserve_data_path,
+        "preserve_share",
+        "says nothing beside sources with preserve, whose weights say it. Fix: leave it out",
+    )
 
 
 _WITHOUT_ADAPTERS = {

@@ -90,6 +90,7 @@ class Source(Options):
             weight 1 while both run. Default: its number of records, which spreads all evenly over the epoch.
         repeat: Start again, in a new order, when it ends before the others; otherwise each of its records is
             met exactly once an epoch.
+        preserve: Learn nothing from its records: the model is to stay what it was on them (preserve_weight).
         max_image_tokens: As the option of that name, for this source alone.
         max_image_size: Longest side in pixels that the VAE sees. Default: the model's (1024).
         min_image_size: Shortest side in pixels that the VAE sees. Default: the model's (512).
@@ -102,6 +103,7 @@ class Source(Options):
     name: str = ""
     weight: Positive | None = None
     repeat: bool = False
+    preserve: bool = False
     max_image_tokens: Count | None = None
     max_image_size: Count | None = None
     min_image_size: Count | None = None
@@ -186,6 +188,7 @@ class LoaderOptions(Options):
         train_sources: Several sources with weights, as a list in a recipe, in place of train_data_path; see
             docs/data.md.
         val_data_path: Held-out data of the same kinds, for validation.
+        preserve_data_path: Data of the same kinds, on which the model stays what it was (preserve_weight).
         cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
         batch_size: Samples in a packed sequence.
         max_num_tokens: Token budget of a packed sequence; when given, it decides how many samples one holds.
@@ -200,6 +203,7 @@ class LoaderOptions(Options):
     train_data_path: PathText | list[PathText] | None = None
     train_sources: list[Annotated[dict[str, Any], KeysOf(Source)]] | None = None
     val_data_path: PathText | list[PathText] | None = None
+    preserve_data_path: PathText | list[PathText] | None = None
     cache_dir: PathText | None = None
     batch_size: Count = 1
     max_num_tokens: Count | None = None
@@ -249,6 +253,10 @@ class OptimOptions(Options):
         warmup_steps: The same as a number of steps; wins over warmup_ratio.
         text_loss_weight: Weight of the text cross-entropy.
         image_loss_weight: Weight of the image flow-matching loss.
+        preserve_weight: Keep what the model could: weight of its distance to the model of model_path, at
+            labels and in velocities. Default: no such distance.
+        preserve_share: Share of the samples that preserve_data_path gives; without such data, of those of the
+            training data that are also kept. Default: 0.25.
         ema: Decay of the exponential moving average of the weights (for example 0.9999); none keeps no
             average.
         optimizer: adamw, or adamw8bit with its two moments in 8 bits (2 bytes a parameter instead of 8; needs
@@ -281,6 +289,8 @@ class OptimOptions(Options):
     warmup_steps: Whole | None = None
     text_loss_weight: Loss = 1.0
     image_loss_weight: Loss = 1.0
+    preserve_weight: Positive | None = None
+    preserve_share: Share | None = None
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 

@@ -9,7 +9,7 @@ import torch
 
 from unigen.sequence.pack import Geometry, pack_blocks
 from unigen.sequence.tokens import SpecialIds
-from unigen.sequence.types import Block, Kind, Pack, Sight
+from unigen.sequence.types import Aim, Block, Kind, Pack, Sight
 
 SPECIAL = SpecialIds(50, 51, 52, 53, 54)
 GEOMETRY = Geometry(
@@ -281,3 +281,25 @@ def test_vit_pictures_with_features_keep_their_place_among_those_with_patches():
     )
     moved = mixed.map(lambda t: t.clone())
     assert torch.equal(moved.vit_features[0], ready.features) and moved.vit_features[0] is not ready.features
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_samples_learn_or_are_kept_as_their_aims_say(seed: int):
+    r = random.Random(seed)
+    samples = [random_sample(r) for _ in range(r.randint(1, 4))]
+    aims = [r.choice((Aim.LEARN, Aim.KEEP, Aim.LEARN | Aim.KEEP)) for _ in samples]
+    whole, pack = (pack_blocks(samples, SPECIAL, GEOMETRY, aims=chosen) for chosen in ((), aims))
+    assert whole.kept_label_rows is None and whole.n_kept_labels == whole.n_kept_image == 0
+    sums = []
+    for name, first in (("label", 0), ("noised", whole.n_und)):
+        rows = getattr(whole, f"{name}_rows")
+        aimed = [aims[s] for s in whole.sample[rows + first].tolist()]
+        learnt = torch.tensor([Aim.LEARN in aim for aim in aimed], dtype=torch.bool)
+        kept = torch.tensor([Aim.KEEP in aim for aim in aimed], dtype=torch.bool)
+        assert torch.equal(getattr(pack, f"{name}_rows"), rows[learnt])
+        assert torch.equal(getattr(pack, f"kept_{name}_rows"), rows[kept])
+        weights = getattr(whole, f"{name}_weight")
+        sums.append(float(learnt.sum() if weights is None else weights[learnt].sum()))
+        if weights is not None:
+            assert torch.equal(getattr(pack, f"{name}_weight"), weights[learnt])
+    assert pack.target_weights == pytest.approx(sums)

@@ -116,7 +116,7 @@ def train(
         else:
             rows = step[rank]
         result = step_of(trainer, [batch_of(trainer, row) for row in rows], 2e-3)
-        found.append([result.text_loss, result.image_loss, result.grad_norm])
+        found.append([result.text_loss, result.image_loss, result.grad_norm, *result.kept])
     return found
 
 

@@ -27,7 +27,7 @@ from unigen.data.packing import Packer
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import PictureError
 from unigen.sequence.pack import pack_blocks
-from unigen.sequence.types import BadRecord, Pack
+from unigen.sequence.types import Aim, BadRecord, Pack
 
 CHUNK = 4096  # records whose lengths are computed at once
 SMALL = 2**20  # bytes of a pack's tensors up to which they are sent through a pipe
@@ -143,16 +143,32 @@ class RankSlice:
 class PackStream:
     """The packed sequences of a mixture in global order, and how many steps they make."""
 
-    def __init__(self, mixture: Mixture, batch_size: int = 1, budget: int | None = None, masks: bool = False):
+    def __init__(
+        self,
+        mixture: Mixture,
+        batch_size: int = 1,
+        budget: int | None = None,
+        masks: bool = False,
+        kept_share: float = 0.0,
+    ):
         """``batch_size`` samples a sequence, or with ``budget`` as many as its tokens hold; ``masks`` as in
-        :func:`pack_blocks`."""
+        :func:`pack_blocks`; ``kept_share``: chance that a sample that learns is also kept (:meth:`aim`)."""
         self.mixture, self.batch_size, self.budget, self.masks = mixture, batch_size, budget, masks
+        self.kept_share = kept_share
+        self.keeps = kept_share > 0 or any(part.preserve for part in mixture.parts)
         self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
 
     def key(self, record: int, number: int) -> RandomKey:
         """The key of a sample's random numbers; ``number`` is the epoch pass over the record's source."""
         return RandomKey(self.mixture.seed, number, record, self.mixture.training)
+
+    def aim(self, key: RandomKey) -> Aim:
+        """What a sample is trained for; in the warm-up batch for all that it can be."""
+        if self.mixture.part(key.record)[0].preserve:
+            return Aim.KEEP
+        chance = key.choices("preserve").random() if key.training else 0.0
+        return Aim.LEARN | Aim.KEEP if chance < self.kept_share else Aim.LEARN
 
     def sequences(self, state: LoaderState) -> Iterator[tuple[list[int], LoaderState]]:
         """The packed sequences of the rest of an epoch: positions in its order, and the state after each."""
@@ -254,7 +270,7 @@ class PackStream:
 
     def build_samples(self, keys: Sequence[RandomKey], after: LoaderState) -> MicroBatch:
         """:meth:`build` for any epoch passes."""
-        samples, origins, bad, good = [], [], [], []
+        samples, origins, bad, good, aims = [], [], [], [], []
         for key in keys:
             record, blocks, planner = self.mixture.outline(key.record, key)
             try:
@@ -267,10 +283,11 @@ class PackStream:
                 continue
             origins.append(str(record.origin))
             good.append(key.record)
+            aims += [self.aim(key)] if self.keeps else []
         # tokens and geometry are those of the model, whatever the source
         planner = self.mixture.parts[0].planner
         pack = pack_blocks(
-            samples, planner.tokenizer.special, planner.geometry, origins=origins, masks=self.masks
+            samples, planner.tokenizer.special, planner.geometry, origins=origins, masks=self.masks, aims=aims
         )
         return MicroBatch(pack, good, after, bad)
 

@@ -36,6 +36,7 @@ class DataSource:
     planner: Planner
     weight: float | None = None
     repeat: bool = False
+    preserve: bool = False  # nothing is learnt from it: the model is to stay what it was there
 
     def __post_init__(self) -> None:
         assert self.dataset.lengths is not None, "the data set was built without token_lengths"
@@ -108,10 +109,11 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what the order depends on: the records, and with several sources their weights."""
+        """Digest of what the order and the aims depend on: the records, and with several sources their
+        weights."""
         if len(self.parts) == 1 and not self.parts[0].repeat:
             return self.parts[0].dataset.fingerprint
-        rows = [[p.dataset.fingerprint, p.weight, p.repeat] for p in self.parts]
+        rows = [[p.dataset.fingerprint, p.weight, p.repeat] + ["preserve"] * p.preserve for p in self.parts]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def part(self, record: int) -> tuple[DataSource, int]:
@@ -223,7 +225,7 @@ class Mixture:
                 mine = sum(n for kind, n in table.items() if kind != "trained_text")
                 share = (
                     f"{count:,} passes ({count / sum(passes):.1%}) over {len(part.dataset):,} records,"
-                    f" {mine / tokens:.1%} of all tokens"
+                    f" {mine / tokens:.1%} of all tokens{', kept and not learnt' if part.preserve else ''}"
                 )
                 lines.append(f"source    {part.name}: {share}; {_words(table, max(mine, 1.0))}")
             lines += self._early() if self.training else []

@@ -7,9 +7,9 @@ states come out; with caches the pack continues them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class Output(NamedTuple):
     # each times the weight of its target
     ce: Tensor  # [labels] cross-entropy of each label token, float32, in stored order
     mse: Tensor  # [noised tokens, patch_dim] squared error of the velocity, float32
+    read: Any = None  # what the caller's reader made of the hidden states
 
     @property
     def hidden(self) -> Tensor:
@@ -202,10 +203,16 @@ class Bagel(nn.Module):
         """Velocities [..., patch_dim] float32."""
         return self.llm2vae(hidden).float()
 
-    def forward(self, pack: Pack, latents: Sequence[Tensor] | None = None) -> Output:
+    def forward(
+        self,
+        pack: Pack,
+        latents: Sequence[Tensor] | None = None,
+        read: Callable[[Bagel, Halves], Any] | None = None,
+    ) -> Output:
         """The training forward: per-token losses of a packed sequence.
 
-        ``latents`` default to the sequence's own pictures, encoded.
+        ``latents`` default to the sequence's own pictures, encoded. ``read`` takes more from the model and
+        the hidden states, while parameters that are shared out are gathered.
         """
         x0 = self.clean_tokens(pack, self.latents_of(pack) if latents is None else latents)
         t = flow.training_time(pack.u, self.config.timestep_shift)
@@ -215,14 +222,15 @@ class Bagel(nn.Module):
         )
         if pack.label_weight is not None:
             ce = ce * pack.label_weight
+        seen = read(self, hidden) if read is not None else None
         if not self.config.visual_gen:
-            return Output(hidden, ce, hidden[0].new_zeros(0, 0, dtype=torch.float32))
+            return Output(hidden, ce, hidden[0].new_zeros(0, 0, dtype=torch.float32), seen)
         drawn = hidden[1] if len(hidden) > 1 else hidden[0][:0]
         predicted = self.velocities(drawn[pack.noised_rows])
         mse = (predicted - flow.velocity(x0, pack.noise)[pack.noised_rows]) ** 2
         if pack.noised_weight is not None:
             mse = mse * pack.noised_weight[:, None]
-        return Output(hidden, ce, mse)
+        return Output(hidden, ce, mse, seen)
 
 
 def token_losses(head: nn.Linear, hidden: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:

@@ -19,7 +19,7 @@ FEW_ROWS, LARGE = 64, 1 << 17
 
 class Linear(nn.Linear):
     """``nn.Linear``, whose products of few rows (a token that is being written) take half the time on a CPU
-    without gradients.
+    in evaluation without gradients.
 
     PyTorch's own choice there, MKL, reads the weights at a third of the memory's speed; the operation called
     instead is the one that ``torch.compile`` chooses on a CPU.
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         """[n, inputs] -> [n, outputs]."""
         # The number of rows is looked at last: while a compiler traces, that would make a version of its own
         # for few rows.
-        plain = x.is_cpu and _plain() and x.dtype == self.weight.dtype == torch.float32
+        plain = not self.training and x.is_cpu and _plain() and x.dtype == self.weight.dtype == torch.float32
         if plain and x.ndim == 2 and self.weight.numel() >= LARGE and x.shape[0] <= FEW_ROWS:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

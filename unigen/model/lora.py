@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,20 @@ def activate(model: Bagel, weights: Mapping[str, float]) -> None:
             module.set_adapter(taking_part, inference_mode=True)
             for name in taking_part:
                 module.set_scale(name, weights[name])
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes as the base below its adapters."""
+    # peft's own enable_adapters would also change what trains, which a wrapped model does not bear
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 # ---- values

@@ -17,7 +17,10 @@ import numpy as np
 
 from unigen.foreign import ForeignFileError, open_file
 
-TRAIN = ("loss", "text_loss", "image_loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait")
+TRAIN = (
+    "loss", "text_loss", "image_loss", "preserve_loss", "grad_norm", "learning_rate", "tokens_per_second",
+    "data_wait",
+)  # fmt: skip
 VALIDATION = ("val_loss", "val_text_loss", "val_image_loss")
 CURVES = (*TRAIN, *VALIDATION)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from unigen.sequence.blockmask import flex_mask
 from unigen.sequence.grid import grid_positions
 from unigen.sequence.tokens import SpecialIds
-from unigen.sequence.types import Block, Kind, Pack, Sight
+from unigen.sequence.types import Aim, Block, Kind, Pack, Sight
 
 NO_LABEL = -100
 
@@ -50,6 +50,7 @@ def pack_blocks(
     positions: Sequence[int] | None = None,
     origins: Sequence[str] = (),
     masks: bool = False,
+    aims: Sequence[Aim] = (),
 ) -> Pack:
     """Packs filled-in blocks of several samples into one sequence.
 
@@ -60,6 +61,7 @@ def pack_blocks(
         positions: RoPE position at which each sample goes on (0 where nothing is given).
         origins: where each sample came from, for messages.
         masks: add the mask as flex attention takes it.
+        aims: what each sample is trained for; without any all learn.
     """
     content, placed, index = _Content(geometry), [], 0
     for s, blocks in enumerate(samples):
@@ -72,7 +74,26 @@ def pack_blocks(
                 index += len(block)
             position = next_position(position, block)
     pack = _finish(placed, special, content, len(samples), list(origins))
+    pack = _aimed(pack, aims) if aims else pack
     return with_mask(pack) if masks else pack
+
+
+def _aimed(pack: Pack, aims: Sequence[Aim]) -> Pack:
+    """The pack, whose samples learn or are kept as ``aims`` say."""
+    learns, kept = (torch.tensor([bool(aim & mine) for aim in aims]) for mine in (Aim.LEARN, Aim.KEEP))
+    labels, noised = pack.label_rows, pack.noised_rows
+    of_labels, of_noised = pack.sample[labels], pack.sample[pack.n_und :][noised]
+    weights: dict[str, Any] = {}
+    if pack.label_weight is not None and pack.noised_weight is not None:
+        own = pack.label_weight[learns[of_labels]], pack.noised_weight[learns[of_noised]]
+        sums = tuple(float(weight.sum(dtype=torch.float64)) for weight in own)
+        weights = {"label_weight": own[0], "noised_weight": own[1], "weight_sums": sums}
+    return replace(
+        pack,
+        label_rows=labels[learns[of_labels]], noised_rows=noised[learns[of_noised]],
+        kept_label_rows=labels[kept[of_labels]], kept_noised_rows=noised[kept[of_noised]],
+        **weights,
+    )  # fmt: skip
 
 
 def with_mask(pack: Pack) -> Pack:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +82,13 @@ class Kind(IntEnum):
     VIT = 1  # ViT patches: base weights
     CLEAN = 2  # VAE latents at t = 0: `_moe_gen` weights
     NOISED = 3  # VAE latents at t > 0, trained with the flow-matching loss: `_moe_gen` weights
+
+
+class Aim(IntFlag):
+    """What a sample is trained for: its targets, or to stay near the model as it was."""
+
+    LEARN = 1
+    KEEP = 2
 
 
 class Sight(IntEnum):
@@ -182,6 +189,10 @@ class Pack:
     label_weight: Tensor | None = None  # [labels] float32
     noised_weight: Tensor | None = None  # [noised tokens] float32
     weight_sums: tuple[float, float] | None = None  # of both
+    # As `label_rows` and `noised_rows`, of the samples that are to stay near the model as it was; None where
+    # nobody asked for it
+    kept_label_rows: Tensor | None = None
+    kept_noised_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -205,6 +216,16 @@ class Pack:
         """The pack's share of the denominators of the text loss and of the image loss: its label tokens and
         its noised tokens, each with its weight."""
         return self.weight_sums or (self.n_text_labels, self.n_image_targets)
+
+    @property
+    def n_kept_labels(self) -> int:
+        """Label tokens at which the pack is to stay near the model as it was."""
+        return 0 if self.kept_label_rows is None else len(self.kept_label_rows)
+
+    @property
+    def n_kept_image(self) -> int:
+        """Noised latent tokens at which the pack is to stay near the model as it was."""
+        return 0 if self.kept_noised_rows is None else len(self.kept_noised_rows)
 
     @property
     def n_ready(self) -> int:

@@ -14,6 +14,7 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "loss": ("loss", ".4f"),
     "text_loss": ("text", ".4f"),
     "image_loss": ("image", ".4f"),
+    "preserve_loss": ("kept", ".4f"),
     "grad_norm": ("norm", ".3f"),
     "learning_rate": ("lr", ".2e"),
     "tokens_per_second": ("tok/s", ",.0f"),

@@ -17,6 +17,8 @@ from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
 
+KEPT_SHARE = 0.25  # preserve_share where none is given
+
 
 class RunData:
     """Reads and checks the data that the config names, on every process.
@@ -54,12 +56,22 @@ class RunData:
                     dataset.describe(),
                 )
             planner.cache = self.cache
-            parts.append(DataSource(source.name, dataset, planner, source.weight, source.repeat))
+            parts.append(
+                DataSource(
+                    source.name, dataset, planner, source.weight, source.repeat, preserve=source.preserve
+                )
+            )
+        share = c.preserve_share or KEPT_SHARE
+        if training and c.preserve_data_path:
+            learnt = sum(part.weight or len(part.dataset) for part in parts[:-1])
+            parts[-1].weight = learnt * share / (1 - share)
+        own = training and c.preserve_weight is not None and not any(part.preserve for part in parts)
         mixture = Mixture(parts, c.seed, training)
         if self.engine.main:
             log.info("%s", mixture.describe())
         # On a GPU attention takes its mask from the loader.
-        return PackStream(mixture, c.batch_size, c.max_num_tokens, masks=self.engine.device.type == "cuda")
+        masks = self.engine.device.type == "cuda"
+        return PackStream(mixture, c.batch_size, c.max_num_tokens, masks, share if own else 0.0)
 
     def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
         c, main = self.config, self.engine.main

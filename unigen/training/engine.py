@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from unigen.model.backends import autocast, pick_device, prefer_flash, use_expan
 from unigen.model.bagel import Bagel, Output
 from unigen.model.lora import check_same_parts, digest_of
 from unigen.model.parts import dtype_of, is_adapter, title
-from unigen.model.storage import Stored
+from unigen.model.storage import Stored, scan_folder
 from unigen.model.weights import build_bagel, load_codec, place_parameter
 from unigen.runs.channel import Channel
 from unigen.sequence.types import Pack
@@ -79,6 +80,7 @@ class Engine:
         self.channel = Channel(self.world, self.device)
         self._compute_alike()
         self.scale = LossScale(self.dtype == torch.float16)
+        self.teacher: Any = None  # the model as it was, where the run stays near it (``preserve.py``)
         self.tick: Callable[[], None] = lambda: None  # told of progress while loading
         self._optimised: dict[str, nn.Parameter] = {}  # what the optimiser holds of each trainable parameter
 
@@ -183,8 +185,9 @@ class Engine:
         self.compiled = prepare(model, c, self.device.type, self.name, self.dtype)
         self.model = model.train()
         if adapter := model.adapters.get(NAME):
-            digest = digest_of(stored)
-            model.adapters[NAME] = replace(adapter, digest=digest)
+            # beside an adapter that goes on, what it trained whole is no longer the base's
+            base = scan_folder(folder) if given else stored
+            model.adapters[NAME] = replace(adapter, digest=digest_of(base))
             if given:
                 check_same_parts(folder, dict(model.named_parameters()), given)
         self.place(stored | given)
@@ -223,10 +226,11 @@ class Engine:
         """Around sampling, which uses every weight again and again."""
         return autocast(self.device, self.dtype, cache=True)
 
-    def forward(self, pack: Pack) -> Output:
-        """The training forward of a packed sequence; weights are used once, so no lowered copy is kept."""
+    def forward(self, pack: Pack, **more: Any) -> Output:
+        """The training forward of a packed sequence; weights are used once, so no lowered copy is kept.
+        ``more``: of ``Bagel.forward``."""
         with autocast(self.device, self.dtype, cache=False):
-            return self.wrapped(pack)
+            return self.wrapped(pack, **more)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; ``last`` of its step."""

@@ -49,6 +49,7 @@ from unigen.training.evaluate import Evaluation
 from unigen.training.guards import BadStepGuard
 from unigen.training.precision import stored_precision, tell_change
 from unigen.training.prepare import tell_compiling, tell_quantising
+from unigen.training.preserve import Teacher
 from unigen.training.samples import SampleWriter
 from unigen.training.state import RunState, global_batch_of
 
@@ -221,6 +222,8 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         refuse_nonfinite(
             resume or source.folder, sorted({name for part in said for name in json.loads(part)})
         )
+        if c.preserve_weight is not None:
+            engine.teacher = Teacher(engine, source, states.get(layout.TRAINER))
         ema = EMA(engine.shards(), c.ema) if c.ema else None
         run = Run(
             config=c,
@@ -263,6 +266,8 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             resumed=states.get(layout.TRAINER),
             position=position,
         )
+        if engine.teacher is not None:
+            engine.teacher.settle = run.saver.settle
         if resume is not None:
             _restore(run, resume, states)
         _describe(run)

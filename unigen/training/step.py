@@ -22,6 +22,7 @@ from unigen.data.loader import LoaderState, MicroBatch, PackStream
 from unigen.model.bagel import Output
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Pack
+from unigen.training import preserve
 from unigen.training.engine import Engine
 from unigen.training.failures import LESS_MEMORY
 from unigen.training.guards import TrainingStopped
@@ -35,11 +36,13 @@ _LOOKED_AT = 64  # records in which other targets are looked for, where the warm
 @dataclass(frozen=True)
 class Counts:
     """What an optimiser step contains: text targets and image targets, each with its weight (the
-    denominators), and tokens."""
+    denominators), tokens, and the targets of both kinds at which the model is to stay what it was."""
 
     text: float
     image: float
     tokens: float = 0.0
+    kept_text: float = 0.0
+    kept_image: float = 0.0
 
     @classmethod
     def of(cls, packs: Sequence[Pack]) -> Counts:
@@ -48,6 +51,8 @@ class Counts:
             sum(pack.target_weights[0] for pack in packs),
             sum(pack.target_weights[1] for pack in packs),
             sum(len(pack) for pack in packs),
+            sum(pack.n_kept_labels for pack in packs),
+            sum(pack.n_kept_image for pack in packs),
         )
 
 
@@ -60,6 +65,7 @@ class StepResult:
     counts: Counts
     grad_norm: float
     refused: str  # why the step changed nothing; "" where it was taken
+    kept: tuple[float, float] = (0.0, 0.0)  # mean distances to the model as it was: of texts, of images
 
     def metrics(self, config: Config) -> dict[str, float]:
         """The step as it is logged; a loss without targets is left out."""
@@ -73,6 +79,8 @@ class StepResult:
             values["text_loss"] = self.text_loss
         if self.counts.image:
             values["image_loss"] = self.image_loss
+        if config.preserve_weight is not None:
+            values |= preserve.metrics(self.kept, self.counts.kept_text, self.counts.kept_image)
         if self.refused:
             values["skipped"] = 1.0
         return values
@@ -92,13 +100,13 @@ def train_step(run: Run, batches: Sequence[MicroBatch], lr: float, counts: Count
     """
     engine, guard = run.engine, run.guard
     engine.discard()
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     for found in forward_backward(engine, [batch.pack for batch in batches], counts, run.config):
         sums += found
-    text_sum, image_sum = engine.sum(sums.tolist())
+    text_sum, image_sum, *kept = engine.sum(sums.tolist())
     norm = engine.grad_norm()
 
-    refused = guard.refuses((text_sum, image_sum), norm)
+    refused = guard.refuses((text_sum, image_sum, *kept), norm)
     overflow = not math.isfinite(norm)  # in float16 the business of the loss scale alone
     if refused or overflow:
         engine.discard()
@@ -116,7 +124,8 @@ def train_step(run: Run, batches: Sequence[MicroBatch], lr: float, counts: Count
         guard.skipped(run.position.step + 1, refused, batches, numbers)
     else:
         guard.took(norm)
-    return StepResult(text_loss, image_loss, counts, norm, refused)
+    apart = kept[0] / max(counts.kept_text, 1), kept[1] / max(counts.kept_image, 1)
+    return StepResult(text_loss, image_loss, counts, norm, refused, apart)
 
 
 def forward_backward(
@@ -130,15 +139,22 @@ def forward_backward(
         counts: of the whole step, on all processes.
 
     Yields:
-        After each, the sums [2] of its text loss and of its image loss, without gradients.
+        After each, the sums [4] of its text loss, of its image loss, and of its distances to the model as it
+        was in texts and images, without gradients.
     """
     for i, pack in enumerate(packs):
         last = i == len(packs) - 1
         with engine.accumulate(last):
-            text_sum, image_sum = loss_sums(engine.forward(pack.to(engine.device)))
+            pack = pack.to(engine.device)
+            output = engine.forward(pack) if engine.teacher is None else engine.teacher.forward(pack)
+            text_sum, image_sum = loss_sums(output)
             weights = config.text_loss_weight, config.image_loss_weight
-            engine.backward(joint_loss(text_sum, image_sum, counts, *weights), last)
-        yield torch.stack([text_sum, image_sum]).detach()
+            loss, kept = joint_loss(text_sum, image_sum, counts, *weights), output.read
+            if kept is not None:
+                apart = joint_loss(*kept, Counts(counts.kept_text, counts.kept_image), 1.0, 1.0)
+                loss = loss + config.preserve_weight * apart
+            engine.backward(loss, last)
+        yield torch.stack([text_sum, image_sum, *(kept or text_sum.new_zeros(2))]).detach()
 
 
 def loss_sums(output: Output) -> tuple[Tensor, Tensor]:
@@ -171,7 +187,7 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1) -> None:
             nothing learns from the data.
     """
     pack = stream.build_largest().pack
-    packs, peaks, sums = [pack] * min(micro_batches, 2), [], torch.zeros(2)
+    packs, peaks, sums = [pack] * min(micro_batches, 2), [], torch.zeros(4)
     try:
         held = _moments_to_come(engine)
         _restart_peak(engine.device)

@@ -449,6 +449,7 @@ class TrainingLoop:
                 "guards": run.guard.state(),
                 "scale": engine.scale.state(),
                 "evaluation": run.evaluation.state() if run.evaluation is not None else {},
+                **({} if engine.teacher is None else {"preserved": engine.teacher.digest}),
             }
         return states
 

@@ -42,6 +42,7 @@ PANELS = (
     Panel("loss", "val_loss"),
     Panel("text_loss", "val_text_loss", "unit_text_loss"),
     Panel("image_loss", "val_image_loss", "unit_image_loss"),
+    Panel("preserve_loss", unit="unit_preserve_loss", log=None),
     Panel("grad_norm", log=None),
     Panel("learning_rate", from_zero=True),
     Panel("tokens_per_second", from_zero=True),
