@@ -645,6 +645,18 @@ def test_what_reading_left_out_is_counted_and_said(tmp_path: Path) -> None:
     assert "nothing reads" in told and "id 3 of 4, label 3 of 4" in told and "image 3 of 4" in told
 
 
+def test_a_folder_of_splits_is_read_by_split_and_says_so(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_bytes(line(name))
+    (tmp_path / "README.md").write_text("About the data")
+    dataset = UnifiedGenerationDataset(tmp_path)
+    assert answers(dataset) == ["train"]
+    told = dataset.describe()
+    assert "test.jsonl (test), validation.jsonl (validation)" in told and "README.md" in told
+    held_out = UnifiedGenerationDataset(tmp_path, split="validation")
+    assert answers(held_out) == ["validation"] and "train.jsonl (train)" in held_out.describe()
+
+
 def test_tasks() -> None:
     a, a_target, x, x_target = Text("a"), Text("a", True), Picture("x"), Picture("x", True)
     assert task([a, a_target]) == "text"

@@ -205,6 +205,7 @@ class Filler:
                 check_pictures="headers",  # they are decoded below
                 token_lengths=planner.token_lengths,
                 read=ReadOptions.of(source, c),
+                split="validation" if source.name == "val_data_path" else "train",
             )
             yield dataset, planner
 

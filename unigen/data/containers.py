@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from unigen.config import UserError
 from unigen.data import tables
 from unigen.data.json_text import HEAD, MAX_RECORD, not_lines, split_json
+from unigen.data.splits import LeftOut, Split, choose, is_side_file
 from unigen.data.unpack import PACKED, open_packed
 from unigen.foreign import known_mistake
 from unigen.sequence.types import BadRecord, Origin
@@ -32,6 +33,7 @@ MAX_STATE = 16 << 20  # bytes of a description that Hugging Face datasets wrote
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t\r]*\n", re.MULTILINE)  # what _content finds nothing in
 _HF_FILES = ("state.json", "dataset_info.json")
+_HF_SPLITS = "dataset_dict.json"
 
 
 class BadData(UserError):
@@ -94,7 +96,12 @@ class Container(NamedTuple):
 # ---- finding
 
 
-def find_files(paths: Iterable[str | Path], root: str | Path | None = None) -> list[tuple[Path, str]]:
+def find_files(
+    paths: Iterable[str | Path],
+    root: str | Path | None = None,
+    split: Split | None = "train",
+    left_out: list[LeftOut] | None = None,
+) -> list[tuple[Path, str]]:
     """Absolute paths of the files, each with the name it has in a fingerprint (which a moved folder keeps).
 
     Folders are searched recursively, in sorted order, hidden entries left out; linked ones too, each place
@@ -102,6 +109,9 @@ def find_files(paths: Iterable[str | Path], root: str | Path | None = None) -> l
 
     Args:
         root: ``data_root``, which no linked folder may leave; None: no limit.
+        split: What to take of a folder that holds several splits; None: everything.
+        left_out: Gets the files of folders that are not read: those of other splits, and those that describe
+            the data.
 
     Raises:
         BadData: No path is given, one does not exist or is of no known kind, a folder holds nothing to read,
@@ -111,7 +121,16 @@ def find_files(paths: Iterable[str | Path], root: str | Path | None = None) -> l
     for given in paths:
         path = Path(given).absolute()
         if path.is_dir():
-            names = sorted(_in_folder(path, root))
+            sides: list[Path] = []
+            names = sorted(_in_folder(path, root, sides))
+            others: list[tuple[Path, str]] = []
+            if split is not None:
+                names, others, wrong = choose(names, split)
+                if wrong:
+                    raise BadData(f"{given}: {wrong}. Fix: name the files, or the folder of one split.")
+            if left_out is not None:
+                left_out += [LeftOut(path / name, "") for name in sorted(sides)]
+                left_out += [LeftOut(path / name, reason) for name, reason in others]
             if not names:
                 kinds = "no .json or .jsonl, Parquet or Arrow file"
                 raise BadData(
@@ -135,8 +154,9 @@ def find_files(paths: Iterable[str | Path], root: str | Path | None = None) -> l
     return found
 
 
-def _in_folder(folder: Path, root: str | Path | None) -> Iterator[Path]:
-    """Relative paths of the files with records, in no order."""
+def _in_folder(folder: Path, root: str | Path | None, sides: list[Path]) -> Iterator[Path]:
+    """Relative paths of the files with records, in no order; ``sides`` gets those of files that describe
+    them."""
     met: set[tuple[int, int]] = set()
     linked = [folder]  # folders behind links come last: what lies here really keeps its name
     for top in linked:
@@ -146,7 +166,11 @@ def _in_folder(folder: Path, root: str | Path | None) -> Iterator[Path]:
                 folders.clear()
                 continue
             met.add((status.st_dev, status.st_ino))
-            yield from _in_one(folder, Path(place), folders, names)
+            described = {n for n in names if is_side_file(Path(place, n).relative_to(folder))}
+            sides += [
+                Path(place, name).relative_to(folder) for name in sorted(described - {*_HF_FILES, _HF_SPLITS})
+            ]
+            yield from _in_one(folder, Path(place), folders, names, described)
             links = [Path(place, name) for name in sorted(folders) if os.path.islink(Path(place, name))]
             for link in links:
                 _check_link(link, folder, root)
@@ -170,10 +194,13 @@ def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
         )
 
 
-def _in_one(folder: Path, at: Path, folders: list[str], names: list[str]) -> Iterator[Path]:
-    """The files with records in the folder ``at``; ``folders`` keeps those to be searched, too."""
+def _in_one(
+    folder: Path, at: Path, folders: list[str], names: list[str], described: set[str]
+) -> Iterator[Path]:
+    """The files with records in the folder ``at``, without those that describe them; ``folders`` keeps those
+    to be searched, too."""
     folders[:] = [name for name in folders if not name.startswith(".")]
-    if "dataset_dict.json" in names:
+    if _HF_SPLITS in names:
         folders[:] = [_only_split(at, folders)]
     elif "state.json" in names and "dataset_info.json" in names:
         yield from (at.relative_to(folder) / name for name in _saved_files(at))
@@ -182,7 +209,9 @@ def _in_one(folder: Path, at: Path, folders: list[str], names: list[str]) -> Ite
         # as in the cache of datasets: a description beside the data
         cached = any(name.endswith(".arrow") for name in names)
         for name in names:
-            if name.startswith(".") or not _kind(at / name) or (cached and name in _HF_FILES):
+            if name.startswith(".") or not _kind(at / name) or name in described:
+                continue
+            if cached and name in _HF_FILES:
                 continue
             if not (at / name).is_file():
                 raise BadData(

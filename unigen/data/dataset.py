@@ -28,6 +28,7 @@ from unigen.data.keys import NOTES, Notes, listed
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import check_roots, require_match
 from unigen.data.reader import Reader
+from unigen.data.splits import LeftOut, Split, describing, of_splits
 from unigen.data.verdict import Verdict, percent
 from unigen.sequence.images import PictureError, open_image
 from unigen.sequence.lengths import TokenLengths
@@ -128,8 +129,10 @@ class UnifiedGenerationDataset:
         data_root: Folder that every picture named by a path must lie in, links resolved; for data one does
             not trust.
         read: How the records are read; its ``data_root`` may be given alone.
+        split: What is taken of a folder that holds several splits.
 
     Attributes:
+        left_out: Files of folders that are not read: of other splits, or about the data.
         lengths: What ``token_lengths`` returned for each record; None without it.
         bad: The bad records that were left out.
         fingerprint: Hexadecimal digest of the files (names, sizes, contents) and of which of their records
@@ -152,11 +155,14 @@ class UnifiedGenerationDataset:
         max_bad_share: float = 0.01,
         data_root: str | Path | None = None,
         read: ReadOptions = PLAIN,
+        split: Split = "train",
     ):
         assert on_bad_record in ("error", "skip") and check_pictures in ("auto", "full", "headers")
         self.read = read if data_root is None else replace(read, data_root=Path(data_root).absolute())
         check_roots(self.read)
-        named = find_files([paths] if isinstance(paths, str | Path) else paths, self.read.data_root)
+        self.split, self.left_out = split, list[LeftOut]()
+        given = [paths] if isinstance(paths, str | Path) else paths
+        named = find_files(given, self.read.data_root, split, self.left_out)
         self.files = [path for path, _ in named]
         require_match(self.files, self.read)
         self._reader = Reader(self.files)
@@ -247,12 +253,21 @@ class UnifiedGenerationDataset:
                 f"{name} {count:,} ({count / max(len(self), 1):.0%})" for name, count in counts.items()
             )
 
+        other, about = of_splits(self.left_out), describing(self.left_out)
         left_out = f", {s['bad_records']:,} bad ones left out" if s["bad_records"] else ""
         return "\n".join(
             [
                 (
                     f"records   {s['records']:,} from {s['files']:,}"
                     f" file{'s' if s['files'] != 1 else ''}{left_out}"
+                ),
+                *(
+                    f"{words}: {names}"
+                    for words, names in (
+                        (f"Other splits of the folder, left out (the {self.split} split is taken)", other),
+                        ("Files about the data, left out", about),
+                    )
+                    if names
                 ),
                 f"formats   {table(s['formats'])}",
                 f"tasks     {table(s['tasks'])}",

@@ -10,6 +10,7 @@ from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import PackStream
 from unigen.data.mapping import ReadOptions
 from unigen.data.mixing import DataSource, Mixture
+from unigen.data.splits import Split
 from unigen.model.bagel import Bagel
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
@@ -47,7 +48,7 @@ class RunData:
         parts = []
         for source in sources:
             planner = self.model.config.planner(tokenizer, c, source)
-            dataset = self._dataset(source, planner)
+            dataset = self._dataset(source, planner, "train" if training else "validation")
             if self.engine.main:
                 log.info(
                     "%s data (%s)\n%s",
@@ -73,7 +74,7 @@ class RunData:
         masks = self.engine.device.type == "cuda"
         return PackStream(mixture, c.batch_size, c.max_num_tokens, masks, share if own else 0.0)
 
-    def _dataset(self, source: Source, planner: Planner) -> UnifiedGenerationDataset:
+    def _dataset(self, source: Source, planner: Planner, split: Split) -> UnifiedGenerationDataset:
         c, main = self.config, self.engine.main
         dataset = UnifiedGenerationDataset(
             source.path,
@@ -84,6 +85,7 @@ class RunData:
             check_pictures=c.check_pictures if main or c.on_bad_record == "skip" else "headers",
             token_lengths=planner.token_lengths,
             read=ReadOptions.of(source, c),
+            split=split,
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:
             raise UserError(

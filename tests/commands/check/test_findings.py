@@ -19,6 +19,7 @@ from PIL import Image
 
 from unigen.cli import main
 from unigen.commands.check import findings as module
+from unigen.commands.check.advice import advise
 from unigen.commands.check.findings import Findings, Problems, check
 from unigen.config import DataOptions
 from unigen.data.containers import read_part
@@ -581,3 +582,40 @@ def test_control_tokens_are_problems_in_whatever_text_they_stand(tmp_path, golde
         assert told == [("control_token", n, "conversations[1].content") for n in range(1, 6)]
         allowed = load_planner(folder, DataOptions(allow_control_tokens=True))
         assert not len(check(path, allowed, num_workers=workers).problems)
+
+
+def test_splits_and_files_about_the_data_are_left_out_and_told(tmp_path):
+    record = json.dumps(
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    )
+    for name in ("train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_text(record + "\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    found = check(tmp_path, load_planner(None, DataOptions()), num_workers=0)
+    summary = found.summary()
+    assert summary["records"] == 1 and not len(found.problems)
+    assert summary["left_out"] == {"splits": "val.jsonl (validation)", "about": "dataset_infos.json"}
+    told = {advice.code: advice.level for advice in advise(summary, 0, False)}
+    assert told["left_out_splits"] == "warn" and told["left_out_about"] == "note"
+
+
+def test_the_verdict_is_that_of_a_training(tmp_path):
+    """What check advises is what training does: the same files, the same limit."""
+    good = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+    cases = {
+        "few.jsonl": [good] * 99 + ["{"],
+        "many.jsonl": [good] * 3 + ["{"],
+        "cut.json": ["[" + good, ", " + good],
+        "empty.jsonl": [""],
+    }
+    for name, lines in cases.items():
+        (tmp_path / name).write_text("\n".join(lines))
+        found = check(tmp_path / name, load_planner(None, DataOptions()), num_workers=0)
+        codes = {advice.code for advice in advise(found.summary(), len(found.problems), False)}
+        try:
+            UnifiedGenerationDataset(tmp_path / name, on_bad_record="skip")
+            starts = True
+        except BadData:
+            starts = False
+        assert starts == ("few_problems" in codes) == (name == "few.jsonl"), (name, codes)
+        assert codes & {"few_problems", "problems", "lost_file", "no_records"}

@@ -51,6 +51,9 @@ def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
         verdict = Verdict(s["good_records"], bad, s["lost_files"], s["max_bad_share"])
         values = {"n": problems, "share": verdict.share, "limit": percent(verdict.max_bad_share)}
         yield Advice(_PROBLEMS[verdict.code], "warn", values)
+    for kind, level in (("splits", "warn"), ("about", "note")):
+        if s["left_out"][kind]:
+            yield Advice(f"left_out_{kind}", level, {"files": s["left_out"][kind]})
     if s["unread"]:
         yield Advice("unread", "warn", {"fields": listed(s["unread"], s["good_records"])})
     surplus = s["repeats"]["records"]["surplus"]

@@ -37,6 +37,7 @@ from unigen.data.keys import NOTES
 from unigen.data.loader import cores
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import require_match
+from unigen.data.splits import LeftOut, describing, of_splits
 from unigen.files import atomic
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer
@@ -127,6 +128,7 @@ class Findings:
     interrupted: bool
     seconds: float
     max_bad_share: float  # of the records, that a training may leave out
+    left_out: list[LeftOut]  # files of folders that are not read
     read: ReadOptions = PLAIN
 
     def find(self, numbers: Sequence[int]) -> dict[int, Record]:
@@ -163,6 +165,7 @@ class Findings:
             "good_records": len(good),
             "lost_files": self.problems.lost,
             "max_bad_share": self.max_bad_share,
+            "left_out": {"splits": of_splits(self.left_out), "about": describing(self.left_out)},
             "formats": {name: n for name, n in zip(FORMATS, formats) if n},
             **{what: self.tally.notes.of(what) for what in NOTES},
             "tasks": {
@@ -280,7 +283,8 @@ def check(
     """
     start = time.monotonic()
     given = [paths] if isinstance(paths, str | Path) else paths
-    files = [path for path, _ in find_files(given, read.data_root)]
+    left_out: list[LeftOut] = []
+    files = [path for path, _ in find_files(given, read.data_root, left_out=left_out)]
     require_match(files, read)
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:
@@ -332,6 +336,7 @@ def check(
         interrupted=interrupted,
         seconds=time.monotonic() - start,
         max_bad_share=planner.options.max_bad_share,
+        left_out=left_out,
         read=read,
     )
 

@@ -138,7 +138,7 @@ def _sources(options: FetchOptions, out: Path) -> list[RewrittenFile]:
     root, paths, read = out.resolve(), options.paths, ReadOptions.of(options)
     found: dict[Path, Path] = {}
     named = {Path(path).resolve() for path in paths}
-    for path, name in find_files(paths):
+    for path, name in find_files(paths, split=None):
         if path.resolve().is_relative_to(root):
             if path.resolve() in named or root in named:
                 raise UserError(f"{path}: it lies in the output folder {out}. Name another --output_dir.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,11 +130,15 @@ def _walk(options: PreviewOptions) -> Iterator[Found]:
     from unigen.data.containers import find_files, parts, read_part
     from unigen.data.mapping import ReadOptions
     from unigen.data.probe import check_roots, require_match
+    from unigen.data.splits import LeftOut, of_splits
     from unigen.sequence.types import BadRecord
 
     read = ReadOptions.of(options)
     check_roots(read)
-    files = [path for path, _ in find_files(options.paths, read.data_root)]
+    left_out: list[LeftOut] = []
+    files = [path for path, _ in find_files(options.paths, read.data_root, left_out=left_out)]
+    if others := of_splits(left_out):
+        print(f"Left out, as training takes the train split: {others}", file=sys.stderr)
     require_match(files, read)
     number = 0
     for file, path in enumerate(files):
