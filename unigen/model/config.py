@@ -80,13 +80,20 @@ class BagelConfig:
         model and the options."""
         asked = {"max_size": source.max_image_size, "min_size": source.min_image_size} if source else {}
         self._check_sizes(source, asked)
+        longest = self.llm.max_position_embeddings
+        if (options.max_sequence_length or 0) > longest:
+            raise ConfigError(
+                f"max_sequence_length is {options.max_sequence_length}, and this model's positions end at"
+                f" {longest} (max_position_embeddings in llm_config.json). Fix: --max_sequence_length {longest},"
+                " or leave it out"
+            )
         tokens = (source.max_image_tokens if source else None) or options.max_image_tokens
         return Planner(
             tokenizer,
             self.geometry,
             self.transforms(tokens, **{name: size for name, size in asked.items() if size is not None}),
             options,
-            self.llm.max_position_embeddings,
+            longest,
         )
 
     def _check_sizes(self, source: Source | None, asked: dict[str, int | None]) -> None:

@@ -21,7 +21,7 @@ from unigen.cli import main
 from unigen.commands.check import findings as module
 from unigen.commands.check.advice import advise
 from unigen.commands.check.findings import Findings, Problems, check
-from unigen.config import DataOptions
+from unigen.config import ConfigError, DataOptions
 from unigen.data.containers import read_part
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
 from unigen.data.mapping import ReadOptions
@@ -619,3 +619,10 @@ def test_the_verdict_is_that_of_a_training(tmp_path):
             starts = False
         assert starts == ("few_problems" in codes) == (name == "few.jsonl"), (name, codes)
         assert codes & {"few_problems", "problems", "lost_file", "no_records"}
+
+
+def test_a_length_beyond_the_models_positions_is_refused(golden: Path):
+    longest = load_planner(golden / "model", DataOptions()).max_length
+    assert load_planner(golden / "model", DataOptions(max_sequence_length=longest)).max_length == longest
+    with pytest.raises(ConfigError, match=f"max_sequence_length {longest}, "):
+        load_planner(golden / "model", DataOptions(max_sequence_length=longest + 1))
