@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from unigen.commands.table import COMMANDS, Command
-from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError, nearest
+from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
+from unigen.others import nearest, unknown
 from unigen.printing import guard, guarded, printable_lines
 from unigen.recipe import UsageError, read_recipe
 from unigen.values import describe, kinds, members, read_option, shown
@@ -82,8 +83,10 @@ def program(argv: list[str] | None = None) -> None:
 def run_command(name: str, argv: list[str]) -> int:
     """Parses the options of a command and calls its function; a function that returns None has succeeded."""
     if name not in COMMANDS:
+        near = nearest(name, list(COMMANDS))
         raise UsageError(
-            f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})"
+            f"unknown command {name!r}{f'; did you mean {near}?' if near else ''}"
+            f" (commands: {', '.join(COMMANDS)})"
         )
     command = COMMANDS[name]
     options = load(command.options)
@@ -175,7 +178,7 @@ def read_flags(
                 position -= len(given)
             name, given = name[3:], ["false"]
         if not (flag.startswith("--") or name) or name not in (*types, "config"):
-            raise UsageError(f"unknown option {flag}{did_you_mean(name, [*types, 'config'], '--')}")
+            raise UsageError(f"unknown option {flag}{unknown(name, [*types, 'config'], '--')}")
         yield flag, name, given
 
 
@@ -283,11 +286,6 @@ def help_text(options: type, name: str, command: Command) -> str:
         f" --name true, off by --no_name or --name false.\n{letters}\nexample:\n"
         f"  {command.example}"
     )
-
-
-def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
-    found = nearest(name, known)
-    return f"; did you mean {prefix}{found}?" if found else ""
 
 
 # Names and errors

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from unigen.others import nearest
 from unigen.rules import conflicts
 from unigen.topics import (
     RATED,
@@ -23,7 +24,7 @@ from unigen.topics import (
     Source,
     TrackingOptions,
 )
-from unigen.values import ConfigError, UserError, nearest
+from unigen.values import ConfigError, UserError
 
 __all__ = [
     "RATED",

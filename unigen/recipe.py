@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from unigen.values import UserError, compose, key_of, nearest, plain, shown
+from unigen.others import unknown
+from unigen.values import UserError, compose, key_of, plain, shown
 
 MAX_BYTES = 1 << 20
 
@@ -45,12 +46,9 @@ def read_recipe(path: Path, known: Collection[str]) -> Iterator[tuple[str, str, 
         written = key_of(key, where)
         name = written.replace("-", "_")
         if name not in known:
-            near = nearest(name, list(known))
-            raise UsageError(
-                f"{where}: unknown option {shown(written)}"
-                + (f"; did you mean {near}?" if near else "")
-                + " Fix: correct or remove the line"
-            )
+            said = unknown(name, known)
+            fix = "" if "Fix: " in said else " Fix: correct or remove the line"
+            raise UsageError(f"{where}: unknown option {shown(written)}{said}{fix}")
         if name in seen:
             raise UsageError(
                 f"{where}: {name} was already given in line {seen[name]}. Fix: keep one of the two"

@@ -10,7 +10,6 @@ comes from, so ``"1e-5"`` is a number in Python too; where YAML 1.1 would surpri
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -20,6 +19,8 @@ from functools import cache
 from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from unigen.others import nearest
 
 MOST = 10**12  # of any number that says no other limit
 _NONE = ("none", "None", "null")
@@ -460,12 +461,6 @@ def shown(value: Any) -> str:
         text = f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text):,} characters)"
-
-
-def nearest(name: str, known: list[str]) -> str | None:
-    """The known name a misspelt one most likely meant, or None."""
-    found = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
-    return found[0] if found else None
 
 
 def _figure(value: float) -> str:

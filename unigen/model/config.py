@@ -84,8 +84,8 @@ class BagelConfig:
         if (options.max_sequence_length or 0) > longest:
             raise ConfigError(
                 f"max_sequence_length is {options.max_sequence_length}, and this model's positions end at"
-                f" {longest} (max_position_embeddings in llm_config.json). Fix: --max_sequence_length {longest},"
-                " or leave it out"
+                f" {longest} (max_position_embeddings in llm_config.json). Fix: --max_sequence_length"
+                f" {longest}, or leave it out"
             )
         tokens = (source.max_image_tokens if source else None) or options.max_image_tokens
         return Planner(

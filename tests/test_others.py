@@ -1,0 +1,83 @@
+"""What is said of options that no command has: misspelt ones, and those of other trainers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from unigen.cli import load, main
+from unigen.commands.table import COMMANDS
+from unigen.config import Source, known_options
+from unigen.others import names_of_others, nearest, unknown
+from unigen.values import kinds
+
+OURS = {name for command in COMMANDS.values() for name in kinds(load(command.options))} | set(kinds(Source))
+
+
+def test_no_name_of_others_is_ours_and_each_stands_once():
+    names = [name for part in names_of_others().values() for name in part]
+    assert len(names) == len(set(names)) > 200
+    assert not set(names) & set(known_options())
+
+
+@pytest.mark.parametrize("name", names_of_others()["same"])
+def test_the_same_under_another_name_is_an_option(name: str):
+    assert names_of_others()["same"][name] in OURS
+
+
+def test_every_flag_and_command_in_an_answer_exists():
+    answers = [text for part in ("instead", "absent") for text in names_of_others()[part].values()]
+    flags = {flag for text in answers for flag in re.findall(r"--(\w+)", text)} - {"nproc_per_node"}
+    commands = {name for text in answers for name in re.findall(r"unigen (\w+)", text)}
+    assert len(flags) > 20 and flags <= OURS
+    assert commands and commands <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("train --lr 1e-5", ["--lr;", "--learning_rate"]),
+        ("train --load_in_4bit true", ["--quantize nf4"]),
+        ("train --use-lora", ["--lora_rank 64"]),
+        ("train --fp8", ["--fp8, which is not here"]),
+        ("train --epochs 3", ["--num_epochs"]),
+        ("generate --prompt a --num_inference_steps 20", ["--num_timesteps"]),
+        ("generate --prompt a --lr 1", ["--learning_rate", "does not take"]),
+    ],
+)
+def test_an_option_of_another_trainer_is_answered(argv: str, words: list[str], capsys):
+    assert main(argv.split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+
+
+def test_a_recipe_is_answered_too(tmp_path, capsys):
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text("model_path: m\nper_device_train_batch_size: 4\n")
+    assert main(["train", "--config", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert f"{recipe}:2" in said and "here it is batch_size" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lerning_rate", "learning_rate"),
+        ("batchsize", "batch_size"),
+        ("outputdir", "output_dir"),
+        ("epochs", "num_epochs"),
+        ("lora_rnk", "lora_rank"),
+        ("steps", None),  # of many
+        ("dataset_mixing", None),
+        ("teacher", None),
+        ("media", None),
+        ("zzzz", None),
+    ],
+)
+def test_only_a_name_that_is_alike_is_guessed(name: str, meant: str | None):
+    assert nearest(name, known_options()) == meant
+
+
+def test_nothing_is_said_of_a_name_that_is_like_none():
+    assert unknown("zzzzqqqq", known_options(), "--") == ""
