@@ -390,6 +390,8 @@ class TrackingOptions(Options):
             while it trains.
         sample_steps: Steps between two such answers; default: with every validation, or else with every
             checkpoint.
+        log_level: What the terminal shows: info, or only what is a warning or an error; train.log in the
+            run's folder holds everything.
     """
 
     wandb_project: str | None = None
@@ -399,6 +401,7 @@ class TrackingOptions(Options):
     trackio_project: str | None = None
     sample_prompts: str | list[str] | None = None
     sample_steps: Count | None = None
+    log_level: Literal["info", "warning", "error"] = "info"
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 RUN/
   config.json          the options
+  train.log            all that the run said
   metrics.jsonl        a line for every step and every validation
   bad_steps.jsonl      steps that were left out, with their records
   bad_records.jsonl    records that were left out
@@ -26,6 +27,7 @@ from unigen.model.storage import RUN_OPTIONS
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+LOG = "train.log"
 BAD_STEPS = "bad_steps.jsonl"
 BAD_RECORDS = "bad_records.jsonl"
 BEST = "best"
@@ -120,5 +122,5 @@ def run_id_file(tracker: str) -> str:
 
 
 # What a run leaves in its folder beside its checkpoints; heartbeats are removed by those who write them.
-FILES = (METRICS, BAD_STEPS, BAD_RECORDS, CONFIG, run_id_file(WANDB), run_id_file("trackio"))
+FILES = (METRICS, LOG, BAD_STEPS, BAD_RECORDS, CONFIG, run_id_file(WANDB), run_id_file("trackio"))
 FOLDERS = (BEST, SAMPLES, TENSORBOARD, WANDB)

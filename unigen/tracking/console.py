@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from unigen.printing import bar, beneath, printable_lines
@@ -36,11 +37,19 @@ class Progress:
         every: Steps between two plain lines.
         enabled: False prints nothing: the other processes of a run.
         stream: Where to; standard error by default.
+        note: Is told every line, also where a bar or nothing is shown.
     """
 
     def __init__(
-        self, total_steps: int, initial: int, every: int, enabled: bool, stream: TextIO | None = None
+        self,
+        total_steps: int,
+        initial: int,
+        every: int,
+        enabled: bool,
+        stream: TextIO | None = None,
+        note: Callable[[str], None] = lambda line: None,
     ):
+        self._note = note
         self._total, self._initial, self._every, self._enabled = total_steps, initial, every, enabled
         self._stream = stream or sys.stderr
         # when the first step was done, and which: it alone compiles and warms up
@@ -59,21 +68,25 @@ class Progress:
     def update(self, step: int, metrics: dict[str, Any]) -> None:
         """Shows that ``step`` optimiser steps are done; of ``metrics`` what is known by name (see ``_SHOWN``)
         and not None."""
+        now, line = time.monotonic(), ""
+        if step % self._every == 0 or step == self._total:
+            line = f"step {step}/{self._total}  {describe(metrics)}  ETA {self._eta(now, step)}"
+            self._note(line)
         if not self._enabled:
             return
-        now = time.monotonic()
         if self._bar is not None:
             if metrics:
                 self._bar.set_postfix_str(describe(metrics), refresh=False)
             with contextlib.suppress(OSError):
                 self._bar.update(step - self._bar.n)
-        elif step % self._every == 0 or step == self._total:
-            self._print(f"step {step}/{self._total}  {describe(metrics)}  ETA {self._eta(now, step)}")
+        elif line:
+            self._print(line)
         if self._first is None:
             self._first = (now, step)
 
     def write(self, text: str) -> None:
         """A line of its own, above the bar."""
+        self._note(text)
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.write(printable_lines(text), file=beneath(self._stream))

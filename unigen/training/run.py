@@ -36,12 +36,14 @@ from unigen.runs.checkpoint import (
 )
 from unigen.runs.folder import FolderClaim
 from unigen.runs.heartbeat import Heartbeat
+from unigen.runs.said import RunLog, leave, listen
 from unigen.runs.saver import Saver
 from unigen.runs.secrets import hide_in_logs
 from unigen.runs.signals import SignalHandler
 from unigen.runs.space import DiskSpace
 from unigen.runs.states import STATES
 from unigen.tracking.tracker import need_trackers
+from unigen.training.changes import tell_changes
 from unigen.training.datasets import RunData
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
@@ -114,6 +116,7 @@ class Run:
     samples: SampleWriter | None
     resumed: dict[str, Any] | None  # the state that it goes on from; None for a fresh start
     position: Position  # the one thing that changes
+    said: RunLog  # what this process says
 
     @property
     def output_dir(self) -> Path:
@@ -135,6 +138,8 @@ class Run:
         """
         self.engine.on_main(self._begin)
         self.heartbeat.move(self.output_dir / layout.RANKS)
+        if self.engine.main:
+            self.said.open(self.output_dir / layout.LOG)
         if self.resumed is not None:
             self.guard.load(self.resumed["guards"], self.position.step)
 
@@ -151,6 +156,7 @@ class Run:
 
     def close(self) -> None:
         """Ends the heartbeats and lets go of the folders."""
+        leave(self.said)
         self.heartbeat.close()
         self.source.close()
         if self.claim is not None:
@@ -170,7 +176,8 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
     """
     c = config
     with ExitStack() as undo:
-        logging.basicConfig(level=logging.INFO if engine.main else logging.WARNING, format="%(message)s")
+        told = listen(c.log_level, engine.main)
+        undo.callback(leave, told)
         hide_in_logs()
         log.info("%s", engine.precision)
         torch.manual_seed(c.seed)  # samples bring their own random numbers; this is for whatever else draws
@@ -265,6 +272,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             samples=SampleWriter(c, engine, model) if c.sample_prompts else None,
             resumed=states.get(layout.TRAINER),
             position=position,
+            said=told,
         )
         if engine.teacher is not None:
             engine.teacher.settle = run.saver.settle
@@ -400,6 +408,8 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     if folder.resolve().parent == run.output_dir.resolve():
         run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)
+    totals = state.get("total_steps"), run.total_steps
+    tell_changes(folder, states[layout.OPTIONS], run.config, run.position.step, totals)
 
 
 def _describe(run: Run) -> None:

@@ -25,6 +25,7 @@ from unigen.runs.secrets import redacted
 from unigen.runs.signals import SignalHandler, Stopped, shielded, watching_workers, worker_init
 from unigen.runs.space import SpaceError
 from unigen.tracking.tracker import Progress, Tracker
+from unigen.training.closing import closing
 from unigen.training.engine import open_engine
 from unigen.training.evaluate import told
 from unigen.training.failures import explain, lost_process
@@ -92,12 +93,16 @@ def nothing_left(run: Run) -> str:
 
 @contextlib.contextmanager
 def told_of_lost_processes(run: Run) -> Iterator[None]:
-    """Says in a line where another process has ended; each of those that are left would give a traceback."""
+    """Says in a line where another process has ended; each of those that are left would give a traceback.
+    ``train.log`` has every error."""
     try:
         yield
     except Exception as error:
-        told = lost_process(error, run.engine.rank, run.heartbeat.folder)
-        if run.engine.world == 1 or told is None:
+        alone = run.engine.world == 1
+        told = None if alone else lost_process(error, run.engine.rank, run.heartbeat.folder)
+        if run.engine.main:
+            run.said.note(f"error: {told or error}")
+        if told is None:
             raise
         raise told from error
 
@@ -117,10 +122,13 @@ class TrainingLoop:
         """``tracker`` is told of every step, and finished at the end."""
         self.run, self.config, self.engine, self.position = run, run.config, run.engine, run.position
         self.tracker = tracker
+        shown = run.engine.main and run.config.log_level == "info"
         self.progress = Progress(
-            run.total_steps, run.position.step, run.config.logging_steps, run.engine.main
-        )
+            run.total_steps, run.position.step, run.config.logging_steps, shown,
+            note=run.said.note if run.engine.main else lambda line: None,
+        )  # fmt: skip
         self.cached = CacheTally()
+        self._tokens = 0  # of all processes, since the start
         self._failure: Exception | None = None  # of this process's data; the others are to hear of it first
         if run.samples is not None:
             run.samples.idle = self._idle
@@ -128,10 +136,11 @@ class TrainingLoop:
     def train(self) -> dict[str, float]:
         """Takes the steps that are left; returns the last metrics. Raises Stopped after a signal."""
         try:
+            began = time.perf_counter()
             metrics = self._steps()
             self.run.saver.wait()
             self._tell_saved()
-            self._end()
+            self._end(metrics, time.perf_counter() - began)
             return metrics
         except Exception as error:
             self._rescue(error)
@@ -174,8 +183,9 @@ class TrainingLoop:
             self.progress.write(f"Cache: {self.cached}")
         return metrics
 
-    def _end(self) -> None:
-        """Says what was skipped. Raises Diverged where that was too much."""
+    def _end(self, metrics: dict[str, float], seconds: float) -> None:
+        """Says what was skipped, what came of the run and what to do next. Raises Diverged where too much was
+        skipped."""
         run = self.run
         if run.guard.left_out:
             self.progress.write(
@@ -185,6 +195,9 @@ class TrainingLoop:
         run.guard.finish()
         run.saver.good = ""
         run.saver.prune(layout.step_name(self.position.saved))
+        at, tokens = self.position, int(self._tokens)
+        said = closing(run.output_dir, self.config, at.step, at.best, metrics, seconds, tokens)
+        self.progress.write("\n".join(said))
 
     def take_step(self, batches: Sequence[MicroBatch], lr: float, counts: Counts) -> StepResult:
         """One optimiser step (:func:`train_step`)."""
@@ -305,6 +318,7 @@ class TrainingLoop:
         self, result: StepResult, batches: list[MicroBatch], lr: float, waited: float, seconds: float
     ) -> dict[str, float]:
         """Tells trackers and terminal of a step; returns its metrics."""
+        self._tokens += result.counts.tokens
         for batch in batches:
             self.cached.add(batch.pack)
         loader = self.position.loader

@@ -1,0 +1,65 @@
+"""What a resumed run does otherwise is told; what cannot be is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from unigen.config import Config, UserError
+from unigen.training.changes import changes
+from unigen.training.optim import learning_rate_at
+
+BEFORE = {"max_steps": 200, "learning_rate": 1e-3, "warmup_steps": 10}
+
+
+def told(step: int = 100, totals: tuple[int | None, int] | None = None, **now: Any) -> list[str]:
+    config = Config(**(BEFORE | now))
+    return changes(Config(**BEFORE).to_dict(), config, step, totals or (200, config.max_steps or 200))
+
+
+def test_the_same_options_need_no_word():
+    assert told() == []
+
+
+def test_fewer_steps_move_the_learning_rate_at_once():
+    (line,) = told(max_steps=120)
+    assert "max_steps 200 -> 120" in line and "step 120 instead of 200" in line
+    for total in (200, 120):
+        assert f"{learning_rate_at(100, total, Config(**BEFORE)):.3g}" in line
+
+
+def test_another_rate_alone_names_both_rates():
+    (line,) = told(learning_rate=2e-3)
+    was, becomes = (
+        learning_rate_at(100, 200, Config(**(BEFORE | {"learning_rate": r}))) for r in (1e-3, 2e-3)
+    )
+    assert f"is {becomes:.3g} instead of {was:.3g}" in line
+
+
+def test_a_checkpoint_that_does_not_say_its_steps_still_names_the_option():
+    (line,) = told(totals=(None, 120), max_steps=120)
+    assert "max_steps 200 -> 120" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 4}, "batch_size 1 -> 4: packed sequences"),
+        ({"ema": 0.99}, "ema none -> 0.99: the average begins anew"),
+        ({"text_cond_dropout_prob": 0.5}, "samples are made otherwise"),
+        ({"text_loss_weight": 2.0}, "text_loss_weight 1.0 -> 2.0"),
+    ],
+)
+def test_every_option_that_changes_the_run_is_named(options: dict[str, Any], words: str):
+    (line,) = told(**options)
+    assert words in line
+
+
+def test_what_changes_nothing_is_not_told():
+    assert told(output_dir="elsewhere", num_workers=3, device="cpu", resume_from_checkpoint="auto") == []
+
+
+def test_another_seed_is_refused():
+    with pytest.raises(UserError, match=r"seed is 7.* had 42.*--seed 42"):
+        told(seed=7)

@@ -1,0 +1,41 @@
+"""The last lines of a run: figures that are the run's, and commands that work."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+
+from unigen.cli import load, parse_options
+from unigen.commands.table import COMMANDS
+from unigen.config import Config
+from unigen.training.closing import closing
+
+
+def commands(lines: list[str]) -> list[list[str]]:
+    return [shlex.split(line) for line in lines[lines.index("Next:") + 1 :]]
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "model_path": "base"}])
+def test_every_line_to_copy_is_understood(tmp_path: Path, options):
+    config = Config(val_data_path=["a b.jsonl", "c.jsonl"], **options)
+    lines = closing(tmp_path / "my run", config, 7, 1.5, {"val_loss": 1.75}, 61.0, 1220)
+    assert "step 7 after 1:01" in lines[0] and "1,220 tokens (20 a second)" in lines[0]
+    assert "1.7500" in lines[1]
+    found = commands(lines)
+    assert found[0][1] == "generate" and found[-1][1] == "watch"
+    for program, name, *argv in found:
+        command = COMMANDS[name]
+        assert program == "unigen"
+        parse_options(load(command.options), argv, command.positional, command.short)
+
+
+def test_services_that_were_asked_for_are_named(tmp_path: Path):
+    config = Config(tensorboard=True, wandb_project="p", wandb_mode="offline")
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    lines = closing(tmp_path, config, 1, math.inf, {}, 0.0, 0)
+    assert not any("Validation" in line for line in lines)
+    assert any(line.split()[0] == "tensorboard" for line in lines[2:])
+    assert any(words[:2] == ["wandb", "sync"] and Path(words[2]).is_dir() for words in commands(lines))

@@ -1,0 +1,105 @@
+"""What a resumed run does otherwise than the one that saved its checkpoint, and what each change does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from unigen.config import Config, ConfigError, DataOptions, UserError
+from unigen.training.optim import learning_rate_at
+
+log = logging.getLogger("unigen")
+
+_RATE = (
+    "num_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
+)  # fmt: skip
+_TOLD = {"precision", "fp16", "bf16", "compile", "quantize", "double_quant", "model_load_mode"}  # elsewhere
+_FREE = {  # of no effect on what is learnt, or of this start alone
+    "output_dir", "resume_from_checkpoint", "dry_run", "device", "engine", "shard_size", "num_workers",
+    "hang_timeout", "async_save", "low_space", "min_free_gb", "deepspeed_config", "cpu_offload",
+    "gradient_checkpointing", "checkpointing_policy", "cache_dir", "check_pictures",
+    "log_level", "logging_steps",
+    # compared by what they give:
+    "train_data_path", "train_sources", "gradient_accumulation_steps",
+}  # fmt: skip
+_EFFECTS = {
+    "model_path": "only parts that the checkpoint does not hold come from there",
+    "batch_size": "packed sequences have other sizes from here on",
+    "max_num_tokens": "packed sequences have other sizes from here on",
+    "optimizer": "its moments are read in their new form",
+    "save_steps": "checkpoints are written at other steps",
+    "save_total_limit": "the next save keeps so many",
+    "eval_steps": "validations come at other steps",
+    "val_data_path": "val_loss is of other data: earlier values, and the best one, do not compare",
+}
+_LEARNT = {field.name for field in fields(DataOptions)}
+
+
+def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]) -> list[str]:
+    """Each option that differs from the checkpoint's, with what that does: ``max_steps 200 -> 120: ...``.
+
+    Args:
+        before: the options in the checkpoint.
+        now: those of this run.
+        step: optimiser steps done.
+        totals: steps of the whole run, then (None where the checkpoint does not say) and now.
+
+    Raises:
+        UserError: an option that the place in the data depends on has changed.
+    """
+    own = now.to_dict()
+    differ = {name: (before[name], value) for name, value in own.items() if before.get(name, value) != value}
+    if "seed" in differ:
+        was = differ["seed"][0]
+        raise UserError(
+            f"seed is {now.seed}, and the checkpoint's run had {was}: the order of the epoch that it is in"
+            f" depends on it, so records would be met twice or never. Fix: --seed {was}, or a new run with"
+            " --model_path of the checkpoint"
+        )
+    lines = []
+    rates = [name for name in _RATE if name in differ]
+    if rates:
+        told = ", ".join(f"{name} {_short(differ[name])}" for name in rates)
+        lines.append(f"{told}: {_rate_effect(before, now, step, totals)}")
+    for name, pair in differ.items():
+        if name in _RATE or name in _TOLD or name in _FREE:
+            continue
+        effect = _EFFECTS.get(name, "samples are made otherwise from here on" if name in _LEARNT else "")
+        if name == "ema":
+            was, becomes = pair
+            effect = "the average goes on with the new decay"
+            effect = effect if was and becomes else "the average begins anew" if becomes else "it ends here"
+        lines.append(f"{name} {_short(pair)}" + (f": {effect}" if effect else ""))
+    return lines
+
+
+def tell_changes(
+    folder: Path, before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]
+) -> None:
+    """Logs :func:`changes`. Raises UserError as it does."""
+    if lines := changes(before, now, step, totals):
+        log.warning("Other options than in %s:\n  %s", folder, "\n  ".join(lines))
+
+
+def _rate_effect(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]) -> str:
+    """What becomes of the learning rate of the next step."""
+    total_before, total = totals
+    then = f"the run ends at step {total} instead of {total_before}" if total_before else ""
+    try:
+        old = Config(**{name: before[name] for name in (*_RATE, "lora_rank") if name in before})
+    except ConfigError:
+        return then
+    if total_before is None or step >= min(total_before, total):
+        return then
+    was, becomes = learning_rate_at(step, total_before, old), learning_rate_at(step, total, now)
+    moved = f"the learning rate of the next step is {becomes:.3g} instead of {was:.3g}"
+    if was == becomes:
+        moved = f"the learning rate of the next step stays {was:.3g}, later ones differ"
+    return f"{then}; {moved}" if total_before != total else moved
+
+
+def _short(pair: tuple[Any, Any]) -> str:
+    return " -> ".join("none" if value is None else f"{value}"[:60] for value in pair)

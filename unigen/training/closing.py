@@ -1,0 +1,76 @@
+"""What a finished run says at its end: what came of it, and what to do next as lines to copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from unigen.config import Config
+from unigen.runs import layout
+from unigen.runs.checkpoint import CheckpointError, read_manifest
+from unigen.tracking.console import duration
+
+_EXAMPLE = "Draw a cat"
+
+
+def closing(
+    output_dir: Path,
+    config: Config,
+    step: int,
+    best: float,
+    last: Mapping[str, float],
+    seconds: float,
+    tokens: int,
+) -> list[str]:
+    """The last lines of a run.
+
+    Args:
+        output_dir: folder of the run.
+        config: its options.
+        step: optimiser steps done.
+        best: lowest val_loss; infinite where nothing was validated.
+        last: the newest metrics.
+        seconds: that this process of the run took its steps for.
+        tokens: that all processes trained on in them.
+    """
+    lines = [
+        f"Done: step {step} after {duration(seconds)}"
+        + (f", {tokens:,} tokens ({tokens / seconds:,.0f} a second)" if tokens and seconds > 0 else "")
+    ]
+    newest, kept = output_dir / layout.step_name(step), output_dir / layout.BEST
+    model = newest
+    if "val_loss" in last:
+        line = f"Validation: val_loss {last['val_loss']:.4f} at the end"
+        try:
+            at = read_manifest(kept)["step"]
+        except CheckpointError:
+            lines.append(line)
+        else:
+            model = kept
+            lines.append(f"{line}, the best {best:.4f} at step {at} ({kept})")
+    lines += ["Next:", *(f"  {command}" for command in _commands(output_dir, config, model))]
+    return lines
+
+
+def _commands(output_dir: Path, config: Config, model: Path) -> list[str]:
+    def line(*words: object) -> str:
+        return shlex.join(map(str, words))
+
+    if config.lora_rank is None:
+        weights = ["--model_path", model]
+    else:
+        weights = ["--model_path", config.model_path, "--adapter", model]
+    prompt = [*weights, "--prompt", _EXAMPLE, "--output_dir", f"{output_dir}_answer"]
+    commands = [line("unigen", "generate", *prompt)]
+    if config.val_data_path and config.lora_rank is None:
+        paths = [config.val_data_path] if isinstance(config.val_data_path, str) else config.val_data_path
+        where = ["--data_path", *paths, "--output_dir", f"{output_dir}_evaluation"]
+        commands.append(line("unigen", "evaluate", *weights, *where))
+    commands.append(line("unigen", "watch", output_dir, "--html", f"{output_dir}.html"))
+    if config.tensorboard:
+        commands.append(line("tensorboard", "--logdir", output_dir / layout.TENSORBOARD))
+    if config.wandb_project and config.wandb_mode == "offline":
+        runs = sorted((output_dir / layout.WANDB).glob("offline-run-*"))
+        commands += [line("wandb", "sync", run) for run in runs[-1:]]
+    return commands
