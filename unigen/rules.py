@@ -11,6 +11,9 @@ Rules = Iterator[tuple[Any, str, str]]
 _NEEDS = {
     "early_stopping_patience": "val_data_path",
     "greater_is_better": "val_data_path",
+    "eval_metrics": "val_data_path",
+    "eval_features": "eval_metrics",
+    "eval_clip": "eval_metrics",
     "sample_steps": "sample_prompts",
     "wandb_run_name": "wandb_project",
 }
@@ -34,6 +37,16 @@ def _missing(c: Any) -> Rules:
     for name, other in _NEEDS.items():
         given = getattr(c, name) is not None and getattr(c, other) is None
         yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
+    yield (
+        bool(c.eval_samples) and c.val_data_path is None,
+        "eval_samples",
+        "needs val_data_path. Fix: give that, too, or leave eval_samples out",
+    )
+    yield (
+        c.eval_samples == 0 and c.eval_metrics is not None,
+        "eval_metrics",
+        "has no records to measure, as eval_samples is 0. Fix: leave one of them out",
+    )
     yield (
         c.metric_for_best_model != "val_loss" and c.val_data_path is None,
         "metric_for_best_model",

@@ -366,11 +366,21 @@ class EvaluationOptions(Options):
     """What a run measures of itself, at step 0 and every eval_steps.
 
     Args:
+        eval_metrics: Metrics of the answers to held-out records, by their names in docs/metrics.md. Default:
+            accuracy, anls, psnr and ssim, which need nothing more.
+        eval_samples: Held-out records that are answered and measured; 0 measures losses alone. Default: 16,
+            or as many as add at most 10 % of the time.
+        eval_features: Whose features pictures are compared by, as the option features of unigen evaluate.
+        eval_clip: Folder of a CLIP or SigLIP, for the CLIP score.
         metric_for_best_model: The number of metrics.jsonl that best and early stopping follow.
         greater_is_better: Whether it is better the greater it is. Default: losses are not, other numbers as
             they are meant.
     """
 
+    eval_metrics: list[str] | None = None
+    eval_samples: Whole | None = None
+    eval_features: str | None = None
+    eval_clip: PathText | None = None
     metric_for_best_model: str = "val_loss"
     greater_is_better: bool | None = None
 

@@ -64,7 +64,7 @@ def elastic(
     folder = tmp_path_factory.mktemp("elastic")
     options = {
         "model_path": str(small_model), "train_data_path": str(records), "max_steps": STEPS, "save_steps": 2,
-        "val_data_path": str(records), "eval_steps": 1, "ema": 0.9,
+        "val_data_path": str(records), "eval_steps": 1, "eval_samples": 0, "ema": 0.9,
         "learning_rate": 1e-3, "adam_epsilon": 1e-3, "device": "cpu", "num_workers": 0,
         "gradient_accumulation_steps": ROWS // 2, "resume_from_checkpoint": "auto",
     }  # fmt: skip

@@ -125,7 +125,7 @@ def whole(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("stopping")
     options = {
         "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records),
-        "max_steps": 6, "eval_steps": 2,
+        "max_steps": 6, "eval_steps": 2, "eval_samples": 4,
         "save_steps": 4, "learning_rate": 1e-3, "device": "cpu", "num_workers": 0,
         "sample_prompts": ["Say two"], "sample_steps": 4,
         "output_dir": str(folder / "whole"),

@@ -227,7 +227,7 @@ def whole_run(
     saved."""
     options = {
         "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records),
-        "max_steps": 12, "eval_steps": 4,
+        "max_steps": 12, "eval_steps": 4, "eval_samples": 0,
         "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1,
         "save_steps": 1, "device": "cpu",
         "output_dir": str(tmp_path_factory.mktemp("whole")), "ema": request.param,

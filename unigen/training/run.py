@@ -47,7 +47,7 @@ from unigen.training.changes import tell_changes
 from unigen.training.datasets import RunData
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
-from unigen.training.evaluate import Evaluation
+from unigen.training.evaluate import Evaluation, step_tokens
 from unigen.training.guards import BadStepGuard
 from unigen.training.precision import stored_precision, tell_change
 from unigen.training.prepare import tell_compiling, tell_quantising
@@ -268,7 +268,9 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
                 verify,
             ),
             guard=BadStepGuard(engine, c, output_dir),
-            evaluation=Evaluation(c, engine, data.val) if data.val else None,
+            evaluation=Evaluation(c, engine, model, data.val, eval_every, step_tokens(data.train, rank_slice))
+            if data.val
+            else None,
             samples=SampleWriter(c, engine, model) if c.sample_prompts else None,
             resumed=states.get(layout.TRAINER),
             position=position,
@@ -399,6 +401,8 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:
         run.engine.scale.load(state["scale"])
     run.position.load(state)
+    if run.evaluation is not None:
+        run.evaluation.load(state.get("evaluation", {}))
     if run.evaluation is not None and not run.evaluation.decides_as(state.get("evaluation", {})):
         log.warning(
             "The best checkpoint is now chosen by %s; what was best so far does not count",

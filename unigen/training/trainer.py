@@ -130,8 +130,9 @@ class TrainingLoop:
         self.cached = CacheTally()
         self._tokens = 0  # of all processes, since the start
         self._failure: Exception | None = None  # of this process's data; the others are to hear of it first
-        if run.samples is not None:
-            run.samples.idle = self._idle
+        for answering in (run.samples, run.evaluation and run.evaluation.answers):
+            if answering is not None:
+                answering.idle = self._idle
 
     def train(self) -> dict[str, float]:
         """Takes the steps that are left; returns the last metrics. Raises Stopped after a signal."""
@@ -345,7 +346,7 @@ class TrainingLoop:
         samples = run.samples is not None and run.samples.due(step, otherwise)
         return {work for work, due in (("validating", validates), ("sampling", samples)) if due}
 
-    def _look(self, due: set[str]) -> dict[str, float]:
+    def _look(self, due: set[str]) -> dict[str, Any]:
         """Validates and draws samples. A signal breaks it off on all processes; the next run begins with it.
 
         Raises:
@@ -367,7 +368,7 @@ class TrainingLoop:
             self._stop()
         return values
 
-    def evaluate(self) -> dict[str, float] | None:
+    def evaluate(self) -> dict[str, float | None] | None:
         """What is measured of the weights as they are; None where a signal broke it off."""
         run = self.run
         assert run.evaluation is not None
@@ -386,7 +387,7 @@ class TrainingLoop:
 
         return run.evaluation.measure(batches, agree)
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, Any]:
         position, evaluation = self.position, self.run.evaluation
         assert evaluation is not None
         with self._averaged():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,13 @@ TEXT_BY_TASK, IMAGE_BY_TASK, IMAGE_BY_TIME = "text_loss_by_task", "image_loss_by
 
 # asked before each micro-batch, on all processes together; false breaks a measurement off
 Agree = Callable[[MicroBatch, PackStream], bool]
+
+
+class Losses(NamedTuple):
+    """``values``: every loss by its name; and what a token's forward takes on this process, in seconds."""
+
+    values: dict[str, float]
+    seconds_per_token: float
 
 
 def bin_names() -> list[str]:
@@ -46,7 +55,7 @@ class Tasks:
 def held_out_losses(
     engine: Engine, config: Config, stream: PackStream, tasks: Tasks, batches: Iterable[list[MicroBatch]],
     agree: Agree,
-) -> dict[str, float] | None:  # fmt: skip
+) -> Losses | None:  # fmt: skip
     """Mean losses over packed sequences with fixed noise and times: equal weights give equal numbers.
 
     Args:
@@ -56,14 +65,17 @@ def held_out_losses(
         agree: false breaks it off, and the answer is None.
     """
     parts = torch.zeros(2, 2 * len(TASKS) + BINS, dtype=torch.float64)
+    took: list[tuple[float, int]] = []
     engine.model.eval()
     try:
         for (batch,) in batches:
             if not agree(batch, stream):
                 return None
+            began = time.perf_counter()
             output = engine.forward(batch.pack.to(engine.device))
             which = torch.tensor([tasks[record] for record in batch.records], dtype=torch.int64)
             parts += _parts(output, batch.pack, which, engine.model.config.timestep_shift)
+            took.append((time.perf_counter() - began, len(batch.pack)))
     finally:
         engine.model.train()
     parts = torch.tensor(engine.sum(parts.flatten().tolist()), dtype=torch.float64).view_as(parts)
@@ -79,7 +91,9 @@ def held_out_losses(
     for name, total, count in zip(names, *parts.tolist(), strict=True):
         if count:
             values[name] = total / count
-    return values
+    took = took[1:] or took  # the first one may compile, or fill caches
+    tokens = sum(count for _, count in took)
+    return Losses(values, sum(seconds for seconds, _ in took) / tokens if tokens else 0.0)
 
 
 def _parts(output: Output, pack: Pack, tasks: Tensor, shift: float) -> Tensor:

@@ -27,7 +27,10 @@ class Panel(NamedTuple):
     def title(self, words: Words) -> str:
         if not self.members:
             return words("data_wait_share" if self.name == "data_wait" else self.name)
-        return words.texts.get(f"of_{self.name.rpartition('/')[2]}", self.name)
+        room, _, what = self.name.partition("/")
+        if room == "eval":
+            return words("of_eval", what=what)
+        return words.texts.get(f"of_{self.name.replace('/', '_')}", self.name)
 
     def line(self, curve: Curve, words: Words) -> str:
         """What a curve of a group is called."""

@@ -1,0 +1,250 @@
+"""Answers to held-out records while training, measured as ``unigen evaluate`` measures them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+from unigen.config import Config, ConfigError, UserError, nearest
+from unigen.data.dataset import TASKS
+from unigen.data.loader import PackStream
+from unigen.evaluation.answers import Prediction
+from unigen.evaluation.cases import Case, batches, cases_of
+from unigen.evaluation.features import load_extractor
+from unigen.evaluation.material import Tools
+from unigen.evaluation.results import Result
+from unigen.evaluation.score import METRICS, NEEDS, score
+from unigen.evaluation.towers import PictureTower
+from unigen.inference.prompts import SAMPLES
+from unigen.model.bagel import Bagel
+from unigen.training.answering import Answer, Answerer, Job
+from unigen.training.engine import Engine
+
+log = logging.getLogger("unigen")
+
+FAST = ("accuracy", "anls", "psnr", "ssim")
+"""What is measured by default: nothing that needs a library, a network or much time."""
+LOWER = {"fd", "fd_infinity", "kid", "cmmd"}  # the better the lower
+NEITHER = {"length_ratio"}  # neither end is good
+ELSEWHERE = {"structure", "stopped"}  # the pieces of an answer are prescribed here
+SAMPLES_ASKED = 16  # by default, where the time allows
+READ = 2000  # records that questions are taken from
+AT_ONCE = 4  # records answered together; the answers depend on it
+SHARE = 0.1  # of the time that the default may take
+
+Scores = dict[str, float | None]
+
+
+class HeldOutAnswers:
+    """Some held-out records, what the model answers to them, and how good that is.
+
+    Args:
+        config, engine, model: of the run.
+        val: the held-out data.
+
+    Raises:
+        ConfigError: a metric is unknown, or needs what is not given.
+        CannotRun: what a metric needs cannot be loaded.
+    """
+
+    def __init__(self, config: Config, engine: Engine, model: Bagel, val: PackStream):
+        self.config, self.engine = config, engine
+        self.metrics = tuple(config.eval_metrics or FAST)
+        self._check_metrics()
+        self.answerer = Answerer(config, engine, model)
+        asked = SAMPLES_ASKED if config.eval_samples is None else config.eval_samples
+        self.cases = self._spread(self._questions(val), asked)
+        of_kinds: dict[tuple[str, ...], list[list[Case]]] = {}
+        for batch in batches(self.cases, AT_ONCE):
+            of_kinds.setdefault(batch[0].outputs, []).append(batch)
+        self.batches: list[list[Case]] = _in_turn(list(of_kinds.values()))
+        # how many of the batches are answered; None: all that the time allows, found at the first time
+        self.kept: int | None = None if config.eval_samples is None else len(self.batches)
+        self.seconds = 0.0  # that the last answers took
+        self._complained: set[str] = set()
+        self.tools = self._tools() if engine.main else Tools()
+
+    @property
+    def idle(self) -> Callable[[], None]:
+        """As of :class:`Answerer`."""
+        return self.answerer.idle
+
+    @idle.setter
+    def idle(self, call: Callable[[], None]) -> None:
+        self.answerer.idle = call
+
+    def names(self) -> Iterator[str]:
+        """What can be measured of these records."""
+        for kind in self.metrics:
+            for task in TASKS:
+                if any(case.task == task for case in self.cases):
+                    yield f"eval/{kind}/{task}"
+                    yield f"eval/{kind}_to_source/{task}"
+
+    @property
+    def records(self) -> int:
+        """How many are answered."""
+        return sum(map(len, self.batches[: self.kept]))
+
+    def measure(self, budget: float) -> Scores:
+        """Every metric by task, the same on all processes; None for one that has no value. All processes call
+        it.
+
+        Args:
+            budget: seconds that answers may take where nobody said how many are wanted; the first time
+                decides.
+        """
+        began, longest = time.perf_counter(), 0.0
+        answers: list[list[Answer]] = []
+        wanted = self.batches[: self.kept]
+        for start in range(0, len(wanted), self.answerer.at_once):
+            spent = self._agreed(time.perf_counter() - began)
+            if self.kept is None and start and spent + longest > budget:
+                break
+            some = wanted[start : start + self.answerer.at_once]
+            answers += self.answerer.answer([self._job(batch) for batch in some])
+            longest = max(longest, self._agreed(time.perf_counter() - began) - spent)
+        self.seconds = self._agreed(time.perf_counter() - began)
+        if self.kept is None:
+            self.kept = len(answers) if self.seconds <= budget else 0
+            self._tell_kept(budget)
+        answers = answers[: self.kept]
+        scores = json.dumps(self._scores(answers) if self.engine.main else {})
+        return json.loads(self.engine.gather(scores)[0])
+
+    # ---- before the first step
+
+    def _check_metrics(self) -> None:
+        given = {"extractor": self.config.eval_features, "clip": self.config.eval_clip}
+        options = {"extractor": "eval_features", "clip": "eval_clip"}
+        for kind in self.metrics:
+            if kind not in METRICS:
+                near = nearest(kind, list(METRICS))
+                raise ConfigError(
+                    f"eval_metrics: there is no {kind!r}{f' (did you mean {near}?)' if near else ''}. Fix:"
+                    f" use some of {', '.join(k for k in METRICS if METRICS[k][0].needs in ('', *given))}"
+                )
+            need = METRICS[kind][0].needs
+            if kind in ELSEWHERE or (need and need not in given):
+                raise ConfigError(
+                    f"eval_metrics: {kind} is not measured while training. Fix: leave it out, and measure it"
+                    " by unigen evaluate"
+                )
+            if need and given[need] is None:
+                raise ConfigError(
+                    f"eval_metrics: {kind} cannot be: {NEEDS[need][0]}. Fix: --{options[need]} FOLDER"
+                )
+
+    def _questions(self, val: PackStream) -> list[Case]:
+        """The records that ask something, and fit into the model's context with their answer."""
+        dataset = val.mixture.parts[0].dataset
+        found, _ = cases_of(dataset[number] for number in range(min(READ, len(dataset))))
+        fitting = []
+        for case in found:
+            try:
+                self.answerer.inferencer.requests.prepare(
+                    [list(case.prompt)], list(case.outputs), self._settings([case])
+                )
+            except UserError as error:
+                log.info("Not among the records that are answered: %s (%s)", case.where, error)
+            else:
+                fitting.append(case)
+        return fitting
+
+    def _spread(self, cases: Sequence[Case], count: int) -> list[Case]:
+        """``count`` of them, of every task as many as there are, in the order of the data."""
+        groups = [[case for case in cases if case.task == task] for task in TASKS]
+        return sorted(_in_turn(groups)[:count], key=lambda case: case.number)
+
+    def _tools(self) -> Tools:
+        device = str(self.engine.device)
+        features, clip = self.config.eval_features, self.config.eval_clip
+        return Tools(
+            extractor=load_extractor(features, device) if features else None,
+            clip=PictureTower.load(clip, device, texts=True) if clip else None,
+            device=device,
+        )
+
+    # ---- answers
+
+    def _settings(self, batch: Sequence[Case]) -> Any:
+        """How a batch is answered: texts may become twice as long as the longest that is right."""
+        encode = self.answerer.inferencer.tokenizer.encode
+        lengths = [len(encode(text)) for case in batch for given in case.texts for text in given]
+        settings = replace(SAMPLES, seed=self.config.seed + batch[0].number)
+        return replace(settings, max_new_tokens=min(1000, 2 * max(lengths) + 8)) if lengths else settings
+
+    def _job(self, batch: Sequence[Case]) -> Job:
+        def ask() -> list[list[Any]]:
+            return self.answerer.inferencer.unified_generate_batch(
+                [list(case.prompt) for case in batch],
+                outputs=list(batch[0].outputs),
+                options=self._settings(batch),
+            )
+
+        return Job(batch[0].where, len(batch), ask)
+
+    def _scores(self, answers: Sequence[Sequence[Answer]]) -> Scores:
+        """On rank 0: the metrics of the records that were answered."""
+        answered = [
+            (case, answer)
+            for batch, some in zip(self.batches, answers)
+            for case, answer in zip(batch, some, strict=True)
+            if "error" not in answer
+        ]
+        cases = [case for case, _ in answered]
+        predictions = [
+            Prediction(case.number, case.where, case.task, None, tuple(map(_piece, answer["pieces"])))
+            for case, answer in answered
+        ]
+        try:
+            found = score(cases, predictions, self.tools, kinds=self.metrics)
+        except Exception as error:  # a picture that is gone; the other processes wait
+            self._complain("answers", f"they could not be measured ({type(error).__name__}: {error})")
+            return {}
+        return {
+            f"eval/{self._name(result)}/{task}": self._value(result)
+            for task, results in found.items()
+            for result in results
+        }
+
+    def _name(self, result: Result) -> str:
+        return result.kind + ("_to_source" if "to=source" in result.name else "")
+
+    def _value(self, result: Result) -> float | None:
+        if result.value is None:
+            self._complain(result.kind, f"{result.reason}. Fix: {result.fix}")
+        return result.value
+
+    def _complain(self, what: str, why: str) -> None:
+        if what not in self._complained:
+            self._complained.add(what)
+            log.warning("No value of %s: %s", what, why)
+
+    def _agreed(self, seconds: float) -> float:
+        """The longest time of all processes."""
+        return max(map(float, self.engine.gather(repr(seconds))))
+
+    def _tell_kept(self, budget: float) -> None:
+        if self.kept == len(self.batches):
+            return
+        why = f"more would add over {SHARE:.0%} of the time ({budget:.1f} s for each evaluation, predicted)"
+        log.info(
+            "Answers to %d of %d held-out records are measured: %s. --eval_samples %d measures all of them",
+            self.records, len(self.cases), why, len(self.cases),
+        )  # fmt: skip
+
+
+def _piece(piece: dict[str, str]) -> str | bytes:
+    return piece["text"] if "text" in piece else base64.b64decode(piece["image"])
+
+
+def _in_turn(groups: Sequence[Sequence[Any]]) -> list[Any]:
+    """The first of each group, the second of each, and so on."""
+    return [one for turn in zip_longest(*groups) for one in turn if one is not None]
