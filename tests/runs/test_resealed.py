@@ -170,7 +170,7 @@ def test_the_lock_is_no_link(tmp_path: Path):
 def test_verify_refuses_what_a_resume_refuses(tmp_path: Path):
     folder = save(tmp_path, 1)
     manifest = read_manifest(folder)
-    for key, new in (("step", 0), ("groups", []), ("groups", ["optimizer"])):
+    for key, new in (("step", 0), ("groups", []), ("groups", ["optimizer"]), ("states", [])):
         seal(folder, {**manifest, key: new})
         problems = problems_of(folder)
         assert any(key in problem for problem in problems), (key, new, problems)

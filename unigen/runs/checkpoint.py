@@ -36,7 +36,7 @@ from unigen.foreign import ForeignFileError, open_file, read_json, require, root
 from unigen.model.adapters import GROUP, own_name
 from unigen.model.storage import Stored, is_of_set, scan_set, set_files
 from unigen.runs.layout import FILES, MANIFEST, TRAINER, is_checkpoint, state_file, step_of
-from unigen.runs.states import GROUPS, outside
+from unigen.runs.states import GROUPS, STATES, outside
 from unigen.runs.states import MANIFEST as MANIFEST_RULE
 from unigen.schema import Rule, short
 
@@ -239,9 +239,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             problem = f"{MANIFEST}: {key} names {short(name)}, but files lacks {' or '.join(wanted)}"
             raise _unusable(folder, problem)
     for name in files:
-        group = next((group for group in GROUPS if is_of_set(name, group)), None)
-        if group is not None and group not in manifest["groups"]:
-            raise _unusable(folder, f"{MANIFEST}: files names {short(name)}, but groups lacks {group!r}")
+        held = [("groups", group) for group in GROUPS if is_of_set(name, group)]
+        held += [("states", state) for state in STATES if name == state_file(state)]
+        for key, part in held:
+            if part not in manifest[key]:
+                raise _unusable(folder, f"{MANIFEST}: files names {short(name)}, but {key} lacks {part!r}")
     return manifest
 
 
