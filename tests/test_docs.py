@@ -41,6 +41,7 @@ NOT_RUN = {
     "python benchmarks/": "tests/test_benchmarks.py",
     "unigen demo": "tests/commands/demo/test_demo.py",
     "unigen watch outputs/demo/run": "tests/commands/demo/test_demo.py",
+    "unigen watch outputs/unified_training --serve": "tests/commands/watch/test_watch_serve.py",
     "unigen --help": "tests/test_cli.py",
     "unigen evaluate --model_path models/BAGEL-7B-MoT --compare": "tests/commands/evaluate/test_evaluate.py",
     "torchrun --nnodes=2": "several machines",

@@ -54,7 +54,7 @@ HOMES = {
     "pyarrow": ["data/tables.py", "data/unpack.py"],
     "socket": ["commands/fetch/client.py"],
     "ssl": ["commands/fetch/client.py"],
-    "http": ["commands/fetch/client.py"],
+    "http": ["commands/fetch/client.py", "commands/watch/serve.py"],
     "urllib.request": ["commands/fetch/client.py"],
     "urllib3": ["commands/fetch/client.py", "evaluation/judge.py"],
     "requests": ["commands/fetch/client.py"],

@@ -70,8 +70,10 @@ def test_the_charts_hold_the_numbers_of_the_log(folder, tmp_path):
 
 
 def test_several_runs_are_compared(folder, tmp_path):
-    other = record(tmp_path / "other", 400, ranks=1, seed=9)
+    other = record(tmp_path / "other", 400, ranks=1, seed=9, learning_rate=3e-5, model_path="mine")
     page = Page(written(tmp_path / "page.html", folder, other, smooth=0.9))
+    assert "Options that differ" in page.text and "3e-05" in page.text and "1e-05" in page.text
+    assert "models/BAGEL-7B-MoT" in page.text and "eval_steps" not in page.text
     assert "2 runs" in page.text and "garden, step 1,200" in page.text and "other, step 400" in page.text
     assert {c["n"] for c in page.charts[0]["curves"]} == {
         "garden",

@@ -3,6 +3,7 @@ alone."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ def watch(options: WatchOptions) -> int:
         UserError: there is no run, an option cannot work, or the page cannot be written.
     """
     steps = _resolve(options)
+    if options.serve and (options.html or options.once):
+        other = "html" if options.html else "once"
+        raise ConfigError(f"serve and {other} exclude each other. Fix: keep one of --serve and --{other}")
     html = options.html and output_file("html", options.html, "unigen watch", options.run)
     from unigen.commands.watch.health import diagnose
     from unigen.commands.watch.report import why
@@ -34,12 +38,16 @@ def watch(options: WatchOptions) -> int:
 
     words = Words(options.language, "watch")
     runs = [RunFolder(folder, steps) for folder in find_runs(options.run)]
-    if options.html is None and not options.once and sys.stdout.isatty():
+    if options.serve:
+        _serve(options, runs)
+    elif options.html is None and not options.once and sys.stdout.isatty():
         _follow(options, runs, words)
     else:
         for run in runs:
             run.update()
-    if not html:
+    if options.serve:
+        pass  # the page has said it all
+    elif not html:
         say(*_frame(options, runs, words))
     else:
         from unigen.commands.watch.page import write
@@ -74,6 +82,25 @@ def _resolve(options: WatchOptions) -> tuple[int, int]:
             " Fix: write such as --steps 1000:2000, --steps 1000: or --steps :500"
         )
     return found
+
+
+def _serve(options: WatchOptions, runs: Sequence[RunFolder]) -> None:
+    """Keeps the page of the runs live until Ctrl-C. Raises UserError where the port cannot be had."""
+    from unigen.commands.watch.page import page
+    from unigen.commands.watch.serve import PageServer
+
+    def render() -> bytes:
+        for run in runs:
+            run.update()
+        return page(runs, options)
+
+    with PageServer(options.port, options.interval, render) as server:
+        port = server.server_address[1]
+        say(f"{server.address}  (Ctrl-C ends it; from elsewhere: ssh -L {port}:127.0.0.1:{port} HOST)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever(poll_interval=0.1)
+    for run in runs:
+        run.update()
 
 
 def _frame(options: WatchOptions, runs: Sequence[RunFolder], words: Words) -> Iterator[RenderableType]:

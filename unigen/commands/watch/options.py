@@ -15,6 +15,8 @@ class WatchOptions(Options):
     Args:
         run: Folder of a run, or of several; of several, curves are compared.
         html: Write a page to this file, and end.
+        serve: Keep the page live on this machine, at http://127.0.0.1, until Ctrl-C.
+        port: Port of the live page; 0 takes one that is free.
         interval: Seconds between two looks at the folder.
         once: Print what there is now, and end; so it is, too, where the output is no terminal.
         steps: The part of the curves to show, in finer detail, as FIRST:LAST; either may be missing.
@@ -25,6 +27,8 @@ class WatchOptions(Options):
 
     run: list[PathText] = field(default_factory=list)
     html: PathText | None = None
+    serve: bool = False
+    port: Annotated[int, Range(0, 65535)] = 6007
     interval: Annotated[float, Range(0.1, 3600)] = 2.0
     once: bool = False
     steps: str | None = None

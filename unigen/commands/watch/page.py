@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,10 @@ from unigen.commands.watch.panels import chart, curves_of, panels_of
 from unigen.commands.watch.report import (
     MARKS,
     checkpoints,
+    differing,
     facts,
     more,
+    option_value,
     overview,
     place,
     problems,
@@ -31,7 +32,7 @@ from unigen.runs.reader import Answer, RunFolder
 from unigen.show.charts import Chart
 from unigen.show.figures import figure
 from unigen.show.language import TAGS, Words
-from unigen.show.pages import Embedded, data_uri, write_page
+from unigen.show.pages import Embedded, data_uri, render, write_page
 
 HARD_PIXELS = 64  # pictures up to this side are magnified with hard pixels
 SHOWN_STEPS = 7  # of the samples: the first, the last, and some between
@@ -51,20 +52,29 @@ def write(path: Path, runs: Sequence[RunFolder], options: WatchOptions) -> Path:
     Raises:
         OSError: It cannot be written.
     """
+    values, how = _page(runs, options)
+    return write_page(path, "watch.html", values, **how)
+
+
+def page(runs: Sequence[RunFolder], options: WatchOptions) -> bytes:
+    """What :func:`write` writes."""
+    values, how = _page(runs, options)
+    return render("watch.html", values, **how)
+
+
+def _page(runs: Sequence[RunFolder], options: WatchOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the template shows, and the page around it."""
     words = Words(options.language, "watch")
     one = len(runs) == 1
     title = words("title", name=runs[0].name) if one else words("title_many", n=len(runs))
     values = _one(runs[0], words) if one else _many(runs, words)
-    return write_page(
-        path,
-        "watch.html",
-        values | {"words": words, "charts": _charts(runs, options.smooth, words)},
-        by="unigen watch",
-        title=title,
-        language=TAGS[words.language],
-        styles=["charts", "watch"],
-        script="charts",
-    )
+    return values | {"words": words, "charts": _charts(runs, options.smooth, words)}, {
+        "by": "unigen watch",
+        "title": title,
+        "language": TAGS[words.language],
+        "styles": ["charts", "watch"],
+        "script": "charts",
+    }
 
 
 def _one(run: RunFolder, words: Words) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def _one(run: RunFolder, words: Words) -> dict[str, Any]:
 def _many(runs: Sequence[RunFolder], words: Words) -> dict[str, Any]:
     table, _, wrong = overview(runs, words)
     shared = {"overview": table, "warnings": wrong, "samples": _samples_of_runs(runs, words)}
-    return {"head": None, "tables": [], "options": [], **shared}
+    return {"head": None, "tables": differing(runs, words), "options": [], **shared}
 
 
 def _results(run: RunFolder, words: Words) -> list[tuple[str, str, str]]:
@@ -123,7 +133,7 @@ def _options(run: RunFolder) -> list[tuple[str, str]]:
 
     defaults = Config().to_dict()
     return [
-        (short(name), short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+        (short(name), option_value(value))
         for name, value in run.config.items()
         if name not in defaults or defaults[name] != value
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -126,6 +127,27 @@ def overview(runs: Sequence[RunFolder], words: Words) -> tuple[WatchTable, list[
     header = ("run", "state", "step", "loss", "validation", "best", "tokens_per_second", "eta")
     made = _grid(words, "", header, rows, minor=(6, 5, 7, 4))
     return made, [state.name for state in states], wrong
+
+
+def differing(runs: Sequence[RunFolder], words: Words) -> list[WatchTable]:
+    """A table of the options that are not the same in all of several runs; none where all are."""
+    from unigen.config import Config
+
+    usual = Config().to_dict()
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    names.pop("output_dir", None)
+    rows: list[list[Any]] = []
+    for name in names:
+        values = [run.config.get(name, usual.get(name)) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append([short(name), *map(option_value, values)])
+    title, option = words("options_differ"), words("option")
+    return [WatchTable(title, [option, *(run.name for run in runs)], rows)] if rows else []
+
+
+def option_value(value: Any) -> str:
+    """An option as it is written in a recipe, or its begin."""
+    return short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def more(n: int, words: Words) -> str:
