@@ -183,7 +183,7 @@ class LoaderOptions(Options):
     """Which data is read, and how it is packed.
 
     Args:
-        train_data_path: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face
+        train_data_path: JSON, JSONL, Parquet, Arrow, CSV, TSV or tar files, data sets saved by Hugging Face
             datasets, folders of them. Required, or train_sources.
         train_sources: Several sources with weights, as a list in a recipe, in place of train_data_path; see
             docs/data.md.

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from unigen.config import UserError
 from unigen.data import containers, json_text, reader, tables, unpack
-from unigen.data.containers import BadData, ByteSpan, Raw, crc_of, feed, find_files, parts, read_part
+from unigen.data.containers import BadData, ByteSpan, Raw, crc_of, feed, parts, read_part
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.finding import find_files
 from unigen.data.reader import Reader
 from unigen.sequence.types import BadRecord
 
@@ -554,7 +555,7 @@ def test_the_description_beside_cached_arrow_files_is_no_record(tmp_path: Path) 
 
 def test_kinds_are_known_by_their_names(tmp_path: Path) -> None:
     names = ["a.JSON", "b.Jsonl.GZ", "c.json.zst", "d.parquet", "e.arrow"]
-    others = ["f.txt", "g.gz", "h.parquet.gz", "i.jsonl.bz2", "j.csv", ".k.jsonl"]
+    others = ["f.txt", "g.gz", "h.parquet.gz", "i.jsonl.bz2", "j.tar.gz", ".k.jsonl"]
     for name in names + others:
         (tmp_path / name).write_bytes(b"x")
     assert [name for _, name in find_files([tmp_path])] == names

@@ -273,7 +273,7 @@ def test_paths_that_hold_no_data(tmp_path: Path) -> None:
     for path, words in {
         "none.jsonl": "no such file",
         "empty": "holds no .json or .jsonl",
-        "a.txt": "Rename it",
+        "a.txt": "name it after what it holds",
         "a.jsonl": "there is no record",
         "a.json": "there is no record",
         "pipe.jsonl": "not a regular file",

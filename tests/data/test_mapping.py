@@ -105,6 +105,13 @@ def test_a_mapping_that_matches_nothing_is_an_error(
     assert [error.origin.line for error in caught.value.records] == [2]
 
 
+def test_a_trigger_word_for_nothing_is_an_error(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    data = lines(tmp_path / "d.jsonl", {"text_prompt": "A", "image_path": "a.png"})
+    with pytest.raises(BadData, match="trigger_word is 'sks'"):
+        UnifiedGenerationDataset(data, read=ReadOptions(trigger_word="sks"))
+
+
 def test_options_of_a_source_win_over_those_of_the_run(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from unigen.data.containers import BadData, find_files
+from unigen.data.containers import BadData
+from unigen.data.finding import find_files
 from unigen.data.splits import LeftOut, is_side_file, split_of
 
 

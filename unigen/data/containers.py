@@ -1,5 +1,4 @@
-"""Kinds of files, and nothing about what their records mean: finding them, cutting them into parts, reading
-records.
+"""Kinds of files, and nothing about what their records mean: cutting them into parts, reading records.
 
 One table, :data:`CONTAINERS`. A record comes out as ``Raw``: the bytes of its JSON text, or the row of a
 table as a dict.
@@ -7,8 +6,6 @@ table as a dict.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.config import UserError
-from unigen.data import tables
+from unigen.data import captions, delimited, tables, tar
 from unigen.data.json_text import HEAD, MAX_RECORD, not_lines, split_json
-from unigen.data.splits import LeftOut, Split, choose, is_side_file
 from unigen.data.unpack import PACKED, open_packed
 from unigen.foreign import known_mistake
 from unigen.sequence.types import BadRecord, Origin
@@ -29,11 +25,8 @@ Raw = bytes | dict[str, Any]
 PART = 8 << 20  # bytes of a JSON Lines file that are read as one part
 MAX_LINE = 256 << 20  # bytes; a longer line is no record but a file of another kind
 MAX_JSON = 2 << 30  # bytes of a .json file, which is read whole
-MAX_STATE = 16 << 20  # bytes of a description that Hugging Face datasets wrote
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t\r]*\n", re.MULTILINE)  # what _content finds nothing in
-_HF_FILES = ("state.json", "dataset_info.json")
-_HF_SPLITS = "dataset_dict.json"
 
 
 class BadData(UserError):
@@ -91,186 +84,8 @@ class Container(NamedTuple):
     walk: Callable[[FilePart, Any], Iterator[tuple[ByteSpan, Raw]]]
     group: Callable[[Path, int], Any] | None = None  # tables: reads the group of a key
     runs: bool = False  # reading a record costs reading its group
-
-
-# ---- finding
-
-
-def find_files(
-    paths: Iterable[str | Path],
-    root: str | Path | None = None,
-    split: Split | None = "train",
-    left_out: list[LeftOut] | None = None,
-) -> list[tuple[Path, str]]:
-    """Absolute paths of the files, each with the name it has in a fingerprint (which a moved folder keeps).
-
-    Folders are searched recursively, in sorted order, hidden entries left out; linked ones too, each place
-    once. A folder that Hugging Face ``datasets`` saved stands for its Arrow files.
-
-    Args:
-        root: ``data_root``, which no linked folder may leave; None: no limit.
-        split: What to take of a folder that holds several splits; None: everything.
-        left_out: Gets the files of folders that are not read: those of other splits, and those that describe
-            the data.
-
-    Raises:
-        BadData: No path is given, one does not exist or is of no known kind, a folder holds nothing to read,
-            or a file or linked folder in it that may not be read.
-    """
-    found = []
-    for given in paths:
-        path = Path(given).absolute()
-        if path.is_dir():
-            sides: list[Path] = []
-            names = sorted(_in_folder(path, root, sides))
-            others: list[tuple[Path, str]] = []
-            if split is not None:
-                names, others, wrong = choose(names, split)
-                if wrong:
-                    raise BadData(f"{given}: {wrong}. Fix: name the files, or the folder of one split.")
-            if left_out is not None:
-                left_out += [LeftOut(path / name, "") for name in sorted(sides)]
-                left_out += [LeftOut(path / name, reason) for name, reason in others]
-            if not names:
-                kinds = "no .json or .jsonl, Parquet or Arrow file"
-                raise BadData(
-                    f"{given}: the folder holds {kinds}. Name the folder or the files with the records."
-                )
-            found += [(path / name, name.as_posix()) for name in names]
-        elif not path.is_file():
-            problem = "it is not a regular file" if path.exists() else "there is no such file or folder"
-            raise BadData(f"{given}: {problem}. Correct the path of the data.")
-        elif _kind(path) is None:
-            known = ", ".join(CONTAINERS)
-            raise BadData(
-                f"{given}: its name ends in none of {known}, nor in .json or .jsonl with"
-                f" {' or '.join(PACKED)}. Rename it: .jsonl for one record a line, .json for a list of"
-                " records."
-            )
-        else:
-            found.append((path, path.name))
-    if not found:
-        raise BadData("no data is named. Give a JSON or JSONL file, or a folder of them.")
-    return found
-
-
-def _in_folder(folder: Path, root: str | Path | None, sides: list[Path]) -> Iterator[Path]:
-    """Relative paths of the files with records, in no order; ``sides`` gets those of files that describe
-    them."""
-    met: set[tuple[int, int]] = set()
-    linked = [folder]  # folders behind links come last: what lies here really keeps its name
-    for top in linked:
-        for place, folders, names in os.walk(top, onerror=_unlisted):
-            status = os.stat(place)
-            if (status.st_dev, status.st_ino) in met:  # a loop, or a second way
-                folders.clear()
-                continue
-            met.add((status.st_dev, status.st_ino))
-            described = {n for n in names if is_side_file(Path(place, n).relative_to(folder))}
-            sides += [
-                Path(place, name).relative_to(folder) for name in sorted(described - {*_HF_FILES, _HF_SPLITS})
-            ]
-            yield from _in_one(folder, Path(place), folders, names, described)
-            links = [Path(place, name) for name in sorted(folders) if os.path.islink(Path(place, name))]
-            for link in links:
-                _check_link(link, folder, root)
-            linked += links
-
-
-def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
-    """Raises BadData for a linked folder that is not to be followed."""
-    real = Path(os.path.realpath(link))
-    if real.is_relative_to(os.path.realpath(folder)):
-        return
-    if root is not None and not real.is_relative_to(os.path.realpath(root)):
-        raise BadData(
-            f"{link}: this link leads to a folder outside data_root, {root}. Fix: move that folder into"
-            " data_root, name another one, or remove the link."
-        )
-    if real in Path(os.path.realpath(folder)).parents:
-        raise BadData(
-            f"{link}: this link leads to a folder that holds {folder} itself. Fix: remove the link, or name"
-            " that folder."
-        )
-
-
-def _in_one(
-    folder: Path, at: Path, folders: list[str], names: list[str], described: set[str]
-) -> Iterator[Path]:
-    """The files with records in the folder ``at``, without those that describe them; ``folders`` keeps those
-    to be searched, too."""
-    folders[:] = [name for name in folders if not name.startswith(".")]
-    if _HF_SPLITS in names:
-        folders[:] = [_only_split(at, folders)]
-    elif "state.json" in names and "dataset_info.json" in names:
-        yield from (at.relative_to(folder) / name for name in _saved_files(at))
-        folders.clear()
-    else:
-        # as in the cache of datasets: a description beside the data
-        cached = any(name.endswith(".arrow") for name in names)
-        for name in names:
-            if name.startswith(".") or not _kind(at / name) or name in described:
-                continue
-            if cached and name in _HF_FILES:
-                continue
-            if not (at / name).is_file():
-                raise BadData(
-                    f"{at / name}: it is a link that leads nowhere, or no regular file. Fix: remove it,"
-                    " or put the file there."
-                )
-            yield (at / name).relative_to(folder)
-
-
-def _unlisted(error: OSError) -> None:
-    raise BadData(f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions.")
-
-
-def _only_split(folder: Path, folders: list[str]) -> str:
-    splits = [name for name in _json_field(folder / "dataset_dict.json", "splits") if isinstance(name, str)]
-    if len(splits) != 1 or splits[0] not in folders:
-        names = ", ".join(str(folder / name) for name in splits)
-        raise BadData(
-            f"{folder}: it holds {len(splits)} splits, and not all may be meant for this. Name the folder of"
-            f" one: {names}."
-        )
-    return splits[0]
-
-
-def _saved_files(folder: Path) -> list[str]:
-    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, checked to be all there."""
-    state = folder / "state.json"
-    if _json_field(state, "_indices_files", missing=[]):
-        raise BadData(
-            f"{folder}: an old version of datasets saved a selection of its rows there. Save it again with"
-            " datasets 2 or newer."
-        )
-    names = [
-        entry.get("filename") if isinstance(entry, dict) else None
-        for entry in _json_field(state, "_data_files")
-    ]
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or _kind(Path(name)) is None:
-            raise BadData(
-                f"{state}: _data_files names {name!r}, which is no Arrow file of this folder. Save the data"
-                " set again."
-            )
-        if not (folder / name).is_file():
-            raise BadData(
-                f"{folder}: {name} is missing, which state.json names. Copy the whole folder again."
-            )
-    return names
-
-
-def _json_field(path: Path, name: str, missing: Any = None) -> list[Any]:
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_STATE:
-            raise ValueError(f"it is no regular file of at most {MAX_STATE:,} bytes")
-        value = json.loads(path.read_bytes()).get(name, missing)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise BadData(f"{path}: it cannot be read ({error}). Save the data set again.") from None
-    if not isinstance(value or missing, list):
-        raise BadData(f"{path}: {name} is not a list. Save the data set again.")
-    return value or []
+    # Where a record is not the bytes at its place: what they say (file, offset, length).
+    record: Callable[[Path, int, int], Raw] | None = None
 
 
 # ---- reading through
@@ -543,6 +358,50 @@ def _one_part(whole: FilePart, size: int) -> Iterator[FilePart]:
     yield whole
 
 
+def _walk_delimited(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
+    with part.source.open("rb") as file:
+        header = delimited.read_header(file, part.path.suffix.lower(), digest)
+        lines = delimited.Lines(file, header.end, 2, digest)
+        offset, line, index = lines.offset, lines.line, 0
+        for row in delimited.rows(lines, header):
+            if row:
+                yield ByteSpan(part.file, offset, lines.offset - offset, line, index, crc_of(row)), row
+                index += 1
+            offset, line = lines.offset, lines.line
+
+
+def _cut_tar(whole: FilePart, size: int) -> Iterator[FilePart]:
+    start = index = count = 0
+    end = 0
+    for run in tar.runs(whole.source):
+        if count and run.offset - start >= size:
+            yield whole._replace(start=start, stop=run.offset, index=index, size=run.offset - start)
+            start, index, count = run.offset, index + count, 0
+        count, end = count + 1, run.offset + run.length
+    if count:
+        yield whole._replace(start=start, stop=end, index=index, size=end - start)
+
+
+def _walk_tar(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
+    index = part.index
+    for run in tar.runs(part.source, part.start, part.stop):
+        row = tar.row_at(part.source, run.offset, run.length)
+        if digest is not None:
+            feed(row, digest.update)
+        yield ByteSpan(part.file, run.offset, run.length, 0, index, crc_of(row)), row
+        index += 1
+
+
+def _walk_caption(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
+    data, row = captions.row(part.source)
+    if digest is not None:
+        digest.update(data)
+    yield ByteSpan(part.file, 0, len(data), 0, 0, crc_of(row)), row
+
+
+_DELIMITED = Container(_one_part, _walk_delimited, record=delimited.row_at)
+_PICTURE = Container(_one_part, _walk_caption, record=lambda path, offset, length: captions.row(path)[1])
+
 CONTAINERS: dict[str, Container] = {
     ".jsonl": Container(_cut_lines, _walk_lines),
     ".json": Container(_one_part, _walk_json),
@@ -550,10 +409,13 @@ CONTAINERS: dict[str, Container] = {
         _by_group(tables.parquet_groups), _by_row(tables.parquet_rows), tables.parquet_group, runs=True
     ),
     ".arrow": Container(_by_group(tables.arrow_groups), _by_row(tables.arrow_rows), tables.arrow_group),
+    ".csv": _DELIMITED,
+    ".tsv": _DELIMITED,
+    ".tar": Container(_cut_tar, _walk_tar, record=tar.row_at),
 }
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """The key of a file in CONTAINERS; None where it is of no known kind."""
     kind = path.suffix.lower()
     if kind in PACKED:
@@ -563,7 +425,9 @@ def _kind(path: Path) -> str | None:
 
 
 def container_of(path: Path) -> Container:
-    kind = _kind(path)
+    if captions.is_picture(path):
+        return _PICTURE
+    kind = kind_of(path)
     assert kind is not None, f"{path} did not come from find_files"
     return CONTAINERS[kind]
 

@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from unigen.data.containers import BadData, ByteSpan, Raw, find_files, no_record, parts, read_part
+from unigen.data.containers import BadData, ByteSpan, Raw, no_record, parts, read_part
 from unigen.data.examine import CountTokens, PictureHeaders, bad_picture, examine, key_of
+from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.keys import NOTES, Notes, listed
 from unigen.data.mapping import PLAIN, ReadOptions

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from unigen.config import nearest
 from unigen.data import fields as f
-from unigen.data import keys, layouts
+from unigen.data import keys, layouts, tar
 from unigen.data.embedded import Address
 from unigen.data.fields import Json, Segments
 from unigen.data.json_text import parse_json
@@ -95,7 +95,8 @@ def value_of(raw: bytes | Json, line: int) -> Any:
     which NaN is an empty cell. Raises BadRecord, without origin."""
     if isinstance(raw, bytes):
         return parse_json(raw, line)
-    return {name: value for name, value in raw.items() if value == value}
+    row = {name: value for name, value in raw.items() if value is None or value == value}
+    return tar.members(row) if tar.KEY in row else row
 
 
 def parse_with_fields(

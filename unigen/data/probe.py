@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from unigen.data.containers import BadData, parts, read_part
-from unigen.data.formats import value_of
+from unigen.data.formats import parse_with_fields, value_of
 from unigen.data.mapping import ReadOptions, unmatched
 from unigen.data.words import Json
 from unigen.sequence.types import BadRecord, Origin
@@ -26,13 +26,28 @@ def check_roots(read: ReadOptions) -> None:
 
 
 def require_match(files: Sequence[Path], read: ReadOptions) -> None:
-    """Raises BadData where a place of ``read.fields`` is in none of the first records of the files."""
+    """Raises BadData where a place of ``read.fields`` is in none of the first records of the files, or where
+    ``read.trigger_word`` changes none of these."""
+    if read.trigger_word and not any(_is_captioned(value, read) for value in islice(_values(files), FIRST)):
+        raise BadData(
+            f"trigger_word is {read.trigger_word!r}, and none of the first {FIRST:,} records of {files[0]} is"
+            " a picture with a text (format 11). Fix: leave it out, or give it to the source that it is meant"
+            " for (train_sources)"
+        )
     if not read.fields:
         return
     problem = unmatched(read.fields, islice(_values(files), FIRST))
     if problem is not None:
         problem.origin = Origin(files[0])
         raise BadData(f"{problem} (none of the first {FIRST:,} records has it)", [problem])
+
+
+def _is_captioned(value: Json, read: ReadOptions) -> bool:
+    try:
+        record, _ = parse_with_fields(value, Origin(Path("probe")), read, addresses=True)
+    except BadRecord:
+        return False
+    return record.format == "image_and_text"
 
 
 def _values(files: Sequence[Path]) -> Iterator[Json]:

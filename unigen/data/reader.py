@@ -52,14 +52,15 @@ class Reader:
             BadData: The file was changed or removed since.
         """
         path = self._sources[span.file]
-        group = container_of(self.files[span.file]).group
+        container = container_of(self.files[span.file])
         try:
-            if group is None:
-                raw: Raw = _bytes_at(path, span.offset, span.length)
+            raw: Raw
+            if container.group is None:
+                raw = (container.record or _bytes_at)(path, span.offset, span.length)
             else:
-                raw = tables.row(self._group(span, group), span.length)
+                raw = tables.row(self._group(span, container.group), span.length)
             changed = crc_of(raw) != span.crc
-        except (OSError, ValueError, LookupError, MemoryError) as error:
+        except (OSError, ValueError, LookupError, MemoryError, StopIteration) as error:
             raise BadData(
                 f"{self._place(span)}: it cannot be read any more ({error}). Start again, or restore the"
                 " file."

@@ -63,13 +63,16 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def choose(names: Sequence[Path], wanted: Split) -> tuple[list[Path], list[tuple[Path, str]], str]:
+def choose(
+    names: Sequence[Path], wanted: Split, told: Sequence[Path] | None = None
+) -> tuple[list[Path], list[tuple[Path, str]], str]:
     """The files to read, those of other splits with their split, and what is wrong ("" where nothing is).
 
     Files of one split are taken whatever it is. Of several the ``wanted`` one is; training data without one
-    takes the files that name no split.
+    takes the files that name no split. ``told`` is what says the split of each file, where that is not its
+    path.
     """
-    splits = {name: split_of(name) for name in names}
+    splits = {name: split_of(by) for name, by in zip(names, names if told is None else told)}
     held = {split for split in splits.values() if split}
     others = held - {wanted}
     if not others or (len(held) == 1 and None not in splits.values()):

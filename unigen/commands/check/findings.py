@@ -30,8 +30,9 @@ from unigen.commands.check.statistics import (
     what_limits_cut,
 )
 from unigen.commands.check.workers import Died, in_order
-from unigen.data.containers import ByteSpan, FilePart, Raw, find_files, no_record, parts, read_part
+from unigen.data.containers import ByteSpan, FilePart, Raw, no_record, parts, read_part
 from unigen.data.dataset import TASKS
+from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.keys import NOTES
 from unigen.data.loader import cores

@@ -22,8 +22,9 @@ from unigen.commands.fetch.client import Client
 from unigen.commands.fetch.rewrite import RewrittenFile, Writer, records
 from unigen.commands.fetch.store import FETCH, LOG, OWN, Entry, PictureStore, is_log
 from unigen.config import UserError
-from unigen.data.containers import find_files
+from unigen.data.captions import is_picture
 from unigen.data.embedded import Address
+from unigen.data.finding import find_files
 from unigen.data.mapping import ReadOptions
 from unigen.data.probe import require_match
 from unigen.files import Busy, locked, sha256_of
@@ -40,7 +41,7 @@ class FetchOptions(Options):
     in their place.
 
     Args:
-        paths: JSON, JSONL (also .gz, .zst) or Parquet files, data sets saved by Hugging Face datasets,
+        paths: JSON, JSONL, Parquet, Arrow, CSV, TSV or tar files, data sets saved by Hugging Face datasets,
             folders of them.
         output_dir: Folder for the new data (JSONL), the pictures, fetched.log and failed.log; the same folder
             continues a fetch.
@@ -143,6 +144,10 @@ def _sources(options: FetchOptions, out: Path) -> list[RewrittenFile]:
             if path.resolve() in named or root in named:
                 raise UserError(f"{path}: it lies in the output folder {out}. Name another --output_dir.")
             continue
+        if is_picture(path):
+            raise UserError(
+                f"{path}: a folder of pictures with texts names no address. Train on it as it is."
+            )
         stem = Path(name).with_suffix("") if path.suffix.lower() in (".gz", ".zst") else Path(name)
         target = out / stem.with_suffix(".jsonl")
         if target in found:

@@ -25,7 +25,7 @@ class PreviewOptions(DataOptions):
     """Which records to look at, in which epoch pass.
 
     Args:
-        paths: JSON, JSONL (also .gz, .zst), Parquet or Arrow files, folders of them.
+        paths: JSON, JSONL, Parquet, Arrow, CSV, TSV or tar files, folders of them or of pictures with texts.
         samples: How many records to show; -n is short for it.
         records: Numbers of particular records, from 0, in place of the first ones.
         shuffled: RandomKey the records from all of the data instead of taking the first ones.
@@ -127,7 +127,8 @@ def pick(options: PreviewOptions) -> list[Found]:
 
 def _walk(options: PreviewOptions) -> Iterator[Found]:
     """Every record in the order of the files, and in place of what cannot be read its problem."""
-    from unigen.data.containers import find_files, parts, read_part
+    from unigen.data.containers import parts, read_part
+    from unigen.data.finding import find_files
     from unigen.data.mapping import ReadOptions
     from unigen.data.probe import check_roots, require_match
     from unigen.data.splits import LeftOut, of_splits

@@ -1,0 +1,233 @@
+"""Kinds of files that others have: tables of texts, tars, folders of pictures with texts; what of a folder is
+meant; and that a record read at its place is the one that was read in order."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image as Pillow
+
+from unigen.cli import main
+from unigen.data.containers import BadData, parts, read_part
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.finding import find_files
+from unigen.data.mapping import ReadOptions
+from unigen.data.reader import Reader
+from unigen.data.splits import LeftOut
+from unigen.sequence.types import Image, Text
+
+
+def png(shade: int = 9) -> bytes:
+    buffer = io.BytesIO()
+    Pillow.new("RGB", (32, 32), (shade, 8, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def archive(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def read(*paths: Path, **options) -> list[tuple[str, list[str]]]:
+    """The records of files: their format, and texts or names of pictures with ``*`` behind targets. Each is read
+    in order, and at its place."""
+    dataset = UnifiedGenerationDataset(list(paths), read=ReadOptions(**options))
+    reader, spans = Reader(dataset.files), []
+    for number, path in enumerate(dataset.files):
+        for part in parts(path, number, size=2000):
+            for span, raw in read_part(part):
+                assert reader.read(span) == raw
+                spans.append(span)
+    assert len(spans) == len(dataset)
+    shown = []
+    for record in dataset:
+        sample = [
+            s.text
+            if isinstance(s, Text)
+            else f"[{s.source.name if isinstance(s.source, Path) else len(s.source)}]"
+            for s in record.sample
+        ]
+        shown.append((record.format, [a + "*" * s.target for a, s in zip(sample, record.sample)]))
+    return shown
+
+
+def refused(*paths: Path, **options) -> BadData:
+    with pytest.raises(BadData) as caught:
+        UnifiedGenerationDataset(list(paths), **options)
+    return caught.value
+
+
+# ---- CSV and TSV
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'image,caption\na.png,"A disc, ""red"""\n\na.png,"two\nlines"\n'),
+        ("a.csv", '\ufeffimage;caption;n\r\na.png;"A disc, ""red""";\r\na.png;"two\nlines";3\r\n'),
+        ("a.tsv", 'image\tcaption\na.png\t"A disc, ""red"""\na.png\t"two\nlines"'),
+        ("metadata.csv", 'file_name,text\na.png,"A disc, ""red"""\na.png,"two\nlines"\n'),
+    ],
+)
+def test_tables_of_texts(tmp_path: Path, name: str, text: str) -> None:
+    write(tmp_path / "a.png", png())
+    path = write(tmp_path / name, text)
+    found = read(path)
+    assert [record[1] for record in found] == [['A disc, "red"', "[a.png]*"], ["two\nlines", "[a.png]*"]]
+    assert {record[0] for record in found} == {"image_and_text"}
+    assert [p.name for p, _ in find_files([tmp_path])] == [name]
+    second = UnifiedGenerationDataset(path).origin(1)
+    assert str(second).startswith(f"{path}:") and second.index == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.png,A disc, red\na.png,A disc,blue\n", "no_format"),
+        ("image,\na.png,x\n", "a name for each column"),
+        ("image,image\na.png,x\n", "a name for each column"),
+        ("image,text\na.png,A disc, red\n", "3 cells at line 2"),
+        ('image,text\na.png,"A disc\n', "unexpected end of data"),
+        ("image,text\na.png,\xff\n".encode("latin-1"), "0xff at line 2"),
+    ],
+)
+def test_a_table_that_is_none_is_told_with_the_line(tmp_path: Path, text, words: str) -> None:
+    write(tmp_path / "a.png", png())
+    error = refused(write(tmp_path / "a.csv", text))
+    assert words in str(error)
+
+
+def test_a_table_that_changed_since_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    path = write(tmp_path / "a.csv", "image,text\na.png,one\na.png,two\n")
+    dataset = UnifiedGenerationDataset(path)
+    write(path, "image,text\na.png,One\na.png,two\n")
+    with pytest.raises(BadData, match="changed"):
+        dataset[0]
+    assert dataset[1].sample[0].text == "two"
+
+
+# ---- WebDataset
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_are_read_in_place(tmp_path: Path, form: int) -> None:
+    long = "é" * 120  # a header of its own
+    members = [
+        ("d/0.png", png(1)), ("d/0.txt", b"zero\n"), ("d/0.json", b'{"caption": "x", "url": "http://a/b"}'),
+        (f"d/{long}.json", json.dumps({"text": "one"}).encode()), (f"d/{long}.png", png(2)),
+        ("e/2.input.png", png(3)), ("e/2.output.png", png(4)), ("e/2.txt", "zwei ü".encode()),
+    ]  # fmt: skip
+    if form == tarfile.USTAR_FORMAT:
+        members = [(name.replace(long, "1"), data) for name, data in members]
+
+    dataset = UnifiedGenerationDataset(archive(tmp_path / "b.tar", members[:5], form))
+    assert [r.sample[0].text for r in dataset] == ["zero", "one"]
+    assert dataset[0].metadata["url"] == "http://a/b" and dataset[0].metadata["key"] == "d/0"
+    assert dataset[0].sample[1].source == png(1) and dataset[1].sample[1].source == png(2)
+    edits = archive(tmp_path / "c.tar", members[5:], form)
+    found = read(edits, fields={"input_image": "input", "output_image": "output"})
+    assert found == [("single_edit", [f"[{len(png(3))}]", "zwei ü", f"[{len(png(4))}]*"])]
+    assert len(read(archive(tmp_path / "d.tar", members[:3] * 9, form))) == 9
+
+
+def test_a_tar_is_cut_into_parts_that_hold_every_record_once(tmp_path: Path) -> None:
+    members = [
+        (f"{i:03}.{end}", data) for i in range(40) for end, data in (("png", png(i)), ("txt", b"%d" % i))
+    ]
+    path = archive(tmp_path / "a.tar", members)
+    cut = list(parts(path, 0, size=4096))
+    spans = [span for part in cut for span, _ in read_part(part)]
+    assert len(cut) > 5 and [span.index for span in spans] == list(range(40))
+    assert abs(sum(part.size for part in cut) - path.stat().st_size) < 20_000
+    assert [raw["txt"] for part in cut for _, raw in read_part(part)] == [b"%d" % i for i in range(40)]
+
+
+def test_damaged_and_odd_tars_are_told(tmp_path: Path) -> None:
+    whole = archive(tmp_path / "a.tar", [("0.png", png()), ("0.txt", b"zero")]).read_bytes()
+    for number, data in enumerate((b"", b"x" * 2000, whole[:600], b"\xff" + whole[1:])):
+        error = refused(write(tmp_path / f"bad{number}.tar", data))
+        assert error.records[0].code in ("broken_file", "no_record", "broken_picture", "not_a_picture"), (
+            number
+        )
+    with tarfile.open(tmp_path / "link.tar", "w") as tar:
+        member = tarfile.TarInfo("0.png")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member)
+    assert "no plain file" in str(refused(tmp_path / "link.tar"))
+    assert (
+        refused(archive(tmp_path / "c.tar", [("0.png", png()), ("0.json", b"[]")])).records[0].code
+        == "wrong_type"
+    )
+    assert (
+        refused(archive(tmp_path / "e.tar", [("0.png", png()), ("0.txt", b"\xff")])).records[0].code
+        == "bad_utf8"
+    )
+    assert "unpack it to a .tar" in str(refused(write(tmp_path / "d.tar.gz", b"x")))
+
+
+# ---- folders
+
+
+def test_pictures_with_texts_beside_them(tmp_path: Path) -> None:
+    for name in ("a.png", "sub/b.PNG", "sub/c.png"):
+        write(tmp_path / name, png())
+    write(tmp_path / "a.txt", "\ufeffa disc\n")
+    write(tmp_path / "sub/b.caption", "[trigger] ring")
+    write(tmp_path / "sub/readme.txt", "of the pictures")
+    error = refused(tmp_path)
+    assert [record.code for record in error.records] == ["empty_text"] and "sub/c.png" in str(error)
+    assert "--trigger_word" in str(error)
+    left_out: list[LeftOut] = []
+    assert [name for _, name in find_files([tmp_path], left_out=left_out)] == [
+        "a.png",
+        "sub/b.PNG",
+        "sub/c.png",
+    ]
+    assert [path.name for path, _ in left_out] == ["readme.txt"]
+    assert read(tmp_path, trigger_word="sks") == [
+        ("image_and_text", ["sks, a disc", "[a.png]*"]),
+        ("image_and_text", ["sks ring", "[b.PNG]*"]),
+        ("image_and_text", ["sks", "[c.png]*"]),
+    ]
+    assert main(["check", str(tmp_path), "--trigger_word", "sks"]) == 0
+    assert main(["preview", str(tmp_path), "--trigger_word", "sks", "--output", "none"]) == 0
+    assert main(["fetch", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
+
+
+def test_pictures_alone_are_answered_with_what_is_missing(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    assert "a.txt" in str(refused(tmp_path)) and "metadata.jsonl" in str(refused(tmp_path))
+
+
+def test_splits_of_pictures_are_folders(tmp_path: Path) -> None:
+    for name in ("train/test.png", "train/val 1.png", "test/a.png"):
+        write(tmp_path / name, png())
+        write(tmp_path / name.replace(".png", ".txt"), "text")
+    assert [name for _, name in find_files([tmp_path])] == ["train/test.png", "train/val 1.png"]
+
+
+def test_of_several_kinds_the_records_are_taken_and_the_others_listed(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    write(tmp_path / "a.txt", "text")
+    table = write(tmp_path / "about.csv", "image,text\na.png,text\n")
+    lines = write(tmp_path / "a.jsonl", json.dumps({"image": "a.png", "text": "A"}))
+    tar = archive(tmp_path / "a.tar", [("0.png", png()), ("0.txt", b"zero")])
+    for path in (tar, lines, table):
+        left_out: list[LeftOut] = []
+        assert [found for found, _ in find_files([tmp_path], left_out=left_out)] == [path]
+        path.unlink()
+    assert [name for _, name in find_files([tmp_path])] == ["a.png"]
+    assert isinstance(UnifiedGenerationDataset(tmp_path)[0].sample[1], Image)

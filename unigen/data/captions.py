@@ -1,0 +1,46 @@
+"""A folder of pictures with texts beside them: ``a.png`` and ``a.txt`` are a record, the picture stands for
+its file, and its text is what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from unigen.data.json_text import decode
+from unigen.data.words import Json
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+CAPTIONS = (".txt", ".caption")
+MAX_CAPTION = 1 << 20  # bytes
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES
+
+
+def caption_of(picture: Path) -> Path | None:
+    """The file of its text; None where there is none."""
+    return next((path for end in CAPTIONS if (path := picture.with_suffix(end)).is_file()), None)
+
+
+def row(picture: Path) -> tuple[bytes, Json]:
+    """The bytes of a picture's text, and the record of the two; without a file of its text it has none.
+
+    Raises:
+        BadRecord: The text is no UTF-8.
+    """
+    path = caption_of(picture)
+    if path is None:
+        return b"", {"image": picture.name, "text": ""}
+    with path.open("rb") as file:
+        data = file.read(MAX_CAPTION + 1)
+    if len(data) > MAX_CAPTION:
+        raise ValueError(f"{path.name} has more than {MAX_CAPTION:,} bytes")
+    return data, {"image": picture.name, "text": decode(data.removeprefix(b"\xef\xbb\xbf"), 1).strip()}
+
+
+def captioned(names: Iterable[Path], folder: Path) -> Iterator[Path]:
+    """The pictures among the files ``names`` of a folder (relative to it) where any of them has a text."""
+    pictures = [name for name in names if is_picture(name)]
+    if any(caption_of(folder / name) for name in pictures):
+        yield from pictures

@@ -1,0 +1,251 @@
+"""Files of records: what is named, and what of a folder is meant."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from unigen.data.captions import CAPTIONS, captioned, is_picture
+from unigen.data.containers import CONTAINERS, BadData, kind_of
+from unigen.data.splits import LeftOut, Split, choose, is_side_file
+from unigen.data.unpack import PACKED
+
+MAX_STATE = 16 << 20  # bytes of a description that Hugging Face datasets wrote
+_HF_FILES = ("state.json", "dataset_info.json")
+_HF_SPLITS = "dataset_dict.json"
+# What holds the records where files of several kinds lie in one folder: the others describe them, as the
+# tables beside the tars that img2dataset writes.
+_FIRST = ((".tar",), (".jsonl", ".json", ".parquet", ".arrow"), (".csv", ".tsv"))
+
+
+def find_files(
+    paths: Iterable[str | Path],
+    root: str | Path | None = None,
+    split: Split | None = "train",
+    left_out: list[LeftOut] | None = None,
+) -> list[tuple[Path, str]]:
+    """Absolute paths of the files, each with the name it has in a fingerprint (which a moved folder keeps).
+
+    Folders are searched recursively, in sorted order, hidden entries left out; linked ones too, each place
+    once. A folder that Hugging Face ``datasets`` saved stands for its Arrow files.
+
+    Args:
+        root: ``data_root``, which no linked folder may leave; None: no limit.
+        split: What to take of a folder that holds several splits; None: everything.
+        left_out: Gets the files of folders that are not read: those of other splits, and those that describe
+            the data.
+
+    Raises:
+        BadData: No path is given, one does not exist or is of no known kind, a folder holds nothing to read,
+            or a file or linked folder in it that may not be read.
+    """
+    found = []
+    for given in paths:
+        path = Path(given).absolute()
+        if path.is_dir():
+            sides: list[Path] = []
+            names = sorted(_in_folder(path, root, sides))
+            names = _first_kind(names, sides) or sorted(_captioned(path, sides))
+            others: list[tuple[Path, str]] = []
+            if split is not None:
+                names, others, wrong = choose(names, split, [_told(name) for name in names])
+                if wrong:
+                    raise BadData(f"{given}: {wrong}. Fix: name the files, or the folder of one split.")
+            if left_out is not None:
+                left_out += [LeftOut(path / name, "") for name in sorted(sides)]
+                left_out += [LeftOut(path / name, reason) for name, reason in others]
+            if not names:
+                raise BadData(f"{given}: the folder holds {_nothing(path)}")
+            found += [(path / name, name.as_posix()) for name in names]
+        elif not path.is_file():
+            problem = "it is not a regular file" if path.exists() else "there is no such file or folder"
+            raise BadData(f"{given}: {problem}. Correct the path of the data.")
+        elif kind_of(path) is None:
+            known = ", ".join(CONTAINERS)
+            raise BadData(
+                f"{given}: its name ends in none of {known}, nor in .json or .jsonl with"
+                f" {' or '.join(PACKED)}. Fix: {_renamed(path)}"
+            )
+        else:
+            found.append((path, path.name))
+    if not found:
+        raise BadData("no data is named. Give a JSON or JSONL file, or a folder of them.")
+    return found
+
+
+def _renamed(path: Path) -> str:
+    """How a file of no known kind gets to be read."""
+    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst")):
+        return "unpack it to a .tar, whose members are then read in place"
+    if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        return "save it as CSV"
+    return (
+        "name it after what it holds: .jsonl one record a line, .json a list of records, .csv or .tsv a table"
+        " with a first line of names"
+    )
+
+
+def _nothing(folder: Path) -> str:
+    """What a folder without records holds, and what to do."""
+    kinds = "no .json or .jsonl, Parquet, Arrow, CSV, TSV or tar file"
+    if any(is_picture(name) for name in _everything(folder)):
+        return (
+            "pictures, and nothing that says what they show. Fix: put a text beside each (a.png, a.txt), or"
+            ' write a metadata.jsonl with lines such as {"file_name": "a.png", "text": "..."}'
+        )
+    return f"{kinds}. Name the folder or the files with the records."
+
+
+def _first_kind(names: list[Path], sides: list[Path]) -> list[Path]:
+    """The files of the first of ``_FIRST`` that are there; ``sides`` gets the others."""
+    for kinds in _FIRST:
+        kept = [name for name in names if kind_of(name) in kinds]
+        if kept:
+            sides += [name for name in names if name not in set(kept)]
+            return kept
+    return names
+
+
+def _captioned(folder: Path, sides: list[Path]) -> Iterator[Path]:
+    """The pictures of a folder with texts beside them; ``sides`` gets the texts that belong to none."""
+    names = list(_everything(folder))
+    pictures = list(captioned(names, folder))
+    stems = {picture.with_suffix("") for picture in pictures}
+    if pictures:
+        texts = (name for name in names if name.suffix.lower() in CAPTIONS and not is_side_file(name))
+        sides += [name for name in texts if name.with_suffix("") not in stems]
+    yield from pictures
+
+
+def _everything(folder: Path) -> Iterator[Path]:
+    """The files of a folder, relative to it; hidden entries and linked folders left out."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name).relative_to(folder) for name in names if not name.startswith("."))
+
+
+def _told(name: Path) -> Path:
+    """What tells the split of a file: its name and its folders; of a picture the folders alone."""
+    return name.parent if is_picture(name) else name
+
+
+def _in_folder(folder: Path, root: str | Path | None, sides: list[Path]) -> Iterator[Path]:
+    """Relative paths of the files with records, in no order; ``sides`` gets those of files that describe
+    them."""
+    met: set[tuple[int, int]] = set()
+    linked = [folder]  # folders behind links come last: what lies here really keeps its name
+    for top in linked:
+        for place, folders, names in os.walk(top, onerror=_unlisted):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in met:  # a loop, or a second way
+                folders.clear()
+                continue
+            met.add((status.st_dev, status.st_ino))
+            described = {n for n in names if is_side_file(Path(place, n).relative_to(folder))}
+            sides += [
+                Path(place, name).relative_to(folder) for name in sorted(described - {*_HF_FILES, _HF_SPLITS})
+            ]
+            yield from _in_one(folder, Path(place), folders, names, described)
+            links = [Path(place, name) for name in sorted(folders) if os.path.islink(Path(place, name))]
+            for link in links:
+                _check_link(link, folder, root)
+            linked += links
+
+
+def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
+    """Raises BadData for a linked folder that is not to be followed."""
+    real = Path(os.path.realpath(link))
+    if real.is_relative_to(os.path.realpath(folder)):
+        return
+    if root is not None and not real.is_relative_to(os.path.realpath(root)):
+        raise BadData(
+            f"{link}: this link leads to a folder outside data_root, {root}. Fix: move that folder into"
+            " data_root, name another one, or remove the link."
+        )
+    if real in Path(os.path.realpath(folder)).parents:
+        raise BadData(
+            f"{link}: this link leads to a folder that holds {folder} itself. Fix: remove the link, or name"
+            " that folder."
+        )
+
+
+def _in_one(
+    folder: Path, at: Path, folders: list[str], names: list[str], described: set[str]
+) -> Iterator[Path]:
+    """The files with records in the folder ``at``, without those that describe them; ``folders`` keeps those
+    to be searched, too."""
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    if _HF_SPLITS in names:
+        folders[:] = [_only_split(at, folders)]
+    elif "state.json" in names and "dataset_info.json" in names:
+        yield from (at.relative_to(folder) / name for name in _saved_files(at))
+        folders.clear()
+    else:
+        # as in the cache of datasets: a description beside the data
+        cached = any(name.endswith(".arrow") for name in names)
+        for name in names:
+            if name.startswith(".") or not kind_of(at / name) or name in described:
+                continue
+            if cached and name in _HF_FILES:
+                continue
+            if not (at / name).is_file():
+                raise BadData(
+                    f"{at / name}: it is a link that leads nowhere, or no regular file. Fix: remove it,"
+                    " or put the file there."
+                )
+            yield (at / name).relative_to(folder)
+
+
+def _unlisted(error: OSError) -> None:
+    raise BadData(f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions.")
+
+
+def _only_split(folder: Path, folders: list[str]) -> str:
+    splits = [name for name in _json_field(folder / "dataset_dict.json", "splits") if isinstance(name, str)]
+    if len(splits) != 1 or splits[0] not in folders:
+        names = ", ".join(str(folder / name) for name in splits)
+        raise BadData(
+            f"{folder}: it holds {len(splits)} splits, and not all may be meant for this. Name the folder of"
+            f" one: {names}."
+        )
+    return splits[0]
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, checked to be all there."""
+    state = folder / "state.json"
+    if _json_field(state, "_indices_files", missing=[]):
+        raise BadData(
+            f"{folder}: an old version of datasets saved a selection of its rows there. Save it again with"
+            " datasets 2 or newer."
+        )
+    names = [
+        entry.get("filename") if isinstance(entry, dict) else None
+        for entry in _json_field(state, "_data_files")
+    ]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or kind_of(Path(name)) is None:
+            raise BadData(
+                f"{state}: _data_files names {name!r}, which is no Arrow file of this folder. Save the data"
+                " set again."
+            )
+        if not (folder / name).is_file():
+            raise BadData(
+                f"{folder}: {name} is missing, which state.json names. Copy the whole folder again."
+            )
+    return names
+
+
+def _json_field(path: Path, name: str, missing: Any = None) -> list[Any]:
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_STATE:
+            raise ValueError(f"it is no regular file of at most {MAX_STATE:,} bytes")
+        value = json.loads(path.read_bytes()).get(name, missing)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadData(f"{path}: it cannot be read ({error}). Save the data set again.") from None
+    if not isinstance(value or missing, list):
+        raise BadData(f"{path}: {name} is not a list. Save the data set again.")
+    return value or []

@@ -1,0 +1,149 @@
+"""WebDataset tars: members with one key (``0001.jpg``, ``0001.txt``) are one record, read in place: it is a
+run of bytes of the file, and nothing is unpacked to a disk.
+
+The row of a record has a field for each member, named by its ending (``jpg``, ``txt``, ``json``), as Hugging
+Face ``datasets`` has it in tables, too; :func:`members` makes a record of it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from unigen.data.json_text import decode, parse_json
+from unigen.data.words import Json
+from unigen.sequence.types import BadRecord
+
+KEY = "__key__"
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+TEXTS = ("txt", "text", "caption", "cap")
+MAX_SAMPLE = 1 << 30  # bytes of the members of one key together
+_BLOCK = 512
+
+
+class Run(NamedTuple):
+    """Where the members of one key lie."""
+
+    offset: int
+    length: int
+
+
+def runs(path: Path, first: int = 0, stop: int | None = None) -> Iterator[Run]:
+    """The records of a tar between two bytes, from the headers of its members alone. Raises ValueError for a
+    damaged one, and for one with links or sparse members."""
+    size = os.path.getsize(path)
+    with path.open("rb") as file:
+        file.seek(first)
+        key, names, start, end = "", set[str](), 0, 0
+        for member, _ in _members(file):
+            if stop is not None and member.offset >= stop:
+                break
+            if member.offset_data + member.size > size:
+                raise ValueError(f"its member {member.name!r} is cut off")
+            here, ending = _split(member.name)
+            if here != key or ending in names:
+                if names:
+                    yield _run(start, end, key)
+                key, names, start = here, set(), member.offset
+            names.add(ending)
+            end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+        if names:
+            yield _run(start, min(end, size), key)
+
+
+def row_at(path: Path, offset: int, length: int) -> Json:
+    """The row at a place that :func:`runs` gave."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return row_of(file.read(length))
+
+
+def row_of(data: bytes) -> Json:
+    """The row of the bytes of a run."""
+    row: Json = {}
+    for member, tar in _members(io.BytesIO(data)):
+        row[KEY], ending = _split(member.name)
+        file = tar.extractfile(member)
+        assert file is not None
+        row[ending] = file.read()
+        if len(row[ending]) != member.size:
+            raise ValueError(f"its member {member.name!r} is cut off")
+    return row
+
+
+def members(row: Json) -> Json:
+    """The record of a row of members: the picture under ``image`` (that of ``0001.x.jpg`` under ``x``), the
+    text under ``text``; the fields of the JSON too, but where picture and text stand already it is
+    ``metadata``.
+
+    Raises:
+        BadRecord: A text is no UTF-8, or a JSON no object.
+    """
+    record: Json = {}
+    described: Json = {}
+    for ending, value in row.items():
+        stem, _, kind = ending.lower().rpartition(".")
+        if ending == KEY or value is None:
+            continue
+        if kind in PICTURES:
+            record[stem or "image"] = value
+        elif kind in TEXTS:
+            record[stem or "text"] = _text(value, ending)
+        elif kind == "json":
+            described |= _object(value, ending)
+        elif ending != "__url__":
+            record[ending] = value
+    if "image" in record and "text" in record:
+        return {**record, "metadata": {**described, "key": row[KEY]}}
+    return {**described, **record, "metadata": {"key": row[KEY]}}
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The files of a tar from where ``file`` stands on, each with the reader of its contents."""
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it holds nothing but ``file``)
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                raise ValueError(f"its member {member.name!r} is no plain file")
+            yield member, tar
+    except tarfile.TarError as error:
+        raise ValueError(str(error)) from None
+
+
+def _run(start: int, end: int, key: str) -> Run:
+    if end - start > MAX_SAMPLE:
+        raise ValueError(f"the members of {key!r} have more than {MAX_SAMPLE:,} bytes")
+    return Run(start, end - start)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The key and the ending of a member: what stands before and behind the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, ending = last.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _text(value: Any, field: str) -> Any:
+    try:
+        return decode(value, 0).strip() if isinstance(value, bytes) else value
+    except BadRecord as error:
+        error.field = field
+        raise
+
+
+def _object(value: Any, field: str) -> Json:
+    try:
+        value = parse_json(value, 0) if isinstance(value, bytes) else value
+    except BadRecord as error:
+        error.field = field
+        raise
+    if not isinstance(value, dict):
+        raise BadRecord("wrong_type", field, type(value).__name__, "a JSON object", "write one {...} there")
+    return value
