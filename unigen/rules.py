@@ -22,7 +22,7 @@ _NEEDS = {
 
 def conflicts(c: Any) -> Rules:
     """All rules for a ``Config``, whether broken or not."""
-    for topic in (_missing, _nothing_to_learn, _at_odds, _adapters, _quantised, _preserving):
+    for topic in (_missing, _nothing_to_learn, _at_odds, _adapters, _quantised, _preserving, _low):
         yield from topic(c)
 
 
@@ -229,6 +229,27 @@ def _preserving(c: Any) -> Rules:
         c.preserve_share is not None and marked and not c.preserve_data_path,
         "preserve_share",
         "says nothing beside sources with preserve, whose weights say it. Fix: leave it out",
+    )
+
+
+def _low(c: Any) -> Rules:
+    """Trained weights in bfloat16."""
+    if c.weights != "bf16":
+        return
+    yield (
+        c.lora_rank is not None,
+        "weights",
+        "is bf16, which adapters are too small to gain from; they train in float32. Fix: leave it out",
+    )
+    yield (
+        c.engine not in ("auto", "single", "ddp"),
+        "weights",
+        f"bf16 does not work with engine {c.engine}. Fix: use ddp, or float32 weights",
+    )
+    yield (
+        c.fp16 or c.precision == "fp16",
+        "weights",
+        "is bf16, whose gradients have no loss scale. Fix: --precision bf16",
     )
 
 

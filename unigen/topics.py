@@ -60,6 +60,8 @@ class ModelOptions(Options):
             card; adapters train over them (lora_rank). Default: as they are.
         double_quant: Quantise the scales of nf4, too: 0.4 bits fewer a number.
         model_load_mode: The same by number: 1 bfloat16, 2 nf4, 3 int8.
+        weights: How matrices that train are held: float32; or bf16, with stochastic rounding of every update
+            and no float32 copy: 4 bytes a parameter less in weight and gradient.
         train_also: Parts to train whole beside the adapters: time_embedder, vae2llm, llm2vae, connector,
             norms, or patterns of parameter names.
     """
@@ -76,6 +78,7 @@ class ModelOptions(Options):
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = False
     model_load_mode: Annotated[int, Range(1, 3)] | None = None
+    weights: Literal["float32", "bf16"] = "float32"
     train_also: list[str] | None = None
 
 

@@ -95,11 +95,9 @@ def test_a_step_moves_the_average_by_less_than_the_precision_of_bfloat16():
     assert averages(ema)["weight"].item() == pytest.approx(1.00005, abs=1e-6)
 
 
-def test_weights_that_train_in_half_precision_are_a_programmers_error():
-    with pytest.raises(AssertionError):
-        ema_of(model().bfloat16(), 0.9)
+def test_what_does_not_train_has_no_average():
     frozen = model().requires_grad_(False).bfloat16()
-    ema = ema_of(frozen, 0.9)  # what does not train may be in any
+    ema = ema_of(frozen, 0.9)
     ema.update()
     assert ema.values == {}
 

@@ -53,6 +53,21 @@ TWO: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {
         [[[[0, 1]], [[3, 4]]], [[[6]], [[2]]]],
         {"lora_rank": 2, "lora_variant": "dora"},
     ),
+    "kept": (
+        [[[[0], [1, 2]], [[3, 4], [5, 6]]], [[[6], [3]], [[2], []]], [[[0], []], [[1], [4]]]],
+        {"preserve_weight": 2.0, "preserve_share": 1.0, "ema": 0.5},
+    ),
+    "adapters kept": (
+        [[[[0, 1]], [[3, 4]]], [[[6]], [[2]]], [[[5]], [[3]]]],
+        {
+            "lora_rank": 2,
+            "lora_variant": "dora",
+            "lora_targets": ["both"],
+            "train_also": ["llm2vae"],
+            "preserve_weight": 2.0,
+            "preserve_share": 1.0,
+        },
+    ),
     "clipped": ([[[[0, 1, 2]], [[3, 4, 5, 6]]], [[[6]], [[2]]]], {"max_grad_norm": 0.05}),
 }
 THREE: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {

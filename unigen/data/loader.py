@@ -287,7 +287,12 @@ class PackStream:
         # tokens and geometry are those of the model, whatever the source
         planner = self.mixture.parts[0].planner
         pack = pack_blocks(
-            samples, planner.tokenizer.special, planner.geometry, origins=origins, masks=self.masks, aims=aims
+            samples,
+            planner.tokenizer.special,
+            planner.geometry,
+            origins=origins,
+            masks=self.masks,
+            aims=aims if self.keeps else None,
         )
         return MicroBatch(pack, good, after, bad)
 

@@ -121,20 +121,27 @@ def rated_part(name: str) -> str:
     return "connector" if name.startswith(SEEING) else "und"
 
 
+def is_low(name: str) -> bool:
+    """Is it held in bfloat16 where trained weights are? Matrices of the decoder, of the ViT's layers and of
+    the connector are; not what reads pictures, times and latents, nor norms and embeddings, all of them
+    small or rarely met."""
+    return is_linear(name) and not name.startswith(DRAWING) and "patch_embedding" not in name
+
+
 def dtype_of(name: str, options: ModelOptions, computes: torch.dtype) -> torch.dtype:
     """The dtype a parameter is held in: float32, and bfloat16 for matrices that do not learn where the run
-    ``computes`` in it.
+    ``computes`` in it, or that do where ``weights`` says so.
 
     Under bf16 autocast a linear layer casts its weights to bfloat16 anyway, so this changes no number and
     halves their memory; saving writes their stored bytes all the same.
     """
     import torch
 
-    return (
-        torch.bfloat16
-        if computes == torch.bfloat16 and is_frozen(name, options) and is_linear(name)
-        else torch.float32
-    )
+    if is_frozen(name, options):
+        low = computes == torch.bfloat16 and is_linear(name)
+    else:
+        low = options.weights == "bf16" and is_low(name)
+    return torch.bfloat16 if low else torch.float32
 
 
 def title(name: str) -> str:

@@ -50,7 +50,7 @@ def pack_blocks(
     positions: Sequence[int] | None = None,
     origins: Sequence[str] = (),
     masks: bool = False,
-    aims: Sequence[Aim] = (),
+    aims: Sequence[Aim] | None = None,
 ) -> Pack:
     """Packs filled-in blocks of several samples into one sequence.
 
@@ -61,7 +61,7 @@ def pack_blocks(
         positions: RoPE position at which each sample goes on (0 where nothing is given).
         origins: where each sample came from, for messages.
         masks: add the mask as flex attention takes it.
-        aims: what each sample is trained for; without any all learn.
+        aims: what each sample is trained for; without them all learn.
     """
     content, placed, index = _Content(geometry), [], 0
     for s, blocks in enumerate(samples):
@@ -74,13 +74,14 @@ def pack_blocks(
                 index += len(block)
             position = next_position(position, block)
     pack = _finish(placed, special, content, len(samples), list(origins))
-    pack = _aimed(pack, aims) if aims else pack
+    pack = pack if aims is None else _aimed(pack, aims)
     return with_mask(pack) if masks else pack
 
 
 def _aimed(pack: Pack, aims: Sequence[Aim]) -> Pack:
     """The pack, whose samples learn or are kept as ``aims`` say."""
-    learns, kept = (torch.tensor([bool(aim & mine) for aim in aims]) for mine in (Aim.LEARN, Aim.KEEP))
+    learns = torch.tensor([Aim.LEARN in aim for aim in aims], dtype=torch.bool)
+    kept = torch.tensor([Aim.KEEP in aim for aim in aims], dtype=torch.bool)
     labels, noised = pack.label_rows, pack.noised_rows
     of_labels, of_noised = pack.sample[labels], pack.sample[pack.n_und :][noised]
     weights: dict[str, Any] = {}

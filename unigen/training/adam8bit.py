@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unigen.config import Config, UserError
 from unigen.model.hub import without_hub_kernels
 from unigen.model.parts import is_embedding
+from unigen.training.rounding import round_into
 
 BLOCK = 256  # elements that share a scale; bitsandbytes has no other for its optimisers
 CHUNK = 1 << 22  # elements quantised at a time, a multiple of BLOCK
@@ -27,8 +28,8 @@ def build_adamw8bit(groups: Sequence[dict[str, Any]], config: Config) -> torch.o
     """The optimiser.
 
     Args:
-        groups: ``params`` as (name, parameter) pairs, ``weight_decay``; plain float32 tensors of any shape,
-            on CPU or CUDA. Empty ones (a process can hold no row of a parameter) are left out.
+        groups: ``params`` as (name, parameter) pairs, ``weight_decay``; plain tensors of any shape, float32
+            or bfloat16, on CPU or CUDA. Empty ones (a process can hold no row of a parameter) are left out.
         config: learning rate, betas, epsilon.
 
     Raises:
@@ -43,7 +44,9 @@ def build_adamw8bit(groups: Sequence[dict[str, Any]], config: Config) -> torch.o
     if not parted:  # PyTorch refuses to hold nothing at all
         parted = [{"params": [], "optim_bits": 8}]
     betas = (config.adam_beta1, config.adam_beta2)
-    return _adamw8bit()(parted, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    optimizer = _adamw8bit()(parted, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    optimizer.seed = config.seed  # type: ignore[attr-defined]
+    return optimizer
 
 
 def _bits(name: str) -> int:
@@ -67,6 +70,19 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}
+
+        def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+            """A weight in bfloat16 is updated in float32 and rounded stochastically."""
+            if p.dtype != torch.bfloat16:
+                return super().update_step(group, p, gindex, pindex)
+            assert p.grad is not None
+            wide = nn.Parameter(p.detach().float())
+            wide.grad = p.grad.float()
+            self.state[wide] = self.state[p]
+            super().update_step(group, wide, gindex, pindex)
+            del self.state[wide]
+            count = int(self.state[p]["step"])
+            return round_into(p, wide, self.seed, group["param_names"][pindex], count)  # type: ignore[attr-defined]
 
     return Grouped
 

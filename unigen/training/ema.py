@@ -25,18 +25,22 @@ class EMA:
         assert 0 < decay < 1
         self.decay = decay
         self.shards = [shard for shard in shards if shard.trains]
-        assert all(shard.value.dtype == torch.float32 for shard in self.shards)
-        self.values = {shard.name: shard.value.clone() for shard in self.shards}
+        self.values = {shard.name: shard.value.to(torch.float32, copy=True) for shard in self.shards}
+        self._own: dict[str, Tensor] = {}  # the model's weights, while it holds the average
         self._swapped = False
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the present weights into the average; once after each optimiser step."""
         assert not self._swapped, "the model holds the average itself now"
-        if self.values:
-            torch._foreach_lerp_(
-                list(self.values.values()), [shard.value for shard in self.shards], 1.0 - self.decay
-            )
+        share = 1.0 - self.decay
+        wide = [shard for shard in self.shards if shard.value.dtype == torch.float32]
+        if wide:
+            averages = [self.values[shard.name] for shard in wide]
+            torch._foreach_lerp_(averages, [shard.value for shard in wide], share)
+        for shard in self.shards:
+            if shard.value.dtype != torch.float32:
+                self.values[shard.name].lerp_(shard.value.float(), share)
 
     def average(self, name: str) -> Tensor:
         """The average of what this process holds of a parameter: flat float32, live."""
@@ -52,8 +56,9 @@ class EMA:
 
     @contextmanager
     def swapped(self, refresh: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """The model holds the averaged weights inside the ``with``, and its own bits again after it: inside,
-        evaluate, and change no weight. ``refresh`` tells the engine that the values changed."""
+        """The model holds the averaged weights (in its own dtype) inside the ``with``, and its own bits again
+        after it: inside, evaluate, and change no weight. ``refresh`` tells the engine that the values
+        changed."""
         assert not self._swapped, "already swapped"
         self._swap()
         self._swapped = True
@@ -68,6 +73,13 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for shard in self.shards:
+            average, low = self.values[shard.name], shard.value.dtype != torch.float32
+            if low and self._swapped:
+                shard.value.copy_(self._own.pop(shard.name))
+                continue
             own = shard.value.clone()
-            shard.value.copy_(self.values[shard.name])
-            self.values[shard.name].copy_(own)
+            shard.value.copy_(average)
+            if low:  # exchanged, the average would lose digits
+                self._own[shard.name] = own
+            else:
+                average.copy_(own)

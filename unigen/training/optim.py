@@ -78,7 +78,7 @@ def build_optimizer(
     Args:
         model: decides the groups: names and shapes of its parameters.
         held: trainable parameter name -> what this process holds of it, a plain tensor.
-        config: learning rate, decays, ``optimizer``.
+        config: learning rate, decays, ``optimizer``, ``weights``.
     """
     groups = parameter_groups(model, config)
     for group in groups:
@@ -87,6 +87,10 @@ def build_optimizer(
         from unigen.training.adam8bit import build_adamw8bit
 
         return build_adamw8bit(groups, config)
+    if config.weights == "bf16":
+        from unigen.training.rounding import build_rounded
+
+        return build_rounded(groups, config)
     fused = all(parameter.is_cuda for group in groups for _, parameter in group["params"])
     return torch.optim.AdamW(
         groups,
@@ -132,7 +136,8 @@ def set_moments_of(
         "step": torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")
     }
     for name, moment in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
-        state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment.view(parameter.shape))
+        state[name] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+        state[name].copy_(moment.view(parameter.shape))
     optimizer.state[parameter] = state
     return None
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from unigen.config import Config, ConfigError
 from unigen.model.adapters import Adapter, describe
@@ -47,6 +50,8 @@ def prepare(
         # after the adapters, since peft cannot put DoRA around a quantised layer that lies nowhere yet
         quantise_layers(model, config.quantize, config.double_quant, computes)
     freeze(model, config)
+    if computes == torch.float32:
+        widen(model)
     compiled = compile_layers(model, config, device, engine)
     if config.gradient_checkpointing:
         recompute_layers(model, config.checkpointing_policy)
@@ -111,6 +116,18 @@ def freeze(model: Bagel, config: Config) -> None:
         raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
 
 
+def widen(model: Bagel) -> None:
+    """Lets linear layers that train in bfloat16 compute in float32, as those that are held in it do; under
+    autocast they need no help."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16:
+            module.forward = partial(_widened, module)  # type: ignore[method-assign]
+
+
+def _widened(module: torch.nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, module.weight.float(), None if module.bias is None else module.bias.float())
+
+
 def hold_understanding(model: Bagel) -> None:
     """Stops gradients through the understanding tokens, as the reference does with ``freeze_und``: their half
     records none and passes none on."""
@@ -163,6 +180,18 @@ def tell_compiling(options: Mapping[str, Any], compiled: bool) -> None:
             "This run's layers were %s and are %s now: its numbers can differ in the last digits from here "
             "on. Fix: --compile %s",
             *("compiled" if so else "not compiled" for so in (before, compiled)), "on" if before else "off",
+        )  # fmt: skip
+
+
+def tell_weights(options: Mapping[str, Any], config: Config) -> None:
+    """Says where a resumed run holds its weights otherwise than its checkpoint, whose options are
+    ``options``."""
+    before = options.get("weights") or "float32"
+    if before != config.weights:
+        log.warning(
+            "This run's weights were held in %s and are in %s now: its numbers change from here on. Fix: "
+            "--weights %s",
+            before, config.weights, before,
         )  # fmt: skip
 
 

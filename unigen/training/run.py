@@ -50,7 +50,7 @@ from unigen.training.engine import Engine
 from unigen.training.evaluate import Evaluation, step_tokens
 from unigen.training.guards import BadStepGuard
 from unigen.training.precision import stored_precision, tell_change
-from unigen.training.prepare import tell_compiling, tell_quantising
+from unigen.training.prepare import tell_compiling, tell_quantising, tell_weights
 from unigen.training.preserve import Teacher
 from unigen.training.samples import SampleWriter
 from unigen.training.state import RunState, global_batch_of
@@ -213,6 +213,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         if resume:
             tell_compiling(states[layout.OPTIONS], engine.compiles)
             tell_quantising(states[layout.OPTIONS], c)
+            tell_weights(states[layout.OPTIONS], c)
         cache = open_cache(c.cache_dir, model, c, engine.dtype, engine.tensors) if c.cache_dir else None
         data = RunData(c, engine, model, cache)
         rank_slice = RankSlice(engine.rank, engine.world, global_batch_of(c, engine.world, states))

@@ -21,8 +21,8 @@ class Shard:
     """Elements [start, start + len(value)) of the flattened parameter ``name``.
 
     ``value`` [n] is flat and live: writing to it changes the weight (the engine's ``refresh`` then brings its
-    copies up to date). It is float32 where the parameter trains. Of the processes that hold the same elements
-    one has ``owned``: it writes them.
+    copies up to date). Where the parameter trains it is float32, or bfloat16 as ``weights`` says. Of the
+    processes that hold the same elements one has ``owned``: it writes them.
     """
 
     name: str

@@ -186,8 +186,11 @@ class RunState:
         total = sum(entry.nbytes for entry in self._copies())
         for shard in self.engine.shards():
             if self._writes(shard):
-                times = 1 if not shard.trains or weights_only else 3 + (self.ema is not None)
-                total += shard.value.numel() * shard.value.element_size() * times
+                own, averaged = shard.value.element_size(), shard.trains and self.ema is not None
+                size = 4 if averaged else own
+                if shard.trains and not weights_only:
+                    size += 8 + (own if averaged else 0)
+                total += shard.value.numel() * size
         return int(self.engine.sum([total])[0])
 
     # ---- back

@@ -275,7 +275,7 @@ def _moments_to_come(engine: Engine) -> list[Tensor]:
     """Memory of the size of AdamW's two moments, made at its first step; none where a resume brought them."""
     if engine.device.type != "cuda" or engine.optimizer.state:
         return []
-    dtype = torch.uint8 if engine.config.optimizer == "adamw8bit" else None
+    dtype = torch.uint8 if engine.config.optimizer == "adamw8bit" else torch.float32
     trained = [shard.value for shard in engine.shards() if shard.trains]
     return [torch.empty_like(value, dtype=dtype) for value in trained for _ in range(2)]
 
