@@ -49,6 +49,7 @@ def validation(step: int, random_: random.Random, total: int = 2000) -> dict[str
         values[f"val/text_loss_by_task/{task}"] = text * (0.8 + 0.5 * n)
     for n, task in enumerate(("generate", "edit", "interleaved")):
         values[f"val/image_loss_by_task/{task}"] = image * (1.2 - 0.2 * n)
+    values |= {"probe/drift/text": 0.05, "eval/accuracy/understand": 0.5}
     for n in range(4):
         values[f"val/image_loss_by_time/{n / 4:.2f}-{(n + 1) / 4:.2f}"] = image * (1.5 - 0.3 * n)
     return values
@@ -120,6 +121,8 @@ def write_samples(folder: Path, steps: list[int], prompts: list[str] = PROMPTS, 
                     "seed": 42 + n,
                     **given,
                     "pieces": [{"text": words}, {"image": f"{n:03}.png"}],
+                    # an average answered, and beside it the weights
+                    **({"raw": {"pieces": [{"image": f"{n:03}.png"}]}} if n == 1 and step > steps[0] else {}),
                 }
             )
         (place / "index.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")

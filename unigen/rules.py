@@ -14,6 +14,7 @@ _NEEDS = {
     "eval_metrics": "val_data_path",
     "eval_features": "eval_metrics",
     "eval_clip": "eval_metrics",
+    "stop_on_drift": "probe_data_path",
     "sample_steps": "sample_prompts",
     "wandb_run_name": "wandb_project",
 }

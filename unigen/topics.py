@@ -376,6 +376,10 @@ class EvaluationOptions(Options):
         eval_features: Whose features pictures are compared by, as the option features of unigen evaluate.
         eval_clip: Folder of a CLIP or SigLIP, for the CLIP score.
         metric_for_best_model: The number of metrics.jsonl that best and early stopping follow.
+        probe_data_path: Records that the model could answer before and should answer still: its losses and
+            answers on them are held against those of the model that the run began with.
+        stop_on_drift: End the run where a loss on the probe lies this share above the first one (0.1 for
+            10 %).
         greater_is_better: Whether it is better the greater it is. Default: losses are not, other numbers as
             they are meant.
     """
@@ -386,6 +390,8 @@ class EvaluationOptions(Options):
     eval_clip: PathText | None = None
     metric_for_best_model: str = "val_loss"
     greater_is_better: bool | None = None
+    probe_data_path: PathText | None = None
+    stop_on_drift: NotNegative | None = None
 
 
 @dataclass

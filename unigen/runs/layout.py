@@ -8,6 +8,7 @@ RUN/
   bad_records.jsonl    records that were left out
   step_N/              a checkpoint: weights, optimiser, trainer.json, training_config.json, manifest.json
   best/                the weights of the best validation
+  probe.json           losses and answers of the model that the run began with
   samples/step_N/      answers to the prompts: index.json and pictures
   ranks/               rank_N.json, the heartbeat of a process; rank_N.stack.txt and hang.txt after a hang
   tensorboard/, wandb/, wandb_run_id, trackio_run_id     of the trackers
@@ -32,6 +33,7 @@ BAD_STEPS = "bad_steps.jsonl"
 BAD_RECORDS = "bad_records.jsonl"
 BEST = "best"
 SAMPLES = "samples"
+PROBE = "probe.json"
 RANKS = "ranks"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
@@ -122,5 +124,5 @@ def run_id_file(tracker: str) -> str:
 
 
 # What a run leaves in its folder beside its checkpoints; heartbeats are removed by those who write them.
-FILES = (METRICS, LOG, BAD_STEPS, BAD_RECORDS, CONFIG, run_id_file(WANDB), run_id_file("trackio"))
+FILES = (METRICS, PROBE, LOG, BAD_STEPS, BAD_RECORDS, CONFIG, run_id_file(WANDB), run_id_file("trackio"))
 FOLDERS = (BEST, SAMPLES, TENSORBOARD, WANDB)

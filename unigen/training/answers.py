@@ -6,7 +6,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -22,7 +22,6 @@ from unigen.evaluation.results import Result
 from unigen.evaluation.score import METRICS, NEEDS, score
 from unigen.evaluation.towers import PictureTower
 from unigen.inference.prompts import SAMPLES
-from unigen.model.bagel import Bagel
 from unigen.training.answering import Answer, Answerer, Job
 from unigen.training.engine import Engine
 
@@ -41,11 +40,73 @@ SHARE = 0.1  # of the time that the default may take
 Scores = dict[str, float | None]
 
 
+class Questions:
+    """Records that ask something, and what answers them.
+
+    Args:
+        answerer: of the run's model.
+        seed: of the first answer.
+        data: the records.
+        count: how many are asked at most.
+    """
+
+    def __init__(self, answerer: Answerer, seed: int, data: PackStream, count: int):
+        self.answerer, self.seed = answerer, seed
+        self.cases = self._spread(self._fitting(data), count)
+        of_kinds: dict[tuple[str, ...], list[list[Case]]] = {}
+        for batch in batches(self.cases, AT_ONCE):
+            of_kinds.setdefault(batch[0].outputs, []).append(batch)
+        self.batches: list[list[Case]] = _in_turn(list(of_kinds.values()))
+
+    def ask(self, some: Sequence[Sequence[Case]]) -> list[list[Answer]]:
+        """The answers to some batches; all processes call it together."""
+        return self.answerer.answer([self._job(batch) for batch in some])
+
+    def _fitting(self, data: PackStream) -> list[Case]:
+        """The records that ask something, and fit into the model's context with their answer."""
+        dataset = data.mixture.parts[0].dataset
+        found, _ = cases_of(dataset[number] for number in range(min(READ, len(dataset))))
+        fitting = []
+        for case in found:
+            try:
+                self.answerer.inferencer.requests.prepare(
+                    [list(case.prompt)], list(case.outputs), self.settings([case])
+                )
+            except UserError as error:
+                log.info("Not among the records that are answered: %s (%s)", case.where, error)
+            else:
+                fitting.append(case)
+        return fitting
+
+    def _spread(self, cases: Sequence[Case], count: int) -> list[Case]:
+        """``count`` of them, of every task as many as there are, in the order of the data."""
+        groups = [[case for case in cases if case.task == task] for task in TASKS]
+        return sorted(_in_turn(groups)[:count], key=lambda case: case.number)
+
+    def settings(self, batch: Sequence[Case]) -> Any:
+        """How a batch is answered: texts may become twice as long as the longest that is right."""
+        encode = self.answerer.inferencer.tokenizer.encode
+        lengths = [len(encode(text)) for case in batch for given in case.texts for text in given]
+        plain = replace(SAMPLES, seed=self.seed + batch[0].number)
+        return replace(plain, max_new_tokens=min(1000, 2 * max(lengths) + 8)) if lengths else plain
+
+    def _job(self, batch: Sequence[Case]) -> Job:
+        def ask() -> list[list[Any]]:
+            return self.answerer.inferencer.unified_generate_batch(
+                [list(case.prompt) for case in batch],
+                outputs=list(batch[0].outputs),
+                options=self.settings(batch),
+            )
+
+        return Job(batch[0].where, len(batch), ask)
+
+
 class HeldOutAnswers:
     """Some held-out records, what the model answers to them, and how good that is.
 
     Args:
-        config, engine, model: of the run.
+        config, engine: of the run.
+        answerer: of its model.
         val: the held-out data.
 
     Raises:
@@ -53,37 +114,24 @@ class HeldOutAnswers:
         CannotRun: what a metric needs cannot be loaded.
     """
 
-    def __init__(self, config: Config, engine: Engine, model: Bagel, val: PackStream):
+    def __init__(self, config: Config, engine: Engine, answerer: Answerer, val: PackStream):
         self.config, self.engine = config, engine
         self.metrics = tuple(config.eval_metrics or FAST)
         self._check_metrics()
-        self.answerer = Answerer(config, engine, model)
         asked = SAMPLES_ASKED if config.eval_samples is None else config.eval_samples
-        self.cases = self._spread(self._questions(val), asked)
-        of_kinds: dict[tuple[str, ...], list[list[Case]]] = {}
-        for batch in batches(self.cases, AT_ONCE):
-            of_kinds.setdefault(batch[0].outputs, []).append(batch)
-        self.batches: list[list[Case]] = _in_turn(list(of_kinds.values()))
+        self.questions = Questions(answerer, config.seed, val, asked)
+        self.batches = self.questions.batches
         # how many of the batches are answered; None: all that the time allows, found at the first time
         self.kept: int | None = None if config.eval_samples is None else len(self.batches)
         self.seconds = 0.0  # that the last answers took
         self._complained: set[str] = set()
         self.tools = self._tools() if engine.main else Tools()
 
-    @property
-    def idle(self) -> Callable[[], None]:
-        """As of :class:`Answerer`."""
-        return self.answerer.idle
-
-    @idle.setter
-    def idle(self, call: Callable[[], None]) -> None:
-        self.answerer.idle = call
-
     def names(self) -> Iterator[str]:
         """What can be measured of these records."""
         for kind in self.metrics:
             for task in TASKS:
-                if any(case.task == task for case in self.cases):
+                if any(case.task == task for case in self.questions.cases):
                     yield f"eval/{kind}/{task}"
                     yield f"eval/{kind}_to_source/{task}"
 
@@ -100,15 +148,14 @@ class HeldOutAnswers:
             budget: seconds that answers may take where nobody said how many are wanted; the first time
                 decides.
         """
-        began, longest = time.perf_counter(), 0.0
+        began, longest, at_once = time.perf_counter(), 0.0, self.questions.answerer.at_once
         answers: list[list[Answer]] = []
         wanted = self.batches[: self.kept]
-        for start in range(0, len(wanted), self.answerer.at_once):
+        for start in range(0, len(wanted), at_once):
             spent = self._agreed(time.perf_counter() - began)
             if self.kept is None and start and spent + longest > budget:
                 break
-            some = wanted[start : start + self.answerer.at_once]
-            answers += self.answerer.answer([self._job(batch) for batch in some])
+            answers += self.questions.ask(wanted[start : start + at_once])
             longest = max(longest, self._agreed(time.perf_counter() - began) - spent)
         self.seconds = self._agreed(time.perf_counter() - began)
         if self.kept is None:
@@ -141,27 +188,6 @@ class HeldOutAnswers:
                     f"eval_metrics: {kind} cannot be: {NEEDS[need][0]}. Fix: --{options[need]} FOLDER"
                 )
 
-    def _questions(self, val: PackStream) -> list[Case]:
-        """The records that ask something, and fit into the model's context with their answer."""
-        dataset = val.mixture.parts[0].dataset
-        found, _ = cases_of(dataset[number] for number in range(min(READ, len(dataset))))
-        fitting = []
-        for case in found:
-            try:
-                self.answerer.inferencer.requests.prepare(
-                    [list(case.prompt)], list(case.outputs), self._settings([case])
-                )
-            except UserError as error:
-                log.info("Not among the records that are answered: %s (%s)", case.where, error)
-            else:
-                fitting.append(case)
-        return fitting
-
-    def _spread(self, cases: Sequence[Case], count: int) -> list[Case]:
-        """``count`` of them, of every task as many as there are, in the order of the data."""
-        groups = [[case for case in cases if case.task == task] for task in TASKS]
-        return sorted(_in_turn(groups)[:count], key=lambda case: case.number)
-
     def _tools(self) -> Tools:
         device = str(self.engine.device)
         features, clip = self.config.eval_features, self.config.eval_clip
@@ -172,23 +198,6 @@ class HeldOutAnswers:
         )
 
     # ---- answers
-
-    def _settings(self, batch: Sequence[Case]) -> Any:
-        """How a batch is answered: texts may become twice as long as the longest that is right."""
-        encode = self.answerer.inferencer.tokenizer.encode
-        lengths = [len(encode(text)) for case in batch for given in case.texts for text in given]
-        settings = replace(SAMPLES, seed=self.config.seed + batch[0].number)
-        return replace(settings, max_new_tokens=min(1000, 2 * max(lengths) + 8)) if lengths else settings
-
-    def _job(self, batch: Sequence[Case]) -> Job:
-        def ask() -> list[list[Any]]:
-            return self.answerer.inferencer.unified_generate_batch(
-                [list(case.prompt) for case in batch],
-                outputs=list(batch[0].outputs),
-                options=self._settings(batch),
-            )
-
-        return Job(batch[0].where, len(batch), ask)
 
     def _scores(self, answers: Sequence[Sequence[Answer]]) -> Scores:
         """On rank 0: the metrics of the records that were answered."""
@@ -237,7 +246,7 @@ class HeldOutAnswers:
         why = f"more would add over {SHARE:.0%} of the time ({budget:.1f} s for each evaluation, predicted)"
         log.info(
             "Answers to %d of %d held-out records are measured: %s. --eval_samples %d measures all of them",
-            self.records, len(self.cases), why, len(self.cases),
+            self.records, len(self.questions.cases), why, len(self.questions.cases),
         )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ KEPT_SHARE = 0.25  # preserve_share where none is given
 class RunData:
     """Reads and checks the data that the config names, on every process.
 
-    ``train`` and ``val`` (None without validation data) are the streams.
+    ``train``, ``val`` and ``probe`` (None without such data) are the streams.
 
     Raises:
         UserError: the data, or the tokenizer, cannot be used; or the processes read different data.
@@ -42,6 +42,8 @@ class RunData:
         held_out = [Source(config.val_data_path, "val_data_path")] if config.val_data_path else []
         self.train = self._stream(config.sources(), tokenizer, training=True)
         self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
+        probe = [Source(config.probe_data_path, "probe_data_path")] if config.probe_data_path else []
+        self.probe = self._stream(probe, tokenizer, training=False) if probe else None
 
     def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> PackStream:
         c = self.config

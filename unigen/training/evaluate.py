@@ -6,20 +6,25 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, ConfigError, nearest
 from unigen.data.dataset import TASKS
-from unigen.data.loader import MicroBatch, PackStream, RankSlice
+from unigen.data.loader import PackStream, RankSlice
 from unigen.model.bagel import Bagel
+from unigen.training.answering import Answerer
 from unigen.training.answers import LOWER, NEITHER, SHARE, HeldOutAnswers
+from unigen.training.datasets import RunData
 from unigen.training.engine import Engine
+from unigen.training.probe import DRIFT, Probe
 from unigen.training.validation import (
     IMAGE_BY_TASK,
     IMAGE_BY_TIME,
     TEXT_BY_TASK,
     Agree,
+    Batches,
     Tasks,
     bin_names,
     held_out_losses,
@@ -27,16 +32,13 @@ from unigen.training.validation import (
 
 log = logging.getLogger("unigen")
 
-# the packed sequences of some data in their order, this process's part
-Batches = Callable[[PackStream], Iterable[list[MicroBatch]]]
-
 
 class Evaluation:
     """The measurements of a run, on the weights as they are.
 
     Args:
         config, engine, model: of the run.
-        val: the held-out data.
+        val, probe: the held-out data, and that of the forgetting probe; one of them is there.
         every: steps between two of them.
         step_tokens: tokens of a step on this process, about.
 
@@ -46,15 +48,29 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, model: Bagel, val: PackStream, every: int, step_tokens: float
+        self,
+        config: Config,
+        engine: Engine,
+        model: Bagel,
+        val: PackStream | None,
+        probe: PackStream | None,
+        *,
+        every: int,
+        step_tokens: float,
     ):
         self.config, self.engine, self.val = config, engine, val
         self.every, self.step_tokens = every, step_tokens
-        self._tasks = Tasks(val.mixture)
-        self.answers = HeldOutAnswers(config, engine, model, val) if config.eval_samples != 0 else None
+        self._tasks = Tasks(val.mixture) if val is not None else None
+        answers = val is not None and config.eval_samples != 0
+        self._answerer = Answerer(config, engine, model) if answers or probe is not None else None
+        self.answers = self.probe = None
+        if val is not None and answers and self._answerer is not None:
+            self.answers = HeldOutAnswers(config, engine, self._answerer, val)
+        if probe is not None and self._answerer is not None:
+            self.probe = Probe(config, engine, model, self._answerer, probe)
         self.metric = config.metric_for_best_model
         known = list(self._names())
-        if self.metric not in known:
+        if val is not None and self.metric not in known:
             near = nearest(self.metric, known)
             raise ConfigError(
                 f"metric_for_best_model is {self.metric!r}, which is not measured"
@@ -80,21 +96,43 @@ class Evaluation:
         if self.answers is not None:
             yield from self.answers.names()
 
-    def measure(self, batches: Batches, agree: Agree) -> dict[str, float | None] | None:
-        """All numbers by their names in ``metrics.jsonl``; None where ``agree`` broke it off."""
-        began = time.perf_counter()
-        found = held_out_losses(self.engine, self.config, self.val, self._tasks, batches(self.val), agree)
-        if found is None:
-            return None
-        losses = time.perf_counter() - began
-        values: dict[str, float | None] = {
-            f"val/{name}" if "/" in name else f"val_{name}": value for name, value in found.values.items()
-        }
-        between = self._between(found.seconds_per_token)
+    @property
+    def idle(self) -> Callable[[], None]:
+        """Called while the model answers; it may raise to end that."""
+        return self._answerer.idle if self._answerer is not None else lambda: None
+
+    @idle.setter
+    def idle(self, call: Callable[[], None]) -> None:
+        if self._answerer is not None:
+            self._answerer.idle = call
+
+    def measure(self, step: int, batches: Batches, agree: Agree) -> dict[str, float | None] | None:
+        """All numbers after ``step`` by their names in ``metrics.jsonl``; None where ``agree`` broke it
+        off."""
+        values: dict[str, float | None] = {}
+        took, between, began = {}, 0.0, time.perf_counter()
+        if self.val is not None and self._tasks is not None:
+            found = held_out_losses(self.engine, self.config, self.val, self._tasks, batches(self.val), agree)
+            if found is None:
+                return None
+            for name, value in found.values.items():
+                values[f"val/{name}" if "/" in name else f"val_{name}"] = value
+            took["losses"] = time.perf_counter() - began
+            between = self._between(found.seconds_per_token)
         if self.answers is not None and self.answers.kept != 0:
             values |= self.answers.measure(SHARE * between)
+            if self.answers.kept:
+                took[f"answers to {self.answers.records} records"] = self.answers.seconds
+        if self.probe is not None:
+            began = time.perf_counter()
+            probed = self.probe.measure(step, batches, agree)
+            if probed is None:
+                return None
+            values |= probed[0]
+            took["probe"] = time.perf_counter() - began
+            between = between or self._between(probed[1])
         if not self._foretold:
-            self._foretell(losses, between)
+            self._foretell(took, between)
         return values
 
     def _between(self, seconds_per_token: float) -> float:
@@ -104,13 +142,10 @@ class Evaluation:
         mine = forwards * seconds_per_token * self.step_tokens * self.every
         return float(self.engine.gather(repr(mine))[0])
 
-    def _foretell(self, losses: float, between: float) -> None:
-        """Says what evaluations will take, once, from what the first one took."""
+    def _foretell(self, took: Mapping[str, float], between: float) -> None:
+        """Says what evaluations will take, once, from what the parts of the first one took."""
         self._foretold = True
-        parts, whole = [f"losses {losses:.1f} s"], losses
-        if self.answers is not None and self.answers.kept:
-            parts.append(f"answers to {self.answers.records} records {self.answers.seconds:.1f} s")
-            whole += self.answers.seconds
+        parts, whole = [f"{name} {seconds:.1f} s" for name, seconds in took.items()], sum(took.values())
         if between and math.isfinite(between):
             log.info(
                 "An evaluation takes about %.1f s (%s); with one in %d steps (about %.1f s) it adds"
@@ -122,6 +157,8 @@ class Evaluation:
 
     def improves(self, values: Mapping[str, float | None], best: float) -> bool:
         """Is the number that decides better than ``best`` (infinite: there was none)?"""
+        if self.val is None:
+            return False
         value = values.get(self.metric)
         if value is None or not math.isfinite(value):
             log.warning("%s has no value this time, so it is no better", self.metric)
@@ -136,16 +173,29 @@ class Evaluation:
         kept = None if self.answers is None else self.answers.kept
         return chosen if kept is None else chosen | {"batches": kept}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on with as many answers as the run that gave this :meth:`state`."""
+    def load(self, state: Mapping[str, Any], folder: Path) -> bool:
+        """Goes on with as many answers as the run whose checkpoint ``folder`` has this :meth:`state`, and
+        with its probe's base; says whether its best counts: not where another number decides now."""
         if self.answers is not None and self.answers.kept is None and "batches" in state:
             self.answers.kept = state["batches"]
-
-    def decides_as(self, state: Mapping[str, Any]) -> bool:
-        """Was the best checkpoint of a run with this state chosen by the same number? Older runs know but
-        the one."""
+        if self.probe is not None:
+            self.probe.load(folder.resolve().parent)
+        # older runs know but the one number
         before = state.get("metric", "val_loss"), state.get("greater_is_better", False)
-        return before == (self.metric, self.greater_is_better)
+        same = self.val is None or before == (self.metric, self.greater_is_better)
+        if not same:
+            log.warning("What was best so far does not count: that is now chosen by %s", self.metric)
+        return same
+
+
+def open_evaluation(
+    config: Config, engine: Engine, model: Bagel, data: RunData, rank_slice: RankSlice, every: int
+) -> Evaluation | None:
+    """What a run measures of itself; None where it has no data for that. Raises as :class:`Evaluation`."""
+    if data.val is None and data.probe is None:
+        return None
+    tokens = step_tokens(data.train, rank_slice)
+    return Evaluation(config, engine, model, data.val, data.probe, every=every, step_tokens=tokens)
 
 
 def step_tokens(stream: PackStream, rank_slice: RankSlice) -> float:
@@ -155,6 +205,10 @@ def step_tokens(stream: PackStream, rank_slice: RankSlice) -> float:
 
 
 def told(values: Mapping[str, float | None], metric: str) -> str:
-    """The numbers that fit a line: those that are no part of another, and the one that decides."""
-    shown = {name: value for name, value in values.items() if "/" not in name or name == metric}
+    """The numbers that fit a line: those that are no part of another, the drift, and the one that decides."""
+    shown = {
+        name: value
+        for name, value in values.items()
+        if "/" not in name or name == metric or name.startswith(DRIFT)
+    }
     return ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)

@@ -49,6 +49,7 @@ class BadStepGuard:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.stale = 0  # validations since the best one
         self.recent: deque[int] = deque(maxlen=LAST)  # 1 for a step that was skipped
+        self.drifted = ""  # how far the probe's losses have risen, where that ends the run
         self.left_out = 0  # steps of this process's life that were skipped
         self.good = ""  # the newest checkpoint from which steps could be taken
         self._fresh: dict[str, int] = {}  # checkpoints after which fewer than CONFIRM steps were taken
@@ -215,6 +216,7 @@ class BadStepGuard:
 
     @property
     def exhausted(self) -> bool:
-        """Were there ``early_stopping_patience`` validations in a row that were no better?"""
+        """Were there ``early_stopping_patience`` validations in a row that were no better, or did the model
+        forget too much?"""
         patience = self.config.early_stopping_patience
-        return patience is not None and self.stale >= patience
+        return bool(self.drifted) or (patience is not None and self.stale >= patience)

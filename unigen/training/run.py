@@ -47,7 +47,7 @@ from unigen.training.changes import tell_changes
 from unigen.training.datasets import RunData
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
-from unigen.training.evaluate import Evaluation, step_tokens
+from unigen.training.evaluate import Evaluation, open_evaluation
 from unigen.training.guards import BadStepGuard
 from unigen.training.precision import stored_precision, tell_change
 from unigen.training.prepare import tell_compiling, tell_quantising, tell_weights
@@ -223,7 +223,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
 
         # Counting the steps of an epoch packs it; only where the answer is needed.
         total_steps = c.max_steps or sum(map(steps_in, range(c.num_epochs)))
-        eval_every = c.eval_steps or (steps_in(0) if data.val else total_steps)
+        eval_every = c.eval_steps or (steps_in(0) if data.val or data.probe else total_steps)
         facts["total_steps"] = total_steps
         engine.start()
         said = engine.gather(json.dumps(nonfinite((s.name, s.value) for s in engine.shards())))
@@ -269,9 +269,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
                 verify,
             ),
             guard=BadStepGuard(engine, c, output_dir),
-            evaluation=Evaluation(c, engine, model, data.val, eval_every, step_tokens(data.train, rank_slice))
-            if data.val
-            else None,
+            evaluation=open_evaluation(c, engine, model, data, rank_slice, eval_every),
             samples=SampleWriter(c, engine, model) if c.sample_prompts else None,
             resumed=states.get(layout.TRAINER),
             position=position,
@@ -402,13 +400,7 @@ def _restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:
         run.engine.scale.load(state["scale"])
     run.position.load(state)
-    if run.evaluation is not None:
-        run.evaluation.load(state.get("evaluation", {}))
-    if run.evaluation is not None and not run.evaluation.decides_as(state.get("evaluation", {})):
-        log.warning(
-            "The best checkpoint is now chosen by %s; what was best so far does not count",
-            run.evaluation.metric,
-        )
+    if run.evaluation is not None and not run.evaluation.load(state.get("evaluation", {}), folder):
         run.position.best = math.inf
     if folder.resolve().parent == run.output_dir.resolve():
         run.guard.good = run.saver.good = folder.name

@@ -130,7 +130,7 @@ class TrainingLoop:
         self.cached = CacheTally()
         self._tokens = 0  # of all processes, since the start
         self._failure: Exception | None = None  # of this process's data; the others are to hear of it first
-        for answering in (run.samples, run.evaluation and run.evaluation.answers):
+        for answering in (run.samples, run.evaluation):
             if answering is not None:
                 answering.idle = self._idle
 
@@ -177,7 +177,9 @@ class TrainingLoop:
             last = position.step == run.total_steps or run.guard.exhausted
             if position.step % c.save_steps == 0 or last:
                 self._save()
-        if run.guard.exhausted:
+        if run.guard.drifted:
+            self.progress.write(f"Stopped: {run.guard.drifted}")
+        elif run.guard.exhausted:
             stale, best = run.guard.stale, position.best
             self.progress.write(f"Stopped: {stale} validations in a row were no better than {best:.4f}")
         if run.cache is not None:
@@ -385,7 +387,7 @@ class TrainingLoop:
                 run.guard.check_records([batch], stream)
             return not stop
 
-        return run.evaluation.measure(batches, agree)
+        return run.evaluation.measure(self.position.step, batches, agree)
 
     def _validate(self) -> dict[str, Any]:
         position, evaluation = self.position, self.run.evaluation
@@ -398,6 +400,10 @@ class TrainingLoop:
             self.tracker.log(values, position.step)
         self.progress.write(f"Validation at step {position.step}: {told(values, evaluation.metric)}")
         if not position.step:  # the model that the run began with is none of its results
+            return values
+        if evaluation.probe is not None:
+            self.run.guard.drifted = evaluation.probe.drifted(values)
+        if evaluation.val is None:
             return values
         better = evaluation.improves(values, position.best)
         self.run.guard.validated(better)

@@ -21,6 +21,8 @@ from unigen.training.engine import Engine
 BINS = 4  # of equal width in t: 0 is the picture, 1 the noise
 TEXT_BY_TASK, IMAGE_BY_TASK, IMAGE_BY_TIME = "text_loss_by_task", "image_loss_by_task", "image_loss_by_time"
 
+# the packed sequences of some data in their order, this process's part
+Batches = Callable[[PackStream], Iterable[list[MicroBatch]]]
 # asked before each micro-batch, on all processes together; false breaks a measurement off
 Agree = Callable[[MicroBatch, PackStream], bool]
 

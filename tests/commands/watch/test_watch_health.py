@@ -256,6 +256,14 @@ def test_validations_that_get_no_better_are_counted(folder):
     )
 
 
+def test_a_drift_on_the_probe_is_told(folder):
+    rows = [row(n, random.Random(n)) for n in range(1, 100)]
+    for drift, told in ((0.05, []), (0.2, ["drift"])):
+        last = validation(100, random.Random(0)) | {"probe/drift/image": drift}
+        write_metrics(folder / "metrics.jsonl", [*rows, last])
+        assert keys(folder) == told
+
+
 def test_a_missing_and_an_old_checkpoint(folder):
     write_rank(folder, 0, step=700, total_steps=2000)
     write_rank(folder, 1, step=700)

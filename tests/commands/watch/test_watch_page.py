@@ -38,7 +38,7 @@ def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, la
     assert "://" not in source and page.tags.count("script") == 1 and f'lang="{language}' in source
     for key in (
         "curves", "samples", "checkpoints", "processes", "bad_steps", "bad_records", "options", "running",
-        "tokens_per_second",
+        "tokens_per_second", "of_weights", "of_val_image_loss_by_time", "of_probe_drift",
     ):  # fmt: skip
         assert words(key) in page.text, key
     for part in (
@@ -46,7 +46,7 @@ def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, la
         *PROMPTS,
     ):  # fmt: skip
         assert part in page.text, part
-    assert len(page.charts) == 10 and sorted(p.size for p in page.pictures) == [(48, 48)] + [(128, 128)] * 12
+    assert len(page.charts) == 12 and sorted(p.size for p in page.pictures) == [(48, 48)] + [(128, 128)] * 18
     assert len(page.of("img", "small")) == 1, "the picture that the second prompt gives"
 
 

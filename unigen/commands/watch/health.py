@@ -21,6 +21,7 @@ GROWN = 5.0  # a gradient norm this many times the one before
 FEWEST = 40  # lines that such a comparison needs
 WAIT = 0.10  # share of the time waiting for data
 WORSE = 3  # validations in a row
+DRIFT = 0.1  # share by which a loss on the probe may lie above the first one
 LATE = 1.5  # times save_steps without a checkpoint
 LATE_S = 3 * 3600.0
 SPARE = 1.2  # times the last checkpoint's size
@@ -155,7 +156,7 @@ def _marks(run: RunFolder) -> list[tuple[float, int]]:
 
 def warnings(run: RunFolder, state: State) -> list[RunWarning]:
     """What should be looked at, the worst first."""
-    found = [*_numbers(run), *_validation(run), *_space(run)]
+    found = [*_numbers(run), *_validation(run), *_drift(run), *_space(run)]
     if state.name in ("running", "hung"):
         found += [*_saving(run), *_processes(run)]
     if run.stacks:
@@ -202,6 +203,11 @@ def _validation(run: RunFolder) -> list[RunWarning]:
     step, best = min(losses, key=lambda found: found[1])
     since = len(losses) - 1 - losses.index((step, best))
     return [_warn("no_better", n=since, best=best, step=step, now=losses[-1][1])] if since >= WORSE else []
+
+
+def _drift(run: RunFolder) -> list[RunWarning]:
+    drifts = {kind: run.metrics.log.latest.get(f"probe/drift/{kind}", 0.0) for kind in ("text", "image")}
+    return [_warn("drift", kind=kind, share=drift) for kind, drift in drifts.items() if drift > DRIFT]
 
 
 def _saving(run: RunFolder) -> list[RunWarning]:

@@ -174,7 +174,8 @@ def _samples(
     pictures, prompts = Pictures(words), []
     for key in keys[:SHOWN_PROMPTS]:
         there = [(begin, found[key]) for begin, found in columns if key in found]
-        raw = [(begin, a.raw) for begin, a in there if a.raw is not None]
+        # of one run; at step 0 both are the same
+        raw = [(begin, a.raw or a) for begin, a in there if not begin and any(b.raw for _, b in there)]
         rows = [
             [(begin + words("step_alone", step=a.step), _parts(a, pictures)) for begin, a in some]
             for some in (there, raw)

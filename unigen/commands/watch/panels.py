@@ -34,6 +34,8 @@ class Panel(NamedTuple):
 
     def line(self, curve: Curve, words: Words) -> str:
         """What a curve of a group is called."""
+        if self.name.startswith("probe/"):
+            return words.texts.get(f"part_{curve.name}", curve.name)
         return words.texts.get(f"task_{curve.name}", curve.name)
 
     def values(self, curves: Sequence[Curve]) -> Range:
@@ -51,7 +53,7 @@ PANELS = (
     Panel("tokens_per_second", from_zero=True),
     Panel("data_wait", unit="unit_share", scale=100.0, from_zero=True),
 )
-UNITS = {"val/image_loss_by_time": "unit_time"}
+UNITS = {"val/image_loss_by_time": "unit_time", "probe/drift": "unit_drift"}
 """Of groups of numbers."""
 
 

@@ -111,13 +111,14 @@ def _panel(
     title, unit = panel.title(words), "%" if panel.unit == "unit_share" else ""
     extent = f"{figure(values.low)} … {'↑' * values.cut}{figure(values.high)}{unit}"
     rows: list[list[Text | Stretched]] = []
-    if several or panel.members:
+    if panel.members:  # a line for all of them, as there may be many
+        newest = (f"{panel.line(curve, words)} {figure(curve.points[-1].mean)}" for curve in curves)
+        return [[line(title), one_line("  ".join(newest))]]
+    if several:
         rows.append([line((title, "bold")), one_line((extent, "soft"))])
     for curve in curves:
         name, note = (runs[curve.run].name, "") if several else (title, extent)
-        if panel.members:
-            name, note = f"  {panel.line(curve, words)}", ""
-        elif curve.is_validation:
+        if curve.is_validation:
             name = name if several else f"  {words('validation')}"
             note = f"{words('best')} {figure(min(p.low for p in curve.points))}"
             note = f"{words('validation')}, {note}" if several else note
