@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from unigen.data import dataset
+from unigen.data import indexing
 from unigen.data.dataset import BadData, UnifiedGenerationDataset, task
 from unigen.sequence.images import Confined, image_size, open_image
 from unigen.sequence.lengths import BLOCK_DTYPE, RecordLengths
@@ -687,7 +687,7 @@ def test_bad_records_keep_no_traceback_and_take_little_memory(tmp_path: Path) ->
 
 
 def test_where_most_is_bad_the_rest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "BAD_BYTES", 100_000)
+    monkeypatch.setattr(indexing, "BAD_BYTES", 100_000)
     (tmp_path / "a.jsonl").write_bytes(b"{}\n" * 10_000)
     for mode in ("error", "skip"):
         error = refused(tmp_path, on_bad_record=mode)

@@ -25,6 +25,7 @@ from unigen.cache.encoders import Encoders
 from unigen.cache.store import Encoder, Store, about, key_of
 from unigen.config import Config, ConfigError, Source
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.loader import cores
 from unigen.data.mapping import ReadOptions
 from unigen.outputs import output_folder
 from unigen.printing import bar
@@ -206,6 +207,9 @@ class Filler:
                 token_lengths=planner.token_lengths,
                 read=ReadOptions.of(source, c),
                 split="validation" if source.name == "val_data_path" else "train",
+                lengths_key=planner.identity,
+                num_workers=cores(),
+                progress=True,
             )
             yield dataset, planner
 

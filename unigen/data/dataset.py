@@ -10,30 +10,28 @@ import hashlib
 import json
 import logging
 import os
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
-from unigen.data.containers import BadData, ByteSpan, Raw, no_record, parts, read_part
-from unigen.data.examine import CountTokens, PictureHeaders, bad_picture, examine, key_of
+from unigen.data import kept
+from unigen.data.containers import BadData, ByteSpan, no_record
+from unigen.data.examine import CountTokens, bad_picture, key_of
 from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
-from unigen.data.keys import NOTES, Notes, listed
+from unigen.data.indexing import TASKS, Found, read_all, shown, task
+from unigen.data.keys import NOTES, listed
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import check_roots, require_match
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut, Split, describing, of_splits
 from unigen.data.verdict import Verdict, percent
+from unigen.printing import bar
 from unigen.sequence.images import PictureError, open_image
-from unigen.sequence.lengths import TokenLengths
-from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample, without_trace
+from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
 
 __all__ = ["TASKS", "BadData", "UnifiedGenerationDataset", "task"]
 
@@ -41,41 +39,6 @@ log = logging.getLogger(__name__)
 
 # check_pictures="auto" decodes every picture when there are at most this many distinct ones
 AUTO_FULL_CHECK = 5000
-SHOWN = 20  # bad records that an error message shows; the rest are counted
-BAD_BYTES = 64 << 20  # of bad records that are kept, about; where there are more, no further record is read
-TASKS = ("text", "understand", "generate", "edit", "interleaved")
-
-
-class _Index:
-    """Rows of :class:`ByteSpan` in compact arrays (a list of tuples would take ten times the memory)."""
-
-    def __init__(self, spans: Iterable[ByteSpan] = ()):
-        self._columns = [array("I"), array("Q"), array("Q"), array("Q"), array("Q"), array("I")]
-        for span in spans:
-            self.append(span)
-
-    def append(self, span: ByteSpan) -> None:
-        for column, value in zip(self._columns, span):
-            column.append(value)
-
-    def __len__(self) -> int:
-        return len(self._columns[0])
-
-    def __getitem__(self, i: int) -> ByteSpan:
-        return ByteSpan(*(column[i] for column in self._columns))
-
-    def runs(self) -> list[tuple[int, int]]:
-        """Ranges of rows that agree in file and offset."""
-        files, offsets = (np.array(column) for column in self._columns[:2])
-        edges = [
-            0,
-            *(np.flatnonzero((np.diff(files) != 0) | (np.diff(offsets) != 0)) + 1).tolist(),
-            len(self),
-        ]
-        return list(pairwise(edges))
-
-    def digest(self) -> str:
-        return hashlib.sha256(b"".join(column.tobytes() for column in self._columns)).hexdigest()
 
 
 class _Broken(NamedTuple):
@@ -85,26 +48,6 @@ class _Broken(NamedTuple):
     field: str
     path: str | None  # None for bytes
     error: PictureError
-
-
-class _Bad:
-    """The bad records found so far and their places, in bounds."""
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[ByteSpan, BadRecord]] = []
-        self._bytes = 0
-
-    def add(self, span: ByteSpan, error: BadRecord) -> None:
-        """Raises BadData where they take more than ``BAD_BYTES``."""
-        self.kept.append((span, without_trace(error)))
-        self._bytes += 1000 + len(error.field) + len(error.found) + len(error.expected) + len(error.fix)
-        if self._bytes > BAD_BYTES:
-            bad = [error for _, error in self.kept]
-            raise BadData(
-                f"{len(bad):,} records so far cannot be used, and no more are looked at:\n{_list(bad)}\nFix:"
-                " correct them; unigen check lists them all.",
-                bad,
-            )
 
 
 class UnifiedGenerationDataset:
@@ -131,6 +74,10 @@ class UnifiedGenerationDataset:
             not trust.
         read: How the records are read; its ``data_root`` may be given alone.
         split: What is taken of a folder that holds several splits.
+        lengths_key: Names what ``token_lengths`` does. With it the index is kept in the cache folder, and a
+            later start on unchanged files finds it there.
+        num_workers: Processes that read; 0: this one.
+        progress: Show bars on a terminal, and say in the log what is read.
 
     Attributes:
         left_out: Files of folders that are not read: of other splits, or about the data.
@@ -157,6 +104,9 @@ class UnifiedGenerationDataset:
         data_root: str | Path | None = None,
         read: ReadOptions = PLAIN,
         split: Split = "train",
+        lengths_key: str | None = None,
+        num_workers: int = 0,
+        progress: bool = False,
     ):
         assert on_bad_record in ("error", "skip") and check_pictures in ("auto", "full", "headers")
         self.read = read if data_root is None else replace(read, data_root=Path(data_root).absolute())
@@ -167,30 +117,15 @@ class UnifiedGenerationDataset:
         self.files = [path for path, _ in named]
         require_match(self.files, self.read)
         self._reader = Reader(self.files)
-        self._index = _Index()
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._notes = Notes()
-        self.lengths = None if token_lengths is None else TokenLengths()
-        bad = _Bad()
-        pictures, pictured = PictureHeaders(), array("Q")
-        unreadable, contents = [], []
-        for number, (path, name) in enumerate(named):
-            digest = hashlib.sha256()
-            try:
-                for span, raw in self._walk(number, digest):
-                    try:
-                        self._add(span, raw, pictures, pictured, token_lengths)
-                    except BadRecord as error:
-                        bad.add(span, error)
-            except BadRecord as error:  # the whole file
-                unreadable.append(without_trace(error))
-            contents.append([name, path.stat().st_size, digest.hexdigest()])
-        self._distinct = pictures.sound
-        if check_pictures == "full" or (check_pictures == "auto" and pictures.sound <= AUTO_FULL_CHECK):
-            for span, error in self._drop_broken(pictured):
-                bad.add(span, error)
-        self.bad = [error for _, error in sorted(bad.kept, key=lambda entry: (entry[0].file, entry[0].index))]
-        self._settle(unreadable, on_bad_record, bad_records_path, max_bad_share)
+        found = self._found(token_lengths, check_pictures, lengths_key, num_workers, progress)
+        self._index, self.lengths, self._distinct = found.index, found.lengths, found.distinct
+        self._counts, self._notes = found.counts, found.notes
+        places = sorted(found.bad.kept, key=lambda entry: (entry[0].file, entry[0].index))
+        self.bad = [error for _, error in places]
+        self._settle(found.unreadable, on_bad_record, bad_records_path, max_bad_share)
+        contents = [
+            [name, path.stat().st_size, found.digests[number]] for number, (path, name) in enumerate(named)
+        ]
         how = [[dict(read.fields), read.trigger_word]] if read.fields or read.trigger_word else []
         self.fingerprint = hashlib.sha256(
             json.dumps([contents, self._index.digest(), *how]).encode()
@@ -287,40 +222,41 @@ class UnifiedGenerationDataset:
 
     # ---- building
 
-    def _walk(self, number: int, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
-        for part in parts(self.files[number], number, source=self._reader.source(number)):
-            yield from read_part(part, digest)
-
-    def _add(
+    def _found(
         self,
-        span: ByteSpan,
-        raw: Raw,
-        pictures: PictureHeaders,
-        pictured: array[int],
         token_lengths: CountTokens | None,
-    ) -> None:
-        """Checks a record and puts it into the index; ``pictured`` gets the numbers of those with pictures.
-        Raises BadRecord."""
-        record, _, lengths = examine(raw, span, self.files[span.file], pictures, token_lengths, self.read)
-        if any(isinstance(segment, Image) for segment in record.sample):
-            pictured.append(len(self._index))
-        self._index.append(span)
-        self._count(record, 1)
-        if self.lengths is not None:
-            assert lengths is not None, "token_lengths returned nothing"
-            self.lengths.append(lengths)
+        check_pictures: str,
+        lengths_key: str | None,
+        num_workers: int,
+        progress: bool,
+    ) -> Found:
+        """The index of the data: kept from an earlier start, or read."""
+        size = sum(path.stat().st_size for path in self.files)
+        key = None
+        if lengths_key is not None and size >= kept.LEAST:
+            key = kept.key_of_data(self.files, self.read, check_pictures, lengths_key)
+            if found := kept.load(key, self.files):
+                log.info("The data is unchanged since an earlier start: its index was kept")
+                return found
+        if progress and size >= kept.LEAST:
+            log.info("Reading %s MB of data from %d file(s)", f"{size / 1e6:,.0f}", len(self.files))
+        found = read_all(self.files, self._reader.source, token_lengths, self.read, num_workers, progress)
+        if check_pictures == "full" or (check_pictures == "auto" and found.distinct <= AUTO_FULL_CHECK):
+            self._index = found.index
+            self._drop_broken(found, progress)
+        if key is not None and not found.unreadable:
+            kept.save(key, found)
+        return found
 
-    def _drop_broken(self, pictured: Iterable[int]) -> list[tuple[ByteSpan, BadRecord]]:
-        """Decodes the pictures of the records ``pictured``; takes those with broken ones out of the index and
-        returns them."""
-        broken = list(self._broken(pictured))
+    def _drop_broken(self, found: Found, progress: bool) -> None:
+        """Decodes all pictures; takes the records with broken ones out of what was found."""
+        broken = list(self._broken(found, progress))
         if not broken:
-            return []
-        self._distinct -= len(broken)
+            return
         inside = {(entry.record, entry.field): entry.error for entry in broken if entry.path is None}
         paths = {entry.path: entry.error for entry in broken if entry.path is not None}
-        bad, dropped = [], set()
-        for i in pictured:
+        dropped = set()
+        for i in found.pictured:
             record, fields = self._read(i)
             for segment, field in zip(record.sample, fields):
                 if not isinstance(segment, Image):
@@ -328,22 +264,18 @@ class UnifiedGenerationDataset:
                 path = _path_of(segment)
                 error = inside.get((i, field)) if path is None else paths.get(path)
                 if error is not None:
-                    self._count(record, -1)
-                    bad.append((self._index[i], bad_picture(error, field, record.origin)))
+                    found.count(record, -1)
+                    found.bad.add(self._index[i], bad_picture(error, field, record.origin))
                     dropped.add(i)
                     break
-        kept = [i for i in range(len(self)) if i not in dropped]
-        self._index = _Index(self._index[i] for i in kept)
-        if self.lengths is not None:
-            self.lengths = self.lengths.keep(kept)
-        return bad
+        found.drop(dropped, len(broken))
 
-    def _broken(self, pictured: Iterable[int]) -> Iterator[_Broken]:
+    def _broken(self, found: Found, progress: bool) -> Iterator[_Broken]:
         """Decodes every distinct picture."""
         seen: set[int] = set()
 
         def tasks() -> Iterator[tuple[int, str, Image]]:
-            for i in pictured:
+            for i in found.pictured:
                 record, fields = self._read(i)
                 for segment, field in zip(record.sample, fields):
                     if isinstance(segment, Image) and is_new(_path_of(segment)):
@@ -356,15 +288,19 @@ class UnifiedGenerationDataset:
             seen.add(key_of(path))
             return len(seen) > before
 
-        every = tasks()
+        every, hidden = tasks(), None if progress else True
         # PIL decodes without the interpreter lock
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with (
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            bar("decoding pictures", total=found.distinct, unit="", disable=hidden) as shown_bar,
+        ):
             while some := list(islice(every, 64)):  # no more in memory at once
                 for (i, field, segment), error in zip(
                     some, pool.map(_decoding_error, [segment for _, _, segment in some])
                 ):
                     if error is not None:
                         yield _Broken(i, field, _path_of(segment), error)
+                shown_bar.update(len(some))
 
     def _settle(
         self, unreadable: list[BadRecord], on_bad_record: str, listing: Path | None, max_share: float
@@ -388,7 +324,7 @@ class UnifiedGenerationDataset:
             elif on_bad_record == "skip":
                 told += f" ({verdict.share:.1%}), more than the {percent(max_share)} that may be left out"
                 fix += ", or raise --max_bad_share"
-            raise BadData(f"{told}:\n{_list(bad)}\n{fix}.", bad)
+            raise BadData(f"{told}:\n{shown(bad)}\n{fix}.", bad)
         if bad:
             where = f", listed in {listing}" if listing else ""
             log.warning(
@@ -396,22 +332,8 @@ class UnifiedGenerationDataset:
                 len(bad),
                 verdict.total,
                 where,
-                _list(bad),
+                shown(bad),
             )
-
-    def _count(self, record: Record, sign: int) -> None:
-        texts = images = pictures = 0
-        for segment in record.sample:
-            if isinstance(segment, Image):
-                pictures += 1
-                images += segment.target
-            else:
-                texts += segment.target
-        self._counts["format", record.format] += sign
-        self._counts["task", task(record.sample)] += sign
-        self._notes.add(record.notes, sign)
-        for name, count in (("text_targets", texts), ("image_targets", images), ("pictures", pictures)):
-            self._counts["segments", name] += sign * count
 
     # ---- reading
 
@@ -427,22 +349,6 @@ class UnifiedGenerationDataset:
         if not -n <= i < n:
             raise IndexError(f"record {i} of a data set of {n}")
         return i % n
-
-
-def task(sample: Sample) -> str:
-    """What a sample teaches, by its targets and its context.
-
-    ``text``: texts, no picture anywhere; ``understand``: texts, with pictures as context; ``generate``:
-    images alone, without a context picture; ``edit``: images alone, with a context picture; ``interleaved``:
-    texts and images.
-    """
-    targets = {type(segment) for segment in sample if segment.target}
-    context_picture = any(isinstance(segment, Image) and not segment.target for segment in sample)
-    if len(targets) == 2:
-        return "interleaved"
-    if Image in targets:
-        return "edit" if context_picture else "generate"
-    return "understand" if context_picture else "text"
 
 
 def _path_of(segment: Image) -> str | None:
@@ -473,8 +379,3 @@ def list_bad_records(listing: Path, bad: Iterable[dict[str, Any]]) -> None:
 
 def _files(unreadable: list[BadRecord]) -> str:
     return "a file" if len(unreadable) == 1 else f"{len(unreadable):,} files"
-
-
-def _list(bad: list[BadRecord]) -> str:
-    more = f"\n  ... and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-    return "\n".join(f"  {error}" for error in bad[:SHOWN]) + more

@@ -3,7 +3,7 @@ picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +84,30 @@ class TokenLengths:
         self._blocks.append(record.blocks)
         self._texts.append(record.texts)
         self._pictures.append(record.pictures)
+
+    def extend(self, other: TokenLengths) -> None:
+        """Appends those of more records."""
+        for mine, more in zip(self._columns(), other._columns()):
+            mine.extend(more)
+
+    def _columns(self) -> tuple[Ragged, Ragged, Ragged]:
+        return self._blocks, self._texts, self._pictures
+
+    def arrays(self) -> list[np.ndarray]:
+        """Everything as arrays, for :meth:`of`."""
+        return [part for column in self._columns() for part in (column.values(), column.ends())]
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray]) -> TokenLengths:
+        """What :meth:`arrays` gave. Raises ValueError for anything else."""
+        made = cls()
+        found = [Ragged.of(*arrays[i : i + 2]) for i in range(0, len(arrays), 2)]
+        if [column.dtype for column in found] != [column.dtype for column in made._columns()]:
+            raise ValueError("lengths of another kind")
+        if len({len(column) for column in found}) > 1:
+            raise ValueError("lengths of different records")
+        made._blocks, made._texts, made._pictures = found
+        return made
 
     def __len__(self) -> int:
         return len(self._blocks)

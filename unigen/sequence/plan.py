@@ -6,8 +6,9 @@ so lengths are known before training; :meth:`Planner.fill` adds the contents.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ class Planner:
         self.cache: PictureCache | None = None  # set by the trainer: pictures found there are not decoded
         self._tiny: dict[object, Seen] = {}
         self._viewers: dict[tuple[bool, int], Viewer] = {}
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that :meth:`token_lengths` depends on."""
+        options = {field.name: getattr(self.options, field.name) for field in fields(DataOptions)}
+        how = repr((self.geometry, self.transforms, options, self.max_length, self.tokenizer.identity))
+        return hashlib.sha256(how.encode()).hexdigest()
 
     # ---- lengths
 

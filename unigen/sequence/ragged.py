@@ -22,6 +22,27 @@ class Ragged:
         self._bytes += np.array(row, self.dtype).tobytes()
         self._ends.append(len(self._bytes) // self.dtype.itemsize)
 
+    def extend(self, other: Ragged) -> None:
+        """Appends all rows of another one."""
+        first = self._ends[-1]
+        self._bytes += other._bytes
+        self._ends.extend(first + end for end in other._ends[1:])
+
+    @classmethod
+    def of(cls, values: np.ndarray, ends: np.ndarray) -> Ragged:
+        """What :meth:`values` and :meth:`ends` say. Raises ValueError where they do not belong together."""
+        made = cls(values.dtype)
+        if (
+            ends.dtype != np.int64
+            or ends.ndim != 1
+            or not len(ends)
+            or ends[0] != 0
+            or ends[-1] != len(values)
+        ):
+            raise ValueError("ends of other rows")
+        made._bytes, made._ends = bytearray(values.tobytes()), array("q", ends.tobytes())
+        return made
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,12 @@ class Tokenizer:
                     f" checkpoint's {FILES} there"
                 )
         return made
+
+    @property
+    def identity(self) -> str:
+        """A digest of the vocabulary and the rules by which texts are cut."""
+        rules = self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(f"{self.special} {rules}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; of up to ``KEPT_BYTES`` of short texts they are remembered."""
@@ -203,6 +210,10 @@ class WordTokenizer(Tokenizer):
                 self._words.append(word)
             ids.append(self._ids[word])
         return ids
+
+    @property
+    def identity(self) -> str:
+        return "words"
 
     def _control_tokens(self) -> set[str]:
         return {*NAMES.values(), *_QWEN2}

@@ -7,7 +7,7 @@ import logging
 from unigen.cache.store import FeatureCache
 from unigen.config import Config, ConfigError, Source, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.loader import PackStream
+from unigen.data.loader import PackStream, cores
 from unigen.data.mapping import ReadOptions
 from unigen.data.mixing import DataSource, Mixture
 from unigen.data.splits import Split
@@ -88,6 +88,9 @@ class RunData:
             token_lengths=planner.token_lengths,
             read=ReadOptions.of(source, c),
             split=split,
+            lengths_key=planner.identity,
+            num_workers=max(1, cores() // self.engine.local_world),
+            progress=main,
         )
         if len(set(self.engine.gather(dataset.fingerprint))) > 1:
             raise UserError(

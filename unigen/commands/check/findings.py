@@ -29,7 +29,6 @@ from unigen.commands.check.statistics import (
     repeats,
     what_limits_cut,
 )
-from unigen.commands.check.workers import Died, in_order
 from unigen.data.containers import ByteSpan, FilePart, Raw, no_record, parts, read_part
 from unigen.data.dataset import TASKS
 from unigen.data.finding import find_files
@@ -39,6 +38,7 @@ from unigen.data.loader import cores
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import require_match
 from unigen.data.splits import LeftOut, describing, of_splits
+from unigen.data.workers import Died, in_order
 from unigen.files import atomic
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unigen.commands.check.statistics import NEAR_EMPTY_SHOWN, PICTURE, RECORD, Tally, count_tokens
-from unigen.commands.check.workers import Mark
 from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
 from unigen.data.dataset import TASKS, task
 from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of
 from unigen.data.formats import FORMATS
 from unigen.data.keys import Notes
 from unigen.data.mapping import ReadOptions
+from unigen.data.workers import Mark
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
 from unigen.sequence.lengths import RecordLengths, TokenLengths
 from unigen.sequence.plan import Planner

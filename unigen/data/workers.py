@@ -53,6 +53,7 @@ def in_order(
     tasks: Iterable[Task],
     processes: int,
     again: Callable[[Task, Died], Task | None],
+    context: Any = None,
 ) -> Iterator[tuple[Task, Any]]:
     """``(task, result)`` of every task, in their order, whatever the number of processes.
 
@@ -66,6 +67,7 @@ def in_order(
         processes: How many; 0 does everything in this process, where nothing is caught.
         again: Called when a process died: the task to try in place of this one, or None to go on without it.
             Then the result is the :class:`Died`.
+        context: How processes start, of ``multiprocessing``; by default from a clean one.
 
     Raises:
         WorkersFailed: The processes die before their first task.
@@ -76,7 +78,7 @@ def in_order(
         for task in tasks:
             yield task, work(task, lambda step: None)
         return
-    context = _context(prepare.__module__)
+    context = context or _context(prepare.__module__)
     stop = context.Value("b", False, lock=False)
     upcoming = iter(tasks)
     ahead: deque[tuple[Task, Future[Any]]] = deque()
@@ -170,6 +172,8 @@ def _begin(stop: Any, prepare: Callable[..., Work], arguments: tuple) -> None:
 
 def _prepared(prepare: Callable[..., Work], arguments: tuple) -> Work:
     guard()
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # what a parent made of them is not inherited
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread a process is the point of processes
     if "torch" in sys.modules:

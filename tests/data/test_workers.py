@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from unigen.commands.check.workers import Died, WorkersFailed, in_order
+from unigen.data.workers import Died, WorkersFailed, in_order
 
 Task = tuple[str, int]
 

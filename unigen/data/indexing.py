@@ -1,0 +1,386 @@
+"""Reading all data at the start of a run: every record is judged once, in several processes, and what is kept
+is an index.
+
+The files come in parts, as ``unigen check`` takes them; what comes back of a part is arrays and counts. The
+result does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unigen.data.containers import (
+    CONTAINERS,
+    BadData,
+    ByteSpan,
+    FilePart,
+    Raw,
+    container_of,
+    parts,
+    read_part,
+)
+from unigen.data.examine import CountTokens, PictureHeaders, examine, key_of
+from unigen.data.keys import Notes
+from unigen.data.mapping import ReadOptions
+from unigen.data.workers import Died, Mark, in_order
+from unigen.printing import bar
+from unigen.sequence.lengths import TokenLengths
+from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample, without_trace
+
+PART = 2 << 20  # bytes of JSON Lines that a process reads at a time
+ALONE = 4 << 20  # bytes of data up to which this process does it alone
+BAD_BYTES = 64 << 20  # of bad records that are kept, about; where there are more, no further record is read
+SHOWN = 20  # bad records that an error message shows; the rest are counted
+TASKS = ("text", "understand", "generate", "edit", "interleaved")
+
+
+class Index:
+    """Rows of :class:`ByteSpan` in compact arrays (a list of tuples would take ten times the memory)."""
+
+    TYPES = "IQQQQI"
+
+    def __init__(self, spans: Iterable[ByteSpan] = ()):
+        self._columns = [array(code) for code in self.TYPES]
+        for span in spans:
+            self.append(span)
+
+    def append(self, span: ByteSpan) -> None:
+        for column, value in zip(self._columns, span):
+            column.append(value)
+
+    def extend(self, other: Index) -> None:
+        for column, more in zip(self._columns, other._columns):
+            column.extend(more)
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __getitem__(self, i: int) -> ByteSpan:
+        return ByteSpan(*(column[i] for column in self._columns))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Ranges of rows that agree in file and offset."""
+        files, offsets = (np.array(column) for column in self._columns[:2])
+        edges = [
+            0,
+            *(np.flatnonzero((np.diff(files) != 0) | (np.diff(offsets) != 0)) + 1).tolist(),
+            len(self),
+        ]
+        return list(pairwise(edges))
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(column.tobytes() for column in self._columns)).hexdigest()
+
+    def arrays(self) -> list[np.ndarray]:
+        """The columns, each [records]."""
+        return [np.array(column) for column in self._columns]
+
+    @classmethod
+    def of(cls, columns: Sequence[np.ndarray]) -> Index:
+        """The index with these columns. Raises ValueError for columns of other types or lengths."""
+        made = cls()
+        for column, values in zip(made._columns, columns, strict=True):
+            if values.dtype != np.dtype(column.typecode) or values.shape != columns[0].shape:
+                raise ValueError("columns of another kind")
+            column.frombytes(values.tobytes())
+        return made
+
+
+class BadRecords:
+    """The bad records found so far and their places, in bounds."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[ByteSpan, BadRecord]] = []
+        self._bytes = 0
+
+    def add(self, span: ByteSpan, error: BadRecord) -> None:
+        """Raises BadData where they take more than ``BAD_BYTES``."""
+        self.kept.append((span, without_trace(error)))
+        self._bytes += 1000 + len(error.field) + len(error.found) + len(error.expected) + len(error.fix)
+        if self._bytes > BAD_BYTES:
+            bad = [error for _, error in self.kept]
+            raise BadData(
+                f"{len(bad):,} records so far cannot be used, and no more are looked at:\n"
+                f"{shown(bad)}\nFix: correct them; unigen check lists them all.",
+                bad,
+            )
+
+
+class Found:
+    """What was found in files, or in a part of one: of the good records an index, lengths and counts.
+
+    Attributes:
+        lengths: What ``token_lengths`` returned for each record; None without it.
+        counts: Formats, tasks, and segments of each kind.
+        bad: The bad records.
+        unreadable: What makes files, or the rest of them, unreadable.
+        pictured: Numbers of the records with pictures [n] uint64.
+        keys: ``key_of`` the paths of pictures [n] uint64, of each part once.
+        inside: Pictures that records hold themselves.
+        folders: Those that pictures lie in.
+        digests: SHA-256 of the contents of each file by its number.
+    """
+
+    def __init__(self, counted: bool):
+        self.index = Index()
+        self.lengths = TokenLengths() if counted else None
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.notes = Notes()
+        self.bad = BadRecords()
+        self.unreadable: list[BadRecord] = []
+        self.pictured = array("Q")
+        self.keys: list[np.ndarray] = []
+        self.inside = 0
+        self.folders: set[str] = set()
+        self.digests: dict[int, str] = {}
+
+    @property
+    def distinct(self) -> int:
+        """Distinct pictures."""
+        if len(self.keys) > 1:
+            self.keys = [np.unique(np.concatenate(self.keys))]
+        return sum(map(len, self.keys)) + self.inside
+
+    def count(self, record: Record, sign: int) -> None:
+        texts = images = pictures = 0
+        for segment in record.sample:
+            if isinstance(segment, Image):
+                pictures += 1
+                images += segment.target
+            else:
+                texts += segment.target
+        self.counts["format", record.format] += sign
+        self.counts["task", task(record.sample)] += sign
+        self.notes.add(record.notes, sign)
+        for name, count in (("text_targets", texts), ("image_targets", images), ("pictures", pictures)):
+            self.counts["segments", name] += sign * count
+
+    def extend(self, other: Found) -> None:
+        """Adds what was found in the part that follows. Raises BadData for too many bad records."""
+        first = len(self.index)
+        self.pictured.extend(first + i for i in other.pictured)
+        self.index.extend(other.index)
+        if self.lengths is not None and other.lengths is not None:
+            self.lengths.extend(other.lengths)
+        self.counts.update(other.counts)
+        for note, times in other.notes.items():
+            self.notes.add([note], times)
+        for span, error in other.bad.kept:
+            self.bad.add(span, error)
+        self.unreadable += other.unreadable
+        self.inside += other.inside
+        self.folders |= other.folders
+        self.digests |= other.digests
+        self.keys += other.keys
+
+    def drop(self, records: set[int], pictures: int) -> None:
+        """Takes the records with these numbers out of the index and the lengths, and so many pictures."""
+        keep = [i for i in range(len(self.index)) if i not in records]
+        self.index = Index(self.index[i] for i in keep)
+        if self.lengths is not None:
+            self.lengths = self.lengths.keep(keep)
+        self.inside -= pictures
+
+
+class Job(NamedTuple):
+    """What a process reads at once: a part of a file of lines, or a whole file of another kind."""
+
+    number: int  # of the file
+    parts: tuple[FilePart, ...]
+    whole: bool = False  # a file that the process cuts, and hashes the contents of
+    lost: BadRecord | None = None  # what makes the rest of the file unreadable, in place of parts
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+
+def read_all(
+    files: Sequence[Path],
+    source: Callable[[int], Path],
+    token_lengths: CountTokens | None,
+    read: ReadOptions,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Found:
+    """Judges every record of ``files``.
+
+    Args:
+        files: From :func:`find_files`.
+        source: Gives the file to read for each number: itself, or its unpacked copy.
+        token_lengths: Called with every record.
+        read: How the records are read.
+        num_workers: Processes; 0: this one alone, which also does little data.
+        progress: Show a bar, where standard error is a terminal.
+
+    Raises:
+        BadData: There are more bad records than can be kept.
+    """
+    found = Found(token_lengths is not None)
+    hashes: dict[int, Any] = {}
+    total = sum(source(number).stat().st_size for number in range(len(files)))
+    # forked, as the loader's processes are: nothing has to be importable, or travels
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    processes = num_workers if total > ALONE and can_fork else 0
+    context = multiprocessing.get_context("fork") if processes else None
+    jobs, arguments = _jobs(files, source, hashes), (token_lengths, read)
+    hidden = None if progress else True
+    with bar("reading data", total=total, unit="B", unit_scale=True, disable=hidden) as progress_bar:
+        for job, result in in_order(_judge, arguments, jobs, processes, lambda job, died: None, context):
+            if isinstance(result, Died):
+                found.unreadable.append(_lost(files[job.number], result))
+            else:
+                found.extend(result)
+            progress_bar.set_postfix(records=f"{len(found.index):,}", refresh=False)
+            progress_bar.update(job.size)
+    found.digests |= {number: digest.hexdigest() for number, digest in hashes.items()}
+    return found
+
+
+def _jobs(files: Sequence[Path], source: Callable[[int], Path], hashes: dict[int, Any]) -> Iterator[Job]:
+    """The jobs in order; the contents of files of lines are hashed here as they are cut, while others read
+    them."""
+    for number, path in enumerate(files):
+        try:
+            if container_of(path) is not CONTAINERS[".jsonl"]:
+                size = source(number).stat().st_size
+                yield Job(number, (FilePart(path, number, source(number), size=size),), whole=True)
+                continue
+            hashes[number] = hashlib.sha256()
+            for part in parts(path, number, PART, source(number)):
+                _feed(part, hashes[number])
+                yield Job(number, (part,))
+        except BadRecord as error:
+            yield Job(number, (), lost=error)
+
+
+def _feed(part: FilePart, digest: Any) -> None:
+    """Hashes the bytes of a part."""
+    assert part.stop is not None
+    with part.source.open("rb") as file:
+        file.seek(part.start)
+        left = part.stop - part.start
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+
+
+def _lost(path: Path, died: Died) -> BadRecord:
+    fix = "run unigen check on this file: it finds the record"
+    found = f"a process that read it ended: {died.reason}"
+    return BadRecord("check_died", "(file)", found, "a file that can be read", fix, Origin(path))
+
+
+# ---- in the processes
+
+
+def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Job, Mark], Found]:
+    """What does a :class:`Job`; made once in each process."""
+    pictures = _Noted()
+
+    def work(job: Job, mark: Mark) -> Found:
+        pictures.forget()
+        found = Found(token_lengths is not None)
+        digest = hashlib.sha256() if job.whole else None
+        try:
+            if job.lost:
+                raise job.lost
+            for step, (span, raw) in enumerate(_records(job, digest)):
+                mark(step)
+                try:
+                    _add(found, span, raw, job.parts[0].path, pictures, token_lengths, read)
+                except BadRecord as error:
+                    found.bad.add(span, error)
+        except BadRecord as error:  # the rest of the file
+            found.unreadable.append(without_trace(error))
+        found.keys = [np.array(sorted(pictures.met), np.uint64)] if pictures.met else []
+        found.inside, found.folders = pictures.inside, pictures.folders
+        if digest is not None:
+            found.digests[job.number] = digest.hexdigest()
+        return found
+
+    return work
+
+
+def _records(job: Job, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
+    for given in job.parts:
+        cut = parts(given.path, given.file, source=given.source) if job.whole else (given,)
+        for part in cut:
+            yield from read_part(part, digest)
+
+
+def _add(
+    found: Found,
+    span: ByteSpan,
+    raw: Raw,
+    file: Path,
+    pictures: PictureHeaders,
+    token_lengths: CountTokens | None,
+    read: ReadOptions,
+) -> None:
+    """Checks a record and puts it into the index. Raises BadRecord."""
+    record, _, lengths = examine(raw, span, file, pictures, token_lengths, read)
+    if any(isinstance(segment, Image) for segment in record.sample):
+        found.pictured.append(len(found.index))
+    found.index.append(span)
+    found.count(record, 1)
+    if found.lengths is not None:
+        assert lengths is not None, "token_lengths returned nothing"
+        found.lengths.append(lengths)
+
+
+class _Noted(PictureHeaders):
+    """What the headers of pictures said, and which pictures a job met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forget()
+
+    def forget(self) -> None:
+        self.met: set[int] = set()
+        self.inside = 0
+        self.folders: set[str] = set()
+
+    def size(self, source: object, field: str) -> tuple[int, int]:
+        size = super().size(source, field)
+        if isinstance(source, bytes):
+            self.inside += 1
+        else:
+            self.met.add(key_of(str(source)))
+            self.folders.add(os.path.dirname(str(source)))
+        return size
+
+
+# ---- words
+
+
+def task(sample: Sample) -> str:
+    """What a sample teaches, by its targets and its context.
+
+    ``text``: texts, no picture anywhere; ``understand``: texts, with pictures as context; ``generate``:
+    images alone, without a context picture; ``edit``: images alone, with a context picture; ``interleaved``:
+    texts and images.
+    """
+    targets = {type(segment) for segment in sample if segment.target}
+    context_picture = any(isinstance(segment, Image) and not segment.target for segment in sample)
+    if len(targets) == 2:
+        return "interleaved"
+    if Image in targets:
+        return "edit" if context_picture else "generate"
+    return "understand" if context_picture else "text"
+
+
+def shown(bad: Sequence[BadRecord]) -> str:
+    """The first of some bad records, one a line, and that there are more."""
+    more = f"\n  ... and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    return "\n".join(f"  {error}" for error in bad[:SHOWN]) + more
