@@ -10,50 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from unigen.config import nearest
 from unigen.data import fields as f
 from unigen.data import keys, layouts, tar
 from unigen.data.embedded import Address
 from unigen.data.fields import Json, Segments
+from unigen.data.hints import hint_for
 from unigen.data.json_text import parse_json
 from unigen.data.mapping import PLAIN, ReadOptions
+from unigen.data.recognise import Format, recognise
 from unigen.sequence.images import Confined
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
-
-
-class Format(NamedTuple):
-    """How to read a format, and how to know it."""
-
-    parse: Callable[[Json, Path], Segments]  # the folder is that of the file the record stands in
-    fields: tuple[str, ...]  # one of them makes a record one of this format
-    content: str  # where it keeps what the model must produce; messages about the whole record name it
-    # Where it names pictures. A dot leads into the objects of a list; the last field holds one or a list.
-    pictures: tuple[str, ...]
-    recognise: Callable[[Json], bool] | None = None  # what must hold besides
-    reads: tuple[str, ...] = ()  # what else it reads of a record
-    # Of a layout, which no single field tells: a record has a field of each group.
-    needs: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def known(self) -> set[str]:
-        """The fields of a record that it reads."""
-        pictures = (name.partition(".")[0] for name in self.pictures)
-        return {
-            *self.fields,
-            self.content,
-            *pictures,
-            *self.reads,
-            *(n for group in self.needs for n in group),
-        }
-
-    def fits(self, record: Json) -> bool:
-        """Is a record one of this layout?"""
-        groups = (any(record.get(name) is not None for name in group) for group in self.needs)
-        return bool(self.needs) and all(groups) and (self.recognise is None or self.recognise(record))
 
 
 def parse_record(value: Any, origin: Origin) -> Record:
@@ -125,7 +94,7 @@ def parse_with_fields(
         value, aside = read.renamed(value)
         value, notes = _without_empty(value)
         notes += [("unread", field) for field in aside]
-        name = _recognise(value)
+        name = recognise(value, FORMATS)
         segments = FORMATS[name].parse(value, read.folder(origin.file))
         if name == "image_and_text":
             segments = [_captioned(segments[0], read), *segments[1:]]
@@ -150,9 +119,24 @@ def parse_with_fields(
                 )
     except BadRecord as error:
         error.origin = origin
+        if error.code in ("no_format", "missing_field", "ambiguous_format") and not read.fields:
+            error.fix = _hint(value, origin.file) or error.fix
         raise
     sample = [_confined(segment, read.data_root) for segment, _ in segments]
     return Record(sample, origin, name, metadata, tuple(notes)), [field for _, field in segments]
+
+
+def _hint(value: Any, file: Path) -> str | None:
+    """The line that makes a record of a known public data set work; None for others."""
+
+    def reads(record: Json) -> bool:
+        try:
+            FORMATS[recognise(record, FORMATS)].parse(record, Path())
+        except BadRecord:
+            return False
+        return True
+
+    return hint_for(value, file, reads) if isinstance(value, dict) else None
 
 
 def _without_empty(record: Json) -> tuple[Json, list[tuple[str, str]]]:
@@ -429,7 +413,6 @@ FORMATS: dict[str, Format] = {
             record.get("messages") is not None or (not _is_sharegpt(record) and not _is_chat(record))
         ),
     ),
-    "chat": Format(chat, ("conversations",), "conversations", ("image", "images"), _is_chat),
     "sharegpt": Format(sharegpt, ("conversations",), "conversations", ("image", "images"), _is_sharegpt),
     "captioned": Format(captioned, ("captions",), "image", ("image",)),
     "edit_list": Format(
@@ -476,78 +459,22 @@ FORMATS: dict[str, Format] = {
         reads=("input", "history"),
         needs=(("instruction",), ("output",)),
     ),
+    "chat": Format(chat, ("conversations",), "conversations", ("image", "images"), _is_chat),
     "reasoning_trace": Format(
         layouts.reasoning_trace, (), "Final Answer", (), needs=tuple((name,) for name in layouts.ZEBRA)
     ),
     "parallel_lists": Format(
-        layouts.parallel_lists, (), "texts", ("images",), needs=(("images",), ("texts",))
+        layouts.parallel_lists,
+        (),
+        "texts",
+        ("images",),
+        recognise=lambda record: not layouts.are_pairs(record),
+        needs=(("images",), ("texts",)),
     ),
     "matched_images": Format(
         layouts.matched_images, (), "text_list", (), needs=(("text_list",), ("image_info",))
     ),
+    "question_pairs": Format(
+        layouts.question_pairs, (), "texts", ("images",), layouts.are_pairs, needs=(("images",), ("texts",))
+    ),
 }
-
-# Of several formats, so they tell none; beside a format that does not have them they are a mistake.
-_PICTURES = ("image_path", "image")
-
-
-def _recognise(record: Json) -> str:
-    present = {name for name in record if record[name] is not None}
-    if layout := _layout(record, present):
-        return layout
-    found = []
-    for name, entry in FORMATS.items():
-        if not present.isdisjoint(entry.fields) and (entry.recognise is None or entry.recognise(record)):
-            found.append(name)
-    if len(found) > 1:
-        fix = "keep the fields of one format, and split the record if it was meant as two"
-        fields = f"fields of {' and '.join(found)} ({f.names(record)})"
-        raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", fix)
-    if not found:
-        raise BadRecord(
-            "no_format",
-            "(record)",
-            f"fields {f.names(record)}",
-            f"one of {', '.join(_known())}",
-            _nearest_fix(record),
-        )
-    entry = FORMATS[found[0]]
-    for name in _PICTURES:
-        if name in present and name not in entry.pictures:
-            fix = f"move the picture into the {entry.content}, or take the field out"
-            raise BadRecord(
-                "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", fix
-            )
-    return found[0]
-
-
-def _layout(record: Json, present: set[str]) -> str | None:
-    """Of the layouts that fit and read all fields by which formats are known, the one that reads most."""
-    telling = present & {name for entry in FORMATS.values() for name in entry.fields}
-    fit = {
-        name: len(present & entry.known)
-        for name, entry in FORMATS.items()
-        if entry.needs and telling <= entry.known and entry.fits(record)
-    }
-    best = [name for name in fit if fit[name] == max(fit.values())]
-    if len(best) > 1:
-        fix = "say what they are with --fields (docs/data_formats.md), or take some out"
-        found = f"fields of {' and '.join(best)} ({f.names(record)})"
-        raise BadRecord("ambiguous_format", "(record)", found, "the fields of one format", fix)
-    return best[0] if best else None
-
-
-def _known() -> list[str]:
-    return list(dict.fromkeys(name for entry in FORMATS.values() for name in (*entry.fields, entry.content)))
-
-
-def _nearest_fix(record: Json) -> str:
-    if record.get("image_path") is not None:
-        return "add a text_prompt (the image is the target) or a caption (the text is the target)"
-    if record.get("image") is not None:
-        return "add captions (the image is the target) or conversations"
-    for name in islice(record, 20):
-        near = nearest(name[:100], _known())
-        if near:
-            return f"did you mean {near} in place of {f.cut(name)}? docs/data_formats.md shows every format"
-    return "write the record in one of the formats of docs/data_formats.md"

@@ -36,6 +36,7 @@ ITEMS: dict[str, tuple[str, ...]] = {
     ),
     "address": ("url", "detail"),
     "source": ("type", "media_type", "data", "url"),
+    "pair": ("user", "assistant", "source"),
     "image_info": (
         "image_name", "raw_url", "matched_text_index", "matched_sim", "face_detections", "width", "height",
     ),

@@ -20,7 +20,7 @@ PICTURE = ("image", "image_path", "file_name")
 CAPTION = ("text", "caption", "prompt")
 SOURCE = (
     "input_image", "input_images", "source_image", "source_images", "source_img", "src_img", "src_image",
-    "original_image", "edit_image", "local_input_image", "open_image_input_url",
+    "original_image", "edit_image", "kontext_images", "local_input_image", "open_image_input_url",
 )  # fmt: skip
 INSTRUCTION = (
     "instruction", "instructions", "edit_prompt", "edit_instruction", "edited_prompt_list", "input_prompt",
@@ -107,6 +107,23 @@ def trace_pictures(record: Json) -> set[str]:
     return {name for name in record if re.fullmatch(r"(problem|reasoning)_image_\d+", name) and record[name]}
 
 
+def question_pairs(record: Json, folder: Path) -> Segments:
+    """The Cauldron, FineVision: ``texts`` are questions and answers (``user``, ``assistant``), and ``images``
+    stand before them or where their tags are."""
+    turns: list[tuple[str, list[Part]]] = []
+    for item, field in f.objects(record, "texts", "", "pair"):
+        for role in ("user", "assistant"):
+            part = Part(f.string(item, role, field), f"{field}.{role}", f.default_weight(role))
+            turns.append((role, [part]))
+    return f.tagged(turns, *images_of(record, folder))
+
+
+def are_pairs(record: Json) -> bool:
+    """Are its ``texts`` questions and answers?"""
+    texts = record.get("texts")
+    return isinstance(texts, list) and any(isinstance(text, dict) for text in texts)
+
+
 def parallel_lists(record: Json, folder: Path) -> Segments:
     """OBELICS: ``images`` and ``texts`` side by side, one of the two at each place; a document as in format
     6."""
@@ -164,11 +181,12 @@ def the_one(record: Json, names: tuple[str, ...]) -> str:
 
 
 def edited_of(record: Json) -> str | None:
-    """The field of the picture that an edit ends with; ``image`` is one beside ``edit_image``."""
+    """The field of the picture that an edit ends with; ``image`` is one beside ``edit_image`` (DiffSynth)."""
     found = _there(record, EDITED)
     if found:
         return the_one(record, EDITED)
-    return "image" if record.get("image") is not None and record.get("edit_image") is not None else None
+    beside = _there(record, ("edit_image", "kontext_images"))
+    return "image" if record.get("image") is not None and beside else None
 
 
 def images_of(record: Json, folder: Path) -> tuple[list[tuple[f.PictureSource, str]], str]:

@@ -92,6 +92,7 @@ RECORDS = [
         "problem_image_1": "a.png",
     },
     {"texts": ["a", None], "images": [None, "a.png"]},
+    {"texts": [{"user": "q", "assistant": "r"}], "images": ["a.png"]},
     {"text_list": ["a"], "image_info": [{"raw_url": "http://a/b.png", "matched_text_index": 0}]},
 ]
 ORIGIN = Origin(ROOT / "examples" / "sample_data_format.json")

@@ -1,0 +1,219 @@
+"""Every row of the table of public layouts in docs/data_formats.md: the layout as it is published (wording and
+pictures our own), what it is read as, and the flag that the row names."""
+
+import base64
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from unigen.cli import parse_options
+from unigen.commands.check.command import CheckOptions
+from unigen.data.containers import parts as parts_of
+from unigen.data.containers import read_part
+from unigen.data.finding import find_files
+from unigen.data.formats import FORMATS, parse_raw, parse_with_fields, value_of
+from unigen.data.hints import HINTS
+from unigen.data.mapping import ReadOptions
+from unigen.sequence.types import BadRecord, Image, Origin
+
+DOCS = Path(__file__).parents[2] / "docs"
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
+CELL = {"bytes": PNG, "path": "0.png"}
+TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A disc."}]
+
+
+def asked(part) -> dict:
+    content = [part, {"type": "text", "text": "What is it?"}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A disc."}]}
+
+
+def sequence(*segments) -> dict:
+    return {
+        "sequence": [
+            {"type": "image", "image_path": s} if s.endswith(".png") else {"content": s} for s in segments
+        ]
+    }
+
+
+# What stands in a file of the name: records, a text, or members of a tar; one record where no name is given.
+PUBLIC = {
+    "BAGEL's VLM example (`llava_ov_si.jsonl`, pictures in a folder)": {"id": 9, "image": "3337.png", "conversations": TALK},
+    "LLaVA, ShareGPT4V": {"id": "7", "image": "coco/1.png", "conversations": TALK, "model": ""},
+    "LLaVA's pre-training captions": {"id": "1", "image": "1.png", "caption": "a disc", "url": "http://a/1.png"},
+    "the same, to learn the caption": {"id": "1", "image": "1.png", "caption": "a disc", "url": "http://a/1.png"},
+    "MiniCPM-V": {
+        "id": "0", "image": "1.png",
+        "conversations": [{"role": "user", "content": "<image>\nq"}, {"role": "assistant", "content": "r"}],
+    },
+    "The Cauldron, FineVision": {
+        "images": [CELL], "texts": [{"user": "q", "assistant": "r", "source": "x"}, {"user": "s", "assistant": "t"}],
+    },
+    "chats of transformers, TRL, Qwen-VL": asked({"type": "image", "image": "file:///data/1.png"}),
+    "chats of OpenAI with `data:` URIs": asked({"type": "image_url", "image_url": {"url": URI, "detail": "low"}}),
+    "messages of Anthropic": asked(
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": URI.partition(",")[2]}}
+    ),
+    "ms-swift (`query`, `response`)": {"query": "<image>q", "response": "r", "images": ["1.png"], "history": [["p", "o"]]},
+    "VQAv2, GQA, GSM8K (`question`, `answer`)": {"image": CELL, "question_id": 3, "question": "q", "answer": "r"},
+    "OpenR1-Math, NuminaMath": {"problem": "q", "solution": "r", "uuid": "x"},
+    "Alpaca, LLaMA-Factory": {"instruction": "do", "input": "x", "output": "y"},
+    "Dolly": {"instruction": "do", "context": "x", "response": "y", "category": "z"},
+    "diffusers, pokemon-blip-captions (Parquet)": ("train.parquet", [{"image": CELL, "text": "a disc"}]),
+    "imagefolder with `metadata.jsonl`": ("train/metadata.jsonl", [{"file_name": "1.png", "text": "a disc"}]),
+    "imagefolder with `metadata.csv`": ("train/metadata.csv", "file_name,text\n1.png,a disc\n"),
+    "kohya, ai-toolkit, SimpleTuner (`a.png`, `a.txt`)": ("a.txt", "a disc\n"),
+    "img2dataset, BLIP3o (WebDataset tars)": (
+        "00000.tar", [("0.jpg", PNG), ("0.json", b'{"caption": "a disc", "url": "x"}'), ("0.txt", b"a disc")],
+    ),
+    "LAION, COYO, CC12M (`url`, `caption`)": {"url": "http://a/1.png", "caption": "a disc", "width": 3},
+    "JourneyDB": {"img_path": "1.png", "prompt": "a disc", "Task1": {"Caption": "x"}},
+    "DOCCI, ImageInWords": {"image": CELL, "example_id": "x", "description": "a disc"},
+    "DiffSynth-Studio, text to image": {"image": "1.png", "prompt": "a disc"},
+    "DiffSynth-Studio, edits": {"image": "2.png", "prompt": "make it blue", "edit_image": ["1.png"]},
+    "OmniGen2, X2I2": {"task_type": "edit", "instruction": "i", "input_images": ["1.png"], "output_image": "2.png"},
+    "InstructPix2Pix": (
+        "train.parquet",
+        [{"original_prompt": "o", "original_image": CELL, "edit_prompt": "i", "edited_prompt": "p", "edited_image": CELL}],
+    ),
+    "UltraEdit": {
+        "clip_sim_source": 0.2, "source_caption": "s", "target_caption": "t", "edit_prompt": "i",
+        "source_image": CELL, "edited_image": CELL, "mask_image": CELL,
+    },
+    "OmniEdit": {"omni_edit_id": "x", "task": "t", "src_img": CELL, "edited_img": CELL, "edited_prompt_list": ["i", "j"]},
+    "MagicBrush, SEED-Data-Edit": {
+        "img_id": "1", "turn_index": 1, "source_img": CELL, "mask_img": CELL, "instruction": "i", "target_img": CELL,
+    },
+    "HQ-Edit": {
+        "input_image": CELL, "output_image": CELL, "edit": "i", "inverse_edit": "j", "input": "a", "output": "b",
+    },
+    "ShareGPT-4o-Image": {"input_prompt": "i", "input_image": ["1.png"], "output_image": "2.png"},
+    "Pico-Banana-400K": {
+        "open_image_input_url": "http://a/1.png", "text": "i", "output_image": "2.png", "edit_type": "x",
+        "summarized_text": "s",
+    },
+    "AnyEdit": {"edit": "i", "input": "a", "output": "b", "image_file": CELL, "edited_file": CELL, "edit_type": "x"},
+    "ControlNet pairs (fill50k)": {"source": "1.png", "target": "2.png", "prompt": "i"},
+    "BAGEL's edits (Parquet)": ("e.parquet", [{"image_list": [PNG, PNG], "instruction_list": [["i", "j"]]}]),
+    "ThinkMorph": {
+        "image_list": [PNG, PNG], "instruction_list": ["q"],
+        "output_text_list": ["<think>t</think><image_start>", "<image_end><answer>B</answer>"],
+    },
+    "Zebra-CoT": {
+        "Question": "q <image_start>[problem_image_1]<image_end>", "problem_image_1": CELL, "problem_image_2": None,
+        "Text Reasoning Trace": "THOUGHT 0: t <image_start>[reasoning_image_1]<image_end>", "Final Answer": "1",
+        "reasoning_image_1": CELL,
+    },
+    "OBELICS": {"images": ["1.png", None], "texts": [None, "a disc"], "metadata": "[]", "general_metadata": "{}"},
+    "MMC4": {
+        "text_list": ["a disc"], "url": "http://a", "similarity_matrix": [[0.3]],
+        "image_info": [{"image_name": "1.png", "raw_url": "http://a/1.png", "matched_text_index": 0, "matched_sim": 0.3}],
+    },
+    "reflection: draw, criticise, draw again": sequence("A blue house", "1.png", "The walls are white.", "2.png"),
+}  # fmt: skip
+
+
+def rows(page: str) -> list[tuple[str, str, str]]:
+    """The cells of the table of public layouts."""
+    text = (DOCS / page).read_text("utf-8")
+    block = re.split(r"\n## ", text[re.search(r"\n## (Public layouts|公开的数据布局)\n", text).end() :])[0]
+    cells = [
+        tuple(c.strip() for c in line.strip("|").split("|"))
+        for line in block.splitlines()
+        if line.startswith("|")
+    ]
+    return cells[2:]  # type: ignore[return-value]
+
+
+ROWS = rows("data_formats.md")
+
+
+def write(folder: Path, name: str, content) -> list[Path]:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "a.png").write_bytes(PNG)
+    if name.endswith(".tar"):
+        with tarfile.open(path, "w") as tar:
+            for member, data in content:
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(content), path)
+    else:
+        path.write_text(
+            content if isinstance(content, str) else "".join(map(json.dumps, content)), encoding="utf-8"
+        )
+    return [found for found, _ in find_files([folder])]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[name for name, _, _ in ROWS])
+def test_a_public_layout_is_read_as_its_row_says(row: tuple[str, str, str], tmp_path: Path) -> None:
+    name, number, given = row
+    words = given.strip("`").split()
+    fetched = words[:2] == ["unigen", "fetch"]
+    options = parse_options(CheckOptions, ["x", *words[3 * fetched :]], "paths")
+    read = ReadOptions.of(options)
+    content = PUBLIC[name]
+    if isinstance(content, dict):
+        content = "d.jsonl", content
+        record, fields = parse_with_fields(content[1], Origin(tmp_path / "d.jsonl"), read, addresses=fetched)
+        assert read.image_root is None or record.sample[0].source.parent == read.image_root
+        if words and read.fields and not set(read.fields) & {"image_path"}:  # what is told without the flag
+            with pytest.raises(BadRecord) as caught:
+                parse_with_fields(content[1], Origin(tmp_path / "d.jsonl"))
+            assert given.strip("`").partition("--")[2] in caught.value.fix
+    else:
+        (path,) = write(tmp_path, *content)
+        (found,) = [(s, raw) for part in parts_of(path, 0) for s, raw in read_part(part)]
+        record, fields = parse_raw(found[1], found[0].line, Origin(path), read)
+    assert record.format == list(FORMATS)[int(number) - 1] and len(fields) == len(record.sample)
+    assert any(isinstance(segment, Image) for segment in record.sample) or number in ("13", "14")
+
+
+def test_both_pages_and_the_test_have_the_same_rows() -> None:
+    chinese = rows("data_formats.zh-CN.md")
+    assert [name for name, _, _ in ROWS] == list(PUBLIC)
+    assert [row[1:] for row in chinese] == [row[1:] for row in ROWS]
+
+
+@pytest.mark.parametrize("hint", HINTS, ids=[hint.name for hint in HINTS])
+def test_a_known_data_set_is_answered_with_a_line_that_works(hint, tmp_path: Path) -> None:
+    record: dict = {"id": 3}
+    for new, place in (*hint.fields.items(), *((name, name) for name in hint.also)):
+        picture = "http://a/1.png" if hint.web else "1.png"
+        value = picture if "image" in new or "picture" in new else "words"
+        head, _, rest = place.partition(".")
+        record[head] = [value] if rest == "0" else {rest: value} if rest else value
+    if "input_file_name" in record:
+        record["instruction"] = "words"
+    with pytest.raises(BadRecord) as caught:
+        parse_with_fields(record, Origin(tmp_path / "my data.jsonl"))
+    fix = caught.value.fix
+    assert hint.name.split(",")[0] in fix
+    assert ("unigen fetch '" in fix) == hint.web
+    flags = fix.partition("--fields ")[2].split()
+    options = parse_options(CheckOptions, ["x", "--fields", *flags], "paths")
+    assert parse_with_fields(record, Origin(tmp_path / "d.jsonl"), ReadOptions.of(options), addresses=True)
+
+
+@pytest.mark.parametrize(
+    "record", [{"colour": "a", "shape": "b"}, {"question": "a"}, {"image": "a.png", "label": 3}]
+)
+def test_of_others_nothing_is_guessed(record) -> None:
+    with pytest.raises(BadRecord) as caught:
+        parse_with_fields(record, Origin(Path("d.jsonl")))
+    assert (
+        caught.value.code == "no_format"
+        and "--fields" not in caught.value.fix
+        and "did you mean" not in caught.value.fix
+    )
+    assert value_of(json.dumps(record).encode(), 1) == record

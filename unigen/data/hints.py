@@ -1,0 +1,75 @@
+"""Public data sets whose fields have names of their own: told by their keys, and answered with the line that
+makes them work. None of it is a guess: what is told was tried on the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
+
+from unigen.data.mapping import ReadOptions, reach
+from unigen.data.words import Json
+
+
+class Hint(NamedTuple):
+    """A data set, or several with the same names, and how they are read."""
+
+    name: str
+    fields: dict[str, str]  # the mapping, of which a record has every place
+    also: tuple[str, ...] = ()  # further fields that it has
+    web: bool = False  # its pictures are addresses
+
+
+HINTS = (
+    Hint("Geometry3K, R1-V", {"query": "problem", "response": "answer"}),
+    Hint("OpenR1-Math, NuminaMath", {"query": "problem", "response": "solution"}),
+    Hint("VQAv2, TextVQA, DocVQA", {"query": "question", "response": "answers.0"}),
+    Hint("VQAv2 (multiple_choice_answer)", {"query": "question", "response": "multiple_choice_answer"}),
+    Hint("GQA, GSM8K, MathVision", {"query": "question", "response": "answer"}),
+    Hint("Dolly", {"input": "context", "output": "response"}, ("instruction",)),
+    Hint("Evol-Instruct", {"output": "response"}, ("instruction",)),
+    Hint("FLAN, P3", {"query": "inputs", "response": "targets"}),
+    Hint("pairs of input and output", {"query": "input", "response": "output"}),
+    Hint("turns as user and assistant", {"query": "user", "response": "assistant"}),
+    Hint("DOCCI, ImageInWords", {"text": "description"}, ("image",)),
+    Hint("COCO captions (Karpathy)", {"text": "sentences.raw"}, ("image",)),
+    Hint("JourneyDB, MJHQ", {"image": "img_path", "text": "prompt"}),
+    Hint("JourneyDB (caption)", {"image": "img_path", "text": "caption"}),
+    Hint("PixArt (path, prompt)", {"image": "path", "text": "prompt"}),
+    Hint("LAION, CC12M with URL and TEXT", {"image": "URL", "text": "TEXT"}, web=True),
+    Hint("PixelProse", {"image": "url", "text": "vlm_caption"}, web=True),
+    Hint("Recap-DataComp", {"image": "url", "text": "re_caption"}, web=True),
+    Hint("COYO", {"image": "url", "text": "text"}, web=True),
+    Hint("CC12M, img2dataset's metadata", {"image": "url", "text": "caption"}, web=True),
+    Hint("Conceptual Captions", {"image": "image_url", "text": "caption"}, web=True),
+    Hint("WIT", {"image": "image_url", "text": "caption_reference_description"}, web=True),
+    Hint("AnyEdit", {"input_image": "image_file", "output_image": "edited_file", "instruction": "edit"}),
+    Hint("ControlNet pairs (fill50k)", {"input_image": "source", "output_image": "target"}, ("prompt",)),
+    Hint(
+        "image folders with two pictures",
+        {"input_image": "input_file_name", "output_image": "output_file_name"},
+    ),
+)
+
+
+def hint_for(record: Json, file: Path, reads: Callable[[Json], bool]) -> str | None:
+    """What to write for a record that no format reads; None where it is of no known data set.
+
+    Args:
+        record: As it stands.
+        file: Where it stands.
+        reads: Is a record one of a format?
+    """
+    for hint in sorted(
+        HINTS, key=lambda hint: -len(hint.fields) - len(hint.also)
+    ):  # those that say most first
+        places = [*hint.fields.values(), *hint.also]
+        if any(reach(record, place) is None for place in places):
+            continue
+        mapped, _ = ReadOptions(fields=hint.fields).renamed(record)
+        if reads(mapped):
+            flags = "--fields " + " ".join(f"{new}={old}" for new, old in hint.fields.items())
+            line = f"run unigen fetch {quote(str(file))} {flags}" if hint.web else f"give {flags}"
+            return f"it has the fields of {hint.name}: {line}"
+    return None

@@ -1,0 +1,110 @@
+"""Which format a record has: by a field that one format alone has, or by what all of its fields make up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unigen.config import nearest
+from unigen.data.words import Json, cut, names
+from unigen.sequence.types import BadRecord
+
+
+class Format(NamedTuple):
+    """How to read a format, and how to know it."""
+
+    parse: Callable[[Json, Path], Any]  # the folder is that of the file the record stands in
+    fields: tuple[str, ...]  # one of them makes a record one of this format
+    content: str  # where it keeps what the model must produce; messages about the whole record name it
+    # Where it names pictures. A dot leads into the objects of a list; the last field holds one or a list.
+    pictures: tuple[str, ...]
+    recognise: Callable[[Json], bool] | None = None  # what must hold besides
+    reads: tuple[str, ...] = ()  # what else it reads of a record
+    # Of a layout, which no single field tells: a record has a field of each group.
+    needs: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def known(self) -> set[str]:
+        """The fields of a record that it reads."""
+        pictures = (name.partition(".")[0] for name in self.pictures)
+        return {
+            *self.fields,
+            self.content,
+            *pictures,
+            *self.reads,
+            *(n for group in self.needs for n in group),
+        }
+
+    def fits(self, record: Json) -> bool:
+        """Is a record one of this layout?"""
+        groups = (any(record.get(name) is not None for name in group) for group in self.needs)
+        return bool(self.needs) and all(groups) and (self.recognise is None or self.recognise(record))
+
+
+# Of several formats, so they tell none; beside a format that does not have them they are a mistake.
+_PICTURES = ("image_path", "image")
+
+
+def recognise(record: Json, formats: Mapping[str, Format]) -> str:
+    """The name of the format of a record. Raises BadRecord where there is none, or several."""
+    present = {name for name in record if record[name] is not None}
+    if layout := _layout(record, present, formats):
+        return layout
+    found = []
+    for name, entry in formats.items():
+        if not present.isdisjoint(entry.fields) and (entry.recognise is None or entry.recognise(record)):
+            found.append(name)
+    if len(found) > 1:
+        fix = "keep the fields of one format, and split the record if it was meant as two"
+        fields = f"fields of {' and '.join(found)} ({names(record)})"
+        raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", fix)
+    if not found:
+        raise BadRecord(
+            "no_format",
+            "(record)",
+            f"fields {names(record)}",
+            f"one of {', '.join(_known(formats))}",
+            _nearest_fix(record, formats),
+        )
+    entry = formats[found[0]]
+    for name in _PICTURES:
+        if name in present and name not in entry.pictures:
+            fix = f"move the picture into the {entry.content}, or take the field out"
+            raise BadRecord(
+                "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", fix
+            )
+    return found[0]
+
+
+def _layout(record: Json, present: set[str], formats: Mapping[str, Format]) -> str | None:
+    """Of the layouts that fit and read all fields by which formats are known, the one that reads most."""
+    telling = present & {name for entry in formats.values() for name in entry.fields}
+    fit = {
+        name: len(present & entry.known)
+        for name, entry in formats.items()
+        if entry.needs and telling <= entry.known and entry.fits(record)
+    }
+    best = [name for name in fit if fit[name] == max(fit.values())]
+    if len(best) > 1:
+        fix = "say what they are with --fields (docs/data_formats.md), or take some out"
+        found = f"fields of {' and '.join(best)} ({names(record)})"
+        raise BadRecord("ambiguous_format", "(record)", found, "the fields of one format", fix)
+    return best[0] if best else None
+
+
+def _known(formats: Mapping[str, Format]) -> list[str]:
+    return list(dict.fromkeys(name for entry in formats.values() for name in (*entry.fields, entry.content)))
+
+
+def _nearest_fix(record: Json, formats: Mapping[str, Format]) -> str:
+    if record.get("image_path") is not None:
+        return "add a text_prompt (the image is the target) or a caption (the text is the target)"
+    if record.get("image") is not None:
+        return "add captions (the image is the target) or conversations"
+    for name in islice(record, 20):
+        near = nearest(name[:100], _known(formats))
+        if near:
+            return f"did you mean {near} in place of {cut(name)}? docs/data_formats.md shows every format"
+    return "write the record in one of the formats of docs/data_formats.md"
