@@ -83,7 +83,7 @@ def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Ca
     assert {path.name for path in first.iterdir()} == named | given | {"index.json"}
     assert {name for kind, name, _ in tracker.heard if kind == "image"} == {
         f"samples/{Path(name).stem}" for name in named
-    }
+    } | {"samples/grid"}
     assert ("text", "samples/001", 3) in tracker.heard
     sampler.run(12, None)
     assert files(first) == files(second)
@@ -215,6 +215,12 @@ def test_average_and_weights_answer_side_by_side(options: dict[str, Any], prompt
     name = both[0]["pieces"][0]["image"]
     assert (average / name).read_bytes() != (plain / name).read_bytes()
     assert "raw" not in json.loads((found[0.9] / "step_0" / "index.json").read_text("utf-8"))[0]
+    grids = [open_image(folder.parent / "samples.png") for folder in (found[None], found[0.9])]
+    drawn = sum(any("image" in piece for piece in line["pieces"]) for line in index)
+    assert [grid.width for grid in grids] == [2 * 132] * 2, "a column for step 0, and one for step 2"
+    assert grids[0].height >= drawn * 132 and grids[1].height == 2 * grids[0].height
+    cell = grids[0].crop((132, 0, 132 + 48, 32))
+    assert np.abs(np.asarray(cell, int) - np.asarray(open_image(plain / "000_0.png"), int)).max() <= 1
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5, 12])

@@ -79,7 +79,10 @@ def test_a_number_that_is_not_measured_is_refused_with_the_nearest(options: dict
 def test_a_training_that_is_measured_goes_on_to_the_bit(options: dict[str, Any], records: Path):
     """Passes when losses, weights and moments are those of a run without validation."""
     found = []
-    for measured in ({}, {"val_data_path": str(records), "eval_steps": 1, "eval_samples": 6}):
+    for measured in (
+        {},
+        {"val_data_path": str(records), "eval_steps": 1, "eval_samples": 6, "probe_data_path": str(records)},
+    ):
         run = Path(f"{options['output_dir']}-{bool(measured)}")
         UnifiedTrainer(Config(**options | measured | {"output_dir": str(run), "ema": 0.9})).train()
         lines = [line for line in metrics(run) if "loss" in line]

@@ -10,6 +10,7 @@ RUN/
   best/                the weights of the best validation
   probe.json           losses and answers of the model that the run began with
   samples/step_N/      answers to the prompts: index.json and pictures
+  samples.png          their pictures as a grid: prompts by steps
   ranks/               rank_N.json, the heartbeat of a process; rank_N.stack.txt and hang.txt after a hang
   tensorboard/, wandb/, wandb_run_id, trackio_run_id     of the trackers
   old-N/               an earlier run, set aside
@@ -48,6 +49,7 @@ MANIFEST = "manifest.json"
 TRAINER = "trainer"  # states: what a resume needs, and the options
 OPTIONS = RUN_OPTIONS.removesuffix(".json")
 
+SAMPLES_GRID = "samples.png"
 SAMPLES_INDEX = "index.json"  # in samples/step_N
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
@@ -124,5 +126,15 @@ def run_id_file(tracker: str) -> str:
 
 
 # What a run leaves in its folder beside its checkpoints; heartbeats are removed by those who write them.
-FILES = (METRICS, PROBE, LOG, BAD_STEPS, BAD_RECORDS, CONFIG, run_id_file(WANDB), run_id_file("trackio"))
+FILES = (
+    METRICS,
+    PROBE,
+    SAMPLES_GRID,
+    LOG,
+    BAD_STEPS,
+    BAD_RECORDS,
+    CONFIG,
+    run_id_file(WANDB),
+    run_id_file("trackio"),
+)
 FOLDERS = (BEST, SAMPLES, TENSORBOARD, WANDB)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, UserError
-from unigen.files import json_of, remove, staged
+from unigen.files import atomic, json_of, remove, staged
 from unigen.inference.prompts import Prompt, PromptError, read_prompts
 from unigen.model.bagel import Bagel
 from unigen.runs import layout
@@ -21,6 +21,7 @@ from unigen.sequence.images import open_image
 from unigen.tracking.tracker import Tracker
 from unigen.training.answering import Answer, Answerer, Job
 from unigen.training.engine import Engine
+from unigen.training.grid import grid_of
 
 log = logging.getLogger("unigen")
 
@@ -186,6 +187,14 @@ class SampleWriter:
                     if "image" in piece:
                         path = folder / piece["image"]
                         tracker.image(f"{layout.SAMPLES}/{path.stem}", path, step)
+        path = self.folder.parent / layout.SAMPLES_GRID
+        try:
+            if (grid := grid_of(self.folder, step)) is not None:
+                with atomic(path) as file:
+                    grid.save(file, format="PNG")
+                tracker.image(f"{layout.SAMPLES}/grid", path, step)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
 
 
 def _store(folder: Path, pieces: Sequence[dict[str, str]], name: str) -> list[dict[str, str]]:

@@ -121,6 +121,8 @@ def chart(
         colour = run if several else int(is_validation)
         lines.append(Line(name, points, colour, is_validation, not is_validation and not several))
     keys = None  # a key for each line
+    if panel.members and len(lines) == 1:
+        keys = [Key(lines[0].name, "var(--c0)", True)]  # which task it is
     if several:
         keys = [Key(names[run], f"var(--c{run % COLOURS})") for run in sorted({c.run for c in curves})]
         if any(c.is_validation for c in curves):
