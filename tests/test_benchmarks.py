@@ -6,20 +6,37 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import in_turn
 import inference
 import plain
 import pytest
 import small_bagel
+import start
 import torch
 import train_step
 from small_bagel import FULL, SMALL
 
+from unigen.data import kept
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.mask import Tokens, allowed
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.types import Block, Kind
+
+GOLDEN = Path(__file__).parent / "golden" / "model"
+
+
+def test_the_start_is_measured_on_the_same_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNIGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "LEAST", 0)
+    start.write(tmp_path / "a.jsonl", 50)
+    for _ in range(2):
+        start.build(tmp_path / "a.jsonl", str(GOLDEN))
+    first, again = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["records"] == 50 and first["fingerprint"] == again["fingerprint"]
+    assert len(list((tmp_path / "cache" / "index").iterdir())) == 1
+
 
 BENCHMARKS = [train_step, inference]
 REQUESTS = list(inference.requests(SMALL))

@@ -60,6 +60,15 @@ def test_the_short_form(tmp_path, capsys):
     assert not (tmp_path / "preview.html").exists()
 
 
+def test_weights_and_fields_that_nothing_reads_are_shown(tmp_path, capsys):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]
+    path = write(tmp_path, {"messages": turns, "source \x1b[2J": "web"})
+    code, out, _ = run(capsys, path, "--output", tmp_path / "a.html")
+    assert code == 0 and "x 0.5*" in out and "nothing reads: source" in out and "\x1b" not in out
+    text = Page((tmp_path / "a.html").read_text(encoding="utf-8")).text
+    assert "× 0.5" in text and "fields that nothing reads" in text
+
+
 def test_data_cannot_steer_the_terminal(tmp_path, capsys):
     folder = tmp_path / "\x1b[2J\u202e"
     folder.mkdir()

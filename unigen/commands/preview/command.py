@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from unigen.commands.preview.pick import Look, PreviewOptions, check, look_at, pick, time_shift
+from unigen.data.words import cut
 from unigen.outputs import output_file, unwritten
 from unigen.show.terminal import indented, line, say
 
@@ -74,7 +75,10 @@ def in_terminal(look: Look) -> list[Any]:
         f" {pack.n_text_labels:,} text labels, {pack.n_image_targets:,} image tokens"
     )
     head = line((f"record {look.number}  {look.origin}", "soft"), f"  {view.record.format}")
-    return [head, indented(line(*parts)), indented(line((total, "soft")))]
+    said = {"unread": "nothing reads", "no_picture": "taken as no picture"}
+    notes = [f"{said[what]}: {cut(field)}" for what, field in view.record.notes]
+    shown = [indented(line((note, "soft"))) for note in notes[:5]]
+    return [head, indented(line(*parts)), indented(line((total, "soft"))), *shown]
 
 
 def _segment(blocks: list[BlockView]) -> Words:
@@ -97,4 +101,5 @@ def _segment(blocks: list[BlockView]) -> Words:
 
 
 def _loss(shown: BlockView) -> Words:
-    return [" ", ("*loss*", LOSS)] if shown.block.loss else []
+    weight = "" if shown.block.weight == 1 else f" x {shown.block.weight:g}"
+    return [" ", (f"*loss{weight}*", LOSS)] if shown.block.loss else []

@@ -20,6 +20,7 @@ from unigen.commands.preview.pictures import (
 )
 from unigen.commands.preview.view import BlockView, SampleView, source_name
 from unigen.data.dataset import task
+from unigen.data.keys import NOTES
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Image, Kind
 from unigen.show.language import TAGS, Words
@@ -101,6 +102,9 @@ def _sample(view: SampleView, planner: Planner, words: Words) -> dict[str, Any]:
     if record.metadata:
         metadata = json.dumps(record.metadata, ensure_ascii=False, default=str)
         where["metadata"] = _shortened(metadata, METADATA)
+    for what in NOTES:
+        if fields := [field for kind, field in record.notes if kind == what]:
+            where[what] = _shortened(", ".join(fields), METADATA)
     return {
         "number": view.number,
         "where": [(words(name), named(value)) for name, value in where.items()],
@@ -186,7 +190,8 @@ def _card(shown: BlockView, chips: Chips, side: int, planner: Planner, words: Wo
 def _tags(shown: BlockView, chips: Chips, words: Words) -> Iterable[tuple[str, str]]:
     """What stands out of a block, as (text, level)."""
     if shown.block.loss:
-        yield words("loss"), "loss"
+        weight = "" if shown.block.weight == 1 else f" × {shown.block.weight:g}"
+        yield words("loss") + weight, "loss"
     else:
         yield words("copy" if shown.segment.target else "context"), ""
     if shown.option:
