@@ -44,6 +44,7 @@ NOT_RUN = {
     "unigen watch outputs/unified_training --serve": "tests/commands/watch/test_watch_serve.py",
     "unigen --help": "tests/test_cli.py",
     "unigen evaluate --model_path models/BAGEL-7B-MoT --compare": "tests/commands/evaluate/test_evaluate.py",
+    "torchrun --nproc_per_node=2 -m unigen evaluate": "tests/commands/evaluate/test_evaluate_processes.py",
     "torchrun --nnodes=2": "several machines",
     "torchrun --nproc_per_node=8 train_unified_generation.py --config recipe.yaml --engine deepspeed": (
         "tests/training/test_deepspeed.py"

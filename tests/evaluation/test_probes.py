@@ -115,7 +115,7 @@ def test_what_the_checkpoint_sees_becomes_numbers():
     base = cases_of([record] * 4)[0]
     pictures = [
         {
-            "yes": 0.9 - n / 10, "yes_of_other": 0.5, "prompted": True,
+            "yes": 0.9 - n / 10, "sure": 0.9, "yes_of_other": 0.5, "prompted": True,
             "described": ["a red cat", "a cat", "a dog", "A red cat."][n], "described_reference": "a red cat",
         }
         for n in range(4)
@@ -126,6 +126,8 @@ def test_what_the_checkpoint_sees_becomes_numbers():
     assert described_as_real(material).value == 0.5
     assert cycle_rouge(material).samples.tolist() == pytest.approx([1, 0.8, 0.4, 1])
     assert verify(material).interval[0] < 0.75 < verify(material).interval[1]
+    unsure = views(base, [{**picture, "sure": 0.01} for picture in pictures])
+    assert not verify(material).notes and "0.01" in verify(unsure).notes[0]
     # other questions, another metric
     other = replace(
         material, said={"views": {**material.said["views"], -1: {"verify": "w", "describe": "d"}}}

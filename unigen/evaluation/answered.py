@@ -9,6 +9,8 @@ from unigen.evaluation.answers import Prediction
 from unigen.evaluation.results import Result
 from unigen.evaluation.statistics import Comparison, compare
 
+OF_THE_DATA = ("fd_real", "kid_real")  # metrics that no checkpoint changes
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -31,12 +33,12 @@ class Answered:
 
 def comparisons(base: Answered, other: Answered) -> dict[str, list[Comparison]]:
     """What can be said of each metric of ``other`` against ``base``, task by task, but for those that nobody
-    gave what they need. Both answered the same cases."""
+    gave what they need and those that say nothing of a checkpoint. Both answered the same cases."""
     return {
         task: [
             compare(a, b)
             for a, b in zip(results, other.scores[task], strict=True)
-            if not (a.was_not_given or b.was_not_given)
+            if not (a.was_not_given or b.was_not_given or a.kind in OF_THE_DATA)
         ]
         for task, results in base.scores.items()
     }

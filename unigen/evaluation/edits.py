@@ -21,6 +21,7 @@ from unigen.evaluation.results import (
 from unigen.evaluation.statistics import estimate
 from unigen.sequence.images import open_image
 
+_NONE = {True: "no reference changes a pixel", False: "no reference leaves a pixel"}
 CHANGES = 0.1  # of the range of levels: from there on the reference changes a pixel
 
 
@@ -67,7 +68,7 @@ def _by_region(
         if (changes if inside else ~changes).any():
             parts[number] = measure(picture, source, reference, changes), 1
     if not parts[:, 1].any():
-        raise Unfit(f"no reference {'changes' if inside else 'leaves'} a pixel", "give edits that do")
+        raise Unfit(_NONE[inside], "give edits that do")
     counted = int(parts[:, 1].sum())
     notes = () if counted == n else (f"{counted} of {n} edits count",)
     name = identity(kind, "rgb", f"threshold={CHANGES:g}", n=n)

@@ -60,7 +60,8 @@ def _by_pairs(
         identity(kind, *variant, f"to={to}", n=n, lib=libraries("pillow")),
         np.array(values),
         seed=seed,
-        higher_is_better=higher_is_better,
+        # an edit should be near its source and yet another picture: neither end is good
+        higher_is_better=None if to == "source" else higher_is_better,
         notes=notes,
         data=digest_of(digests),
     )

@@ -83,25 +83,30 @@ class Viewer:
         verify: the question whether a picture shows ``{text}``; default in the language of the texts.
         describe: the question what a picture shows.
         max_tokens: of a description.
+        verifies, describes: which of the two it is asked to do.
     """
 
     inferencer: InterleaveInferencer
     verify: str | None = None
     describe: str | None = None
     max_tokens: int = 64
+    verifies: bool = True
+    describes: bool = True
 
     def about(self) -> dict[str, Any]:
         """How it asks."""
         return {
-            "verify": self.verify or VERIFY, "describe": [self.describe or DESCRIBE, self.max_tokens],
-        }  # fmt: skip
+            "verify": (self.verify or VERIFY) if self.verifies else None,
+            "describe": [self.describe or DESCRIBE, self.max_tokens] if self.describes else None,
+        }
 
     def views(
         self, cases: Sequence[Case], predictions: Mapping[int, Prediction], others: Mapping[int, str]
     ) -> list[dict[str, Any]]:
         """For each case and each picture of its answer that the record has, too: the probability of ``yes``
         to the text it was drawn for and, ``yes_of_other``, to that of another case; how it is ``described``,
-        and how the reference is, ``described_reference``. None where there is no text to ask about."""
+        and how the reference is, ``described_reference``; ``sure`` is the probability of yes and no together.
+        None where there is no text to ask about."""
         shown = []
         for case in cases:
             right = [given for kind, given in zip(case.outputs, case.references) if kind == IMAGE]
@@ -119,8 +124,9 @@ class Viewer:
         for place, (case, _, _) in enumerate(shown):
             rows[case.number].append(
                 {
-                    "yes": yes[place],
-                    "yes_of_other": of_other[place],
+                    "yes": yes[place][0],
+                    "sure": yes[place][1],
+                    "yes_of_other": of_other[place][0],
                     "described": described[place],
                     "described_reference": references[place],
                     "prompted": bool(texts[place]) or None,
@@ -129,11 +135,11 @@ class Viewer:
         return [{"number": number, "pictures": found} for number, found in rows.items()]
 
     @torch.no_grad()
-    def _yes(self, pictures: Sequence[Any], texts: Sequence[str]) -> list[float | None]:
-        """The probability of yes, by the first token of the answer and only yes and no."""
+    def _yes(self, pictures: Sequence[Any], texts: Sequence[str]) -> list[tuple[float | None, float]]:
+        """The probability of yes, by the first token of the answer and only yes and no; and that of both."""
         there = [place for place, text in enumerate(texts) if text]
-        found: list[float | None] = [None] * len(texts)
-        if not there:
+        found: list[tuple[float | None, float]] = [(None, 0.0)] * len(texts)
+        if not there or not self.verifies:
             return found
         i, spoken = self.inferencer, [_spoken(texts[place]) for place in there]
         asked = [(self.verify or VERIFY[tongue]) for tongue in spoken]
@@ -151,14 +157,16 @@ class Viewer:
         for row, place, question in zip(logits.softmax(-1), there, asked):
             tongue = _spoken(question)
             yes, no = (float(row[self._first(words[tongue])].sum()) for words in (_YES, _NO))
-            found[place] = yes / (yes + no) if yes + no else 0.5
+            found[place] = yes / (yes + no) if yes + no else 0.5, yes + no
         return found
 
     def _first(self, words: Sequence[str]) -> list[int]:
         """The tokens that the words begin with."""
         return sorted({self.inferencer.tokenizer.encode(word)[0] for word in words})
 
-    def _describe(self, pictures: Sequence[Any], texts: Sequence[str]) -> list[str]:
+    def _describe(self, pictures: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
+        if not self.describes:
+            return [None] * len(texts)
         asked = [[p, self.describe or DESCRIBE[_spoken(text)]] for p, text in zip(pictures, texts)]
         options = SamplingOptions(max_new_tokens=self.max_tokens)
         answers = self.inferencer.unified_generate_batch(asked, outputs=["text"], options=options)

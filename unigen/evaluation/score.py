@@ -15,7 +15,7 @@ from unigen.evaluation.material import Material, Row, Tools
 from unigen.evaluation.results import CannotRun, Result, Unfit, identity, metric
 from unigen.evaluation.statistics import estimate
 
-Of = Literal["answers", "texts", "pictures", "edits"]
+Of = Literal["answers", "texts", "pictures", "drawings", "edits"]
 
 # What a metric may need, by its name in Tools or in Material.said: why there is none, and the fix.
 NEEDS = {
@@ -38,9 +38,9 @@ class Metric:
 
     Args:
         run: gives the result.
-        of: which tasks it fits: those with ``texts``, ``pictures`` or ``edits`` to make, or all.
+        of: which tasks it fits: those with ``texts`` or ``pictures`` to make, the latter without edits
+            (``drawings``) or these alone, or all.
         needs: a key of :data:`NEEDS`.
-        words: whether every picture must have a text in its prompt.
     """
 
     run: Callable[[Material], Result]
@@ -50,7 +50,9 @@ class Metric:
     def fits(self, of: Material) -> bool:
         if self.of == "texts":
             return bool(of.texts[1])
-        return self.of == "answers" or (of.draws and (self.of == "pictures" or of.edits))
+        if self.of in ("drawings", "edits"):
+            return of.draws and of.edits == (self.of == "edits")
+        return self.of == "answers" or of.draws
 
 
 @metric("structure", "share of answers with the pieces of their record, in number and order")
@@ -165,10 +167,10 @@ METRICS: dict[str, list[Metric]] = {
         Metric(_of_features(images.similarity, to="source"), "edits", "extractor"),
     ],
     "fd": [Metric(_of_features(images.frechet_distance), "pictures", "extractor")],
-    "fd_real": [Metric(_real_to_real("fd_real", images.frechet_distance), "pictures", "real")],
+    "fd_real": [Metric(_real_to_real("fd_real", images.frechet_distance), "drawings", "real")],
     "fd_infinity": [Metric(_of_features(images.frechet_distance_infinity), "pictures", "extractor")],
     "kid": [Metric(_of_features(images.kid), "pictures", "extractor")],
-    "kid_real": [Metric(_real_to_real("kid_real", images.kid), "pictures", "real")],
+    "kid_real": [Metric(_real_to_real("kid_real", images.kid), "drawings", "real")],
     "cmmd": [Metric(_of_features(images.cmmd), "pictures", "extractor")],
     **{
         kind: [Metric(_of_features(images.neighbours, kind=kind), "pictures", "extractor")]
@@ -224,7 +226,7 @@ def _measure(kind: str, one: Metric, material: Material) -> Result:
     if one.needs and not (getattr(material.tools, one.needs, None) or material.said.get(one.needs)):
         reason, fix = NEEDS[one.needs]
         return Result(kind, None, reason=reason, fix=fix, lacks=one.needs)
-    if one.of in ("pictures", "edits") and not material.drawn:
+    if one.of in ("pictures", "drawings", "edits") and not material.drawn:
         return Result(kind, None, reason="no picture was drawn", fix="look at the answers", lacks="samples")
     try:
         result = one.run(material)

@@ -5,6 +5,7 @@ The rows come from ``probes.py`` (the checkpoint itself) and ``judge.py`` (anoth
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from unigen.evaluation.material import Material
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate, value_of
 from unigen.evaluation.text import accuracy, chrf, rouge
+
+SURE = 0.5  # of an answer that begins with yes or no: below, the model speaks otherwise
 
 
 @metric("perplexity", "exp of the mean negative log-likelihood of a reference token, training forward")
@@ -55,8 +58,13 @@ def _views(kind: str, material: Material, values: Any, data: Any, question: str)
 def verify(material: Material) -> Result:
     """How sure the checkpoint's understanding branch is that a picture it drew shows what was asked for, 0 to
     1. A model that always says yes has 1: read ``verify_margin`` beside it."""
-    drawn, rows = _of_views(material, "yes")
-    return _views("verify", material, [yes for (yes,) in rows], [one.prompt for one in drawn], "verify")
+    drawn, rows = _of_views(material, "yes", "sure")
+    result = _views("verify", material, [yes for yes, _ in rows], [one.prompt for one in drawn], "verify")
+    sure = float(np.median([sure for _, sure in rows]))
+    if sure >= SURE:
+        return result
+    note = f"yes and no have a probability of {sure:.2g} together: it does not answer by them"
+    return replace(result, notes=(note,))
 
 
 @metric("verify_margin", "verify, minus the same of the text that another picture was drawn for")
@@ -91,13 +99,13 @@ def described_as_real(material: Material) -> Result:
     """Share of pictures that the understanding branch describes in the words it has for the real ones."""
     _, rows = _of_views(material, "described", "described_reference")
     result = accuracy([said for said, _ in rows], [real for _, real in rows], seed=material.tools.seed)
-    return _renamed("described_as_real", result, material)
+    # each checkpoint is held against its own words for the same pictures
+    same = digest_of([one.case.number for one in material.drawn])
+    return replace(_renamed("described_as_real", result, material), data=same)
 
 
 def _renamed(kind: str, result: Result, material: Material) -> Result:
     """A metric of texts as one of what the checkpoint sees. Raises CannotRun: it could not be had."""
-    from dataclasses import replace
-
     if result.value is None:
         raise CannotRun(result.reason, result.fix)
     inner = result.name.partition("[")[2].rstrip("]")

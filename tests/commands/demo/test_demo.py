@@ -91,6 +91,34 @@ def test_it_is_the_ordinary_training_command(demo):
         assert sum(values[-10:]) < 0.8 * sum(values[:10]), loss
 
 
+def test_it_ends_with_an_evaluation_of_two_checkpoints(demo):
+    half, end = (demo.metrics["steps"] // 2, demo.metrics["steps"])
+    folders = {name: demo.out / "evaluation" / name for name in (f"1-step_{half}", f"2-step_{end}")}
+    held = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders.values()]
+    first, last = (
+        {
+            task: {entry["name"].partition("[")[0]: entry for entry in entries}
+            for task, entries in one["tasks"].items()
+        }
+        for one in held
+    )
+    assert list(last) == ["edit", "generate", "interleaved", "understand"]
+    drawn = last["generate"]["drawn_right"]
+    assert drawn["interval"][0] <= drawn["value"] <= drawn["interval"][1] and drawn["n"] == 50
+    assert "digits-svm@" in last["generate"]["fd"]["name"] and last["generate"]["fd_real"]["value"] >= 0
+    # what does not depend on the checkpoint is the same for both; edits got better, as a test shows
+    assert first["generate"]["fd_real"] == last["generate"]["fd_real"]
+    compared = json.loads((demo.out / "evaluation" / "compare.json").read_text(encoding="utf-8"))
+    (tasks,) = compared["against"].values()
+    verdicts = {
+        one["name"].partition("[")[0]: one["verdict"] for one in tasks["edit"] if "source" not in one["name"]
+    }
+    assert verdicts["psnr"] == "better" and "fd_real" not in verdicts
+    report = (demo.out / "evaluation" / "report.html").read_text(encoding="utf-8")
+    assert "over the steps" in report and "step by step" in report
+    assert "no effect on this answer" not in demo.log
+
+
 def test_how_it_learned_is_shown_by_watch(demo, tmp_path):
     """The line of the README: every question's answers over the steps, and the pictures that were asked
     about."""

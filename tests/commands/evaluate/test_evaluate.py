@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+from pages import Page
+from pictures import noise
 from safetensors.torch import load_file, save_file
 
 from unigen import cli
@@ -233,3 +235,27 @@ def test_the_page_shows_the_best_the_worst_and_the_most_changed(tmp_path):
     assert [number for label, _, number in samples if label == "worst"] == ["0", "1", "2", "3"]
     assert "&lt;b&gt;question 7" in page and "<b>question" not in page
     assert "not compared: one has no value (no reason)" in page
+
+
+def test_the_checkpoints_of_a_run_are_curves_and_a_grid_in_both_languages(tmp_path):
+    cases = [Case(n, f"v:{n}", "generate", (f"draw {n}",), ("image",), (noise(8, 8, n),)) for n in range(10)]
+    answered = [
+        Answered(
+            f"run/step_{step}", {"checkpoint": str(step), "sampling": {}},
+            [Prediction(n, f"v:{n}", "generate", n, (noise(8, 8, step + n),)) for n in range(10)],
+            {"generate": [result("judge", list(np.linspace(0, step / 300, 10))),
+                          Result("fd", None, reason="10 pictures are too few to extrapolate from", lacks="samples")]},
+            step,
+        )
+        for step in (100, 200, 300)
+    ]  # fmt: skip
+    compared = {one.name: comparisons(answered[0], one) for one in answered[1:]}
+    for language, words in (("en", "over the steps"), ("zh", "随步数的变化")):
+        path = write(tmp_path / f"{language}.html", cases, answered, compared, Words(language, "evaluate"))
+        page = Page(path.read_text(encoding="utf-8"))
+        assert words in page.text and "draw 7" in page.text and "draw 8" not in page.text  # eight prompts
+        (chart,) = page.charts
+        (curve,) = chart["curves"]
+        assert (chart["first"], chart["last"], curve["x"]) == (100, 300, [100, 200, 300])
+        assert curve["t"] == ["0.1667", "0.3333", "0.5"]
+    assert "太少，不能外推" in page.text and "too few" not in page.text

@@ -331,7 +331,13 @@ class Judge:
         in 0..9."""
         if not len(images):
             return np.zeros(0, np.int64)
-        return self._read(np.stack([_shrink(image) for image in images]))
+        return self._read(np.stack([shrink(image) for image in images]))
+
+    def decide(self, images: np.ndarray) -> np.ndarray:
+        """How much each picture of ``[N, 8, 8]`` gray values in [0, 1] looks like each digit: ``[N, 10]``
+        float32."""
+        values = self._classifier.decision_function(images.reshape(len(images), SIDE * SIDE))
+        return values.astype(np.float32)
 
     def edit_correct(self, produced: Any, expected: Any, label: int, edits: Sequence[str]) -> bool:
         """Whether PIL picture ``produced`` is ``expected``, the picture of a ``label`` after ``edits``.
@@ -340,7 +346,7 @@ class Judge:
         (``MIN_CORRELATION``, ``MAX_DIFFERENCE``), so that another digit of the class, edited alike, does not
         count.
         """
-        pixels, wanted = _shrink(produced), _shrink(expected)
+        pixels, wanted = shrink(produced), shrink(expected)
         upright = pixels * 255.0
         for name in reversed(edits):
             upright = UNDO[name](upright)
@@ -355,7 +361,7 @@ class Judge:
         return self._classifier.predict(images.reshape(len(images), SIDE * SIDE)).astype(np.int64)
 
 
-def _shrink(image: Any) -> np.ndarray:
+def shrink(image: Any) -> np.ndarray:
     """A PIL picture of any size as ``[8, 8]`` gray values in [0, 1]."""
     return area_means(image, (SIDE, SIDE)) / 255.0
 

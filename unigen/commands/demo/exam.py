@@ -18,9 +18,12 @@ from typing import Any
 import torch
 
 from unigen.commands.demo.digits import NUMBERS, QUESTION, DigitSet, Judge, write_digits, write_tokenizer
+from unigen.commands.demo.measure import FOLDER, evaluate_digits
 from unigen.commands.train import train
 from unigen.config import Config
+from unigen.files import remove
 from unigen.inference.inferencer import InterleaveInferencer
+from unigen.inference.options import sampling_options
 from unigen.model.bagel import Bagel
 from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
@@ -63,9 +66,10 @@ SAMPLING = {
     "num_timesteps": 24,
     "timestep_shift": 1.0,
     "cfg_text_scale": 1.0,
-    "cfg_img_scale": 1.0,
-    "cfg_interval": (0.0, 1.0),
 }
+# with guidance by the text
+GUIDED = SAMPLING | {"cfg_text_scale": 2.0, "cfg_img_scale": 1.0, "cfg_interval": (0.0, 1.0)}
+EVALUATED = SAMPLING
 # What the full demo is expected to reach on two cores, and what guessing would.
 BARS = {
     "understanding_accuracy": 0.95,
@@ -112,12 +116,16 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
     trained = time.perf_counter()
     exam = Exam(checkpoint, digits, limit=size.questions, seed=seed)
     metrics: dict[str, Any] = exam.take()
+    asked = time.perf_counter()
+    limit = min(size.questions, 100)
+    evaluation = evaluate_digits(output_dir, digits, exam.judge, limit, seed, EVALUATED)
     ended = time.perf_counter()
     metrics |= {
         "judge_heldout_accuracy": exam.judge.heldout_accuracy,
         "seconds_preparing": prepared - began,
         "seconds_training": trained - prepared,
-        "seconds_sampling": ended - trained,
+        "seconds_sampling": asked - trained,
+        "seconds_evaluating": ended - asked,
         "seconds_total": ended - began,
         "steps": size.steps,
         "seed": seed,
@@ -130,6 +138,7 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         page = _write_report(output_dir, metrics, exam)
     print(f"{metrics['seconds_total']:.0f} s in all. Look at {page}")
+    print(f"The checkpoints of {size.steps // 2} and {size.steps} steps, compared: {evaluation}")
     print(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
     return metrics
 
@@ -159,7 +168,9 @@ def _write_prompts(path: Path, digits: DigitSet) -> Path:
         {"prompt": "add", "image": addends, "kind": "auto"},
     ]
     with open(path, "w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(prompt | SAMPLING) + "\n" for prompt in prompts)
+        for prompt in prompts:
+            sampling = SAMPLING if prompt["kind"] != "answer" else {}  # which draws nothing
+            lines.write(json.dumps(prompt | sampling) + "\n")
     return path
 
 
@@ -185,6 +196,8 @@ def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
     metrics = output_dir / "metrics.json"
     if _goes_on(output_dir / "run", metrics, flags):
         flags["resume_from_checkpoint"] = "auto"
+    else:
+        remove(output_dir / FOLDER)  # of an earlier demo
     metrics.unlink(missing_ok=True)  # of an earlier demo, which had come to its end
     print("unigen train " + " ".join(f"--{name} {value}" for name, value in flags.items()), flush=True)
     if train(Config(**flags)) != 0:
@@ -220,12 +233,16 @@ class Exam:
     def picture(self, path: str) -> Path:
         return self.digits.heldout / path
 
-    def ask(self, prompts: Sequence[Sequence[Any]], **options: Any) -> list[list[Any]]:
+    def ask(
+        self, prompts: Sequence[Sequence[Any]], outputs: Sequence[str] | None = None, **sampling: Any
+    ) -> list[list[Any]]:
         answers: list[list[Any]] = []
         for start in range(0, len(prompts), 100):
             part = prompts[start : start + 100]
+            asked = sampling_options(**(SAMPLING | sampling), seed=self.seed + start, max_new_tokens=16)
+            self.inferencer.requests.usual = asked  # nobody asked for what has no effect
             answers += self.inferencer.unified_generate_batch(
-                part, seed=self.seed + start, max_new_tokens=16, max_pieces=4, **(SAMPLING | options)
+                part, outputs=outputs, options=asked, max_pieces=4
             )
         return answers
 
@@ -241,7 +258,7 @@ class Exam:
     def generation(self) -> dict[str, float]:
         """A word in, one drawing out that the judge reads as that number, and nothing after it."""
         labels = [i % 10 for i in range(min(self.limit, 300))]
-        answers = self.ask([[f"draw {NUMBERS[label]}"] for label in labels], cfg_text_scale=2.0)
+        answers = self.ask([[f"draw {NUMBERS[label]}"] for label in labels], **GUIDED)
         right = [
             _pictures(answer) and self.judge.classify(answer)[0] == label
             for label, answer in zip(labels, answers, strict=True)

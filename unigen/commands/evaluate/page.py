@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unigen.commands.evaluate.said import in_language
+from unigen.commands.evaluate.terminal import label
 from unigen.config import UserError
+from unigen.evaluation.answered import OF_THE_DATA
 from unigen.evaluation.results import not_given
+from unigen.runs.metrics import Point
+from unigen.show.charts import Chart, Line, line_chart
+from unigen.show.curves import Range
 from unigen.show.language import TAGS, Words
 from unigen.show.pages import embed, write_page
 
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from unigen.evaluation.statistics import Comparison
 
 BY = "unigen evaluate"
+WIDE = 8  # prompts of a grid over the steps
 EACH = 4  # samples of a kind: best, worst, most changed
 # By which metric samples are called good: the first of a task that has a value of each sample.
 ORDER = ("accuracy", "anls", "rougeL", "clip_score", "similarity", "ssim", "psnr", "structure")
@@ -63,21 +70,70 @@ def write(
             for name, tasks in compared.items()
         ],
         "records": len(cases),
+        "curves": _curves(answered, words),
+        "grid": _grid(cases, answered),
         "tasks": [_task(task, cases, answered, words) for task in base.scores],
         "settings": sorted((name, str(value)) for name, value in base.about["sampling"].items()),
         "about": base.about,
     }
     return write_page(
         path, "evaluate.html", values, by=BY, title=words("title"), language=TAGS[words.language],
-        styles=["evaluate"],
+        styles=["evaluate", "charts"], script="charts" if values["curves"] else "",
     )  # fmt: skip
+
+
+def _of_a_run(answered: Sequence[Answered]) -> list[tuple[int, Answered]]:
+    """The checkpoints of one run in the order of their steps, where there are several."""
+    found = sorted(((one.step, one) for one in answered if one.step is not None), key=lambda pair: pair[0])
+    return found if len(found) > 1 else []
+
+
+def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[Chart]]]:
+    """For each task a chart of each metric over the steps, with its interval as a band."""
+    run, found = _of_a_run(answered), []
+    for task, results in answered[0].scores.items() if run else []:
+        charts = []
+        for number, result in enumerate(results):
+            ones = [(step, one.scores[task][number]) for step, one in run]
+            points = [
+                Point(step, one.value, *(one.interval or (one.value, one.value)))
+                for step, one in ones
+                if one.value is not None
+            ]
+            if len(points) > 1 and result.kind not in OF_THE_DATA:
+                name = label(next(one.name for _, one in ones if one.value is not None))
+                low, high = min(point.low for point in points), max(point.high for point in points)
+                room = Range(low, high) if high > low else None  # for the whole band
+                charts.append(line_chart(name, [Line(name, points, band=True)], words, values=room))
+        found.append((task, charts))
+    return [(task, charts) for task, charts in found if charts]
+
+
+def _grid(cases: Sequence[Case], answered: Sequence[Answered]) -> list[list[Any]]:
+    """Rows of what the checkpoints of a run drew for the same prompts; first the prompts."""
+    run = _of_a_run(answered)
+    chosen: dict[tuple[str, str], int] = {}
+    for place, case in enumerate(cases):
+        if "image" in case.outputs:
+            chosen.setdefault((case.task, case.said_last), place)
+    places = list(chosen.values())[:WIDE]
+    if not run or not places:
+        return []
+    rows: list[list[Any]] = [["", *(cases[place].said_last for place in places)]]
+    for step, one in run:
+        drawn = [
+            next((piece for piece in one.predictions[place].pieces if not isinstance(piece, str)), "")
+            for place in places
+        ]
+        rows.append([f"{step:,}", *map(_shown, drawn)])
+    return rows
 
 
 def _verdict(one: Comparison, words: Words) -> tuple[str, str, str]:
     """(mark, metric, sentence)."""
-    kind = one.name.partition("[")[0]
+    kind = label(one.name)
     if one.verdict == "not compared":
-        return MARKS[one.verdict], kind, words("not_compared", why=one.reason)
+        return MARKS[one.verdict], kind, words("not_compared", why=in_language(one.reason, words.language))
     if one.verdict == "no difference shown":
         return MARKS[one.verdict], kind, words("no_difference", n=one.n, p=f"{one.p:.2g}")
     assert one.difference is not None and one.interval is not None
@@ -88,21 +144,25 @@ def _verdict(one: Comparison, words: Words) -> tuple[str, str, str]:
 
 def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:
     """Numbers and samples of one task."""
+
+    def said(text: str) -> str:
+        return in_language(text, words.language)
+
     rows, lacking = [], []
     for number, result in enumerate(answered[0].scores[task]):
         found = [one.scores[task][number] for one in answered]
         if not all(one.was_not_given for one in found):
             n = next((one.n for one in found if one.value is not None), 0)
-            rows.append([_kind(result), *map(_number, found), str(n)])
+            rows.append([label(result.name), *map(_number, found), str(n)])
             lacking += [
-                f"{one.kind}: {one.reason}. {words('fix')}{one.fix}"
+                words("lacking", kind=one.kind, why=said(one.reason), fix=said(one.fix))
                 for one in found
                 if one.value is None and not one.was_not_given
             ]
     results = [result for one in answered for result in one.scores[task]]
-    notes = [f"{result.kind}: {note}" for result in results for note in result.notes]
+    notes = [f"{result.kind}: {said(note)}" for result in results for note in result.notes]
     absent = [
-        words("not_measured", kinds=", ".join(kinds), why=reason, fix=fix)
+        words("not_measured", kinds=", ".join(kinds), why=said(reason), fix=said(fix))
         for kinds, reason, fix in not_given(results)
     ]
     places = [place for place, case in enumerate(cases) if case.task == task]
@@ -114,10 +174,6 @@ def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words:
         "names": [result.name for result in answered[0].scores[task] if result.value is not None],
         "samples": _samples(task, places, cases, answered, words),
     }
-
-
-def _kind(result: Result) -> str:
-    return result.kind + (" (source)" if "to=source" in result.name else "")
 
 
 def _number(result: Result) -> str:

@@ -14,21 +14,52 @@ from unigen.show.terminal import say, table
 def report(
     answered: Sequence[Answered], compared: Mapping[str, Mapping[str, Sequence[Comparison]]], page: Path
 ) -> None:
-    """Numbers with intervals, notes, verdicts."""
-    for one in answered:
-        for task, results in one.scores.items():
-            say(f"\n{task}" if len(answered) == 1 else f"\n{one.name}: {task}")
-            shown = [result for result in results if not result.was_not_given]
-            say(table(["metric", "value", "95 %", "n"], [_row(result) for result in shown]))
-            for result in shown:
-                for note in result.notes:
-                    say(f"{result.kind}: {note}")
-            _say_what_was_not_given(results)
-    for name, tasks in compared.items():
-        for task, ones in tasks.items():
-            say(f"\n{name} against {answered[0].name}: {task}")
-            say(table(["metric", "verdict"], [[one.name.partition("[")[0], one.sentence()] for one in ones]))
-    say(f"\nWritten to {page}")
+    """Numbers with intervals beside each other, verdicts, notes."""
+    names = [Path(one.name).name for one in answered]
+    both = next(iter(compared.values())) if len(compared) == 1 else {}
+    for task, results in answered[0].scores.items():
+        say(f"\n{task}")
+        verdicts = {one.name: one.sentence() for one in both.get(task, [])}
+        rows = [_row(found, verdicts) for found in _beside(answered, task)]
+        heads = ["value and 95 %"] if len(answered) == 1 else names
+        say(table(["metric", *heads, "n", *(["verdict"] if verdicts else [])], rows))
+        notes = [f"{result.kind}: {note}" for result in results for note in result.notes]
+        lacking = [
+            f"{label(result.name)}: {result.reason}. Fix: {result.fix}"
+            for found in _beside(answered, task)
+            for result in found
+            if result.value is None and not result.was_not_given
+        ]
+        for line in dict.fromkeys([*notes, *lacking]):
+            say(line)
+    if not both:
+        for name, tasks in compared.items():
+            for task, ones in tasks.items():
+                say(f"\n{name} against {answered[0].name}: {task}")
+                say(table(["metric", "verdict"], [[label(one.name), one.sentence()] for one in ones]))
+    say("")
+    _say_what_was_not_given([r for one in answered for results in one.scores.values() for r in results])
+    say(f"Written to {page}")
+
+
+def _beside(answered: Sequence[Answered], task: str) -> list[list[Result]]:
+    """Each metric that somebody gave what it needs, by checkpoint."""
+    rows = zip(*(one.scores[task] for one in answered), strict=True)
+    return [list(row) for row in rows if not all(result.was_not_given for result in row)]
+
+
+def _row(found: Sequence[Result], verdicts: Mapping[str, str]) -> list[str]:
+    n = next((str(result.n) for result in found if result.value is not None), "")
+    named = next((result.name for result in found if result.value is not None), found[0].name)
+    last = [verdicts.get(found[0].name, "")] if verdicts else []
+    return [label(named), *map(_number, found), n, *last]
+
+
+def _number(result: Result) -> str:
+    if result.value is None:
+        return "none"
+    ends = "" if result.interval is None else " [{:.4g}, {:.4g}]".format(*result.interval)
+    return f"{result.value:.4g}{ends}"
 
 
 def report_check(scores: Mapping[str, Sequence[Result]], promised: Collection[str]) -> None:
@@ -38,12 +69,16 @@ def report_check(scores: Mapping[str, Sequence[Result]], promised: Collection[st
         rows = []
         for result in results:
             if result.value is not None or result.lacks in promised:
-                rows.append([label(result), "can run", *(["by the model"] if result.value is None else [""])])
+                rows.append(
+                    [label(result.name), "can run", *(["by the model"] if result.value is None else [""])]
+                )
             elif not result.was_not_given:
-                rows.append([label(result), "none", f"{result.reason}. Fix: {result.fix}"])
+                rows.append([label(result.name), "none", f"{result.reason}. Fix: {result.fix}"])
         say(table(["metric", "", ""], rows))
-        _say_what_was_not_given([result for result in results if result.lacks not in promised])
-    say("\nNothing was generated. Without --check the records are answered and measured.")
+    say("")
+    everything = [result for results in scores.values() for result in results]
+    _say_what_was_not_given([result for result in everything if result.lacks not in promised])
+    say("Nothing was generated. Without --check the records are answered and measured.")
 
 
 def _say_what_was_not_given(results: Sequence[Result]) -> None:
@@ -51,13 +86,6 @@ def _say_what_was_not_given(results: Sequence[Result]) -> None:
         say(f"not measured: {', '.join(kinds)} ({reason}; {fix})")
 
 
-def label(result: Result) -> str:
-    """The metric's kind, and what it is held against where that is the source."""
-    return result.kind + (" to source" if "to=source" in result.name else "")
-
-
-def _row(result: Result) -> list[str]:
-    if result.value is None:
-        return [result.kind, "none", f"{result.reason}. Fix: {result.fix}", ""]
-    ends = "" if result.interval is None else "{:.4g} to {:.4g}".format(*result.interval)
-    return [label(result), f"{result.value:.4g}", ends, str(result.n)]
+def label(name: str) -> str:
+    """A metric's kind, and what it is held against where that is the source."""
+    return name.partition("[")[0] + (" to source" if "to=source" in name else "")

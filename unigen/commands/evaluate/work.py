@@ -47,6 +47,8 @@ from unigen.values import nearest
 from unigen.version import __version__
 
 MOST_PIECES = 8  # of an answer whose pieces the model chooses
+VERIFIED = ("verify", "verify_margin")
+DESCRIBED = ("cycle_rougeL", "cycle_chrf2", "described_as_real")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
@@ -89,7 +91,8 @@ class Work:
         return not self.options.metrics or kind in self.options.metrics
 
     def wants_views(self) -> bool:
-        return self.options.views and any(IMAGE in case.outputs for case in self.cases)
+        asked = self.options.views and any(map(self.wants, (*VERIFIED, *DESCRIBED)))
+        return asked and any(IMAGE in case.outputs for case in self.cases)
 
 
 def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
@@ -355,7 +358,10 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
     if work.wants("perplexity") and any(case.texts for case in work.cases):
         said["likelihood"] = over("likelihood", work.cases, lambda cases: likelihood(inferencer, cases))
     if work.wants_views():
-        viewer = Viewer(inferencer, o.verify_question, o.describe_question)
+        viewer = Viewer(
+            inferencer, o.verify_question, o.describe_question,
+            verifies=any(map(work.wants, VERIFIED)), describes=any(map(work.wants, DESCRIBED)),
+        )  # fmt: skip
         found, others = {one.number: one for one in predictions}, other_texts(work.cases)
         name = f"views {digest_of(viewer.about())}"  # other questions, other rows
         rows = over(name, work.cases, lambda cases: viewer.views(cases, found, others))
