@@ -207,6 +207,16 @@ def test_pictures_with_texts_beside_them(tmp_path: Path) -> None:
     assert main(["fetch", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
 
 
+def test_no_text_is_read_from_outside_of_data_root(tmp_path: Path) -> None:
+    write(tmp_path / "secret", "of the machine")
+    write(tmp_path / "data" / "a.png", png())
+    (tmp_path / "data" / "a.txt").symlink_to(tmp_path / "secret")
+    assert "a.txt: this link leads out of data_root" in str(
+        refused(tmp_path / "data", data_root=tmp_path / "data")
+    )
+    assert read(tmp_path / "data")[0][1][0] == "of the machine"
+
+
 def test_pictures_alone_are_answered_with_what_is_missing(tmp_path: Path) -> None:
     write(tmp_path / "a.png", png())
     assert "a.txt" in str(refused(tmp_path)) and "metadata.jsonl" in str(refused(tmp_path))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unigen.data.captions import CAPTIONS, captioned, is_picture
+from unigen.data.captions import CAPTIONS, caption_of, captioned, is_picture
 from unigen.data.containers import CONTAINERS, BadData, kind_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file
 from unigen.data.unpack import PACKED
@@ -48,7 +48,7 @@ def find_files(
         if path.is_dir():
             sides: list[Path] = []
             names = sorted(_in_folder(path, root, sides))
-            names = _first_kind(names, sides) or sorted(_captioned(path, sides))
+            names = _first_kind(names, sides) or sorted(_captioned(path, root, sides))
             others: list[tuple[Path, str]] = []
             if split is not None:
                 names, others, wrong = choose(names, split, [_told(name) for name in names])
@@ -109,11 +109,19 @@ def _first_kind(names: list[Path], sides: list[Path]) -> list[Path]:
     return names
 
 
-def _captioned(folder: Path, sides: list[Path]) -> Iterator[Path]:
-    """The pictures of a folder with texts beside them; ``sides`` gets the texts that belong to none."""
+def _captioned(folder: Path, root: str | Path | None, sides: list[Path]) -> Iterator[Path]:
+    """The pictures of a folder with texts beside them; ``sides`` gets the texts that belong to none. Raises
+    BadData for a text outside of ``root``."""
     names = list(_everything(folder))
     pictures = list(captioned(names, folder))
     stems = {picture.with_suffix("") for picture in pictures}
+    for picture in pictures if root is not None else []:
+        text = caption_of(folder / picture)
+        if text and not Path(os.path.realpath(text)).is_relative_to(os.path.realpath(root)):
+            raise BadData(
+                f"{text}: this link leads out of data_root, {root}. Fix: remove the link, or put the text"
+                " itself there"
+            )
     if pictures:
         texts = (name for name in names if name.suffix.lower() in CAPTIONS and not is_side_file(name))
         sides += [name for name in texts if name.with_suffix("") not in stems]

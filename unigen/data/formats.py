@@ -7,7 +7,6 @@ and a section there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +98,7 @@ def parse_with_fields(
         if name == "image_and_text":
             segments = [_captioned(segments[0], read), *segments[1:]]
         segments = _framed(value, segments)
-        read_from = {re.split(r"[.\[]", field)[0] for _, field in segments}
+        read_from = {field.partition(".")[0].partition("[")[0] for _, field in segments}
         notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known | read_from)]
         if not any(segment.target for segment, _ in segments):
             raise BadRecord(
@@ -139,14 +138,17 @@ def _hint(value: Any, file: Path) -> str | None:
     return hint_for(value, file, reads) if isinstance(value, dict) else None
 
 
+def _names_none(value: Any) -> bool:
+    """Does a value, or each of a list, say in words that there is no picture?"""
+    if isinstance(value, list):
+        return bool(value) and all(map(_names_none, value))
+    return isinstance(value, str) and len(value) < 9 and f.no_picture(value)
+
+
 def _without_empty(record: Json) -> tuple[Json, list[tuple[str, str]]]:
     """The record with null in the picture fields that name none (``""``, ``"None"``), and a note of each."""
-    empty = []
-    for name in {path for entry in FORMATS.values() for path in entry.pictures} & record.keys():
-        value = record[name]
-        values = value if isinstance(value, list) and value else [value]
-        if value is not None and value != [] and all(isinstance(v, str) and f.no_picture(v) for v in values):
-            empty.append(name)
+    said = [name for name, value in record.items() if _names_none(value)]
+    empty = [name for name in said if any(name in entry.pictures for entry in FORMATS.values())]
     if not empty:
         return record, []
     return record | dict.fromkeys(empty), [("no_picture", name) for name in sorted(empty)]
@@ -373,12 +375,13 @@ _is_plain = _some_turn("type", "image_path")
 
 def _is_chat(record: Json) -> bool:
     """Are its conversations messages: pictures beside them, or in the lists of their contents?"""
-    beside = record.get("image") is not None or record.get("images") is not None
-    turns = record.get("conversations")
-    listed = isinstance(turns, list) and any(
-        isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns
-    )
-    return _has_roles(record) and not _is_sharegpt(record) and not _is_plain(record) and (beside or listed)
+    if record.get("image") is None and record.get("images") is None:
+        turns = record.get("conversations")
+        if not isinstance(turns, list):
+            return False
+        if not any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns):
+            return False
+    return _has_roles(record) and not _is_sharegpt(record) and not _is_plain(record)
 
 
 FORMATS: dict[str, Format] = {

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from unigen.config import nearest
 from unigen.data.words import Json, cut, names
 from unigen.sequence.types import BadRecord
 
 
-class Format(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Format:
     """How to read a format, and how to know it."""
 
     parse: Callable[[Json, Path], Any]  # the folder is that of the file the record stands in
@@ -25,22 +28,18 @@ class Format(NamedTuple):
     # Of a layout, which no single field tells: a record has a field of each group.
     needs: tuple[tuple[str, ...], ...] = ()
 
-    @property
-    def known(self) -> set[str]:
+    @cached_property
+    def known(self) -> frozenset[str]:
         """The fields of a record that it reads."""
         pictures = (name.partition(".")[0] for name in self.pictures)
-        return {
-            *self.fields,
-            self.content,
-            *pictures,
-            *self.reads,
-            *(n for group in self.needs for n in group),
-        }
+        needed = (name for group in self.needs for name in group)
+        return frozenset((*self.fields, self.content, *pictures, *self.reads, *needed))
 
-    def fits(self, record: Json) -> bool:
-        """Is a record one of this layout?"""
-        groups = (any(record.get(name) is not None for name in group) for group in self.needs)
-        return bool(self.needs) and all(groups) and (self.recognise is None or self.recognise(record))
+    def fits(self, record: Json, present: set[str]) -> bool:
+        """Is a record with the fields ``present`` one of this layout?"""
+        if not all(not present.isdisjoint(group) for group in self.needs):
+            return False
+        return self.recognise is None or self.recognise(record)
 
 
 # Of several formats, so they tell none; beside a format that does not have them they are a mistake.
@@ -80,11 +79,11 @@ def recognise(record: Json, formats: Mapping[str, Format]) -> str:
 
 def _layout(record: Json, present: set[str], formats: Mapping[str, Format]) -> str | None:
     """Of the layouts that fit and read all fields by which formats are known, the one that reads most."""
-    telling = present & {name for entry in formats.values() for name in entry.fields}
+    telling = present & _telling(tuple(formats.values()))
     fit = {
         name: len(present & entry.known)
         for name, entry in formats.items()
-        if entry.needs and telling <= entry.known and entry.fits(record)
+        if entry.needs and telling <= entry.known and entry.fits(record, present)
     }
     best = [name for name in fit if fit[name] == max(fit.values())]
     if len(best) > 1:
@@ -92,6 +91,12 @@ def _layout(record: Json, present: set[str], formats: Mapping[str, Format]) -> s
         found = f"fields of {' and '.join(best)} ({names(record)})"
         raise BadRecord("ambiguous_format", "(record)", found, "the fields of one format", fix)
     return best[0] if best else None
+
+
+@lru_cache(8)
+def _telling(entries: tuple[Format, ...]) -> frozenset[str]:
+    """The fields that tell formats."""
+    return frozenset(name for entry in entries for name in entry.fields)
 
 
 def _known(formats: Mapping[str, Format]) -> list[str]:
