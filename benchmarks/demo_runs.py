@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.commands.demo.digits import TASKS, DigitSet, write_digits
-from unigen.commands.demo.exam import QUICK, TRAINING, Exam, create_model
+from unigen.commands.demo.exam import FULL, QUICK, TRAINING, Exam, create_model
 from unigen.commands.train import train
 from unigen.config import Config
 from unigen.runs import layout
@@ -128,9 +128,10 @@ def weights(folder: Path, questions: int) -> bool:
 
 
 def adapters(folder: Path, questions: int) -> bool:
-    """From a demo that stopped half-way, 400 more steps: full fine-tuning, and LoRA over three bases."""
+    """From a demo that stopped half-way, 400 more steps: full fine-tuning, and LoRA over three bases. The full
+    demo's model: rows of the quick one are no multiple of NF4's blocks."""
     digits = write_digits(folder / "data", seed=0, per_epoch=QUICK.per_epoch)
-    create_model(folder / "model", 42, **QUICK.model)
+    create_model(folder / "model", 42, **FULL.model)
     data = {"train_data_path": str(digits.train)}
     half = trained(
         folder / "half", QUICK.steps // 2, model_path=str(folder / "model"),

@@ -207,5 +207,8 @@ def test_generate_answers_with_a_quantised_model(golden: Path, tmp_path: Path, c
         "--max_new_tokens",
         "3",
     ]
-    assert main(["generate", *asked, "--quantize", "nf4", "--output_dir", str(tmp_path / "out")]) == 0
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert main(["generate", *asked, "--double_quant", *out]) == 2
+    assert "double_quant needs quantize nf4" in capsys.readouterr().err
+    assert main(["generate", *asked, "--quantize", "nf4", "--double_quant", *out]) == 0
     assert (tmp_path / "out" / "index.html").exists()

@@ -4,11 +4,15 @@ processes)."""
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import memory
 import pytest
+
+from unigen.model.storage import scan_folder
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,3 +45,35 @@ def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_
     assert size < peak.together - peak.start  # the samples saw it
     assert peak.together <= memory.limit(size), peak
     assert peak.separate <= memory.limit(size), peak
+
+
+QUANTISED = """
+import sys
+from pathlib import Path
+from unigen.model.weights import load_bagel
+from unigen.model.quantise import _bitsandbytes
+
+_bitsandbytes("")
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+model = load_bagel(sys.argv[1], quantize="nf4")
+print(resident("VmHWM"), sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+def test_quantising_a_checkpoint_of_1_gb_takes_the_small_model_and_two_of_its_tensors(
+    checkpoint: tuple[Path, int],
+):
+    """Interpreter and libraries included: at most 1.0 GB beside what is kept, which a GPU would hold."""
+    folder, size = checkpoint
+    run = subprocess.run(
+        [sys.executable, "-c", QUANTISED, str(folder)], capture_output=True, text=True, check=True
+    )
+    peak, kept = map(int, run.stdout.split()[-2:])
+    largest = max(entry.nbytes for entry in scan_folder(folder).values())
+    assert kept < 0.6 * size and largest < size / 10
+    assert peak <= kept + 2 * largest + 1.0e9, (peak, kept, largest)

@@ -24,6 +24,7 @@ class GenerateOptions(SamplingOptions):
         device: auto, cpu, cuda, or one GPU such as cuda:1.
         quantize: Hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8): less memory, and a little less
             true.
+        double_quant: Quantise the scales of nf4, too: 0.4 bits fewer a number.
         adapter: Folders of adapters to add up, FOLDER or FOLDER:FACTOR; model_path may itself be one.
     """
 
@@ -34,6 +35,7 @@ class GenerateOptions(SamplingOptions):
     output_dir: PathText = "outputs/generate"
     device: Device = "auto"
     quantize: Literal["nf4", "int8"] | None = None
+    double_quant: bool = False
     adapter: list[PathText] = field(default_factory=list)
 
 
@@ -60,6 +62,8 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
         raise GenerateError(
             "mode edit redraws a picture, and none is given. Fix: --image a.png, or --mode image"
         )
+    if o.double_quant and o.quantize != "nf4":
+        raise GenerateError("double_quant needs quantize nf4. Fix: --quantize nf4, or leave double_quant out")
     from unigen.inference.inferencer import InterleaveInferencer
     from unigen.inference.options import check_sampling
     from unigen.inference.requests import sample_of
@@ -74,7 +78,9 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
         empty.trained_in = parse_adapter(adapters[-1])[0]
     requests = InterleaveInferencer(empty).requests
     requests.prepare([prompt], OUTPUTS[o.mode], o)
-    inferencer = InterleaveInferencer.from_pretrained(base, o.device, adapters=adapters, quantize=o.quantize)
+    inferencer = InterleaveInferencer.from_pretrained(
+        base, o.device, adapters=adapters, quantize=o.quantize, double_quant=o.double_quant
+    )
     inferencer.requests = requests  # which has told what there is to tell
     return prompt, inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
 

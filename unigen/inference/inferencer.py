@@ -116,12 +116,15 @@ class InterleaveInferencer:
         dtype: torch.dtype | None = None,
         adapters: Sequence[str | Path] = (),
         quantize: str | None = None,
+        double_quant: bool = False,
     ) -> InterleaveInferencer:
         """Loads a checkpoint folder, or an adapter's over its base; bfloat16 on a GPU, float32 on a CPU
-        unless ``dtype`` says otherwise. ``adapters`` are added up: ``FOLDER`` or ``FOLDER:FACTOR``."""
+        unless ``dtype`` says otherwise. ``adapters`` are added up: ``FOLDER`` or ``FOLDER:FACTOR``;
+        ``quantize`` and ``double_quant`` as :func:`load_bagel`."""
         place = pick_device(device)
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-        return cls(load_bagel(folder, place, dtype, adapters=adapters, quantize=quantize))
+        bits = {"quantize": quantize, "double_quant": double_quant}
+        return cls(load_bagel(folder, place, dtype, adapters=adapters, **bits))
 
     def use_adapters(self, *factors: float) -> None:
         """How much of each loaded adapter takes part from now on, in the order in which they were loaded; 0
