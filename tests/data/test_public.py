@@ -205,6 +205,12 @@ def test_a_known_data_set_is_answered_with_a_line_that_works(hint, tmp_path: Pat
     assert parse_with_fields(record, Origin(tmp_path / "d.jsonl"), ReadOptions.of(options), addresses=True)
 
 
+def test_a_text_alone_is_told_its_format() -> None:
+    with pytest.raises(BadRecord) as caught:
+        parse_with_fields({"text": "a"}, Origin(Path("d.jsonl")))
+    assert '"sequence"' in caught.value.fix and "did you mean" not in caught.value.fix
+
+
 @pytest.mark.parametrize(
     "record", [{"colour": "a", "shape": "b"}, {"question": "a"}, {"image": "a.png", "label": 3}]
 )

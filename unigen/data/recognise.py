@@ -107,7 +107,9 @@ def _nearest_fix(record: Json, formats: Mapping[str, Format]) -> str:
     if record.get("image_path") is not None:
         return "add a text_prompt (the image is the target) or a caption (the text is the target)"
     if record.get("image") is not None:
-        return "add captions (the image is the target) or conversations"
+        return "add a text (the image is the target), or conversations about it"
+    if record.get("text") is not None:
+        return 'a text alone is learnt as {"sequence": [{"type": "text", "content": ...}]} (format 6)'
     for name in islice(record, 20):
         near = nearest(name[:100], _known(formats))
         if near:
