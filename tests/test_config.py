@@ -37,6 +37,7 @@ def test_every_option_is_a_flag_and_a_key(tmp_path):
     samples = {bool: ("true", True), int: ("7", 7), float: ("0.5", 0.5), str: ("x", "x")}
     samples[list[str]] = ("[a, b]", ["a", "b"])
     samples[dict[str, str]] = ("{a: b}", {"a": "b"})
+    samples[tuple[float, float]] = ("[0.5, 4.0]", (0.5, 4.0))
     sources = ("[{path: a.jsonl, weight: 2}]", [{"path": "a.jsonl", "weight": 2}])
     hints = get_type_hints(Config)
     for field in dataclasses.fields(Config):

@@ -63,6 +63,7 @@ TINY = {
     "cache": "--max_image_tokens 16 --device cpu",
     "watch": "--once",
     "ckpt": "",
+    "plan": "",
 }
 TINY_ARGUMENTS = [("outputs/unified_training/step_1000", "outputs/unified_training/step_1")]
 # Commands that name these are made for a tiny model: they run as they stand.

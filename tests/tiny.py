@@ -15,8 +15,9 @@ from unigen.runs.signals import SignalHandler
 from unigen.sequence.images import to_image
 from unigen.training.engine import open_engine
 from unigen.training.run import build
-from unigen.training.step import Counts, StepResult, warm_up
+from unigen.training.step import Counts, StepResult
 from unigen.training.trainer import TrainingLoop, open_tracker
+from unigen.training.warm_up import warm_up
 
 # Latents of 2 x 2 to 4 x 4 tokens and ViT grids of 2 x 2: a step takes a few hundredths of a second.
 SMALL = {

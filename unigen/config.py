@@ -67,15 +67,16 @@ class Config(
         # the same choice under two names; resolve() tells where they differ
         self.quantize = self.quantize or _MODES[self.model_load_mode]
 
-    def resolve(self) -> Config:
-        """Checks what can be checked without touching a file, and returns itself.
+    def resolve(self, data: bool = True) -> Config:
+        """Checks what can be checked without touching a file, and returns itself. Without ``data`` no
+        training data need be named.
 
         Raises:
             ConfigError: an option is missing or out of range, or two exclude each other.
         """
         self.reread()
         for refused, name, problem in conflicts(self):
-            if refused:
+            if refused and (data or name != "train_data_path"):
                 raise ConfigError(f"{name} {problem} (--{name} ...)")
         self.asked_precision()
         self.sources()

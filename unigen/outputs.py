@@ -25,9 +25,11 @@ _KEPT = re.compile(
     r"|ckpt|gguf|onnx|h5|hdf5|npy|npz|pkl|pickle|msgpack|model|db|sqlite|[lm]db|lance|png|jpe?g|webp|gif|bmp"
     r"|tiff?|avif|heic|jp2|psd|mp4|mov|avi|mkv|webm|mp3|wav|flac|pdf)"
 )
-# How a file begins that a command wrote: a page names it as its generator, JSON as its first key.
+# How a file begins that a command wrote: a page names it as its generator, JSON as its first key, YAML in its
+# first line.
 _MARK = re.compile(
-    rb'(?:<!doctype html>.{0,400}?<meta name="generator" content=|\{\s*"generator": )"(unigen [a-z]+)"',
+    rb'(?:<!doctype html>.{0,400}?<meta name="generator" content=|\{\s*"generator": |# generator: )'
+    rb'"(unigen [a-z]+)"',
     re.DOTALL,
 )
 

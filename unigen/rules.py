@@ -119,6 +119,13 @@ def _at_odds(c: Any) -> Rules:
         f"is {c.weight_decay}: times the learning rate of {c.learning_rate} a step takes away more than"
         " there is. Fix: a smaller one",
     )
+    for name in ("expect_text_loss", "expect_image_loss"):
+        low, high = getattr(c, name) or (0.0, 0.0)
+        yield (
+            low > high,
+            name,
+            f"is {low:g} to {high:g}, which nothing lies in. Fix: the smaller number first",
+        )
     yield (
         c.optimizer == "adamw8bit" and c.engine == "deepspeed",
         "optimizer",

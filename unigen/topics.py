@@ -337,6 +337,11 @@ class RunOptions(Options):
         seed: Seed of everything random.
         device: auto, cpu, cuda, or one GPU such as cuda:1.
         dry_run: Do everything up to the first step, then stop.
+        expect_text_loss: Least and greatest text loss that the first packed sequence may have; recipes of
+            trained models say it. Default: any.
+        expect_image_loss: The same of the image loss.
+        preflight: Where the first packed sequence says that the weights are not what they should be: stop, or
+            warn and go on.
     """
 
     output_dir: PathText = "outputs/unified_training"
@@ -362,6 +367,9 @@ class RunOptions(Options):
     seed: Seed = 42
     device: Device = "auto"
     dry_run: bool = False
+    expect_text_loss: tuple[NotNegative, NotNegative] | None = None
+    expect_image_loss: tuple[NotNegative, NotNegative] | None = None
+    preflight: Literal["stop", "warn"] = "stop"
 
 
 @dataclass

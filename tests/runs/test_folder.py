@@ -285,14 +285,14 @@ def test_the_heartbeats_of_a_start_become_those_of_the_run(options: dict[str, An
     seen: list[Any] = []
     warm_up = trainer_module.warm_up
 
-    def looked(*given: Any) -> None:
+    def looked(*given: Any) -> Any:
         (found,) = find_runs([str(folder)])
         run = RunFolder(found)
         deadline = time.monotonic() + 60
         while not run.ranks and time.monotonic() < deadline:
             run.update()
         seen.append((run.ranks[0].phase, diagnose(run).name, (folder / "ranks").exists()))
-        warm_up(*given)
+        return warm_up(*given)
 
     monkeypatch.setattr(trainer_module, "warm_up", looked)
     UnifiedTrainer(Config(**options)).train()

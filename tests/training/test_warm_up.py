@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unigen.config import Config, UserError
 from unigen.model.weights import load_bagel, nonfinite
-from unigen.training import step as passes
+from unigen.training import warm_up as passes
 from unigen.training.guards import TrainingStopped
 from unigen.training.trainer import TrainingLoop, UnifiedTrainer
 
@@ -253,6 +254,81 @@ def test_a_warm_up_batch_without_gradient_is_fine_where_other_records_have_one(
         assert "nothing to learn" not in caplog.text
         UnifiedTrainer(Config(**options | {"output_dir": str(tmp_path / "all")})).train()
     assert "No gradient in the warm-up batch: " in caplog.text and "generation expert" in caplog.text
+
+
+# ---- preflight: are these the weights that they should be?
+
+
+def said_of(
+    text: float | None, image: float | None, large: bool = False, **options: Any
+) -> list[tuple[str, bool]]:
+    return list(passes.doubts(Config(**options), 152_064, large, text, image))
+
+
+BAND: dict[str, Any] = {"expect_text_loss": (0.1, 4.0), "expect_image_loss": (0.1, 1.2)}
+
+
+def test_losses_of_a_model_that_knows_nothing_are_grave_where_it_should_know():
+    assert not said_of(1.0, 0.4, **BAND) and not said_of(1.0, 0.4, large=True)
+    ((problem, grave),) = said_of(11.9, None, large=True)
+    assert grave and "knows no text" in problem and "11.93" in problem and "Fix: " in problem
+    ((_, grave),) = said_of(11.9, None)
+    assert not grave, "a small model may begin with random weights"
+    text, image = said_of(11.9, 2.0, **BAND)
+    assert text[1] and image[1] and "latents are not those" in image[0]
+    ((problem, grave),) = said_of(6.0, 0.4, **BAND)
+    assert grave and "expect_text_loss 0.1 to 4" in problem
+    assert not said_of(6.0, 2.0, large=True), "without a band only chance itself is grave"
+
+
+def test_a_run_stops_at_losses_outside_of_its_band_and_goes_on_with_the_flag(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    with pytest.raises(TrainingStopped, match=r"first image loss is .*Fix: .*--preflight warn"):
+        UnifiedTrainer(Config(**options | {"expect_image_loss": (0.1, 0.2)})).train()
+    assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
+    with caplog.at_level("INFO"):
+        more = {"expect_image_loss": (0.1, 0.2), "preflight": "warn"}
+        assert UnifiedTrainer(Config(**options | more)).train()
+    assert (
+        "Preflight: " in caplog.text and "expect_image_loss" in caplog.text
+    ) or "cannot draw" in caplog.text
+    more = {"expect_image_loss": (0.1, 0.2), "resume_from_checkpoint": "auto", "max_steps": 3}
+    assert UnifiedTrainer(Config(**options | more)).train(), "a run that goes on has other losses"
+
+
+def test_the_demo_s_and_other_random_weights_train_and_are_told(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    texts = write_jsonl(tmp_path / "texts.jsonl", [text("What?", " ".join(["word"] * 60))])
+    with caplog.at_level("INFO"):
+        assert UnifiedTrainer(Config(**options | {"train_data_path": str(texts)})).train()
+    assert "right where it trains from random weights" in caplog.text
+
+
+def test_a_tensor_that_trains_and_that_no_loss_depends_on_stops_the_run(options: dict[str, Any]):
+    trainer = built(**options)
+    lost = torch.nn.Parameter(torch.ones(3))
+    trainer.engine._optimised["connector.lost.weight"] = lost
+    with pytest.raises(TrainingStopped, match=r"1 tensors are to be trained.*connector\.lost\.weight.*Fix: "):
+        take_warm_up(trainer)
+
+
+def test_tensors_without_gradient_are_named_but_for_the_a_of_adapters():
+    found = {
+        "language_model.model.layers.0.mlp.up_proj.lora_A.default.weight": False,
+        "language_model.model.layers.0.mlp.up_proj.lora_B.default.weight": True,
+        "connector.fc1.weight": True, "connector.fc2.weight": False, "vit_model.x.weight": False,
+    }  # fmt: skip
+    still = passes._without_gradient(found)
+    assert still[0] == "vit_model" and len(still) == 2 and "connector.fc2.weight" in still[1]
+
+
+def test_what_trains_is_told_with_its_rates(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        built(**options, learning_rate_vit=5e-5)
+    (line,) = [line for line in caplog.messages if line.startswith("Model: ")]
+    assert re.search(r"vit_model [\d,]+ at 5e-05", line) and re.search(r"generation expert [\d,]+ at ", line)
 
 
 def test_weights_that_are_not_finite_are_named_before_training_and_by_who_asks(

@@ -61,6 +61,12 @@ COMMANDS: dict[str, Command] = {
         positional="paths",
         short={"n": "samples"},
     ),
+    "plan": Command(
+        "unigen.commands.plan.options:PlanOptions",
+        "unigen.commands.plan.command:plan",
+        "Tell what a training would take, and what to change where that does not fit.",
+        "unigen plan --model_path models/BAGEL-7B-MoT --gpus 1 --gpu_memory 24GB --config recipe.yaml",
+    ),
     "fetch": Command(
         "unigen.commands.fetch.command:FetchOptions",
         "unigen.commands.fetch.command:fetch",

@@ -90,10 +90,20 @@ def load_planner(folder: str | Path | None, options: DataOptions) -> Planner:
         return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options)
     folder = Path(folder)
     check_side_files(folder)
-    # configs and tokenizer alone will do, where config.json says the sizes
-    held = any(folder.glob("*.safetensors*"))
+    return read_shape(folder).planner(Tokenizer.load(folder), options)
+
+
+def read_shape(folder: Path, options: DataOptions | None = None) -> BagelConfig:
+    """The shape of a checkpoint folder's model, without the parts that ``options`` leave out. Config files
+    alone will do, where config.json says the sizes.
+
+    Raises:
+        CheckpointFolderError: as :func:`unigen.model.config.read_config`.
+    """
+    held = folder.is_dir() and any(folder.glob("*.safetensors*"))
     shapes = {name: stored.shape for name, stored in scan_folder(folder).items()} if held else {}
-    return read_config(folder, shapes).planner(Tokenizer.load(folder), options)
+    parts = {} if options is None else {name: getattr(options, name) for name in ("visual_gen", "visual_und")}
+    return read_config(folder, shapes, **parts)
 
 
 def load_bagel(

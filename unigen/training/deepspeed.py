@@ -205,7 +205,7 @@ class DeepSpeed(Engine):
         (total,) = self.sum([float(squared_norm(self._gradients()))])
         return total**0.5 / self.scale.scale
 
-    def learning(self) -> dict[str, bool]:
+    def gradients(self) -> dict[str, bool | None]:
         return {}  # its gradients lie in buffers of all parts
 
     def step(self, lr: float, norm: float) -> None:

@@ -29,7 +29,7 @@ from unigen.model.adapters import NAME
 from unigen.model.backends import autocast, pick_device, prefer_flash, use_expandable_segments, use_tf32
 from unigen.model.bagel import Bagel, Output
 from unigen.model.lora import check_same_parts, digest_of
-from unigen.model.parts import dtype_of, is_adapter, title
+from unigen.model.parts import dtype_of, is_adapter
 from unigen.model.storage import Stored, scan_folder
 from unigen.model.weights import build_bagel, load_codec, place_parameter
 from unigen.runs.channel import Channel
@@ -245,13 +245,16 @@ class Engine:
         """2-norm of the whole gradient, the same number on every process."""
         return float(squared_norm(self._gradients())) ** 0.5 / self.scale.scale
 
-    def learning(self) -> dict[str, bool]:
-        """Does a part of the model that trains (by its title) have a gradient? The same on every process;
-        empty where the engine cannot say."""
-        parts = dict.fromkeys(map(title, self._optimised), 0.0)
-        for name, p in self._optimised.items():
-            parts[title(name)] += p.grad is not None and bool(p.grad.any())
-        return {part: n > 0 for part, n in zip(parts, self.sum(list(parts.values())), strict=True)}
+    def gradients(self) -> dict[str, bool | None]:
+        """Has each parameter that trains a gradient that is not zero? None where it has none at all. The same
+        on every process; empty where the engine cannot say."""
+        held = [p.grad for p in self._optimised.values()]
+        there = self.sum([float(grad is not None) for grad in held])
+        some = self.sum([float(grad is not None and bool(grad.any())) for grad in held])
+        return {
+            name: n > 0 if known else None
+            for name, known, n in zip(self._optimised, there, some, strict=True)
+        }
 
     def step(self, lr: float, norm: float) -> None:
         """An update with the gradient, whose norm is ``norm``, clipped to ``max_grad_norm``; the gradient is

@@ -21,7 +21,7 @@ from unigen.data.loader import LoaderState, PackStream, RankSlice, default_worke
 from unigen.model.adapters import is_adapter_folder, read_adapter
 from unigen.model.bagel import Bagel
 from unigen.model.lora import check_fits
-from unigen.model.parts import title
+from unigen.model.parts import rated_part, title
 from unigen.model.source import Source
 from unigen.model.storage import CheckpointFolderError, Stored
 from unigen.model.weights import nonfinite, refuse_nonfinite, side_files
@@ -49,6 +49,7 @@ from unigen.training.ema import EMA
 from unigen.training.engine import Engine
 from unigen.training.evaluate import Evaluation, open_evaluation
 from unigen.training.guards import BadStepGuard
+from unigen.training.optim import rate_of
 from unigen.training.precision import stored_precision, tell_change
 from unigen.training.prepare import tell_compiling, tell_quantising, tell_weights
 from unigen.training.preserve import Teacher
@@ -413,14 +414,17 @@ def _describe(run: Run) -> None:
     """Logs what trains, on what, and what the disk will be asked for."""
     c, engine, shards = run.config, run.engine, run.engine.shards()
     parts: dict[str, int] = {}
+    rate: dict[str, float] = {}
     for shard in shards:
         if shard.trains:
-            parts[title(shard.name)] = parts.get(title(shard.name), 0) + shard.numel
+            part = title(shard.name)
+            parts[part] = parts.get(part, 0) + shard.numel
+            rate[part] = c.learning_rate * rate_of(c, rated_part(shard.name))
     log.info(
         "Model: %s parameters, %s train (%s)",
         f"{sum(shard.numel for shard in shards):,}",
         f"{sum(parts.values()):,}",
-        ", ".join(f"{part} {count:,}" for part, count in parts.items()),
+        ", ".join(f"{part} {count:,} at {rate[part]:g}" for part, count in parts.items()),
     )
     log.info(
         "Run: %d steps on %d process(es) (%s), %s, %s; from step %d",

@@ -1,4 +1,4 @@
-"""The training step on one screen: forward, losses, backward, guard, update; and the passes beside it.
+"""The training step on one screen: forward, losses, backward, guard, update.
 
 The losses are sums over all targets of an optimiser step, divided by their global count. Text: cross-entropy,
 mean over all label tokens. Images: squared error of the velocity, mean over the channels of a token, then
@@ -9,7 +9,6 @@ nothing (:class:`Counts` are the denominators).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,19 +17,12 @@ import torch
 from torch import Tensor
 
 from unigen.config import Config
-from unigen.data.loader import LoaderState, MicroBatch, PackStream
+from unigen.data.loader import MicroBatch
 from unigen.model.bagel import Output
-from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Pack
 from unigen.training import preserve
 from unigen.training.engine import Engine
-from unigen.training.failures import LESS_MEMORY
-from unigen.training.guards import TrainingStopped
 from unigen.training.run import Run
-
-log = logging.getLogger("unigen")
-
-_LOOKED_AT = 64  # records in which other targets are looked for, where the warm-up batch gave no gradient
 
 
 @dataclass(frozen=True)
@@ -171,119 +163,3 @@ def joint_loss(
 ) -> Tensor:
     """A packed sequence's part of the step's loss, a scalar: both sums over the step's global counts."""
     return text_weight * text_sum / (counts.text or 1) + image_weight * image_sum / (counts.image or 1)
-
-
-# ---- beside the step
-
-
-def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1) -> None:
-    """Takes the largest packed sequence forward and backward, so that memory runs out now or never.
-
-    Where a step has several ``micro_batches`` on each process it goes twice: the second forward runs while
-    the first one's gradients are held. Nothing of it stays.
-
-    Raises:
-        TrainingStopped: it does not fit into the memory of the device, its loss or gradient is not finite, or
-            nothing learns from the data.
-    """
-    pack = stream.build_largest().pack
-    packs, peaks, sums = [pack] * min(micro_batches, 2), [], torch.zeros(4)
-    try:
-        held = _moments_to_come(engine)
-        _restart_peak(engine.device)
-        for found in forward_backward(engine, packs, Counts.of(packs), engine.config):
-            sums = found
-            peaks.append(_restart_peak(engine.device))
-    except torch.OutOfMemoryError as error:
-        which = "" if len(packs) == 1 else f" as micro-batch {len(peaks) + 1} of a step"
-        raise TrainingStopped(
-            f"The largest packed sequence, {len(pack):,} tokens, does not fit{which} into the memory of"
-            f" {engine.device} ({str(error).splitlines()[0]}). Fix: {LESS_MEMORY}"
-        ) from error
-    del held
-    _look_at_numbers(engine, stream, pack, sums)
-    engine.discard()
-    twice = "" if len(packs) == 1 else " twice, as two micro-batches of a step"
-    took = " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks)
-    log.info(
-        "Warm-up batch: %s tokens of %d sample(s) went forward and backward%s%s",
-        f"{len(pack):,}",
-        pack.n_samples,
-        twice,
-        f", at most {took}" if engine.device.type == "cuda" else "",
-    )
-
-
-def _look_at_numbers(engine: Engine, stream: PackStream, pack: Pack, sums: Tensor) -> None:
-    """Raises TrainingStopped where the warm-up batch's numbers promise no training; says which part gets no
-    gradient from it."""
-    losses, norm = engine.sum(sums.tolist()), engine.grad_norm()
-    finite = all(map(math.isfinite, losses))
-    # in fp16 a gradient may overflow until the loss scale has been lowered
-    if not finite or not (math.isfinite(norm) or engine.precision.name == "fp16"):
-        raise TrainingStopped(
-            f"the warm-up batch's {'gradient' if finite else 'loss'} is not finite, though the weights are"
-            f" (records {', '.join(pack.origins[:3])}). Fix: --precision bf16 or fp32, or mend these records"
-        )
-    still = [part for part, learns in engine.learning().items() if not learns]
-    if norm == 0:
-        kinds = {(pack.n_text_labels > 0, pack.n_image_targets > 0)}
-        for other in _other_targets(stream, kinds):
-            engine.discard()
-            for _ in forward_backward(engine, [other], Counts.of([other]), engine.config):
-                pass
-            if engine.grad_norm() != 0:
-                return
-        raise TrainingStopped(_nothing_learns(engine.config, kinds))
-    if still and engine.main:
-        log.info("No gradient in the warm-up batch: %s (as where it has no targets for it)", ", ".join(still))
-
-
-def _other_targets(stream: PackStream, kinds: set[tuple[bool, bool]]) -> Iterator[Pack]:
-    """Packed sequences of single records whose targets (texts, pictures) are of other kinds than those in
-    ``kinds``, to which they are added. Of many records some, spread over all, are looked at."""
-    total = stream.mixture.total
-    for record in range(0, total, -(-total // _LOOKED_AT)):
-        key = RandomKey(stream.mixture.seed, 0, record, training=False, all_clean_copies=True)
-        pack = stream.build_samples([key], LoaderState()).pack
-        kind = (pack.n_text_labels > 0, pack.n_image_targets > 0)
-        if kind not in kinds:
-            kinds.add(kind)
-            yield pack
-
-
-def _nothing_learns(config: Config, kinds: set[tuple[bool, bool]]) -> str:
-    texts, pictures = (any(kind[i] for kind in kinds) for i in (0, 1))
-    what = " and ".join(n for n, there in (("texts", texts), ("pictures", pictures)) if there) or "nothing"
-    reasons = {
-        "text_loss_weight": texts and config.text_loss_weight == 0,
-        "image_loss_weight": pictures and config.image_loss_weight == 0,
-        "freeze_und": config.freeze_und and not pictures,
-        "freeze_llm": config.freeze_llm and not pictures,
-    }
-    named = [name for name, there in reasons.items() if there]
-    words = {"text_loss_weight": "text_loss_weight is 0", "image_loss_weight": "image_loss_weight is 0"}
-    why = " and ".join(words.get(name, f"{name} is on") for name in named)
-    fix = ", ".join(f"--{n} 1" if n in words else f"drop --{n}" for n in named)
-    return (
-        f"nothing to learn: the data has {what} as targets{f', and {why}' if why else ''}; every gradient is"
-        f" zero. Fix: {fix or 'train other parts'}, or add records with other targets"
-    )
-
-
-def _moments_to_come(engine: Engine) -> list[Tensor]:
-    """Memory of the size of AdamW's two moments, made at its first step; none where a resume brought them."""
-    if engine.device.type != "cuda" or engine.optimizer.state:
-        return []
-    dtype = torch.uint8 if engine.config.optimizer == "adamw8bit" else torch.float32
-    trained = [shard.value for shard in engine.shards() if shard.trains]
-    return [torch.empty_like(value, dtype=dtype) for value in trained for _ in range(2)]
-
-
-def _restart_peak(device: torch.device) -> int:
-    """The most bytes of a GPU's memory that tensors took since the last call; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak

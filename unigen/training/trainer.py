@@ -30,9 +30,11 @@ from unigen.training.engine import open_engine
 from unigen.training.evaluate import told
 from unigen.training.failures import explain, lost_process
 from unigen.training.guards import Diverged, TrainingStopped
+from unigen.training.memory_plan import compared
 from unigen.training.optim import learning_rate_at, rates
 from unigen.training.run import Run, build
-from unigen.training.step import Counts, StepResult, train_step, warm_up
+from unigen.training.step import Counts, StepResult, train_step
+from unigen.training.warm_up import WarmUp, warm_up
 
 log = logging.getLogger("unigen")
 
@@ -70,15 +72,30 @@ class UnifiedTrainer:
                         log.info("%s", nothing_left(run))
                         return {}
                     with self.signals.phase("warm-up batch", breakable=True):
-                        warm_up(engine, run.stream, run.rank_slice.micro_batches)
+                        fresh = run.resumed is None
+                        warmed = warm_up(engine, run.stream, run.rank_slice.micro_batches, fresh)
                     if self.config.dry_run:
                         log.info("Dry run: everything is ready; nothing was trained")
                         return {}
                     run.begin()
-                    return TrainingLoop(run, open_tracker(run)).train()
+                    metrics = TrainingLoop(run, open_tracker(run)).train()
+                    tell_memory(run, warmed)
+                    return metrics
             except Stopped:
                 self.stopped = True
                 return {}
+
+
+def tell_memory(run: Run, warmed: WarmUp) -> None:
+    """Says what memory the run took at most, and what was planned."""
+    device, peak = run.engine.device, warmed.peak
+    if not run.engine.main:
+        return
+    if device.type == "cuda":
+        peak = max(peak, torch.cuda.max_memory_allocated(device))
+    engine = (device.type, run.engine.world, run.engine.dtype)
+    if told := compared(run.model.config, run.config, engine, warmed.load, peak):
+        log.info("%s", told)
 
 
 def nothing_left(run: Run) -> str:

@@ -1,0 +1,154 @@
+"""A plan as text, as JSON and as a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from unigen.commands.plan.changes import Changed, Outcome
+from unigen.config import Config
+from unigen.show.figures import figure, size
+from unigen.show.language import Words
+from unigen.show.terminal import line, notices, table
+
+if TYPE_CHECKING:
+    from unigen.commands.plan.options import PlanOptions
+    from unigen.show.terminal import RenderableType
+
+PARTS = (
+    *("weights", "moments", "average", "gradients", "activations"),
+    *("work", "copy", "teacher", "vae", "program", "fragments"),
+)
+
+
+def report(outcome: Outcome, facts: dict[str, Any], words: Words) -> Iterator[RenderableType]:
+    """What the terminal shows of a plan, part by part; ``facts`` are those of :func:`command.show`."""
+    plan, load = outcome.plan, outcome.load
+    yield line(
+        words(
+            "model",
+            parameters=plan.parameters,
+            trained=plan.trained,
+            precision=outcome.precision,
+            engine=outcome.engine,
+            gpus=facts["gpus"],
+        )
+    )
+    yield line(words("sequence", tokens=load.tokens, gen=load.gen, vit=load.patches, labels=load.labels))
+    yield ""
+    at_peak = plan.at_peak
+    rows = [[words(f"part_{name}"), size(at_peak[name])] for name in PARTS if at_peak.get(name)]
+    rows.append([words("sum"), size(plan.peak)])
+    yield line((f"== {words('device', point=words(f'point_{_key(plan.point)}'))} ==", "bold"))
+    yield table(("", ""), rows)
+    yield ""
+    yield line((f"== {words('host')} ==", "bold"))
+    host = [
+        [words(f"phase_{name}"), size(pinned), size(other)] for name, (pinned, other) in plan.host.items()
+    ]
+    yield table(("", words("pinned"), words("unpinned")), host)
+    yield ""
+    yield line(words("disk", each=size(plan.disk), best=size(plan.best)))
+    yield line(words("work", flop=figure(plan.flop / 1e12), tokens=plan.tokens))
+    if facts["seconds"] is not None:
+        card = facts["card"] or words("card")
+        speed = figure(plan.tokens / facts["seconds"])
+        yield line(
+            words(
+                "time",
+                s=figure(facts["seconds"]),
+                speed=speed,
+                share=100 * facts["share"],
+                card=card,
+                tflops=facts["tflops"],
+            )
+        )
+    yield ""
+    yield from _verdict(outcome, words)
+    if facts["auto"]:
+        yield line(f"-> {facts['auto']}")
+
+
+def _verdict(outcome: Outcome, words: Words) -> Iterator[RenderableType]:
+    room = outcome.room
+    if room is None:
+        yield line(words("no_room"))
+        return
+    left = room - outcome.plan.peak
+    if not outcome.changes:
+        verdict = words("fits", left=size(left)) if left >= 0 else words("too_much", by=size(-left))
+        yield line((verdict, "good" if left >= 0 else "bad"))
+        return
+    yield line((words("too_much", by=size(outcome.asked.peak - room)), "bad"))
+    key = "fits_with" if left >= 0 else "never"
+    said = words(key, left=size(left)) if left >= 0 else words(key, by=size(-left))
+    yield line((said, "good" if left >= 0 else "bad"))
+    yield notices(
+        [("note", f"{words(f'change_{name}')}: {flags(values)}") for name, values in outcome.changes]
+    )
+
+
+def _key(point: str) -> str:
+    return point.replace(" ", "_")
+
+
+def flags(values: Changed) -> str:
+    """Options as they are typed."""
+    said = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            said.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            shown = (
+                " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else value
+            )
+            said.append(f"--{name} {shown}")
+    return " ".join(said)
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """The plan as plain values, bytes as numbers."""
+    plan = outcome.plan
+    return {
+        "generator": "unigen plan",
+        "fits": outcome.fits if outcome.room is not None else None,
+        "room": outcome.room,
+        "peak": plan.peak,
+        "asked_peak": outcome.asked.peak,
+        "at": plan.point,
+        "device": plan.at_peak,
+        "points": {point: sum(found.values()) for point, found in plan.moments.items()},
+        "host": {phase: {"pinned": p, "unpinned": u} for phase, (p, u) in plan.host.items()},
+        "disk": {"step": plan.disk, "best": plan.best},
+        "parameters": plan.parameters,
+        "trained": plan.trained,
+        "parts": plan.parts,
+        "flop": plan.flop,
+        "tokens": plan.tokens,
+        "precision": outcome.precision,
+        "engine": outcome.engine,
+        "sequence": asdict(outcome.load),
+        "changes": [{"name": name, "options": values} for name, values in outcome.changes],
+    }
+
+
+def recipe(outcome: Outcome, options: PlanOptions) -> str:
+    """The recipe of what was planned: all that differs from the defaults."""
+    import yaml
+
+    config = outcome.config
+    defaults = {f.name: f.default if f.default is not MISSING else None for f in fields(Config)}
+    values = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    values.pop("model_load_mode", None)  # it says what quantize says
+    peak = size(outcome.plan.peak)
+    room = f" of {options.gpu_memory}" if options.gpu_memory else ""
+    verdict = "" if outcome.fits else " (DOES NOT FIT)"
+    lines = [
+        '# generator: "unigen plan"',
+        f"# Planned for {options.gpus} GPU(s): at most {peak}{room} each{verdict}; "
+        f"packed sequences of {outcome.load.tokens:,} tokens.",
+        "# unigen train --config THIS_FILE --train_data_path data/train.jsonl",
+        yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110),
+    ]
+    return "\n".join(lines)

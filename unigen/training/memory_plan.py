@@ -1,0 +1,546 @@
+"""What a training will take, before there is one: memory of the device at every point of a step, memory of
+the host, disk, work. From config files and options alone; the arithmetic of activations is in
+``model/sizes.py``.
+
+    weights + moments + average + VAE          always
+    gradients                                  grow with the backward pass; there from the second micro-batch
+    activations                                largest between forward and backward
+    work                                       of one layer, of the logits, of the optimiser, for a moment
+
+The plan is the largest sum over the points of a step. Training compares it with what it took
+(:func:`compared`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from unigen.config import Config, ConfigError
+from unigen.model.bagel import Bagel
+from unigen.model.codec import CODECS
+from unigen.model.config import BagelConfig
+from unigen.model.lora import targets_of, whole_of
+from unigen.model.parts import (
+    GEN,
+    dtype_of,
+    is_adapter,
+    is_embedding,
+    is_frozen,
+    is_linear,
+    title,
+)
+from unigen.model.quantise import BLOCK, is_quantised
+from unigen.model.sizes import (
+    CHUNK,
+    VAE_AT_ONCE,
+    VAE_PIXEL,
+    Half,
+    Load,
+    Widths,
+    half_of,
+    vit_kept,
+    work_of,
+)
+
+CONTEXT = 700_000_000  # bytes that CUDA and its libraries take of a GPU
+FRAGMENTS = 0.04  # of all tensors: what the allocator cannot give out again
+PROGRAM = 550_000_000  # bytes of `unigen train` on a CPU with a tiny model, measured (0.57 to 0.62 GB)
+HOST = 2_000_000_000  # bytes of a process that uses a GPU, with its libraries; an estimate
+PIECE = 1 << 27  # bytes of a tensor that are read at once, with their copy
+PINNED = 1 << 27  # of the two buffers that checkpoints go through
+SMALL = 4096  # numbers below which 8-bit moments stay in 32 bits
+BLOCK8 = 256  # numbers that share a scale in 8-bit moments
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter: how it is held, and whether it trains."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: float
+    trains: bool
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for side in self.shape:
+            n *= side
+        return n
+
+    @property
+    def gradient(self) -> float:
+        return self.nbytes if self.trains else 0.0
+
+    def moments(self, optimizer: str) -> float:
+        """Bytes of its two moments."""
+        if not self.trains:
+            return 0.0
+        low = optimizer == "adamw8bit" and not is_embedding(self.name) and self.numel >= SMALL
+        return self.numel * (2 + 8 / BLOCK8 if low else 8)
+
+
+def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Entry]:
+    """Every parameter of a model as a run with these options holds it.
+
+    Raises:
+        AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model.
+    """
+    bare = _bare(_Shape(model))
+    targets = targets_of(bare, config.lora_targets or ["gen"]) if config.lora_rank else ()
+    if config.lora_rank:
+        whole_of(bare, config.train_also or [])
+    found = []
+    for name, p in bare.named_parameters():
+        shape, module = tuple(p.shape), name.rpartition(".")[0]
+        held = float(p.numel() * dtype_of(name, config, computes).itemsize)
+        if config.quantize and name.endswith("weight") and is_quantised(module):
+            if config.quantize == "int8":
+                held = p.numel() + 4.0 * shape[0]
+            elif shape[1] % BLOCK == 0:
+                held = p.numel() * (0.5 + (1 / BLOCK + 4 / BLOCK / 256 if config.double_quant else 4 / BLOCK))
+        found.append(Entry(name, shape, held, not is_frozen(name, config)))
+        if module in targets and name.endswith("weight"):
+            rank = config.lora_rank or 0
+            low = {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)}
+            if config.lora_variant == "dora":
+                low["lora_magnitude_vector"] = (shape[0],)
+            for mark, size in low.items():
+                own = f"{module}.{mark}.default.weight"
+                found.append(Entry(own, size, 4.0 * torch.Size(size).numel(), True))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """A config as a key: equal where models have the same parameters."""
+
+    config: BagelConfig
+
+    def _key(self) -> str:
+        c = self.config
+        return repr((c.visual_gen, c.visual_und, c.to_dict()))
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shape) and self._key() == other._key()
+
+
+@cache
+def _bare(shape: _Shape) -> Bagel:
+    """The model, its parameters nowhere."""
+    with torch.device("meta"):
+        return Bagel(shape.config)
+
+
+@cache
+def _codec_numbers(shape: _Shape) -> int:
+    """Parameters of the VAE."""
+    vae = shape.config.vae
+    with torch.device("meta"):
+        codec: Any = CODECS[vae.type](vae)
+    return sum(p.numel() for p in codec.parameters()) if isinstance(codec, torch.nn.Module) else 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs."""
+
+    kind: str = "cuda"  # or cpu
+    world: int = 1  # processes, one a GPU
+    engine: str = "single"  # or ddp, fsdp2
+    shards: int = 1  # processes that share one copy of the model
+    offload: bool = False
+    computes: torch.dtype = torch.bfloat16
+
+    @classmethod
+    def of(cls, config: Config, kind: str, world: int, computes: torch.dtype) -> Machine:
+        """What the options make of ``world`` processes.
+
+        Raises:
+            ConfigError: the engine is deepspeed, or ``shard_size`` does not divide the processes.
+        """
+        engine = config.engine if config.engine != "auto" else "ddp" if world > 1 else "single"
+        if engine == "deepspeed":
+            raise ConfigError(
+                "engine deepspeed is not planned: its JSON decides what it holds. Fix: --engine fsdp2"
+            )
+        if engine == "single" and world > 1:
+            raise ConfigError("engine is single, with several GPUs. Fix: --engine ddp or fsdp2, or --gpus 1")
+        shards = (config.shard_size or world) if engine == "fsdp2" else 1
+        if world % shards:
+            raise ConfigError(f"shard_size is {shards}, which does not divide {world}. Fix: --shard_size ...")
+        engine = "single" if engine == "ddp" and world == 1 else engine
+        return cls(kind, world, engine, shards, config.cpu_offload, computes)
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes of each process, but for ``disk``."""
+
+    moments: dict[str, dict[str, float]]  # point of a step -> what lies in the device's memory then
+    host: dict[str, tuple[float, float]]  # phase -> pinned and other memory of the host
+    disk: float  # of a checkpoint, all processes together
+    best: float  # of best/, which holds weights alone
+    trained: int
+    parameters: int
+    parts: dict[str, int] = field(default_factory=dict)  # title -> numbers that train
+    flop: float = 0.0  # of a step, all processes together
+    tokens: int = 0  # of a step, all processes together
+
+    @property
+    def point(self) -> str:
+        """The point of a step with the peak."""
+        return max(self.moments, key=lambda point: sum(self.moments[point].values()))
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        return self.moments[self.point]
+
+    @property
+    def peak(self) -> float:
+        return sum(self.at_peak.values())
+
+
+def plan_memory(model: BagelConfig, config: Config, load: Load, machine: Machine) -> MemoryPlan:
+    """What a training takes.
+
+    Args:
+        model: shape of the model.
+        config: options of the run.
+        load: its largest packed sequence.
+        machine: where it runs.
+
+    Raises:
+        AdapterError: as :func:`census`.
+    """
+    return _Planner(model, config, load, machine).plan()
+
+
+class _Planner:
+    """The terms of one plan, and their sums."""
+
+    def __init__(self, model: BagelConfig, config: Config, load: Load, machine: Machine):
+        self.model, self.config, self.load, self.machine = model, config, load, machine
+        self.c = machine.computes.itemsize
+        self.entries = census(model, config, machine.computes)
+        self.widths = Widths.of(model.llm, self.c)
+        self.policy = config.checkpointing_policy if config.gradient_checkpointing else "none"
+        self.gpu = machine.kind == "cuda"
+        self.copied = not self.gpu and load.samples > 1 and load.gen > 0  # see sdpa.Groups.moves
+        self.trained = [entry for entry in self.entries if entry.trains]
+        prefix = "language_model.model.layers."
+        self.layers: list[list[Entry]] = [[] for _ in range(model.llm.num_hidden_layers)]
+        self.root: list[Entry] = []  # what is no layer of the decoder nor of the ViT
+        self.vit: list[Entry] = []
+        for entry in self.entries:
+            if entry.name.startswith(prefix):
+                self.layers[int(entry.name.removeprefix(prefix).split(".")[0])].append(entry)
+            elif ".encoder.layers." in entry.name:
+                self.vit.append(entry)
+            else:
+                self.root.append(entry)
+        self.kept = [self._kept(i, self.policy) for i in range(len(self.layers))]
+        self.patch = self._vit_kept(self.policy)
+
+    # ---- activations
+
+    def _halves(self, i: int) -> tuple[Half, Half]:
+        layer = f"language_model.model.layers.{i}."
+        trains = {entry.name: entry.shape for entry in self.layers[i] if entry.trains}
+        recorded, low = self._recorded(), self.config.quantize == "int8"
+        return (
+            half_of(layer, trains, False, recorded and not self.config.freeze_und, low),
+            half_of(layer, trains, True, recorded, low),
+        )
+
+    def _recorded(self) -> bool:
+        """Does a gradient come through the decoder?"""
+        behind = ("language_model.lm_head", "language_model.model.norm", "llm2vae")
+        return any(not entry.name.startswith(behind) for entry in self.trained)
+
+    def _kept(self, i: int, policy: str) -> float:
+        """Bytes that layer ``i`` keeps for the backward pass."""
+        if not self._recorded():
+            return 0.0
+        und, gen = (self.widths.kept(half, policy, self.copied) for half in self._halves(i))
+        kept = float(und * self.load.und + gen * self.load.gen)
+        return kept if policy == "full" else kept + self._lowered(self.layers[i])
+
+    def _lowered(self, entries: Sequence[Entry]) -> float:
+        """Bytes of the copies of matrices that autocast makes in the dtype of products."""
+        if self.c == 4:
+            return 0.0
+        found = [e for e in entries if len(e.shape) == 2 and e.nbytes == 4 * e.numel and is_linear(e.name)]
+        return float(sum(self.c * e.numel for e in found))
+
+    def _vit_kept(self, policy: str) -> float:
+        if not self.model.visual_und or not any(e.trains for e in self.entries if "vit_model" in e.name):
+            return 0.0
+        layers = self.model.vit.num_hidden_layers - 1
+        kept = layers * vit_kept(self.model.vit, self.c, policy) * self.load.patches
+        return kept if policy == "full" else kept + self._lowered(self.vit)
+
+    def _logits(self, back: bool) -> float:
+        """Bytes of the logits that are there at once: as computed, in float32, their logarithm, its
+        gradient."""
+        n = min(self.load.labels, CHUNK)
+        return float(n * self.model.llm.vocab_size * (self.c * (self.c < 4) + 8 + 4 * back))
+
+    def _forward_work(self) -> float:
+        """Of the larger half, while a layer's MLP runs."""
+        w = self.widths
+        return max(self.load.und, self.load.gen) * (4 * w.c * w.I + 6 * w.D)
+
+    def _backward_work(self, i: int) -> float:
+        w, tokens = self.widths, (self.load.und, self.load.gen)
+        again = self._kept(i, "none") if self.policy == "full" else 0.0
+        if self.policy == "selective" and self._recorded():  # one part of one half at a time
+            parts = zip(tokens, self._halves(i), strict=True)
+            again = max(n * (w.after(half) - w.c * w.I) * half.recorded for n, half in parts)
+        return again + max(tokens) * 2 * w.c * w.I + self._whole_matrix()
+
+    def _whole_matrix(self) -> float:
+        """One quantised matrix as it is computed with; what DoRA makes of one to know the lengths of its
+        rows."""
+        times = self.c * (self.config.quantize is not None)
+        times += 12 * (self.config.lora_rank is not None and self.config.lora_variant == "dora")
+        return float(times * self.widths.D * self.widths.I)
+
+    def _mask(self) -> float:
+        return 0.0 if self.gpu else 5.0 * self.load.squares * (self.load.gen > 0 or self.load.samples > 1)
+
+    # ---- what lies there
+
+    def _gathered(self, back: bool) -> float:
+        """With fsdp2, beside the shards: the root, two layers, and the gradients of both on their way."""
+        if self.machine.engine != "fsdp2":
+            return 0.0
+        root, trained = sum(e.nbytes for e in self.root), sum(e.gradient for e in self.root)
+        layer = max(self.layers, key=lambda entries: sum(e.numel for e in entries))
+        numbers, learn = sum(e.numel for e in layer), sum(e.numel for e in layer if e.trains)
+        return root + 2 * self.c * numbers + back * (trained + (self.c + 4) * learn)
+
+    def always(self) -> dict[str, float]:
+        """What lies in the device's memory all the time."""
+        m, c = self.machine, self.config
+        found = {
+            "weights": sum(e.nbytes for e in self.entries) / m.shards,
+            "moments": sum(e.moments(c.optimizer) for e in self.entries) / m.shards,
+            "average": (c.ema is not None) * sum(4.0 * e.numel for e in self.trained) / m.shards,
+        }
+        if m.offload and self.gpu:
+            found = dict.fromkeys(found, 0.0)
+        vae = 4.0 * _codec_numbers(_Shape(self.model)) if self.model.visual_gen else 0.0
+        return found | {"vae": vae, "teacher": self._teacher()}
+
+    def _teacher(self) -> float:
+        """The weights of before and what they say of labels, where the model is to stay near them."""
+        if self.config.preserve_weight is None:
+            return 0.0
+        before = sum(e.nbytes for e in self.trained if not is_adapter(e.name)) / self.machine.shards
+        return before + float(self.load.labels * self.model.llm.vocab_size * self.c)
+
+    def gradients(self) -> float:
+        return sum(e.gradient for e in self.trained) / self.machine.shards
+
+    # ---- points of a step
+
+    def points(self) -> dict[str, dict[str, float]]:
+        """Point of a step -> what lies in the device's memory then, beside :meth:`always`."""
+        whole = self.gradients() if not (self.machine.offload and self.gpu) else 0.0
+        there = self.config.gradient_accumulation_steps > 1 or self.machine.engine == "ddp"
+        before = whole if there else 0.0
+        kept = sum(self.kept) + self.patch + self._mask()
+        share = whole / max(sum(e.gradient for e in self.trained), 1)
+        head = share * sum(e.gradient for e in self.root if "lm_head" in e.name)
+        embed = share * sum(e.gradient for e in self.root if "embed_tokens" in e.name)
+        last = len(self.layers) - 1
+        layers = share * sum(e.gradient for entries in self.layers[1:] for e in entries)
+        seen = self.patch + self._mask()
+        lowered = head / 2 * (self.c < 4)  # the head's gradient in the dtype of products
+        twice = there * max(head, embed)  # a gradient before it is added to what is there
+        return {
+            "encode": {"work": self._encoding(), "gradients": before, "activations": 0.0},
+            "forward": {
+                "work": self._forward_work() + self._whole_matrix() + self._gathered(False),
+                "gradients": before,
+                "activations": kept,
+            },
+            "logits": {
+                "work": self._logits(True) + (head + lowered) * (self.load.labels > 0),
+                "gradients": before,
+                "activations": kept,
+            },
+            "backward": {
+                "work": self._backward_work(last) + self._gathered(True),
+                "gradients": before or head,
+                "activations": kept,
+            },
+            "first layer": {
+                "work": self._backward_work(0) + self._gathered(True),
+                "gradients": before or head + layers,
+                "activations": self.kept[0] + seen,
+            },
+            "embeddings": {
+                "work": twice + self._gathered(True),
+                "gradients": whole,
+                "activations": seen,
+            },
+            "update": {"work": self._update(), "gradients": whole, "activations": 0.0},
+        }
+
+    def _encoding(self) -> float:
+        if self.model.vae.type == "pixel" or not self.load.pixels:
+            return 0.0
+        return float(VAE_PIXEL * self.model.vae.ch / 128 * min(self.load.pixels, VAE_AT_ONCE))
+
+    def _update(self) -> float:
+        """AdamW in one kernel takes nothing; group by group it takes a root of all second moments."""
+        if self.config.weights == "bf16":  # one by one, in float32
+            return 12.0 * max((e.numel for e in self.trained), default=0) / self.machine.shards
+        if (self.gpu and not self.machine.offload) or self.config.optimizer == "adamw8bit":
+            return 0.0
+        still = sum(4.0 * e.numel for e in self.trained if len(e.shape) < 2 or is_embedding(e.name))
+        return max(still, sum(4.0 * e.numel for e in self.trained) - still) / self.machine.shards
+
+    def saved(self) -> float:
+        """Bytes that this process copies for a checkpoint that is written in the background."""
+        times = 8 + 4 * (self.config.ema is not None)
+        return sum(e.nbytes + times * e.numel for e in self.trained) / self.machine.shards
+
+    def plan(self) -> MemoryPlan:
+        always, points = self.always(), self.points()
+        moments = {point: always | found for point, found in points.items()}
+        copy = self.saved() if self.config.async_save else 0.0
+        if not self.gpu:
+            busiest = max(moments.values(), key=lambda found: sum(found.values()))
+            last = self.config.max_steps is not None and self.config.save_steps >= self.config.max_steps
+            moments["save"] = (always if last else busiest) | {"copy": copy}
+        for found in moments.values():
+            fixed = CONTEXT if self.gpu else PROGRAM
+            found["program"] = fixed
+            found["fragments"] = FRAGMENTS * (sum(found.values()) - fixed) if self.gpu else 0.0
+        parts: dict[str, int] = {}
+        for entry in self.trained:
+            parts[title(entry.name)] = parts.get(title(entry.name), 0) + entry.numel
+        disk, best = self._disk()
+        steps = self.config.gradient_accumulation_steps * self.machine.world
+        return MemoryPlan(
+            moments, self._host(moments, copy), disk, best, sum(e.numel for e in self.trained),
+            sum(e.numel for e in self.entries), parts, steps * self._flop(), steps * self.load.tokens,
+        )  # fmt: skip
+
+    def _host(self, moments: dict[str, dict[str, float]], copy: float) -> dict[str, tuple[float, float]]:
+        largest = max(e.numel for e in self.entries)
+        if not self.gpu:
+            held = sum(e.nbytes for e in self.entries) / self.machine.shards
+            train = max(sum(found.values()) for point, found in moments.items() if point != "save")
+            loaded = held + PROGRAM + 2.0 * largest * bool(self.config.quantize)
+            return {
+                "load": (0.0, loaded),
+                "train": (0.0, train),
+                "save": (0.0, sum(moments["save"].values())),
+            }
+        offloaded = 0.0
+        if self.machine.offload:
+            state = sum(e.nbytes + e.gradient + e.moments(self.config.optimizer) for e in self.entries)
+            offloaded = state / self.machine.shards
+        batch = self._batch()
+        return {
+            "load": (
+                offloaded and sum(e.nbytes for e in self.entries) / self.machine.shards,
+                PROGRAM + PIECE,
+            ),
+            "train": (offloaded + 2 * batch, HOST + 4 * batch),
+            "save": (offloaded + 2 * batch + PINNED * bool(copy), HOST + 4 * batch + copy),
+        }
+
+    def _batch(self) -> float:
+        """Bytes of a packed sequence on the host: pixels, patches, noise, ids."""
+        v = self.model.vit
+        return float(
+            3 * self.load.pixels
+            + 3 * v.patch_size**2 * self.load.patches
+            + 4 * self.model.patch_dim * self.load.gen
+            + 100 * self.load.tokens
+        )
+
+    def _disk(self) -> tuple[float, float]:
+        """Bytes of a checkpoint, and of one with weights alone; what does not train keeps its stored dtype,
+        which is taken for 16 bits."""
+        extra = 1 + 2 + (self.config.ema is not None)
+        learnt = sum(e.nbytes * extra for e in self.trained), sum(e.nbytes for e in self.trained)
+        if self.config.lora_rank:
+            return learnt
+        left = sum(2.0 * e.numel for e in self.entries if not e.trains and not is_adapter(e.name))
+        left += 4.0 * _codec_numbers(_Shape(self.model)) if self.model.visual_gen else 0.0
+        return learnt[0] + left, learnt[1] + left
+
+    def _flop(self) -> float:
+        learns: dict[str, bool] = {}
+        if self._recorded():
+            learns |= {"gen": False} if self.config.freeze_und else {"und": False, "gen": False}
+        for entry in self.trained:
+            part = _worker(entry.name)
+            if part and (part in learns or part in ("head", "vit")):
+                learns[part] = learns.get(part, False) or not is_adapter(entry.name)
+        return work_of(self.model, self.load, learns, self.policy == "full")
+
+
+def _worker(name: str) -> str:
+    """The word of :func:`work_of` for the matrices that a parameter is of; "" for none of them."""
+    if ".layers." in name and name.startswith("language_model"):
+        return "gen" if GEN in name else "und"
+    return "head" if "lm_head" in name else "vit" if name.startswith("vit_model") else ""
+
+
+# ---- planned and taken
+
+
+def compared(
+    model: BagelConfig, config: Config, engine: tuple[str, int, torch.dtype], load: Load, gpu_peak: int
+) -> str:
+    """What a run took, beside what was planned; empty where it was not planned.
+
+    Args:
+        model: shape of the model.
+        config: options of the run.
+        engine: cuda or cpu, how many processes, dtype of products.
+        load: the run's largest packed sequence.
+        gpu_peak: most bytes of tensors on the GPU; not read on a CPU, where the process's resident memory
+            counts.
+    """
+    kind, world, computes = engine
+    try:
+        plan = plan_memory(model, config, load, Machine.of(config, kind, world, computes))
+    except ConfigError:
+        return ""
+    point = plan.point
+    planned = plan.moments[point]
+    left_out = ("program", "fragments") if kind == "cuda" else ()
+    total = sum(nbytes for name, nbytes in planned.items() if name not in left_out)
+    taken = gpu_peak if kind == "cuda" else resident_peak()
+    largest = sorted(planned, key=lambda name: -planned[name])[:3]
+    told = ", ".join(f"{name} {planned[name] / 1e9:.2f}" for name in largest)
+    what = "of tensors" if kind == "cuda" else "of the process"
+    return (
+        f"Memory {what}: at most {taken / 1e9:.2f} GB, planned {total / 1e9:.2f} GB ({point}: {told});"
+        f" {taken / total - 1:+.0%}"
+    )
+
+
+def resident_peak() -> int:
+    """Most bytes of this process that ever lay in memory."""
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
