@@ -147,7 +147,7 @@ class Viewer:
             [pictures[place], question.replace("{text}", texts[place])]
             for place, question in zip(there, asked)
         ]
-        samples, _ = i.requests.prepare(prompts, ["text"], SamplingOptions(max_new_tokens=1))
+        samples, _ = i.requests.prepare(prompts, ["text"], self._quietly(1))
         contexts = [Context(i.model.config.llm.num_hidden_layers) for _ in samples]
         for context, sample in zip(contexts, samples):
             context.pieces = sample
@@ -160,6 +160,11 @@ class Viewer:
             found[place] = yes / (yes + no) if yes + no else 0.5, yes + no
         return found
 
+    def _quietly(self, max_new_tokens: int) -> SamplingOptions:
+        """How it writes; nobody asked for it, so that nobody is told which settings have no effect."""
+        self.inferencer.requests.usual = SamplingOptions(max_new_tokens=max_new_tokens)
+        return self.inferencer.requests.usual
+
     def _first(self, words: Sequence[str]) -> list[int]:
         """The tokens that the words begin with."""
         return sorted({self.inferencer.tokenizer.encode(word)[0] for word in words})
@@ -168,7 +173,7 @@ class Viewer:
         if not self.describes:
             return [None] * len(texts)
         asked = [[p, self.describe or DESCRIBE[_spoken(text)]] for p, text in zip(pictures, texts)]
-        options = SamplingOptions(max_new_tokens=self.max_tokens)
+        options = self._quietly(self.max_tokens)
         answers = self.inferencer.unified_generate_batch(asked, outputs=["text"], options=options)
         return [answer[0] for answer in answers]
 
