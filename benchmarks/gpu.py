@@ -55,6 +55,9 @@ PARTS = {
         90,
         "training steps of the whole model, or of as many layers as fit: memory as predicted?",
     ),
+    "adapters": Part(
+        "gpu_adapters", 90, "adapters over the whole model in 4 bits and in bfloat16: memory as planned?"
+    ),
     "vit": Part("gpu_speed", 40, "the ViT on pictures of new sizes"),
     "kernels": Part("gpu_train_speed", 45, "which kernels take a training step's time"),
     "small": Part("gpu_right", 45, "sequences that lack something; unigen generate from end to end"),

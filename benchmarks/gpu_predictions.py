@@ -138,6 +138,7 @@ TABLE: list[tuple[str, Prediction]] = [
         "infer/VAE encodes 1024 x 1024: peak",
         Prediction(None, 3.0, "counted: 2.6 KB a pixel in float32, 2.7 GB"),
     ),
+    ("adapters/*: peak", formula("unigen/training/memory_plan.py")),
     ("full/*: peak *", formula(MEMORY)),
     ("full/step: reference's MFU", speed(0.40, BASE, "H200")),
     ("full/step: reference's MFU", speed(0.36, BASE, "H100")),

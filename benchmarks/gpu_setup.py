@@ -269,10 +269,10 @@ def engine_of(layers: int, compiled: bool = False, **options: Any) -> Engine:
 # ---- packed sequences
 
 
-def packed(config: BagelConfig, what: str) -> Pack:
+def packed(config: BagelConfig, what: str, pictures: int = 4) -> Pack:
     """A packed sequence on the device, of pictures of 1024 x 1024 whose latents are ready.
 
-    ``drawing``: four short prompts, each with the picture to draw. ``edit``: two pictures, each seen by VAE
+    ``drawing``: ``pictures`` short prompts, each with the picture to draw. ``edit``: two pictures, each seen by VAE
     and ViT, with an instruction and the picture to draw.
     """
     side, seen = (4, 3) if Here.small else (64, 37)
@@ -295,7 +295,7 @@ def packed(config: BagelConfig, what: str) -> Pack:
         return Block(Kind.VIT, seen * seen, 0, (seen, seen), patches=patches)
 
     if what == "drawing":
-        samples = [[text(60, loss=True), picture(Kind.NOISED, 0)] for _ in range(4)]
+        samples = [[text(60, loss=True), picture(Kind.NOISED, 0)] for _ in range(pictures)]
     else:
         samples = [
             [picture(Kind.CLEAN, 0), look(), text(30, loss=True), picture(Kind.NOISED, 1)] for _ in range(2)

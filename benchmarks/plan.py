@@ -124,15 +124,16 @@ def engine_of(config: Config, model: BagelConfig) -> Engine:
     for name, p in list(made.named_parameters()):
         value = torch.empty(p.shape, dtype=dtype_of(name, config, engine.dtype), device="meta")
         _put(made, name, torch.nn.Parameter(value, requires_grad=p.requires_grad))
-    engine.compiled = prepare(made, config, "cpu", "single", engine.dtype)
+    engine.compiled = prepare(made, config, engine.device.type, "single", engine.dtype)
     for name, p in list(made.named_parameters()):
         owner, _, last = name.rpartition(".")
         if last == "weight" and holds_quantised(made.get_submodule(owner)):
-            store(made.get_submodule(owner), torch.empty(p.shape).normal_(std=0.02))
+            store(made.get_submodule(owner), torch.empty(p.shape, device=engine.device).normal_(std=0.02))
         else:
-            value = torch.empty(p.shape, dtype=p.dtype).normal_(std=0.02)
+            value = torch.empty(p.shape, dtype=p.dtype, device=engine.device).normal_(std=0.02)
             _put(made, name, torch.nn.Parameter(value, requires_grad=p.requires_grad))
-    object.__setattr__(made, "codec", PixelCodec(model.vae))
+    if model.vae.type == "pixel":
+        object.__setattr__(made, "codec", PixelCodec(model.vae))
     engine.model = made.train()
     engine.start()
     return engine

@@ -75,6 +75,13 @@ EXPECTED = {
             for guidance in ("no guidance", "text guidance", "text and image guidance")
         ),
     ],
+    "adapters": [
+        *(
+            f"{run}: {what}"
+            for run in ("QLoRA, 4k*", "QLoRA, 16k*", "LoRA bf16*")
+            for what in ("peak", "tokens a second")
+        )
+    ],
     "full": [
         "layers",
         "step: peak of the first micro-batch",
