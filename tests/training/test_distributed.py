@@ -172,6 +172,7 @@ def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path
         "ranks",
         "step_1",
         "step_2",
+        "train.log",
     ]
     wanted = (run / "step_2" / "ema.safetensors").read_bytes()
     shutil.rmtree(run / "step_2")
