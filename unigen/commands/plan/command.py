@@ -46,8 +46,9 @@ def plan(options: PlanOptions) -> int:
     if place is not None:
         with unwritten("auto", place):
             from unigen.commands.plan.report import recipe
-            from unigen.files import atomic
+            from unigen.files import atomic, make_folders
 
+            make_folders(place.parent)
             with atomic(place) as file:
                 file.write(recipe(outcome, options).encode())
     show(outcome, options, gigabytes, place)
