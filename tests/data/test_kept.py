@@ -124,6 +124,29 @@ def test_after_a_change_everything_is_read_again(place: Path, change) -> None:
         assert len(after) == len(before) - 60
 
 
+def test_an_entry_falls_when_a_faulty_picture_is_mended(place: Path) -> None:
+    good = (place / "pictures" / "0.png").read_bytes()
+    names = ["later/a.png", "header.png", "end.png", "link.png"]
+    records = [{"text_prompt": "p", "image_path": name} for name in names]
+    (place / "d.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (place / "header.png").write_bytes(b"no picture" * 9)
+    (place / "end.png").write_bytes(good[:-30])
+    (place / "link.png").symlink_to(place.parent / "elsewhere.png")
+
+    def faulty(**options) -> list[str]:
+        return [e.code for e in built(place, "how", **options).bad if e.origin.file.name == "d.jsonl"]
+
+    assert faulty() == ["missing_picture", "not_a_picture", "broken_picture", "missing_picture"]
+    for left, name in enumerate(names, 1):
+        (place / name).parent.mkdir(exist_ok=True)
+        with (place / name).open(
+            "r+b" if (place / name).exists() else "wb"
+        ) as file:  # no entry of the folder
+            file.truncate(0)
+            file.write(good)
+        assert len(faulty()) == len(names) - left
+
+
 def test_another_way_of_counting_is_another_entry(place: Path) -> None:
     planner = load_planner(str(MODEL), DataOptions())
     others = [

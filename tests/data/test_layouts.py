@@ -244,6 +244,21 @@ def test_mapped_fields_reach_into_objects_lists_and_json() -> None:
     assert ("unread", "caption") in record.notes
 
 
+def test_a_field_of_the_mapped_name_never_takes_its_place() -> None:
+    value = {"instruction": "i", "output": "old", "resp": "new"}
+    record, _ = parse_with_fields(value, ORIGIN, ReadOptions(fields={"output": "resp"}))
+    assert record.sample[-1].text == "new" and ("unread", "output") in record.notes
+    for empty in (value | {"resp": None}, {"instruction": "i", "output": "old"}):
+        error = refused(empty, fields={"output": "resp"})
+        assert error.code == "no_format" and "resp" in error.fix
+    # one that the mapping itself reads is no other one
+    value = {"image": "a", "text": {"en": "A"}}
+    record, _ = parse_with_fields(value, ORIGIN, ReadOptions(fields={"text": "text.en"}))
+    assert record.sample[0].text == "A" and not record.notes
+    swapped = {"image": "A", "text": "a"}
+    assert read(swapped, fields={"image": "text", "text": "image"})[1] == ["A", "[a]*"]
+
+
 def test_a_trigger_word_begins_every_text_once() -> None:
     def text(caption):
         return read({"image": "a", "text": caption}, trigger_word="sks")[1][0]

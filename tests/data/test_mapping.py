@@ -105,6 +105,18 @@ def test_a_mapping_that_matches_nothing_is_an_error(
     assert [error.origin.line for error in caught.value.records] == [2]
 
 
+def test_a_record_with_another_kind_of_value_is_judged_by_itself(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    records = [{"image": "a.png", "meta": meta} for meta in ("plain", {"caption": "A"})]
+    with pytest.raises(BadData) as caught:
+        UnifiedGenerationDataset(
+            lines(tmp_path / "d.jsonl", *records), read=ReadOptions(fields={"text": "meta.caption"})
+        )
+    assert [(error.code, error.field, error.origin.line) for error in caught.value.records] == [
+        ("bad_json", "meta", 1)
+    ]
+
+
 def test_a_trigger_word_for_nothing_is_an_error(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     data = lines(tmp_path / "d.jsonl", {"text_prompt": "A", "image_path": "a.png"})

@@ -205,6 +205,18 @@ def test_a_known_data_set_is_answered_with_a_line_that_works(hint, tmp_path: Pat
     assert parse_with_fields(record, Origin(tmp_path / "d.jsonl"), ReadOptions.of(options), addresses=True)
 
 
+def test_a_guess_that_meets_another_kind_of_value_is_no_error(tmp_path: Path) -> None:
+    for record, line in (
+        ({"question": "q", "answers": "red"}, "--fields query=question response=answers"),
+        ({"image": "a.png", "sentences": "A cat."}, "--fields text=sentences"),
+    ):
+        with pytest.raises(BadRecord) as caught:
+            parse_with_fields(record, Origin(tmp_path / "d.jsonl"))
+        assert caught.value.code == "no_format" and line in caught.value.fix
+        options = parse_options(CheckOptions, ["x", *line.split()], "paths")
+        assert parse_with_fields(record, Origin(tmp_path / "d.jsonl"), ReadOptions.of(options))
+
+
 def test_a_text_alone_is_told_its_format() -> None:
     with pytest.raises(BadRecord) as caught:
         parse_with_fields({"text": "a"}, Origin(Path("d.jsonl")))

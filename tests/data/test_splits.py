@@ -64,6 +64,7 @@ def test_each_takes_its_own_split_and_says_what_it_leaves(tmp_path: Path) -> Non
         (("a.jsonl", "val.jsonl"), "train", ["a.jsonl"]),
         (("a.jsonl", "train.jsonl", "val.jsonl"), "train", ["train.jsonl"]),
         (("a.jsonl", "train.jsonl", "val.jsonl"), "validation", ["val.jsonl"]),
+        (("a.jsonl", "val.jsonl"), "validation", ["val.jsonl"]),
     ],
 )
 def test_files_that_name_no_split(tmp_path: Path, names, split, expected) -> None:
@@ -73,7 +74,9 @@ def test_files_that_name_no_split(tmp_path: Path, names, split, expected) -> Non
 def test_a_split_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     folder(tmp_path / "a", "val.jsonl", "test.jsonl")
     folder(tmp_path / "b", "train.jsonl", "test.jsonl")
-    for path, split in ((tmp_path / "a", "train"), (tmp_path / "b", "validation")):
+    folder(tmp_path / "c", "train.jsonl", "a.jsonl")
+    for path, split in (("a", "train"), ("b", "validation"), ("c", "validation")):
+        path = tmp_path / path
         with pytest.raises(BadData, match=f"no {split} split") as caught:
             taken(path, split)
         assert "Fix: name the files" in str(caught.value)

@@ -22,7 +22,7 @@ from unigen.data.containers import BadData, ByteSpan, no_record
 from unigen.data.examine import CountTokens, bad_picture, key_of
 from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
-from unigen.data.indexing import TASKS, Found, read_all, shown, task
+from unigen.data.indexing import TASKS, Found, read_all, shown, stamp, task
 from unigen.data.keys import NOTES, listed
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import check_roots, require_match
@@ -255,6 +255,7 @@ class UnifiedGenerationDataset:
             return
         inside = {(entry.record, entry.field): entry.error for entry in broken if entry.path is None}
         paths = {entry.path: entry.error for entry in broken if entry.path is not None}
+        found.faulty |= {path: stamp(path) for path in paths}
         dropped = set()
         for i in found.pictured:
             record, fields = self._read(i)

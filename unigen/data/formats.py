@@ -80,6 +80,7 @@ def parse_with_fields(
             ``Confined(path, data_root)``.
         addresses: Pictures may be addresses of the web; their source is an :class:`Address`.
     """
+    aside: list[str] = []
     try:
         if not isinstance(value, dict):
             raise BadRecord(
@@ -118,8 +119,13 @@ def parse_with_fields(
                 )
     except BadRecord as error:
         error.origin = origin
-        if error.code in ("no_format", "missing_field", "ambiguous_format") and not read.fields:
-            error.fix = _hint(value, origin.file) or error.fix
+        if error.code in ("no_format", "missing_field", "ambiguous_format"):
+            empty = [name for name in aside if name in read.fields and value.get(name) is None]
+            if empty:  # its own field of that name means something else
+                old = read.fields[empty[0]]
+                error.fix = f"fill in {old}, which --fields {empty[0]}={old} names, or leave the record out"
+            elif not read.fields:
+                error.fix = _hint(value, origin.file) or error.fix
         raise
     sample = [_confined(segment, read.data_root) for segment, _ in segments]
     return Record(sample, origin, name, metadata, tuple(notes)), [field for _, field in segments]

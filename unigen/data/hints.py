@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from unigen.data.mapping import ReadOptions, reach
+from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json
 
 
@@ -26,6 +26,7 @@ HINTS = (
     Hint("OpenR1-Math, NuminaMath", {"query": "problem", "response": "solution"}),
     Hint("VQAv2, TextVQA, DocVQA", {"query": "question", "response": "answers.0"}),
     Hint("VQAv2 (multiple_choice_answer)", {"query": "question", "response": "multiple_choice_answer"}),
+    Hint("VQA (answers as a text)", {"query": "question", "response": "answers"}),
     Hint("GQA, GSM8K, MathVision", {"query": "question", "response": "answer"}),
     Hint("Dolly", {"input": "context", "output": "response"}, ("instruction",)),
     Hint("Evol-Instruct", {"output": "response"}, ("instruction",)),
@@ -34,6 +35,7 @@ HINTS = (
     Hint("turns as user and assistant", {"query": "user", "response": "assistant"}),
     Hint("DOCCI, ImageInWords", {"text": "description"}, ("image",)),
     Hint("COCO captions (Karpathy)", {"text": "sentences.raw"}, ("image",)),
+    Hint("captions called sentences", {"text": "sentences"}, ("image",)),
     Hint("JourneyDB, MJHQ", {"image": "img_path", "text": "prompt"}),
     Hint("JourneyDB (caption)", {"image": "img_path", "text": "caption"}),
     Hint("PixArt (path, prompt)", {"image": "path", "text": "prompt"}),
@@ -65,7 +67,7 @@ def hint_for(record: Json, file: Path, reads: Callable[[Json], bool]) -> str | N
         HINTS, key=lambda hint: -len(hint.fields) - len(hint.also)
     ):  # those that say most first
         places = [*hint.fields.values(), *hint.also]
-        if any(reach(record, place) is None for place in places):
+        if any(found_at(record, place) is None for place in places):
             continue
         mapped, _ = ReadOptions(fields=hint.fields).renamed(record)
         if reads(mapped):

@@ -128,6 +128,7 @@ class Found:
         keys: ``key_of`` the paths of pictures [n] uint64, of each part once.
         inside: Pictures that records hold themselves.
         folders: Those that pictures lie in.
+        faulty: Paths of pictures that cannot be used, each with its :func:`stamp` when it was looked at.
         digests: SHA-256 of the contents of each file by its number.
     """
 
@@ -142,6 +143,7 @@ class Found:
         self.keys: list[np.ndarray] = []
         self.inside = 0
         self.folders: set[str] = set()
+        self.faulty: dict[str, list[int] | None] = {}
         self.digests: dict[int, str] = {}
 
     @property
@@ -180,6 +182,7 @@ class Found:
         self.unreadable += other.unreadable
         self.inside += other.inside
         self.folders |= other.folders
+        self.faulty |= other.faulty
         self.digests |= other.digests
         self.keys += other.keys
 
@@ -304,7 +307,7 @@ def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Jo
         except BadRecord as error:  # the rest of the file
             found.unreadable.append(without_trace(error))
         found.keys = [np.array(sorted(pictures.met), np.uint64)] if pictures.met else []
-        found.inside, found.folders = pictures.inside, pictures.folders
+        found.inside, found.folders, found.faulty = pictures.inside, pictures.folders, pictures.faulty
         if digest is not None:
             found.digests[job.number] = digest.hexdigest()
         return found
@@ -344,21 +347,40 @@ class _Noted(PictureHeaders):
 
     def __init__(self) -> None:
         super().__init__()
+        self._stamps: dict[str, list[int] | None] = {}
         self.forget()
 
     def forget(self) -> None:
         self.met: set[int] = set()
         self.inside = 0
         self.folders: set[str] = set()
+        self.faulty: dict[str, list[int] | None] = {}
 
     def size(self, source: object, field: str) -> tuple[int, int]:
-        size = super().size(source, field)
+        try:
+            size = super().size(source, field)
+        except BadRecord:
+            if not isinstance(source, bytes):
+                name = str(source)
+                if name not in self._stamps:  # it is looked at once, in whatever job
+                    self._stamps[name] = stamp(name)
+                self.faulty[name] = self._stamps[name]
+            raise
         if isinstance(source, bytes):
             self.inside += 1
         else:
             self.met.add(key_of(str(source)))
             self.folders.add(os.path.dirname(str(source)))
         return size
+
+
+def stamp(path: str | Path) -> list[int] | None:
+    """What tells whether a file is the one that was read: size, times, inode. None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 # ---- words

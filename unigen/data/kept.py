@@ -2,8 +2,9 @@
 again.
 
 An entry holds for the same files (by path, size, times and inode), read by the same rules, in the same way.
-Of pictures the folders are compared: an entry falls when something was put into one, taken away or renamed.
-A picture that is overwritten in place is found when it is used (``changed_picture``, ``broken_picture``).
+Of pictures the folders are compared: an entry falls when something was put into one, taken away or renamed;
+and those that could not be used: it falls when one of them was mended. A sound picture
+that is overwritten in place is found when it is used (``changed_picture``, ``broken_picture``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 
 from unigen.data.captions import caption_of, is_picture
 from unigen.data.containers import ByteSpan
-from unigen.data.indexing import Found, Index
+from unigen.data.indexing import Found, Index, stamp
 from unigen.data.keys import Notes
 from unigen.data.unpack import RESERVE, cache_folder
 from unigen.files import atomic, free_bytes
@@ -41,7 +42,7 @@ log = logging.getLogger("unigen")
 
 def key_of_data(files: Sequence[Path], *how: Any) -> str:
     """Names the index of ``files``, read as ``how`` says."""
-    status = [(str(path), *_stamp(path)) for path in (*files, *_beside(files))]
+    status = [(str(path), stamp(path)) for path in (*files, *_beside(files))]
     return hashlib.sha256(repr((_rules(), status, how)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -52,6 +53,8 @@ def load(key: str, files: Sequence[Path]) -> Found | None:
         with np.load(path, allow_pickle=False) as arrays:
             told = json.loads(arrays["told"].tobytes())
             if any(_stamp_of_folder(name) != stamp for name, stamp in told["folders"].items()):
+                return None
+            if any(stamp(name) != before for name, before in told["faulty"].items()):
                 return None
             found = _restored(told, arrays, files)
         os.utime(path)
@@ -70,6 +73,7 @@ def save(key: str, found: Found) -> None:
         "notes": [[*name, n] for name, n in found.notes.items()],
         "bad": [[list(span), _told(error)] for span, error in found.bad.kept],
         "folders": {name: _stamp_of_folder(name) for name in sorted(found.folders)},
+        "faulty": found.faulty,
         "distinct": found.distinct,
         "digests": found.digests,
         "lengths": found.lengths is not None,
@@ -126,11 +130,6 @@ def _beside(files: Sequence[Path]) -> Iterator[Path]:
     for path in files:
         if is_picture(path) and (caption := caption_of(path)):
             yield caption
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _stamp_of_folder(name: str) -> int | None:

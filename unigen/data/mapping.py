@@ -54,10 +54,13 @@ class ReadOptions:
             return record, []
         found = {new: value for new, old in self.fields.items() if (value := reach(record, old)) is not None}
         taken = {old for old in self.fields.values() if old in record}
+        entered = {old.partition(".")[0] for old in self.fields.values() if old not in record}
         rivals = {name for group in RIVALS if not group.isdisjoint(self.fields) for name in group}
-        kept = {name: value for name, value in record.items() if name not in taken and name not in found}
-        aside = [name for name in kept if name in rivals and kept[name] is not None]
-        return {name: value for name, value in kept.items() if name not in aside} | found, aside
+        kept = {name: value for name, value in record.items() if name not in taken}
+        # what has the name of a mapped field means something else, also where the mapped place is empty
+        gone = {name for name in kept if name in rivals or name in self.fields}
+        aside = [name for name in kept if name in gone - entered and kept[name] is not None]
+        return {name: value for name, value in kept.items() if name not in gone} | found, aside
 
     def triggered(self, text: Text) -> Text:
         """A text with the trigger word, once."""
@@ -102,13 +105,22 @@ def reach(record: Json, place: str) -> Any:
     return value
 
 
+def found_at(record: Json, place: str) -> Any:
+    """:func:`reach`, where a place is only guessed, or another record may have it: None for a text that is no
+    JSON as well."""
+    try:
+        return reach(record, place)
+    except BadRecord:
+        return None
+
+
 def unmatched(fields: Mapping[str, str], records: Iterable[Json]) -> BadRecord | None:
     """What is wrong with a mapping of which a place is in none of ``records``."""
     left = dict(fields)
     seen: dict[str, None] = {}
     for record in records:
         seen |= dict.fromkeys(record)
-        left = {new: old for new, old in left.items() if reach(record, old) is None}
+        left = {new: old for new, old in left.items() if found_at(record, old) is None}
         if not left:
             return None
     new, old = next(iter(left.items()))

@@ -68,14 +68,16 @@ def choose(
 ) -> tuple[list[Path], list[tuple[Path, str]], str]:
     """The files to read, those of other splits with their split, and what is wrong ("" where nothing is).
 
-    Files of one split are taken whatever it is. Of several the ``wanted`` one is; training data without one
-    takes the files that name no split. ``told`` is what says the split of each file, where that is not its
-    path.
+    Files of one split alone are taken whatever it is. Of several, or beside files that name none, the
+    ``wanted`` one is; training data takes the files that name none, too, where no other split stands beside
+    them, or where there is no train split. ``told`` is what says the split of each file, where
+    that is not its path.
     """
     splits = {name: split_of(by) for name, by in zip(names, names if told is None else told)}
     held = {split for split in splits.values() if split}
     others = held - {wanted}
-    if not others or (len(held) == 1 and None not in splits.values()):
+    alone = len(held) == 1 and None not in splits.values()
+    if not held or alone or (wanted == "train" and not others):
         return list(names), [], ""
     taken: str | None = wanted
     if wanted not in held:
