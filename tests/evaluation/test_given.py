@@ -40,7 +40,7 @@ def test_records_are_named_by_index_by_id_or_as_we_write_them(tmp_path):
 
 def test_our_own_predictions_are_read_as_they_were_written(tmp_path):
     def ask(prompts, outputs, seed):
-        return [Answer([f"said {seed + i}"], True) for i in range(len(prompts))]
+        return [Answer([f"said\u2028{seed + i}"], True) for i in range(len(prompts))]
 
     made = answer_all(CASES, ask, tmp_path, {}, seed=5)
     found = read_predictions(tmp_path / "predictions.jsonl", CASES)

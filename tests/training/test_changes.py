@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -58,6 +59,11 @@ def test_every_option_that_changes_the_run_is_named(options: dict[str, Any], wor
 
 def test_what_changes_nothing_is_not_told():
     assert told(output_dir="elsewhere", num_workers=3, device="cpu", resume_from_checkpoint="auto") == []
+
+
+def test_what_json_writes_otherwise_is_the_same():
+    config = Config(**BEFORE, fields={"text_prompt": "caption"})
+    assert changes(json.loads(json.dumps(config.to_dict())), config, 100, (200, 200)) == []
 
 
 def test_another_seed_is_refused():

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from saves import save
 
 from unigen.cli import load, parse_options
 from unigen.commands.table import COMMANDS
@@ -18,7 +19,10 @@ def commands(lines: list[str]) -> list[list[str]]:
     return [shlex.split(line) for line in lines[lines.index("Next:") + 1 :]]
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "model_path": "base"}])
+READING = {"image_root": "my pics", "fields": {"text_prompt": "caption"}, "trigger_word": "sks"}
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "model_path": "base"}, READING])
 def test_every_line_to_copy_is_understood(tmp_path: Path, options):
     config = Config(val_data_path=["a b.jsonl", "c.jsonl"], **options)
     lines = closing(tmp_path / "my run", config, 7, 1.5, {"val_loss": 1.75}, 61.0, 1220)
@@ -29,7 +33,11 @@ def test_every_line_to_copy_is_understood(tmp_path: Path, options):
     for program, name, *argv in found:
         command = COMMANDS[name]
         assert program == "unigen"
-        parse_options(load(command.options), argv, command.positional, command.short)
+        read = parse_options(load(command.options), argv, command.positional, command.short)
+        if name == "evaluate":  # the data is read as the run read it
+            assert {key: getattr(read, key) for key in READING} == {
+                key: getattr(config, key) for key in READING
+            }
 
 
 def test_services_that_were_asked_for_are_named(tmp_path: Path):
@@ -39,3 +47,14 @@ def test_services_that_were_asked_for_are_named(tmp_path: Path):
     assert not any("Validation" in line for line in lines)
     assert any(line.split()[0] == "tensorboard" for line in lines[2:])
     assert any(words[:2] == ["wandb", "sync"] and Path(words[2]).is_dir() for words in commands(lines))
+
+
+def test_the_best_is_named_by_what_decided_it(tmp_path: Path):
+    save(tmp_path, 5, name="best")
+    for metric, words in (
+        ("val_loss", "the best 0.9375 at step 5"),
+        ("eval/psnr/t2i", "eval/psnr/t2i 0.9375"),
+    ):
+        config = Config(metric_for_best_model=metric)
+        assert words in closing(tmp_path, config, 9, 0.9375, {"val_loss": 1.23}, 1.0, 1)[1]
+    assert "inf" not in closing(tmp_path, Config(), 9, math.inf, {"val_loss": 1.23}, 1.0, 1)[1]

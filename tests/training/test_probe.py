@@ -57,6 +57,9 @@ def test_the_run_ends_where_it_forgets_too_much(
     assert all(max(line[name] for name in DRIFTS) <= 0.5 for line in probed(options["output_dir"])[:-1])
     assert "stop_on_drift is 0.5" in capsys.readouterr().err
     assert (Path(options["output_dir"]) / f"step_{last['step']}" / "trainer.json").exists()
+    again = options | {"resume_from_checkpoint": "auto", "learning_rate": 0.5, "max_grad_norm": 0}
+    UnifiedTrainer(Config(**again)).train()  # the same command, as recipes have it: it is as far as it was
+    assert max(line["step"] for line in probed(options["output_dir"])) == last["step"]
 
 
 @pytest.mark.slow

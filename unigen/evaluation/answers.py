@@ -222,7 +222,9 @@ def _read(
 ) -> list[dict[str, Any]] | None:
     """The rows of a batch; None where they are not there, or one is not whole."""
     try:
-        held = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # as written: a text may hold other line ends than ours, and half of a surrogate pair
+        text = path.read_bytes().decode("utf-8", "surrogatepass")
+        held = [json.loads(line) for line in text.split("\n") if line]
         if [row["number"] for row in held] == [case.number for case in batch] and all(map(whole, held)):
             return held
     except (OSError, ValueError, KeyError, TypeError):

@@ -73,7 +73,7 @@ def read_predictions(
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig", "surrogatepass").split("\n")  # no other line ends
     except (OSError, ValueError) as error:
         raise PredictionsError(
             f"{path} cannot be read ({error}). Fix: give a JSONL file of answers"

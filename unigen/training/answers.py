@@ -122,7 +122,8 @@ class HeldOutAnswers:
         self.questions = Questions(answerer, config.seed, val, asked)
         self.batches = self.questions.batches
         # how many of the batches are answered; None: all that the time allows, found at the first time
-        self.kept: int | None = None if config.eval_samples is None else len(self.batches)
+        free = config.eval_samples is None and not config.metric_for_best_model.startswith("eval/")
+        self.kept: int | None = None if free else len(self.batches)
         self.seconds = 0.0  # that the last answers took
         self._complained: set[str] = set()
         self.tools = self._tools() if engine.main else Tools()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
@@ -21,7 +22,7 @@ _FREE = {  # of no effect on what is learnt, or of this start alone
     "output_dir", "resume_from_checkpoint", "dry_run", "device", "engine", "shard_size", "num_workers",
     "hang_timeout", "async_save", "low_space", "min_free_gb", "deepspeed_config", "cpu_offload",
     "gradient_checkpointing", "checkpointing_policy", "cache_dir", "check_pictures",
-    "log_level", "logging_steps",
+    "log_level", "logging_steps", "preflight", "expect_text_loss", "expect_image_loss",
     # compared by what they give:
     "train_data_path", "train_sources", "gradient_accumulation_steps",
 }  # fmt: skip
@@ -50,7 +51,7 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
     Raises:
         UserError: an option that the place in the data depends on has changed.
     """
-    own = now.to_dict()
+    own = json.loads(json.dumps(now.to_dict()))  # as a checkpoint has them
     differ = {name: (before[name], value) for name, value in own.items() if before.get(name, value) != value}
     if "seed" in differ:
         was = differ["seed"][0]

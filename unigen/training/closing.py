@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def closing(
         output_dir: folder of the run.
         config: its options.
         step: optimiser steps done.
-        best: lowest val_loss; infinite where nothing was validated.
+        best: metric_for_best_model at its best; infinite where nothing was validated.
         last: the newest metrics.
         seconds: that this process of the run took its steps for.
         tokens: that all processes trained on in them.
@@ -48,24 +49,35 @@ def closing(
             lines.append(line)
         else:
             model = kept
-            lines.append(f"{line}, the best {best:.4f} at step {at} ({kept})")
+            name = config.metric_for_best_model
+            value = f"{best:.4f} " if math.isfinite(best) else ""
+            told = value if name == "val_loss" else f"{name} {value}"
+            lines.append(f"{line}, the best {told}at step {at} ({kept})")
     lines += ["Next:", *(f"  {command}" for command in _commands(output_dir, config, model))]
     return lines
+
+
+def _reading(config: Config) -> list[str]:
+    """The options by which a run read its held-out data."""
+    words = []
+    for name in ("image_root", "data_root", "trigger_word"):
+        if (value := getattr(config, name)) is not None:
+            words += [f"--{name}", value]
+    if config.fields:
+        words += ["--fields", *(f"{name}={place}" for name, place in config.fields.items())]
+    return words
 
 
 def _commands(output_dir: Path, config: Config, model: Path) -> list[str]:
     def line(*words: object) -> str:
         return shlex.join(map(str, words))
 
-    if config.lora_rank is None:
-        weights = ["--model_path", model]
-    else:
-        weights = ["--model_path", config.model_path, "--adapter", model]
+    weights = ["--model_path", model]  # an adapter knows its base
     prompt = [*weights, "--prompt", _EXAMPLE, "--output_dir", f"{output_dir}_answer"]
     commands = [line("unigen", "generate", *prompt)]
-    if config.val_data_path and config.lora_rank is None:
+    if config.val_data_path:
         paths = [config.val_data_path] if isinstance(config.val_data_path, str) else config.val_data_path
-        where = ["--data_path", *paths, "--output_dir", f"{output_dir}_evaluation"]
+        where = ["--data_path", *paths, *_reading(config), "--output_dir", f"{output_dir}_evaluation"]
         commands.append(line("unigen", "evaluate", *weights, *where))
     commands.append(line("unigen", "watch", output_dir, "--html", f"{output_dir}.html"))
     if config.tensorboard:

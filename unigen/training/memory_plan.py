@@ -293,7 +293,8 @@ class _Planner:
         """Bytes of the logits that are there at once: as computed, in float32, their logarithm, its
         gradient."""
         n = min(self.load.labels, CHUNK)
-        return float(n * self.model.llm.vocab_size * (self.c * (self.c < 4) + 8 + 4 * back))
+        kept = 8 * (self.config.preserve_weight is not None)  # the divergence's own two
+        return float(n * self.model.llm.vocab_size * (self.c * (self.c < 4) + 8 + 4 * back + kept))
 
     def _forward_work(self) -> float:
         """Of the larger half, while a layer's MLP runs."""

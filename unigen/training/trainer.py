@@ -377,7 +377,8 @@ class TrainingLoop:
             if "validating" in due:
                 with run.signals.phase("validating"):
                     values = self._validate()
-                position.pending.discard("validating")
+                if not run.guard.drifted:  # a resume measures again before it goes on, and stops again
+                    position.pending.discard("validating")
             if "sampling" in due and run.samples is not None:
                 with run.signals.phase("sampling"):
                     apart = run.ema is not None and position.step > 0  # at step 0 both are the same
@@ -423,7 +424,8 @@ class TrainingLoop:
         if evaluation.val is None:
             return values
         better = evaluation.improves(values, position.best)
-        self.run.guard.validated(better)
+        if values.get(evaluation.metric) is not None:  # what was not measured has not stopped getting better
+            self.run.guard.validated(better)
         if better:
             position.best = values[evaluation.metric]
             self._save(layout.BEST)
