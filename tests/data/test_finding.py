@@ -1,6 +1,7 @@
 """Kinds of files that others have: tables of texts, tars, folders of pictures with texts; what of a folder is
 meant; and that a record read at its place is the one that was read in order."""
 
+import csv
 import io
 import json
 import tarfile
@@ -16,7 +17,7 @@ from unigen.data.finding import find_files
 from unigen.data.mapping import ReadOptions
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut
-from unigen.sequence.types import Image, Text
+from unigen.sequence.types import BadRecord, Image, Text
 
 
 def png(shade: int = 9) -> bytes:
@@ -101,12 +102,29 @@ def test_tables_of_texts(tmp_path: Path, name: str, text: str) -> None:
         ("image,text\na.png,A disc, red\n", "3 cells at line 2"),
         ('image,text\na.png,"A disc\n', "unexpected end of data"),
         ("image,text\na.png,\xff\n".encode("latin-1"), "0xff at line 2"),
+        ("image,text\ra.png,A disc\r", "line ends of LF"),
+        ("image," + "t" * 200_000 + ",image\n", "a name for each column"),
     ],
 )
 def test_a_table_that_is_none_is_told_with_the_line(tmp_path: Path, text, words: str) -> None:
+    csv.field_size_limit(131_072)  # that of a new process
     write(tmp_path / "a.png", png())
     error = refused(write(tmp_path / "a.csv", text))
     assert words in str(error)
+
+
+def test_cells_say_what_is_learnt_as_json_does(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    lines = "image,text,weight,loss\na.png,0.5,0.5,True\na.png,true,1,\n"
+    dataset = UnifiedGenerationDataset(write(tmp_path / "a.csv", lines))
+    assert [[s.text for s in r.sample if isinstance(s, Text)] for r in dataset] == [["0.5"], ["true"]]
+    assert [r.sample[1].weight for r in dataset] == [0.5, 1]
+    for column, cell, code in (
+        ("weight", "70 kg", "wrong_type"), ("loss", "nan", "wrong_type"), ("label", "FALSE", "unsupported_key"),
+    ):  # fmt: skip
+        error = refused(write(tmp_path / "b.csv", f"image,text,{column}\na.png,A,{cell}\n"))
+        assert (error.records[0].code, error.records[0].field) == (code, column)
+    assert read(write(tmp_path / "c.csv", "image,text,label\na.png,A,1\n"))
 
 
 def test_a_table_that_changed_since_is_not_read(tmp_path: Path) -> None:
@@ -176,6 +194,74 @@ def test_damaged_and_odd_tars_are_told(tmp_path: Path) -> None:
         == "bad_utf8"
     )
     assert "unpack it to a .tar" in str(refused(write(tmp_path / "d.tar.gz", b"x")))
+
+
+def changed(data: bytes, place: int, byte: int) -> bytes:
+    return data[:place] + bytes([byte]) + data[place + 1 :]
+
+
+def sized(data: bytes, place: int, size: bytes) -> bytes:
+    """A tar with the size in the header at a place, and the sum of that."""
+    header = bytearray(data[place : place + 512])
+    header[124:136], header[148:156] = size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return data[:place] + bytes(header) + data[place + 512 :]
+
+
+def test_a_tar_is_whole_or_an_error(tmp_path: Path) -> None:
+    """Wherever a header is damaged, and wherever it ends."""
+    one = archive(
+        tmp_path / "a.tar", [(f"{i}.{e}", png()) for i in range(3) for e in ("png", "x")]
+    ).read_bytes()
+    assert len(png()) < 512
+    heads = range(0, 6 * 1024, 1024)
+    damaged = [changed(one, place + byte, 0xFF) for place in heads for byte in (0, 130, 150)]
+    cut = [one[:end] for place in heads for end in (place, place + 100, place + 512, place + 560)][1:]
+    for data in (*damaged, *cut, one[: 6 * 1024], one + one, one + b"x"):
+        path = write(tmp_path / "b.tar", data)
+        with pytest.raises(BadRecord) as caught:
+            list(parts(path, 0, size=2048))
+        assert (caught.value.code, caught.value.origin.file) == ("broken_file", path)
+    for data in (one, one + bytes(3000), one[: 6 * 1024 + 512]):
+        assert len(list(parts(write(tmp_path / "b.tar", data), 0, size=1))) == 3
+
+
+def test_sizes_that_lead_back_or_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    plain = archive(tmp_path / "a.tar", [("0.png", png()), ("0.txt", b"zero")]).read_bytes()
+    long = archive(tmp_path / "b.tar", [("n" * 300 + ".png", png())], tarfile.GNU_FORMAT).read_bytes()
+    negative = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)
+    huge = b"%011o\0" % (2 << 30)
+    pax = tarfile.TarInfo("0.png")
+    pax.pax_headers = {"size": "-1024"}
+    for data, told in (
+        (sized(plain, 0, negative), "negative"), (sized(plain, 1024, negative), "negative"),
+        (sized(long, 0, huge), "a header of"), (sized(long, 0, negative), "a header of -512"),
+        (pax.tobuf(tarfile.PAX_FORMAT) + plain, "negative"),
+    ):  # fmt: skip
+        with pytest.raises(BadRecord, match=told):
+            list(parts(write(tmp_path / "c.tar", data), 0))
+
+
+def test_members_of_one_key_that_stand_apart_are_told(tmp_path: Path) -> None:
+    pictures = [(f"{i}.png", png()) for i in range(3)]
+    error = refused(archive(tmp_path / "a.tar", [*pictures, *((f"{i}.txt", b"text") for i in range(3))]))
+    assert [record.code for record in error.records] == ["broken_file"]
+    assert "0.txt apart" in str(error) and "--sort=name" in str(error)
+
+
+@pytest.mark.parametrize("text", [[], [("0.txt", b"zero")]])
+def test_the_json_of_a_tar_says_what_is_learnt_with_a_text_and_without(tmp_path: Path, text: list) -> None:
+    def told(**said) -> list[tuple[str, bytes]]:
+        return [("0.png", png()), *text, ("0.json", json.dumps({"text": "zero", "n": 1, **said}).encode())]
+
+    record = UnifiedGenerationDataset(archive(tmp_path / "a.tar", told(weight=0.5, system="Draw.")))[0]
+    assert [s.text for s in record.sample if isinstance(s, Text)] == ["Draw.", "zero"]
+    assert record.sample[-1].weight == 0.5 and record.metadata["key"] == "0"
+    for name, value, code in (
+        ("label", False, "unsupported_key"), ("rejected", "x", "unsupported_key"), ("weight", "70 kg", "wrong_type"),
+    ):  # fmt: skip
+        error = refused(archive(tmp_path / "b.tar", told(**{name: value})))
+        assert (error.records[0].code, error.records[0].field) == (code, name)
 
 
 # ---- folders

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.data.json_text import MAX_RECORD, decode
+from unigen.data.keys import LEARNING
 from unigen.sequence.types import BadRecord
 
 _BOM = b"\xef\xbb\xbf"
@@ -49,15 +52,20 @@ def read_header(file: BinaryIO, suffix: str, digest: Any = None) -> Header:
     delimiter = "\t"
     if suffix == ".csv":
         delimiter = next((mark for mark in ",;\t" if mark in text), ",")
-    names = next(csv.reader([text], delimiter=delimiter), [])
-    if not names or "" in names or len(set(names)) < len(names):
-        fix = "write a first line with a name for each column, such as image,text"
+    csv.field_size_limit(MAX_RECORD)
+    fix = "write a first line with a name for each column, such as image,text"
+    try:
+        names = next(csv.reader([text], delimiter=delimiter), [])
+    except csv.Error:  # a line may not end in CR alone
+        names, fix = [], "save it with line ends of LF (or CR LF) and a first line such as image,text"
+    if not names or "" in names or len(set(names)) < len(names) or len(first) == MAX_RECORD:
         raise BadRecord("bad_csv", "(file)", f"the first line {text[:60]!r}", "a name for each column", fix)
     return Header(names, delimiter, len(first))
 
 
-def rows(lines: Lines, header: Header) -> Iterator[dict[str, str]]:
-    """The records from there on, without empty cells. Raises BadRecord, or ValueError."""
+def rows(lines: Lines, header: Header) -> Iterator[dict[str, Any]]:
+    """The records from there on, without empty cells: texts, and values where a column says what is learnt.
+    Raises BadRecord, or ValueError."""
     csv.field_size_limit(MAX_RECORD)
     reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
     try:
@@ -68,13 +76,26 @@ def rows(lines: Lines, header: Header) -> Iterator[dict[str, str]]:
                 expected = f"{len(header.names)}, as the first line has ({', '.join(header.names)[:60]})"
                 fix = 'put texts that hold the separator into quotes ("..."), or name the columns there'
                 raise BadRecord("bad_csv", "(file)", found, expected, fix)
-            yield {name: cell for name, cell in zip(header.names, cells) if cell}
+            yield {name: _value(name, cell) for name, cell in zip(header.names, cells) if cell}
             start = lines.line
     except csv.Error as error:
         raise ValueError(f"line {lines.line}: {error}") from None
 
 
-def row_at(path: Path, offset: int, length: int) -> dict[str, str]:
+def _value(name: str, cell: str) -> Any:
+    """What JSON would have for a cell: ``0.5`` under ``weight``, and ``False`` under ``label`` too, which is
+    refused. A cell that is neither stays a text."""
+    if name not in LEARNING and name != "label":
+        return cell
+    truth = {"true": True, "false": False}.get(cell.strip().lower())
+    if truth is not None or name == "label":
+        return cell if truth is None else truth
+    with suppress(ValueError):
+        return number if isfinite(number := float(cell)) else cell
+    return cell
+
+
+def row_at(path: Path, offset: int, length: int) -> dict[str, Any]:
     """The record of the bytes at a place."""
     status = path.stat()
     header = _header(path, status.st_mtime_ns, status.st_size)

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.data.json_text import decode, parse_json
-from unigen.data.words import Json
+from unigen.data.keys import RECORD, refuse
+from unigen.data.words import Json, cut
 from unigen.sequence.types import BadRecord
 
 KEY = "__key__"
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 TEXTS = ("txt", "text", "caption", "cap")
 MAX_SAMPLE = 1 << 30  # bytes of the members of one key together
+MAX_HEADER = 1 << 20  # bytes of a header for a long name
 _BLOCK = 512
+_REMEMBERED = 1000  # keys from the start of which a member that stands apart is found
 
 
 class Run(NamedTuple):
@@ -34,21 +37,26 @@ class Run(NamedTuple):
 
 def runs(path: Path, first: int = 0, stop: int | None = None) -> Iterator[Run]:
     """The records of a tar between two bytes, from the headers of its members alone. Raises ValueError for a
-    damaged one, and for one with links or sparse members."""
+    damaged one, and for one with links or sparse members; BadRecord where members of one key stand apart."""
     size = os.path.getsize(path)
-    with path.open("rb") as file:
+    with _Headers(io.FileIO(path)) as file:
         file.seek(first)
-        key, names, start, end = "", set[str](), 0, 0
-        for member, _ in _members(file):
+        key, names, start, end = "", set[str](), first, 0
+        met: dict[str, set[str]] = {}
+        for member, _ in _members(file, whole=stop is None):
             if stop is not None and member.offset >= stop:
                 break
             if member.offset_data + member.size > size:
                 raise ValueError(f"its member {member.name!r} is cut off")
             here, ending = _split(member.name)
             if here != key or ending in names:
+                if here != key and ending not in met.get(here, {ending}):
+                    raise _apart(member.name, here)
                 if names:
                     yield _run(start, end, key)
                 key, names, start = here, set(), member.offset
+                if len(met) < _REMEMBERED:
+                    met.setdefault(here, names)
             names.add(ending)
             end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
         if names:
@@ -78,10 +86,10 @@ def row_of(data: bytes) -> Json:
 def members(row: Json) -> Json:
     """The record of a row of members: the picture under ``image`` (that of ``0001.x.jpg`` under ``x``), the
     text under ``text``; the fields of the JSON too, but where picture and text stand already it is
-    ``metadata``.
+    ``metadata``, without what any record may say of its learning.
 
     Raises:
-        BadRecord: A text is no UTF-8, or a JSON no object.
+        BadRecord: A text is no UTF-8, a JSON no object, or it has a field that is refused.
     """
     record: Json = {}
     described: Json = {}
@@ -98,29 +106,57 @@ def members(row: Json) -> Json:
         elif ending != "__url__":
             record[ending] = value
     if "image" in record and "text" in record:
-        return {**record, "metadata": {**described, "key": row[KEY]}}
+        refuse(described)
+        said = {name: described.pop(name) for name in RECORD if name in described and name != "metadata"}
+        return {**said, **record, "metadata": {**described, "key": row[KEY]}}
     return {**described, **record, "metadata": {"key": row[KEY]}}
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """The files of a tar from where ``file`` stands on, each with the reader of its contents."""
+class _Headers(io.BufferedReader):
+    """A tar of which the headers alone are read: one for a long name may claim any size."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise ValueError(f"a header of {size:,} bytes")
+        return super().read(size)
+
+
+def _members(file: BinaryIO, whole: bool = False) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The files of a tar from where ``file`` stands on, each with the reader of its contents. Raises
+    ValueError for a damaged one, ``whole``: also where its end mark is missing."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it holds nothing but ``file``)
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            if member.size < 0:  # it would lead back, to be read for ever
+                raise ValueError(f"its member {member.name!r} has a negative size")
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
                 raise ValueError(f"its member {member.name!r} is no plain file")
             yield member, tar
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:
         raise ValueError(str(error)) from None
+    # the module takes any block that is no header for the end
+    file.seek(tar.offset)
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise ValueError(f"what stands behind byte {tar.offset:,} is no member")
+        whole = False
+    if whole:
+        raise ValueError("its end mark is missing")
 
 
 def _run(start: int, end: int, key: str) -> Run:
     if end - start > MAX_SAMPLE:
         raise ValueError(f"the members of {key!r} have more than {MAX_SAMPLE:,} bytes")
     return Run(start, end - start)
+
+
+def _apart(name: str, key: str) -> BadRecord:
+    found = f"{cut(name)} apart from the other members of {cut(key)}"
+    fix = "pack them sorted by name, as tar --sort=name -cf data.tar -C FOLDER . does"
+    return BadRecord("broken_file", "(file)", found, "the members of one key behind one another", fix)
 
 
 def _split(name: str) -> tuple[str, str]:
