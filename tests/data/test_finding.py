@@ -318,7 +318,7 @@ def test_splits_of_pictures_are_folders(tmp_path: Path) -> None:
 def test_of_several_kinds_the_records_are_taken_and_the_others_listed(tmp_path: Path) -> None:
     write(tmp_path / "a.png", png())
     write(tmp_path / "a.txt", "text")
-    table = write(tmp_path / "about.csv", "image,text\na.png,text\n")
+    table = write(tmp_path / "a_about.csv", "image,text\na.png,text\n")
     lines = write(tmp_path / "a.jsonl", json.dumps({"image": "a.png", "text": "A"}))
     tar = archive(tmp_path / "a.tar", [("0.png", png()), ("0.txt", b"zero")])
     for path in (tar, lines, table):
@@ -327,3 +327,33 @@ def test_of_several_kinds_the_records_are_taken_and_the_others_listed(tmp_path: 
         path.unlink()
     assert [name for _, name in find_files([tmp_path])] == ["a.png"]
     assert isinstance(UnifiedGenerationDataset(tmp_path)[0].sample[1], Image)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        ("train.csv test.jsonl", "train", "train.csv"),
+        ("train.csv test.jsonl val.tar", "validation", "val.tar"),
+        ("train/a.tar val.jsonl", "train", "train/a.tar"),
+        ("0.tar 0.parquet 0_stats.json 1.tar 1.tsv.parquet", "train", "0.tar 1.tar"),
+        ("d.v1-0.tar d.v1-0.json", "train", "d.v1-0.tar"),
+        ("train.jsonl about.csv train.csv", "train", "train.jsonl"),
+        ("train/a.jsonl train/labels.csv", "train", "train/a.jsonl"),
+        ("train.jsonl images.tar", "train", None),
+        ("00000.tar 0.jsonl", "train", None),
+        ("a/0.tar b/0.parquet", "train", None),
+        ("train.csv more.jsonl", "train", None),
+        ("train.csv test.jsonl", None, None),
+    ],
+)
+def test_the_split_is_chosen_before_the_kind(tmp_path: Path, names: str, split, expected: str | None) -> None:
+    """And what may be the records is not put aside."""
+    for name in names.split():
+        write(tmp_path / name, "")
+    if expected is None:
+        with pytest.raises(BadData, match="name the files"):
+            find_files([tmp_path], split=split)
+    else:
+        left_out: list[LeftOut] = []
+        assert [name for _, name in find_files([tmp_path], None, split, left_out)] == expected.split()
+        assert len(left_out) == len(names.split()) - len(expected.split())

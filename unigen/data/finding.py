@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from unigen.data.captions import CAPTIONS, caption_of, captioned, is_picture
 from unigen.data.containers import CONTAINERS, BadData, kind_of
-from unigen.data.splits import LeftOut, Split, choose, is_side_file
+from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
 from unigen.data.unpack import PACKED
+from unigen.printing import printable
 
 MAX_STATE = 16 << 20  # bytes of a description that Hugging Face datasets wrote
 _HF_FILES = ("state.json", "dataset_info.json")
@@ -47,13 +49,13 @@ def find_files(
         path = Path(given).absolute()
         if path.is_dir():
             sides: list[Path] = []
-            names = sorted(_in_folder(path, root, sides))
-            names = _first_kind(names, sides) or sorted(_captioned(path, root, sides))
+            names = sorted(_in_folder(path, root, sides)) or sorted(_captioned(path, root, sides))
             others: list[tuple[Path, str]] = []
             if split is not None:
                 names, others, wrong = choose(names, split, [_told(name) for name in names])
                 if wrong:
                     raise BadData(f"{given}: {wrong}. Fix: name the files, or the folder of one split.")
+            names = _first_kind(path, names, sides)
             if left_out is not None:
                 left_out += [LeftOut(path / name, "") for name in sorted(sides)]
                 left_out += [LeftOut(path / name, reason) for name, reason in others]
@@ -99,14 +101,30 @@ def _nothing(folder: Path) -> str:
     return f"{kinds}. Name the folder or the files with the records."
 
 
-def _first_kind(names: list[Path], sides: list[Path]) -> list[Path]:
-    """The files of the first of ``_FIRST`` that are there; ``sides`` gets the others."""
+def _first_kind(folder: Path, names: list[Path], sides: list[Path]) -> list[Path]:
+    """The files of the first of ``_FIRST`` that are there; ``sides`` gets the others. Raises BadData where
+    one of those may be the data: a table of pictures that lie in tars, or a file named by a split."""
     for kinds in _FIRST:
         kept = [name for name in names if kind_of(name) in kinds]
         if kept:
-            sides += [name for name in names if name not in set(kept)]
+            others = [name for name in names if kind_of(name) not in kinds]
+            stems, splits = {name.with_suffix("") for name in kept}, {None, *map(split_of, kept)}
+            for name in others:
+                if split_of(name) not in splits or (kinds == (".tar",) and not _describes(name, stems)):
+                    both = printable(f"{kept[0]} and {name}")
+                    raise BadData(
+                        f"{folder}: {both} may both hold records. Fix: name the files that do, or move the"
+                        " others out of the folder."
+                    )
+            sides += others
             return kept
     return names
+
+
+def _describes(name: Path, stems: set[Path]) -> bool:
+    """Is a table named after a file, as ``00000.parquet`` and ``00000_stats.json`` beside ``00000.tar``?"""
+    parts = re.split("([-._])", name.name)
+    return any(name.with_name("".join(parts[:n])) in stems for n in range(1, len(parts), 2) if parts[0])
 
 
 def _captioned(folder: Path, root: str | Path | None, sides: list[Path]) -> Iterator[Path]:
