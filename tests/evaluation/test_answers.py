@@ -46,6 +46,13 @@ def test_the_last_answer_of_a_record_is_asked_for(segments, task, prompt, output
     assert case.texts == [given for given in references if isinstance(given, tuple)]
 
 
+def test_a_further_step_of_an_edit_starts_from_the_picture_of_the_last():
+    further = case_of(record(A, ASKED, B, Text("And?"), B), 0)
+    assert further.prompt == (PIC, "What?", DRAWN, "And?") and further.source == DRAWN
+    # a picture that was given for the next one is no answer
+    assert case_of(record(A, ASKED, SAID, A, Text("And?"), B), 0).source == PIC
+
+
 @pytest.mark.parametrize("segments", [(SAID,), (ASKED, A), ()])
 def test_a_record_that_asks_nothing_is_no_case(segments):
     assert case_of(record(*segments), 0) is None

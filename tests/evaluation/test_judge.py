@@ -15,6 +15,7 @@ from unigen.evaluation.cases import Case
 from unigen.evaluation.judge import Judge
 from unigen.evaluation.material import Material, Tools
 from unigen.evaluation.results import CannotRun
+from unigen.evaluation.statistics import compare
 from unigen.evaluation.views import judge as judge_metric
 
 
@@ -89,6 +90,21 @@ def test_pictures_are_sent_with_their_text_and_edits_with_their_source(server):
     said = {"judge": {-1: judge.about(), **{row["number"]: row for row in rows}}}
     result = judge_metric(Material("generate", CASES[:1], [ANSWERS[0]], Tools(), said))
     assert result.value == 1.0 and result.name.startswith("judge[seer|asked=")
+
+
+def test_checkpoints_are_compared_on_the_pictures_that_both_got_a_score_for():
+    """Two pictures for one text are two prompts."""
+    cases = [Case(n, f"v:{n}", "generate", ("a cat",), ("image",), (gray(0),)) for n in range(3)]
+    answers = [Prediction(n, "", "generate", 0, (gray(9),)) for n in range(3)]
+
+    def scored(*scores):
+        rows = {n: {"pictures": [{"score": one, "said": ""}]} for n, one in enumerate(scores)}
+        said = {"judge": {-1: {"model": "seer", "asked": "how"}, **rows}}
+        return judge_metric(Material("generate", cases, answers, Tools(), said))
+
+    base = scored(0.1, 0.5, None)
+    assert compare(base, scored(0.2, 0.6, None)).n == 2
+    assert compare(base, scored(None, 0.5, 0.1)).verdict == "not compared"
 
 
 @pytest.mark.parametrize(

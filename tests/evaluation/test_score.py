@@ -11,6 +11,7 @@ from unigen.evaluation.answers import Answer, Prediction, answer_all
 from unigen.evaluation.cases import Case, cases_of
 from unigen.evaluation.features import module_extractor
 from unigen.evaluation.score import Tools, as_json, score
+from unigen.evaluation.statistics import compare
 from unigen.sequence.types import Image, Origin, Record, Text
 
 
@@ -50,6 +51,18 @@ def test_a_missing_text_is_an_empty_answer_and_a_thought_is_none():
     )
     assert results["exact_match"].samples.tolist() == [0, 1, 1]
     assert results["structure"].samples.tolist() == [0, 0, 1]
+
+
+def test_pictures_to_other_records_are_no_pairs(extractor):
+    """Neither where their references are equal."""
+    cases = [case(n, "generate", ("image",), (noise(8, 8, 9),)) for n in range(3)]
+
+    def similarity(*answered: int):
+        found = [prediction(n, *([noise(8, 8, n)] if n in answered else [])) for n in range(3)]
+        return by_kind(score(cases, found, Tools(extractor=extractor))["generate"])["similarity"]
+
+    assert compare(similarity(0, 1), similarity(0, 1)).n == 2
+    assert compare(similarity(0, 1), similarity(0, 2)).verdict == "not compared"
 
 
 @pytest.fixture

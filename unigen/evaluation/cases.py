@@ -27,6 +27,8 @@ class Case:
         references: for each of them the texts that are right (variants of a caption), or the picture's
             source.
         name: the record's ``id``, at its top or in its metadata; empty without one.
+        edited: the last picture of the prompt that was itself an answer, which a further step of an edit
+            starts from; None without one.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Case:
     outputs: tuple[str, ...]
     references: tuple[Any, ...]
     name: str = ""
+    edited: Any = None
 
     @property
     def said_last(self) -> str:
@@ -49,7 +52,10 @@ class Case:
 
     @property
     def source(self) -> Any:
-        """The first picture of the prompt, which an edit starts from; None without one."""
+        """What an edit starts from: the picture that was answered last, else the first of the prompt; None
+        without one."""
+        if self.edited is not None:
+            return self.edited
         return next((piece for piece in self.prompt if not isinstance(piece, str)), None)
 
 
@@ -65,6 +71,7 @@ def case_of(record: Record, number: int) -> Case | None:
     if start == 0:
         return None
     answer = sample[start:end]
+    edited = next((s for s in reversed(sample[:start]) if isinstance(s, Image) and s.target), None)
     context: Sample = [_as_context(segment) for segment in sample[:start]]
     return Case(
         number,
@@ -74,6 +81,7 @@ def case_of(record: Record, number: int) -> Case | None:
         tuple(TEXT if isinstance(segment, Text) else IMAGE for segment in answer),
         tuple(segment.variants if isinstance(segment, Text) else _piece(segment) for segment in answer),
         str(record.metadata.get("id", "")),
+        None if edited is None else _piece(edited),
     )
 
 

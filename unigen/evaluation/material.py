@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, Case
 from unigen.evaluation.features import Extractor, Features, FeatureStore
+from unigen.evaluation.results import digest_of
 from unigen.evaluation.towers import PictureTower
 
 EDIT = "edit"
@@ -146,6 +147,11 @@ class Material:
             next(iter(rows.get(one.case.number, {}).get("pictures", [])[one.place :]), None)
             for one in self.drawn
         ]
+
+
+def digest_of_drawn(drawn: Sequence[Drawn]) -> str:
+    """A digest of the pictures that were measured: only those to the same prompts, one by one, are pairs."""
+    return digest_of([[one.case.number, one.place, one.prompt] for one in drawn])
 
 
 def _around(case: Case, pieces: Sequence[Any], place: int) -> tuple[str, ...]:

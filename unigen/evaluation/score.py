@@ -11,8 +11,8 @@ import numpy as np
 from unigen.evaluation import edits, images, text, views
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, TEXT, Case
-from unigen.evaluation.material import Material, Row, Tools
-from unigen.evaluation.results import CannotRun, Result, Unfit, identity, metric
+from unigen.evaluation.material import Material, Row, Tools, digest_of_drawn
+from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate
 
 Of = Literal["answers", "texts", "pictures", "drawings", "edits"]
@@ -27,7 +27,7 @@ NEEDS = {
     "likelihood": (
         "no checkpoint was asked how likely the references are", "give a checkpoint, not answers alone",
     ),
-    "views": ("the checkpoint was not asked what it sees", "--views"),
+    "views": ("the checkpoint was not asked what it sees", "--views, with a checkpoint"),
     "judge": ("no judge is given", "--judge_url http://127.0.0.1:8000/v1"),
 }  # fmt: skip
 
@@ -226,13 +226,19 @@ def _measure(kind: str, one: Metric, material: Material) -> Result:
     if one.needs and not (getattr(material.tools, one.needs, None) or material.said.get(one.needs)):
         reason, fix = NEEDS[one.needs]
         return Result(kind, None, reason=reason, fix=fix, lacks=one.needs)
-    if one.of in ("pictures", "drawings", "edits") and not material.drawn:
+    pictures = one.of in ("pictures", "drawings", "edits")
+    if pictures and not material.drawn:
         return Result(kind, None, reason="no picture was drawn", fix="look at the answers", lacks="samples")
     try:
         result = one.run(material)
     except CannotRun as error:
         return Result.without(kind, error)
-    return result if result.value is not None else replace(result, name=kind)
+    if result.value is None:
+        return replace(result, name=kind)
+    if pictures and one.needs not in ("views", "judge"):  # these say themselves which they measured
+        # equal prompts or references do not make a pair where a picture is missing
+        return replace(result, data=digest_of(result.data, digest_of_drawn(material.drawn)))
+    return result
 
 
 def as_json(scores: dict[str, list[Result]]) -> dict[str, list[dict[str, Any]]]:

@@ -299,7 +299,7 @@ def _not_comparable(a: Result, b: Result) -> str:
     if a.name != b.name:
         return f"they measured different things, {a.name} and {b.name}"
     if a.data != b.data:
-        return "they were held against different references"
+        return "they measured other samples or were held against different references"
     if a.n != b.n or a.n < 2:
         return f"a paired test needs the same samples, at least two (n = {a.n} and {b.n})"
     if any(

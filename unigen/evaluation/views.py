@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unigen.evaluation.material import Material
+from unigen.evaluation.material import Drawn, Material, digest_of_drawn
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate, value_of
 from unigen.evaluation.text import accuracy, chrf, rouge
@@ -32,7 +32,7 @@ def perplexity(material: Material) -> Result:
     )  # fmt: skip
 
 
-def _of_views(material: Material, *keys: str) -> tuple[list[Any], list[list[Any]]]:
+def _of_views(material: Material, *keys: str) -> tuple[list[Drawn], list[list[Any]]]:
     """The drawn pictures of which all is known, and the values of ``keys`` of each."""
     rows = material.of_drawn("views")
     found = [
@@ -49,9 +49,9 @@ def _asked(material: Material, which: str) -> str:
     return f"asked={digest_of(material.said['views'][-1][which])}" if -1 in material.said["views"] else ""
 
 
-def _views(kind: str, material: Material, values: Any, data: Any, question: str) -> Result:
+def _views(kind: str, material: Material, values: Any, drawn: list[Drawn], question: str) -> Result:
     name = identity(kind, "own-understanding", _asked(material, question), n=len(values))
-    return estimate(name, np.array(values, np.float64), seed=material.tools.seed, data=digest_of(data))
+    return estimate(name, np.array(values, np.float64), seed=material.tools.seed, data=digest_of_drawn(drawn))
 
 
 @metric("verify", "mean probability of yes by yes or no, first token of the answer")
@@ -59,7 +59,7 @@ def verify(material: Material) -> Result:
     """How sure the checkpoint's understanding branch is that a picture it drew shows what was asked for, 0 to
     1. A model that always says yes has 1: read ``verify_margin`` beside it."""
     drawn, rows = _of_views(material, "yes", "sure")
-    result = _views("verify", material, [yes for yes, _ in rows], [one.prompt for one in drawn], "verify")
+    result = _views("verify", material, [yes for yes, _ in rows], drawn, "verify")
     sure = float(np.median([sure for _, sure in rows]))
     if sure >= SURE:
         return result
@@ -72,7 +72,7 @@ def verify_margin(material: Material) -> Result:
     """How much surer it is of the right text than of another record's, -1 to 1: 0 where it cannot tell."""
     drawn, rows = _of_views(material, "yes", "yes_of_other")
     values = [yes - other for yes, other in rows]
-    return _views("verify_margin", material, values, [one.prompt for one in drawn], "verify")
+    return _views("verify_margin", material, values, drawn, "verify")
 
 
 @metric("cycle_rougeL", "ROUGE-L of the prompt and what the checkpoint says that its picture shows")
@@ -91,26 +91,25 @@ def cycle_chrf(material: Material) -> Result:
 def _cycle(kind: str, material: Material, measure: Any) -> Result:
     drawn, rows = _of_views(material, "described", "prompted")
     result = measure([said for said, _ in rows], [one.prompt for one in drawn], seed=material.tools.seed)
-    return _renamed(kind, result, material)
+    return _renamed(kind, result, material, drawn)
 
 
 @metric("described_as_real", "accuracy of the description of the picture against that of the reference")
 def described_as_real(material: Material) -> Result:
     """Share of pictures that the understanding branch describes in the words it has for the real ones."""
-    _, rows = _of_views(material, "described", "described_reference")
+    drawn, rows = _of_views(material, "described", "described_reference")
     result = accuracy([said for said, _ in rows], [real for _, real in rows], seed=material.tools.seed)
     # each checkpoint is held against its own words for the same pictures
-    same = digest_of([one.case.number for one in material.drawn])
-    return replace(_renamed("described_as_real", result, material), data=same)
+    return _renamed("described_as_real", result, material, drawn)
 
 
-def _renamed(kind: str, result: Result, material: Material) -> Result:
+def _renamed(kind: str, result: Result, material: Material, drawn: list[Drawn]) -> Result:
     """A metric of texts as one of what the checkpoint sees. Raises CannotRun: it could not be had."""
     if result.value is None:
         raise CannotRun(result.reason, result.fix)
     inner = result.name.partition("[")[2].rstrip("]")
     name = identity(kind, "own-understanding", _asked(material, "describe"), inner)
-    return replace(result, name=name)
+    return replace(result, name=name, data=digest_of_drawn(drawn))
 
 
 @metric("judge", "mean score of another model, 0 to 10 divided by 10")
@@ -121,11 +120,15 @@ def judge(material: Material) -> Result:
     if "reason" in about:
         raise CannotRun(about["reason"], about["fix"])
     rows = material.of_drawn("judge")
-    values = [row["score"] for row in rows if row is not None and row["score"] is not None]
-    if not values:
+    found = [
+        (one, row["score"])
+        for one, row in zip(material.drawn, rows)
+        if row is not None and row["score"] is not None
+    ]
+    if not found:
         raise CannotRun("the judge gave no score", "look at what it says, or take another --judge_model")
-    left = len(rows) - len(values)
+    left, values = len(rows) - len(found), np.array([score for _, score in found], np.float64)
     notes = (f"{left} of {len(rows)} pictures got no score that can be read",) if left else ()
     name = identity("judge", about["model"], f"asked={about['asked']}", n=len(values))
-    data = digest_of([one.prompt for one in material.drawn])
-    return estimate(name, np.array(values, np.float64), seed=material.tools.seed, data=data, notes=notes)
+    data = digest_of_drawn([one for one, _ in found])
+    return estimate(name, values, seed=material.tools.seed, data=data, notes=notes)

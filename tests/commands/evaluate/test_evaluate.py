@@ -139,6 +139,8 @@ def test_given_answers_are_scored_and_compared_without_a_model(score_given, tmp_
         (["--describe_question", "what"], "--views"),
         (["--views", "--verify_question", "is it?"], "{text}"),
         (["--real", "there"], "there"),
+        (["--views"], "views is given"),
+        (["--pieces", "model"], "pieces is model"),
         (["--judge_url", "http://127.0.0.1:9/v1"], "does not answer"),
     ],
 )
@@ -146,6 +148,26 @@ def test_options_that_cannot_be_together_are_one_line(score_given, tmp_path, arg
     mine = write_lines(tmp_path / "mine.jsonl", *({"index": n, "text": "yes"} for n in range(3)))
     code, _, error = score_given(mine, *argv)
     assert code == 2 and words in error and "Fix:" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["--check"]])
+@pytest.mark.parametrize("what", ["a folder", "a file"])
+def test_whom_to_compare_with_is_looked_at_before_anybody_answers(
+    evaluate, tmp_path, monkeypatch, what, argv
+):
+    monkeypatch.setattr(InterleaveInferencer, "from_pretrained", None)  # a call would raise
+    wrong = write_lines(tmp_path / "some.jsonl", {"index": 0, "text": "yes"})
+    code, _, error = evaluate("--compare", wrong if what == "a file" else str(tmp_path / "none"), *argv)
+    assert code == 2 and ("2 of 3 records" if what == "a file" else "none") in error and "Fix:" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_sampling_are_idle_where_nobody_samples(score_given, tmp_path):
+    mine = write_lines(tmp_path / "mine.jsonl", *({"index": n, "text": "yes"} for n in range(3)))
+    code, said, error = score_given(mine, "--num_timesteps", "7", "--max_new_tokens", "9", "--seed", "3")
+    told = re.search("no effect on any record: (.*)", said + error)
+    assert code == 0 and told and set(told[1].split(", ")) == {"num_timesteps", "max_new_tokens", "seed"}
+    assert "no effect" not in "".join(score_given(mine)[1:])
 
 
 def test_check_says_what_can_run_before_anything_is_generated(evaluate, tmp_path, monkeypatch):

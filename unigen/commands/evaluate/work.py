@@ -32,7 +32,7 @@ from unigen.evaluation.statistics import Comparison
 from unigen.evaluation.towers import PictureTower, TokenTower
 from unigen.files import atomic, sha256_of
 from unigen.inference.inferencer import InterleaveInferencer
-from unigen.inference.options import check_sampling, idle_settings
+from unigen.inference.options import NAMES, check_sampling, idle_settings
 from unigen.model.backends import pick_device
 from unigen.outputs import output_folder, unwritten
 from unigen.printing import bar
@@ -106,6 +106,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
             raise ConfigError(f"no record of {o.data_path} asks anything. Fix: give records with a target")
         # before the model, which takes longer to load, and before anything is generated
         names = _names(o)
+        _check_names(names, cases, o)
         tools = replace(_tools(o, extras), lang=o.lang)
         part = Part(rank, channel.world, lambda: _meet(channel))
         judge = _judge(o)
@@ -115,7 +116,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         inputs = [*names, *([o.data_path] if isinstance(o.data_path, str) else o.data_path)]
         out = Path(o.output_dir)
         output_folder("output_dir", out, inputs)
-        _tell_idle(work, rank)
+        _tell_idle(work, names, rank)
         sources = [Source(name, folder) for name, folder in zip(names, folders_of(out, names), strict=True)]
         said = [_answers(work, source) for source in sources]
         if rank:
@@ -164,6 +165,13 @@ def _check_options(o: EvaluateOptions) -> None:
             raise ConfigError(f"{name} is given without views. Fix: --views, or leave it out")
     if o.verify_question and "{text}" not in o.verify_question:
         raise ConfigError("verify_question has no {text}. Fix: say where the text goes")
+    if o.predictions is not None and not _checkpoints([o.predictions, *o.compare]):
+        for said, idle in (("views is given", o.views), ("pieces is model", o.pieces == "model")):
+            if idle:
+                raise ConfigError(
+                    f"{said}, and no checkpoint answers: predictions are there already. Fix: leave it out, or"
+                    " give --model_path FOLDER in place of --predictions"
+                )
 
 
 def _names(o: EvaluateOptions) -> list[str]:
@@ -174,6 +182,24 @@ def _names(o: EvaluateOptions) -> list[str]:
     if not found:
         raise ConfigError(f"run is {o.run}, which holds no checkpoint. Fix: the output_dir of a training")
     return [*found, *o.compare]
+
+
+def _checkpoints(names: Sequence[str]) -> list[str]:
+    """Those that are no file of answers."""
+    return [name for name in names if not Path(name).is_file()]
+
+
+def _check_names(names: Sequence[str], cases: Sequence[Case], o: EvaluateOptions) -> None:
+    """Raises UserError: one of them cannot answer. It is to be known before the others do."""
+    from unigen.model.weights import base_of, build_bagel
+
+    for name in names:
+        if Path(name).is_file():
+            read_predictions(name, cases, o.data_root)
+            continue
+        base = base_of(name, [])[0]
+        build_bagel(base)  # no weights are read
+        Tokenizer.load(base)
 
 
 def folders_of(output_dir: Path, names: Sequence[str]) -> list[Path]:
@@ -219,13 +245,7 @@ def _judge(o: EvaluateOptions) -> Judge | None:
 
 def _check(work: Work, names: Sequence[str]) -> int:
     """``--check``: every metric measures the references themselves; what only a model can say is promised."""
-    from unigen.model.weights import base_of, build_bagel
-
-    checkpoints = [name for name in names if not Path(name).is_file()]
-    for name in checkpoints:
-        base = base_of(name, [])[0]
-        build_bagel(base)  # no weights are read
-        Tokenizer.load(base)
+    checkpoints = _checkpoints(names)
     promised = set(checkpoints and ["likelihood"]) | set(
         (checkpoints and work.options.views and ["views"]) or []
     )
@@ -274,14 +294,17 @@ def _is_given(kind: str, o: EvaluateOptions, given: dict[str, Any]) -> bool:
     )
 
 
-def _tell_idle(work: Work, rank: int) -> None:
+def _tell_idle(work: Work, names: Sequence[str], rank: int) -> None:
     """Names once what was asked for and changes nothing."""
     o = work.options
     kinds = {kind for case in work.cases for kind in case.outputs} | (
         {TEXT, IMAGE} if o.pieces == "model" else set()
     )
     idle = idle_settings(o, SamplingOptions(), TEXT in kinds or o.think, IMAGE in kinds)
-    if idle and rank == 0 and o.predictions is None:
+    if not _checkpoints(names):  # nobody samples
+        usual = EvaluateOptions(data_path=o.data_path)
+        idle = [name for name in NAMES if getattr(o, name) != getattr(usual, name)]
+    if idle and rank == 0:
         say(f"no effect on any record: {', '.join(idle)}")
 
 
