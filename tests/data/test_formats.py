@@ -637,6 +637,8 @@ WRONG = [
     ({"sequence": []}, "no_target", "sequence"),
     ({"sequence": [image("x")]}, "no_target", "sequence"),
     ({"messages": [message("user", "q")]}, "no_target", "messages"),
+    ({"messages": [OK_TURN], "weight": 0}, "no_target", "weight"),
+    ({"messages": [OK_TURN], "loss": False}, "no_target", "loss"),
     ({"conversations": [OK_TURN, {"from": "gpt", "value": "a"}]}, "ambiguous_format", "(record)"),
     ({"conversations": [{"from": "gpt", "content": "a"}]}, "ambiguous_format", "(record)"),
     ({"conversations": said(("gpt", "a")), "messages": [OK_TURN]}, "ambiguous_format", "(record)"),

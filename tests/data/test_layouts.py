@@ -2,6 +2,7 @@
 record."""
 
 import base64
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,75 @@ def test_two_names_of_one_thing_are_refused_with_the_mapping_that_chooses() -> N
         refused({"source_image": "a", "input_image": "b", "prompt": "i", "output_image": "c"}).code
         == "ambiguous_piece"
     )
+
+
+def given(fix: str) -> list[dict[str, str]]:
+    """The mappings that a fix advises."""
+    lines = re.findall(r"--fields ((?:\w+=[\w.]+ ?)+)", fix)
+    return [dict(pair.split("=") for pair in line.split()) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "read_as"),
+    [
+        ({"prompt": "q", "answer": "red"}, "answer", ["[a.png]", "q", "red*"]),
+        ({"text": "q", "label": "red"}, "label", ["[a.png]", "q", "red*"]),
+        ({"text": "q", "answers": ["red", "blue"]}, "answers", ["[a.png]", "q", "red*"]),
+        ({"text": "q", "response": "red"}, "response", ["[a.png]", "q", "red*"]),
+        ({"caption": "q", "output": "red"}, "output", ["[a.png]", "q", "red*"]),
+        ({"text": "q", "conditioning_image": "b.png"}, "conditioning_image", ["[b.png]", "q", "[a.png]*"]),
+        ({"text": "q", "control_img": {"bytes": PNG}}, "control_img", ["[bytes]", "q", "[a.png]*"]),
+        ({"text": "q", "mask": {"path": "b.png"}}, "mask", None),
+    ],
+)
+def test_an_answer_or_another_picture_beside_is_not_left_unread(record, field: str, read_as) -> None:
+    record = {"image": "a.png"} | record
+    error = refused(record)
+    assert (error.code, error.field) == ("unexpected_field", field)
+    *meant, drawn = given(error.fix)
+    assert [read(record, fields=fields)[1] for fields in meant] == ([read_as] if read_as else [])
+    assert read(record, fields=drawn) == ("text_to_image", ["q", "[a.png]*"])
+
+
+def test_what_only_sounds_like_an_answer_or_a_picture_is_left_unread() -> None:
+    record = {
+        "image": "a.png",
+        "text": "A",
+        "label": 3,
+        "answer": "",
+        "type_of_image": "photo",
+        "n_images": 2,
+    }
+    assert read(record) == ("image_and_text", ["A", "[a.png]*"])
+    assert read(record | {"label": "3"}) == ("image_and_text", ["A", "[a.png]*"])
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "read_as"),
+    [
+        ({"instruction": "i", "input": "in.png", "output": "out.png"}, "output", ["[in.png]", "i", "[out.png]*"]),
+        ({"instruction": "i", "input": "", "output": "out.JPG"}, "output", ["i", "[out.JPG]*"]),
+        ({"instruction": "i", "input": "in.png", "output": "a cat"}, "input", ["[in.png]", "i", "a cat*"]),
+        ({"query": "i", "response": "out.png", "images": ["in.png"]}, "response", ["[in.png]", "i", "[out.png]*"]),
+        ({"prompt": "i", "completion": "out.png", "image": "in.png"}, "completion", ["[in.png]", "i", "[out.png]*"]),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_picture_is_no_answer(record, field: str, read_as) -> None:
+    error = refused(record)
+    assert (error.code, error.field) == ("unexpected_field", field)
+    (fields,) = given(error.fix)
+    assert read(record, fields=fields)[1] == read_as
+    for text in ("See out.png", "https://a/b.png", "png"):
+        assert read({"instruction": "i", "output": text})[1] == ["i", f"{text}*"]
+
+
+def test_of_two_captions_each_line_does_what_it_says() -> None:
+    record = {"image_path": "a.png", "caption": "A", "prompt": "B"}
+    *drawn, learnt = given(refused(record).fix)
+    assert [read(record, fields=fields)[1] for fields in drawn] == [["A", "[a.png]*"], ["B", "[a.png]*"]]
+    assert read(record, fields=learnt) == ("image_to_text", ["[a.png]", "A*"])
+    record = {"image": "a", "instruction": "i", "source_img": "b", "edited_image": "c", "target_img": "d"}
+    assert [read(record, fields=fields)[1][-1] for fields in given(refused(record).fix)] == ["[c]*", "[d]*"]
 
 
 # ---- questions, traces, documents

@@ -102,6 +102,10 @@ def parse_with_fields(
         read_from = {field.partition(".")[0].partition("[")[0] for _, field in segments}
         notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known | read_from)]
         if not any(segment.target for segment, _ in segments):
+            if zero := next((key for key in keys.RECORD_WEIGHT if value.get(key) == 0), None):
+                expected = "a weight above 0: with 0 nothing of the record is learnt"
+                fix = "leave the record out, or give it a weight above 0"
+                raise BadRecord("no_target", zero, f.show(value[zero]), expected, fix)
             raise BadRecord(
                 "no_target",
                 FORMATS[name].content,

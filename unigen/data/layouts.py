@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from unigen.data import fields as f
+from unigen.data.captions import is_picture
 from unigen.data.fields import Json, Part, Segments
 from unigen.sequence.types import BadRecord, Image, Text
 
@@ -28,6 +29,7 @@ INSTRUCTION = (
 )  # fmt: skip
 EDITED = ("output_image", "output_images", "edited_image", "target_image", "target_img", "edited_img")
 QUESTION, ANSWER = ("query", "prompt"), ("response", "completion")
+OTHER_ANSWERS = (*ANSWER, "answer", "answers", "solution", "output", "label")
 ZEBRA = ("Question", "Text Reasoning Trace", "Final Answer")
 
 RIVALS = (
@@ -39,6 +41,7 @@ RIVALS = (
 )
 """Names of which a record means one: where a mapping gives one of them, the others stand aside."""
 
+_OTHER_PICTURE = re.compile(r"(.*_)?(image|img|mask)s?|mask_.*")
 _MARK = re.compile(r"<image_start>\s*\[([^\[\]]{1,200})\]\s*<image_end>")
 
 
@@ -47,7 +50,9 @@ def image_and_text(record: Json, folder: Path) -> Segments:
     target."""
     name = the_one(record, PICTURE)
     (picture,) = _pictures(record, name, folder, most=1)
-    return [_texts(record, the_one(record, CAPTION)), (Image(picture[0], target=True), picture[1])]
+    text = the_one(record, CAPTION)
+    _refuse_another_task(record, name, text)
+    return [_texts(record, text), (Image(picture[0], target=True), picture[1])]
 
 
 def single_edit(record: Json, folder: Path) -> Segments:
@@ -165,6 +170,66 @@ def matched_images(record: Json, folder: Path) -> Segments:
     return f.document(segments)
 
 
+# ---- records that look like one thing and are another
+
+
+def _refuse_another_task(record: Json, picture: str, text: str) -> None:
+    """Raises BadRecord where a picture and its text stand beside an answer or another picture, which drawing
+    the picture from the text would leave out: the record is a question or an edit."""
+    draw = f"--fields text_prompt={text} image_path={picture} to draw {picture} from {text} alone"
+    for name, value in record.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if name == "label" and isinstance(first, str) and first.strip().isdecimal():
+            continue  # the number of a class, as a cell of CSV has it
+        if name in OTHER_ANSWERS and isinstance(first, str) and first:
+            place = name if first is value else f"{name}.0"
+            fix = f"give --fields query={text} response={place} to learn the answer, or {draw}"
+        elif name in PICTURE or not _OTHER_PICTURE.fullmatch(name) or not _is_picture(first):
+            continue
+        elif "mask" in name:
+            fix = f"move it into metadata (masks are not learnt from), or give {draw}"
+        else:
+            edit = f"input_image={name} output_image={picture} instruction={text}"
+            fix = f"give --fields {edit} to draw {picture} from {name}, or {draw}"
+        raise BadRecord(
+            "unexpected_field", name, f.show(value), f"nothing beside {picture} and {text} to learn from", fix
+        )
+
+
+def _refuse_file_names(record: Json, question: str, answer: str) -> None:
+    """Raises BadRecord where an answer, or what it is about, is the name of a picture, which would be learnt
+    letter by letter."""
+    about = "input" if question == "instruction" and _is_file_name(record.get("input")) else None
+    if _is_file_name(record[answer]):
+        pictures = about or next((name for name in ("images",) if record.get(name) is not None), None)
+        source = f"input_images={pictures} " if pictures else ""
+        told = "" if question == "instruction" else f" instruction={question}"
+        fields = f"{source}output_image={answer}{told}"
+    elif about:
+        fields = f"query={question} image={about} response={answer}"
+    else:
+        return
+    name = answer if "output_image" in fields else "input"
+    fix = f"give --fields {fields}; where the name itself is meant, write the record as messages (format 7)"
+    raise BadRecord("unexpected_field", name, f.show(record[name]), "a text, not a picture's file name", fix)
+
+
+def _is_file_name(value: object) -> bool:
+    """Is a text nothing but the name of a picture's file?"""
+    if not isinstance(value, str) or len(value) > 1000 or "://" in value:
+        return False
+    return not re.search(r"\s", value.strip()) and is_picture(Path(value.strip()))
+
+
+def _is_picture(value: object) -> bool:
+    """Is a value a picture: bytes, an object that has them or a path, the name or address of a file?"""
+    if isinstance(value, dict):
+        return any(value.get(name) for name in ("bytes", "path", "url"))
+    if isinstance(value, str):
+        return value.startswith("data:image/") or is_picture(Path(value[-1000:].partition("?")[0]))
+    return isinstance(value, bytes)
+
+
 # ---- what they share
 
 
@@ -173,7 +238,10 @@ def the_one(record: Json, names: tuple[str, ...]) -> str:
     found = _there(record, names)
     assert found, f"none of {names}"
     if len(found) > 1:
-        fix = f"say which one is meant: --fields {found[0]}={found[1]}, or --fields {found[0]}={found[0]}"
+        fix = "say which one is meant: " + ", or ".join(f"--fields {names[0]}={name}" for name in found)
+        if names is CAPTION:
+            learnt = f"--fields image_path={_there(record, PICTURE)[0]} caption={found[0]}"
+            fix += f" (the picture is drawn); {learnt} learns it as the description"
         raise BadRecord(
             "ambiguous_piece", found[0], f"{' and '.join(found)} side by side", "one of them", fix
         )
@@ -229,6 +297,7 @@ def _texts(record: Json, name: str) -> tuple[Text, str]:
 
 def _talk(record: Json, asked: list[tuple[str, str]], answer: str, folder: Path) -> Segments:
     """Earlier questions and answers of ``history``, the question ``asked`` and the field ``answer``."""
+    _refuse_file_names(record, asked[-1][0], answer)
     turns: list[tuple[str, list[Part]]] = []
     for i, pair in enumerate(f.optional(record, "history", list) or []):
         if not isinstance(pair, list) or len(pair) != 2:
