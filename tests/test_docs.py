@@ -520,7 +520,7 @@ def check_layout(run: Path) -> None:
         assert sorted(name for name in needed if not re.search(rf"(?<![\w.]){re.escape(name)}", listed)) == []
         # a file that is listed beside them comes with --ema
         named = set(re.findall(r"(?<![\w.])\w+\.(?:safetensors|json)\b(?!l)", listed))
-        assert named == needed | {"model.safetensors", "config.json"}
+        assert named == needed | {"model.safetensors", "config.json", "probe.json"}
 
 
 PAGES = [path for path in ENGLISH if RUN[path] and path not in (README, ROOT / "docs" / "generating.md")]

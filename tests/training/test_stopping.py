@@ -276,6 +276,7 @@ def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(
         options.pop("sample_steps"),
         options.pop("val_data_path"),
         options.pop("eval_steps"),
+        options.pop("eval_samples"),
     )
     ctx = context()
     port = free_port()

@@ -13,10 +13,12 @@ The plan is the largest sum over the points of a step. Training compares it with
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -543,5 +545,9 @@ def resident_peak() -> int:
     """Most bytes of this process that ever lay in memory."""
     import resource
 
+    # ru_maxrss is also that of the process which started this one, as it was then
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

@@ -136,7 +136,8 @@ def set_moments_of(
         "step": torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")
     }
     for name, moment in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
-        state[name] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+        dtype = getattr(optimizer, "moment_dtype", parameter.dtype)
+        state[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         state[name].copy_(moment.view(parameter.shape))
     optimizer.state[parameter] = state
     return None

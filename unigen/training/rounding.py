@@ -55,6 +55,7 @@ class RoundedAdamW(torch.optim.AdamW):
     """AdamW with float32 moments, one parameter at a time: those in bfloat16 are rounded stochastically."""
 
     seed = 0
+    moment_dtype = torch.float32  # also where the weights are bfloat16
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -550,7 +550,7 @@ def test_problems_beyond_their_bound_are_counted_and_that_is_told(tmp_path, monk
     problems.save()
     problems.close()
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
-    assert lines[-1]["code"] == "more_problems" and 20 < len(lines) < 60
+    assert lines[-1]["code"] == "more_problems" and 10 < len(lines) < 60
 
 
 def test_data_without_a_record_is_a_problem_as_training_refuses_it(tmp_path, capsys):
