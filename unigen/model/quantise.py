@@ -8,7 +8,10 @@ tables and the heads of the flow stay.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,6 +77,26 @@ def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.d
         setattr(model.get_submodule(owner), last, new)
     # how peft tells which of its layers fits
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Inside, glibc gives large blocks pages of their own, which go back when they do.
+
+    Quantising frees a matrix and keeps a small one. On the heap the small one comes to lie in the hole, the
+    next matrix behind that, and so on: in some runs the whole checkpoint was in memory in the end.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt  # of glibc; others have none
+    except (OSError, AttributeError, TypeError):
+        yield
+        return
+    mmap_threshold = -3
+    mallopt(mmap_threshold, 4 << 20)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 << 20)  # as far as glibc itself lets it grow
 
 
 def _lowered(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

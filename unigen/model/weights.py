@@ -6,6 +6,7 @@ holds them twice, and written one after another without a second copy.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ from unigen.model.config import BagelConfig, read_config, wrong
 from unigen.model.layers import sincos_table
 from unigen.model.lora import activate, bind, fresh_values, linear_modules
 from unigen.model.parts import is_adapter, is_left_out, is_table, published_name
-from unigen.model.quantise import holds_quantised, quantise_layers, store
+from unigen.model.quantise import holds_quantised, large_blocks_apart, quantise_layers, store
 from unigen.model.schemas import vae_misfits
 from unigen.model.storage import (
     FLOATS,
@@ -146,8 +147,9 @@ def load_bagel(
     if quantize is not None:
         computes = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         quantise_layers(model, quantize, double_quant, computes)
-    for name, parameter in list(model.named_parameters()):
-        place_parameter(model, name, parameter, stored, device)
+    with large_blocks_apart() if quantize else contextlib.nullcontext():
+        for name, parameter in list(model.named_parameters()):
+            place_parameter(model, name, parameter, stored, device)
     refuse_nonfinite(folder, nonfinite(model.named_parameters()))
     object.__setattr__(model, "codec", load_codec(folder, model.config, device) if visual_gen else None)
     factors = {}

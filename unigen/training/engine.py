@@ -30,6 +30,7 @@ from unigen.model.backends import autocast, pick_device, prefer_flash, use_expan
 from unigen.model.bagel import Bagel, Output
 from unigen.model.lora import check_same_parts, digest_of
 from unigen.model.parts import dtype_of, is_adapter
+from unigen.model.quantise import large_blocks_apart
 from unigen.model.storage import Stored, scan_folder
 from unigen.model.weights import build_bagel, load_codec, place_parameter
 from unigen.runs.channel import Channel
@@ -195,9 +196,10 @@ class Engine:
 
     def place(self, stored: dict[str, Stored]) -> None:
         """Gives the parameters of ``self.model``, which lie nowhere yet, their memory and their values."""
-        for name, p in list(self.model.named_parameters()):
-            self.tick()
-            place_parameter(self.model, name, p, stored, self.device)
+        with large_blocks_apart() if self.config.quantize else contextlib.nullcontext():
+            for name, p in list(self.model.named_parameters()):
+                self.tick()
+                place_parameter(self.model, name, p, stored, self.device)
 
     def start(self) -> None:
         """Wraps the model for training and builds the optimiser."""
