@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unigen.commands.demo.digits import TASKS, DigitSet, write_digits
-from unigen.commands.demo.exam import FULL, QUICK, TRAINING, Exam, create_model
+from unigen.commands.demo.digits import TASKS, DigitSet, word_texts, write_digits
+from unigen.commands.demo.exam import FULL, QUICK, SIDE, TRAINING, Exam
+from unigen.commands.init.model import create_model
 from unigen.commands.train import train
 from unigen.config import Config
 from unigen.runs import layout
@@ -76,7 +77,7 @@ def preserve(folder: Path, questions: int) -> bool:
     to itself before on records of reading and drawing, whose answers are not learnt."""
     digits = records(folder / "base", {"draw": 1500, "ask": 1500})
     edits = records(folder / "edits", {"edit": 2700})
-    create_model(folder / "model", 42, **QUICK.model)
+    create_model(folder / "model", word_texts(), 42, side=SIDE, **QUICK.model)
     about = {"model_path": str(folder / "model"), "train_data_path": str(digits.train)}
     base = trained(folder / "run", 600, learning_rate=QUICK.learning_rate, **about)
     before = timed(lambda: scores(base, edits, questions), run="before")
@@ -105,7 +106,7 @@ def weights(folder: Path, questions: int) -> bool:
     digits = write_digits(folder / "data", seed=0, per_epoch=QUICK.per_epoch)
     rows: dict[str, list[Row]] = {"float32": [], "bf16": []}
     for seed in (1, 2, 3):
-        create_model(folder / f"model-{seed}", seed, **QUICK.model)
+        create_model(folder / f"model-{seed}", word_texts(), seed, side=SIDE, **QUICK.model)
         for held, found in rows.items():
 
             def learn(held: str = held, seed: int = seed) -> Row:
@@ -131,7 +132,7 @@ def adapters(folder: Path, questions: int) -> bool:
     """From a demo that stopped half-way, 400 more steps: full fine-tuning, and LoRA over three bases. The full
     demo's model: rows of the quick one are no multiple of NF4's blocks."""
     digits = write_digits(folder / "data", seed=0, per_epoch=QUICK.per_epoch)
-    create_model(folder / "model", 42, **FULL.model)
+    create_model(folder / "model", word_texts(), 42, side=SIDE, **FULL.model)
     data = {"train_data_path": str(digits.train)}
     half = trained(
         folder / "half", QUICK.steps // 2, model_path=str(folder / "model"),

@@ -49,7 +49,7 @@ HOMES = {
     "sacrebleu": ["evaluation/text.py"],
     "rouge_score": ["evaluation/text.py"],
     "nltk": ["evaluation/text.py"],
-    "tokenizers": ["commands/demo/digits.py"],
+    "tokenizers": ["commands/init/model.py"],
     "jsonargparse": ["cli.py"],
     "pyarrow": ["data/tables.py", "data/unpack.py"],
     "socket": ["commands/fetch/client.py"],

@@ -224,3 +224,14 @@ def read_receipt(folder: Path, by: str) -> dict[str, list[str]]:
 def is_own(path: Path, sums: Iterable[str]) -> bool:
     """Is it a regular file with one of these SHA-256?"""
     return path.is_file() and not path.is_symlink() and sha256_of(path) in sums
+
+
+def stranger(folder: Path, receipt: str, sums: Mapping[str, Iterable[str]]) -> str:
+    """A file in a folder, by its name there, that is neither its ``receipt`` nor one with one of its SHA-256
+    in ``sums``; empty where there is none."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        inner = path.is_dir() and not path.is_symlink() and any(path.iterdir())
+        if (name != receipt or not sums) and not inner and not is_own(path, sums.get(name, ())):
+            return name
+    return ""

@@ -95,6 +95,12 @@ COMMANDS: dict[str, Command] = {
         "unigen watch outputs/unified_training --html run.html",
         positional="run",
     ),
+    "init": Command(
+        "unigen.commands.init.command:InitOptions",
+        "unigen.commands.init.command:init",
+        "Make a small model with random weights, to train on a CPU in minutes.",
+        "unigen init --output_dir models/own --text_from data/train.jsonl",
+    ),
     "demo": Command(
         "unigen.commands.demo.command:DemoOptions",
         "unigen.commands.demo.command:demo",

@@ -185,22 +185,24 @@ def small_config(
     inner: int = 384,
     stride: int = 4,
     patch: int = 4,
+    colour: bool = False,
 ) -> BagelConfig:
-    """A tiny model without a VAE for gray pictures of ``side`` x ``side`` pixels, to train from scratch in
-    minutes.
+    """A tiny model for pictures of up to ``side`` x ``side`` pixels, to train from scratch in minutes. In
+    place of a VAE it has the codec of pixels, which is exact and learns nothing.
 
     Args:
         vocabulary: tokens of the text.
         side: pixels of a picture's side; ``stride`` (pixels per latent token) and ``patch`` (of the ViT)
             divide it.
         width: hidden size of decoder and ViT; layers, inner: layers and MLP width of the decoder.
+        colour: pictures in colour; without it light ink on black in gray.
     """
     from transformers import Qwen2Config, SiglipVisionConfig
 
     assert side % stride == 0 and side % patch == 0 and stride % 2 == 0
     llm = Qwen2Config(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096 if colour else 1024,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=False,
     )  # fmt: skip
     vit = SiglipVisionConfig(
@@ -208,9 +210,11 @@ def small_config(
         image_size=side, patch_size=patch,
     )  # fmt: skip
     cells = stride // 2
-    # This scale and shift bring the pixels of light ink on black to about mean 0 and variance 1, as the
-    # flow's noise has.
-    vae = VaeConfig(type="pixel", downsample=cells, z_channels=cells**2, scale_factor=1.3, shift_factor=-0.4)
+    # Scale and shift bring pixels to about mean 0 and variance 1, as the flow's noise has.
+    scale, shift, channels = (2.0, 0.0, 3 * cells**2) if colour else (1.3, -0.4, cells**2)
+    vae = VaeConfig(
+        type="pixel", downsample=cells, z_channels=channels, scale_factor=scale, shift_factor=shift
+    )
     picture = {"max_size": side, "min_size": side}
     return BagelConfig(
         llm, vit, vae, max_latent_size=side // stride, vit_max_num_patch_per_side=side // patch,

@@ -15,16 +15,16 @@ from PIL import Image
 
 from unigen.commands.demo.digits import (
     NUMBERS,
-    SPECIAL_TOKENS,
     TASKS,
     WORDS,
     DigitSet,
     Judge,
     apply_edits,
     to_pixels,
+    word_texts,
     write_digits,
-    write_tokenizer,
 )
+from unigen.commands.init.model import SPECIAL_TOKENS, write_tokenizer
 from unigen.data.formats import FORMATS, parse_record
 from unigen.sequence.images import open_image
 from unigen.sequence.types import Image as Piece
@@ -48,7 +48,7 @@ def tokenizer(tmp_path_factory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    count = write_tokenizer(folder, [*WORDS, "ab", "abc", "bc", "猫"])
+    count = write_tokenizer(folder, word_texts([*WORDS, "ab", "abc", "bc", "猫"]))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert len(tokenizer) == count
     return tokenizer
@@ -332,7 +332,7 @@ def test_tokenizer_round_trips_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-def test_a_word_that_cannot_be_one_token_is_refused(tmp_path):
+def test_a_word_that_cannot_be_one_token_is_refused():
     for word in ("two words", "b2", "a+b", "10"):
         with pytest.raises(ValueError, match="cannot be one token"):
-            write_tokenizer(tmp_path, [word])
+            word_texts([word])

@@ -31,7 +31,7 @@ from unigen.model.storage import (
     write_safetensors,
 )
 from unigen.model.weights import SIDE_FILES
-from unigen.outputs import is_own, output_folder, unwritten
+from unigen.outputs import output_folder, stranger, unwritten
 from unigen.printing import bar
 from unigen.runs import layout
 from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
@@ -141,7 +141,7 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
             f"{out} is no earlier export (it has no {_RECEIPT}), so --overwrite leaves it. Fix: choose"
             " another folder"
         )
-    if strange := _strange(out):
+    if strange := stranger(out, _RECEIPT, _contents(out)):
         raise ExportError(
             f"{out} holds {strange}, which no export left there as it is now, so --overwrite leaves it."
             " Fix: move that away, or choose another folder"
@@ -149,18 +149,13 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
     return True
 
 
-def _strange(out: Path) -> str:
-    """A file in an earlier export that is not one of it, or was changed since; empty where there is none."""
+def _contents(out: Path) -> dict[str, list[str]]:
+    """The files of an earlier export, with their SHA-256."""
     try:
         contents = dict(json.loads((out / _RECEIPT).read_bytes())["contents"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         contents = {}
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        inner = path.is_dir() and not path.is_symlink() and any(path.iterdir())
-        if name != _RECEIPT and not inner and not is_own(path, [contents.get(name, "")]):
-            return name
-    return ""
+    return {name: [digest] for name, digest in contents.items()}
 
 
 @dataclass(frozen=True)

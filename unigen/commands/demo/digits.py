@@ -1,4 +1,4 @@
-"""Real handwritten digits as training data for the demo, the tokenizer that goes with them, and their judge.
+"""Real handwritten digits as training data for the demo, the words that go with them, and their judge.
 
 The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (``load_digits``: the test part of
 "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
@@ -9,7 +9,6 @@ picture ever appears in the training records.
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unigen.commands.init.model import cut
 from unigen.sequence.images import area_means, to_image
 
 SIDE = 8  # pixels of a digit's side
@@ -373,64 +373,17 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / norm) if norm > 1e-9 else 0.0
 
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-
-
-# How Qwen2 cuts a text before it merges bytes: digits one by one, letters apart from signs.
-_CUTS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def write_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
-    """Writes a Qwen2 tokenizer (byte-level BPE) with few tokens into ``folder``, and returns their number.
-
-    It holds all 256 bytes, so it reads any text (Qwen2 brings text to Unicode's NFC first); each word, alone
-    and after a space, is one token. Digits stay single and never take the space before them: that is Qwen2's
-    pre-tokenizer. Load it with ``Tokenizer.load(folder)``.
+def word_texts(words: Iterable[str] = WORDS) -> list[str]:
+    """Texts from which a tokenizer learns each word as one token, alone and after a space.
 
     Raises:
         ValueError: a word that the pre-tokenizer splits, so that no merge can make it one token.
     """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    cut = pre_tokenizers.Split(Regex(_CUTS), "isolated")
-    words = [unicodedata.normalize("NFC", word) for word in words]
+    words = list(words)
     for word in words:
-        if len(cut.pre_tokenize_str(word)) != 1:
+        if len(cut(word)) != 1:
             raise ValueError(
                 f"{word!r} cannot be one token: Qwen2 splits at spaces and digits, and letters from signs."
                 " Give its parts."
             )
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
-    # merges until every word is one token
-    trainer = trainers.BpeTrainer(
-        vocab_size=1 << 20, initial_alphabet=to_bytes.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([*words, *(f" {word}" for word in words)], trainer)
-    size = tokenizer.get_vocab_size()
-    specials = {token: size + n for n, token in enumerate(SPECIAL_TOKENS)}
-
-    options = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    decoder = {str(n): {"content": token, **options, "special": True} for token, n in specials.items()}
-    ends = {"eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0], "unk_token": SPECIAL_TOKENS[0]}
-    config = {
-        "added_tokens_decoder": decoder,
-        **ends,
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "model_max_length": 1 << 20,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.model.save(str(folder))  # vocab.json, merges.txt
-    tables = {"added_tokens": specials, "special_tokens_map": ends, "tokenizer_config": config}
-    for name, content in tables.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return size + len(specials)
+    return [*words, *(f" {word}" for word in words)]

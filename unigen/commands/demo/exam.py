@@ -17,16 +17,14 @@ from typing import Any
 
 import torch
 
-from unigen.commands.demo.digits import NUMBERS, QUESTION, DigitSet, Judge, write_digits, write_tokenizer
+from unigen.commands.demo.digits import NUMBERS, QUESTION, DigitSet, Judge, word_texts, write_digits
 from unigen.commands.demo.measure import FOLDER, evaluate_digits
+from unigen.commands.init.model import create_model
 from unigen.commands.train import train
 from unigen.config import Config
 from unigen.files import remove
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import sampling_options
-from unigen.model.bagel import Bagel
-from unigen.model.config import small_config
-from unigen.model.weights import save_bagel
 from unigen.outputs import claim, output_folder, unwritten
 from unigen.runs import layout
 from unigen.runs.checkpoint import steps
@@ -91,18 +89,6 @@ class Interrupted(Exception):
     """A signal ended the training; its last finished step is saved."""
 
 
-def create_model(folder: Path, seed: int = 0, **sizes: int) -> None:
-    """Writes a tiny BAGEL with random weights and its tokenizer, in the published layout, for pictures of 8 x
-    8."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = small_config(write_tokenizer(folder), SIDE, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Bagel(config)
-        model.initialise()
-    save_bagel(model, folder)
-
-
 def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]:
     """The whole demo; what ``metrics.json`` holds."""
     began = time.perf_counter()
@@ -110,7 +96,7 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
     with unwritten("output_dir", output_dir):
         claim("output_dir", output_dir, DEMO, sorted(os.listdir(output_dir)) if output_dir.is_dir() else [])
     digits = write_digits(output_dir / "data", seed=0, per_epoch=size.per_epoch)
-    create_model(output_dir / "model", seed, **size.model)
+    create_model(output_dir / "model", word_texts(), seed, side=SIDE, **size.model)
     prepared = time.perf_counter()
     checkpoint = _train(output_dir, size, seed, _write_prompts(output_dir / "prompts.jsonl", digits))
     trained = time.perf_counter()

@@ -1,0 +1,72 @@
+"""``unigen init``: its options, and a small model with random weights in a folder of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from unigen.config import UserError
+from unigen.values import Options, PathText, Seed
+
+
+@dataclass(kw_only=True)
+class InitOptions(Options):
+    """A small model to train from nothing, on a CPU too.
+
+    Args:
+        output_dir: Folder for the model, in the published BAGEL layout. Required.
+        size: tiny learns from pictures of 32 x 32 pixels in minutes on a CPU; small from those of 64 x 64,
+            and takes much longer.
+        text_from: Data whose texts the tokenizer learns, files or folders as of a training. Default: bytes
+            alone, which read any text and make it long.
+        seed: Seed of the weights.
+    """
+
+    output_dir: PathText
+    size: Literal["tiny", "small"] = "tiny"
+    text_from: list[PathText] = field(default_factory=list)
+    seed: Seed = 42
+
+
+INIT = "unigen init"  # the mark of its folder
+
+
+def init(options: InitOptions) -> None:
+    """``unigen init``.
+
+    Raises:
+        UserError: ``output_dir`` holds what this command did not write or what was changed since, or cannot
+            be written; the data cannot be read.
+    """
+    from unigen.commands.init.model import SIZES, create_model, texts_of
+    from unigen.files import sha256_of, staged, sweep
+    from unigen.outputs import output_folder, unwritten, write_receipt
+
+    folder = output_folder("output_dir", options.output_dir, options.text_from)
+    _refuse_others(folder)
+    texts = list(texts_of(options.text_from)) if options.text_from else []
+    with unwritten("output_dir", folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        with staged(folder, replace=True) as staging:
+            model = create_model(staging, texts, options.seed, **SIZES[options.size])
+            write_receipt(staging, INIT, {path.name: [sha256_of(path)] for path in sorted(staging.iterdir())})
+    parameters = sum(p.numel() for p in model.parameters())
+    side = model.config.vae_transform["max_size"]
+    print(
+        f"Written to {folder}: {parameters / 1e6:.1f} million random parameters, pictures of up to"
+        f" {side} x {side} pixels, {model.config.llm.vocab_size:,} tokens"
+    )
+    print(f"Train it: unigen train --model_path {folder} --train_data_path ... --learning_rate 3e-3")
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises UserError where the folder holds anything that an earlier call did not leave there."""
+    from unigen.outputs import RECEIPT, read_receipt, stranger
+
+    if found := stranger(folder, RECEIPT, read_receipt(folder, INIT)):
+        raise UserError(
+            f"output_dir {folder} holds {found}, which {INIT} did not leave there as it is now. Fix: name a"
+            " new or an empty folder (--output_dir ...)"
+        )
