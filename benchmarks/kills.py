@@ -84,7 +84,8 @@ def train_as_rank(rank: int, world: int, port: int, options: dict[str, Any], not
     """One process of the run; every step's samples are noted in ``notes``."""
     become_rank(rank, world, port, notes)
     from unigen.config import Config
-    from unigen.training.trainer import TrainingLoop, UnifiedTrainer
+    from unigen.training.loop import TrainingLoop
+    from unigen.training.trainer import UnifiedTrainer
 
     samples = open(f"{notes}.{rank}", "a", encoding="utf-8")  # noqa: SIM115 (open until the process is killed)
     step = TrainingLoop.take_step

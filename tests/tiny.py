@@ -13,10 +13,11 @@ from unigen.config import Config
 from unigen.data.loader import MicroBatch
 from unigen.runs.signals import SignalHandler
 from unigen.sequence.images import to_image
+from unigen.training.build import build
 from unigen.training.engine import open_engine
-from unigen.training.run import build
+from unigen.training.loop import TrainingLoop
 from unigen.training.step import Counts, StepResult
-from unigen.training.trainer import TrainingLoop, open_tracker
+from unigen.training.trainer import open_tracker
 from unigen.training.warm_up import warm_up
 
 # Latents of 2 x 2 to 4 x 4 tokens and ViT grids of 2 x 2: a step takes a few hundredths of a second.

@@ -25,10 +25,10 @@ from unigen.model.weights import load_bagel
 from unigen.runs.signals import SignalHandler
 from unigen.sequence import contents
 from unigen.sequence.images import to_image
+from unigen.training.build import build
 from unigen.training.engine import Engine
+from unigen.training.loop import TrainingLoop
 from unigen.training.precision import DeviceFacts, choose_precision
-from unigen.training.run import build
-from unigen.training.trainer import TrainingLoop
 
 SMALL = {
     "vae_transform": {"max_size": 64, "min_size": 32},

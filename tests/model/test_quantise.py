@@ -18,7 +18,7 @@ from unigen.model import quantise
 from unigen.model.bagel import Bagel
 from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.weights import load_bagel
-from unigen.training.trainer import TrainingLoop
+from unigen.training.loop import TrainingLoop
 
 KINDS = [("nf4", False), ("nf4", True), ("int8", False)]
 

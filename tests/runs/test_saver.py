@@ -37,7 +37,8 @@ from unigen.runs.channel import Channel
 from unigen.runs.checkpoint import CheckpointError, read_manifest, read_states, verify_checkpoint
 from unigen.runs.saver import Saver
 from unigen.training.engine import Engine
-from unigen.training.trainer import TrainingLoop, UnifiedTrainer
+from unigen.training.loop import TrainingLoop
+from unigen.training.trainer import UnifiedTrainer
 
 # ---- what goes in comes out
 

@@ -22,9 +22,9 @@ from tiny import batch_of, built, take_warm_up, write_jsonl
 from unigen.config import Config, UserError
 from unigen.training.deepspeed import DeepSpeed
 from unigen.training.deepspeed_json import DeepSpeedSettings, loss_scale, read_settings
+from unigen.training.loop import TrainingLoop
 from unigen.training.precision import DeviceFacts, choose_precision
 from unigen.training.step import Counts, joint_loss, loss_sums
-from unigen.training.trainer import TrainingLoop
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("zero")]  # its processes are started once
 

@@ -18,7 +18,7 @@ from kills import become_rank
 from processes import run_ranks
 from tiny import batch_of, built, step_of, take_warm_up, write_jsonl
 
-from unigen.training.trainer import TrainingLoop
+from unigen.training.loop import TrainingLoop
 
 pytestmark = pytest.mark.slow  # several processes
 

@@ -16,7 +16,8 @@ from unigen.config import Config
 from unigen.runs.checkpoint import verify_checkpoint
 from unigen.training.failures import explain
 from unigen.training.guards import TrainingStopped
-from unigen.training.trainer import TrainingLoop, UnifiedTrainer
+from unigen.training.loop import TrainingLoop
+from unigen.training.trainer import UnifiedTrainer
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import torch
 from tiny import assert_close, batch_of, built, gradients, step_of
 
 from unigen.model.bagel import Output
+from unigen.training.loop import TrainingLoop
 from unigen.training.step import Counts, joint_loss, loss_sums
-from unigen.training.trainer import TrainingLoop
 
 
 def step(trainer: TrainingLoop, split: list[list[int]]) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -22,7 +22,8 @@ from unigen.config import Config
 from unigen.runs.heartbeat import EXIT_HUNG
 from unigen.runs.signals import EXIT_STOPPED
 from unigen.training import trainer as trainer_module
-from unigen.training.trainer import TrainingLoop, UnifiedTrainer
+from unigen.training.loop import TrainingLoop
+from unigen.training.trainer import UnifiedTrainer
 
 ROOT = Path(__file__).parents[2]
 # phase -> (steps done when the signal comes, the step that must be saved then)
@@ -220,7 +221,7 @@ def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
 def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_path: Path):
     """The first comes while a step takes for ever; 1.2 s later the second one does not wait for it."""
     code = (
-        "import sys, time; from unigen.training.trainer import TrainingLoop as L, UnifiedTrainer as T; from unigen.config import"
+        "import sys, time; from unigen.training.loop import TrainingLoop as L; from unigen.training.trainer import UnifiedTrainer as T; from unigen.config import"
         " Config; import json\nL.take_step = lambda *_: (print('in the step', flush=True),"
         " time.sleep(600))\nT(Config(**json.loads(sys.argv[1]))).train()"
     )

@@ -25,7 +25,8 @@ from unigen.config import Config, UserError
 from unigen.model.weights import load_bagel, nonfinite
 from unigen.training import warm_up as passes
 from unigen.training.guards import TrainingStopped
-from unigen.training.trainer import TrainingLoop, UnifiedTrainer
+from unigen.training.loop import TrainingLoop
+from unigen.training.trainer import UnifiedTrainer
 
 # ---- the warm-up batch
 
