@@ -130,7 +130,8 @@ class Config(
         kept = self.preserve_data_path
         more = [Source(kept, "preserve_data_path", repeat=True, preserve=True)] if kept else []
         if not self.train_sources:
-            return [Source(self.train_data_path, "train_data_path"), *more] if self.train_data_path else more
+            given = self.train_data_path
+            return [Source(given, "train_data_path", split=self.split), *more] if given else more
         found = [Source.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)]
         found += more
         names = [source.name for source in found]
@@ -140,6 +141,11 @@ class Config(
                     f"train_sources: two sources are called {name!r}; give them a name each (name: ...)"
                 )
         return found
+
+    def held_out(self) -> list[Source]:
+        """The validation data as a source; empty without one."""
+        given = self.val_data_path
+        return [Source(given, "val_data_path", split=self.val_split)] if given else []
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

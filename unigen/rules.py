@@ -9,6 +9,8 @@ Rules = Iterator[tuple[Any, str, str]]
 """(is it refused?, option, what is wrong and the fix)."""
 
 _NEEDS = {
+    "split": "train_data_path",
+    "val_split": "val_data_path",
     "early_stopping_patience": "val_data_path",
     "greater_is_better": "val_data_path",
     "eval_metrics": "val_data_path",

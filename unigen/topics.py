@@ -100,6 +100,7 @@ class Source(Options):
         image_root: As the option of that name, for this source alone.
         fields: As the option of that name, for this source alone: a mapping such as {text_prompt: caption}.
         trigger_word: As the option of that name, for this source alone.
+        split: The split to take of its folders, by its name, or several with + between them.
     """
 
     path: PathText | list[PathText]
@@ -113,6 +114,7 @@ class Source(Options):
     image_root: PathText | None = None
     fields: Renames = field(default_factory=dict)
     trigger_word: str | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +150,8 @@ class DataOptions(Options):
             as text_prompt; dots lead into objects, lists and JSON in a text (image=meta.picture.path).
         trigger_word: A word that every caption of a picture to draw begins with (format 11, and folders of
             pictures with captions); [trigger] in a caption stands for it.
+        split: The split to take of a folder that holds several, by its name (validation, train_sft), or
+            several with + between them. Default: the train split.
         max_sequence_length: Longest sample in tokens; a longer one has its text targets cut. Default: the
             model's limit.
         max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
@@ -170,6 +174,7 @@ class DataOptions(Options):
     image_root: PathText | None = None
     fields: Renames = field(default_factory=dict)
     trigger_word: str | None = None
+    split: str | None = None
     max_sequence_length: Count | None = None
     max_bad_share: Share = 0.01
     allow_control_tokens: bool = False
@@ -191,6 +196,7 @@ class LoaderOptions(Options):
         train_sources: Several sources with weights, as a list in a recipe, in place of train_data_path; see
             docs/data.md.
         val_data_path: Held-out data of the same kinds, for validation.
+        val_split: As split, of val_data_path. Default: the validation split.
         preserve_data_path: Data of the same kinds, on which the model stays what it was (preserve_weight).
         cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
         batch_size: Samples in a packed sequence.
@@ -206,6 +212,7 @@ class LoaderOptions(Options):
     train_data_path: PathText | list[PathText] | None = None
     train_sources: list[Annotated[dict[str, Any], KeysOf(Source)]] | None = None
     val_data_path: PathText | list[PathText] | None = None
+    val_split: str | None = None
     preserve_data_path: PathText | list[PathText] | None = None
     cache_dir: PathText | None = None
     batch_size: Count = 1

@@ -537,16 +537,6 @@ def test_a_saved_folder_that_is_not_whole_is_told(tmp_path: Path, change: dict |
         find_files([tmp_path])
 
 
-def test_splits_are_never_mixed_unasked(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(FIXTURES / "saved_dict", tmp_path / "saved"))
-    shutil.copytree(folder / "train", folder / "test")
-    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(BadData, match="2 splits") as caught:
-        find_files([folder])
-    assert str(folder / "train") in str(caught.value)
-    assert captions([folder / "test"]) == ["c1"]
-
-
 def test_the_description_beside_cached_arrow_files_is_no_record(tmp_path: Path) -> None:
     arrow(tmp_path / "x-train.arrow")
     (tmp_path / "dataset_info.json").write_text("{}")

@@ -593,7 +593,14 @@ def test_fingerprint_follows_contents_not_places(tmp_path: Path) -> None:
     )
     assert one == two != three and len(one) == 64 and int(one, 16)
     (tmp_path / "two" / "a.jsonl").rename(tmp_path / "two" / "b.jsonl")
-    assert UnifiedGenerationDataset(tmp_path / "two").fingerprint != one
+    assert UnifiedGenerationDataset(tmp_path / "two").fingerprint == one
+    (tmp_path / "two" / "a.jsonl").write_bytes(line("b"))  # and now two in this order, or in the other
+    both = [
+        [tmp_path / "two" / name for name in names]
+        for names in (("a.jsonl", "b.jsonl"), ("b.jsonl", "a.jsonl"))
+    ]
+    found = {UnifiedGenerationDataset(paths).fingerprint for paths in both}
+    assert len(found) == 2 and one not in found
 
 
 def test_fingerprint_follows_which_records_are_in_use(tmp_path: Path) -> None:
@@ -630,6 +637,7 @@ def test_statistics_of_the_example() -> None:
         "distinct_pictures": 4,
         "unread": {},
         "no_picture": {},
+        "unlearnt": {},
     }
     assert "interleaved 4 (57%)" in dataset.describe() and "5 texts, 8 images" in dataset.describe()
 

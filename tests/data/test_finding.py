@@ -119,6 +119,9 @@ def test_cells_say_what_is_learnt_as_json_does(tmp_path: Path) -> None:
     dataset = UnifiedGenerationDataset(write(tmp_path / "a.csv", lines))
     assert [[s.text for s in r.sample if isinstance(s, Text)] for r in dataset] == [["0.5"], ["true"]]
     assert [r.sample[1].weight for r in dataset] == [0.5, 1]
+    path = write(tmp_path / "d.csv", lines.replace("weight", "quality"))
+    mapped = UnifiedGenerationDataset(path, read=ReadOptions(fields={"weight": "quality"}))
+    assert [r.sample[1].weight for r in mapped] == [0.5, 1]
     for column, cell, code in (
         ("weight", "70 kg", "wrong_type"), ("loss", "nan", "wrong_type"), ("label", "FALSE", "unsupported_key"),
     ):  # fmt: skip

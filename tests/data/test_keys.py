@@ -1,8 +1,18 @@
 """The table of keys: every kind has its row, notes are bounded."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from unigen.commands.check.findings import check
+from unigen.commands.preview.command import preview
+from unigen.commands.preview.pick import PreviewOptions
+from unigen.config import DataOptions
 from unigen.data import keys
+from unigen.data.containers import BadData
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.model.weights import load_planner
 from unigen.sequence.types import BadRecord
 
 
@@ -31,3 +41,23 @@ def test_notes_of_any_number_of_fields_stay_few() -> None:
     assert sum(notes.of("unread").values()) == 10_000 and notes.of("no_picture") == {}
     told = keys.listed(notes.of("unread"), 5000, most=2)
     assert told.startswith("id 5,000 of 5,000, (others)") and told.endswith("more")
+
+
+def test_records_that_say_no_are_left_out_and_counted_by_all(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    silent = [{"messages": turns, "weight": 0}, {"messages": [turns[0], turns[1] | {"loss": False}]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*silent, {"messages": turns}]))
+    dataset = UnifiedGenerationDataset(path)
+    assert len(dataset) == 1 and dataset[0].origin.line == 3 and not dataset.bad
+    assert dataset.statistics()["unlearnt"] == {"weight": 1, "messages": 1}
+    assert "weight 1 of 3, messages 1 of 3" in dataset.describe()
+    found = check(path, load_planner(None, DataOptions()), num_workers=0)
+    assert not len(found.problems) and found.summary()["unlearnt"] == dataset.statistics()["unlearnt"]
+    assert preview(PreviewOptions(paths=[str(path)], output=None)) == 0
+    path.write_text("".join(json.dumps(record) + "\n" for record in silent))
+    with pytest.raises(BadData, match="weight of 0 in all 2 records"):
+        UnifiedGenerationDataset(path)
+    assert dict(check(path, load_planner(None, DataOptions()), num_workers=0).problems.counts) == {
+        "no_target": 1
+    }

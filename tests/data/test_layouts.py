@@ -413,3 +413,17 @@ def test_addresses_are_told_from_paths() -> None:
     ]
     assert [place_of(path) for path in paths] == paths
     assert place_of("file:///a%20b.png") == "/a b.png" == place_of("file://localhost/a b.png")
+
+
+def test_edits_in_several_turns_and_their_pictures() -> None:
+    ids = ("edit_turn1", "final_image", "original_input_image")
+    record = {
+        "files": [{"id": name, "url": f"{name}.png"} for name in ids],
+        "metadata_edit_turn_prompts": ["i", "j"],
+    }
+    found = ["[original_input_image.png]", "i", "[edit_turn1.png]*", "j", "[final_image.png]*"]
+    assert read(record) == ("edit_turns", found)
+    assert read(record | {"local_input_image": "a.jpg"})[1][0] == "[a.jpg]"
+    for prompts in (["i"], ["i", "j", "k"]):
+        error = refused(record | {"metadata_edit_turn_prompts": prompts})
+        assert (error.code, error.field) == ("unequal_image_count", "files")

@@ -100,6 +100,13 @@ PUBLIC = {
         "open_image_input_url": "http://a/1.png", "text": "i", "output_image": "2.png", "edit_type": "x",
         "summarized_text": "s",
     },
+    "Pico-Banana-400K, several turns": {
+        "files": [
+            {"id": "original_input_image", "url": "http://a/1.png"}, {"id": "edit_turn1", "url": "2.png"},
+            {"id": "final_image", "url": "3.png"},
+        ],
+        "metadata_edit_turn_prompts": ["i", "j"],
+    },
     "AnyEdit": {"edit": "i", "input": "a", "output": "b", "image_file": CELL, "edited_file": CELL, "edit_type": "x"},
     "ControlNet pairs (fill50k)": {"source": "1.png", "target": "2.png", "prompt": "i"},
     "BAGEL's edits (Parquet)": ("e.parquet", [{"image_list": [PNG, PNG], "instruction_list": [["i", "j"]]}]),

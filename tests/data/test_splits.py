@@ -1,6 +1,7 @@
 """Folders with several splits, and with files that describe the data."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ def folder(path: Path, *names: str) -> Path:
 
 def taken(path: Path, split="train") -> list[str]:
     return [name for _, name in find_files([path], split=split)]
+
+
+def asked(path: Path, name: str) -> list[str]:
+    return [found for _, found in find_files([path], asked=name)]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,7 @@ def test_splits_are_words_of_names(name: str, split: str | None) -> None:
     assert split_of(Path(name)) == split
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
 HF = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")
 HELD = ("data/test-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet")
 
@@ -79,7 +85,7 @@ def test_a_split_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
         path = tmp_path / path
         with pytest.raises(BadData, match=f"no {split} split") as caught:
             taken(path, split)
-        assert "Fix: name the files" in str(caught.value)
+        assert "NAME), or name the files" in str(caught.value)
     assert taken(tmp_path / "a" / "test.jsonl") == ["test.jsonl"]
 
 
@@ -91,3 +97,47 @@ def test_files_about_the_data_are_left_out_and_listed(tmp_path: Path) -> None:
     assert left == [LeftOut(tmp_path / name, "") for name in sides]
     assert not is_side_file(Path("infos.json"))
     assert taken(tmp_path / "dataset_infos.json") == ["dataset_infos.json"]  # who names it means it
+
+
+def test_a_split_is_taken_by_its_name_and_an_unknown_one_named(tmp_path: Path) -> None:
+    made = folder(tmp_path / "hub", *HF, *HELD)
+    assert asked(made, "test") == [HELD[0]]
+    assert asked(made, "val+test") == list(HELD)
+    assert asked(folder(tmp_path / "lines", "train.jsonl", "more_sft.jsonl"), "more_sft") == [
+        "more_sft.jsonl"
+    ]
+    assert asked(folder(tmp_path / "folders", "a/x.jsonl", "b/x.jsonl"), "b") == ["b/x.jsonl"]
+    with pytest.raises(BadData, match="no split dpo; it has test, train, validation"):
+        asked(made, "dpo")
+    with pytest.raises(BadData, match="no split test; no file names one"):
+        asked(folder(tmp_path / "plain", "a.jsonl"), "test")
+    with pytest.raises(BadData, match="this is one file"):
+        asked(made / HELD[0], "test")
+
+
+def test_two_train_splits_are_not_one(tmp_path: Path) -> None:
+    names = [f"data/{name}-00000-of-00001.parquet" for name in ("test_sft", "train_gen", "train_sft")]
+    with pytest.raises(BadData, match=r"several train splits, train_gen and train_sft.*--split"):
+        taken(folder(tmp_path, *names))
+    assert asked(tmp_path, "train_sft") == [names[2]]
+    folder(tmp_path, "data/train-00000-of-00001.parquet")
+    assert taken(tmp_path) == ["data/train-00000-of-00001.parquet"]
+    assert taken(folder(tmp_path / "one", names[0], names[2])) == [names[2]]
+
+
+def test_saved_splits_are_told_by_their_names(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    for split in ("train", "test", "prompts"):
+        shutil.copytree(FIXTURES / "saved_dict" / "train", saved / split)
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test", "prompts"]}')
+    assert [Path(name).parent.name for name in taken(saved)] == ["train"]
+    left: list[LeftOut] = []
+    ((path, _),) = find_files([saved], left_out=left, asked="prompts")
+    assert path.parent.name == "prompts" and {reason for _, reason in left} == {"train", "test"}
+    with pytest.raises(BadData, match=r"no validation split.*--val_split"):
+        taken(saved, "validation")
+    with pytest.raises(BadData, match="no split x; it has prompts, test, train"):
+        asked(saved, "x")
+    shutil.rmtree(saved / "test")
+    with pytest.raises(BadData, match=r"the split test.* is missing"):
+        taken(saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from unigen.config import Config, UserError
 from unigen.data.dataset import BadData
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import read_states, verify_checkpoint
+from unigen.training.build import idle_processes
 from unigen.training.guards import TrainingStopped
 from unigen.training.optim import learning_rate_at
 from unigen.training.trainer import UnifiedTrainer
@@ -323,9 +325,17 @@ def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records:
     changed = whole_run | {"output_dir": str(tmp_path / "run"), "train_data_path": str(other)}
     with pytest.raises(UserError, match=r"is not what this run began with.*Fix"):
         train(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_3"))
-    # The same files in another place are the same data.
+    # The same file in another place and by another name is the same data.
     other.write_text(records.read_text())
-    built(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_3"))
+    changed["train_data_path"] = str(other.rename(other.with_name("renamed.jsonl")))
+    train(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_11"))
+    assert_same_checkpoint(tmp_path / "run" / "step_12", Path(whole_run["output_dir"]) / "step_12")
+
+
+def test_processes_that_get_nothing_are_told(options: dict[str, Any]):
+    stream = built(**options).run.stream  # seven records, one in each packed sequence
+    assert not idle_processes(stream, 1) and not idle_processes(stream, 7)
+    assert re.search(r"7 packed.* for 9 processes: 2 of them learn nothing.*Fix: ", idle_processes(stream, 9))
 
 
 def test_a_fresh_or_older_start_never_removes_what_it_saved(whole_run: dict[str, Any], tmp_path: Path):

@@ -23,7 +23,7 @@ import torch
 
 from unigen.cache.encoders import Encoders
 from unigen.cache.store import Encoder, Store, about, key_of
-from unigen.config import Config, ConfigError, Source
+from unigen.config import Config, ConfigError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import cores
 from unigen.data.mapping import ReadOptions
@@ -194,10 +194,7 @@ class Filler:
         tokenizer = Tokenizer.load(Path(c.model_path))
         # Clean copies that a share of the epoch passes have are shown in all of these.
         always = replace(c, single_image_stop_prob=1.0 if c.single_image_stop_prob else 0.0)
-        for source in [
-            *c.sources(),
-            *([Source(c.val_data_path, "val_data_path")] if c.val_data_path else []),
-        ]:
+        for source in [*c.sources(), *c.held_out()]:
             planner = self.encoders.config.planner(tokenizer, always, source)
             dataset = UnifiedGenerationDataset(
                 source.path,
@@ -207,6 +204,7 @@ class Filler:
                 token_lengths=planner.token_lengths,
                 read=ReadOptions.of(source, c),
                 split="validation" if source.name == "val_data_path" else "train",
+                named_split=source.split,
                 lengths_key=planner.identity,
                 num_workers=cores(),
                 progress=True,

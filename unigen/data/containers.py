@@ -40,8 +40,11 @@ class BadData(UserError):
         return (BadData, (self.args[0], self.records))
 
 
-def no_record(files: Sequence[Path]) -> BadRecord:
-    """What is wrong with files that hold no record at all."""
+def no_record(files: Sequence[Path], unlearnt: int = 0) -> BadRecord:
+    """What is wrong with files that hold no record at all, or nothing but records of weight 0."""
+    if unlearnt:
+        found, fix = f"a weight of 0 in all {unlearnt:,} records", "give some a weight above 0"
+        return BadRecord("no_target", "(file)", found, "a record that is learnt", fix, Origin(files[0]))
     names = ", ".join(map(str, files[:5]))
     return BadRecord(
         "no_record",

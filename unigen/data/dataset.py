@@ -74,6 +74,7 @@ class UnifiedGenerationDataset:
             not trust.
         read: How the records are read; its ``data_root`` may be given alone.
         split: What is taken of a folder that holds several splits.
+        named_split: The split to take of it by its name, or several with + between them.
         lengths_key: Names what ``token_lengths`` does. With it the index is kept in the cache folder, and a
             later start on unchanged files finds it there.
         num_workers: Processes that read; 0: this one.
@@ -83,8 +84,8 @@ class UnifiedGenerationDataset:
         left_out: Files of folders that are not read: of other splits, or about the data.
         lengths: What ``token_lengths`` returned for each record; None without it.
         bad: The bad records that were left out.
-        fingerprint: Hexadecimal digest of the files (names, sizes, contents) and of which of their records
-            are in use.
+        fingerprint: Hexadecimal digest of the files (sizes, contents, in their order) and of which of their
+            records are in use.
 
     Raises:
         BadData: Nothing to read, bad records (with ``error``), too many of them (with ``skip``), a damaged
@@ -104,6 +105,7 @@ class UnifiedGenerationDataset:
         data_root: str | Path | None = None,
         read: ReadOptions = PLAIN,
         split: Split = "train",
+        named_split: str | None = None,
         lengths_key: str | None = None,
         num_workers: int = 0,
         progress: bool = False,
@@ -111,9 +113,9 @@ class UnifiedGenerationDataset:
         assert on_bad_record in ("error", "skip") and check_pictures in ("auto", "full", "headers")
         self.read = read if data_root is None else replace(read, data_root=Path(data_root).absolute())
         check_roots(self.read)
-        self.split, self.left_out = split, list[LeftOut]()
+        self.split, self.left_out = named_split or split, list[LeftOut]()
         given = [paths] if isinstance(paths, str | Path) else paths
-        named = find_files(given, self.read.data_root, split, self.left_out)
+        named = find_files(given, self.read.data_root, split, self.left_out, named_split)
         self.files = [path for path, _ in named]
         require_match(self.files, self.read)
         self._reader = Reader(self.files)
@@ -123,9 +125,8 @@ class UnifiedGenerationDataset:
         places = sorted(found.bad.kept, key=lambda entry: (entry[0].file, entry[0].index))
         self.bad = [error for _, error in places]
         self._settle(found.unreadable, on_bad_record, bad_records_path, max_bad_share)
-        contents = [
-            [name, path.stat().st_size, found.digests[number]] for number, (path, name) in enumerate(named)
-        ]
+        # of names nothing: a file that was moved or renamed is the same data
+        contents = [[path.stat().st_size, found.digests[n]] for n, path in enumerate(self.files)]
         how = [[dict(read.fields), read.trigger_word]] if read.fields or read.trigger_word else []
         self.fingerprint = hashlib.sha256(
             json.dumps([contents, self._index.digest(), *how]).encode()
@@ -158,8 +159,8 @@ class UnifiedGenerationDataset:
 
     def statistics(self) -> dict[str, Any]:
         """Counts: records, files, bad records, records per format and per task (see :func:`task`), text and
-        image targets, pictures, and how many records have each field that nothing reads (``unread``) or that
-        names no picture (``no_picture``).
+        image targets, pictures, and how many records have each field that nothing reads (``unread``), that
+        names no picture (``no_picture``), or by which they were left out as not to be learnt (``unlearnt``).
 
         ``pictures`` counts the image segments of all records, ``distinct_pictures`` the files behind them.
         """
@@ -210,10 +211,11 @@ class UnifiedGenerationDataset:
                 f"targets   {s['text_targets']:,} texts, {s['image_targets']:,} images",
                 f"pictures  {s['pictures']:,} ({s['distinct_pictures']:,} distinct files)",
                 *(
-                    f"{words}: {listed(s[what], len(self))}"
+                    f"{words}: {listed(s[what], len(self) + self._notes.unlearnt * (what == 'unlearnt'))}"
                     for what, words in (
                         ("unread", "Fields that nothing reads (metadata is their place)"),
                         ("no_picture", "Empty fields, taken as no picture"),
+                        ("unlearnt", "Records left out, as nothing of them is learnt (weight 0)"),
                     )
                     if s[what]
                 ),
@@ -310,7 +312,7 @@ class UnifiedGenerationDataset:
         bad = unreadable + self.bad
         verdict = Verdict(len(self), len(self.bad), len(unreadable), max_share)
         if not bad and not len(self):
-            raise BadData(f"{no_record(self.files)}.")
+            raise BadData(f"{no_record(self.files, self._notes.unlearnt)}.")
         if self.bad and listing is not None and on_bad_record == "skip" and not unreadable:
             list_bad_records(listing, [error.to_dict() for error in bad])
         if not verdict.can_train(on_bad_record):

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import lru_cache
-from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.data.json_text import MAX_RECORD, decode
-from unigen.data.keys import LEARNING
+from unigen.data.keys import in_text
 from unigen.sequence.types import BadRecord
 
 _BOM = b"\xef\xbb\xbf"
@@ -76,23 +74,10 @@ def rows(lines: Lines, header: Header) -> Iterator[dict[str, Any]]:
                 expected = f"{len(header.names)}, as the first line has ({', '.join(header.names)[:60]})"
                 fix = 'put texts that hold the separator into quotes ("..."), or name the columns there'
                 raise BadRecord("bad_csv", "(file)", found, expected, fix)
-            yield {name: _value(name, cell) for name, cell in zip(header.names, cells) if cell}
+            yield {name: in_text(name, cell) for name, cell in zip(header.names, cells) if cell}
             start = lines.line
     except csv.Error as error:
         raise ValueError(f"line {lines.line}: {error}") from None
-
-
-def _value(name: str, cell: str) -> Any:
-    """What JSON would have for a cell: ``0.5`` under ``weight``, and ``False`` under ``label`` too, which is
-    refused. A cell that is neither stays a text."""
-    if name not in LEARNING and name != "label":
-        return cell
-    truth = {"true": True, "false": False}.get(cell.strip().lower())
-    if truth is not None or name == "label":
-        return cell if truth is None else truth
-    with suppress(ValueError):
-        return number if isfinite(number := float(cell)) else cell
-    return cell
 
 
 def row_at(path: Path, offset: int, length: int) -> dict[str, Any]:

@@ -28,8 +28,9 @@ def find_files(
     root: str | Path | None = None,
     split: Split | None = "train",
     left_out: list[LeftOut] | None = None,
+    asked: str | None = None,
 ) -> list[tuple[Path, str]]:
-    """Absolute paths of the files, each with the name it has in a fingerprint (which a moved folder keeps).
+    """Absolute paths of the files, each with its name in the folder that was given.
 
     Folders are searched recursively, in sorted order, hidden entries left out; linked ones too, each place
     once. A folder that Hugging Face ``datasets`` saved stands for its Arrow files.
@@ -39,22 +40,29 @@ def find_files(
         split: What to take of a folder that holds several splits; None: everything.
         left_out: Gets the files of folders that are not read: those of other splits, and those that describe
             the data.
+        asked: The name of the split to take, or several with + between them.
 
     Raises:
         BadData: No path is given, one does not exist or is of no known kind, a folder holds nothing to read,
             or a file or linked folder in it that may not be read.
     """
     found = []
-    for given in paths:
+    given_paths = list(paths)
+    for given in given_paths:
         path = Path(given).absolute()
         if path.is_dir():
             sides: list[Path] = []
-            names = sorted(_in_folder(path, root, sides)) or sorted(_captioned(path, root, sides))
+            saved: dict[Path, str] = {}
+            names = sorted(_in_folder(path, root, sides, saved)) or sorted(_captioned(path, root, sides))
             others: list[tuple[Path, str]] = []
             if split is not None:
-                names, others, wrong = choose(names, split, [_told(name) for name in names])
+                # of a picture the folders alone tell its split
+                told = {name: name.parent for name in names if is_picture(name)} | saved
+                names, others, wrong = choose(names, split, asked, told)
                 if wrong:
-                    raise BadData(f"{given}: {wrong}. Fix: name the files, or the folder of one split.")
+                    flag = "--split NAME" if split == "train" else "--val_split NAME, evaluate: --split NAME"
+                    fix = "name one of them" if asked else f"say which is meant ({flag})"
+                    raise BadData(f"{given}: {wrong}. Fix: {fix}, or name the files.")
             names = _first_kind(path, names, sides)
             if left_out is not None:
                 left_out += [LeftOut(path / name, "") for name in sorted(sides)]
@@ -70,6 +78,10 @@ def find_files(
             raise BadData(
                 f"{given}: its name ends in none of {known}, nor in .json or .jsonl with"
                 f" {' or '.join(PACKED)}. Fix: {_renamed(path)}"
+            )
+        elif asked and len(given_paths) == 1:
+            raise BadData(
+                f"{given}: split is {asked!r}, and this is one file. Fix: leave split out, or name the folder"
             )
         else:
             found.append((path, path.name))
@@ -153,14 +165,11 @@ def _everything(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name).relative_to(folder) for name in names if not name.startswith("."))
 
 
-def _told(name: Path) -> Path:
-    """What tells the split of a file: its name and its folders; of a picture the folders alone."""
-    return name.parent if is_picture(name) else name
-
-
-def _in_folder(folder: Path, root: str | Path | None, sides: list[Path]) -> Iterator[Path]:
+def _in_folder(
+    folder: Path, root: str | Path | None, sides: list[Path], saved: dict[Path, str]
+) -> Iterator[Path]:
     """Relative paths of the files with records, in no order; ``sides`` gets those of files that describe
-    them."""
+    them, ``saved`` the split of those that ``DatasetDict.save_to_disk`` wrote."""
     met: set[tuple[int, int]] = set()
     linked = [folder]  # folders behind links come last: what lies here really keeps its name
     for top in linked:
@@ -174,7 +183,7 @@ def _in_folder(folder: Path, root: str | Path | None, sides: list[Path]) -> Iter
             sides += [
                 Path(place, name).relative_to(folder) for name in sorted(described - {*_HF_FILES, _HF_SPLITS})
             ]
-            yield from _in_one(folder, Path(place), folders, names, described)
+            yield from _in_one(folder, Path(place), folders, names, described, saved)
             links = [Path(place, name) for name in sorted(folders) if os.path.islink(Path(place, name))]
             for link in links:
                 _check_link(link, folder, root)
@@ -199,13 +208,22 @@ def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
 
 
 def _in_one(
-    folder: Path, at: Path, folders: list[str], names: list[str], described: set[str]
+    folder: Path,
+    at: Path,
+    folders: list[str],
+    names: list[str],
+    described: set[str],
+    saved: dict[Path, str],
 ) -> Iterator[Path]:
     """The files with records in the folder ``at``, without those that describe them; ``folders`` keeps those
     to be searched, too."""
     folders[:] = [name for name in folders if not name.startswith(".")]
     if _HF_SPLITS in names:
-        folders[:] = [_only_split(at, folders)]
+        for split in _saved_splits(at, folders):
+            files = [at.relative_to(folder) / split / name for name in _saved_files(at / split)]
+            saved |= dict.fromkeys(files, split)
+            yield from files
+        folders.clear()
     elif "state.json" in names and "dataset_info.json" in names:
         yield from (at.relative_to(folder) / name for name in _saved_files(at))
         folders.clear()
@@ -229,15 +247,14 @@ def _unlisted(error: OSError) -> None:
     raise BadData(f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions.")
 
 
-def _only_split(folder: Path, folders: list[str]) -> str:
-    splits = [name for name in _json_field(folder / "dataset_dict.json", "splits") if isinstance(name, str)]
-    if len(splits) != 1 or splits[0] not in folders:
-        names = ", ".join(str(folder / name) for name in splits)
-        raise BadData(
-            f"{folder}: it holds {len(splits)} splits, and not all may be meant for this. Name the folder of"
-            f" one: {names}."
-        )
-    return splits[0]
+def _saved_splits(folder: Path, folders: list[str]) -> list[str]:
+    """The splits of a saved ``DatasetDict``, checked to be all there."""
+    splits = [name for name in _json_field(folder / _HF_SPLITS, "splits") if isinstance(name, str)]
+    missing = [name for name in splits if name not in folders]
+    if missing or not splits:
+        what = f"the split {missing[0]}, which {_HF_SPLITS} names," if missing else "every split"
+        raise BadData(f"{folder}: {what} is missing. Fix: copy the whole folder again.")
+    return splits
 
 
 def _saved_files(folder: Path) -> list[str]:

@@ -102,10 +102,13 @@ def parse_with_fields(
         read_from = {field.partition(".")[0].partition("[")[0] for _, field in segments}
         notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known | read_from)]
         if not any(segment.target for segment, _ in segments):
-            if zero := next((key for key in keys.RECORD_WEIGHT if value.get(key) == 0), None):
-                expected = "a weight above 0: with 0 nothing of the record is learnt"
-                fix = "leave the record out, or give it a weight above 0"
-                raise BadRecord("no_target", zero, f.show(value[zero]), expected, fix)
+            if keys.says_no(value):
+                zero = next((key for key in keys.RECORD_WEIGHT if value.get(key) == 0), None)
+                found = f.show(value[zero]) if zero else "targets that are not to be learnt"
+                fix = "give it a weight above 0 where it should be learnt"
+                raise keys.Unlearnt(
+                    "no_target", zero or FORMATS[name].content, found, "a weight above 0", fix
+                )
             raise BadRecord(
                 "no_target",
                 FORMATS[name].content,
@@ -489,5 +492,12 @@ FORMATS: dict[str, Format] = {
     ),
     "question_pairs": Format(
         layouts.question_pairs, (), "texts", ("images",), layouts.are_pairs, needs=(("images",), ("texts",))
+    ),
+    "edit_turns": Format(
+        layouts.edit_turns,
+        (),
+        "metadata_edit_turn_prompts",
+        ("files.url", "local_input_image"),
+        needs=(("files",), ("metadata_edit_turn_prompts",)),
     ),
 }

@@ -30,7 +30,7 @@ from unigen.data.containers import (
     read_part,
 )
 from unigen.data.examine import CountTokens, PictureHeaders, examine, key_of
-from unigen.data.keys import Notes
+from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import ReadOptions
 from unigen.data.workers import Died, Mark, in_order
 from unigen.printing import bar
@@ -302,6 +302,8 @@ def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Jo
                 mark(step)
                 try:
                     _add(found, span, raw, job.parts[0].path, pictures, token_lengths, read)
+                except Unlearnt as error:
+                    found.notes.add([("unlearnt", error.field)])
                 except BadRecord as error:
                     found.bad.add(span, error)
         except BadRecord as error:  # the rest of the file

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
+from math import isfinite
 from typing import Any
 
 from unigen.config import nearest
@@ -19,6 +21,11 @@ from unigen.sequence.types import BadRecord
 
 LEARNING = ("target", "loss", "weight", "loss_weight", "loss_scale", "has_loss")
 """How a turn or segment says whether, and how much, it is learnt: true or false, or a number from 0 to 1."""
+
+
+class Unlearnt(BadRecord):
+    """A record of which nothing is learnt, as it says itself (weight 0): it is left out and counted."""
+
 
 THOUGHT = "reasoning_content"
 RECORD_WEIGHT = ("loss", "weight", "loss_weight", "loss_scale", "has_loss")
@@ -40,6 +47,7 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "image_info": (
         "image_name", "raw_url", "matched_text_index", "matched_sim", "face_detections", "width", "height",
     ),
+    "file": ("id", "url"),
     "speaker": ("from", "value", THOUGHT),
 }  # fmt: skip
 """Keys of the objects in the lists of a record, by their kind; beside ``metadata`` and :data:`LEARNING`."""
@@ -107,6 +115,31 @@ def unread(record: Json, known: Iterable[str]) -> list[str]:
     return [name for name in record if name not in known and record[name] is not None]
 
 
+def says_no(value: Any, depth: int = 4) -> bool:
+    """Does a record, or an object in its lists, say that something is not learnt?"""
+    if isinstance(value, list):
+        return any(says_no(item, depth - 1) for item in value) if depth else False
+    if not isinstance(value, dict) or not depth:
+        return False
+    said = (value[name] for name in LEARNING if isinstance(value.get(name), int | float))
+    return any(what == 0 for what in said) or any(
+        says_no(item, depth - 1) for name, item in value.items() if name != "metadata"
+    )
+
+
+def in_text(name: str, text: str) -> Any:
+    """What JSON would have under ``name`` for the text of a table: 0.5 for ``weight``, and ``False`` for
+    ``label`` too, which is refused. What is neither stays a text."""
+    if name not in LEARNING and name != "label":
+        return text
+    truth = {"true": True, "false": False}.get(text.strip().lower())
+    if truth is not None or name == "label":
+        return text if truth is None else truth
+    with suppress(ValueError):
+        return number if isfinite(number := float(text)) else text
+    return text
+
+
 def weight_of(item: Json, where: str, default: float, keys: Iterable[str] = LEARNING) -> float:
     """How much of the loss an object of the record carries, from 0 (context) to 1: what it says itself, or
     ``default``.
@@ -137,7 +170,8 @@ def weight_of(item: Json, where: str, default: float, keys: Iterable[str] = LEAR
 
 # ---- what reading records left out or decided
 
-NOTES = ("unread", "no_picture")  # what a note says of a field: nothing reads it; it names no picture
+# what a note says of a field: nothing reads it; it names no picture; it makes that nothing is learnt
+NOTES = ("unread", "no_picture", "unlearnt")
 _NAMES = 500  # fields that are counted by name; a record may name its fields as it likes
 
 
@@ -148,6 +182,11 @@ class Notes(Counter[tuple[str, str]]):
         for note in notes:
             what, _ = note
             self[note if note in self or len(self) < _NAMES else (what, "(others)")] += times
+
+    @property
+    def unlearnt(self) -> int:
+        """Records that were left out since nothing of them is learnt."""
+        return sum(self.of("unlearnt").values())
 
     def of(self, what: str) -> dict[str, int]:
         """Field -> records, the most frequent ones first."""

@@ -170,6 +170,38 @@ def matched_images(record: Json, folder: Path) -> Segments:
     return f.document(segments)
 
 
+def edit_turns(record: Json, folder: Path) -> Segments:
+    """Pico-Banana, several turns: ``metadata_edit_turn_prompts`` are the instructions, and ``files`` has the
+    picture to start from and that of every turn, by ``id``. A copy of the first on this machine, which stands
+    in ``local_input_image``, is read in its place."""
+    prompts = f.required(record, "metadata_edit_turn_prompts", list, "")
+    files = {f.string(item, "id", at): (item, at) for item, at in f.objects(record, "files", "", "file")}
+
+    def shown(name: str, target: bool) -> tuple[Image, str]:
+        item, at = files.pop(name, (None, ""))
+        if item is None:
+            fix = "add it, or leave the record out"
+            found = ", ".join(files) or "none"
+            raise BadRecord("unequal_image_count", "files", f"files {found}", f"one with the id {name}", fix)
+        return Image(f.picture(item, "url", at, folder), target), f"{at}.url"
+
+    if record.get("local_input_image") is not None:
+        first = (Image(f.picture(record, "local_input_image", "", folder)), "local_input_image")
+    else:
+        first = shown("original_input_image", False)
+    segments: Segments = [first]
+    for i, prompt in enumerate(prompts):
+        at = f"metadata_edit_turn_prompts[{i}]"
+        name = f"edit_turn{i + 1}"
+        name = "final_image" if i == len(prompts) - 1 and name not in files else name
+        segments += [(Text(_string(prompt, at)), at), shown(name, True)]
+    left = files.keys() - {"original_input_image"}
+    if left:
+        fix = "give one prompt for each picture after the first"
+        raise BadRecord("unequal_image_count", "files", min(left), f"{len(prompts)} pictures to draw", fix)
+    return segments
+
+
 # ---- records that look like one thing and are another
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.data.json_text import parse_json
+from unigen.data.keys import in_text
 from unigen.data.layouts import RIVALS
 from unigen.data.words import Json, join, names
 from unigen.sequence.types import BadRecord, Text
@@ -52,7 +53,11 @@ class ReadOptions:
         """The record with its fields under the names of ``fields``, and which fields thereby stand aside."""
         if not self.fields:
             return record, []
-        found = {new: value for new, old in self.fields.items() if (value := reach(record, old)) is not None}
+        found = {
+            new: in_text(new, value) if isinstance(value, str) else value
+            for new, old in self.fields.items()
+            if (value := reach(record, old)) is not None
+        }
         taken = {old for old in self.fields.values() if old in record}
         entered = {old.partition(".")[0] for old in self.fields.values() if old not in record}
         rivals = {name for group in RIVALS if not group.isdisjoint(self.fields) for name in group}

@@ -4,7 +4,7 @@ data."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ _WORDS = {
 }
 # as Hugging Face repositories name them: a word of its own, numbers may follow (val2017)
 _SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_WORDS)})(?=$|[-._ 0-9])", re.IGNORECASE)
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}[-.].*")  # of a split that Hugging Face stores in pieces
 _SIDE = re.compile(
     r"(dataset_infos?|dataset_dict|parquet_info.*|.*_parquet_info|croissant)\.json|readme.*|licen[sc]e.*"
     r"|citation\.cff|\.gitattributes|\.gitignore|\.gitkeep",
@@ -55,7 +56,8 @@ def is_side_file(path: Path) -> bool:
 
 
 def split_of(path: Path) -> str | None:
-    """The split that the name of a file, or else of the nearest folder around it, says; None for none."""
+    """The kind of split that the name of a file, or else of the nearest folder around it, says; None for
+    none."""
     for part in (path.name, *reversed(path.parts[:-1])):
         found = _SPLIT.search(part)
         if found:
@@ -63,26 +65,97 @@ def split_of(path: Path) -> str | None:
     return None
 
 
+class _Told(NamedTuple):
+    """What a file says of its split."""
+
+    kind: str | None  # train, validation or test; of a split with a name of another kind that name
+    own: str | None  # its own name, where it has one: train_sft of train_sft-00000-of-00002.parquet
+
+
+def _told(path: Path, saved: str | None) -> _Told:
+    shard = _SHARD.fullmatch(path.name)
+    own = saved or (shard[1] if shard and _SPLIT.search(shard[1]) else None)
+    return _Told(split_of(Path(own)) or own if own else split_of(path), own)
+
+
 def choose(
-    names: Sequence[Path], wanted: Split, told: Sequence[Path] | None = None
+    names: Sequence[Path],
+    wanted: Split,
+    asked: str | None = None,
+    told: Mapping[Path, Path | str] | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]], str]:
     """The files to read, those of other splits with their split, and what is wrong ("" where nothing is).
 
     Files of one split alone are taken whatever it is. Of several, or beside files that name none, the
     ``wanted`` one is; training data takes the files that name none, too, where no other split stands beside
-    them, or where there is no train split. ``told`` is what says the split of each file, where
-    that is not its path.
+    them, or where there is no train split.
+
+    Args:
+        names: Of the files, in the folder.
+        wanted: What is taken where nothing is asked for.
+        asked: The name of a split, or several with + between them: those and nothing else.
+        told: What says the split of a file where that is not its path: another path, or the split's name.
     """
-    splits = {name: split_of(by) for name, by in zip(names, names if told is None else told)}
-    held = {split for split in splits.values() if split}
-    others = held - {wanted}
-    alone = len(held) == 1 and None not in splits.values()
-    if not held or alone or (wanted == "train" and not others):
-        return list(names), [], ""
+    by = {name: (told or {}).get(name, name) for name in names}
+    splits = {name: _told(name, b) if isinstance(b, str) else _told(b, None) for name, b in by.items()}
+    if asked:
+        found = [_named(one, splits) for one in asked.split("+")]
+        wrong = next((files for files in found if isinstance(files, str)), "")
+        kept = set[Path]() if wrong else {name for files in found for name in files}
+    else:
+        chosen = _unasked(splits, wanted)
+        wrong = chosen if isinstance(chosen, str) else ""
+        kept = set() if wrong else set(chosen)
+    others = [(name, told.own or told.kind or "no split") for name, told in splits.items()]
+    return (
+        [name for name in names if name in kept],
+        [] if wrong else [(name, split) for name, split in others if name not in kept],
+        wrong,
+    )
+
+
+def _unasked(splits: Mapping[Path, _Told], wanted: Split) -> list[Path] | str:
+    """The files of the ``wanted`` split, or what is wrong."""
+    held = {told.kind for told in splits.values() if told.kind}
+    unnamed = any(told.kind is None for told in splits.values())
     taken: str | None = wanted
-    if wanted not in held:
+    if not held or (wanted == "train" and held == {wanted}):
         taken = None
-        if wanted == "validation" or None not in splits.values():
-            return [], [], f"it holds {' and '.join(sorted(held))} data, and no {wanted} split"
-    kept = [name for name in names if splits[name] == taken]
-    return kept, [(name, splits[name] or "no split") for name in names if splits[name] != taken], ""
+    elif wanted not in held:
+        if len(held) == 1 and not unnamed:
+            taken = held.pop()
+        elif wanted == "validation" or not unnamed:
+            return f"it holds {' and '.join(sorted(held))} data, and no {wanted} split"
+        else:
+            return [name for name, told in splits.items() if told.kind is None]
+    found = {name: told for name, told in splits.items() if taken is None or told.kind == taken}
+    return _of_one_name(found, taken or wanted)
+
+
+def _of_one_name(found: Mapping[Path, _Told], kind: str) -> list[Path] | str:
+    """Of files of one kind those of one split: of ``train`` and ``train_sft`` the former."""
+    own = {told.own for told in found.values() if told.own}
+    if len(own) < 2:
+        return list(found)
+    plain = {name for name in own if _WORDS.get(name.lower()) == kind}
+    if len(plain) != 1:
+        return f"it holds several {kind} splits, {' and '.join(sorted(own))}"
+    return [name for name, told in found.items() if told.own is None or told.own in plain]
+
+
+def _named(asked: str, splits: Mapping[Path, _Told]) -> list[Path] | str:
+    """The files of the split that is called so, or what is wrong."""
+    exact = [
+        name
+        for name, told in splits.items()
+        if asked in (told.own or name.name.partition(".")[0], *name.parts[:-1])
+    ]
+    kind = _WORDS.get(asked.lower())
+    if kind is None:
+        found: list[Path] | str = exact
+    else:
+        found = _of_one_name({name: told for name, told in splits.items() if told.kind == kind}, kind)
+    if found:
+        return found
+    there = sorted({told.own or told.kind for told in splits.values()} - {None})  # type: ignore[type-var]
+    return f"there is no split {asked}; " + (f"it has {', '.join(there)}" if there else "no file names one")

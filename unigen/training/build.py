@@ -12,7 +12,7 @@ import torch
 
 from unigen.cache.encoders import open_cache
 from unigen.config import Config
-from unigen.data.loader import RankSlice, default_workers
+from unigen.data.loader import PackStream, RankSlice, default_workers
 from unigen.model.parts import rated_part, title
 from unigen.model.source import Source
 from unigen.model.weights import nonfinite, refuse_nonfinite, side_files
@@ -173,6 +173,18 @@ def _claim(engine: Engine, folder: Path, config: Config) -> FolderClaim | None:
     return held[0] if held else None
 
 
+def idle_processes(stream: PackStream, world: int) -> str:
+    """Says that no step of an epoch has a packed sequence for each of ``world`` processes; "" where one
+    has."""
+    if world == 1 or stream.steps_in(0, world) > 1 or (count := stream.steps_in(0, 1)) >= world:
+        return ""
+    return (
+        f"An epoch has {count:,} packed sequence(s) for {world:,} processes: {world - count:,} of them learn"
+        " nothing in any step. Fix: use fewer processes, or smaller packed sequences (--max_num_tokens,"
+        " --batch_size)"
+    )
+
+
 def _describe(run: Run) -> None:
     """Logs what trains, on what, and what the disk will be asked for."""
     c, engine, shards = run.config, run.engine, run.engine.shards()
@@ -198,6 +210,8 @@ def _describe(run: Run) -> None:
         str(engine.dtype).removeprefix("torch."),
         run.position.step,
     )
+    if idle := idle_processes(run.stream, engine.world):
+        log.warning("%s", idle)
     nbytes = run.checkpoint_bytes()
     best = run.checkpoint_bytes(weights_only=True) if run.val_stream is not None else 0
     if run.position.step < run.total_steps:

@@ -39,7 +39,7 @@ class RunData:
             raise ConfigError(
                 f"model_path: the tokenizer's special ids exceed the model's vocabulary of {vocabulary:,}"
             )
-        held_out = [Source(config.val_data_path, "val_data_path")] if config.val_data_path else []
+        held_out = config.held_out()
         self.train = self._stream(config.sources(), tokenizer, training=True)
         self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
         probe = [Source(config.probe_data_path, "probe_data_path")] if config.probe_data_path else []
@@ -88,6 +88,7 @@ class RunData:
             token_lengths=planner.token_lengths,
             read=ReadOptions.of(source, c),
             split=split,
+            named_split=source.split,
             lengths_key=planner.identity,
             num_workers=max(1, cores() // self.engine.local_world),
             progress=main,

@@ -126,8 +126,8 @@ def restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     if state["fingerprint"] != run.stream.mixture.fingerprint:
         raise UserError(
             f"{folder}: the training data is not what this run began with (its fingerprint differs)."
-            " Fix: resume with the same files and weights, or start a new run with --model_path of this"
-            " checkpoint"
+            " Fix: resume with the same files (of any name, in one order) and weights, or start a new run"
+            " with --model_path of this checkpoint"
         )
     total = len(run.stream.mixture)
     if max([state["position"], *(place + 1 for place in state["waiting"])]) > total:

@@ -47,7 +47,7 @@ def advise(summary: dict[str, Any], problems: int, deep: bool) -> list[Advice]:
 def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
     good = max(s["good_records"], 1)
     if problems:
-        bad = s["records"] - s["good_records"]
+        bad = s["records"] - s["good_records"] - sum(s["unlearnt"].values())
         verdict = Verdict(s["good_records"], bad, s["lost_files"], s["max_bad_share"])
         values = {"n": problems, "share": verdict.share, "limit": percent(verdict.max_bad_share)}
         yield Advice(_PROBLEMS[verdict.code], "warn", values)

@@ -79,6 +79,7 @@ def run(options: CheckOptions) -> int:
                 planner,
                 deep=options.deep,
                 read=read,
+                split=options.split,
                 limits=[*LIMITS, planner.max_length],
                 num_workers=options.num_workers,
                 problems=problems,

@@ -262,6 +262,7 @@ def check(
     *,
     deep: bool = False,
     read: ReadOptions = PLAIN,
+    split: str | None = None,
     limits: Sequence[int] = LIMITS,
     num_workers: int | None = None,
     problems: Problems | None = None,
@@ -274,6 +275,7 @@ def check(
         planner: Says how long records are, and refuses those that its ``max_length`` cannot hold.
         deep: Decode every picture to its last row; otherwise headers only.
         read: How the records are read.
+        split: The split to take of folders, by its name.
         limits: Values of ``max_sequence_length`` to say the effect of.
         num_workers: Processes; 0 for none; default: one for each core, none where the data is small.
         problems: Where they go.
@@ -285,7 +287,7 @@ def check(
     start = time.monotonic()
     given = [paths] if isinstance(paths, str | Path) else paths
     left_out: list[LeftOut] = []
-    files = [path for path, _ in find_files(given, read.data_root, left_out=left_out)]
+    files = [path for path, _ in find_files(given, read.data_root, left_out=left_out, asked=split)]
     require_match(files, read)
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:
@@ -322,12 +324,13 @@ def check(
                 progress(done, total, ends[-1], len(problems))
     except KeyboardInterrupt:
         interrupted = True
-    if not ends[-1] and not len(problems) and not interrupted:
-        problems.add(no_record(files).to_dict())
+    tally = Tally.join(tallies)
+    if not len(tally.good) and not len(problems) and not interrupted:
+        problems.add(no_record(files, tally.notes.unlearnt).to_dict())
     return Findings(
         files,
         problems,
-        Tally.join(tallies),
+        tally,
         done_parts,
         np.array(ends[1:], np.int64),
         tuple(sorted(set(limits))),

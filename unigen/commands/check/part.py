@@ -14,7 +14,7 @@ from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
 from unigen.data.dataset import TASKS, task
 from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of
 from unigen.data.formats import FORMATS
-from unigen.data.keys import Notes
+from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import ReadOptions
 from unigen.data.workers import Mark
 from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
@@ -174,6 +174,9 @@ class _Reading:
                 origin = Origin(self.part.path, span.line or None, span.index)
                 raise BadRecord("check_died", "(record)", found, "a harmless record", fix, origin)
             record, fields, _ = examine(raw, span, self.part.path, self.checker.looks, read=self.checker.read)
+        except Unlearnt as error:
+            self.notes.add([("unlearnt", error.field)])
+            return
         except BadRecord as error:
             self.bad.append((step, without_trace(error)))
             return

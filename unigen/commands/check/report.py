@@ -126,7 +126,8 @@ def _contents(s: dict[str, Any], words: Words) -> Iterator[Block]:
         yield ReportTable(header, rows)
     for what in NOTES:
         if s[what]:
-            rows = [[name, n, percent(n / good)] for name, n in s[what].items()]
+            whole = s["records"] if what == "unlearnt" else good
+            rows = [[name, n, percent(n / whole)] for name, n in s[what].items()]
             yield ReportTable([words(f"field_{what}"), words("records"), words("share")], rows[:NAMES])
             if len(rows) > NAMES:
                 yield Note(words("more", n=len(rows) - NAMES))

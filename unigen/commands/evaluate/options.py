@@ -38,6 +38,7 @@ class EvaluateOptions(SamplingOptions):
             them.
         fields: What fields of the records are called here, as NAME=PLACE; as in training.
         trigger_word: A word that every caption of a picture to draw begins with; as in training.
+        split: The split to take of a folder that holds several, by its name. Default: the validation split.
         features: Whose features pictures are compared by: a transformers folder, bagel-vit:FOLDER,
             inception-tf1:FILE or inception-clean:FILE.
         real: Folder of real pictures that are none of the references, for the distance from real to real.
@@ -73,6 +74,7 @@ class EvaluateOptions(SamplingOptions):
     image_root: PathText | None = None
     fields: Renames = field(default_factory=dict)
     trigger_word: str | None = None
+    split: str | None = None
     features: str | None = None
     real: PathText | None = None
     clip: PathText | None = None

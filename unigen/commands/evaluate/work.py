@@ -100,7 +100,9 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
     _check_options(o)
     extras = extras or Extras()
     with processes() as (rank, channel):
-        dataset = UnifiedGenerationDataset(o.data_path, read=ReadOptions.of(o), split="validation")
+        dataset = UnifiedGenerationDataset(
+            o.data_path, read=ReadOptions.of(o), split="validation", named_split=o.split
+        )
         cases, silent = cases_of(dataset, o.samples)
         if not cases:
             raise ConfigError(f"no record of {o.data_path} asks anything. Fix: give records with a target")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from unigen.commands.preview.pick import Look, PreviewOptions, check, look_at, pick, time_shift
+from unigen.data.keys import Unlearnt
 from unigen.data.words import cut
 from unigen.outputs import output_file, unwritten
 from unigen.show.terminal import indented, line, say
@@ -40,7 +41,7 @@ def preview(options: PreviewOptions) -> int:
         nonlocal bad
         for found in chosen:
             shown = look_at(found, options, planner, shift)
-            bad += shown.problem is not None
+            bad += shown.problem is not None and not isinstance(shown.problem, Unlearnt)
             say(*in_terminal(shown))
             yield shown
 
@@ -61,7 +62,8 @@ def preview(options: PreviewOptions) -> int:
 def in_terminal(look: Look) -> list[Any]:
     """A few lines on a record: where it is, its blocks in order, what carries loss."""
     if look.view is None:  # its message names the place
-        problem = line(("bad:", "bad"), f" {look.problem}")
+        silent = isinstance(look.problem, Unlearnt)
+        problem = line(("left out:", "soft") if silent else ("bad:", "bad"), f" {look.problem}")
         return [line((f"record {look.number}", "soft")), indented(problem)]
     view, pack = look.view, look.view.pack
     numbers = sorted({shown.block.segment for shown in view.blocks})

@@ -137,9 +137,10 @@ def _walk(options: PreviewOptions) -> Iterator[Found]:
     read = ReadOptions.of(options)
     check_roots(read)
     left_out: list[LeftOut] = []
-    files = [path for path, _ in find_files(options.paths, read.data_root, left_out=left_out)]
+    found = find_files(options.paths, read.data_root, left_out=left_out, asked=options.split)
+    files = [path for path, _ in found]
     if others := of_splits(left_out):
-        print(f"Left out, as training takes the train split: {others}", file=sys.stderr)
+        print(f"Left out, as the {options.split or 'train'} split is taken: {others}", file=sys.stderr)
     require_match(files, read)
     number = 0
     for file, path in enumerate(files):
