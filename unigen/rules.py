@@ -41,6 +41,11 @@ def _missing(c: Any) -> Rules:
         given = getattr(c, name) is not None and getattr(c, other) is None
         yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
     yield (
+        c.sample_kind != "auto" and c.sample_prompts is None,
+        "sample_kind",
+        "needs sample_prompts. Fix: give that, too, or leave sample_kind out",
+    )
+    yield (
         bool(c.eval_samples) and c.val_data_path is None,
         "eval_samples",
         "needs val_data_path. Fix: give that, too, or leave eval_samples out",

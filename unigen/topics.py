@@ -423,7 +423,10 @@ class TrackingOptions(Options):
         sample_prompts: Texts, or a file of one prompt a line, that the model answers with text or a picture
             while it trains.
         sample_steps: Steps between two such answers; default: with every validation, or else with every
-            checkpoint.
+            checkpoint, as far as that takes at most 10 % of the time.
+        sample_kind: What is done with a prompt whose line does not say it: draw a picture, answer in text, or
+            decide as the model does; auto draws or answers, as the run trains, where the model that it began
+            with was never trained to decide.
         log_level: What the terminal shows: info, or only what is a warning or an error; train.log in the
             run's folder holds everything.
     """
@@ -435,6 +438,7 @@ class TrackingOptions(Options):
     trackio_project: str | None = None
     sample_prompts: str | list[str] | None = None
     sample_steps: Count | None = None
+    sample_kind: Literal["auto", "draw", "answer", "decide"] = "auto"
     log_level: Literal["info", "warning", "error"] = "info"
 
 

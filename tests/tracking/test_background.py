@@ -54,15 +54,15 @@ def test_every_call_arrives_in_its_order_and_the_end_is_told(tracker, tmp_path: 
     client = Told()
     made = tracker(client)
     log(made, range(1, 3))
-    made.image("a", tmp_path / "a.png", 2)
+    made.image("a", tmp_path / "a.png", 2, "a cat")
     made.text("b", "secret: the cat sat here", 2)
     made.finish()
     made.finish()
     assert client.calls == [
         ("start",),
-        ("log", {"loss": 1.0}, 1),
-        ("log", {"loss": 0.5}, 2),
-        ("image", "a", tmp_path / "a.png", 2),
+        ("log", {"train/loss": 1.0}, 1),
+        ("log", {"train/loss": 0.5}, 2),
+        ("image", "a", tmp_path / "a.png", 2, "a cat"),
         ("text", "b", "secret: the cat sat here", 2),
         ("finish", False),
     ]
@@ -86,7 +86,10 @@ def test_a_secret_of_the_environment_reaches_no_client(tracker, monkeypatch: pyt
     made.log({"note": "with hush-hush-4711"}, 1)
     made.text("a", "with hush-hush-4711", 1)
     made.finish()
-    assert client.calls[1:3] == [("log", {"note": "with <hidden>"}, 1), ("text", "a", "with <hidden>", 1)]
+    assert client.calls[1:3] == [
+        ("log", {"train/note": "with <hidden>"}, 1),
+        ("text", "a", "with <hidden>", 1),
+    ]
 
 
 @pytest.mark.parametrize(

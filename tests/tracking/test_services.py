@@ -323,7 +323,7 @@ sys.addaudithook(guard)
 
 ALL = """
 log(range(int(sys.argv[3]) + 1, int(sys.argv[3]) + 4))
-tracker.image("samples/0", folder / "a.png", 5)
+tracker.image("samples/0", folder / "a.png", 5, "a house, " + os.environ["SOME_TOKEN"])
 tracker.text("prompts/0", "secret: a ``` <b>cat</b> " + os.environ["SOME_TOKEN"], 5)
 tracker.finish()
 """
@@ -373,8 +373,11 @@ def test_offline_all_is_shown_and_resumed_and_no_secret_is_written(home: Path, t
         names = database.execute("SELECT DISTINCT run_id, run_name FROM metrics").fetchall()
         config = database.execute("SELECT config FROM configs").fetchone()[0]
     assert len(names) == 1 and names[0][1] == f"tabby-{ids[1]}" and b"image_loss_weight" in config
-    assert [(step, row["loss"]) for step, row in rows if "loss" in row] == [(n, 1 / n) for n in range(1, 6)]
+    assert [(step, row["train/loss"]) for step, row in rows if "train/loss" in row] == [
+        (n, 1 / n) for n in range(1, 6)
+    ]
     ((step, shown),) = [(step, row["samples/0"]) for step, row in rows if "samples/0" in row]
+    assert shown["caption"] == "a house, <hidden>" and b"a house, <hidden>" in logs(home)
     picture = tmp_path / "trackio" / "media" / shown["file_path"]
     assert step == 5 and picture.read_bytes() == (home / "a.png").read_bytes()
     ((step, shown),) = [(step, row["prompts/0"]) for step, row in rows if "prompts/0" in row]

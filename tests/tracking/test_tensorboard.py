@@ -57,13 +57,13 @@ def test_numbers_pictures_and_texts_are_shown(tmp_path: Path, caplog):
     picture = tmp_path / draw_picture(tmp_path / "a.png", 0, 48, 32)
     tracker = Tracker(tmp_path, Config(tensorboard=True))
     tracker.log({"loss": 0.5, "norm": float("nan"), "note": "x"}, 1)
-    tracker.image("samples/0", picture, 1)
+    tracker.image("samples/0", picture, 1, "a # house\n猫")
     tracker.text("prompts/0", "# a house\n<b>and</b> a 猫", 1)
     (queue,) = tracker._trackers
     wait_for(lambda: queue._done == 3)
     shown = read(tmp_path / "tensorboard")  # while the run goes on: nothing waits in a buffer
-    assert set(shown.Tags()["tensors"]) == {"loss", "norm", "samples/0", "prompts/0/text_summary"}
-    assert [(event.step, list(event.tensor_proto.float_val)) for event in shown.Tensors("loss")] == [
+    assert set(shown.Tags()["tensors"]) == {"train/loss", "train/norm", "samples/0", "prompts/0/text_summary"}
+    assert [(event.step, list(event.tensor_proto.float_val)) for event in shown.Tensors("train/loss")] == [
         (1, [0.5])
     ]
     width, height, data = shown.Tensors("samples/0")[0].tensor_proto.string_val
@@ -73,6 +73,7 @@ def test_numbers_pictures_and_texts_are_shown(tmp_path: Path, caplog):
     assert text.decode() == "    # a house\n    <b>and</b> a 猫"
     assert shown.PluginTagToContent("text").keys() == {"prompts/0/text_summary"}
     assert shown.PluginTagToContent("images").keys() == {"samples/0"}
+    assert shown.SummaryMetadata("samples/0").summary_description == "    a # house\n    猫"
     tracker.finish()
     assert not caplog.messages
 
@@ -87,11 +88,11 @@ def test_a_resumed_run_shows_every_step_once(tmp_path: Path, cut: int):
         os.truncate(file, file.stat().st_size - cut)
     run(tmp_path, range(5, 11), 4, scale=10.0)
     wanted = [(step, (1.0 if step <= 4 else 10.0) / step) for step in range(1, 11)]
-    found = curve(tmp_path, "loss")
+    found = curve(tmp_path, "train/loss")
     assert [step for step, _ in found] == [step for step, _ in wanted]
     assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)
     run(tmp_path, range(10, 12), 9, scale=100.0)
-    assert [step for step, _ in curve(tmp_path, "loss")] == list(range(1, 12))
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == list(range(1, 12))
 
 
 # The writer's own thread dies of a full disk, and says so.
@@ -111,7 +112,7 @@ def test_what_a_full_or_read_only_disk_does_not_take_comes_later_and_nothing_wai
         (queue,) = tracker._trackers
         wait_for(lambda: queue._done == 200)
         tracker.finish()
-        found = dict(curve(disk, "norm"))
+        found = dict(curve(disk, "train/norm"))
         assert list(found) == list(range(1, 201)) and found[200] == pytest.approx(0.01)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         tracker = Tracker(disk, Config(tensorboard=True), 150)
@@ -119,7 +120,7 @@ def test_what_a_full_or_read_only_disk_does_not_take_comes_later_and_nothing_wai
         wait_for(lambda: sum("tensorboard cannot write" in message for message in caplog.messages) == 2)
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         tracker.finish()
-        assert [step for step, _ in curve(disk, "loss")] == list(range(1, 152))
+        assert [step for step, _ in curve(disk, "train/loss")] == list(range(1, 152))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -150,7 +151,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_rest_goes_on(
         "Tracker tensorboard cannot show images",
         "Tracker tensorboard is incomplete",
     ]
-    assert curve(tmp_path, "loss") == [(1, 1.0)]
+    assert curve(tmp_path, "train/loss") == [(1, 1.0)]
 
 
 def test_without_the_package_the_cure_is_told(
@@ -185,4 +186,4 @@ print("tensorflow" in sys.modules, "torch.utils.tensorboard" in sys.modules)
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout == "False True\n" and not done.stderr
-    assert curve(tmp_path, "loss") == [(1, 1.0)]
+    assert curve(tmp_path, "train/loss") == [(1, 1.0)]

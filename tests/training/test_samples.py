@@ -50,9 +50,11 @@ class Listener:
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, str, int]] = []
+        self.captions: dict[str, str] = {}
 
-    def image(self, name: str, path: Path, step: int) -> None:
+    def image(self, name: str, path: Path, step: int, caption: str) -> None:
         assert open_image(path).width
+        self.captions[name] = caption
         self.heard.append(("image", name, step))
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -85,6 +87,8 @@ def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Ca
         f"samples/{Path(name).stem}" for name in named
     } | {"samples/grid"}
     assert ("text", "samples/001", 3) in tracker.heard
+    assert tracker.captions["samples/000_0"] == "A red house"
+    assert "000 A red house; 001 What is this?" in tracker.captions["samples/grid"]
     sampler.run(12, None)
     assert files(first) == files(second)
     sampler.run(3, None)  # as a resumed run does

@@ -15,6 +15,8 @@ from unigen.sequence.images import image_size
 from unigen.sequence.types import BadRecord
 from unigen.values import read_option
 
+KINDS = ("draw", "answer", "decide", "auto")  # as the option sample_kind
+
 # The settings of samples where a line sets none. What is named here differs from everywhere else, to save
 # time.
 SAMPLES = SamplingOptions(max_new_tokens=200, num_timesteps=30)
@@ -28,9 +30,9 @@ class PromptError(UserError):
 class Prompt:
     """One prompt: pictures, then a text.
 
-    ``kind`` is draw (one picture; with a picture given, an edit of it), answer (one text) or auto (what the
-    model decides). ``options`` are the fields of :class:`SamplingOptions` that the line sets. ``where`` is
-    its place, for messages.
+    ``kind`` is draw (one picture; with a picture given, an edit of it), answer (one text), decide (what the
+    model decides) or auto (one of these, by what the model can). ``options`` are the fields of
+    :class:`SamplingOptions` that the line sets. ``where`` is its place, for messages.
     """
 
     text: str
@@ -61,7 +63,7 @@ def _paths(value: Any) -> bool:
 _HEAD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (lambda value: isinstance(value, str), "a text"),
     "image": (_paths, "the path of a picture, or a list of them"),
-    "kind": (lambda value: value in ("draw", "answer", "auto"), '"draw", "answer" or "auto"'),
+    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
 }
 
 

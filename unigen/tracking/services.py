@@ -88,8 +88,8 @@ class Wandb:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
-    def image(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+    def image(self, name: str, path: Path, step: int, caption: str) -> None:
+        self._run.log({name: self._wandb.Image(str(path), caption=caption or None)}, step=step)
 
     def text(self, name: str, text: str, step: int) -> None:
         page = f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>"
@@ -148,8 +148,8 @@ class Trackio:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
-    def image(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: self._trackio.Image(str(path))}, step=step)
+    def image(self, name: str, path: Path, step: int, caption: str) -> None:
+        self._run.log({name: self._trackio.Image(str(path), caption=caption or None)}, step=step)
 
     def text(self, name: str, text: str, step: int) -> None:
         fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))  # longer than any in the text

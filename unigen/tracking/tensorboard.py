@@ -54,19 +54,21 @@ class TensorBoard:
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         self._write(lambda writer: [writer.add_scalar(name, value, step) for name, value in numbers.items()])
 
-    def image(self, name: str, path: Path, step: int) -> None:
-        """Raises UserError where the picture cannot be read."""
+    def image(self, name: str, path: Path, step: int, caption: str) -> None:
+        """The caption is the picture's description, which the page shows beside its name. Raises UserError
+        where the picture cannot be read."""
         import numpy as np
+        from torch.utils.tensorboard.summary import image
 
         from unigen.sequence.images import open_image
 
-        pixels = np.asarray(open_image(path))
-        self._write(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
+        summary = image(name, np.asarray(open_image(path)), dataformats="HWC")
+        summary.value[0].metadata.summary_description = _as_code(caption)
+        self._write(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Shown word for word, as a block of code: TensorBoard would take it for Markdown."""
-        block = "\n".join("    " + line for line in text.splitlines())
-        self._write(lambda writer: writer.add_text(name, block, step))
+        self._write(lambda writer: writer.add_text(name, _as_code(text), step))
 
     def finish(self, failed: bool) -> None:
         if self._writer is not None:
@@ -107,3 +109,8 @@ class TensorBoard:
                 with tempfile.TemporaryFile(dir=self._folder) as file:
                     file.write(bytes(1 << 16))
                 return
+
+
+def _as_code(text: str) -> str:
+    """Markdown that shows ``text`` word for word."""
+    return "\n".join("    " + line for line in text.splitlines())

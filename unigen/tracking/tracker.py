@@ -24,6 +24,7 @@ from unigen.runs.secrets import hide
 from unigen.tracking import background
 from unigen.tracking.background import BackgroundTracker, Complain, TrackerClient
 from unigen.tracking.console import Progress, describe, duration, plain
+from unigen.tracking.names import shown_as
 from unigen.tracking.services import Trackio, Wandb, need
 from unigen.tracking.tensorboard import TensorBoard
 
@@ -40,8 +41,8 @@ def need_trackers(config: Config) -> None:
 
 
 class Tracker:
-    """Hands everything that is logged to ``metrics.jsonl`` and to every tracker that the config asks for; one
-    process of a run has one.
+    """Hands everything that is logged to ``metrics.jsonl`` and, under the names of ``names.py``, to every
+    tracker that the config asks for; one process of a run has one.
 
     No call raises for a broken tracker, and none waits for one.
 
@@ -74,12 +75,12 @@ class Tracker:
         row = {name: _shown(value) for name, value in metrics.items()}
         if self._metrics is not None:
             self._metrics.log(row, step)
-        self._put("log", row, step)
+        self._put("log", {shown_as(name): value for name, value in row.items()}, step)
 
-    def image(self, name: str, path: Path, step: int) -> None:
-        """Shows the picture in the file ``path`` (PNG or JPEG; it must stay there) under ``name``; not in
-        ``metrics.jsonl``."""
-        self._put("image", name, Path(path).absolute(), step)
+    def image(self, name: str, path: Path, step: int, caption: str = "") -> None:
+        """Shows the picture in the file ``path`` (PNG or JPEG; it must stay there) under ``name``, with a
+        ``caption``; not in ``metrics.jsonl``."""
+        self._put("image", name, Path(path).absolute(), step, hide(caption))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Shows ``text``, word for word, under ``name``; not in ``metrics.jsonl``."""

@@ -152,7 +152,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             ),
             guard=BadStepGuard(engine, c, output_dir),
             evaluation=open_evaluation(c, engine, model, data, rank_slice, eval_every),
-            samples=SampleWriter(c, engine, model) if c.sample_prompts else None,
+            samples=SampleWriter(c, engine, model, data.tasks) if c.sample_prompts else None,
             resumed=states.get(layout.TRAINER),
             position=position,
             said=told,

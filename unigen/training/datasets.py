@@ -45,6 +45,11 @@ class RunData:
         probe = [Source(config.probe_data_path, "probe_data_path")] if config.probe_data_path else []
         self.probe = self._stream(probe, tokenizer, training=False) if probe else None
 
+    @property
+    def tasks(self) -> set[str]:
+        """The tasks of the training records."""
+        return {task for part in self.train.mixture.parts for task in part.dataset.statistics()["tasks"]}
+
     def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> PackStream:
         c = self.config
         parts = []

@@ -262,7 +262,7 @@ class TrainingLoop:
         validates = run.evaluation is not None and (step % run.eval_every == 0 or last)
         saves = step % self.config.save_steps == 0 or last
         otherwise = validates if run.evaluation is not None else saves
-        samples = run.samples is not None and run.samples.due(step, otherwise)
+        samples = run.samples is not None and run.samples.due(step, otherwise, last)
         return {work for work, due in (("validating", validates), ("sampling", samples)) if due}
 
     def _look(self, due: set[str]) -> dict[str, Any]:

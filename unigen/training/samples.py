@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from unigen.tracking.tracker import Tracker
 from unigen.training.answering import Answer, Answerer, Job
 from unigen.training.engine import Engine
 from unigen.training.grid import grid_of
+from unigen.training.sample_plan import Pace, with_kinds
 
 log = logging.getLogger("unigen")
 
@@ -30,7 +31,7 @@ MAX_PIECES = 4  # of an answer whose pieces the model chooses
 RAW = "raw"  # of the weights as they are, where the average answers besides
 
 # Kind of a prompt -> the pieces of its answer; None: as the model decides.
-OUTPUTS: dict[str, list[str] | None] = {"draw": ["image"], "answer": ["text"], "auto": None}
+OUTPUTS: dict[str, list[str] | None] = {"draw": ["image"], "answer": ["text"], "decide": None}
 
 
 class SampleWriter:
@@ -39,16 +40,18 @@ class SampleWriter:
     Args:
         config: of the run; ``sample_prompts`` is given.
         engine, model: as of :class:`Answerer`.
+        tasks: of the training data, which tell what to do with a prompt that does not say it.
 
     Raises:
         PromptError: a prompt cannot be used; says file and line.
     """
 
-    def __init__(self, config: Config, engine: Engine, model: Bagel):
+    def __init__(self, config: Config, engine: Engine, model: Bagel, tasks: Collection[str] = ()):
         assert config.sample_prompts is not None
         self.config, self.engine, self.model = config, engine, model
         self.folder = Path(config.output_dir) / layout.SAMPLES
-        self.prompts = read_prompts(config.sample_prompts, config.seed)
+        self.prompts = with_kinds(read_prompts(config.sample_prompts, config.seed), config, tasks)
+        self._pace = Pace(config, engine)
         self._answerer = Answerer(config, engine, model)
         self._inferencer = self._answerer.inferencer
         for prompt in self.prompts:
@@ -63,11 +66,10 @@ class SampleWriter:
     def idle(self, call: Callable[[], None]) -> None:
         self._answerer.idle = call
 
-    def due(self, step: int, otherwise: bool) -> bool:
-        """Are there samples after ``step``? ``otherwise`` decides where ``sample_steps`` does not: does it
-        validate (or save)?"""
-        every = self.config.sample_steps
-        return step % every == 0 if every else otherwise
+    def due(self, step: int, otherwise: bool, last: bool = False) -> bool:
+        """Are there samples after ``step``? Where ``sample_steps`` does not say it ``otherwise`` does (does
+        it validate, or save?), within the time of :class:`Pace`. All processes ask together."""
+        return self._pace.due(step, otherwise, last)
 
     def run(
         self,
@@ -91,6 +93,7 @@ class SampleWriter:
             with averaged():
                 answers = self._answerer.answer(jobs)
             raw = self._answerer.answer(jobs)
+        self._pace.took(step, time.perf_counter() - began)
         if self.engine.main:
             self._publish(step, [one for (one,) in answers], [one for (one,) in raw], tracker)
             log.info(
@@ -186,13 +189,14 @@ class SampleWriter:
                 for piece in answer["pieces"] if answer else ():
                     if "image" in piece:
                         path = folder / piece["image"]
-                        tracker.image(f"{layout.SAMPLES}/{path.stem}", path, step)
+                        tracker.image(f"{layout.SAMPLES}/{path.stem}", path, step, line["prompt"])
         path = self.folder.parent / layout.SAMPLES_GRID
         try:
             if (grid := grid_of(self.folder, step)) is not None:
                 with atomic(path) as file:
                     grid.save(file, format="PNG")
-                tracker.image(f"{layout.SAMPLES}/grid", path, step)
+                rows = "; ".join(f"{number:03} {prompt.text}" for number, prompt in enumerate(self.prompts))
+                tracker.image(f"{layout.SAMPLES}/grid", path, step, rows)
         except OSError as error:
             log.warning("%s cannot be written: %s", path, error)
 

@@ -151,7 +151,7 @@ def _write_prompts(path: Path, digits: DigitSet) -> Path:
             "image": place(edit["input_image"]),
             "kind": "draw",
         },
-        {"prompt": "add", "image": addends, "kind": "auto"},
+        {"prompt": "add", "image": addends, "kind": "decide"},
     ]
     with open(path, "w", encoding="utf-8") as lines:
         for prompt in prompts:
