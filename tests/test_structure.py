@@ -29,7 +29,7 @@ LAYER = {part: number for number, line in enumerate(LAYERS.split("\n")) for part
 
 # Package -> the only files (relative to unigen/, "model/*" for a folder) that import it.
 HOMES = {
-    "PIL": ["sequence/images.py"],
+    "PIL": ["sequence/images.py", "show/raster.py"],
     "torch.distributed": [
         "runs/channel.py",
         "training/engine.py",

@@ -7,11 +7,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigen.commands.watch.options import WatchOptions
 from unigen.config import ConfigError, UserError
-from unigen.outputs import output_file, unwritten
+from unigen.outputs import output_file, output_folder, unwritten
 from unigen.show.terminal import harmless, live, say
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ def watch(options: WatchOptions) -> int:
         UserError: there is no run, an option cannot work, or the page cannot be written.
     """
     steps = _resolve(options)
-    if options.serve and (options.html or options.once):
-        other = "html" if options.html else "once"
-        raise ConfigError(f"serve and {other} exclude each other. Fix: keep one of --serve and --{other}")
+    for other in ("html", "plots", "once"):
+        if options.serve and getattr(options, other):
+            raise ConfigError(f"serve and {other} exclude each other. Fix: keep one of --serve and --{other}")
     html = options.html and output_file("html", options.html, "unigen watch", options.run)
+    plots = options.plots and output_folder("plots", options.plots, options.run)
     from unigen.commands.watch.health import diagnose
     from unigen.commands.watch.report import why
     from unigen.runs.reader import RunFolder, find_runs
@@ -40,27 +42,23 @@ def watch(options: WatchOptions) -> int:
     runs = [RunFolder(folder, steps) for folder in find_runs(options.run)]
     if options.serve:
         _serve(options, runs)
-    elif options.html is None and not options.once and sys.stdout.isatty():
+    elif not (html or plots or options.once) and sys.stdout.isatty():
         _follow(options, runs, words)
     else:
         for run in runs:
             run.update()
     if options.serve:
         pass  # the page has said it all
-    elif not html:
+    elif not (html or plots):
         say(*_frame(options, runs, words))
     else:
-        from unigen.commands.watch.page import write
-
         try:
-            with unwritten("html", html):
-                write(html, runs, options)
+            _write(options, runs, html and Path(html), plots and Path(plots))
         except UserError:
             say(*_frame(options, runs, words))
             raise
-        say(f"-> {options.html}")
     failed = [(run, state) for run in runs if (state := diagnose(run)).name in ("hung", "dead")]
-    if options.html is not None:
+    if html or plots:
         for run, state in failed:
             print(f"{harmless(run.name)}: {words(state.name)}; {why(state, words)}", file=sys.stderr)
     return 1 if failed else 0
@@ -82,6 +80,22 @@ def _resolve(options: WatchOptions) -> tuple[int, int]:
             " Fix: write such as --steps 1000:2000, --steps 1000: or --steps :500"
         )
     return found
+
+
+def _write(options: WatchOptions, runs: Sequence[RunFolder], html: Path | None, plots: Path | None) -> None:
+    """Writes what is asked for, and says where. Raises UserError where it cannot be written."""
+    if html:
+        from unigen.commands.watch.page import write
+
+        with unwritten("html", html):
+            write(html, runs, options)
+        say(f"-> {options.html}")
+    if plots:
+        from unigen.commands.watch.plots import write as write_plots
+
+        with unwritten("plots", plots):
+            names = write_plots(plots, runs, options)
+        say(f"-> {options.plots}: {', '.join(names) or '–'}")
 
 
 def _serve(options: WatchOptions, runs: Sequence[RunFolder]) -> None:

@@ -15,6 +15,7 @@ class WatchOptions(Options):
     Args:
         run: Folder of a run, or of several; of several, curves are compared.
         html: Write a page to this file, and end.
+        plots: Write the curves into this folder, a PNG for each chart, and end.
         serve: Keep the page live on this machine, at http://127.0.0.1, until Ctrl-C.
         port: Port of the live page; 0 takes one that is free.
         interval: Seconds between two looks at the folder.
@@ -27,6 +28,7 @@ class WatchOptions(Options):
 
     run: list[PathText] = field(default_factory=list)
     html: PathText | None = None
+    plots: PathText | None = None
     serve: bool = False
     port: Annotated[int, Range(0, 65535)] = 6007
     interval: Annotated[float, Range(0.1, 3600)] = 2.0

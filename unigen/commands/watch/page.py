@@ -68,7 +68,7 @@ def _page(runs: Sequence[RunFolder], options: WatchOptions) -> tuple[dict[str, A
     one = len(runs) == 1
     title = words("title", name=runs[0].name) if one else words("title_many", n=len(runs))
     values = _one(runs[0], words) if one else _many(runs, words)
-    return values | {"words": words, "charts": _charts(runs, options.smooth, words)}, {
+    return values | {"words": words, "charts": charts_of(runs, options.smooth, words)}, {
         "by": "unigen watch",
         "title": title,
         "language": TAGS[words.language],
@@ -119,7 +119,8 @@ def _results(run: RunFolder, words: Words) -> list[tuple[str, str, str]]:
     return found
 
 
-def _charts(runs: Sequence[RunFolder], smoothing: float, words: Words) -> list[Chart]:
+def charts_of(runs: Sequence[RunFolder], smoothing: float, words: Words) -> list[Chart]:
+    """A chart for each panel."""
     names, drawn = [run.name for run in runs], []
     for panel in panels_of(runs):
         skipped = list(runs[0].metrics.log.skipped) if len(runs) == 1 and panel.name == "grad_norm" else []
