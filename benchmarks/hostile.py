@@ -59,7 +59,7 @@ def preload() -> None:
     import unigen.commands.check.command
     import unigen.commands.ckpt.command
     import unigen.commands.fetch.command
-    import unigen.commands.generate
+    import unigen.commands.generate.one
     import unigen.commands.preview.command
     import unigen.commands.watch.command
     import unigen.inference.inferencer

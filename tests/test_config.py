@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from unigen.cli import UsageError, parse_config, parse_options
 from unigen.commands.demo.command import DemoOptions
-from unigen.commands.generate import GenerateOptions
+from unigen.commands.generate.options import GenerateOptions
 from unigen.config import Config, ConfigError, UserError, known_options
 from unigen.values import members
 

@@ -45,6 +45,10 @@ NOT_RUN = {
     "unigen --help": "tests/test_cli.py",
     "unigen evaluate --model_path models/BAGEL-7B-MoT --compare": "tests/commands/evaluate/test_evaluate.py",
     "torchrun --nproc_per_node=2 -m unigen evaluate": "tests/commands/evaluate/test_evaluate_processes.py",
+    "unigen generate --model_path models/BAGEL-7B-MoT --prompts_file": (
+        "tests/commands/generate/test_many.py"
+    ),
+    "torchrun --nproc_per_node=8 -m unigen generate": "tests/commands/generate/test_many.py",
     "torchrun --nnodes=2": "several machines",
     "torchrun --nproc_per_node=8 train_unified_generation.py --config recipe.yaml --engine deepspeed": (
         "tests/training/test_deepspeed.py"
@@ -280,6 +284,26 @@ def test_every_flag_in_a_document_exists(path):
     known |= {"model", "local_dir"}  # those of "modelscope download"
     known |= {"logdir", "project"}  # those of tensorboard and of "trackio show"
     known |= {"nodes", "requeue", "signal", "time"}  # SLURM's
+    # of the public scorers of docs/benchmarks.md
+    known |= {
+        "benchmark_data",
+        "edit_json",
+        "image_dir",
+        "image_filepath_data",
+        "input",
+        "json_path",
+        "method",
+    }
+    known |= {
+        "model_args",
+        "models",
+        "origin_img_root",
+        "outfile",
+        "output_file",
+        "prompts_json",
+        "result_img_folder",
+    }
+    known |= {"results_dir", "save_path", "tasks", "data", "output"}
     known |= {
         name
         for script in (ROOT / "benchmarks").glob("*.py")

@@ -134,6 +134,7 @@ def parse_options(
             values[name] = read_option(options, name, value, f"--{name}")
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    values = getattr(options, "completed", dict)(values)
     for field in fields(options):  # type: ignore[arg-type]
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise UsageError(f"--{field.name} is missing; it has no default. Fix: --{field.name} ...")

@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from unigen.commands.generate import GenerateOptions
+from unigen.commands.generate.options import GenerateOptions
 from unigen.config import Config, SamplingOptions
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import NAMES, OLD_NAMES, InferenceError, Settings, sampling_options

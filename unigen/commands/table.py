@@ -35,8 +35,8 @@ COMMANDS: dict[str, Command] = {
         " 2e-5 --bf16",
     ),
     "generate": Command(
-        "unigen.commands.generate:GenerateOptions",
-        "unigen.commands.generate:generate",
+        "unigen.commands.generate.options:GenerateOptions",
+        "unigen.commands.generate.command:generate",
         "Generate text and pictures from a prompt and pictures.",
         'unigen generate --model_path outputs/unified_training/best --prompt "Draw a cat" --output_dir out',
     ),

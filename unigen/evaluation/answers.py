@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from unigen.config import UserError
 from unigen.evaluation.cases import Case, batches
 from unigen.files import atomic
@@ -202,6 +204,18 @@ def claim(folder: Path, about: dict[str, Any]) -> None:
             f"{folder} holds answers with another {', '.join(differing)} ({first}: {known.get(first)!r}, now"
             f" {about.get(first)!r}). Fix: give another folder, or the same options"
         )
+
+
+def same_threads(folder: Path) -> None:
+    """Sums on a CPU may depend on how many threads add up: whoever goes on takes as many as the answers
+    began with."""
+    path = folder / "threads.json"
+    try:
+        torch.set_num_threads(int(json.loads(path.read_text(encoding="utf-8"))["threads"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
+            file.write(json.dumps({"threads": torch.get_num_threads()}).encode())
 
 
 def _keep(case: Case, answer: Answer, seed: int, folder: Path) -> Prediction:

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unigen.cache.encoders import digest_weights
 from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.page import write
@@ -19,7 +17,15 @@ from unigen.config import ConfigError, SamplingOptions
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.mapping import ReadOptions
 from unigen.evaluation.answered import Answered, comparisons
-from unigen.evaluation.answers import Answer, Part, Prediction, answer_all, claim, row_by_row
+from unigen.evaluation.answers import (
+    Answer,
+    Part,
+    Prediction,
+    answer_all,
+    claim,
+    row_by_row,
+    same_threads,
+)
 from unigen.evaluation.cases import IMAGE, TEXT, Case, cases_of
 from unigen.evaluation.features import Extractor, FeatureStore, load_extractor
 from unigen.evaluation.given import read_predictions
@@ -360,7 +366,7 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
         "version": __version__,
     }  # fmt: skip
     if device.type == "cpu":
-        _same_threads(source.folder)
+        same_threads(source.folder)
 
     def ask(prompts: Sequence[Sequence[Any]], outputs: Sequence[str], seed: int) -> list[Answer]:
         wanted = list(outputs) if o.pieces == "record" else None
@@ -392,18 +398,6 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
         rows = over(name, work.cases, lambda cases: viewer.views(cases, found, others))
         said["views"] = {-1: viewer.about(), **rows}
     return about, predictions, said
-
-
-def _same_threads(folder: Path) -> None:
-    """Sums on a CPU may depend on how many threads add up: whoever goes on takes as many as the answers
-    began with."""
-    path = folder / "threads.json"
-    try:
-        torch.set_num_threads(int(json.loads(path.read_text(encoding="utf-8"))["threads"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as file:
-            file.write(json.dumps({"threads": torch.get_num_threads()}).encode())
 
 
 def _stopped(

@@ -1,0 +1,104 @@
+"""``unigen generate`` of one prompt: from a text and pictures to files to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unigen.commands.generate.options import GenerateError, GenerateOptions
+from unigen.evaluation.benchmarks import PRESETS, beaten
+
+if TYPE_CHECKING:
+    from unigen.inference.inferencer import InterleaveInferencer
+
+OUTPUTS: dict[str, list[str] | None] = {"auto": None, "text": ["text"], "image": ["image"], "edit": ["image"]}
+
+
+def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
+    """The prompt (pictures, then the text) and the answer, each a list of texts and pictures.
+
+    Raises:
+        GenerateError: nothing is asked, or an edit has no picture.
+        UserError: a setting cannot work, the checkpoint or a picture cannot be read, the size cannot be
+            drawn, or prompt and answer are longer than the model's context.
+    """
+    o = options
+    prompt: list[Any] = [Path(path) for path in o.image] + ([o.prompt] if o.prompt else [])
+    if not prompt:
+        raise GenerateError('prompt is empty and no image is given. Fix: --prompt "..." or --image a.png')
+    if o.mode == "edit" and not o.image:
+        raise GenerateError(
+            "mode edit redraws a picture, and none is given. Fix: --image a.png, or --mode image"
+        )
+    from unigen.inference.requests import sample_of
+
+    empty, load = checkpoint_of(o)
+    sample_of(prompt)
+    requests = empty.requests
+    requests.prepare([prompt], OUTPUTS[o.mode], o)
+    inferencer = load(o.device)
+    inferencer.requests = requests  # which has told what there is to tell
+    return prompt, inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
+
+
+def checkpoint_of(
+    o: GenerateOptions,
+) -> tuple[InterleaveInferencer, Callable[[str], InterleaveInferencer]]:
+    """The checkpoint without weights, for all that can be checked before they are read; and what reads them,
+    onto a device. Both show pictures to edit as the preset says.
+
+    Raises:
+        UserError: a setting cannot work, or the folder is no checkpoint.
+    """
+    if o.double_quant and o.quantize != "nf4":
+        raise GenerateError("double_quant needs quantize nf4. Fix: --quantize nf4, or leave double_quant out")
+    from unigen.inference.inferencer import InterleaveInferencer
+    from unigen.inference.options import check_sampling
+    from unigen.model.adapters import parse_adapter
+    from unigen.model.weights import base_of, build_bagel
+
+    check_sampling(o)
+    base, adapters = base_of(o.model_path, o.adapter)
+    model = build_bagel(base)[0]
+    if adapters:
+        model.trained_in = parse_adapter(adapters[-1])[0]
+
+    def as_preset(inferencer: InterleaveInferencer) -> InterleaveInferencer:
+        vit = PRESETS[o.preset].vit if o.preset else None
+        if vit is None:
+            return inferencer
+        own = inferencer.model.config.transforms()
+        return InterleaveInferencer(
+            inferencer.model, tokenizer=inferencer.tokenizer,
+            vae_transform=replace(own.vae, max_size=1024, min_size=512),
+            vit_edit_transform=replace(own.vit_edit, max_size=vit[0], min_size=vit[1]),
+        )  # fmt: skip
+
+    def load(device: str) -> InterleaveInferencer:
+        return as_preset(
+            InterleaveInferencer.from_pretrained(
+                base, device, adapters=adapters, quantize=o.quantize, double_quant=o.double_quant
+            )
+        )
+
+    return as_preset(InterleaveInferencer(model)), load
+
+
+def write_one(options: GenerateOptions) -> None:
+    """Answers one prompt. Raises as :func:`answer`."""
+    from unigen.outputs import output_folder, unwritten
+    from unigen.show.pages import refuse_strangers, write_answer
+
+    pictures = [Path(path) for path in options.image]
+    folder = output_folder("output_dir", options.output_dir, [options.model_path, *pictures])
+    refuse_strangers(folder, inputs=pictures)
+    for sentence in beaten(options.preset, options):
+        print(sentence)
+    prompt, pieces = answer(options)
+    for piece in pieces:
+        print(piece if isinstance(piece, str) else f"[picture of {piece.width} x {piece.height}]")
+    with unwritten("output_dir", folder):
+        page = write_answer(folder, prompt, pieces, title="Unigen")
+    print(f"Written to {page}")
