@@ -11,6 +11,7 @@ import torch
 
 from unigen.config import Config
 from unigen.data.loader import MicroBatch
+from unigen.model.quantise import adopt_bits
 from unigen.runs.signals import SignalHandler
 from unigen.sequence.images import to_image
 from unigen.training.build import build
@@ -51,7 +52,7 @@ def metrics(output_dir: Path | str) -> list[dict[str, Any]]:
 
 def built(**options: Any) -> TrainingLoop:
     """A training ready for its first step; :func:`gradients` are those of its last one."""
-    config = Config(**options).resolve()
+    config = adopt_bits(Config(**options)).resolve()
     loop = TrainingLoop(build(config, open_engine(config), SignalHandler()))
     step = loop.engine.step
 

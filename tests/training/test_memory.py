@@ -51,6 +51,8 @@ QUANTISED = """
 import sys
 import threading
 from pathlib import Path
+from unigen.commands.ckpt.export import export
+from unigen.commands.ckpt.options import CkptOptions
 from unigen.model.weights import load_bagel
 from unigen.model.quantise import _bitsandbytes
 
@@ -70,11 +72,26 @@ def look():
 
 watching = threading.Thread(target=look)
 watching.start()
-model = load_bagel(sys.argv[1], quantize="nf4")
+kept = 0
+if len(sys.argv) > 2:
+    export(Path(sys.argv[1]), Path(sys.argv[2]), CkptOptions(quantize="nf4"))
+else:
+    model = load_bagel(sys.argv[1], quantize="nf4")
+    kept = sum(p.numel() * p.element_size() for p in model.parameters())
 done.set()
 watching.join()
-print(max(peak, resident("RssAnon")), sum(p.numel() * p.element_size() for p in model.parameters()))
+print(max(peak, resident("RssAnon")), kept)
 """
+
+
+def quantised(*folders: Path) -> tuple[int, int]:
+    """Peak of loading a folder in NF4, or of exporting it to another one, and bytes that are kept."""
+    run = subprocess.run(
+        [sys.executable, "-c", QUANTISED, *map(str, folders)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    peak, kept = map(int, run.stdout.split()[-2:])
+    return peak, kept
 
 
 def test_quantising_a_checkpoint_of_1_gb_takes_the_small_model_and_two_of_its_tensors(
@@ -82,10 +99,19 @@ def test_quantising_a_checkpoint_of_1_gb_takes_the_small_model_and_two_of_its_te
 ):
     """Interpreter and libraries included: at most 1.0 GB beside what is kept, which a GPU would hold."""
     folder, size = checkpoint
-    run = subprocess.run(
-        [sys.executable, "-c", QUANTISED, str(folder)], capture_output=True, text=True, check=True
-    )
-    peak, kept = map(int, run.stdout.split()[-2:])
+    peak, kept = quantised(folder)
     largest = max(entry.nbytes for entry in scan_folder(folder).values())
     assert kept < 0.6 * size and largest < size / 10
     assert peak <= kept + 2 * largest + 1.0e9, (peak, kept, largest)
+
+
+def test_a_quantised_export_takes_two_tensors_and_loading_it_takes_what_is_kept(
+    checkpoint: tuple[Path, int], tmp_path: Path
+):
+    folder, _ = checkpoint
+    largest = max(entry.nbytes for entry in scan_folder(folder).values())
+    peak, _ = quantised(folder, tmp_path / "nf4")
+    assert peak <= 2 * largest + 1.0e9, (peak, largest)
+    peak, kept = quantised(tmp_path / "nf4")
+    assert peak <= kept + 1.0e9, (peak, kept)
+    shutil.rmtree(tmp_path / "nf4")

@@ -28,8 +28,8 @@ from unigen.model.parts import (
     is_table,
     matches,
 )
-from unigen.model.quantise import dequantised, holds_quantised
-from unigen.model.storage import Stored, few
+from unigen.model.quantise import ROUNDS, dequantised, holds_quantised
+from unigen.model.storage import Quantised, Stored, few
 
 Bagel = Any  # the model's file knows what an adapter is
 
@@ -292,10 +292,14 @@ def check_same_parts(folder: Path, parameters: Mapping[str, Tensor], stored: Map
 def digest_of(base: Mapping[str, Stored]) -> str:
     """Tells one base from another by numbers from four places of each of its tensors, in bfloat16: the same
     for copies of other dtypes and other cuts into files. Position tables do not count, which copies may
-    lack."""
+    lack. A quantised copy has that of the model that it was made of, where it knows it."""
     digest = hashlib.sha256()
     for name in sorted(name for name in base if not is_table(name) and not is_adapter(name)):
         entry = base[name]
+        if isinstance(entry, Quantised):
+            if entry.origin:
+                return entry.origin
+            entry = dict(entry.pieces)["weight"]
         digest.update(f"{name} {list(entry.shape)}".encode())
         for at in sorted({entry.numel * part // 4 for part in range(4)}):
             some = entry.read(at, min(at + 32, entry.numel)).to(torch.bfloat16)
@@ -334,6 +338,11 @@ def bind(
     add_adapter(model, adapter, name)
     for own in adapter.names():
         if own in adapter.whole:
+            if holds_quantised(model.get_submodule(own.rpartition(".")[0])):
+                raise AdapterError(
+                    f"{folder}: the adapter trained {own} whole, which is quantised here. Fix: use it without"
+                    " quantize, over the full weights"
+                )
             weight = model.get_parameter(own)
             weight.add_((stored[own].read().float() - base[own].read().float()).to(weight), alpha=factor)
         else:
@@ -358,6 +367,13 @@ def merges(
         AdapterError: as :func:`bind`.
     """
     adapter, stored = read_adapter(folder)
+    if any(isinstance(entry, Quantised) for entry in base.values()):
+        raise AdapterError(
+            f"{folder} cannot be merged into a quantised base: the sum would be rounded anew, by about"
+            f" {ROUNDS['nf4']} of each matrix with nf4 and {ROUNDS['int8']} with int8, which is more than"
+            " most adapters change. Fix: --base with the folder of the full weights; or use both as they are"
+            " (unigen generate --model_path BASE --adapter ADAPTER)"
+        )
     check_fits(folder, adapter, stored, base)
     stored = stored if raw is None else {**stored, **raw}
 

@@ -4,6 +4,14 @@ et al. 2022, "LLM.int8()", without outliers).
 The matrices of the decoder's layers, of both experts, are quantised while they stream in: beside what is
 kept, one matrix at a time has its full precision. Embeddings, text head, norms, biases, ViT, connector,
 tables and the heads of the flow stay.
+
+On disk they are what bitsandbytes writes (``unigen ckpt export --quantize``)::
+
+    NF4    MODULE.weight [n / 2, 1] U8, .weight.absmax [n / 64] F32 (double: U8, beside .weight.nested_absmax
+           and .weight.nested_quant_map), .weight.quant_map [16], .weight.quant_state.bitsandbytes__nf4 (JSON)
+    INT8   MODULE.weight [out, in] I8, .SCB [out] F32, .weight_format U8 (0: by rows)
+
+and ``quantization_config`` in ``config.json`` is what transformers writes.
 """
 
 from __future__ import annotations
@@ -11,7 +19,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +30,16 @@ from torch import Tensor, nn
 
 from unigen.config import UserError
 from unigen.model.hub import without_hub_kernels
-from unigen.model.parts import ADAPTED, is_adapter, matches
-from unigen.model.storage import few
+from unigen.model.parts import ADAPTED, is_adapter, is_embedding, is_table, matches
+from unigen.model.storage import INT8, NF4, CheckpointFolderError, Quantised, Stored, few, read_json
+from unigen.schema import short
 
 KINDS = ("nf4", "int8")
 # on a CPU bitsandbytes reads rows of other lengths wrongly
 BLOCK = 64  # elements of a row that share a scale in NF4
+SCALES = 256  # of them share one, where they are quantised themselves
+STATE_BYTES = 256  # of NF4's JSON, filled up with spaces: its length hangs on its numbers
+ROUNDS = {"nf4": 0.1, "int8": 0.01}  # of a matrix's norm, about; what quantising changes it by
 
 log = logging.getLogger("unigen")
 
@@ -49,15 +64,12 @@ def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.d
         raise QuantiseError(f"quantize is {kind!r}. Fix: use one of {', '.join(KINDS)}")
     bnb = _bitsandbytes(kind)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = [name for name in linear if is_quantised(name)]
-    if kind == "nf4":
-        odd = [name for name in names if linear[name].in_features % BLOCK]
-        if odd:
-            log.warning(
-                "%d of %d matrices stay as they are: their rows are no multiple of %d long (%s)",
-                len(odd), len(names), BLOCK, few(odd, 2),
-            )  # fmt: skip
-        names = [name for name in names if name not in odd]
+    names = quantised_names({n: (m.out_features, m.in_features) for n, m in linear.items()}, kind)
+    if odd := [name for name in linear if is_quantised(name) and name not in set(names)]:
+        log.warning(
+            "%d of %d matrices stay as they are: their rows are no multiple of %d long (%s)",
+            len(odd), len(odd) + len(names), BLOCK, few(odd, 2),
+        )  # fmt: skip
     for name in names:
         old = linear[name]
         shape, bias = (old.in_features, old.out_features), old.bias is not None
@@ -77,6 +89,15 @@ def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.d
         setattr(model.get_submodule(owner), last, new)
     # how peft tells which of its layers fits
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
+
+
+def quantised_names(shapes: Mapping[str, tuple[int, ...]], kind: str) -> list[str]:
+    """The modules that are quantised, of those whose matrices have these shapes [out, in]."""
+    return [
+        name
+        for name, shape in shapes.items()
+        if len(shape) == 2 and is_quantised(name) and (kind != "nf4" or shape[1] % BLOCK == 0)
+    ]
 
 
 @contextlib.contextmanager
@@ -119,16 +140,20 @@ def holds_quantised(module: nn.Module) -> bool:
 
 def store(module: nn.Module, value: Tensor) -> None:
     """Quantises a matrix [out, in], on the device it lies on, as the weight of a quantised layer."""
-    bnb = _bitsandbytes("")
-    if isinstance(module, bnb.nn.Linear4bit):
-        weight = bnb.nn.Params4bit(
-            value, requires_grad=False, quant_type="nf4",
-            compress_statistics=module.weight.compress_statistics,
-            blocksize=BLOCK, module=module,
-        )._quantize(value.device)  # fmt: skip
-    else:
-        weight = bnb.nn.Int8Params(value, requires_grad=False, has_fp16_weights=False)._quantize(value.device)
-    module.weight = weight
+    nf4 = isinstance(module, _bitsandbytes("").nn.Linear4bit)
+    double = nf4 and module.weight.compress_statistics
+    module.weight = _weight("nf4" if nf4 else "int8", double, value, module)
+
+
+def _weight(kind: str, double: bool, value: Tensor, module: Any = None) -> Any:
+    """bitsandbytes' parameter for a matrix [out, in]."""
+    nn = _bitsandbytes(kind).nn
+    if kind == "int8":
+        return nn.Int8Params(value, requires_grad=False, has_fp16_weights=False)._quantize(value.device)
+    return nn.Params4bit(
+        value, requires_grad=False, quant_type="nf4", compress_statistics=double, blocksize=BLOCK,
+        module=module,
+    )._quantize(value.device)  # fmt: skip
 
 
 def dequantised(module: Any) -> Tensor:
@@ -149,12 +174,151 @@ def count(p: Tensor) -> int:
     return state.shape.numel() if state is not None else p.numel()
 
 
+# ---- on disk
+
+
+def stored_as(
+    kind: str, double: bool, shape: tuple[int, ...]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What follows the module's name in the keys of a quantised matrix [out, in] -> dtype and shape."""
+    if kind == "int8":
+        return {
+            "weight": (torch.int8, shape),
+            INT8: (torch.float32, shape[:1]),
+            "weight_format": (torch.uint8, ()),
+        }
+    numbers = math.prod(shape)
+    blocks = numbers // BLOCK
+    found = {"weight": (torch.uint8, (numbers // 2, 1)), "weight.quant_map": (torch.float32, (16,))}
+    found["weight.absmax"] = (torch.uint8 if double else torch.float32, (blocks,))
+    if double:
+        found["weight.nested_absmax"] = (torch.float32, (-(-blocks // SCALES),))
+        found["weight.nested_quant_map"] = (torch.float32, (256,))
+    return found | {NF4: (torch.uint8, (STATE_BYTES,))}
+
+
+def pieces_of(kind: str, double: bool, value: Tensor) -> dict[str, Tensor]:
+    """The tensors of :func:`stored_as` for a matrix [out, in]."""
+    weight = _weight(kind, double, value)
+    if kind == "int8":
+        return {"weight": weight.CB, INT8: weight.SCB, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    state = {f"weight.{key}": piece for key, piece in weight.quant_state.as_dict(packed=True).items()}
+    said = bytes(state[NF4].numpy()).ljust(STATE_BYTES)
+    return {"weight": weight.data} | state | {NF4: torch.frombuffer(bytearray(said), dtype=torch.uint8)}
+
+
+def restore(module: Any, entry: Quantised, device: torch.device | str) -> None:
+    """The weight of a quantised layer, as it is stored."""
+    nn = _bitsandbytes("").nn
+    pieces = {key: piece.read() for key, piece in entry.pieces}
+    if odd := [
+        key for key, piece in pieces.items() if piece.is_floating_point() and not piece.isfinite().all()
+    ]:
+        raise CheckpointFolderError(
+            f"{entry.parts[0].file}: {few(odd)} of a quantised matrix holds NaN or infinity. Fix: download or"
+            " copy it again"
+        )
+    codes = pieces.pop("weight").to(device)
+    if isinstance(module, nn.Linear4bit):
+        state = {key.removeprefix("weight."): piece for key, piece in pieces.items()}
+        module.weight = nn.Params4bit.from_prequantized(codes, state, device=device, module=module)
+    else:
+        scales = pieces[INT8].to(device)
+        module.weight = nn.Int8Params(
+            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
+        )
+
+
+def described(kind: str, double: bool, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """``quantization_config`` of a model whose matrices have these shapes, as transformers writes it."""
+    from transformers import BitsAndBytesConfig
+
+    linear = [n for n, shape in shapes.items() if len(shape) == 2 and not is_embedding(n) and not is_table(n)]
+    left = set(linear) - set(quantised_names(shapes, kind))
+    layers = "language_model."
+    stay = sorted({name if name.startswith(layers) else name.split(".")[0] for name in left})
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=stay)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=stay,
+        )  # fmt: skip
+    return config.to_dict()
+
+
+def bits_of(folder: Path, asked: str | None = None, double: bool = False) -> tuple[str | None, bool]:
+    """What the matrices of a folder are quantised to (kind, double), or else are to be.
+
+    Raises:
+        QuantiseError: another kind is asked for than the folder holds, or it holds one that is not read.
+    """
+    path = folder / "config.json"
+    said = read_json(path).get("quantization_config") if os.path.lexists(path) else None
+    if not said:
+        return asked, double
+    said = said if isinstance(said, dict) else {"quant_method": said}
+    kind = said.get("quant_method", "bitsandbytes")
+    if kind == "bitsandbytes":
+        kind = "int8" if said.get("load_in_8bit") else said.get("bnb_4bit_quant_type")
+    if kind not in KINDS:
+        raise QuantiseError(
+            f"{path}: quantization_config says {short(kind)}, which is not read. Fix: use the full weights,"
+            " or bitsandbytes' nf4 or int8"
+        )
+    held = kind, bool(said.get("bnb_4bit_use_double_quant")) and kind == "nf4"
+    if asked not in (None, kind) or double > held[1]:
+        other = "double_quant" if asked in (None, kind) else f"quantize {asked}"
+        raise QuantiseError(
+            f"{folder} holds {kind}{' with double_quant' if held[1] else ''}, and {other} is asked for. Fix: "
+            "leave that out, or give the folder of the full weights"
+        )
+    return held
+
+
+def adopt_bits(config: Any) -> Any:
+    """The options of a run, after those that the folder of its model decides where that is quantised."""
+    if config.model_path:
+        found = bits_of(Path(config.model_path), config.quantize, config.double_quant)
+        config.quantize, config.double_quant = found
+    return config
+
+
+def check_bits(folder: Path, stored: Mapping[str, Stored]) -> None:
+    """Raises CheckpointFolderError where the quantised matrices of a folder are not those that its
+    ``config.json`` and this program mean, or have other parts."""
+    held = {name.removesuffix(".weight"): e for name, e in stored.items() if isinstance(e, Quantised)}
+    kind, double = bits_of(folder)
+    shapes = matrices(stored)
+    wanted = quantised_names(shapes, kind) if kind else []
+    odd = sorted(held.keys() ^ set(wanted))
+    if not odd and kind:
+        for name, entry in held.items():
+            mine = stored_as(kind, double, entry.shape)
+            found = {key: (piece.dtype, piece.shape) for key, piece in entry.pieces}
+            if NF4 in found:  # of any length
+                found[NF4] = mine.get(NF4, found[NF4])
+            if found | {"weight_format": 0} != mine | {"weight_format": 0}:
+                odd.append(name)
+    if odd:
+        raise CheckpointFolderError(
+            f"{folder}: config.json says {kind or 'nothing of quantised matrices'}, and {len(odd)} matrices"
+            f" are stored otherwise: {few(odd, 2)}. Fix: take weights and config.json of one export (unigen"
+            " ckpt export --quantize), or the full weights"
+        )
+
+
+def matrices(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """Module -> shape of its weight."""
+    return {n.removesuffix(".weight"): e.shape for n, e in stored.items() if n.endswith(".weight")}
+
+
 def _bitsandbytes(kind: str) -> Any:
     try:
         with without_hub_kernels():
             import bitsandbytes
     except ImportError as error:
         raise QuantiseError(
-            f"--quantize {kind} needs bitsandbytes ({error}). Fix: pip install 'bitsandbytes>=0.50'"
+            f"{kind} needs bitsandbytes ({error}). Fix: pip install 'bitsandbytes>=0.50'"
         ) from error
     return bitsandbytes

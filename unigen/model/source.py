@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,10 +73,7 @@ class Source:
             raise self._unsteady()
         self._paths = {HELD / str(file.fileno()): path for path, file in self._files.items()}
         through = {path: place for place, path in self._paths.items()}
-        self.stored = {
-            name: replace(entry, parts=tuple(replace(part, file=through[part.file]) for part in entry.parts))
-            for name, entry in found.items()
-        }
+        self.stored = {name: entry.through(through) for name, entry in found.items()}
 
     def close(self) -> None:
         """Lets go of the files."""

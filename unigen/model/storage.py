@@ -19,8 +19,9 @@ import json
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -29,7 +30,7 @@ from unigen.config import UserError
 from unigen.files import atomic, json_of
 from unigen.foreign import ForeignFileError, known_mistake, roots_of
 from unigen.model.mistakes import fix_of
-from unigen.schema import Items, Rule, Table, Text, short, whole
+from unigen.schema import Items, Number, Rule, Table, Text, short, whole
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 WEIGHTS = "ema.safetensors"
 INDEX = ".index.json"  # behind the name of a set of several files
+ORIGIN = "quantised_from"  # of config.json: the digest of the model whose matrices were quantised
 RUN_OPTIONS = "training_config.json"  # the options of the run that trained the weights, beside them
 CHUNK = 1 << 24  # elements or bytes handled at a time
 # of a file: 7B and its optimiser have 5,000 tensors and a header of 0.6 MB
@@ -143,6 +145,11 @@ class Stored:
             torch.equal(self.read(*end).view(torch.uint8), other.read(*end).view(torch.uint8)) for end in ends
         )
 
+    def through(self, files: Mapping[Path, Path]) -> Stored:
+        """The same, read by other names of its files."""
+        parts = tuple(replace(part, file=files[part.file]) for part in self.parts)
+        return replace(self, parts=parts)
+
     def _fill(self, out: Tensor, start: int) -> None:
         assert start >= 0 and start + len(out) <= self.numel, (start, len(out), self.shape)
         if not len(out):
@@ -159,6 +166,35 @@ class Stored:
                     part.offset + (a - part.start) * size,
                     view[(a - start) * size : (b - start) * size],
                 )
+
+
+Pieces = tuple[tuple[str, Stored], ...]
+"""What follows a module's name in a key, and where that lies."""
+
+
+@dataclass(frozen=True)
+class Quantised(Stored):
+    """A matrix of few bits, as bitsandbytes stores it: shape and dtype are those of the matrix that it was
+    made of, the parts those of all its tensors. ``quantise.py`` reads it."""
+
+    pieces: Pieces = ()
+    origin: str = ""  # digest of the model that it was made of, where config.json says it
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for _, piece in self.pieces)
+
+    def through(self, files: Mapping[Path, Path]) -> Stored:
+        pieces = tuple((key, piece.through(files)) for key, piece in self.pieces)
+        return _whole(self.code, self.shape, pieces, self.origin)
+
+    def _fill(self, out: Tensor, start: int) -> None:
+        raise AssertionError("it has no numbers of its own")
+
+
+def _whole(code: str, shape: tuple[int, ...], pieces: Pieces, origin: str) -> Quantised:
+    parts = tuple(part for _, piece in pieces for part in piece.parts)
+    return Quantised(code, shape, parts, pieces, origin)
 
 
 # Files that this process holds open have names here (see source.py); a file of a stranger is never opened by
@@ -275,7 +311,7 @@ def _fills(path: Path, tensors: dict[str, Stored], base: int, size: int) -> None
 
 def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safetensors")) -> dict[str, Stored]:
     """The model's tensors in a checkpoint folder: ``ema.safetensors``, a sharded set with its index, or
-    ``model.safetensors``."""
+    ``model.safetensors``. What belongs to a quantised matrix is one :class:`Quantised`."""
     if not folder.is_dir():
         raise CheckpointFolderError(
             f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
@@ -283,13 +319,67 @@ def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safeten
         )
     for name in prefer:
         if (found := scan_set(folder, name)) is not None:
-            return found
+            return _joined(folder, found)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        return _scan_index(indexes[0])
+        return _joined(folder, _scan_index(indexes[0]))
     raise CheckpointFolderError(
         f"{folder} has neither {WEIGHTS} nor a sharded set (*.safetensors.index.json). Fix: {fix_of(folder)}"
     )
+
+
+NF4, INT8 = "weight.quant_state.bitsandbytes__nf4", "SCB"  # keys that tell a quantised matrix
+_OF_MATRIX = re.compile(r"(.+)\.(weight(?:[._].+)?|SCB)")
+_STATE = Table(
+    {
+        "shape": Items(whole(1, 1 << 40), 2, 2),
+        "dtype": Text(("float32", "float16", "bfloat16")),
+        "quant_type": Text(("nf4",)),
+        "blocksize": whole(64, 64),
+    },
+    {
+        "nested_blocksize": whole(256, 256),
+        "nested_dtype": Text(("float32",)),
+        "nested_offset": Number(-1e9, 1e9),
+    },
+)
+
+
+def _joined(folder: Path, found: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors, with one entry for all those of a quantised matrix.
+
+    Raises:
+        CheckpointFolderError: what says its shape is damaged.
+    """
+    marked = {n.removesuffix(f".{mark}") for n in found for mark in (NF4, INT8) if n.endswith(f".{mark}")}
+    if not marked:
+        return found
+    kept, pieces = {}, defaultdict(dict)
+    for name, entry in found.items():
+        match = _OF_MATRIX.fullmatch(name)
+        if match and match[1] in marked:
+            pieces[match[1]][match[2]] = entry
+        else:
+            kept[name] = entry
+    config = read_json(folder / "config.json") if os.path.lexists(folder / "config.json") else {}
+    origin = str(config.get(ORIGIN) or "")
+    for module, own in pieces.items():
+        code, shape = "F16", own["weight"].shape if "weight" in own else ()
+        if NF4 in own:
+            state = own[NF4]
+            try:
+                said = foreign.parse_json(bytes(state.read().numpy())) if state.nbytes <= 1 << 12 else None
+            except ValueError as error:
+                said = str(error)
+            if wrong := _STATE.wrong(said):
+                at = state.parts[0].file if state.parts else folder
+                raise CheckpointFolderError(
+                    f"{at}: {short(module)}.{NF4}{wrong[0]} {wrong[1]}. Fix: download or copy it again"
+                )
+            shape = tuple(said["shape"])
+            code = next(code for code, (name, _) in DTYPES.items() if name == said["dtype"])
+        kept[f"{module}.weight"] = _whole(code, shape, tuple(sorted(own.items())), origin)
+    return kept
 
 
 def scan_set(folder: Path, name: str) -> dict[str, Stored] | None:
@@ -398,12 +488,18 @@ def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
         Size in bytes and SHA-256 of what was written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Wide types first keeps every tensor aligned, as readers that map the file expect.
-    order = sorted(plan, key=lambda name: -plan[name][0].itemsize)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape, _) in plan.items()}
+
+    def place(name: str) -> tuple[bool, int]:
+        return (True, -plan[name][0].itemsize) if sizes[name] % 8 else (False, 0)
+
+    # Whole words first, then wide types keep every tensor aligned, as readers that map the file expect;
+    # what is made together stays together.
+    order = sorted(plan, key=place)
     offset = 0
     for name in order:
         dtype, shape, _ = plan[name]
-        nbytes = math.prod(shape) * dtype.itemsize
+        nbytes = sizes[name]
         header[name] = {
             "dtype": code_of(dtype),
             "shape": list(shape),

@@ -35,12 +35,22 @@ from unigen.model.config import BagelConfig, read_config, wrong
 from unigen.model.layers import sincos_table
 from unigen.model.lora import activate, bind, fresh_values, linear_modules
 from unigen.model.parts import is_adapter, is_left_out, is_table, published_name
-from unigen.model.quantise import holds_quantised, large_blocks_apart, quantise_layers, store
+from unigen.model.quantise import (
+    QuantiseError,
+    bits_of,
+    check_bits,
+    holds_quantised,
+    large_blocks_apart,
+    quantise_layers,
+    restore,
+    store,
+)
 from unigen.model.schemas import vae_misfits
 from unigen.model.storage import (
     FLOATS,
     WEIGHTS,
     CheckpointFolderError,
+    Quantised,
     Stored,
     few,
     json_bytes,
@@ -131,14 +141,17 @@ def load_bagel(
         constants: values that win over ``config.json``, for checkpoints whose files do not say them.
         weights: file names to look for, in this order.
         adapters: folders of adapters to add up, ``FOLDER`` or ``FOLDER:FACTOR``.
-        quantize: ``nf4`` or ``int8`` for the decoder's matrices; double_quant: with NF4, its scales, too.
+        quantize: ``nf4`` or ``int8`` for the decoder's matrices; double_quant: with NF4, its scales, too. A
+            folder that is quantised needs neither.
 
     Raises:
         CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all
             listed); or weights are not finite.
         AdapterError: an adapter was made for another base.
+        QuantiseError: the folder holds another kind than ``quantize``.
     """
     folder, adapters = base_of(folder, adapters)
+    quantize, double_quant = bits_of(folder, quantize, double_quant)
     if torch.device(device).type == "cuda":
         use_expandable_segments()
     model, stored = build_bagel(
@@ -206,6 +219,7 @@ def build_bagel(
     config = read_config(
         folder, shapes, visual_gen=visual_gen, visual_und=visual_und, **dict(constants or {})
     )
+    check_bits(folder, stored)
     with torch.device("meta"):
         model = Bagel(config)
     _check_keys(folder, model, shapes)
@@ -232,6 +246,10 @@ def place_parameter(
     owner, _, last = name.rpartition(".")
     module = model.get_submodule(owner)
     quantised = last == "weight" and holds_quantised(module)
+    entry = stored.get(published_name(name))
+    if quantised and isinstance(entry, Quantised):
+        restore(module, entry, device)
+        return
     dtype = stored[published_name(name)].dtype if quantised else p.dtype
     value = torch.empty(p.shape, dtype=dtype, device=device)
     read_parameter(model, name, stored, value.view(-1))
@@ -378,6 +396,10 @@ def save_bagel(
     if model.adapters:
         raise AdapterError(
             "a model with adapters cannot be saved as one. Fix: unigen ckpt export ADAPTER NEW_FOLDER --merge"
+        )
+    if any(map(holds_quantised, model.modules())):
+        raise QuantiseError(
+            "a quantised model cannot be saved. Fix: unigen ckpt export FULL_MODEL NEW_FOLDER --quantize nf4"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from unigen.config import Config
+from unigen.model.quantise import adopt_bits
 from unigen.runs import layout
 from unigen.runs.signals import SignalHandler, Stopped
 from unigen.tracking.tracker import Tracker
@@ -33,7 +34,7 @@ class UnifiedTrainer:
     """
 
     def __init__(self, config: Config):
-        self.config = config.resolve()
+        self.config = adopt_bits(config).resolve()
         self.signals = SignalHandler()
         self.stopped = False
 

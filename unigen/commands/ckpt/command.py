@@ -17,7 +17,7 @@ from unigen.printing import printable
 _TAKES = {
     "ls": ("one folder: unigen ckpt ls RUN", 1, 1),
     "verify": ("folders: unigen ckpt verify CHECKPOINT_OR_RUN ...", 1, 1 << 30),
-    "export": ("two folders: unigen ckpt export CHECKPOINT NEW_FOLDER", 2, 2),
+    "export": ("two folders: unigen ckpt export CHECKPOINT_OR_MODEL NEW_FOLDER", 2, 2),
 }
 """Action -> what it takes in words, how many folders at least and at most."""
 
@@ -52,14 +52,15 @@ def run(options: CkptOptions) -> int:
 
 
 def verify(folders: list[Path], as_json: bool = False) -> int:
-    """Reads every byte of checkpoints, or of all of a run's, and prints ``OK`` or every problem; 1 where
-    there is one."""
+    """Reads every byte of checkpoints, of all of a run's, or of exports, and prints ``OK`` or every problem;
+    1 where there is one."""
     from unigen.commands.ckpt.listing import checkpoints_of
-    from unigen.commands.ckpt.verify import problems_of
+    from unigen.commands.ckpt.verify import problems_of, receipt_of
 
     found: dict[str, list[str]] = {}
     for folder in folders:
-        inside = checkpoints_of(folder) if folder.is_dir() else [folder]
+        one = not folder.is_dir() or receipt_of(folder) is not None
+        inside = [folder] if one else checkpoints_of(folder)
         checkpoints = [path for path in inside if not path.name.startswith(".")]
         if not checkpoints:
             raise UserError(

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint
 from unigen.commands.ckpt.options import CkptOptions
-from unigen.commands.ckpt.verify import problems_of
+from unigen.commands.ckpt.verify import RECEIPT, problems_of, receipt_of
 from unigen.config import UserError
 from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import ForeignFileError, copy_file, roots_of
 from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
-from unigen.model.lora import binding_on_disk, merges
+from unigen.model.config import read_config
+from unigen.model.lora import binding_on_disk, digest_of, merges
+from unigen.model.quantise import (
+    ROUNDS,
+    described,
+    large_blocks_apart,
+    matrices,
+    pieces_of,
+    quantised_names,
+    stored_as,
+)
 from unigen.model.storage import (
     INDEX,
+    ORIGIN,
     WEIGHTS,
+    Quantised,
     Stored,
     is_of_set,
     part_name,
+    read_json,
     scan_folder,
     write_json,
     write_safetensors,
 )
-from unigen.model.weights import SIDE_FILES
+from unigen.model.weights import SIDE_FILES, check_side_files
 from unigen.outputs import output_folder, stranger, unwritten
 from unigen.printing import bar
 from unigen.runs import layout
@@ -38,8 +50,10 @@ from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
 from unigen.runs.space import gb, mount_of
 from unigen.version import __version__
 
+if TYPE_CHECKING:
+    from unigen.model.storage import Plan
+
 MODEL = WEIGHTS.removesuffix(".safetensors")
-_RECEIPT = "export.json"  # what an export was made of
 
 
 class ExportError(UserError):
@@ -47,10 +61,12 @@ class ExportError(UserError):
 
 
 def export(source: Path, out: Path, options: CkptOptions) -> None:
-    """Writes the weights of a checkpoint, whoever wrote it, as a folder in the published layout.
+    """Writes the weights of a checkpoint, whoever wrote it, or of a model's folder, as a folder in the
+    published layout; with ``quantize`` the decoder's matrices as bitsandbytes stores them.
 
     Tensors are read, converted and written one after another through one buffer: host memory holds the
-    largest tensor. The folder is staged beside its place and renamed when it is whole.
+    largest tensor, and what quantising it takes. The folder is staged beside its place and renamed when it is
+    whole.
 
     Raises:
         ExportError: the checkpoint is damaged, or has no such weights; the place is taken, too small or
@@ -62,8 +78,10 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         raise ExportError(
             f"{source} is a run. Fix: name one of its checkpoints: {', '.join(p.name for p in inside)}"
         )
-    manifest, out = read_manifest(source), Path(os.path.abspath(out))
+    given = not is_checkpoint(source) and (source / "llm_config.json").exists()
+    manifest, out = _about(source) if given else read_manifest(source), Path(os.path.abspath(out))
     adapted = GROUP in manifest["groups"]
+    _check_quantising(source, options, adapted)
     for name in ("merge", "base"):
         if getattr(options, name) and not (adapted and options.merge):
             why = "holds no adapter" if not adapted else "is not merged"
@@ -84,14 +102,19 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     states = set(map(layout.state_file, manifest["states"]))
     others = [name for name in manifest["files"] if name not in states and not _is_of(name, GROUPS)]
     exported = {*others, *(name for name in manifest["files"] if _is_of(name, groups))}
-    if options.verify and (problems := problems_of(source, exported.__contains__)):
+    if options.verify and not given and (problems := problems_of(source, exported.__contains__)):
         raise ExportError(
             f"{source}: damaged checkpoint: {'; '.join(problems)}. Fix: export another one; --no_verify"
             " exports it as it is"
         )
     try:
         with staged(out, replace=replacing) as staging:
-            tensors, side = _merged(source, options) if options.merge else _stored(source, others, options)
+            if given:
+                tensors, side = _whole(scan_folder(source)), [source / name for name in others]
+            else:
+                tensors, side = (
+                    _merged(source, options) if options.merge else _stored(source, others, options)
+                )
             files = _write_weights(
                 tensors, staging, options, GROUP if adapted and not options.merge else MODEL
             )
@@ -102,9 +125,12 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
                 copy_file(path, staging / path.name, roots_of(path.parent))
             about = {"unigen": __version__, "step": manifest["step"], "average": average}
             about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
+            if options.quantize:
+                about["quantize"] = _describe(source, staging, options)
+                side.append(Path("config.json"))
             about["contents"] = {path.name: sha256_of(staging / path.name) for path in side}
             about["contents"] |= {name: file["sha256"] for name, file in files.items()}
-            write_json(staging / _RECEIPT, about)
+            write_json(staging / RECEIPT, about)
     except ForeignFileError as error:
         raise ExportError(str(error)) from None
     except OSError as error:
@@ -112,10 +138,54 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             f"{out}: cannot write the export: {error}. Fix: free space there, or choose another folder"
         ) from error
     size = sum(entry["size"] for entry in files.values())
+    what = f"{source}" if given else f"step {manifest['step']}"
+    kind = f"{options.quantize}, " if options.quantize else ""
     print(
-        f"Exported step {manifest['step']} ({'average' if average else 'weights'}, {size:,} bytes,"
+        f"Exported {what} ({kind}{'average' if average else 'weights'}, {size:,} bytes,"
         f" {len(files)} file(s)) to {out}"
     )
+
+
+def _about(source: Path) -> dict[str, Any]:
+    """Stands for the manifest of a model's folder that no run wrote."""
+    names = [name for name in (*SIDE_FILES, "config.json") if (source / name).is_file()]
+    check_side_files(source)
+    manifest = {"groups": ["ema"], "states": [], "files": dict.fromkeys(names)}
+    return manifest | {"step": None, "average": False, "sha256": None}
+
+
+def _check_quantising(source: Path, options: CkptOptions, adapted: bool) -> None:
+    """Raises ExportError where what is asked for cannot be quantised."""
+    if options.double_quant and options.quantize != "nf4":
+        raise ExportError("double_quant needs quantize nf4. Fix: --quantize nf4, or leave --double_quant out")
+    if not options.quantize or not adapted:
+        return
+    if options.merge:
+        raise ExportError(
+            f"merging and quantising at once is refused: {options.quantize} would round the sum anew, by"
+            f" about {ROUNDS[options.quantize]} of each matrix, which is more than most adapters change."
+            f" Fix: leave --quantize out, or use {source} over the quantised base (--adapter); what is merged"
+            " can be quantised by a second export, where its answers stay good enough"
+        )
+    raise ExportError(
+        f"quantize says nothing here: {source} holds an adapter, and no model. Fix: export the base with"
+        " --quantize, and the adapter without"
+    )
+
+
+def _describe(source: Path, staging: Path, options: CkptOptions) -> str:
+    """Writes the quantised model's ``config.json``; the kind."""
+    raw = options.weights == "raw"
+    stored = scan_weights(source, raw) if is_checkpoint(source) else scan_folder(source)
+    shapes = matrices(stored)
+    config = read_config(source, {name: entry.shape for name, entry in stored.items()}).to_dict()
+    if (staging / "config.json").exists():
+        config = read_json(staging / "config.json") | config
+    assert options.quantize
+    config["quantization_config"] = described(options.quantize, options.double_quant, shapes)
+    config[ORIGIN] = digest_of(stored)
+    write_json(staging / "config.json", config)
+    return options.quantize
 
 
 def _is_of(name: str, groups: Iterable[str]) -> bool:
@@ -136,12 +206,12 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
             f"{out} exists already. Fix: choose another"
             f" folder{'' if not out.is_dir() else ', or --overwrite'}"
         )
-    if not (out / _RECEIPT).is_file():
+    if not (out / RECEIPT).is_file():
         raise ExportError(
-            f"{out} is no earlier export (it has no {_RECEIPT}), so --overwrite leaves it. Fix: choose"
+            f"{out} is no earlier export (it has no {RECEIPT}), so --overwrite leaves it. Fix: choose"
             " another folder"
         )
-    if strange := stranger(out, _RECEIPT, _contents(out)):
+    if strange := stranger(out, RECEIPT, _contents(out)):
         raise ExportError(
             f"{out} holds {strange}, which no export left there as it is now, so --overwrite leaves it."
             " Fix: move that away, or choose another folder"
@@ -151,10 +221,7 @@ def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
 
 def _contents(out: Path) -> dict[str, list[str]]:
     """The files of an earlier export, with their SHA-256."""
-    try:
-        contents = dict(json.loads((out / _RECEIPT).read_bytes())["contents"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        contents = {}
+    contents = (receipt_of(out) or {}).get("contents", {})
     return {name: [digest] for name, digest in contents.items()}
 
 
@@ -175,7 +242,17 @@ def _stored(source: Path, others: list[str], options: CkptOptions) -> tuple[dict
     """What the checkpoint holds, by its names on disk, and the files beside it."""
     stored = scan_weights(source, raw=options.weights == "raw")
     named = {disk_name(name) if is_adapter_folder(source) else name: entry for name, entry in stored.items()}
-    return {name: _Tensor.of(entry) for name, entry in named.items()}, [source / name for name in others]
+    return _whole(named), [source / name for name in others]
+
+
+def _whole(stored: Mapping[str, Stored]) -> dict[str, _Tensor]:
+    """What is stored as it is. Raises ExportError where it is quantised already."""
+    if small := [entry for entry in stored.values() if isinstance(entry, Quantised)]:
+        raise ExportError(
+            f"{small[0].parts[0].file.parent} is quantised already, and its full weights are not there. Fix:"
+            " copy the folder, or export the full weights"
+        )
+    return {name: _Tensor.of(entry) for name, entry in stored.items()}
 
 
 def _merged(source: Path, options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
@@ -206,8 +283,8 @@ def _write_weights(
     stored: dict[str, _Tensor], staging: Path, options: CkptOptions, stem: str
 ) -> dict[str, dict[str, Any]]:
     """The weights in one file, or in several and their index; size and SHA-256 of each."""
-    dtypes = {name: _dtype(entry.dtype, options.dtype) for name, entry in stored.items()}
-    sizes = {name: math.prod(entry.shape) * dtypes[name].itemsize for name, entry in stored.items()}
+    plan = _planned(stored, options)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape, _) in plan.items()}
     total, free = sum(sizes.values()), free_bytes(staging)
     if free < total:
         raise ExportError(
@@ -216,26 +293,63 @@ def _write_weights(
         )
     shards = _shards(sizes, options.max_shard_gb)
     names = [part_name(stem, number, len(shards)) for number in range(len(shards))]
-    # each tensor is on the disk before the next is read
-    buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)
     written = {}
-    with bar("export", total=total, unit="B", unit_scale=True, leave=False) as shown:
+    show = {"unit": "B", "unit_scale": True, "leave": False}
+    with bar("export", total=total, **show) as shown, large_blocks_apart():
 
-        def make(name: str, entry: _Tensor) -> torch.Tensor:
-            flat = buffer[: sizes[name]].view(dtypes[name])
-            entry.read_into(flat)
+        def make(name: str) -> torch.Tensor:
             shown.update(sizes[name])
-            return flat.view(entry.shape)
+            return plan[name][2]()
 
         for file, shard in zip(names, shards, strict=True):
-            plan = {n: (dtypes[n], stored[n].shape, lambda n=n: make(n, stored[n])) for n in shard}
-            size, digest = write_safetensors(staging / file, plan)
+            of_file = {n: (*plan[n][:2], lambda n=n: make(n)) for n in shard}
+            size, digest = write_safetensors(staging / file, of_file)
             written[file] = {"size": size, "sha256": digest}
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_json(staging / f"{stem}.safetensors{INDEX}", index)
     return written
+
+
+def _planned(stored: dict[str, _Tensor], options: CkptOptions) -> Plan:
+    """Every tensor that is written, and what makes it: through one buffer, so that each has to be on the disk
+    before the next is made."""
+    dtypes = {name: _dtype(entry.dtype, options.dtype) for name, entry in stored.items()}
+    sizes = {name: math.prod(entry.shape) * dtypes[name].itemsize for name, entry in stored.items()}
+    buffer = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8)
+    kind, double = options.quantize, options.double_quant
+    last: dict[str, dict[str, torch.Tensor]] = {}
+
+    def make(name: str) -> torch.Tensor:
+        flat = buffer[: sizes[name]].view(dtypes[name])
+        stored[name].read_into(flat)
+        return flat.view(stored[name].shape)
+
+    def piece(name: str, key: str) -> torch.Tensor:
+        if name not in last:
+            last.clear()
+            value = make(name)
+            if not value.isfinite().all():
+                raise ExportError(
+                    f"{name} holds NaN or infinity, which cannot be quantised. Fix: export a checkpoint from"
+                    " before the training diverged"
+                )
+            assert kind is not None
+            last[name] = pieces_of(kind, double, value)
+        return last[name][key]
+
+    shapes = {name.removesuffix(".weight"): entry.shape for name, entry in stored.items()}
+    small = set(quantised_names(shapes, kind)) if kind else set()
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]] = {}
+    for name, entry in stored.items():
+        module = name.removesuffix(".weight")
+        if kind is None or module not in small:
+            plan[name] = (dtypes[name], entry.shape, lambda name=name: make(name))
+            continue
+        for key, (dtype, shape) in stored_as(kind, double, entry.shape).items():
+            plan[f"{module}.{key}"] = (dtype, shape, lambda name=name, key=key: piece(name, key))
+    return plan
 
 
 def _dtype(stored: torch.dtype, asked: str) -> torch.dtype:

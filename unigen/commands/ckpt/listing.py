@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from unigen.commands.ckpt.verify import RECEIPT, receipt_of
 from unigen.config import UserError
 from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError, read_manifest, steps, wrong_size
@@ -26,7 +27,9 @@ def list_checkpoints(folder: Path, as_json: bool = False) -> int:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder. Fix: name the folder of a run (its output_dir)")
-    rows = [describe(path) for path in checkpoints_of(folder)]
+    about = receipt_of(folder)
+    inside = checkpoints_of(folder) if about is None else []
+    rows = list(map(describe, inside)) if about is None else [_exported(folder, about)]
     run = folder.parent if is_checkpoint(folder) else folder
     losses = dict(read_log(run / layout.METRICS, having="val_loss").curve("val_loss").T.tolist())
     for row in rows:
@@ -74,6 +77,18 @@ def describe(folder: Path) -> dict[str, Any]:
         "state": "damaged" if problems else "whole",
         "problems": problems,
     }
+
+
+def _exported(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """As :func:`describe`, of an export."""
+    sizes = {name: entry["size"] for name, entry in about.get("files", {}).items()}
+    problems = [found for file, size in sizes.items() if (found := wrong_size(folder / file, file, size))]
+    problems += [] if about else [f"{RECEIPT} cannot be read"]
+    holds = ["export", *([about["quantize"]] if about.get("quantize") else [])]
+    row = {"name": folder.name, "step": about.get("step"), "time": (folder / RECEIPT).stat().st_mtime}
+    row |= {"bytes": folder_bytes(folder), "processes": None, "engine": None, "holds": holds}
+    row |= {"resumable": False, "skipped_steps": None, "diverging": False}
+    return row | {"state": "damaged" if problems else "whole", "problems": problems}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

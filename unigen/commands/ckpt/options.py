@@ -24,6 +24,9 @@ class CkptOptions(Options):
         merge: With export: of a checkpoint of adapters, the model that they and their base are together.
             Without it the adapter alone is written, as peft does.
         base: With export --merge: folder of the base. Default: the one that the adapter names.
+        quantize: With export: hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8), as bitsandbytes
+            stores them. The folder of a model that no run wrote can be exported, too.
+        double_quant: With export --quantize nf4: quantise its scales, too; 0.4 bits fewer a number.
         overwrite: With export: replace an earlier export, and nothing else.
         verify: With export: first read and check every byte that will be exported; --no_verify saves that
             time.
@@ -36,5 +39,7 @@ class CkptOptions(Options):
     max_shard_gb: Positive | None = None
     merge: bool = False
     base: PathText | None = None
+    quantize: Literal["nf4", "int8"] | None = None
+    double_quant: bool = False
     overwrite: bool = False
     verify: bool = True

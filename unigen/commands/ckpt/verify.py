@@ -1,17 +1,53 @@
-"""Whether a checkpoint is what was written, byte by byte."""
+"""Whether a checkpoint, or an export of one, is what was written, byte by byte."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from unigen.files import CHUNK
-from unigen.model.storage import CheckpointFolderError, is_of_set
+from unigen.files import CHUNK, sha256_of
+from unigen.model.storage import CheckpointFolderError, is_of_set, scan_folder
 from unigen.printing import bar
 from unigen.runs.checkpoint import CheckpointError, changed_files, read_manifest, read_states, scan_group
-from unigen.runs.states import STATES
+from unigen.runs.layout import MANIFEST
+from unigen.runs.states import STATES, outside
+
+RECEIPT = "export.json"  # what an export was made of, and the SHA-256 of its files
+
+
+def receipt_of(folder: Path) -> dict[str, Any] | None:
+    """What an export says of itself; empty where that cannot be read, None where the folder is none."""
+    if (folder / MANIFEST).exists() or not (folder / RECEIPT).is_file():
+        return None
+    try:
+        about = json.loads((folder / RECEIPT).read_bytes())
+        return {**about, "contents": dict(about["contents"]), "files": dict(about["files"])}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+
+
+def _changed_in_export(folder: Path, about: dict[str, Any]) -> list[str]:
+    """What is wrong with the bytes of an export's files. Files that it does not name are fine."""
+    if not about:
+        return [f"{RECEIPT} cannot be read"]
+    found = []
+    for name, digest in about["contents"].items():
+        if outside(name):
+            found.append(f"{RECEIPT} {outside(name)}")
+        elif not (folder / name).is_file():
+            found.append(f"{name} is missing")
+        elif sha256_of(folder / name) != digest:
+            found.append(f"{name} has changed since it was written (SHA-256 differs)")
+    if not found and any(is_of_set(name, "ema") for name in about["contents"]):
+        try:
+            scan_folder(folder)
+        except CheckpointFolderError as error:
+            found.append(str(error))
+    return found
 
 
 def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
@@ -22,6 +58,8 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
         folder: of the checkpoint.
         wanted: which of the files to look at, by the name that the manifest has for them.
     """
+    if (about := receipt_of(folder)) is not None:
+        return _changed_in_export(folder, about)
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:

@@ -39,9 +39,10 @@ def plan(options: PlanOptions) -> int:
     config = Config(**{f.name: getattr(options, f.name) for f in fields(Config)})
 
     from unigen.commands.plan.changes import fitting
+    from unigen.model.quantise import adopt_bits
     from unigen.model.weights import read_shape
 
-    config.resolve(data=False)
+    adopt_bits(config).resolve(data=False)
     model = read_shape(Path(options.model_path), config)
     room = room_of(gigabytes) if gigabytes else None
     outcome = fitting(model, config, options.gpus, room, lambda asked: load_of(options, asked, model))
