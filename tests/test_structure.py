@@ -15,7 +15,7 @@ others
 values rules
 topics
 config files recipe printing schema
-foreign outputs
+foreign outputs remote
 sequence
 model data
 cache runs inference
@@ -60,6 +60,7 @@ HOMES = {
     "requests": ["commands/fetch/client.py"],
     "idna": ["commands/fetch/addresses.py"],
     "filelock": ["files.py"],
+    "fsspec": ["remote.py"],
     "jinja2": ["show/pages.py"],
     "rich": ["show/terminal.py"],
     "fcntl": ["files.py"],

@@ -326,6 +326,11 @@ def is_held(path: Path) -> bool | None:
 # ---- space
 
 
+def cache_folder() -> Path:
+    """``$UNIGEN_CACHE``, or ``~/.cache/unigen``."""
+    return Path(os.environ.get("UNIGEN_CACHE") or "~/.cache/unigen").expanduser().absolute()
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary user may still write on the disk of a folder, which need not exist yet. Raises
     OSError."""

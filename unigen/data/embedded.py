@@ -8,25 +8,13 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from unigen import remote
 from unigen.sequence.files import MAX_BYTES, kind_of_start
 
 _DATA = re.compile(r"data:[^,;]{0,100}(;[^,;]{0,100}){0,9},", re.IGNORECASE)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 _LEAST = 64  # characters of a picture written as base64; the smallest PNG takes 90
-
-_TOOLS = {
-    "s3": "aws s3 sync s3://BUCKET DIR",
-    "s3a": "aws s3 sync s3://BUCKET DIR",
-    "gs": "gcloud storage rsync -r gs://BUCKET DIR",
-    "oss": "ossutil cp -r oss://BUCKET DIR",
-    "cos": "coscli cp -r cos://BUCKET DIR",
-    "tos": "tosutil cp -r tos://BUCKET DIR",
-    "hf": "hf download OWNER/NAME --repo-type dataset --local-dir DIR",
-    "az": "azcopy copy URL DIR --recursive",
-    "hdfs": "hdfs dfs -get PATH DIR",
-}
-"""Copies what an address of object storage names."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,8 @@ def _base64(text: str) -> bytes:
 
 
 def place_of(text: str) -> str | Address:
-    """The path that a text names (``file://`` taken off), or its address on the web.
+    """The path that a text names (``file://`` taken off; of an address of object storage that of its copy),
+    or its address on the web.
 
     Raises:
         ValueError: It is an address of another kind; its two arguments are why, and the fix.
@@ -90,15 +79,13 @@ def place_of(text: str) -> str | Address:
         if not slash or host.lower() not in ("", "localhost"):
             raise ValueError("a file: address of another machine", "write the path of the file alone")
         return unquote("/" + path)
-    if scheme not in _TOOLS:
-        raise ValueError(f"the scheme {scheme}:, which is not read", "copy the files, and name them by paths")
-    raise ValueError(f"an address of {scheme}:// storage, which is not read", _copied(scheme, rest))
-
-
-def _copied(scheme: str, rest: str) -> str:
-    """The fix for an address of object storage: what copies it, and how its pictures are then found."""
-    found = re.match(r"datasets/([\w.-]+/[\w.-]+)" if scheme == "hf" else r"([\w.-]+)", rest)
-    tool = _TOOLS[scheme]
-    if found:  # a name that a shell takes as it is
-        tool = tool.replace("OWNER/NAME", found[1]).replace("BUCKET", found[1])
-    return f"copy the files once ({tool}), write the rest of the address as a path, and give --image_root DIR"
+    if problem := remote.problem_with(scheme):
+        why, fix = problem
+        if scheme in remote.STORES:
+            fix += f"copy the files once ({remote.tool_for(text)}), write the rest of the address as a path,"
+            fix += " and give --image_root DIR"
+        raise ValueError(why, fix)
+    try:
+        return str(remote.copy_of(text))  # a picture there is copied when it is first opened
+    except remote.RemoteError as error:
+        raise ValueError(error.problem, error.fix) from None

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from unigen import remote
 from unigen.data.captions import CAPTIONS, caption_of, captioned, is_picture
 from unigen.data.containers import CONTAINERS, BadData, kind_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
+from unigen.data.storage import brought
 from unigen.data.unpack import PACKED
 from unigen.printing import printable
 
@@ -49,7 +51,12 @@ def find_files(
     found = []
     given_paths = list(paths)
     for given in given_paths:
-        path = Path(given).absolute()
+        if isinstance(given, str) and remote.scheme_of(given):
+            path = brought(given, split, asked, more := [])
+            if left_out is not None:
+                left_out += more
+        else:
+            path = Path(given).absolute()
         if path.is_dir():
             sides: list[Path] = []
             saved: dict[Path, str] = {}

@@ -27,8 +27,8 @@ from unigen.data.captions import caption_of, is_picture
 from unigen.data.containers import ByteSpan
 from unigen.data.indexing import Found, Index, stamp
 from unigen.data.keys import Notes
-from unigen.data.unpack import RESERVE, cache_folder
-from unigen.files import atomic, free_bytes
+from unigen.data.unpack import RESERVE
+from unigen.files import atomic, cache_folder, free_bytes
 from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.types import BadRecord, Origin
 from unigen.version import __version__

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unigen import remote
 from unigen.data.json_text import parse_json
 from unigen.data.keys import in_text
 from unigen.data.layouts import RIVALS
@@ -41,7 +42,7 @@ class ReadOptions:
             return next((value for o in options if (value := getattr(o, name, None))), None)
 
         roots = (
-            Path(value).absolute() if (value := said(name)) else None for name in ("data_root", "image_root")
+            remote.local(value) if (value := said(name)) else None for name in ("data_root", "image_root")
         )
         return cls(*roots, said("fields") or {}, said("trigger_word"))
 

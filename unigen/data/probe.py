@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from unigen import remote
 from unigen.data.containers import BadData, parts, read_part
 from unigen.data.formats import parse_with_fields, value_of
 from unigen.data.mapping import ReadOptions, unmatched
@@ -21,7 +22,7 @@ def check_roots(read: ReadOptions) -> None:
     """Raises BadData where a folder that is named is none."""
     for name, what in (("data_root", "that all pictures lie in"), ("image_root", "that paths start from")):
         path = getattr(read, name)
-        if path is not None and not path.is_dir():
+        if path is not None and not path.is_dir() and not remote.url_of(path):
             raise BadData(f"{path}: {name} is no folder. Fix: name the folder {what} (--{name} ...)")
 
 

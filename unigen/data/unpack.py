@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unigen.config import UserError
-from unigen.files import atomic, free_bytes, locked, sha256_of
+from unigen.files import atomic, cache_folder, free_bytes, locked, sha256_of
 from unigen.sequence.types import BadRecord
 
 PACKED = (".gz", ".zst")
@@ -89,11 +89,6 @@ def unpacked(path: Path) -> Path:
         if not (folder / name).is_file():
             _unpack(path, folder / name)
     return folder / name
-
-
-def cache_folder() -> Path:
-    """``$UNIGEN_CACHE``, or ``~/.cache/unigen``."""
-    return Path(os.environ.get("UNIGEN_CACHE") or "~/.cache/unigen").expanduser().absolute()
 
 
 def _unpack(path: Path, target: Path) -> None:

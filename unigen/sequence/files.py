@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from unigen import foreign
+from unigen import foreign, remote
 from unigen.config import UserError
 from unigen.foreign import ForeignFileError
 from unigen.printing import printable
@@ -74,7 +74,8 @@ class Confined:
 
 
 def open_file(path: str | Path | Confined) -> BinaryIO:
-    """The regular file at ``path``, opened for reading.
+    """The regular file at ``path``, opened for reading. One that stands for a file of object storage is
+    copied first, where it is not there yet.
 
     Raises:
         PictureError: ``missing_picture``, ``not_a_file`` (a folder, pipe, socket or device, or anything
@@ -83,7 +84,16 @@ def open_file(path: str | Path | Confined) -> BinaryIO:
     """
     name, roots = str(path), (path.root,) if isinstance(path, Confined) else ()
     try:
-        return foreign.open_file(name, roots, MAX_BYTES)
+        try:
+            return foreign.open_file(name, roots, MAX_BYTES)
+        except ForeignFileError as error:
+            url = remote.url_of(name) if error.code == "missing" else None
+            if url is None:
+                raise
+            remote.fetch(url, Path(name), MAX_BYTES)
+            return foreign.open_file(name, roots, MAX_BYTES)
+    except remote.RemoteError as error:
+        raise PictureError(_CODES[error.code], error.url, error.problem, error.fix) from None
     except ForeignFileError as error:
         raise PictureError(_CODES[error.code], name, *_said(error, roots)) from None
 

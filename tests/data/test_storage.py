@@ -1,0 +1,105 @@
+"""Data in object storage, by the file system of fsspec that lies in memory: it is read like any other."""
+
+import io
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+from PIL import Image as Pillow
+
+from unigen import remote
+from unigen.cli import main
+from unigen.data.containers import BadData
+from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.mapping import ReadOptions
+from unigen.sequence.images import open_image
+from unigen.sequence.types import Image
+
+BUCKET = "memory://bucket/data"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two splits with pictures beside them, and a cache of its own."""
+    monkeypatch.setenv("UNIGEN_CACHE", str(tmp_path / "cache"))
+    system = fsspec.filesystem("memory")
+    buffer = io.BytesIO()
+    Pillow.new("RGB", (32, 32)).save(buffer, "PNG")
+    for name in ("a", "b"):
+        system.pipe(f"/bucket/data/pics/{name}.png", buffer.getvalue())
+    put(system, "train.jsonl", "pics/a.png", f"{BUCKET}/pics/b.png")
+    put(system, "test.jsonl", "pics/b.png")
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def put(system, name: str, *pictures: str) -> None:
+    records = [{"image_path": picture, "caption": f"picture {i}"} for i, picture in enumerate(pictures)]
+    system.pipe(f"/bucket/data/{name}", "".join(map(json.dumps, records)).replace("}{", "}\n{").encode())
+
+
+def pictures(dataset: UnifiedGenerationDataset) -> list[str]:
+    found = [segment for record in dataset for segment in record.sample if isinstance(segment, Image)]
+    assert all(open_image(segment.source).size == (32, 32) for segment in found)
+    return [Path(str(segment.source)).name for segment in found]
+
+
+def test_a_folder_is_copied_once_and_its_pictures_when_they_are_met(bucket, tmp_path: Path) -> None:
+    dataset = UnifiedGenerationDataset(BUCKET)
+    copies = tmp_path / "cache" / "remote" / "memory" / "bucket" / "data"
+    assert pictures(dataset) == ["a.png", "b.png"] and dataset.files == [copies / "train.jsonl"]
+    assert [(path.name, split) for path, split in dataset.left_out] == [("test.jsonl", "test")]
+    assert not (copies / "test.jsonl").exists()  # of another split nothing is copied
+    before = (copies / "train.jsonl").stat().st_mtime_ns
+    fingerprint = UnifiedGenerationDataset(f"{BUCKET}/train.jsonl").fingerprint
+    assert fingerprint == dataset.fingerprint and (copies / "train.jsonl").stat().st_mtime_ns == before
+    put(bucket, "train.jsonl", "pics/b.png")  # what changed there is copied again, what is gone is forgotten
+    bucket.rm("/bucket/data/test.jsonl")
+    assert pictures(UnifiedGenerationDataset(BUCKET)) == ["b.png"]
+    bucket.mv("/bucket/data/train.jsonl", "/bucket/data/other.jsonl")
+    assert [path.name for path in UnifiedGenerationDataset(BUCKET).files] == ["other.jsonl"]
+
+
+def test_what_is_not_there_is_told_with_its_address(bucket, tmp_path: Path) -> None:
+    put(bucket, "train.jsonl", "pics/a.png", "pics/gone.png")
+    with pytest.raises(BadData, match=r"missing_picture.*memory://bucket/data/pics/gone.png"):
+        UnifiedGenerationDataset(BUCKET)
+    for place, words in (
+        ("memory://bucket/nothing", "no such file or folder"),
+        ("memory://a/../b", r"without \.\."),
+    ):
+        with pytest.raises(BadData, match=f"{place}.*{words}"):
+            UnifiedGenerationDataset(place)
+    with pytest.raises(BadData, match="no split dpo; it has test, train"):
+        UnifiedGenerationDataset(BUCKET, named_split="dpo")
+
+
+def test_records_on_a_disk_may_name_pictures_there(bucket, tmp_path: Path) -> None:
+    path = tmp_path / "disk" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"image_path": "a.png", "caption": "c"}))
+
+    class Options:
+        image_root = f"{BUCKET}/pics"
+
+    assert pictures(UnifiedGenerationDataset(path, read=ReadOptions.of(Options))) == ["a.png"]
+    path.write_text(json.dumps({"image_path": f"{BUCKET}/pics/a.png", "caption": "c"}))
+    with pytest.raises(BadData, match="outside_root"):  # and not where data is confined
+        UnifiedGenerationDataset(path, data_root=path.parent)
+
+
+def test_check_and_preview_read_it_too(bucket, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", BUCKET, "--split", "test", "--num_workers", "0"]) == 0
+    assert "Records: 1" in capsys.readouterr().out
+    assert main(["preview", f"{BUCKET}/train.jsonl", "--output", "none"]) == 0
+    assert "image_to_text" in capsys.readouterr().out
+
+
+def test_without_its_package_the_tool_is_named(tmp_path: Path) -> None:
+    if remote.problem_with("oss") is None:
+        pytest.skip("ossfs is installed")
+    with pytest.raises(
+        BadData, match=r"pip install ossfs, or copy the files once .ossutil cp -r oss://bucket"
+    ):
+        UnifiedGenerationDataset("oss://bucket/data")

@@ -1,0 +1,80 @@
+"""Data sets in object storage: what of a remote folder is copied before it is read like any other."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path, PurePosixPath
+
+from unigen import remote
+from unigen.data.captions import CAPTIONS, is_picture
+from unigen.data.containers import BadData, kind_of
+from unigen.data.splits import LeftOut, Split, choose, is_side_file
+from unigen.printing import bar
+
+log = logging.getLogger("unigen")
+DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
+
+
+def brought(url: str, split: Split | None, asked: str | None, left_out: list[LeftOut]) -> Path:
+    """The copy of a remote file or folder, up to date. Of a folder with several splits that which is meant
+    alone is copied; ``left_out`` gets the others.
+
+    Raises:
+        BadData: It cannot be read, or holds nothing, or several splits might be meant.
+    """
+    try:
+        system, place = remote.open_store(url)
+        target = remote.copy_of(url)
+        names = _listed(system, place, url)
+        if names is None:
+            remote.refresh(url, target)
+            return target
+        wanted, others = _wanted(url, names, split, asked)
+        log.info("Copying what is new of %s, %s file(s), to %s", url, f"{len(wanted):,}", target)
+        left_out += [LeftOut(target / name, reason) for name, reason in others]
+        for name in bar("copying", iterable=wanted, unit=" files"):
+            remote.refresh(f"{url.rstrip('/')}/{name.as_posix()}", target / name)
+        _forget(target, set(names))
+    except remote.RemoteError as error:
+        raise BadData(str(error)) from None
+    return target
+
+
+def _listed(system: object, place: str, url: str) -> list[Path] | None:
+    """The files below a place; None for a file. Raises RemoteError."""
+    with remote.told(url):
+        if system.isfile(place):  # type: ignore[attr-defined]
+            return None
+        found = [PurePosixPath(name).relative_to(place) for name in system.find(place)]  # type: ignore[attr-defined]
+    if not found:
+        raise remote.RemoteError("missing", url, "there is no such file or folder", "correct the address")
+    return [Path(name) for name in found if ".." not in name.parts and not _hidden(Path(name))]
+
+
+def _hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _wanted(
+    url: str, names: list[Path], split: Split | None, asked: str | None
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """What of a folder is copied: the files with records, or else the pictures and their texts; and those of
+    other splits."""
+    sides = [name for name in names if name.name in DESCRIPTIONS]
+    data = [name for name in names if kind_of(name) and name not in sides and not is_side_file(name)]
+    if not data:
+        return [name for name in names if is_picture(name) or name.suffix.lower() in CAPTIONS], []
+    if split is None or any(name.name == "dataset_dict.json" for name in sides):
+        return sides + data, []
+    kept, others, wrong = choose(data, split, asked)
+    if wrong:
+        raise BadData(f"{url}: {wrong}. Fix: say which is meant (--split NAME), or name the files.")
+    return sides + kept, others
+
+
+def _forget(target: Path, names: set[Path]) -> None:
+    """Removes copies of files of records that are there no more."""
+    for path in target.rglob("*"):
+        name = path.relative_to(target)
+        if not _hidden(name) and name not in names and kind_of(path) and path.is_file():
+            path.unlink()

@@ -1,0 +1,202 @@
+"""Files of object storage (``s3://``, ``gs://``, ``hf://`` ...), read through fsspec where the package of
+their protocol is installed.
+
+What is read is copied once into the folder ``remote`` of the cache, in a tree of the same names, and all
+else sees a path there: a picture beside a remote file of records is found by its relative path as on a disk,
+and after its start a training opens no connection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unigen.config import UserError
+from unigen.files import atomic, cache_folder, free_bytes, locked
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_BLOCK = 4 << 20
+RESERVE = 256 << 20  # bytes that stay free on the disk of the cache
+
+
+class Store(NamedTuple):
+    """A kind of storage."""
+
+    package: str  # what fsspec needs to read it
+    tool: str  # copies what an address names
+
+
+STORES = {
+    **dict.fromkeys(("s3", "s3a"), Store("s3fs", "aws s3 sync s3://BUCKET DIR")),
+    **dict.fromkeys(("gs", "gcs"), Store("gcsfs", "gcloud storage rsync -r gs://BUCKET DIR")),
+    **dict.fromkeys(("az", "abfs"), Store("adlfs", "azcopy copy URL DIR --recursive")),
+    "oss": Store("ossfs", "ossutil cp -r oss://BUCKET DIR"),
+    "cos": Store("", "coscli cp -r cos://BUCKET DIR"),
+    "tos": Store("tosfs", "tosutil cp -r tos://BUCKET DIR"),
+    "hf": Store("huggingface_hub", "hf download OWNER/NAME --repo-type dataset --local-dir DIR"),
+    "hdfs": Store("pyarrow", "hdfs dfs -get PATH DIR"),
+    "memory": Store("fsspec", "cp"),  # of this process: for those who make data in Python
+}
+_WEB = dict.fromkeys(("http", "https"), Store("aiohttp requests", "curl -LO URL"))
+
+
+class RemoteError(UserError):
+    """A remote file that cannot be read. ``code`` is ``missing``, ``huge`` or ``unreadable``."""
+
+    def __init__(self, code: str, url: str, problem: str, fix: str):
+        self.code, self.url, self.problem, self.fix = code, url, problem, fix
+        super().__init__(code, url, problem, fix)
+
+    def __str__(self) -> str:
+        return f"{self.url}: {self.problem}. Fix: {self.fix}"
+
+
+def scheme_of(text: str | os.PathLike[str]) -> str | None:
+    """The scheme of an address; None for a path, and for ``file://``."""
+    match = _SCHEME.match(text) if isinstance(text, str) else None
+    return match[1].lower() if match and match[1].lower() != "file" else None
+
+
+def local(place: str | os.PathLike[str]) -> Path:
+    """The absolute path of a place: of an address that of its copy."""
+    return copy_of(place) if isinstance(place, str) and scheme_of(place) else Path(place).absolute()
+
+
+def copy_of(url: str) -> Path:
+    """Where the copy of a remote file or folder lies. Raises RemoteError for an address that names none."""
+    scheme = scheme_of(url)
+    assert scheme is not None
+    rest = url[len(scheme) + 3 :].partition("?")[0] if scheme in _WEB else url[len(scheme) + 3 :]
+    parts = [part for part in rest.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts or "\0" in rest:
+        raise RemoteError("unreadable", url, "it names no file", "write the whole address, without ..")
+    return _folder().joinpath(scheme, *parts)
+
+
+def url_of(path: str | Path) -> str | None:
+    """The address that a path in the folder of copies stands for, in object storage; None for any other."""
+    name = os.path.normpath(path)
+    if not name.startswith(f"{_folder()}{os.sep}"):
+        return None
+    scheme, _, rest = os.path.relpath(name, _folder()).partition(os.sep)
+    return f"{scheme}://{rest.replace(os.sep, '/')}" if scheme in STORES and rest else None
+
+
+@cache
+def problem_with(scheme: str) -> tuple[str, str] | None:
+    """Why addresses of a scheme cannot be read, and what makes them; None where they can."""
+    store = STORES.get(scheme) or _WEB.get(scheme)
+    if store is None:
+        return f"the scheme {scheme}:, which is not read", "copy the files, and name them by paths"
+    import fsspec
+
+    with suppress(ImportError, ValueError):
+        fsspec.get_filesystem_class(scheme)
+        return None
+    install = f"pip install {store.package}, or " if store.package else ""
+    return f"an address of {scheme}:// storage, which is not read as it is", install
+
+
+def tool_for(url: str) -> str:
+    """The command that copies what an address names."""
+    scheme = scheme_of(url)
+    assert scheme is not None
+    rest = url[len(scheme) + 3 :]
+    tool = (STORES.get(scheme) or _WEB[scheme]).tool
+    found = re.match(r"datasets/([\w.-]+/[\w.-]+)" if scheme == "hf" else r"([\w.-]+)", rest)
+    if found:  # a name that a shell takes as it is
+        tool = tool.replace("OWNER/NAME", found[1]).replace("BUCKET", found[1])
+    return tool
+
+
+def open_store(url: str) -> tuple[Any, str]:
+    """The file system of an address, and what it calls the place. Raises RemoteError."""
+    import fsspec
+
+    scheme = scheme_of(url)
+    assert scheme is not None
+    if problem := problem_with(scheme):
+        why, fix = problem
+        known = scheme in STORES or scheme in _WEB
+        copied = f"{fix}copy the files once ({tool_for(url)}) and name the copy" if known else fix
+        raise RemoteError("unreadable", url, why, copied)
+    with told(url):
+        system, place = fsspec.core.url_to_fs(url)
+    return system, place.rstrip("/")
+
+
+def fetch(url: str, target: Path, limit: int | None = None) -> None:
+    """Copies one file. Raises RemoteError, where it has more than ``limit`` bytes as well."""
+    system, place = open_store(url)
+    with told(url), ExitStack() as stack:
+        source = stack.enter_context(system.open(place, "rb"))
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(atomic(target, target.with_name(f".copying-{uuid.uuid4().hex}")))
+        size = 0
+        while block := source.read(_BLOCK):
+            size += len(block)
+            if limit is not None and size > limit:
+                raise RemoteError("huge", url, f"it has more than {limit:,} bytes", "use a smaller file")
+            with _writing(target):
+                if free_bytes(target.parent) < RESERVE + len(block):
+                    raise OSError("the disk is full")
+                out.write(block)
+
+
+def refresh(url: str, target: Path) -> None:
+    """Copies one file where there is no copy of what it is now. Raises RemoteError."""
+    system, place = open_store(url)
+    mark = target.with_name(f".{target.name}.stamp")
+    with told(url):
+        info = system.info(place)
+        known = [system.ukey(place), *(str(info.get(name)) for name in ("size", "ETag", "Last-Modified"))]
+        stamp = hashlib.sha256(repr(known).encode()).hexdigest()
+    with ExitStack() as stack:
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a file system without locks: several copy it, and the last copy stays
+            stack.enter_context(locked(target.with_name(f".{target.name}.lock")))
+        if target.is_file() and mark.is_file() and mark.read_text() == stamp:
+            return
+        fetch(url, target)
+        with _writing(target):
+            mark.write_text(stamp)
+
+
+def _folder() -> Path:
+    return cache_folder() / "remote"
+
+
+@contextmanager
+def told(url: str) -> Iterator[None]:
+    """Turns what a file system raises, each its own errors, into RemoteError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        fix = "correct the address"
+        raise RemoteError("missing", url, "there is no such file", fix) from None
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        fix = f"check the address and your credentials, or copy the files ({tool_for(url)})"
+        raise RemoteError("unreadable", url, f"it cannot be read ({why})", fix) from error
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{target.parent}: a copy cannot be written there ({error.strerror or error}). Fix: make room, or"
+            " set UNIGEN_CACHE to another folder"
+        ) from None
