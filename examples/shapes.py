@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-SIDE, FINE = 32, 8  # pixels of a picture's side; drawn eight times as large and averaged down
+SIDE, FINE = 24, 8  # pixels of a picture's side; drawn eight times as large and averaged down
 BACKGROUND = (244, 244, 240)
 # Each with its Chinese name.
 COLOURS = {
@@ -29,11 +29,11 @@ COLOURS = {
 }
 FORMS = {"circle": "圆", "square": "正方形", "triangle": "三角形"}
 PLACES = {
-    "on the left": ("左边", (9, 16)),
-    "on the right": ("右边", (23, 16)),
-    "at the top": ("上面", (16, 9)),
-    "at the bottom": ("下面", (16, 23)),
-    "in the middle": ("中间", (16, 16)),
+    "on the left": ("左边", (7, 12)),
+    "on the right": ("右边", (17, 12)),
+    "at the top": ("上面", (12, 7)),
+    "at the bottom": ("下面", (12, 17)),
+    "in the middle": ("中间", (12, 12)),
 }
 COUNTS = {1: ("one", "一个"), 2: ("two", "两个"), 3: ("three", "三个")}
 
@@ -47,7 +47,7 @@ class Scene:
     place: str = ""
     count: int = 1
     shift: tuple[float, float] = (0.0, 0.0)  # in pixels
-    radius: float = 6.0
+    radius: float = 5.0
 
     @classmethod
     def draw_lots(cls, lots: random.Random) -> Scene:
@@ -58,7 +58,7 @@ class Scene:
             lots.choice(list(PLACES)) if count == 1 else "",
             count,
             (lots.uniform(-1, 1), lots.uniform(-1, 1)),
-            lots.uniform(6, 7.5) if count == 1 else lots.uniform(3.8, 4.5),
+            lots.uniform(4.8, 5.8) if count == 1 else lots.uniform(2.9, 3.4),
         )
 
     def centres(self) -> list[tuple[float, float]]:
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a small set of drawn shapes to train on.")
     parser.add_argument("folder", type=Path, help="where to; a new or an empty folder")
     parser.add_argument("--train", type=int, default=1500, help="scenes to learn from, four records each")
-    parser.add_argument("--val", type=int, default=50, help="scenes held back")
+    parser.add_argument("--val", type=int, default=25, help="scenes held back")
     parser.add_argument("--seed", type=int, default=1, help="the same seed writes the same files")
     options = parser.parse_args(argv)
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):

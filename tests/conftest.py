@@ -132,3 +132,25 @@ def folder(recorded_folder: Path) -> Path:
     """1,240 of 2,000 steps on eight processes, alive."""
     beat(recorded_folder)
     return recorded_folder
+
+
+@pytest.fixture
+def no_plugins_after(tmp_path: Path):
+    """What a test's plugins add is gone after it."""
+    from unigen import plugins, topics
+    from unigen.data import containers, formats
+    from unigen.evaluation import score
+    from unigen.tracking import tracker
+
+    tables: list[dict] = [
+        plugins._loaded, topics.OPTIMIZERS, containers.CONTAINERS, formats.FORMATS, score.METRICS,
+        tracker.TRACKERS,
+    ]  # fmt: skip
+    before = [dict(table) for table in tables]
+    yield
+    for file in (file for plugin, file in plugins._loaded.items() if plugin not in before[0]):
+        if file.is_relative_to(tmp_path):
+            sys.modules.pop(file.stem, None)
+    for table, rows in zip(tables, before):
+        table.clear()
+        table.update(rows)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 import types
@@ -479,6 +480,9 @@ def run_here(words: list[str]) -> int:
 def run_page(path: Path, workspace: Path, capsys, caplog) -> Iterator[tuple[str, str]]:
     """Runs the commands of a page in order, later ones on what earlier ones wrote; (command, what it said)."""
     caplog.set_level(logging.INFO, "unigen")
+    for language, body in blocks(path):
+        if language == "python" and (name := re.match(r"# (\w+\.py)\n", body)):
+            (workspace / name[1]).write_text(body, encoding="utf-8")
     for line in RUN[path]:
         caplog.clear()
         capsys.readouterr()
@@ -547,7 +551,8 @@ def check_layout(run: Path) -> None:
         assert named == needed | {"model.safetensors", "config.json", "probe.json"}
 
 
-PAGES = [path for path in ENGLISH if RUN[path] and path not in (README, ROOT / "docs" / "generating.md")]
+OF_THEIR_OWN = [README, *(ROOT / "docs" / name for name in ("generating.md", "extending.md"))]
+PAGES = [path for path in ENGLISH if RUN[path] and path not in OF_THEIR_OWN]
 
 
 @pytest.mark.slow
@@ -586,6 +591,30 @@ def test_the_page_on_generating_from_top_to_bottom(workspace, capsys, caplog):
         assert "cuda" not in body
         exec(compile(body, page.name, "exec"), {"__name__": "__main__"})
     assert (workspace / "winter.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plugins_after")
+def test_the_page_on_plugins_from_top_to_bottom(workspace, capsys, caplog):
+    """Each example adds its row, from the command line; and a resume asks for it."""
+    (workspace / "signs.jsonl").write_text('{"sign": "house.png", "reads": "STOP"}\n', encoding="utf-8")
+    with contextlib.closing(sqlite3.connect(workspace / "captions.sqlite")) as database:
+        database.execute("CREATE TABLE records (text_prompt TEXT, image_path TEXT)")
+        database.executemany("INSERT INTO records VALUES (?, 'house.png')", [("a house",), ("a hut",)])
+        database.commit()
+    page = ROOT / "docs" / "extending.md"
+    said = dict(run_page(page, workspace, capsys, caplog))
+    for line, output in shown_outputs(page):
+        assert all(told(expected) in told(said[line]) for expected in output)
+    assert "captions.sqlite" in (workspace / "rows.html").read_text(encoding="utf-8")
+    scores = json.loads((workspace / "mentions" / "metrics.json").read_text(encoding="utf-8"))
+    assert "mentions[n=" in json.dumps(scores)
+    first = (workspace / "outputs" / "tracked" / "losses.csv").read_text().split(",")
+    assert first[0] == "1" and float(first[1]) > 0
+    config = json.loads((workspace / "outputs" / "lion" / "config.json").read_text(encoding="utf-8"))
+    assert (config["plugin"], config["optimizer"]) == (["my_optimizer"], "lion")
+    resume = RUN[page][-2].replace(" --plugin my_tracker", "") + " --resume_from_checkpoint auto"
+    assert run_here(tiny(resume)) == 2 and "--plugin my_tracker" in capsys.readouterr().err
 
 
 def torchrun(workspace: Path, words: list[str]) -> tuple[int, str]:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # above.
 LAYERS = """
 version
-others
+others plugins
 values rules
 topics
 config files recipe printing schema

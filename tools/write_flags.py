@@ -25,6 +25,7 @@ if __name__ == "__main__":  # run from anywhere, installed or not
 from unigen.cli import load, members  # noqa: E402
 from unigen.commands.table import COMMANDS, Command  # noqa: E402
 from unigen.config import TOPICS, Config, SamplingOptions, Source  # noqa: E402
+from unigen.values import RowOf  # noqa: E402
 
 PAGES = {"en": ROOT / "docs" / "flags.md", "zh": ROOT / "docs" / "flags.zh-CN.md"}
 CHINESE = ROOT / "tools" / "flags.zh.yaml"
@@ -169,6 +170,9 @@ def table(options: type, rows: Iterable[Field], words: English | Chinese, head: 
 
 def values_of(kind: Any) -> str:
     """What an option takes: its words, or a type; ``...`` after a type stands for several."""
+    for rule in getattr(kind, "__metadata__", ()):
+        if isinstance(rule, RowOf):
+            return ", ".join(f"`{word}`" for word in rule.table)
     kinds = [member for member in members(kind) if member is not type(None)]
     for kind in [kind for kind in kinds if get_origin(kind) is list] or kinds:  # a text, or several: several
         if get_origin(kind) is Literal:

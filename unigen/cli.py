@@ -124,14 +124,15 @@ def parse_options(
     types = kinds(options)
     flags = list(read_flags(argv, types, positional, short or {}))
     recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
+    found: list[tuple[str, str, Any]] = []  # option, what messages call it, value
     values: dict[str, Any] = {}
     try:
         for recipe in recipes:
-            for where, name, value in read_recipe(Path(recipe), types):
-                values[name] = read_option(options, name, value, where)
+            found += [(name, where, value) for where, name, value in read_recipe(Path(recipe), types)]
         for name, (flag, given) in collect(flags, types).items():
-            value = flag_value(flag, given, types[name])
-            values[name] = read_option(options, name, value, f"--{name}")
+            found.append((name, f"--{name}", flag_value(flag, given, types[name])))
+        for name, where, value in sorted(found, key=lambda one: one[0] != "plugin"):
+            values[name] = read_option(options, name, value, where)
     except ConfigError as error:
         raise UsageError(str(error)) from None
     values = getattr(options, "completed", dict)(values)

@@ -134,9 +134,14 @@ def _at_odds(c: Any) -> Rules:
             f"is {low:g} to {high:g}, which nothing lies in. Fix: the smaller number first",
         )
     yield (
-        c.optimizer == "adamw8bit" and c.engine == "deepspeed",
+        c.optimizer != "adamw" and c.engine == "deepspeed",
         "optimizer",
-        "adamw8bit does not work with engine deepspeed. Fix: use fsdp2",
+        f"{c.optimizer} does not work with engine deepspeed. Fix: use fsdp2",
+    )
+    yield (
+        c.optimizer not in ("adamw", "adamw8bit") and c.weights == "bf16",
+        "weights",
+        f"is bf16, which optimizer {c.optimizer} does not round for. Fix: float32, or --optimizer adamw",
     )
     yield (
         c.compile == "on" and c.recomputes_selectively,

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from unigen.plugins import Table
 from unigen.values import (
     ConfigError,
     Count,
@@ -18,9 +19,11 @@ from unigen.values import (
     NotNegative,
     Options,
     PathText,
+    Plugin,
     Positive,
     Range,
     Renames,
+    RowOf,
     Seed,
     Share,
     Whole,
@@ -35,6 +38,11 @@ Workers = Annotated[int, Range(0, 1024)]
 Rate = Annotated[float, Range(0, 10)]
 USUAL_RATE = 1e-5  # adapters take more
 Decay = Annotated[float, Range(0, 1000)]
+OPTIMIZERS: Table[str] = Table(
+    adamw="unigen.training.optim:build_adamw", adamw8bit="unigen.training.adam8bit:build_adamw8bit"
+)
+"""Name -> the function that makes an optimiser, as module:function, from its groups and a Config. A plugin's
+is a ``torch.optim.AdamW`` or a subclass whose state is AdamW's: that is what checkpoints hold."""
 
 
 @dataclass
@@ -157,6 +165,8 @@ class DataOptions(Options):
         max_image_tokens: Most latent tokens of one picture; larger pictures are scaled down (4096 is 1024 x
             1024).
         max_bad_share: Share of the records that on_bad_record=skip may leave out.
+        plugin: Modules of your own that add formats, kinds of files, metrics, trackers or optimisers, by name
+            or as .py files (docs/extending.md).
         allow_control_tokens: Learn special tokens that are written in texts as the tokens that they are, and
             tags such as <image> without a picture as text; without it a record with one is a bad record.
         train_transitions: Train the tokens that decide what comes next (write, draw, stop), so that
@@ -177,6 +187,7 @@ class DataOptions(Options):
     split: str | None = None
     max_sequence_length: Count | None = None
     max_bad_share: Share = 0.01
+    plugin: list[Plugin] = field(default_factory=list)
     allow_control_tokens: bool = False
     max_image_tokens: Count = 4096
     train_transitions: bool = True
@@ -302,7 +313,7 @@ class OptimOptions(Options):
     preserve_weight: Positive | None = None
     preserve_share: Share | None = None
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Annotated[str, RowOf(OPTIMIZERS)] = "adamw"
 
 
 @dataclass

@@ -3,9 +3,9 @@
 
 An option's type stands at its field: ``batch_size: Count = 1``. A type is one of bool, int, float, str,
 ``Literal[...]``, a list or a pair of them, ``None``, or ``Annotated[type, rule]`` with a :class:`Range`,
-:class:`Spelling`, :class:`AsPath`, :class:`KeysOf` or :class:`Pairs`. A text is read the same wherever it
-comes from, so ``"1e-5"`` is a number in Python too; where YAML 1.1 would surprise (``010`` is 8, ``1:30`` is
-90, ``yes`` is true) it is refused.
+:class:`Spelling`, :class:`AsPath`, :class:`AsPlugin`, :class:`RowOf`, :class:`KeysOf` or :class:`Pairs`. A
+text is read the same wherever it comes from, so ``"1e-5"`` is a number in Python too; where YAML 1.1 would
+surprise (``010`` is 8, ``1:30`` is 90, ``yes`` is true) it is refused.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from unigen import plugins
 from unigen.others import nearest
 
 MOST = 10**12  # of any number that says no other limit
@@ -86,6 +87,18 @@ class KeysOf:
 
 
 @dataclass(frozen=True)
+class AsPlugin:
+    """A module of the user's, which reading the value imports (``unigen/plugins.py``)."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowOf:
+    """The name of a row of a table, to which plugins may add."""
+
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Pairs:
     """A mapping of texts to texts; a flag writes it as ``a=b c=d``."""
 
@@ -97,6 +110,7 @@ Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 PathText = Annotated[str, AsPath()]
+Plugin = Annotated[str, AsPlugin()]
 Renames = Annotated[dict[str, str], Pairs()]
 Device = Annotated[
     str, Spelling(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda, or one GPU such as cuda:0")
@@ -115,7 +129,7 @@ class Options:
 
     def reread(self) -> None:
         """Reads every value again, for attributes that were set later. Raises ConfigError."""
-        for name in kinds(type(self)):
+        for name in plugins_first(kinds(type(self))):
             setattr(self, name, read_option(type(self), name, getattr(self, name)))
 
 
@@ -124,6 +138,11 @@ def kinds(options: type) -> dict[str, Any]:
     """Option -> its type, with its rules."""
     hints = get_type_hints(options, include_extras=True)
     return {field.name: hints[field.name] for field in fields(options)}
+
+
+def plugins_first(names: Iterable[str]) -> list[str]:
+    """Names of options in the order in which they are read: what plugins add is there for the others."""
+    return sorted(names, key=lambda name: name != "plugin")
 
 
 @cache
@@ -219,6 +238,13 @@ def _fit(kind: Any, value: Any, label: str) -> Any:
         raise _Unfit("it is out of range", found)
     if isinstance(rule, AsPath) and rule.refuses(found):
         raise _Unfit("no file system takes it as a path")
+    if isinstance(rule, RowOf) and found not in rule.table:
+        raise _Unfit
+    if isinstance(rule, AsPlugin):
+        try:
+            plugins.load([found])
+        except plugins.PluginError as error:
+            raise ConfigError(f"{label} is {shown(found)}; {error}") from None
     if isinstance(rule, Spelling) and not re.fullmatch(rule.pattern, found):
         raise _Unfit("it is none of these")
     return found
@@ -424,6 +450,10 @@ def describe(kind: Any) -> str:
             return f"mappings with the keys {', '.join(kinds(rule.options))}"
         if isinstance(rule, AsPath):
             return "a path"
+        if isinstance(rule, RowOf):
+            return "one of " + ", ".join(rule.table)
+        if isinstance(rule, AsPlugin):
+            return "the name of a module, or the path of a .py file"
         if isinstance(rule, Pairs):
             return "NAME=PLACE pairs, such as text_prompt=caption, or in a recipe a mapping"
         return rule.words if isinstance(rule, Spelling) else f"{describe(base)} {rule}"

@@ -18,6 +18,7 @@ from unigen.data import captions, delimited, tables, tar
 from unigen.data.json_text import HEAD, MAX_RECORD, not_lines, split_json
 from unigen.data.unpack import PACKED, open_packed
 from unigen.foreign import known_mistake
+from unigen.plugins import Table
 from unigen.sequence.types import BadRecord, Origin
 
 Raw = bytes | dict[str, Any]
@@ -405,17 +406,19 @@ def _walk_caption(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]
 _DELIMITED = Container(_one_part, _walk_delimited, record=delimited.row_at)
 _PICTURE = Container(_one_part, _walk_caption, record=lambda path, offset, length: captions.row(path)[1])
 
-CONTAINERS: dict[str, Container] = {
-    ".jsonl": Container(_cut_lines, _walk_lines),
-    ".json": Container(_one_part, _walk_json),
-    ".parquet": Container(
-        _by_group(tables.parquet_groups), _by_row(tables.parquet_rows), tables.parquet_group, runs=True
-    ),
-    ".arrow": Container(_by_group(tables.arrow_groups), _by_row(tables.arrow_rows), tables.arrow_group),
-    ".csv": _DELIMITED,
-    ".tsv": _DELIMITED,
-    ".tar": Container(_cut_tar, _walk_tar, record=tar.row_at),
-}
+CONTAINERS: Table[Container] = Table(
+    {
+        ".jsonl": Container(_cut_lines, _walk_lines),
+        ".json": Container(_one_part, _walk_json),
+        ".parquet": Container(
+            _by_group(tables.parquet_groups), _by_row(tables.parquet_rows), tables.parquet_group, runs=True
+        ),
+        ".arrow": Container(_by_group(tables.arrow_groups), _by_row(tables.arrow_rows), tables.arrow_group),
+        ".csv": _DELIMITED,
+        ".tsv": _DELIMITED,
+        ".tar": Container(_cut_tar, _walk_tar, record=tar.row_at),
+    }
+)
 
 
 def kind_of(path: Path) -> str | None:

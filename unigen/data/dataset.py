@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from unigen import plugins
 from unigen.data import kept
 from unigen.data.containers import BadData, ByteSpan, no_record
 from unigen.data.examine import CountTokens, bad_picture, key_of
@@ -235,7 +236,8 @@ class UnifiedGenerationDataset:
         """The index of the data: kept from an earlier start, or read."""
         size = sum(path.stat().st_size for path in self.files)
         key = None
-        if lengths_key is not None and size >= kept.LEAST:
+        # what a plugin reads may change without its data
+        if lengths_key is not None and size >= kept.LEAST and not plugins.names():
             key = kept.key_of_data(self.files, self.read, check_pictures, lengths_key)
             if found := kept.load(key, self.files):
                 log.info("The data is unchanged since an earlier start: its index was kept")

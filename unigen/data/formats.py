@@ -20,6 +20,7 @@ from unigen.data.hints import hint_for
 from unigen.data.json_text import parse_json
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.recognise import Format, recognise
+from unigen.plugins import Table
 from unigen.sequence.images import Confined
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
 
@@ -397,107 +398,116 @@ def _is_chat(record: Json) -> bool:
     return _has_roles(record) and not _is_sharegpt(record) and not _is_plain(record)
 
 
-FORMATS: dict[str, Format] = {
-    "conversation": Format(
-        conversation,
-        ("conversations",),
-        "conversations",
-        ("conversations.image_path",),
-        recognise=lambda record: (_has_roles(record) or not _is_sharegpt(record)) and not _is_chat(record),
-    ),
-    "direct": Format(
-        direct,
-        ("input_sequence", "target_sequence"),
-        "target_sequence",
-        ("input_sequence.image_path", "target_sequence.image_path"),
-    ),
-    "text_to_image": Format(text_to_image, ("text_prompt",), "image_path", ("image_path",)),
-    "image_to_text": Format(image_to_text, ("caption",), "caption", ("image_path",)),
-    "editing": Format(
-        editing,
-        ("input_image", "editing_steps"),
-        "editing_steps",
-        ("input_image", "editing_steps.result_image"),
-    ),
-    "interleaved": Format(interleaved, ("sequence",), "sequence", ("sequence.image_path",)),
-    "messages": Format(
-        messages,
-        ("messages", "images"),
-        "messages",
-        ("image", "images"),
-        recognise=lambda record: (
-            record.get("messages") is not None or (not _is_sharegpt(record) and not _is_chat(record))
+FORMATS: Table[Format] = Table(
+    {
+        "conversation": Format(
+            conversation,
+            ("conversations",),
+            "conversations",
+            ("conversations.image_path",),
+            recognise=lambda record: (
+                (_has_roles(record) or not _is_sharegpt(record)) and not _is_chat(record)
+            ),
         ),
-    ),
-    "sharegpt": Format(sharegpt, ("conversations",), "conversations", ("image", "images"), _is_sharegpt),
-    "captioned": Format(captioned, ("captions",), "image", ("image",)),
-    "edit_list": Format(
-        edit_list,
-        ("image_list", "instruction_list"),
-        "image_list",
-        ("image_list",),
-        reads=("output_text_list",),
-    ),
-    "image_and_text": Format(
-        layouts.image_and_text,
-        (),
-        "image",
-        layouts.PICTURE,
-        # image_path and caption are image_to_text
-        recognise=lambda record: (
-            record.get("image_path") is None
-            or record.get("caption") is None
-            or any(record.get(name) is not None for name in ("image", "file_name", "text", "prompt"))
+        "direct": Format(
+            direct,
+            ("input_sequence", "target_sequence"),
+            "target_sequence",
+            ("input_sequence.image_path", "target_sequence.image_path"),
         ),
-        needs=(layouts.PICTURE, layouts.CAPTION),
-    ),
-    "single_edit": Format(
-        layouts.single_edit,
-        (),
-        "output_image",
-        (*layouts.SOURCE, *layouts.EDITED, "image"),
-        recognise=lambda record: layouts.edited_of(record) is not None,
-        needs=((*layouts.EDITED, "image"), layouts.INSTRUCTION),
-    ),
-    "query_response": Format(
-        layouts.query_response,
-        (),
-        "response",
-        ("image", "images"),
-        reads=("history",),
-        needs=(layouts.QUESTION, layouts.ANSWER),
-    ),
-    "instruction": Format(
-        layouts.instruction,
-        (),
-        "output",
-        ("image", "images"),
-        reads=("input", "history"),
-        needs=(("instruction",), ("output",)),
-    ),
-    "chat": Format(chat, ("conversations",), "conversations", ("image", "images"), _is_chat),
-    "reasoning_trace": Format(
-        layouts.reasoning_trace, (), "Final Answer", (), needs=tuple((name,) for name in layouts.ZEBRA)
-    ),
-    "parallel_lists": Format(
-        layouts.parallel_lists,
-        (),
-        "texts",
-        ("images",),
-        recognise=lambda record: not layouts.are_pairs(record),
-        needs=(("images",), ("texts",)),
-    ),
-    "matched_images": Format(
-        layouts.matched_images, (), "text_list", (), needs=(("text_list",), ("image_info",))
-    ),
-    "question_pairs": Format(
-        layouts.question_pairs, (), "texts", ("images",), layouts.are_pairs, needs=(("images",), ("texts",))
-    ),
-    "edit_turns": Format(
-        layouts.edit_turns,
-        (),
-        "metadata_edit_turn_prompts",
-        ("files.url", "local_input_image"),
-        needs=(("files",), ("metadata_edit_turn_prompts",)),
-    ),
-}
+        "text_to_image": Format(text_to_image, ("text_prompt",), "image_path", ("image_path",)),
+        "image_to_text": Format(image_to_text, ("caption",), "caption", ("image_path",)),
+        "editing": Format(
+            editing,
+            ("input_image", "editing_steps"),
+            "editing_steps",
+            ("input_image", "editing_steps.result_image"),
+        ),
+        "interleaved": Format(interleaved, ("sequence",), "sequence", ("sequence.image_path",)),
+        "messages": Format(
+            messages,
+            ("messages", "images"),
+            "messages",
+            ("image", "images"),
+            recognise=lambda record: (
+                record.get("messages") is not None or (not _is_sharegpt(record) and not _is_chat(record))
+            ),
+        ),
+        "sharegpt": Format(sharegpt, ("conversations",), "conversations", ("image", "images"), _is_sharegpt),
+        "captioned": Format(captioned, ("captions",), "image", ("image",)),
+        "edit_list": Format(
+            edit_list,
+            ("image_list", "instruction_list"),
+            "image_list",
+            ("image_list",),
+            reads=("output_text_list",),
+        ),
+        "image_and_text": Format(
+            layouts.image_and_text,
+            (),
+            "image",
+            layouts.PICTURE,
+            # image_path and caption are image_to_text
+            recognise=lambda record: (
+                record.get("image_path") is None
+                or record.get("caption") is None
+                or any(record.get(name) is not None for name in ("image", "file_name", "text", "prompt"))
+            ),
+            needs=(layouts.PICTURE, layouts.CAPTION),
+        ),
+        "single_edit": Format(
+            layouts.single_edit,
+            (),
+            "output_image",
+            (*layouts.SOURCE, *layouts.EDITED, "image"),
+            recognise=lambda record: layouts.edited_of(record) is not None,
+            needs=((*layouts.EDITED, "image"), layouts.INSTRUCTION),
+        ),
+        "query_response": Format(
+            layouts.query_response,
+            (),
+            "response",
+            ("image", "images"),
+            reads=("history",),
+            needs=(layouts.QUESTION, layouts.ANSWER),
+        ),
+        "instruction": Format(
+            layouts.instruction,
+            (),
+            "output",
+            ("image", "images"),
+            reads=("input", "history"),
+            needs=(("instruction",), ("output",)),
+        ),
+        "chat": Format(chat, ("conversations",), "conversations", ("image", "images"), _is_chat),
+        "reasoning_trace": Format(
+            layouts.reasoning_trace, (), "Final Answer", (), needs=tuple((name,) for name in layouts.ZEBRA)
+        ),
+        "parallel_lists": Format(
+            layouts.parallel_lists,
+            (),
+            "texts",
+            ("images",),
+            recognise=lambda record: not layouts.are_pairs(record),
+            needs=(("images",), ("texts",)),
+        ),
+        "matched_images": Format(
+            layouts.matched_images, (), "text_list", (), needs=(("text_list",), ("image_info",))
+        ),
+        "question_pairs": Format(
+            layouts.question_pairs,
+            (),
+            "texts",
+            ("images",),
+            layouts.are_pairs,
+            needs=(("images",), ("texts",)),
+        ),
+        "edit_turns": Format(
+            layouts.edit_turns,
+            (),
+            "metadata_edit_turn_prompts",
+            ("files.url", "local_input_image"),
+            needs=(("files",), ("metadata_edit_turn_prompts",)),
+        ),
+    }
+)

@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
+from unigen import plugins
 from unigen.config import UserError
 from unigen.printing import guard
 
@@ -90,7 +91,8 @@ def in_order(
                     assert pool is not None
                     future = pool.submit(_do, task)
                 except (AssertionError, BrokenProcessPool):
-                    pool = ProcessPoolExecutor(processes, context, _begin, (stop, prepare, arguments))
+                    begin = (stop, plugins.names(), prepare, arguments)
+                    pool = ProcessPoolExecutor(processes, context, _begin, begin)
                     future = pool.submit(_do, task)
                 ahead.append((task, future))
             if not ahead:
@@ -127,7 +129,9 @@ def _alone(context: Any, prepare: Callable[..., Work], arguments: tuple, task: A
     """The result of a task in a process of its own, or :class:`Died`."""
     at = context.Value("q", _STARTING, lock=False)
     pipe, other = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(other, at, prepare, arguments, task), daemon=True)
+    process = context.Process(
+        target=_serve, args=(other, at, plugins.names(), prepare, arguments, task), daemon=True
+    )
     process.start()
     other.close()
     try:
@@ -164,14 +168,15 @@ _stop: Any
 _work: Work
 
 
-def _begin(stop: Any, prepare: Callable[..., Work], arguments: tuple) -> None:
+def _begin(stop: Any, added: list[str], prepare: Callable[..., Work], arguments: tuple) -> None:
     """Prepares a process of the pool."""
     global _stop, _work
-    _stop, _work = stop, _prepared(prepare, arguments)
+    _stop, _work = stop, _prepared(added, prepare, arguments)
 
 
-def _prepared(prepare: Callable[..., Work], arguments: tuple) -> Work:
+def _prepared(added: list[str], prepare: Callable[..., Work], arguments: tuple) -> Work:
     guard()
+    plugins.load(added)
     for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # what a parent made of them is not inherited
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
@@ -189,14 +194,16 @@ def _do(task: Any) -> Any:
     return _done(_work, task, mark)
 
 
-def _serve(pipe: Connection, at: Any, prepare: Callable[..., Work], arguments: tuple, task: Any) -> None:
+def _serve(
+    pipe: Connection, at: Any, added: list[str], prepare: Callable[..., Work], arguments: tuple, task: Any
+) -> None:
     """The life of a process that does one task."""
 
     def mark(step: int) -> None:
         at.value = step
 
     try:
-        work = _prepared(prepare, arguments)
+        work = _prepared(added, prepare, arguments)
         mark(_READY)
         pipe.send(_done(work, task, mark))
     except Exception:

@@ -14,6 +14,7 @@ from unigen.evaluation.cases import IMAGE, TEXT, Case
 from unigen.evaluation.material import Material, Row, Tools, digest_of_drawn
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate
+from unigen.plugins import Table
 
 Of = Literal["answers", "texts", "pictures", "drawings", "edits"]
 
@@ -130,7 +131,8 @@ def _around_score(m: Material) -> Result:
     )
 
 
-METRICS: dict[str, list[Metric]] = {
+METRICS: Table[list[Metric]] = Table(
+    {
     "structure": [
         Metric(lambda m: structure(m.cases, [p.pieces for p in m.predictions], seed=m.tools.seed), "answers")
     ],
@@ -184,7 +186,8 @@ METRICS: dict[str, list[Metric]] = {
     "cycle_chrf2": [Metric(views.cycle_chrf, "pictures", "views")],
     "described_as_real": [Metric(views.described_as_real, "pictures", "views")],
     "judge": [Metric(views.judge, "pictures", "judge")],
-}  # fmt: skip
+    }
+)  # fmt: skip
 """The metrics by their kinds, in the order in which they are shown."""
 
 

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unigen.config import Config
 from unigen.files import json_of
+from unigen.plugins import Table
 from unigen.runs import layout
 from unigen.runs.log import JsonlLog, drop_after
 from unigen.runs.secrets import hide
@@ -35,9 +36,9 @@ log = logging.getLogger(__name__)
 
 def need_trackers(config: Config) -> None:
     """Raises UserError where the package of a tracker that the config asks for is not installed."""
-    for package, (asked_for, _) in TRACKERS.items():
-        if asked_for(config):
-            need(package)
+    for row in TRACKERS.values():
+        if row.package and row.asked_for(config):
+            need(row.package)
 
 
 class Tracker:
@@ -60,11 +61,11 @@ class Tracker:
         self._lock = threading.Lock()  # trackers complain from threads of theirs
         self._metrics: MetricsFile | None = MetricsFile(Path(output_dir), resume_step, repeats)
         self._trackers: list[BackgroundTracker] = []
-        for name, (asked_for, client) in TRACKERS.items():
-            if asked_for(config):
+        for name, row in TRACKERS.items():
+            if row.asked_for(config):
                 complain = partial(self._complain, name)
                 try:
-                    made = client(Path(output_dir), config, resume_step, complain)
+                    made = row.client(Path(output_dir), config, resume_step, complain)
                 except Exception as error:
                     complain("cannot start", f"{type(error).__name__}: {error}")
                 else:
@@ -145,11 +146,17 @@ class MetricsFile:
         self._file.close()
 
 
-TRACKERS: dict[
-    str, tuple[Callable[[Config], Any], Callable[[Path, Config, int, Complain], TrackerClient]]
-] = {
-    "tensorboard": (lambda config: config.tensorboard, TensorBoard),
-    "wandb": (lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb),
-    "trackio": (lambda config: config.trackio_project, Trackio),
-}
-"""Name, of the package too -> (does the config ask for it?, what makes its client)."""
+class Row(NamedTuple):
+    """A tracker: does the config ask for it, what makes its client, and the package that it needs."""
+
+    asked_for: Callable[[Config], Any]
+    client: Callable[[Path, Config, int, Complain], TrackerClient]
+    package: str = ""
+
+
+TRACKERS: Table[Row] = Table(
+    tensorboard=Row(lambda config: config.tensorboard, TensorBoard, "tensorboard"),
+    wandb=Row(lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb, "wandb"),
+    trackio=Row(lambda config: config.trackio_project, Trackio, "trackio"),
+)
+"""The trackers by their names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from unigen.config import RATED, Config, ConfigError
 from unigen.model.parts import is_embedding, rated_part
+from unigen.topics import OPTIMIZERS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -72,8 +74,8 @@ def rates(config: Config, lr: float) -> dict[str, float]:
 def build_optimizer(
     model: nn.Module, held: Mapping[str, nn.Parameter], config: Config
 ) -> torch.optim.Optimizer:
-    """AdamW over what this process holds of the trainable parameters of ``model``, in one fused kernel where
-    all of it lives on CUDA.
+    """The optimiser over what this process holds of the trainable parameters of ``model``: a row of
+    OPTIMIZERS.
 
     Args:
         model: decides the groups: names and shapes of its parameters.
@@ -83,10 +85,19 @@ def build_optimizer(
     groups = parameter_groups(model, config)
     for group in groups:
         group["params"] = [(name, held[name]) for name, _ in group["params"]]
-    if config.optimizer == "adamw8bit":
-        from unigen.training.adam8bit import build_adamw8bit
+    module, _, function = OPTIMIZERS[config.optimizer].partition(":")
+    made = getattr(importlib.import_module(module), function)(groups, config)
+    if config.optimizer != "adamw8bit" and not isinstance(made, torch.optim.AdamW):
+        raise ConfigError(
+            f"optimizer {config.optimizer} makes a {type(made).__name__}, and checkpoints hold the state of"
+            " AdamW. Fix: a subclass of torch.optim.AdamW (docs/extending.md)"
+        )
+    return made
 
-        return build_adamw8bit(groups, config)
+
+def build_adamw(groups: list[dict[str, Any]], config: Config) -> torch.optim.AdamW:
+    """AdamW, in one fused kernel where all of it lives on CUDA; with bfloat16 weights the one that rounds
+    stochastically."""
     if config.weights == "bf16":
         from unigen.training.rounding import build_rounded
 

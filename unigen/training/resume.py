@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unigen.config import Config, UserError
+from unigen.config import Config, ConfigError, UserError
 from unigen.model.adapters import is_adapter_folder, read_adapter
 from unigen.model.bagel import Bagel
 from unigen.model.lora import check_fits
@@ -35,6 +35,7 @@ def to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | No
 
     Raises:
         CheckpointError: the checkpoint is damaged, or holds weights only.
+        ConfigError: its run had a plugin that this one lacks.
     """
     if not config.resume_from_checkpoint:
         return None, {}
@@ -44,6 +45,12 @@ def to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | No
         raise CheckpointError(
             f"{folder} holds weights only, so a run cannot go on from it. Fix: resume from a step_N"
             f" folder, or start a new run with --model_path {folder}"
+        )
+    trained_with = states[layout.OPTIONS].get("plugin") or [] if folder else []
+    if missing := [plugin for plugin in trained_with if plugin not in config.plugin]:
+        raise ConfigError(
+            f"plugin: the run of {folder} was trained with {' and '.join(missing)}, which this one does not"
+            f" name. Fix: --plugin {' '.join([*config.plugin, *missing])}"
         )
     return folder, states
 

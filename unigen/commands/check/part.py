@@ -26,7 +26,6 @@ from unigen.sequence.types import BadRecord, Image, Origin, Record, Text, withou
 _BATCH, _BATCH_BYTES = 512, 8 << 20  # records that are tokenised together
 _PICTURES = 100_000  # pictures whose size a process remembers
 _NO_LIMIT = 1 << 31
-_FORMATS = list(FORMATS)
 
 
 class PartJob(NamedTuple):
@@ -219,7 +218,7 @@ class _Reading:
         if empty is not None and len(self.near_empty) < NEAR_EMPTY_SHOWN:
             self.near_empty.append((str(record.origin), empty))
         hashes = hash_of(repr(told).encode()), hash_of(repr(texts).encode()) if texts else 0
-        numbers = _FORMATS.index(record.format), TASKS.index(name), len(texts), images
+        numbers = list(FORMATS).index(record.format), TASKS.index(name), len(texts), images
         row = (*hashes, True, empty is not None, *numbers)
         self.records[step] = row + (0,) * (len(RECORD) - len(row))
         self.notes.add(record.notes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from unigen.config import SamplingOptions
-from unigen.values import Count, Device, PathText, Renames, Seed, Whole
+from unigen.values import Count, Device, PathText, Plugin, Renames, Seed, Whole
 
 
 @dataclass(kw_only=True)
@@ -39,6 +39,7 @@ class EvaluateOptions(SamplingOptions):
         fields: What fields of the records are called here, as NAME=PLACE; as in training.
         trigger_word: A word that every caption of a picture to draw begins with; as in training.
         split: The split to take of a folder that holds several, by its name. Default: the validation split.
+        plugin: Modules of your own that add formats, kinds of files or metrics; as in training.
         features: Whose features pictures are compared by: a transformers folder, bagel-vit:FOLDER,
             inception-tf1:FILE or inception-clean:FILE.
         real: Folder of real pictures that are none of the references, for the distance from real to real.
@@ -75,6 +76,7 @@ class EvaluateOptions(SamplingOptions):
     fields: Renames = field(default_factory=dict)
     trigger_word: str | None = None
     split: str | None = None
+    plugin: list[Plugin] = field(default_factory=list)
     features: str | None = None
     real: PathText | None = None
     clip: PathText | None = None

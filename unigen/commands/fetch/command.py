@@ -30,7 +30,7 @@ from unigen.data.probe import require_match
 from unigen.files import Busy, locked, sha256_of
 from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
 from unigen.printing import bar, printable
-from unigen.values import Count, Options, PathText, Range, Renames
+from unigen.values import Count, Options, PathText, Plugin, Range, Renames
 
 Seconds = Annotated[float, Range(0, 86400, above=True)]
 
@@ -49,6 +49,7 @@ class FetchOptions(Options):
             them.
         fields: What fields of the records are called here, as NAME=PLACE, as in training; the new data has
             the names.
+        plugin: Modules of your own that add formats or kinds of files; as in training.
         on_failure: skip leaves records with a failed picture out of the new data and lists them; error writes
             no data then.
         retry_failed: Try addresses again that failed in an earlier run.
@@ -70,6 +71,7 @@ class FetchOptions(Options):
     output_dir: PathText = "fetched"
     image_root: PathText | None = None
     fields: Renames = field(default_factory=dict)
+    plugin: list[Plugin] = field(default_factory=list)
     on_failure: Literal["skip", "error"] = "skip"
     retry_failed: bool = True
     deep: bool = False

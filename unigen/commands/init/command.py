@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from unigen.config import UserError
-from unigen.values import Options, PathText, Seed
+from unigen.values import Options, PathText, Plugin, Seed
 
 
 @dataclass(kw_only=True)
@@ -15,17 +15,19 @@ class InitOptions(Options):
     """A small model to train from nothing, on a CPU too.
 
     Args:
-        output_dir: Folder for the model, in the published BAGEL layout. Required.
-        size: tiny learns from pictures of 32 x 32 pixels in minutes on a CPU; small from those of 64 x 64,
+        output_dir: Folder for the model, in the published BAGEL layout.
+        size: tiny learns from pictures of 24 x 24 pixels in minutes on a CPU; small from those of 64 x 64,
             and takes much longer.
         text_from: Data whose texts the tokenizer learns, files or folders as of a training. Default: bytes
             alone, which read any text and make it long.
+        plugin: Modules of your own that add formats or kinds of files; as in training.
         seed: Seed of the weights.
     """
 
-    output_dir: PathText
+    output_dir: PathText = "models/own"
     size: Literal["tiny", "small"] = "tiny"
     text_from: list[PathText] = field(default_factory=list)
+    plugin: list[Plugin] = field(default_factory=list)
     seed: Seed = 42
 
 

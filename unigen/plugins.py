@@ -1,0 +1,112 @@
+"""Plugins: a module of the user's that adds rows to the tables of the program, and nothing more.
+
+``--plugin my_module`` imports it by its name, from the current folder too, or by the path of its file. A row
+is added as ``FORMATS["mine"] = ...``; while a plugin is imported, no row that is there can be replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+_loaded: dict[str, Path] = {}  # as they were named -> the file
+_loading = ""
+
+
+class PluginError(ValueError):
+    """A plugin cannot be imported: what is wrong with it, as the end of a sentence, and the fix."""
+
+
+class Table(dict[str, T]):
+    """Rows by their names, which plugins may add to."""
+
+    def __setitem__(self, name: str, row: T) -> None:
+        if _loading and name in self:
+            raise PluginError(f"the name {name!r} is taken. Fix: give the row another name")
+        super().__setitem__(name, row)
+
+    def update(self, *rows, **more) -> None:  # type: ignore[override] # dict's own calls no __setitem__
+        for name, row in dict(*rows, **more).items():
+            self[name] = row
+
+
+def names() -> list[str]:
+    """The plugins that were imported, as they were named."""
+    return list(_loaded)
+
+
+def load(plugins: Iterable[str]) -> None:
+    """Imports each plugin, once.
+
+    Raises:
+        PluginError: there is no such module, it raises an error, or it adds a row under a name that is taken.
+    """
+    global _loading
+    for plugin in plugins:
+        if plugin in _loaded:
+            continue
+        _loading = plugin
+        try:
+            _loaded[plugin] = _import(plugin)
+        finally:
+            _loading = ""
+
+
+def _import(plugin: str) -> Path:
+    """Imports a plugin; its file."""
+    path = Path(plugin) if plugin.endswith(".py") else None
+    name = path.stem if path else plugin
+    before, folder = set(sys.modules), os.getcwd()
+    sys.path.append(folder)
+    try:
+        if path is None:
+            if not all(map(str.isidentifier, name.split("."))):
+                raise ModuleNotFoundError(name=name.partition(".")[0])
+            module = importlib.import_module(name)
+        else:
+            if name in sys.modules:
+                raise PluginError(f"a module is called {name!r} already. Fix: give the file another name")
+            spec = importlib.util.spec_from_file_location(name, path.absolute())
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except Exception as error:
+        for made in set(sys.modules) - before:
+            if made == name or made.startswith(name + "."):
+                del sys.modules[made]
+        raise _explained(error, plugin, path) from None
+    finally:
+        sys.path.remove(folder)
+    return Path(getattr(module, "__file__", None) or plugin)
+
+
+def _explained(error: Exception, plugin: str, path: Path | None) -> PluginError:
+    """What went wrong, with the file and the line of the plugin."""
+    said = " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError) and path is not None and not path.exists():
+        return PluginError("there is no such file. Fix: give the path of a .py file, or a module's name")
+    if isinstance(error, ModuleNotFoundError) and error.name == plugin.partition(".")[0]:
+        return PluginError(
+            "there is no such module, neither installed nor in this folder. Fix: check the name, or give the"
+            " path of its .py file"
+        )
+    if isinstance(error, SyntaxError):
+        return PluginError(f"{error.filename}:{error.lineno}: {error.msg}. Fix: correct that line")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not frame.filename.startswith("<frozen")
+    ]
+    own = os.path.dirname(__file__)
+    frames = [frame for frame in frames if not frame.filename.startswith(own + os.sep)] or frames
+    where = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    if isinstance(error, PluginError):
+        return PluginError(where + said)
+    return PluginError(f"{where}{type(error).__name__}: {said}. Fix: correct that line")
