@@ -355,11 +355,10 @@ class RunOptions(Options):
         seed: Seed of everything random.
         device: auto, cpu, cuda, or one GPU such as cuda:1.
         dry_run: Do everything up to the first step, then stop.
-        expect_text_loss: Least and greatest text loss that the first packed sequence may have; recipes of
-            trained models say it. Default: any.
+        expect_text_loss: Least and greatest text loss that the first packed sequence and the validation at
+            step 0 may have; recipes of trained models say it. Default: any.
         expect_image_loss: The same of the image loss.
-        preflight: Where the first packed sequence says that the weights are not what they should be: stop, or
-            warn and go on.
+        preflight: Where these say that the weights are not what they should be: stop, or warn and go on.
     """
 
     output_dir: PathText = "outputs/unified_training"

@@ -26,6 +26,7 @@ from unigen.model.weights import load_bagel, nonfinite
 from unigen.training import warm_up as passes
 from unigen.training.guards import TrainingStopped
 from unigen.training.loop import TrainingLoop
+from unigen.training.preflight import doubts
 from unigen.training.trainer import UnifiedTrainer
 
 # ---- the warm-up batch
@@ -263,7 +264,7 @@ def test_a_warm_up_batch_without_gradient_is_fine_where_other_records_have_one(
 def said_of(
     text: float | None, image: float | None, large: bool = False, **options: Any
 ) -> list[tuple[str, bool]]:
-    return list(passes.doubts(Config(**options), 152_064, large, text, image))
+    return list(doubts(Config(**options), 152_064, large, text, image))
 
 
 BAND: dict[str, Any] = {"expect_text_loss": (0.1, 4.0), "expect_image_loss": (0.1, 1.2)}
@@ -305,6 +306,52 @@ def test_the_demo_s_and_other_random_weights_train_and_are_told(
     with caplog.at_level("INFO"):
         assert UnifiedTrainer(Config(**options | {"train_data_path": str(texts)})).train()
     assert "right where it trains from random weights" in caplog.text
+
+
+def test_the_validation_at_step_0_is_held_against_the_band_too_and_both_are_one_diagnosis(
+    options: dict[str, Any], records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Training data without pictures to draw says nothing of them; the validation data does."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", [text("What?", " ".join(["word"] * 60))])
+    given = options | {"train_data_path": str(texts), "val_data_path": str(records), "max_steps": 1}
+    given |= {"expect_image_loss": (0.1, 0.2), "expect_text_loss": (0.1, 4.0)}
+    only_image = given | {"expect_text_loss": (0.1, 99.0)}
+    with pytest.raises(TrainingStopped, match=r"step-0 validation image loss is .*--preflight warn"):
+        UnifiedTrainer(Config(**only_image)).train()
+    assert not list(Path(options["output_dir"]).glob("step_*"))
+    with caplog.at_level("WARNING"):
+        UnifiedTrainer(
+            Config(**given | {"preflight": "warn", "output_dir": str(tmp_path / "warned")})
+        ).train()
+    found = [line for line in caplog.messages if "text loss is" in line or "image loss is" in line]
+    assert len(found) == 2 and "the first text loss" in found[0] and "step-0 validation image" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("edits", "named"),
+    [
+        ({"config.json": {"latent_patch_size": 1}}, r"latent_patch_size is 1.*vae2llm"),
+        ({"config.json": {"latent_patch_size": 4}}, r"latent_patch_size is 4.*vae2llm"),
+        ({"vae_config.json": {"z_channels": 8}}, r"z_channels is 8.*vae2llm"),
+        ({"vae_config.json": {"downsample": 16}}, r"downsample is 16"),
+        (
+            # 64 numbers a token as before, but of other latents
+            {"config.json": {"latent_patch_size": 1}, "vae_config.json": {"z_channels": 64}},
+            r"z_channels is 64.*decoder\.conv_in",
+        ),
+    ],
+)
+def test_latents_of_another_size_than_the_weights_end_a_run_before_anything_is_made(
+    options: dict[str, Any], tmp_path: Path, edits: dict[str, dict[str, Any]], named: str
+):
+    folder = tmp_path / "model"
+    shutil.copytree(options["model_path"], folder)
+    for name, values in edits.items():
+        said = json.loads((folder / name).read_text()) | values
+        (folder / name).write_text(json.dumps(said))
+    with pytest.raises(UserError, match=rf"{named}.*Fix: "):
+        UnifiedTrainer(Config(**options | {"model_path": str(folder)})).train()
+    assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
 
 
 def test_a_tensor_that_trains_and_that_no_loss_depends_on_stops_the_run(options: dict[str, Any]):

@@ -18,6 +18,7 @@ from unigen.training.answering import Answerer
 from unigen.training.answers import LOWER, NEITHER, SHARE, HeldOutAnswers
 from unigen.training.datasets import RunData
 from unigen.training.engine import Engine
+from unigen.training.preflight import judge, speaks
 from unigen.training.probe import DRIFT, Probe
 from unigen.training.validation import (
     IMAGE_BY_TASK,
@@ -25,6 +26,7 @@ from unigen.training.validation import (
     TEXT_BY_TASK,
     Agree,
     Batches,
+    Losses,
     Tasks,
     bin_names,
     held_out_losses,
@@ -87,6 +89,7 @@ class Evaluation:
         if config.greater_is_better is not None:
             self.greater_is_better = config.greater_is_better
         self._foretold = False
+        self.doubted: frozenset[str] = frozenset()  # losses of which the warm-up batch said so
 
     def _names(self) -> Iterator[str]:
         """What can be measured; which tasks and times there are shows later."""
@@ -118,6 +121,8 @@ class Evaluation:
             for name, value in found.values.items():
                 values[f"val/{name}" if "/" in name else f"val_{name}"] = value
             took["losses"] = time.perf_counter() - began
+            if not step:
+                self._first(found)
             between = self._between(found.seconds_per_token)
         if self.answers is not None and self.answers.kept != 0:
             values |= self.answers.measure(SHARE * between)
@@ -134,6 +139,12 @@ class Evaluation:
         if not self._foretold:
             self._foretell(took, between)
         return values
+
+    def _first(self, found: Losses) -> None:
+        """Compares the losses of the model that a run begins with with what is expected of them."""
+        text, image = found.values.get("text_loss"), found.values.get("image_loss")
+        text = text if speaks(found.labels, found.samples) else None
+        self.doubted = judge(self.engine, text, image, "step-0 validation", self.doubted)
 
     def _between(self, seconds_per_token: float) -> float:
         """Seconds of training between two evaluations, predicted: a backward takes twice what a forward does,

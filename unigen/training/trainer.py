@@ -59,6 +59,8 @@ class UnifiedTrainer:
                     with self.signals.phase("warm-up batch", breakable=True):
                         fresh = run.resumed is None
                         warmed = warm_up(engine, run.stream, run.rank_slice.micro_batches, fresh)
+                    if run.evaluation is not None:
+                        run.evaluation.doubted = warmed.doubted
                     if self.config.dry_run:
                         log.info("Dry run: everything is ready; nothing was trained")
                         return {}

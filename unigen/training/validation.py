@@ -28,10 +28,13 @@ Agree = Callable[[MicroBatch, PackStream], bool]
 
 
 class Losses(NamedTuple):
-    """``values``: every loss by its name; and what a token's forward takes on this process, in seconds."""
+    """``values``: every loss by its name; what a token's forward takes on this process, in seconds; how many
+    labels and samples there were."""
 
     values: dict[str, float]
     seconds_per_token: float
+    labels: int
+    samples: int
 
 
 def bin_names() -> list[str]:
@@ -68,6 +71,7 @@ def held_out_losses(
     """
     parts = torch.zeros(2, 2 * len(TASKS) + BINS, dtype=torch.float64)
     took: list[tuple[float, int]] = []
+    seen = [0, 0]
     engine.model.eval()
     try:
         for (batch,) in batches:
@@ -78,6 +82,7 @@ def held_out_losses(
             which = torch.tensor([tasks[record] for record in batch.records], dtype=torch.int64)
             parts += _parts(output, batch.pack, which, engine.model.config.timestep_shift)
             took.append((time.perf_counter() - began, len(batch.pack)))
+            seen = [seen[0] + batch.pack.n_text_labels, seen[1] + batch.pack.n_samples]
     finally:
         engine.model.train()
     parts = torch.tensor(engine.sum(parts.flatten().tolist()), dtype=torch.float64).view_as(parts)
@@ -95,7 +100,8 @@ def held_out_losses(
             values[name] = total / count
     took = took[1:] or took  # the first one may compile, or fill caches
     tokens = sum(count for _, count in took)
-    return Losses(values, sum(seconds for seconds, _ in took) / tokens if tokens else 0.0)
+    labels, samples = map(int, engine.sum(seen))
+    return Losses(values, sum(s for s, _ in took) / tokens if tokens else 0.0, labels, samples)
 
 
 def _parts(output: Output, pack: Pack, tasks: Tensor, shift: float) -> Tensor:

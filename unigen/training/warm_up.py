@@ -24,17 +24,12 @@ from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
 from unigen.training.failures import LESS_MEMORY
 from unigen.training.guards import TrainingStopped
+from unigen.training.preflight import judge, speaks
 from unigen.training.step import Counts, forward_backward
 
 log = logging.getLogger("unigen")
 
 _LOOKED_AT = 64  # records in which other targets are looked for, where the warm-up batch gave no gradient
-CHANCE = 0.9  # of ln(vocabulary): a text loss above it says that the model knows no text
-BLIND = 1.8  # an image loss above it says that it cannot draw; velocities of zero give about 2
-# fewer labels, in all or a sample, are mostly of tokens that say what comes next, which a trained model need
-# not know
-FEW_LABELS, FEW_A_SAMPLE = 16, 8
-LARGE = 10**9  # parameters; nobody trains so many from random weights with a fine-tuning program
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class WarmUp:
 
     load: Load
     peak: int  # bytes of a GPU's memory; 0 on a CPU
+    doubted: frozenset[str] = frozenset()  # losses, text or image, that were told to be out of place
 
 
 def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1, fresh: bool = True) -> WarmUp:
@@ -77,8 +73,7 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1, fresh: b
         ) from error
     del held
     _look_at_numbers(engine, stream, pack, sums)
-    if fresh:
-        _look_at_losses(engine, pack, sums)
+    doubted = _look_at_losses(engine, pack, sums) if fresh else frozenset()
     engine.discard()
     twice = "" if len(packs) == 1 else " twice, as two micro-batches of a step"
     took = " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks)
@@ -89,7 +84,7 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1, fresh: b
         twice,
         f", at most {took}" if engine.device.type == "cuda" else "",
     )
-    return WarmUp(Load.of(pack), max(peaks))
+    return WarmUp(Load.of(pack), max(peaks), doubted)
 
 
 def _look_at_numbers(engine: Engine, stream: PackStream, pack: Pack, sums: Tensor) -> None:
@@ -139,84 +134,19 @@ def _without_gradient(gradients: dict[str, bool | None]) -> list[str]:
     ]
 
 
-def _look_at_losses(engine: Engine, pack: Pack, sums: Tensor) -> None:
-    """Says what the losses of weights that have not been trained here say of them.
-
-    Raises:
-        TrainingStopped: they are outside of what the recipe expects, or those of no trained model where it
-            should be one; with ``preflight`` warn that is a warning.
-    """
+def _look_at_losses(engine: Engine, pack: Pack, sums: Tensor) -> frozenset[str]:
+    """:func:`judge` of the warm-up batch's losses."""
     counts = Counts.of([pack])
     text, text_count, image, image_count = engine.sum(
         [float(sums[0]), counts.text, float(sums[1]), counts.image]
     )
-    spoken = pack.n_text_labels >= max(FEW_LABELS, FEW_A_SAMPLE * pack.n_samples)
-    text_loss = text / text_count if text_count and spoken else None
+    text_loss = text / text_count if text_count and speaks(pack.n_text_labels, pack.n_samples) else None
     image_loss = image / image_count if image_count else None
     losses = {"text": text_loss, "image": image_loss}
     said = [f"{kind} loss {value:.4g}" for kind, value in losses.items() if value is not None]
     if said and engine.main:
         log.info("Preflight: %s before the first step", ", ".join(said))
-    model = engine.model
-    large = sum(shard.shape.numel() for shard in engine.shards()) >= LARGE
-    config = engine.config
-    problems = doubts(config, model.config.llm.vocab_size, large, text_loss, image_loss)
-    for problem, grave in problems:
-        if grave and config.preflight == "stop":
-            raise TrainingStopped(f"{problem}; where they are meant to be as they are, --preflight warn")
-        if engine.main and grave:
-            log.warning("%s", problem)
-        elif engine.main:
-            log.info("Preflight: %s; right where it trains from random weights", problem.split(":")[0])
-
-
-def doubts(
-    config: Config, vocabulary: int, large: bool, text: float | None, image: float | None
-) -> Iterator[tuple[str, bool]]:
-    """What the first losses say against the weights, and whether that ends the run.
-
-    It does where a recipe says what to expect, and where a ``large`` model knows no text: a small one may
-    well begin with random weights.
-
-    Args:
-        config: of the run.
-        vocabulary: size of the text head.
-        large: has the model :data:`LARGE` parameters?
-        text, image: the losses; None where too little says something of them.
-    """
-    known = math.log(vocabulary)
-    if text is not None:
-        outside = _outside(config.expect_text_loss, text)
-        if text >= CHANCE * known:
-            yield (
-                f"the first text loss is {text:.4g}, that of a model that knows no text (ln of {vocabulary:,}"
-                f" tokens is {known:.4g}): the weights were never loaded, are of another model, or the"
-                " tokenizer is. Fix: check model_path",
-                large or outside,
-            )
-        elif outside:
-            yield (
-                f"the first text loss is {text:.4g}, and expect_text_loss {_band(config.expect_text_loss)}."
-                " Fix: check model_path and the data's texts, or give the band of this data",
-                True,
-            )
-    if image is not None and _outside(config.expect_image_loss, image):
-        why = (
-            "that of a model that cannot draw: its weights were never loaded, or its latents are not those it"
-            " was trained on (ae.safetensors, vae_config.json, max_latent_size)"
-            if image >= BLIND
-            else f"and expect_image_loss {_band(config.expect_image_loss)}"
-        )
-        yield f"the first image loss is {image:.4g}, {why}. Fix: check model_path, or give another band", True
-
-
-def _outside(band: tuple[float, float] | None, loss: float) -> bool:
-    return band is not None and not band[0] <= loss <= band[1]
-
-
-def _band(band: tuple[float, float] | None) -> str:
-    low, high = band or (0.0, math.inf)
-    return f"{low:g} to {high:g}"
+    return judge(engine, text_loss, image_loss)
 
 
 def _other_targets(stream: PackStream, kinds: set[tuple[bool, bool]]) -> Iterator[Pack]:
