@@ -4,6 +4,7 @@ meant; and that a record read at its place is the one that was read in order."""
 import csv
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -360,3 +361,76 @@ def test_the_split_is_chosen_before_the_kind(tmp_path: Path, names: str, split, 
         left_out: list[LeftOut] = []
         assert [name for _, name in find_files([tmp_path], None, split, left_out)] == expected.split()
         assert len(left_out) == len(names.split()) - len(expected.split())
+
+
+def test_patterns_and_lists_with_commas_name_files_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    line = json.dumps({"text_prompt": "a", "image_path": "p.png"})
+    for name in (
+        "a.jsonl",
+        "b.jsonl",
+        "deep/er/c.jsonl",
+        "d,e.jsonl",
+        "f[1].jsonl",
+        "README.txt",
+        "deep/p.png",
+    ):
+        write(tmp_path / name, line)
+
+    def names(*given: str | Path, **more) -> list[str]:
+        return [path.relative_to(tmp_path).as_posix() for path, _ in find_files(given, split=None, **more)]
+
+    assert names("?.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "d,e.jsonl", "deep/er/c.jsonl", "f[1].jsonl"]
+    assert names("a.jsonl,b.jsonl") == names("a.jsonl, b.jsonl,") == names("a.jsonl", "b.jsonl")
+    assert names("a.jsonl,?.jsonl", tmp_path / "deep" / "**") == ["a.jsonl", "b.jsonl", "deep/er/c.jsonl"]
+    assert names("d,e.jsonl") == ["d,e.jsonl"] and names("f[1].jsonl") == ["f[1].jsonl"], (
+        "names that are there"
+    )
+    assert names("[ab].jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names("de*") == ["deep/er/c.jsonl"], "a folder that matches is searched"
+    left: list[LeftOut] = []
+    assert "a.jsonl" in names("*", left_out=left) and LeftOut(Path("README.txt"), "") in left
+    for given, said in (
+        ("*.parquet", "a.jsonl, b.jsonl"), ("deep/*.jsonl", "deep holds er/, p.png"), ("no/*.jsonl", ". holds"),
+        ("/no/such/*.jsonl", "holds"), ("a.jsonl,z.jsonl", "z.jsonl: there is no such file"),
+    ):  # fmt: skip
+        with pytest.raises(BadData, match=re.escape(said)):
+            names(given)
+
+
+def test_every_command_reads_what_a_pattern_names(
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level("INFO")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"messages": turns}))
+    model = ["--model_path", str(golden / "model"), "--device", "cpu"]
+    pattern, several = str(tmp_path / "?.jsonl"), f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    for given in (
+        [pattern],
+        [several],
+        [str(tmp_path / "a.jsonl"), "--train_data_path", str(tmp_path / "b.jsonl")],
+    ):
+        run = ["--output_dir", str(tmp_path / "run"), "--num_workers", "0", "--dry_run"]
+        assert main(["train", *model, "--train_data_path", *given, *run]) == 0
+        assert "records   2 from 2 files" in caplog.text
+        caplog.clear()
+    assert main(["check", pattern, "--num_workers", "0"]) == 0
+    assert "Records: 2; files: 2" in capsys.readouterr().out
+    assert main(["preview", several, "--output", str(tmp_path / "p.html")]) == 0
+    assert capsys.readouterr().out.count(".jsonl:1") == 2
+    assert (
+        main(["evaluate", *model, "--data_path", several, "--output_dir", str(tmp_path / "e"), "--check"])
+        == 0
+    )
+    assert main(["fetch", pattern, "--output_dir", str(tmp_path / "f")]) == 0
+    assert sorted(path.name for path in (tmp_path / "f").glob("*.jsonl")) == ["a.jsonl", "b.jsonl"]
+    assert main(["check", str(tmp_path / "*.csv")]) == 2
+    assert "no file or folder matches this pattern" in capsys.readouterr().err

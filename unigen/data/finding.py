@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -38,6 +39,7 @@ def find_files(
     once. A folder that Hugging Face ``datasets`` saved stands for its Arrow files.
 
     Args:
+        paths: Files, folders, patterns, or several of them with commas between (:func:`expand`).
         root: ``data_root``, which no linked folder may leave; None: no limit.
         split: What to take of a folder that holds several splits; None: everything.
         left_out: Gets the files of folders that are not read: those of other splits, and those that describe
@@ -49,7 +51,7 @@ def find_files(
             or a file or linked folder in it that may not be read.
     """
     found = []
-    given_paths = list(paths)
+    given_paths = [one for path in paths for one in expand(path, left_out)]
     for given in given_paths:
         if isinstance(given, str) and remote.scheme_of(given):
             path = brought(given, split, asked, more := [])
@@ -95,6 +97,44 @@ def find_files(
     if not found:
         raise BadData("no data is named. Give a JSON or JSONL file, or a folder of them.")
     return found
+
+
+def expand(given: str | Path, left_out: list[LeftOut] | None = None) -> list[str | Path]:
+    """What a path names: itself where it is there; what the pattern ``data/**/*.jsonl`` matches; or each of
+    several, ``a.jsonl,b.jsonl``.
+
+    Of what a pattern matches the files of known kinds are meant, and folders where there are none;
+    ``left_out`` gets the others. Raises BadData for a pattern that matches nothing.
+    """
+    text = os.fspath(given)
+    if os.path.lexists(text):
+        return [given]
+    if pattern := glob.has_magic(text):
+        matched = [Path(path) for path in sorted(glob.glob(text, recursive=True))]
+        if files := [path for path in matched if kind_of(path) and path.is_file()]:
+            if left_out is not None:
+                left_out += [LeftOut(path, "") for path in matched if path.is_file() and path not in files]
+            return list(files)
+        if matched:
+            return [path for path in matched if not any(above in matched for above in path.parents)]
+    if "," in text:
+        parts = [part.strip() for part in text.split(",")]
+        return list(dict.fromkeys(Path(one) for part in parts if part for one in expand(part, left_out)))
+    if pattern:
+        above = [place for place in Path(text).parents if not glob.has_magic(str(place)) and place.is_dir()]
+        raise BadData(
+            f"{given}: no file or folder matches this pattern"
+            + (f"; {above[0]} holds {_holding(above[0])}" if above else "; its folder is not there")
+            + ". Fix: correct the pattern, or name the files"
+        )
+    return [given]
+
+
+def _holding(folder: Path) -> str:
+    """What a folder holds, the first few names."""
+    names = sorted(f"{path.name}{'/' * path.is_dir()}" for path in folder.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return printable(", ".join(names[:8])) + more if names else "nothing"
 
 
 def _renamed(path: Path) -> str:
