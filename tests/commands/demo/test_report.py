@@ -13,6 +13,7 @@ from pages import Page
 from PIL import Image
 
 from unigen.commands.demo import exam as demo
+from unigen.show.terminal import say
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def source(tmp_path) -> str:
     exam = SimpleNamespace(
         drawings=[("seven", picture()) for _ in range(60)],
         edits=triples("given", "rotate ✓", "exact"),
-        sums=triples("given", "given", "12 ✗"),
+        sums=triples("given", "given", "12 ✕"),
     )
     metrics = {name: 0.875 for name in demo.BARS} | {"parameters": 1234567, "judge_accuracy": 0.98912}
     return demo._write_report(tmp_path, metrics, exam).read_text("utf-8")
@@ -39,8 +40,10 @@ def source(tmp_path) -> str:
 
 def test_it_shows_scores_pictures_and_losses(source, tmp_path):
     page = Page(source)
-    for name, bar in demo.BARS.items():
-        assert f"{name.replace('_', ' ')}87.5%{bar:.1%}{demo.CHANCE[name]:.1%}" in page.text
+    for name, wanted in demo.BARS.items():
+        mark = "✓ reached" if wanted <= 0.875 else "✕ not reached"
+        assert f"{name.replace('_', ' ')}87.5%{wanted:.1%}{demo.CHANCE[name]:.1%}{mark}" in page.text
+    assert "--quick" not in page.text
     assert "1,234,567" in page.text and "0.9891" in page.text
     assert len(page.pictures) == 60 + 36 + 36 and page.text.count("rotate ✓") == 12
     (chart,) = page.charts
@@ -49,6 +52,18 @@ def test_it_shows_scores_pictures_and_losses(source, tmp_path):
         ("image", list(range(1, 301)), ["2", "1"]),
     ]
     assert Image.open(Path(tmp_path) / "drawings.png").size[0] > 400
+
+
+def test_the_terminal_draws_scores_beside_what_is_wanted_and_marks_them(capsys: pytest.CaptureFixture[str]):
+    metrics = {name: 0.9 for name in demo.BARS} | {"judge_heldout_accuracy": 0.98912}
+    say(*demo._scores(metrics, quick=True))
+    rows = capsys.readouterr().out.splitlines()
+    reached = {row.split()[0]: row.endswith("✓ reached") for row in rows if "reached" in row}
+    assert reached == {"understanding": False, "generation": True, "edit": True, "interleaved": True}
+    assert all("█" * 14 in row and "●" in row and " 90.0%" in row for row in rows if "reached" in row)
+    assert "98.9%" in rows[-2] and "--quick" in rows[-1] and "not held" in rows[-1]
+    say(*demo._scores(metrics, quick=False))
+    assert "--quick" not in capsys.readouterr().out
 
 
 @in_browser
