@@ -24,18 +24,25 @@ MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn"}  # wher
 EXTRAS = ["wandb", "tensorboard", "trackio", "bitsandbytes", "peft", "deepspeed", "sklearn", "scipy"]
 EXTRAS += ["sacrebleu", "rouge_score", "nltk", "pytest", "hypothesis"]
 
-# Runs a command of the wheel as where nothing but the dependencies is installed.
-ALONE = f"""
+# What `pip install torch torchvision transformers accelerate`, the user guide's first line, does not bring.
+NOT_OF_THE_GUIDE = ["jsonargparse", "diffusers", "einops", "pyarrow"]
+
+# Takes packages away, as where they are not installed; the arguments are those and a folder to import from.
+WITHOUT = """
 import sys
+absent_ones = sys.argv.pop(1).split()
 sys.path.insert(0, sys.argv[1])
 from importlib.machinery import PathFinder
 class Found:
     find_distributions = PathFinder.find_distributions
     @staticmethod
     def find_spec(name, path=None, target=None):
-        absent = name.partition(".")[0] in {EXTRAS!r}
+        absent = name.partition(".")[0] in absent_ones
         return None if absent else PathFinder.find_spec(name, path, target)
 sys.meta_path[:] = [Found if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+# Runs a command of the wheel as where nothing but the dependencies is installed.
+ALONE = f"""{WITHOUT}
 import unigen, inferencer, evaluation_metrics, train_unified_generation
 for module in (unigen, inferencer, evaluation_metrics):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
@@ -64,6 +71,38 @@ def test_every_package_that_is_imported_is_declared():
     assert not strangers, {name: imported[name] for name in strangers}
 
 
+def test_what_an_extra_brings_is_named_where_it_is_missing():
+    """A user without it is told the very line that installs what pyproject.toml says of the extra."""
+    told: dict[str, set[str]] = {}
+    for path in (ROOT / "unigen").rglob("*.py"):
+        text = re.sub(r'"\s*\n?\s*f?"', "", path.read_text("utf-8"))  # messages over several lines
+        for packages, extra in re.findall(r"pip install ((?:'[^']+' )+)\(the extra (\w+)\)", text):
+            told.setdefault(extra, set()).update(re.findall(r"'([^']+)'", packages))
+    extras = {name: set(wanted) for name, wanted in PROJECT["optional-dependencies"].items() if name != "dev"}
+    assert told == extras
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [["train_unified_generation.py"], ["-m", "unigen", "train"]])
+def test_the_guides_packages_alone_give_one_line_that_names_what_is_missing(
+    argv: list[str], golden: Path, tmp_path: Path
+):
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    run = f"{WITHOUT}\nimport runpy\nscript, sys.argv[:] = sys.argv[2], sys.argv[2:]\n"
+    run += "runpy.run_module('unigen', run_name='__main__') if script == 'unigen' else "
+    run += "runpy.run_path(script, run_name='__main__')"
+    script = ["unigen", "train"] if argv[0] == "-m" else [str(ROOT / argv[0])]
+    flags = ["--model_path", str(golden / "model"), "--train_data_path", "data.jsonl", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", run, " ".join([*EXTRAS, *NOT_OF_THE_GUIDE]), str(ROOT), *script, *flags],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("unigen: error")]
+    assert re.search(rf"({'|'.join(NOT_OF_THE_GUIDE)}) is not installed.*Fix: pip install \.", line)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel's files, built from a copy of the project and laid out as pip would."""
@@ -90,7 +129,7 @@ def test_the_wheel_works_without_the_extras(wheel: Path, tmp_path: Path, command
         "check": ["check", "data.jsonl", "--num_workers", "0", "--output", "check.html"],
     }[command]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(wheel), *argv],
+        [sys.executable, "-I", "-c", ALONE, " ".join(EXTRAS), str(wheel), *argv],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -304,7 +304,7 @@ def test_without_the_package_the_fix_is_told(tmp_path: Path, caplog, monkeypatch
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
     assert warnings(caplog) == ["Tracker wandb cannot start", "Tracker trackio cannot start"]
-    assert "pip install wandb" in caplog.text and "pip install trackio" in caplog.text
+    assert "the extra wandb" in caplog.text and "the extra trackio" in caplog.text
     assert len(log_lines(tmp_path)) == 1
 
 

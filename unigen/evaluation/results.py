@@ -17,7 +17,7 @@ from unigen.config import UserError
 
 P = ParamSpec("P")
 NO_SAMPLES = ("there are no samples", "give at least one prediction")
-INSTALL = "pip install 'unigen[metrics]'"
+INSTALL = "pip install 'sacrebleu>=2.5,<3' 'rouge-score>=0.1.2' 'nltk>=3.9' (the extra metrics)"
 
 
 class CannotRun(UserError):

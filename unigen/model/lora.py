@@ -90,7 +90,8 @@ def add_adapter(model: Bagel, adapter: Adapter, name: str = NAME) -> None:
         with without_hub_kernels():  # it imports bitsandbytes
             from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise AdapterError(f"adapters need peft ({error}). Fix: pip install 'unigen[lora]'") from None
+        fix = "pip install 'peft>=0.20' (the extra lora)"
+        raise AdapterError(f"adapters need peft ({error}). Fix: {fix}") from None
     config = LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets),
         use_rslora=adapter.variant == "rslora", use_dora=adapter.variant == "dora",

@@ -319,6 +319,6 @@ def _bitsandbytes(kind: str) -> Any:
             import bitsandbytes
     except ImportError as error:
         raise QuantiseError(
-            f"{kind} needs bitsandbytes ({error}). Fix: pip install 'bitsandbytes>=0.50'"
+            f"{kind} needs bitsandbytes ({error}). Fix: pip install 'bitsandbytes>=0.50' (the extra quantize)"
         ) from error
     return bitsandbytes

@@ -175,12 +175,20 @@ class Trackio:
                 database.execute("DELETE FROM metrics WHERE run_name = ? AND step > ?", (self._name, step))
 
 
+EXTRAS = {
+    "tensorboard": "pip install 'tensorboard>=2.16' (the extra tensorboard)",
+    "wandb": "pip install 'wandb>=0.27' (the extra wandb)",
+    "trackio": "pip install 'trackio>=0.43' (the extra trackio)",
+}
+"""Package -> how it gets there."""
+
+
 def need(package: str) -> None:
     """Raises UserError where ``package`` is not installed. (A folder of that name is no package.)"""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{package} is asked for, but not installed. Fix: pip install {package}, or leave its option out"
+            f"{package} is asked for, but not installed. Fix: {EXTRAS[package]}, or leave its option out"
         )
 
 

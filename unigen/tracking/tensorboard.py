@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unigen.config import Config, UserError
 from unigen.runs.layout import TENSORBOARD
 from unigen.tracking.background import Complain
+from unigen.tracking.services import EXTRAS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +41,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
-                f"tensorboard is not installed ({error}). Fix: pip install tensorboard"
+                f"tensorboard is not installed ({error}). Fix: {EXTRAS['tensorboard']}"
             ) from error
         self._new, self._complain = SummaryWriter, complain
         self._folder, self._purge_step = Path(output_dir) / TENSORBOARD, resume_step + 1

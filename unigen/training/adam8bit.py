@@ -61,7 +61,8 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
             from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise UserError(
-            f'--optimizer adamw8bit needs bitsandbytes ({error}). Fix: pip install "bitsandbytes>=0.50"'
+            f"--optimizer adamw8bit needs bitsandbytes ({error}). Fix: pip install 'bitsandbytes>=0.50' (the"
+            " extra adam8bit)"
         ) from error
 
     class Grouped(AdamW8bit):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from unigen.commands.init.model import cut
+from unigen.config import UserError
 from unigen.sequence.images import area_means, to_image
 
 SIDE = 8  # pixels of a digit's side
@@ -251,7 +252,7 @@ def write_digits(
 
     Raises:
         ValueError: the sizes do not fit, or ``per_epoch`` names an unknown task.
-        ImportError: scikit-learn is missing.
+        UserError: scikit-learn is missing.
     """
     unknown = sorted(set(per_epoch or {}) - set(TASKS))
     if unknown:
@@ -284,8 +285,9 @@ def _split(folder: Path, train: int, heldout: int, seed: int) -> DigitSet:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError(
-            "The digits come from scikit-learn, which is not installed. Fix: pip install scikit-learn"
+        raise UserError(
+            f"the digits come from scikit-learn, which is not installed ({error}). Fix: pip install"
+            " 'scikit-learn>=1.5' (the extra demo)"
         ) from error
     data = load_digits()
     total = len(data.target)
