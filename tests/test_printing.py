@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from unigen.bars import Bar
 from unigen.cli import main
-from unigen.printing import LONGEST_LINE, LONGEST_NAME, Guarded, bar, beneath, guarded, printable
+from unigen.printing import LONGEST_LINE, LONGEST_NAME, Guarded, beneath, guarded, printable
 
 ROOT = Path(__file__).parents[1]
 EVIL = "\x1b[2J\x1b]0;owned\x07\u202e\x9b31m\x00\x7f\u2028"
@@ -62,7 +63,7 @@ def test_bars_draw_and_their_names_do_not(monkeypatch: pytest.MonkeyPatch):
             return True
 
     stream = Terminal()
-    with bar(f"verify {EVIL}", stream, total=2) as shown:
+    with Bar(f"verify {EVIL}", 2, stream=stream) as shown:
         shown.update()
     assert "\r" in stream.getvalue() and steers(stream.getvalue()) <= {"\r"}
 

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 # above.
 LAYERS = """
 version
-others plugins
+others plugins printing
 values rules
 topics
-config files recipe printing schema
+config files recipe bars schema
 foreign outputs remote
 sequence
 model data
@@ -62,7 +62,7 @@ HOMES = {
     "filelock": ["files.py"],
     "fsspec": ["remote.py"],
     "jinja2": ["show/pages.py"],
-    "rich": ["show/terminal.py"],
+    "rich": ["bars.py", "show/terminal.py"],
     "fcntl": ["files.py"],
 }
 FORBIDDEN = ["pickle", "torchvision"]

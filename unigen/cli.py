@@ -20,6 +20,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
+from unigen.bars import Bar, clear
 from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
 from unigen.others import nearest, unknown
@@ -55,6 +56,16 @@ def _main(argv: list[str]) -> int:
         # a line break in a name starts no line that could pass for one of ours
         print("unigen: error: " + printable_lines(str(error)).replace("\n", "\n  "), file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or missing == "unigen":
+            raise
+        print(
+            f"unigen: error: {missing} is not installed, which unigen {argv[0]} needs. Fix: pip install . in"
+            " the folder that holds its pyproject.toml; it brings all that is needed",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("unigen: interrupted", file=sys.stderr)
         return 130
@@ -89,6 +100,14 @@ def run_command(name: str, argv: list[str]) -> int:
             f" (commands: {', '.join(COMMANDS)})"
         )
     command = COMMANDS[name]
+    try:
+        return _run(name, command, argv)
+    finally:
+        clear()
+
+
+def _run(name: str, command: Command, argv: list[str]) -> int:
+    Bar("starting", passing=True)  # importing PyTorch takes a while
     options = load(command.options)
     if any(token in ("-h", "--help") for token in argv):
         print(help_text(options, name, command))

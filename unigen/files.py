@@ -101,16 +101,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path | BinaryIO, tick: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 of the bytes of a file, by its path or open at its start, in hexadecimal; ``tick`` is called
-    with every ``CHUNK`` read."""
+def sha256_of(path: Path | BinaryIO, tick: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of the bytes of a file, by its path or open at its start, in hexadecimal; ``tick`` is told how
+    many bytes more were read, at most ``CHUNK``."""
     if isinstance(path, Path):
         with open(path, "rb", buffering=0) as file:
             return sha256_of(file, tick)
     digest = hashlib.sha256()
     while chunk := path.read(CHUNK):
         digest.update(chunk)
-        tick()
+        tick(len(chunk))
     return digest.hexdigest()
 
 

@@ -3,20 +3,19 @@
 Texts of data, names of files and of tensors, and messages of libraries are all written by others. So the two
 standard streams are guarded while a command runs: whatever is printed, logged or raised passes
 :class:`Guarded`, which shows control characters as ``\\x1b``. Who steers the terminal on purpose (rich in
-``show/terminal.py``, the bars here) writes to the stream :func:`beneath` it.
+``show/terminal.py``, the bars of ``bars.py``) writes to the stream :func:`beneath` it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from contextlib import ExitStack, contextmanager
+from typing import Any, TextIO, cast
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
+bottom: list[Any] = []  # what stands on the last line of the terminal (bars.py), and goes for a line of text
 LONGEST_NAME = 1000  # characters of a name or value that a message shows; the middle of a longer one goes
 LONGEST_LINE = 8000  # characters of a line of a message, on standard error
 _STAYS = "\u3000"  # the space of Chinese texts, which Python calls unprintable
@@ -79,7 +78,8 @@ class Guarded:
         shown = printable_lines(text, self._most)
         if not shown.isascii():
             shown = shown.encode(encoding, "backslashreplace").decode(encoding)
-        self.beneath.write(shown)
+        with above(self.beneath, shown):
+            self.beneath.write(shown)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -118,15 +118,19 @@ def beneath(stream: TextIO) -> TextIO:
     return stream.beneath if isinstance(stream, Guarded) else stream
 
 
-def bar(desc: str = "", stream: TextIO | None = None, **options: Any) -> tqdm:
-    """A progress bar of tqdm on standard error, or another stream; none where that is no terminal.
+@contextmanager
+def above(stream: TextIO, text: str) -> Iterator[None]:
+    """Inside, the text may be written: bars that stand on the terminal are away, and come back below it."""
+    with ExitStack() as stack:
+        for line in list(bottom) if text else ():
+            if line.gives_way_to(stream):
+                stack.enter_context(line.away(text.endswith("\n")))
+                stack.callback(stream.flush)
+        yield
 
-    Args:
-        desc: What it counts, shown before it.
-        stream: Default: standard error.
-        options: Of tqdm.
-    """
-    from tqdm import tqdm
 
-    options = {"disable": None, **options}
-    return tqdm(desc=printable(desc, 40) or None, file=beneath(stream or sys.stderr), **options)
+def columns(text: str) -> int:
+    """Columns that a terminal gives the text: Chinese characters take two, combining ones none."""
+    return sum(
+        2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text
+    )

@@ -375,7 +375,11 @@ def test_pictures_of_an_anthropic_message() -> None:
         (f"data:image/png;base64,{BASE64[:-3]}!", "broken_picture", "base64"),
         ("s3://bucket/a.png", "bad_path", "aws s3 sync s3://bucket DIR"),
         ("gs://bucket/a.png", "bad_path", "gcloud storage rsync -r gs://bucket DIR"),
-        ("oss://bucket/a.png", "bad_path", "pip install ossfs, or copy the files once (ossutil cp -r oss://bucket"),
+        (
+            "oss://bucket/a.png",
+            "bad_path",
+            "pip install ossfs, or copy the files once (ossutil cp -r oss://bucket",
+        ),
         ("s3://$(reboot)/a.png", "bad_path", "s3://BUCKET DIR"),
         ("ftp://host/a.png", "bad_path", "copy the files"),
         ("file://host/a.png", "bad_path", "path of the file"),

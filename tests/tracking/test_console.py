@@ -102,7 +102,7 @@ def test_a_terminal_gets_a_bar(columns: int):
     reader.join(5)
     os.close(master)
     text = received.decode()
-    assert "4/10" in text and "10/10" in text and "100%" in text and "\r" in text
+    assert "4/10" in text and "10/10" in text and "\r" in text
     assert "loss 1.2500" in text and "hello" in text
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from unigen.bars import Bar, each
 from unigen.cache.store import Encoder, FeatureCache, Store
 from unigen.config import Config
 from unigen.model.backends import autocast
@@ -77,7 +78,7 @@ class Encoders:
             names = {name: f"vit_model.{name}" for name, _ in vit.named_parameters()}
             tensors = {
                 name: stored[whole].read().to(device, dtype_of(whole, config, dtype))
-                for name, whole in names.items()
+                for name, whole in each("loading weights", list(names.items()), "tensors")
                 if whole in stored
             }
             try:
@@ -165,9 +166,13 @@ def digest_weights(tensors: Iterable[tuple[str, Tensor]], shape: object) -> str:
     def one(item: tuple[str, Tensor]) -> list[object]:
         name, tensor = item
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        shown.update(tensor.nbytes)
         return [name, str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()]
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing releases the interpreter lock
+        Bar("hashing weights", unit="B") as shown,
+    ):
         rows = sorted(pool.map(one, tensors))
     return hashlib.sha256(json.dumps([shape, rows]).encode()).hexdigest()
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from unigen.bars import each
 from unigen.cache.encoders import Encoders
 from unigen.cache.store import Encoder, Store, about, key_of
 from unigen.config import Config, ConfigError
@@ -28,7 +29,6 @@ from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import cores
 from unigen.data.mapping import ReadOptions
 from unigen.outputs import output_folder
-from unigen.printing import bar
 from unigen.sequence.contents import Seen, View, digest, named
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import PictureError, image_size, read_bytes
@@ -260,7 +260,7 @@ class Filler:
         jobs = list(self.jobs())
         report.views = len(jobs)
         missing = []
-        for job, found in self._each(pool, keys, jobs, "Looking up", report):
+        for job, found in self._each(pool, keys, jobs, "looking up", report):
             fresh = [(name, view) for name, key, there, view in found if key not in report.keys and not there]
             report.found += sum(there and key not in report.keys for _, key, there, _ in found)
             report.keys |= {key for _, key, _, _ in found}
@@ -289,7 +289,7 @@ class Filler:
 
         writes: deque[Future[int]] = deque()
         with ThreadPoolExecutor(2) as writers:
-            for _, (name, picture, seen, seconds) in self._each(pool, decode, missing, "Encoding", report):
+            for _, (name, picture, seen, seconds) in self._each(pool, decode, missing, "encoding", report):
                 began = time.perf_counter()
                 answers = self.encoders.encode(seen)
                 report.encoding += time.perf_counter() - began
@@ -322,7 +322,7 @@ class Filler:
         ahead: deque[tuple[A, Future[B]]] = deque()
         upcoming = iter(items)
         try:
-            for _ in bar(title, iterable=items, unit=" pictures"):
+            for _ in each(title, items, "pictures"):
                 while len(ahead) < 2 * self.threads and (item := next(upcoming, None)) is not None:
                     ahead.append((item, pool.submit(work, item)))
                 item, future = ahead.popleft()

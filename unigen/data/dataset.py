@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from unigen import plugins
+from unigen.bars import Bar
 from unigen.data import kept
 from unigen.data.containers import BadData, ByteSpan, no_record
 from unigen.data.examine import CountTokens, bad_picture, key_of
@@ -30,7 +31,6 @@ from unigen.data.probe import check_roots, require_match
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut, Split, describing, of_splits
 from unigen.data.verdict import Verdict, percent
-from unigen.printing import bar
 from unigen.sequence.images import PictureError, open_image
 from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
 
@@ -293,11 +293,11 @@ class UnifiedGenerationDataset:
             seen.add(key_of(path))
             return len(seen) > before
 
-        every, hidden = tasks(), None if progress else True
+        every = tasks()
         # PIL decodes without the interpreter lock
         with (
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-            bar("decoding pictures", total=found.distinct, unit="", disable=hidden) as shown_bar,
+            Bar("decoding pictures", found.distinct, shown=progress) as shown_bar,
         ):
             while some := list(islice(every, 64)):  # no more in memory at once
                 for (i, field, segment), error in zip(

@@ -107,7 +107,7 @@ def expand(given: str | Path, left_out: list[LeftOut] | None = None) -> list[str
     ``left_out`` gets the others. Raises BadData for a pattern that matches nothing.
     """
     text = os.fspath(given)
-    if os.path.lexists(text):
+    if remote.scheme_of(text) or os.path.lexists(text):
         return [given]
     if pattern := glob.has_magic(text):
         matched = [Path(path) for path in sorted(glob.glob(text, recursive=True))]
@@ -119,7 +119,7 @@ def expand(given: str | Path, left_out: list[LeftOut] | None = None) -> list[str
             return [path for path in matched if not any(above in matched for above in path.parents)]
     if "," in text:
         parts = [part.strip() for part in text.split(",")]
-        return list(dict.fromkeys(Path(one) for part in parts if part for one in expand(part, left_out)))
+        return list(dict.fromkeys(os.fspath(one) for part in parts if part for one in expand(part, left_out)))
     if pattern:
         above = [place for place in Path(text).parents if not glob.has_magic(str(place)) and place.is_dir()]
         raise BadData(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unigen.bars import Bar
 from unigen.data.containers import (
     CONTAINERS,
     BadData,
@@ -33,7 +34,6 @@ from unigen.data.examine import CountTokens, PictureHeaders, examine, key_of
 from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import ReadOptions
 from unigen.data.workers import Died, Mark, in_order
-from unigen.printing import bar
 from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample, without_trace
 
@@ -224,7 +224,7 @@ def read_all(
         token_lengths: Called with every record.
         read: How the records are read.
         num_workers: Processes; 0: this one alone, which also does little data.
-        progress: Show a bar, where standard error is a terminal.
+        progress: Show a bar.
 
     Raises:
         BadData: There are more bad records than can be kept.
@@ -237,14 +237,13 @@ def read_all(
     processes = num_workers if total > ALONE and can_fork else 0
     context = multiprocessing.get_context("fork") if processes else None
     jobs, arguments = _jobs(files, source, hashes), (token_lengths, read)
-    hidden = None if progress else True
-    with bar("reading data", total=total, unit="B", unit_scale=True, disable=hidden) as progress_bar:
+    with Bar("reading data", total, "B", shown=progress) as progress_bar:
         for job, result in in_order(_judge, arguments, jobs, processes, lambda job, died: None, context):
             if isinstance(result, Died):
                 found.unreadable.append(_lost(files[job.number], result))
             else:
                 found.extend(result)
-            progress_bar.set_postfix(records=f"{len(found.index):,}", refresh=False)
+            progress_bar.notes = [f"{len(found.index):,} records"]
             progress_bar.update(job.size)
     found.digests |= {number: digest.hexdigest() for number, digest in hashes.items()}
     return found

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from unigen.bars import Bar
 from unigen.data.mixing import Mixture
 from unigen.data.packing import Packer
 from unigen.sequence.draw import RandomKey
@@ -222,7 +223,11 @@ class PackStream:
         if self.budget is None:
             count = -(-len(self.mixture) // self.batch_size)
         else:
-            count = sum(1 for _ in self.sequences(LoaderState(epoch)))
+            count = 0
+            with Bar(f"planning epoch {epoch}", len(self.mixture), "records") as shown:
+                for _, after in self.sequences(LoaderState(epoch)):
+                    count += 1
+                    shown.update(after.done - shown.done)
         return -(-count // global_batch)
 
     def fill(self, epoch: int = 0) -> float:

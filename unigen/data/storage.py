@@ -6,10 +6,10 @@ import logging
 from pathlib import Path, PurePosixPath
 
 from unigen import remote
+from unigen.bars import each
 from unigen.data.captions import CAPTIONS, is_picture
 from unigen.data.containers import BadData, kind_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file
-from unigen.printing import bar
 
 log = logging.getLogger("unigen")
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
@@ -32,7 +32,7 @@ def brought(url: str, split: Split | None, asked: str | None, left_out: list[Lef
         wanted, others = _wanted(url, names, split, asked)
         log.info("Copying what is new of %s, %s file(s), to %s", url, f"{len(wanted):,}", target)
         left_out += [LeftOut(target / name, reason) for name, reason in others]
-        for name in bar("copying", iterable=wanted, unit=" files"):
+        for name in each("copying", wanted, "files"):
             remote.refresh(f"{url.rstrip('/')}/{name.as_posix()}", target / name)
         _forget(target, set(names))
     except remote.RemoteError as error:

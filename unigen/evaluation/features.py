@@ -18,6 +18,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from unigen.bars import Bar
 from unigen.cache.encoders import Encoders
 from unigen.config import Config, UserError
 from unigen.evaluation.inception import SIDE, Inception, resize_as_tensorflow
@@ -77,7 +78,7 @@ class Extractor:
         """
         same_length(pictures)
         found: list[np.ndarray | None] = [None] * len(pictures)
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(4) as pool, Bar("features of pictures", len(pictures)) as shown:
             for start in range(0, len(pictures), self.batch_size):
                 batch = pictures[start : start + self.batch_size]
                 loaded = list(pool.map(_Loaded.of, batch))
@@ -95,6 +96,7 @@ class Extractor:
                         found[start + place] = feature
                         if cache:
                             cache.put(keys[place], feature)
+                shown.update(len(batch))
                 tick(start + len(batch))
         features = np.stack([feature for feature in found if feature is not None])
         if not np.isfinite(features).all():

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from unigen.bars import each
 from unigen.evaluation import edits, images, text, views
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, TEXT, Case
@@ -215,12 +216,14 @@ def score(
     for task in sorted({case.task for case in cases}):
         those = [(case, found) for case, found in zip(cases, predictions) if case.task == task]
         material = Material(task, [case for case, _ in those], [one for _, one in those], tools, said or {})
-        scores[task] = [
-            _measure(kind, one, material)
+        fitting = [
+            (kind, one)
             for kind, ones in METRICS.items()
             for one in ones
             if one.fits(material) and (not kinds or kind in kinds)
-        ] + more(material)
+        ]
+        counted = each(f"measuring {task}", fitting, "metrics")
+        scores[task] = [_measure(kind, one, material) for kind, one in counted] + more(material)
     return scores
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from unigen.bars import each
 from unigen.config import SamplingOptions
 from unigen.model import flow
 from unigen.model.attention import prepare_attention
@@ -95,7 +96,7 @@ def write(
     stops = {special.text_end} if stop is None else set(stop)
     written: list[list[int]] = [[] for _ in caches]
     active, current = list(range(len(caches))), [special.text_start] * len(caches)
-    for _ in range(max_tokens):
+    for _ in each("writing", range(max_tokens), "tokens"):
         hidden = feed(model, [caches[i] for i in active], current)
         logits = model.logits(hidden).float()
         for i, token in zip(active, current, strict=True):
@@ -141,7 +142,7 @@ def draw(
     )
     guided = ((times > low) & (times <= high)).tolist()  # on the host, which chooses by it
     row, used = None, None
-    for inside, (t, t_next) in zip(guided, pairwise(times.to(device))):
+    for inside, (t, t_next) in each("drawing", list(zip(guided, pairwise(times.to(device)))), "steps"):
         text = inside and options.cfg_text_scale > 1
         use = (text, text and options.cfg_img_scale > 1)
         if row is None or use != used:

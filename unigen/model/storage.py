@@ -478,8 +478,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_bytes(json_bytes(value))
 
 
-def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
-    """Writes tensors one after another, so that only one is in host memory, and brings them to the disk.
+def write_safetensors(
+    path: Path, plan: Plan, tick: Callable[[int], None] = lambda count: None
+) -> tuple[int, str]:
+    """Writes tensors one after another, so that only one is in host memory, and brings them to the disk;
+    ``tick`` is told how many bytes more were written.
 
     The library's own writer wants all of them on the host at once, which for an optimiser is three times the
     weights. It also refuses shared storage; here each tensor is simply written out.
@@ -515,6 +518,7 @@ def write_safetensors(path: Path, plan: Plan) -> tuple[int, str]:
             f.write(piece)
             digest.update(piece)
             size += len(piece)
+            tick(len(piece))
     return size, digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unigen import foreign
+from unigen.bars import Bar
 from unigen.config import DataOptions
 from unigen.model.adapters import CONFIG as ADAPTER
 from unigen.model.adapters import (
@@ -160,9 +161,7 @@ def load_bagel(
     if quantize is not None:
         computes = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         quantise_layers(model, quantize, double_quant, computes)
-    with large_blocks_apart() if quantize else contextlib.nullcontext():
-        for name, parameter in list(model.named_parameters()):
-            place_parameter(model, name, parameter, stored, device)
+    place_parameters(model, stored, device, quantises=quantize is not None)
     refuse_nonfinite(folder, nonfinite(model.named_parameters()))
     object.__setattr__(model, "codec", load_codec(folder, model.config, device) if visual_gen else None)
     factors = {}
@@ -236,6 +235,27 @@ def build_bagel(
             )
     model.source = folder
     return model, stored
+
+
+def place_parameters(
+    model: Bagel,
+    stored: Mapping[str, Stored],
+    device: torch.device | str,
+    *,
+    quantises: bool,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """:func:`place_parameter` for all of them, with a bar; ``tick`` is called before each."""
+    named = list(model.named_parameters())
+    label = "loading and quantising weights" if quantises else "loading weights"
+    with (
+        large_blocks_apart() if quantises else contextlib.nullcontext(),
+        Bar(label, sum(p.nbytes for _, p in named), "B") as shown,
+    ):
+        for name, p in named:
+            tick()
+            place_parameter(model, name, p, stored, device)
+            shown.update(p.nbytes)
 
 
 def place_parameter(

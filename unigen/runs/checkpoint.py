@@ -30,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from unigen.bars import Bar
 from unigen.config import UserError
 from unigen.files import draft_of, leftover, remove, sha256_of
 from unigen.foreign import ForeignFileError, open_file, read_json, require, roots_of
@@ -163,15 +164,24 @@ def changed_files(
     strays = [n for group in GROUPS for n in set_files(group) if n not in entries and (folder / n).exists()]
     files = sorted(entries.items(), key=lambda item: -item[1]["size"])[share[0] :: share[1]]
     files = [(name, entry) for name, entry in files if wanted(name)]
-    with ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:  # hashing needs no interpreter lock
-        problems = list(pool.map(lambda item: _problem(folder, *item, tick), files))
+    total = sum(entry["size"] for _, entry in files)
+    with (
+        ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool,  # hashing needs no interpreter lock
+        Bar(f"verifying {folder.name}", total, "B") as shown,
+    ):
+
+        def read(count: int) -> None:
+            shown.update(count)
+            tick()
+
+        problems = list(pool.map(lambda item: _problem(folder, *item, read), files))
     return [
         *(f"{name} is none of its files, yet would be read in place of them" for name in strays),
         *filter(None, problems),
     ]
 
 
-def _problem(folder: Path, name: str, entry: dict[str, Any], tick: Callable[[], None]) -> str:
+def _problem(folder: Path, name: str, entry: dict[str, Any], tick: Callable[[int], None]) -> str:
     if wrong := wrong_size(folder / name, name, entry["size"]):
         return wrong
     try:

@@ -22,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from unigen.bars import Bar
 from unigen.config import UserError
 from unigen.files import draft_of, fsync, make_empty, publish, sha256_of
 from unigen.model.storage import DTYPES, code_of, part_name, set_files, write_json, write_safetensors
@@ -232,7 +233,7 @@ class Saver:
         published = False
         try:
             self._together(contents, final, lambda: make_empty(staging) if main else None)
-            said = self._together(contents, final, lambda: self._write_files(staging, contents))
+            said = self._together(contents, final, lambda: self._write_files(staging, contents, final.name))
             self._together(
                 contents, final, lambda: self._publish(staging, final, contents, said) if main else None
             )
@@ -280,7 +281,13 @@ class Saver:
             ) from failure
         return [a["value"] for a in answers]
 
-    def _write_files(self, staging: Path, contents: Contents) -> dict[str, Any]:
+    def _write_files(self, staging: Path, contents: Contents, name: str) -> dict[str, Any]:
+        """:meth:`_write_part`, with a bar."""
+        total = sum(entry.value.nbytes for entry in contents.entries)
+        with Bar(f"saving {name}", total, "B", plain=not self.background) as shown:
+            return self._write_part(staging, contents, shown.update)
+
+    def _write_part(self, staging: Path, contents: Contents, tick: Callable[[int], None]) -> dict[str, Any]:
         """Writes this process's part of every group: {"files": {file: {size, sha256}}, "tensors": [[group,
         name, file, ...]]}."""
         _await_folder(staging)
@@ -295,7 +302,7 @@ class Saver:
                 plan[e.name] = (e.value.dtype, shape, lambda e=e, shape=shape: e.make().reshape(shape))
                 where = [e.start, e.start + e.value.numel()]
                 tensors.append([group, e.name, file, code_of(e.value.dtype), list(e.shape), *where])
-            size, digest = write_safetensors(staging / file, plan)
+            size, digest = write_safetensors(staging / file, plan, tick)
             files[file] = {"size": size, "sha256": digest}
         return {"files": files, "tensors": tensors}
 

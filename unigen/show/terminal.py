@@ -8,13 +8,12 @@ import re
 import shutil
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unigen.printing import beneath, printable, printable_lines
+from unigen.printing import above, beneath, columns, printable, printable_lines
 from unigen.show.figures import cell, figures_alone
 
 if TYPE_CHECKING:
@@ -64,8 +63,9 @@ def say(*parts: RenderableType) -> None:
     """Prints texts as they are and what rich draws, now; where nobody reads on (``unigen ... | head``) the
     command goes on to its own end and exit code."""
     text = "\n".join(printable_lines(part) if isinstance(part, str) else drawn(part) for part in parts)
-    with reader_may_leave():
-        print(showable(text), flush=True, file=beneath(sys.stdout))
+    out = beneath(sys.stdout)
+    with reader_may_leave(), above(out, "\n"):
+        print(showable(text), flush=True, file=out)
 
 
 def drawn(part: RenderableType, width: int | None = None, colour: bool | None = None) -> str:
@@ -309,10 +309,3 @@ def reader_may_leave() -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def columns(text: str) -> int:
-    """Columns that a terminal gives the text: Chinese characters take two, combining ones none."""
-    return sum(
-        2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text
-    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from unigen.printing import bar, beneath, printable_lines
+from unigen.bars import Bar, duration
+from unigen.printing import Guarded
+
+__all__ = ["Progress", "describe", "duration", "plain"]
 
 _SHOWN: dict[str, tuple[str, str]] = {
     "loss": ("loss", ".4f"),
@@ -23,6 +24,7 @@ _SHOWN: dict[str, tuple[str, str]] = {
 }
 """Metric -> its short name and format; ``data_wait`` is the share of the time spent waiting for data, in [0,
 1]."""
+_FIRST = ("loss", "tokens_per_second")  # what a narrow terminal shows
 
 
 class Progress:
@@ -50,81 +52,48 @@ class Progress:
         note: Callable[[str], None] = lambda line: None,
     ):
         self._note = note
-        self._total, self._initial, self._every, self._enabled = total_steps, initial, every, enabled
-        self._stream = stream or sys.stderr
-        # when the first step was done, and which: it alone compiles and warms up
-        self._first: tuple[float, int] | None = None
-        self._start = time.monotonic()
-        self._bar = None
-        if enabled and self._stream.isatty():
-            # Some containers' terminals say that they have no columns; a bar of no width would be invisible.
-            width = (
-                {"dynamic_ncols": True}
-                if os.get_terminal_size(self._stream.fileno()).columns
-                else {"ncols": 160}
-            )
-            self._bar = bar("", self._stream, total=total_steps, initial=initial, unit="step", **width)
+        self._total, self._every, self._enabled = total_steps, every, enabled
+        stream = stream or sys.stderr
+        self._stream = stream if isinstance(stream, Guarded) else Guarded(stream)
+        self._bar = Bar("step", total_steps, done=initial, stream=self._stream, plain=False, shown=enabled)
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
         """Shows that ``step`` optimiser steps are done; of ``metrics`` what is known by name (see ``_SHOWN``)
         and not None."""
-        now, line = time.monotonic(), ""
+        if metrics:
+            self._bar.notes = _in_words(metrics, _FIRST)
+        self._bar.update(step - self._bar.done)
         if step % self._every == 0 or step == self._total:
-            line = f"step {step}/{self._total}  {describe(metrics)}  ETA {self._eta(now, step)}"
+            line = f"step {step}/{self._total}  {describe(metrics)}  ETA {self._bar.left}"
             self._note(line)
-        if not self._enabled:
-            return
-        if self._bar is not None:
-            if metrics:
-                self._bar.set_postfix_str(describe(metrics), refresh=False)
-            with contextlib.suppress(OSError):
-                self._bar.update(step - self._bar.n)
-        elif line:
-            self._print(line)
-        if self._first is None:
-            self._first = (now, step)
+            if not self._bar.drawn:
+                self._print(line)
 
     def write(self, text: str) -> None:
         """A line of its own, above the bar."""
         self._note(text)
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.write(printable_lines(text), file=beneath(self._stream))
-        elif self._enabled:
-            self._print(text)
+        self._print(text)
 
     def close(self) -> None:
-        """Leaves the bar as it is; a second call does nothing."""
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.close()
+        """Takes the bar away; a second call does nothing."""
+        self._bar.close()
 
     def _print(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            print(text, file=self._stream, flush=True)
-
-    def _eta(self, now: float, step: int) -> str:
-        since, done = self._first or (self._start, self._initial)
-        if step <= done:
-            return "?"
-        return duration((now - since) / (step - done) * (self._total - step))
+            if self._enabled:
+                print(text, file=self._stream, flush=True)
 
 
 def describe(metrics: dict[str, Any]) -> str:
     """The known metrics in a fixed order, for people: ``loss 1.2340  text 0.9000  lr 1.00e-05``."""
-    parts = []
-    for name, (short, form) in _SHOWN.items():
-        value = plain(metrics.get(name))
-        if value is not None:
-            parts.append(f"{short} {value:{form}}")
-    return "  ".join(parts)
+    return "  ".join(_in_words(metrics))
 
 
-def duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+def _in_words(metrics: dict[str, Any], first: Sequence[str] = ()) -> list[str]:
+    """The known metrics, each by its short name, those named ``first`` before the others."""
+    names = [*first, *(name for name in _SHOWN if name not in first)]
+    known = [(name, plain(metrics.get(name))) for name in names]
+    return [f"{_SHOWN[name][0]} {value:{_SHOWN[name][1]}}" for name, value in known if value is not None]
 
 
 def plain(value: Any) -> Any:

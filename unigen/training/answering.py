@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unigen.bars import each
 from unigen.config import Config, UserError
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.pictures import run_transform
@@ -127,7 +128,7 @@ class Answerer:
 
     def _answer_share(self, jobs: Sequence[Job], answers: dict[int, list[Answer]]) -> BaseException | None:
         """This process's jobs, into ``answers``; what broke it off, which the others must hear of first."""
-        for number in range(self.engine.rank, len(jobs), self.engine.world):
+        for number in each("answering", range(self.engine.rank, len(jobs), self.engine.world)):
             try:
                 self.idle()
                 answers[number] = [{"pieces": packed(pieces)} for pieces in jobs[number].ask()]
@@ -155,7 +156,7 @@ class Answerer:
     ) -> dict[int, list[Answer]]:
         """Every job, on all processes at once; only rank 0's answers count."""
         answers = {}
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(each("answering", jobs)):
             found: list[list[Any]] = []
             error = lockstep.attempt(lambda job=job, into=found: into.extend(job.ask()))
             if error is None:

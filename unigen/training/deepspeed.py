@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unigen.bars import each
 from unigen.config import Config, UserError
 from unigen.model.bagel import Output
 from unigen.model.storage import Stored
@@ -119,7 +120,7 @@ class DeepSpeed(Engine):
         pieces = {
             dtype: torch.empty(-(-longest // self.world), dtype=dtype, device=self.device) for dtype in wholes
         }
-        for name, p in list(self.model.named_parameters()):
+        for name, p in each("loading weights", list(self.model.named_parameters()), "tensors"):
             whole = nn.Parameter(wholes[p.dtype][: p.numel()].view(p.shape), requires_grad=p.requires_grad)
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, whole)
@@ -367,7 +368,8 @@ def _open_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise UserError(
-            f'--engine deepspeed needs DeepSpeed ({error}). Fix: pip install "deepspeed>=0.19"'
+            f"--engine deepspeed needs DeepSpeed ({error}). Fix: pip install"
+            " 'deepspeed>=0.19,<0.20' (the extra deepspeed)"
         ) from error
     finally:
         logging.disable(silenced)

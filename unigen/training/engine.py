@@ -30,9 +30,8 @@ from unigen.model.backends import autocast, pick_device, prefer_flash, use_expan
 from unigen.model.bagel import Bagel, Output
 from unigen.model.lora import check_same_parts, digest_of
 from unigen.model.parts import dtype_of, is_adapter
-from unigen.model.quantise import large_blocks_apart
 from unigen.model.storage import Stored, scan_folder
-from unigen.model.weights import build_bagel, load_codec, place_parameter
+from unigen.model.weights import build_bagel, load_codec, place_parameters
 from unigen.runs.channel import Channel
 from unigen.sequence.types import Pack
 from unigen.training.optim import (
@@ -196,10 +195,8 @@ class Engine:
 
     def place(self, stored: dict[str, Stored]) -> None:
         """Gives the parameters of ``self.model``, which lie nowhere yet, their memory and their values."""
-        with large_blocks_apart() if self.config.quantize else contextlib.nullcontext():
-            for name, p in list(self.model.named_parameters()):
-                self.tick()
-                place_parameter(self.model, name, p, stored, self.device)
+        quantises = self.config.quantize is not None
+        place_parameters(self.model, stored, self.device, quantises=quantises, tick=self.tick)
 
     def start(self) -> None:
         """Wraps the model for training and builds the optimiser."""

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Rows
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from unigen.bars import each
 from unigen.config import Config, ConfigError
 from unigen.model.storage import Stored
 from unigen.model.weights import read_parameter
@@ -74,7 +75,7 @@ class FullyShard(Engine):
         fully_shard(model, mesh=self.mesh, reshard_after_forward=False, offload_policy=offload)
         model.sharded = True
         model.to_empty(device="cpu" if c.cpu_offload else self.device)
-        for shard in self.shards():
+        for shard in each("loading weights", self.shards(), "tensors"):
             self.tick()
             read_parameter(model, shard.name, stored, shard.value, shard.start)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from unigen.bars import each
 from unigen.config import UserError
 from unigen.model.bagel import Bagel, Output
 from unigen.model.lora import adapters_off, digest_of
@@ -67,7 +68,7 @@ class Teacher:
             )
         self.shards = [s for s in engine.shards() if s.trains and not is_adapter(s.name)]
         self.values: list[Tensor] = []
-        for shard in self.shards:
+        for shard in each("loading the weights to stay near", self.shards, "tensors"):
             engine.tick()
             value = torch.empty_like(shard.value)
             read_parameter(self.model, shard.name, source.stored, value, shard.start)

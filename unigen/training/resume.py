@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unigen.bars import each
 from unigen.config import Config, ConfigError, UserError
 from unigen.model.adapters import is_adapter_folder, read_adapter
 from unigen.model.bagel import Bagel
@@ -80,7 +81,7 @@ def has_left_out(source: Source, resume: Path, model: Bagel, engine: Engine) -> 
     held = dict(model.named_parameters())
     left = [(name, entry) for name, entry in scan_weights(resume).items() if name not in held]
     changed = 0
-    for name, entry in left[engine.rank :: engine.world]:
+    for name, entry in each("comparing parts left out", left[engine.rank :: engine.world], "tensors"):
         engine.tick()
         same = source.stored.get(name)
         changed += same is None or not same.equals(entry)

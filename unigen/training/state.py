@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.bars import each
 from unigen.config import Config
 from unigen.model.adapters import GROUP, disk_name
 from unigen.model.source import Source
@@ -78,7 +79,8 @@ class RunState:
             return
         source = origin.stored
         frozen = [shard for shard in engine.shards() if not shard.trains]
-        changed = [float(resumed and not _equal(shard, source.get(shard.name))) for shard in frozen]
+        looked_at = each("comparing frozen weights", frozen, "tensors") if resumed else frozen
+        changed = [float(resumed and not _equal(shard, source.get(shard.name))) for shard in looked_at]
         changed = engine.sum(changed) if frozen and resumed else changed
         held = {shard.name for shard in engine.shards()}
         copied = {
@@ -215,7 +217,7 @@ class RunState:
                 self.ema.load(lambda shard, out: averages[shard.name].read_into(out, shard.start))
             else:
                 log.warning("%s has no average; it starts anew", folder)
-        for shard in trained:
+        for shard in each("restoring the optimiser", trained, "tensors"):
             step = float(steps[shard.name])
             if step:
                 self.engine.set_moments(

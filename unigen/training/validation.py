@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unigen.bars import Bar
 from unigen.config import Config
 from unigen.data.dataset import TASKS, task
 from unigen.data.loader import MicroBatch, PackStream
@@ -73,6 +74,8 @@ def held_out_losses(
     took: list[tuple[float, int]] = []
     seen = [0, 0]
     engine.model.eval()
+    total = stream.steps_in(0, engine.world)
+    shown = Bar("validating", total)
     try:
         for (batch,) in batches:
             if not agree(batch, stream):
@@ -83,7 +86,9 @@ def held_out_losses(
             parts += _parts(output, batch.pack, which, engine.model.config.timestep_shift)
             took.append((time.perf_counter() - began, len(batch.pack)))
             seen = [seen[0] + batch.pack.n_text_labels, seen[1] + batch.pack.n_samples]
+            shown.update()
     finally:
+        shown.close()
         engine.model.train()
     parts = torch.tensor(engine.sum(parts.flatten().tolist()), dtype=torch.float64).view_as(parts)
     values = {}

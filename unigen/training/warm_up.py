@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unigen.bars import Bar
 from unigen.config import Config
 from unigen.data.loader import LoaderState, PackStream
 from unigen.model.parts import ADAPTER_MARKS, title
@@ -57,6 +58,11 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1, fresh: b
         TrainingStopped: it does not fit into the memory of the device, its loss or gradient is not finite,
             nothing learns from the data, or the weights are not what they should be (``preflight``).
     """
+    with Bar("warm-up batch"):
+        return _warm_up(engine, stream, micro_batches, fresh)
+
+
+def _warm_up(engine: Engine, stream: PackStream, micro_batches: int, fresh: bool) -> WarmUp:
     pack = stream.build_largest().pack
     packs, peaks, sums = [pack] * min(micro_batches, 2), [], torch.zeros(2)
     try:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unigen.bars import Bar
 from unigen.config import ConfigError, DataOptions, UserError
 from unigen.outputs import output_file, unwritten
-from unigen.printing import bar
 from unigen.show.terminal import reader_may_leave, say
 from unigen.topics import Workers
 from unigen.values import Count, PathText
@@ -128,13 +128,13 @@ def _resolve(options: CheckOptions) -> None:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int, int, int], None]]:
-    """A progress bar on stderr where that is a terminal."""
-    with bar("check", unit="B", unit_scale=True) as shown:
+    """A bar, and what it is told."""
+    with Bar("checking", 0, "B") as shown:
 
         def progress(done: int, total: int, records: int, problems: int) -> None:
             shown.total = max(total, done)
-            shown.set_postfix(records=f"{records:,}", problems=f"{problems:,}", refresh=False)
-            shown.update(done - shown.n)
+            shown.notes = [f"{records:,} records", f"{problems:,} problems"]
+            shown.update(done - shown.done)
 
         yield progress
 

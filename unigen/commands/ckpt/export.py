@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unigen.bars import Bar
 from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.commands.ckpt.verify import RECEIPT, problems_of, receipt_of
@@ -44,7 +45,6 @@ from unigen.model.storage import (
 )
 from unigen.model.weights import SIDE_FILES, check_side_files
 from unigen.outputs import output_folder, stranger, unwritten
-from unigen.printing import bar
 from unigen.runs import layout
 from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
 from unigen.runs.space import gb, mount_of
@@ -294,8 +294,8 @@ def _write_weights(
     shards = _shards(sizes, options.max_shard_gb)
     names = [part_name(stem, number, len(shards)) for number in range(len(shards))]
     written = {}
-    show = {"unit": "B", "unit_scale": True, "leave": False}
-    with bar("export", total=total, **show) as shown, large_blocks_apart():
+    label = "merging and exporting" if options.merge else "exporting"
+    with Bar(label, total, "B") as shown, large_blocks_apart():
 
         def make(name: str) -> torch.Tensor:
             shown.update(sizes[name])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unigen.files import CHUNK, sha256_of
+from unigen.bars import Bar
+from unigen.files import sha256_of
 from unigen.model.storage import CheckpointFolderError, is_of_set, scan_folder
-from unigen.printing import bar
 from unigen.runs.checkpoint import CheckpointError, changed_files, read_manifest, read_states, scan_group
 from unigen.runs.layout import MANIFEST
 from unigen.runs.states import STATES, outside
@@ -34,14 +33,15 @@ def _changed_in_export(folder: Path, about: dict[str, Any]) -> list[str]:
     """What is wrong with the bytes of an export's files. Files that it does not name are fine."""
     if not about:
         return [f"{RECEIPT} cannot be read"]
-    found = []
-    for name, digest in about["contents"].items():
-        if outside(name):
-            found.append(f"{RECEIPT} {outside(name)}")
-        elif not (folder / name).is_file():
-            found.append(f"{name} is missing")
-        elif sha256_of(folder / name) != digest:
-            found.append(f"{name} has changed since it was written (SHA-256 differs)")
+    found, names = [], [name for name in about["contents"] if not outside(name) and (folder / name).is_file()]
+    with Bar(f"verifying {folder.name}", sum((folder / n).stat().st_size for n in names), "B") as shown:
+        for name, digest in about["contents"].items():
+            if outside(name):
+                found.append(f"{RECEIPT} {outside(name)}")
+            elif name not in names:
+                found.append(f"{name} is missing")
+            elif sha256_of(folder / name, shown.update) != digest:
+                found.append(f"{name} has changed since it was written (SHA-256 differs)")
     if not found and any(is_of_set(name, "ema") for name in about["contents"]):
         try:
             scan_folder(folder)
@@ -65,15 +65,7 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
     except CheckpointError as error:
         return [error.problem]
     names = [name for name in manifest["files"] if wanted(name)]
-    total = sum(manifest["files"][name]["size"] for name in names)
-    lock, show = threading.Lock(), {"unit": "B", "unit_scale": True, "leave": False}
-    with bar(f"verify {folder.name}", total=total, **show) as shown:
-
-        def tick() -> None:
-            with lock:
-                shown.update(min(CHUNK, total - shown.n))
-
-        found = changed_files(folder, wanted, threads=os.cpu_count() or 1, tick=tick)
+    found = changed_files(folder, wanted, threads=os.cpu_count() or 1)
     if not found:  # the bytes are those that were written; do they say what a resume needs?
         if names == list(manifest["files"]):
             try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from unigen.bars import Bar
 from unigen.cache.encoders import digest_weights
 from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.page import write
@@ -41,7 +43,6 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import NAMES, check_sampling, idle_settings
 from unigen.model.backends import pick_device
 from unigen.outputs import output_folder, unwritten
-from unigen.printing import bar
 from unigen.runs.channel import Channel, processes
 from unigen.runs.checkpoint import steps
 from unigen.runs.layout import step_of
@@ -107,7 +108,11 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
     extras = extras or Extras()
     with processes() as (rank, channel):
         dataset = UnifiedGenerationDataset(
-            o.data_path, read=ReadOptions.of(o), split="validation", named_split=o.split
+            o.data_path,
+            read=ReadOptions.of(o),
+            split="validation",
+            named_split=o.split,
+            progress=rank == 0,
         )
         cases, silent = cases_of(dataset, o.samples)
         if not cases:
@@ -376,11 +381,11 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
         return [Answer(pieces, _stopped(pieces, wanted, inferencer, o)) for pieces in answers]
 
     def over(name: str, cases: Sequence[Case], job: Callable[..., list[dict[str, Any]]]) -> dict[int, Row]:
-        with _bar(work, name, len(cases)) as tick:
+        with _bar(name, len(cases)) as tick:
             folder = source.folder / name.replace(" ", "-")
             return row_by_row(cases, job, folder, batch_size=o.batch_size, tick=tick, part=work.part)
 
-    with _bar(work, "records", len(work.cases)) as tick:
+    with _bar("records", len(work.cases)) as tick:
         predictions = answer_all(
             work.cases, ask, source.folder, about, batch_size=o.batch_size, seed=o.seed, tick=tick,
             part=work.part,
@@ -416,7 +421,7 @@ def _judged(work: Work, source: Source, predictions: list[Prediction], judge: Ju
     found = {one.number: one for one in predictions}
     folder = source.folder / f"judge-{digest_of(judge.about(), judge.url)}"
     try:
-        with _bar(work, "judge", len(work.cases)) as tick:
+        with _bar("judge", len(work.cases)) as tick:
             rows = row_by_row(
                 work.cases, lambda cases: judge.judged(cases, found), folder,
                 batch_size=work.options.batch_size, tick=tick,
@@ -426,19 +431,11 @@ def _judged(work: Work, source: Source, predictions: list[Prediction], judge: Ju
     return {-1: judge.about(), **rows}
 
 
-class _bar:
-    """The progress of the first process, with the time left."""
-
-    def __init__(self, work: Work, name: str, total: int):
-        options = {} if work.part.rank == 0 else {"disable": True}
-        self._bar = bar(name.partition(" ")[0], total=total, unit="", **options)
-
-    def __enter__(self) -> Callable[[int], None]:
-        shown = self._bar.__enter__()
-        return lambda done: shown.update(done - shown.n)
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that is told how many are done."""
+    with Bar(name.partition(" ")[0], total) as shown:
+        yield lambda done: shown.update(done - shown.done)
 
 
 # ---- numbers

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from unigen.bars import Bar
 from unigen.commands.fetch.addresses import FetchError, Network, parse_url, shown
 from unigen.commands.fetch.client import Client
 from unigen.commands.fetch.rewrite import RewrittenFile, Writer, records
@@ -29,7 +30,7 @@ from unigen.data.mapping import ReadOptions
 from unigen.data.probe import require_match
 from unigen.files import Busy, locked, sha256_of
 from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
-from unigen.printing import bar, printable
+from unigen.printing import printable
 from unigen.values import Count, Options, PathText, Plugin, Range, Renames
 
 Seconds = Annotated[float, Range(0, 86400, above=True)]
@@ -105,7 +106,11 @@ def fetch(options: FetchOptions) -> int:
     sources = _sources(options, out)
     _claim(out, sources)
     with _alone(out), closing(PictureStore(out)) as store:
-        urls = {url: None for source in sources for url in _addresses(source)}
+        with Bar("reading addresses") as shown_bar:
+            urls: dict[str, None] = {}
+            for url in (url for source in sources for url in _addresses(source)):
+                urls[url] = None
+                shown_bar.update()
         damaged = store.verify(urls)
         known = {
             url
@@ -281,7 +286,7 @@ def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: Fe
     for _ in range(min(options.connections, len(urls))):
         threading.Thread(target=work, daemon=True).start()  # a daemon: Ctrl-C does not wait for slow servers
     failed = 0
-    with bar("pictures", total=len(urls), unit="", disable=None if urls else True) as shown_bar:
+    with Bar("fetching", len(urls), "pictures", shown=bool(urls)) as shown_bar:
         try:
             for _ in urls:
                 entry = results.get()
@@ -289,7 +294,7 @@ def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: Fe
                     raise entry
                 store.note(entry)
                 failed += not entry.good
-                shown_bar.set_postfix(failed=failed, refresh=False)
+                shown_bar.notes = [f"{failed:,} failed"]
                 shown_bar.update()
         finally:
             turns.stop()

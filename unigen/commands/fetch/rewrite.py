@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from unigen.bars import Bar
 from unigen.commands.fetch.addresses import FetchError, parse_url, shown
 from unigen.commands.fetch.store import FETCH, PictureStore
 from unigen.config import UserError
@@ -117,12 +118,13 @@ class Writer:
         listing = self.store.drafts / "failed"
         drafts = [self.store.drafts / str(i) for i in range(len(sources))]
         with self.store.writing():
-            with listing.open("xb") as listed:
+            with listing.open("xb") as listed, Bar("writing records") as shown_bar:
                 for source, draft in zip(sources, drafts):
                     with draft.open("xb") as file:
                         for line in self._lines(source, listed):
                             file.write(line + b"\n")
                             self.written += 1
+                            shown_bar.update()
                         _flush(file)
                 _flush(listed)
             if self.failures and not partial:

@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+from unigen.bars import each
 from unigen.commands.fetch.addresses import FetchError
 from unigen.config import UserError
 from unigen.files import atomic, sha256_of
@@ -180,7 +181,7 @@ class PictureStore:
         with another content."""
         files = sorted({entry.file for url in urls if (entry := self.entries.get(url)) and entry.good})
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter lock
-            sound = dict(zip(files, pool.map(self._sound, files)))
+            sound = dict(zip(each("verifying", files, "pictures"), pool.map(self._sound, files)))
         damaged = [file for file in files if sound[file] is False]
         with self.writing():
             for file in damaged:

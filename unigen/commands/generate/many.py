@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unigen.bars import Bar
 from unigen.cache.encoders import digest_weights
 from unigen.commands.generate.one import checkpoint_of
 from unigen.commands.generate.options import GenerateError, GenerateOptions
@@ -27,7 +28,6 @@ from unigen.files import atomic, json_of, sha256_of
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.backends import pick_device
 from unigen.outputs import output_folder, unwritten
-from unigen.printing import bar
 from unigen.runs.channel import processes
 from unigen.sequence.images import image_size, open_image
 from unigen.show.terminal import say
@@ -187,7 +187,7 @@ def _about(o: GenerateOptions, plan: Plan, inferencer: InterleaveInferencer) -> 
 def _draw(plan: Plan, inferencer: InterleaveInferencer) -> None:
     mine = list(plan.groups())
     total = sum(len(group) for _, group in mine) * plan.pictures
-    with bar("pictures", total=total, unit="", **({"disable": True} if plan.rank else {})) as shown:
+    with Bar("pictures", total, shown=plan.rank == 0) as shown:
         for first, group in mine:
             for batch in _batches(plan, first, group, inferencer):
                 if not all(plan.is_done(one.asked, one.k) for one in batch):
