@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -66,6 +68,10 @@ def seen(dataset: UnifiedGenerationDataset) -> list:
 def test_any_number_of_processes_gives_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexing, "ALONE", 0)
     monkeypatch.setattr(indexing, "PART", 2000)
+    talks = [{"query": f"question {i}", "response": f"answer {i * i}"} for i in range(300)]
+    pq.write_table(pa.Table.from_pylist(talks), place / "d.parquet", row_group_size=20)
+    jobs = list(indexing._jobs([place / "d.parquet"], lambda number: place / "d.parquet", {}))
+    assert len(jobs) > 1 and sum(len(job.parts) for job in jobs) == 15  # small groups together
     one, two = (seen(built(place, num_workers=n)) for n in (0, 2))
     assert one == two and len(one[3]) == 2 * 45 + 1
 

@@ -129,7 +129,7 @@ class Found:
         inside: Pictures that records hold themselves.
         folders: Those that pictures lie in.
         faulty: Paths of pictures that cannot be used, each with its :func:`stamp` when it was looked at.
-        digests: SHA-256 of the contents of each file by its number.
+        digests: SHA-256 of the contents of each file by its number; while it is read, those of its parts.
     """
 
     def __init__(self, counted: bool):
@@ -183,7 +183,8 @@ class Found:
         self.inside += other.inside
         self.folders |= other.folders
         self.faulty |= other.faulty
-        self.digests |= other.digests
+        for number, digest in other.digests.items():
+            self.digests[number] = self.digests.get(number, "") + digest
         self.keys += other.keys
 
     def drop(self, records: set[int], pictures: int) -> None:
@@ -196,11 +197,11 @@ class Found:
 
 
 class Job(NamedTuple):
-    """What a process reads at once: a part of a file of lines, or a whole file of another kind."""
+    """What a process reads at once: parts of a file that follow one another."""
 
     number: int  # of the file
     parts: tuple[FilePart, ...]
-    whole: bool = False  # a file that the process cuts, and hashes the contents of
+    hashed: bool = False  # the process hashes the contents of each part
     lost: BadRecord | None = None  # what makes the rest of the file unreadable, in place of parts
 
     @property
@@ -245,23 +246,36 @@ def read_all(
                 found.extend(result)
             progress_bar.notes = [f"{len(found.index):,} records"]
             progress_bar.update(job.size)
+    found.digests = {number: _digest(parts) for number, parts in found.digests.items()}
     found.digests |= {number: digest.hexdigest() for number, digest in hashes.items()}
     return found
 
 
+def _digest(of_parts: str) -> str:
+    """The digest of a file, from those of its parts behind one another."""
+    one = len(of_parts) == 2 * hashlib.sha256().digest_size
+    return of_parts if one else hashlib.sha256(of_parts.encode()).hexdigest()
+
+
 def _jobs(files: Sequence[Path], source: Callable[[int], Path], hashes: dict[int, Any]) -> Iterator[Job]:
     """The jobs in order; the contents of files of lines are hashed here as they are cut, while others read
-    them."""
+    them. Small groups of a table are read together."""
     for number, path in enumerate(files):
         try:
-            if container_of(path) is not CONTAINERS[".jsonl"]:
-                size = source(number).stat().st_size
-                yield Job(number, (FilePart(path, number, source(number), size=size),), whole=True)
+            if container_of(path) is CONTAINERS[".jsonl"]:
+                hashes[number] = hashlib.sha256()
+                for part in parts(path, number, PART, source(number)):
+                    _feed(part, hashes[number])
+                    yield Job(number, (part,))
                 continue
-            hashes[number] = hashlib.sha256()
+            together: list[FilePart] = []
             for part in parts(path, number, PART, source(number)):
-                _feed(part, hashes[number])
-                yield Job(number, (part,))
+                together.append(part)
+                if sum(part.size for part in together) >= PART:
+                    yield Job(number, tuple(together), hashed=True)
+                    together = []
+            if together:
+                yield Job(number, tuple(together), hashed=True)
         except BadRecord as error:
             yield Job(number, (), lost=error)
 
@@ -293,11 +307,10 @@ def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Jo
     def work(job: Job, mark: Mark) -> Found:
         pictures.forget()
         found = Found(token_lengths is not None)
-        digest = hashlib.sha256() if job.whole else None
         try:
             if job.lost:
                 raise job.lost
-            for step, (span, raw) in enumerate(_records(job, digest)):
+            for step, (span, raw) in enumerate(_records(job, found)):
                 mark(step)
                 try:
                     _add(found, span, raw, job.parts[0].path, pictures, token_lengths, read)
@@ -309,18 +322,18 @@ def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Jo
             found.unreadable.append(without_trace(error))
         found.keys = [np.array(sorted(pictures.met), np.uint64)] if pictures.met else []
         found.inside, found.folders, found.faulty = pictures.inside, pictures.folders, pictures.faulty
-        if digest is not None:
-            found.digests[job.number] = digest.hexdigest()
         return found
 
     return work
 
 
-def _records(job: Job, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
-    for given in job.parts:
-        cut = parts(given.path, given.file, source=given.source) if job.whole else (given,)
-        for part in cut:
-            yield from read_part(part, digest)
+def _records(job: Job, found: Found) -> Iterator[tuple[ByteSpan, Raw]]:
+    """The records of a job; ``found`` gets the digests of its parts."""
+    for part in job.parts:
+        digest = hashlib.sha256() if job.hashed else None
+        yield from read_part(part, digest)
+        if digest is not None:
+            found.digests[job.number] = found.digests.get(job.number, "") + digest.hexdigest()
 
 
 def _add(
