@@ -4,6 +4,7 @@ way it can go wrong says so."""
 import json
 import logging
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -489,3 +490,24 @@ def test_a_disk_that_fills_up_stops_the_command_and_the_next_run_goes_on(options
     monkeypatch.undo()
     report = fill(**options)
     assert (report.found, report.written) == (3, 3)
+
+
+def test_pictures_of_tars_and_of_folders_with_texts_are_cached_and_evaluated(options, data, tmp_path, capsys):
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(tmp_path / name, folder)
+        (folder / name).with_suffix(".txt").write_text(f"The picture {name}")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    for source in (folder, tmp_path / "set.tar"):  # the second finds what the first has made
+        report = fill(**options | {"train_data_path": str(source)})
+        assert (report.views, report.found + report.written) == (2, 2) and not report.bad
+        _, used = losses(trainer(True, **options | {"train_data_path": str(source)}), steps=1)
+        assert all(ready > 0 and encoded == 0 for ready, encoded in used)
+        asked = (
+            f"--model_path {options['model_path']} --data_path {source} --output_dir {tmp_path / 'evaluated'}"
+        )
+        assert main(f"evaluate {asked} --check".split()) == 0
+        assert "structure" in capsys.readouterr().out

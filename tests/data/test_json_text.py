@@ -28,6 +28,10 @@ def problems(path: Path) -> list[BadRecord]:
         (f"{json.dumps(RECORD, indent=1)}\n" * 3, "bad_json", "several lines", "on one line"),
         (f"{LINE}\n".encode("utf-16"), "bad_utf8", "UTF-16", "iconv -f UTF-16"),
         ("version https://git-lfs.github.com/spec/v1\noid x\n", "broken_file", "LFS pointer", "git lfs pull"),
+        ("image,text\na.png,A disc\n", "bad_json", "'image,text'", "name it .csv"),
+        (b"PAR1\x15\x04", "broken_file", "Parquet", "name it .parquet"),
+        (b"\x1f\x8b\x08\x00", "broken_file", "gzip", "add .gz"),
+        (b"PK\x03\x04\x14", "broken_file", "zip archive", "unpack it"),
         ("<!DOCTYPE html>\n<html>\n</html>\n", "broken_file", "web page", "download"),
     ],
 )
@@ -51,6 +55,25 @@ def test_a_comma_at_the_end_of_a_line() -> None:
     with pytest.raises(BadRecord) as caught:
         parse_json(f"{LINE},".encode(), 3)
     assert "a comma after the record" in caught.value.found and "take it out" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "fix"),
+    [
+        ("[1, 2,]", "a comma before the end", "take the comma out"),
+        ('{"a": 1,}', "a comma before the end", "take the comma out"),
+        ("{'a': 1}", "as Python prints it", "json.dumps"),
+        ('{"a": True}', "as Python prints it", "json.dumps"),
+        ("# made by hand", "a comment", "take it out"),
+        ('{"a": 1}{"a": 2}', "another record on the same line", "new line"),
+    ],
+)
+def test_slips_are_named(text: str, found: str, fix: str) -> None:
+    with pytest.raises(BadRecord) as caught:
+        parse_json(text.encode())
+    assert found in caught.value.found and fix in caught.value.fix and "line 1" in caught.value.found
+    if text.startswith("["):
+        assert found in split_json(text.encode())[1].found
 
 
 def test_chinese_encodings_are_recognised() -> None:

@@ -405,6 +405,7 @@ def test_relative_paths_start_from_image_root() -> None:
 
 def test_addresses_are_told_from_paths() -> None:
     assert place_of("HTTPS://a") == Address("HTTPS://a")
+    assert place_of("file:/a%20b.png") == place_of("file:///a b.png") == "/a b.png"
     paths = [
         "a.png",
         "/a/b.png",

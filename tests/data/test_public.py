@@ -242,3 +242,22 @@ def test_of_others_nothing_is_guessed(record) -> None:
         and "did you mean" not in caught.value.fix
     )
     assert value_of(json.dumps(record).encode(), 1) == record
+
+
+@pytest.mark.parametrize(
+    ("value", "found", "fix"),
+    [
+        ({"data": [{"image": "a.png", "text": "t"}]}, "a list of records under data", "jq .data OLD"),
+        ({"7": {"image": "a.png", "text": "t"}, "8": {"image": "b.png", "text": "u"}}, "keys of their own", "jq '[.[]]'"),
+        (
+            {"info": {}, "images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "t"}]},
+            "as COCO has them", ".annotations[] | {image:",
+        ),
+    ],
+)  # fmt: skip
+def test_an_object_that_holds_many_records_is_told_what_makes_a_list_of_it(
+    value, found: str, fix: str
+) -> None:
+    with pytest.raises(BadRecord) as caught:
+        parse_with_fields(value, Origin(Path("d.json")))
+    assert caught.value.code == "no_format" and found in caught.value.found and fix in caught.value.fix

@@ -60,3 +60,10 @@ def test_no_neighbour_outside_of_the_root_is_told(tmp_path: Path) -> None:
             open_file(Confined(tmp_path / "root" / path, tmp_path / "root"))
         told.append("exists" in caught.value.fix)
     assert told == [True, False]
+
+
+def test_a_path_of_windows_is_told_what_to_write(tmp_path: Path) -> None:
+    for name in ("C:\\data\\a.png", "D:/data/a.png"):
+        with pytest.raises(PictureError, match=r"a path of Windows.*--image_root") as caught:
+            open_file(tmp_path / name)
+        assert caught.value.code == "missing_picture"

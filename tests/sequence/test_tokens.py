@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unigen.sequence.tokens import KEPT_TEXT, SpecialIds, Tokenizer, TokenizerError, WordTokenizer
+from unigen.sequence.tokens import (
+    KEPT_TEXT,
+    SpecialIds,
+    Tokenizer,
+    TokenizerError,
+    WordTokenizer,
+    is_media_tag,
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +90,19 @@ def test_what_a_tokenizer_remembers_is_bounded_in_bytes(tokenizer, monkeypatch):
     for i in range(1000):
         fresh.encode(f"text {i}")
     assert fresh._held < 11_000 and len(fresh._known) < 30
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<image/>",
+        "<start_of_image>",
+        "<image_placeholder>",
+        "<img>a/b.png</img>",
+        "<IMG_CONTEXT>",
+        "<|image_1|>",
+    ],
+)
+def test_tags_of_other_models_are_tags(tag: str):
+    assert WordTokenizer().control_token(f"see {tag}") == (tag, 4) and is_media_tag(tag)
+    assert WordTokenizer().control_token('<img src="a.png"> <images> <imagery>') is None

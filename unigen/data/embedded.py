@@ -70,7 +70,7 @@ def place_of(text: str) -> str | Address:
     """
     match = _SCHEME.match(text)
     if match is None:
-        return text
+        return unquote(text[5:]) if text[:6].lower() == "file:/" else text
     scheme, rest = match[1].lower(), text[match.end() :]
     if scheme in ("http", "https"):
         return Address(text)

@@ -18,6 +18,17 @@ MAX_DEPTH = 100  # objects and lists inside of one another
 
 HEAD = 1 << 20  # bytes of a file's beginning that say whether it holds a record a line
 
+# What files of other kinds begin with: what they are, and the fix.
+_KINDS = (
+    (b"PAR1", "it is a Parquet file", "name it .parquet"),
+    (b"ARROW1", "it is an Arrow file", "name it .arrow"),
+    (b"\x1f\x8b", "it is compressed by gzip", "add .gz to its name"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed by zstd", "add .zst to its name"),
+    (b"PK\x03\x04", "it is a zip archive", "unpack it (of a spreadsheet: save it as CSV)"),
+)
+_TABLE = re.compile(r"[\w .-]+([,;\t][\w .-]+)+\r?")  # a first line of names
+_PYTHON = re.compile(r"'|True\b|False\b|None\b")
+
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'  # unrolled: a group for each character would keep a place for each
 _STRING_OR_CONSTANT = re.compile(_STRING + r"|NaN|-?Infinity", re.DOTALL)
 _STRING_OR_BRACKET = re.compile(_STRING + r"|[\[{]|[\]}]", re.DOTALL)
@@ -116,8 +127,10 @@ def split_json(data: bytes) -> tuple[list[tuple[int, int, int]], BadRecord | Non
     of the one value. And the syntax error (``bad_json``) after which no more of them can be told apart.
 
     Raises:
-        BadRecord: ``bad_utf8``, which spoils the whole file.
+        BadRecord: ``bad_utf8`` or ``broken_file``, which spoils the whole file.
     """
+    if error := _other_kind(data[:64]):
+        raise error
     text = decode(data, 1)
     spans: list[tuple[int, int]] = []
     broken = None
@@ -178,12 +191,8 @@ def not_lines(head: bytes) -> BadRecord | None:
     Args:
         head: Its first ``HEAD`` bytes, or all of a shorter one.
     """
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fix = "iconv -f UTF-16 -t UTF-8 OLD > NEW makes it UTF-8"
-        return BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", fix)
-    mistake = known_mistake(head[:64]) if head.strip() else None
-    if mistake:
-        return BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
+    if error := _other_kind(head[:64]):
+        return error
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     line, _, rest = text.partition("\n")
     if text.startswith("[") and (_opens_list(line) if rest.strip() else _is_list(line)):
@@ -196,7 +205,22 @@ def not_lines(head: bytes) -> BadRecord | None:
             "bad_json", "(file)", "records over several lines", "each record on one line",
             "write each on one line (json.dumps without indent; or jq -c . OLD > NEW)",
         )  # fmt: skip
+    if _TABLE.fullmatch(line) and not rest.lstrip().startswith(("{", "[")):
+        return BadRecord(
+            "bad_json", "(file)", f"a table that begins with {line.strip()[:60]!r}", "a record on each line",
+            "name it .csv (or .tsv, where tabs separate it)",
+        )  # fmt: skip
     return None
+
+
+def _other_kind(start: bytes) -> BadRecord | None:
+    """What is wrong with a file that begins with these bytes and holds no JSON at all."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        fix = "iconv -f UTF-16 -t UTF-8 OLD > NEW makes it UTF-8"
+        return BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", fix)
+    mistake = next(((what, fix) for magic, what, fix in _KINDS if start.startswith(magic)), None)
+    mistake = mistake or (known_mistake(start) if start.strip() else None)
+    return mistake and BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
 
 
 def _end(text: str) -> int | None:
@@ -251,12 +275,27 @@ def _skip(text: str, at: int) -> int:
 
 
 def _bad_json(message: str, text: str, at: int, line: int) -> BadRecord:
-    fix = "correct the JSON there"
-    if message == "Extra data" and text[at:].strip() == ",":
-        message, fix = "a comma after the record", "take it out: nothing stands between records of a .jsonl"
-    elif message == "Extra data":
-        fix = "put one record on a line of a .jsonl file, or all records into one [...] list of a .json file"
-    return BadRecord("bad_json", "(record)", f"{message} at {_place(text, at, line)}", "valid JSON", fix)
+    found, fix = _slip(message, text[:at], text[at:]) or (message, "correct the JSON there")
+    return BadRecord("bad_json", "(record)", f"{found} at {_place(text, at, line)}", "valid JSON", fix)
+
+
+def _slip(message: str, before: str, rest: str) -> tuple[str, str] | None:
+    """What was done wrong where a parser stopped between two texts, and the fix; None where it is not
+    known."""
+    comma = before.rstrip().endswith(",") or rest.startswith(",")  # Python 3.13 points to it
+    if comma and rest.lstrip(", \t\r\n")[:1] in ("]", "}"):
+        return "a comma before the end", "take the comma out"
+    if _PYTHON.match(rest):
+        return "a value as Python prints it", "write the record with json.dumps"
+    if rest.startswith(("#", "//", "/*")):
+        return "a comment", "take it out: JSON has none"
+    if message != "Extra data":
+        return None
+    if rest.strip() == ",":
+        return "a comma after the record", "take it out: nothing stands between records of a .jsonl"
+    if rest.startswith("{") and "\n" not in before[len(before.rstrip()) :]:
+        return "another record on the same line", "begin a new line before it"
+    return message, "put one record on a line of a .jsonl file, or all into one [...] list of a .json file"
 
 
 def _place(text: str, at: int, line: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -42,6 +43,15 @@ class Format:
         return self.recognise is None or self.recognise(record)
 
 
+# lists and objects that a record itself may have
+_LISTS = (
+    "conversations", "messages", "sequence", "editing_steps", "input_sequence", "target_sequence", "texts",
+    "image", "images", "metadata", "image_info", "files",
+)  # fmt: skip
+_COCO = (
+    "jq -c '(.images|map({(.id|tostring): .file_name})|add) as $f | .annotations[]"
+    " | {image: $f[.image_id|tostring], text: .caption}' OLD > NEW.jsonl"
+)
 # Of several formats, so they tell none; beside a format that does not have them they are a mistake.
 _PICTURES = ("image_path", "image")
 
@@ -49,6 +59,9 @@ _PICTURES = ("image_path", "image")
 def recognise(record: Json, formats: Mapping[str, Format]) -> str:
     """The name of the format of a record. Raises BadRecord where there is none, or several."""
     present = {name for name in record if record[name] is not None}
+    if whole := _whole_file(record):
+        found, fix = whole
+        raise BadRecord("no_format", "(record)", found, "one record", fix)
     if layout := _layout(record, present, formats):
         return layout
     found = []
@@ -75,6 +88,26 @@ def recognise(record: Json, formats: Mapping[str, Format]) -> str:
                 "ambiguous_format", name, f"an {name} beside fields of {found[0]}", "no such field", fix
             )
     return found[0]
+
+
+def _whole_file(record: Json) -> tuple[str, str] | None:
+    """What an object is that holds many records in place of being one, and the fix."""
+    values = list(record.values())
+    if _objects(record.get("images")) and _objects(record.get("annotations")):
+        return "pictures and captions apart, as COCO has them", f"write a record for each caption: {_COCO}"
+    if len(values) == 1 and _objects(values[0]):
+        (name,) = record
+        if name not in _LISTS:
+            place = name if re.fullmatch(r"[A-Za-z_]\w*", name) else f'["{cut(name)}"]'
+            return f"a list of records under {cut(name)}", f"write the list alone: jq .{place} OLD > NEW.json"
+    keyed = len(values) > 1 and all(isinstance(value, dict) and len(value) > 1 for value in values)
+    if keyed and not any(name in _LISTS for name in record):
+        return "records under keys of their own", "write a list of them: jq '[.[]]' OLD > NEW.json"
+    return None
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _layout(record: Json, present: set[str], formats: Mapping[str, Format]) -> str | None:
