@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # above.
 LAYERS = """
 version
-others plugins printing
+others messages plugins printing
 values rules
 topics
 config files recipe bars schema

@@ -42,6 +42,9 @@ PAGE = {
         " earlier one,\n  a flag wins over all of them.\n"
         "- A switch is turned on by `--name` or `--name true`, off by `--no_name` or `--name false`.\n"
         "- An option of several values takes them one after the other: `--image a.png b.png`.\n"
+        "- Every command takes `--language en` or `--language zh`: errors, log lines, reports and pages speak"
+        " it. Default:\n  `UNIGEN_LANGUAGE`, else the locale (`LC_ALL`, `LC_MESSAGES`, `LANG`; `LANGUAGE`"
+        " goes before them). JSON\n  and `metrics.jsonl` stay as they are.\n"
         "- A misspelt name is an error that suggests the right one. A default of none means that nothing is"
         " set; the\n  text says what happens then."
     ),

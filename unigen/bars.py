@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, TextIO, TypeVar
 
+from unigen.messages import in_language
 from unigen.printing import Guarded, beneath, bottom, columns, printable
 
 Item = TypeVar("Item")
@@ -55,7 +56,8 @@ class Bar:
         shown: bool = True,
         passing: bool = False,
     ):
-        self.label, self.total, self.unit, self.done = printable(label, 40), total, unit, done
+        self.label, self.total, self.done = printable(in_language(label), 40), total, done
+        self.unit = unit if unit == "B" else in_language(unit)
         self.notes: Sequence[str] = ()  # what else there is to say, what matters most first
         self.stream, self.passing = stream or sys.stderr, passing
         self._began, self._before, self._first = time.monotonic(), done, (0.0, -1)
@@ -131,7 +133,7 @@ class Bar:
     def told(self) -> list[str]:
         """Its parts in words, what matters most first; the label stands before them."""
         counted = [self.count] if self.done or self.total else []
-        timed = [f"ETA {self.left}"] if self.total else []
+        timed = [in_language(f"ETA {self.left}")] if self.total else []
         fast = [f"{self.speed / 1e6:,.0f} MB/s"] if self.unit == "B" and self.done > self._before else []
         return [*counted, *timed, *fast, *self.notes]
 

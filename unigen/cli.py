@@ -18,15 +18,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_origin
 
 from unigen.bars import Bar, clear
 from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
+from unigen.messages import LANGUAGES, in_language, preferred, speaking
 from unigen.others import nearest, unknown
 from unigen.printing import guard, guarded, printable_lines
 from unigen.recipe import UsageError, read_recipe
-from unigen.values import describe, kinds, members, read_option, shown
+from unigen.values import describe, kinds, members, read_option, read_value, shown
 from unigen.version import __version__
 
 T = TypeVar("T")
@@ -39,11 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: Arguments after the program's name; default: those of the process.
     """
-    with guarded():
-        return _main(sys.argv[1:] if argv is None else argv)
+    given, rest = taken_out(sys.argv[1:] if argv is None else argv, "--language")
+    with guarded(), speaking(given[-1] if given and given[-1] in LANGUAGES else preferred()):
+        return _main(rest, given)
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], language: list[str]) -> int:
+    """Runs a command; ``language`` is what was given by ``--language``."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0 if argv else 2
@@ -51,24 +54,29 @@ def _main(argv: list[str]) -> int:
         print(f"unigen {__version__}")
         return 0
     try:
-        return run_command(argv[0], argv[1:])
+        for value in language:
+            read_value(Literal[LANGUAGES], flag_value("--language", [value] * bool(value), str), "--language")
+        return run_command(argv[0], argv[1:], language[-1:])
     except UserError as error:
-        # a line break in a name starts no line that could pass for one of ours
-        print("unigen: error: " + printable_lines(str(error)).replace("\n", "\n  "), file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if not missing or missing == "unigen":
             raise
-        print(
-            f"unigen: error: {missing} is not installed, which unigen {argv[0]} needs. Fix: pip install . in"
-            " the folder that holds its pyproject.toml; it brings all that is needed",
-            file=sys.stderr,
+        return _refuse(
+            f"{missing} is not installed, which unigen {argv[0]} needs. Fix: pip install . in the folder that"
+            " holds its pyproject.toml; it brings all that is needed"
         )
-        return 2
     except KeyboardInterrupt:
-        print("unigen: interrupted", file=sys.stderr)
+        print(in_language("unigen: interrupted"), file=sys.stderr)
         return 130
+
+
+def _refuse(why: str) -> int:
+    # a line break in a name starts no line that could pass for one of ours
+    said = printable_lines(in_language("unigen: error: ") + in_language(why))
+    print(said.replace("\n", "\n  "), file=sys.stderr)
+    return 2
 
 
 def program(argv: list[str] | None = None) -> None:
@@ -91,7 +99,7 @@ def program(argv: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def run_command(name: str, argv: list[str]) -> int:
+def run_command(name: str, argv: list[str], language: list[str]) -> int:
     """Parses the options of a command and calls its function; a function that returns None has succeeded."""
     if name not in COMMANDS:
         near = nearest(name, list(COMMANDS))
@@ -101,17 +109,19 @@ def run_command(name: str, argv: list[str]) -> int:
         )
     command = COMMANDS[name]
     try:
-        return _run(name, command, argv)
+        return _run(name, command, argv, language)
     finally:
         clear()
 
 
-def _run(name: str, command: Command, argv: list[str]) -> int:
+def _run(name: str, command: Command, argv: list[str], language: list[str]) -> int:
     Bar("starting", passing=True)  # importing PyTorch takes a while
     options = load(command.options)
     if any(token in ("-h", "--help") for token in argv):
         print(help_text(options, name, command))
         return 0
+    if language and "language" in kinds(options):
+        argv = [*argv, "--language", *language]  # wins over its recipe
     code = load(command.run)(parse_options(options, argv, command.positional, command.short))
     return int(code or 0)
 
@@ -162,6 +172,20 @@ def parse_options(
 
 
 # Flags
+
+
+def taken_out(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """The values of a flag of the program itself ("" where one is missing), and the arguments without it."""
+    given, rest, ahead = [], [], list(argv)
+    while ahead:
+        token = ahead.pop(0)
+        if token.partition("=")[0] != flag:
+            rest.append(token)
+        elif "=" in token:
+            given.append(token.partition("=")[2])
+        else:
+            given.append(ahead.pop(0) if ahead and not is_flag(ahead[0]) else "")
+    return given, rest
 
 
 def read_flags(

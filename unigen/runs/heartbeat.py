@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigen.files import atomic
+from unigen.messages import in_language
 from unigen.printing import printable
 from unigen.runs.layout import HANG, heartbeat_file, rank_of, stack_file
 from unigen.runs.ranks import Hang, Rank, RankFiles, find_hang, parse
@@ -124,7 +125,7 @@ class Heartbeat:
             elif self._late_since is None:
                 self._late_since = now
                 self._wake.set()
-                _say(self._head())
+                _say(in_language(self._head()))
                 faulthandler.dump_traceback(_STDERR)
             elif (
                 self._over
@@ -222,7 +223,7 @@ class Heartbeat:
         lines = _told(hang)
         if missing := [rank for rank in range(self.world) if rank not in ranks]:
             lines.insert(0, f"{_ranks(missing)}: no heartbeat in {self.folder}")
-        text = "".join(f"unigen: {printable(line)}\n" for line in lines)
+        text = "".join(f"unigen: {printable(in_language(line))}\n" for line in lines)
         with contextlib.suppress(OSError):
             try:
                 with open(self.folder / HANG, "x", encoding="utf-8") as file:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from unigen.messages import in_language
 from unigen.printing import printable
 
 EXIT_STOPPED = 75
@@ -220,7 +221,7 @@ def _say(text: str) -> None:
     """A line on stderr, past Python's buffers, which the main thread may hold; the terminal may be gone."""
     rank = f" [rank {os.environ.get('RANK', '?')}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     with contextlib.suppress(OSError):
-        os.write(2, f"unigen{rank}: {printable(text)}\n".encode())
+        os.write(2, f"unigen{rank}: {printable(in_language(text))}\n".encode())
 
 
 # ---- child processes

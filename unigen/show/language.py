@@ -7,10 +7,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from unigen.messages import LANGUAGES, spoken
 from unigen.show.figures import size
 from unigen.show.terminal import harmless
 
-LANGUAGES = ("en", "zh")
 TAGS = {"en": "en", "zh": "zh-CN"}  # what HTML calls them
 DURATIONS = ("ago", "for_")  # values that are seconds
 SIZES = ("free", "need")  # bytes
@@ -26,13 +26,13 @@ def texts(language: str) -> dict[str, dict[str, str]]:
 class Words:
     """The texts of a section and the common ones: ``words("skipped", n=3)``.
 
-    Values that are seconds or bytes become text by their names (``DURATIONS``, ``SIZES``); texts of others
-    become harmless.
+    Without a language it is that of the command. Values that are seconds or bytes become text by their names
+    (``DURATIONS``, ``SIZES``); texts of others become harmless.
     """
 
-    def __init__(self, language: str, section: str):
-        self.language, self.section = language, section
-        self.texts = texts(language)["common"] | texts(language)[section]
+    def __init__(self, language: str | None, section: str):
+        self.language, self.section = language or spoken(), section
+        self.texts = texts(self.language)["common"] | texts(self.language)[section]
 
     def __call__(self, key: str, **values: Any) -> str:
         shown = {name: self._shown(name, value) for name, value in values.items()}

@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 from unigen.config import UserError
 from unigen.files import atomic
+from unigen.messages import in_language, spoken
 from unigen.outputs import is_own, refuse_foreign, same, written_by
 from unigen.show.figures import cell, figures_alone
+from unigen.show.language import TAGS
 
 GENERATE, INDEX = "unigen generate", "index.html"
 _PIECE = re.compile(r"[0-9]{2,}_(text\.txt|image\.png)")
@@ -57,7 +59,7 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": cell, "share": "{:.2%}".format}
+    made.filters |= {"cell": cell, "share": "{:.2%}".format, "said": in_language}
     made.globals["right_aligned"] = figures_alone
     return made
 
@@ -97,7 +99,7 @@ def render(
     *,
     title: str,
     by: str,
-    language: str = "en",
+    language: str | None = None,
     styles: Sequence[str] = (),
     script: str = "",
 ) -> bytes:
@@ -108,7 +110,7 @@ def render(
         values: What the template shows.
         title: Of the page, its heading too.
         by: The command that writes it; the page's generator.
-        language: Its tag, such as ``zh-CN``.
+        language: Its tag, such as ``zh-CN``; default that of the command.
         styles: Names in ``assets/styles/``, without ``.css``; ``page`` comes first by itself.
         script: Name in ``assets/scripts/``, without ``.js``. The browser runs no other (SHA-256).
     """
@@ -122,7 +124,7 @@ def render(
             values,
             title=title,
             generator=by,
-            language=language,
+            language=language or TAGS[spoken()],
             policy=POLICY + (f"; script-src 'sha256-{digest}'" if code else ""),
             style="".join(_asset(f"styles/{name}.css") for name in ("page", *styles)),
             script=code,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from unigen.messages import in_language
 from unigen.printing import above, beneath, columns, printable, printable_lines
 from unigen.show.figures import cell, figures_alone
 
@@ -60,9 +61,11 @@ def _plain(encoding: str) -> dict[int, str]:
 
 
 def say(*parts: RenderableType) -> None:
-    """Prints texts as they are and what rich draws, now; where nobody reads on (``unigen ... | head``) the
-    command goes on to its own end and exit code."""
-    text = "\n".join(printable_lines(part) if isinstance(part, str) else drawn(part) for part in parts)
+    """Prints texts in the language of the command and what rich draws, now; where nobody reads on (``unigen
+    ... | head``) the command goes on to its own end and exit code."""
+    text = "\n".join(
+        printable_lines(in_language(part)) if isinstance(part, str) else drawn(part) for part in parts
+    )
     out = beneath(sys.stdout)
     with reader_may_leave(), above(out, "\n"):
         print(showable(text), flush=True, file=out)
@@ -120,7 +123,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], minor: Sequence[
     shown = [[v if isinstance(v, Text) else _lines(cell(v)) for v in row] for row in rows]
     made = []
     for k, name in enumerate(header):
-        cells, right = [line(name), *(row[k] for row in shown)], figures_alone(rows, k)
+        cells, right = [line(in_language(name)), *(row[k] for row in shown)], figures_alone(rows, k)
         # at least a figure, or an ordinary word
         words = max(map(_longest, cells))
         least = max(words, *(cell.cell_len for cell in cells[1:])) if right else min(20, words)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from unigen.bars import Bar, duration
+from unigen.messages import in_language
 from unigen.printing import Guarded
 
 __all__ = ["Progress", "describe", "duration", "plain"]
@@ -64,13 +65,14 @@ class Progress:
             self._bar.notes = _in_words(metrics, _FIRST)
         self._bar.update(step - self._bar.done)
         if step % self._every == 0 or step == self._total:
-            line = f"step {step}/{self._total}  {describe(metrics)}  ETA {self._bar.left}"
+            line = in_language(f"step {step}/{self._total}  {describe(metrics)}  ETA {self._bar.left}")
             self._note(line)
             if not self._bar.drawn:
                 self._print(line)
 
     def write(self, text: str) -> None:
         """A line of its own, above the bar."""
+        text = in_language(text)
         self._note(text)
         self._print(text)
 
@@ -93,7 +95,8 @@ def _in_words(metrics: dict[str, Any], first: Sequence[str] = ()) -> list[str]:
     """The known metrics, each by its short name, those named ``first`` before the others."""
     names = [*first, *(name for name in _SHOWN if name not in first)]
     known = [(name, plain(metrics.get(name))) for name in names]
-    return [f"{_SHOWN[name][0]} {value:{_SHOWN[name][1]}}" for name, value in known if value is not None]
+    told = [(*_SHOWN[name], value) for name, value in known if value is not None]
+    return [f"{in_language(short)} {value:{form}}" for short, form, value in told]
 
 
 def plain(value: Any) -> Any:

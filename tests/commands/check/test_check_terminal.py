@@ -13,6 +13,7 @@ from unigen.commands.check.findings import Findings, Problems, check
 from unigen.commands.check.report import advice_line, sections
 from unigen.commands.check.terminal import report
 from unigen.config import DataOptions
+from unigen.messages import in_language
 from unigen.model.weights import load_planner
 from unigen.show.language import Words, of_code
 from unigen.show.terminal import drawn
@@ -48,7 +49,8 @@ def test_the_report_says_everything(tmp_path, language, width):
         assert f"a.jsonl:{line}" in whole
     assert "a.jsonl:4" not in whole and words("more_how", n=2).replace(" ", "") in whole
     for key in ("found", "expected", "cure"):
-        assert re.sub(r"\s+", "", found.problems.first["bad_json"][0][key]) in whole
+        said = in_language(found.problems.first["bad_json"][0][key], language)
+        assert re.sub(r"\s+", "", said) in whole
     for heading, _ in sections(summary, words):
         assert heading in text
     for a in advise(summary, len(found.problems), found.deep):

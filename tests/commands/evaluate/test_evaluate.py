@@ -223,7 +223,7 @@ def test_checkpoints_are_compared_on_the_same_prompts_and_seeds(evaluate, golden
     assert first != last
     page = (out / "report.html").read_text(encoding="utf-8")
     assert 'lang="zh-CN"' in page and "看不出差别" in page and "Question 1?" in page and "yes 是" in page
-    assert f"{other} against {golden / 'model'}: text" in said
+    assert f"{other} 与 {golden / 'model'} 相比：text" in said
     # a page that something else left there stays
     (out / "report.html").write_text("mine")
     assert evaluate("--compare", str(golden / "model"), str(other))[0] == 2

@@ -32,7 +32,7 @@ class CheckOptions(DataOptions):
             weights are not needed.
         max_num_tokens: A token budget of packed sequences; says how full they would get.
         num_workers: Processes; 0 for none. Default: one for each core.
-        language: Language of the report: en or zh.
+        language: Language of the report and of all that is said; default that of the locale.
     """
 
     paths: list[PathText] = field(default_factory=list)
@@ -43,7 +43,7 @@ class CheckOptions(DataOptions):
     model_path: PathText | None = None
     max_num_tokens: Count | None = None
     num_workers: Workers | None = None
-    language: Literal["en", "zh"] = "en"
+    language: Literal["en", "zh"] | None = None
 
 
 def run(options: CheckOptions) -> int:

@@ -17,6 +17,7 @@ from unigen.commands.check.report import (
     sections,
     verdict,
 )
+from unigen.messages import in_language
 from unigen.show.language import Words, of_code
 from unigen.show.terminal import indented, line, notices, table
 
@@ -59,9 +60,9 @@ def _problems(found: Findings, words: Words) -> Iterator[RenderableType]:
         shown = found.problems.first[code][:FEW]
         for p in shown:
             yield indented(line(place(p)))
-            told = ((words(name), p[name]) for name in ("found", "expected"))
+            told = ((words(name), in_language(p[name], words.language)) for name in ("found", "expected"))
             facts = "; ".join(f"{name} {value}" for name, value in told)
             yield indented(line(f"{words('field')} {p['field']}: {facts}"), 4)
-            yield indented(line(f"{words('fix')}: {p['cure']}"), 4)
+            yield indented(line(f"{words('fix')}: {in_language(p['cure'], words.language)}"), 4)
         if rest := more(found, n - len(shown), words):
             yield indented(line(rest))

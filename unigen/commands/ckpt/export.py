@@ -48,6 +48,7 @@ from unigen.outputs import output_folder, stranger, unwritten
 from unigen.runs import layout
 from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
 from unigen.runs.space import gb, mount_of
+from unigen.show.terminal import say
 from unigen.version import __version__
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             )
             if adapted:
                 about_adapter, named = read_adapter(source)
-                print(f"Adapter: {binding_on_disk(about_adapter, named)}")
+                say(f"Adapter: {binding_on_disk(about_adapter, named)}")
             for path in side:
                 copy_file(path, staging / path.name, roots_of(path.parent))
             about = {"unigen": __version__, "step": manifest["step"], "average": average}
@@ -140,7 +141,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     size = sum(entry["size"] for entry in files.values())
     what = f"{source}" if given else f"step {manifest['step']}"
     kind = f"{options.quantize}, " if options.quantize else ""
-    print(
+    say(
         f"Exported {what} ({kind}{'average' if average else 'weights'}, {size:,} bytes,"
         f" {len(files)} file(s)) to {out}"
     )

@@ -37,7 +37,7 @@ def list_checkpoints(folder: Path, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(rows, indent=1))
     elif not rows:
-        print(f"{folder} holds no checkpoints")
+        say(f"{folder} holds no checkpoints")
     else:
         say(table(_HEADER, list(map(_cells, rows))))
         say("Sizes were compared, bytes were not read; that does: unigen ckpt verify")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from unigen.show.terminal import say
 from unigen.values import Options, PathText, Seed
 
 
@@ -31,6 +32,6 @@ def demo(options: DemoOptions) -> int:
     try:
         run(Path(options.output_dir), options.quick, options.seed)
     except (KeyboardInterrupt, Interrupted):
-        print("unigen demo: stopped. The same command goes on from here", flush=True)
+        say("unigen demo: stopped. The same command goes on from here")
         return EXIT_STOPPED
     return 0

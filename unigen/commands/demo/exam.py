@@ -25,6 +25,7 @@ from unigen.config import Config
 from unigen.files import remove
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import sampling_options
+from unigen.messages import in_language, spoken
 from unigen.outputs import claim, output_folder, unwritten
 from unigen.runs import layout
 from unigen.runs.checkpoint import steps
@@ -126,9 +127,9 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
     with unwritten("output_dir", output_dir):
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         page = _write_report(output_dir, metrics, exam, quick)
-    print(f"{metrics['seconds_total']:.0f} s in all. Look at {page}")
-    print(f"The checkpoints of {size.steps // 2} and {size.steps} steps, compared: {evaluation}")
-    print(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
+    say(f"{metrics['seconds_total']:.0f} s in all. Look at {page}")
+    say(f"The checkpoints of {size.steps // 2} and {size.steps} steps, compared: {evaluation}")
+    say(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
     return metrics
 
 
@@ -140,14 +141,14 @@ def _scores(metrics: dict[str, Any], quick: bool) -> list[Any]:
         drawn = "".join("●" if n == at else "█" if n < round(right * _WIDE) else "─" for n in range(_WIDE))
         shares = (f"{share:.1%}" for share in (right, wanted, CHANCE[name]))
         marked = line((_marked(right >= wanted), "good" if right >= wanted else "bad"))
-        rows.append([name.replace("_", " "), line(drawn), *shares, marked])
+        rows.append([in_language(name.replace("_", " ")), line(drawn), *shares, marked])
     header = ["on held-out digits", "", "right", "wanted", "by chance", ""]
     judged = f"The judge reads {metrics['judge_heldout_accuracy']:.1%} of real held-out digits."
     return [table(header, rows), judged, *([NOT_HELD] if quick else [])]
 
 
 def _marked(reached: bool) -> str:
-    return f"{MARK[reached]} {'reached' if reached else 'not reached'}"
+    return f"{MARK[reached]} {in_language('reached') if reached else in_language('not reached')}"
 
 
 def _write_prompts(path: Path, digits: DigitSet) -> Path:
@@ -206,7 +207,7 @@ def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
     else:
         remove(output_dir / FOLDER)  # of an earlier demo
     metrics.unlink(missing_ok=True)  # of an earlier demo, which had come to its end
-    print("unigen train " + " ".join(f"--{name} {value}" for name, value in flags.items()), flush=True)
+    say("unigen train " + " ".join(f"--{name} {value}" for name, value in flags.items()))
     if train(Config(**flags)) != 0:
         raise Interrupted
     return output_dir / "run" / layout.step_name(size.steps)
@@ -372,22 +373,25 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam, quick: 
     pages.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(
         output_dir / "drawings.png"
     )
+    named = {name: in_language(name.replace("_", " ")) for name in metrics}
     rows = [
         (
-            name.replace("_", " "),
+            named[name],
             *(f"{share:.1%}" for share in (metrics[name], wanted, CHANCE[name])),
             _marked(metrics[name] >= wanted),
         )
         for name, wanted in BARS.items()
     ]
-    more = [(name.replace("_", " "), value) for name, value in metrics.items() if name not in BARS]
-    words = Words("en", "common")
-    lines = [Line(name, log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))]
+    more = [(named[name], value) for name, value in metrics.items() if name not in BARS]
+    words = Words(spoken(), "common")
+    lines = [
+        Line(in_language(name), log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))
+    ]
     values = {
         "scores": rows,
-        "not_held": NOT_HELD if quick else "",
+        "not_held": in_language(NOT_HELD) if quick else "",
         "figures": more,
-        "losses": line_chart("Training loss", lines, words, log=True),
+        "losses": line_chart(in_language("Training loss"), lines, words, log=True),
         **{
             name: [(caption, pages.embed(picture)) for caption, picture in found]
             for name, found in (("drawings", exam.drawings), ("edits", exam.edits), ("sums", exam.sums))
@@ -398,7 +402,7 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam, quick: 
         "report.html",
         values,
         by=DEMO,
-        title="Unigen demo: handwritten digits",
+        title=in_language("Unigen demo: handwritten digits"),
         styles=["charts"],
         script="charts",
     )

@@ -57,7 +57,7 @@ class EvaluateOptions(SamplingOptions):
             http://127.0.0.1:8000/v1. The pictures are sent there.
         judge_model: Which of its models; default: the first it names.
         device: auto, cpu, cuda, or one GPU such as cuda:1.
-        language: Language of the report: en or zh.
+        language: Language of the report and of all that is said; default that of the locale.
     """
 
     model_path: PathText | None = None
@@ -91,5 +91,5 @@ class EvaluateOptions(SamplingOptions):
     judge_url: str | None = None
     judge_model: str | None = None
     device: Device = "auto"
-    language: Literal["en", "zh"] = "en"
+    language: Literal["en", "zh"] | None = None
     seed: Seed | None = 42

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unigen.commands.evaluate.said import in_language
 from unigen.commands.evaluate.terminal import label
 from unigen.config import UserError
 from unigen.evaluation.answered import OF_THE_DATA
 from unigen.evaluation.results import not_given
+from unigen.messages import in_language
 from unigen.runs.metrics import Point
 from unigen.show.charts import Chart, Line, line_chart
 from unigen.show.curves import Range
@@ -101,7 +101,7 @@ def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[
                 if one.value is not None
             ]
             if len(points) > 1 and result.kind not in OF_THE_DATA:
-                name = label(next(one.name for _, one in ones if one.value is not None))
+                name = label(next(one.name for _, one in ones if one.value is not None), words.language)
                 low, high = min(point.low for point in points), max(point.high for point in points)
                 room = Range(low, high) if high > low else None  # for the whole band
                 charts.append(line_chart(name, [Line(name, points, band=True)], words, values=room))
@@ -131,7 +131,7 @@ def _grid(cases: Sequence[Case], answered: Sequence[Answered]) -> list[list[Any]
 
 def _verdict(one: Comparison, words: Words) -> tuple[str, str, str]:
     """(mark, metric, sentence)."""
-    kind = label(one.name)
+    kind = label(one.name, words.language)
     if one.verdict == "not compared":
         return MARKS[one.verdict], kind, words("not_compared", why=in_language(one.reason, words.language))
     if one.verdict == "no difference shown":
@@ -153,7 +153,7 @@ def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words:
         found = [one.scores[task][number] for one in answered]
         if not all(one.was_not_given for one in found):
             n = next((one.n for one in found if one.value is not None), 0)
-            rows.append([label(result.name), *map(_number, found), str(n)])
+            rows.append([label(result.name, words.language), *map(_number, found), str(n)])
             lacking += [
                 words("lacking", kind=one.kind, why=said(one.reason), fix=said(one.fix))
                 for one in found

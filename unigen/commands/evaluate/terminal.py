@@ -8,6 +8,7 @@ from pathlib import Path
 from unigen.evaluation.answered import Answered
 from unigen.evaluation.results import Result, not_given
 from unigen.evaluation.statistics import Comparison
+from unigen.messages import in_language
 from unigen.show.terminal import say, table
 
 
@@ -19,7 +20,7 @@ def report(
     both = next(iter(compared.values())) if len(compared) == 1 else {}
     for task, results in answered[0].scores.items():
         say(f"\n{task}")
-        verdicts = {one.name: one.sentence() for one in both.get(task, [])}
+        verdicts = {one.name: in_language(one.sentence()) for one in both.get(task, [])}
         rows = [_row(found, verdicts) for found in _beside(answered, task)]
         heads = ["value and 95 %"] if len(answered) == 1 else names
         say(table(["metric", *heads, "n", *(["verdict"] if verdicts else [])], rows))
@@ -36,7 +37,8 @@ def report(
         for name, tasks in compared.items():
             for task, ones in tasks.items():
                 say(f"\n{name} against {answered[0].name}: {task}")
-                say(table(["metric", "verdict"], [[label(one.name), one.sentence()] for one in ones]))
+                rows = [[label(one.name), in_language(one.sentence())] for one in ones]
+                say(table(["metric", "verdict"], rows))
     say("")
     _say_what_was_not_given([r for one in answered for results in one.scores.values() for r in results])
     say(f"Written to {page}")
@@ -57,7 +59,7 @@ def _row(found: Sequence[Result], verdicts: Mapping[str, str]) -> list[str]:
 
 def _number(result: Result) -> str:
     if result.value is None:
-        return "none"
+        return in_language("none")
     ends = "" if result.interval is None else " [{:.4g}, {:.4g}]".format(*result.interval)
     return f"{result.value:.4g}{ends}"
 
@@ -69,11 +71,11 @@ def report_check(scores: Mapping[str, Sequence[Result]], promised: Collection[st
         rows = []
         for result in results:
             if result.value is not None or result.lacks in promised:
-                rows.append(
-                    [label(result.name), "can run", *(["by the model"] if result.value is None else [""])]
-                )
+                how = in_language("by the model") if result.value is None else ""
+                rows.append([label(result.name), in_language("can run"), how])
             elif not result.was_not_given:
-                rows.append([label(result.name), "none", f"{result.reason}. Fix: {result.fix}"])
+                why = in_language(f"{result.reason}. Fix: {result.fix}")
+                rows.append([label(result.name), in_language("none"), why])
         say(table(["metric", "", ""], rows))
     say("")
     everything = [result for results in scores.values() for result in results]
@@ -86,6 +88,6 @@ def _say_what_was_not_given(results: Sequence[Result]) -> None:
         say(f"not measured: {', '.join(kinds)} ({reason}; {fix})")
 
 
-def label(name: str) -> str:
+def label(name: str, language: str | None = None) -> str:
     """A metric's kind, and what it is held against where that is the source."""
-    return name.partition("[")[0] + (" to source" if "to=source" in name else "")
+    return name.partition("[")[0] + (in_language(" to source", language) if "to=source" in name else "")

@@ -31,6 +31,7 @@ from unigen.data.probe import require_match
 from unigen.files import Busy, locked, sha256_of
 from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
 from unigen.printing import printable
+from unigen.show.terminal import say
 from unigen.values import Count, Options, PathText, Plugin, Range, Renames
 
 Seconds = Annotated[float, Range(0, 86400, above=True)]
@@ -118,7 +119,7 @@ def fetch(options: FetchOptions) -> int:
             if (entry := store.entries.get(url)) and (entry.good or not options.retry_failed)
         }
         if damaged:
-            print(f"damaged    {damaged:,} pictures of an earlier run; they are fetched again")
+            say(f"damaged    {damaged:,} pictures of an earlier run; they are fetched again")
         _fetch_all([url for url in urls if url not in known], client, store, options)
         writer = Writer(store, options.deep)
         writer.run(sources, options.on_failure == "skip")
@@ -307,11 +308,11 @@ def _report(
     good = [entry for url in urls if (entry := store.entries[url]).good]
     size = sum({entry.file: entry.bytes for entry in good}.values())
     before = sum(entry.url in known for entry in good)
-    print(
+    say(
         f"addresses  {len(good):,} of {len(urls):,} fetched, {before:,} of them in an earlier run"
         f" ({size / 1e6:,.1f} MB)"
     )
-    print(f"records    {writer.written:,} written, {writer.left_out:,} with failures")
+    say(f"records    {writer.written:,} written, {writer.left_out:,} with failures")
     for reason, count in writer.failures.most_common():
         first = writer.first[reason]
         line = f":{first['line']}" if first["line"] else f"[{first['index']}]"
@@ -319,10 +320,10 @@ def _report(
             f", {shown(first['url'])}" if first["url"] else ""
         )
         told = printable(f"{place}: {first['problem']}. Fix: {first['cure']}")
-        print(f"  {reason:<18} {count:>8,}  first in {told}")
+        say(f"  {reason:<18} {count:>8,}  first in {told}")
     if writer.failures:
-        print(f"All failures are listed in {store.folder / 'failed.log'}.")
+        say(f"All failures are listed in {store.folder / 'failed.log'}.")
     if writer.left_out and not writer.written:
-        print("No data was written.")
+        say("No data was written.")
         return
-    print(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")
+    say(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")

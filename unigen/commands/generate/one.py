@@ -90,6 +90,7 @@ def write_one(options: GenerateOptions) -> None:
     """Answers one prompt. Raises as :func:`answer`."""
     from unigen.outputs import output_folder, unwritten
     from unigen.show.pages import refuse_strangers, write_answer
+    from unigen.show.terminal import say
 
     pictures = [Path(path) for path in options.image]
     folder = output_folder("output_dir", options.output_dir, [options.model_path, *pictures])
@@ -98,7 +99,10 @@ def write_one(options: GenerateOptions) -> None:
         print(sentence)
     prompt, pieces = answer(options)
     for piece in pieces:
-        print(piece if isinstance(piece, str) else f"[picture of {piece.width} x {piece.height}]")
+        if isinstance(piece, str):
+            print(piece)  # the model's own words
+        else:
+            say(f"[picture of {piece.width} x {piece.height}]")
     with unwritten("output_dir", folder):
         page = write_answer(folder, prompt, pieces, title="Unigen")
-    print(f"Written to {page}")
+    say(f"Written to {page}")

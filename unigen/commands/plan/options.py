@@ -26,7 +26,7 @@ class PlanOptions(Config):
         share_of_peak: The share of them that is reached.
         auto: File for the recipe of what fits.
         json: Print JSON.
-        language: Language of what is printed: en or zh.
+        language: Language of what is printed; default that of the locale.
     """
 
     gpus: Count = 1
@@ -38,4 +38,4 @@ class PlanOptions(Config):
     share_of_peak: Annotated[float, Range(0, 1, above=True)] = 0.35
     auto: PathText | None = None
     json: bool = False
-    language: Literal["en", "zh"] = "en"
+    language: Literal["en", "zh"] | None = None

@@ -21,6 +21,7 @@ from unigen.commands.preview.pictures import (
 from unigen.commands.preview.view import BlockView, SampleView, source_name
 from unigen.data.dataset import task
 from unigen.data.keys import NOTES
+from unigen.messages import in_language
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Image, Kind
 from unigen.show.language import TAGS, Words
@@ -68,7 +69,7 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
         values,
         by="unigen preview",
         title=title,
-        language=TAGS[options.language],
+        language=TAGS[words.language],
         styles=["preview"],
     )
 
@@ -76,10 +77,11 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
 def _broken(look: Look, words: Words) -> dict[str, Any]:
     problem, raw = look.problem, look.raw
     if isinstance(problem, BadRecord):
-        names = ("code", "field", "found", "expected", "fix")
-        rows = [(words(name), named(getattr(problem, name))) for name in names]
+        rows = [(words(name), named(getattr(problem, name))) for name in ("code", "field")]
+        for name in ("found", "expected", "fix"):
+            rows.append((words(name), named(in_language(getattr(problem, name), words.language))))
     else:
-        rows = [(words("found"), named(problem))]
+        rows = [(words("found"), named(in_language(str(problem), words.language)))]
     text = "" if raw is None else raw.decode("utf-8", "replace") if isinstance(raw, bytes) else repr(raw)
     return {
         "number": look.number,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from unigen.config import DataOptions, UserError
+from unigen.messages import in_language
 from unigen.topics import Shift
 from unigen.values import Count, PathText, Seed, Whole
 
@@ -30,7 +31,7 @@ class PreviewOptions(DataOptions):
         records: Numbers of particular records, from 0, in place of the first ones.
         shuffled: RandomKey the records from all of the data instead of taking the first ones.
         output: The HTML page to write; none writes no page.
-        language: Language of the page: en or zh.
+        language: Language of the page and of all that is said; default that of the locale.
         model_path: Folder of a checkpoint, of which no weights are read; default: sizes of BAGEL-7B-MoT, and
             texts cut into words.
         seed: Seed of dropout, times and caption variants, and of what shuffled draws.
@@ -45,7 +46,7 @@ class PreviewOptions(DataOptions):
     records: list[Whole] = field(default_factory=list)
     shuffled: bool = False
     output: PathText | None = "preview.html"
-    language: Literal["en", "zh"] = "en"
+    language: Literal["en", "zh"] | None = None
     model_path: PathText | None = None
     seed: Seed = 42
     epoch: Whole = 0
@@ -140,7 +141,8 @@ def _walk(options: PreviewOptions) -> Iterator[Found]:
     found = find_files(options.paths, read.data_root, left_out=left_out, asked=options.split)
     files = [path for path, _ in found]
     if others := of_splits(left_out):
-        print(f"Left out, as the {options.split or 'train'} split is taken: {others}", file=sys.stderr)
+        text = f"Left out, as the {options.split or 'train'} split is taken: {others}"
+        print(in_language(text), file=sys.stderr)
     require_match(files, read)
     number = 0
     for file, path in enumerate(files):

@@ -23,7 +23,7 @@ class WatchOptions(Options):
         steps: The part of the curves to show, in finer detail, as FIRST:LAST; either may be missing.
         smooth: Weight in [0, 1) of what was before in the drawn training curves, an exponential moving
             average; validation and learning rate stay as they are.
-        language: Language: en or zh.
+        language: Language; default that of the locale.
     """
 
     run: list[PathText] = field(default_factory=list)
@@ -35,4 +35,4 @@ class WatchOptions(Options):
     once: bool = False
     steps: str | None = None
     smooth: Annotated[float, Range(0, 1, below=True)] = 0.0
-    language: Literal["en", "zh"] = "en"
+    language: Literal["en", "zh"] | None = None

@@ -26,8 +26,9 @@ def write(folder: Path, runs: Sequence[RunFolder], options: WatchOptions) -> lis
         OSError: it cannot be written.
     """
     names = [f"{panel.name.replace('/', '_')}.png" for panel in panels_of(runs)]
-    charts = charts_of(runs, options.smooth, Words(options.language, "watch"))
-    if options.language != "en" and not readable(charts):
+    words = Words(options.language, "watch")
+    charts = charts_of(runs, options.smooth, words)
+    if words.language != "en" and not readable(charts):
         log.warning(
             "No font of this machine has Chinese letters, so plots are in English. Fix: install one, such"
             " as fonts-noto-cjk"

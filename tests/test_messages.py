@@ -1,0 +1,180 @@
+"""What the program says in Chinese: each sentence of the source has its row, and values stay to the letter."""
+
+import importlib.util
+import logging
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from unigen import messages
+from unigen.cli import main
+from unigen.messages import in_language, preferred, sentences, speaking, spoken, values_of
+
+ROOT = Path(__file__).parents[1]
+HELD = sentences("zh")
+ROWS = {english: chinese for part in HELD.values() for english, chinese in part.items() if chinese}
+ODD = [
+    "数据/一 二.jsonl",
+    "{0} {x} {{",
+    "'it''s'",
+    'a "b"',
+    "C:\\n\\d",
+    "—",
+    "1,234.5",
+    "a\tb",
+    "%s",
+    "x" * 300,
+]
+MAY_LACK = 200  # sentences of others that wait for their Chinese
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("write_messages", ROOT / "tools" / "write_messages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers(sentence: str) -> list[int]:
+    return sorted(number for _, number in values_of(sentence) if number is not None)
+
+
+def test_every_sentence_of_the_source_has_its_chinese_and_no_row_is_dead(tool):
+    said = tool.sentences()
+    assert len(said) > 1500
+    lacking = sorted(f"{said[text]}: {text}" for text in said if HELD["program"].get(text, "") == "")
+    dead = sorted(set(HELD["program"]) - set(said))
+    assert len(lacking) <= MAY_LACK and len(dead) <= MAY_LACK, (
+        "run python tools/write_messages.py, then write the Chinese", lacking, dead,
+    )  # fmt: skip
+
+
+def test_both_languages_have_the_same_values():
+    assert [english for english, chinese in ROWS.items() if numbers(english) != numbers(chinese)] == []
+    same = [english for english, chinese in ROWS.items() if english == chinese]
+    assert same == [], "null stands for what stays English"
+
+
+def test_the_chinese_is_written_as_chinese():
+    """Full-width signs behind Chinese, blanks between Chinese and Latin words, no sentence left in English."""
+    bad = [
+        text for text in ROWS.values()
+        if re.search(r"[\u4e00-\u9fff][,;:!?](?![/\w])|[\u4e00-\u9fff][A-Za-z]|[A-Za-z][\u4e00-\u9fff]", text)
+        or not re.search(r"[\u4e00-\u9fff，。；：（）、]", text)
+    ]  # fmt: skip
+    assert bad == []
+
+
+def test_what_is_found_in_the_source(tool):
+    import ast
+
+    source = """
+def f(x, n):
+    \"\"\"A docstring is not said.\"\"\"
+    log.warning("%s has %d rows, %.1f %% of all", x, n, 2.0)
+    raise UserError(f"{x} is no file{f'; did you mean {n}?' if n else ''}." " Fix: name another")
+    say("metric", table(["verdict"], rows))
+    return "kept {} of {n}".format(x, n=n), {"key": 1}, re.compile("a b c")
+"""
+    found = {text for _, text in tool.Reader().read(ast.parse(source))}
+    assert found == {
+        "{} has {} rows, {} % of all",
+        "{} is no file; did you mean {}?. Fix: name another",
+        "{} is no file. Fix: name another",
+        "; did you mean {}?",
+        "metric",
+        "verdict",
+        "kept {} of {}",
+    } - {"; did you mean {}?"}
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_values_stay_to_the_letter(shift):
+    """Each sentence, filled with odd values, is its Chinese with these values."""
+    wrong = []
+    for english, chinese in ROWS.items():
+        count = len(numbers(english))
+        literals = [text for text, _ in values_of(english)]
+        values = [ODD[(shift + 3 * n) % len(ODD)] for n in range(count)]
+        unclear = any(literal in value for literal in literals[1:-1] for value in values)
+        if unclear or sum(c.isalpha() for c in "".join(literals)) < 12:
+            continue  # where one value ends and the next begins, or whose sentence it is, nobody can tell
+        parts = values_of(chinese)
+        made = "".join(text + ("" if n is None else values[n]) for text, n in parts)
+        found = in_language(english.format(*values), "zh")
+        if found.replace(" ", "") != made.replace(" ", ""):
+            wrong.append((english, found))
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("unknown option --lerning_rate; did you mean --learning_rate?", "没有参数 --lerning_rate；是不是 --learning_rate？"),
+        (
+            "--batch_size is 0; it is out of range. Fix: give a whole number of at least 1",
+            "--batch_size 是 0；它超出范围。解决办法：请给出不小于 1 的整数",
+        ),
+        (
+            "model_path is missing. Fix: give the folder of a BAGEL checkpoint (--model_path ...)",
+            "model_path 没有给出。解决办法：给出 BAGEL 检查点的文件夹（--model_path ...）",
+        ),
+        (
+            "output_dir is /a/b, which is a folder. Fix: name a file (--output_dir ...)",
+            "output_dir 是 /a/b，它是文件夹。解决办法：给出一个文件（--output_dir ...）",
+        ),
+        ("a.json: [Errno 13] Permission denied: 'a.json'", "a.json: 没有权限（errno 13）：'a.json'"),
+        ("a sentence that nobody ever wrote", "a sentence that nobody ever wrote"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_sentences_within_sentences(english, chinese):
+    assert in_language(english, "zh") == chinese and in_language(english, "en") == english
+
+
+def test_a_long_text_takes_no_time():
+    text = "{} is {}, {}. Fix: {} ; " * 300
+    assert in_language(text, "zh") and in_language("a of b, " * 900, "zh")
+
+
+@pytest.mark.parametrize(
+    ("environ", "language"),
+    [
+        ({}, "en"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_MESSAGES": "en_US.UTF-8"}, "en"),
+        ({"LANG": "en_US.UTF-8", "LC_ALL": "zh_TW"}, "zh"),
+        ({"LANG": "en_US.UTF-8", "LANGUAGE": "zh_CN:en"}, "zh"),
+        ({"LANG": "C.UTF-8", "LANGUAGE": "zh_CN"}, "en"),
+        ({"LANG": "", "LC_ALL": ""}, "en"),
+        ({"LANG": "zha_XX"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "UNIGEN_LANGUAGE": "en"}, "en"),
+        ({"UNIGEN_LANGUAGE": "zh"}, "zh"),
+    ],
+)
+def test_the_locale_is_the_default(environ, language):
+    assert preferred(environ) == language
+
+
+def test_log_lines_and_errors_speak_the_language_of_the_command(capsys, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO), speaking("zh"):
+        logging.getLogger("unigen.data").info("Reading %s MB of data from %d file(s)", "1,0", 3)
+        logging.getLogger("others").info("Reading %s MB of data from %d file(s)", "1,0", 3)
+    assert caplog.messages[0].startswith("正在读取 1,0 MB") and caplog.messages[1].startswith("Reading")
+    assert spoken() == "en" and logging.getLogRecordFactory() is logging.LogRecord
+    for argv in (["trian", "--language", "zh"], ["--language=zh", "trian"], ["trian"]):
+        monkeypatch.setenv("UNIGEN_LANGUAGE", "zh" if len(argv) == 1 else "en")
+        assert main(argv) == 2
+        assert capsys.readouterr().err.startswith("unigen: 错误：没有命令 'trian'；是不是 train？")
+    monkeypatch.setenv("UNIGEN_LANGUAGE", "en")
+    for argv in (["train", "--language"], ["train", "--language", "fr"]):
+        assert main(argv) == 2 and "--language" in capsys.readouterr().err
+    assert main(["trian", "--language", "en"]) == 2 and "did you mean train?" in capsys.readouterr().err
+
+
+def test_a_table_is_quick_to_make():
+    messages._table.cache_clear()
+    assert messages._table("zh").said("unigen: interrupted") == "unigen: 已中断"

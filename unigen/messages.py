@@ -1,0 +1,284 @@
+"""What the program says, in the language of its user.
+
+Errors, log lines and labels are written in English where they arise. Where they leave the program they pass
+:func:`in_language`, which finds the sentence in ``assets/text/messages.zh.json`` and puts its values into the
+Chinese one. A sentence that is not there stays as it is. ``tools/write_messages.py`` keeps the table.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import string
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+LANGUAGES = ("en", "zh")
+_FEW = 4  # letters of its own that a sentence needs to be known by them alone
+_LONGEST = 8000  # characters of a line that is looked up
+_DEEPEST = 8  # sentences within sentences
+_LOOKS = 300  # parts of a text that are looked up
+_QUOTES = "'\"`“"
+# What parts a sentence, and the same in Chinese.
+_PARTS = {". Fix: ": "。解决办法：", ". ": "。", "; ": "；", ": ": "：", " (": "（"}
+_HINT = re.compile(r" \((--[\w-]+ \.\.\.)\)$")  # what an error ends with: the option to give
+_OPTION = re.compile(r"(--)?[a-z][\w.-]*(\[\d+\])?")
+_NO_NAMES = ("it", "which", "that", "this", "there", "what")
+_BREAKS = ("Fix: ", "; ", ". ")  # the end of a sentence within a text
+_WORD = re.compile(r"[A-Za-z_]+")
+_spoken = "en"
+
+
+def preferred(environ: Mapping[str, str] | None = None) -> str:
+    """The language that the user's surroundings ask for: ``UNIGEN_LANGUAGE``, else the locale as gettext
+    reads it (``LC_ALL``, ``LC_MESSAGES``, ``LANG``; ``LANGUAGE`` goes before them where they name any)."""
+    environ = os.environ if environ is None else environ
+    if (said := environ.get("UNIGEN_LANGUAGE", "")) in LANGUAGES:
+        return said
+    named = next((environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if environ.get(name)), "C")
+    if named.split(".")[0] not in ("C", "POSIX"):
+        named = environ.get("LANGUAGE") or named
+    return "zh" if re.match(r"zh(?![a-z])", named, re.IGNORECASE) else "en"
+
+
+def spoken() -> str:
+    """The language of what is said now: that of the command that runs, English where none runs."""
+    return _spoken
+
+
+@contextmanager
+def speaking(language: str) -> Iterator[None]:
+    """All that is said in the block, log lines too, is in ``language``."""
+    global _spoken
+    assert language in LANGUAGES
+    before, factory = _spoken, logging.getLogRecordFactory()
+    _spoken = language
+
+    def record(*args: object, **options: object) -> logging.LogRecord:
+        made = factory(*args, **options)
+        if made.name.partition(".")[0] == "unigen":
+            made.msg, made.args = in_language(made.getMessage()), ()
+        return made
+
+    if language != "en":
+        _table(language)  # now: what a signal says must not wait for a file
+        logging.setLogRecordFactory(record)
+    try:
+        yield
+    finally:
+        _spoken = before
+        logging.setLogRecordFactory(factory)
+
+
+def in_language(text: str, language: str | None = None) -> str:
+    """The text in a language, default that of the command; what is not known of it stays English, and values
+    stay as they are."""
+    language = language or _spoken
+    return text if language == "en" else _table(language).said(text)
+
+
+class _Row(NamedTuple):
+    """A sentence: what stands between its values in English, its Chinese, and how many letters it has."""
+
+    literals: tuple[str, ...]
+    translated: tuple[tuple[str, int | None], ...]
+    letters: int
+
+    def values(self, text: str) -> list[str] | None:
+        """The values that make the sentence the text; None where none do. Of several ways it is the one with
+        the shortest values first; in linear time."""
+        first, *rest = self.literals
+        if not rest:
+            return [] if text == first else None
+        *middle, last = rest
+        at, end, found = len(first), len(text) - len(last), []
+        if end < at or not (text.startswith(first) and text.endswith(last)):
+            return None
+        for literal in middle:
+            next_at = text.find(literal, at, end)
+            if next_at < 0:
+                return None
+            found.append(text[at:next_at])
+            at = next_at + len(literal)
+        return [*found, text[at:end]]
+
+    def filled(self, values: list[str]) -> str:
+        """The Chinese with values; no blank stands between a Chinese value and Chinese."""
+        made = ""
+        for literal, number in self.translated:
+            if made and literal.startswith(" ") and _is_chinese(made[-1]):
+                literal = literal[1:]
+            made += literal
+            if number is not None:
+                value = values[number]
+                made = made[:-1] if literal.endswith(" ") and _is_chinese(value[:1]) else made
+                made += value
+        return made
+
+
+class Table:
+    """Sentences and the same in another language.
+
+    Args:
+        sentences: English -> the other; ``{}`` for values, or ``{0}``, ``{1}`` where they stand in another
+            order. None: a text that is not translated.
+    """
+
+    def __init__(self, sentences: Mapping[str, str | None]):
+        self._rows: dict[str, list[_Row]] = {}
+        for english, other in sentences.items():
+            if other:
+                row = _row(english, other)
+                self._rows.setdefault(_word_of(row.literals), []).append(row)
+        tails = (row for rows in self._rows.values() for row in rows if row.literals[0][:1] in tuple(";,.( "))
+        self.tails = [row for row in tails if len(row.literals[0]) > 1]
+        self.said = lru_cache(1024)(self._said)
+
+    def _said(self, text: str) -> str:
+        """A text in the other language; in English where it is not known."""
+        if (whole := _Text(self).read(text, 0)) is not None:
+            return whole
+        return "\n".join((_Text(self).read(line, 0) or line) for line in text.split("\n"))
+
+    def find(self, text: str, vague: bool = False) -> Iterator[tuple[_Row, list[str]]]:
+        """The sentences that the text may be, those with the most of their own first; ``vague`` ones have few
+        words of their own."""
+        words = {"", *_WORD.findall(text)}
+        rows = [row for word in words for row in self._rows.get(word, ())]
+        for row in sorted(rows, key=lambda row: -sum(map(len, row.literals))):
+            if (row.letters < _FEW) == vague and (values := row.values(text)) is not None:
+                yield row, values
+
+
+class _Text:
+    """One text on its way into another language; what was found of its parts, and how often it may look."""
+
+    def __init__(self, table: Table):
+        self._table, self._left = table, _LOOKS
+        self._seen: dict[str, str | None] = {}
+
+    def read(self, text: str, depth: int) -> str | None:
+        """The text in the other language; None where it is not known."""
+        if text not in self._seen:
+            self._left -= 1
+            known = self._left > 0 and 0 < len(text) <= _LONGEST and depth <= _DEEPEST
+            self._seen[text] = None  # while it is looked for
+            self._seen[text] = self._of(text, depth) if known else None
+        return self._seen[text]
+
+    def _of(self, text: str, depth: int) -> str | None:
+        inner = text.lstrip()
+        hint = _HINT.search(inner)
+        if hint and next(self._table.find(text), None) is None:
+            found = self.read(inner[: hint.start()], depth)
+            return found and found + f"（{hint[1]}）"
+        for way in (self._known, self._tailed, self._vague, self._parted):
+            if (found := way(text, depth)) is not None:
+                return found
+        if inner != text and (found := self.read(inner, depth)) is not None:
+            return text[: len(text) - len(inner)] + found
+        return None
+
+    def _known(self, text: str, depth: int) -> str | None:
+        """A sentence, or one behind the name of an option."""
+        row, values = next(self._table.find(text), (None, []))
+        name, blank, rest = text.partition(" ")
+        if blank and _OPTION.fullmatch(name):
+            behind, of_it = next(self._table.find(rest), (None, []))
+            if behind and behind.letters > (row.letters if row else 0) and behind.literals[0]:
+                return f"{name} " + behind.filled([self._value(value, depth) for value in of_it])
+        return row and row.filled([self._value(value, depth) for value in values])
+
+    def _vague(self, text: str, depth: int) -> str | None:
+        """A sentence with few words of its own, if one of its values is known."""
+        for row, values in self._table.find(text, vague=True):
+            own = "".join(row.literals)
+            if "Fix: " not in own and any(sign in text and sign not in own for sign in _BREAKS):
+                continue  # two sentences, and this is one
+            shown = [self._value(value, depth) for value in values]
+            if shown != values or not values:
+                return row.filled(shown)
+        name, _, rest = text.partition(" is ")
+        named = (
+            _OPTION.fullmatch(name) and name not in _NO_NAMES and not any(sign in rest for sign in _BREAKS)
+        )
+        return f"{name} 是 {rest}" if named and rest else None
+
+    def _value(self, value: str, depth: int) -> str:
+        """A value: a sentence in it is translated, also each of several; words and what is quoted are not."""
+        if " " not in value or (value[0] in _QUOTES and value[-1] in _QUOTES + "”"):
+            return value
+        if (found := self.read(value, depth + 1)) is not None:
+            return found
+        for sign, ours in ((", ", "，"), ("; ", "；")):
+            parts = [self.read(part, depth + 1) for part in value.split(sign)]
+            if len(parts) > 1 and all(parts):
+                return ours.join(map(str, parts))
+        return value
+
+    def _tailed(self, text: str, depth: int) -> str | None:
+        """A text that ends with what other sentences may end with, too."""
+        for row in self._table.tails:
+            at = text.find(row.literals[0])
+            if at > 0 and row.letters >= _FEW and (values := row.values(text[at:])) is not None:
+                head = self.read(text[:at], depth + 1) or text[:at]
+                return head + row.filled([self._value(value, depth) for value in values])
+        return None
+
+    def _parted(self, text: str, depth: int) -> str | None:
+        """A text of two sentences, of which one is known at least."""
+        for sign, ours in _PARTS.items():
+            closed = sign == " ("
+            if closed and not text.endswith(")"):
+                continue
+            for found in re.finditer(re.escape(sign), text):
+                head, tail = text[: found.start()], text[found.end() : -1 if closed else None]
+                said = [self.read(part, depth + 1) if " " in part else None for part in (head, tail)]
+                if any(said):
+                    between = sign if sign == ": " and not said[0] else ours
+                    return (said[0] or head) + between + (said[1] or tail) + ("）" if closed else "")
+        return None
+
+
+@lru_cache
+def _table(language: str) -> Table:
+    return Table({k: v for part in sentences(language).values() for k, v in part.items()})
+
+
+def sentences(language: str) -> dict[str, dict[str, str | None]]:
+    """The table as it is kept: those of the program's source, and those of libraries and of the system."""
+    path = files("unigen") / "assets" / "text" / f"messages.{language}.json"
+    return json.loads(path.read_text("utf-8"))
+
+
+def values_of(sentence: str) -> list[tuple[str, int | None]]:
+    """A sentence with ``{}`` or ``{0}`` as (text, number of the value behind it); the last has none."""
+    parts: list[tuple[str, int | None]] = []
+    text, count = "", 0
+    for literal, name, _, _ in string.Formatter().parse(sentence):
+        text += literal
+        if name is not None:
+            parts.append((text, int(name) if name else count))
+            text, count = "", count + 1
+    return [*parts, (text, None)]
+
+
+def _row(english: str, other: str) -> _Row:
+    literals = tuple(text for text, _ in values_of(english))
+    letters = sum(c.isalpha() for text in literals for c in re.sub("Fix: (give )?", "", text))
+    return _Row(literals, tuple(values_of(other)), letters)
+
+
+def _word_of(literals: tuple[str, ...]) -> str:
+    """The longest whole word between the values, by which a sentence is found; "" for none."""
+    whole = re.findall(r"(?<![A-Za-z_}])[A-Za-z_]+(?![A-Za-z_{])", "{}".join(literals))
+    return max(whole, key=len, default="")
+
+
+def _is_chinese(c: str) -> bool:
+    return bool(re.match(r"[\u3000-\u303f\u3400-\u9fff\uff00-\uffef“”…—]", c))
