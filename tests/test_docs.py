@@ -5,11 +5,9 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 import re
 import shlex
 import sqlite3
-import subprocess
 import sys
 import types
 import unicodedata
@@ -18,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from processes import run_command
 
 from unigen import cli
 from unigen.config import TOPICS, Config, known_options
@@ -492,7 +491,13 @@ def run_page(path: Path, workspace: Path, capsys, caplog) -> Iterator[tuple[str,
                 re.sub(r"--nproc_per_node=\d", "--nproc_per_node=2", line.replace("--bf16", "")),
                 "cache" if "cache" in line else "train",
             )
-            code, said = torchrun(workspace, words)
+            script = "train_unified_generation.py"
+            argv = (
+                ["train", *words[words.index(script) + 1 :]]
+                if script in words
+                else words[words.index("unigen") + 1 :]
+            )
+            code, said = 0, run_command(workspace / "printed", argv, 2)
         else:
             code = run_here(tiny(line))
             said = "".join(capsys.readouterr()) + caplog.text
@@ -615,20 +620,6 @@ def test_the_page_on_plugins_from_top_to_bottom(workspace, capsys, caplog):
     assert (config["plugin"], config["optimizer"]) == (["my_optimizer"], "lion")
     resume = RUN[page][-2].replace(" --plugin my_tracker", "") + " --resume_from_checkpoint auto"
     assert run_here(tiny(resume)) == 2 and "--plugin my_tracker" in capsys.readouterr().err
-
-
-def torchrun(workspace: Path, words: list[str]) -> tuple[int, str]:
-    """Exit code and standard error of a ``torchrun`` command."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-    process = subprocess.Popen(argv, cwd=workspace, env=env, stderr=subprocess.PIPE, text=True)
-    try:
-        _, log = process.communicate(timeout=200)
-    finally:
-        process.terminate()  # torchrun ends its processes when asked to; killed, it would leave them behind
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-    return process.returncode, log
 
 
 @pytest.mark.parametrize("name", ["limits.md", "limits.zh-CN.md"])

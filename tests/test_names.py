@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import flags, run_command
 
 from unigen.cli import main
 from unigen.files import json_of
@@ -43,14 +42,9 @@ def test_a_name_that_is_not_utf8_works_to_the_end(
         ["fetch", str(data), "--output_dir", str(tmp_path / f"out_{NAME}")],
     ):
         assert main(argv) == 0, capsys.readouterr()
-    train = [
-        *(sys.executable, "-m", "unigen", "train", "--model_path", model, "--train_data_path", str(data)),
-        *("--output_dir", str(run), "--max_steps", "1", "--num_workers", "1", "--max_image_tokens", "16"),
-    ]
-    done = subprocess.run(
-        train, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300
-    )
-    assert done.returncode == 0 and rb"\udcca\udcfd" in done.stderr, done.stderr
+    given = {"model_path": model, "train_data_path": str(data), "output_dir": str(run), "max_steps": 1}
+    train = ["train", *flags(given | {"num_workers": 1, "max_image_tokens": 16})]
+    assert r"\udcca\udcfd" in run_command(tmp_path / "log", train)
     assert json.loads((run / "config.json").read_text("utf-8"))["train_data_path"] == str(data)
     capsys.readouterr()
     for argv in (

@@ -5,11 +5,12 @@ import json
 import os
 import pty
 import re
-import subprocess
+import select
 import sys
 from pathlib import Path
 
 import pytest
+from processes import end_of, printed_by, start_command
 
 from unigen.bars import Bar
 from unigen.cli import main
@@ -112,31 +113,25 @@ def test_hostile_data_through_a_pipe_and_on_a_terminal(command: str, tmp_path: P
             *("--output_dir", str(tmp_path / "run"), "--num_workers", "0"),
         ],
     }[command]
-    argv = [sys.executable, "-m", "unigen", command, *options]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "UNIGEN_CACHE": str(tmp_path / "cache")}
-    piped = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, timeout=300)
-    assert piped.returncode in (0, 1, 2)
-    text = piped.stdout.decode()
+    argv, more = [command, *options], {"TERM": "xterm", "UNIGEN_CACHE": str(tmp_path / "cache")}
+    assert end_of(start_command(tmp_path / "printed", argv, **more))[0] in (0, 1, 2)
+    text = printed_by(tmp_path / "printed")
     assert text and not steers(text) and "\x1b" not in text and "Traceback" not in text
 
-    shown = on_terminal(argv, env)
+    shown = on_terminal(argv, more)
     assert not steers(shown.replace("\r\n", "\n").replace("\r", "")) and "Traceback" not in shown
     assert command != "check" or "\x1b[" in shown, "our own colours"
 
 
-def on_terminal(argv: list[str], env: dict[str, str]) -> str:
+def on_terminal(argv: list[str], variables: dict[str, str]) -> str:
     """What a terminal gets of a command."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env, close_fds=True
-    ) as process:
-        os.close(theirs)
-        found = b""
-        try:
-            while data := os.read(ours, 1 << 16):
-                found += data
-        except OSError:  # the other end is closed
-            pass
-        process.wait(300)
+    (process,) = start_command(Path(os.ttyname(theirs)), argv, **variables)
+    found = b""
+    while (alive := process.is_alive()) or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.02 if alive else 0)[0]:
+            found += os.read(ours, 1 << 16)
+    assert end_of([process])[0] in (0, 1, 2)
+    os.close(theirs)
     os.close(ours)
     return found.decode("utf-8")

@@ -12,13 +12,14 @@ import torch
 from unigen.config import Config
 from unigen.data.loader import MicroBatch
 from unigen.model.quantise import adopt_bits
+from unigen.runs.checkpoint import verify_checkpoint
 from unigen.runs.signals import SignalHandler
 from unigen.sequence.images import to_image
 from unigen.training.build import build
 from unigen.training.engine import open_engine
 from unigen.training.loop import TrainingLoop
 from unigen.training.step import Counts, StepResult
-from unigen.training.trainer import open_tracker
+from unigen.training.trainer import UnifiedTrainer, open_tracker
 from unigen.training.warm_up import warm_up
 
 # Latents of 2 x 2 to 4 x 4 tokens and ViT grids of 2 x 2: a step takes a few hundredths of a second.
@@ -87,6 +88,32 @@ def train_on(loop: TrainingLoop) -> dict[str, float]:
     loop.run.begin()
     loop.tracker = open_tracker(loop.run)
     return loop.train()
+
+
+def train(**options: Any) -> dict[str, float]:
+    """A whole run; its last metrics."""
+    return UnifiedTrainer(Config(**options)).train()
+
+
+def assert_same_checkpoint(found: Path, wanted: Path) -> None:
+    """Byte by byte, but for the options and the manifest, which name folders."""
+    verify_checkpoint(found)
+    files = {path.relative_to(wanted).as_posix() for path in wanted.rglob("*") if path.is_file()}
+    files -= {"training_config.json", "manifest.json"}
+    assert {"optimizer.safetensors", "trainer.json"} <= files
+    for name in files:
+        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+
+
+def resumed_to_the_bit(options: dict[str, Any], folder: Path) -> Path:
+    """Trains four steps in ``whole``, and in ``parts`` the last two of them, from the second one's checkpoint:
+    both must end the same. The last checkpoint of ``parts``."""
+    options = options | {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole, parts = folder / "whole", folder / "parts"
+    train(**options | {"output_dir": str(whole)})
+    train(**options | {"output_dir": str(parts), "resume_from_checkpoint": str(whole / "step_2")})
+    assert_same_checkpoint(parts / "step_4", whole / "step_4")
+    return parts / "step_4"
 
 
 def gradients(loop: TrainingLoop) -> dict[str, torch.Tensor]:

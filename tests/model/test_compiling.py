@@ -37,8 +37,7 @@ def rows(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("freeze_und", [False, True])
+@pytest.mark.parametrize(("policy", "freeze_und"), [("full", False), ("none", True)])
 def test_compiled_layers_give_the_same_numbers_and_few_versions(policy, freeze_und):
     torch._dynamo.reset()
     model = tiny.build().train()

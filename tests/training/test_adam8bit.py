@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import metrics, step_of
+from tiny import metrics, resumed_to_the_bit, step_of
 from torch import Tensor, nn
 
 from unigen.config import Config, UserError
@@ -268,22 +268,8 @@ def test_a_resumed_regression_equals_an_uninterrupted_one_to_the_bit():
 def test_a_resumed_run_of_the_tiny_model_equals_an_uninterrupted_one_to_the_bit(
     options: dict[str, Any], tmp_path: Path
 ):
-    runs = {}
-    for name, stops in (("whole", [6]), ("cut", [3, 6])):
-        run = {
-            **options,
-            "output_dir": str(tmp_path / name),
-            "optimizer": "adamw8bit",
-            "lr_scheduler_type": "constant",
-        }
-        for stop in stops:
-            resume = {"resume_from_checkpoint": "auto"} if stop != stops[0] else {}
-            UnifiedTrainer(Config(**{**run, "max_steps": stop, "save_steps": stop, **resume})).train()
-        files = sorted((tmp_path / name / "step_6").rglob("*.safetensors"))
-        runs[name] = {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
-    assert runs["whole"].keys() == runs["cut"].keys() and any("exp_avg_sq" in name for name in runs["whole"])
-    for name, value in runs["whole"].items():
-        assert torch.equal(runs["cut"][name], value), name
+    last = resumed_to_the_bit(options | {"optimizer": "adamw8bit"}, tmp_path)
+    assert any("exp_avg_sq" in name for name in load_file(last / "optimizer.safetensors"))
 
 
 def test_a_skipped_step_with_nan_gradients_leaves_weights_and_state_to_the_bit(

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import start_command, wait_for
 from safetensors.torch import load_file
-from tiny import built, metrics, take_warm_up, train_on
+from tiny import built, metrics, take_warm_up, train, train_on
 
 from unigen.cli import main
 from unigen.config import Config, ConfigError
@@ -24,13 +20,8 @@ from unigen.model.parts import is_adapter, published_name
 from unigen.model.storage import scan_folder
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import verify_checkpoint
-from unigen.training.trainer import UnifiedTrainer
 
 LORA = {"lora_rank": 3, "lora_targets": ["both", "connector"], "train_also": ["time_embedder"], "ema": 0.5}
-
-
-def train(**options: Any) -> dict[str, float]:
-    return UnifiedTrainer(Config(**options)).train()
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
@@ -225,20 +216,13 @@ def test_another_base_of_bits_is_told_on_a_resume(
 def test_a_killed_run_goes_on_as_one_nobody_killed(options: dict[str, Any], tmp_path: Path):
     options |= LORA | {"max_steps": 6, "save_steps": 1, "learning_rate": 1e-3, "logging_steps": 1}
     train(**options | {"output_dir": str(tmp_path / "whole")})
-    config = Config(**options | {"output_dir": str(tmp_path / "killed"), "resume_from_checkpoint": "auto"})
-    (tmp_path / "options.json").write_text(json.dumps(config.to_dict()))
-    code = (
-        "import json, sys; from unigen.config import Config; from unigen.training.trainer import UnifiedTrainer;"
-        f"UnifiedTrainer(Config(**json.load(open({str(tmp_path / 'options.json')!r})))).train()"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "step_2").exists():
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    train(**options | {"output_dir": str(tmp_path / "killed"), "resume_from_checkpoint": "auto"})
+    killed = options | {"output_dir": str(tmp_path / "killed"), "resume_from_checkpoint": "auto"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(killed))  # YAML, too
+    (child,) = start_command(tmp_path / "log", ["train", "--config", str(tmp_path / "recipe.yaml")])
+    wait_for(tmp_path / "killed" / "step_2", child)
+    child.kill()
+    child.join()
+    train(**killed)
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         a, b = (tmp_path / run / "step_6" / name for run in ("whole", "killed"))
         assert a.read_bytes() == b.read_bytes(), name

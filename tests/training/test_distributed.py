@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from kills import become_rank, free_port, timeless
-from processes import run_ranks
+from processes import flags, run_command, run_ranks
 from tiny import (
     assert_close,
     batch_of,
@@ -26,6 +26,7 @@ from tiny import (
     write_jsonl,
 )
 
+from unigen.cli import main
 from unigen.config import UserError
 
 pytestmark = pytest.mark.slow  # several processes
@@ -131,16 +132,13 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(
     assert line["records"] == [f"{data}:2", f"{data}:1"]
 
 
-def command(launch: list[str], options: dict[str, Any], *flags: str, code: int = 0) -> str:
-    """Runs the guide's script; what it printed."""
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    argv, env = (
-        [sys.executable, *launch, "train_unified_generation.py", *given, *flags],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def launch(launcher: list[str], options: dict[str, Any], *more: str) -> str:
+    """Runs the guide's script with an interpreter of its own; what it printed."""
+    argv = [sys.executable, *launcher, "train_unified_generation.py", *flags(options), *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     printed = done.stdout + done.stderr
-    assert done.returncode == code, printed[-4000:]
+    assert done.returncode == 0, printed[-4000:]
     return printed
 
 
@@ -160,9 +158,11 @@ def losses(output_dir: Path | str) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path, tmp_path: Path):
+def test_the_guides_command_and_its_resume(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     options |= {"model_path": "tests/golden/model", "max_image_tokens": 16, "save_steps": 1}
-    printed = command([], options)
+    printed = launch([], options)
     assert "Warm-up batch:" in printed and "step 2/2" in printed
     run, whole = Path(options["output_dir"]), losses(options["output_dir"])
     assert sorted(p.name for p in run.iterdir()) == [
@@ -176,7 +176,8 @@ def test_the_guides_command_and_its_resume(options: dict[str, Any], golden: Path
     ]
     wanted = (run / "step_2" / "ema.safetensors").read_bytes()
     shutil.rmtree(run / "step_2")
-    command([], options, "--resume_from_checkpoint", str(run / "step_1"))
+    monkeypatch.chdir(ROOT)
+    assert main(["train", *flags(options), "--resume_from_checkpoint", str(run / "step_1")]) == 0
     assert losses(run) == whole
     assert (run / "step_2" / "ema.safetensors").read_bytes() == wanted
 
@@ -189,12 +190,12 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(
     process without a row."""
     options |= {"max_steps": 4, "save_steps": 1, "val_data_path": str(records), "eval_steps": 2, "ema": 0.9}
     two = options | {"gradient_accumulation_steps": 2}
-    command(torchrun(2), two)
+    run_command(tmp_path / "log", ["train", *flags(two)], 2)
     run, other = Path(two["output_dir"]), tmp_path / "resumed"
     other.mkdir()
     shutil.copytree(run / "step_1", other / "step_1")
     shutil.copy(run / "metrics.jsonl", other)
-    command(torchrun(2), two | {"output_dir": str(other)}, "--resume_from_checkpoint", "auto")
+    launch(torchrun(2), two | {"output_dir": str(other)}, "--resume_from_checkpoint", "auto")
     assert losses(other) == losses(run)
     parts = sorted(path.name for path in (run / "step_4").glob("*-of-*.safetensors"))
     assert parts == [
@@ -214,7 +215,8 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(
 @pytest.mark.slow
 def test_a_mistake_of_the_user_ends_every_process(options: dict[str, Any], tmp_path: Path):
     write_jsonl(tmp_path / "bad.jsonl", [{"text_prompt": "x", "image_path": "missing.png"}])
-    printed = command(torchrun(2), options | {"train_data_path": str(tmp_path / "bad.jsonl")}, code=1)
+    options |= {"train_data_path": str(tmp_path / "bad.jsonl")}
+    printed = run_command(tmp_path / "log", ["train", *flags(options)], 2, code=2)
     assert f"{tmp_path / 'bad.jsonl'}:1" in printed and "missing.png" in printed
     assert not list(Path(options["output_dir"]).glob("step_*"))
 

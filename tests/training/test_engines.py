@@ -9,6 +9,8 @@ norm, after three steps.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +223,29 @@ def prepared(
     return tmp_path_factory.mktemp("engines"), options
 
 
+@pytest.fixture(scope="module")
+def alone(prepared: tuple[Path, dict[str, Any]]) -> Callable[..., Any]:
+    """What one process makes of a case: losses, and what it holds. Several engines are held against it."""
+    folder, options = prepared
+
+    @cache
+    def run(
+        name: str, world: int, bf16: bool
+    ) -> tuple[list[list[float]], dict[tuple[str, str], torch.Tensor]]:
+        case = cases_of(next(run for run in RUNS if RUNS[run][1] == world and run.endswith("bf16") == bf16))[
+            name
+        ]
+        given = options_of(case, options, {"engine": "single", "bf16": bf16})
+        trainer = built(**given | {"output_dir": str(folder / f"one-{world}-{bf16}-{name}")})
+        return train(trainer, case[0], None, world), together([held(trainer)])
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(
-    run: str, prepared: tuple[Path, dict[str, Any]]
+    run: str, prepared: tuple[Path, dict[str, Any]], alone: Callable[..., Any]
 ):
     """Passes when, in every case of ``TWO`` or ``THREE``, losses are within 2e-6, weights and average within
     1e-6 and moments within 1e-5 of those of one process; and when a NaN in the loss, or in the gradient
@@ -238,18 +259,16 @@ def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(
         assert bad == [["its loss is not finite", True], ["its gradient is not finite", True]], (
             f"NaN on the last process, seen by {rank}"
         )
-    for number, (name, case) in enumerate(cases_of(run).items()):
+    for number, name in enumerate(cases_of(run)):
         parts = [
             torch.load(folder / f"{run}-{number}.{rank}.pt", weights_only=False) for rank in range(world)
         ]
-        alone = options_of(case, options, {"engine": "single", "bf16": run.endswith("bf16")})
-        trainer = built(**alone | {"output_dir": str(folder / f"one-{run}-{number}")})
-        wanted_losses = train(trainer, case[0], None, world)
+        wanted_losses, wanted = alone(name, world, run.endswith("bf16"))
         for losses, _ in parts:
             assert losses == parts[0][0], f"{name}: the processes disagree"
             for one, other in zip(losses, wanted_losses, strict=True):
                 assert one == pytest.approx(other, rel=2e-6, abs=1e-7), name
-        found, wanted = together([part for _, part in parts]), together([held(trainer)])
+        found = together([part for _, part in parts])
         assert found.keys() == wanted.keys(), name
         for key, value in wanted.items():
             scale = float(value.double().norm()) + 1e-9

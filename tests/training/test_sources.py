@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from kills import timeless
-from tiny import built, draw_picture, text, write_jsonl
+from tiny import built, draw_picture, text, train, write_jsonl
 
-from unigen.config import Config, UserError
+from unigen.config import UserError
 from unigen.data.loader import LoaderState, load_batches
-from unigen.training.trainer import UnifiedTrainer
 
 
 @pytest.fixture
@@ -50,21 +49,16 @@ def test_a_resumed_run_with_waiting_samples_is_the_uninterrupted_one_to_the_bit(
     sources: dict[str, Any], tmp_path: Path
 ):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    train(sources | {"output_dir": str(whole)})
+    train(**sources | {"output_dir": str(whole)})
     state = json.loads((whole / "step_2" / "trainer.json").read_text())
     assert state["waiting"], "samples wait for a row at this place"
     train(
-        sources
+        **sources
         | {"output_dir": str(parted), "resume_from_checkpoint": str(whole / "step_2"), "num_workers": 2}
     )
     assert timeless(parted) == timeless(whole)[2:]
     for name in ("ema.safetensors", "optimizer.safetensors"):
         assert (parted / "step_8" / name).read_bytes() == (whole / "step_8" / name).read_bytes()
-
-
-def train(options: dict[str, Any]) -> None:
-
-    UnifiedTrainer(Config(**options)).train()
 
 
 def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(sources: dict[str, Any]):
@@ -99,7 +93,7 @@ def test_the_log_says_what_the_mix_is(sources: dict[str, Any], caplog: pytest.Lo
 
 
 def test_resuming_with_other_weights_is_refused(sources: dict[str, Any], tmp_path: Path):
-    train(sources | {"max_steps": 2})
+    train(**sources | {"max_steps": 2})
     entries = [sources["train_sources"][0], {**sources["train_sources"][1], "weight": 2}]
     with pytest.raises(UserError, match=r"not what this run began with.*same files and weights"):
         built(**sources | {"train_sources": entries, "resume_from_checkpoint": "auto"})

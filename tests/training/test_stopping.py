@@ -3,19 +3,18 @@ says so, and the run goes on as if nothing had been."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kills import become_rank, context, free_port, timeless
+from processes import end_of, flags, printed_by, start_command, wait_for
 from tiny import metrics
 
 from unigen.config import Config
@@ -172,41 +171,18 @@ def test_signals_to_all_processes_at_once(whole: dict[str, Any], tmp_path: Path)
     assert {path.name for path in (tmp_path / "run").glob("step_*")} == {"step_3"}
 
 
-def _popen(options: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    argv = [sys.executable, "train_unified_generation.py", *given, *flags]
-    return subprocess.Popen(
-        argv,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def _await(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert path.exists(), process.communicate()[0][-3000:]
-
-
 @pytest.mark.slow
-def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
-    """The guide's script itself, two data workers, SIGTERM to the whole process group as SLURM and Kubernetes
+def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any], tmp_path: Path):
+    """The command itself, two data workers, SIGTERM to the whole process group as SLURM and Kubernetes
     send it."""
     options |= {"max_steps": 400, "save_steps": 5, "num_workers": 2}
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    argv = [sys.executable, "train_unified_generation.py", *given]
-    process = subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    (process,) = start_command(tmp_path / "log", ["train", *flags(options)])
     run_folder = Path(options["output_dir"])
-    _await(run_folder / "step_5", process)
+    wait_for(run_folder / "step_5", process)
     os.killpg(process.pid, signal.SIGTERM)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == EXIT_STOPPED, printed[-3000:]
+    codes = end_of([process], 60)
+    printed = printed_by(tmp_path / "log")
+    assert codes == [EXIT_STOPPED], printed[-3000:]
     assert "Traceback" not in printed and "Stopped by a signal" in printed
     steps = sorted(int(path.name.removeprefix("step_")) for path in run_folder.glob("step_*"))
     assert steps[-1] == metrics(run_folder)[-1]["step"], "the last finished step is saved"
@@ -220,21 +196,21 @@ def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any]):
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_path: Path):
     """The first comes while a step takes for ever; 1.2 s later the second one does not wait for it."""
-    code = (
-        "import sys, time; from unigen.training.loop import TrainingLoop as L; from unigen.training.trainer import UnifiedTrainer as T; from unigen.config import"
-        " Config; import json\nL.take_step = lambda *_: (print('in the step', flush=True),"
-        " time.sleep(600))\nT(Config(**json.loads(sys.argv[1]))).train()"
-    )
-    argv = [sys.executable, "-c", code, json.dumps(options)]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    assert "in the step" in iter(process.stdout.readline, "").__next__()
-    process.send_signal(signal.SIGTERM)
+    process = context().Process(target=_step_for_ever, args=(options, str(tmp_path / "in the step")))
+    process.start()
+    wait_for(tmp_path / "in the step", process)
+    os.kill(process.pid, signal.SIGTERM)
     time.sleep(1.2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 128 + signal.SIGTERM
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    assert end_of([process], 10) == [128 + signal.SIGTERM]
     assert not list(Path(options["output_dir"]).glob("step_*"))
+
+
+def _step_for_ever(options: dict[str, Any], mark: str) -> None:
+    torch.set_num_threads(1)
+    TrainingLoop.take_step = lambda *_: (Path(mark).touch(), time.sleep(600))  # type: ignore
+    UnifiedTrainer(Config(**options)).train()
 
 
 def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], where: str, log: str) -> None:

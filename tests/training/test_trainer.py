@@ -6,18 +6,26 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kills import timeless
+from processes import flags, start_command, wait_for
 from safetensors.torch import load_file, save_file
-from tiny import batch_of, built, draw_picture, metrics, take_warm_up, text, train_on, write_jsonl
+from tiny import (
+    assert_same_checkpoint,
+    batch_of,
+    built,
+    draw_picture,
+    metrics,
+    take_warm_up,
+    text,
+    train,
+    train_on,
+    write_jsonl,
+)
 
 from unigen.config import Config, UserError
 from unigen.data.dataset import BadData
@@ -26,27 +34,13 @@ from unigen.runs.checkpoint import read_states, verify_checkpoint
 from unigen.training.build import idle_processes
 from unigen.training.guards import TrainingStopped
 from unigen.training.optim import learning_rate_at
-from unigen.training.trainer import UnifiedTrainer
 
 ROOT = Path(__file__).parents[2]
-TENSORS = ("ema", "model", "optimizer")
-
-
-def train(**options: Any) -> dict[str, float]:
-    return UnifiedTrainer(Config(**options)).train()
 
 
 def raw(path: Path) -> dict[str, bytes]:
     """The bytes of every tensor of a file (NaN equals NaN)."""
     return {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in load_file(path).items()}
-
-
-def assert_same_checkpoint(found: Path, wanted: Path) -> None:
-    verify_checkpoint(found)
-    names = [p.name for p in wanted.iterdir() if p.stem in TENSORS or p.name == "trainer.json"]
-    assert "ema.safetensors" in names and "optimizer.safetensors" in names and "trainer.json" in names
-    for name in names:
-        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
 
 
 # ---- a run
@@ -267,20 +261,10 @@ def test_a_killed_process_resumes_by_itself(whole_run: dict[str, Any], tmp_path:
     options = {name: value for name, value in whole_run.items() if value is not None} | {
         "output_dir": str(tmp_path)
     }
-    argv = [
-        sys.executable,
-        "train_unified_generation.py",
-        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-    ]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "step_2").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert (tmp_path / "step_2").exists()
+    (process,) = start_command(tmp_path / "log", ["train", *flags(options)])
+    wait_for(tmp_path / "step_2", process)
+    process.kill()
+    process.join()
     train(**options | {"resume_from_checkpoint": "auto"})
     assert timeless(tmp_path) == timeless(whole_run["output_dir"])
     assert_same_checkpoint(tmp_path / "step_12", Path(whole_run["output_dir"]) / "step_12")
