@@ -227,7 +227,7 @@ def test_a_context_rebuilt_for_drawing_is_a_fresh_one(inferencer, picture):
     context.pieces = sample("a", picture, "make it blue")
     builder.replay([context], drawing=False)
     seen = context.full.length
-    written = inferencer._write_pieces([context], 4, lambda logits, i: LETTER)[0]
+    written = inferencer.pieces.write_pieces([context], 4, lambda logits, i: LETTER)[0]
     builder.replay([context], drawing=True)
     fresh = Context(3)
     fresh.pieces = sample("a", picture, "make it blue", written)
@@ -244,7 +244,7 @@ def test_a_context_rebuilt_for_drawing_is_a_fresh_one(inferencer, picture):
 
 def test_a_written_text_leaves_the_contexts_that_a_given_one_leaves(inferencer, picture):
     written, given = _context(inferencer, [picture]), _context(inferencer, [picture])
-    text = inferencer._write_pieces([written], 4, lambda logits, i: LETTER)[0]
+    text = inferencer.pieces.write_pieces([written], 4, lambda logits, i: LETTER)[0]
     inferencer.builder.add_text([given], [text])
     for name in ("full", "no_text", "no_image"):
         assert equal(getattr(written, name), getattr(given, name)), name
@@ -379,7 +379,7 @@ def test_thinking_puts_the_prompt_first_and_the_thought_into_the_full_context_al
         and equal(context.no_image, no_image)
         and context.full.length > no_text.length
     )
-    tokens, _ = inferencer._draw([context], [(32, 48)], [noise], sampling_options(**options))[0]
+    tokens, _ = inferencer.pieces.draw_in([context], [(32, 48)], [noise], sampling_options(**options))[0]
     assert torch.allclose(tokens, trace["latent"][0], atol=1e-4) and drawn.size == (48, 32)
 
 

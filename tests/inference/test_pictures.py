@@ -243,7 +243,7 @@ def test_the_command_line_shows_pictures_as_training_does(
 def test_a_model_that_decides_to_draw_sees_the_prompt_anew(model, seen, monkeypatch):
     """Through the ViT alone until it opens a picture; then as a sample that draws; then what it drew."""
     inferencer, ways = InterleaveInferencer(model), iter(["text", "image", None])
-    monkeypatch.setattr(inferencer, "_next_kind", lambda context, first: next(ways))
+    monkeypatch.setattr(inferencer.pieces, "next_kind", lambda context, first: next(ways))
     inferencer.unified_generate([noise(200, 90), "what?"], height=32, width=48, **FAST)
     looks, draws, drawn = seen
     vae, vit_edit = (planner_of(inferencer).transforms.vae, planner_of(inferencer).transforms.vit_edit)
@@ -263,7 +263,7 @@ def test_a_model_that_decides_thinks_first_with_the_prompt_of_what_it_decided(
 ):
     """A drawing has a thought before it, in the full context alone; a text holds its thought."""
     inferencer, ways, texts = InterleaveInferencer(model), iter([kind, None]), []
-    monkeypatch.setattr(inferencer, "_next_kind", lambda context, first: next(ways))
+    monkeypatch.setattr(inferencer.pieces, "next_kind", lambda context, first: next(ways))
     add_text = ContextBuilder.add_text
 
     def noted(self, contexts, given, only_full=False):
@@ -304,7 +304,7 @@ def test_a_thought_stays_hidden_when_the_context_is_built_anew(model):
     context = Context(3)
     context.pieces = [Text("a cat")]
     inferencer.builder.replay([context], drawing=True)
-    inferencer._think([context], 3, lambda logits, i: 65)
+    inferencer.pieces.think([context], 3, lambda logits, i: 65)
     hidden = [(c.full.length, c.no_text.length, c.no_image.length) for c in [context]]
     inferencer.builder.replay([context], drawing=True)
     assert hidden == [(context.full.length, context.no_text.length, context.no_image.length)]

@@ -284,10 +284,10 @@ def test_pictures_count_too(small, monkeypatch):
 
 
 def test_an_answer_ends_with_a_word_where_the_context_is_full(small, monkeypatch, caplog):
-    monkeypatch.setattr(small, "_next_kind", lambda context, first: "text")
+    monkeypatch.setattr(small.pieces, "next_kind", lambda context, first: "text")
     caplog.set_level(logging.WARNING, "unigen")
     # a text of 120 letters, never a stop
-    monkeypatch.setattr(small, "_picker", lambda *_: lambda logits, i: 65)
+    monkeypatch.setattr(small.pieces, "picker", lambda *_: lambda logits, i: 65)
     answer = small.unified_generate("a", max_new_tokens=120, max_pieces=8)
     assert 1 <= len(answer) < 8 and "ends early" in caplog.text and "holds 400" in caplog.text
 

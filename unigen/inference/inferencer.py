@@ -14,8 +14,9 @@ from unigen.config import SamplingOptions
 from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.options import InferenceError, Renamed, Settings, sampling_options
 from unigen.inference.pictures import blocks_as_reference, trained_transform, within
+from unigen.inference.pieces import Pieces
 from unigen.inference.requests import IMAGE, TEXT, Piece, Requests, picture_of, sample_of
-from unigen.inference.sampler import Canvas, decode_pixels, draw, feed, write
+from unigen.inference.sampler import write
 from unigen.model.adapters import AdapterError
 from unigen.model.backends import pick_device, prefer_flash
 from unigen.model.bagel import Bagel
@@ -24,7 +25,7 @@ from unigen.model.weights import load_bagel
 from unigen.sequence.images import ImageTransform, to_image
 from unigen.sequence.plan import Transforms
 from unigen.sequence.tokens import Tokenizer
-from unigen.sequence.types import Block, Image, Kind, Sample, Text
+from unigen.sequence.types import Block, Sample, Text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,9 +105,7 @@ class InterleaveInferencer:
         self.builder = ContextBuilder(model, self.tokenizer, transforms)
         self.think_prompts = dict(think_prompts or THINK_PROMPTS)
         self.requests = Requests(config, self.builder.planner, self.think_prompts)
-        # Where processes share one model every token that was chosen goes through here: they must take the
-        # same one.
-        self.agree: Callable[[int], int] = lambda token: token
+        self.pieces = Pieces(self.model, self.tokenizer, self.builder, self.requests)
 
     @classmethod
     def from_pretrained(
@@ -137,33 +136,6 @@ class InterleaveInferencer:
         if len(factors) != len(names):
             raise AdapterError(f"{len(factors)} factors for {len(names)} adapters. Fix: give one for each")
         activate(self.model, dict(zip(names, factors, strict=True)))
-
-    # ---- drawing
-
-    def _draw(
-        self,
-        contexts: Sequence[Context],
-        shapes: Sequence[tuple[int, int]],
-        noises: Sequence[Tensor],
-        options: SamplingOptions,
-    ) -> list[Any]:
-        """Draws a picture of ``shapes`` (height, width) in each context; (latent tokens, pixels) of each."""
-        stride = self.model.config.latent_stride
-        canvases = [
-            Canvas(c.full, c.no_text, c.no_image, (h // stride, w // stride), noise)
-            for c, (h, w), noise in zip(contexts, shapes, noises, strict=True)
-        ]
-        drawn = draw(self.model, self.tokenizer.special, canvases, options)
-        return [
-            (tokens, decode_pixels(self.model, tokens, canvas.grid))
-            for tokens, canvas in zip(drawn, canvases, strict=True)
-        ]
-
-    def _noise(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-        stride = self.model.config.latent_stride
-        return torch.randn(
-            (shape[0] // stride) * (shape[1] // stride), self.model.config.patch_dim, generator=generator
-        )
 
     # ---- as the reference
 
@@ -236,17 +208,17 @@ class InterleaveInferencer:
                 builder.add_image([context], [part])
         output: list[Any] = []
         if understanding_output or think:
-            pick = self._picker(options, [generator])
+            pick = self.pieces.picker(options, [generator])
             past = [context.full.snapshot()]
             ids = write(self.model, self.tokenizer.special, past, options.max_new_tokens, pick)[0]
             trace.setdefault("tokens", []).append(torch.tensor(ids))
-            output.append(self._text(ids))
+            output.append(self.pieces.text_of(ids))
         if understanding_output:
             return output
         if think:
             builder.add_text([context], [output[0]], only_full=True)
-        noise = self._noise(shape, generator) if initial_noise is None else initial_noise
-        tokens, pixels = self._draw([context], [shape], [noise], options)[0]
+        noise = self.pieces.noise(shape, generator) if initial_noise is None else initial_noise
+        tokens, pixels = self.pieces.draw_in([context], [shape], [noise], options)[0]
         picture = to_image(pixels.cpu())
         trace.setdefault("latent", []).append(tokens.cpu())
         trace.setdefault("image", []).append(torch.from_numpy(_array(picture)))
@@ -289,26 +261,6 @@ class InterleaveInferencer:
         for piece in self.interleave_inference(pieces, **options):
             result["text" if isinstance(piece, str) else "image"] = piece
         return result
-
-    def _picker(
-        self, options: SamplingOptions, generators: Sequence[torch.Generator]
-    ) -> Callable[[Tensor, int], int]:
-        def pick(logits: Tensor, i: int) -> int:
-            if not options.do_sample:
-                return self.agree(int(logits.argmax()))
-            return self.agree(
-                int(
-                    torch.multinomial(
-                        (logits / options.temperature).softmax(-1).cpu(), 1, generator=generators[i]
-                    )
-                )
-            )
-
-        return pick
-
-    def _text(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(list(ids))
-        return text.split("<|im_end|>")[0].split("<|im_start|>")[1]
 
     # ---- answers of any shape
 
@@ -369,7 +321,7 @@ class InterleaveInferencer:
         answers: list[list[Any]] = [[] for _ in prompts]
 
         def write_in(chosen: list[int], by: Callable[..., list[str]], *rest: bool) -> None:
-            pick = self._picker(o, [generators[i] for i in chosen])
+            pick = self.pieces.picker(o, [generators[i] for i in chosen])
             for i, text in zip(
                 chosen, by([contexts[i] for i in chosen], o.max_new_tokens, pick, *rest), strict=True
             ):
@@ -382,21 +334,23 @@ class InterleaveInferencer:
         )
         for turn in range(turns):
             if turn == 0:
-                kinds = dict(enumerate(self._begin(contexts, outputs, o, shape)))
+                kinds = dict(enumerate(self.pieces.begin(contexts, outputs, o, shape)))
             else:
                 kinds = {
-                    i: outputs[turn] if outputs is not None else self._next_fitting(contexts[i], o, shape)
+                    i: outputs[turn]
+                    if outputs is not None
+                    else self.pieces.next_fitting(contexts[i], o, shape)
                     for i in active
                 }
             active, last = [i for i in active if kinds[i] is not None], turn == turns - 1
             writing, drawing = ([i for i in active if kinds[i] == kind] for kind in (TEXT, IMAGE))
             if writing:
-                write_in(writing, self._write_pieces, last)
+                write_in(writing, self.pieces.write_pieces, last)
             if drawing and o.think and turn == 0:
-                write_in(drawing, self._think)
+                write_in(drawing, self.pieces.think)
             if drawing:
                 noises = [generators[i] for i in drawing]
-                pictures = self._draw_pieces([contexts[i] for i in drawing], shape, noises, o, last)
+                pictures = self.pieces.draw_pieces([contexts[i] for i in drawing], shape, noises, o, last)
                 for i, picture in zip(drawing, pictures, strict=True):
                     answers[i].append(picture)
         return answers
@@ -405,139 +359,6 @@ class InterleaveInferencer:
         context = Context(self.model.config.llm.num_hidden_layers)
         context.pieces = sample
         return context
-
-    def _begin(
-        self,
-        contexts: Sequence[Context],
-        outputs: Sequence[str] | None,
-        options: SamplingOptions,
-        shape: tuple[int, int] | None,
-    ) -> list[str | None]:
-        """Builds the contexts; what each answer begins with.
-
-        The system prompt of thinking says what follows the thought, so that is decided before it: by
-        ``outputs``, or by the model from the prompt alone.
-        """
-        draws = IMAGE in (outputs or ())
-        if outputs is None:
-            self.builder.replay(contexts, drawing=False)
-            kinds = [self._next_kind(context, first=True) for context in contexts]
-        else:
-            kinds = [outputs[0]] * len(contexts)
-        think = options.think
-        if think:
-            for context, kind in zip(contexts, kinds, strict=True):
-                context.pieces.insert(0, Text(self.requests.think_prompt(kind)))
-        for context, kind in zip(contexts, kinds, strict=True):
-            if outputs is None and kind is not None:
-                self.requests.check_room(context.pieces, [kind], options, shape, think and kind == IMAGE)
-        if think or outputs is not None:
-            for drawing in (False, True):
-                these = [
-                    c for c, kind in zip(contexts, kinds, strict=True) if (draws or kind == IMAGE) == drawing
-                ]
-                self.builder.replay(these, drawing)
-        return kinds
-
-    def _next_kind(self, context: Context, first: bool) -> str | None:
-        """What the model opens next: a text, an image, or (None) nothing more."""
-        special = self.tokenizer.special
-        kinds: dict[int, str | None] = {
-            special.text_start: TEXT,
-            special.image_start: IMAGE,
-            special.end: None,
-        }
-        if first:
-            del kinds[special.end]
-        if not self.model.config.visual_gen:
-            del kinds[special.image_start]
-        assert context.last is not None
-        logits = self.model.logits(context.last)
-        return kinds[self.agree(max(kinds, key=lambda token: float(logits[token])))]
-
-    def _next_fitting(
-        self, context: Context, options: SamplingOptions, shape: tuple[int, int] | None
-    ) -> str | None:
-        """As :meth:`_next_kind` after the first piece; an answer ends, with a warning, where the context is
-        full."""
-        kind = self._next_kind(context, first=False)
-        if kind is None:
-            return None
-        words = self.requests.room.refusal(context.pieces, [kind], options, shape, draws=context.drawing)
-        if words:
-            self.requests.tell(f"an answer ends early: with what was answered so far {words}")
-        return None if words else kind
-
-    def _think(
-        self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]
-    ) -> list[str]:
-        """Writes a thought in each context, which then holds it in the full context alone."""
-        special = self.tokenizer.special
-        written = write(
-            self.model,
-            special,
-            [c.full.snapshot() for c in contexts],
-            max_tokens,
-            pick,
-            (special.text_end, special.end),
-        )
-        texts = [self.tokenizer.decode(ids[1:]) for ids in written]
-        for context, text in zip(contexts, texts, strict=True):
-            context.thought = len(context.pieces)
-            context.pieces.append(Text(text, target=True))
-        self.builder.add_text(contexts, texts, only_full=True)
-        return texts
-
-    def _write_pieces(
-        self,
-        contexts: Sequence[Context],
-        max_tokens: int,
-        pick: Callable[[Tensor, int], int],
-        last: bool = False,
-    ) -> list[str]:
-        """Writes a text in each context; nothing follows the ``last`` one."""
-        special = self.tokenizer.special
-        before = [c.full.snapshot() for c in contexts]
-        written = write(
-            self.model,
-            special,
-            [c.full for c in contexts],
-            max_tokens,
-            pick,
-            stop=(special.text_end, special.end),
-        )
-        texts = [self.tokenizer.decode(ids[1:]) for ids in written]
-        if last:
-            return texts
-        hidden = feed(self.model, [c.full for c in contexts], [special.text_end] * len(contexts))
-        for context, past, state, text in zip(contexts, before, hidden, texts, strict=True):
-            context.no_text, context.last = past, state
-            context.pieces.append(Text(text, target=True))
-        self.builder.extend_no_image(
-            contexts, [Block(Kind.TEXT, len(ids) - 1, ids=ids[1:]) for ids in written]
-        )
-        return texts
-
-    def _draw_pieces(
-        self,
-        contexts: Sequence[Context],
-        shape: tuple[int, int] | None,
-        generators: Sequence[torch.Generator],
-        options: SamplingOptions,
-        last: bool = False,
-    ) -> list[Any]:
-        """Draws a picture in each context, which then sees it; nothing follows the ``last`` picture."""
-        self.requests.needs_gen()
-        self.builder.replay([c for c in contexts if not c.drawing], drawing=True)
-        shapes = [shape or c.shape or self.requests.room.shape([]) for c in contexts]
-        noises = [self._noise(s, g) for s, g in zip(shapes, generators, strict=True)]
-        pictures = [to_image(pixels.cpu()) for _, pixels in self._draw(contexts, shapes, noises, options)]
-        if last:
-            return pictures
-        for context, picture in zip(contexts, pictures, strict=True):
-            context.pieces.append(Image(picture, target=True))
-        self.builder.add_image(contexts, [self.builder.shown(c, len(c.pieces) - 1) for c in contexts])
-        return pictures
 
 
 def _shape(options: SamplingOptions) -> tuple[int, int] | None:

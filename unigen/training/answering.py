@@ -68,7 +68,7 @@ class Answerer:
         model.train(training)
         self._lockstep = SynchronisedGeneration(engine, model, self._idle) if engine.sharded else None
         if self._lockstep is not None:
-            self.inferencer.agree = self._lockstep.meet
+            self.inferencer.pieces.agree = self._lockstep.meet
 
     def answer(self, jobs: Sequence[Job]) -> list[list[Answer]]:
         """The answers of each job, on all processes; every process calls it. What goes wrong with a job is a

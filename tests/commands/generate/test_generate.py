@@ -109,7 +109,7 @@ def test_thinking_gives_a_text_and_then_the_picture(generate):
 
 def test_a_model_that_decides_thinks_first(generate, monkeypatch):
     ways = iter(["image", None])
-    monkeypatch.setattr(module.InterleaveInferencer, "_next_kind", lambda self, context, first: next(ways))
+    monkeypatch.setattr("unigen.inference.pieces.Pieces.next_kind", lambda self, context, first: next(ways))
     code, _, _, out = generate("--prompt", "a cat", "--think", *SHAPE)
     assert code == 0 and [path.suffix for path in pieces(out)] == [".txt", ".png"]
 
