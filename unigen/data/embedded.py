@@ -82,8 +82,10 @@ def place_of(text: str) -> str | Address:
     if problem := remote.problem_with(scheme):
         why, fix = problem
         if scheme in remote.STORES:
-            fix += f"copy the files once ({remote.tool_for(text)}), write the rest of the address as a path,"
-            fix += " and give --image_root DIR"
+            fix = (
+                f"{fix}copy the files once ({remote.tool_for(text)}), write the rest of the address as a path,"
+                " and give --image_root DIR"
+            )
         raise ValueError(why, fix)
     try:
         return str(remote.copy_of(text))  # a picture there is copied when it is first opened

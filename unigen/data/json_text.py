@@ -276,7 +276,9 @@ def _skip(text: str, at: int) -> int:
 
 def _bad_json(message: str, text: str, at: int, line: int) -> BadRecord:
     found, fix = _slip(message, text[:at], text[at:]) or (message, "correct the JSON there")
-    return BadRecord("bad_json", "(record)", f"{found} at {_place(text, at, line)}", "valid JSON", fix)
+    return BadRecord(
+        "bad_json", "(record)", f"{found} at {_place(text, at, line)}", "a valid JSON value", fix
+    )
 
 
 def _slip(message: str, before: str, rest: str) -> tuple[str, str] | None:
