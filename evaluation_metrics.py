@@ -4,6 +4,7 @@ Every metric is a function that returns a :class:`Result`: a number with its ide
 or None with the reason and the fix. Shapes and sources stand with each; docs/metrics.md shows them at work.
 """
 
+from unigen.evaluation.detectors import Detector
 from unigen.evaluation.edits import edit_changed, edit_stayed
 from unigen.evaluation.features import (
     Extractor,
@@ -29,6 +30,7 @@ from unigen.evaluation.images import (
     similarity,
     ssim,
 )
+from unigen.evaluation.objects import geneval
 from unigen.evaluation.results import CannotRun, Result
 from unigen.evaluation.statistics import Comparison, compare
 from unigen.evaluation.text import (
@@ -46,10 +48,10 @@ from unigen.evaluation.text import (
 from unigen.evaluation.towers import PictureTower
 
 __all__ = [
-    "CannotRun", "Comparison", "Extractor", "FeatureStore", "Features", "PictureTower", "Result",
+    "CannotRun", "Comparison", "Detector", "Extractor", "FeatureStore", "Features", "PictureTower", "Result",
     "accuracy", "anls", "around_score", "bertscore", "bleu", "chrf", "clip_direction", "clip_score", "cmmd",
     "compare", "distinct", "edit_changed", "edit_stayed", "exact_match", "frechet_distance",
-    "frechet_distance_infinity", "inception_extractor", "kid", "length_ratio", "load_extractor", "lpips",
-    "meteor", "module_extractor", "neighbours", "psnr", "rouge", "similarity", "ssim", "tower_extractor",
-    "vit_extractor",
+    "frechet_distance_infinity", "geneval", "inception_extractor", "kid", "length_ratio", "load_extractor",
+    "lpips", "meteor", "module_extractor", "neighbours", "psnr", "rouge", "similarity", "ssim",
+    "tower_extractor", "vit_extractor",
 ]  # fmt: skip

@@ -44,6 +44,7 @@ NOT_RUN = {
     "unigen watch outputs/unified_training --serve": "tests/commands/watch/test_watch_serve.py",
     "unigen --help": "tests/test_cli.py",
     "unigen evaluate --model_path models/BAGEL-7B-MoT --compare": "tests/commands/evaluate/test_evaluate.py",
+    "unigen evaluate --layout geneval": "tests/commands/evaluate/test_folders.py",
     "torchrun --nproc_per_node=2 -m unigen evaluate": "tests/commands/evaluate/test_evaluate_processes.py",
     "unigen generate --model_path models/BAGEL-7B-MoT --prompts_file": (
         "tests/commands/generate/test_many.py"

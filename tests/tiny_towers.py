@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,11 +12,19 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    DetrConfig,
+    DetrForObjectDetection,
     Dinov2Config,
     Dinov2Model,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
     PreTrainedTokenizerFast,
+    ResNetConfig,
     SiglipConfig,
     SiglipModel,
+    SwinConfig,
 )
 
 WORDS = [
@@ -98,3 +107,60 @@ def write_dinov2(folder: Path) -> Path:
     layers = {**LAYERS, "mlp_ratio": 2}
     layers.pop("intermediate_size")
     return _write(Dinov2Model(Dinov2Config(image_size=28, patch_size=7, **layers)), folder)
+
+
+# ---- detectors: they know these things, in this order
+
+THINGS = {0: "cat", 1: "dog", 2: "mouse", 3: "bench"}
+_SIZE = {"shortest_edge": 48, "longest_edge": 80}
+
+
+def _write_size(folder: Path, size: dict[str, int], **more: object) -> Path:
+    said = {"size": size, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], **more}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def write_detr(folder: Path, always: int | None = None) -> Path:
+    """A DETR of two queries; ``always``: both of them are that thing in every picture, for sure."""
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    config = DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=2, id2label=THINGS,
+        label2id={name: number for number, name in THINGS.items()},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DetrForObjectDetection(config)
+    if always is not None:
+        with torch.no_grad():
+            head = model.class_labels_classifier
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor([20.0 * (number == always) for number in range(5)]))
+    model.save_pretrained(folder)
+    return _write_size(folder, _SIZE)
+
+
+def write_mask2former(folder: Path) -> Path:
+    swin = SwinConfig(
+        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=5,
+        id2label=THINGS, label2id={name: number for number, name in THINGS.items()},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    return _write_size(folder, _SIZE, size_divisor=32)
+
+
+def write_owlvit(folder: Path) -> Path:
+    text = {"vocab_size": len(WORDS), "max_position_embeddings": 12, **LAYERS}
+    vision = {"image_size": 32, "patch_size": 8, **LAYERS}
+    torch.manual_seed(0)
+    config = OwlViTConfig(text_config=text, vision_config=vision, projection_dim=32)
+    OwlViTForObjectDetection(config).save_pretrained(folder)
+    _write_tokenizer(folder, 12)
+    return _write_size(folder, {"height": 32, "width": 32})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Case:
         references: for each of them the texts that are right (variants of a caption), or the picture's
             source.
         name: the record's ``id``, at its top or in its metadata; empty without one.
+        wanted: what a benchmark says that a picture must hold (``objects.faults``).
         edited: the last picture of the prompt that was itself an answer, which a further step of an edit
             starts from; None without one.
     """
@@ -39,6 +40,7 @@ class Case:
     references: tuple[Any, ...]
     name: str = ""
     edited: Any = None
+    wanted: Mapping[str, Any] | None = None
 
     @property
     def said_last(self) -> str:

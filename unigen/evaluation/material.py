@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, Case
+from unigen.evaluation.detectors import Detector
 from unigen.evaluation.features import Extractor, Features, FeatureStore
+from unigen.evaluation.objects import SCORES
 from unigen.evaluation.results import digest_of
 from unigen.evaluation.towers import PictureTower
 
@@ -29,6 +31,8 @@ class Tools:
         bert: folder of a text encoder, for ``bertscore``; layer: which of its layers.
         wordnet: nltk's folder, for synonyms in METEOR.
         alexnet: file of its weights, for LPIPS.
+        detector: of objects, for the checks of GenEval; scores: from which an object counts, in general and
+            where objects are counted.
         lang: language of the texts, for BLEU's tokenizer; default by their script.
         cache: of features.
     """
@@ -40,6 +44,8 @@ class Tools:
     layer: int | None = None
     wordnet: str | Path | None = None
     alexnet: str | Path | None = None
+    detector: Detector | None = None
+    scores: tuple[float, float] = SCORES
     lang: str | None = None
     cache: FeatureStore | None = None
     device: str = "cpu"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unigen.bars import each
-from unigen.evaluation import edits, images, text, views
+from unigen.evaluation import edits, images, objects, text, views
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, TEXT, Case
 from unigen.evaluation.material import Material, Row, Tools, digest_of_drawn
@@ -17,7 +17,7 @@ from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, ident
 from unigen.evaluation.statistics import estimate
 from unigen.plugins import Table
 
-Of = Literal["answers", "texts", "pictures", "drawings", "edits"]
+Of = Literal["answers", "texts", "pictures", "drawings", "edits", "objects"]
 
 # What a metric may need, by its name in Tools or in Material.said: why there is none, and the fix.
 NEEDS = {
@@ -26,6 +26,7 @@ NEEDS = {
     "clip": ("no CLIP is given", "--clip FOLDER, of a CLIP or SigLIP"),
     "bert": ("no text encoder is given", "--bert FOLDER, of a text encoder"),
     "alexnet": ("no weights of AlexNet are given", "--alexnet FILE"),
+    "detector": ("no object detector is given", "--detector FOLDER, of a DETR, Mask2Former or OWL-ViT"),
     "likelihood": (
         "no checkpoint was asked how likely the references are", "give a checkpoint, not answers alone",
     ),
@@ -41,7 +42,7 @@ class Metric:
     Args:
         run: gives the result.
         of: which tasks it fits: those with ``texts`` or ``pictures`` to make, the latter without edits
-            (``drawings``) or these alone, or all.
+            (``drawings``) or these alone, those that say which ``objects`` a picture must hold, or all.
         needs: a key of :data:`NEEDS`.
     """
 
@@ -52,6 +53,8 @@ class Metric:
     def fits(self, of: Material) -> bool:
         if self.of == "texts":
             return bool(of.texts[1])
+        if self.of == "objects":
+            return any(case.wanted is not None for case in of.cases)
         if self.of in ("drawings", "edits"):
             return of.draws and of.edits == (self.of == "edits")
         return self.of == "answers" or of.draws
@@ -132,6 +135,18 @@ def _around_score(m: Material) -> Result:
     )
 
 
+def _geneval(m: Material) -> Result:
+    drawn = [[one.picture for one in m.drawn if one.case is case] for case in m.cases]
+    there = [
+        (case, pictures) for case, pictures in zip(m.cases, drawn) if pictures and case.wanted is not None
+    ]
+    assert m.tools.detector is not None
+    return objects.geneval(
+        [pictures for _, pictures in there], [case.wanted or {} for case, _ in there],
+        detector=m.tools.detector, clip=m.tools.clip, scores=m.tools.scores, seed=m.tools.seed,
+    )  # fmt: skip
+
+
 METRICS: Table[list[Metric]] = Table(
     {
     "structure": [
@@ -181,6 +196,7 @@ METRICS: Table[list[Metric]] = Table(
     },
     "clip_score": [Metric(_clip_score, "pictures", "clip")],
     "around_score": [Metric(_around_score, "pictures", "clip")],
+    "geneval": [Metric(_geneval, "objects", "detector")],
     "verify": [Metric(views.verify, "pictures", "views")],
     "verify_margin": [Metric(views.verify_margin, "pictures", "views")],
     "cycle_rougeL": [Metric(views.cycle_rouge, "pictures", "views")],
@@ -232,7 +248,7 @@ def _measure(kind: str, one: Metric, material: Material) -> Result:
     if one.needs and not (getattr(material.tools, one.needs, None) or material.said.get(one.needs)):
         reason, fix = NEEDS[one.needs]
         return Result(kind, None, reason=reason, fix=fix, lacks=one.needs)
-    pictures = one.of in ("pictures", "drawings", "edits")
+    pictures = one.of not in ("answers", "texts")
     if pictures and not material.drawn:
         return Result(kind, None, reason="no picture was drawn", fix="look at the answers", lacks="samples")
     try:

@@ -47,9 +47,10 @@ def weights_digest(module: nn.Module) -> str:
     return digest_weights(module.state_dict().items(), type(module).__name__)[:12]
 
 
-def _load(model: str | Path, device: str) -> nn.Module:
-    """The model of a folder in float32, for inference. Raises CannotRun: it cannot be had."""
-    from transformers import AutoModel
+def _load(model: str | Path, device: str, kind: str = "AutoModel") -> nn.Module:
+    """The model of a folder in float32, for inference, by a class of transformers. Raises CannotRun: it
+    cannot be had."""
+    import transformers
 
     fix = "give the folder of a transformers model with config.json and model.safetensors"
     if not Path(model).is_dir():
@@ -58,10 +59,10 @@ def _load(model: str | Path, device: str) -> nn.Module:
         fix += f", or bring it into the local cache first (hf download {model})"
     try:
         with _without_bars():
-            loaded = AutoModel.from_pretrained(
+            loaded = getattr(transformers, kind).from_pretrained(
                 str(model), local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CannotRun(f"{model} cannot be loaded ({first_line(error)})", fix) from None
     return loaded.requires_grad_(False).eval().to(device)
 
@@ -253,13 +254,8 @@ def _pooled(output: Any) -> Tensor:
 
 def _preprocessing(model: str | Path, config: Any, vision: Any) -> tuple[int, list[float], list[float]]:
     """Side in pixels, means and deviations of the channels."""
-    path, said = Path(model) / "preprocessor_config.json", {}
+    said = _said_of_pictures(model)
     fix = "put its preprocessor_config.json there"
-    if path.is_file():
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CannotRun(f"{path} is no JSON ({error})", "copy the model's folder again") from None
     size: Any = said.get("crop_size") if said.get("do_center_crop", True) else None
     size = size or said.get("size") or getattr(vision, "image_size", None)
     if isinstance(size, dict):
@@ -273,3 +269,46 @@ def _preprocessing(model: str | Path, config: Any, vision: Any) -> tuple[int, li
     if not isinstance(size, int):
         raise CannotRun(f"{model} does not say the size of its pictures", fix)
     return size, list(mean), list(std)
+
+
+def _said_of_pictures(model: str | Path) -> dict[str, Any]:
+    """``preprocessor_config.json`` of a folder; empty where there is none."""
+    path = Path(model) / "preprocessor_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CannotRun(f"{path} is no JSON ({error})", "copy the model's folder again") from None
+
+
+# ---- detectors
+
+# model_type -> the class of transformers, for those that are none of AutoModelForObjectDetection.
+_DETECTORS = {
+    "owlvit": "AutoModelForZeroShotObjectDetection", "owlv2": "AutoModelForZeroShotObjectDetection",
+    "mask2former": "AutoModelForUniversalSegmentation",
+}  # fmt: skip
+
+
+def load_detector(model: str | Path, device: str = "cpu") -> tuple[nn.Module, Any, dict[str, Any]]:
+    """An object detector of a folder, the tokenizer of one that is asked for things in words (else None), and
+    what its folder says of how pictures are prepared.
+
+    Raises:
+        CannotRun: it cannot be loaded, or is no detector.
+    """
+    from transformers import AutoConfig
+
+    fix = "give the folder of a DETR, Mask2Former or OWL-ViT, or of another detector of transformers"
+    try:
+        kind = AutoConfig.from_pretrained(str(model), local_files_only=True).model_type
+    except (OSError, ValueError, KeyError) as error:
+        raise CannotRun(f"{model} cannot be loaded ({first_line(error)})", fix) from None
+    loaded = _load(model, device, _DETECTORS.get(kind, "AutoModelForObjectDetection"))
+    said = _said_of_pictures(model)
+    if not isinstance(said.get("size"), dict):
+        raise CannotRun(
+            f"{model} does not say the size of its pictures", "put its preprocessor_config.json there"
+        )
+    return loaded, _load_tokenizer(model) if kind.startswith("owl") else None, said

@@ -15,6 +15,10 @@ def evaluate(options: EvaluateOptions) -> int:
         UserError: an option cannot work, the data, the checkpoint or a tool cannot be read, or the folder
             holds other answers.
     """
+    if options.layout is not None:
+        from unigen.commands.evaluate.folders import run_folders
+
+        return run_folders(options)
     from unigen.commands.evaluate.work import run
 
     return run(options)

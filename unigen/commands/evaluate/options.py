@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from unigen.config import SamplingOptions
-from unigen.values import Count, Device, PathText, Plugin, Renames, Seed, Whole
+from unigen.values import Count, Device, PathText, Plugin, Renames, Seed, Share, Whole
 
 
 @dataclass(kw_only=True)
@@ -20,7 +20,9 @@ class EvaluateOptions(SamplingOptions):
         run: Folder of a training run, in place of model_path: all its checkpoints answer, each is compared
             with the first, and the report draws the metrics over the steps.
         data_path: Held-out records, of the kinds that training reads: files or folders. The last answer of
-            each is asked for.
+            each is asked for. With layout: the folder of pictures.
+        layout: The folder is that of a benchmark's pictures, as unigen generate writes it; they are measured,
+            and nobody answers.
         output_dir: Folder for report.html, metrics.json, predictions.jsonl and the pictures. The same command
             goes on where it was stopped.
         compare: More checkpoints (or files of answers) for the same prompts, with the same seeds; each is
@@ -44,6 +46,8 @@ class EvaluateOptions(SamplingOptions):
             inception-tf1:FILE or inception-clean:FILE.
         real: Folder of real pictures that are none of the references, for the distance from real to real.
         clip: Folder of a CLIP or SigLIP, for the CLIP score.
+        detector: Folder of an object detector (DETR, Mask2Former, OWL-ViT), for the checks of GenEval.
+        detector_scores: From which score an object counts: in general, and where objects are counted.
         bert: Folder of a text encoder, for BERTScore.
         bert_layer: Its layer; default: the usual one of a model of that name.
         wordnet: The wordnet folder of nltk, for synonyms in METEOR.
@@ -64,6 +68,7 @@ class EvaluateOptions(SamplingOptions):
     predictions: PathText | None = None
     run: PathText | None = None
     data_path: PathText | list[PathText]
+    layout: Literal["geneval"] | None = None
     output_dir: PathText = "outputs/evaluate"
     compare: list[PathText] = field(default_factory=list)
     check: bool = False
@@ -80,6 +85,8 @@ class EvaluateOptions(SamplingOptions):
     features: str | None = None
     real: PathText | None = None
     clip: PathText | None = None
+    detector: PathText | None = None
+    detector_scores: tuple[Share, Share] = (0.3, 0.9)
     bert: PathText | None = None
     bert_layer: Whole | None = None
     wordnet: PathText | None = None

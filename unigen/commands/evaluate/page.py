@@ -30,7 +30,7 @@ BY = "unigen evaluate"
 WIDE = 8  # prompts of a grid over the steps
 EACH = 4  # samples of a kind: best, worst, most changed
 # By which metric samples are called good: the first of a task that has a value of each sample.
-ORDER = ("accuracy", "anls", "rougeL", "clip_score", "similarity", "ssim", "psnr", "structure")
+ORDER = ("accuracy", "anls", "rougeL", "geneval", "clip_score", "similarity", "ssim", "psnr", "structure")
 MARKS = {
     "better": "good",
     "worse": "bad",
@@ -216,7 +216,9 @@ def _samples(
             "where": cases[place].where,
             "prompt": [_shown(piece) for piece in cases[place].prompt],
             "reference": [
-                _shown(piece[0] if isinstance(piece, tuple) else piece) for piece in cases[place].references
+                _shown(piece[0] if isinstance(piece, tuple) else piece)
+                for piece in cases[place].references
+                if piece is not None
             ],
             "answers": [
                 (one.name, [_shown(piece) for piece in one.predictions[place].pieces]) for one in answered

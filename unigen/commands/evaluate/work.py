@@ -29,6 +29,7 @@ from unigen.evaluation.answers import (
     same_threads,
 )
 from unigen.evaluation.cases import IMAGE, TEXT, Case, cases_of
+from unigen.evaluation.detectors import Detector
 from unigen.evaluation.features import Extractor, FeatureStore, load_extractor
 from unigen.evaluation.given import read_predictions
 from unigen.evaluation.judge import Judge
@@ -120,7 +121,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         # before the model, which takes longer to load, and before anything is generated
         names = _names(o)
         _check_names(names, cases, o)
-        tools = replace(_tools(o, extras), lang=o.lang)
+        tools = replace(load_tools(o, extras), lang=o.lang)
         part = Part(rank, channel.world, lambda: _meet(channel))
         judge = _judge(o)
         work = Work(o, cases, silent, dataset.fingerprint, tools, judge, part, extras)
@@ -136,10 +137,10 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
             return 0
         answered = [_scored(work, source, *found) for source, found in zip(sources, said, strict=True)]
         with unwritten("output_dir", out):
-            compared = _write_comparisons(out, answered) if len(answered) > 1 else {}
+            compared = write_comparisons(out, answered) if len(answered) > 1 else {}
             page = write(out / "report.html", cases, answered, compared, Words(o.language, "evaluate"))
         report(answered, compared, page)
-        return _exit_code(
+        return exit_code(
             o, [result for one in answered for results in one.scores.values() for result in results]
         )
 
@@ -224,7 +225,7 @@ def folders_of(output_dir: Path, names: Sequence[str]) -> list[Path]:
     return [output_dir / f"{number}-{name}" for number, name in enumerate(short, 1)]
 
 
-def _tools(o: EvaluateOptions, extras: Extras) -> Tools:
+def load_tools(o: EvaluateOptions, extras: Extras) -> Tools:
     """What the metrics need, loaded. Raises CannotRun: one cannot be."""
     device = str(pick_device(o.device))
     if o.bert is not None:
@@ -244,6 +245,7 @@ def _tools(o: EvaluateOptions, extras: Extras) -> Tools:
         real=real, clip=PictureTower.load(o.clip, device, texts=True) if o.clip else None,
         bert=o.bert, layer=o.bert_layer, wordnet=o.wordnet, alexnet=o.alexnet,
         cache=FeatureStore(Path(o.output_dir) / "features"), device=device,
+        detector=Detector.load(o.detector, device) if o.detector else None, scores=o.detector_scores,
     )  # fmt: skip
 
 
@@ -276,10 +278,10 @@ def _check(work: Work, names: Sequence[str]) -> int:
     scores = score(work.cases, right, tools, kinds=work.options.metrics, more=work.extras.more)
     report_check(scores, promised)
     results = [r for results in scores.values() for r in results if r.lacks not in promised]
-    return _exit_code(work.options, results, [r.kind for ones in scores.values() for r in ones])
+    return exit_code(work.options, results, [r.kind for ones in scores.values() for r in ones])
 
 
-def _exit_code(o: EvaluateOptions, results: Sequence[Result], there: Sequence[str] | None = None) -> int:
+def exit_code(o: EvaluateOptions, results: Sequence[Result], there: Sequence[str] | None = None) -> int:
     """1 where a metric has no value that was asked for, or for want of a library or of what an option gives;
     too few samples are a reason only where it was named."""
     for kind in o.metrics:
@@ -448,16 +450,20 @@ def _scored(
     scores = score(
         work.cases, predictions, work.tools, said, kinds=work.options.metrics, more=work.extras.more
     )
-    held = {
-        "about": about, "records": len(work.cases), "without_question": work.silent, "tasks": as_json(scores),
-    }  # fmt: skip
-    with unwritten("output_dir", source.folder):
-        _write(source.folder / "metrics.json", held)
     step = step_of(Path(source.name).name) if work.options.run is not None else None
-    return Answered(source.name, about, predictions, scores, step)
+    one = Answered(source.name, about, predictions, scores, step)
+    write_scores(source.folder, one, len(work.cases), work.silent)
+    return one
 
 
-def _write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
+def write_scores(folder: Path, one: Answered, records: int, silent: int = 0) -> None:
+    """``metrics.json`` of what one source answered; ``silent`` records asked nothing."""
+    held = {"about": one.about, "records": records, "without_question": silent, "tasks": as_json(one.scores)}
+    with unwritten("output_dir", folder):
+        _write(folder / "metrics.json", held)
+
+
+def write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
     """``compare.json``: every source against the first; returns them by the source's name."""
     base, *others = answered
     found = {other.name: comparisons(base, other) for other in others}
