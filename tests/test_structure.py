@@ -187,6 +187,12 @@ def test_files_are_short_and_named_for_what_they_hold():
     ] == []
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their names alone; with two it runs none."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_every_module_says_what_it_is():
     empty = [path for path in (ROOT / "unigen").rglob("*.py") if path.read_text(encoding="utf-8").strip()]
     assert empty, "no modules found: the checks above looked at nothing"
