@@ -61,6 +61,16 @@ def test_a_folder_is_copied_once_and_its_pictures_when_they_are_met(bucket, tmp_
     assert [path.name for path in UnifiedGenerationDataset(BUCKET).files] == ["other.jsonl"]
 
 
+def test_patterns_and_lists_name_files_there(bucket) -> None:
+    def names(text: str) -> list[str]:
+        return [path.name for path in UnifiedGenerationDataset(text).files]
+
+    assert names(f"{BUCKET}/t*.jsonl") == ["test.jsonl", "train.jsonl"]
+    assert names(f"{BUCKET}/train.jsonl, {BUCKET}/tes?.jsonl") == ["train.jsonl", "test.jsonl"]
+    with pytest.raises(BadData, match="matches this pattern"):
+        names(f"{BUCKET}/*.parquet")
+
+
 def test_what_is_not_there_is_told_with_its_address(bucket, tmp_path: Path) -> None:
     put(bucket, "train.jsonl", "pics/a.png", "pics/gone.png")
     with pytest.raises(BadData, match=r"missing_picture.*memory://bucket/data/pics/gone.png"):

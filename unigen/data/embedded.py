@@ -83,8 +83,8 @@ def place_of(text: str) -> str | Address:
         why, fix = problem
         if scheme in remote.STORES:
             fix = (
-                f"{fix}copy the files once ({remote.tool_for(text)}), write the rest of the address as a path,"
-                " and give --image_root DIR"
+                f"{fix}copy the files once ({remote.tool_for(text)}), write the rest of the address as a"
+                " path, and give --image_root DIR"
             )
         raise ValueError(why, fix)
     try:

@@ -14,7 +14,7 @@ from unigen import remote
 from unigen.data.captions import CAPTIONS, caption_of, captioned, is_picture
 from unigen.data.containers import CONTAINERS, BadData, kind_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
-from unigen.data.storage import brought
+from unigen.data.storage import addresses, brought
 from unigen.data.unpack import PACKED
 from unigen.printing import printable
 
@@ -107,7 +107,9 @@ def expand(given: str | Path, left_out: list[LeftOut] | None = None) -> list[str
     ``left_out`` gets the others. Raises BadData for a pattern that matches nothing.
     """
     text = os.fspath(given)
-    if remote.scheme_of(text) or os.path.lexists(text):
+    if remote.scheme_of(text):
+        return list(addresses(text))
+    if os.path.lexists(text):
         return [given]
     if pattern := glob.has_magic(text):
         matched = [Path(path) for path in sorted(glob.glob(text, recursive=True))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,28 @@ from unigen.data.splits import LeftOut, Split, choose, is_side_file
 
 log = logging.getLogger("unigen")
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
+
+
+def addresses(text: str) -> list[str]:
+    """The addresses that a text names: one, several with commas between, or what a pattern matches. Raises
+    BadData for a pattern that matches nothing."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 1 and all(map(remote.scheme_of, parts)):
+        return [one for part in parts for one in addresses(part)]
+    if not glob.has_magic(text) or remote.scheme_of(text) in ("http", "https"):
+        return [text]
+    try:
+        system, place = remote.open_store(text)
+        with remote.told(text):
+            matched = sorted(system.glob(place))
+    except remote.RemoteError as error:
+        raise BadData(str(error)) from None
+    if not matched:
+        raise BadData(f"{text}: no file or folder matches this pattern. Fix: correct it, or name the files")
+    bare = place.lstrip("/")
+    head = text.removesuffix(bare) if text.endswith(bare) else f"{remote.scheme_of(text)}://"
+    found = [f"{head}{name.lstrip('/')}" for name in matched]
+    return [url for url in found if kind_of(Path(url))] or found
 
 
 def brought(url: str, split: Split | None, asked: str | None, left_out: list[LeftOut]) -> Path:

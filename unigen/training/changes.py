@@ -24,7 +24,7 @@ _FREE = {  # of no effect on what is learnt, or of this start alone
     "gradient_checkpointing", "checkpointing_policy", "cache_dir", "check_pictures",
     "log_level", "logging_steps", "preflight", "expect_text_loss", "expect_image_loss",
     # compared by what they give:
-    "train_data_path", "train_sources", "gradient_accumulation_steps",
+    "train_data_path", "train_sources", "split", "gradient_accumulation_steps",
 }  # fmt: skip
 _EFFECTS = {
     "model_path": "only parts that the checkpoint does not hold come from there",
@@ -34,7 +34,10 @@ _EFFECTS = {
     "save_steps": "checkpoints are written at other steps",
     "save_total_limit": "the next save keeps so many",
     "eval_steps": "validations come at other steps",
-    "val_data_path": "val_loss is of other data: earlier values, and the best one, do not compare",
+    **dict.fromkeys(
+        ("val_data_path", "val_split"),
+        "val_loss is of other data: earlier values, and the best one, do not compare",
+    ),
 }
 _LEARNT = {field.name for field in fields(DataOptions)}
 

@@ -63,6 +63,8 @@ def _reading(config: Config) -> list[str]:
     for name in ("image_root", "data_root", "trigger_word"):
         if (value := getattr(config, name)) is not None:
             words += [f"--{name}", value]
+    if config.val_split:
+        words += ["--split", config.val_split]
     if config.fields:
         words += ["--fields", *(f"{name}={place}" for name, place in config.fields.items())]
     return words
