@@ -8,7 +8,7 @@ import pytest
 
 from unigen.data.containers import BadData
 from unigen.data.finding import find_files
-from unigen.data.splits import LeftOut, is_side_file, split_of
+from unigen.data.splits import LeftOut, is_side_file, of_splits, split_of
 
 
 def folder(path: Path, *names: str) -> Path:
@@ -134,6 +134,7 @@ def test_saved_splits_are_told_by_their_names(tmp_path: Path) -> None:
     left: list[LeftOut] = []
     ((path, _),) = find_files([saved], left_out=left, asked="prompts")
     assert path.parent.name == "prompts" and {reason for _, reason in left} == {"train", "test"}
+    assert "train/data-00000-of-00001.arrow (train)" in of_splits(left)
     with pytest.raises(BadData, match=r"no validation split.*--val_split"):
         taken(saved, "validation")
     with pytest.raises(BadData, match="no split x; it has prompts, test, train"):

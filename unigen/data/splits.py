@@ -4,6 +4,7 @@ data."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,7 +38,10 @@ class LeftOut(NamedTuple):
 def of_splits(left_out: Sequence[LeftOut], most: int = 6) -> str:
     """``val.jsonl (validation), test.jsonl (test)``: the files that are left out for their split; "" for
     none."""
-    return _listed([f"{path.name} ({reason})" for path, reason in left_out if reason], most)
+    others = [entry for entry in left_out if entry.reason]
+    often = Counter(path.name for path, _ in others)
+    names = [path.name if often[path.name] == 1 else f"{path.parent.name}/{path.name}" for path, _ in others]
+    return _listed([f"{name} ({reason})" for name, (_, reason) in zip(names, others)], most)
 
 
 def describing(left_out: Sequence[LeftOut], most: int = 6) -> str:

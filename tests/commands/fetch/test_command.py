@@ -94,6 +94,13 @@ RECORDS = [
     {"texts": ["a", None], "images": [None, "a.png"]},
     {"texts": [{"user": "q", "assistant": "r"}], "images": ["a.png"]},
     {"text_list": ["a"], "image_info": [{"raw_url": "http://a/b.png", "matched_text_index": 0}]},
+    {
+        "files": [
+            {"id": "original_input_image", "url": "http://a/b.png"},
+            {"id": "final_image", "url": "a.png"},
+        ],
+        "metadata_edit_turn_prompts": ["i"],
+    },
 ]
 ORIGIN = Origin(ROOT / "examples" / "sample_data_format.json")
 
@@ -417,6 +424,12 @@ def test_records_without_pictures_keep_their_bytes(server, tmp_path):
     assert run(data, tmp_path / "out") == 0
     first, second = (tmp_path / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert first == text.strip() and json.loads(second)["x"] == "\ud800"
+
+
+def test_a_record_that_is_not_to_be_learnt_is_no_failure(server, tmp_path):
+    data = write(tmp_path / "data.jsonl", [caption("/a/b.png", weight=0), caption(server.url("/good.png"))])
+    assert run(data, tmp_path / "out") == 0
+    assert lines(tmp_path / "out" / "data.jsonl")[0] == caption("/a/b.png", weight=0)
 
 
 def test_local_paths_stay_valid_through_links_and_odd_ones_are_failures(tmp_path):

@@ -21,6 +21,7 @@ from unigen.config import UserError
 from unigen.data.containers import parts, read_part
 from unigen.data.embedded import Address
 from unigen.data.formats import parse_with_fields, value_of
+from unigen.data.keys import Unlearnt
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.files import sha256_of
 from unigen.outputs import read_receipt, write_receipt
@@ -70,6 +71,9 @@ def records(source: RewrittenFile) -> Iterator[Read]:
                 if source.read.fields and isinstance(value, dict):
                     value, _ = source.read.renamed(value)
                 record, fields = parse_with_fields(value, origin, plain, addresses=True)
+            except Unlearnt:  # training leaves it out
+                yield Read(origin, text, value, [])
+                continue
             except BadRecord as error:
                 yield Read(origin, None, None, [], error)
                 continue
