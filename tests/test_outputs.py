@@ -12,6 +12,7 @@ from tiny import text, write_jsonl
 from unigen import cli
 from unigen.config import UserError
 from unigen.outputs import RECEIPT, claim, output_file, output_folder, read_receipt, written_by
+from unigen.show.language import Words
 from unigen.show.pages import write_answer, write_page
 
 CHECK = "unigen check"
@@ -149,8 +150,8 @@ def test_an_answer_replaces_no_file_of_others(tmp_path: Path, name: str):
 def test_a_list_of_files_in_a_strangers_page_removes_nothing(tmp_path: Path, listed: str):
     (tmp_path / "keep.txt").write_text("precious")
     out = tmp_path / "a" / "b"
-    write_page(out / "index.html", "answer.html", {"prompt": [], "answer": [], "files": listed}, title="",
-               by="unigen generate")  # fmt: skip
+    shown = {"prompt": [], "answer": [], "made": None, "words": Words("en", "generate"), "files": listed}
+    write_page(out / "index.html", "generate.html", shown, title="", by="unigen generate")
     write_answer(out, ["q"], ["one"])
     assert (tmp_path / "keep.txt").read_text() == "precious" and (out / "01_text.txt").exists()
 

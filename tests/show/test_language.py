@@ -15,7 +15,7 @@ from unigen.show.figures import figure, size
 from unigen.show.language import LANGUAGES, Words, of_code, texts
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("check", "watch", "preview", "evaluate", "plan")
+ROOMS = ("check", "watch", "preview", "evaluate", "plan", "generate")
 SHARED = [*(ROOT / "unigen" / "show").glob("*.py")]
 
 

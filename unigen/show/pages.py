@@ -25,10 +25,11 @@ from unigen.files import atomic
 from unigen.messages import in_language, spoken
 from unigen.outputs import is_own, refuse_foreign, same, written_by
 from unigen.show.figures import cell, figures_alone
-from unigen.show.language import TAGS
+from unigen.show.language import TAGS, Words
 
 GENERATE, INDEX = "unigen generate", "index.html"
 _PIECE = re.compile(r"[0-9]{2,}_(text\.txt|image\.png)")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 MAX_SIDE = 1024  # of a picture in a page; the files beside the page keep their size
 SMALL = 192  # pictures up to this side are magnified with hard pixels
 # the browser itself refuses anything from outside
@@ -46,6 +47,13 @@ def readable(value: Any) -> Any:
     return str(value).replace("\r\n", "\n").translate(SIGNS).encode("utf-8", "replace").decode("utf-8")
 
 
+def whole(value: Any) -> Any:
+    """What a template shows of a text; names of options in it do not break after their hyphens."""
+    from markupsafe import Markup, escape
+
+    return Markup(_FLAG.sub(r'<span class="whole">\g<0></span>', str(escape(readable(value)))))
+
+
 @cache
 def environment() -> Any:
     """The templates (a ``jinja2.Environment``), which escape everything that is not markup of their own."""
@@ -59,7 +67,7 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": cell, "share": "{:.2%}".format, "said": in_language}
+    made.filters |= {"cell": cell, "whole": whole, "share": "{:.2%}".format, "said": in_language}
     made.globals["right_aligned"] = figures_alone
     return made
 
@@ -184,7 +192,22 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def write_answer(folder: Path, prompt: Sequence[Any], segments: Sequence[Any], title: str = "Unigen") -> Path:
+class MadeWith(NamedTuple):
+    """What an answer was made with: ``facts`` and ``settings`` are (name, value), ``command`` makes it
+    again."""
+
+    facts: Sequence[tuple[str, str]]
+    settings: Sequence[tuple[str, str]]
+    command: str
+
+
+def write_answer(
+    folder: Path,
+    prompt: Sequence[Any],
+    segments: Sequence[Any],
+    title: str = "Unigen",
+    made: MadeWith | None = None,
+) -> Path:
     """Writes an answer for people and programs: ``01_text.txt``, ``02_image.png``, ..., and ``index.html``
     that shows it under its prompt.
 
@@ -194,6 +217,7 @@ def write_answer(folder: Path, prompt: Sequence[Any], segments: Sequence[Any], t
             always a text.
         segments: The answer, of the same kinds, in order.
         title: Heading of the page.
+        made: What it was made with, which the page shows.
 
     Returns:
         The path of ``index.html``.
@@ -216,14 +240,15 @@ def write_answer(folder: Path, prompt: Sequence[Any], segments: Sequence[Any], t
     values = {
         name: [s if isinstance(s, str) else embed(s, min_width=160) for s in segments]
         for name, segments in (("prompt", asked), ("answer", answered))
-    }
+    } | {"made": made, "words": Words(spoken(), "generate")}
     refuse_strangers(folder, files)
     before = _own_files(folder)
     after = {name: [hashlib.sha256(data).hexdigest()] for name, data in files.items()}
 
     def index(own: dict[str, list[str]]) -> Path:
         listed = values | {"files": json.dumps(own)}
-        return write_page(folder / INDEX, "answer.html", listed, by=GENERATE, title=title, styles=["answer"])
+        how = {"by": GENERATE, "title": title, "styles": ["generate"]}
+        return write_page(folder / INDEX, "generate.html", listed, **how)
 
     # a kill leaves some of the old files and some of the new ones, and the page answers for all of them
     index({name: [*before.get(name, []), *after.get(name, [])] for name in {**before, **after}})

@@ -41,9 +41,8 @@ def with_kinds(prompts: Collection[Prompt], config: Config, tasks: Collection[st
         found.append(replace(prompt, kind=kind))
     opened = [one.kind for one, given in zip(found, prompts, strict=True) if given.kind == "auto"]
     if opened and config.sample_kind == "auto":
-        told = {"draw": "drawn", "answer": "answered in text", "decide": "answered as the model decides"}
-        said = " or ".join(told[kind] for kind in dict.fromkeys(opened))
-        log.info("Samples: prompts are %s, because %s; --sample_kind sets it", said, why)
+        kinds = ", ".join(dict.fromkeys(opened))
+        log.info("Samples: the kind of prompts that set none is %s: %s. --sample_kind sets it", kinds, why)
     return found
 
 

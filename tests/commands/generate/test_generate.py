@@ -2,15 +2,18 @@
 clear line."""
 
 import re
+import shlex
 import shutil
 from dataclasses import fields
 
 import pytest
+from pages import Page
 
 from unigen import cli
 from unigen.config import SamplingOptions
 from unigen.inference import inferencer as module
 from unigen.sequence.images import open_image
+from unigen.version import __version__
 
 TINY = ["--device", "cpu", "--num_timesteps", "3", "--max_new_tokens", "4"]
 SHAPE = ["--height", "32", "--width", "48"]
@@ -146,7 +149,33 @@ def test_every_sampling_setting_is_a_flag(generate, monkeypatch):
     code, _, error, _ = generate("--prompt", "a", "--mode", "image", *argv)
     assert code == 0, error
     assert set(flags) == {f.name for f in fields(SamplingOptions)}
-    assert {name: getattr(asked["options"], name) for name in flags} == flags
+    drawn = asked["options"].seed  # none asks for another one each time, which the page tells
+    assert isinstance(drawn, int)
+    assert {name: getattr(asked["options"], name) for name in flags} == flags | {"seed": drawn}
+
+
+def test_the_page_says_what_made_the_answer_and_how_to_make_it_again(generate, golden, capsys):
+    """Pass: model, seed, settings and time stand in the page, in Chinese too, and its command gives the same
+    picture."""
+    code, _, _, out = generate(
+        "--prompt", "a 'cat'", "--mode", "image", *SHAPE, "--seed", "none", "--language", "zh"
+    )
+    assert code == 0
+    page = Page((out / "index.html").read_text(encoding="utf-8"))
+    for part in (
+        str(golden / "model"),
+        "num_timesteps",
+        "随机种子",
+        "秒",
+        "生成条件",
+        f"Unigen {__version__}",
+    ):
+        assert part in page.text, part
+    command = shlex.split(page.text[page.text.index("unigen generate") :].partition("\n")[0])
+    first = pieces(out)[0].read_bytes()
+    shutil.rmtree(out)
+    assert cli.main(command[1:]) == 0 and pieces(out)[0].read_bytes() == first
+    assert ("--seed" in command) and command[command.index("--prompt") + 1] == "a 'cat'"
 
 
 def test_the_seed_makes_it_repeatable(generate):

@@ -66,7 +66,10 @@ def write(
             [one.name, one.about.get("checkpoint") or one.about["predictions"]] for one in answered
         ],
         "verdicts": [
-            (name, [(task, [_verdict(one, words) for one in ones]) for task, ones in tasks.items()])
+            (
+                name,
+                [(_named(task, words), [_verdict(o, words) for o in ones]) for task, ones in tasks.items()],
+            )
             for name, tasks in compared.items()
         ],
         "records": len(cases),
@@ -80,6 +83,10 @@ def write(
         path, "evaluate.html", values, by=BY, title=words("title"), language=TAGS[words.language],
         styles=["evaluate", "charts"], script="charts" if values["curves"] else "",
     )  # fmt: skip
+
+
+def _named(task: str, words: Words) -> str:
+    return words.texts.get(f"task_{task}", task)
 
 
 def _of_a_run(answered: Sequence[Answered]) -> list[tuple[int, Answered]]:
@@ -105,7 +112,7 @@ def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[
                 low, high = min(point.low for point in points), max(point.high for point in points)
                 room = Range(low, high) if high > low else None  # for the whole band
                 charts.append(line_chart(name, [Line(name, points, band=True)], words, values=room))
-        found.append((task, charts))
+        found.append((_named(task, words), charts))
     return [(task, charts) for task, charts in found if charts]
 
 
@@ -167,7 +174,7 @@ def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words:
     ]
     places = [place for place, case in enumerate(cases) if case.task == task]
     return {
-        "name": task,
+        "name": _named(task, words),
         "header": [words("metric"), *(one.name for one in answered), "n"],
         "rows": rows,
         "notes": [("note", text) for text in dict.fromkeys([*notes, *lacking, *absent])],

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import secrets
+import shlex
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unigen.commands.generate.options import GenerateError, GenerateOptions
+from unigen.config import SamplingOptions
 from unigen.evaluation.benchmarks import PRESETS, beaten
+from unigen.messages import spoken
+from unigen.version import __version__
 
 if TYPE_CHECKING:
     from unigen.inference.inferencer import InterleaveInferencer
+    from unigen.show.pages import MadeWith
 
 OUTPUTS: dict[str, list[str] | None] = {"auto": None, "text": ["text"], "image": ["image"], "edit": ["image"]}
 
 
-def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
-    """The prompt (pictures, then the text) and the answer, each a list of texts and pictures.
+class Answer(NamedTuple):
+    """An answer: ``prompt`` (pictures, then the text) and ``pieces`` are texts and pictures; the device that
+    it came from, and the seconds that loading and answering took."""
+
+    prompt: list[Any]
+    pieces: list[Any]
+    device: str
+    loading: float
+    seconds: float
+
+
+def answer(options: GenerateOptions) -> Answer:
+    """Answers what the options ask.
 
     Raises:
         GenerateError: nothing is asked, or an edit has no picture.
@@ -38,9 +56,13 @@ def answer(options: GenerateOptions) -> tuple[list[Any], list[Any]]:
     sample_of(prompt)
     requests = empty.requests
     requests.prepare([prompt], OUTPUTS[o.mode], o)
+    began = time.perf_counter()
     inferencer = load(o.device)
     inferencer.requests = requests  # which has told what there is to tell
-    return prompt, inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
+    loaded = time.perf_counter()
+    pieces = inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
+    done = time.perf_counter()
+    return Answer(prompt, pieces, str(inferencer.model.device), loaded - began, done - loaded)
 
 
 def checkpoint_of(
@@ -86,6 +108,49 @@ def checkpoint_of(
     return as_preset(InterleaveInferencer(model)), load
 
 
+def made_with(options: GenerateOptions, found: Answer) -> MadeWith:
+    """What the page says of how an answer came about."""
+    from unigen.show.language import Words
+    from unigen.show.pages import MadeWith
+
+    o, words = options, Words(spoken(), "generate")
+    facts = [
+        (words("model"), o.model_path),
+        *((words("adapter"), one) for one in o.adapter),
+        *([(words("quantize"), o.quantize)] if o.quantize else []),
+        (words("mode"), o.mode),
+        (words("seed"), str(o.seed)),
+        (words("device"), found.device),
+        (words("took"), words("with_loading", seconds=found.seconds, loading=found.loading)),
+        (words("made"), time.strftime("%Y-%m-%d %H:%M:%S")),
+        (words("version"), f"Unigen {__version__}"),
+    ]
+    settings = [(one.name, _written(getattr(o, one.name))) for one in fields(SamplingOptions)]
+    return MadeWith(facts, settings, repeating(o))
+
+
+def repeating(options: GenerateOptions) -> str:
+    """The command that gives the same answer again."""
+    plain = GenerateOptions(
+        **GenerateOptions.completed({"model_path": options.model_path, "preset": options.preset})
+    )
+    argv = ["unigen", "generate", "--model_path", options.model_path]
+    argv += ["--preset", options.preset] if options.preset else []
+    for one in fields(GenerateOptions):
+        value = getattr(options, one.name)
+        if value != getattr(plain, one.name) or one.name == "seed":
+            several = [str(part) for part in value] if isinstance(value, list | tuple) else [_written(value)]
+            argv += [f"--{one.name}", *several]
+    return shlex.join(argv)
+
+
+def _written(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def write_one(options: GenerateOptions) -> None:
     """Answers one prompt. Raises as :func:`answer`."""
     from unigen.outputs import output_folder, unwritten
@@ -97,12 +162,14 @@ def write_one(options: GenerateOptions) -> None:
     refuse_strangers(folder, inputs=pictures)
     for sentence in beaten(options.preset, options):
         print(sentence)
-    prompt, pieces = answer(options)
-    for piece in pieces:
+    if options.seed is None:  # another one each time, but one that is known
+        options.seed = secrets.randbelow(1 << 31)
+    found = answer(options)
+    for piece in found.pieces:
         if isinstance(piece, str):
             print(piece)  # the model's own words
         else:
             say(f"[picture of {piece.width} x {piece.height}]")
     with unwritten("output_dir", folder):
-        page = write_answer(folder, prompt, pieces, title="Unigen")
+        page = write_answer(folder, found.prompt, found.pieces, made=made_with(options, found))
     say(f"Written to {page}")

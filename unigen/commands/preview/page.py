@@ -100,7 +100,7 @@ def _shortened(text: str, most: int) -> str:
 
 def _sample(view: SampleView, planner: Planner, words: Words) -> dict[str, Any]:
     record, chips, side = view.record, Chips(planner.tokenizer, words), tile_side(view.blocks)
-    where = {"place": record.origin, "format": record.format, "task": task(record.sample)}
+    where = {"place": record.origin, "format": record.format, "task": words(f"task_{task(record.sample)}")}
     if record.metadata:
         metadata = json.dumps(record.metadata, ensure_ascii=False, default=str)
         where["metadata"] = _shortened(metadata, METADATA)
