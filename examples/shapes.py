@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-SIDE, FINE = 24, 8  # pixels of a picture's side; drawn eight times as large and averaged down
+SIDE, FINE = 16, 8  # pixels of a picture's side; drawn eight times as large and averaged down
 BACKGROUND = (244, 244, 240)
 # Each with its Chinese name.
 COLOURS = {
@@ -29,41 +29,41 @@ COLOURS = {
 }
 FORMS = {"circle": "圆", "square": "正方形", "triangle": "三角形"}
 PLACES = {
-    "on the left": ("左边", (7, 12)),
-    "on the right": ("右边", (17, 12)),
-    "at the top": ("上面", (12, 7)),
-    "at the bottom": ("下面", (12, 17)),
-    "in the middle": ("中间", (12, 12)),
+    "on the left": ("左边", (5, 8)),
+    "on the right": ("右边", (11, 8)),
+    "at the top": ("上面", (8, 5)),
+    "at the bottom": ("下面", (8, 11)),
+    "in the middle": ("中间", (8, 8)),
 }
-COUNTS = {1: ("one", "一个"), 2: ("two", "两个"), 3: ("three", "三个")}
+COUNTS = {1: ("one", "一个"), 2: ("two", "两个")}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one shape in a place, or (``place`` is empty) two or three of a kind in a row."""
+    """What a picture shows: one shape in a place, or (``place`` is empty) two of a kind beside each other."""
 
     colour: str
     form: str
     place: str = ""
     count: int = 1
     shift: tuple[float, float] = (0.0, 0.0)  # in pixels
-    radius: float = 5.0
+    radius: float = 3.8
 
     @classmethod
     def draw_lots(cls, lots: random.Random) -> Scene:
-        count = lots.choice((1, 1, 1, 2, 3))
+        count = lots.choice((1, 1, 1, 2))
         return cls(
             lots.choice(list(COLOURS)),
             lots.choice(list(FORMS)),
             lots.choice(list(PLACES)) if count == 1 else "",
             count,
-            (lots.uniform(-1, 1), lots.uniform(-1, 1)),
-            lots.uniform(4.8, 5.8) if count == 1 else lots.uniform(2.9, 3.4),
+            (lots.uniform(-0.4, 0.4), lots.uniform(-0.4, 0.4)),
+            lots.uniform(3.6, 4.0) if count == 1 else lots.uniform(3.0, 3.3),
         )
 
     def centres(self) -> list[tuple[float, float]]:
         x, y = PLACES[self.place][1] if self.place else (SIDE / 2, SIDE / 2)
-        step = SIDE / 3
+        step = SIDE / 2
         row = [(n - (self.count - 1) / 2) * step for n in range(self.count)]
         return [(x + offset + self.shift[0], y + self.shift[1]) for offset in row]
 
@@ -127,12 +127,12 @@ def records(
     image = f"pictures/{name}.png"
     for chinese in (False, True):
         yield {"text_prompt": scene.caption(chinese), "image_path": image}, {image: scene}
-    chinese = lots.random() < 0.5
-    turns: list[dict[str, str]] = [{"role": "user", "type": "image", "image_path": image}]
-    for question, answer in lots.sample(scene.questions(chinese), 2):
-        turns.append({"role": "user", "type": "text", "content": question})
-        turns.append({"role": "assistant", "type": "text", "content": answer})
-    yield {"conversations": turns}, {image: scene}
+    for chinese in (False, True):
+        turns: list[dict[str, str]] = [{"role": "user", "type": "image", "image_path": image}]
+        for question, answer in lots.sample(scene.questions(chinese), 3):
+            turns.append({"role": "user", "type": "text", "content": question})
+            turns.append({"role": "assistant", "type": "text", "content": answer})
+        yield {"conversations": turns}, {image: scene}
     instruction, after = scene.edited(lots, lots.random() < 0.5)
     result = f"pictures/{name}_edited.png"
     steps = [{"instruction": instruction, "result_image": result}]
@@ -162,7 +162,7 @@ def write(folder: Path, train: int, val: int, seed: int) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a small set of drawn shapes to train on.")
     parser.add_argument("folder", type=Path, help="where to; a new or an empty folder")
-    parser.add_argument("--train", type=int, default=1500, help="scenes to learn from, four records each")
+    parser.add_argument("--train", type=int, default=1500, help="scenes to learn from, five records each")
     parser.add_argument("--val", type=int, default=25, help="scenes held back")
     parser.add_argument("--seed", type=int, default=1, help="the same seed writes the same files")
     options = parser.parse_args(argv)

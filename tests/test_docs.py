@@ -83,6 +83,16 @@ TINY_PYTHON = [
     ("torch.bfloat16", "torch.float32"),
     ("seed=42", "seed=42, max_pieces=2, max_new_tokens=4, num_timesteps=3, height=32, width=32"),
     ("seed=7", "seed=7, num_timesteps=3"),
+    ('device="auto"', 'device="cpu"'),
+    ("learning_rate=2e-5", 'max_steps=1, device="cpu", max_image_tokens=16, num_workers=0'),
+    (
+        'load_planner("models/BAGEL-7B-MoT")',
+        'load_planner("models/BAGEL-7B-MoT", DataOptions(max_image_tokens=16))',
+    ),
+    (
+        "from unigen import UnifiedGenerationDataset",
+        "from unigen.config import DataOptions\nfrom unigen import UnifiedGenerationDataset",
+    ),
     ("understanding_output=True", "understanding_output=True, max_think_token_n=4"),
 ]
 
@@ -166,7 +176,7 @@ def test_both_languages_have_the_same_headings_and_blocks(path, twin):
 
 def test_both_readmes_show_the_same_code():
     assert blocks(README) == blocks(CHINESE)
-    assert {language for language, _ in blocks(README)} == {"bash", "json", "text"}
+    assert {language for language, _ in blocks(README)} == {"bash", "json", "python", "text"}
 
 
 @pytest.mark.parametrize(("path", "twin"), PAIRS, ids=lambda path: path.name)
@@ -521,6 +531,7 @@ def test_the_readme_from_top_to_bottom(workspace, capsys, caplog):
             if expected != "...":
                 assert told(expected) in told(said), f"{line}\n{expected}\nis not in\n{said[-4000:]}"
     assert outputs == {}
+    run_python(README)
     run = workspace / "outputs" / "unified_training"
     assert (run / "step_1" / "ema.safetensors").exists() and (run / "best" / "ema.safetensors").exists()
     assert (workspace / "outputs" / "cat" / "index.html").exists()
@@ -574,6 +585,26 @@ def test_a_page_from_top_to_bottom(path, workspace, capsys, caplog):
         assert (manifest["engine"], manifest["world"]) == ("fsdp2", 2)
 
 
+def run_python(page: Path) -> int:
+    """Runs the blocks of Python of a page, and returns their number."""
+    code = [body for language, body in blocks(page) if language == "python"]
+    for body in code:
+        for old, new in TINY_PYTHON:
+            body = body.replace(old, new)
+        assert "cuda" not in body
+        exec(compile(body, page.name, "exec"), {"__name__": "__main__"})
+    return len(code)
+
+
+@pytest.mark.slow
+def test_the_page_on_python_from_top_to_bottom(workspace, capsys):
+    train = "unigen train --model_path models/BAGEL-7B-MoT --train_data_path data/train.jsonl --val_data_path data/val.jsonl"
+    assert run_here(tiny(train)) == 0
+    assert run_python(ROOT / "docs" / "python.md") == 3
+    said = capsys.readouterr().out.splitlines()
+    assert sum("val.jsonl:" in line for line in said) == 7
+
+
 @pytest.mark.slow
 def test_the_page_on_generating_from_top_to_bottom(workspace, capsys, caplog):
     """The commands, then the blocks of Python, with the weights of a run as the ``.pt`` file."""
@@ -589,13 +620,7 @@ def test_the_page_on_generating_from_top_to_bottom(workspace, capsys, caplog):
     assert (workspace / "outputs" / "cat" / "index.html").exists()
     (workspace / "path" / "to").mkdir(parents=True)
     torch.save(load_bagel(run / "best").state_dict(), workspace / "path" / "to" / "trained_model.pt")
-    code = [body for language, body in blocks(page) if language == "python"]
-    assert len(code) == 2
-    for body in code:
-        for old, new in TINY_PYTHON:
-            body = body.replace(old, new)
-        assert "cuda" not in body
-        exec(compile(body, page.name, "exec"), {"__name__": "__main__"})
+    assert run_python(page) == 2
     assert (workspace / "winter.png").exists()
 
 

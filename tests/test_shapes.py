@@ -56,7 +56,7 @@ def test_every_record_says_what_its_pictures_show(shapes, folder):
     for half, scenes in (("train", 40), ("val", 10)):
         data = UnifiedGenerationDataset(folder / f"{half}.jsonl", check_pictures="full")
         statistics = data.statistics()
-        assert statistics["tasks"] and len(data) == 4 * scenes and statistics["unread"] == {}
+        assert statistics["tasks"] and len(data) == 5 * scenes and statistics["unread"] == {}
         for line in (folder / f"{half}.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if "text_prompt" in record:

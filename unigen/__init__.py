@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from unigen.data.dataset import UnifiedGenerationDataset as UnifiedGenerationDataset
     from unigen.inference.inferencer import InterleaveInferencer as InterleaveInferencer
     from unigen.model.weights import load_bagel as load_bagel
+    from unigen.model.weights import load_planner as load_planner
     from unigen.model.weights import save_bagel as save_bagel
     from unigen.training.trainer import UnifiedTrainer as UnifiedTrainer
 
@@ -28,6 +29,7 @@ _EXPORTS = {
     "UnifiedGenerationDataset": "unigen.data.dataset",
     "UnifiedTrainer": "unigen.training.trainer",
     "load_bagel": "unigen.model.weights",
+    "load_planner": "unigen.model.weights",
     "save_bagel": "unigen.model.weights",
 }
 

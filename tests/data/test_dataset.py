@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from unigen.data import indexing
 from unigen.data.dataset import BadData, UnifiedGenerationDataset, task
+from unigen.model.weights import load_bagel, load_planner
 from unigen.sequence.images import Confined, image_size, open_image
 from unigen.sequence.lengths import BLOCK_DTYPE, RecordLengths
 from unigen.sequence.types import BadRecord, Record, Text
@@ -726,3 +728,23 @@ def test_deep_json_is_a_bad_record(tmp_path: Path, depth: int, where: str) -> No
 def test_brackets_in_texts_are_not_deep(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(line("[{" * 5000 + '\\"'))
     assert len(UnifiedGenerationDataset(tmp_path)) == 1
+
+
+def test_with_a_planner_items_are_inputs_of_the_model_with_masks_of_the_loss(small_model: Path) -> None:
+    planner = load_planner(small_model)
+    records, inputs = (UnifiedGenerationDataset(EXAMPLE, **how) for how in ({}, {"planner": planner}))
+    assert isinstance(inputs, Dataset) and len(inputs) == len(records) == 7
+    model = load_bagel(small_model)
+    for record, pack in zip(records, DataLoader(inputs, batch_size=None), strict=True):
+        learnt = [segment for segment in record.sample if segment.target]
+        texts = [segment.text for segment in learnt if isinstance(segment, Text)]
+        said = planner.tokenizer.decode(pack.label[pack.label_rows].tolist())
+        assert all(text in said for text in texts), (texts, said)
+        assert (pack.label != -100).sum() == len(pack.label_rows)
+        assert (len(pack.noised_rows) > 0) == any(isinstance(segment, Picture) for segment in learnt)
+        output = model(pack)
+        assert output.ce.shape == pack.label_rows.shape and output.ce.isfinite().all()
+    drawing = next(i for i, pack in enumerate(inputs) if len(pack.noised_rows))
+    first, again = inputs[drawing], inputs[drawing]
+    inputs.epoch = 1
+    assert first.noise.equal(again.noise) and not first.noise.equal(inputs[drawing].noise)

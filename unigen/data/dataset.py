@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch.utils.data import Dataset
+
 from unigen import plugins
 from unigen.bars import Bar
 from unigen.data import kept
@@ -31,8 +33,11 @@ from unigen.data.probe import check_roots, require_match
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut, Split, describing, of_splits
 from unigen.data.verdict import Verdict, percent
+from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import PictureError, open_image
-from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
+from unigen.sequence.pack import pack_blocks
+from unigen.sequence.plan import Planner
+from unigen.sequence.types import BadRecord, Image, Origin, Pack, Record, without_trace
 
 __all__ = ["TASKS", "BadData", "UnifiedGenerationDataset", "task"]
 
@@ -51,9 +56,11 @@ class _Broken(NamedTuple):
     error: PictureError
 
 
-class UnifiedGenerationDataset:
+class UnifiedGenerationDataset(Dataset[Any]):
     """Records in any format of ``docs/data_formats.md``, from files of any kind described there, several of
-    them, or folders.
+    them, or folders. With a ``planner`` the items are what the model takes, a :class:`Pack` of one sample
+    each, in which ``label`` is -100 and ``noised_rows`` has no place where nothing is learnt; without it they
+    are the records.
 
     Everything is checked at construction: every record is parsed, every picture found and its header read, so
     that a run does not stop after hours at a bad line. Reading a record later is safe from several threads
@@ -78,10 +85,13 @@ class UnifiedGenerationDataset:
         named_split: The split to take of it by its name, or several with + between them.
         lengths_key: Names what ``token_lengths`` does. With it the index is kept in the cache folder, and a
             later start on unchanged files finds it there.
+        planner: Makes the model's inputs of a record: ``load_planner(folder)`` of its checkpoint.
+        seed: With the record and ``epoch`` all that noise, times and dropout depend on, as in training.
         num_workers: Processes that read; 0: this one.
         progress: Show bars on a terminal, and say in the log what is read.
 
     Attributes:
+        epoch: Counts the passes over the data, for what chance decides in them.
         left_out: Files of folders that are not read: of other splits, or about the data.
         lengths: What ``token_lengths`` returned for each record; None without it.
         bad: The bad records that were left out.
@@ -108,18 +118,22 @@ class UnifiedGenerationDataset:
         split: Split = "train",
         named_split: str | None = None,
         lengths_key: str | None = None,
+        planner: Planner | None = None,
+        seed: int = 42,
         num_workers: int = 0,
         progress: bool = False,
     ):
         assert on_bad_record in ("error", "skip") and check_pictures in ("auto", "full", "headers")
         self.read = read if data_root is None else replace(read, data_root=Path(data_root).absolute())
         check_roots(self.read)
+        self.planner, self.seed, self.epoch = planner, seed, 0
         self.split, self.left_out = named_split or split, list[LeftOut]()
         given = [paths] if isinstance(paths, str | Path) else paths
         named = find_files(given, self.read.data_root, split, self.left_out, named_split)
         self.files = [path for path, _ in named]
         require_match(self.files, self.read)
         self._reader = Reader(self.files)
+        token_lengths = token_lengths or (planner.token_lengths if planner else None)
         found = self._found(token_lengths, check_pictures, lengths_key, num_workers, progress)
         self._index, self.lengths, self._distinct = found.index, found.lengths, found.distinct
         self._counts, self._notes = found.counts, found.notes
@@ -136,7 +150,30 @@ class UnifiedGenerationDataset:
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> Any:
+        """:meth:`record` ``i``; with a planner its :meth:`inputs`."""
+        return self.record(i) if self.planner is None else self.inputs(i)
+
+    def inputs(self, i: int) -> Pack:
+        """What the model takes of record ``i``, with its labels, in the pass ``epoch``.
+
+        Raises:
+            BadRecord: A picture cannot be read.
+            IndexError, BadData: As :meth:`record`.
+        """
+        record, planner = self.record(i), self.planner
+        assert planner is not None, "give a planner"
+        key = RandomKey(self.seed, self.epoch, self._checked(i))
+        blocks = planner.outline(record.sample, planner.token_lengths(record), key)
+        try:
+            blocks = planner.fill(record.sample, blocks, key)
+        except PictureError as error:
+            raise bad_picture(error, "image", record.origin) from None
+        return pack_blocks(
+            [blocks], planner.tokenizer.special, planner.geometry, origins=[str(record.origin)]
+        )
+
+    def record(self, i: int) -> Record:
         """Record ``i``, read and parsed anew; its pictures are paths that are not opened, or bytes.
 
         Raises:
@@ -145,7 +182,7 @@ class UnifiedGenerationDataset:
         """
         return self._read(i)[0]
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unigen.config import SamplingOptions
 from unigen.inference.context import Context, ContextBuilder
-from unigen.inference.options import InferenceError, Renamed, Settings, sampling_options
+from unigen.inference.options import InferenceError, ReferenceSettings, Renamed, Settings, sampling_options
 from unigen.inference.pictures import blocks_as_reference, trained_transform, within
 from unigen.inference.pieces import Pieces
 from unigen.inference.requests import IMAGE, TEXT, Piece, Requests, picture_of, sample_of
@@ -243,7 +243,9 @@ class InterleaveInferencer:
             )
         return parts
 
-    def __call__(self, image: Any = None, text: str | None = None, **options: Any) -> dict[str, Any]:
+    def __call__(
+        self, image: Any = None, text: str | None = None, **options: Unpack[ReferenceSettings]
+    ) -> dict[str, Any]:
         """``{"image": ..., "text": ...}`` for a picture (a path, a PIL image, bytes, or a list of them), a
         text or both; options of :meth:`interleave_inference`.
 

@@ -38,6 +38,28 @@ class Settings(Renamed, total=False):
     seed: int | None
 
 
+class ReferenceSettings(Renamed, total=False):
+    """The keywords of ``InterleaveInferencer.interleave_inference``, whose names are the reference's."""
+
+    think: bool
+    understanding_output: bool
+    max_think_token_n: int
+    do_sample: bool
+    text_temperature: float
+    cfg_text_scale: float
+    cfg_img_scale: float
+    cfg_interval: Sequence[float]
+    timestep_shift: float
+    num_timesteps: int
+    cfg_renorm_min: float
+    cfg_renorm_type: str
+    image_shapes: Sequence[int] | None
+    enable_taylorseer: bool
+    seed: int | None
+    initial_noise: Any
+    trace: Any
+
+
 NAMES = tuple(f.name for f in fields(SamplingOptions))
 MIN_TEMPERATURE = 0.001  # below, a logit divided by it is infinite
 _OF_TEXTS = ("max_new_tokens", "do_sample", "temperature")

@@ -83,7 +83,7 @@ SIDE_FILES = (
 )
 
 
-def load_planner(folder: str | Path | None, options: DataOptions) -> Planner:
+def load_planner(folder: str | Path | None, options: DataOptions | None = None) -> Planner:
     """The planner of a checkpoint folder, without its weights.
 
     Without a folder: the picture sizes of BAGEL-7B-MoT, and texts counted in words (:class:`WordTokenizer`),
@@ -92,6 +92,7 @@ def load_planner(folder: str | Path | None, options: DataOptions) -> Planner:
     Raises:
         CheckpointFolderError, TokenizerError: the folder lacks a file, or one cannot be used.
     """
+    options = options or DataOptions()
     if folder is None:
         from transformers import Qwen2Config, SiglipVisionConfig
 

@@ -16,7 +16,7 @@ class InitOptions(Options):
 
     Args:
         output_dir: Folder for the model, in the published BAGEL layout.
-        size: tiny learns from pictures of 24 x 24 pixels in minutes on a CPU; small from those of 64 x 64,
+        size: tiny learns from pictures of 16 x 16 pixels in minutes on a CPU; small from those of 32 x 32,
             and takes much longer.
         text_from: Data whose texts the tokenizer learns, files or folders as of a training. Default: bytes
             alone, which read any text and make it long.

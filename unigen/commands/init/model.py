@@ -16,11 +16,11 @@ from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
 from unigen.sequence.types import Text
 
-# Sides in pixels, of a picture, of a latent token and of a ViT patch: 36 latent tokens a picture, and 64. A
+# Sides in pixels, of a picture, of a latent token and of a ViT patch: 16 latent tokens a picture, and 64. A
 # token has 3 x stride² numbers, and the width must be well above that: the velocity holds all of the noise.
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"side": 24, "stride": 4, "patch": 8, "width": 128, "layers": 4, "inner": 384, "colour": True},
-    "small": {"side": 64, "stride": 8, "patch": 8, "width": 384, "layers": 6, "inner": 1024, "colour": True},
+    "tiny": {"side": 16, "stride": 4, "patch": 4, "width": 128, "layers": 4, "inner": 384, "colour": True},
+    "small": {"side": 32, "stride": 4, "patch": 4, "width": 256, "layers": 6, "inner": 768, "colour": True},
 }
 MOST_TOKENS = 4096  # of a tokenizer that learns the user's texts: the rarest words stay in parts
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
