@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from unigen.config import Config, UserError
-from unigen.training.changes import changes
+from unigen.training.changes import _EFFECTS, _FREE, _LEARNT, _RATE, _TOLD, changes
 from unigen.training.optim import learning_rate_at
 
 BEFORE = {"max_steps": 200, "learning_rate": 1e-3, "warmup_steps": 10}
@@ -49,12 +50,18 @@ def test_a_checkpoint_that_does_not_say_its_steps_still_names_the_option():
         ({"batch_size": 4}, "batch_size 1 -> 4: packed sequences"),
         ({"ema": 0.99}, "ema none -> 0.99: the average begins anew"),
         ({"text_cond_dropout_prob": 0.5}, "samples are made otherwise"),
-        ({"text_loss_weight": 2.0}, "text_loss_weight 1.0 -> 2.0"),
+        ({"text_loss_weight": 2.0}, "text_loss_weight 1.0 -> 2.0: the loss is weighed otherwise"),
     ],
 )
 def test_every_option_that_changes_the_run_is_named(options: dict[str, Any], words: str):
     (line,) = told(**options)
     assert words in line
+
+
+def test_every_option_has_its_sentence_once():
+    groups = [_RATE, _TOLD, _FREE, _EFFECTS, _LEARNT - _FREE, ("ema", "seed")]
+    named = [name for group in groups for name in group]
+    assert sorted(named) == sorted(field.name for field in fields(Config))
 
 
 def test_what_changes_nothing_is_not_told():

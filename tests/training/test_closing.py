@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from saves import save
+from tiny import text, write_jsonl
 
-from unigen.cli import load, parse_options
+from unigen.cli import load, main, parse_options
 from unigen.commands.table import COMMANDS
 from unigen.config import Config
 from unigen.training.closing import closing
@@ -19,7 +21,12 @@ def commands(lines: list[str]) -> list[list[str]]:
     return [shlex.split(line) for line in lines[lines.index("Next:") + 1 :]]
 
 
-READING = {"image_root": "my pics", "fields": {"text_prompt": "caption"}, "trigger_word": "sks"}
+READING = {
+    "image_root": "my pics",
+    "val_split": "test",
+    "fields": {"text_prompt": "caption"},
+    "trigger_word": "sks",
+}
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "model_path": "base"}, READING])
@@ -35,7 +42,8 @@ def test_every_line_to_copy_is_understood(tmp_path: Path, options):
         assert program == "unigen"
         read = parse_options(load(command.options), argv, command.positional, command.short)
         if name == "evaluate":  # the data is read as the run read it
-            assert {key: getattr(read, key) for key in READING} == {
+            own = {"val_split": "split"}  # what evaluate calls it
+            assert {key: getattr(read, own.get(key, key)) for key in READING} == {
                 key: getattr(config, key) for key in READING
             }
 
@@ -58,3 +66,41 @@ def test_the_best_is_named_by_what_decided_it(tmp_path: Path):
         config = Config(metric_for_best_model=metric)
         assert words in closing(tmp_path, config, 9, 0.9375, {"val_loss": 1.23}, 1.0, 1)[1]
     assert "inf" not in closing(tmp_path, Config(), 9, math.inf, {"val_loss": 1.23}, 1.0, 1)[1]
+
+
+@pytest.mark.slow
+def test_each_end_says_what_happened_and_its_lines_run_as_printed(
+    options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level("INFO")
+    data = write_jsonl(tmp_path / "val data.jsonl", [text("What is two and two?", "Four.")])
+    given = options | {"train_data_path": data, "val_data_path": data, "tensorboard": True}
+
+    def said(**more: Any) -> list[str]:
+        caplog.clear()
+        flags = [str(part) for name, value in (given | more).items() for part in (f"--{name}", value)]
+        assert main(["train", *flags]) == 0
+        return [*caplog.text.splitlines(), *capsys.readouterr().err.splitlines()]
+
+    assert any("Dry run" in line and "Without --dry_run" in line for line in said(dry_run=True))
+    lines = said()
+    assert any(line.startswith("Done: step 2") for line in lines)
+    for program, *argv in commands(lines):
+        if program == "tensorboard":
+            assert argv[0] == "--logdir" and list(Path(argv[1]).glob("events.*"))
+            continue
+        assert program == "unigen" and main(argv) == 0, argv
+        capsys.readouterr()
+    (run,) = tmp_path.glob("run.html")
+    assert run.stat().st_size > 1000 and (tmp_path / "run_answer").is_dir()
+    assert (tmp_path / "run_evaluation" / "metrics.json").is_file()
+    again = said(resume_from_checkpoint="auto")
+    assert any("All 2 steps are done already" in line for line in again)
+    assert commands(again)[0][:2] == ["unigen", "generate"]
+    early = said(
+        max_steps=9, eval_steps=1, early_stopping_patience=1, learning_rate=0.0, output_dir=tmp_path / "b"
+    )
+    assert any(line.startswith("Ended early: step 2") for line in early)

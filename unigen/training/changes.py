@@ -17,7 +17,17 @@ log = logging.getLogger("unigen")
 _RATE = (
     "num_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
 )  # fmt: skip
-_TOLD = {"precision", "fp16", "bf16", "compile", "quantize", "double_quant", "model_load_mode"}  # elsewhere
+# told elsewhere
+_TOLD = {
+    "precision",
+    "fp16",
+    "bf16",
+    "compile",
+    "quantize",
+    "double_quant",
+    "model_load_mode",
+    "weights",
+}  # elsewhere
 _FREE = {  # of no effect on what is learnt, or of this start alone
     "output_dir", "resume_from_checkpoint", "dry_run", "device", "engine", "shard_size", "num_workers",
     "hang_timeout", "async_save", "low_space", "min_free_gb", "deepspeed_config", "cpu_offload",
@@ -38,7 +48,54 @@ _EFFECTS = {
         ("val_data_path", "val_split"),
         "val_loss is of other data: earlier values, and the best one, do not compare",
     ),
-}
+    **dict.fromkeys(
+        ("tensorboard", "wandb_project", "wandb_run_name", "wandb_mode", "trackio_project"),
+        "trackers are told so from the next step on",
+    ),
+    **dict.fromkeys(("sample_prompts", "sample_steps", "sample_kind"), "the next samples are made so"),
+    **dict.fromkeys(
+        ("eval_metrics", "eval_samples", "eval_features", "eval_clip"),
+        "the next evaluations measure so; earlier values need not compare",
+    ),
+    **dict.fromkeys(
+        ("metric_for_best_model", "greater_is_better"), "what was best so far is not what counts now"
+    ),
+    "probe_data_path": "the probe asks other records: earlier values do not compare",
+    **dict.fromkeys(
+        ("stop_on_drift", "early_stopping_patience"), "the run may end by it from the next validation on"
+    ),
+    **dict.fromkeys(
+        ("max_skipped_steps", "max_skipped_share", "spike_sigma", "on_bad_record"),
+        "what is skipped, and when that ends the run, is decided so from here on",
+    ),
+    **dict.fromkeys(
+        (
+            "weight_decay", "weight_decay_und", "weight_decay_gen", "weight_decay_vit", "adam_beta1",
+            "adam_beta2", "adam_epsilon", "max_grad_norm", "weight_decay_connector",
+        ),
+        "updates are made so from the next step on",
+    ),
+    **dict.fromkeys(
+        ("learning_rate_und", "learning_rate_gen", "learning_rate_vit", "learning_rate_connector"),
+        "that part learns at another rate from the next step on",
+    ),
+    **dict.fromkeys(
+        ("text_loss_weight", "image_loss_weight", "preserve_weight"),
+        "the loss is weighed otherwise: earlier values do not compare",
+    ),
+    **dict.fromkeys(
+        ("preserve_share", "preserve_data_path"), "other samples hold the model where it was from here on"
+    ),
+    "timestep_shift": "noise is drawn otherwise: earlier losses of pictures do not compare",
+    **dict.fromkeys(
+        (
+            "freeze_llm", "freeze_vit", "freeze_und", "train_also", "lora_rank", "lora_alpha", "lora_targets",
+            "lora_variant",
+        ),
+        "other parts train from here on, where the checkpoint fits that",
+    ),
+}  # fmt: skip
+"""Option -> what another value does; of those in no set here the values alone are told."""
 _LEARNT = {field.name for field in fields(DataOptions)}
 
 

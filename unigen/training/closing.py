@@ -23,6 +23,7 @@ def closing(
     last: Mapping[str, float],
     seconds: float,
     tokens: int,
+    early: bool = False,
 ) -> list[str]:
     """The last lines of a run.
 
@@ -34,9 +35,10 @@ def closing(
         last: the newest metrics.
         seconds: that this process of the run took its steps for.
         tokens: that all processes trained on in them.
+        early: did a guard end it before its last step?
     """
     lines = [
-        f"Done: step {step} after {duration(seconds)}"
+        f"{'Ended early' if early else 'Done'}: step {step} after {duration(seconds)}"
         + (f", {tokens:,} tokens ({tokens / seconds:,.0f} a second)" if tokens and seconds > 0 else "")
     ]
     newest, kept = output_dir / layout.step_name(step), output_dir / layout.BEST
@@ -53,8 +55,12 @@ def closing(
             value = f"{best:.4f} " if math.isfinite(best) else ""
             told = value if name == "val_loss" else f"{name} {value}"
             lines.append(f"{line}, the best {told}at step {at} ({kept})")
-    lines += ["Next:", *(f"  {command}" for command in _commands(output_dir, config, model))]
-    return lines
+    return lines + following(output_dir, config, model)
+
+
+def following(output_dir: Path, config: Config, model: Path) -> list[str]:
+    """What can be done next with a checkpoint of a run, as lines to copy."""
+    return ["Next:", *(f"  {command}" for command in _commands(output_dir, config, model))]
 
 
 def _reading(config: Config) -> list[str]:

@@ -23,7 +23,7 @@ from unigen.runs.secrets import redacted
 from unigen.runs.signals import Stopped, shielded, watching_workers, worker_init
 from unigen.runs.space import SpaceError
 from unigen.tracking.tracker import Progress, Tracker
-from unigen.training.closing import closing
+from unigen.training.closing import closing, following
 from unigen.training.evaluate import told
 from unigen.training.failures import explain
 from unigen.training.guards import Diverged, TrainingStopped
@@ -116,7 +116,8 @@ class TrainingLoop:
         run.saver.good = ""
         run.saver.prune(layout.step_name(self.position.saved))
         at, tokens = self.position, int(self._tokens)
-        said = closing(run.output_dir, self.config, at.step, at.best, metrics, seconds, tokens)
+        early = at.step < run.total_steps
+        said = closing(run.output_dir, self.config, at.step, at.best, metrics, seconds, tokens, early)
         self.progress.write("\n".join(said))
 
     def take_step(self, batches: Sequence[MicroBatch], lr: float, counts: Counts) -> StepResult:
@@ -227,9 +228,10 @@ class TrainingLoop:
             self._save()
         self.run.saver.wait()
         self._tell_saved()
-        self.progress.write(
-            "Stopped by a signal. The same command goes on from here with --resume_from_checkpoint auto"
-        )
+        said = ["Stopped by a signal. The same command goes on from here with --resume_from_checkpoint auto"]
+        saved = self.run.output_dir / layout.step_name(self.position.saved)
+        said += following(self.run.output_dir, self.config, saved) if self.position.saved > 0 else []
+        self.progress.write("\n".join(said))
         raise Stopped
 
     # ---- after a step

@@ -14,6 +14,7 @@ from unigen.runs import layout
 from unigen.runs.signals import SignalHandler, Stopped
 from unigen.tracking.tracker import Tracker
 from unigen.training.build import build
+from unigen.training.closing import following
 from unigen.training.engine import open_engine
 from unigen.training.failures import lost_process
 from unigen.training.loop import TrainingLoop
@@ -62,7 +63,10 @@ class UnifiedTrainer:
                     if run.evaluation is not None:
                         run.evaluation.doubted = warmed.doubted
                     if self.config.dry_run:
-                        log.info("Dry run: everything is ready; nothing was trained")
+                        log.info(
+                            "Dry run: everything is ready; nothing was trained. Without --dry_run the same"
+                            " command trains"
+                        )
                         return {}
                     run.begin()
                     metrics = TrainingLoop(run, open_tracker(run)).train()
@@ -88,11 +92,13 @@ def tell_memory(run: Run, warmed: WarmUp) -> None:
 def nothing_left(run: Run) -> str:
     """What is said where a run resumes with all of its steps done."""
     option = "max_steps" if run.config.max_steps else "num_epochs"
-    return (
+    kept = run.output_dir / layout.step_name(run.position.step)
+    told = (
         f"All {run.total_steps} steps are done already (the checkpoint is of step {run.position.step}):"
         f" nothing is left to do. To train further, raise --{option}; for a new run from these weights, give"
-        f" --model_path {run.output_dir / layout.step_name(run.position.step)} and another --output_dir"
+        f" --model_path {kept} and another --output_dir"
     )
+    return "\n".join([told, *following(run.output_dir, run.config, kept)] if kept.is_dir() else [told])
 
 
 @contextlib.contextmanager
