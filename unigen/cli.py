@@ -25,7 +25,7 @@ from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
 from unigen.messages import LANGUAGES, in_language, preferred, speaking
 from unigen.others import nearest, unknown
-from unigen.printing import guard, guarded, printable_lines
+from unigen.printing import guard, guarded, libraries_silent, printable_lines
 from unigen.recipe import UsageError, read_recipe
 from unigen.values import describe, kinds, members, read_option, read_value, shown
 from unigen.version import __version__
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program's name; default: those of the process.
     """
     given, rest = taken_out(sys.argv[1:] if argv is None else argv, "--language")
-    with guarded(), speaking(given[-1] if given and given[-1] in LANGUAGES else preferred()):
+    language = given[-1] if given and given[-1] in LANGUAGES else preferred()
+    with guarded(), libraries_silent(), speaking(language):
         return _main(rest, given)
 
 

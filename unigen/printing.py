@@ -8,6 +8,7 @@ standard streams are guarded while a command runs: whatever is printed, logged o
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import unicodedata
@@ -18,6 +19,9 @@ from typing import Any, TextIO, cast
 bottom: list[Any] = []  # what stands on the last line of the terminal (bars.py), and goes for a line of text
 LONGEST_NAME = 1000  # characters of a name or value that a message shows; the middle of a longer one goes
 LONGEST_LINE = 8000  # characters of a line of a message, on standard error
+# Whose warnings are no part of what a command says; "py" are those of the module warnings.
+_LIBRARIES = ("py", "torch", "transformers", "diffusers", "bitsandbytes", "peft", "deepspeed", "accelerate")
+_ERROR = 40  # of logging
 _STAYS = "\u3000"  # the space of Chinese texts, which Python calls unprintable
 _LINE_END = re.compile(r"(\r?\n)")
 
@@ -111,6 +115,31 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def is_ours(record: Any) -> bool:
+    """Does a record of the log belong on the terminal? What libraries warn of is for ``train.log`` alone."""
+    return record.levelno >= _ERROR or record.name.partition(".")[0] not in _LIBRARIES
+
+
+@contextmanager
+def libraries_silent() -> Iterator[None]:
+    """Inside, what libraries warn of stays off the terminal, so that a command's own words come first; where
+    Python is asked to warn (``-W``, PYTHONWARNINGS) nothing changes."""
+    import logging
+
+    if sys.warnoptions or logging.lastResort is None:
+        yield
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # these have handlers of their own
+        os.environ.setdefault(name, "error")
+    logging.captureWarnings(True)
+    logging.lastResort.addFilter(is_ours)
+    try:
+        yield
+    finally:
+        logging.lastResort.removeFilter(is_ours)
+        logging.captureWarnings(False)
 
 
 def beneath(stream: TextIO) -> TextIO:

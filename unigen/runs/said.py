@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from unigen.printing import printable_lines
+from unigen.printing import is_ours, printable_lines
 from unigen.runs.log import JsonlLog
 from unigen.runs.secrets import hide
 
@@ -79,6 +79,7 @@ def listen(level: str, main: bool) -> RunLog:
     for handler in root.handlers:
         if type(handler) is logging.StreamHandler:  # of basicConfig
             handler.setLevel(LEVELS[level])
+            handler.addFilter(is_ours)
     if main:
         root.addHandler(said)
     return said
