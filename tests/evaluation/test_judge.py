@@ -104,7 +104,11 @@ def test_checkpoints_are_compared_on_the_pictures_that_both_got_a_score_for():
 
     base = scored(0.1, 0.5, None)
     assert compare(base, scored(0.2, 0.6, None)).n == 2
-    assert compare(base, scored(None, 0.5, 0.1)).verdict == "not compared"
+    assert compare(base, scored(None, 0.5, 0.1)).verdict == "not compared"  # one in common is no pair of sets
+    rest = compare(scored(0.1, 0.5, 0.9), scored(None, 0.6, 0.9))
+    assert (rest.n, rest.a, rest.b) == (2, pytest.approx(0.7), pytest.approx(0.75)) and "|n=2]" in rest.name
+    assert "over the samples that both have" in rest.sentence()
+    assert compare(base, base).reason == ""
 
 
 @pytest.mark.parametrize(

@@ -44,4 +44,4 @@ def test_the_tables_name_every_metric_and_field():
     }
     assert metrics <= named
     assert named - metrics <= set(Result.__dataclass_fields__)
-    assert set(Result.__dataclass_fields__) - named == {"n", "parts", "rule", "rows", "function"}
+    assert set(Result.__dataclass_fields__) - named == {"n", "pairs", "parts", "rule", "rows", "function"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unigen.evaluation.answers import Prediction
@@ -21,7 +22,7 @@ class Answered:
         about: what the answers depend on.
         predictions: of all cases, in their order.
         scores: metrics by task.
-        step: after which a run saved the checkpoint.
+        step: after which a run saved the checkpoint, which lies in the run's folder.
     """
 
     name: str
@@ -29,6 +30,11 @@ class Answered:
     predictions: list[Prediction]
     scores: dict[str, list[Result]]
     step: int | None = None
+
+    @property
+    def run(self) -> str:
+        """Name of the run that saved the checkpoint; empty where none did."""
+        return "" if self.step is None else str(Path(self.name).parent)
 
 
 def comparisons(base: Answered, other: Answered) -> dict[str, list[Comparison]]:

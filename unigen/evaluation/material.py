@@ -157,7 +157,12 @@ class Material:
 
 def digest_of_drawn(drawn: Sequence[Drawn]) -> str:
     """A digest of the pictures that were measured: only those to the same prompts, one by one, are pairs."""
-    return digest_of([[one.case.number, one.place, one.prompt] for one in drawn])
+    return digest_of(pairs_of(drawn))
+
+
+def pairs_of(drawn: Sequence[Drawn]) -> tuple[tuple[int, int, str], ...]:
+    """Which picture to which prompt each is."""
+    return tuple((one.case.number, one.place, one.prompt) for one in drawn)
 
 
 def _around(case: Case, pieces: Sequence[Any], place: int) -> tuple[str, ...]:

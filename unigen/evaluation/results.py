@@ -50,6 +50,8 @@ class Result:
         lacks: where that is nobody's fault: ``samples``, or what was not given.
         source: the paper or program the number is defined by.
         data: digest of what the samples were held against.
+        pairs: what each sample is [n]; samples of two results that are the same are pairs, also where each
+            result has others besides. None: only results over all the same samples have pairs.
         parts: sums over samples make the value: [n, k] numbers, and the ``rule`` that turns sums into it
             (``statistics.RULES``).
         rows: where sums do not suffice: the samples themselves, n rows, and the ``function`` from any rows to
@@ -69,6 +71,7 @@ class Result:
     lacks: str = ""
     source: str = ""
     data: str = ""
+    pairs: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
     parts: np.ndarray | None = field(default=None, repr=False, compare=False)
     rule: str = "mean"
     rows: np.ndarray | None = field(default=None, repr=False, compare=False)

@@ -7,14 +7,15 @@ product; functions are computed anew for every draw, some dozens of times. All d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from unigen.evaluation.results import Result
+from unigen.evaluation.results import Result, digest_of
 
 LEVEL, ALPHA = 0.95, 0.05
 DRAWS = 2000  # resamples of sums
@@ -238,7 +239,8 @@ class Comparison:
         difference: b - a; interval: its 95 % interval; p: of the paired permutation test, two-sided.
         n: pairs.
         verdict: ``better`` or ``worse`` (of B), ``differs`` where neither end is good, ``no difference
-            shown``, or ``not compared``, with the ``reason``.
+            shown``, or ``not compared``, with the ``reason``; otherwise the reason says over which of the
+            samples it is, where not over all.
     """
 
     name: str
@@ -255,22 +257,28 @@ class Comparison:
         """``better by 0.031 [0.012, 0.05], p = 0.0021, n = 297``; the size is given without a sign."""
         if self.verdict == "not compared":
             return f"not compared: {self.reason}"
+        over = f", {self.reason}" if self.reason else ""
         if self.verdict == "no difference shown":
-            return f"no difference shown with n = {self.n} (p = {self.p:.2g})"
+            return f"no difference shown with n = {self.n} (p = {self.p:.2g}){over}"
         assert self.difference is not None and self.interval is not None and self.p is not None
         low, high = self.interval if self.difference > 0 else (-self.interval[1], -self.interval[0])
         size = f"{abs(self.difference):.4g} [{low:.4g}, {high:.4g}]"
-        return f"{self.verdict} by {size}, p = {self.p:.2g}, n = {self.n}"
+        return f"{self.verdict} by {size}, p = {self.p:.2g}, n = {self.n}{over}"
 
 
 def compare(
     a: Result, b: Result, *, seed: int = 0, draws: int = DRAWS, shuffles: int = SHUFFLES
 ) -> Comparison:
-    """Is B better than A? Both over the same samples in the same order.
+    """Is B better than A? Both over the same samples in the same order or, where they say what their samples
+    are (``Result.pairs``), over those that both have.
 
     A difference counts as shown where the paired permutation test gives p < 0.05 and the paired bootstrap's
     95 % interval leaves out 0.
     """
+    over = ""
+    if a.pairs is not None and b.pairs is not None and a.pairs != b.pairs:
+        a, b = _of_both(a, b)
+        over = "over the samples that both have"
     reason = _not_comparable(a, b)
     if reason:
         return Comparison(a.name, "not compared", a.value, b.value, n=a.n, reason=reason)
@@ -289,7 +297,26 @@ def compare(
         verdict = "differs"
     else:
         verdict = "better" if (difference > 0) == a.higher_is_better else "worse"
-    return Comparison(a.name, verdict, a.value, b.value, difference, interval, p, a.n)  # type: ignore[arg-type]
+    return Comparison(a.name, verdict, a.value, b.value, difference, interval, p, a.n, over)  # type: ignore[arg-type]
+
+
+def _of_both(a: Result, b: Result) -> tuple[Result, Result]:
+    """The results over the samples that both have, as if they had been measured on these alone."""
+    there = set(a.pairs or ()) & set(b.pairs or ())
+    return _over(a, there), _over(b, there)
+
+
+def _over(result: Result, there: set[Any]) -> Result:
+    kept = [number for number, pair in enumerate(result.pairs or ()) if pair in there]
+    pairs = tuple((result.pairs or ())[number] for number in kept)
+    if result.parts is None or not kept:
+        return replace(result, n=len(kept), pairs=pairs, data=digest_of(pairs))
+    name = re.sub(r"\|n=\d+", f"|n={len(kept)}", result.name)
+    parts = result.parts[kept]
+    value = value_of(parts, result.rule)
+    return replace(
+        result, name=name, n=len(kept), pairs=pairs, data=digest_of(pairs), parts=parts, value=value
+    )
 
 
 def _not_comparable(a: Result, b: Result) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unigen.evaluation.material import Drawn, Material, digest_of_drawn
+from unigen.evaluation.material import Drawn, Material, digest_of_drawn, pairs_of
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate, value_of
 from unigen.evaluation.text import accuracy, chrf, rouge
@@ -51,7 +51,10 @@ def _asked(material: Material, which: str) -> str:
 
 def _views(kind: str, material: Material, values: Any, drawn: list[Drawn], question: str) -> Result:
     name = identity(kind, "own-understanding", _asked(material, question), n=len(values))
-    return estimate(name, np.array(values, np.float64), seed=material.tools.seed, data=digest_of_drawn(drawn))
+    return estimate(
+        name, np.array(values, np.float64), seed=material.tools.seed, data=digest_of_drawn(drawn),
+        pairs=pairs_of(drawn),
+    )  # fmt: skip
 
 
 @metric("verify", "mean probability of yes by yes or no, first token of the answer")
@@ -109,7 +112,7 @@ def _renamed(kind: str, result: Result, material: Material, drawn: list[Drawn]) 
         raise CannotRun(result.reason, result.fix)
     inner = result.name.partition("[")[2].rstrip("]")
     name = identity(kind, "own-understanding", _asked(material, "describe"), inner)
-    return replace(result, name=name, data=digest_of_drawn(drawn))
+    return replace(result, name=name, data=digest_of_drawn(drawn), pairs=pairs_of(drawn))
 
 
 @metric("judge", "mean score of another model, 0 to 10 divided by 10")
@@ -130,5 +133,8 @@ def judge(material: Material) -> Result:
     left, values = len(rows) - len(found), np.array([score for _, score in found], np.float64)
     notes = (f"{left} of {len(rows)} pictures got no score that can be read",) if left else ()
     name = identity("judge", about["model"], f"asked={about['asked']}", n=len(values))
-    data = digest_of_drawn([one for one, _ in found])
-    return estimate(name, values, seed=material.tools.seed, data=data, notes=notes)
+    drawn = [one for one, _ in found]
+    return estimate(
+        name, values, seed=material.tools.seed, data=digest_of_drawn(drawn), notes=notes,
+        pairs=pairs_of(drawn),
+    )  # fmt: skip

@@ -4,7 +4,10 @@ every mistake."""
 import json
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import evaluate_speed
 import numpy as np
 import pytest
 from pages import Page
@@ -12,7 +15,9 @@ from pictures import noise
 from safetensors.torch import load_file, save_file
 
 from unigen import cli
+from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.page import write
+from unigen.commands.evaluate.work import _names
 from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import Case
@@ -281,3 +286,31 @@ def test_the_checkpoints_of_a_run_are_curves_and_a_grid_in_both_languages(tmp_pa
         assert (chart["first"], chart["last"], curve["x"]) == (100, 300, [100, 200, 300])
         assert curve["t"] == ["0.1667", "0.3333", "0.5"]
     assert "太少，不能外推" in page.text and "too few" not in page.text
+    # another run, and one checkpoint of a third, which is no curve
+    others = [replace(one, name=one.name.replace("run", "next")) for one in answered[:2]]
+    lone = replace(answered[2], name="third/step_300")
+    path = write(tmp_path / "two.html", cases, [*answered, *others, lone], {}, Words("en", "evaluate"))
+    page = Page(path.read_text(encoding="utf-8"))
+    (chart,) = page.charts
+    assert [(curve["n"], curve["x"]) for curve in chart["curves"]] == [
+        ("run", [100, 200, 300]), ("next", [100, 200]),
+    ]  # fmt: skip
+    assert "run: 300" in page.text and "next: 200" in page.text and "third: " not in page.text
+
+
+def test_runs_that_are_compared_answer_with_all_their_checkpoints(tmp_path):
+    for name in ("a/step_2", "a/step_10", "b/step_5", "model"):
+        (tmp_path / name).mkdir(parents=True)
+    options = EvaluateOptions(
+        data_path="v", run=str(tmp_path / "a"), compare=[str(tmp_path / "b"), str(tmp_path / "model")]
+    )
+    found = [str(Path(name).relative_to(tmp_path)) for name in _names(options)]
+    assert found == ["a/step_2", "a/step_10", "b/step_5", "model"]
+
+
+def test_the_records_whose_measuring_is_timed_ask_for_a_text_and_a_picture(tmp_path, capsys):
+    data, answers = evaluate_speed.write_records(tmp_path, 3)
+    given = ["--predictions", str(answers), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["evaluate", *given, "--metrics", "structure", "rougeL"]) == 0, capsys.readouterr().err
+    (values,) = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["tasks"].values()
+    assert values[0]["value"] == 1 and 0.5 < values[1]["value"] < 1

@@ -25,9 +25,9 @@ class EvaluateOptions(SamplingOptions):
             and nobody answers.
         output_dir: Folder for report.html, metrics.json, predictions.jsonl and the pictures. The same command
             goes on where it was stopped.
-        compare: More checkpoints (or files of answers) for the same prompts, with the same seeds; each is
-            compared with model_path's by paired tests. Their answers lie in folders of their own in
-            output_dir.
+        compare: More checkpoints (or files of answers, or folders of runs, of which all checkpoints answer)
+            for the same prompts, with the same seeds; each is compared with model_path's by paired tests.
+            Their answers lie in folders of their own in output_dir.
         check: Say which metrics can run and why others cannot, and end before anything is generated.
         metrics: Only these, by name; one that has no value then makes the exit code 1, whatever the reason.
         samples: The first so many records; default: all.

@@ -89,50 +89,59 @@ def _named(task: str, words: Words) -> str:
     return words.texts.get(f"task_{task}", task)
 
 
-def _of_a_run(answered: Sequence[Answered]) -> list[tuple[int, Answered]]:
-    """The checkpoints of one run in the order of their steps, where there are several."""
-    found = sorted(((one.step, one) for one in answered if one.step is not None), key=lambda pair: pair[0])
-    return found if len(found) > 1 else []
+def _of_runs(answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+    """The checkpoints of each run of which there are several, in the order of their steps."""
+    runs: dict[str, list[Answered]] = {}
+    for one in sorted((one for one in answered if one.step is not None), key=lambda one: one.step or 0):
+        runs.setdefault(one.run, []).append(one)
+    return {run: ones for run, ones in runs.items() if len(ones) > 1}
 
 
 def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[Chart]]]:
-    """For each task a chart of each metric over the steps, with its interval as a band."""
-    run, found = _of_a_run(answered), []
-    for task, results in answered[0].scores.items() if run else []:
+    """For each task a chart of each metric over the steps, a line a run with its interval as a band."""
+    runs, found = _of_runs(answered), []
+    for task, results in answered[0].scores.items() if runs else []:
         charts = []
         for number, result in enumerate(results):
-            ones = [(step, one.scores[task][number]) for step, one in run]
-            points = [
-                Point(step, one.value, *(one.interval or (one.value, one.value)))
-                for step, one in ones
-                if one.value is not None
-            ]
-            if len(points) > 1 and result.kind not in OF_THE_DATA:
-                name = label(next(one.name for _, one in ones if one.value is not None), words.language)
-                low, high = min(point.low for point in points), max(point.high for point in points)
+            lines = []
+            for colour, (run, ones) in enumerate(runs.items()):
+                values = [(one.step, one.scores[task][number]) for one in ones]
+                points = [
+                    Point(step or 0, one.value, *(one.interval or (one.value, one.value)))
+                    for step, one in values
+                    if one.value is not None
+                ]
+                if len(points) > 1:
+                    lines.append(Line(Path(run).name, points, colour, band=True))
+            if lines and result.kind not in OF_THE_DATA:
+                named = [one.scores[task][number].name for ones in runs.values() for one in ones]
+                name = label(max(named, key=len), words.language)
+                everything = [point for line in lines for point in line.points]
+                low, high = min(p.low for p in everything), max(p.high for p in everything)
                 room = Range(low, high) if high > low else None  # for the whole band
-                charts.append(line_chart(name, [Line(name, points, band=True)], words, values=room))
+                charts.append(line_chart(name, lines, words, values=room))
         found.append((_named(task, words), charts))
     return [(task, charts) for task, charts in found if charts]
 
 
 def _grid(cases: Sequence[Case], answered: Sequence[Answered]) -> list[list[Any]]:
-    """Rows of what the checkpoints of a run drew for the same prompts; first the prompts."""
-    run = _of_a_run(answered)
+    """Rows of what the checkpoints of each run drew for the same prompts; first the prompts."""
+    runs = _of_runs(answered)
     chosen: dict[tuple[str, str], int] = {}
     for place, case in enumerate(cases):
         if "image" in case.outputs:
             chosen.setdefault((case.task, case.said_last), place)
     places = list(chosen.values())[:WIDE]
-    if not run or not places:
+    if not runs or not places:
         return []
     rows: list[list[Any]] = [["", *(cases[place].said_last for place in places)]]
-    for step, one in run:
+    for run, one in ((run, one) for run, ones in runs.items() for one in ones):
         drawn = [
             next((piece for piece in one.predictions[place].pieces if not isinstance(piece, str)), "")
             for place in places
         ]
-        rows.append([f"{step:,}", *map(_shown, drawn)])
+        whose = f"{Path(run).name}: " if len(runs) > 1 else ""
+        rows.append([f"{whose}{one.step:,}", *map(_shown, drawn)])
     return rows
 
 
@@ -141,12 +150,13 @@ def _verdict(one: Comparison, words: Words) -> tuple[str, str, str]:
     kind = label(one.name, words.language)
     if one.verdict == "not compared":
         return MARKS[one.verdict], kind, words("not_compared", why=in_language(one.reason, words.language))
+    over = f" ({in_language(one.reason, words.language)})" if one.reason else ""
     if one.verdict == "no difference shown":
-        return MARKS[one.verdict], kind, words("no_difference", n=one.n, p=f"{one.p:.2g}")
+        return MARKS[one.verdict], kind, words("no_difference", n=one.n, p=f"{one.p:.2g}") + over
     assert one.difference is not None and one.interval is not None
     low, high = one.interval if one.difference > 0 else (-one.interval[1], -one.interval[0])
     size = f"{abs(one.difference):.4g} [{low:.4g}, {high:.4g}]"
-    return MARKS[one.verdict], kind, words(one.verdict, size=size, p=f"{one.p:.2g}", n=one.n)
+    return MARKS[one.verdict], kind, words(one.verdict, size=size, p=f"{one.p:.2g}", n=one.n) + over
 
 
 def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:

@@ -190,12 +190,10 @@ def _check_options(o: EvaluateOptions) -> None:
 
 def _names(o: EvaluateOptions) -> list[str]:
     """Who answers, the one first that the others are compared with."""
-    if o.run is None:
-        return [str(o.model_path or o.predictions), *o.compare]
-    found = [str(path) for path in reversed(steps(Path(o.run)))]
-    if not found:
+    if o.run is not None and not steps(Path(o.run)):
         raise ConfigError(f"run is {o.run}, which holds no checkpoint. Fix: the output_dir of a training")
-    return [*found, *o.compare]
+    given = [str(o.run or o.model_path or o.predictions), *o.compare]
+    return [name for one in given for name in ([str(step) for step in reversed(steps(Path(one)))] or [one])]
 
 
 def _checkpoints(names: Sequence[str]) -> list[str]:
@@ -450,8 +448,7 @@ def _scored(
     scores = score(
         work.cases, predictions, work.tools, said, kinds=work.options.metrics, more=work.extras.more
     )
-    step = step_of(Path(source.name).name) if work.options.run is not None else None
-    one = Answered(source.name, about, predictions, scores, step)
+    one = Answered(source.name, about, predictions, scores, step_of(Path(source.name).name))
     write_scores(source.folder, one, len(work.cases), work.silent)
     return one
 
