@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.mask import Tokens, allowed
 from unigen.model.weights import load_bagel
-from unigen.sequence.images import ImageTransform, open_image
+from unigen.sequence.images import open_image
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Kind
 
 ROOT = Path(__file__).parents[1]

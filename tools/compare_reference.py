@@ -27,9 +27,10 @@ from unigen.model.bagel import Bagel
 from unigen.model.config import CONSTANTS
 from unigen.model.mask import Tokens, allowed
 from unigen.model.weights import load_bagel
-from unigen.sequence.images import ImageTransform, open_image
+from unigen.sequence.images import open_image
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import SpecialIds, Tokenizer
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Kind, Pack
 
 HIDDEN, GRADIENT = 1e-4, 1e-3  # tolerances in float32, relative to the largest value

@@ -11,9 +11,9 @@ from unigen.inference.inferencer import THINK_PROMPTS, InterleaveInferencer
 from unigen.inference.options import InferenceError, sampling_options
 from unigen.inference.pictures import blocks_as_reference
 from unigen.model.weights import load_bagel
-from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Image, Kind, Text
 
 FAST = {"num_timesteps": 3, "image_shapes": (32, 32)}

@@ -23,7 +23,8 @@ from unigen.inference.pictures import run_transform, trained_transform
 from unigen.model.storage import RUN_OPTIONS
 from unigen.model.weights import load_bagel
 from unigen.sequence.draw import RandomKey
-from unigen.sequence.images import ImageTransform, open_image
+from unigen.sequence.images import open_image
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Image, Kind, Origin, Record, Text
 
 # Sizes of the release, divided; all different, so that no mistake hides.

@@ -18,7 +18,8 @@ from cases import chunk, encoded, run
 from hypothesis import strategies as st
 from PIL import Image
 
-from unigen.sequence.images import ImageTransform, PictureError, _scans, image_size, open_image
+from unigen.sequence.images import PictureError, _scans, image_size, open_image
+from unigen.sequence.transform import ImageTransform
 
 CASES = {"bytes": 900, "parts": 900, "headers": 300}
 CODES = {"not_a_picture", "broken_picture", "huge_picture", "unsupported_picture"}

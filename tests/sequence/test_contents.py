@@ -11,10 +11,11 @@ from unigen.sequence import contents
 from unigen.sequence.contents import View, Viewer, digest
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.grid import patchify, to_unit
-from unigen.sequence.images import Confined, ImageTransform, PictureError, open_image, to_image
+from unigen.sequence.images import Confined, PictureError, open_image, to_image
 from unigen.sequence.pack import Geometry
 from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import WordTokenizer
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Image, Kind, Text
 
 VAE, VIT = ImageTransform(64, 32, 16), ImageTransform(42, 28, 14)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, features
 
 from unigen.sequence.grid import patchify, to_unit
-from unigen.sequence.images import ImageTransform, PictureError, area_means, image_size, open_image, to_image
+from unigen.sequence.images import PictureError, area_means, image_size, open_image, to_image
+from unigen.sequence.transform import ImageTransform
 
 BLOCKS = np.kron(
     np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)

@@ -11,11 +11,11 @@ from PIL import Image as Picture
 from unigen.config import DataOptions
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.grid import patchify, to_unit
-from unigen.sequence.images import ImageTransform
 from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.pack import Geometry, pack_blocks
 from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import BadRecord, Image, Kind, Origin, Record, Text
 
 GEOMETRY = Geometry(

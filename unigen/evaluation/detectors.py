@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from unigen.evaluation.results import CannotRun
 from unigen.evaluation.results import libraries as versions
 from unigen.evaluation.towers import load_detector, short_name, weights_digest
-from unigen.sequence.images import ImageTransform, open_image
+from unigen.sequence.images import open_image
+from unigen.sequence.transform import ImageTransform
 
 MOST = 100  # pairs of a query and a class of a Mask2Former, as in its own evaluation
 # What label files of detectors call otherwise than GenEval.

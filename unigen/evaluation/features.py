@@ -26,7 +26,8 @@ from unigen.evaluation.results import CannotRun, first_line, libraries, same_len
 from unigen.evaluation.towers import PictureTower, short_name, weights_digest
 from unigen.files import atomic, sha256_of
 from unigen.sequence.grid import grid_positions
-from unigen.sequence.images import ImageTransform, bicubic_levels, open_image, read_bytes
+from unigen.sequence.images import bicubic_levels, open_image, read_bytes
+from unigen.sequence.transform import ImageTransform
 
 Picture = Any  # a path, a Confined path, bytes, or a PIL image
 INCEPTION_DIGEST = "6726825d"  # how the SHA-256 of the published file begins; its name says so, too

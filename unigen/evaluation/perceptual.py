@@ -28,7 +28,8 @@ from unigen.evaluation.results import (
 )
 from unigen.evaluation.statistics import estimate
 from unigen.evaluation.towers import weights_digest
-from unigen.sequence.images import ImageTransform, open_image
+from unigen.sequence.images import open_image
+from unigen.sequence.transform import ImageTransform
 
 PSNR_CAP = 100.0  # decibels: equal pictures would have infinitely many
 WINDOW, SIGMA = 11, 1.5

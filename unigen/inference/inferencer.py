@@ -22,9 +22,10 @@ from unigen.model.backends import pick_device, prefer_flash
 from unigen.model.bagel import Bagel
 from unigen.model.lora import activate
 from unigen.model.weights import load_bagel
-from unigen.sequence.images import ImageTransform, to_image
+from unigen.sequence.images import to_image
 from unigen.sequence.plan import Transforms
 from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Sample, Text
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from unigen.model.storage import RUN_OPTIONS
 from unigen.schema import Items, Maybe, Table, whole
 from unigen.sequence.contents import Viewer
 from unigen.sequence.grid import patchify
-from unigen.sequence.images import ImageTransform, image_size, open_image
+from unigen.sequence.images import image_size, open_image
 from unigen.sequence.plan import Planner
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Image, Kind, Sample
 
 _RUN = Table({}, {"max_image_tokens": whole(1, 1 << 20), "train_sources": Maybe(Items(Table()))})

@@ -12,10 +12,10 @@ from unigen.config import ConfigError, DataOptions, Source
 from unigen.model.codec import VaeConfig, read_vae_config
 from unigen.model.schemas import CONFIG, LLM, VIT, contradictions, misfits
 from unigen.model.storage import CheckpointFolderError, read_json
-from unigen.sequence.images import ImageTransform
 from unigen.sequence.pack import Geometry
 from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.transform import ImageTransform
 
 
 @dataclass

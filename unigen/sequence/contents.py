@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from unigen.sequence.grid import patchify
-from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size, open_image, read_bytes
+from unigen.sequence.images import Confined, PictureError, image_size, open_image, read_bytes
+from unigen.sequence.transform import ImageTransform
 
 # one more whenever decoding or resizing changes a number: encodings that were cached before no longer fit
 PIXELS = 1

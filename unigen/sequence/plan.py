@@ -18,10 +18,11 @@ import torch
 from unigen.config import DataOptions
 from unigen.sequence.contents import PictureCache, Seen, View, Viewer
 from unigen.sequence.draw import RandomKey
-from unigen.sequence.images import Confined, ImageTransform, PictureError, image_size
+from unigen.sequence.images import Confined, PictureError, image_size
 from unigen.sequence.lengths import BLOCK_DTYPE, Grids, RecordLengths, dropout_chances
 from unigen.sequence.pack import Geometry
 from unigen.sequence.tokens import Tokenizer, is_media_tag
+from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import BadRecord, Block, Image, Kind, Record, Sample, Text
 
 # Opening a file of a few pixels costs more than all that follows, so such pictures stay decoded: at most 64

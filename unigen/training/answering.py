@@ -21,8 +21,8 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.pictures import run_transform
 from unigen.inference.prompts import SAMPLES
 from unigen.model.bagel import Bagel
-from unigen.sequence.images import ImageTransform
 from unigen.sequence.tokens import Tokenizer
+from unigen.sequence.transform import ImageTransform
 from unigen.training.engine import Engine
 from unigen.training.synchronised import Elsewhere, SynchronisedGeneration, expected, stopped
 
