@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import flags
 from tiny import metrics
 
 from unigen.runs.checkpoint import verify_checkpoint
@@ -108,9 +109,11 @@ def test_a_terminal_gets_a_bar(columns: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", ["pipe", "full disk"])
-def test_a_run_whose_output_cannot_be_written_goes_on_to_its_end(options: dict[str, Any], gone: str):
+def test_a_run_whose_output_cannot_be_written_goes_on_to_its_end(
+    options: dict[str, Any], light_model: Path, gone: str
+):
     """As in ``unigen train 2>&1 | tee log`` where tee ends, or ``> log`` on a disk that fills up."""
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    given = flags(options | {"model_path": light_model})
     argv = [sys.executable, "-m", "unigen", "train", *given, "--logging_steps", "1"]
     with open("/dev/full", "w") if gone == "full disk" else contextlib.nullcontext() as full:
         where = full or subprocess.PIPE

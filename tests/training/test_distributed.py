@@ -184,11 +184,12 @@ def test_the_guides_command_and_its_resume(
 
 @pytest.mark.slow
 def test_torchrun_equals_one_process_and_resumes_to_the_bit(
-    options: dict[str, Any], records: Path, tmp_path: Path
+    options: dict[str, Any], light_model: Path, records: Path, tmp_path: Path
 ):
     """Seven records, two processes, two rows each: four steps are two epochs, whose second steps leave a
     process without a row."""
     options |= {"max_steps": 4, "save_steps": 1, "val_data_path": str(records), "eval_steps": 2, "ema": 0.9}
+    options["model_path"] = str(light_model)
     two = options | {"gradient_accumulation_steps": 2}
     run_command(tmp_path / "log", ["train", *flags(two)], 2)
     run, other = Path(two["output_dir"]), tmp_path / "resumed"

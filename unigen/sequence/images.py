@@ -88,9 +88,9 @@ def open_image(source: PictureSource, fit: Fit | None = None) -> PILImage:
         fit: Gives, for the picture's upright ``(width, height)``, the largest size that it will be resized
             to. A JPEG at least six times as large is then decoded at a half, a quarter or an eighth of its
             size, which no eye can tell after resizing (mean difference below half a level of 255, PSNR above
-            50 dB) and takes less than half the time. Resize it with ``ImageTransform`` (``transform.py``) and an
-            explicit ``size``: the picture returned no longer tells its original size, and its ``info["box"]`` says
-            which part of it the original covers, a fraction of a pixel less than all.
+            50 dB) and takes less than half the time. Resize it with ``transform.ImageTransform`` and an
+            explicit ``size``: the picture returned no longer tells its original size, and its ``info["box"]``
+            says which part of it the original covers, a fraction of a pixel less than all.
 
     Raises:
         PictureError: The picture is missing, not a regular file, outside its root, above 64 megapixels,
