@@ -97,7 +97,7 @@ def test_tables_of_texts(tmp_path: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a.png,A disc, red\na.png,A disc,blue\n", "no_format"),
+        ("a.png,A disc, red\na.png,A disc,blue\n", "a record in the first line"),
         ("image,\na.png,x\n", "a name for each column"),
         ("image,image\na.png,x\n", "a name for each column"),
         ("image,text\na.png,A disc, red\n", "3 cells at line 2"),

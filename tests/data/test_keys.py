@@ -23,7 +23,22 @@ def test_a_slip_of_the_pen_is_named() -> None:
     assert "did you mean target?" in caught.value.fix and "metadata" in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("key", "kind", "meant"),
+    [
+        ("thinking", "message", "reasoning_content"),
+        ("loss_mask", "speaker", "loss"),
+        ("train", "turn", "target"),
+    ],
+)
+def test_keys_of_other_trainers_are_answered_with_ours(key: str, kind: str, meant: str) -> None:
+    with pytest.raises(BadRecord, match=f"did you mean {meant}"):
+        keys.check_keys({key: 1}, "x", kind)
+
+
 def test_what_holds_nothing_is_absent() -> None:
+    keys.refuse({"tools": "[]"})
+    assert keys.unread({"videos": [], "audios": None, "note": "", "other": 0}, ()) == ["other"]
     keys.check_keys({"content": "a", "id": None, "tool_calls": [], "audio": ""}, "x", "segment")
     keys.refuse({"videos": [], "chosen": None, "label": 3})
 

@@ -90,7 +90,10 @@ def test_a_split_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_files_about_the_data_are_left_out_and_listed(tmp_path: Path) -> None:
-    sides = [".gitattributes", "README.md", "dataset_infos.json", "parquet_info/edit.json"]
+    sides = [
+        ".gitattributes", "README.md", "dataset_infos.json", "generation_config.json", "parquet_info/edit.json",
+        "train_stats.json",
+    ]  # fmt: skip
     folder(tmp_path, *sides, "a.jsonl", "pictures/a.png")
     left: list[LeftOut] = []
     assert [name for _, name in find_files([tmp_path], left_out=left)] == ["a.jsonl"]

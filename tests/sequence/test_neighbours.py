@@ -22,6 +22,8 @@ from unigen.sequence.neighbours import neighbour
         (unicodedata.normalize("NFD", "é.png"), unicodedata.normalize("NFC", "é.png"), "Unicode form"),
         (unicodedata.normalize("NFC", "é.png"), unicodedata.normalize("NFD", "é.png"), "Unicode form"),
         ("Pics/A b.png", "pics\\a%20b.png", "case-sensitive"),
+        ("pics/a.webp", "pics\\a.png", "write its ending"),
+        ("pics/a.b.JPG", "pics/a.b", "write its ending"),
     ],
 )
 def test_the_neighbour_is_named(tmp_path: Path, there: str, written: str, said: str) -> None:
@@ -46,7 +48,7 @@ def test_a_home_folder_is_written_out(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_nothing_near(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
     (tmp_path / "b.png").write_bytes(b"x")
-    for written in ("c.png", "A.PNG", "b.jpg", "b.png/c.png"):
+    for written in ("c.png", "A.PNG", "b.gif", "b.png/c.png"):
         assert neighbour(str(tmp_path / written)) is None
 
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from unigen.data.captions import is_picture
 from unigen.data.json_text import MAX_RECORD, decode
 from unigen.data.keys import in_text
 from unigen.sequence.types import BadRecord
@@ -56,6 +57,9 @@ def read_header(file: BinaryIO, suffix: str, digest: Any = None) -> Header:
         names = next(csv.reader([text], delimiter=delimiter), [])
     except csv.Error:  # a line may not end in CR alone
         names, fix = [], "save it with line ends of LF (or CR LF) and a first line such as image,text"
+    if any(is_picture(Path(name)) for name in names):
+        found = f"a record in the first line ({', '.join(names)[:60]})"
+        raise BadRecord("bad_csv", "(file)", found, "a name for each column", fix)
     if not names or "" in names or len(set(names)) < len(names) or len(first) == MAX_RECORD:
         raise BadRecord("bad_csv", "(file)", f"the first line {text[:60]!r}", "a name for each column", fix)
     return Header(names, delimiter, len(first))

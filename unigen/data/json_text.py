@@ -218,6 +218,9 @@ def _other_kind(start: bytes) -> BadRecord | None:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         fix = "iconv -f UTF-16 -t UTF-8 OLD > NEW makes it UTF-8"
         return BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", fix)
+    if start and not start.strip(b"\0"):
+        found = "nothing but zero bytes at its beginning, as an interrupted copy leaves them"
+        return BadRecord("broken_file", "(file)", found, "records in JSON", "copy the file again")
     mistake = next(((what, fix) for magic, what, fix in _KINDS if start.startswith(magic)), None)
     mistake = mistake or (known_mistake(start) if start.strip() else None)
     return mistake and BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
@@ -289,6 +292,8 @@ def _slip(message: str, before: str, rest: str) -> tuple[str, str] | None:
         return "a comma before the end", "take the comma out"
     if _PYTHON.match(rest):
         return "a value as Python prints it", "write the record with json.dumps"
+    if rest[:1] in ("“", "”", "‘", "’"):
+        return "a curly quote", 'write " in its place'
     if rest.startswith(("#", "//", "/*")):
         return "a comment", "take it out: JSON has none"
     if message != "Extra data":

@@ -76,8 +76,16 @@ REFUSED: dict[str, tuple[str, str]] = {
 """Keys of records, turns and segments that change what would have to be learnt: why, and the fix."""
 
 
+_MEANT = {
+    **dict.fromkeys(("thinking", "thought", "thoughts", "reasoning"), THOUGHT),
+    **dict.fromkeys(("train", "trainable", "learn", "train_on_turn"), "target"),
+    **dict.fromkeys(("mask", "loss_mask", "compute_loss"), "loss"),
+}
+"""What other trainers call the keys of a turn."""
+
+
 def is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    return value in (None, "", "[]", "{}") or (isinstance(value, list | dict) and not value)
 
 
 def check_keys(item: Json, where: str, kind: str) -> None:
@@ -87,7 +95,9 @@ def check_keys(item: Json, where: str, kind: str) -> None:
         if name in known or name in LEARNING or name == "metadata" or is_empty(item[name]):
             continue
         refuse({name: item[name]}, where)
-        near = nearest(cut(name), [*known, *LEARNING])
+        near = _MEANT.get(name)
+        if near is None or near not in (*known, *LEARNING):
+            near = nearest(cut(name), [*known, *LEARNING])
         fix = "take it out, or move it into metadata"
         raise BadRecord(
             "unknown_key",
@@ -112,7 +122,7 @@ def refuse(record: Json, where: str = "") -> None:
 def unread(record: Json, known: Iterable[str]) -> list[str]:
     """The keys of a record that have a value and that nothing reads."""
     known = {*known, *RECORD}
-    return [name for name in record if name not in known and record[name] is not None]
+    return [name for name in record if name not in known and not is_empty(record[name])]
 
 
 def says_no(value: Any, depth: int = 4) -> bool:

@@ -22,7 +22,8 @@ _WORDS = {
 _SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_WORDS)})(?=$|[-._ 0-9])", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}[-.].*")  # of a split that Hugging Face stores in pieces
 _SIDE = re.compile(
-    r"(dataset_infos?|dataset_dict|parquet_info.*|.*_parquet_info|croissant)\.json|readme.*|licen[sc]e.*"
+    r"(dataset_infos?|dataset_dict|parquet_info.*|.*_parquet_info|croissant|(.*[-_.])?config|package(-lock)?"
+    r"|(.*[-_.])?stat(istic)?s)\.json|readme.*|licen[sc]e.*"
     r"|citation\.cff|\.gitattributes|\.gitignore|\.gitkeep",
     re.IGNORECASE,
 )

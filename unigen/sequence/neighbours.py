@@ -19,6 +19,8 @@ _SPELLINGS: tuple[tuple[Callable[[str], str], str], ...] = (
      "~ is not expanded: write the whole path"),
     (lambda path: "/".join(part.strip() for part in path.split("/")), "take out the blanks around the name"),
 )  # fmt: skip
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_ENDING = "if that is the one, write its ending as it is there"
 _CASE = "names are case-sensitive: write it as it is there"
 _FORM = "its name has another Unicode form (NFC or NFD): write it as it is there"
 _BLANKS = "the file's name has blanks around it: rename the file"
@@ -28,8 +30,8 @@ def neighbour(path: str) -> tuple[str, str] | None:
     """A file that exists though the one at ``path`` does not, and how to write its name; None where there is
     none.
 
-    It differs in backslashes, percent escapes, ``~``, blanks around a name, capital letters or the Unicode
-    form.
+    It differs in backslashes, percent escapes, ``~``, blanks around a name, capital letters, the Unicode form
+    or its ending.
     """
     written, words = path, []
     for read, what in _SPELLINGS:
@@ -37,7 +39,10 @@ def neighbour(path: str) -> tuple[str, str] | None:
             written, words = read(written), [*words, what]
     found = _as_it_is(written)
     if found is None:
-        return None
+        stem, ending = os.path.splitext(written)
+        stem = stem if ending.lower() in _ENDINGS else written
+        other = next((path for end in _ENDINGS if (path := _as_it_is(stem + end))), None)
+        return (other, "; ".join([*words, _ENDING])) if other else None
     if found != written:
         same = unicodedata.normalize("NFC", written) == unicodedata.normalize("NFC", found)
         close = (
