@@ -96,6 +96,8 @@ def test_values_stay_to_the_letter(shift):
     """Each sentence, filled with odd values, is its Chinese with these values."""
     wrong = []
     for english, chinese in ROWS.items():
+        if "{#}" in english:
+            continue  # takes figures alone
         count = len(numbers(english))
         literals = [text for text, _ in values_of(english)]
         values = [ODD[(shift + 3 * n) % len(ODD)] for n in range(count)]
@@ -116,7 +118,7 @@ def test_values_stay_to_the_letter(shift):
         ("unknown option --lerning_rate; did you mean --learning_rate?", "没有参数 --lerning_rate；是不是 --learning_rate？"),
         (
             "--batch_size is 0; it is out of range. Fix: give a whole number of at least 1",
-            "--batch_size 是 0；它超出范围。解决办法：请给出不小于 1 的整数",
+            "--batch_size 是 0；它超出范围。解决办法：给出不小于 1 的整数",
         ),
         (
             "model_path is missing. Fix: give the folder of a BAGEL checkpoint (--model_path ...)",

@@ -24,8 +24,11 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "unigen" / "assets" / "text" / "messages.zh.json"
 OTHERS = ROOT / "unigen" / "assets" / "options" / "others.yaml"
 # Two words beside each other, or a word beside a value: what a person says, where it is no name or code.
-PROSE = re.compile(r"[A-Za-z]{2,}[,;:.]? \(?[a-z]|[a-z]{2} \{\}|\{\} [a-z]{2}|^an? [a-z]|[a-z]{3}: \{\}")
-# functions that show any text, single words, too
+PROSE = re.compile(
+    r"[A-Za-z]{2,}[,;:.]? \(?[a-z]|[a-z]{2} \{\}|\{\} [a-z]{2}|^an? [a-z]|[a-z]{3}: \{\}|^[a-z]{3,} {2,}\{\}"
+    r"|^[a-z]{2,} [A-Z]{2}"
+)
+# Functions that show any text, single words, too.
 LABELS = ("Bar", "_bar", "each", "say", "table", "in_language")
 NOT_SAID = ("compile", "fullmatch", "match", "sub", "search", "Command")  # patterns; the help is another page
 PERCENT = re.compile(r"%(%)|%[-#0 +]*[\d.]*[a-z]")

@@ -19,17 +19,22 @@ from importlib.resources import files
 from typing import NamedTuple
 
 LANGUAGES = ("en", "zh")
-_FEW = 4  # letters of its own that a sentence needs to be known by them alone
+_FEW = 3  # letters of its own that a sentence needs to be known by them alone
+_MANY = 12  # letters that leave no doubt
 _LONGEST = 8000  # characters of a line that is looked up
 _DEEPEST = 8  # sentences within sentences
 _LOOKS = 300  # parts of a text that are looked up
 _QUOTES = "'\"`“"
 # What parts a sentence, and the same in Chinese.
 _PARTS = {". Fix: ": "。解决办法：", ". ": "。", "; ": "；", ": ": "：", " (": "（"}
+_ENDS = {".": "。", ":": "："}
+_TAILS = (" (", "; ", ", ", ". ", " F")  # how the end of a text of several sentences may begin
 _HINT = re.compile(r" \((--[\w-]+ \.\.\.)\)$")  # what an error ends with: the option to give
-_OPTION = re.compile(r"(--)?[a-z][\w.-]*(\[\d+\])?")
-_NO_NAMES = ("it", "which", "that", "this", "there", "what")
-_BREAKS = ("Fix: ", "; ", ". ")  # the end of a sentence within a text
+# The name of an option, which is none of the small words that a sentence begins with.
+_SMALL = "a|an|the|and|for|in|is|it|no|not|of|or|that|there|this|what|which|with|add|give|name|take|use|write"
+_OPTION = re.compile(rf"(?!({_SMALL})$)(--)?[a-z][\w.-]*(\[\d+\])?")
+_BREAKS = ("Fix: ", "; ", ". ", ": ")  # the end of a sentence within a text
+_FIGURE = r"([-+\d][\d.,e+-]*%?)"
 _WORD = re.compile(r"[A-Za-z_]+")
 _spoken = "en"
 
@@ -88,10 +93,14 @@ class _Row(NamedTuple):
     literals: tuple[str, ...]
     translated: tuple[tuple[str, int | None], ...]
     letters: int
+    figured: re.Pattern[str] | None  # of a sentence with values that are figures
 
     def values(self, text: str) -> list[str] | None:
         """The values that make the sentence the text; None where none do. Of several ways it is the one with
         the shortest values first; in linear time."""
+        if self.figured:
+            match = self.figured.fullmatch(text)
+            return match and list(match.groups())
         first, *rest = self.literals
         if not rest:
             return [] if text == first else None
@@ -109,16 +118,15 @@ class _Row(NamedTuple):
 
     def filled(self, values: list[str]) -> str:
         """The Chinese with values; no blank stands between a Chinese value and Chinese."""
-        made = ""
-        for literal, number in self.translated:
-            if made and literal.startswith(" ") and _is_chinese(made[-1]):
-                literal = literal[1:]
-            made += literal
-            if number is not None:
-                value = values[number]
-                made = made[:-1] if literal.endswith(" ") and _is_chinese(value[:1]) else made
-                made += value
-        return made
+        parts = [text for literal, n in self.translated for text in (literal, "" if n is None else values[n])]
+        parts = [part for part in parts if part]
+        for n in range(0, len(parts) - 1):
+            ahead, behind = parts[n], parts[n + 1]
+            if ahead.endswith(" ") and _is_chinese(ahead[-2:-1]) and _is_chinese(behind[0]):
+                parts[n] = ahead[:-1]
+            if behind.startswith(" ") and _is_chinese(behind[1:2]) and _is_chinese(ahead[-1]):
+                parts[n + 1] = behind[1:]
+        return "".join(parts)
 
 
 class Table:
@@ -141,9 +149,7 @@ class Table:
 
     def _said(self, text: str) -> str:
         """A text in the other language; in English where it is not known."""
-        if (whole := _Text(self).read(text, 0)) is not None:
-            return whole
-        return "\n".join((_Text(self).read(line, 0) or line) for line in text.split("\n"))
+        return _Text(self).read(text, 0) or text
 
     def find(self, text: str, vague: bool = False) -> Iterator[tuple[_Row, list[str]]]:
         """The sentences that the text may be, those with the most of their own first; ``vague`` ones have few
@@ -151,6 +157,8 @@ class Table:
         words = {"", *_WORD.findall(text)}
         rows = [row for word in words for row in self._rows.get(word, ())]
         for row in sorted(rows, key=lambda row: -sum(map(len, row.literals))):
+            if "\n" in text and "\n" not in "".join(row.literals):
+                continue  # lines are read one by one
             if (row.letters < _FEW) == vague and (values := row.values(text)) is not None:
                 yield row, values
 
@@ -159,7 +167,7 @@ class _Text:
     """One text on its way into another language; what was found of its parts, and how often it may look."""
 
     def __init__(self, table: Table):
-        self._table, self._left = table, _LOOKS
+        self._table, self._left = table, _LOOKS  # of a line
         self._seen: dict[str, str | None] = {}
 
     def read(self, text: str, depth: int) -> str | None:
@@ -174,19 +182,39 @@ class _Text:
     def _of(self, text: str, depth: int) -> str | None:
         inner = text.lstrip()
         hint = _HINT.search(inner)
-        if hint and next(self._table.find(text), None) is None:
+        if hint and not any("(--" in "".join(row.literals) for row, _ in self._table.find(text)):
             found = self.read(inner[: hint.start()], depth)
             return found and found + f"（{hint[1]}）"
-        for way in (self._known, self._tailed, self._vague, self._parted):
+        if "\n" in text and next(self._table.find(text), None) is None:
+            lines = [_Text(self._table).read(line, depth) or line for line in text.split("\n")]
+            return "\n".join(lines) if lines != text.split("\n") else None
+        if text.endswith(":") and (found := self.read(text[:-1], depth)) is not None:
+            return found + "："
+        if (found := self._known(text, depth)) is not None:
+            return found
+        if text[-1] in _ENDS and not text.endswith(".."):
+            found = self.read(text[:-1], depth)
+            return found and found + _ENDS[text[-1]]
+        for way in (self._tailed, self._strictly_parted, self._vague, self._parted, self._broad):
             if (found := way(text, depth)) is not None:
                 return found
         if inner != text and (found := self.read(inner, depth)) is not None:
             return text[: len(text) - len(inner)] + found
         return None
 
-    def _known(self, text: str, depth: int) -> str | None:
+    def _row_of(self, text: str) -> _Row | None:
+        return next(self._table.find(text), (None, []))[0]
+
+    def _broad(self, text: str, depth: int) -> str | None:
+        """A sentence with few words of its own between values that may be sentences."""
+        return self._known(text, depth, broad=True)
+
+    def _known(self, text: str, depth: int, broad: bool = False) -> str | None:
         """A sentence, or one behind the name of an option."""
         row, values = next(self._table.find(text), (None, []))
+        alone = row and sum(map(str.isalpha, row.literals[0])) < _FEW
+        if not broad and row and row.letters < _MANY:
+            row = None if any("; " in v or (alone and _several(v)) for v in values) else row
         name, blank, rest = text.partition(" ")
         if blank and _OPTION.fullmatch(name):
             behind, of_it = next(self._table.find(rest), (None, []))
@@ -195,42 +223,56 @@ class _Text:
         return row and row.filled([self._value(value, depth) for value in values])
 
     def _vague(self, text: str, depth: int) -> str | None:
-        """A sentence with few words of its own, if one of its values is known."""
+        """A sentence with few words of its own, if one of its values is known; that which leaves least."""
+        best: tuple[int, str] | None = None
         for row, values in self._table.find(text, vague=True):
             own = "".join(row.literals)
             if "Fix: " not in own and any(sign in text and sign not in own for sign in _BREAKS):
                 continue  # two sentences, and this is one
             shown = [self._value(value, depth) for value in values]
-            if shown != values or not values:
-                return row.filled(shown)
+            left = sum(len(was) for was, now in zip(values, shown, strict=True) if was == now and " " in was)
+            if (shown != values or not values) and (best is None or left < best[0]):
+                best = left, row.filled(shown)
+        if best is not None:
+            return best[1]
         name, _, rest = text.partition(" is ")
-        named = (
-            _OPTION.fullmatch(name) and name not in _NO_NAMES and not any(sign in rest for sign in _BREAKS)
-        )
+        named = _OPTION.fullmatch(name) and not any(sign in rest for sign in _BREAKS)
         return f"{name} 是 {rest}" if named and rest else None
 
     def _value(self, value: str, depth: int) -> str:
         """A value: a sentence in it is translated, also each of several; words and what is quoted are not."""
+        if "\n" in value:
+            return "\n".join(_Text(self._table)._value(line, depth) for line in value.split("\n"))
         if " " not in value or (value[0] in _QUOTES and value[-1] in _QUOTES + "”"):
             return value
+        parts = value.split(", ")
+        if len(parts) > 1 and all(row and row.figured for row in map(self._row_of, parts)):
+            return "，".join(self.read(part, depth + 1) or part for part in parts)
         if (found := self.read(value, depth + 1)) is not None:
             return found
         for sign, ours in ((", ", "，"), ("; ", "；")):
-            parts = [self.read(part, depth + 1) for part in value.split(sign)]
-            if len(parts) > 1 and all(parts):
-                return ours.join(map(str, parts))
+            parts = value.split(sign)
+            known = [self.read(part, depth + 1) if " " in part else None for part in parts]
+            if len(parts) > 1 and any(known):
+                return ours.join(new or old for new, old in zip(known, parts, strict=True))
         return value
 
     def _tailed(self, text: str, depth: int) -> str | None:
         """A text that ends with what other sentences may end with, too."""
         for row in self._table.tails:
             at = text.find(row.literals[0])
-            if at > 0 and row.letters >= _FEW and (values := row.values(text[at:])) is not None:
+            if at <= 0 or row.letters < _FEW or (row.literals[0][:2] not in _TAILS and _several(text)):
+                continue
+            if (values := row.values(text[at:])) is not None:
                 head = self.read(text[:at], depth + 1) or text[:at]
                 return head + row.filled([self._value(value, depth) for value in values])
         return None
 
-    def _parted(self, text: str, depth: int) -> str | None:
+    def _strictly_parted(self, text: str, depth: int) -> str | None:
+        """A text of two sentences, of which one is known by its own words."""
+        return self._parted(text, depth, strict=True)
+
+    def _parted(self, text: str, depth: int, strict: bool = False) -> str | None:
         """A text of two sentences, of which one is known at least."""
         for sign, ours in _PARTS.items():
             closed = sign == " ("
@@ -238,6 +280,9 @@ class _Text:
                 continue
             for found in re.finditer(re.escape(sign), text):
                 head, tail = text[: found.start()], text[found.end() : -1 if closed else None]
+                parts = [part for part in (head, tail) if " " in part]
+                if strict and not any(self._known(part, depth + 1) for part in parts):
+                    continue
                 said = [self.read(part, depth + 1) if " " in part else None for part in (head, tail)]
                 if any(said):
                     between = sign if sign == ": " and not said[0] else ours
@@ -257,13 +302,14 @@ def sentences(language: str) -> dict[str, dict[str, str | None]]:
 
 
 def values_of(sentence: str) -> list[tuple[str, int | None]]:
-    """A sentence with ``{}`` or ``{0}`` as (text, number of the value behind it); the last has none."""
+    """A sentence with ``{}``, ``{0}`` or ``{#}`` (a figure) as (text, number of the value behind it); the
+    last has none."""
     parts: list[tuple[str, int | None]] = []
     text, count = "", 0
     for literal, name, _, _ in string.Formatter().parse(sentence):
         text += literal
         if name is not None:
-            parts.append((text, int(name) if name else count))
+            parts.append((text, int(name) if name.isdigit() else count))
             text, count = "", count + 1
     return [*parts, (text, None)]
 
@@ -271,13 +317,23 @@ def values_of(sentence: str) -> list[tuple[str, int | None]]:
 def _row(english: str, other: str) -> _Row:
     literals = tuple(text for text, _ in values_of(english))
     letters = sum(c.isalpha() for text in literals for c in re.sub("Fix: (give )?", "", text))
-    return _Row(literals, tuple(values_of(other)), letters)
+    names = [name for _, name, _, _ in string.Formatter().parse(english) if name is not None]
+    figured = None
+    if "#" in names:
+        kinds = [_FIGURE if name == "#" else "(.*?)" for name in names]
+        figured = re.compile("".join(re.escape(a) + b for a, b in zip(literals, [*kinds, ""], strict=True)))
+    return _Row(literals, tuple(values_of(other)), letters + names.count("#"), figured)
 
 
 def _word_of(literals: tuple[str, ...]) -> str:
     """The longest whole word between the values, by which a sentence is found; "" for none."""
     whole = re.findall(r"(?<![A-Za-z_}])[A-Za-z_]+(?![A-Za-z_{])", "{}".join(literals))
     return max(whole, key=len, default="")
+
+
+def _several(text: str) -> bool:
+    """Does it look like several sentences?"""
+    return any(sign in text for sign in _BREAKS)
 
 
 def _is_chinese(c: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from unigen.commands.ckpt.verify import RECEIPT, receipt_of
 from unigen.config import UserError
+from unigen.messages import in_language
 from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError, read_manifest, steps, wrong_size
 from unigen.runs.metrics import read_log
@@ -94,11 +95,11 @@ def _exported(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
 def _cells(row: dict[str, Any]) -> list[str]:
     at, loss, problems = row["time"], row["val_loss"], row["problems"]
     written = "-" if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")
-    state = "; ".join([row["state"], *problems[:3], *(["..."] if len(problems) > 3 else [])])
+    state = "; ".join([*map(in_language, [row["state"], *problems[:3]]), *["..."][: len(problems) > 3]])
     if row["state"] == "whole" and not row["resumable"]:
-        state += ", weights only"
+        state += in_language(", weights only")
     if row["skipped_steps"]:
-        state += ", {} of the last {} steps skipped".format(*row["skipped_steps"])
+        state += in_language(", {} of the last {} steps skipped".format(*row["skipped_steps"]))
     step, *known = ["-" if row[key] is None else str(row[key]) for key in ("step", "processes", "engine")]
     holds, loss = " ".join(row["holds"]) or "-", "-" if loss is None else f"{loss:.4f}"
     return [row["name"], step, written, gb(row["bytes"]), *known, holds, loss, state]

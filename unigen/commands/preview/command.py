@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unigen.commands.preview.pick import Look, PreviewOptions, check, look_at, pick, time_shift
 from unigen.data.keys import Unlearnt
 from unigen.data.words import cut
+from unigen.messages import in_language
 from unigen.outputs import output_file, unwritten
 from unigen.show.terminal import indented, line, say
 
@@ -63,8 +64,9 @@ def in_terminal(look: Look) -> list[Any]:
     """A few lines on a record: where it is, its blocks in order, what carries loss."""
     if look.view is None:  # its message names the place
         silent = isinstance(look.problem, Unlearnt)
-        problem = line(("left out:", "soft") if silent else ("bad:", "bad"), f" {look.problem}")
-        return [line((f"record {look.number}", "soft")), indented(problem)]
+        mark = (in_language("left out:"), "soft") if silent else (in_language("bad:"), "bad")
+        problem = line(mark, f" {in_language(str(look.problem))}")
+        return [line((in_language(f"record {look.number}"), "soft")), indented(problem)]
     view, pack = look.view, look.view.pack
     numbers = sorted({shown.block.segment for shown in view.blocks})
     answer = next((i for i, segment in enumerate(view.record.sample) if segment.target), 0)
@@ -76,11 +78,13 @@ def in_terminal(look: Look) -> list[Any]:
         f"{len(pack):,} tokens, {len(pack) / view.max_length:.1%} of {view.max_length:,}; loss on"
         f" {pack.n_text_labels:,} text labels, {pack.n_image_targets:,} image tokens"
     )
-    head = line((f"record {look.number}  {look.origin}", "soft"), f"  {view.record.format}")
+    head = line(
+        (in_language(f"record {look.number}") + f"  {look.origin}", "soft"), f"  {view.record.format}"
+    )
     said = {"unread": "nothing reads", "no_picture": "taken as no picture"}
-    notes = [f"{said[what]}: {cut(field)}" for what, field in view.record.notes]
+    notes = [f"{in_language(said[what])}: {cut(field)}" for what, field in view.record.notes]
     shown = [indented(line((note, "soft"))) for note in notes[:5]]
-    return [head, indented(line(*parts)), indented(line((total, "soft"))), *shown]
+    return [head, indented(line(*parts)), indented(line((in_language(total), "soft"))), *shown]
 
 
 def _segment(blocks: list[BlockView]) -> Words:
