@@ -156,6 +156,7 @@ def test_other_commands_show_their_work(options: dict[str, Any], small_model: Pa
             {"loading weights", "hashing weights", "reading data", "records", "drawing", "writing"},
         ),
         (("fetch", data, "--output_dir", tmp_path / "f"), {"reading addresses", "writing records"}),
+        (("preview", data, "--shuffled", "--output", tmp_path / "p.html"), {"reading records"}),
     ):  # fmt: skip
         shown = run(80, *argv)
         assert {"starting", *wanted} <= labels(shown), argv[0]

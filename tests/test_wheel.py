@@ -83,19 +83,14 @@ def test_what_an_extra_brings_is_named_where_it_is_missing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argv", [["train_unified_generation.py"], ["-m", "unigen", "train"]])
-def test_the_guides_packages_alone_give_one_line_that_names_what_is_missing(
-    argv: list[str], golden: Path, tmp_path: Path
-):
+def test_the_guides_packages_alone_give_one_line_that_names_what_is_missing(golden: Path, tmp_path: Path):
     record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
-    run = f"{WITHOUT}\nimport runpy\nscript, sys.argv[:] = sys.argv[2], sys.argv[2:]\n"
-    run += "runpy.run_module('unigen', run_name='__main__') if script == 'unigen' else "
-    run += "runpy.run_path(script, run_name='__main__')"
-    script = ["unigen", "train"] if argv[0] == "-m" else [str(ROOT / argv[0])]
+    run = f"{WITHOUT}\nimport runpy\nsys.argv[:] = sys.argv[2:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    script = str(ROOT / "train_unified_generation.py")
     flags = ["--model_path", str(golden / "model"), "--train_data_path", "data.jsonl", "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", run, " ".join([*EXTRAS, *NOT_OF_THE_GUIDE]), str(ROOT), *script, *flags],
+        [sys.executable, "-I", "-c", run, " ".join([*EXTRAS, *NOT_OF_THE_GUIDE]), str(ROOT), script, *flags],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

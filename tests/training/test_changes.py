@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from unigen.config import Config, UserError
-from unigen.training.changes import _EFFECTS, _FREE, _LEARNT, _RATE, _TOLD, changes
+from unigen.messages import speaking
+from unigen.training.changes import _EFFECTS, _FREE, _LEARNT, _RATE, _TOLD, changes, tell_changes
 from unigen.training.optim import learning_rate_at
 
 BEFORE = {"max_steps": 200, "learning_rate": 1e-3, "warmup_steps": 10}
@@ -62,6 +65,17 @@ def test_every_option_has_its_sentence_once():
     groups = [_RATE, _TOLD, _FREE, _EFFECTS, _LEARNT - _FREE, ("ema", "seed")]
     named = [name for group in groups for name in group]
     assert sorted(named) == sorted(field.name for field in fields(Config))
+
+
+def test_in_chinese_values_stay_and_effects_are_chinese(caplog: pytest.LogCaptureFixture):
+    config = Config(**(BEFORE | {"max_steps": 120, "text_loss_weight": 2.0}))
+    with speaking("zh"):
+        tell_changes(Path("run/step_100"), Config(**BEFORE).to_dict(), config, 100, (200, 120))
+    head, rate, weight = caplog.messages
+    assert "run/step_100" in head and "参数" in head
+    assert rate.startswith("  max_steps 200 -> 120") and "120" in rate.partition("训练在第")[2]
+    assert "text_loss_weight 1.0 -> 2.0" in weight and "损失的权重" in weight
+    assert not re.search("[a-z]{3,} [a-z]{2,}", rate + weight)
 
 
 def test_what_changes_nothing_is_not_told():

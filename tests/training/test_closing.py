@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from unigen.training.closing import closing
 
 
 def commands(lines: list[str]) -> list[list[str]]:
-    return [shlex.split(line) for line in lines[lines.index("Next:") + 1 :]]
+    following = lines[lines.index("Next:") + 1 :]
+    return [shlex.split(line) for line in takewhile(lambda line: line.startswith("  "), following)]
 
 
 READING = {
@@ -83,7 +85,7 @@ def test_each_end_says_what_happened_and_its_lines_run_as_printed(
         caplog.clear()
         flags = [str(part) for name, value in (given | more).items() for part in (f"--{name}", value)]
         assert main(["train", *flags]) == 0
-        return [*caplog.text.splitlines(), *capsys.readouterr().err.splitlines()]
+        return [*"\n".join(caplog.messages).splitlines(), *capsys.readouterr().err.splitlines()]
 
     assert any("Dry run" in line and "Without --dry_run" in line for line in said(dry_run=True))
     lines = said()

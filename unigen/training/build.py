@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unigen.bars import Bar
 from unigen.cache.encoders import open_cache
 from unigen.config import Config
 from unigen.data.loader import PackStream, RankSlice, default_workers
@@ -107,8 +108,9 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         total_steps = c.max_steps or sum(map(steps_in, range(c.num_epochs)))
         eval_every = c.eval_steps or (steps_in(0) if data.val or data.probe else total_steps)
         facts["total_steps"] = total_steps
-        engine.start()
-        said = engine.gather(json.dumps(nonfinite((s.name, s.value) for s in engine.shards())))
+        with Bar("preparing the engine"):
+            engine.start()
+            said = engine.gather(json.dumps(nonfinite((s.name, s.value) for s in engine.shards())))
         refuse_nonfinite(
             resume or source.folder, sorted({name for part in said for name in json.loads(part)})
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, ConfigError, DataOptions, UserError
+from unigen.messages import in_language
 from unigen.training.optim import learning_rate_at
 
 log = logging.getLogger("unigen")
@@ -133,7 +134,7 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
             was, becomes = pair
             effect = "the average goes on with the new decay"
             effect = effect if was and becomes else "the average begins anew" if becomes else "it ends here"
-        lines.append(f"{name} {_short(pair)}" + (f": {effect}" if effect else ""))
+        lines.append(f"{name} {_short(pair)}" + (f": {in_language(effect)}" if effect else ""))
     return lines
 
 
@@ -142,13 +143,16 @@ def tell_changes(
 ) -> None:
     """Logs :func:`changes`. Raises UserError as it does."""
     if lines := changes(before, now, step, totals):
-        log.warning("Other options than in %s:\n  %s", folder, "\n  ".join(lines))
+        log.warning("Other options than in %s:", folder)
+        for line in lines:
+            log.warning("  %s", line)
 
 
 def _rate_effect(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]) -> str:
     """What becomes of the learning rate of the next step."""
     total_before, total = totals
     then = f"the run ends at step {total} instead of {total_before}" if total_before else ""
+    then = in_language(then)
     try:
         old = Config(**{name: before[name] for name in (*_RATE, "lora_rank") if name in before})
     except ConfigError:
@@ -159,6 +163,7 @@ def _rate_effect(before: Mapping[str, Any], now: Config, step: int, totals: tupl
     moved = f"the learning rate of the next step is {becomes:.3g} instead of {was:.3g}"
     if was == becomes:
         moved = f"the learning rate of the next step stays {was:.3g}, later ones differ"
+    moved = in_language(moved)
     return f"{then}; {moved}" if total_before != total else moved
 
 

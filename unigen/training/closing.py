@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unigen.config import Config
+from unigen.messages import in_language
 from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError, read_manifest
 from unigen.tracking.console import duration
@@ -60,7 +61,7 @@ def closing(
 
 def following(output_dir: Path, config: Config, model: Path) -> list[str]:
     """What can be done next with a checkpoint of a run, as lines to copy."""
-    return ["Next:", *(f"  {command}" for command in _commands(output_dir, config, model))]
+    return [in_language("Next:"), *(f"  {command}" for command in _commands(output_dir, config, model))]
 
 
 def _reading(config: Config) -> list[str]:

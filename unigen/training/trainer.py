@@ -55,7 +55,8 @@ class UnifiedTrainer:
                     run = build(self.config, engine, self.signals)
                 with contextlib.closing(run), told_of_lost_processes(run):
                     if run.position.step >= run.total_steps and not run.position.pending:
-                        log.info("%s", nothing_left(run))
+                        for line in nothing_left(run):
+                            log.info("%s", line)
                         return {}
                     with self.signals.phase("warm-up batch", breakable=True):
                         fresh = run.resumed is None
@@ -89,7 +90,7 @@ def tell_memory(run: Run, warmed: WarmUp) -> None:
         log.info("%s", told)
 
 
-def nothing_left(run: Run) -> str:
+def nothing_left(run: Run) -> list[str]:
     """What is said where a run resumes with all of its steps done."""
     option = "max_steps" if run.config.max_steps else "num_epochs"
     kept = run.output_dir / layout.step_name(run.position.step)
@@ -98,7 +99,7 @@ def nothing_left(run: Run) -> str:
         f" nothing is left to do. To train further, raise --{option}; for a new run from these weights, give"
         f" --model_path {kept} and another --output_dir"
     )
-    return "\n".join([told, *following(run.output_dir, run.config, kept)] if kept.is_dir() else [told])
+    return [told, *(following(run.output_dir, run.config, kept) if kept.is_dir() else ())]
 
 
 @contextlib.contextmanager

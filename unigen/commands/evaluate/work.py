@@ -121,7 +121,8 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         # before the model, which takes longer to load, and before anything is generated
         names = _names(o)
         _check_names(names, cases, o)
-        tools = replace(load_tools(o, extras), lang=o.lang)
+        with Bar("loading what the metrics need"):
+            tools = replace(load_tools(o, extras), lang=o.lang)
         part = Part(rank, channel.world, lambda: _meet(channel))
         judge = _judge(o)
         work = Work(o, cases, silent, dataset.fingerprint, tools, judge, part, extras)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from unigen.bars import Bar
 from unigen.config import DataOptions, UserError
 from unigen.messages import in_language
 from unigen.topics import Shift
@@ -145,14 +146,16 @@ def _walk(options: PreviewOptions) -> Iterator[Found]:
         print(in_language(text), file=sys.stderr)
     require_match(files, read)
     number = 0
-    for file, path in enumerate(files):
-        try:
-            for part in parts(path, file):
-                for span, raw in read_part(part):
-                    yield Found(number, path, span, raw)
-                    number += 1
-        except BadRecord as error:
-            yield Found(number, path, problem=error)
+    with Bar("reading records") as shown:
+        for file, path in enumerate(files):
+            try:
+                for part in parts(path, file):
+                    for span, raw in read_part(part):
+                        yield Found(number, path, span, raw)
+                        number += 1
+                        shown.update()
+            except BadRecord as error:
+                yield Found(number, path, problem=error)
 
 
 def _numbered(every: Iterator[Found], wanted: set[int]) -> list[Found]:
