@@ -196,8 +196,8 @@ def test_a_folder_that_fails_to_sync_is_an_error(tmp_path: Path, monkeypatch, co
 def test_a_sum_is_that_of_all_bytes_and_ticks_with_each_chunk(tmp_path: Path, size: int):
     data, ticks = os.urandom(size), []
     (tmp_path / "图").write_bytes(data)
-    assert sha256_of(tmp_path / "图", lambda: ticks.append(1)) == hashlib.sha256(data).hexdigest()
-    assert len(ticks) == -(-size // CHUNK)
+    assert sha256_of(tmp_path / "图", ticks.append) == hashlib.sha256(data).hexdigest()
+    assert sum(ticks) == size and len(ticks) == -(-size // CHUNK)
 
 
 def test_removing_takes_a_link_and_not_what_it_names(tmp_path: Path):
