@@ -93,11 +93,16 @@ def with_overall(scores: dict[str, list[Result]], kind: str = "geneval") -> dict
     if lacking is not None:
         return {**scores, OVERALL: [replace(lacking, name=kind)]}
     total = sum(one.n for one in ones)
-    weighed = [one.parts * (total / (len(ones) * one.n)) for one in ones if one.parts is not None]
+    parts = np.zeros((total, 2 * len(ones)))
+    row = 0
+    for number, one in enumerate(ones):
+        assert one.parts is not None
+        rows = slice(row, row + one.n)
+        parts[rows, 2 * number], parts[rows, 2 * number + 1] = one.parts[:, 0], 1
+        row += one.n
     name = re.sub(r"\|n=\d+\|pictures=\d+", f"|mean of {len(ones)} tasks|n={total}", ones[0].name)
     data = digest_of([one.data for one in ones])
-    result = estimate(name, np.concatenate(weighed), data=data, higher_is_better=True, source=ones[0].source)
-    return {**scores, OVERALL: [replace(result, samples=None)]}
+    return {**scores, OVERALL: [estimate(name, parts, "tasks", data=data, source=ones[0].source)]}
 
 
 def check_same(base: list[Case], other: list[Case], name: str) -> None:

@@ -36,6 +36,13 @@ def _ratio(sums: np.ndarray, n: int) -> np.ndarray:
     return np.divide(sums[..., 0], sums[..., 1], out=np.zeros_like(sums[..., 0]), where=sums[..., 1] > 0)
 
 
+def _tasks(sums: np.ndarray, n: int) -> np.ndarray:
+    """The mean of the tasks' means. ``sums``: for each task its values, and how many there are."""
+    count = sums[..., 1::2]
+    means = np.divide(sums[..., 0::2], count, out=np.zeros_like(count), where=count > 0)
+    return means.sum(-1) / np.maximum((count > 0).sum(-1), 1)
+
+
 def _perplexity(sums: np.ndarray, n: int) -> np.ndarray:
     """``sums``: negative log-likelihoods in nats, and tokens."""
     return np.exp(_ratio(sums, n))
@@ -71,6 +78,7 @@ def _chrf(sums: np.ndarray, n: int, beta: float = 2.0) -> np.ndarray:
 RULES: dict[str, Rule] = {
     "mean": _mean,
     "ratio": _ratio,
+    "tasks": _tasks,
     "perplexity": _perplexity,
     "bleu": _bleu,
     "chrf": _chrf,

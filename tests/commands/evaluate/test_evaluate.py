@@ -239,6 +239,25 @@ def result(kind: str, values: list[float]) -> Result:
     return estimate(f"{kind}[n={len(values)}]", np.array(values))
 
 
+def test_what_differs_stands_first_and_what_does_not_is_one_line(tmp_path):
+    cases = [Case(n, f"v:{n}", "text", ("q",), ("text",), (("r",),)) for n in range(20)]
+    answers = [Prediction(n, f"v:{n}", "text", n, ("a",)) for n in range(20)]
+    draws = np.random.default_rng(0).random((3, 20))
+    scores = [
+        [result("anls", [*draws[0]]), result("meteor", [*draws[1]]), result("rougeL", [*(draws[2] + shift)])]
+        for shift in (0, 0.5)
+    ]
+    a, b = (
+        Answered(name, {"checkpoint": name, "sampling": {}}, answers, {"text": ones})
+        for name, ones in zip("ab", scores)
+    )
+    page = write(tmp_path / "r.html", cases, [a, b], {"b": comparisons(a, b)}, Words("en", "evaluate"))
+    said = Page(page.read_text(encoding="utf-8")).text.replace("\u00a0", " ")
+    assert re.search(r"rougeL\s*· better by 0\.5", said)
+    assert re.search(r"anls, meteor\s*· no difference shown with n = 20 \(p ≥ 1\)", said)
+    assert said.index("better by") < said.index("no difference")
+
+
 def test_the_page_shows_the_best_the_worst_and_the_most_changed(tmp_path):
     cases = [
         Case(n, f"val.jsonl:{n}", "text", (f"<b>question {n}</b>",), ("text",), ((f"right {n}",),))
@@ -295,6 +314,12 @@ def test_the_checkpoints_of_a_run_are_curves_and_a_grid_in_both_languages(tmp_pa
     assert [(curve["n"], curve["x"]) for curve in chart["curves"]] == [
         ("run", [100, 200, 300]), ("next", [100, 200]),
     ]  # fmt: skip
+    same = [replace(one, scores={"generate": answered[0].scores["generate"]}) for one in answered]
+    page = Page(
+        write(tmp_path / "same.html", cases, same, {}, Words("en", "evaluate")).read_text(encoding="utf-8")
+    )
+    assert page.charts == [] and "The same at every step: judge 0.1667." in page.text
+    page = Page(path.read_text(encoding="utf-8"))
     assert "run: 300" in page.text and "next: 200" in page.text and "third: " not in page.text
 
 

@@ -56,8 +56,11 @@ def test_a_folder_is_measured_task_by_task_and_over_all(evaluate, detector, tmp_
     }
     assert values["counting"]["geneval"] == pytest.approx(1 / 3) and values["two_object"]["geneval"] == 1
     assert values["overall"]["geneval"] == pytest.approx(2 / 3)  # the mean of the tasks, not of the prompts
+    low, high = held["tasks"]["overall"][0]["interval"]
+    assert 0 <= low <= 2 / 3 <= high <= 1
     assert held["about"]["preset"] == "geneval" and held["about"]["sampling"] == {"seed": 42}
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>数目</h2>" in page and "各任务的平均" in page and "参考" not in page
     assert "geneval" in page and "a photo of 2 dogs" in page and 'lang="zh-CN"' in page
     assert "clip_score" in said and "--clip" in said
 

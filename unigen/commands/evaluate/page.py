@@ -3,6 +3,7 @@ side."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,10 +67,7 @@ def write(
             [one.name, one.about.get("checkpoint") or one.about["predictions"]] for one in answered
         ],
         "verdicts": [
-            (
-                name,
-                [(_named(task, words), [_verdict(o, words) for o in ones]) for task, ones in tasks.items()],
-            )
+            (name, [(_named(task, words), _verdicts(ones, words)) for task, ones in tasks.items()])
             for name, tasks in compared.items()
         ],
         "records": len(cases),
@@ -97,11 +95,12 @@ def _of_runs(answered: Sequence[Answered]) -> dict[str, list[Answered]]:
     return {run: ones for run, ones in runs.items() if len(ones) > 1}
 
 
-def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[Chart]]]:
-    """For each task a chart of each metric over the steps, a line a run with its interval as a band."""
+def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[Chart], str]]:
+    """For each task a chart of each metric over the steps, a line a run with its interval as a band; and the
+    names of those that are the same everywhere."""
     runs, found = _of_runs(answered), []
     for task, results in answered[0].scores.items() if runs else []:
-        charts = []
+        charts, flat = [], []
         for number, result in enumerate(results):
             lines = []
             for colour, (run, ones) in enumerate(runs.items()):
@@ -117,11 +116,14 @@ def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[
                 named = [one.scores[task][number].name for ones in runs.values() for one in ones]
                 name = label(max(named, key=len), words.language)
                 everything = [point for line in lines for point in line.points]
+                if len({point.mean for point in everything}) == 1:
+                    flat.append(f"{name} {everything[0].mean:.4g}")
+                    continue
                 low, high = min(p.low for p in everything), max(p.high for p in everything)
                 room = Range(low, high) if high > low else None  # for the whole band
                 charts.append(line_chart(name, lines, words, values=room))
-        found.append((_named(task, words), charts))
-    return [(task, charts) for task, charts in found if charts]
+        found.append((_named(task, words), charts, ", ".join(flat)))
+    return [(task, charts, flat) for task, charts, flat in found if charts or flat]
 
 
 def _grid(cases: Sequence[Case], answered: Sequence[Answered]) -> list[list[Any]]:
@@ -145,18 +147,37 @@ def _grid(cases: Sequence[Case], answered: Sequence[Answered]) -> list[list[Any]
     return rows
 
 
-def _verdict(one: Comparison, words: Words) -> tuple[str, str, str]:
-    """(mark, metric, sentence)."""
-    kind = label(one.name, words.language)
+def _verdicts(ones: Sequence[Comparison], words: Words) -> list[tuple[str, str, str]]:
+    """(mark, metrics, sentence): what differs first, each by itself, then all of which one thing is said."""
+    groups: dict[tuple[Any, ...], list[Comparison]] = {}
+    for one in ones:
+        if one.verdict == "not compared":
+            key: tuple[Any, ...] = (2, one.reason)
+        elif one.verdict == "no difference shown":
+            key = (1, one.reason, one.n)
+        else:
+            key = (0, one.name)
+        groups.setdefault(key, []).append(one)
+    found = [_verdict(groups[key], words) for key in sorted(groups, key=lambda key: key[0])]
+    # no line ends within "n = 5"
+    return [(mark, kinds, re.sub(r" ([=≥]) ", "\u00a0\\1\u00a0", said)) for mark, kinds, said in found]
+
+
+def _verdict(alike: Sequence[Comparison], words: Words) -> tuple[str, str, str]:
+    """(mark, metrics, sentence) of comparisons of which one thing is said."""
+    one = alike[0]
+    kinds = ", ".join(dict.fromkeys(label(each.name, words.language) for each in alike))
     if one.verdict == "not compared":
-        return MARKS[one.verdict], kind, words("not_compared", why=in_language(one.reason, words.language))
+        return MARKS[one.verdict], kinds, words("not_compared", why=in_language(one.reason, words.language))
     over = f" ({in_language(one.reason, words.language)})" if one.reason else ""
     if one.verdict == "no difference shown":
-        return MARKS[one.verdict], kind, words("no_difference", n=one.n, p=f"{one.p:.2g}") + over
+        least = min(each.p for each in alike if each.p is not None)
+        p = f"{'=' if len(alike) == 1 else '≥'} {least:.2g}"
+        return MARKS[one.verdict], kinds, words("no_difference", n=one.n, p=p) + over
     assert one.difference is not None and one.interval is not None
     low, high = one.interval if one.difference > 0 else (-one.interval[1], -one.interval[0])
     size = f"{abs(one.difference):.4g} [{low:.4g}, {high:.4g}]"
-    return MARKS[one.verdict], kind, words(one.verdict, size=size, p=f"{one.p:.2g}", n=one.n) + over
+    return MARKS[one.verdict], kinds, words(one.verdict, size=size, p=f"{one.p:.2g}", n=one.n) + over
 
 
 def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:
