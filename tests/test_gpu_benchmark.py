@@ -16,15 +16,13 @@ from pathlib import Path
 import gpu
 import gpu_predictions
 import gpu_report
+import gpu_setup
 import pytest
 import torch
 from kills import context
-from transformers import Qwen2Config, SiglipVisionConfig
 
 from unigen.config import Config
 from unigen.model.bagel import Bagel
-from unigen.model.codec import VaeConfig
-from unigen.model.config import BagelConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -339,22 +337,8 @@ SIMULATED = [
 
 @pytest.fixture(scope="module")
 def published():
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    llm = Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4,
-        rope_parameters=rope, tie_word_embeddings=False,
-    )  # fmt: skip
-    vit = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        image_size=980,
-        patch_size=14,
-    )
     with torch.device("meta"):
-        return Bagel(BagelConfig(llm, vit, VaeConfig()))
+        return Bagel(gpu_setup.published())
 
 
 @pytest.mark.parametrize(("policy", "draws", "tokens", "und", "simulated"), SIMULATED)

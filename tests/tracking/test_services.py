@@ -402,9 +402,10 @@ UnifiedTrainer(Config(**json.loads(sys.argv[1]))).train()
 
 @pytest.mark.slow
 def test_a_training_with_every_tracker_and_data_workers_ends_and_writes_no_secret(
-    home: Path, options: dict, monkeypatch
+    home: Path, options: dict, light_model: Path, monkeypatch
 ):
     need("wandb", "trackio", "tensorboard")
+    options["model_path"] = str(light_model)
     monkeypatch.setenv("SOME_TOKEN", "hush-hush-4711")
     every = {"wandb_project": "cats", "wandb_mode": "offline", "trackio_project": "cats", "tensorboard": True}
     every |= {

@@ -16,8 +16,8 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
-from test_engines import THREE, TWO, held, options_of, together, train
-from tiny import batch_of, built, take_warm_up, write_jsonl
+from test_engines import THREE, TWO, held, options_for, options_of, together, train
+from tiny import batch_of, built, take_warm_up
 
 from unigen.config import Config, UserError
 from unigen.training.deepspeed import DeepSpeed
@@ -203,15 +203,7 @@ def _low_precision_as_rank(rank: int, options: dict[str, Any], folder: Path) -> 
 def ran(
     small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    lines = [json.loads(line) for line in records.read_text().splitlines()]
-    write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
-    options = {
-        "model_path": str(small_model),
-        "train_data_path": str(records),
-        "max_steps": 3,
-        "device": "cpu",
-        "num_workers": 0,
-    }
+    options = options_for(small_model, records)
     folder = tmp_path_factory.mktemp("zero")
     for world in (2, 3):
         run_ranks(_train_as_rank, world, options, str(folder), seconds=250)

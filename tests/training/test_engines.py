@@ -207,20 +207,24 @@ def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str
         torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def prepared(
-    small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
+def options_for(small_model: Path, records: Path) -> dict[str, Any]:
+    """Those of all cases; beside the records stands a file of the texts alone."""
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
-    options = {
+    return {
         "model_path": str(small_model),
         "train_data_path": str(records),
         "max_steps": 3,
         "device": "cpu",
         "num_workers": 0,
     }
-    return tmp_path_factory.mktemp("engines"), options
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    return tmp_path_factory.mktemp("engines"), options_for(small_model, records)
 
 
 @pytest.fixture(scope="module")
