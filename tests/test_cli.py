@@ -13,6 +13,8 @@ import unigen
 from unigen import cli
 from unigen.commands.demo import command
 from unigen.config import Config, ConfigError, UserError, known_options
+from unigen.messages import speaking, spoken
+from unigen.printing import columns
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb", "rich", "jinja2"]
@@ -250,3 +252,16 @@ def test_who_reads_no_further_gets_no_traceback():
     process.stdout.close()
     assert process.wait(60) == 128 + 13 and process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("name", ["preview", "ckpt"])
+def test_the_help_is_chinese_and_fits_80_columns(name):
+    options = cli.load(cli.COMMANDS[name].options)
+    with speaking("zh"):
+        text = cli.help_text(options, name, cli.COMMANDS[name])
+        overview = cli.overview()
+    listed = text.partition("参数:")[2].partition("配方：")[0].splitlines()
+    assert len(listed) > 10 and max(map(columns, listed)) <= 80
+    english = re.compile(r"[a-z]{3,} [a-z]+ [a-z]{3,}")
+    assert [line for line in (*listed, *overview.splitlines()) if english.search(line)] == []
+    assert "usage:" not in text and "default" not in text and spoken() == "en"

@@ -3,7 +3,7 @@
     python tools/write_flags.py
 
 Names, types, defaults and the English text come from the option dataclasses and their docstrings, the Chinese
-text from ``tools/flags.zh.yaml``. A test compares both pages with what this file makes.
+text from ``unigen/assets/text/flags.zh.yaml``. A test compares both pages with what this file makes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unigen.config import TOPICS, Config, SamplingOptions, Source  # noqa: E402
 from unigen.values import RowOf  # noqa: E402
 
 PAGES = {"en": ROOT / "docs" / "flags.md", "zh": ROOT / "docs" / "flags.zh-CN.md"}
-CHINESE = ROOT / "tools" / "flags.zh.yaml"
+CHINESE = ROOT / "unigen" / "assets" / "text" / "flags.zh.yaml"
 
 # What the Chinese table calls "page" and "topics", in English; the first lines of docstrings do the rest.
 PAGE = {
@@ -87,7 +87,7 @@ class English:
 
 
 class Chinese:
-    """The words of the Chinese page, from ``tools/flags.zh.yaml``."""
+    """The words of the Chinese page, from ``unigen/assets/text/flags.zh.yaml``."""
 
     def __init__(self) -> None:
         self.table = yaml.safe_load(CHINESE.read_text(encoding="utf-8"))

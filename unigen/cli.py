@@ -17,15 +17,17 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
 
 from unigen.bars import Bar, clear
 from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
-from unigen.messages import LANGUAGES, in_language, preferred, speaking
+from unigen.messages import LANGUAGES, in_language, preferred, speaking, spoken
 from unigen.others import nearest, unknown
-from unigen.printing import guard, guarded, libraries_silent, printable_lines
+from unigen.printing import columns, guard, guarded, libraries_silent, printable_lines
 from unigen.recipe import UsageError, read_recipe
 from unigen.values import describe, kinds, members, read_option, read_value, shown
 from unigen.version import __version__
@@ -298,8 +300,8 @@ def takes_list(kind: Any) -> bool:
 def overview() -> str:
     """What ``unigen --help`` prints."""
     width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
-    return (
+    rows = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in COMMANDS)
+    return in_language(
         "usage: unigen COMMAND [--option value ...]\n\n"
         "Train, evaluate and sample BAGEL-style unified models.\n\n"
         f"commands:\n{rows}\n\n"
@@ -315,7 +317,7 @@ def help_text(options: type, name: str, command: Command) -> str:
     values = f"{command.positional.upper()} ... " if command.positional else ""
     usage = f"unigen {name} {values}[--config RECIPE.yaml ...] [--option value ...]"
     parser = jsonargparse.ArgumentParser(
-        prog=f"unigen {name}", usage=usage, description=command.summary, default_env=False
+        prog=f"unigen {name}", usage=usage, description=_summary(name), default_env=False
     )
     topics = [topic for topic in (*TOPICS, SamplingOptions) if issubclass(options, topic)]
     shared = {field.name for topic in topics for field in fields(topic)}
@@ -323,15 +325,66 @@ def help_text(options: type, name: str, command: Command) -> str:
         parser.add_class_arguments(options, None, skip=shared)
     for topic in topics:
         parser.add_class_arguments(topic, None)
+    if spoken() == "zh":
+        _in_chinese(parser, options, topics)
     text = re.sub(r", --\w+\+ \S+", "", parser.format_help()).rstrip()  # several values follow one flag here
-    text = text.replace("[ITEM,...]", "VALUE ...")
-    letters = "".join(f"-{letter} is short for --{option}.\n" for letter, option in command.short.items())
-    return (
-        f"{text}\n\nrecipes:\n  --config RECIPE.yaml ...\n                        YAML files with the same"
-        " names as keys; later ones win, and flags win over all.\n\nA switch is turned on by --name or"
-        f" --name true, off by --no_name or --name false.\n{letters}\nexample:\n"
-        f"  {command.example}"
+    text = text.replace("[ITEM,...]", "VALUE ...").replace("usage: ", in_language("usage: "), 1)
+    shorts = (f"-{letter} is short for --{option}.\n" for letter, option in command.short.items())
+    letters = "".join(map(in_language, shorts))
+    return f"{text}\n\n" + in_language(
+        "recipes:\n  --config RECIPE.yaml ...\n                        YAML files with the same names as"
+        " keys; later ones win, and flags win over all.\n\nA switch is turned on by --name or --name true,"
+        f" off by --no_name or --name false.\n{letters}\nexample:\n  {command.example}"
     )
+
+
+@cache
+def _chinese() -> dict[str, Any]:
+    """The Chinese of commands and options, which docs/flags.zh-CN.md holds, too."""
+    import yaml
+
+    return yaml.safe_load((files("unigen") / "assets" / "text" / "flags.zh.yaml").read_text("utf-8"))
+
+
+def _summary(name: str) -> str:
+    return _chinese()["commands"][name] if spoken() == "zh" else COMMANDS[name].summary
+
+
+def _in_chinese(parser: Any, options: type, topics: list[type]) -> None:
+    """Puts the Chinese of the options, and of what argparse says itself, into a parser."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            text = re.sub(r"(?<=显示本帮助)\.$", "。", text)
+            text = re.sub(r"\s*\((required, )?type: (.*?)(?:, default: (.*))?\)$", _kind_in_chinese, text)
+            return broken(text, width)
+
+    texts, titles = _chinese()["options"], [_chinese()["topics"][topic.__name__][0] for topic in topics]
+    for action in parser._actions:
+        found = (texts.get(group.__name__, {}).get(action.dest) for group in (options, *topics, *TOPICS))
+        meaning = "显示本帮助" if action.dest == "help" else next(filter(None, found), action.help)
+        action.help = meaning.replace("`", "").replace("%", "%%")
+    groups = parser._action_groups[2:]  # after those of argparse itself
+    for group, title in zip(groups, [*["本命令的参数"] * (len(groups) - len(titles)), *titles], strict=True):
+        group.title = title
+    parser._optionals.title = "参数"
+    parser.formatter_class = Formatter
+
+
+def _kind_in_chinese(match: re.Match[str]) -> str:
+    default = f"，默认 {match[3]}" if match[3] is not None else ""
+    return f"（{'必填，' if match[1] else ''}类型 {match[2]}{default}）"
+
+
+def broken(text: str, width: int) -> list[str]:
+    """The text in lines of at most so many columns; Chinese may be broken anywhere but before its signs."""
+    lines = [""]
+    for part in re.findall(r"[（“]?(?:[^\s\u2e80-\uffef]+|[\u2e80-\uffef])[，。；：、）]*|\s+", text):
+        if columns(lines[-1] + part) > width and lines[-1].strip():
+            lines.append("")
+        lines[-1] += part if lines[-1] or not part.isspace() else ""
+    return [line.rstrip() for line in lines]
 
 
 # Names and errors
