@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,27 @@ def test_under_autocast_products_give_the_dtype_that_plain_ones_give(
     with loop.engine.autocast(), torch.no_grad():
         for expert in ("", "_moe_gen"):
             assert getattr(layer.self_attn, f"q_proj{expert}")(given).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_product_is_bitsandbytes_own_and_keeps_nothing_of_its_input(golden: Path, dtype: torch.dtype):
+    """bitsandbytes keeps the input of each product where recomputing cannot reach it."""
+    name = "language_model.model.layers.0.self_attn.k_proj"
+    layer = load_bagel(golden / "model", quantize="int8").get_submodule(name).train()
+    outs = []
+    for product in (layer, type(layer).forward.__get__(layer)):
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(7, 64, generator=draw).to(dtype).requires_grad_()
+        inner = x * 1.0
+        kept = weakref.ref(inner)
+        out = product(inner)
+        del inner
+        gone = kept() is None
+        out.backward(torch.randn(out.shape, generator=draw).to(dtype))
+        outs.append((out, x.grad, gone))
+    (own, gradient, gone), (theirs, wanted, held) = outs
+    assert torch.equal(own, theirs) and torch.equal(gradient, wanted)
+    assert gone and not held, "without this the override is no longer needed"
 
 
 def test_weights_that_are_not_finite_are_refused_before_they_are_quantised(golden: Path, tmp_path: Path):

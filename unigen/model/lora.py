@@ -103,6 +103,14 @@ def add_adapter(model: Bagel, adapter: Adapter, name: str = NAME) -> None:
     model.adapters[name] = adapter
 
 
+def take_inputs_as_they_are(model: nn.Module) -> None:
+    """Spares adapters the copy of their input in float32, which autocast would take back to the dtype of
+    products: the numbers stay the same."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False  # of peft
+
+
 @dataclass(frozen=True)
 class Binding:
     """Proof that an adapter does something: the size of the change it makes to each of its matrices."""

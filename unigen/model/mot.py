@@ -69,6 +69,7 @@ class Layer(nn.Module):
         read = [self.before(half, *turn, expert) for half, turn, expert in zip(x, angles, EXPERTS)]
         q, k, v = zip(*read, strict=True)
         y = attention(q, k, v, layer)
+        del read, q, k, v  # attention has joined the halves' to copies
         return tuple(self.after(half, seen, expert) for half, seen, expert in zip(x, y, EXPERTS))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:

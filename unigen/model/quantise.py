@@ -22,6 +22,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.d
             new.compute_type_is_set = True
         else:
             new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=0.0, device="meta")
+            new.forward = partial(_Frozen.apply, new)  # type: ignore[method-assign]
         new.bias = old.bias
         new.register_forward_pre_hook(_lowered)  # bitsandbytes gives back the dtype that it is given
         owner, _, last = name.rpartition(".")
@@ -118,6 +120,22 @@ def large_blocks_apart() -> Iterator[None]:
         yield
     finally:
         mallopt(mmap_threshold, 32 << 20)  # as far as glibc itself lets it grow
+
+
+class _Frozen(torch.autograd.Function):
+    """The product with an INT8 matrix, which does not learn, so that its gradient needs no input.
+    bitsandbytes' own keeps that all the same, out of reach of recomputing."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, x: Tensor) -> Tensor:
+        ctx.state, ctx.dtype = layer.state, x.dtype
+        return type(layer).forward(layer, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        state, grad = ctx.state, grads[0].to(ctx.dtype)
+        # the same numbers in the same order as bitsandbytes
+        return None, grad @ state.CB.to(ctx.dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def _lowered(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

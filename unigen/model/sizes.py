@@ -20,7 +20,6 @@ VAE_PIXEL = 2600  # bytes that FLUX's encoder takes a pixel that is encoded at o
 VAE_AT_ONCE = 1 << 20  # pixels
 VAE_FLOP = 4.13e6  # of it a pixel encoded
 READ, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-MATRICES = (*READ, "o_proj", *MLP, "down_proj")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Load:
 class Half:
     """What one expert learns in a layer."""
 
-    own: frozenset[str] = frozenset()  # matrices that keep their input: they train, or lie there in 8 bits
+    own: frozenset[str] = frozenset()  # matrices that train, so that they keep their input
     ranks: Mapping[str, int] = field(default_factory=dict)  # matrices with an adapter -> its rank
     dora: bool = False
     norms: bool = False
@@ -84,9 +83,7 @@ class Half:
         return sum((name in self.own) + (name in self.ranks) for name in matrices)
 
 
-def half_of(
-    layer: str, trains: Mapping[str, tuple[int, ...]], gen: bool, recorded: bool, in_8_bits: bool = False
-) -> Half:
+def half_of(layer: str, trains: Mapping[str, tuple[int, ...]], gen: bool, recorded: bool) -> Half:
     """What one expert of a layer learns.
 
     Args:
@@ -94,9 +91,8 @@ def half_of(
         trains: names and shapes of the model's trained parameters.
         gen: the generation expert.
         recorded: see :class:`Half`.
-        in_8_bits: are its matrices quantised to INT8?
     """
-    own, ranks, norms, head_norms, dora = set(MATRICES if in_8_bits else ()), {}, False, False, False
+    own, ranks, norms, head_norms, dora = set(), {}, False, False, False
     for name, shape in trains.items():
         if not name.startswith(layer) or (GEN in name) != gen:
             continue
@@ -124,6 +120,11 @@ class Widths:
     kv: int
     heads: int
     c: int
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.q // self.heads
 
     @classmethod
     def of(cls, llm: Any, c: int) -> Widths:

@@ -17,27 +17,13 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from unigen.config import Config, ConfigError
-from unigen.model.bagel import Bagel
-from unigen.model.codec import CODECS
 from unigen.model.config import BagelConfig
-from unigen.model.lora import targets_of, whole_of
-from unigen.model.parts import (
-    GEN,
-    dtype_of,
-    is_adapter,
-    is_embedding,
-    is_frozen,
-    is_linear,
-    title,
-)
-from unigen.model.quantise import BLOCK, is_quantised
+from unigen.model.parts import GEN, is_adapter, is_embedding, is_linear, title
 from unigen.model.sizes import (
     CHUNK,
     VAE_AT_ONCE,
@@ -49,6 +35,7 @@ from unigen.model.sizes import (
     vit_kept,
     work_of,
 )
+from unigen.training.census import Entry, census, codec_numbers
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take of a GPU
 FRAGMENTS = 0.04  # of all tensors: what the allocator cannot give out again
@@ -56,100 +43,6 @@ PROGRAM = 550_000_000  # bytes of `unigen train` on a CPU with a tiny model, mea
 HOST = 2_000_000_000  # bytes of a process that uses a GPU, with its libraries; an estimate
 PIECE = 1 << 27  # bytes of a tensor that are read at once, with their copy
 PINNED = 1 << 27  # of the two buffers that checkpoints go through
-SMALL = 4096  # numbers below which 8-bit moments stay in 32 bits
-BLOCK8 = 256  # numbers that share a scale in 8-bit moments
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A parameter: how it is held, and whether it trains."""
-
-    name: str
-    shape: tuple[int, ...]
-    nbytes: float
-    trains: bool
-
-    @property
-    def numel(self) -> int:
-        n = 1
-        for side in self.shape:
-            n *= side
-        return n
-
-    @property
-    def gradient(self) -> float:
-        return self.nbytes if self.trains else 0.0
-
-    def moments(self, optimizer: str) -> float:
-        """Bytes of its two moments."""
-        if not self.trains:
-            return 0.0
-        low = optimizer == "adamw8bit" and not is_embedding(self.name) and self.numel >= SMALL
-        return self.numel * (2 + 8 / BLOCK8 if low else 8)
-
-
-def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Entry]:
-    """Every parameter of a model as a run with these options holds it.
-
-    Raises:
-        AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model.
-    """
-    bare = _bare(_Shape(model))
-    targets = targets_of(bare, config.lora_targets or ["gen"]) if config.lora_rank else ()
-    if config.lora_rank:
-        whole_of(bare, config.train_also or [])
-    found = []
-    for name, p in bare.named_parameters():
-        shape, module = tuple(p.shape), name.rpartition(".")[0]
-        held = float(p.numel() * dtype_of(name, config, computes).itemsize)
-        if config.quantize and name.endswith("weight") and is_quantised(module):
-            if config.quantize == "int8":
-                held = p.numel() + 4.0 * shape[0]
-            elif shape[1] % BLOCK == 0:
-                held = p.numel() * (0.5 + (1 / BLOCK + 4 / BLOCK / 256 if config.double_quant else 4 / BLOCK))
-        found.append(Entry(name, shape, held, not is_frozen(name, config)))
-        if module in targets and name.endswith("weight"):
-            rank = config.lora_rank or 0
-            low = {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)}
-            if config.lora_variant == "dora":
-                low["lora_magnitude_vector"] = (shape[0],)
-            for mark, size in low.items():
-                own = f"{module}.{mark}.default.weight"
-                found.append(Entry(own, size, 4.0 * torch.Size(size).numel(), True))
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Shape:
-    """A config as a key: equal where models have the same parameters."""
-
-    config: BagelConfig
-
-    def _key(self) -> str:
-        c = self.config
-        return repr((c.visual_gen, c.visual_und, c.to_dict()))
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Shape) and self._key() == other._key()
-
-
-@cache
-def _bare(shape: _Shape) -> Bagel:
-    """The model, its parameters nowhere."""
-    with torch.device("meta"):
-        return Bagel(shape.config)
-
-
-@cache
-def _codec_numbers(shape: _Shape) -> int:
-    """Parameters of the VAE."""
-    vae = shape.config.vae
-    with torch.device("meta"):
-        codec: Any = CODECS[vae.type](vae)
-    return sum(p.numel() for p in codec.parameters()) if isinstance(codec, torch.nn.Module) else 0
 
 
 @dataclass(frozen=True)
@@ -258,10 +151,10 @@ class _Planner:
     def _halves(self, i: int) -> tuple[Half, Half]:
         layer = f"language_model.model.layers.{i}."
         trains = {entry.name: entry.shape for entry in self.layers[i] if entry.trains}
-        recorded, low = self._recorded(), self.config.quantize == "int8"
+        recorded = self._recorded()
         return (
-            half_of(layer, trains, False, recorded and not self.config.freeze_und, low),
-            half_of(layer, trains, True, recorded, low),
+            half_of(layer, trains, False, recorded and not self.config.freeze_und),
+            half_of(layer, trains, True, recorded),
         )
 
     def _recorded(self) -> bool:
@@ -275,21 +168,30 @@ class _Planner:
             return 0.0
         und, gen = (self.widths.kept(half, policy, self.copied) for half in self._halves(i))
         kept = float(und * self.load.und + gen * self.load.gen)
-        return kept if policy == "full" else kept + self._lowered(self.layers[i])
+        return kept if policy == "full" else kept + self._copies(self.layers[i])
 
-    def _lowered(self, entries: Sequence[Entry]) -> float:
-        """Bytes of the copies of matrices that autocast makes in the dtype of products."""
-        if self.c == 4:
-            return 0.0
-        found = [e for e in entries if len(e.shape) == 2 and e.nbytes == 4 * e.numel and is_linear(e.name)]
-        return float(sum(self.c * e.numel for e in found))
+    def _copies(self, entries: Sequence[Entry]) -> float:
+        """Bytes of the copies of matrices in the dtype of products, where they are held in the other one."""
+        other = 6 - self.c  # bytes a number: of float32 for bfloat16, and the other way round
+        found = [e for e in entries if len(e.shape) == 2 and is_linear(e.name)]
+        return float(sum(self.c * e.numel for e in found if e.nbytes == other * e.numel))
+
+    def _around(self) -> float:
+        """Bytes beside the layers while they run: rotary angles."""
+        return float(8 * self.widths.head * self.load.tokens)
+
+    def _behind(self, back: bool) -> float:
+        """Bytes of what comes out of the last layer and lies there until the step ends: its normed result,
+        the velocities and their errors; ``back``: and of its gradient on its way down."""
+        w = self.widths
+        return float((4 + 4 * back) * w.D * self.load.tokens + 12 * self.model.patch_dim * self.load.gen)
 
     def _vit_kept(self, policy: str) -> float:
         if not self.model.visual_und or not any(e.trains for e in self.entries if "vit_model" in e.name):
             return 0.0
         layers = self.model.vit.num_hidden_layers - 1
         kept = layers * vit_kept(self.model.vit, self.c, policy) * self.load.patches
-        return kept if policy == "full" else kept + self._lowered(self.vit)
+        return kept if policy == "full" else kept + self._copies(self.vit)
 
     def _logits(self, back: bool) -> float:
         """Bytes of the logits that are there at once: as computed, in float32, their logarithm, its
@@ -298,10 +200,13 @@ class _Planner:
         kept = 8 * (self.config.preserve_weight is not None)  # the divergence's own two
         return float(n * self.model.llm.vocab_size * (self.c * (self.c < 4) + 8 + 4 * back + kept))
 
+    def _product(self) -> float:
+        """A product of the larger half's MLP, and what an adapter adds to it."""
+        return float(max(self.load.und, self.load.gen) * 2 * self.widths.c * self.widths.I)
+
     def _forward_work(self) -> float:
-        """Of the larger half, while a layer's MLP runs."""
-        w = self.widths
-        return max(self.load.und, self.load.gen) * (4 * w.c * w.I + 6 * w.D)
+        """While a layer's MLP runs."""
+        return max(self.load.und, self.load.gen) * 6 * self.widths.D + self._product()
 
     def _backward_work(self, i: int) -> float:
         w, tokens = self.widths, (self.load.und, self.load.gen)
@@ -309,7 +214,7 @@ class _Planner:
         if self.policy == "selective" and self._recorded():  # one part of one half at a time
             parts = zip(tokens, self._halves(i), strict=True)
             again = max(n * (w.after(half) - w.c * w.I) * half.recorded for n, half in parts)
-        return again + max(tokens) * 2 * w.c * w.I + self._whole_matrix()
+        return again + self._product() + self._around() + self._behind(True) + self._whole_matrix()
 
     def _whole_matrix(self) -> float:
         """One quantised matrix as it is computed with; what DoRA makes of one to know the lengths of its
@@ -319,7 +224,9 @@ class _Planner:
         return float(times * self.widths.D * self.widths.I)
 
     def _mask(self) -> float:
-        return 0.0 if self.gpu else 5.0 * self.load.squares * (self.load.gen > 0 or self.load.samples > 1)
+        """What may attend to what, as numbers and as bits: where that is no plain causal sequence."""
+        plain = self.load.samples == 1 and not self.load.gen and not self.load.patches
+        return 0.0 if self.gpu or plain else (1.0 + self.c) * self.load.squares
 
     # ---- what lies there
 
@@ -342,8 +249,7 @@ class _Planner:
         }
         if m.offload and self.gpu:
             found = dict.fromkeys(found, 0.0)
-        vae = 4.0 * _codec_numbers(_Shape(self.model)) if self.model.visual_gen else 0.0
-        return found | {"vae": vae, "teacher": self._teacher()}
+        return found | {"vae": 4.0 * codec_numbers(self.model), "teacher": self._teacher()}
 
     def _teacher(self) -> float:
         """The weights of before and what they say of labels, where the model is to stay near them."""
@@ -369,17 +275,18 @@ class _Planner:
         last = len(self.layers) - 1
         layers = share * sum(e.gradient for entries in self.layers[1:] for e in entries)
         seen = self.patch + self._mask()
-        lowered = head / 2 * (self.c < 4)  # the head's gradient in the dtype of products
+        # its gradient, that in the dtype of products, and the copies that products were computed with
+        heads = head + head / 2 * (self.c < 4) + self._copies(self.root)
         twice = there * max(head, embed)  # a gradient before it is added to what is there
         return {
             "encode": {"work": self._encoding(), "gradients": before, "activations": 0.0},
             "forward": {
-                "work": self._forward_work() + self._whole_matrix() + self._gathered(False),
+                "work": self._forward_work() + self._around() + self._whole_matrix() + self._gathered(False),
                 "gradients": before,
                 "activations": kept,
             },
             "logits": {
-                "work": self._logits(True) + (head + lowered) * (self.load.labels > 0),
+                "work": self._logits(True) + self._behind(False) + heads * (self.load.labels > 0),
                 "gradients": before,
                 "activations": kept,
             },
@@ -394,11 +301,15 @@ class _Planner:
                 "activations": self.kept[0] + seen,
             },
             "embeddings": {
-                "work": twice + self._gathered(True),
+                "work": twice + self._behind(True) + self._gathered(True),
                 "gradients": whole,
                 "activations": seen,
             },
-            "update": {"work": self._update(), "gradients": whole, "activations": 0.0},
+            "update": {
+                "work": self._update(),
+                "gradients": whole,
+                "activations": 0.0,
+            },
         }
 
     def _encoding(self) -> float:
@@ -407,7 +318,11 @@ class _Planner:
         return float(VAE_PIXEL * self.model.vae.ch / 128 * min(self.load.pixels, VAE_AT_ONCE))
 
     def _update(self) -> float:
-        """AdamW in one kernel takes nothing; group by group it takes a root of all second moments."""
+        """Of AdamW, beside the step's latents: in one kernel nothing, group by group a root of all second
+        moments."""
+        return self._adamw() + 4.0 * self.model.patch_dim * self.load.gen
+
+    def _adamw(self) -> float:
         if self.config.weights == "bf16":  # one by one, in float32
             return 12.0 * max((e.numel for e in self.trained), default=0) / self.machine.shards
         if (self.gpu and not self.machine.offload) or self.config.optimizer == "adamw8bit":
@@ -485,7 +400,7 @@ class _Planner:
         if self.config.lora_rank:
             return learnt
         left = sum(2.0 * e.numel for e in self.entries if not e.trains and not is_adapter(e.name))
-        left += 4.0 * _codec_numbers(_Shape(self.model)) if self.model.visual_gen else 0.0
+        left += 4.0 * codec_numbers(self.model)
         return learnt[0] + left, learnt[1] + left
 
     def _flop(self) -> float:

@@ -16,7 +16,7 @@ from unigen.config import Config, ConfigError
 from unigen.model.adapters import Adapter, describe
 from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
-from unigen.model.lora import add_adapter, targets_of, whole_of
+from unigen.model.lora import add_adapter, take_inputs_as_they_are, targets_of, whole_of
 from unigen.model.parts import GEN, is_frozen, rated_part
 from unigen.model.quantise import is_quantised, quantise_layers
 from unigen.training.recompute import recompute_layers
@@ -45,7 +45,7 @@ def prepare(
     """
     if config.timestep_shift is not None:
         model.config.timestep_shift = config.timestep_shift  # saved with the model
-    add_adapters(model, config)
+    add_adapters(model, config, computes)
     if config.quantize is not None:
         # after the adapters, since peft cannot put DoRA around a quantised layer that lies nowhere yet
         quantise_layers(model, config.quantize, config.double_quant, computes)
@@ -60,7 +60,7 @@ def prepare(
     return compiled
 
 
-def add_adapters(model: Bagel, config: Config) -> None:
+def add_adapters(model: Bagel, config: Config, computes: torch.dtype) -> None:
     """Puts low-rank adapters around the matrices that the config names, if it does.
 
     Raises:
@@ -81,6 +81,8 @@ def add_adapters(model: Bagel, config: Config) -> None:
         seed=config.seed,
     )
     add_adapter(model, adapter)
+    if computes != torch.float32 and config.lora_variant != "dora":
+        take_inputs_as_they_are(model)
     log.info("Adapters: %s", describe(adapter))
 
 

@@ -1,0 +1,118 @@
+"""Every parameter of a model as a run holds it: bytes, shapes, what trains. From config files and options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from unigen.config import Config
+from unigen.model.bagel import Bagel
+from unigen.model.codec import CODECS
+from unigen.model.config import BagelConfig
+from unigen.model.lora import targets_of, whole_of
+from unigen.model.parts import dtype_of, is_embedding, is_frozen
+from unigen.model.quantise import BLOCK, SCALES, is_quantised
+
+SMALL = 4096  # numbers below which 8-bit moments stay in 32 bits
+BLOCK8 = 256  # numbers that share a scale in 8-bit moments
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter: how it is held, and whether it trains."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: float
+    trains: bool
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for side in self.shape:
+            n *= side
+        return n
+
+    @property
+    def gradient(self) -> float:
+        return self.nbytes if self.trains else 0.0
+
+    def moments(self, optimizer: str) -> float:
+        """Bytes of its two moments."""
+        if not self.trains:
+            return 0.0
+        low = optimizer == "adamw8bit" and not is_embedding(self.name) and self.numel >= SMALL
+        return self.numel * (2 + 8 / BLOCK8 if low else 8)
+
+
+def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Entry]:
+    """Every parameter of a model as a run with these options holds it.
+
+    Raises:
+        AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model.
+    """
+    bare = _bare(_Shape(model))
+    targets = targets_of(bare, config.lora_targets or ["gen"]) if config.lora_rank else ()
+    if config.lora_rank:
+        whole_of(bare, config.train_also or [])
+    found = []
+    for name, p in bare.named_parameters():
+        shape, module = tuple(p.shape), name.rpartition(".")[0]
+        held = float(p.numel() * dtype_of(name, config, computes).itemsize)
+        if config.quantize and name.endswith("weight") and is_quantised(module):
+            if config.quantize == "int8":
+                held = p.numel() + 4.0 * shape[0]
+            elif shape[1] % BLOCK == 0:
+                held = p.numel() * (
+                    0.5 + (1 / BLOCK + 4 / BLOCK / SCALES if config.double_quant else 4 / BLOCK)
+                )
+        found.append(Entry(name, shape, held, not is_frozen(name, config)))
+        if module in targets and name.endswith("weight"):
+            rank = config.lora_rank or 0
+            low = {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)}
+            if config.lora_variant == "dora":
+                low["lora_magnitude_vector"] = (shape[0],)
+            for mark, size in low.items():
+                own = f"{module}.{mark}.default.weight"
+                found.append(Entry(own, size, 4.0 * torch.Size(size).numel(), True))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """A config as a key: equal where models have the same parameters."""
+
+    config: BagelConfig
+
+    def _key(self) -> str:
+        c = self.config
+        return repr((c.visual_gen, c.visual_und, c.to_dict()))
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shape) and self._key() == other._key()
+
+
+@cache
+def _bare(shape: _Shape) -> Bagel:
+    """The model, its parameters nowhere."""
+    with torch.device("meta"):
+        return Bagel(shape.config)
+
+
+@cache
+def _codec_numbers(shape: _Shape) -> int:
+    vae = shape.config.vae
+    with torch.device("meta"):
+        codec: Any = CODECS[vae.type](vae)
+    return sum(p.numel() for p in codec.parameters()) if isinstance(codec, torch.nn.Module) else 0
+
+
+def codec_numbers(model: BagelConfig) -> int:
+    """Parameters of a model's VAE."""
+    return _codec_numbers(_Shape(model)) if model.visual_gen else 0
