@@ -29,7 +29,7 @@ from unigen.show.language import TAGS, Words
 
 GENERATE, INDEX = "unigen generate", "index.html"
 _PIECE = re.compile(r"[0-9]{2,}_(text\.txt|image\.png)")
-_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+_WHOLE = re.compile(r"(?<![\w-])--[a-z][\w-]*|\b[np] = [\d.]+|[\d.]+ %")
 MAX_SIDE = 1024  # of a picture in a page; the files beside the page keep their size
 SMALL = 192  # pictures up to this side are magnified with hard pixels
 # the browser itself refuses anything from outside
@@ -48,10 +48,11 @@ def readable(value: Any) -> Any:
 
 
 def whole(value: Any) -> Any:
-    """What a template shows of a text; names of options in it do not break after their hyphens."""
+    """What a template shows of a text; names of options in it do not break after their hyphens, nor figures
+    from what they are of."""
     from markupsafe import Markup, escape
 
-    return Markup(_FLAG.sub(r'<span class="whole">\g<0></span>', str(escape(readable(value)))))
+    return Markup(_WHOLE.sub(r'<span class="whole">\g<0></span>', str(escape(readable(value)))))
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +61,21 @@ def write(
         UserError: something else is at ``path``.
         OSError: it cannot be written.
     """
+    short = _short([one.name for one in answered])
+    checkpoints = [
+        [short[one.name], one.about.get("checkpoint") or one.about["predictions"], one.name]
+        for one in answered
+    ]
+    answered = [replace(one, name=short[one.name]) for one in answered]
     base = answered[0]
     values = {
         "words": words,
-        "checkpoints": [
-            [one.name, one.about.get("checkpoint") or one.about["predictions"]] for one in answered
-        ],
+        "checkpoints": checkpoints,
         "verdicts": [
-            (name, [(_named(task, words), _verdicts(ones, words)) for task, ones in tasks.items()])
+            (
+                short.get(name, name),
+                [(_named(task, words), _verdicts(ones, words)) for task, ones in tasks.items()],
+            )
             for name, tasks in compared.items()
         ],
         "records": len(cases),
@@ -81,6 +89,16 @@ def write(
         path, "evaluate.html", values, by=BY, title=words("title"), language=TAGS[words.language],
         styles=["evaluate", "charts"], script="charts" if values["curves"] else "",
     )  # fmt: skip
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """The names without the folders that all of them lie in, but with the last folder: what tells them
+    apart."""
+    parts = [Path(name).parts for name in names]
+    shared = 0
+    while min(map(len, parts)) - shared > 2 and len({one[shared] for one in parts}) == 1:
+        shared += 1
+    return {name: str(Path(*one[shared:])) for name, one in zip(names, parts, strict=True)}
 
 
 def _named(task: str, words: Words) -> str:
