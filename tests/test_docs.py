@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import re
+import runpy
 import shlex
 import sqlite3
 import sys
@@ -68,6 +69,7 @@ TINY = {
     "cache": "--max_image_tokens 16 --device cpu",
     "watch": "--once",
     "ckpt": "",
+    "init": "",
     "plan": "",
 }
 TINY_ARGUMENTS = [("outputs/unified_training/step_1000", "outputs/unified_training/step_1")]
@@ -425,6 +427,7 @@ RUN = {path: [line for line in commands(path) if not why_not(line)] for path in 
 def test_every_command_is_run_or_has_a_reason_not_to_be():
     kinds = (
         "python train_unified_generation.py",
+        "python examples/shapes.py",
         *(f"unigen {name} " for name in TINY),
         "torchrun --nproc_per_node=",
     )
@@ -568,7 +571,7 @@ def check_layout(run: Path) -> None:
         assert named == needed | {"model.safetensors", "config.json", "probe.json"}
 
 
-OF_THEIR_OWN = [README, *(ROOT / "docs" / name for name in ("generating.md", "extending.md"))]
+OF_THEIR_OWN = [README, *(ROOT / "docs" / name for name in ("generating.md", "extending.md", "tutorial.md"))]
 PAGES = [path for path in ENGLISH if RUN[path] and path not in OF_THEIR_OWN]
 
 
@@ -622,6 +625,46 @@ def test_the_page_on_generating_from_top_to_bottom(workspace, capsys, caplog):
     torch.save(load_bagel(run / "best").state_dict(), workspace / "path" / "to" / "trained_model.pt")
     assert run_python(page) == 2
     assert (workspace / "winter.png").exists()
+
+
+SHORT = {
+    "shapes.py data/shapes": "shapes.py data/shapes --train 6 --val 1",
+    "--batch_size 32": "--batch_size 2 --num_workers 0 --device cpu",
+    "--max_steps 1500": "--max_steps 2",
+    "--warmup_steps 20": "--warmup_steps 1",
+    " 500": " 2",
+    "unigen evaluate": "unigen evaluate --num_timesteps 3 --max_new_tokens 4 --device cpu",
+    "unigen generate": "unigen generate --num_timesteps 3 --max_new_tokens 4 --device cpu",
+}
+
+
+@pytest.mark.slow
+def test_the_tutorial_from_top_to_bottom(workspace, capsys, caplog, monkeypatch):
+    """Every command at a reduced size, and the output that stands below it, but for its numbers."""
+    caplog.set_level(logging.INFO, "unigen")
+    page = ROOT / "docs" / "tutorial.md"
+    outputs = dict(shown_outputs(page))
+    for line in RUN[page]:
+        short = line
+        for full, small in SHORT.items():
+            short = short.replace(full, small)
+        caplog.clear()
+        if line.startswith("python "):
+            monkeypatch.setattr(sys, "argv", shlex.split(short)[1:])
+            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        else:
+            assert run_here(shlex.split(short)) == 0, (line, capsys.readouterr().err)
+        said = told("".join(capsys.readouterr()) + caplog.text)
+        for expected in outputs.pop(line, []):
+            assert expected == "..." or told(expected) in said, (line, expected)
+    assert outputs == {}
+    for place in (
+        "preview.html",
+        "run.html",
+        "outputs/shapes_evaluation/report.html",
+        "outputs/edited/index.html",
+    ):
+        assert (workspace / place).exists(), place
 
 
 @pytest.mark.slow
