@@ -186,6 +186,7 @@ def test_the_command_ends_with_75_and_goes_on(options: dict[str, Any], tmp_path:
     assert "Traceback" not in printed and "Stopped by a signal" in printed
     steps = sorted(int(path.name.removeprefix("step_")) for path in run_folder.glob("step_*"))
     assert steps[-1] == metrics(run_folder)[-1]["step"], "the last finished step is saved"
+    assert f"unigen generate --model_path {run_folder / f'step_{steps[-1]}'} " in printed
     trainer = UnifiedTrainer(
         Config(**options | {"max_steps": steps[-1] + 2, "resume_from_checkpoint": "auto", "num_workers": 0})
     )
