@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from unigen import cli
 from unigen.commands.evaluate.options import EvaluateOptions
-from unigen.commands.evaluate.page import write
+from unigen.commands.evaluate.page import _short, write
 from unigen.commands.evaluate.work import _names
 from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import Prediction
@@ -339,3 +339,9 @@ def test_the_records_whose_measuring_is_timed_ask_for_a_text_and_a_picture(tmp_p
     assert cli.main(["evaluate", *given, "--metrics", "structure", "rougeL"]) == 0, capsys.readouterr().err
     (values,) = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["tasks"].values()
     assert values[0]["value"] == 1 and 0.5 < values[1]["value"] < 1
+
+
+def test_checkpoints_are_called_by_what_tells_them_apart():
+    assert list(_short(["/a/runs/x/best", "/a/runs/x/step_10"]).values()) == ["x/best", "x/step_10"]
+    assert list(_short(["/a/x/best", "/b/y/best"]).values()) == ["/a/x/best", "/b/y/best"]
+    assert _short(["models/BAGEL"]) == {"models/BAGEL": "models/BAGEL"}

@@ -98,6 +98,7 @@ def _short(names: Sequence[str]) -> dict[str, str]:
     shared = 0
     while min(map(len, parts)) - shared > 2 and len({one[shared] for one in parts}) == 1:
         shared += 1
+    shared = 0 if shared == 1 and Path(names[0]).is_absolute() else shared  # the root alone is no folder
     return {name: str(Path(*one[shared:])) for name, one in zip(names, parts, strict=True)}
 
 
