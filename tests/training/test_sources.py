@@ -95,5 +95,5 @@ def test_the_log_says_what_the_mix_is(sources: dict[str, Any], caplog: pytest.Lo
 def test_resuming_with_other_weights_is_refused(sources: dict[str, Any], tmp_path: Path):
     train(**sources | {"max_steps": 2})
     entries = [sources["train_sources"][0], {**sources["train_sources"][1], "weight": 2}]
-    with pytest.raises(UserError, match=r"not what this run began with.*same files and weights"):
+    with pytest.raises(UserError, match=r"not what this run began with.*resume with the same files"):
         built(**sources | {"train_sources": entries, "resume_from_checkpoint": "auto"})
