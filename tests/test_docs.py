@@ -39,6 +39,7 @@ NOT_RUN = {
     "hf download": "29 GB",
     "modelscope download": "29 GB",
     "python tools/write_flags.py": "test_the_pages_of_flags_are_what_the_tool_writes",
+    "python tools/write_messages.py": "tests/test_messages.py",
     "python benchmarks/": "tests/test_benchmarks.py",
     "unigen demo": "tests/commands/demo/test_demo.py",
     "unigen watch outputs/demo/run": "tests/commands/demo/test_demo.py",
