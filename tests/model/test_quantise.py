@@ -204,6 +204,11 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], given: di
         Config(**options | given).resolve()
 
 
+def test_a_rank_above_the_sides_of_a_matrix_is_refused_before_memory_is_asked_for(options: dict[str, Any]):
+    with pytest.raises(ConfigError, match="lora_rank is 100000000, and .*Fix: --lora_rank"):
+        built(**options, lora_rank=100_000_000)
+
+
 def test_modes_by_number(options: dict[str, Any]):
     asked = {m: Config(**options, lora_rank=2, model_load_mode=m).resolve().quantize for m in (None, 1, 2, 3)}
     assert asked == {None: None, 1: None, 2: "nf4", 3: "int8"}

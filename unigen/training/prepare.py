@@ -71,6 +71,13 @@ def add_adapters(model: Bagel, config: Config, computes: torch.dtype) -> None:
     targets = targets_of(model, config.lora_targets or ["gen"])
     whole = whole_of(model, config.train_also or [])
     _refuse_names(config, targets, whole)
+    sides = {name: max(model.get_submodule(name).weight.shape) for name in targets}
+    least = min(sides, key=lambda name: sides[name])
+    if config.lora_rank > sides[least]:
+        raise ConfigError(
+            f"lora_rank is {config.lora_rank}, and {least} has {sides[least]} numbers a side: such an adapter"
+            " is larger than the matrix. Fix: --lora_rank 64, or less"
+        )
     adapter = Adapter(
         rank=config.lora_rank,
         alpha=config.alpha,
