@@ -205,7 +205,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], given: di
 
 
 def test_a_rank_above_the_sides_of_a_matrix_is_refused_before_memory_is_asked_for(options: dict[str, Any]):
-    with pytest.raises(ConfigError, match="lora_rank is 100000000, and .*Fix: --lora_rank"):
+    with pytest.raises(ConfigError, match=r"lora_rank is 100000000, and .*Fix: --lora_rank"):
         built(**options, lora_rank=100_000_000)
 
 
