@@ -27,6 +27,8 @@ COMMAND_OPTIONS = {name: load(row.options) for name, row in COMMANDS.items()}
 NEEDED = {"model_path": "m", "paths": ["p"], "data_path": "d"}  # of options that have no default
 
 # Spellings that some reader of numbers, truth values, YAML or paths would take for something else.
+pytestmark = pytest.mark.usefixtures("no_plugins_after")  # some odd text is the name of a module
+
 ODD = [
     "", " ", "0", "-0", "1", "-1", "+1", "1.5", "1.", ".5", "1e-5", "1E3", "1e20", "1e400", "-1e-400", "1_000", "1__0",
     "010", "-010", "00", "0x10", "0b1", "0o7", "1:30", "190:20:30", "1,5", "1 000", "٣", "１", "½", "nan", ".nan", "NaN",

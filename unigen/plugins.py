@@ -70,6 +70,8 @@ def _import(plugin: str) -> Path:
             if not all(map(str.isidentifier, name.split("."))):
                 raise ModuleNotFoundError(name=name.partition(".")[0])
             module = importlib.import_module(name)
+            if not getattr(module, "__file__", None):  # a folder of that name
+                raise ModuleNotFoundError(name=name.partition(".")[0])
         else:
             if name in sys.modules:
                 raise PluginError(f"a module is called {name!r} already. Fix: give the file another name")
@@ -84,7 +86,7 @@ def _import(plugin: str) -> Path:
         raise _explained(error, plugin, path) from None
     finally:
         sys.path.remove(folder)
-    return Path(getattr(module, "__file__", None) or plugin)
+    return Path(module.__file__ or plugin)
 
 
 def _explained(error: Exception, plugin: str, path: Path | None) -> PluginError:
