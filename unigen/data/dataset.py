@@ -97,6 +97,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
         bad: The bad records that were left out.
         fingerprint: Hexadecimal digest of the files (sizes, contents, in their order) and of which of their
             records are in use.
+        named_fingerprint: The same with the files' names, as older checkpoints hold it.
 
     Raises:
         BadData: Nothing to read, bad records (with ``error``), too many of them (with ``skip``), a damaged
@@ -142,10 +143,15 @@ class UnifiedGenerationDataset(Dataset[Any]):
         self._settle(found.unreadable, on_bad_record, bad_records_path, max_bad_share)
         # of names nothing: a file that was moved or renamed is the same data
         contents = [[path.stat().st_size, found.digests[n]] for n, path in enumerate(self.files)]
-        how = [[dict(read.fields), read.trigger_word]] if read.fields or read.trigger_word else []
-        self.fingerprint = hashlib.sha256(
-            json.dumps([contents, self._index.digest(), *how]).encode()
-        ).hexdigest()
+        self.fingerprint = self._fingerprint(contents)
+        self.named_fingerprint = self._fingerprint(
+            [[name, *held] for (_, name), held in zip(named, contents, strict=True)]
+        )
+
+    def _fingerprint(self, contents: list[list[Any]]) -> str:
+        fields, word = dict(self.read.fields), self.read.trigger_word
+        how = [[fields, word]] if fields or word else []
+        return hashlib.sha256(json.dumps([contents, self._index.digest(), *how]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._index)

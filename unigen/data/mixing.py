@@ -111,9 +111,20 @@ class Mixture:
     def fingerprint(self) -> str:
         """Digest of what the order and the aims depend on: the records, and with several sources their
         weights."""
+        return self._fingerprint([part.dataset.fingerprint for part in self.parts])
+
+    @property
+    def named_fingerprint(self) -> str:
+        """The same of files with their names, as older checkpoints hold it."""
+        return self._fingerprint([part.dataset.named_fingerprint for part in self.parts])
+
+    def _fingerprint(self, held: list[str]) -> str:
         if len(self.parts) == 1 and not self.parts[0].repeat:
-            return self.parts[0].dataset.fingerprint
-        rows = [[p.dataset.fingerprint, p.weight, p.repeat] + ["preserve"] * p.preserve for p in self.parts]
+            return held[0]
+        rows = [
+            [one, p.weight, p.repeat] + ["preserve"] * p.preserve
+            for one, p in zip(held, self.parts, strict=True)
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def part(self, record: int) -> tuple[DataSource, int]:

@@ -131,13 +131,14 @@ def weights_of(config: Config, source: Source, resume: Path | None) -> tuple[Pat
 def restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
     """Brings a built run to where a checkpoint left off."""
     state = states[layout.TRAINER]
-    if state["fingerprint"] != run.stream.mixture.fingerprint:
+    mixture = run.stream.mixture
+    if state["fingerprint"] not in (mixture.fingerprint, mixture.named_fingerprint):
         raise UserError(
             f"{folder}: the training data is not what this run began with (its fingerprint differs)."
             " Fix: resume with the same files (of any name, in one order) and weights, or start a new run"
             " with --model_path of this checkpoint"
         )
-    total = len(run.stream.mixture)
+    total = len(mixture)
     if max([state["position"], *(place + 1 for place in state["waiting"])]) > total:
         raise CheckpointError(
             f"{folder}: {layout.state_file(layout.TRAINER)}: position or waiting lie behind the {total:,}"
