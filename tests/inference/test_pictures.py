@@ -18,9 +18,8 @@ from unigen.inference import context as context_module
 from unigen.inference import inferencer as inferencer_module
 from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.inferencer import THINK_PROMPTS, InterleaveInferencer
-from unigen.inference.options import InferenceError
 from unigen.inference.pictures import run_transform, trained_transform
-from unigen.model.storage import RUN_OPTIONS
+from unigen.model.run_options import RUN_OPTIONS, RunOptionsError
 from unigen.model.weights import load_bagel
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import open_image
@@ -366,5 +365,5 @@ def test_of_several_sources_the_widest_limits_hold(golden):
 )
 def test_options_of_a_run_that_cannot_be_read_are_named(golden, tmp_path, text):
     (tmp_path / RUN_OPTIONS).write_text(text)
-    with pytest.raises(InferenceError, match=RUN_OPTIONS):
+    with pytest.raises(RunOptionsError, match=RUN_OPTIONS):
         trained_transform(load_bagel(golden / "model").config, tmp_path)

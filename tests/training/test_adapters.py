@@ -20,6 +20,7 @@ from unigen.model.parts import is_adapter, published_name
 from unigen.model.storage import scan_folder
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import verify_checkpoint
+from unigen.training.sample_plan import decides
 
 LORA = {"lora_rank": 3, "lora_targets": ["both", "connector"], "train_also": ["time_embedder"], "ema": 0.5}
 
@@ -121,6 +122,7 @@ def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp
         adapter = loop.run.model.adapters["default"]
         assert changed == {f"{target}.weight" for target in adapter.targets} | set(adapter.whole)
         assert not (out / "adapter_config.json").exists() and (out / "vocab.json").exists()
+        assert decides(out) and not decides(Path(options["model_path"]))
         load_bagel(out)
     target = adapter.targets[0]
     a, b = (raw[f"{target}.lora_{mark}.default.weight"] for mark in "AB")

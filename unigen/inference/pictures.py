@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unigen.config import Config, Source, UserError
-from unigen.foreign import read_json, roots_of
-from unigen.inference.options import InferenceError
+from unigen.config import Config, Source
 from unigen.model.config import BagelConfig
-from unigen.model.storage import RUN_OPTIONS
-from unigen.schema import Items, Maybe, Table, whole
+from unigen.model.run_options import run_options
 from unigen.sequence.contents import Viewer
 from unigen.sequence.grid import patchify
 from unigen.sequence.images import image_size, open_image
 from unigen.sequence.plan import Planner
 from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Image, Kind, Sample
-
-_RUN = Table({}, {"max_image_tokens": whole(1, 1 << 20), "train_sources": Maybe(Items(Table()))})
-"""The options of a run that say how it resized pictures."""
 
 
 def run_transform(config: BagelConfig, sources: Sequence[Source], max_image_tokens: int) -> ImageTransform:
@@ -44,18 +37,9 @@ def trained_transform(config: BagelConfig, folder: Path | None) -> ImageTransfor
     options.
 
     Raises:
-        InferenceError: the run's options cannot be read.
+        RunOptionsError: the run's options cannot be read.
     """
-    run, path = Config(), None if folder is None else folder / RUN_OPTIONS
-    if path is not None and os.path.lexists(path):
-        try:
-            run = Config(**_RUN.known(read_json(path, roots_of(path.parent), _RUN)))
-            return run_transform(config, run.sources(), run.max_image_tokens)
-        except UserError as error:
-            raise InferenceError(
-                f"{path} cannot be read ({error}). Fix: copy the checkpoint again, or remove the file: "
-                "pictures are then shown as with the default options"
-            ) from error
+    run = run_options(folder) or Config()
     return run_transform(config, run.sources(), run.max_image_tokens)
 
 

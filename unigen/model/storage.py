@@ -50,7 +50,6 @@ _CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 WEIGHTS = "ema.safetensors"
 INDEX = ".index.json"  # behind the name of a set of several files
 ORIGIN = "quantised_from"  # of config.json: the digest of the model whose matrices were quantised
-RUN_OPTIONS = "training_config.json"  # the options of the run that trained the weights, beside them
 CHUNK = 1 << 24  # elements or bytes handled at a time
 # of a file: 7B and its optimiser have 5,000 tensors and a header of 0.6 MB
 MAX_HEADER, MAX_TENSORS = 16 << 20, 100_000

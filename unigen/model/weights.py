@@ -46,6 +46,7 @@ from unigen.model.quantise import (
     restore,
     store,
 )
+from unigen.model.run_options import RUN_OPTIONS, carried
 from unigen.model.schemas import vae_misfits
 from unigen.model.storage import (
     FLOATS,
@@ -436,7 +437,7 @@ def save_bagel(
         else:
             plan[name] = (value.dtype, tuple(value.shape), lambda value=value: value.detach().cpu())
     write_safetensors(folder / filename, plan)
-    write_side_files(side_files(model), folder)
+    write_side_files(side_files(model) | carried(model.source), folder)
 
 
 def side_files(model: Bagel) -> dict[str, bytes]:
@@ -466,9 +467,10 @@ def side_files(model: Bagel) -> dict[str, bytes]:
 
 
 def write_side_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes what :func:`side_files` gave; of what is there already only ``config.json`` is replaced."""
+    """Writes what :func:`side_files` gave; of what is there already only ``config.json`` and the
+    options of the run that trained the weights are replaced."""
     for name, data in files.items():
-        if name == "config.json" or not (folder / name).exists():
+        if name in ("config.json", RUN_OPTIONS) or not (folder / name).exists():
             (folder / name).write_bytes(data)
 
 

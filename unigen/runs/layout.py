@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 
 from unigen.files import leftover
-from unigen.model.storage import RUN_OPTIONS
+from unigen.model.run_options import RUN_OPTIONS
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

@@ -4,24 +4,20 @@ the model can, and what time it takes."""
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from unigen.config import Config
-from unigen.foreign import read_json, roots_of
 from unigen.inference.prompts import Prompt
-from unigen.model.storage import RUN_OPTIONS
-from unigen.schema import Flag, Table
+from unigen.model.run_options import run_options
 from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
 
 SHARE = 0.1  # of the time that samples may take where sample_steps does not say how often they are
 DRAWING = ("generate", "edit", "interleaved")  # tasks with pictures as targets
-_OPTIONS = Table({}, {"train_transitions": Flag()})
 
 
 def with_kinds(prompts: Collection[Prompt], config: Config, tasks: Collection[str]) -> list[Prompt]:
@@ -62,10 +58,8 @@ def kinds_of(config: Config, tasks: Collection[str]) -> tuple[str, str, str]:
 def decides(folder: Path) -> bool:
     """Was the model in a folder trained to choose what comes next? A run that learnt it has left its options
     there; the published checkpoint has none. Raises UserError where they cannot be read."""
-    path = folder / RUN_OPTIONS
-    if not os.path.lexists(path):
-        return False
-    return Config(**_OPTIONS.known(read_json(path, roots_of(folder), _OPTIONS))).train_transitions
+    run = run_options(folder)
+    return run is not None and run.train_transitions
 
 
 class Pace:

@@ -14,12 +14,16 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from unigen import cli, load_bagel
+from unigen import cli, load_bagel, save_bagel
 from unigen.commands.ckpt.export import ExportError, export
 from unigen.commands.ckpt.listing import checkpoints_of, describe
 from unigen.commands.ckpt.options import CkptOptions
+from unigen.config import Config
+from unigen.inference.pictures import trained_transform
+from unigen.model.run_options import RUN_OPTIONS
 from unigen.model.storage import scan_folder, scan_safetensors
 from unigen.runs.checkpoint import read_manifest
+from unigen.training.sample_plan import decides
 
 ROOT = Path(__file__).parents[3]
 
@@ -261,7 +265,8 @@ def test_an_export_of_two_processes_is_the_weights_to_the_bit_and_loads(
     assert same(tensors_of(tmp_path / "out"), wanted)
     model = load_bagel(tmp_path / "out")
     assert all(torch.equal(p, wanted[key]) for key, p in model.named_parameters())
-    others = {p.name for p in (tmp_path / "out").iterdir()} - {"ema.safetensors", "export.json"}
+    ours = {"ema.safetensors", "export.json", RUN_OPTIONS}
+    others = {p.name for p in (tmp_path / "out").iterdir()} - ours
     assert {
         "ae.safetensors",
         "vocab.json",
@@ -527,3 +532,31 @@ def test_an_export_takes_the_memory_of_its_largest_tensor(tmp_path: Path):
         assert torch.equal(last, torch.full((10,), 3.5).to(last.dtype))
     for folder in tmp_path.iterdir():
         shutil.rmtree(folder)
+
+
+# ---- how the model is asked
+
+
+def test_an_export_is_asked_as_its_checkpoint_and_says_no_more_of_the_run(
+    whole: Path, tmp_path: Path, golden: Path
+):
+    step = tmp_path / "step_3"
+    shutil.copytree(whole, step)
+    sources = [{"path": "/home/me/a", "max_image_size": 96}, {"path": "/home/me/b", "max_image_tokens": 7}]
+    for given in (
+        {"max_image_tokens": 4, "train_transitions": False, "train_data_path": "/home/me/d.jsonl"},
+        {"max_image_tokens": 5, "train_transitions": True, "train_sources": sources},
+    ):
+        (step / RUN_OPTIONS).write_text(json.dumps(Config(**given).to_dict()))
+        places = [tmp_path / f"{name}{given['max_image_tokens']}" for name in ("plain", "again", "saved")]
+        assert ckpt("export", step, places[0], "--no_verify") == 0
+        assert ckpt("export", *places[:2]) == 0 and ckpt("verify", places[1]) == 0
+        model = load_bagel(step)
+        save_bagel(model, places[2])
+        for place in places:
+            assert trained_transform(model.config, place) == trained_transform(model.config, step)
+            assert trained_transform(model.config, place) != trained_transform(model.config, golden / "model")
+            assert decides(place) == decides(step) == given["train_transitions"]
+            assert "/home/me" not in (place / RUN_OPTIONS).read_text()
+    (step / RUN_OPTIONS).write_text("{")
+    assert ckpt("export", step, tmp_path / "x", "--no_verify") == 2 and not (tmp_path / "x").exists()

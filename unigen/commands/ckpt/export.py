@@ -30,6 +30,7 @@ from unigen.model.quantise import (
     quantised_names,
     stored_as,
 )
+from unigen.model.run_options import RUN_OPTIONS, carried
 from unigen.model.storage import (
     INDEX,
     ORIGIN,
@@ -102,7 +103,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     groups = ("ema", GROUP, *groups)
     states = set(map(layout.state_file, manifest["states"]))
     others = [name for name in manifest["files"] if name not in states and not _is_of(name, GROUPS)]
-    exported = {*others, *(name for name in manifest["files"] if _is_of(name, groups))}
+    exported = {*others, RUN_OPTIONS, *(name for name in manifest["files"] if _is_of(name, groups))}
     if options.verify and not given and (problems := problems_of(source, exported.__contains__)):
         raise ExportError(
             f"{source}: damaged checkpoint: {'; '.join(problems)}. Fix: export another one; --no_verify"
@@ -124,6 +125,9 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
                 say(f"Adapter: {binding_on_disk(about_adapter, named)}")
             for path in side:
                 copy_file(path, staging / path.name, roots_of(path.parent))
+            for name, data in carried(source).items():
+                (staging / name).write_bytes(data)
+                side.append(Path(name))
             about = {"unigen": __version__, "step": manifest["step"], "average": average}
             about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
             if options.quantize:
