@@ -10,7 +10,7 @@ import pytest
 
 from unigen import messages
 from unigen.cli import main
-from unigen.messages import in_language, preferred, sentences, speaking, spoken, values_of
+from unigen.messages import in_language, keep, preferred, sentences, speaking, spoken, values_of
 
 ROOT = Path(__file__).parents[1]
 HELD = sentences("zh")
@@ -99,7 +99,9 @@ def test_values_stay_to_the_letter(shift):
         count = len(numbers(english))
         literals = [text for text, _ in values_of(english)]
         values = [ODD[(shift + 3 * n) % len(ODD)] for n in range(count)]
-        unclear = any(literal in value for literal in literals[1:-1] for value in values)
+        unclear = re.search(r"[A-Za-z]\{\d*\}", english) or any(
+            literal in value for literal in literals[1:-1] for value in values
+        )
         if unclear or sum(c.isalpha() for c in "".join(literals)) < 12:
             continue  # where one value ends and the next begins, or whose sentence it is, nobody can tell
         parts = values_of(chinese)
@@ -133,6 +135,55 @@ def test_values_stay_to_the_letter(shift):
 )  # fmt: skip
 def test_sentences_within_sentences(english, chinese):
     assert in_language(english, "zh") == chinese and in_language(english, "en") == english
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/data (old)/m{}",
+        "/table of 5 records/x{}.jsonl",
+        "/what holds data{}/and more/f{}",
+        "/run/m{}",
+        "run/m{}",
+    ],
+)
+def test_no_path_is_altered_in_any_sentence(path):
+    lost, same = [], 0
+    for english in ROWS:
+        values = [path.replace("{}", str(n)) for n in range(len(numbers(english)))]
+        text = english.replace("{#}", "{}").format(*values)
+        found = in_language(text, "zh")
+        lost += [(english, found)] * any(value not in found for value in values)
+        same += found == text and bool(values)
+    assert lost == [] and same < 90, "a value must stand whole, and most sentences are known with it"
+
+
+@pytest.mark.parametrize(
+    ("given", "english", "chinese"),
+    [
+        ("my records", "my records: it has no line", "my records"),
+        ("a table of 5 records", "a table of 5 records holds no checkpoints. Fix: name another folder", ""),
+        ("no such records of it/x (is a copy)", "model_path is no such records of it/x (is a copy)", ""),
+        ("runs (1)/a", "Samples of step 0: runs (1)/a/samples/step_0 (0.4 s)", "第 0 步的样例："),
+        ("--run_name=in 3 of 4: steps", "in 3 of 4: steps is no file", ""),
+    ],
+)
+def test_what_a_user_gave_stays_as_it_is(given, english, chinese):
+    value = given.partition("=")[2] or given
+    with speaking("zh"):
+        keep([{"option": value}])
+        found = in_language(english)
+    assert value in found and chinese in found and "（1）" not in found
+    keep(value)
+    assert messages._given == (), "English has nothing to keep"
+
+
+def test_options_of_a_command_stay_as_they_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a table of 5 records", "my records (is a copy)"):
+        assert main(["ckpt", "ls", name, "--language", "zh"]) == 2
+        err = capsys.readouterr().err
+        assert name in err and "解决办法" in err
 
 
 def test_a_long_text_takes_no_time():

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar, get_origin
 from unigen.bars import Bar, clear
 from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
-from unigen.messages import LANGUAGES, in_language, preferred, speaking, spoken
+from unigen.messages import LANGUAGES, in_language, keep, preferred, speaking, spoken
 from unigen.others import nearest, unknown
 from unigen.printing import columns, guard, guarded, libraries_silent, printable_lines
 from unigen.recipe import UsageError, read_recipe
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     given, rest = taken_out(sys.argv[1:] if argv is None else argv, "--language")
     language = given[-1] if given and given[-1] in LANGUAGES else preferred()
     with guarded(), libraries_silent(), speaking(language):
+        keep([re.sub("^--[^=]*=?", "", value) for value in [os.getcwd(), *rest]])
         return _main(rest, given)
 
 
@@ -161,6 +162,7 @@ def parse_options(
     try:
         for recipe in recipes:
             found += [(name, where, value) for where, name, value in read_recipe(Path(recipe), types)]
+        keep([value for *_, value in found])
         for name, (flag, given) in collect(flags, types).items():
             found.append((name, f"--{name}", flag_value(flag, given, types[name])))
         for name, where, value in sorted(found, key=lambda one: one[0] != "plugin"):

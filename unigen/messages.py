@@ -3,6 +3,9 @@
 Errors, log lines and labels are written in English where they arise. Where they leave the program they pass
 :func:`in_language`, which finds the sentence in ``assets/text/messages.zh.json`` and puts its values into the
 Chinese one. A sentence that is not there stays as it is. ``tools/write_messages.py`` keeps the table.
+
+A value is never altered: what a user gave (:func:`keep`) and all that looks like a path is one sign while a
+text is translated, and a text whose paths did not come through whole stays English.
 """
 
 from __future__ import annotations
@@ -36,7 +39,20 @@ _OPTION = re.compile(rf"(?!({_SMALL})$)(--)?[a-z][\w.-]*(\[\d+\])?")
 _BREAKS = ("Fix: ", "; ", ". ", ": ")  # the end of a sentence within a text
 _FIGURE = r"([-+\d][\d.,e+-]*%?)"
 _WORD = re.compile(r"[A-Za-z_]+")
+# Signs of no language, which stand for values while a text is translated: those that were given, and paths.
+_GIVEN, _PATHS = range(0xE000, 0xE800), range(0xE800, 0xF000)
+_SIGN = re.compile("[\ue800-\uefff]")
+_GIVEN_SIGN = re.compile("[\ue000-\ue7ff]")
+_PHRASE = re.compile(r"[\s()/]")  # what a value has that is more than a word or a figure
+_ENDINGS = (
+    "jsonl?|ya?ml|safetensors|png|jpe?g|webp|gif|txt|log|parquet|arrow|csv|tsv|tar|zip|gz|html|pdf|md|py"
+)
+_TOKEN = re.compile(r"[^\s'\"`“”，。；：（）]+")
+_FIGURES = re.compile(r"[-+\d.,%?]*/[-+\d.,%?]*|[A-Za-z]{1,8}/s")  # 3/5, MB/s
+_BESIDE = 4  # words without a slash in a path, beside each other
+_LATIN = re.compile("[A-Za-z]")
 _spoken = "en"
+_given: tuple[str, ...] = ()
 
 
 def preferred(environ: Mapping[str, str] | None = None) -> str:
@@ -59,9 +75,9 @@ def spoken() -> str:
 @contextmanager
 def speaking(language: str) -> Iterator[None]:
     """All that is said in the block, log lines too, is in ``language``."""
-    global _spoken
+    global _spoken, _given
     assert language in LANGUAGES
-    before, factory = _spoken, logging.getLogRecordFactory()
+    before, factory = (_spoken, _given), logging.getLogRecordFactory()
     _spoken = language
 
     def record(*args: object, **options: object) -> logging.LogRecord:
@@ -76,15 +92,37 @@ def speaking(language: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _spoken = before
+        _spoken, _given = before
         logging.setLogRecordFactory(factory)
+
+
+def keep(*values: object) -> None:
+    """Values that a user gave, texts or lists and mappings of them, which the command that runs may say
+    again: they stay as they are."""
+    global _given
+    for value in values if _spoken != "en" else ():
+        if isinstance(value, list | tuple | dict):
+            keep(*(value.values() if isinstance(value, dict) else value))
+            continue
+        text = value.strip().rstrip("/") if isinstance(value, str) else ""
+        if _PHRASE.search(text) and not _FIGURES.fullmatch(text):
+            told = sorted({*_given, text}, key=lambda one: (-len(one), one))
+            _given = tuple(told[: len(_GIVEN)])
 
 
 def in_language(text: str, language: str | None = None) -> str:
     """The text in a language, default that of the command; what is not known of it stays English, and values
     stay as they are."""
     language = language or _spoken
-    return text if language == "en" else _table(language).said(text)
+    if language == "en":
+        return text
+    held = text
+    if _given and not _GIVEN_SIGN.search(text):
+        for sign, value in zip(_GIVEN, _given, strict=False):
+            if value in held:
+                held = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", chr(sign), held)
+    said = _table(language).said(held)
+    return said if held == text else _GIVEN_SIGN.sub(lambda sign: _given[ord(sign[0]) - _GIVEN[0]], said)
 
 
 class _Row(NamedTuple):
@@ -97,7 +135,7 @@ class _Row(NamedTuple):
 
     def values(self, text: str) -> list[str] | None:
         """The values that make the sentence the text; None where none do. Of several ways it is the one with
-        the shortest values first; in linear time."""
+        the shortest values first of which none ends within brackets; in linear time."""
         if self.figured:
             match = self.figured.fullmatch(text)
             return match and list(match.groups())
@@ -108,13 +146,16 @@ class _Row(NamedTuple):
         at, end, found = len(first), len(text) - len(last), []
         if end < at or not (text.startswith(first) and text.endswith(last)):
             return None
+        whole = _is_whole(text)
         for literal in middle:
             next_at = text.find(literal, at, end)
+            while whole and next_at >= 0 and not _is_whole(text[at:next_at]):
+                next_at = text.find(literal, next_at + 1, end)
             if next_at < 0:
                 return None
             found.append(text[at:next_at])
             at = next_at + len(literal)
-        return [*found, text[at:end]]
+        return [*found, text[at:end]] if not whole or _is_whole(text[at:end]) else None
 
     def filled(self, values: list[str]) -> str:
         """The Chinese with values; no blank stands between a Chinese value and Chinese."""
@@ -143,13 +184,27 @@ class Table:
             if other:
                 row = _row(english, other)
                 self._rows.setdefault(_word_of(row.literals), []).append(row)
+        # words of the program itself that look like paths: metrics.jsonl
+        self._own = {word for english in sentences for word in _TOKEN.findall(english) if _like_path(word)}
         tails = (row for rows in self._rows.values() for row in rows if row.literals[0][:1] in tuple(";,.( "))
         self.tails = [row for row in tails if len(row.literals[0]) > 1]
         self.said = lru_cache(1024)(self._said)
 
     def _said(self, text: str) -> str:
         """A text in the other language; in English where it is not known."""
-        return _Text(self).read(text, 0) or text
+        if len(text) > _LONGEST or _SIGN.search(text):
+            return text
+        paths = list(_paths(text, self._own))[: len(_PATHS)]
+        held, at = "", 0
+        for sign, (start, end) in zip(_PATHS, paths, strict=False):
+            held, at = held + text[at:start] + chr(sign), end
+        values = [text[start:end] for start, end in paths]
+        ways = [_Text(self).read(text, 0) or text]
+        if paths:  # a sentence may have a part of a path of its own, {}/samples: the way that leaves least
+            masked = _Text(self).read(held + text[at:], 0) or text
+            ways.insert(0, _SIGN.sub(lambda sign: values[ord(sign[0]) - _PATHS[0]], masked))
+        ways = [way for way in ways if all(way.count(value) >= text.count(value) for value in values)]
+        return min(ways, key=lambda way: len(_LATIN.findall(way)), default=text)
 
     def find(self, text: str, vague: bool = False) -> Iterator[tuple[_Row, list[str]]]:
         """The sentences that the text may be, those with the most of their own first; ``vague`` ones have few
@@ -274,6 +329,7 @@ class _Text:
 
     def _parted(self, text: str, depth: int, strict: bool = False) -> str | None:
         """A text of two sentences, of which one is known at least."""
+        whole = _is_whole(text)
         for sign, ours in _PARTS.items():
             closed = sign == " ("
             if closed and not text.endswith(")"):
@@ -281,6 +337,8 @@ class _Text:
             for found in re.finditer(re.escape(sign), text):
                 head, tail = text[: found.start()], text[found.end() : -1 if closed else None]
                 parts = [part for part in (head, tail) if " " in part]
+                if whole and not (_is_whole(head) and _is_whole(tail)):
+                    continue
                 if strict and not any(self._known(part, depth + 1) for part in parts):
                     continue
                 said = [self.read(part, depth + 1) if " " in part else None for part in (head, tail)]
@@ -334,6 +392,63 @@ def _word_of(literals: tuple[str, ...]) -> str:
 def _several(text: str) -> bool:
     """Does it look like several sentences?"""
     return any(sign in text for sign in _BREAKS)
+
+
+def _is_whole(text: str) -> bool:
+    """Are its round brackets closed, in their order?"""
+    depth = 0
+    for c in text:
+        depth += (c == "(") - (c == ")")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _like_path(word: str) -> bool:
+    """Does a word look like (a part of) a path? No figures (``3/5``) and no rates (``MB/s``)."""
+    word = word.strip(".,;:?()")
+    if "/" in word:
+        return len(word) > 1 and not _FIGURES.fullmatch(word)
+    return bool(re.search(rf"\.({_ENDINGS})$", word))
+
+
+def _paths(text: str, own: set[str]) -> Iterator[tuple[int, int]]:
+    """Where the paths of a text begin and end. Behind a slash the words up to another belong to a path,
+    unless a sign parts them, or the brackets of what would be one path are not closed."""
+    words = list(_TOKEN.finditer(text))
+    n = 0
+    while n < len(words):
+        word = words[n]
+        n += 1
+        start = word.start() + len(word[0]) - len(word[0].lstrip("(,;["))
+        if word[0] in own or not _like_path(text[start : word.end()]):
+            continue
+        end = start + _length(text[start : word.end()])
+        for ahead in (
+            range(n, len(words)) if text[start : word.end()].startswith(("/", "~/", "./", "../")) else ()
+        ):
+            if ahead - n >= _BESIDE or text[words[ahead - 1].end() : words[ahead].start()] != " ":
+                break
+            now = words[ahead][0]
+            if words[ahead - 1][0][-1] in ".,;:?" or re.match(r"\(*[/~]|--|\(.*\)[.,;:]?$|\w+://", now):
+                break  # another begins, or a remark on this one
+            if "/" in now and not _FIGURES.fullmatch(now.strip(".,;:?()")) and now not in own:
+                last = words[ahead].start() + _length(now)
+                if _is_whole(text[start:last]):
+                    end, n = last, ahead + 1
+        yield start, end
+
+
+def _opened(word: str) -> bool:
+    """Does it end with a bracket that it did not open?"""
+    return any(word[-1] == end and word.count(begin) < word.count(end) for begin, end in ("()", "[]"))
+
+
+def _length(word: str) -> int:
+    """Characters of a word without the signs that end a sentence, and a bracket that it did not open."""
+    while word and (word[-1] in ".,;:?" or _opened(word)):
+        word = word[:-1]
+    return len(word)
 
 
 def _is_chinese(c: str) -> bool:
