@@ -100,9 +100,9 @@ def test_tables_of_texts(tmp_path: Path, name: str, text: str) -> None:
         ("a.png,A disc, red\na.png,A disc,blue\n", "a record in the first line"),
         ("image,\na.png,x\n", "a name for each column"),
         ("image,image\na.png,x\n", "a name for each column"),
-        ("image,text\na.png,A disc, red\n", "3 cells at line 2"),
-        ('image,text\na.png,"A disc\n', "unexpected end of data"),
-        ("image,text\na.png,\xff\n".encode("latin-1"), "0xff at line 2"),
+        ("image,text\na.png,A disc, red\n", "a.csv:2: bad_csv"),
+        ('image,text\na.png,"A disc\n', "the record at line 2 that nothing closes"),
+        ("image,text\na.png,\xff\n".encode("latin-1"), "a.csv:2: bad_utf8"),
         ("image,text\ra.png,A disc\r", "line ends of LF"),
         pytest.param("image," + "t" * 200_000 + ",image\n", "a name for each column", id="long"),
     ],
@@ -112,6 +112,46 @@ def test_a_table_that_is_none_is_told_with_the_line(tmp_path: Path, text, words:
     write(tmp_path / "a.png", png())
     error = refused(write(tmp_path / "a.csv", text))
     assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "good", "bad"),
+    [
+        ("a.tsv", 'a.png\t"Hello\na.png\tworld"\na.png\t"Hi" she\n', ['"Hello', 'world"', '"Hi" she'], []),
+        ("a.tsv", 'a.png\t"Hello\na.png\tx\ty\n', ['"Hello'], [3]),
+        ("a.csv", 'a.png,"Hi" she\na.png,x,y\na.png,ok\n', ["ok"], [2, 3]),
+        ("a.csv", b"a.png,\xc4\xe3\na.png,ok\n", ["ok"], [2]),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_one_bad_record(tmp_path: Path, name, text, good, bad) -> None:
+    write(tmp_path / "a.png", png())
+    first = b"image\ttext\n" if name.endswith("tsv") else b"image,text\n"
+    path = write(tmp_path / name, first + (text if isinstance(text, bytes) else text.encode()))
+    dataset = UnifiedGenerationDataset(path, on_bad_record="skip", max_bad_share=0.9)
+    assert [record.sample[0].text for record in dataset] == good
+    assert [error.origin.line for error in dataset.bad] == bad
+    assert path.read_bytes().count(b"\n") == len(good) + len(bad) + 1
+
+
+def test_blanks_behind_the_separators_are_no_part_of_names_and_texts(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    path = write(tmp_path / "a.csv", 'image, text\na.png, "one, two"\na.png, three\n')
+    assert [sample[0] for _, sample in read(path)] == ["one, two", "three"]
+
+
+def test_a_text_that_is_no_utf8_spoils_its_own_picture_and_is_named(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"{i}.png", png(i))
+        write(tmp_path / f"{i}.txt", "\u7ea2".encode("gbk" if i == 1 else "utf-8"))
+    dataset = UnifiedGenerationDataset(tmp_path, on_bad_record="skip", max_bad_share=0.5)
+    (error,) = dataset.bad
+    assert len(dataset) == 2 and error.code == "bad_utf8" and "1.txt" in error.found
+
+
+def test_a_split_of_files_that_are_named_is_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.jsonl", "{}\n") for name in "ab"]
+    with pytest.raises(BadData, match="split is 'test'"):
+        find_files(files, asked="test")
 
 
 def test_cells_say_what_is_learnt_as_json_does(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unigen.data.formats import FORMATS, parse_raw, parse_record, parse_with_fields
+from unigen.data.keys import Unlearnt
 from unigen.data.mapping import ReadOptions
 from unigen.sequence.images import Confined, open_image
 from unigen.sequence.types import BadRecord, Image, Origin, Text
@@ -131,6 +132,25 @@ def test_what_a_turn_says_of_its_learning_holds_in_every_format(made) -> None:
     assert last(target=False) == (False, 1.0)
     assert last(weight=0.25) == last(weight=0.25, target=True) == last(loss=0.25) == (True, 0.25)
     assert last(weight=None, metadata={"id": 1}) == (True, 1.0)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [turn("user", "q")], "stats": {"loss": 0}},
+        {"conversations": [turn("user", "q", weight=0)]},
+    ],
+)
+def test_a_record_without_an_answer_is_bad_whatever_is_not_learnt(record) -> None:
+    assert type(bad(record)) is BadRecord
+    answered = {"conversations": [turn("user", "q"), turn("assistant", "a", weight=0)]}
+    assert type(bad(answered)) is Unlearnt
+
+
+@pytest.mark.parametrize("names", [("query", "response"), ("instruction", "output")])
+def test_a_thinking_text_stands_before_the_answer_it_leads_to(names) -> None:
+    record = dict(zip(names, ("q", "a")), history=[["q0", "a0"]], reasoning_content="hm")
+    assert shape(record) == ["q0", "a0*", "q", "<think>hm</think>*", "a*"]
 
 
 def test_a_user_turn_may_be_learnt() -> None:

@@ -148,6 +148,27 @@ def test_an_answer_or_another_picture_beside_is_not_left_unread(record, field: s
     assert read(record, fields=drawn) == ("text_to_image", ["q", "[a.png]*"])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("answer", 3),
+        ("answers", [{"answer": "net"}]),
+        ("correct_answer", "b"),
+        ("choices", ["a", "b"]),
+        *((name, "b.png") for name in ("reference", "depth", "source", "control", "ref_images_path")),
+        ("depth", {"bytes": b"\x89PNG", "path": None}),
+    ],
+)
+def test_any_answer_and_any_other_picture_is_refused(field: str, value) -> None:
+    error = refused({"image": "a.png", "text": "How many?", field: value})
+    assert (error.code, error.field) == ("unexpected_field", field)
+
+
+def test_the_name_and_the_address_of_a_picture_are_no_other_picture() -> None:
+    more = {"filename": "b.png", "url": "http://a/b.jpg", "origin": "x/a.png", "cls": b"3", "label": 3}
+    assert read({"image": "a.png", "text": "t", **more})[1] == ["t", "[a.png]*"]
+
+
 def test_what_only_sounds_like_an_answer_or_a_picture_is_left_unread() -> None:
     record = {
         "image": "a.png",

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from unigen.data.json_text import decode
+from unigen.data.json_text import BrokenRow, decode
 from unigen.data.words import Json
+from unigen.sequence.types import BadRecord
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 CAPTIONS = (".txt", ".caption")
@@ -24,19 +25,23 @@ def caption_of(picture: Path) -> Path | None:
 
 
 def row(picture: Path) -> tuple[bytes, Json]:
-    """The bytes of a picture's text, and the record of the two; without a file of its text it has none.
-
-    Raises:
-        BadRecord: The text is no UTF-8.
-    """
+    """The bytes of a picture's text, and the record of the two; without a file of its text it has none. A
+    text that cannot be read spoils its own record."""
     path = caption_of(picture)
     if path is None:
         return b"", {"image": picture.name, "text": ""}
     with path.open("rb") as file:
         data = file.read(MAX_CAPTION + 1)
-    if len(data) > MAX_CAPTION:
-        raise ValueError(f"{path.name} has more than {MAX_CAPTION:,} bytes")
-    return data, {"image": picture.name, "text": decode(data.removeprefix(b"\xef\xbb\xbf"), 1).strip()}
+    made: Json = {"image": picture.name}
+    try:
+        if len(data) > MAX_CAPTION:
+            found, expected = f"more than {MAX_CAPTION:,} bytes", "what the picture shows"
+            raise BadRecord("huge_record", "text", found, expected, "write a shorter text")
+        made["text"] = decode(data.removeprefix(b"\xef\xbb\xbf"), 1).strip()
+    except BadRecord as error:
+        error.field, error.found = "text", f"in {path.name}: {error.found}"
+        return data, BrokenRow(error, made | {"text": data})
+    return data, made
 
 
 def captioned(names: Iterable[Path], folder: Path) -> Iterator[Path]:

@@ -88,9 +88,10 @@ def find_files(
                 f"{given}: its name ends in none of {known}, nor in .json or .jsonl with"
                 f" {' or '.join(PACKED)}. Fix: {_renamed(path)}"
             )
-        elif asked and len(given_paths) == 1:
+        elif asked and not any(remote.scheme_of(str(one)) or Path(one).is_dir() for one in given_paths):
+            what = "this is one file" if len(given_paths) == 1 else "files alone are named"
             raise BadData(
-                f"{given}: split is {asked!r}, and this is one file. Fix: leave split out, or name the folder"
+                f"{given}: split is {asked!r}, and {what}. Fix: leave split out, or name the folder"
             )
         else:
             found.append((path, path.name))

@@ -17,7 +17,7 @@ from unigen.data import keys, layouts, tar
 from unigen.data.embedded import Address
 from unigen.data.fields import Json, Segments
 from unigen.data.hints import hint_for
-from unigen.data.json_text import parse_json
+from unigen.data.json_text import BrokenRow, parse_json
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.recognise import Format, recognise
 from unigen.plugins import Table
@@ -64,6 +64,8 @@ def value_of(raw: bytes | Json, line: int) -> Any:
     which NaN is an empty cell. Raises BadRecord, without origin."""
     if isinstance(raw, bytes):
         return parse_json(raw, line)
+    if isinstance(raw, BrokenRow):
+        raise raw.error
     row = {name: value for name, value in raw.items() if value is None or value == value}
     return tar.members(row) if tar.KEY in row else row
 
@@ -103,7 +105,7 @@ def parse_with_fields(
         read_from = {field.partition(".")[0].partition("[")[0] for _, field in segments}
         notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known | read_from)]
         if not any(segment.target for segment, _ in segments):
-            if keys.says_no(value):
+            if keys.says_no(value) and _would_learn(value, read.folder(origin.file), name):
                 zero = next((key for key in keys.RECORD_WEIGHT if value.get(key) == 0), None)
                 found = f.show(value[zero]) if zero else "targets that are not to be learnt"
                 fix = "give it a weight above 0 where it should be learnt"
@@ -170,10 +172,11 @@ def _without_empty(record: Json) -> tuple[Json, list[tuple[str, str]]]:
 
 def _framed(record: Json, segments: Segments) -> Segments:
     """The segments of a record with what it says of all of them: a system text comes first, a thinking text
-    before the first target, and a weight holds for every target."""
+    before the first target (where the format has not placed it), and a weight holds for every target."""
     weight = keys.weight_of(record, "", 1.0, keys.RECORD_WEIGHT)
     first = next((i for i, (segment, _) in enumerate(segments) if segment.target), len(segments))
-    segments = [*segments[:first], *f.thought(record, "", 1.0), *segments[first:]]
+    if not any(field == keys.THOUGHT for _, field in segments):
+        segments = [*segments[:first], *f.thought(record, "", 1.0), *segments[first:]]
     if weight < 1:
         segments = [
             (replace(s, target=s.target and weight > 0, weight=s.weight * (weight or 1.0)), field)
@@ -182,6 +185,12 @@ def _framed(record: Json, segments: Segments) -> Segments:
     if f.optional(record, "system", str):
         segments.insert(0, (Text(f.string(record, "system", "")), "system"))
     return segments
+
+
+def _would_learn(record: Json, folder: Path, name: str) -> bool:
+    """Has a record a target, but for what it says against learning one?"""
+    segments = FORMATS[name].parse(keys.all_learnt(record), folder)
+    return any(segment.target for segment, _ in segments)
 
 
 def _captioned(text: tuple[Text | Image, str], read: ReadOptions) -> tuple[Text | Image, str]:

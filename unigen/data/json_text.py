@@ -36,6 +36,15 @@ _HAN = re.compile(r"[\u4e00-\u9fff]")
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
+class BrokenRow(dict[str, Any]):
+    """The row of a record that cannot be read, with what is wrong with it: it is judged, and counted, as a
+    record."""
+
+    def __init__(self, error: BadRecord, contents: dict[str, Any]):
+        super().__init__(contents)
+        self.error = error
+
+
 class _Constant(ValueError):
     pass
 

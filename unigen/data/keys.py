@@ -137,6 +137,19 @@ def says_no(value: Any, depth: int = 4) -> bool:
     )
 
 
+def all_learnt(value: Any, depth: int = 4) -> Any:
+    """A record, or a value in it, without what :func:`says_no` finds."""
+    if isinstance(value, list) and depth:
+        return [all_learnt(item, depth - 1) for item in value]
+    if not isinstance(value, dict) or not depth:
+        return value
+    return {
+        name: item if name == "metadata" else all_learnt(item, depth - 1)
+        for name, item in value.items()
+        if not (name in LEARNING and isinstance(item, int | float) and item == 0)
+    }
+
+
 def in_text(name: str, text: str) -> Any:
     """What JSON would have under ``name`` for the text of a table: 0.5 for ``weight``, and ``False`` for
     ``label`` too, which is refused. What is neither stays a text."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from unigen.data import fields as f
 from unigen.data.captions import is_picture
 from unigen.data.fields import Json, Part, Segments
+from unigen.data.keys import RECORD, THOUGHT, is_empty
 from unigen.sequence.types import BadRecord, Image, Text
 
 PICTURE = ("image", "image_path", "file_name")
@@ -29,7 +30,10 @@ INSTRUCTION = (
 )  # fmt: skip
 EDITED = ("output_image", "output_images", "edited_image", "target_image", "target_img", "edited_img")
 QUESTION, ANSWER = ("query", "prompt"), ("response", "completion")
-OTHER_ANSWERS = (*ANSWER, "answer", "answers", "solution", "output", "label")
+OTHER_ANSWERS = (
+    *ANSWER, "answer", "answers", "multiple_choice_answer", "correct_answer", "final_answer", "solution",
+    "output", "label", "choices",
+)  # fmt: skip
 ZEBRA = ("Question", "Text Reasoning Trace", "Final Answer")
 
 RIVALS = (
@@ -42,6 +46,10 @@ RIVALS = (
 """Names of which a record means one: where a mapping gives one of them, the others stand aside."""
 
 _OTHER_PICTURE = re.compile(r"(.*_)?(image|img|mask)s?|mask_.*")
+_ITS_NAME = re.compile(
+    r"((image|img|file|orig(inal)?|source)_?)?(file_?)?(name|id|key|path|url|uri)", re.IGNORECASE
+)
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # of pictures
 _MARK = re.compile(r"<image_start>\s*\[([^\[\]]{1,200})\]\s*<image_end>")
 
 
@@ -209,14 +217,20 @@ def _refuse_another_task(record: Json, picture: str, text: str) -> None:
     """Raises BadRecord where a picture and its text stand beside an answer or another picture, which drawing
     the picture from the text would leave out: the record is a question or an edit."""
     draw = f"--fields text_prompt={text} image_path={picture} to draw {picture} from {text} alone"
-    for name, value in record.items():
+    for name in sorted(record, key=lambda name: OTHER_ANSWERS.index(name) if name in OTHER_ANSWERS else 99):
+        value = record[name]
         first = value[0] if isinstance(value, list) and value else value
-        if name == "label" and isinstance(first, str) and first.strip().isdecimal():
-            continue  # the number of a class, as a cell of CSV has it
-        if name in OTHER_ANSWERS and isinstance(first, str) and first:
+        if name == "label" and (not isinstance(first, str) or first.strip().isdecimal()):
+            continue  # the number of a class
+        if name in OTHER_ANSWERS and not is_empty(first):
             place = name if first is value else f"{name}.0"
-            fix = f"give --fields query={text} response={place} to learn the answer, or {draw}"
-        elif name in PICTURE or not _OTHER_PICTURE.fullmatch(name) or not _is_picture(first):
+            if isinstance(first, dict) and isinstance(first.get("answer"), str):
+                first, place = first["answer"], f"{place}.answer"
+            if isinstance(first, str) and name != "choices":
+                fix = f"give --fields query={text} response={place} to learn the answer, or {draw}"
+            else:
+                fix = f"write question and answer as messages (format 7), or give {draw}"
+        elif name in PICTURE or not _is_another(name, first, record[picture]):
             continue
         elif "mask" in name:
             fix = f"move it into metadata (masks are not learnt from), or give {draw}"
@@ -251,6 +265,22 @@ def _is_file_name(value: object) -> bool:
     if not isinstance(value, str) or len(value) > 1000 or "://" in value:
         return False
     return not re.search(r"\s", value.strip()) and is_picture(Path(value.strip()))
+
+
+def _is_another(name: str, value: object, picture: object) -> bool:
+    """Is a field another picture than ``picture``, in place of its name or address?"""
+    if name in RECORD:
+        return False
+    if _OTHER_PICTURE.fullmatch(name):
+        return _is_picture(value)
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):  # the members of a tar are bytes, whatever they hold
+        return value.startswith(_BEGINNINGS)
+    if not isinstance(value, str) or "://" in value or not _is_picture(value):
+        return False
+    same = isinstance(picture, str) and Path(value).stem == Path(picture).stem
+    return value.startswith("data:") or not (same or _ITS_NAME.fullmatch(name))
 
 
 def _is_picture(value: object) -> bool:
@@ -339,6 +369,7 @@ def _talk(record: Json, asked: list[tuple[str, str]], answer: str, folder: Path)
             field = f"history[{i}][{at}]"
             turns.append((role, [Part(_string(text, field), field, f.default_weight(role))]))
     turns += [("user", [Part(text, name, 0.0)]) for name, text in asked]
-    turns.append(("assistant", [Part(f.string(record, answer, ""), answer, 1.0)]))
+    said = Part(f.string(record, answer, ""), answer, f.default_weight("assistant"))
+    turns.append(f.turn({THOUGHT: record.get(THOUGHT)}, "", "assistant", [said]))
     images, field = images_of(record, folder)
     return f.tagged(turns, images, field)
