@@ -63,6 +63,7 @@ def test_every_preset_names_settings_that_there_are_and_a_layout():
         assert set(preset.settings) <= names and preset.layout in LAYOUTS and preset.source
         SamplingOptions(**preset.settings)
     assert {preset.layout for preset in PRESETS.values()} == set(LAYOUTS) == set(RECORDS)
+    assert {name for name, preset in PRESETS.items() if preset.one_seed} == {"gedit"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pictures import noise
 
 from unigen.inference.context import Context
 from unigen.inference.inferencer import THINK_PROMPTS, InterleaveInferencer
-from unigen.inference.options import InferenceError, sampling_options
+from unigen.inference.options import Guidance, InferenceError, sampling_options
 from unigen.inference.pictures import blocks_as_reference
 from unigen.model.weights import load_bagel
 from unigen.sequence.pack import pack_blocks
@@ -381,6 +381,30 @@ def test_thinking_puts_the_prompt_first_and_the_thought_into_the_full_context_al
     )
     tokens, _ = inferencer.pieces.draw_in([context], [(32, 48)], [noise], sampling_options(**options))[0]
     assert torch.allclose(tokens, trace["latent"][0], atol=1e-4) and drawn.size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "no_text", "no_image"),
+    [
+        (Guidance(), ["s", None], ["s", "blue"]),
+        (Guidance(thought=True), ["s", None], ["s", "blue", "so"]),
+        (Guidance(system=False), [], ["s", "blue"]),
+    ],
+)
+def test_where_a_thought_enters_what_guidance_compares_with(
+    inferencer, picture, monkeypatch, guidance, no_text, no_image
+):
+    """Bagel's eval/gen: gen_images_mp_kris.py adds the thought to cfg_img_past_key_values; gen_images_mp_wise.py
+    passes cfg_text_past_key_values=None, with the positions behind the system prompt."""
+    build = lambda pieces: _context(inferencer, [picture if p is None else p for p in pieces])  # noqa: E731
+    monkeypatch.setattr(inferencer.builder, "guidance", guidance)
+    c = build(["s", None, "blue"])
+    position = c.no_text.position
+    inferencer.builder.add_text([c], ["so"], only_full=True)
+    assert equal(c.full, build(["s", None, "blue", "so"]).full)
+    assert equal(c.no_image, build(no_image).full)
+    assert c.no_text.position == position > 0
+    assert equal(c.no_text, build(no_text).full) if no_text else c.no_text.length == 0
 
 
 def test_the_prompt_of_thinking_matters(model):

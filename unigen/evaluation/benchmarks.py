@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unigen.config import UserError
+from unigen.inference.options import Guidance
 from unigen.printing import printable
 
 Json = dict[str, Any]
@@ -22,6 +23,10 @@ class BenchmarkError(UserError):
 
 
 # ---- sampling
+
+# These scripts call the model themselves: WISE's with cfg_text_past_key_values=None, those of KRIS and RISE
+# with the thought in cfg_img_past_key_values.
+_REFERENCE, _BARE, _THOUGHT = Guidance(), Guidance(system=False), Guidance(thought=True)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Preset:
         one_seed: every picture is drawn from ``seed`` itself; otherwise seeds go on from picture to picture.
         vit: longest and shortest side in pixels of a picture to edit, as the ViT sees it; the VAE sees 1024
             and 512.
+        guidance: where a thought and its system prompt enter.
     """
 
     settings: Mapping[str, Any]
@@ -44,6 +50,7 @@ class Preset:
     pictures: int = 1
     one_seed: bool = False
     vit: tuple[int, int] | None = None
+    guidance: Guidance = _REFERENCE
 
 
 _GUIDED = {
@@ -65,10 +72,13 @@ PRESETS: dict[str, Preset] = {
     "geneval2": Preset(
         _EVERYWHERE, f"none is published for it; GenEval's: {_SCRIPTS}gen_images_mp.py", "geneval2"
     ),
-    "wise": Preset({**_DRAW, **_THINK}, _SCRIPTS + "gen_images_mp_wise.py, run_wise.sh", "wise"),
+    "wise": Preset(
+        {**_DRAW, **_THINK}, _SCRIPTS + "gen_images_mp_wise.py, run_wise.sh", "wise", guidance=_BARE
+    ),
     "wise_verified": Preset(
         {**_DRAW, **_THINK},
         f"its leaderboard says BAGEL with CoT; WISE's: {_SCRIPTS}gen_images_mp_wise.py", "wise",
+        guidance=_BARE,
     ),
     "dpg": Preset(
         _DRAW, "none is published for it; text to image of ByteDance-Seed/Bagel, inference.ipynb", "dpg",
@@ -79,19 +89,21 @@ PRESETS: dict[str, Preset] = {
         {**_EDIT, "cfg_interval": (0.4, 1.0)}, _SCRIPTS + "gedit/gen_images_gedit.py", "gedit", one_seed=True,
         vit=_VIT,
     ),
-    "kris": Preset({**_EDIT, **_THINK}, _SCRIPTS + "gen_images_mp_kris.py, run_kris.sh", "kris", vit=_VIT),
+    "kris": Preset(
+        {**_EDIT, **_THINK}, _SCRIPTS + "gen_images_mp_kris.py, run_kris.sh", "kris", vit=_VIT,
+        guidance=_THOUGHT,
+    ),
     "rise": Preset(
         {**_EDIT, **_THINK, "cfg_img_scale": 2.0}, _SCRIPTS + "gen_images_mp_rise.py, run_rise.sh", "rise",
-        vit=_VIT,
+        vit=_VIT, guidance=_THOUGHT,
     ),
     "lmms-eval": Preset(
         {**_DRAW, "seed": 0}, "EvolvingLMMs-Lab/lmms-eval, models/simple/bagel.py, task_mode=generate",
-        "lmms-eval", one_seed=True,
+        "lmms-eval",
     ),
     "lmms-eval-edit": Preset(
         {**_EDIT, "cfg_img_scale": 2.0, "seed": 0},
-        "EvolvingLMMs-Lab/lmms-eval, models/simple/bagel.py, task_mode=edit", "lmms-eval", one_seed=True,
-        vit=(980, 224),
+        "EvolvingLMMs-Lab/lmms-eval, models/simple/bagel.py, task_mode=edit", "lmms-eval", vit=(980, 224),
     ),
 }  # fmt: skip
 """By the names of ``--preset``."""

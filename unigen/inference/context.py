@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from unigen.config import DataOptions
-from unigen.inference.options import InferenceError
+from unigen.inference.options import Guidance, InferenceError
 from unigen.inference.pictures import blocks_as_trained
 from unigen.inference.sampler import extend
 from unigen.model.bagel import Bagel
@@ -41,6 +41,11 @@ class Context:
         self.last: Tensor | None = None  # hidden state [D] of the last closing token
         self.shape: tuple[int, int] | None = None  # height, width of the last picture
 
+    def forget(self) -> None:
+        """Empties the no-text context; its positions go on from where they are."""
+        position, self.no_text = self.no_text.position, Cache(self.n_layers)
+        self.no_text.position = position
+
     def part(self) -> None:
         """From here on the full context holds what the no-image one does not."""
         if self.drawing and self.no_image is self.full:
@@ -54,7 +59,11 @@ class ContextBuilder:
         model: reads them.
         tokenizer: of the model.
         transforms: how pictures are resized, as in training.
+
+    ``guidance`` says where thoughts enter, for all contexts that are built from then on.
     """
+
+    guidance = Guidance()
 
     def __init__(self, model: Bagel, tokenizer: Tokenizer, transforms: Transforms):
         self.model, self.tokenizer, config = model, tokenizer, model.config
@@ -82,18 +91,22 @@ class ContextBuilder:
                 self.add_image(images, [self.shown(c, turn) for c in images])
 
     def add_text(self, contexts: Sequence[Context], texts: Sequence[str], only_full: bool = False) -> None:
-        """Appends a text to each context; ``only_full`` hides it from those that guidance compares with."""
+        """Appends a text to each context; ``only_full`` says that it is a thought, which those that guidance
+        compares with hold as far as ``guidance`` says."""
         blocks = []
         for text in texts:
             ids = self.tokenizer.encode(text)
             blocks.append(Block(Kind.TEXT, len(ids), ids=ids))
         for context in contexts:
-            if only_full:
-                context.part()
-            else:
+            if not only_full:
                 context.no_text = context.full.snapshot()
+                continue
+            if not self.guidance.thought:
+                context.part()
+            if not self.guidance.system:
+                context.forget()
         self._extend(contexts, blocks)
-        if not only_full:
+        if self.guidance.thought or not only_full:
             self.extend_no_image(contexts, blocks)
 
     def add_image(self, contexts: Sequence[Context], shown: Sequence[Sequence[Block]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from unigen.config import ConfigError, SamplingOptions, UserError, nearest
 from unigen.values import shown
@@ -12,6 +12,19 @@ from unigen.values import shown
 
 class InferenceError(UserError):
     """A request cannot be answered; the message says why and the fix."""
+
+
+class Guidance(NamedTuple):
+    """What the contexts that guidance compares with hold of thinking; default as the reference's inferencer.
+
+    Args:
+        thought: is in the no-image context too.
+        system: the no-text context of a picture that was thought about holds the system prompt (and what else
+            comes before the last text). Otherwise it is empty, and its positions go on behind all that.
+    """
+
+    thought: bool = False
+    system: bool = True
 
 
 class Renamed(TypedDict, total=False):

@@ -13,6 +13,8 @@ from processes import run_ranks
 
 from unigen import cli
 from unigen.inference.inferencer import InterleaveInferencer
+from unigen.inference.options import Guidance
+from unigen.inference.pieces import Pieces
 from unigen.sequence.images import open_image
 
 TINY = ["--device", "cpu", "--num_timesteps", "2", "--max_new_tokens", "3"]
@@ -214,6 +216,23 @@ def test_two_processes_draw_what_one_draws(draw, golden, tmp_path):
     ]  # fmt: skip
     run_ranks(draw_as_rank, 2, argv, str(tmp_path / "log"))
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_thoughts_enter_where_the_scripts_put_them_and_are_kept(draw, monkeypatch):
+    seen, real = [], Pieces.draw_in
+
+    def noted(self, contexts, *rest):
+        seen.append((self.builder.guidance, contexts[0].no_text.length))
+        return real(self, contexts, *rest)
+
+    monkeypatch.setattr(Pieces, "draw_in", noted)
+    assert draw("wise", out="wise")[0] == 0 and seen[0] == (Guidance(system=False), 0)
+    seen.clear()
+    assert draw("kris", out="kris")[0] == 0 and seen[0][0] == Guidance(thought=True) and seen[0][1] > 0
+    seen.clear()
+    code, said, out = draw("dpg", "--think", "--num_images", "2", "--samples", "1", out="dpg")
+    assert code == 0 and seen[0][0] == Guidance(), said
+    assert sorted(p.name for p in out.iterdir()) == [".unigen", "p0-0.txt", "p0-1.txt", "p0.png"]
 
 
 def test_one_seed_for_all_where_the_scripts_set_it_anew_for_each(draw):

@@ -71,6 +71,11 @@ class Plan:
             return self.folder / STATE / QUARTERED / f"{asked.record['item_id']}-{k}.png"
         return self.folder / asked.places[k]
 
+    def thought(self, asked: Asked, k: int) -> Path:
+        """Where the thought of picture k of a record stands: beside what the scorer reads."""
+        place = self.folder / asked.places[0 if self.layout.grid else k]
+        return place.with_name(f"{place.stem}-{k}.txt") if self.layout.grid else place.with_suffix(".txt")
+
     def is_done(self, asked: Asked, k: int) -> bool:
         return self.file(asked, k).is_file() or (self.layout.grid and self.is_whole(asked))
 
@@ -177,6 +182,8 @@ def _about(o: GenerateOptions, plan: Plan, inferencer: InterleaveInferencer) -> 
         "checkpoint": digest_weights(inferencer.model.named_parameters(), None)[:12],
         "prompts": sha256_of(path)[:12] if path.is_file() else digest_of([one.text for one in plan.asked]),
         "records": len(plan.asked), "pictures": plan.pictures, "batch_size": o.batch_size,
+        "guidance": plan.preset.guidance._asdict() if plan.preset else None,
+        "one_seed": plan.preset is not None and plan.preset.one_seed,
         "device": inferencer.model.device.type, "quantize": o.quantize, "version": __version__,
     }  # fmt: skip
 
@@ -242,7 +249,7 @@ def _answer(plan: Plan, batch: Sequence[Drawing], inferencer: InterleaveInferenc
             _write_beside(kind, one.asked, plan.folder / place(one.asked.places[one.k]))
         thought = [piece for piece in pieces if isinstance(piece, str)]
         if thought:
-            _write(path.with_suffix(".txt"), thought[0].encode("utf-8", "replace"))
+            _write(plan.thought(one.asked, one.k), thought[0].encode("utf-8", "replace"))
         with atomic(path) as file:
             pieces[-1].save(file, format="PNG")
 
@@ -288,7 +295,7 @@ def _finish(plan: Plan) -> None:
         return
     if plan.layout.listing is not None:
         paths = [(plan.folder / one.places[0]).resolve() for one in plan.asked]
-        texts = [path.with_suffix(".txt") for path in paths]
+        texts = [plan.thought(one, 0) for one in plan.asked]
         thoughts = [text.read_text(encoding="utf-8") if text.is_file() else "" for text in texts]
         records = [one.record for one in plan.asked]
         for name, held in plan.layout.listing(records, list(map(str, paths)), thoughts).items():

@@ -69,7 +69,7 @@ def checkpoint_of(
     o: GenerateOptions,
 ) -> tuple[InterleaveInferencer, Callable[[str], InterleaveInferencer]]:
     """The checkpoint without weights, for all that can be checked before they are read; and what reads them,
-    onto a device. Both show pictures to edit as the preset says.
+    onto a device. Both show pictures to edit, and are guided, as the preset says.
 
     Raises:
         UserError: a setting cannot work, or the folder is no checkpoint.
@@ -88,15 +88,17 @@ def checkpoint_of(
         model.trained_in = parse_adapter(adapters[-1])[0]
 
     def as_preset(inferencer: InterleaveInferencer) -> InterleaveInferencer:
-        vit = PRESETS[o.preset].vit if o.preset else None
-        if vit is None:
+        if not o.preset:
             return inferencer
-        own = inferencer.model.config.transforms()
-        return InterleaveInferencer(
-            inferencer.model, tokenizer=inferencer.tokenizer,
-            vae_transform=replace(own.vae, max_size=1024, min_size=512),
-            vit_edit_transform=replace(own.vit_edit, max_size=vit[0], min_size=vit[1]),
-        )  # fmt: skip
+        preset, own = PRESETS[o.preset], inferencer.model.config.transforms()
+        if preset.vit is not None:
+            inferencer = InterleaveInferencer(
+                inferencer.model, tokenizer=inferencer.tokenizer,
+                vae_transform=replace(own.vae, max_size=1024, min_size=512),
+                vit_edit_transform=replace(own.vit_edit, max_size=preset.vit[0], min_size=preset.vit[1]),
+            )  # fmt: skip
+        inferencer.builder.guidance = preset.guidance
+        return inferencer
 
     def load(device: str) -> InterleaveInferencer:
         return as_preset(
