@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from unigen import cli
+from unigen import cli, plugins
 from unigen.config import Config, ConfigError
 from unigen.topics import OPTIMIZERS
 
@@ -42,6 +42,34 @@ FORMATS["sign"] = Format(read, fields=("reads",), content="reads", pictures=())
             "broken_e.py:2: ",
             "'adamw' is taken",
         ),
+        (
+            "broken_f.py",
+            "from unigen.topics import OPTIMIZERS\nOPTIMIZERS |= {'adamw': 'x:y'}\n",
+            "broken_f.py:2: ",
+            "'adamw' is taken",
+        ),
+        (
+            "broken_g.py",
+            "from unigen.topics import OPTIMIZERS\nOPTIMIZERS.setdefault('adamw', 'x:y')\n",
+            "broken_g.py:2: ",
+            "'adamw' is taken",
+        ),
+        *(
+            (
+                f"broken_{n}.py",
+                f"from unigen.topics import OPTIMIZERS\n{line}\n",
+                f"broken_{n}.py:2: ",
+                "removes none",
+            )
+            for n, line in enumerate(
+                (
+                    "del OPTIMIZERS['adamw']",
+                    "OPTIMIZERS.pop('adamw')",
+                    "OPTIMIZERS.popitem()",
+                    "OPTIMIZERS.clear()",
+                )
+            )
+        ),
         ("json.py", "", "", "a module is called 'json' already"),
         ("missing.py", None, "", "no such file"),
     ],
@@ -74,6 +102,22 @@ def test_a_module_is_found_in_the_current_folder_before_the_options_that_need_it
             Config(model_path="m", train_data_path="d", optimizer="own", **wrong).resolve()
     assert cli.main(["train", "--plugin", "no_such_module"]) == 2
     assert "neither installed nor in this folder" in capsys.readouterr().err
+
+
+def test_one_file_by_several_names_is_one_plugin(tmp_path, monkeypatch):
+    (tmp_path / "own_once.py").write_text(
+        "from unigen.topics import OPTIMIZERS\nOPTIMIZERS |= {'own': 'x:y'}\n"
+    )
+    (tmp_path / "own_rows.py").write_text(
+        "from unigen.topics import OPTIMIZERS\nOPTIMIZERS['rows'] = 'x:y'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    names = ["own_once.py", "./own_once.py", str(tmp_path / "own_once.py"), "own_once"]
+    assert Config(plugin=names, optimizer="own").plugin == names
+    assert Config(plugin=["own_rows", "own_rows.py"], optimizer="rows").optimizer == "rows"
+    for before in names:
+        assert plugins.lacking([before, "own_rows"], ["sub/../own_once.py"]) == ["own_rows"]
+        assert plugins.lacking([before], ["own_once"]) == []
 
 
 def test_a_name_that_no_table_has_names_those_it_has():

@@ -1,7 +1,8 @@
 """Plugins: a module of the user's that adds rows to the tables of the program, and nothing more.
 
 ``--plugin my_module`` imports it by its name, from the current folder too, or by the path of its file. A row
-is added as ``FORMATS["mine"] = ...``; while a plugin is imported, no row that is there can be replaced.
+is added as ``FORMATS["mine"] = ...``; while a plugin is imported, no row that is there can be replaced or
+removed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _loaded: dict[str, Path] = {}  # as they were named -> the file
@@ -22,6 +24,18 @@ _loading = ""
 
 class PluginError(ValueError):
     """A plugin cannot be imported: what is wrong with it, as the end of a sentence, and the fix."""
+
+
+def _removing(method: Callable[..., Any]) -> Callable[..., Any]:
+    def refused_to_plugins(self: dict[str, Any], *given: Any) -> Any:
+        if _loading:
+            raise PluginError(
+                f"a plugin adds rows and removes none ({method.__name__}). Fix: leave that out, and add a row"
+                " under another name"
+            )
+        return method(self, *given)
+
+    return refused_to_plugins
 
 
 class Table(dict[str, T]):
@@ -36,6 +50,18 @@ class Table(dict[str, T]):
         for name, row in dict(*rows, **more).items():
             self[name] = row
 
+    def __ior__(self, rows):  # type: ignore[override, misc]
+        self.update(rows)
+        return self
+
+    def setdefault(self, name: str, row: T) -> T:  # type: ignore[override]
+        if _loading or name not in self:
+            self[name] = row
+        return self[name]
+
+    __delitem__ = _removing(dict.__delitem__)
+    pop, popitem, clear = map(_removing, (dict.pop, dict.popitem, dict.clear))  # type: ignore[assignment]
+
 
 def names() -> list[str]:
     """The plugins that were imported, as they were named."""
@@ -43,14 +69,15 @@ def names() -> list[str]:
 
 
 def load(plugins: Iterable[str]) -> None:
-    """Imports each plugin, once.
+    """Imports each plugin, once, by whatever name.
 
     Raises:
         PluginError: there is no such module, it raises an error, or it adds a row under a name that is taken.
     """
     global _loading
     for plugin in plugins:
-        if plugin in _loaded:
+        file = _file(plugin)
+        if plugin in _loaded or (file and file in map(_file, map(str, _loaded.values()))):
             continue
         _loading = plugin
         try:
@@ -59,10 +86,29 @@ def load(plugins: Iterable[str]) -> None:
             _loading = ""
 
 
+def lacking(before: Iterable[str], now: Iterable[str]) -> list[str]:
+    """Which of the plugins ``before`` are not among those ``now``, by whatever name: of two that make one
+    module (``p``, ``p.py``, ``../p.py``) no process imports both."""
+    there = {_module(plugin) for plugin in now}
+    return [plugin for plugin in before if _module(plugin) not in there]
+
+
+def _module(plugin: str) -> str:
+    return Path(plugin).stem if plugin.endswith(".py") else plugin
+
+
+def _file(plugin: str) -> Path | None:
+    """The file that a plugin's name leads to; None where there is none."""
+    path = plugin if plugin.endswith(".py") else getattr(sys.modules.get(plugin), "__file__", None)
+    with suppress(ValueError):  # a zero byte
+        return Path(os.path.realpath(path)) if path else None
+    return None
+
+
 def _import(plugin: str) -> Path:
     """Imports a plugin; its file."""
     path = Path(plugin) if plugin.endswith(".py") else None
-    name = path.stem if path else plugin
+    name = _module(plugin)
     before, folder = set(sys.modules), os.getcwd()
     sys.path.append(folder)
     try:

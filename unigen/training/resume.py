@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unigen import plugins
 from unigen.bars import each
 from unigen.config import Config, ConfigError, UserError
 from unigen.model.adapters import is_adapter_folder, read_adapter
@@ -48,7 +49,7 @@ def to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | No
             f" folder, or start a new run with --model_path {folder}"
         )
     trained_with = states[layout.OPTIONS].get("plugin") or [] if folder else []
-    if missing := [plugin for plugin in trained_with if plugin not in config.plugin]:
+    if missing := plugins.lacking(trained_with, config.plugin):
         raise ConfigError(
             f"plugin: the run of {folder} was trained with {' and '.join(missing)}, which this one does not"
             f" name. Fix: --plugin {' '.join([*config.plugin, *missing])}"
