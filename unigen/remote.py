@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ from unigen.files import atomic, cache_folder, free_bytes, locked
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BLOCK = 4 << 20
+_DRAFT, _DEAD = ".copying-", 3600  # seconds
 RESERVE = 256 << 20  # bytes that stay free on the disk of the cache
 
 
@@ -132,14 +134,16 @@ def open_store(url: str) -> tuple[Any, str]:
     return system, place.rstrip("/")
 
 
-def fetch(url: str, target: Path, limit: int | None = None) -> None:
-    """Copies one file. Raises RemoteError, where it has more than ``limit`` bytes as well."""
+def fetch(url: str, target: Path, limit: int | None = None, draft: Path | None = None) -> None:
+    """Copies one file. Raises RemoteError, where it has more than ``limit`` bytes as well. ``draft``: its
+    name until then, for one who copies it alone."""
     system, place = open_store(url)
-    with told(url), ExitStack() as stack:
-        source = stack.enter_context(system.open(place, "rb"))
+    with told(url), system.open(place, "rb") as source, ExitStack() as copy:
         with _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            out = stack.enter_context(atomic(target, target.with_name(f".copying-{uuid.uuid4().hex}")))
+            _sweep(target.parent)
+            draft = draft or target.with_name(f"{_DRAFT}{uuid.uuid4().hex}")
+            out = copy.enter_context(atomic(target, draft))
         size = 0
         while block := source.read(_BLOCK):
             size += len(block)
@@ -149,6 +153,17 @@ def fetch(url: str, target: Path, limit: int | None = None) -> None:
                 if free_bytes(target.parent) < RESERVE + len(block):
                     raise OSError("the disk is full")
                 out.write(block)
+        with _writing(target):
+            copy.close()
+
+
+@cache
+def _sweep(folder: Path) -> None:
+    """Removes, once, the copies in a folder that were killed: those that have not grown for :data:`_DEAD`."""
+    for path in folder.glob(f"{_DRAFT}*"):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - _DEAD:
+                path.unlink()
 
 
 def refresh(url: str, target: Path) -> None:
@@ -159,14 +174,16 @@ def refresh(url: str, target: Path) -> None:
         info = system.info(place)
         known = [system.ukey(place), *(str(info.get(name)) for name in ("size", "ETag", "Last-Modified"))]
         stamp = hashlib.sha256(repr(known).encode()).hexdigest()
+    draft = None
     with ExitStack() as stack:
         with _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a file system without locks: several copy it, and the last copy stays
             stack.enter_context(locked(target.with_name(f".{target.name}.lock")))
+            draft = target.with_name(f".{target.name}.copying")
         if target.is_file() and mark.is_file() and mark.read_text() == stamp:
             return
-        fetch(url, target)
+        fetch(url, target, draft=draft)
         with _writing(target):
             mark.write_text(stamp)
 

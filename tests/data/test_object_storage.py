@@ -1,7 +1,9 @@
 """Data in object storage, by the file system of fsspec that lies in memory: it is read like any other."""
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -10,6 +12,7 @@ from PIL import Image as Pillow
 
 from unigen import remote
 from unigen.cli import main
+from unigen.config import UserError
 from unigen.data.containers import BadData
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.mapping import ReadOptions
@@ -83,6 +86,32 @@ def test_what_is_not_there_is_told_with_its_address(bucket, tmp_path: Path) -> N
             UnifiedGenerationDataset(place)
     with pytest.raises(BadData, match="no split dpo; it has test, train"):
         UnifiedGenerationDataset(BUCKET, named_split="dpo")
+
+
+def test_what_a_killed_copy_left_goes_away(bucket, tmp_path: Path, monkeypatch) -> None:
+    target = remote.local(f"{BUCKET}/train.jsonl")
+    target.parent.mkdir(parents=True)
+    dead, alive = (target.parent / f".copying-{name}" for name in ("dead", "alive"))
+    for draft in (dead, alive):
+        draft.write_bytes(b"half")
+    os.utime(dead, (0, 0))
+    made: list[str] = []
+    real = remote.atomic
+    monkeypatch.setattr(remote, "atomic", lambda path, draft: made.append(draft.name) or real(path, draft))
+    remote.refresh(f"{BUCKET}/train.jsonl", target)
+    assert made == [".train.jsonl.copying"]  # the next one takes the place of one that was killed
+    assert target.is_file() and alive.is_file() and not dead.exists()
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_copy_is_told_as_that(bucket, monkeypatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    target = remote.local(f"{BUCKET}/train.jsonl")
+    with pytest.raises(UserError, match=r"No space left.* Fix: make room") as found:
+        remote.refresh(f"{BUCKET}/train.jsonl", target)
+    assert not isinstance(found.value, remote.RemoteError) and not target.exists()
 
 
 def test_records_on_a_disk_may_name_pictures_there(bucket, tmp_path: Path) -> None:
