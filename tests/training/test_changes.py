@@ -34,6 +34,21 @@ def test_fewer_steps_move_the_learning_rate_at_once():
         assert f"{learning_rate_at(100, total, Config(**BEFORE)):.3g}" in line
 
 
+def test_an_end_that_lies_behind_the_checkpoint_is_not_told():
+    assert told(140, max_steps=60) == ["max_steps 200 -> 60"]
+    assert told(60, (50, 200), learning_rate=2e-3, max_steps=200)[0].endswith("step 200 instead of 50")
+
+
+@pytest.mark.parametrize(
+    ("tensorboard", "old", "lines"), [(True, True, 1), (True, False, 0), (False, True, 0)]
+)
+def test_other_names_in_trackers_are_told(tensorboard, old, lines, caplog: pytest.LogCaptureFixture):
+    config = Config(**BEFORE, tensorboard=tensorboard)
+    before = {name: value for name, value in config.to_dict().items() if not (old and name == "sample_kind")}
+    tell_changes(Path("run/step_100"), before, config, 100, (200, 200))
+    assert len(caplog.messages) == lines and all("train/loss for loss" in said for said in caplog.messages)
+
+
 def test_another_rate_alone_names_both_rates():
     (line,) = told(learning_rate=2e-3)
     was, becomes = (

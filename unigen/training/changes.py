@@ -11,6 +11,7 @@ from typing import Any
 
 from unigen.config import Config, ConfigError, DataOptions, UserError
 from unigen.messages import in_language
+from unigen.tracking.tracker import TRACKERS
 from unigen.training.optim import learning_rate_at
 
 log = logging.getLogger("unigen")
@@ -97,6 +98,7 @@ _EFFECTS = {
     ),
 }  # fmt: skip
 """Option -> what another value does; of those in no set here the values alone are told."""
+_GROUPED_WITH = "sample_kind"  # an option that checkpoints have since names of trackers are in groups
 _LEARNT = {field.name for field in fields(DataOptions)}
 
 
@@ -125,7 +127,8 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
     rates = [name for name in _RATE if name in differ]
     if rates:
         told = ", ".join(f"{name} {_short(differ[name])}" for name in rates)
-        lines.append(f"{told}: {_rate_effect(before, now, step, totals)}")
+        effect = _rate_effect(before, now, step, totals)
+        lines.append(told + (f": {effect}" if effect else ""))
     for name, pair in differ.items():
         if name in _RATE or name in _TOLD or name in _FREE:
             continue
@@ -141,18 +144,25 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
 def tell_changes(
     folder: Path, before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]
 ) -> None:
-    """Logs :func:`changes`. Raises UserError as it does."""
+    """Logs :func:`changes`, and whether trackers get other names than before. Raises UserError as it does."""
     if lines := changes(before, now, step, totals):
         log.warning("Other options than in %s:", folder)
         for line in lines:
             log.warning("  %s", line)
+    if _GROUPED_WITH not in before and any(row.asked_for(now) for row in TRACKERS.values()):
+        log.warning(
+            "Trackers get other names than before step %d, in groups: train/loss for loss, val/loss for"
+            " val_loss ...; what they have stays under the old ones", step,
+        )  # fmt: skip
 
 
 def _rate_effect(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]) -> str:
-    """What becomes of the learning rate of the next step."""
+    """What becomes of the end of the run and of the learning rate of the next step; empty where neither is to
+    come."""
     total_before, total = totals
-    then = f"the run ends at step {total} instead of {total_before}" if total_before else ""
-    then = in_language(then)
+    then = ""
+    if total_before not in (None, total) and step < total:
+        then = in_language(f"the run ends at step {total} instead of {total_before}")
     try:
         old = Config(**{name: before[name] for name in (*_RATE, "lora_rank") if name in before})
     except ConfigError:
@@ -164,7 +174,7 @@ def _rate_effect(before: Mapping[str, Any], now: Config, step: int, totals: tupl
     if was == becomes:
         moved = f"the learning rate of the next step stays {was:.3g}, later ones differ"
     moved = in_language(moved)
-    return f"{then}; {moved}" if total_before != total else moved
+    return f"{then}; {moved}" if then else moved
 
 
 def _short(pair: tuple[Any, Any]) -> str:
