@@ -71,7 +71,10 @@ class ContextBuilder:
             tokenizer,
             config.geometry,
             transforms,
-            DataOptions(visual_gen=config.visual_gen, visual_und=config.visual_und),
+            # which tokens may stand in a text is asked where records are read
+            DataOptions(
+                visual_gen=config.visual_gen, visual_und=config.visual_und, allow_control_tokens=True
+            ),
             config.llm.max_position_embeddings,
         )
 

@@ -97,6 +97,26 @@ def test_records_that_ask_nothing_are_a_mistake(evaluate, tmp_path):
     assert code == 2 and "asks anything" in error
 
 
+def test_a_token_that_the_model_writes_itself_is_found_before_anything_runs(evaluate, tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>"}]
+    write_lines(tmp_path / "val.jsonl", *RECORDS, {"messages": turns})
+    for argv in ([], ["--check"]):
+        code, _, error = evaluate(*argv)
+        assert (
+            code == 2 and "val.jsonl:4: control_token in field" in error and "--allow_control_tokens" in error
+        )
+        assert not (tmp_path / "out").exists()
+    assert evaluate("--check", "--allow_control_tokens")[0] == 0
+
+
+@pytest.mark.slow
+def test_tokens_that_are_allowed_are_measured(evaluate, tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>"}]
+    write_lines(tmp_path / "val.jsonl", {"messages": turns})
+    code, said, error = evaluate("--allow_control_tokens")
+    assert code == 0 and "perplexity" in said, error
+
+
 def write_lines(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return str(path)

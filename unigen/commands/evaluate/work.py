@@ -15,8 +15,9 @@ from unigen.cache.encoders import digest_weights
 from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.page import write
 from unigen.commands.evaluate.terminal import report, report_check
-from unigen.config import ConfigError, SamplingOptions
+from unigen.config import ConfigError, DataOptions, SamplingOptions
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.examine import CountTokens
 from unigen.data.mapping import ReadOptions
 from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import (
@@ -108,18 +109,19 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
     _check_options(o)
     extras = extras or Extras()
     with processes() as (rank, channel):
+        names = _names(o)
         dataset = UnifiedGenerationDataset(
             o.data_path,
             read=ReadOptions.of(o),
             split="validation",
             named_split=o.split,
+            token_lengths=_lengths(names, o),
             progress=rank == 0,
         )
         cases, silent = cases_of(dataset, o.samples)
         if not cases:
             raise ConfigError(f"no record of {o.data_path} asks anything. Fix: give records with a target")
         # before the model, which takes longer to load, and before anything is generated
-        names = _names(o)
         _check_names(names, cases, o)
         with Bar("loading what the metrics need"):
             tools = replace(load_tools(o, extras), lang=o.lang)
@@ -213,6 +215,17 @@ def _check_names(names: Sequence[str], cases: Sequence[Case], o: EvaluateOptions
         base = base_of(name, [])[0]
         build_bagel(base)  # no weights are read
         Tokenizer.load(base)
+
+
+def _lengths(names: Sequence[str], o: EvaluateOptions) -> CountTokens | None:
+    """Counts a record's tokens as the first checkpoint does; None where none answers. Raises UserError."""
+    from unigen.model.weights import base_of, load_planner
+
+    checkpoints = _checkpoints(names)
+    if not checkpoints:
+        return None
+    options = DataOptions(allow_control_tokens=o.allow_control_tokens)
+    return load_planner(base_of(checkpoints[0], [])[0], options).token_lengths
 
 
 def folders_of(output_dir: Path, names: Sequence[str]) -> list[Path]:
