@@ -14,10 +14,11 @@ from PIL import Image as Pillow
 from unigen.cli import main
 from unigen.data.containers import BadData, parts, read_part
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.finding import find_files
+from unigen.data.finding import RUN, find_files
 from unigen.data.mapping import ReadOptions
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut
+from unigen.runs import layout
 from unigen.sequence.types import BadRecord, Image, Text
 
 
@@ -474,3 +475,41 @@ def test_every_command_reads_what_a_pattern_names(
     assert sorted(path.name for path in (tmp_path / "f").glob("*.jsonl")) == ["a.jsonl", "b.jsonl"]
     assert main(["check", str(tmp_path / "*.csv")]) == 2
     assert "no file or folder matches this pattern" in capsys.readouterr().err
+
+
+def test_what_a_folder_holds_besides_is_listed_and_looks_like_data_is_said(tmp_path: Path, caplog) -> None:
+    line = json.dumps({"text_prompt": "A", "image_path": "a.png"}) + "\n"
+    unread = ["part2.ndjson", "part3.jsonl.bz2", "part4.csv.gz", "part5.jsonl.txt", "x.tar.gz"]
+    for name in ("part1.jsonl", *unread, "sub/notes.txt"):
+        write(tmp_path / name, line)
+    write(tmp_path / "a.png", png())
+    data = UnifiedGenerationDataset(tmp_path)
+    assert len(data) == 1
+    assert [path.name for path, _ in data.left_out] == [*unread[:4], "notes.txt", "x.tar.gz"]
+    said = [record.args[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert said == unread
+
+
+def test_a_run_within_its_data_is_left_out(tmp_path: Path) -> None:
+    assert {layout.CONFIG, layout.METRICS, layout.LOG} == RUN
+    for name in ("config.json", "metrics.jsonl", "train.log", "step_1/vocab.json", "samples/step_1/0.png"):
+        write(tmp_path / "out" / name, "{}")
+    write(tmp_path / "a.png", png())
+    write(tmp_path / "a.txt", "A")
+    left: list[LeftOut] = []
+    assert [name for _, name in find_files([tmp_path], left_out=left)] == ["a.png"]  # texts beside pictures
+    assert left == [LeftOut(tmp_path / "out", "")]
+    write(tmp_path / "d.jsonl", json.dumps({"text_prompt": "A", "image_path": "a.png"}))
+    data = UnifiedGenerationDataset(tmp_path)
+    assert [path.name for path in data.files] == ["d.jsonl"] and "out/" in data.describe()
+
+
+def test_image_root_moves_no_picture_that_is_a_record_itself(tmp_path: Path) -> None:
+    for name, shade in (("a.png", 9), ("10_dog/a.png", 99)):
+        write(tmp_path / "cap" / name, png(shade))
+    write(tmp_path / "cap" / "10_dog" / "a.txt", "red")
+    data = UnifiedGenerationDataset(
+        tmp_path / "cap" / "10_dog", read=ReadOptions(image_root=tmp_path / "cap")
+    )
+    (picture,) = [segment.source for segment in data[0].sample if isinstance(segment, Image)]
+    assert picture == tmp_path / "cap" / "10_dog" / "a.png"

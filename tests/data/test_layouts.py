@@ -206,11 +206,52 @@ def test_of_two_captions_each_line_does_what_it_says() -> None:
     *drawn, learnt = given(refused(record).fix)
     assert [read(record, fields=fields)[1] for fields in drawn] == [["A", "[a.png]*"], ["B", "[a.png]*"]]
     assert read(record, fields=learnt) == ("image_to_text", ["[a.png]", "A*"])
-    record = {"image": "a", "instruction": "i", "source_img": "b", "edited_image": "c", "target_img": "d"}
+    record = {"instruction": "i", "source_img": "b", "edited_image": "c", "target_img": "d"}
     assert [read(record, fields=fields)[1][-1] for fields in given(refused(record).fix)] == ["[c]*", "[d]*"]
 
 
+@pytest.mark.parametrize("beside", ["input_image", "edit_image"])
+def test_a_second_picture_to_start_from_is_never_dropped(beside: str) -> None:
+    record = {beside: "a", "image": "b", "output_image": "c", "instruction": "x"}
+    error = refused(record)
+    assert (error.code, error.field) == ("ambiguous_piece", "image")
+    assert read(record, fields={"metadata": "image"})[1] == ["[a]", "x", "[c]*"]
+    assert read(record | {"image": "a"})[1] == ["[a]", "x", "[c]*"]
+
+
 # ---- questions, traces, documents
+
+
+def test_every_list_of_objects_says_what_is_learnt() -> None:
+    pairs = [{"user": "q", "assistant": "BAD", "weight": 0}, {"user": "r", "assistant": "a"}]
+    assert read({"images": ["a.png"], "texts": pairs})[1] == ["[a.png]", "q", "BAD", "r", "a*"]
+    shown = [{"image_name": name, "matched_text_index": i} for i, name in enumerate("ab")]
+    record = {"image_info": shown, "text_list": ["x", "y"]}
+    assert read(record)[1] == ["[a]", "x*", "[b]*", "y*"]
+    shown[1]["loss"] = False
+    assert read(record)[1] == ["[a]", "x*", "[b]", "y*"]
+    files = [{"id": name, "url": name} for name in ("original_input_image", "edit_turn1", "final_image")]
+    record = {"files": files, "metadata_edit_turn_prompts": ["i", "j"]}
+    files[1]["target"] = False
+    assert read(record)[1] == ["[original_input_image]", "i", "[edit_turn1]", "j", "[final_image]*"]
+    for part in (
+        {"type": "image_url", "image_url": {"url": "a", "loss": 0}},
+        {"type": "image", "source": {"type": "url", "url": "a", "weight": 0}},
+    ):
+        turns = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]
+        assert refused({"messages": turns}).code == "unknown_key"
+
+
+@pytest.mark.parametrize("name", ["image_path", "file_name", "img", "photo"])
+def test_a_question_about_a_picture_is_never_learnt_without_it(name: str) -> None:
+    asked = {name: "a.png", "question": "q", "answer": "r"}
+    (fields,) = given(refused(asked).fix)
+    assert fields["image"] == name and read(asked, fields=fields)[1] == ["[a.png]", "q", "r*"]
+    for record in ({"query": "q", "response": "r"}, {"instruction": "q", "output": "r"}):
+        error = refused({name: ["a.png"], **record})
+        assert (error.code, error.field) == ("unexpected_field", name)
+        assert read({name: "a.png", **record}, fields={"metadata": name})[1] == ["q", "r*"]
+    read({"image": "b.png", "image_path": "a.png", "query": "q", "response": "r"})  # a copy, listed as unread
 
 
 def test_questions_and_instructions() -> None:

@@ -38,6 +38,15 @@ def asked(path: Path, name: str) -> list[str]:
         ("Test.jsonl", "test"),
         ("training_a.jsonl.gz", "train"),
         ("a.jsonl", None),
+        ("训练集.jsonl", "train"),
+        ("数据_验证集.jsonl", "validation"),
+        ("测试/a.jsonl", "test"),
+        ("testA.jsonl", "test"),
+        ("minival.jsonl", "validation"),
+        ("holdout.jsonl", "test"),
+        ("testABC.jsonl", None),
+        ("tests.jsonl", None),
+        ("testa.jsonl", None),
         ("latest.jsonl", None),
         ("trainer.jsonl", None),
         ("devices/validate.jsonl", None),
@@ -45,6 +54,14 @@ def asked(path: Path, name: str) -> list[str]:
 )
 def test_splits_are_words_of_names(name: str, split: str | None) -> None:
     assert split_of(Path(name)) == split
+
+
+def test_splits_of_other_names_are_not_mixed(tmp_path: Path) -> None:
+    chinese = folder(tmp_path / "zh", "训练集.jsonl", "验证集.jsonl", "测试集.jsonl")
+    assert taken(chinese) == ["训练集.jsonl"] and taken(chinese, "validation") == ["验证集.jsonl"]
+    assert asked(chinese, "测试集") == asked(chinese, "测试") == asked(chinese, "test") == ["测试集.jsonl"]
+    other = folder(tmp_path / "en", "trainA.jsonl", "testA.jsonl", "test.jsonl", "heldout.jsonl")
+    assert taken(other) == ["trainA.jsonl"] and asked(other, "heldout") == ["heldout.jsonl"]
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

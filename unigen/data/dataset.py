@@ -246,7 +246,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
                     f"{words}: {names}"
                     for words, names in (
                         (f"Other splits of the folder, left out (the {self.split} split is taken)", other),
-                        ("Files about the data, left out", about),
+                        ("Files about the data or of other kinds, left out", about),
                     )
                     if names
                 ),

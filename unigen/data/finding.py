@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,15 @@ from unigen.data.storage import addresses, brought
 from unigen.data.unpack import PACKED
 from unigen.printing import printable
 
+log = logging.getLogger(__name__)
+
+# of runs/layout.py, which stands above this room: all three make a folder that a training wrote
+RUN = frozenset(("config.json", "metrics.jsonl", "train.log"))
+# ends like data of a kind that cannot be read, or not in this packing
+_LIKE_DATA = re.compile(
+    r".*\.(ndjson|(jsonl?|csv|tsv|tar|parquet|arrow)\.(gz|bz2|xz|zst|zip|7z|txt)|tgz|xlsx?|ods)",
+    re.IGNORECASE,
+)
 MAX_STATE = 16 << 20  # bytes of a description that Hugging Face datasets wrote
 _HF_FILES = ("state.json", "dataset_info.json")
 _HF_SPLITS = "dataset_dict.json"
@@ -62,7 +72,13 @@ def find_files(
         if path.is_dir():
             sides: list[Path] = []
             saved: dict[Path, str] = {}
-            names = sorted(_in_folder(path, root, sides, saved)) or sorted(_captioned(path, root, sides))
+            unknown: list[Path] = []
+            names = sorted(_in_folder(path, root, sides, saved, unknown))
+            if not names:
+                names = sorted(_captioned(path, root, sides))
+                unknown = [name for name in unknown if name.suffix.lower() not in CAPTIONS]
+            sides += unknown
+            _warn_of_data(given, unknown)
             others: list[tuple[Path, str]] = []
             if split is not None:
                 # of a picture the folders alone tell its split
@@ -98,6 +114,12 @@ def find_files(
     if not found:
         raise BadData("no data is named. Give a JSON or JSONL file, or a folder of them.")
     return found
+
+
+def _warn_of_data(folder: str | Path, unknown: Iterable[Path]) -> None:
+    """Says which files of a folder look like data and are not read."""
+    for path in sorted(name for name in unknown if _LIKE_DATA.fullmatch(name.name)):
+        log.warning("%s of %s is not read. Fix: %s", printable(str(path)), folder, _renamed(path))
 
 
 def expand(given: str | Path, left_out: list[LeftOut] | None = None) -> list[str | Path]:
@@ -144,6 +166,8 @@ def _renamed(path: Path) -> str:
     """How a file of no known kind gets to be read."""
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst")):
         return "unpack it to a .tar, whose members are then read in place"
+    if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z"):
+        return "unpack it"
     if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         return "save it as CSV"
     return (
@@ -209,17 +233,23 @@ def _captioned(folder: Path, root: str | Path | None, sides: list[Path]) -> Iter
 
 
 def _everything(folder: Path) -> Iterator[Path]:
-    """The files of a folder, relative to it; hidden entries and linked folders left out."""
+    """The files of a folder, relative to it; hidden entries, linked folders and those of runs left out."""
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not _is_run(Path(place, n)))
         yield from (Path(place, name).relative_to(folder) for name in names if not name.startswith("."))
 
 
+def _is_run(folder: Path) -> bool:
+    """Did a training write this folder? One within its data is no data when the run is resumed."""
+    return all((folder / name).is_file() for name in RUN)
+
+
 def _in_folder(
-    folder: Path, root: str | Path | None, sides: list[Path], saved: dict[Path, str]
+    folder: Path, root: str | Path | None, sides: list[Path], saved: dict[Path, str], unknown: list[Path]
 ) -> Iterator[Path]:
     """Relative paths of the files with records, in no order; ``sides`` gets those of files that describe
-    them, ``saved`` the split of those that ``DatasetDict.save_to_disk`` wrote."""
+    them and of folders that a training wrote, ``saved`` the split of those that ``DatasetDict.save_to_disk``
+    wrote, ``unknown`` files of other kinds, without pictures."""
     met: set[tuple[int, int]] = set()
     linked = [folder]  # folders behind links come last: what lies here really keeps its name
     for top in linked:
@@ -229,11 +259,14 @@ def _in_folder(
                 folders.clear()
                 continue
             met.add((status.st_dev, status.st_ino))
+            runs = [name for name in sorted(folders) if _is_run(Path(place, name))]
+            sides += [Path(place, name).relative_to(folder) for name in runs]
+            folders[:] = [name for name in folders if name not in runs]
             described = {n for n in names if is_side_file(Path(place, n).relative_to(folder))}
             sides += [
                 Path(place, name).relative_to(folder) for name in sorted(described - {*_HF_FILES, _HF_SPLITS})
             ]
-            yield from _in_one(folder, Path(place), folders, names, described, saved)
+            yield from _in_one(folder, Path(place), folders, names, described, saved, unknown)
             links = [Path(place, name) for name in sorted(folders) if os.path.islink(Path(place, name))]
             for link in links:
                 _check_link(link, folder, root)
@@ -264,6 +297,7 @@ def _in_one(
     names: list[str],
     described: set[str],
     saved: dict[Path, str],
+    unknown: list[Path],
 ) -> Iterator[Path]:
     """The files with records in the folder ``at``, without those that describe them; ``folders`` keeps those
     to be searched, too."""
@@ -281,7 +315,10 @@ def _in_one(
         # as in the cache of datasets: a description beside the data
         cached = any(name.endswith(".arrow") for name in names)
         for name in names:
-            if name.startswith(".") or not kind_of(at / name) or name in described:
+            if name.startswith(".") or name in described:
+                continue
+            if not kind_of(at / name):
+                unknown += [] if is_picture(Path(name)) else [(at / name).relative_to(folder)]
                 continue
             if cached and name in _HF_FILES:
                 continue

@@ -284,8 +284,7 @@ def interleaved(record: Json, folder: Path) -> Segments:
     segments: Segments = []
     for item, field in items:
         segments += f.segment(item, field, folder, target=True)
-    said = bool(items) and any(items[0][0].get(name) is not None for name in keys.LEARNING)
-    if segments and not said:
+    if segments and not keys.speaks(items[0][0]):
         segments[0] = f.document(segments)[0]
     return segments
 

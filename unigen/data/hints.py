@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
+from unigen.data.layouts import picture_unread
 from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json
 
@@ -69,9 +70,13 @@ def hint_for(record: Json, file: Path, reads: Callable[[Json], bool]) -> str | N
         places = [*hint.fields.values(), *hint.also]
         if any(found_at(record, place) is None for place in places):
             continue
-        mapped, _ = ReadOptions(fields=hint.fields).renamed(record)
+        fields = hint.fields
+        mapped, _ = ReadOptions(fields=fields).renamed(record)
+        if fields.keys() & {"query", "output"} and (picture := picture_unread(mapped)):
+            fields = {**fields, "image": picture}
+            mapped, _ = ReadOptions(fields=fields).renamed(record)
         if reads(mapped):
-            flags = "--fields " + " ".join(f"{new}={old}" for new, old in hint.fields.items())
+            flags = "--fields " + " ".join(f"{new}={old}" for new, old in fields.items())
             line = f"run unigen fetch {quote(str(file))} {flags}" if hint.web else f"give {flags}"
             return f"it has the fields of {hint.name}: {line}"
     return None

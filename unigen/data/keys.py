@@ -52,6 +52,9 @@ ITEMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Keys of the objects in the lists of a record, by their kind; beside ``metadata`` and :data:`LEARNING`."""
 
+_PLACES = ("address", "source")
+"""Kinds that say where a picture is: whether it is learnt stands in the part that holds them."""
+
 _VIDEO, _AUDIO = (f"texts and pictures alone: {name} cannot be read" for name in ("video", "audio"))
 _PREFERENCE = "answers to learn: there is no preference training, and a bad answer would be learnt as well"
 _TOOLS = "no tools: the model would learn answers without the calls they follow from"
@@ -90,20 +93,20 @@ def is_empty(value: Any) -> bool:
 
 def check_keys(item: Json, where: str, kind: str) -> None:
     """Raises BadRecord for a key of a turn or segment that is not of its ``kind`` in :data:`ITEMS`."""
-    known = ITEMS[kind]
+    known = ITEMS[kind] if kind in _PLACES else (*ITEMS[kind], *LEARNING)
     for name in item:
-        if name in known or name in LEARNING or name == "metadata" or is_empty(item[name]):
+        if name in known or name == "metadata" or is_empty(item[name]):
             continue
         refuse({name: item[name]}, where)
         near = _MEANT.get(name)
-        if near is None or near not in (*known, *LEARNING):
-            near = nearest(cut(name), [*known, *LEARNING])
+        if near is None or near not in known:
+            near = nearest(cut(name), [*known])
         fix = "take it out, or move it into metadata"
         raise BadRecord(
             "unknown_key",
             join(where, cut(name)),
             show(item[name]),
-            f"no key but {', '.join((*known, *LEARNING))} or metadata",
+            f"no key but {', '.join(known)} or metadata",
             f"did you mean {near}? Otherwise {fix}" if near else fix,
         )
 
@@ -123,6 +126,11 @@ def unread(record: Json, known: Iterable[str]) -> list[str]:
     """The keys of a record that have a value and that nothing reads."""
     known = {*known, *RECORD}
     return [name for name in record if name not in known and not is_empty(record[name])]
+
+
+def speaks(item: Json) -> bool:
+    """Does an object of a record say itself whether it is learnt?"""
+    return any(item.get(name) is not None for name in LEARNING)
 
 
 def says_no(value: Any, depth: int = 4) -> bool:

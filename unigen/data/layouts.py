@@ -15,7 +15,7 @@ from pathlib import Path
 from unigen.data import fields as f
 from unigen.data.captions import is_picture
 from unigen.data.fields import Json, Part, Segments
-from unigen.data.keys import RECORD, THOUGHT, is_empty
+from unigen.data.keys import RECORD, THOUGHT, is_empty, speaks, weight_of
 from unigen.sequence.types import BadRecord, Image, Text
 
 PICTURE = ("image", "image_path", "file_name")
@@ -30,6 +30,7 @@ INSTRUCTION = (
 )  # fmt: skip
 EDITED = ("output_image", "output_images", "edited_image", "target_image", "target_img", "edited_img")
 QUESTION, ANSWER = ("query", "prompt"), ("response", "completion")
+TALK = (*QUESTION, *ANSWER, "instruction", "input", "output", "history")  # texts, also with a picture's name
 OTHER_ANSWERS = (
     *ANSWER, "answer", "answers", "multiple_choice_answer", "correct_answer", "final_answer", "solution",
     "output", "label", "choices",
@@ -70,8 +71,12 @@ def single_edit(record: Json, folder: Path) -> Segments:
     sources = tuple(name for name in _there(record, SOURCE) if name != target)
     if len(sources) > 1:  # an address of the same picture, where it was downloaded
         sources = tuple(name for name in sources if name != "open_image_input_url")
-    if not sources and target != "image" and record.get("image") is not None:
-        sources = ("image",)
+    if target != "image" and record.get("image") is not None:
+        if sources and record["image"] != record[sources[0]]:
+            fix = f"list both in {sources[0]}, or take image out (--fields metadata=image)"
+            found = f"image beside {sources[0]}"
+            raise BadRecord("ambiguous_piece", "image", found, "one field of pictures to start from", fix)
+        sources = sources or ("image",)
     images = _pictures(record, the_one(record, sources), folder) if sources else []
     (edited,) = _pictures(record, target, folder, most=1)
     name = the_one(record, INSTRUCTION)
@@ -122,12 +127,11 @@ def trace_pictures(record: Json) -> set[str]:
 
 def question_pairs(record: Json, folder: Path) -> Segments:
     """The Cauldron, FineVision: ``texts`` are questions and answers (``user``, ``assistant``), and ``images``
-    stand before them or where their tags are."""
+    stand before them or where their tags are. A pair's weight is that of its answer."""
     turns: list[tuple[str, list[Part]]] = []
     for item, field in f.objects(record, "texts", "", "pair"):
-        for role in ("user", "assistant"):
-            part = Part(f.string(item, role, field), f"{field}.{role}", f.default_weight(role))
-            turns.append((role, [part]))
+        for role, weight in (("user", 0.0), ("assistant", weight_of(item, field, 1.0))):
+            turns.append((role, [Part(f.string(item, role, field), f"{field}.{role}", weight)]))
     return f.tagged(turns, *images_of(record, folder))
 
 
@@ -163,6 +167,7 @@ def matched_images(record: Json, folder: Path) -> Segments:
     document as in format 6."""
     texts = f.required(record, "text_list", list, "")
     before: dict[int, Segments] = {}
+    said: dict[str, float] = {}  # what pictures say of their own learning
     for item, field in f.objects(record, "image_info", "", "image_info"):
         at = f.required(item, "matched_text_index", int, field)
         if not 0 <= at < len(texts):
@@ -171,11 +176,17 @@ def matched_images(record: Json, folder: Path) -> Segments:
             raise BadRecord("wrong_type", f"{field}.matched_text_index", str(at), expected, fix)
         name = "image_name" if item.get("image_name") is not None else "raw_url"
         before.setdefault(at, []).append((Image(f.picture(item, name, field, folder)), f"{field}.{name}"))
+        weight = weight_of(item, field, 1.0)
+        if speaks(item):
+            said[f"{field}.{name}"] = weight
     segments: Segments = []
     for i, text in enumerate(texts):
         segments += before.get(i, [])
         segments.append((Text(_string(text, f"text_list[{i}]")), f"text_list[{i}]"))
-    return f.document(segments)
+    return [
+        (f.as_image(segment.source, said[at]) if isinstance(segment, Image) and at in said else segment, at)
+        for segment, at in f.document(segments)
+    ]
 
 
 def edit_turns(record: Json, folder: Path) -> Segments:
@@ -185,24 +196,24 @@ def edit_turns(record: Json, folder: Path) -> Segments:
     prompts = f.required(record, "metadata_edit_turn_prompts", list, "")
     files = {f.string(item, "id", at): (item, at) for item, at in f.objects(record, "files", "", "file")}
 
-    def shown(name: str, target: bool) -> tuple[Image, str]:
+    def shown(name: str, weight: float) -> tuple[Image, str]:
         item, at = files.pop(name, (None, ""))
         if item is None:
             fix = "add it, or leave the record out"
             found = ", ".join(files) or "none"
             raise BadRecord("unequal_image_count", "files", f"files {found}", f"one with the id {name}", fix)
-        return Image(f.picture(item, "url", at, folder), target), f"{at}.url"
+        return f.as_image(f.picture(item, "url", at, folder), weight_of(item, at, weight)), f"{at}.url"
 
     if record.get("local_input_image") is not None:
         first = (Image(f.picture(record, "local_input_image", "", folder)), "local_input_image")
     else:
-        first = shown("original_input_image", False)
+        first = shown("original_input_image", 0.0)
     segments: Segments = [first]
     for i, prompt in enumerate(prompts):
         at = f"metadata_edit_turn_prompts[{i}]"
         name = f"edit_turn{i + 1}"
         name = "final_image" if i == len(prompts) - 1 and name not in files else name
-        segments += [(Text(_string(prompt, at)), at), shown(name, True)]
+        segments += [(Text(_string(prompt, at)), at), shown(name, 1.0)]
     left = files.keys() - {"original_input_image"}
     if left:
         fix = "give one prompt for each picture after the first"
@@ -258,6 +269,17 @@ def _refuse_file_names(record: Json, question: str, answer: str) -> None:
     name = answer if "output_image" in fields else "input"
     fix = f"give --fields {fields}; where the name itself is meant, write the record as messages (format 7)"
     raise BadRecord("unexpected_field", name, f.show(record[name]), "a text, not a picture's file name", fix)
+
+
+def picture_unread(record: Json) -> str | None:
+    """The field of a record of texts that holds a picture which nothing reads; None for none."""
+    if any(record.get(name) is not None for name in ("image", "images")):
+        return None
+    for name, value in record.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if name not in (*RECORD, *TALK) and (_is_file_name(first) or _is_another(name, first, None)):
+            return name
+    return None
 
 
 def _is_file_name(value: object) -> bool:
@@ -360,6 +382,9 @@ def _texts(record: Json, name: str) -> tuple[Text, str]:
 def _talk(record: Json, asked: list[tuple[str, str]], answer: str, folder: Path) -> Segments:
     """Earlier questions and answers of ``history``, the question ``asked`` and the field ``answer``."""
     _refuse_file_names(record, asked[-1][0], answer)
+    if name := picture_unread(record):
+        fix = f"give --fields image={name}, or move it into metadata to answer without it"
+        raise BadRecord("unexpected_field", name, f.show(record[name]), "pictures in image or images", fix)
     turns: list[tuple[str, list[Part]]] = []
     for i, pair in enumerate(f.optional(record, "history", list) or []):
         if not isinstance(pair, list) or len(pair) != 2:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen import remote
+from unigen.data.captions import is_picture
 from unigen.data.json_text import parse_json
 from unigen.data.keys import in_text
 from unigen.data.layouts import RIVALS
@@ -47,8 +48,9 @@ class ReadOptions:
         return cls(*roots, said("fields") or {}, said("trigger_word"))
 
     def folder(self, file: Path) -> Path:
-        """Where relative paths of pictures in ``file`` start from."""
-        return self.image_root or file.parent
+        """Where relative paths of pictures in ``file`` start from. A picture that is its own file's record
+        lies where it was found."""
+        return file.parent if self.image_root is None or is_picture(file) else self.image_root
 
     def renamed(self, record: Json) -> tuple[Json, list[str]]:
         """The record with its fields under the names of ``fields``, and which fields thereby stand aside."""

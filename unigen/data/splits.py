@@ -14,12 +14,20 @@ from unigen.printing import printable
 Split = Literal["train", "validation"]
 
 _WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("train", "training", "训练"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "验证"), "validation"),
+    **dict.fromkeys(("test", "testing", "测试"), "test"),
 }
-# as Hugging Face repositories name them: a word of its own, numbers may follow (val2017)
-_SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_WORDS)})(?=$|[-._ 0-9])", re.IGNORECASE)
+# names of their own: --split holdout means no file that is called test
+_KINDS = {**_WORDS, "minival": "validation", "holdout": "test", "heldout": "test"}
+# as Hugging Face repositories name them: a word of its own, numbers or one capital may follow (val2017,
+# testA); Chinese has no blanks between words
+_SPLIT = re.compile(
+    rf"(?:^|[-._ ])(?P<word>{'|'.join(word for word in _KINDS if word.isascii())})"
+    r"(?=$|[-._ 0-9]|(?-i:[A-Z])(?![A-Za-z]))"
+    rf"|(?P<within>{'|'.join(word for word in _KINDS if not word.isascii())})",
+    re.IGNORECASE,
+)
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}[-.].*")  # of a split that Hugging Face stores in pieces
 _SIDE = re.compile(
     r"(dataset_infos?|dataset_dict|parquet_info.*|.*_parquet_info|croissant|(.*[-_.])?config|package(-lock)?"
@@ -46,8 +54,10 @@ def of_splits(left_out: Sequence[LeftOut], most: int = 6) -> str:
 
 
 def describing(left_out: Sequence[LeftOut], most: int = 6) -> str:
-    """The files that are left out since they describe the data; "" for none."""
-    return _listed([path.name for path, reason in left_out if not reason], most)
+    """The files that are left out since they describe the data or are of no kind that is read, and the
+    folders that a training wrote; "" for none."""
+    paths = [path for path, reason in left_out if not reason]
+    return _listed([p.name + "/" * (n < most and p.is_dir()) for n, p in enumerate(paths)], most)
 
 
 def _listed(names: Sequence[str], most: int) -> str:
@@ -66,7 +76,7 @@ def split_of(path: Path) -> str | None:
     for part in (path.name, *reversed(path.parts[:-1])):
         found = _SPLIT.search(part)
         if found:
-            return _WORDS[found[1].lower()]
+            return _KINDS[(found["word"] or found["within"]).lower()]
     return None
 
 
