@@ -47,7 +47,9 @@ def test_help_of_every_command(name, capsys):
     text = capsys.readouterr().out
     for option in cli.kinds(cli.load(command.options)):
         assert f"--{option} " in text, option
-    assert "--config" in text and text.rstrip().endswith(command.example)
+    assert "--config" in text and text.replace(" \\\n   ", "").rstrip().endswith(command.example)
+    foot = text.partition("\nrecipes:")[2].splitlines()
+    assert max(map(columns, foot)) <= 80 and any("--language zh" in line for line in foot)
     assert "+ " not in text and "[ITEM" not in text
 
 
@@ -85,6 +87,8 @@ def test_help_and_errors_need_no_heavy_package(argv):
     ("argv", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["plan", "--html", "x"], "unknown option --html; it is an option of unigen"),
+        (["check", "--learning_rate", "3"], "it is an option of unigen train. Fix: leave it out"),
         (["train", "--lerning_rate", "1"], "unknown option --lerning_rate; did you mean --learning_rate?"),
         (["train", "--train_data_path", "x.jsonl"], "model_path is missing"),
         (
@@ -254,14 +258,17 @@ def test_who_reads_no_further_gets_no_traceback():
     process.stderr.close()
 
 
-@pytest.mark.parametrize("name", ["preview", "ckpt"])
+@pytest.mark.parametrize("name", ["preview", "ckpt", "train"])
 def test_the_help_is_chinese_and_fits_80_columns(name):
     options = cli.load(cli.COMMANDS[name].options)
     with speaking("zh"):
         text = cli.help_text(options, name, cli.COMMANDS[name])
         overview = cli.overview()
     listed = text.partition("参数:")[2].partition("配方：")[0].splitlines()
-    assert len(listed) > 10 and max(map(columns, listed)) <= 80
+    assert len(listed) > 10 and max(map(columns, text.splitlines()[1:])) <= 80
+    assert "%%" not in text and "](" not in text and "--language zh" in text
+    for page in re.findall(r"docs/[\w.-]+md", text):
+        assert (ROOT / page).is_file() and "zh-CN" in page, page
     english = re.compile(r"[a-z]{3,} [a-z]+ [a-z]{3,}")
     assert [line for line in (*listed, *overview.splitlines()) if english.search(line)] == []
     assert "usage:" not in text and "default" not in text and spoken() == "en"

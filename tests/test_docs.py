@@ -295,7 +295,7 @@ def test_every_flag_in_a_document_exists(path):
     # "--name" and "--option" stand for any
     known |= {f"no_{name}" for name in known} | {"config", "help", "version", "name", "no_name", "option"}
     known |= {"nproc_per_node", "nnodes"}  # torchrun's
-    known |= {"model", "local_dir"}  # those of "modelscope download"
+    known |= {"model", "local_dir", "include"}  # those of "modelscope download"
     known |= {"logdir", "project"}  # those of tensorboard and of "trackio show"
     known |= {"nodes", "requeue", "signal", "time"}  # SLURM's
     # of the public scorers of docs/benchmarks.md

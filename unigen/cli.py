@@ -228,8 +228,16 @@ def read_flags(
                 position -= len(given)
             name, given = name[3:], ["false"]
         if not (flag.startswith("--") or name) or name not in (*types, "config"):
-            raise UsageError(f"unknown option {flag}{unknown(name, [*types, 'config'], '--')}")
+            said = unknown(name, [*types, "config"], "--") or _of_other_command(name)
+            raise UsageError(f"unknown option {flag}{said}")
         yield flag, name, given
+
+
+def _of_other_command(name: str) -> str:
+    """What to say after ``unknown option NAME`` where another command takes it; "" where none does."""
+    takers = (other for other, command in COMMANDS.items() if name in kinds(load(command.options)))
+    found = next(takers, None)
+    return f"; it is an option of unigen {found}. Fix: leave it out" if found else ""
 
 
 def belongs(token: str, kind: Any, taken: int) -> bool:
@@ -335,9 +343,21 @@ def help_text(options: type, name: str, command: Command) -> str:
     letters = "".join(map(in_language, shorts))
     return f"{text}\n\n" + in_language(
         "recipes:\n  --config RECIPE.yaml ...\n                        YAML files with the same names as"
-        " keys; later ones win, and flags win over all.\n\nA switch is turned on by --name or --name true,"
-        f" off by --no_name or --name false.\n{letters}\nexample:\n  {command.example}"
+        " keys; later ones\n                        win, and flags win over all.\n\nA switch is turned on by"
+        " --name or --name true, off by --no_name or\n--name false. --language zh says in Chinese what a"
+        f" command prints.\n{letters}\nexample:\n  {_in_lines(command.example)}"
     )
+
+
+def _in_lines(command: str) -> str:
+    """A command that a terminal of 80 columns would break, in lines that still are one command."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and columns(f"  {lines[-1]} {part} \\") > 80:
+            lines.append(f"    {part}")
+        else:
+            lines[-1] = f"{lines[-1]} {part}".strip() if len(lines) == 1 else f"{lines[-1]} {part}"
+    return " \\\n".join(lines)
 
 
 @cache
@@ -358,7 +378,7 @@ def _in_chinese(parser: Any, options: type, topics: list[type]) -> None:
 
     class Formatter(DefaultHelpFormatter):
         def _split_lines(self, text: str, width: int) -> list[str]:
-            text = re.sub(r"(?<=显示本帮助)\.$", "。", text)
+            text = re.sub(r"(?<=显示本帮助)\.$", "。", text.replace("%%", "%"))
             text = re.sub(r"\s*\((required, )?type: (.*?)(?:, default: (.*))?\)$", _kind_in_chinese, text)
             return broken(text, width)
 
@@ -366,12 +386,17 @@ def _in_chinese(parser: Any, options: type, topics: list[type]) -> None:
     for action in parser._actions:
         found = (texts.get(group.__name__, {}).get(action.dest) for group in (options, *topics, *TOPICS))
         meaning = "显示本帮助" if action.dest == "help" else next(filter(None, found), action.help)
-        action.help = meaning.replace("`", "").replace("%", "%%")
+        action.help = _without_links(meaning).replace("`", "").replace("%", "%%")
     groups = parser._action_groups[2:]  # after those of argparse itself
     for group, title in zip(groups, [*["本命令的参数"] * (len(groups) - len(titles)), *titles], strict=True):
         group.title = title
     parser._optionals.title = "参数"
     parser.formatter_class = Formatter
+
+
+def _without_links(text: str) -> str:
+    """``[title](page)`` of the documents as a path that a terminal's reader can open."""
+    return re.sub(r"(?<=（) | (?=[，。；）])", "", re.sub(r"\[[^]]*\]\((.*?)\)", r" docs/\1 ", text))
 
 
 def _kind_in_chinese(match: re.Match[str]) -> str:

@@ -723,6 +723,7 @@ def test_every_documented_code_has_a_case() -> None:
 
 def test_messages_help() -> None:
     assert "did you mean conversations" in bad({"conversation": []}).fix
+    assert "did you mean text_prompt" in bad({"text_promt": "x", "image_path": "a.png"}).fix
     assert "text_prompt" in bad({"image_path": "x"}).fix
     error = bad({"messages": [message("assistant", "<image><image>")], "images": ["x"]})
     assert "1 images" in error.found and "2 <image> tags" in error.expected

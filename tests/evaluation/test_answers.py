@@ -1,6 +1,7 @@
 """Records become questions; answers are kept, and a killed run ends like one that was not."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -169,13 +170,19 @@ def test_what_is_lost_is_asked_for_again(lost, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [{"about": {"digest": "y"}}, {"seed": 1}, {"batch_size": 3}, {"cases": CASES[:3]}]
-)
-def test_a_folder_of_other_answers_is_left_alone(other, tmp_path):
-    given = {"cases": CASES, "about": {"digest": "x"}, "seed": 0, "batch_size": 2}
+    ("other", "told"),
+    [
+        ({"about": {"checkpoint": "y", "sampling": {"a": 1, "b": 2}}}, "another --model_path, --b (1 -> 2)."),
+        ({"seed": 1}, "--seed (0 -> 1)."), ({"batch_size": 3}, "--batch_size (2 -> 3)."),
+        ({"cases": CASES[:3]}, f"another --samples ({len(CASES)} -> 3)."),
+    ],
+)  # fmt: skip
+def test_a_folder_of_other_answers_is_left_alone(other, told, tmp_path):
+    about = {"checkpoint": "x", "sampling": {"a": 1, "b": 1}}
+    given = {"cases": CASES, "about": about, "seed": 0, "batch_size": 2}
     answer_all(given["cases"], Model(), tmp_path, given["about"], batch_size=2, seed=0)
     before, changed = contents(tmp_path), {**given, **other}
-    with pytest.raises(AnswersError, match="Fix: give another folder"):
+    with pytest.raises(AnswersError, match=re.escape(told) + " Fix: give another folder"):
         answer_all(
             changed["cases"], Model(), tmp_path, changed["about"],
             batch_size=changed["batch_size"], seed=changed["seed"],

@@ -40,7 +40,7 @@ from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample, with
 PART = 2 << 20  # bytes of JSON Lines that a process reads at a time
 ALONE = 4 << 20  # bytes of data up to which this process does it alone
 BAD_BYTES = 64 << 20  # of bad records that are kept, about; where there are more, no further record is read
-SHOWN = 20  # bad records that an error message shows; the rest are counted
+SHOWN = 3  # bad records of a code that an error message shows; the rest are counted
 TASKS = ("text", "understand", "generate", "edit", "interleaved")
 
 
@@ -417,6 +417,13 @@ def task(sample: Sample) -> str:
 
 
 def shown(bad: Sequence[BadRecord]) -> str:
-    """The first of some bad records, one a line, and that there are more."""
-    more = f"\n  ... and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-    return "\n".join(f"  {error}" for error in bad[:SHOWN]) + more
+    """The first bad records of each code, one a line, and how many more there are of it."""
+    codes: dict[str, list[BadRecord]] = {}
+    for error in bad:
+        codes.setdefault(error.code, []).append(error)
+    lines: list[str] = []
+    for code, errors in codes.items():
+        lines += [f"  {error}" for error in errors[:SHOWN]]
+        if len(errors) > SHOWN:
+            lines.append(f"  ... and {len(errors) - SHOWN:,} more of {code}")
+    return "\n".join(lines)

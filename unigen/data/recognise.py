@@ -137,14 +137,16 @@ def _known(formats: Mapping[str, Format]) -> list[str]:
 
 
 def _nearest_fix(record: Json, formats: Mapping[str, Format]) -> str:
+    known = _known(formats)
+    for name in islice(record, 20):  # a slip of the hand first: it tells more than what is missing
+        read = any(name in entry.known for entry in formats.values())
+        near = None if read else nearest(name[:100], known)
+        if near and near not in record:
+            return f"did you mean {near} in place of {cut(name)}? docs/data_formats.md shows every format"
     if record.get("image_path") is not None:
         return "add a text_prompt (the image is the target) or a caption (the text is the target)"
     if record.get("image") is not None:
         return "add a text (the image is the target), or conversations about it"
     if record.get("text") is not None:
         return 'a text alone is learnt as {"sequence": [{"type": "text", "content": ...}]} (format 6)'
-    for name in islice(record, 20):
-        near = nearest(name[:100], _known(formats))
-        if near:
-            return f"did you mean {near} in place of {cut(name)}? docs/data_formats.md shows every format"
     return "write the record in one of the formats of docs/data_formats.md"

@@ -8,7 +8,7 @@ absent) and ``pictures/``; at the end ``predictions.jsonl``, all of them in the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,12 @@ from unigen.evaluation.cases import Case, batches
 from unigen.files import atomic
 
 ABOUT, BATCHES, PICTURES, PREDICTIONS = "answers.json", "batches", "pictures", "predictions.jsonl"
+# what answers depend on, where an option gives it by another name; of some only a digest is kept
+_OPTIONS = {
+    "cases": "--samples", "records": "--samples", "pictures": "--num_images", "checkpoint": "--model_path",
+    "data": "--data_path", "prompts": "--prompts_file", "version": "unigen", "source": "--preset",
+}  # fmt: skip
+_DIGESTS = ("checkpoint", "data", "prompts", "predictions")
 
 
 class Answer(NamedTuple):
@@ -197,13 +203,21 @@ def claim(folder: Path, about: dict[str, Any]) -> None:
         return
     except ValueError as error:
         raise AnswersError(f"{path} is damaged ({error}). Fix: give another folder") from None
-    differing = sorted(key for key in {*about, *known} if about.get(key) != known.get(key))
-    if differing:
-        first = differing[0]
+    if differing := ", ".join(_differing(known, about)):
         raise AnswersError(
-            f"{folder} holds answers with another {', '.join(differing)} ({first}: {known.get(first)!r}, now"
-            f" {about.get(first)!r}). Fix: give another folder, or the same options"
+            f"{folder} holds answers with another {differing}. Fix: give another folder, or the same options"
         )
+
+
+def _differing(known: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs, by the names of options, and their values before and now."""
+    for key in sorted({*known, *now}):
+        was, is_ = known.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            yield from _differing(was, is_)
+        elif was != is_:
+            values = "" if key in _DIGESTS else f" ({json.dumps(was)} -> {json.dumps(is_)})"
+            yield _OPTIONS.get(key, f"--{key}") + values
 
 
 def same_threads(folder: Path) -> None:

@@ -148,7 +148,7 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
     if not folder.is_dir():
         raise CheckpointFolderError(
             f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
-            " path"
+            " path; docs/start.md says how BAGEL is fetched, and its JSON files alone for unigen plan"
         )
     said = read_json(folder / "llm_config.json", LLM)
     if "rope_theta" not in said and "rope_theta" not in (said.get("rope_parameters") or {}):

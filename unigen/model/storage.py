@@ -314,7 +314,7 @@ def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safeten
     if not folder.is_dir():
         raise CheckpointFolderError(
             f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
-            " path"
+            " path; docs/start.md says how BAGEL is fetched, and its JSON files alone for unigen plan"
         )
     for name in prefer:
         if (found := scan_set(folder, name)) is not None:

@@ -90,7 +90,9 @@ def test_what_cannot_be_measured_is_null_and_the_exit_code_says_so(evaluate, det
     clip = str(tiny_towers.write_clip(tmp_path / "clip"))
     assert evaluate(folder, "--check", "--detector", detector, "--clip", clip)[0] == 0
     code, said = evaluate(folder)
-    assert code == 1 and "no object detector is given" in said and "--detector" in said
+    assert code == 2 and "none is given. Fix: --detector" in said
+    code, said = evaluate(folder, "--metrics", "geneval")
+    assert code == 1 and "no object detector is given" in said and "overall" not in said
 
 
 @pytest.mark.parametrize(

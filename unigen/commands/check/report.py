@@ -198,16 +198,16 @@ def _cuts(s: dict[str, Any], words: Words) -> Iterator[Block]:
     header = [
         "max_sequence_length",
         *(words(key) for key in ("cut", "share", "lost", "share", "refused")),
-        "",
     ]
     rows = []
     for row in s["limits"]:
         limit, share = row["max_sequence_length"], percent(row["cut"] / max(s["good_records"], 1))
-        mark = words("this_one") if limit == s["max_length"] else ""
+        limit = f"{limit:,} ←" if limit == s["max_length"] else limit
         rows.append(
-            [limit, row["cut"], share, row["tokens_lost"], percent(row["share_lost"]), row["refused"], mark]
+            [limit, row["cut"], share, row["tokens_lost"], percent(row["share_lost"]), row["refused"]]
         )
     yield ReportTable(header, rows)
+    yield Note(f"← {words('this_one')}")
     yield Note(words("refused_note"))
 
 

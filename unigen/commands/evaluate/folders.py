@@ -46,6 +46,11 @@ def run_folders(o: EvaluateOptions) -> int:
     cases = read[0][0]
     for name, (others, _) in zip(names[1:], read[1:]):
         check_same(cases, others, name)
+    if not (o.detector or o.metrics or o.check):
+        raise ConfigError(
+            f"layout {o.layout} is measured with an object detector, and none is given. Fix: --detector"
+            " FOLDER, of a DETR, Mask2Former or OWL-ViT, or --metrics clip_score"
+        )
     tools = load_tools(o, Extras())
     kinds = o.metrics or KINDS
     asked = replace(o, metrics=o.metrics or [o.layout])  # what a layout is there for is asked for

@@ -19,6 +19,8 @@ def report(
     names = [Path(one.name).name for one in answered]
     both = next(iter(compared.values())) if len(compared) == 1 else {}
     for task, results in answered[0].scores.items():
+        if not _beside(answered, task):
+            continue  # nobody gave what its metrics need, which is said below
         say(f"\n{task}")
         verdicts = {one.name: in_language(one.sentence()) for one in both.get(task, [])}
         rows = [_row(found, verdicts) for found in _beside(answered, task)]
