@@ -66,6 +66,33 @@ def test_the_chinese_is_written_as_chinese():
     assert bad == []
 
 
+def test_commands_say_what_they_say_in_the_language_of_their_user():
+    """``print`` is for data, and for what a model wrote."""
+    import ast
+
+    printed = []
+    for path in sorted((ROOT / "unigen" / "commands").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+                said = ast.unparse(node)
+                if not any(call in said for call in ("json.dumps(", "in_language(", "words(")):
+                    printed.append((path.name, said))
+    assert printed == [("command.py", r"print('\n ]\n}', flush=True)"), ("one.py", "print(piece)")]
+
+
+def test_what_a_plan_of_memory_has_is_told_in_chinese():
+    import json
+
+    def words(held, found):
+        for key, value in held.items():
+            words(value, found) if isinstance(value, dict) else found.append((key, value))
+        return found
+
+    shown = words(json.loads((ROOT / "unigen/assets/text/zh.json").read_text("utf-8")), [])
+    named = [(key[6:], text) for key, text in shown if key.startswith("point_")]
+    assert len(named) == 8 and all(in_language(name, "zh") == text for name, text in named)
+
+
 def test_what_is_found_in_the_source(tool):
     import ast
 
@@ -129,6 +156,36 @@ def test_values_stay_to_the_letter(shift):
             "output_dir 是 /a/b，它是文件夹。解决办法：给出一个文件（--output_dir ...）",
         ),
         ("a.json: [Errno 13] Permission denied: 'a.json'", "a.json: 没有权限（errno 13）：'a.json'"),
+        (
+            "output is 图.png, and a .png file is no place for what is written there. Fix: name a file of another"
+            " kind (--output ...)",
+            "output 是 图.png，而 .png 文件不是写这种内容的地方。解决办法：换一种文件（--output ...）",
+        ),
+        (
+            "html is 文件/x.html, which cannot be written (Not a directory). Fix: name another file (--html ...)",
+            "html 是 文件/x.html，它无法写入（不是文件夹）。解决办法：换一个文件名（--html ...）",
+        ),
+        (
+            "An evaluation takes about 0.7 s (losses 0.3 s, answers to 3 records 0.4 s, probe 0.1 s); with one in"
+            " 5 steps (about 3.0 s) it adds 20.0 % of the time, predicted",
+            "一次评估约需 0.7 秒（损失 0.3 秒，3 条记录的回答 0.4 秒，探针 0.1 秒）；每 5 步（约 3.0 秒）一次，"
+            "预计增加 20.0 % 的用时",
+        ),
+        ("Adapters: lora rank 4, alpha 8, 21 matrices", "适配器：lora，秩 4，alpha 8，21 个矩阵"),
+        (
+            "--batch_size is 0; it is out of range. Fix: give a whole number of at least 1 and at most 10^12, or none",
+            "--batch_size 是 0；它超出范围。解决办法：给出 1 到 10^12 的整数，或 none",
+        ),
+        (
+            "Cache c2: VAE posteriors and features of the frozen ViT are used where they are there",
+            "缓存 c2：其中已有的VAE 后验和冻结的 ViT 的特征会直接使用",
+        ),
+        (
+            "Cache: 3 pictures found in the cache (100.0%), 0 missing and encoded",
+            "缓存：找到 3 张图片（100.0%），缺的 0 张已现场编码",
+        ),
+        ("tasks     understand 16, edit 18", "任务      理解 16，编辑 18"),
+        ("ETA 0:12", "剩余 0:12"),
         ("a sentence that nobody ever wrote", "a sentence that nobody ever wrote"),
         ("", ""),
     ],

@@ -133,6 +133,11 @@ class _Row(NamedTuple):
     letters: int
     figured: re.Pattern[str] | None  # of a sentence with values that are figures
 
+    @property
+    def vague(self) -> bool:
+        """Has it few words of its own, which may stand within others: ``{} and {}``?"""
+        return self.letters < _FEW + (not self.literals[0] and not self.figured)
+
     def values(self, text: str) -> list[str] | None:
         """The values that make the sentence the text; None where none do. Of several ways it is the one with
         the shortest values first of which none ends within brackets; in linear time."""
@@ -211,10 +216,10 @@ class Table:
         words of their own."""
         words = {"", *_WORD.findall(text)}
         rows = [row for word in words for row in self._rows.get(word, ())]
-        for row in sorted(rows, key=lambda row: -sum(map(len, row.literals))):
+        for row in sorted(rows, key=lambda row: (-sum(map(len, row.literals)), row.literals)):
             if "\n" in text and "\n" not in "".join(row.literals):
                 continue  # lines are read one by one
-            if (row.letters < _FEW) == vague and (values := row.values(text)) is not None:
+            if row.vague == vague and (values := row.values(text)) is not None:
                 yield row, values
 
 
@@ -266,10 +271,8 @@ class _Text:
 
     def _known(self, text: str, depth: int, broad: bool = False) -> str | None:
         """A sentence, or one behind the name of an option."""
-        row, values = next(self._table.find(text), (None, []))
-        alone = row and sum(map(str.isalpha, row.literals[0])) < _FEW
-        if not broad and row and row.letters < _MANY:
-            row = None if any("; " in v or (alone and _several(v)) for v in values) else row
+        rows = (one for one in self._table.find(text) if broad or _fits(*one))
+        row, values = next(rows, (None, []))
         name, blank, rest = text.partition(" ")
         if blank and _OPTION.fullmatch(name):
             behind, of_it = next(self._table.find(rest), (None, []))
@@ -394,6 +397,12 @@ def _several(text: str) -> bool:
     return any(sign in text for sign in _BREAKS)
 
 
+def _fits(row: _Row, values: list[str]) -> bool:
+    """Are the values of a sentence with few words of its own no sentences, as far as one can see?"""
+    alone = sum(map(str.isalpha, row.literals[0])) < _FEW
+    return row.letters >= _MANY or not any("; " in v or (alone and _several(v)) for v in values)
+
+
 def _is_whole(text: str) -> bool:
     """Are its round brackets closed, in their order?"""
     depth = 0
@@ -424,9 +433,8 @@ def _paths(text: str, own: set[str]) -> Iterator[tuple[int, int]]:
         if word[0] in own or not _like_path(text[start : word.end()]):
             continue
         end = start + _length(text[start : word.end()])
-        for ahead in (
-            range(n, len(words)) if text[start : word.end()].startswith(("/", "~/", "./", "../")) else ()
-        ):
+        begins = re.match(r"~?/|\.\.?/", text[start:end])
+        for ahead in range(n, len(words)) if begins else ():
             if ahead - n >= _BESIDE or text[words[ahead - 1].end() : words[ahead].start()] != " ":
                 break
             now = words[ahead][0]

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from kills import become_rank
 from processes import run_ranks
 from tiny import built, train_on
 
-from unigen.config import Config
+from unigen.config import Config, UserError
+from unigen.messages import speaking
 from unigen.runs.checkpoint import verify_checkpoint
+from unigen.runs.said import leave, listen
 from unigen.training.failures import explain
 from unigen.training.guards import TrainingStopped
 from unigen.training.loop import TrainingLoop
-from unigen.training.trainer import UnifiedTrainer
+from unigen.training.trainer import UnifiedTrainer, told_of_lost_processes
 
 CPU = torch.device("cpu")
 
@@ -131,3 +134,15 @@ def test_data_that_fails_on_one_process_ends_all_and_the_step_is_saved(
     (saved,) = Path(options["output_dir"]).glob("step_*")
     assert saved.name == "step_2"
     verify_checkpoint(saved)
+
+
+def test_the_error_that_ends_a_run_is_in_its_language_in_train_log(tmp_path: Path):
+    run = SimpleNamespace(engine=SimpleNamespace(world=1, main=True), said=listen("info", main=True))
+    run.said.open(tmp_path / "train.log")
+    try:
+        with speaking("zh"), pytest.raises(UserError), told_of_lost_processes(run):  # type: ignore[arg-type]
+            raise UserError("device is cpu:1, which is no device here. Fix: correct the path of the data")
+    finally:
+        leave(run.said)
+    written = (tmp_path / "train.log").read_text("utf-8")
+    assert "错误：" in written and "error: " not in written and "。解决办法：" in written

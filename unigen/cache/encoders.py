@@ -207,9 +207,9 @@ def open_cache(
     if known:
         titles = {"vae": "VAE posteriors", "vit": "features of the frozen ViT"}
         log.info(
-            "Cache: %s of %s are used where they are there",
-            " and ".join(titles[name] for name in known),
+            "Cache %s: %s are used where they are there",
             cache_dir,
+            " and ".join(titles[name] for name in known),
         )
     for name in found.keys() - set(known):
         log.warning(

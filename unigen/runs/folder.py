@@ -253,10 +253,9 @@ def set_aside(folder: Path) -> None:
             path.rename(staged / path.name)
     staged.rename(aside)
     to_step = f" (to step {layout.step_of(checkpoints[0].name)})" if checkpoints else ""
-    go_on = f", and goes on from there with --output_dir {aside} --resume_from_checkpoint auto"
-    log.warning(
-        "%s held an earlier run%s; it is now in %s%s", folder, to_step, aside, go_on if checkpoints else ""
-    )
+    log.warning("%s held an earlier run%s; it is now in %s", folder, to_step, aside)
+    if checkpoints:
+        log.warning("It goes on from there with --output_dir %s --resume_from_checkpoint auto", aside)
 
 
 def _tell_of_earlier(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from unigen.config import Config, ConfigError
+from unigen.messages import in_language
 from unigen.model.config import BagelConfig
 from unigen.model.parts import GEN, is_adapter, is_embedding, is_linear, title
 from unigen.model.sizes import (
@@ -448,11 +449,11 @@ def compared(
     total = sum(nbytes for name, nbytes in planned.items() if name not in left_out)
     taken = gpu_peak if kind == "cuda" else resident_peak()
     largest = sorted(planned, key=lambda name: -planned[name])[:3]
-    told = ", ".join(f"{name} {planned[name] / 1e9:.2f}" for name in largest)
+    told = ", ".join(f"{in_language(name)} {planned[name] / 1e9:.2f}" for name in largest)
     what = "of tensors" if kind == "cuda" else "of the process"
     return (
-        f"Memory {what}: at most {taken / 1e9:.2f} GB, planned {total / 1e9:.2f} GB ({point}: {told});"
-        f" {taken / total - 1:+.0%}"
+        f"Memory {what}: at most {taken / 1e9:.2f} GB, planned {total / 1e9:.2f} GB"
+        f" ({in_language(point)}: {told}); {taken / total - 1:+.0%}"
     )
 
 

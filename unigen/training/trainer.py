@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from unigen.config import Config
+from unigen.messages import in_language
 from unigen.model.quantise import adopt_bits
 from unigen.runs import layout
 from unigen.runs.signals import SignalHandler, Stopped
@@ -112,7 +113,7 @@ def told_of_lost_processes(run: Run) -> Iterator[None]:
         alone = run.engine.world == 1
         told = None if alone else lost_process(error, run.engine.rank, run.heartbeat.folder)
         if run.engine.main:
-            run.said.note(f"error: {told or error}")
+            run.said.note(in_language("error: ") + in_language(str(told or error)))
         if told is None:
             raise
         raise told from error

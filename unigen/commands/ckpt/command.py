@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.config import UserError, nearest
-from unigen.printing import printable
+from unigen.messages import in_language
 
 _TAKES = {
     "ls": ("one folder: unigen ckpt ls RUN", 1, 1),
@@ -56,6 +56,7 @@ def verify(folders: list[Path], as_json: bool = False) -> int:
     1 where there is one."""
     from unigen.commands.ckpt.listing import checkpoints_of
     from unigen.commands.ckpt.verify import problems_of, receipt_of
+    from unigen.show.terminal import say
 
     found: dict[str, list[str]] = {}
     for folder in folders:
@@ -70,8 +71,8 @@ def verify(folders: list[Path], as_json: bool = False) -> int:
             problems = problems_of(checkpoint)
             found[str(checkpoint)] = problems
             if not as_json:
-                head = printable(f"{checkpoint}: {'damaged' if problems else 'OK'}")
-                print(head, *map(printable, problems), sep="\n  ", flush=True)
+                state = in_language("damaged" if problems else "OK")
+                say("\n  ".join([f"{checkpoint}: {state}", *map(in_language, problems)]))
     if as_json:
         print(json.dumps(found, indent=1))
     return 1 if any(found.values()) else 0

@@ -172,7 +172,7 @@ def _check_options(o: EvaluateOptions) -> None:
             near = nearest(kind, list(METRICS))
             raise ConfigError(
                 f"metrics names {kind!r}, which is no metric"
-                + (f"; did you mean {near}?" if near else "")
+                + (f"; did you mean {near}?" if near else ".")
                 + f" Fix: of {', '.join(METRICS)}"
             )
     if o.judge_model and not o.judge_url:

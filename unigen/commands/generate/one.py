@@ -163,7 +163,7 @@ def write_one(options: GenerateOptions) -> None:
     folder = output_folder("output_dir", options.output_dir, [options.model_path, *pictures])
     refuse_strangers(folder, inputs=pictures)
     for sentence in beaten(options.preset, options):
-        print(sentence)
+        say(sentence)
     if options.seed is None:  # another one each time, but one that is known
         options.seed = secrets.randbelow(1 << 31)
     found = answer(options)

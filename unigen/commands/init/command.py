@@ -44,6 +44,7 @@ def init(options: InitOptions) -> None:
     from unigen.commands.init.model import SIZES, create_model, texts_of
     from unigen.files import sha256_of, staged, sweep
     from unigen.outputs import output_folder, unwritten, write_receipt
+    from unigen.show.terminal import say
 
     folder = output_folder("output_dir", options.output_dir, options.text_from)
     _refuse_others(folder)
@@ -56,11 +57,11 @@ def init(options: InitOptions) -> None:
             write_receipt(staging, INIT, {path.name: [sha256_of(path)] for path in sorted(staging.iterdir())})
     parameters = sum(p.numel() for p in model.parameters())
     side = model.config.vae_transform["max_size"]
-    print(
+    say(
         f"Written to {folder}: {parameters / 1e6:.1f} million random parameters, pictures of up to"
         f" {side} x {side} pixels, {model.config.llm.vocab_size:,} tokens"
     )
-    print(f"Train it: unigen train --model_path {folder} --train_data_path ... --learning_rate 3e-3")
+    say(f"Train it: unigen train --model_path {folder} --train_data_path ... --learning_rate 3e-3")
 
 
 def _refuse_others(folder: Path) -> None:
