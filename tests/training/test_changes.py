@@ -34,6 +34,17 @@ def test_fewer_steps_move_the_learning_rate_at_once():
         assert f"{learning_rate_at(100, total, Config(**BEFORE)):.3g}" in line
 
 
+@pytest.mark.usefixtures("no_plugins_after")
+def test_a_plugin_by_another_name_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_nothing.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    before = Config(**BEFORE).to_dict() | {"plugin": ["./own_nothing.py"]}
+    for name in ("own_nothing.py", "own_nothing"):
+        assert changes(before, Config(**BEFORE, plugin=[name]), 100, (200, 200)) == []
+    (line,) = changes(before | {"plugin": []}, Config(**BEFORE, plugin=["own_nothing"]), 100, (200, 200))
+    assert line.startswith("plugin [] -> ['own_nothing']")
+
+
 def test_an_end_that_lies_behind_the_checkpoint_is_not_told():
     assert told(140, max_steps=60) == ["max_steps 200 -> 60"]
     assert told(60, (50, 200), learning_rate=2e-3, max_steps=200)[0].endswith("step 200 instead of 50")

@@ -6,9 +6,11 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from unigen import plugins
 from unigen.config import Config, ConfigError, DataOptions, UserError
 from unigen.messages import in_language
 from unigen.tracking.tracker import TRACKERS
@@ -116,6 +118,8 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
     """
     own = json.loads(json.dumps(now.to_dict()))  # as a checkpoint has them
     differ = {name: (before[name], value) for name, value in own.items() if before.get(name, value) != value}
+    if "plugin" in differ and not any(plugins.lacking(*pair) for pair in permutations(differ["plugin"])):
+        del differ["plugin"]  # the same by another name
     if "seed" in differ:
         was = differ["seed"][0]
         raise UserError(
