@@ -491,8 +491,15 @@ def test_what_a_folder_holds_besides_is_listed_and_looks_like_data_is_said(tmp_p
 
 
 def test_a_run_within_its_data_is_left_out(tmp_path: Path) -> None:
-    assert {layout.CONFIG, layout.METRICS, layout.LOG} == RUN
-    for name in ("config.json", "metrics.jsonl", "train.log", "step_1/vocab.json", "samples/step_1/0.png"):
+    assert {layout.CONFIG, layout.LOG} == RUN
+    for name in (
+        "config.json",
+        "train.log",
+        "metrics.jsonl",
+        "probe.json",
+        "step_1/vocab.json",
+        "samples/step_1/0.png",
+    ):
         write(tmp_path / "out" / name, "{}")
     write(tmp_path / "a.png", png())
     write(tmp_path / "a.txt", "A")

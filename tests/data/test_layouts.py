@@ -252,6 +252,8 @@ def test_a_question_about_a_picture_is_never_learnt_without_it(name: str) -> Non
         assert (error.code, error.field) == ("unexpected_field", name)
         assert read({name: "a.png", **record}, fields={"metadata": name})[1] == ["q", "r*"]
     read({"image": "b.png", "image_path": "a.png", "query": "q", "response": "r"})  # a copy, listed as unread
+    assert refused({"image_url": "https://a/b", "query": "q", "response": "r"}).field == "image_url"
+    read({"source": "https://a/b.png", "query": "q", "response": "r"})
 
 
 def test_questions_and_instructions() -> None:

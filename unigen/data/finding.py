@@ -21,8 +21,8 @@ from unigen.printing import printable
 
 log = logging.getLogger(__name__)
 
-# of runs/layout.py, which stands above this room: all three make a folder that a training wrote
-RUN = frozenset(("config.json", "metrics.jsonl", "train.log"))
+# of runs/layout.py, which stands above this room: both make a folder that a training wrote
+RUN = frozenset(("config.json", "train.log"))
 # ends like data of a kind that cannot be read, or not in this packing
 _LIKE_DATA = re.compile(
     r".*\.(ndjson|(jsonl?|csv|tsv|tar|parquet|arrow)\.(gz|bz2|xz|zst|zip|7z|txt)|tgz|xlsx?|ods)",

@@ -277,7 +277,10 @@ def picture_unread(record: Json) -> str | None:
         return None
     for name, value in record.items():
         first = value[0] if isinstance(value, list) and value else value
-        if name not in (*RECORD, *TALK) and (_is_file_name(first) or _is_another(name, first, None)):
+        if name in (*RECORD, *TALK):
+            continue
+        on_web = name == "image_url" and isinstance(first, str)
+        if on_web or _is_file_name(first) or _is_another(name, first, None):
             return name
     return None
 
