@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from unigen.cli import main
 from unigen.data.containers import BadData, parts, read_part
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.finding import RUN, find_files
+from unigen.data.finding import RUN, expand, find_files
 from unigen.data.mapping import ReadOptions
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut
@@ -147,6 +147,35 @@ def test_a_text_that_is_no_utf8_spoils_its_own_picture_and_is_named(tmp_path: Pa
     dataset = UnifiedGenerationDataset(tmp_path, on_bad_record="skip", max_bad_share=0.5)
     (error,) = dataset.bad
     assert len(dataset) == 2 and error.code == "bad_utf8" and "1.txt" in error.found
+
+
+def test_json_beside_a_picture_with_its_text_describes_it(tmp_path: Path) -> None:
+    for end, data in (("png", png()), ("txt", "red"), ("json", '{"url": "http://a/b", "caption": "red"}')):
+        write(tmp_path / f"0/1.{end}", data)
+    left_out: list[LeftOut] = []
+    assert [name for _, name in find_files([tmp_path], left_out=left_out)] == ["0/1.png"]
+    assert [path.name for path, _ in left_out] == ["1.json"]
+    with pytest.raises(BadData, match="name its folder, "):
+        find_files([tmp_path / "0/*.png"])
+
+
+def test_a_pattern_knows_what_describes_the_data(tmp_path: Path) -> None:
+    for name in ("dataset_dict.json", "state.json", "a.jsonl"):
+        write(tmp_path / name, "{}\n")
+    assert [name for _, name in find_files([str(tmp_path / "*")])] == ["a.jsonl"]
+
+
+def test_paths_as_addresses_of_files_and_beside_addresses(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "{}\n")
+    assert [file for file, _ in find_files([path.as_uri()])] == [path]
+    assert expand(f"memory://b/val.jsonl,{path}") == ["memory://b/val.jsonl", str(path)]
+    assert expand("MEMORY://b/val.jsonl") == ["memory://b/val.jsonl"]
+
+
+def test_a_split_that_no_file_names_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "{}\n")
+    with pytest.raises(BadData, match=r"no file names one.* Fix: leave the split out"):
+        find_files([tmp_path], asked="x")
 
 
 def test_a_split_of_files_that_are_named_is_refused(tmp_path: Path) -> None:

@@ -89,3 +89,10 @@ def test_the_records_before_a_cut_are_counted() -> None:
     spans, broken = split_json(f"[{LINE}, {LINE}".encode())
     assert len(spans) == 2 and broken is not None and "after 2 records" in broken.found
     assert split_json(f"[{LINE}]".encode())[1] is None
+
+
+def test_lines_in_a_json_file_and_utf16_are_named() -> None:
+    _, error = split_json(b'{"a": 1}\n{"a": 2}\n')
+    assert "name it .jsonl" in error.fix
+    with pytest.raises(BadRecord, match="UTF-16"):
+        decode("image,text".encode("utf-16"), 1)

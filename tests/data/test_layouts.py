@@ -2,14 +2,16 @@
 record."""
 
 import base64
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from unigen.data.embedded import Address, place_of
-from unigen.data.formats import parse_record, parse_with_fields
+from unigen.data.formats import FORMATS, parse_record, parse_with_fields
 from unigen.data.mapping import ReadOptions
+from unigen.data.recognise import Format
 from unigen.sequence.types import BadRecord, Image, Origin, Text
 
 ORIGIN = Origin(Path("/data/set/train.jsonl"), line=7)
@@ -167,6 +169,52 @@ def test_any_answer_and_any_other_picture_is_refused(field: str, value) -> None:
 def test_the_name_and_the_address_of_a_picture_are_no_other_picture() -> None:
     more = {"filename": "b.png", "url": "http://a/b.jpg", "origin": "x/a.png", "cls": b"3", "label": 3}
     assert read({"image": "a.png", "text": "t", **more})[1] == ["t", "[a.png]*"]
+
+
+@pytest.mark.parametrize("name", ["conversations", "turns"])
+def test_a_list_may_be_the_json_text_of_a_column(name: str) -> None:
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    record = {name: json.dumps(turns), "images": '["a.png"]'}
+    assert read(record, fields={"conversations": name})[1] == ["[a.png]", "q", "a*"]
+    error = refused({"conversations": str(turns), "image": "a.png"})
+    assert (error.code, error.field) == ("bad_json", "conversations")
+
+
+def test_a_place_that_is_mapped_is_read() -> None:
+    record = {"image": "a.png", "data": {"sample": {"cap": "t"}}, "more": 1}
+    options = ReadOptions(fields={"text": "data.sample.cap"})
+    assert parse_with_fields(record, ORIGIN, options)[0].notes == (("unread", "more"),)
+
+
+def test_sizes_that_a_message_asks_for_are_listed_as_unread() -> None:
+    parts = [{"type": "image", "image": "a.png", "max_pixels": 9}, {"type": "text", "text": "q"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
+    assert parse_record({"messages": turns}, ORIGIN).notes == (("unread", "max_pixels"),)
+
+
+@pytest.mark.parametrize(
+    ("record", "words", "never"),
+    [
+        ({"metadata": {"id": 1}, "foo": 1}, "", "did you mean"),
+        ({"target": "x", "text_loss": 1}, "", "did you mean"),
+        ({"conversation": "x"}, "did you mean conversations", "jq"),
+        ({"version": 1, "data": [{"q": 1}]}, "jq .data", "did you mean"),
+        ({"info": {"a": 1}, "license": {}, "questions": [{"q": 1}]}, "jq .questions", "did you mean"),
+        ({"id": 1, "turns": [{"q": 1}]}, "", "jq"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "leave these records out", "correct the role"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "leave these", "correct the speaker"),
+    ],
+)
+def test_the_fix_names_the_mistake(record, words: str, never: str) -> None:
+    assert words in (fix := refused(record).fix) and never not in fix
+
+
+def test_a_list_of_a_format_of_a_plugin_is_no_file_of_records(monkeypatch) -> None:
+    def dialog(record, folder):
+        return [(Text(record["dialog"][0]["a"], target=True), "dialog")]
+
+    monkeypatch.setitem(FORMATS, "dlg", Format(dialog, ("dialog",), "dialog", ()))
+    assert read({"dialog": [{"a": "x"}]}) == ("dlg", ["x*"])
 
 
 def test_what_only_sounds_like_an_answer_or_a_picture_is_left_unread() -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from unigen.data.embedded import Address, decoded, place_of
 from unigen.data.json_text import MAX_RECORD, parse_json
-from unigen.data.keys import THOUGHT, check_keys, refuse, weight_of
+from unigen.data.keys import REFUSED, THOUGHT, TOOL_ROLES, check_keys, refuse, weight_of
 from unigen.data.words import Json, cut, join, names, show
 from unigen.sequence.types import BadRecord, Image, Text
 
@@ -30,6 +30,7 @@ SPEAKERS = {
 }  # fmt: skip
 TAG = "<image>"
 _NO_PICTURE = ("", "None", "none", "null", "NULL", "nan", "NaN", "N/A")
+_LIST = re.compile(r"\s*\[\s*[\"'{\[\]]")  # a list in JSON, or as Python prints it; no path begins like that
 _JSON = re.compile(r"\s*[\[{]\s*[\"\]}]")  # a list or an object of texts; no caption begins like that
 _NAMES = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
 
@@ -142,6 +143,20 @@ def _encodable(text: str, field: str, code: str) -> str:
     return text
 
 
+def is_list_text(value: Any) -> bool:
+    """Is a value the JSON text of a list?"""
+    return isinstance(value, str) and _LIST.match(value) is not None
+
+
+def listed(text: str, field: str) -> Any:
+    """The value of a JSON text. Raises BadRecord where it is none."""
+    try:
+        return parse_json(_encodable(text, field, "bad_text").encode(), 0)
+    except BadRecord as error:
+        error.field = field
+        raise
+
+
 # ---- segments
 
 
@@ -214,6 +229,8 @@ def speaker_of(item: Json, where: str) -> str:
 def _one_of(known: Collection[str], item: Json, key: str, where: str, fix: str) -> str:
     """The value of ``key``. Raises BadRecord where it is not one of the known ones."""
     value = required(item, key, str, where)
+    if value in TOOL_ROLES:
+        raise BadRecord("unknown_role", f"{where}.{key}", show(value), *REFUSED["tools"])
     if value not in known:
         expected = " or ".join(f'"{name}"' for name in known)
         raise BadRecord("unknown_role", f"{where}.{key}", show(value), expected, fix)
@@ -228,11 +245,7 @@ def variants(value: Any, field: str) -> tuple[Text, str]:
             list or object.
     """
     if isinstance(value, str) and _JSON.match(value):
-        try:
-            value = parse_json(_encodable(value, field, "bad_text").encode(), 0)
-        except BadRecord as error:
-            error.field = field
-            raise
+        value = listed(value, field)
     if isinstance(value, dict):
         found = [(text, join(field, cut(str(name)))) for name, text in value.items() if text is not None]
     elif isinstance(value, list):

@@ -14,6 +14,7 @@ from typing import Any
 from unigen import remote
 from unigen.data.captions import CAPTIONS, caption_of, captioned, is_picture
 from unigen.data.containers import CONTAINERS, BadData, kind_of
+from unigen.data.embedded import place_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
 from unigen.data.storage import addresses, brought
 from unigen.data.unpack import PACKED
@@ -87,6 +88,7 @@ def find_files(
                 if wrong:
                     flag = "--split NAME" if split == "train" else "--val_split NAME, evaluate: --split NAME"
                     fix = "name one of them" if asked else f"say which is meant ({flag})"
+                    fix = "leave the split out" if wrong.endswith("no file names one") else fix
                     raise BadData(f"{given}: {wrong}. Fix: {fix}, or name the files.")
             names = _first_kind(path, names, sides)
             if left_out is not None:
@@ -130,20 +132,24 @@ def expand(given: str | Path, left_out: list[LeftOut] | None = None) -> list[str
     ``left_out`` gets the others. Raises BadData for a pattern that matches nothing.
     """
     text = os.fspath(given)
-    if remote.scheme_of(text):
-        return list(addresses(text))
+    parts = [part.strip() for part in text.split(",")]
+    if scheme := remote.scheme_of(text):
+        if len(parts) > 1 and all(kind_of(Path(part)) for part in parts):  # some may be no addresses
+            return [one for part in parts for one in expand(part, left_out)]
+        return list(addresses(scheme + text[len(scheme) :]))
+    if text.lower().startswith("file:"):
+        given = text = _path_of(text)
     if os.path.lexists(text):
         return [given]
     if pattern := glob.has_magic(text):
         matched = [Path(path) for path in sorted(glob.glob(text, recursive=True))]
-        if files := [path for path in matched if kind_of(path) and path.is_file()]:
+        if files := [path for path in matched if _is_data(path)]:
             if left_out is not None:
                 left_out += [LeftOut(path, "") for path in matched if path.is_file() and path not in files]
             return list(files)
         if matched:
             return [path for path in matched if not any(above in matched for above in path.parents)]
     if "," in text:
-        parts = [part.strip() for part in text.split(",")]
         return list(dict.fromkeys(os.fspath(one) for part in parts if part for one in expand(part, left_out)))
     if pattern:
         above = [place for place in Path(text).parents if not glob.has_magic(str(place)) and place.is_dir()]
@@ -153,6 +159,21 @@ def expand(given: str | Path, left_out: list[LeftOut] | None = None) -> list[str
             + ". Fix: correct the pattern, or name the files"
         )
     return [given]
+
+
+def _path_of(address: str) -> str:
+    """The path that a ``file:`` address names. Raises BadData where it names none on this machine."""
+    try:
+        return str(place_of(address))
+    except ValueError as error:
+        why, fix = error.args
+        raise BadData(f"{address}: {why}. Fix: {fix}") from None
+
+
+def _is_data(path: Path) -> bool:
+    """Does a file that a pattern matches hold records?"""
+    described = is_side_file(Path(path.name)) or path.name in (*_HF_FILES, _HF_SPLITS)
+    return bool(kind_of(path)) and path.is_file() and not described
 
 
 def _holding(folder: Path) -> str:
@@ -168,6 +189,8 @@ def _renamed(path: Path) -> str:
         return "unpack it to a .tar, whose members are then read in place"
     if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z"):
         return "unpack it"
+    if is_picture(path):
+        return f"name its folder, {path.parent}: each picture there with a text beside it is a record"
     if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         return "save it as CSV"
     return (
@@ -263,6 +286,7 @@ def _in_folder(
             sides += [Path(place, name).relative_to(folder) for name in runs]
             folders[:] = [name for name in folders if name not in runs]
             described = {n for n in names if is_side_file(Path(place, n).relative_to(folder))}
+            described |= set(_about_pictures(Path(place), names))
             sides += [
                 Path(place, name).relative_to(folder) for name in sorted(described - {*_HF_FILES, _HF_SPLITS})
             ]
@@ -271,6 +295,15 @@ def _in_folder(
             for link in links:
                 _check_link(link, folder, root)
             linked += links
+
+
+def _about_pictures(folder: Path, names: list[str]) -> Iterator[str]:
+    """The JSON files that stand beside a picture with a text, as img2dataset writes them."""
+    pictures = {Path(name).stem: folder / name for name in names if is_picture(Path(name))}
+    for name in names if pictures else []:
+        picture = pictures.get(Path(name).stem)
+        if name.lower().endswith(".json") and picture is not None and caption_of(picture):
+            yield name
 
 
 def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:

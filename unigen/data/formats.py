@@ -95,7 +95,7 @@ def parse_with_fields(
             metadata = {"id": value["id"], **metadata}
         keys.refuse(value)
         value, aside = read.renamed(value)
-        value, notes = _without_empty(value)
+        value, notes = _without_empty(_unpacked(value))
         notes += [("unread", field) for field in aside]
         name = recognise(value, FORMATS)
         segments = FORMATS[name].parse(value, read.folder(origin.file))
@@ -103,7 +103,10 @@ def parse_with_fields(
             segments = [_captioned(segments[0], read), *segments[1:]]
         segments = _framed(value, segments)
         read_from = {field.partition(".")[0].partition("[")[0] for _, field in segments}
+        read_from |= {place.partition(".")[0] for place in read.fields.values()}
         notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known | read_from)]
+        if name in ("messages", "chat"):
+            notes += [("unread", field) for field in keys.unread_sizes(value)]
         if not any(segment.target for segment, _ in segments):
             if keys.says_no(value) and _would_learn(value, read.folder(origin.file), name):
                 zero = next((key for key in keys.RECORD_WEIGHT if value.get(key) == 0), None)
@@ -161,6 +164,12 @@ def _names_none(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 9 and f.no_picture(value)
 
 
+def _unpacked(record: Json) -> Json:
+    """The record with the lists that a column of a table holds as JSON text."""
+    packed = {name for name, value in record.items() if name in _LISTS and f.is_list_text(value)}
+    return record | {name: f.listed(record[name], name) for name in packed} if packed else record
+
+
 def _without_empty(record: Json) -> tuple[Json, list[tuple[str, str]]]:
     """The record with null in the picture fields that name none (``""``, ``"None"``), and a note of each."""
     said = [name for name, value in record.items() if _names_none(value)]
@@ -185,6 +194,13 @@ def _framed(record: Json, segments: Segments) -> Segments:
     if f.optional(record, "system", str):
         segments.insert(0, (Text(f.string(record, "system", "")), "system"))
     return segments
+
+
+_LISTS = (
+    "conversations", "messages", "images", "image", "sequence", "editing_steps", "input_sequence",
+    "target_sequence", "texts", "image_list", "instruction_list", "output_text_list", "history", "files",
+    "image_info", "text_list",
+)  # fmt: skip
 
 
 def _would_learn(record: Json, folder: Path, name: str) -> bool:

@@ -29,6 +29,8 @@ _KINDS = (
 _TABLE = re.compile(r"[\w .-]+([,;\t][\w .-]+)+\r?")  # a first line of names
 _PYTHON = re.compile(r"'|True\b|False\b|None\b")
 
+_UTF16 = "iconv -f UTF-16 -t UTF-8 OLD > NEW makes it UTF-8"
+
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'  # unrolled: a group for each character would keep a place for each
 _STRING_OR_CONSTANT = re.compile(_STRING + r"|NaN|-?Infinity", re.DOTALL)
 _STRING_OR_BRACKET = re.compile(_STRING + r"|[\[{]|[\]}]", re.DOTALL)
@@ -185,6 +187,8 @@ def decode(data: bytes, line: int) -> str:
 
 
 def _encoding_fix(data: bytes) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return _UTF16
     try:
         chinese = _HAN.search(data.decode("gb18030"))
     except UnicodeDecodeError:
@@ -225,8 +229,7 @@ def not_lines(head: bytes) -> BadRecord | None:
 def _other_kind(start: bytes) -> BadRecord | None:
     """What is wrong with a file that begins with these bytes and holds no JSON at all."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fix = "iconv -f UTF-16 -t UTF-8 OLD > NEW makes it UTF-8"
-        return BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", fix)
+        return BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", _UTF16)
     if start and not start.strip(b"\0"):
         found = "nothing but zero bytes at its beginning, as an interrupted copy leaves them"
         return BadRecord("broken_file", "(file)", found, "records in JSON", "copy the file again")
@@ -311,6 +314,8 @@ def _slip(message: str, before: str, rest: str) -> tuple[str, str] | None:
         return "a comma after the record", "take it out: nothing stands between records of a .jsonl"
     if rest.startswith("{") and "\n" not in before[len(before.rstrip()) :]:
         return "another record on the same line", "begin a new line before it"
+    if rest.startswith("{"):
+        return "another record behind the first", "name it .jsonl: that is a file with a record on each line"
     return message, "put one record on a line of a .jsonl file, or all into one [...] list of a .json file"
 
 

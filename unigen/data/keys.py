@@ -32,6 +32,7 @@ RECORD_WEIGHT = ("loss", "weight", "loss_weight", "loss_scale", "has_loss")
 RECORD = ("metadata", "system", THOUGHT, *RECORD_WEIGHT)
 """Keys that a record of any format may have."""
 
+SIZES = ("min_pixels", "max_pixels", "resized_width", "resized_height")
 ITEMS: dict[str, tuple[str, ...]] = {
     "turn": ("role", "type", "content", "image_path", THOUGHT),
     "segment": ("type", "content", "image_path", THOUGHT),
@@ -39,7 +40,7 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "message": ("role", "content", THOUGHT),
     "part": (
         "type", "text", "image", "image_url", "url", "path", "base64", "source",
-        "detail", "min_pixels", "max_pixels", "resized_width", "resized_height", "cache_control",
+        "detail", *SIZES, "cache_control",
     ),
     "address": ("url", "detail"),
     "source": ("type", "media_type", "data", "url"),
@@ -78,6 +79,8 @@ REFUSED: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 """Keys of records, turns and segments that change what would have to be learnt: why, and the fix."""
 
+TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
+"""Roles and speakers of what tools are asked and say."""
 
 _MEANT = {
     **dict.fromkeys(("thinking", "thought", "thoughts", "reasoning"), THOUGHT),
@@ -131,6 +134,14 @@ def unread(record: Json, known: Iterable[str]) -> list[str]:
 def speaks(item: Json) -> bool:
     """Does an object of a record say itself whether it is learnt?"""
     return any(item.get(name) is not None for name in LEARNING)
+
+
+def unread_sizes(record: Json) -> list[str]:
+    """The sizes that parts of messages ask for: the size of a picture is decided by options alone."""
+    turns = record.get("messages") or record.get("conversations")
+    contents = [turn["content"] for turn in turns or [] if isinstance(turn.get("content"), list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    return sorted({name for part in parts for name in SIZES if part.get(name) is not None})
 
 
 def says_no(value: Any, depth: int = 4) -> bool:

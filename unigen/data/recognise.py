@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from unigen.config import nearest
+from unigen.data.keys import RECORD
 from unigen.data.words import Json, cut, names
 from unigen.sequence.types import BadRecord
 
@@ -43,11 +44,9 @@ class Format:
         return self.recognise is None or self.recognise(record)
 
 
-# lists and objects that a record itself may have
-_LISTS = (
-    "conversations", "messages", "sequence", "editing_steps", "input_sequence", "target_sequence", "texts",
-    "image", "images", "metadata", "image_info", "files",
-)  # fmt: skip
+# what files of many records call the list of them, beside what describes it
+_LISTS = ("data", "questions", "records", "items", "examples", "samples", "rows", "instances", "entries")
+_ALIKE = 0.8  # of a misspelt field
 _COCO = (
     "jq -c '(.images|map({(.id|tostring): .file_name})|add) as $f | .annotations[]"
     " | {image: $f[.image_id|tostring], text: .caption}' OLD > NEW.jsonl"
@@ -59,7 +58,7 @@ _PICTURES = ("image_path", "image")
 def recognise(record: Json, formats: Mapping[str, Format]) -> str:
     """The name of the format of a record. Raises BadRecord where there is none, or several."""
     present = {name for name in record if record[name] is not None}
-    if whole := _whole_file(record):
+    if whole := _whole_file(record, formats):
         found, fix = whole
         raise BadRecord("no_format", "(record)", found, "one record", fix)
     if layout := _layout(record, present, formats):
@@ -90,18 +89,20 @@ def recognise(record: Json, formats: Mapping[str, Format]) -> str:
     return found[0]
 
 
-def _whole_file(record: Json) -> tuple[str, str] | None:
+def _whole_file(record: Json, formats: Mapping[str, Format]) -> tuple[str, str] | None:
     """What an object is that holds many records in place of being one, and the fix."""
     values = list(record.values())
     if _objects(record.get("images")) and _objects(record.get("annotations")):
         return "pictures and captions apart, as COCO has them", f"write a record for each caption: {_COCO}"
-    if len(values) == 1 and _objects(values[0]):
-        (name,) = record
-        if name not in _LISTS:
-            place = name if re.fullmatch(r"[A-Za-z_]\w*", name) else f'["{cut(name)}"]'
-            return f"a list of records under {cut(name)}", f"write the list alone: jq .{place} OLD > NEW.json"
-    keyed = len(values) > 1 and all(isinstance(value, dict) and len(value) > 1 for value in values)
-    if keyed and not any(name in _LISTS for name in record):
+    read = (frozenset(RECORD), *(entry.known for entry in formats.values()))
+    if any(not fields.isdisjoint(record) for fields in read):
+        return None
+    lists = [name for name in record if _objects(record[name])]
+    if len(lists) == 1 and (len(values) == 1 or lists[0] in _LISTS):
+        (name,) = lists
+        place = name if re.fullmatch(r"[A-Za-z_]\w*", name) else f'["{cut(name)}"]'
+        return f"a list of records under {cut(name)}", f"write the list alone: jq .{place} OLD > NEW.json"
+    if len(values) > 1 and all(isinstance(value, dict) and len(value) > 1 for value in values):
         return "records under keys of their own", "write a list of them: jq '[.[]]' OLD > NEW.json"
     return None
 
@@ -139,9 +140,10 @@ def _known(formats: Mapping[str, Format]) -> list[str]:
 def _nearest_fix(record: Json, formats: Mapping[str, Format]) -> str:
     known = _known(formats)
     for name in islice(record, 20):  # a slip of the hand first: it tells more than what is missing
-        read = any(name in entry.known for entry in formats.values())
-        near = None if read else nearest(name[:100], known)
-        if near and near not in record:
+        read = name in RECORD or any(name in entry.known for entry in formats.values())
+        for near in [] if read else get_close_matches(name[:100], known, 1, _ALIKE):
+            if near in record:
+                continue
             return f"did you mean {near} in place of {cut(name)}? docs/data_formats.md shows every format"
     if record.get("image_path") is not None:
         return "add a text_prompt (the image is the target) or a caption (the text is the target)"

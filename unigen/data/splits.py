@@ -173,4 +173,6 @@ def _named(asked: str, splits: Mapping[Path, _Told]) -> list[Path] | str:
     if found:
         return found
     there = sorted({told.own or told.kind for told in splits.values()} - {None})  # type: ignore[type-var]
-    return f"there is no split {asked}; " + (f"it has {', '.join(there)}" if there else "no file names one")
+    if not there:
+        return f"there is no split {asked}; no file names one"
+    return f"there is no split {asked}; it has {', '.join(there)}"

@@ -228,7 +228,7 @@ def _dumps(value: Any) -> bytes:
 def _moved(path: str, source: RewrittenFile) -> str:
     """A path relative to the source as one that means the same in the new file: relative where links allow
     it."""
-    if path.startswith("/") or "://" in path:  # of file:
+    if path.startswith("/") or "://" in path or path.lower().startswith("file:"):
         return path
     folder = source.read.folder(source.path)
     old = os.path.join(folder, path)

@@ -30,7 +30,7 @@ class PreviewOptions(DataOptions):
         paths: JSON, JSONL, Parquet, Arrow, CSV, TSV or tar files, folders of them or of pictures with texts.
         samples: How many records to show; -n is short for it.
         records: Numbers of particular records, from 0, in place of the first ones.
-        shuffled: RandomKey the records from all of the data instead of taking the first ones.
+        shuffled: Draw the records from all of the data instead of taking the first ones.
         output: The HTML page to write; none writes no page.
         language: Language of the page and of all that is said; default that of the locale.
         model_path: Folder of a checkpoint, of which no weights are read; default: sizes of BAGEL-7B-MoT, and
