@@ -16,6 +16,7 @@ from unigen.show.terminal import (
     Stretched,
     columns,
     drawn,
+    filled,
     grid,
     harmless,
     has_colour,
@@ -115,6 +116,13 @@ def test_what_is_stretched_fills_the_width_and_texts_stay_on_their_line():
     )
     assert drawn(grid(rows), UNBOUND).count("=") == Stretched.MOST
     assert drawn(one_line("橘猫橘猫"), 5) == "橘猫…" and one_line("abcdef", most=4).plain == "abc…"
+
+
+def test_parts_of_a_line_go_on_in_the_next_whole():
+    rows = [[line("损失"), filled([f"任务{n} 1.234" for n in range(6)])]]
+    said = drawn(grid(rows), 40).split("\n")
+    assert len(said) > 1 and max(map(columns, said)) <= 40
+    assert re.findall(r"任务\d 1\.234", "\n".join(said)) == [f"任务{n} 1.234" for n in range(6)]
 
 
 def test_nothing_is_broken_or_cut_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch):

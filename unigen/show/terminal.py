@@ -157,6 +157,22 @@ class Stretched:
         yield self.draw(min(self.MOST, options.max_width))
 
 
+def filled(parts: Sequence[str]) -> Stretched:
+    """The parts behind each other in as many lines as they need; a part is broken only where it alone is too
+    long."""
+    from rich.text import Text
+
+    def draw(n: int) -> Text:
+        rows = [""]
+        for part in parts:
+            if rows[-1] and columns(f"{rows[-1]}  {part}") > n:
+                rows.append("")
+            rows[-1] += f"{'  ' if rows[-1] else ''}{part}"
+        return Text("\n").join(map(line, rows))
+
+    return Stretched(draw)
+
+
 class _Column(NamedTuple):
     """A column: ``most`` wide where there is room, ``fair`` before minor ones go, ``least`` always."""
 

@@ -140,6 +140,9 @@ def test_a_goodbye_before_the_end_is_stopped_with_its_reason(folder):
     for rank in (0, 1):
         write_rank(folder, rank, step=60, total_steps=2000, phase="stopped", why="SIGTERM")
     assert state(folder) == ("stopped", ["said_goodbye", "reason"])
+    for rank in (0, 1):
+        write_rank(folder, rank, step=60, total_steps=2000, phase="ended", signal="SIGTERM")
+    assert state(folder) == ("stopped", ["ended_ago", "resumes"])
 
 
 def test_without_heartbeats_and_lock_it_is_stopped_or_new(tmp_path):

@@ -67,7 +67,11 @@ def diagnose(run: RunFolder) -> State:
     complete = total is not None and run.step >= total
     done = State("finished", [Told("all_steps", {"n": run.step})])
     if run.ranks and all(rank.phase in ENDED for rank in run.ranks) and not run.locked:
-        goodbye = [Told("said_goodbye", {"phase": run.ranks[0].phase, "ago": run.ranks[0].age})]
+        phase, ago = run.ranks[0].phase, run.ranks[0].age
+        said = Told("said_goodbye", {"phase": phase, "ago": ago})
+        goodbye = [Told("ended_ago", {"ago": ago}) if phase == "ended" else said]
+        if run.ranks[0].facts.get("signal"):
+            goodbye.append(Told("resumes", {}))
         if reason := str(run.ranks[0].facts.get("why", "")):
             goodbye.append(Told("reason", {"why": reason}))
         return done if complete else State("stopped", goodbye)

@@ -24,7 +24,7 @@ from unigen.show.curves import span
 from unigen.show.figures import figure
 from unigen.show.language import Words
 from unigen.show.plot import marks, sparkline
-from unigen.show.terminal import Stretched, beside, grid, line, notices, one_line, table
+from unigen.show.terminal import Stretched, beside, filled, grid, line, notices, one_line, table
 
 if TYPE_CHECKING:
     from unigen.show.terminal import RenderableType, Text
@@ -113,7 +113,7 @@ def _panel(
     rows: list[list[Text | Stretched]] = []
     if panel.members:  # a line for all of them, as there may be many
         newest = (f"{panel.line(curve, words)} {figure(curve.points[-1].mean)}" for curve in curves)
-        return [[line(title), one_line("  ".join(newest))]]
+        return [[line(title), filled(list(newest))]]
     if several:
         rows.append([line((title, "bold")), one_line((extent, "soft"))])
     for curve in curves:
