@@ -59,6 +59,9 @@ class Config(
 ):
     """Every option of a training run, flat."""
 
+    # no option: the folder of the model where its matrices are quantised and no option asked for that
+    quantised_folder = ""
+
     def __post_init__(self) -> None:
         usual = self.learning_rate is USUAL_RATE  # the object: whoever gives 1e-5 means it
         super().__post_init__()

@@ -200,13 +200,18 @@ def _adapters(c: Any) -> Rules:
 
 def _quantised(c: Any) -> Rules:
     """Matrices of 4 and 8 bits."""
-    yield c.double_quant and c.quantize != "nf4", "double_quant", "needs quantize nf4. Fix: --quantize nf4"
     if c.quantize is None:
         return
     yield (
         c.model_load_mode not in (None, {"nf4": 2, "int8": 3}[c.quantize]),
         "model_load_mode",
         f"is {c.model_load_mode}, and quantize {c.quantize}. Fix: keep one of them",
+    )
+    yield (
+        c.lora_rank is None and c.quantised_folder,
+        "model_path",
+        f"is {c.quantised_folder}, which holds {c.quantize}: such matrices cannot train themselves. Fix:"
+        " --lora_rank 64, or give the folder of the full weights",
     )
     yield (
         c.lora_rank is None,
@@ -221,7 +226,7 @@ def _quantised(c: Any) -> Rules:
     yield (
         c.lora_variant == "dora" and c.quantize == "int8",
         "lora_variant",
-        "dora does not work over int8. Fix: --quantize nf4, or --lora_variant lora",
+        "dora does not work over int8. Fix: --lora_variant lora, or the full weights with --quantize nf4",
     )
     yield c.compile == "on", "compile", "is on, which quantised layers do not allow. Fix: --compile auto"
 

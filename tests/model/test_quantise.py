@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import batch_of, built, metrics, train_on
+from tiny import batch_of, built, metrics, train, train_on
 from torch import nn
 
 from unigen.cli import main
@@ -19,7 +19,9 @@ from unigen.model import quantise
 from unigen.model.bagel import Bagel
 from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.weights import load_bagel
+from unigen.training import engine
 from unigen.training.loop import TrainingLoop
+from unigen.training.prepare import prepare
 
 KINDS = [("nf4", False), ("nf4", True), ("int8", False)]
 
@@ -201,12 +203,21 @@ def test_dora_over_nf4_begins_as_the_quantised_base(options: dict[str, Any], tmp
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], given: dict[str, Any], named: str):
     with pytest.raises(ConfigError, match=named):
-        Config(**options | given).resolve()
+        quantise.adopt_bits(Config(**options | given)).resolve()
 
 
 def test_a_rank_above_the_sides_of_a_matrix_is_refused_before_memory_is_asked_for(options: dict[str, Any]):
     with pytest.raises(ConfigError, match=r"lora_rank is 100000000, and .*Fix: --lora_rank"):
         built(**options, lora_rank=100_000_000)
+
+
+def test_a_run_of_such_a_rank_goes_on(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    given = options | {"lora_rank": 65, "save_steps": 1}
+    with monkeypatch.context() as earlier:  # a program that did not refuse it
+        earlier.setattr(engine, "prepare", lambda *words, fresh: prepare(*words, fresh=False))
+        train(**given | {"max_steps": 1})
+    assert train(**given | {"max_steps": 2, "resume_from_checkpoint": "auto"}) is not None
+    assert (Path(given["output_dir"]) / "step_2").is_dir()
 
 
 def test_modes_by_number(options: dict[str, Any]):

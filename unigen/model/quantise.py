@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.config import UserError
+from unigen.config import ConfigError, UserError
 from unigen.model.hub import without_hub_kernels
 from unigen.model.parts import ADAPTED, is_adapter, is_embedding, is_table, matches
 from unigen.model.storage import INT8, NF4, CheckpointFolderError, Quantised, Stored, few, read_json
@@ -269,11 +269,16 @@ def bits_of(folder: Path, asked: str | None = None, double: bool = False) -> tup
     """What the matrices of a folder are quantised to (kind, double), or else are to be.
 
     Raises:
+        ConfigError: double_quant is asked for, and not NF4.
         QuantiseError: another kind is asked for than the folder holds, or it holds one that is not read.
     """
     path = folder / "config.json"
     said = read_json(path).get("quantization_config") if os.path.lexists(path) else None
     if not said:
+        if double and asked != "nf4":
+            raise ConfigError(
+                "double_quant needs quantize nf4. Fix: --quantize nf4, or leave double_quant out"
+            )
         return asked, double
     said = said if isinstance(said, dict) else {"quant_method": said}
     kind = said.get("quant_method", "bitsandbytes")
@@ -288,17 +293,24 @@ def bits_of(folder: Path, asked: str | None = None, double: bool = False) -> tup
     if asked not in (None, kind) or double > held[1]:
         other = "double_quant" if asked in (None, kind) else f"quantize {asked}"
         raise QuantiseError(
-            f"{folder} holds {kind}{' with double_quant' if held[1] else ''}, and {other} is asked for. Fix: "
+            f"{folder} holds {told_bits(*held)}, and {other} is asked for. Fix: "
             "leave that out, or give the folder of the full weights"
         )
     return held
 
 
+def told_bits(kind: str | None, double: bool) -> str | None:
+    """What :func:`bits_of` found, in words; None for full weights."""
+    return f"{kind} with double_quant" if double else kind
+
+
 def adopt_bits(config: Any) -> Any:
     """The options of a run, after those that the folder of its model decides where that is quantised."""
     if config.model_path:
-        found = bits_of(Path(config.model_path), config.quantize, config.double_quant)
+        asked = config.quantize
+        found = bits_of(Path(config.model_path), asked, config.double_quant)
         config.quantize, config.double_quant = found
+        config.quantised_folder = config.model_path if found[0] != asked else ""
     return config
 
 

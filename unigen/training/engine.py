@@ -182,7 +182,7 @@ class Engine:
         object.__setattr__(
             model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None
         )
-        self.compiled = prepare(model, c, self.device.type, self.name, self.dtype)
+        self.compiled = prepare(model, c, self.device.type, self.name, self.dtype, fresh=not given)
         self.model = model.train()
         if adapter := model.adapters.get(NAME):
             # beside an adapter that goes on, what it trained whole is no longer the base's

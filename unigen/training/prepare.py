@@ -25,7 +25,7 @@ log = logging.getLogger("unigen")
 
 
 def prepare(
-    model: Bagel, config: Config, device: str, engine: str, computes: torch.dtype
+    model: Bagel, config: Config, device: str, engine: str, computes: torch.dtype, fresh: bool = True
 ) -> CompiledLayers | None:
     """Makes a model ready for training, in place; returns its compiled layers, if they are.
 
@@ -39,13 +39,14 @@ def prepare(
         device: cuda or cpu.
         engine: its name.
         computes: dtype of matrix products.
+        fresh: no earlier run's weights go on.
 
     Raises:
         ConfigError: nothing would be left to train.
     """
     if config.timestep_shift is not None:
         model.config.timestep_shift = config.timestep_shift  # saved with the model
-    add_adapters(model, config, computes)
+    add_adapters(model, config, computes, fresh)
     if config.quantize is not None:
         # after the adapters, since peft cannot put DoRA around a quantised layer that lies nowhere yet
         quantise_layers(model, config.quantize, config.double_quant, computes)
@@ -60,11 +61,12 @@ def prepare(
     return compiled
 
 
-def add_adapters(model: Bagel, config: Config, computes: torch.dtype) -> None:
+def add_adapters(model: Bagel, config: Config, computes: torch.dtype, fresh: bool = True) -> None:
     """Puts low-rank adapters around the matrices that the config names, if it does.
 
     Raises:
         AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model, or both mean the same.
+        ConfigError: a ``fresh`` adapter would be larger than a matrix; those that trained so go on.
     """
     if config.lora_rank is None:
         return
@@ -73,7 +75,7 @@ def add_adapters(model: Bagel, config: Config, computes: torch.dtype) -> None:
     _refuse_names(config, targets, whole)
     sides = {name: max(model.get_submodule(name).weight.shape) for name in targets}
     least = min(sides, key=lambda name: sides[name])
-    if config.lora_rank > sides[least]:
+    if fresh and config.lora_rank > sides[least]:
         raise ConfigError(
             f"lora_rank is {config.lora_rank}, and {least} has {sides[least]} numbers a side: such an adapter"
             " is larger than the matrix. Fix: --lora_rank 64, or less"

@@ -172,7 +172,10 @@ def test_other_programs_know_it(folders, small_model: Path, tmp_path: Path, caps
     """generate, plan and ckpt need no flag for it; a flag that contradicts it is refused."""
     folder = str(folders["nf4", True])
     words = ["generate", "--model_path", folder, "--prompt", "hi", "--mode", "text", "--max_new_tokens", "2"]
-    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    for given in ([], ["--double_quant"]):  # a folder that is so agrees with the flag
+        assert cli.main([*words, "--output_dir", str(tmp_path / "out"), *given]) == 0
+        page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+        assert "nf4 with double_quant" in page
     assert cli.main([*words, "--output_dir", str(tmp_path / "out"), "--quantize", "int8"]) == 2
     assert "holds nf4 with double_quant, and quantize int8 is asked for" in capsys.readouterr().err
     plans = []
@@ -180,8 +183,10 @@ def test_other_programs_know_it(folders, small_model: Path, tmp_path: Path, caps
         assert cli.main(["plan", *given, "--lora_rank", "8", "--json"]) == 0
         plans.append(json.loads(capsys.readouterr().out))
     assert plans[0] == plans[1]
+    assert cli.main(["plan", "--model_path", folder, "--lora_rank", "8", "--double_quant"]) == 0
     assert cli.main(["plan", "--model_path", folder]) == 2
-    assert "needs lora_rank" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"model_path is {folder}" in said and "Fix: --lora_rank 64, or give the folder" in said
     assert ckpt("ls", folder) == 0 and "export nf4" in capsys.readouterr().out
     assert ckpt("verify", folder) == 0 and "OK" in capsys.readouterr().out
     copied = tmp_path / "copied"
@@ -201,10 +206,13 @@ def test_what_does_not_fit_together_is_one_line(
         ({"quantize": "nf4", "lora_rank": 2}, "holds int8"),
         ({"model_load_mode": 1, "lora_rank": 2}, "model_load_mode"),
         ({"lora_rank": 2, "engine": "fsdp2"}, "fsdp2"),
-        ({}, "lora_rank"),
+        ({}, f"model_path is {folder}, which holds int8"),
+        ({"quantize": "int8"}, "quantize needs lora_rank"),
     ):
         with pytest.raises((ConfigError, quantise.QuantiseError), match=named):
             UnifiedTrainer(Config(**options | {"model_path": str(folder)} | given))
+    agreed = {"model_path": str(folders["nf4", True]), "double_quant": True, "lora_rank": 2}
+    assert UnifiedTrainer(Config(**options | agreed).resolve()).config.quantize == "nf4"
     said = ckpt_error("export", folder, out)
     assert "quantised already" in said
     assert "double_quant needs" in ckpt_error("export", small_model, out, "--double_quant")
@@ -259,3 +267,35 @@ def test_a_matrix_keeps_the_shape_that_it_had(folders, small_model: Path):
         assert {name: entry.shape for name, entry in found.items()} == plain
         small = [name for name, entry in found.items() if isinstance(entry, Quantised)]
         assert len(small) in (36, 42) and f"{LAYER}.weight" in small
+
+
+@pytest.mark.slow
+def test_answers_of_other_bits_are_others(folders, tmp_path: Path, capsys):
+    """The codes of NF4 with and without double_quant are equal, and so are those of INT8 whose scales
+    changed."""
+    scaled = tmp_path / "scaled"
+    shutil.copytree(folders["int8", False], scaled)
+    tensors = load_file(scaled / "ema.safetensors")
+    tensors[f"{LAYER}.SCB"] *= 2
+    save_file(tensors, scaled / "ema.safetensors")
+    data = tmp_path / "val.jsonl"
+    data.write_text(json.dumps({"messages": [
+        {"role": "user", "content": "Question?"}, {"role": "assistant", "content": "yes"}
+    ]}))  # fmt: skip
+    for first, other in ((folders["nf4", False], folders["nf4", True]), (folders["int8", False], scaled)):
+        out = tmp_path / f"{first.name}-out"
+        words = [
+            "--data_path",
+            str(data),
+            "--output_dir",
+            str(out),
+            "--device",
+            "cpu",
+            "--max_new_tokens",
+            "2",
+        ]
+        for folder, code in ((first, 0), (first, 0), (other, 2)):
+            assert cli.main(["evaluate", "--model_path", str(folder), *words]) == code
+        assert "checkpoint: " in capsys.readouterr().err
+        about = json.loads((out / "answers.json").read_text(encoding="utf-8"))
+        assert about["quantize"] == first.name

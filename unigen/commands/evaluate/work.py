@@ -44,6 +44,8 @@ from unigen.files import atomic, sha256_of
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import NAMES, check_sampling, idle_settings
 from unigen.model.backends import pick_device
+from unigen.model.quantise import bits_of, told_bits
+from unigen.model.weights import base_of, build_bagel
 from unigen.outputs import output_folder, unwritten
 from unigen.runs.channel import Channel, processes
 from unigen.runs.checkpoint import steps
@@ -206,8 +208,6 @@ def _checkpoints(names: Sequence[str]) -> list[str]:
 
 def _check_names(names: Sequence[str], cases: Sequence[Case], o: EvaluateOptions) -> None:
     """Raises UserError: one of them cannot answer. It is to be known before the others do."""
-    from unigen.model.weights import base_of, build_bagel
-
     for name in names:
         if Path(name).is_file():
             read_predictions(name, cases, o.data_root)
@@ -379,8 +379,10 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
     inferencer = InterleaveInferencer.from_pretrained(source.name, str(device))
     inferencer.requests.usual = o  # what has no effect was told once for all
     sampling = {name: value for name, value in asdict(o).items() if hasattr(SamplingOptions(), name)}
+    bits = told_bits(*bits_of(base_of(source.name)[0]))
     about = {
-        "checkpoint": digest_weights(inferencer.model.named_parameters(), None)[:12],
+        "checkpoint": digest_weights(inferencer.model.state_dict().items(), None)[:12],
+        **({"quantize": bits} if bits else {}),
         "data": work.fingerprint, "device": device.type, "pieces": o.pieces, "sampling": sampling,
         "version": __version__,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from unigen.bars import Bar
 from unigen.cache.encoders import digest_weights
-from unigen.commands.generate.one import checkpoint_of
+from unigen.commands.generate.one import checkpoint_of, held_bits
 from unigen.commands.generate.options import GenerateError, GenerateOptions
 from unigen.config import SamplingOptions
 from unigen.evaluation.answers import ABOUT, claim, same_threads
@@ -179,12 +179,12 @@ def _about(o: GenerateOptions, plan: Plan, inferencer: InterleaveInferencer) -> 
     return {
         "preset": o.preset, "source": plan.preset.source if plan.preset else None,
         "layout": o.layout or (plan.preset.layout if plan.preset else None), "sampling": _sampling(o),
-        "checkpoint": digest_weights(inferencer.model.named_parameters(), None)[:12],
+        "checkpoint": digest_weights(inferencer.model.state_dict().items(), None)[:12],
         "prompts": sha256_of(path)[:12] if path.is_file() else digest_of([one.text for one in plan.asked]),
         "records": len(plan.asked), "pictures": plan.pictures, "batch_size": o.batch_size,
         "guidance": plan.preset.guidance._asdict() if plan.preset else None,
         "one_seed": plan.preset is not None and plan.preset.one_seed,
-        "device": inferencer.model.device.type, "quantize": o.quantize, "version": __version__,
+        "device": inferencer.model.device.type, "quantize": held_bits(o), "version": __version__,
     }  # fmt: skip
 
 

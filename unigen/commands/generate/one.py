@@ -74,15 +74,15 @@ def checkpoint_of(
     Raises:
         UserError: a setting cannot work, or the folder is no checkpoint.
     """
-    if o.double_quant and o.quantize != "nf4":
-        raise GenerateError("double_quant needs quantize nf4. Fix: --quantize nf4, or leave double_quant out")
     from unigen.inference.inferencer import InterleaveInferencer
     from unigen.inference.options import check_sampling
     from unigen.model.adapters import parse_adapter
+    from unigen.model.quantise import bits_of
     from unigen.model.weights import base_of, build_bagel
 
     check_sampling(o)
     base, adapters = base_of(o.model_path, o.adapter)
+    bits_of(base, o.quantize, o.double_quant)
     model = build_bagel(base)[0]
     if adapters:
         model.trained_in = parse_adapter(adapters[-1])[0]
@@ -110,16 +110,25 @@ def checkpoint_of(
     return as_preset(InterleaveInferencer(model)), load
 
 
+def held_bits(o: GenerateOptions) -> str | None:
+    """What the model's matrices are quantised to, by its folder or by the options; None: they are not."""
+    from unigen.model.quantise import bits_of, told_bits
+    from unigen.model.weights import base_of
+
+    return told_bits(*bits_of(base_of(o.model_path, o.adapter)[0], o.quantize, o.double_quant))
+
+
 def made_with(options: GenerateOptions, found: Answer) -> MadeWith:
     """What the page says of how an answer came about."""
     from unigen.show.language import Words
     from unigen.show.pages import MadeWith
 
     o, words = options, Words(spoken(), "generate")
+    bits = held_bits(o)
     facts = [
         (words("model"), o.model_path),
         *((words("adapter"), one) for one in o.adapter),
-        *([(words("quantize"), o.quantize)] if o.quantize else []),
+        *([(words("quantize"), bits)] if bits else []),
         (words("mode"), o.mode),
         (words("seed"), str(o.seed)),
         (words("device"), found.device),
