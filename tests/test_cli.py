@@ -272,3 +272,4 @@ def test_the_help_is_chinese_and_fits_80_columns(name):
     english = re.compile(r"[a-z]{3,} [a-z]+ [a-z]{3,}")
     assert [line for line in (*listed, *overview.splitlines()) if english.search(line)] == []
     assert "usage:" not in text and "default" not in text and spoken() == "en"
+    assert not re.search(r"默认\s+(True|False|）)", text), "a default is written as it is given"

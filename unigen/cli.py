@@ -400,7 +400,8 @@ def _without_links(text: str) -> str:
 
 
 def _kind_in_chinese(match: re.Match[str]) -> str:
-    default = f"，默认 {match[3]}" if match[3] is not None else ""
+    written = {"True": "true", "False": "false", "": "空"}  # as they are given, {true,false}
+    default = f"，默认 {written.get(match[3], match[3])}" if match[3] is not None else ""
     return f"（{'必填，' if match[1] else ''}类型 {match[2]}{default}）"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -61,7 +62,8 @@ def init(options: InitOptions) -> None:
         f"Written to {folder}: {parameters / 1e6:.1f} million random parameters, pictures of up to"
         f" {side} x {side} pixels, {model.config.llm.vocab_size:,} tokens"
     )
-    say(f"Train it: unigen train --model_path {folder} --train_data_path ... --learning_rate 3e-3")
+    given = shlex.quote(str(folder))
+    say(f"Train it: unigen train --model_path {given} --train_data_path ... --learning_rate 3e-3")
 
 
 def _refuse_others(folder: Path) -> None:
