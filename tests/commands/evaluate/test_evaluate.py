@@ -69,7 +69,7 @@ def test_a_second_run_asks_nothing_and_gives_the_same_numbers(evaluate, tmp_path
     monkeypatch.setattr(InterleaveInferencer, "unified_generate_batch", None)  # a call would raise
     assert evaluate("--batch_size", "2")[0] == 0 and contents(tmp_path / "out") == before
     code, _, error = evaluate("--batch_size", "2", "--num_timesteps", "4")
-    assert code == 2 and "sampling" in error and "Fix: give another folder" in error
+    assert code == 2 and "--num_timesteps (3 -> 4)" in error and "Fix: give another folder" in error
     assert contents(tmp_path / "out") == before
 
 
