@@ -296,6 +296,6 @@ def test_answers_of_other_bits_are_others(folders, tmp_path: Path, capsys):
         ]
         for folder, code in ((first, 0), (first, 0), (other, 2)):
             assert cli.main(["evaluate", "--model_path", str(folder), *words]) == code
-        assert "checkpoint: " in capsys.readouterr().err
+        assert "another --model_path" in capsys.readouterr().err
         about = json.loads((out / "answers.json").read_text(encoding="utf-8"))
         assert about["quantize"] == first.name
