@@ -141,7 +141,7 @@ def adapters(folder: Path, questions: int) -> bool:
     lora = {
         "lora_rank": 64,
         "lora_targets": ["both", "connector"],
-        "train_also": ["llm2vae"],
+        "train_also": ["llm2vae", "vae2llm", "time_embedder", "norms"],
         "learning_rate": 4e-3,
     }
     ways: dict[str, Row] = {

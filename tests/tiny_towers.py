@@ -22,6 +22,8 @@ from transformers import (
     OwlViTForObjectDetection,
     PreTrainedTokenizerFast,
     ResNetConfig,
+    SiglipConfig,
+    SiglipModel,
     SwinConfig,
 )
 
@@ -89,6 +91,14 @@ def write_clip(folder: Path) -> Path:
     text = {"vocab_size": len(WORDS), "max_position_embeddings": 12, "eos_token_id": 3, **LAYERS}
     vision = {"image_size": 32, "patch_size": 8, **LAYERS}
     _write(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)), folder)
+    _write_tokenizer(folder, 12)
+    return folder
+
+
+def write_siglip(folder: Path) -> Path:
+    text = {"vocab_size": len(WORDS), "max_position_embeddings": 12, "projection_size": 32, **LAYERS}
+    vision = {"image_size": 32, "patch_size": 8, **LAYERS}
+    _write(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)), folder)
     _write_tokenizer(folder, 12)
     return folder
 

@@ -89,7 +89,7 @@ def test_a_commands_first_line_is_its_own(
 import logging, warnings
 from dataclasses import dataclass
 warnings.warn("a library")
-logging.getLogger("diffusers.utils").warning("a library")
+logging.getLogger("peft.no_such_part").warning("a library")
 from unigen.values import Options
 @dataclass
 class None_(Options): pass

@@ -227,7 +227,7 @@ def test_online_everything_is_sent_and_a_server_that_freezes_holds_the_end_for_i
         return
     assert not told(said)
     sent = "".join(Server.received)
-    assert all(f'\\"_step\\":{step}' in sent and f'\\"at_{step}\\":1' in sent for step in (1, 2, 3, 4))
+    assert all(f'\\"_step\\":{step}' in sent and f'at_{step}\\":1' in sent for step in (1, 2, 3, 4))
     for secret in (KEY, "hush-hush-4711"):
         assert secret not in sent
 

@@ -260,6 +260,9 @@ def live() -> Iterator[Callable[[Iterable[RenderableType], str], None]]:
     from rich.layout import Layout
     from rich.live import Live
 
+    from unigen.bars import clear
+
+    clear()  # "starting" would stay on the first screen
     # leaves as Ctrl-C does
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = _console(_Output(), None, has_colour())

@@ -155,7 +155,8 @@ def test_the_report_holds_the_pictures_and_needs_nothing_else(demo):
 def test_the_report_and_the_console_show_the_numbers_of_metrics_json(demo):
     for name in FLOORS:
         assert name.replace("_", " ") in demo.page
-        assert re.search(rf"^{name} +{demo.metrics[name]:.3f} ", demo.log, re.M)
+        kind, share = name.removesuffix("_accuracy"), demo.metrics[name]
+        assert re.search(rf"^{kind} .* {100 * share:.1f}%", demo.log, re.M)
 
 
 def test_the_drawings_are_a_picture_of_ten_columns(demo):

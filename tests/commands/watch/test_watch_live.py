@@ -86,7 +86,9 @@ def test_a_live_view_follows_the_run_and_the_window_and_leaves_no_trace(folder):
     terminal = Terminal([sys.executable, "-m", "unigen", "watch", str(folder), "--interval", "0.2"], 100, 30)
     try:
         first = terminal.wait_for(r"step 120 of 2,000(?s:.*)Ctrl-C leaves")
-        assert first.startswith("\x1b[?1049h") and "\x1b[?25l" in first and "\x1b[32m● running" in first
+        before_it, second_screen, _ = first.partition("\x1b[?1049h")
+        assert second_screen and before_it.rpartition("\r")[0].rpartition("\r")[2].strip() == ""  # wiped
+        assert "\x1b[?25l" in first and "\x1b[32m● running" in first
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row(121, random.Random(0))) + "\n")
         beat(folder, 121, ranks=2)
