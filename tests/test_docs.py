@@ -634,9 +634,9 @@ def test_the_page_on_generating_from_top_to_bottom(workspace, capsys, caplog):
 SHORT = {
     "shapes.py data/shapes": "shapes.py data/shapes --train 6 --val 1",
     "--batch_size 32": "--batch_size 2 --num_workers 0 --device cpu",
-    "--max_steps 1500": "--max_steps 2",
+    "--max_steps 5000": "--max_steps 2",
     "--warmup_steps 20": "--warmup_steps 1",
-    " 500": " 2",
+    " 1000": " 2",
     "unigen evaluate": "unigen evaluate --num_timesteps 3 --max_new_tokens 4 --device cpu",
     "unigen generate": "unigen generate --num_timesteps 3 --max_new_tokens 4 --device cpu",
 }
