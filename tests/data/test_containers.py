@@ -169,7 +169,7 @@ LINE_PIECES = [
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(LINE_PIECES), max_size=30).map(b"".join), st.integers(1, 12))
 def test_lines_are_numbered_alike_however_a_file_is_cut(tmp_path: Path, data: bytes, size: int) -> None:
-    assume(json_text.not_lines(data) is None)
+    assume(json_text.not_lines(data) is None and data[:1] != b"\0")
     path = tmp_path / "x.jsonl"
     path.write_bytes(data)
     expected = []

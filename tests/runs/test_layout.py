@@ -16,7 +16,7 @@ from unigen.runs import layout
 
 ROOT = Path(__file__).parents[2]
 # Files that state a name because layers below runs/ need it.
-STATE = {"runs/layout.py", "model/storage.py", "files.py"}
+STATE = {"runs/layout.py", "model/storage.py", "model/run_options.py", "files.py"}
 
 
 def test_names_are_parsed_as_they_are_made():

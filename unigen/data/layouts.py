@@ -241,7 +241,7 @@ def _refuse_another_task(record: Json, picture: str, text: str) -> None:
                 fix = f"give --fields query={text} response={place} to learn the answer, or {draw}"
             else:
                 fix = f"write question and answer as messages (format 7), or give {draw}"
-        elif name in PICTURE or not _is_another(name, first, record[picture]):
+        elif name == text or name in PICTURE or not _is_another(name, first, record[picture]):
             continue
         elif "mask" in name:
             fix = f"move it into metadata (masks are not learnt from), or give {draw}"
