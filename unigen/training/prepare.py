@@ -105,7 +105,8 @@ def _refuse_names(config: Config, targets: tuple[str, ...], whole: tuple[str, ..
             )
         if config.quantize is not None and is_quantised(module):
             raise ConfigError(
-                f"train_also means {name}, whose matrix is quantised. Fix: leave it out, or --quantize none"
+                f"train_also means {name}, whose matrix is quantised. Fix: leave it out, or give the full"
+                " weights without quantize"
             )
     still = [name for name in (*targets, *whole) if rated_part(name) != "gen"] if config.freeze_und else []
     if still:

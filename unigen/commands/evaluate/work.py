@@ -380,9 +380,9 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
     inferencer.requests.usual = o  # what has no effect was told once for all
     sampling = {name: value for name, value in asdict(o).items() if hasattr(SamplingOptions(), name)}
     bits = told_bits(*bits_of(base_of(source.name)[0]))
+    digest = digest_weights(inferencer.model.state_dict().items(), None)[:12]
     about = {
-        "checkpoint": digest_weights(inferencer.model.state_dict().items(), None)[:12],
-        **({"quantize": bits} if bits else {}),
+        "checkpoint": f"{digest} {bits}" if bits else digest,
         "data": work.fingerprint, "device": device.type, "pieces": o.pieces, "sampling": sampling,
         "version": __version__,
     }  # fmt: skip
