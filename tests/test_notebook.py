@@ -13,7 +13,7 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 SMALLER = {
     "train=1500, val=25": "train=8, val=2",
     "warmup_steps=20": "warmup_steps=1",
-    "max_steps=1500": 'max_steps=1, device="cpu"',
+    "max_steps=5000": 'max_steps=1, device="cpu"',
     "batch_size=32": "batch_size=2, num_workers=0",
 }
 
