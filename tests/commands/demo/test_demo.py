@@ -33,10 +33,11 @@ MIN_PICTURES = 60  # in the report: drawings, edits, sums
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One ``unigen demo --quick``: its folder, what it printed, metrics.json and report.html."""
+    """One ``unigen demo --quick``: its folder, what it printed, metrics.json and report.html. The folder is named
+    as ``make demo`` has it, from where it runs."""
     folder = tmp_path_factory.mktemp("demo")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-m", "unigen", "demo", "--quick", "--output_dir", str(folder / "out")]
+    argv = [sys.executable, "-m", "unigen", "demo", "--quick", "--output_dir", "out"]
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     out = folder / "out"

@@ -8,7 +8,7 @@ from the real ones, beside how far other real ones are, and how many show what w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,15 @@ METRICS = [
 FOLDER = "evaluation"
 
 
-def write_exam(digits: DigitSet, path: Path, limit: int) -> dict[str, dict[str, Any]]:
-    """At most ``limit`` held-out records of each of :data:`TASKS` in one file; what is known of each, by the
-    place (file and line) of its record."""
-    known: dict[str, dict[str, Any]] = {}
+def write_exam(digits: DigitSet, path: Path, limit: int) -> list[dict[str, Any]]:
+    """At most ``limit`` held-out records of each of :data:`TASKS` in one file; what is known of each."""
+    known: list[dict[str, Any]] = []
     with open(path, "w", encoding="utf-8") as file:
         for task in TASKS:
             for line in (digits.heldout / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]:
                 record = json.loads(line.replace('"pictures/', f'"{digits.heldout.name}/pictures/'))
                 file.write(json.dumps(record) + "\n")
-                known[f"{path}:{len(known) + 1}"] = record["metadata"]
+                known.append(record["metadata"])
     return known
 
 
@@ -56,13 +55,14 @@ def judge_extractor(judge: Judge) -> Extractor:
     )
 
 
-def drawn_right(material: Material, judge: Judge, known: Mapping[str, dict[str, Any]]) -> list[Result]:
-    """Share of pictures that the judge accepts: as the number asked for, or as the exact edit."""
+def drawn_right(material: Material, judge: Judge, known: Sequence[dict[str, Any]]) -> list[Result]:
+    """Share of pictures that the judge accepts: as the number asked for, or as the exact edit. What is ``known``
+    is of the records, in their order."""
     if not material.drawn:
         return []
 
     def right(one: Drawn) -> bool:
-        about, picture = known[one.case.where], open_image(one.picture)
+        about, picture = known[one.case.number], open_image(one.picture)
         if "edits" in about:
             return judge.edit_correct(picture, open_image(one.reference), about["label"], about["edits"])
         return int(judge.classify([picture])[0]) == about["label"]
