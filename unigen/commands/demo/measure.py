@@ -56,8 +56,8 @@ def judge_extractor(judge: Judge) -> Extractor:
 
 
 def drawn_right(material: Material, judge: Judge, known: Sequence[dict[str, Any]]) -> list[Result]:
-    """Share of pictures that the judge accepts: as the number asked for, or as the exact edit. What is ``known``
-    is of the records, in their order."""
+    """Share of pictures that the judge accepts: as the number asked for, or as the exact edit.
+    ``known`` tells of each record, in their order."""
     if not material.drawn:
         return []
 
