@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unigen.commands.demo.digits import Judge, write_digits
+from unigen.commands.demo.digits import DigitReader, write_digits
 from unigen.commands.demo.exam import EVALUATED, FULL
 from unigen.commands.demo.measure import drawn_right, judge_extractor, write_exam
 from unigen.data.dataset import UnifiedGenerationDataset
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=60)
     given = parser.parse_args()
     digits = write_digits(given.demo / "data", per_epoch=FULL.per_epoch)
-    judge, exam = Judge(digits), given.demo / "data" / "exam.jsonl"
+    judge, exam = DigitReader(digits), given.demo / "data" / "exam.jsonl"
     known = write_exam(digits, exam, given.records)
     found = cases_of(UnifiedGenerationDataset(str(exam)))[0]
     cases = [case for case in found if case.task == "generate"]

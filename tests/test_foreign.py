@@ -20,7 +20,7 @@ from unigen.foreign import (
     read_json,
     roots_of,
 )
-from unigen.schema import Items, Maybe, Table, Text, whole
+from unigen.schema import Items, Maybe, String, Table, whole
 
 
 def code_of(path: Path, root: Path, limit: int = 1000) -> str:
@@ -129,7 +129,7 @@ def test_no_json_or_too_deep(text: str | bytes):
         parse_json(text)
 
 
-SCHEMA = Table({"n": whole(1, 9)}, {"names": Maybe(Items(Text(("a", "b")), 1))}, rest=None)
+SCHEMA = Table({"n": whole(1, 9)}, {"names": Maybe(Items(String(("a", "b")), 1))}, rest=None)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import pytest
 
 from unigen.cli import load, main
 from unigen.commands.table import COMMANDS
-from unigen.config import Source, known_options
+from unigen.config import TrainSource, known_options
 from unigen.others import names_of_others, nearest, unknown
 from unigen.values import kinds
 
-OURS = {name for command in COMMANDS.values() for name in kinds(load(command.options))} | set(kinds(Source))
+OURS = {name for command in COMMANDS.values() for name in kinds(load(command.options))} | set(
+    kinds(TrainSource)
+)
 
 
 def test_no_name_of_others_is_ours_and_each_stands_once():

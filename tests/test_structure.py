@@ -1,6 +1,7 @@
 """The shape of the house: which way imports point, where heavy packages live, how long a file may be."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,18 @@ def strangers(package: Path) -> list[str]:
     return found
 
 
+def namesakes(package: Path) -> list[str]:
+    """Classes and types (``Row = dict[str, Any]``) of one name in several files."""
+    homes: dict[str, list[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+            for name in [getattr(target, "name", getattr(target, "id", "")) for target in targets]:
+                if re.match("_?[A-Z][a-z]", name):
+                    homes.setdefault(name, []).append(path.relative_to(package).as_posix())
+    return [f"{name}: {', '.join(files)}" for name, files in sorted(homes.items()) if len(files) > 1]
+
+
 def oversized(package: Path) -> list[str]:
     lines = {
         path.relative_to(package).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
@@ -185,6 +198,10 @@ def test_files_are_short_and_named_for_what_they_hold():
         for path in (ROOT / "unigen").rglob("*")
         if path.stem in ("utils", "util", "helpers", "common", "misc")
     ] == []
+
+
+def test_a_class_name_stands_for_one_thing():
+    assert namesakes(ROOT / "unigen") == []
 
 
 def test_no_two_files_of_tests_have_one_name():
@@ -300,3 +317,12 @@ def test_a_long_file_is_found(tmp_path):
     assert oversized(house(tmp_path, config="x = 1\n" * (MAX_LINES + 1))) == [
         f"config.py: {MAX_LINES + 1} lines"
     ]
+
+
+def test_namesakes_are_found(tmp_path):
+    files = {
+        "model__source": "class Source: ...\nclass Seen: ...",
+        "topics": "Source = str",
+        "data__tar": "import Source",
+    }
+    assert namesakes(house(tmp_path, **files)) == ["Source: model/source.py, topics.py"]

@@ -20,7 +20,7 @@ import yaml
 
 from unigen.cli import load, parse_options
 from unigen.commands.table import COMMANDS
-from unigen.config import Config, SamplingOptions, Source, UserError
+from unigen.config import Config, SamplingOptions, TrainSource, UserError
 from unigen.values import kinds, members, read_option
 
 COMMAND_OPTIONS = {name: load(row.options) for name, row in COMMANDS.items()}
@@ -130,7 +130,7 @@ def test_every_spelling_is_taken_or_refused_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [*COMMAND_OPTIONS.values(), SamplingOptions, Source], ids=lambda o: o.__name__
+    "options", [*COMMAND_OPTIONS.values(), SamplingOptions, TrainSource], ids=lambda o: o.__name__
 )
 def test_any_object_of_python_is_taken_in_the_options_type_or_refused_by_name(options):
     for name, kind in kinds(options).items():
@@ -147,5 +147,5 @@ def one_option(options: type, name: str, value: Any) -> Any:
     """An instance with this value. Where the constructor reads 80 others, too, only this one is read."""
     if issubclass(options, Config):
         return types.SimpleNamespace(**{name: read_option(options, name, value)})
-    needed = {"path": "p"} if options is Source else {}
+    needed = {"path": "p"} if options is TrainSource else {}
     return options(**{**given(options), **needed, name: value})

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run from anywhere, installed or not
 
 from unigen.cli import load, members  # noqa: E402
 from unigen.commands.table import COMMANDS, Command  # noqa: E402
-from unigen.config import TOPICS, Config, SamplingOptions, Source  # noqa: E402
+from unigen.config import TOPICS, Config, SamplingOptions, TrainSource  # noqa: E402
 from unigen.values import RowOf  # noqa: E402
 
 PAGES = {"en": ROOT / "docs" / "flags.md", "zh": ROOT / "docs" / "flags.zh-CN.md"}
@@ -151,7 +151,7 @@ def section(name: str, command: Command, words: English | Chinese) -> list[str]:
     if options is Config:
         parts += [
             f"### {words.page['source']}",
-            table(Source, fields(Source), words, words.page["source_columns"]),
+            table(TrainSource, fields(TrainSource), words, words.page["source_columns"]),
         ]
     return parts
 

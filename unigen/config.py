@@ -21,8 +21,8 @@ from unigen.topics import (
     OptimOptions,
     RunOptions,
     SamplingOptions,
-    Source,
     TrackingOptions,
+    TrainSource,
 )
 from unigen.values import ConfigError, UserError
 
@@ -38,7 +38,7 @@ __all__ = [
     "OptimOptions",
     "RunOptions",
     "SamplingOptions",
-    "Source",
+    "TrainSource",
     "TrackingOptions",
     "UserError",
     "known_options",
@@ -122,7 +122,7 @@ class Config(
             return on[0]
         return "fp32" if self.precision == "auto" and self.bf16 is False else self.precision
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[TrainSource]:
         """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one; and
         ``preserve_data_path``.
 
@@ -131,11 +131,13 @@ class Config(
                 name.
         """
         kept = self.preserve_data_path
-        more = [Source(kept, "preserve_data_path", repeat=True, preserve=True)] if kept else []
+        more = [TrainSource(kept, "preserve_data_path", repeat=True, preserve=True)] if kept else []
         if not self.train_sources:
             given = self.train_data_path
-            return [Source(given, "train_data_path", split=self.split), *more] if given else more
-        found = [Source.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)]
+            return [TrainSource(given, "train_data_path", split=self.split), *more] if given else more
+        found = [
+            TrainSource.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)
+        ]
         found += more
         names = [source.name for source in found]
         for name in names:
@@ -145,10 +147,10 @@ class Config(
                 )
         return found
 
-    def held_out(self) -> list[Source]:
+    def held_out(self) -> list[TrainSource]:
         """The validation data as a source; empty without one."""
         given = self.val_data_path
-        return [Source(given, "val_data_path", split=self.val_split)] if given else []
+        return [TrainSource(given, "val_data_path", split=self.val_split)] if given else []
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

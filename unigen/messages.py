@@ -125,7 +125,7 @@ def in_language(text: str, language: str | None = None) -> str:
     return said if held == text else _GIVEN_SIGN.sub(lambda sign: _given[ord(sign[0]) - _GIVEN[0]], said)
 
 
-class _Row(NamedTuple):
+class _Sentence(NamedTuple):
     """A sentence: what stands between its values in English, its Chinese, and how many letters it has."""
 
     literals: tuple[str, ...]
@@ -175,7 +175,7 @@ class _Row(NamedTuple):
         return "".join(parts)
 
 
-class Table:
+class Translations:
     """Sentences and the same in another language.
 
     Args:
@@ -184,7 +184,7 @@ class Table:
     """
 
     def __init__(self, sentences: Mapping[str, str | None]):
-        self._rows: dict[str, list[_Row]] = {}
+        self._rows: dict[str, list[_Sentence]] = {}
         for english, other in sentences.items():
             if other:
                 row = _row(english, other)
@@ -211,7 +211,7 @@ class Table:
         ways = [way for way in ways if all(way.count(value) >= text.count(value) for value in values)]
         return min(ways, key=lambda way: len(_LATIN.findall(way)), default=text)
 
-    def find(self, text: str, vague: bool = False) -> Iterator[tuple[_Row, list[str]]]:
+    def find(self, text: str, vague: bool = False) -> Iterator[tuple[_Sentence, list[str]]]:
         """The sentences that the text may be, those with the most of their own first; ``vague`` ones have few
         words of their own."""
         words = {"", *_WORD.findall(text)}
@@ -226,7 +226,7 @@ class Table:
 class _Text:
     """One text on its way into another language; what was found of its parts, and how often it may look."""
 
-    def __init__(self, table: Table):
+    def __init__(self, table: Translations):
         self._table, self._left = table, _LOOKS  # of a line
         self._seen: dict[str, str | None] = {}
 
@@ -262,7 +262,7 @@ class _Text:
             return text[: len(text) - len(inner)] + found
         return None
 
-    def _row_of(self, text: str) -> _Row | None:
+    def _row_of(self, text: str) -> _Sentence | None:
         return next(self._table.find(text), (None, []))[0]
 
     def _broad(self, text: str, depth: int) -> str | None:
@@ -352,8 +352,8 @@ class _Text:
 
 
 @lru_cache
-def _table(language: str) -> Table:
-    return Table({k: v for part in sentences(language).values() for k, v in part.items()})
+def _table(language: str) -> Translations:
+    return Translations({k: v for part in sentences(language).values() for k, v in part.items()})
 
 
 def sentences(language: str) -> dict[str, dict[str, str | None]]:
@@ -375,7 +375,7 @@ def values_of(sentence: str) -> list[tuple[str, int | None]]:
     return [*parts, (text, None)]
 
 
-def _row(english: str, other: str) -> _Row:
+def _row(english: str, other: str) -> _Sentence:
     literals = tuple(text for text, _ in values_of(english))
     letters = sum(c.isalpha() for text in literals for c in re.sub("Fix: (give )?", "", text))
     names = [name for _, name, _, _ in string.Formatter().parse(english) if name is not None]
@@ -383,7 +383,7 @@ def _row(english: str, other: str) -> _Row:
     if "#" in names:
         kinds = [_FIGURE if name == "#" else "(.*?)" for name in names]
         figured = re.compile("".join(re.escape(a) + b for a, b in zip(literals, [*kinds, ""], strict=True)))
-    return _Row(literals, tuple(values_of(other)), letters + names.count("#"), figured)
+    return _Sentence(literals, tuple(values_of(other)), letters + names.count("#"), figured)
 
 
 def _word_of(literals: tuple[str, ...]) -> str:
@@ -397,7 +397,7 @@ def _several(text: str) -> bool:
     return any(sign in text for sign in _BREAKS)
 
 
-def _fits(row: _Row, values: list[str]) -> bool:
+def _fits(row: _Sentence, values: list[str]) -> bool:
     """Are the values of a sentence with few words of its own no sentences, as far as one can see?"""
     alone = sum(map(str.isalpha, row.literals[0])) < _FEW
     return row.letters >= _MANY or not any("; " in v or (alone and _several(v)) for v in values)

@@ -38,7 +38,7 @@ def _removing(method: Callable[..., Any]) -> Callable[..., Any]:
     return refused_to_plugins
 
 
-class Table(dict[str, T]):
+class Registry(dict[str, T]):
     """Rows by their names, which plugins may add to."""
 
     def __setitem__(self, name: str, row: T) -> None:

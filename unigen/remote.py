@@ -28,7 +28,7 @@ _DRAFT, _DEAD = ".copying-", 3600  # seconds
 RESERVE = 256 << 20  # bytes that stay free on the disk of the cache
 
 
-class Store(NamedTuple):
+class StorageKind(NamedTuple):
     """A kind of storage."""
 
     package: str  # what fsspec needs to read it
@@ -36,17 +36,17 @@ class Store(NamedTuple):
 
 
 STORES = {
-    **dict.fromkeys(("s3", "s3a"), Store("s3fs", "aws s3 sync s3://BUCKET DIR")),
-    **dict.fromkeys(("gs", "gcs"), Store("gcsfs", "gcloud storage rsync -r gs://BUCKET DIR")),
-    **dict.fromkeys(("az", "abfs"), Store("adlfs", "azcopy copy URL DIR --recursive")),
-    "oss": Store("ossfs", "ossutil cp -r oss://BUCKET DIR"),
-    "cos": Store("", "coscli cp -r cos://BUCKET DIR"),
-    "tos": Store("tosfs", "tosutil cp -r tos://BUCKET DIR"),
-    "hf": Store("huggingface_hub", "hf download OWNER/NAME --repo-type dataset --local-dir DIR"),
-    "hdfs": Store("pyarrow", "hdfs dfs -get PATH DIR"),
-    "memory": Store("fsspec", "cp"),  # of this process: for those who make data in Python
+    **dict.fromkeys(("s3", "s3a"), StorageKind("s3fs", "aws s3 sync s3://BUCKET DIR")),
+    **dict.fromkeys(("gs", "gcs"), StorageKind("gcsfs", "gcloud storage rsync -r gs://BUCKET DIR")),
+    **dict.fromkeys(("az", "abfs"), StorageKind("adlfs", "azcopy copy URL DIR --recursive")),
+    "oss": StorageKind("ossfs", "ossutil cp -r oss://BUCKET DIR"),
+    "cos": StorageKind("", "coscli cp -r cos://BUCKET DIR"),
+    "tos": StorageKind("tosfs", "tosutil cp -r tos://BUCKET DIR"),
+    "hf": StorageKind("huggingface_hub", "hf download OWNER/NAME --repo-type dataset --local-dir DIR"),
+    "hdfs": StorageKind("pyarrow", "hdfs dfs -get PATH DIR"),
+    "memory": StorageKind("fsspec", "cp"),  # of this process: for those who make data in Python
 }
-_WEB = dict.fromkeys(("http", "https"), Store("aiohttp requests", "curl -LO URL"))
+_WEB = dict.fromkeys(("http", "https"), StorageKind("aiohttp requests", "curl -LO URL"))
 
 
 class RemoteError(UserError):

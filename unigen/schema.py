@@ -56,7 +56,7 @@ def whole(low: int, high: int) -> Number:
 
 
 @dataclass(frozen=True)
-class Text(Rule):
+class String(Rule):
     """A string; one of ``choices`` where there are any, and of ``least`` to ``length`` characters."""
 
     choices: tuple[str, ...] = ()

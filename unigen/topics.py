@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from unigen.plugins import Table
+from unigen.plugins import Registry
 from unigen.values import (
     ConfigError,
     Count,
@@ -38,7 +38,7 @@ Workers = Annotated[int, Range(0, 1024)]
 Rate = Annotated[float, Range(0, 10)]
 USUAL_RATE = 1e-5  # adapters take more
 Decay = Annotated[float, Range(0, 1000)]
-OPTIMIZERS: Table[str] = Table(
+OPTIMIZERS: Registry[str] = Registry(
     adamw="unigen.training.optim:build_adamw", adamw8bit="unigen.training.adam8bit:build_adamw8bit"
 )
 """Name -> the function that makes an optimiser, as module:function, from its groups and a Config. A plugin's
@@ -91,7 +91,7 @@ class ModelOptions(Options):
 
 
 @dataclass
-class Source(Options):
+class TrainSource(Options):
     """One entry of ``train_sources``.
 
     Args:
@@ -135,7 +135,7 @@ class Source(Options):
             )
 
     @classmethod
-    def read(cls, values: dict[str, Any], where: str) -> Source:
+    def read(cls, values: dict[str, Any], where: str) -> TrainSource:
         """Raises ConfigError for an unknown key, a missing path, or a value of another type or out of
         range."""
         return cls(**read_keys(cls, values, where))
@@ -221,7 +221,7 @@ class LoaderOptions(Options):
     """
 
     train_data_path: PathText | list[PathText] | None = None
-    train_sources: list[Annotated[dict[str, Any], KeysOf(Source)]] | None = None
+    train_sources: list[Annotated[dict[str, Any], KeysOf(TrainSource)]] | None = None
     val_data_path: PathText | list[PathText] | None = None
     val_split: str | None = None
     preserve_data_path: PathText | list[PathText] | None = None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pictures import noise
 
-from unigen.evaluation.answers import Answer, AnswersError, Part, Prediction, answer_all
+from unigen.evaluation.answers import Answer, AnswersError, BatchesOfProcess, Prediction, answer_all
 from unigen.evaluation.cases import batches, case_of, cases_of
 from unigen.sequence.types import Image, Origin, Record, Text
 
@@ -151,7 +151,13 @@ def test_however_many_processes_share_the_batches_the_answers_are_the_same(world
             model = Model(None if world == worlds[-1] else 1)
             with pytest.raises(KeyboardInterrupt):
                 answer_all(
-                    CASES, model, tmp_path / "many", {}, batch_size=2, seed=5, part=Part(rank, world, gone)
+                    CASES,
+                    model,
+                    tmp_path / "many",
+                    {},
+                    batch_size=2,
+                    seed=5,
+                    part=BatchesOfProcess(rank, world, gone),
                 )
             asked += model.asked
     assert sorted(asked) == sorted(set(asked)) and len(asked) == 6  # each batch by one of them

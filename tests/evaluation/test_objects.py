@@ -6,13 +6,13 @@ import tiny_towers
 from pictures import noise
 from PIL import Image
 
-from unigen.evaluation.detectors import Detector, Found
+from unigen.evaluation.detectors import DetectedObject, Detector
 from unigen.evaluation.objects import _cut, faults, geneval, relations
 from unigen.evaluation.towers import PictureTower
 
 
-def at(x: float, y: float, side: float = 20, score: float = 1.0) -> Found:
-    return Found(score, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
+def at(x: float, y: float, side: float = 20, score: float = 1.0) -> DetectedObject:
+    return DetectedObject(score, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,6 @@ def test_an_object_is_cut_out_and_what_is_not_its_own_is_grey():
     picture = Image.new("RGB", (30, 20), (255, 0, 0))
     mask = np.zeros((20, 30), bool)
     mask[5:10, 10:15] = True
-    cut = np.asarray(_cut(picture, Found(1.0, (8, 5, 18, 15), mask)))
+    cut = np.asarray(_cut(picture, DetectedObject(1.0, (8, 5, 18, 15), mask)))
     assert cut.shape == (10, 10, 3) and (cut[:5, 2:7] == (255, 0, 0)).all() and (cut[5:] == 153).all()
-    assert _cut(picture, Found(1.0, (3.2, 3.2, 3.9, 3.9))).size == (8, 8)
+    assert _cut(picture, DetectedObject(1.0, (3.2, 3.2, 3.9, 3.9))).size == (8, 8)

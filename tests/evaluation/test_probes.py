@@ -11,7 +11,7 @@ from pictures import noise
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import cases_of
 from unigen.evaluation.material import Material, Tools
-from unigen.evaluation.probes import Viewer, likelihood, other_texts
+from unigen.evaluation.probes import PictureProbe, likelihood, other_texts
 from unigen.evaluation.score import score
 from unigen.evaluation.views import cycle_rouge, described_as_real, perplexity, verify, verify_margin
 from unigen.inference.context import Context
@@ -77,7 +77,7 @@ def test_a_picture_is_verified_by_yes_and_no_and_described(inferencer, cases, tm
     noise(32, 32, 2).save(tmp_path / "drawn.png")
     drawn = tmp_path / "drawn.png"
     answers = {1: answer(cases[1], "never", drawn), 2: answer(cases[2], drawn), 0: answer(cases[0], "x")}
-    viewer = Viewer(inferencer, verify="{text}?", describe="what", max_tokens=4)
+    viewer = PictureProbe(inferencer, verify="{text}?", describe="what", max_tokens=4)
     texts = other_texts(cases)
     assert texts == {1: "draw", 2: "a cat"}
     rows = viewer.views(cases, answers, texts)

@@ -10,7 +10,7 @@ import torch
 from pictures import noise
 
 from unigen import cli
-from unigen.config import ConfigError, DataOptions, Source, UserError
+from unigen.config import ConfigError, DataOptions, TrainSource, UserError
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import InferenceError
 from unigen.model.weights import load_bagel, load_planner
@@ -119,7 +119,7 @@ def test_noise_of_another_shape_is_refused(inferencer, monkeypatch):
     [({"max_image_size": 1000}, 256), ({"max_image_size": 100}, 96), ({"min_image_size": 7}, 16)],
 )
 def test_a_source_s_size_that_would_become_another_is_refused_with_that_one(golden, size, becomes):
-    source = Source("a.jsonl", "pets", **size)
+    source = TrainSource("a.jsonl", "pets", **size)
     (name,) = size
     config = load_bagel(golden / "model").config
     planner = load_planner(golden / "model", DataOptions())
@@ -128,7 +128,7 @@ def test_a_source_s_size_that_would_become_another_is_refused_with_that_one(gold
         match=rf"{name} of pets is {size[name]} and would become {becomes}: .*Fix: {name}: {becomes}",
     ):
         config.planner(planner.tokenizer, DataOptions(), source)
-    config.planner(planner.tokenizer, DataOptions(), Source("a.jsonl", "pets", **{name: becomes}))
+    config.planner(planner.tokenizer, DataOptions(), TrainSource("a.jsonl", "pets", **{name: becomes}))
 
 
 # ---- settings without effect

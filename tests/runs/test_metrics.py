@@ -11,7 +11,7 @@ import pytest
 from recorded import row, validation, write_metrics
 
 from unigen.runs import metrics as module
-from unigen.runs.metrics import CURVES, POINTS, Lines, Log, Metrics, parsed, read_log
+from unigen.runs.metrics import CURVES, POINTS, Log, LogTail, Metrics, parsed, read_log
 
 
 def rows(n: int, seed: int = 0) -> list[dict]:
@@ -217,7 +217,7 @@ def test_lines_are_parsed_together_as_they_are_alone():
 
 
 def test_lines_are_counted_and_the_last_kept(tmp_path):
-    lines = Lines(tmp_path / "bad_steps.jsonl", keep=2)
+    lines = LogTail(tmp_path / "bad_steps.jsonl", keep=2)
     lines.update()
     assert lines.count == 0
     write_metrics(lines.path, [{"step": n} for n in range(5)])

@@ -18,7 +18,7 @@ from unigen.data import captions, delimited, tables, tar
 from unigen.data.json_text import HEAD, MAX_RECORD, not_lines, split_json
 from unigen.data.unpack import PACKED, open_packed
 from unigen.foreign import known_mistake
-from unigen.plugins import Table
+from unigen.plugins import Registry
 from unigen.sequence.types import BadRecord, Origin
 
 Raw = bytes | dict[str, Any]
@@ -347,7 +347,7 @@ def _by_group(
 
 
 def _by_row(
-    rows: Callable[[Path, int], Iterator[tables.Row]],
+    rows: Callable[[Path, int], Iterator[tables.TableRow]],
 ) -> Callable[[FilePart, Any], Iterator[tuple[ByteSpan, Raw]]]:
     def walk(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
         for i, row in enumerate(rows(part.source, part.start)):
@@ -406,7 +406,7 @@ def _walk_caption(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]
 _DELIMITED = Container(_one_part, _walk_delimited, record=delimited.row_at)
 _PICTURE = Container(_one_part, _walk_caption, record=lambda path, offset, length: captions.row(path)[1])
 
-CONTAINERS: Table[Container] = Table(
+CONTAINERS: Registry[Container] = Registry(
     {
         ".jsonl": Container(_cut_lines, _walk_lines),
         ".json": Container(_one_part, _walk_json),

@@ -21,7 +21,7 @@ from unigen.data.words import Json, cut, join, names, show
 from unigen.sequence.types import BadRecord, Image, Text
 
 Segments = list[tuple[Text | Image, str]]  # each segment with the field it came from, which messages name
-PictureSource = Path | bytes | Address
+GivenPicture = Path | bytes | Address
 
 ROLES = ("user", "assistant", "system")
 SPEAKERS = {
@@ -72,19 +72,19 @@ def objects(record: Json, name: str, where: str, kind: str) -> list[tuple[Json, 
     return [(item, f"{path}[{i}]") for i, item in enumerate(items)]
 
 
-def picture(record: Json, name: str, where: str, folder: Path) -> PictureSource:
+def picture(record: Json, name: str, where: str, folder: Path) -> GivenPicture:
     """The picture of a field; see :func:`as_picture`."""
     if record.get(name) is None:
         raise _missing(record, name, "the path of a picture", where)
     return as_picture(record[name], join(where, name), folder)
 
 
-def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[PictureSource, str]]:
+def pictures(values: Iterable[Any], field: str, folder: Path) -> list[tuple[GivenPicture, str]]:
     """The pictures of a list, each with its field."""
     return [(as_picture(value, f"{field}[{i}]", folder), f"{field}[{i}]") for i, value in enumerate(values)]
 
 
-def as_picture(value: Any, field: str, folder: Path) -> PictureSource:
+def as_picture(value: Any, field: str, folder: Path) -> GivenPicture:
     """The picture of a value: a path, relative ones joined to ``folder``; an address of the web; or the
     encoded bytes of a picture: bytes, base64, a ``data:`` URI.
 
@@ -165,7 +165,7 @@ def as_text(text: str, weight: float) -> Text:
     return Text(text, weight > 0, weight=weight or 1.0)
 
 
-def as_image(source: PictureSource, weight: float) -> Image:
+def as_image(source: GivenPicture, weight: float) -> Image:
     """A picture with its part of the loss: context where that is 0."""
     return Image(source, weight > 0, weight=weight or 1.0)
 
@@ -281,7 +281,7 @@ def document(segments: Segments) -> Segments:
 class Part(NamedTuple):
     """A text or a picture of a turn, the field it came from, and its part of the loss (0: context)."""
 
-    value: str | PictureSource  # texts are strings, pictures paths or bytes
+    value: str | GivenPicture  # texts are strings, pictures paths or bytes
     field: str
     weight: float
 
@@ -301,7 +301,7 @@ def default_weight(role: str) -> float:
 
 
 def tagged(
-    turns: list[tuple[str, list[Part]]], images: list[tuple[PictureSource, str]], field: str
+    turns: list[tuple[str, list[Part]]], images: list[tuple[GivenPicture, str]], field: str
 ) -> Segments:
     """The segments of turns ``(role, contents)``: tags stand for the last of ``images`` in order. Leading
     images, which have no tag, come first, as context. ``field`` is where the images stand.
@@ -359,7 +359,7 @@ _PICTURES = ("image", "image_url", "input_image")
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "source")
 
 
-def _part(part: Json, field: str, folder: Path) -> tuple[str | PictureSource, str]:
+def _part(part: Json, field: str, folder: Path) -> tuple[str | GivenPicture, str]:
     """The text or the picture of a part of a message, and the field it stands in. A part that is an image and
     names none stands for the next of the record's images, as a tag does."""
     kind = optional(part, "type", str, field)

@@ -20,7 +20,7 @@ from unigen.data.hints import hint_for
 from unigen.data.json_text import BrokenRow, parse_json
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.recognise import Format, recognise
-from unigen.plugins import Table
+from unigen.plugins import Registry
 from unigen.sequence.images import Confined
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
 
@@ -368,7 +368,7 @@ def edit_list(record: Json, folder: Path) -> Segments:
 
 
 def _interleaved_answer(
-    record: Json, images: list[tuple[f.PictureSource, str]], questions: list[Any]
+    record: Json, images: list[tuple[f.GivenPicture, str]], questions: list[Any]
 ) -> Segments:
     """Pictures and questions (context), then the texts of ``output_text_list`` with the last pictures between
     (targets). The marks ``<image_start>`` and ``<image_end>`` around a drawn picture are taken off."""
@@ -422,7 +422,7 @@ def _is_chat(record: Json) -> bool:
     return _has_roles(record) and not _is_sharegpt(record) and not _is_plain(record)
 
 
-FORMATS: Table[Format] = Table(
+FORMATS: Registry[Format] = Registry(
     {
         "conversation": Format(
             conversation,

@@ -344,7 +344,7 @@ def edited_of(record: Json) -> str | None:
     return "image" if record.get("image") is not None and beside else None
 
 
-def images_of(record: Json, folder: Path) -> tuple[list[tuple[f.PictureSource, str]], str]:
+def images_of(record: Json, folder: Path) -> tuple[list[tuple[f.GivenPicture, str]], str]:
     """The pictures that tags stand for: ``image`` (one or a list) or ``images``; and which of the two."""
     field = "image" if record.get("image") is not None else "images"
     if field == "image" and record.get("images") is not None:
@@ -359,7 +359,7 @@ def _there(record: Json, names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _pictures(
     record: Json, name: str, folder: Path, most: int | None = None
-) -> list[tuple[f.PictureSource, str]]:
+) -> list[tuple[f.GivenPicture, str]]:
     """The pictures of a field that holds one or a list of them."""
     value = record[name]
     if not isinstance(value, list):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 # rows of Parquet turned into Python values at once: with pictures in them a whole group may be gigabytes
 BATCH = 64
 MAX_COLUMNS = 10_000
@@ -44,7 +44,7 @@ def parquet_groups(path: Path) -> list[Group]:
         return [Group(i, count, size * count // max(total, 1)) for i, count in enumerate(rows)]
 
 
-def parquet_rows(path: Path, key: int) -> Iterator[Row]:
+def parquet_rows(path: Path, key: int) -> Iterator[TableRow]:
     """The rows of a group, with little of it in memory at a time."""
     with _parquet(path) as file:
         count = size = 0
@@ -97,7 +97,7 @@ def arrow_groups(path: Path) -> Iterator[Group]:
             raise ValueError("its end mark is missing")
 
 
-def arrow_rows(path: Path, key: int) -> Iterator[Row]:
+def arrow_rows(path: Path, key: int) -> Iterator[TableRow]:
     batch = arrow_group(path, key)
     for start in range(0, batch.num_rows, BATCH):
         yield from _rows(batch.slice(start, BATCH))
@@ -121,12 +121,12 @@ def arrow_group(path: Path, key: int) -> Any:
         return batch
 
 
-def row(group: Any, i: int) -> Row:
+def row(group: Any, i: int) -> TableRow:
     """Row ``i`` of what :func:`parquet_group` or :func:`arrow_group` returned."""
     return next(_rows(group.slice(i, 1)))
 
 
-def _rows(batch: Any) -> Iterator[Row]:
+def _rows(batch: Any) -> Iterator[TableRow]:
     try:
         rows = batch.to_pylist()
     except ValueError:  # such as a text that is not UTF-8

@@ -28,14 +28,14 @@ _BLOCK = 512
 _REMEMBERED = 1000  # keys from the start of which a member that stands apart is found
 
 
-class Run(NamedTuple):
+class MemberSpan(NamedTuple):
     """Where the members of one key lie."""
 
     offset: int
     length: int
 
 
-def runs(path: Path, first: int = 0, stop: int | None = None) -> Iterator[Run]:
+def runs(path: Path, first: int = 0, stop: int | None = None) -> Iterator[MemberSpan]:
     """The records of a tar between two bytes, from the headers of its members alone. Raises ValueError for a
     damaged one, and for one with links or sparse members; BadRecord where members of one key stand apart."""
     size = os.path.getsize(path)
@@ -147,10 +147,10 @@ def _members(file: BinaryIO, whole: bool = False) -> Iterator[tuple[tarfile.TarI
         raise ValueError("its end mark is missing")
 
 
-def _run(start: int, end: int, key: str) -> Run:
+def _run(start: int, end: int, key: str) -> MemberSpan:
     if end - start > MAX_SAMPLE:
         raise ValueError(f"the members of {key!r} have more than {MAX_SAMPLE:,} bytes")
-    return Run(start, end - start)
+    return MemberSpan(start, end - start)
 
 
 def _apart(name: str, key: str) -> BadRecord:

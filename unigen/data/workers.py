@@ -23,9 +23,9 @@ from unigen import plugins
 from unigen.config import UserError
 from unigen.printing import guard
 
-Task = TypeVar("Task")
+PartTask = TypeVar("Task")
 Mark = Callable[[int], None]
-Work = Callable[[Any, Mark], Any]
+TaskWork = Callable[[Any, Mark], Any]
 
 _STARTING, _READY = -2, -1
 # tasks per process that may be done before their turn: the slowest one holds up no more than these
@@ -49,13 +49,13 @@ class _Raised(NamedTuple):
 
 
 def in_order(
-    prepare: Callable[..., Work],
+    prepare: Callable[..., TaskWork],
     arguments: tuple,
-    tasks: Iterable[Task],
+    tasks: Iterable[PartTask],
     processes: int,
-    again: Callable[[Task, Died], Task | None],
+    again: Callable[[PartTask, Died], PartTask | None],
     context: Any = None,
-) -> Iterator[tuple[Task, Any]]:
+) -> Iterator[tuple[PartTask, Any]]:
     """``(task, result)`` of every task, in their order, whatever the number of processes.
 
     Closing the iterator ends the processes at their next mark; a keyboard interrupt reaches the caller alone.
@@ -82,7 +82,7 @@ def in_order(
     context = context or _context(prepare.__module__)
     stop = context.Value("b", False, lock=False)
     upcoming = iter(tasks)
-    ahead: deque[tuple[Task, Future[Any]]] = deque()
+    ahead: deque[tuple[PartTask, Future[Any]]] = deque()
     pool: ProcessPoolExecutor | None = None
     try:
         while True:
@@ -111,11 +111,11 @@ def in_order(
 
 def _until_done(
     context: Any,
-    prepare: Callable[..., Work],
+    prepare: Callable[..., TaskWork],
     arguments: tuple,
-    task: Task,
-    again: Callable[[Task, Died], Task | None],
-) -> tuple[Task, Any]:
+    task: PartTask,
+    again: Callable[[PartTask, Died], PartTask | None],
+) -> tuple[PartTask, Any]:
     """The task and its result, with another task in its place as often as ``again`` gives one."""
     while True:
         result = _alone(context, prepare, arguments, task)
@@ -125,7 +125,7 @@ def _until_done(
         task = other
 
 
-def _alone(context: Any, prepare: Callable[..., Work], arguments: tuple, task: Any) -> Any:
+def _alone(context: Any, prepare: Callable[..., TaskWork], arguments: tuple, task: Any) -> Any:
     """The result of a task in a process of its own, or :class:`Died`."""
     at = context.Value("q", _STARTING, lock=False)
     pipe, other = context.Pipe(duplex=False)
@@ -165,16 +165,16 @@ def _context(module: str) -> Any:
 # ---- in the processes
 
 _stop: Any
-_work: Work
+_work: TaskWork
 
 
-def _begin(stop: Any, added: list[str], prepare: Callable[..., Work], arguments: tuple) -> None:
+def _begin(stop: Any, added: list[str], prepare: Callable[..., TaskWork], arguments: tuple) -> None:
     """Prepares a process of the pool."""
     global _stop, _work
     _stop, _work = stop, _prepared(added, prepare, arguments)
 
 
-def _prepared(added: list[str], prepare: Callable[..., Work], arguments: tuple) -> Work:
+def _prepared(added: list[str], prepare: Callable[..., TaskWork], arguments: tuple) -> TaskWork:
     guard()
     plugins.load(added)
     for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # what a parent made of them is not inherited
@@ -195,7 +195,7 @@ def _do(task: Any) -> Any:
 
 
 def _serve(
-    pipe: Connection, at: Any, added: list[str], prepare: Callable[..., Work], arguments: tuple, task: Any
+    pipe: Connection, at: Any, added: list[str], prepare: Callable[..., TaskWork], arguments: tuple, task: Any
 ) -> None:
     """The life of a process that does one task."""
 
@@ -210,7 +210,7 @@ def _serve(
         pipe.send(_Raised(traceback.format_exc()))
 
 
-def _done(work: Work, task: Any, mark: Mark) -> Any:
+def _done(work: TaskWork, task: Any, mark: Mark) -> Any:
     try:
         return work(task, mark)
     except MemoryError:

@@ -80,7 +80,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchesOfProcess:
     """Which batches a process takes, and how it meets the others: each batch is answered alike by whoever
     takes it, so their number changes nothing."""
 
@@ -89,7 +89,7 @@ class Part:
     meet: Callable[[], None] = lambda: None
 
 
-ALONE = Part()
+ALONE = BatchesOfProcess()
 
 
 def answer_all(
@@ -101,7 +101,7 @@ def answer_all(
     batch_size: int = 8,
     seed: int = 0,
     tick: Callable[[int], None] = lambda done: None,
-    part: Part = ALONE,
+    part: BatchesOfProcess = ALONE,
 ) -> list[Prediction]:
     """The answers to all cases, in their order; those that the folder holds are not asked for again.
 
@@ -155,7 +155,7 @@ def row_by_row(
     *,
     batch_size: int,
     tick: Callable[[int], None] = lambda done: None,
-    part: Part = ALONE,
+    part: BatchesOfProcess = ALONE,
     whole: Callable[[dict[str, Any]], bool] = lambda row: True,
 ) -> dict[int, dict[str, Any]]:
     """A row of each case, with its ``number``, by that number: those that the folder holds, batch by batch,

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unigen.config import UserError
+from unigen.data.words import Json
 from unigen.inference.options import Guidance
 from unigen.printing import printable
-
-Json = dict[str, Any]
 
 
 class BenchmarkError(UserError):

@@ -26,7 +26,7 @@ _SAME = {
 }  # fmt: skip
 
 
-class Found(NamedTuple):
+class DetectedObject(NamedTuple):
     """An object.
 
     Args:
@@ -99,7 +99,7 @@ class Detector:
             )
 
     @torch.no_grad()
-    def find(self, picture: Any, things: Sequence[str]) -> dict[str, list[Found]]:
+    def find(self, picture: Any, things: Sequence[str]) -> dict[str, list[DetectedObject]]:
         """Each of the things in a picture, those with the highest scores first.
 
         Raises:
@@ -151,7 +151,7 @@ class Detector:
 
 def _boxed(
     output: Any, size: tuple[int, int], numbers: dict[str, int], config: Any
-) -> dict[str, list[Found]]:
+) -> dict[str, list[DetectedObject]]:
     """Of logits [1, Q, C] and boxes [1, Q, 4], centre and size as shares of the picture. A class more than
     there are labels is that of nothing: classes then exclude each other, and a query is what is likeliest."""
     logits, boxes = output.logits[0].float(), output.pred_boxes[0].float().cpu()
@@ -164,19 +164,19 @@ def _boxed(
     scores = scores.cpu()
     centre, half = boxes[:, :2], boxes[:, 2:] / 2
     corners = torch.cat([centre - half, centre + half], 1) * torch.tensor([*size, *size])
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[DetectedObject]] = {}
     for thing, number in numbers.items():
         column = scores[:, number]
         order = column.argsort(descending=True, stable=True)
         found[thing] = [
-            Found(float(column[q]), tuple(corners[q].tolist()))
+            DetectedObject(float(column[q]), tuple(corners[q].tolist()))
             for q in order.tolist()
             if column[q] > 0  # type: ignore[arg-type]
         ]
     return found
 
 
-def _masked(output: Any, size: tuple[int, int], numbers: dict[str, int]) -> dict[str, list[Found]]:
+def _masked(output: Any, size: tuple[int, int], numbers: dict[str, int]) -> dict[str, list[DetectedObject]]:
     """Of classes [1, Q, C + 1] and masks [1, Q, h, w]: the score is that of the class times the mean of the
     mask within itself (Cheng et al. 2022, as evaluated on COCO's instances)."""
     classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1].cpu()
@@ -185,7 +185,7 @@ def _masked(output: Any, size: tuple[int, int], numbers: dict[str, int]) -> dict
     )[0].cpu()
     flat = classes.flatten()
     best = set(flat.topk(min(MOST, len(flat))).indices.tolist())
-    found: dict[str, list[Found]] = {thing: [] for thing in numbers}
+    found: dict[str, list[DetectedObject]] = {thing: [] for thing in numbers}
     for thing, number in numbers.items():
         for query in range(len(classes)):
             mask = masks[query] > 0
@@ -194,6 +194,6 @@ def _masked(output: Any, size: tuple[int, int], numbers: dict[str, int]) -> dict
             score = float(classes[query, number]) * float(masks[query].sigmoid()[mask].mean())
             rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
             box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-            found[thing].append(Found(score, box, mask.numpy()))
+            found[thing].append(DetectedObject(score, box, mask.numpy()))
         found[thing].sort(key=lambda one: -one.score)
     return found

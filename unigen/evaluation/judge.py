@@ -32,7 +32,6 @@ EDITED = (
     " what the instruction asks for, and leave everything else as it was? Answer with JSON alone:"
     ' {{"score": N}}, N from 0 (not at all) to 10 (perfectly).'
 )
-_ADDRESS = "give the address of an OpenAI-compatible server"
 MOST = 2**20  # bytes of an answer
 AT_ONCE = 8  # requests
 _SCORE = re.compile(r'"score"\s*:\s*"?(\d+(?:\.\d+)?)|^\W*(\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*$')

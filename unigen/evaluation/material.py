@@ -17,7 +17,7 @@ from unigen.evaluation.results import digest_of
 from unigen.evaluation.towers import PictureTower
 
 EDIT = "edit"
-Row = Mapping[str, Any]  # what a model said of one case
+Opinion = Mapping[str, Any]  # what a model said of one case
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Material:
     cases: Sequence[Case]
     predictions: Sequence[Prediction]
     tools: Tools
-    said: Mapping[str, Mapping[int, Row]] = field(default_factory=dict)
+    said: Mapping[str, Mapping[int, Opinion]] = field(default_factory=dict)
 
     @property
     def draws(self) -> bool:

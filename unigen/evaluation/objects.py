@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from unigen.bars import each
-from unigen.evaluation.detectors import Detector, Found
+from unigen.evaluation.detectors import DetectedObject, Detector
 from unigen.evaluation.features import Picture, resized
 from unigen.evaluation.results import CannotRun, Result, digest_of, identity, metric, same_length
 from unigen.evaluation.statistics import estimate
@@ -30,7 +30,7 @@ GREY = 153  # behind an object whose colour is asked for
 _NO_CLIP = ("a colour is asked for, and no CLIP is given", "--clip FOLDER, of a CLIP or SigLIP")
 
 Wanted = Mapping[str, Any]  # a line of GenEval's evaluation_metadata.jsonl
-Colours = Callable[[Sequence[Found], str], list[str]]
+Colours = Callable[[Sequence[DetectedObject], str], list[str]]
 
 
 @metric("geneval", "Ghosh et al. 2023; djghosh13/geneval, evaluation/evaluate_images.py")
@@ -88,7 +88,7 @@ def _is_right(
     return not faults(found, wanted, lambda ones, thing: [] if teller is None else teller(whole, ones, thing))
 
 
-def faults(found: Mapping[str, Sequence[Found]], wanted: Wanted, colours: Colours) -> list[str]:
+def faults(found: Mapping[str, Sequence[DetectedObject]], wanted: Wanted, colours: Colours) -> list[str]:
     """What is wrong with the objects that were found, the surest of each kind first; empty: nothing is.
 
     Every part of ``include`` must be there ``count`` times, in its ``color`` where it has one and, as
@@ -96,7 +96,7 @@ def faults(found: Mapping[str, Sequence[Found]], wanted: Wanted, colours: Colour
     be there ``count`` times. Only the ``count`` surest objects are looked at.
     """
     wrong: list[str] = []
-    right: list[Sequence[Found] | None] = []
+    right: list[Sequence[DetectedObject] | None] = []
     for part in wanted.get("include", []):
         thing, count = part["class"], part["count"]
         ones = found.get(thing, [])[:count]
@@ -118,7 +118,7 @@ def faults(found: Mapping[str, Sequence[Found]], wanted: Wanted, colours: Colour
     return wrong
 
 
-def relations(first: Found, second: Found) -> set[str]:
+def relations(first: DetectedObject, second: DetectedObject) -> set[str]:
     """Where the first object is, seen from the second: ``left of``, ``right of``, ``above``, ``below``; one
     of each axis at most, none where the centres are level within a tenth of both sizes."""
     boxes = np.array([first.box, second.box]).reshape(2, 2, 2)
@@ -139,7 +139,7 @@ class _Teller:
         self.clip = clip
         self._texts: dict[str, np.ndarray] = {}
 
-    def __call__(self, picture: Any, ones: Sequence[Found], thing: str) -> list[str]:
+    def __call__(self, picture: Any, ones: Sequence[DetectedObject], thing: str) -> list[str]:
         if thing not in self._texts:
             asked = [text.format(colour=colour, thing=thing) for colour in COLOURS for text in ASKED]
             features = _unit(self.clip.texts(asked).float().cpu().numpy())
@@ -149,7 +149,7 @@ class _Teller:
         return [COLOURS[number] for number in (seen @ self._texts[thing].T).argmax(1)]
 
 
-def _cut(picture: Any, one: Found) -> Any:
+def _cut(picture: Any, one: DetectedObject) -> Any:
     """The object's box of a picture, at least ``LEAST`` pixels wide and high."""
     left, top, right, bottom = (round(side) for side in one.box)
     if one.mask is not None:

@@ -76,7 +76,7 @@ def _with_answer(case: Case) -> Sample:
 
 
 @dataclass(frozen=True)
-class Viewer:
+class PictureProbe:
     """The checkpoint's understanding branch, asked about pictures.
 
     Args:

@@ -12,10 +12,10 @@ from unigen.bars import each
 from unigen.evaluation import edits, images, objects, text, views
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, TEXT, Case
-from unigen.evaluation.material import Material, Row, Tools, digest_of_drawn
+from unigen.evaluation.material import Material, Opinion, Tools, digest_of_drawn
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate
-from unigen.plugins import Table
+from unigen.plugins import Registry
 
 Of = Literal["answers", "texts", "pictures", "drawings", "edits", "objects"]
 
@@ -147,7 +147,7 @@ def _geneval(m: Material) -> Result:
     )  # fmt: skip
 
 
-METRICS: Table[list[Metric]] = Table(
+METRICS: Registry[list[Metric]] = Registry(
     {
     "structure": [
         Metric(lambda m: structure(m.cases, [p.pieces for p in m.predictions], seed=m.tools.seed), "answers")
@@ -212,7 +212,7 @@ def score(
     cases: Sequence[Case],
     predictions: Sequence[Prediction],
     tools: Tools,
-    said: Mapping[str, Mapping[int, Row]] | None = None,
+    said: Mapping[str, Mapping[int, Opinion]] | None = None,
     kinds: Collection[str] = (),
     more: Callable[[Material], list[Result]] = lambda material: [],
 ) -> dict[str, list[Result]]:

@@ -25,7 +25,7 @@ EXACT = 12  # up to so many samples that differ, all ways of exchanging them are
 _CELLS = 4_000_000  # numbers held at a time
 _NORMAL = NormalDist()
 
-Rule = Callable[[np.ndarray, int], np.ndarray]
+SumRule = Callable[[np.ndarray, int], np.ndarray]
 
 
 def _mean(sums: np.ndarray, n: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def _chrf(sums: np.ndarray, n: int, beta: float = 2.0) -> np.ndarray:
     return np.nan_to_num(score)
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, SumRule] = {
     "mean": _mean,
     "ratio": _ratio,
     "tasks": _tasks,
@@ -163,7 +163,7 @@ def wilson(hits: int, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 
 def _interval(
-    parts: np.ndarray, rule: Rule, draws: int, seed: int, level: float, method: str
+    parts: np.ndarray, rule: SumRule, draws: int, seed: int, level: float, method: str
 ) -> tuple[float, float]:
     n = len(parts)
     assert n > 1, "one sample has no interval"

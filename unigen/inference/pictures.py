@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unigen.config import Config, Source
+from unigen.config import Config, TrainSource
 from unigen.model.config import BagelConfig
 from unigen.model.run_options import run_options
 from unigen.sequence.contents import Viewer
@@ -18,7 +18,9 @@ from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Image, Kind, Sample
 
 
-def run_transform(config: BagelConfig, sources: Sequence[Source], max_image_tokens: int) -> ImageTransform:
+def run_transform(
+    config: BagelConfig, sources: Sequence[TrainSource], max_image_tokens: int
+) -> ImageTransform:
     """How a run resizes pictures for the VAE; where its sources differ, by the widest of their limits."""
     own = config.vae_transform
     return config.transforms(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unigen.config import ConfigError, DataOptions, Source
+from unigen.config import ConfigError, DataOptions, TrainSource
 from unigen.model.codec import VaeConfig, read_vae_config
 from unigen.model.schemas import CONFIG, LLM, VIT, contradictions, misfits
 from unigen.model.storage import CheckpointFolderError, read_json
@@ -75,7 +75,9 @@ class BagelConfig:
             vit_edit=ImageTransform(**self.vit_edit_transform, stride=patch, limit=vit_limit),
         )
 
-    def planner(self, tokenizer: Tokenizer, options: DataOptions, source: Source | None = None) -> Planner:
+    def planner(
+        self, tokenizer: Tokenizer, options: DataOptions, source: TrainSource | None = None
+    ) -> Planner:
         """What turns samples into blocks for this model; a source's own picture sizes win over those of the
         model and the options."""
         asked = {"max_size": source.max_image_size, "min_size": source.min_image_size} if source else {}
@@ -96,7 +98,7 @@ class BagelConfig:
             longest,
         )
 
-    def _check_sizes(self, source: Source | None, asked: dict[str, int | None]) -> None:
+    def _check_sizes(self, source: TrainSource | None, asked: dict[str, int | None]) -> None:
         """Raises ConfigError where a size that a source asks for would become another one."""
         stride, limit = self.latent_stride, self.max_latent_size * self.latent_stride
         for name, size in asked.items():

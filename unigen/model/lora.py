@@ -31,7 +31,7 @@ from unigen.model.parts import (
 from unigen.model.quantise import ROUNDS, dequantised, holds_quantised
 from unigen.model.storage import Quantised, Stored, few
 
-Bagel = Any  # the model's file knows what an adapter is
+AnyBagel = Any  # the model's file knows what an adapter is
 
 # ---- what is adapted
 
@@ -79,7 +79,7 @@ def _chosen(option: str, wanted: Iterable[str], known: Patterns, names: list[str
 # ---- putting it in
 
 
-def add_adapter(model: Bagel, adapter: Adapter, name: str = NAME) -> None:
+def add_adapter(model: AnyBagel, adapter: Adapter, name: str = NAME) -> None:
     """Puts an adapter around its matrices, in place. Its parameters lie nowhere yet; ``model.adapters`` knows
     it.
 
@@ -124,7 +124,7 @@ class Binding:
         return f"bound {self.bound} of {self.wanted} modules, |dW| {self.low:.3g} .. {self.high:.3g}"
 
 
-def binding_of(model: Bagel, name: str = NAME) -> Binding:
+def binding_of(model: AnyBagel, name: str = NAME) -> Binding:
     """How far the adapter changes each of its matrices.
 
     Raises:
@@ -180,7 +180,7 @@ def _refuse_share(adapter: Adapter, factor: float) -> None:
         )
 
 
-def activate(model: Bagel, weights: Mapping[str, float]) -> None:
+def activate(model: AnyBagel, weights: Mapping[str, float]) -> None:
     """Which adapters take part from now on, and how much: name -> factor of the adapter's own scaling.
 
     Raises:
@@ -213,7 +213,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 # ---- values
 
 
-def fresh_values(model: Bagel, name: str, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> Tensor:
+def fresh_values(model: AnyBagel, name: str, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> Tensor:
     """The first values [shape] float32 of an adapter's parameter: A uniform in +-1 / sqrt(inputs), B zero, so
     that nothing changes at first (Hu et al. 2021, section 4.1); DoRA's magnitudes are the norms of the base's
     rows.
@@ -321,7 +321,7 @@ def digest_of(base: Mapping[str, Stored]) -> str:
 
 @torch.no_grad()
 def bind(
-    model: Bagel,
+    model: AnyBagel,
     folder: Path,
     factor: float,
     name: str,

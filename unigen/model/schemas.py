@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from unigen.schema import Either, Flag, Items, Maybe, NoCode, Number, Table, Text, short, whole
+from unigen.schema import Either, Flag, Items, Maybe, NoCode, Number, String, Table, short, whole
 
 _SHARE, _EPSILON = Number(0, 1), Number(1e-12, 0.1)
 _WIDTH, _INNER, _LAYERS, _HEADS = whole(4, 1 << 17), whole(1, 1 << 20), whole(1, 1000), whole(1, 1024)
@@ -17,8 +17,8 @@ ACTIVATIONS = (
 LLM = Table(
     {},
     {
-        "model_type": Text(("qwen2",)),
-        "architectures": Maybe(Items(Text(), 0, 10)),
+        "model_type": String(("qwen2",)),
+        "architectures": Maybe(Items(String(), 0, 10)),
         "hidden_size": _WIDTH,
         "intermediate_size": _INNER,
         "num_hidden_layers": _LAYERS,
@@ -29,9 +29,9 @@ LLM = Table(
         "max_position_embeddings": whole(8, 1 << 30),
         "rms_norm_eps": _EPSILON,
         "rope_theta": _THETA,
-        "rope_parameters": Maybe(Table({}, {"rope_type": Text(("default",)), "rope_theta": _THETA})),
-        "rope_scaling": Maybe(Table({}, {"rope_type": Text(("default",)), "type": Text(("default",))})),
-        "hidden_act": Text(("silu",)),
+        "rope_parameters": Maybe(Table({}, {"rope_type": String(("default",)), "rope_theta": _THETA})),
+        "rope_scaling": Maybe(Table({}, {"rope_type": String(("default",)), "type": String(("default",))})),
+        "hidden_act": String(("silu",)),
         "tie_word_embeddings": Flag(only=False),
         "use_sliding_window": Flag(only=False),
         "attention_dropout": _SHARE,
@@ -47,15 +47,15 @@ LLM = Table(
 VIT = Table(
     {"num_attention_heads": _HEADS},  # no tensor's shape shows it
     {
-        "model_type": Text(("siglip_vision_model",)),
-        "architectures": Maybe(Items(Text(), 0, 10)),
+        "model_type": String(("siglip_vision_model",)),
+        "architectures": Maybe(Items(String(), 0, 10)),
         "hidden_size": _WIDTH,
         "intermediate_size": _INNER,
         "num_hidden_layers": whole(2, 1000),
         "num_channels": whole(3, 3),
         "image_size": _SIDE,
         "patch_size": whole(1, 1024),
-        "hidden_act": Text(ACTIVATIONS),
+        "hidden_act": String(ACTIVATIONS),
         "layer_norm_eps": _EPSILON,
         "attention_dropout": _SHARE,
         "auto_map": NoCode(),
@@ -65,7 +65,7 @@ VIT = Table(
 VAE = Table(
     {},
     {
-        "type": Text(),
+        "type": String(),
         "ch": whole(1, 4096),
         "ch_mult": Items(whole(1, 64), 1, 8),
         "num_res_blocks": whole(1, 64),
@@ -85,7 +85,7 @@ CONFIG = Table(
         "latent_patch_size": Maybe(whole(1, 64)),
         "max_latent_size": Maybe(whole(1, 1024)),
         "vit_max_num_patch_per_side": Maybe(whole(1, 1024)),
-        "connector_act": Maybe(Text(ACTIVATIONS)),
+        "connector_act": Maybe(String(ACTIVATIONS)),
         "interpolate_pos": Maybe(Flag()),
         "timestep_shift": Maybe(Number(1e-3, 1e3)),
         "vae_transform": _PICTURES,

@@ -30,7 +30,7 @@ from unigen.config import UserError
 from unigen.files import atomic, json_of
 from unigen.foreign import ForeignFileError, known_mistake, roots_of
 from unigen.model.mistakes import fix_of
-from unigen.schema import Items, Number, Rule, Table, Text, short, whole
+from unigen.schema import Items, Number, Rule, String, Table, short, whole
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +167,7 @@ class Stored:
                 )
 
 
-Pieces = tuple[tuple[str, Stored], ...]
+StoredPieces = tuple[tuple[str, Stored], ...]
 """What follows a module's name in a key, and where that lies."""
 
 
@@ -176,7 +176,7 @@ class Quantised(Stored):
     """A matrix of few bits, as bitsandbytes stores it: shape and dtype are those of the matrix that it was
     made of, the parts those of all its tensors. ``quantise.py`` reads it."""
 
-    pieces: Pieces = ()
+    pieces: StoredPieces = ()
     origin: str = ""  # digest of the model that it was made of, where config.json says it
 
     @property
@@ -191,7 +191,7 @@ class Quantised(Stored):
         raise AssertionError("it has no numbers of its own")
 
 
-def _whole(code: str, shape: tuple[int, ...], pieces: Pieces, origin: str) -> Quantised:
+def _whole(code: str, shape: tuple[int, ...], pieces: StoredPieces, origin: str) -> Quantised:
     parts = tuple(part for _, piece in pieces for part in piece.parts)
     return Quantised(code, shape, parts, pieces, origin)
 
@@ -267,7 +267,7 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
 
 
 _SHAPE = Items(whole(0, 1 << 40), high=64)
-_ENTRY = Table({"dtype": Text(), "shape": _SHAPE, "data_offsets": Items(whole(0, 1 << 60), 2, 2)})
+_ENTRY = Table({"dtype": String(), "shape": _SHAPE, "data_offsets": Items(whole(0, 1 << 60), 2, 2)})
 
 
 def _stored(path: Path, base: int, size: int, name: str, entry: Any) -> Stored:
@@ -332,13 +332,13 @@ _OF_MATRIX = re.compile(r"(.+)\.(weight(?:[._].+)?|SCB)")
 _STATE = Table(
     {
         "shape": Items(whole(1, 1 << 40), 2, 2),
-        "dtype": Text(("float32", "float16", "bfloat16")),
-        "quant_type": Text(("nf4",)),
+        "dtype": String(("float32", "float16", "bfloat16")),
+        "quant_type": String(("nf4",)),
         "blocksize": whole(64, 64),
     },
     {
         "nested_blocksize": whole(256, 256),
-        "nested_dtype": Text(("float32",)),
+        "nested_dtype": String(("float32",)),
         "nested_offset": Number(-1e9, 1e9),
     },
 )
@@ -392,9 +392,9 @@ def scan_set(folder: Path, name: str) -> dict[str, Stored] | None:
 
 
 _PARTS = Items(Items(Rule(), 3, 3))
-_PIECES = Table(rest=Table({"dtype": Text(tuple(DTYPES)), "shape": _SHAPE, "parts": _PARTS}))
-_INDEX = Table({"weight_map": Table(rest=Text(length=255))}, {"pieces": _PIECES})
-_PART = Table({"file": Text(length=255), "start": whole(0, 1 << 60), "stop": whole(0, 1 << 60)})
+_PIECES = Table(rest=Table({"dtype": String(tuple(DTYPES)), "shape": _SHAPE, "parts": _PARTS}))
+_INDEX = Table({"weight_map": Table(rest=String(length=255))}, {"pieces": _PIECES})
+_PART = Table({"file": String(length=255), "start": whole(0, 1 << 60), "stop": whole(0, 1 << 60)})
 
 
 def _scan_index(index: Path) -> dict[str, Stored]:

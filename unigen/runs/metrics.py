@@ -237,7 +237,7 @@ def read_log(path: Path, having: str = "") -> Log:
     return metrics.log
 
 
-class Lines(Follower):
+class LogTail(Follower):
     """How many JSON objects a file has, and the last ones.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from unigen.files import is_running
 from unigen.foreign import ForeignFileError, read_json
 from unigen.runs.layout import heartbeat_file, rank_of, stack_file
-from unigen.schema import Number, Table, Text, whole
+from unigen.schema import Number, String, Table, whole
 
 WAITING = "waiting for the others"
 """The phase of a process that only waits: it never holds up those that are in another one."""
@@ -26,8 +26,8 @@ AHEAD_S = 5.0  # a heartbeat from further in the future is another clock's
 _MAX_BYTES = 1 << 20  # a larger file is no heartbeat
 _TIME = Number(0, 1e12)
 _BEAT = Table({
-    "rank": whole(0, 10**7), "step": whole(0, 10**15), "phase": Text(length=1000), "since": _TIME,
-    "time": _TIME, "pid": whole(0, 1 << 31), "host": Text(length=1000),
+    "rank": whole(0, 10**7), "step": whole(0, 10**15), "phase": String(length=1000), "since": _TIME,
+    "time": _TIME, "pid": whole(0, 1 << 31), "host": String(length=1000),
 })  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from unigen.config import UserError
 from unigen.files import free_bytes, is_held
 from unigen.foreign import ForeignFileError, read_json
 from unigen.runs import layout
-from unigen.runs.metrics import MAX_STEP, Lines, Metrics, numbers
+from unigen.runs.metrics import MAX_STEP, LogTail, Metrics, numbers
 from unigen.runs.ranks import Rank, RankFiles
 
 
@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampleAnswer:
     """The answer to a prompt at a step: ``pieces`` are {"text": str} or {"image": path}, ``given`` are the
     prompt's pictures, ``error`` says why there are no pieces. Where an average of the weights answered,
     ``raw`` is what the weights themselves did."""
@@ -48,7 +48,7 @@ class Answer:
     pieces: tuple[dict[str, Any], ...]
     error: str = ""
     given: tuple[Path, ...] = ()
-    raw: Answer | None = None
+    raw: SampleAnswer | None = None
 
 
 class RunFolder:
@@ -64,7 +64,7 @@ class RunFolder:
         self.name = self.folder.resolve().name
         self.metrics = Metrics(self.folder / layout.METRICS, steps)
         self.bad_steps, self.bad_records = (
-            Lines(self.folder / name) for name in (layout.BAD_STEPS, layout.BAD_RECORDS)
+            LogTail(self.folder / name) for name in (layout.BAD_STEPS, layout.BAD_RECORDS)
         )
         self.config: dict[str, Any] = {}
         self.ranks: list[Rank] = []
@@ -135,7 +135,7 @@ class RunFolder:
         """A number of the run's options; ``default`` where it is none."""
         return next(iter(numbers([self.config], name)), default)
 
-    def answers(self, step: int) -> list[Answer]:
+    def answers(self, step: int) -> list[SampleAnswer]:
         """The samples of a step, in the order of the prompts."""
         folder = self.folder / layout.SAMPLES / layout.step_name(step)
         found = self._json(folder / layout.SAMPLES_INDEX)
@@ -149,8 +149,8 @@ class RunFolder:
             prompt, error = str(entry.get("prompt", "")), str(entry.get("error") or "")
             own, raw = entry.get("raw"), None
             if (raw_pieces := _pieces(folder, own)) is not None:
-                raw = Answer(step, prompt, seed, raw_pieces, str(own.get("error") or ""))
-            answers.append(Answer(step, prompt, seed, pieces, error, given, raw))
+                raw = SampleAnswer(step, prompt, seed, raw_pieces, str(own.get("error") or ""))
+            answers.append(SampleAnswer(step, prompt, seed, pieces, error, given, raw))
         return answers
 
     # ---- files

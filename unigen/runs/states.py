@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unigen.runs.layout import OPTIONS, TRAINER
-from unigen.schema import Flag, Items, Maybe, Number, Rule, Table, Text, whole
+from unigen.schema import Flag, Items, Maybe, Number, Rule, String, Table, whole
 
 GROUPS = ("ema", "adapter_model", "model", "optimizer")
 _STEP, _COUNT, _INDEX = whole(0, 10**15), whole(0, 1 << 40), whole(0, 1 << 50)
@@ -18,17 +18,17 @@ def outside(name: str) -> str:
     return "" if fine else f"names {name!r}, outside of the checkpoint"
 
 
-_FILE = Table({"size": whole(0, 1 << 60), "sha256": Text()})
+_FILE = Table({"size": whole(0, 1 << 60), "sha256": String()})
 MANIFEST = Table(
     {
         "step": _STEP,
         "time": Number(0, 1e11),
         "world": whole(1, 1 << 20),
-        "groups": Items(Text(), 0, 100),
-        "states": Items(Text(), 0, 100),
+        "groups": Items(String(), 0, 100),
+        "states": Items(String(), 0, 100),
         "files": Table(rest=_FILE),
     },
-    {"engine": Maybe(Text()), "average": Flag()},
+    {"engine": Maybe(String()), "average": Flag()},
 )
 
 _GUARDS = Table(
@@ -40,7 +40,7 @@ _GUARDS = Table(
         "recent": Items(whole(0, 1)),
     },
 )
-_EVALUATION = Table({}, {"metric": Text(), "greater_is_better": Flag(), "batches": _COUNT})
+_EVALUATION = Table({}, {"metric": String(), "greater_is_better": Flag(), "batches": _COUNT})
 _SCALE = Table({"scale": Number(1e-300, 1e300), "good": _COUNT})
 
 STATES: dict[str, Rule] = {
@@ -51,21 +51,21 @@ STATES: dict[str, Rule] = {
             "position": _INDEX,
             "waiting": Items(_INDEX),
             "best": Maybe(Number(-1e300, 1e300)),
-            "pending": Items(Text(("validating", "sampling"))),
-            "fingerprint": Text(),
+            "pending": Items(String(("validating", "sampling"))),
+            "fingerprint": String(),
             "step_rows": whole(1, 1 << 24),
             "guards": _GUARDS,
             "scale": _SCALE,
         },
-        {"total_steps": whole(1, 10**15), "evaluation": _EVALUATION, "preserved": Text()},
+        {"total_steps": whole(1, 10**15), "evaluation": _EVALUATION, "preserved": String()},
     ),
     OPTIONS: Table(
         {"gradient_accumulation_steps": whole(1, 1 << 24)},
         {
-            "precision": Maybe(Text(("auto", "bf16", "fp16", "fp32"))),
+            "precision": Maybe(String(("auto", "bf16", "fp16", "fp32"))),
             "bf16": Maybe(Flag()),
             "fp16": Maybe(Flag()),
-            "compile": Maybe(Text(("auto", "on", "off"))),
+            "compile": Maybe(String(("auto", "on", "off"))),
             "max_image_tokens": whole(1, 1 << 20),
             "train_sources": Maybe(Items(Table())),
         },

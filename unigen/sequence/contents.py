@@ -18,7 +18,7 @@ from unigen.sequence.transform import ImageTransform
 # one more whenever decoding or resizing changes a number: encodings that were cached before no longer fit
 PIXELS = 1
 
-Size = tuple[int, int]  # width, height in pixels
+PixelSize = tuple[int, int]  # width, height in pixels
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class View:
     """How a sample shows a picture: the sizes at which the VAE and the ViT see it, None where one does not
     look."""
 
-    vae: Size | None
-    vit: Size | None
+    vae: PixelSize | None
+    vit: PixelSize | None
 
     @property
-    def decoded(self) -> Size:
+    def decoded(self) -> PixelSize:
         """The size that decoding has to suffice for: that of the larger use."""
         sizes = [size for size in (self.vae, self.vit) if size is not None]
         return max(w for w, _ in sizes), max(h for _, h in sizes)
@@ -112,7 +112,7 @@ class Viewer:
         """The picture as the encoders take it. Raises PictureError."""
         views: list[View] = []
 
-        def fit(width: int, height: int) -> Size:
+        def fit(width: int, height: int) -> PixelSize:
             views.append(self.view(width, height))
             # whoever looks in this pass: which random choices were made changes no pixel
             return views[0].decoded

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from unigen.foreign import ForeignFileError, known_mistake, read_bytes, read_json, roots_of
-from unigen.schema import Either, Flag, Items, Maybe, NoCode, Number, Rule, Table, Text, short, whole
+from unigen.schema import Either, Flag, Items, Maybe, NoCode, Number, Rule, String, Table, short, whole
 
 FILES = "vocab.json, merges.txt and tokenizer_config.json"
 CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _FLAGS = {name: Flag() for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
-_NAME = Text(least=1)
+_NAME = String(least=1)
 _ADDED = Table({"content": _NAME}, _FLAGS)
 _TOKEN = Maybe(Either((_ADDED, _NAME)))
 _ID = whole(0, 1 << 24)
@@ -34,7 +34,7 @@ _CONFIG = Table(
     {},
     {
         "auto_map": NoCode(),
-        "tokenizer_class": Maybe(Text(CLASSES)),
+        "tokenizer_class": Maybe(String(CLASSES)),
         "added_tokens_decoder": Table(rest=_ADDED, name=_is_id),
         "additional_special_tokens": Maybe(Items(_TOKEN)),
         "extra_special_tokens": Maybe(Either((Table(rest=_TOKEN), Items(_TOKEN)))),
@@ -44,8 +44,8 @@ _CONFIG = Table(
     },
 )
 _VOCABULARY = Table(rest=_ID)
-_MERGES: Rule = Items(Either((Items(Text(), 2, 2), Text())))
-_MODEL = Table({"vocab": _VOCABULARY, "merges": _MERGES}, {"type": Maybe(Text(("BPE",)))})
+_MERGES: Rule = Items(Either((Items(String(), 2, 2), String())))
+_MODEL = Table({"vocab": _VOCABULARY, "merges": _MERGES}, {"type": Maybe(String(("BPE",)))})
 _WHOLE = Table({"model": _MODEL}, {"added_tokens": Items(Table({"id": _ID, "content": _NAME}, _FLAGS))})
 _LLM = Table(
     {},

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from unigen.runs.metrics import Point
-from unigen.show.curves import Range, log_ticks, round_ticks, span, thin, value_range
+from unigen.show.curves import AxisRange, log_ticks, round_ticks, span, thin, value_range
 from unigen.show.figures import figure
 from unigen.show.language import Words
 
 SIDE = 1000  # of the plane that is stretched over a chart
 COLOURS = 8  # --c0 ... in page.css
 SKIPPED = "var(--bad)"
-Place = Callable[[float], float]
+Axis = Callable[[float], float]
 
 
 class Line(NamedTuple):
@@ -75,7 +75,7 @@ def line_chart(
     lines: Sequence[Line],
     words: Words,
     *,
-    values: Range | None = None,
+    values: AxisRange | None = None,
     log: bool = False,
     notes: Sequence[str] = (),
     keys: Sequence[Key] | None = None,
@@ -136,7 +136,7 @@ def bar_chart(
     if not any(value for *_, value in bars):
         return Chart(title, [words("no_data")], [], [], [], [], "", "", "")
     top = round_ticks(0.0, max(value for *_, value in bars))[-1]
-    ys, shapes = _grid(Range(0.0, top), whole=all(value == int(value) for *_, value in bars))
+    ys, shapes = _grid(AxisRange(0.0, top), whole=all(value == int(value) for *_, value in bars))
     width = SIDE / len(bars)
     for n, (_, name, value) in enumerate(bars):
         height = value / top * SIDE
@@ -155,7 +155,7 @@ def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
     return [p for p in points if math.isfinite(p.step) and math.isfinite(p.mean) and (p.mean > 0 or not log)]
 
 
-def _grid(values: Range, whole: bool = False) -> tuple[list[Tick], list[Shape]]:
+def _grid(values: AxisRange, whole: bool = False) -> tuple[list[Tick], list[Shape]]:
     """The ticks that lie in the range, thinned to seven, ``whole`` numbers where asked, and a line across the
     chart at each."""
     ticks = (log_ticks if values.log else round_ticks)(values.low, values.high)
@@ -171,7 +171,7 @@ def _colour(line: Line) -> str:
     return f"var(--c{line.colour % COLOURS})"
 
 
-def _drawn(line: Line, x: Place, y: Place) -> list[Shape]:
+def _drawn(line: Line, x: Axis, y: Axis) -> list[Shape]:
     """The band from least to greatest value, the means; dots for values apart."""
     colour, shapes = _colour(line), []
     places = [(x(p.step), y(p.mean)) for p in line.points]

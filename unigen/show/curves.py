@@ -14,7 +14,7 @@ MARGIN = 0.03  # of the range, left free above and below
 LOG_FROM = 30.0  # a greatest value this many times the least one asks for a logarithmic scale
 
 
-class Range(NamedTuple):
+class AxisRange(NamedTuple):
     """The values that a chart shows; with ``cut`` some lie above ``high``."""
 
     low: float
@@ -76,7 +76,7 @@ def span(lines: Sequence[Sequence[Point]]) -> tuple[float, float]:
 
 def value_range(
     lines: Sequence[Sequence[Point]], *, log: bool | None = False, from_zero: bool = False
-) -> Range:
+) -> AxisRange:
     """The values to show of the lines, each of a point at least. A few values far above all others, as in the
     first steps or at a spike, do not press the rest flat.
 
@@ -87,17 +87,17 @@ def value_range(
     values = sorted(point.mean for points in lines for point in points)
     low, high = values[0], values[-1]
     if log or (log is None and low > 0 and high > LOG_FROM * low):
-        return Range(low, high, log=True) if high > low else Range(low / 2, low * 2, log=True)
+        return AxisRange(low, high, log=True) if high > low else AxisRange(low / 2, low * 2, log=True)
     if from_zero:
         low = min(low, 0.0)
     common = values[min(len(values) - 1, int(0.97 * len(values)))]
     if len(values) >= 50 and high - low > 2.5 * (common - low) > 0:
-        return Range(low, common + 0.4 * (common - low), cut=True)
+        return AxisRange(low, common + 0.4 * (common - low), cut=True)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = abs(low) / 2 or 1.0
-        return Range(low - margin, high + margin)
+        return AxisRange(low - margin, high + margin)
     margin = MARGIN * (high - low)
-    return Range(low - margin if low else low, high + margin)
+    return AxisRange(low - margin if low else low, high + margin)
 
 
 def round_ticks(low: float, high: float) -> list[float]:

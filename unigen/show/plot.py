@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Iterable
 
 from unigen.runs.metrics import Point
-from unigen.show.curves import Curve, Range
+from unigen.show.curves import AxisRange, Curve
 
 BARS = "▁▂▃▄▅▆▇█"
 USUAL = 5.0  # times the usual distance of the greatest value in a character from their mean
 
-Box = tuple[float, float, Range]  # first step, last step, values
+Box = tuple[float, float, AxisRange]  # first step, last step, values
 
 
 def sparkline(curve: Curve, box: Box, width: int) -> str:

@@ -29,7 +29,7 @@ WIDTHS = {"line": 1.8, "faint": 1.5, "grid-line": 1.0, "dots": 6.0, "skips": 8.0
 DASH = (5.0, 3.0)
 ROUND = 5 * UNIT  # of the PNG's pixels
 BAND = 0.16  # opacity
-Point = tuple[float, float]
+Spot = tuple[float, float]
 
 _FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/System/Library/Fonts",
@@ -216,11 +216,11 @@ def _plane(chart: Chart, size: tuple[int, int]) -> Image.Image:
     return picture.reduce(SMOOTH)
 
 
-def _paths(data: str) -> Iterator[list[Point]]:
+def _paths(data: str) -> Iterator[list[Spot]]:
     """The corners of each part of a path of ``charts.py``: M and L with pairs, H, V, h and v with one number,
     z."""
-    at: Point = (0.0, 0.0)
-    path: list[Point] = []
+    at: Spot = (0.0, 0.0)
+    path: list[Spot] = []
     for command, numbers in re.findall(r"([MLHVhvzZ])([^MLHVhvzZ]*)", data):
         values = [float(number) for number in numbers.split()]
         if command == "M" and path:
@@ -238,7 +238,7 @@ def _paths(data: str) -> Iterator[list[Point]]:
         yield path
 
 
-def _dashed(path: Sequence[Point], dash: Sequence[float]) -> Iterator[list[Point]]:
+def _dashed(path: Sequence[Spot], dash: Sequence[float]) -> Iterator[list[Spot]]:
     """The parts of a line that are drawn where it is dashed."""
     left, on, part = dash[0], True, [path[0]]
     for (x, y), (to_x, to_y) in pairwise(path):

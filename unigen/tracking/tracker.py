@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from unigen.config import Config
 from unigen.files import json_of
-from unigen.plugins import Table
+from unigen.plugins import Registry
 from unigen.runs import layout
 from unigen.runs.log import JsonlLog, drop_after
 from unigen.runs.secrets import hide
@@ -146,7 +146,7 @@ class MetricsFile:
         self._file.close()
 
 
-class Row(NamedTuple):
+class TrackerRow(NamedTuple):
     """A tracker: does the config ask for it, what makes its client, and the package that it needs."""
 
     asked_for: Callable[[Config], Any]
@@ -154,9 +154,9 @@ class Row(NamedTuple):
     package: str = ""
 
 
-TRACKERS: Table[Row] = Table(
-    tensorboard=Row(lambda config: config.tensorboard, TensorBoard, "tensorboard"),
-    wandb=Row(lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb, "wandb"),
-    trackio=Row(lambda config: config.trackio_project, Trackio, "trackio"),
+TRACKERS: Registry[TrackerRow] = Registry(
+    tensorboard=TrackerRow(lambda config: config.tensorboard, TensorBoard, "tensorboard"),
+    wandb=TrackerRow(lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb, "wandb"),
+    trackio=TrackerRow(lambda config: config.trackio_project, Trackio, "trackio"),
 )
 """The trackers by their names."""

@@ -31,11 +31,11 @@ log = logging.getLogger("unigen")
 SIDE = 256  # longest side in pixels of a drawn picture, where the model draws so small
 
 # {"pieces": [{"text": str} | {"image": PNG in base64}], and "error": str where there is none}
-Answer = dict[str, Any]
+AnswerRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptBatch:
     """Prompts that are answered at once: ``where`` they stand, how many they are, and what answers them: the
     pieces of each answer, texts and pictures."""
 
@@ -70,7 +70,7 @@ class Answerer:
         if self._lockstep is not None:
             self.inferencer.pieces.agree = self._lockstep.meet
 
-    def answer(self, jobs: Sequence[Job]) -> list[list[Answer]]:
+    def answer(self, jobs: Sequence[PromptBatch]) -> list[list[AnswerRecord]]:
         """The answers of each job, on all processes; every process calls it. What goes wrong with a job is a
         warning, and the ``error`` of its answers.
 
@@ -78,7 +78,7 @@ class Answerer:
         """
         device, training = self.engine.device, self.model.training
         stop: BaseException | None = None
-        answers: dict[int, list[Answer]] = {}
+        answers: dict[int, list[AnswerRecord]] = {}
         self.model.eval()
         try:
             with (
@@ -106,7 +106,7 @@ class Answerer:
     def _idle(self) -> None:
         self.idle()
 
-    def _failed(self, job: Job, error: BaseException, said: str = "") -> list[Answer]:
+    def _failed(self, job: PromptBatch, error: BaseException, said: str = "") -> list[AnswerRecord]:
         """Says on this process why a job has no answers, unless that was ``said``."""
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -126,7 +126,9 @@ class Answerer:
             )
         return [{"pieces": [], "error": words} for _ in range(job.count)]
 
-    def _answer_share(self, jobs: Sequence[Job], answers: dict[int, list[Answer]]) -> BaseException | None:
+    def _answer_share(
+        self, jobs: Sequence[PromptBatch], answers: dict[int, list[AnswerRecord]]
+    ) -> BaseException | None:
         """This process's jobs, into ``answers``; what broke it off, which the others must hear of first."""
         for number in each("answering", range(self.engine.rank, len(jobs), self.engine.world)):
             try:
@@ -139,8 +141,8 @@ class Answerer:
         return None
 
     def _collect(
-        self, answers: dict[int, list[Answer]], stop: BaseException | None
-    ) -> dict[int, list[Answer]]:
+        self, answers: dict[int, list[AnswerRecord]], stop: BaseException | None
+    ) -> dict[int, list[AnswerRecord]]:
         """All processes' answers; raises where one of them was broken off."""
         said = [
             json.loads(part) for part in self.engine.gather(json.dumps(None if stop is not None else answers))
@@ -152,8 +154,8 @@ class Answerer:
         return {int(number): answer for part in said for number, answer in part.items()}
 
     def _answer_in_step(
-        self, jobs: Sequence[Job], lockstep: SynchronisedGeneration
-    ) -> dict[int, list[Answer]]:
+        self, jobs: Sequence[PromptBatch], lockstep: SynchronisedGeneration
+    ) -> dict[int, list[AnswerRecord]]:
         """Every job, on all processes at once; only rank 0's answers count."""
         answers = {}
         for number, job in enumerate(each("answering", jobs)):

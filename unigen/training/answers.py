@@ -22,7 +22,7 @@ from unigen.evaluation.results import Result
 from unigen.evaluation.score import METRICS, NEEDS, score
 from unigen.evaluation.towers import PictureTower
 from unigen.inference.prompts import SAMPLES
-from unigen.training.answering import Answer, Answerer, Job
+from unigen.training.answering import Answerer, AnswerRecord, PromptBatch
 from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
@@ -58,7 +58,7 @@ class Questions:
             of_kinds.setdefault(batch[0].outputs, []).append(batch)
         self.batches: list[list[Case]] = _in_turn(list(of_kinds.values()))
 
-    def ask(self, some: Sequence[Sequence[Case]]) -> list[list[Answer]]:
+    def ask(self, some: Sequence[Sequence[Case]]) -> list[list[AnswerRecord]]:
         """The answers to some batches; all processes call it together."""
         return self.answerer.answer([self._job(batch) for batch in some])
 
@@ -90,7 +90,7 @@ class Questions:
         plain = replace(SAMPLES, seed=self.seed + batch[0].number)
         return replace(plain, max_new_tokens=min(1000, 2 * max(lengths) + 8)) if lengths else plain
 
-    def _job(self, batch: Sequence[Case]) -> Job:
+    def _job(self, batch: Sequence[Case]) -> PromptBatch:
         def ask() -> list[list[Any]]:
             return self.answerer.inferencer.unified_generate_batch(
                 [list(case.prompt) for case in batch],
@@ -98,7 +98,7 @@ class Questions:
                 options=self.settings(batch),
             )
 
-        return Job(batch[0].where, len(batch), ask)
+        return PromptBatch(batch[0].where, len(batch), ask)
 
 
 class HeldOutAnswers:
@@ -150,7 +150,7 @@ class HeldOutAnswers:
                 decides.
         """
         began, longest, at_once = time.perf_counter(), 0.0, self.questions.answerer.at_once
-        answers: list[list[Answer]] = []
+        answers: list[list[AnswerRecord]] = []
         wanted = self.batches[: self.kept]
         for start in range(0, len(wanted), at_once):
             spent = self._agreed(time.perf_counter() - began)
@@ -200,7 +200,7 @@ class HeldOutAnswers:
 
     # ---- answers
 
-    def _scores(self, answers: Sequence[Sequence[Answer]]) -> Scores:
+    def _scores(self, answers: Sequence[Sequence[AnswerRecord]]) -> Scores:
         """On rank 0: the metrics of the records that were answered."""
         answered = [
             (case, answer)

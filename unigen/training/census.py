@@ -21,7 +21,7 @@ BLOCK8 = 256  # numbers that share a scale in 8-bit moments
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParameterEntry:
     """A parameter: how it is held, and whether it trains."""
 
     name: str
@@ -48,7 +48,7 @@ class Entry:
         return self.numel * (2 + 8 / BLOCK8 if low else 8)
 
 
-def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Entry]:
+def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[ParameterEntry]:
     """Every parameter of a model as a run with these options holds it.
 
     Raises:
@@ -69,7 +69,7 @@ def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[En
                 held = p.numel() * (
                     0.5 + (1 / BLOCK + 4 / BLOCK / SCALES if config.double_quant else 4 / BLOCK)
                 )
-        found.append(Entry(name, shape, held, not is_frozen(name, config)))
+        found.append(ParameterEntry(name, shape, held, not is_frozen(name, config)))
         if module in targets and name.endswith("weight"):
             rank = config.lora_rank or 0
             low = {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)}
@@ -77,7 +77,7 @@ def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[En
                 low["lora_magnitude_vector"] = (shape[0],)
             for mark, size in low.items():
                 own = f"{module}.{mark}.default.weight"
-                found.append(Entry(own, size, 4.0 * torch.Size(size).numel(), True))
+                found.append(ParameterEntry(own, size, 4.0 * torch.Size(size).numel(), True))
     return found
 
 

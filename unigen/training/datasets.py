@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from unigen.cache.store import FeatureCache
-from unigen.config import Config, ConfigError, Source, UserError
+from unigen.config import Config, ConfigError, TrainSource, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import PackStream, cores
 from unigen.data.mapping import ReadOptions
@@ -42,7 +42,7 @@ class RunData:
         held_out = config.held_out()
         self.train = self._stream(config.sources(), tokenizer, training=True)
         self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
-        probe = [Source(config.probe_data_path, "probe_data_path")] if config.probe_data_path else []
+        probe = [TrainSource(config.probe_data_path, "probe_data_path")] if config.probe_data_path else []
         self.probe = self._stream(probe, tokenizer, training=False) if probe else None
 
     @property
@@ -50,7 +50,7 @@ class RunData:
         """The tasks of the training records."""
         return {task for part in self.train.mixture.parts for task in part.dataset.statistics()["tasks"]}
 
-    def _stream(self, sources: list[Source], tokenizer: Tokenizer, training: bool) -> PackStream:
+    def _stream(self, sources: list[TrainSource], tokenizer: Tokenizer, training: bool) -> PackStream:
         c = self.config
         parts = []
         for source in sources:
@@ -81,7 +81,7 @@ class RunData:
         masks = self.engine.device.type == "cuda"
         return PackStream(mixture, c.batch_size, c.max_num_tokens, masks, share if own else 0.0)
 
-    def _dataset(self, source: Source, planner: Planner, split: Split) -> UnifiedGenerationDataset:
+    def _dataset(self, source: TrainSource, planner: Planner, split: Split) -> UnifiedGenerationDataset:
         c, main = self.config, self.engine.main
         dataset = UnifiedGenerationDataset(
             source.path,

@@ -36,7 +36,7 @@ from unigen.model.sizes import (
     vit_kept,
     work_of,
 )
-from unigen.training.census import Entry, census, codec_numbers
+from unigen.training.census import ParameterEntry, census, codec_numbers
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take of a GPU
 FRAGMENTS = 0.04  # of all tensors: what the allocator cannot give out again
@@ -134,9 +134,9 @@ class _Planner:
         self.copied = not self.gpu and load.samples > 1 and load.gen > 0  # see sdpa.Groups.moves
         self.trained = [entry for entry in self.entries if entry.trains]
         prefix = "language_model.model.layers."
-        self.layers: list[list[Entry]] = [[] for _ in range(model.llm.num_hidden_layers)]
-        self.root: list[Entry] = []  # what is no layer of the decoder nor of the ViT
-        self.vit: list[Entry] = []
+        self.layers: list[list[ParameterEntry]] = [[] for _ in range(model.llm.num_hidden_layers)]
+        self.root: list[ParameterEntry] = []  # what is no layer of the decoder nor of the ViT
+        self.vit: list[ParameterEntry] = []
         for entry in self.entries:
             if entry.name.startswith(prefix):
                 self.layers[int(entry.name.removeprefix(prefix).split(".")[0])].append(entry)
@@ -171,7 +171,7 @@ class _Planner:
         kept = float(und * self.load.und + gen * self.load.gen)
         return kept if policy == "full" else kept + self._copies(self.layers[i])
 
-    def _copies(self, entries: Sequence[Entry]) -> float:
+    def _copies(self, entries: Sequence[ParameterEntry]) -> float:
         """Bytes of the copies of matrices in the dtype of products, where they are held in the other one."""
         other = 6 - self.c  # bytes a number: of float32 for bfloat16, and the other way round
         found = [e for e in entries if len(e.shape) == 2 and is_linear(e.name)]

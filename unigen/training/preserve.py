@@ -36,7 +36,7 @@ from unigen.sequence.types import Pack
 CHUNK = 1024  # label tokens whose logits are there at once, beside those of the model as it was
 
 
-class Prediction(NamedTuple):
+class ReferenceOutput(NamedTuple):
     """What the model as it was says of the targets of a packed sequence that are kept."""
 
     logits: Tensor  # [labels, vocabulary], in the dtype of the text head
@@ -88,16 +88,16 @@ class Teacher:
         return self.engine.forward(pack, latents=latents, read=read)
 
     @torch.no_grad()
-    def predict(self, pack: Pack, latents: Sequence[Tensor]) -> Prediction:
+    def predict(self, pack: Pack, latents: Sequence[Tensor]) -> ReferenceOutput:
         """What the model as it was says. Latents: [C, h, w] of the sequence's pictures."""
         # its own losses are asked of nobody
         none = {"label_weight": None, "noised_weight": None, "weight_sums": None}
         bare = replace(pack, label_rows=pack.label_rows[:0], noised_rows=pack.noised_rows[:0], **none)
 
-        def read(model: Bagel, hidden: Halves) -> Prediction:
+        def read(model: Bagel, hidden: Halves) -> ReferenceOutput:
             words, drawn = _kept(hidden, pack)
             seen = model.velocities(drawn) if model.config.visual_gen else drawn.new_zeros(0, 0)
-            return Prediction(model.logits(words), seen)
+            return ReferenceOutput(model.logits(words), seen)
 
         with self.in_place():
             return self.engine.forward(bare, latents=latents, read=read).read
@@ -131,7 +131,7 @@ def _kept(hidden: Halves, pack: Pack) -> tuple[Tensor, Tensor]:
     return hidden[0][pack.kept_label_rows], drawn[pack.kept_noised_rows]
 
 
-def distances(model: Bagel, hidden: Halves, pack: Pack, before: Prediction) -> tuple[Tensor, Tensor]:
+def distances(model: Bagel, hidden: Halves, pack: Pack, before: ReferenceOutput) -> tuple[Tensor, Tensor]:
     """The distances summed over labels and over noised tokens: two float32 scalars with gradients, of zero
     where there is none.
 

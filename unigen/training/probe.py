@@ -21,9 +21,9 @@ from unigen.foreign import ForeignFileError, read_json
 from unigen.model.bagel import Bagel
 from unigen.model.lora import adapters_off
 from unigen.runs import layout
-from unigen.schema import Items, Number, Table, Text
+from unigen.schema import Items, Number, String, Table
 from unigen.sequence.images import open_image
-from unigen.training.answering import Answer, Answerer
+from unigen.training.answering import Answerer, AnswerRecord
 from unigen.training.answers import Questions
 from unigen.training.engine import Engine
 from unigen.training.validation import Agree, Batches, Tasks, held_out_losses
@@ -33,8 +33,8 @@ log = logging.getLogger("unigen")
 ASKED = 8  # records that are answered
 KINDS = ("text", "image")
 LOSS, DRIFT, ANSWERS = "probe/loss", "probe/drift", "probe/answers"
-_ANSWER = Table({"pieces": Items(Table({}, {"text": Text(), "image": Text()}))}, {"error": Text()})
-_BASE = Table({"data": Text(), "losses": Table(rest=Number(0, 1e300)), "answers": Items(Items(_ANSWER))})
+_ANSWER = Table({"pieces": Items(Table({}, {"text": String(), "image": String()}))}, {"error": String()})
+_BASE = Table({"data": String(), "losses": Table(rest=Number(0, 1e300)), "answers": Items(Items(_ANSWER))})
 
 
 class Probe:
@@ -132,7 +132,9 @@ class Probe:
             log.warning("%s cannot be written; a resume would count the drift anew. %s", path, error)
 
 
-def _compared(base: Sequence[Sequence[Answer]], now: Sequence[Sequence[Answer]]) -> dict[str, float]:
+def _compared(
+    base: Sequence[Sequence[AnswerRecord]], now: Sequence[Sequence[AnswerRecord]]
+) -> dict[str, float]:
     """How near answers are to those of the base: the share that is the same, and the mean likeness."""
     pairs = [
         (a["pieces"], b["pieces"])

@@ -19,7 +19,7 @@ from unigen.model.bagel import Bagel
 from unigen.runs import layout
 from unigen.sequence.images import open_image
 from unigen.tracking.tracker import Tracker
-from unigen.training.answering import Answer, Answerer, Job
+from unigen.training.answering import Answerer, AnswerRecord, PromptBatch
 from unigen.training.engine import Engine
 from unigen.training.grid import grid_of
 from unigen.training.sample_plan import Pace, with_kinds
@@ -85,8 +85,10 @@ class SampleWriter:
         leaves no folder.
         """
         began = time.perf_counter()
-        jobs = [Job(prompt.where, 1, lambda prompt=prompt: [self._ask(prompt)]) for prompt in self.prompts]
-        raw: list[list[Answer]] = []
+        jobs = [
+            PromptBatch(prompt.where, 1, lambda prompt=prompt: [self._ask(prompt)]) for prompt in self.prompts
+        ]
+        raw: list[list[AnswerRecord]] = []
         if averaged is None:
             answers = self._answerer.answer(jobs)
         else:
@@ -132,7 +134,7 @@ class SampleWriter:
     # ---- files
 
     def _publish(
-        self, step: int, answers: Sequence[Answer], raw: Sequence[Answer], tracker: Tracker | None
+        self, step: int, answers: Sequence[AnswerRecord], raw: Sequence[AnswerRecord], tracker: Tracker | None
     ) -> None:
         """Writes a hidden folder and renames it; a disk that fails is a warning."""
         target = self.folder / layout.step_name(step)
@@ -149,7 +151,9 @@ class SampleWriter:
         if tracker is not None:
             self._tell(tracker, target, index, step)
 
-    def _write(self, folder: Path, answers: Sequence[Answer], raw: Sequence[Answer]) -> list[dict[str, Any]]:
+    def _write(
+        self, folder: Path, answers: Sequence[AnswerRecord], raw: Sequence[AnswerRecord]
+    ) -> list[dict[str, Any]]:
         """The pictures and ``index.json``; its content."""
         index = []
         for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):

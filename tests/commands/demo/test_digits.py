@@ -17,8 +17,8 @@ from unigen.commands.demo.digits import (
     NUMBERS,
     TASKS,
     WORDS,
+    DigitReader,
     DigitSet,
-    Judge,
     apply_edits,
     to_pixels,
     word_texts,
@@ -39,8 +39,8 @@ def digits(tmp_path_factory) -> DigitSet:
 
 
 @pytest.fixture(scope="module")
-def judge(digits) -> Judge:
-    return Judge(digits)
+def judge(digits) -> DigitReader:
+    return DigitReader(digits)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.terminal import frame
 from unigen.runs.metrics import Point
 from unigen.runs.reader import RunFolder
-from unigen.show.curves import Curve, Range
+from unigen.show.curves import AxisRange, Curve
 from unigen.show.figures import figure
 from unigen.show.language import Words
 from unigen.show.plot import marks, sparkline
@@ -82,18 +82,18 @@ def test_it_fits_any_width(tmp_path, language, width):
 
 def test_a_sparkline_rises_with_its_values():
     curve = Curve(0, False, [Point(n, float(n), n, n) for n in range(8)])
-    assert sparkline(curve, (0, 7, Range(0, 7)), 8) == "▁▂▃▄▅▆▇█"
-    wide = sparkline(curve, (0, 15, Range(0, 7)), 16)
+    assert sparkline(curve, (0, 7, AxisRange(0, 7)), 8) == "▁▂▃▄▅▆▇█"
+    wide = sparkline(curve, (0, 15, AxisRange(0, 7)), 16)
     assert wide.rstrip() == "▁▂▃▄▅▆▇█" and len(wide) == 16, "what is not there yet is left free"
-    assert sparkline(curve, (0, 7, Range(0, 7)), 15)[::2] == "▁▂▃▄▅▆▇█", "the last value stands"
-    assert marks([0, 5, 15, 16], (0, 15, Range(0, 7)), 16) == "×    ×         ×"
+    assert sparkline(curve, (0, 7, AxisRange(0, 7)), 15)[::2] == "▁▂▃▄▅▆▇█", "the last value stands"
+    assert marks([0, 5, 15, 16], (0, 15, AxisRange(0, 7)), 16) == "×    ×         ×"
 
 
 def test_a_spike_of_one_step_is_not_lost_among_the_others():
     values = [1.0 + 0.01 * math.sin(n) for n in range(2000)]
     values[700] = 9.0
     curve = Curve(0, False, [Point(n, v, v, v) for n, v in enumerate(values)])
-    line = sparkline(curve, (0, 1999, Range(0, 9)), 40)
+    line = sparkline(curve, (0, 1999, AxisRange(0, 9)), 40)
     assert line.index("█") == 14 and set(line[:14] + line[15:]) == {"▂"}
 
 

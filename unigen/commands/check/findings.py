@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from unigen.commands.check.part import Outcome, PartJob, checker
+from unigen.commands.check.part import PartFindings, PartJob, checker
 from unigen.commands.check.statistics import (
     KINDS,
     Tally,
@@ -313,7 +313,7 @@ def check(
         with closing(in_order(checker, (planner, deep, read), jobs, num_workers, again)) as outcomes:
             for job, outcome in outcomes:
                 if isinstance(outcome, Died):
-                    outcome = Outcome.of_lost(_lost(job, outcome))
+                    outcome = PartFindings.of_lost(_lost(job, outcome))
                 for problem in outcome.problems:
                     problems.add(problem)
                 tallies.append(outcome.tally)

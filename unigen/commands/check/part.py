@@ -36,19 +36,19 @@ class PartJob(NamedTuple):
     lost: BadRecord | None = None  # what makes the rest of its file unreadable, in place of a part
 
 
-class Outcome(NamedTuple):
+class PartFindings(NamedTuple):
     """What a process found in a part: its counts, and its problems as ``BadRecord.to_dict`` gives them."""
 
     tally: Tally
     problems: list[dict[str, Any]]
 
     @classmethod
-    def of_lost(cls, error: BadRecord) -> Outcome:
+    def of_lost(cls, error: BadRecord) -> PartFindings:
         """The outcome of a part that could not be read."""
         return cls(Tally.join([]), [error.to_dict()])
 
 
-def checker(planner: Planner, deep: bool, read: ReadOptions) -> Callable[[PartJob, Mark], Outcome]:
+def checker(planner: Planner, deep: bool, read: ReadOptions) -> Callable[[PartJob, Mark], PartFindings]:
     """What does a :class:`PartJob`; made once in each process."""
     return _Checker(planner, deep, read).work
 
@@ -136,10 +136,10 @@ class _Checker:
         self.planner.max_length = _NO_LIMIT
         self.looks = _Looks(deep)
 
-    def work(self, job: PartJob, mark: Mark) -> Outcome:
+    def work(self, job: PartJob, mark: Mark) -> PartFindings:
         if job.part is None:
             assert job.lost is not None
-            return Outcome.of_lost(job.lost)
+            return PartFindings.of_lost(job.lost)
         reading = _Reading(self, job.part, dict(job.skip), mark)
         try:
             for step, (span, raw) in enumerate(read_part(job.part)):
@@ -239,14 +239,16 @@ class _Reading:
             self.pictures.append((*place, *tokens, upscaled))
             yield key
 
-    def finish(self) -> Outcome:
+    def finish(self) -> PartFindings:
         self.flush()
         records = np.array(self.records, RECORD)
         if self.counted:
             count_tokens(records, self.counted, self.lengths, self.checker.planner, self.part.index)
         near_empty = self.near_empty[:NEAR_EMPTY_SHOWN]
         tally = Tally(records, np.array(self.pictures, PICTURE), near_empty, self.notes)
-        return Outcome(tally, [error.to_dict() for _, error in sorted(self.bad, key=lambda entry: entry[0])])
+        return PartFindings(
+            tally, [error.to_dict() for _, error in sorted(self.bad, key=lambda entry: entry[0])]
+        )
 
 
 def _described(record: Record, name: str) -> Iterator[str]:

@@ -42,7 +42,7 @@ class Shares(NamedTuple):
     parts: list[tuple[str, float]]
 
 
-Block = Note | ReportTable | Charts | Shares
+ReportBlock = Note | ReportTable | Charts | Shares
 
 
 def verdict(found: Findings, words: Words) -> str:
@@ -78,7 +78,7 @@ def more(found: Findings, n: int, words: Words) -> str:
     return "" if n <= 0 else words("more_in", n=n, path=path) if path else words("more_how", n=n)
 
 
-def sections(summary: dict[str, Any], words: Words) -> list[tuple[str, list[Block]]]:
+def sections(summary: dict[str, Any], words: Words) -> list[tuple[str, list[ReportBlock]]]:
     """``(heading, blocks)`` of everything but problems and advice."""
     made = [
         ("contents", _contents(summary, words)),
@@ -103,7 +103,7 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.01 or share == 0 else f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
 
 
-def _contents(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _contents(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     good = max(s["good_records"], 1)
     if s["formats"]:
         formats = sorted(s["formats"].items(), key=lambda entry: -entry[1])
@@ -133,7 +133,7 @@ def _contents(s: dict[str, Any], words: Words) -> Iterator[Block]:
                 yield Note(words("more", n=len(rows) - NAMES))
 
 
-def _balance(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _balance(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     t, good = s["targets"], max(s["good_records"], 1)
     if not s["good_records"]:
         return
@@ -184,7 +184,7 @@ def _histogram(title: str, of: dict[str, Any], x_label: str, y_label: str, words
     return bar_chart(title, bars, words, x_label=x_label, y_label=y_label)
 
 
-def _lengths(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _lengths(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     of = s["lengths"]
     if of["count"]:
         unit = words(f"unit_{of['unit']}")
@@ -192,7 +192,7 @@ def _lengths(s: dict[str, Any], words: Words) -> Iterator[Block]:
         yield Charts([_histogram(words("lengths"), of, unit, words("records_per_bin"), words)])
 
 
-def _cuts(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _cuts(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     if not s["lengths"]["count"] and not any(row["refused"] for row in s["limits"]):
         return
     header = [
@@ -211,7 +211,7 @@ def _cuts(s: dict[str, Any], words: Words) -> Iterator[Block]:
     yield Note(words("refused_note"))
 
 
-def _fill(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _fill(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     if s["rows"]:
         header = [
             "max_num_tokens",
@@ -230,7 +230,7 @@ def _fill(s: dict[str, Any], words: Words) -> Iterator[Block]:
         yield ReportTable(header, rows)
 
 
-def _pictures(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _pictures(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     p = s["pictures"]
     if not p["pieces"]:
         return
@@ -251,7 +251,7 @@ def _pictures(s: dict[str, Any], words: Words) -> Iterator[Block]:
         yield Note(words("upscaled_line", n=p["upscaled"], of=of, share=p["upscaled"] / of))
 
 
-def _repetitions(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _repetitions(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     found = {kind: of for kind, of in s["repeats"].items() if of["distinct"]}
     if not found:
         return
@@ -268,7 +268,7 @@ def _repetitions(s: dict[str, Any], words: Words) -> Iterator[Block]:
             )
 
 
-def _near_empty(s: dict[str, Any], words: Words) -> Iterator[Block]:
+def _near_empty(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     if s["near_empty"]["records"]:
         rows = [[where, repr(text)] for where, text in s["near_empty"]["first"]]
         more = s["near_empty"]["records"] - len(rows)

@@ -313,7 +313,7 @@ def _split(folder: Path, train: int, heldout: int, seed: int) -> DigitSet:
     )
 
 
-class Judge:
+class DigitReader:
     """Reads drawn digits: a support vector machine fitted on the real training digits only.
 
     ``heldout_accuracy`` is its share of right answers on the held-out digits, the ceiling of every score it

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from unigen.commands.demo.digits import NUMBERS, QUESTION, DigitSet, Judge, word_texts, write_digits
+from unigen.commands.demo.digits import NUMBERS, QUESTION, DigitReader, DigitSet, word_texts, write_digits
 from unigen.commands.demo.measure import FOLDER, evaluate_digits
 from unigen.commands.init.model import create_model
 from unigen.commands.train import train
@@ -40,7 +40,7 @@ SIDE = 8  # pixels of a picture's side: what the digits have
 
 
 @dataclass(frozen=True)
-class Size:
+class DemoSize:
     """How much of the same line is done."""
 
     steps: int
@@ -51,8 +51,8 @@ class Size:
     model: dict[str, int] = field(default_factory=dict)  # sizes of the model, where not the defaults
 
 
-FULL = Size(steps=1600, questions=300, learning_rate=3e-3, ema=0.99)
-QUICK = Size(
+FULL = DemoSize(steps=1600, questions=300, learning_rate=3e-3, ema=0.99)
+QUICK = DemoSize(
     steps=520, questions=50, learning_rate=3e-3, ema=0.97,
     per_epoch={
         "draw": 800, "caption": 100, "ask": 1300, "ask_messages": 100,
@@ -192,7 +192,7 @@ def _goes_on(run: Path, metrics: Path, flags: dict[str, Any]) -> bool:
     return same and bool(steps(run)) and not metrics.exists()
 
 
-def _train(output_dir: Path, size: Size, seed: int, prompts: Path) -> Path:
+def _train(output_dir: Path, size: DemoSize, seed: int, prompts: Path) -> Path:
     """Trains as ``unigen train`` with the printed flags does; the last checkpoint."""
     flags: dict[str, Any] = {
         "model_path": str(output_dir / "model"), "train_data_path": str(output_dir / "data" / "train"),
@@ -220,7 +220,7 @@ class Exam:
     def __init__(self, checkpoint: Path, digits: DigitSet, limit: int, seed: int):
         self.inferencer = InterleaveInferencer.from_pretrained(checkpoint, "cpu")
         self.digits, self.limit, self.seed = digits, limit, seed
-        self.judge = Judge(digits)
+        self.judge = DigitReader(digits)
         self.drawings: list[tuple[str, Any]] = []  # caption, picture
         self.edits: list[tuple[str, Any]] = []
         self.sums: list[tuple[str, Any]] = []

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unigen.commands.demo.digits import QUESTION, SIDE, DigitSet, Judge, shrink
+from unigen.commands.demo.digits import QUESTION, SIDE, DigitReader, DigitSet, shrink
 from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.work import Extras, run
 from unigen.evaluation.features import Extractor
@@ -44,7 +44,7 @@ def write_exam(digits: DigitSet, path: Path, limit: int) -> list[dict[str, Any]]
     return known
 
 
-def judge_extractor(judge: Judge) -> Extractor:
+def judge_extractor(judge: DigitReader) -> Extractor:
     """The judge's ten decision values as the features of a picture."""
     digest = digest_of_numbers(judge.decide(np.eye(SIDE * SIDE).reshape(-1, SIDE, SIDE)))
     return Extractor(
@@ -55,7 +55,7 @@ def judge_extractor(judge: Judge) -> Extractor:
     )
 
 
-def drawn_right(material: Material, judge: Judge, known: Sequence[dict[str, Any]]) -> list[Result]:
+def drawn_right(material: Material, judge: DigitReader, known: Sequence[dict[str, Any]]) -> list[Result]:
     """Share of pictures that the judge accepts: as the number asked for, or as the exact edit.
     ``known`` tells of each record, in their order."""
     if not material.drawn:
@@ -74,7 +74,7 @@ def drawn_right(material: Material, judge: Judge, known: Sequence[dict[str, Any]
 
 
 def evaluate_digits(
-    output_dir: Path, digits: DigitSet, judge: Judge, limit: int, seed: int, sampling: Any
+    output_dir: Path, digits: DigitSet, judge: DigitReader, limit: int, seed: int, sampling: Any
 ) -> Path:
     """Evaluates the run's checkpoints; the report."""
     known = write_exam(digits, output_dir / "data" / "exam.jsonl", limit)

@@ -18,7 +18,7 @@ from unigen.evaluation.results import not_given
 from unigen.messages import in_language
 from unigen.runs.metrics import Point
 from unigen.show.charts import Chart, Line, line_chart
-from unigen.show.curves import Range
+from unigen.show.curves import AxisRange
 from unigen.show.language import TAGS, Words
 from unigen.show.pages import embed, write_page
 
@@ -139,7 +139,7 @@ def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[
                     flat.append(f"{name} {everything[0].mean:.4g}")
                     continue
                 low, high = min(p.low for p in everything), max(p.high for p in everything)
-                room = Range(low, high) if high > low else None  # for the whole band
+                room = AxisRange(low, high) if high > low else None  # for the whole band
                 charts.append(line_chart(name, lines, words, values=room))
         found.append((_named(task, words), charts, ", ".join(flat)))
     return [(task, charts, flat) for task, charts, flat in found if charts or flat]

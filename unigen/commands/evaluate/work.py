@@ -22,7 +22,7 @@ from unigen.data.mapping import ReadOptions
 from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import (
     Answer,
-    Part,
+    BatchesOfProcess,
     Prediction,
     answer_all,
     claim,
@@ -34,8 +34,8 @@ from unigen.evaluation.detectors import Detector
 from unigen.evaluation.features import Extractor, FeatureStore, load_extractor
 from unigen.evaluation.given import read_predictions
 from unigen.evaluation.judge import Judge
-from unigen.evaluation.material import Material, Row, Tools
-from unigen.evaluation.probes import Viewer, likelihood, other_texts
+from unigen.evaluation.material import Material, Opinion, Tools
+from unigen.evaluation.probes import PictureProbe, likelihood, other_texts
 from unigen.evaluation.results import INSTALL, CannotRun, Result, digest_of
 from unigen.evaluation.score import METRICS, as_json, score
 from unigen.evaluation.statistics import Comparison
@@ -74,7 +74,7 @@ class Extras:
 
 
 @dataclass(frozen=True)
-class Source:
+class AnswerSource:
     """Who answers: a checkpoint's folder or a file of answers; ``folder`` is where its answers lie."""
 
     name: str
@@ -95,7 +95,7 @@ class Work:
     fingerprint: str
     tools: Tools
     judge: Judge | None
-    part: Part = field(default_factory=Part)
+    part: BatchesOfProcess = field(default_factory=BatchesOfProcess)
     extras: Extras = field(default_factory=Extras)
 
     def wants(self, kind: str) -> bool:
@@ -127,7 +127,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         _check_names(names, cases, o)
         with Bar("loading what the metrics need"):
             tools = replace(load_tools(o, extras), lang=o.lang)
-        part = Part(rank, channel.world, lambda: _meet(channel))
+        part = BatchesOfProcess(rank, channel.world, lambda: _meet(channel))
         judge = _judge(o)
         work = Work(o, cases, silent, dataset.fingerprint, tools, judge, part, extras)
         if o.check:
@@ -136,7 +136,9 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         out = Path(o.output_dir)
         output_folder("output_dir", out, inputs)
         _tell_idle(work, names, rank)
-        sources = [Source(name, folder) for name, folder in zip(names, folders_of(out, names), strict=True)]
+        sources = [
+            AnswerSource(name, folder) for name, folder in zip(names, folders_of(out, names), strict=True)
+        ]
         said = [_answers(work, source) for source in sources]
         if rank:
             return 0
@@ -338,10 +340,10 @@ def _tell_idle(work: Work, names: Sequence[str], rank: int) -> None:
 # ---- answers
 
 
-Said = dict[str, dict[int, Row]]
+Said = dict[str, dict[int, Opinion]]
 
 
-def _answers(work: Work, source: Source) -> tuple[dict[str, Any], list[Prediction], Said]:
+def _answers(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Prediction], Said]:
     """What a source answers, what the answers depend on, and what models say of them; every process takes its
     part and gets all.
 
@@ -362,7 +364,7 @@ def _answers(work: Work, source: Source) -> tuple[dict[str, Any], list[Predictio
         ) from error
 
 
-def _given(work: Work, source: Source) -> tuple[dict[str, Any], list[Prediction], Said]:
+def _given(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Prediction], Said]:
     predictions = read_predictions(source.name, work.cases, work.options.data_root)
     about = {
         "predictions": sha256_of(Path(source.name))[:12], "data": work.fingerprint, "version": __version__,
@@ -372,7 +374,7 @@ def _given(work: Work, source: Source) -> tuple[dict[str, Any], list[Prediction]
     return about, predictions, {}
 
 
-def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Prediction], Said]:
+def _generated(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Prediction], Said]:
     o = work.options
     assert o.seed is not None
     device = pick_device(o.device, work.part.rank)
@@ -396,7 +398,9 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
         )
         return [Answer(pieces, _stopped(pieces, wanted, inferencer, o)) for pieces in answers]
 
-    def over(name: str, cases: Sequence[Case], job: Callable[..., list[dict[str, Any]]]) -> dict[int, Row]:
+    def over(
+        name: str, cases: Sequence[Case], job: Callable[..., list[dict[str, Any]]]
+    ) -> dict[int, Opinion]:
         with _bar(name, len(cases)) as tick:
             folder = source.folder / name.replace(" ", "-")
             return row_by_row(cases, job, folder, batch_size=o.batch_size, tick=tick, part=work.part)
@@ -410,7 +414,7 @@ def _generated(work: Work, source: Source) -> tuple[dict[str, Any], list[Predict
     if work.wants("perplexity") and any(case.texts for case in work.cases):
         said["likelihood"] = over("likelihood", work.cases, lambda cases: likelihood(inferencer, cases))
     if work.wants_views():
-        viewer = Viewer(
+        viewer = PictureProbe(
             inferencer, o.verify_question, o.describe_question,
             verifies=any(map(work.wants, VERIFIED)), describes=any(map(work.wants, DESCRIBED)),
         )  # fmt: skip
@@ -430,7 +434,9 @@ def _stopped(
     return not cut and (wanted is not None or len(pieces) < MOST_PIECES)
 
 
-def _judged(work: Work, source: Source, predictions: list[Prediction], judge: Judge) -> dict[int, Row]:
+def _judged(
+    work: Work, source: AnswerSource, predictions: list[Prediction], judge: Judge
+) -> dict[int, Opinion]:
     """What the judge says, asked by the first process alone, which waits for answers most of the time."""
     if work.part.rank:
         return {}
@@ -458,7 +464,7 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _scored(
-    work: Work, source: Source, about: dict[str, Any], predictions: list[Prediction], said: Said
+    work: Work, source: AnswerSource, about: dict[str, Any], predictions: list[Prediction], said: Said
 ) -> Answered:
     """``metrics.json`` of a source."""
     scores = score(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OUTPUTS: dict[str, list[str] | None] = {"auto": None, "text": ["text"], "image": ["image"], "edit": ["image"]}
 
 
-class Answer(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """An answer: ``prompt`` (pictures, then the text) and ``pieces`` are texts and pictures; the device that
     it came from, and the seconds that loading and answering took."""
 
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     seconds: float
 
 
-def answer(options: GenerateOptions) -> Answer:
+def answer(options: GenerateOptions) -> GeneratedAnswer:
     """Answers what the options ask.
 
     Raises:
@@ -62,7 +62,7 @@ def answer(options: GenerateOptions) -> Answer:
     loaded = time.perf_counter()
     pieces = inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
     done = time.perf_counter()
-    return Answer(prompt, pieces, str(inferencer.model.device), loaded - began, done - loaded)
+    return GeneratedAnswer(prompt, pieces, str(inferencer.model.device), loaded - began, done - loaded)
 
 
 def checkpoint_of(
@@ -118,7 +118,7 @@ def held_bits(o: GenerateOptions) -> str | None:
     return told_bits(*bits_of(base_of(o.model_path, o.adapter)[0], o.quantize, o.double_quant))
 
 
-def made_with(options: GenerateOptions, found: Answer) -> MadeWith:
+def made_with(options: GenerateOptions, found: GeneratedAnswer) -> MadeWith:
     """What the page says of how an answer came about."""
     from unigen.show.language import Words
     from unigen.show.pages import MadeWith

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unigen.commands.preview.view import BlockView
 
 TEXT, IMAGE, LOSS = "blue", "green", "bold yellow"
-Words = list[str | tuple[str, str]]  # texts, some with a style
+StyledWords = list[str | tuple[str, str]]  # texts, some with a style
 
 
 def preview(options: PreviewOptions) -> int:
@@ -70,7 +70,7 @@ def in_terminal(look: Look) -> list[Any]:
     view, pack = look.view, look.view.pack
     numbers = sorted({shown.block.segment for shown in view.blocks})
     answer = next((i for i, segment in enumerate(view.record.sample) if segment.target), 0)
-    parts: Words = []
+    parts: StyledWords = []
     for i in numbers:
         parts.append("" if i == numbers[0] else " -> " if i == answer else " ")
         parts += _segment([shown for shown in view.blocks if shown.block.segment == i])
@@ -87,7 +87,7 @@ def in_terminal(look: Look) -> list[Any]:
     return [head, indented(line(*parts)), indented(line((in_language(total), "soft"))), *shown]
 
 
-def _segment(blocks: list[BlockView]) -> Words:
+def _segment(blocks: list[BlockView]) -> StyledWords:
     """``[text 12]``, ``[image 640x480 -> clean 32x40=1280, vit 28x37=1036]``; what carries loss is marked
     ``*loss*``."""
     if blocks[0].variants:
@@ -95,7 +95,12 @@ def _segment(blocks: list[BlockView]) -> Words:
         state = " dropped" if shown.block.dropped else " cut" if shown.block.cut else ""
         return ["[", ("text", TEXT), f" {shown.block.length:,}{state}", *_loss(shown), "]"]
     seen = next((shown.picture for shown in blocks if shown.picture), None)
-    parts: Words = ["[", ("image", IMAGE), f" {seen.original[0]}x{seen.original[1]}" if seen else "", " ->"]
+    parts: StyledWords = [
+        "[",
+        ("image", IMAGE),
+        f" {seen.original[0]}x{seen.original[1]}" if seen else "",
+        " ->",
+    ]
     for shown in blocks:
         rows, columns = shown.block.grid or (0, 0)
         time = shown.picture.time if shown.picture else None
@@ -106,6 +111,6 @@ def _segment(blocks: list[BlockView]) -> Words:
     return [*parts, "]"]
 
 
-def _loss(shown: BlockView) -> Words:
+def _loss(shown: BlockView) -> StyledWords:
     weight = "" if shown.block.weight == 1 else f" x {shown.block.weight:g}"
     return [" ", (f"*loss{weight}*", LOSS)] if shown.block.loss else []

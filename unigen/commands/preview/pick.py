@@ -58,7 +58,7 @@ class PreviewError(UserError):
     """The options of ``unigen preview`` cannot work; the message says which, why, and the fix."""
 
 
-class Found(NamedTuple):
+class PickedRecord(NamedTuple):
     """A record that is to be shown, not yet parsed. A file of which no more can be read stands as its
     ``problem``."""
 
@@ -105,7 +105,7 @@ def time_shift(options: PreviewOptions) -> float:
 # ---- which records
 
 
-def pick(options: PreviewOptions) -> list[Found]:
+def pick(options: PreviewOptions) -> list[PickedRecord]:
     """The records to show, in the order of the files.
 
     Raises:
@@ -127,7 +127,7 @@ def pick(options: PreviewOptions) -> list[Found]:
     return found
 
 
-def _walk(options: PreviewOptions) -> Iterator[Found]:
+def _walk(options: PreviewOptions) -> Iterator[PickedRecord]:
     """Every record in the order of the files, and in place of what cannot be read its problem."""
     from unigen.data.containers import parts, read_part
     from unigen.data.finding import find_files
@@ -151,14 +151,14 @@ def _walk(options: PreviewOptions) -> Iterator[Found]:
             try:
                 for part in parts(path, file):
                     for span, raw in read_part(part):
-                        yield Found(number, path, span, raw)
+                        yield PickedRecord(number, path, span, raw)
                         number += 1
                         shown.update()
             except BadRecord as error:
-                yield Found(number, path, problem=error)
+                yield PickedRecord(number, path, problem=error)
 
 
-def _numbered(every: Iterator[Found], wanted: set[int]) -> list[Found]:
+def _numbered(every: Iterator[PickedRecord], wanted: set[int]) -> list[PickedRecord]:
     found, count = [], 0
     for entry in every:
         count = max(count, entry.number + (entry.problem is None))
@@ -174,11 +174,11 @@ def _numbered(every: Iterator[Found], wanted: set[int]) -> list[Found]:
     return found
 
 
-def _reservoir(every: Iterator[Found], n: int, choose: random.Random) -> list[Found]:
+def _reservoir(every: Iterator[PickedRecord], n: int, choose: random.Random) -> list[PickedRecord]:
     """``n`` records of all, each with the same chance, in one pass and without keeping the others (Vitter
     1985, algorithm R)."""
-    kept: list[Found] = []
-    problems: list[Found] = []
+    kept: list[PickedRecord] = []
+    problems: list[PickedRecord] = []
     for entry in every:
         if entry.problem is not None:
             problems.append(entry)
@@ -189,7 +189,7 @@ def _reservoir(every: Iterator[Found], n: int, choose: random.Random) -> list[Fo
     return sorted(kept + problems, key=lambda entry: entry.number)
 
 
-def look_at(found: Found, options: PreviewOptions, planner: Planner, shift: float) -> Look:
+def look_at(found: PickedRecord, options: PreviewOptions, planner: Planner, shift: float) -> Look:
     """The record in its epoch pass, or what is wrong with it, found as before training."""
     from unigen.commands.preview.view import look
     from unigen.data.examine import PictureHeaders, examine

@@ -28,7 +28,7 @@ from unigen.commands.watch.report import (
     warnings,
     why,
 )
-from unigen.runs.reader import Answer, RunFolder
+from unigen.runs.reader import RunFolder, SampleAnswer
 from unigen.show.charts import Chart
 from unigen.show.figures import figure
 from unigen.show.language import TAGS, Words
@@ -43,7 +43,7 @@ PAGE_BYTES = 16_000_000  # of pictures; the rest is named only
 TEXT_LENGTH = 600  # characters of a sample's text
 CHECKPOINTS, PROCESSES, PROBLEMS = 12, 256, 5  # rows of tables
 
-Answers = Mapping[tuple[str, int | None], Answer]  # by prompt and seed
+Answers = Mapping[tuple[str, int | None], SampleAnswer]  # by prompt and seed
 
 
 def write(path: Path, runs: Sequence[RunFolder], options: WatchOptions) -> Path:
@@ -187,7 +187,7 @@ def _samples(
     return {"note": note, "prompts": prompts, "more": more(len(keys) - SHOWN_PROMPTS, words)}
 
 
-def _parts(answer: Answer, pictures: Pictures) -> list[tuple[str, Any]]:
+def _parts(answer: SampleAnswer, pictures: Pictures) -> list[tuple[str, Any]]:
     """``("text", str)``, ``("picture", Embedded)`` or ``("note", str)`` for each segment of an answer."""
     shown = [("text", _cut(p["text"])) if "text" in p else pictures.show(p["image"]) for p in answer.pieces]
     return [*shown, ("note", _cut(answer.error))] if answer.error else shown

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from unigen.runs.metrics import Point
 from unigen.runs.reader import RunFolder
 from unigen.show.charts import COLOURS, Chart, Key, Line, line_chart
-from unigen.show.curves import Curve, Range, smooth, value_range
+from unigen.show.curves import AxisRange, Curve, smooth, value_range
 from unigen.show.language import Words
 
 
@@ -38,7 +38,7 @@ class Panel(NamedTuple):
             return words.texts.get(f"part_{curve.name}", curve.name)
         return words.texts.get(f"task_{curve.name}", curve.name)
 
-    def values(self, curves: Sequence[Curve]) -> Range:
+    def values(self, curves: Sequence[Curve]) -> AxisRange:
         """The values that the chart of these curves shows."""
         return value_range([c.points for c in curves], log=self.log, from_zero=self.from_zero)
 

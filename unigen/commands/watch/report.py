@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from unigen.commands.watch import health
 from unigen.commands.watch.health import State, diagnose, speed
-from unigen.runs.metrics import Lines
+from unigen.runs.metrics import LogTail
 from unigen.runs.reader import RunFolder
 from unigen.show.figures import figure, size
 from unigen.show.language import Words
@@ -175,7 +175,7 @@ def _grid(
     )
 
 
-def _last(lines: Lines, most: int) -> list[Mapping[str, Any]]:
+def _last(lines: LogTail, most: int) -> list[Mapping[str, Any]]:
     return list(reversed(lines.last))[:most]
 
 

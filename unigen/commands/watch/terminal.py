@@ -19,7 +19,7 @@ from unigen.commands.watch.report import (
     warnings,
     why,
 )
-from unigen.runs.reader import Answer, RunFolder
+from unigen.runs.reader import RunFolder, SampleAnswer
 from unigen.show.curves import span
 from unigen.show.figures import figure
 from unigen.show.language import Words
@@ -86,7 +86,7 @@ def _one(run: RunFolder, words: Words, smoothing: float) -> Iterator[RenderableT
             yield _answer(answer, words)
 
 
-def _answer(answer: Answer, words: Words) -> Text:
+def _answer(answer: SampleAnswer, words: Words) -> Text:
     parts = [p["text"] if "text" in p else f"[{words('picture')} {p['image'].name}]" for p in answer.pieces]
     prompt = one_line(answer.prompt, most=NAME).plain
     return one_line((prompt, "soft"), "  ", "  ".join(parts) or answer.error)
