@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unigen.cache.store import about, key_of
+from unigen.cache.store import about, entry_key
 from unigen.config import Config
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import LoaderState, PackStream, RankSlice, load_batches
@@ -240,7 +240,7 @@ def cache(folder: Path, n: int) -> None:
         data = path.read_bytes()
         seen = viewer.decode(data, True, False)
         store.put(
-            key_of(encoder, digest(data), seen.view),
+            entry_key(encoder, digest(data), seen.view),
             encoders.encode(seen)["vae"],
             about(encoder, digest(data), seen.view),
         )

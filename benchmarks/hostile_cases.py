@@ -563,7 +563,7 @@ ODD_WORDS = (
 
 
 def options(made: Originals) -> Iterator[Case]:
-    from unigen.cli import load
+    from unigen.cli import load_name
     from unigen.commands.table import COMMANDS
 
     start: dict[str, Callable[[Originals], list[str]]] = {
@@ -581,7 +581,7 @@ def options(made: Originals) -> Iterator[Case]:
         "fetch": lambda made: ["fetch", str(made.data / "d.jsonl"), "--output_dir", "fetched"],
     }  # fmt: skip
     for command, argv in start.items():
-        names = [field.name for field in fields(load(COMMANDS[command].options))]
+        names = [field.name for field in fields(load_name(COMMANDS[command].options))]
         for number, name in enumerate(names):
             if command == "watch" and name in ("once", "interval"):
                 continue  # it would go on watching, as asked

@@ -14,7 +14,7 @@ from unigen import cli
 from unigen.commands.demo import command
 from unigen.config import Config, ConfigError, UserError, known_options
 from unigen.messages import speaking, spoken
-from unigen.printing import columns
+from unigen.printing import width_of
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "transformers", "diffusers", "PIL", "sklearn", "wandb", "rich", "jinja2"]
@@ -45,11 +45,11 @@ def test_help_of_every_command(name, capsys):
     command = cli.COMMANDS[name]
     assert cli.main([name, "--seed", "1", "--help"]) == 0
     text = capsys.readouterr().out
-    for option in cli.kinds(cli.load(command.options)):
+    for option in cli.kinds(cli.load_name(command.options)):
         assert f"--{option} " in text, option
     assert "--config" in text and text.replace(" \\\n   ", "").rstrip().endswith(command.example)
     foot = text.partition("\nrecipes:")[2].splitlines()
-    assert max(map(columns, foot)) <= 80 and any("--language zh" in line for line in foot)
+    assert max(map(width_of, foot)) <= 80 and any("--language zh" in line for line in foot)
     assert "+ " not in text and "[ITEM" not in text
 
 
@@ -132,7 +132,7 @@ PATHS = [
 def test_no_option_takes_an_empty_text_as_a_path(name, capsys):
     """As a shell makes one of a variable that is not set; only a prompt may be empty."""
     row = cli.COMMANDS[name]
-    kinds = get_type_hints(cli.load(row.options))
+    kinds = get_type_hints(cli.load_name(row.options))
     needed = ["--model_path", "m"] if name == "generate" else ["data"] if row.positional else []
     tried = 0
     for option, kind in kinds.items():
@@ -260,12 +260,12 @@ def test_who_reads_no_further_gets_no_traceback():
 
 @pytest.mark.parametrize("name", ["preview", "ckpt", "train"])
 def test_the_help_is_chinese_and_fits_80_columns(name):
-    options = cli.load(cli.COMMANDS[name].options)
+    options = cli.load_name(cli.COMMANDS[name].options)
     with speaking("zh"):
         text = cli.help_text(options, name, cli.COMMANDS[name])
-        overview = cli.overview()
+        overview = cli.commands_overview()
     listed = text.partition("参数:")[2].partition("配方：")[0].splitlines()
-    assert len(listed) > 10 and max(map(columns, text.splitlines()[1:])) <= 80
+    assert len(listed) > 10 and max(map(width_of, text.splitlines()[1:])) <= 80
     assert "%%" not in text and "](" not in text and "--language zh" in text
     for page in re.findall(r"docs/[\w.-]+md", text):
         assert (ROOT / page).is_file() and "zh-CN" in page, page

@@ -12,7 +12,7 @@ from unigen.cli import UsageError, parse_config, parse_options
 from unigen.commands.demo.command import DemoOptions
 from unigen.commands.generate.options import GenerateOptions
 from unigen.config import Config, ConfigError, UserError, known_options
-from unigen.values import members
+from unigen.values import union_members
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def test_every_option_is_a_flag_and_a_key(tmp_path):
     sources = ("[{path: a.jsonl, weight: 2}]", [{"path": "a.jsonl", "weight": 2}])
     hints = get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        kind = members(hints[field.name])[0]
+        kind = union_members(hints[field.name])[0]
         if get_origin(kind) is Literal:
             written = value = get_args(kind)[-1]
         elif field.name == "model_load_mode":

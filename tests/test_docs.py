@@ -263,7 +263,7 @@ def test_every_option_of_a_command_is_listed_with_its_default(command, name):
     section = page[page.index(f"## unigen {command}\n") :].split("\n## ")[0]
     section = re.split(r"\n### .*train_sources", section)[0]
     rows = [row for row in table_rows_of(section) if row[0].startswith("`")]
-    options = cli.load(cli.COMMANDS[command].options)
+    options = cli.load_name(cli.COMMANDS[command].options)
     if command != "train":  # and those of topics of training, by a link
         linked = [topic for topic in TOPICS if issubclass(options, topic)]
         assert ("#unigen-train" in section) == bool(linked)
@@ -294,7 +294,7 @@ def test_no_other_page_has_a_table_of_flags(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_in_a_document_exists(path):
-    known = {name for command in cli.COMMANDS.values() for name in cli.kinds(cli.load(command.options))}
+    known = {name for command in cli.COMMANDS.values() for name in cli.kinds(cli.load_name(command.options))}
     # "--name" and "--option" stand for any
     known |= {f"no_{name}" for name in known} | {"config", "help", "version", "name", "no_name", "option"}
     known |= {"nproc_per_node", "nnodes"}  # torchrun's

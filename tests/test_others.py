@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from unigen.cli import load, main
+from unigen.cli import load_name, main
 from unigen.commands.table import COMMANDS
 from unigen.config import TrainSource, known_options
 from unigen.others import names_of_others, nearest, unknown
 from unigen.values import kinds
 
-OURS = {name for command in COMMANDS.values() for name in kinds(load(command.options))} | set(
+OURS = {name for command in COMMANDS.values() for name in kinds(load_name(command.options))} | set(
     kinds(TrainSource)
 )
 

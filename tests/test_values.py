@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import yaml
 
-from unigen.cli import load, parse_options
+from unigen.cli import load_name, parse_options
 from unigen.commands.table import COMMANDS
 from unigen.config import Config, SamplingOptions, TrainSource, UserError
-from unigen.values import kinds, members, read_option
+from unigen.values import kinds, read_option, union_members
 
-COMMAND_OPTIONS = {name: load(row.options) for name, row in COMMANDS.items()}
+COMMAND_OPTIONS = {name: load_name(row.options) for name, row in COMMANDS.items()}
 NEEDED = {"model_path": "m", "paths": ["p"], "data_path": "d"}  # of options that have no default
 
 # Spellings that some reader of numbers, truth values, YAML or paths would take for something else.
@@ -138,7 +138,7 @@ def test_any_object_of_python_is_taken_in_the_options_type_or_refused_by_name(op
             found = outcome(lambda name=name, value=value: one_option(options, name, value), name)
             if found in ("refused", None):
                 continue
-            allowed = [getattr(member, "__origin__", member) for member in members(kind)]
+            allowed = [getattr(member, "__origin__", member) for member in union_members(kind)]
             assert type(found) in allowed or isinstance(found, str), (name, value, found)
             assert not isinstance(found, float) or math.isfinite(found)
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":  # run from anywhere, installed or not
     sys.path.insert(0, str(ROOT))
 
-from unigen.cli import load, members  # noqa: E402
+from unigen.cli import load_name, union_members  # noqa: E402
 from unigen.commands.table import COMMANDS, Command  # noqa: E402
 from unigen.config import TOPICS, Config, SamplingOptions, TrainSource  # noqa: E402
 from unigen.values import RowOf  # noqa: E402
@@ -130,7 +130,7 @@ def page(words: English | Chinese) -> str:
 
 def section(name: str, command: Command, words: English | Chinese) -> list[str]:
     """The heading, the usage and the tables of one command."""
-    options = load(command.options)
+    options = load_name(command.options)
     values = f"{command.positional.upper()} ... " if command.positional else ""
     parts = [f"## unigen {name}", f"`unigen {name} {values}[--option value ...]`", words.summary(name)]
     topics = [topic for topic in (*TOPICS, SamplingOptions) if issubclass(options, topic)]
@@ -176,7 +176,7 @@ def values_of(kind: Any) -> str:
     for rule in getattr(kind, "__metadata__", ()):
         if isinstance(rule, RowOf):
             return ", ".join(f"`{word}`" for word in rule.table)
-    kinds = [member for member in members(kind) if member is not type(None)]
+    kinds = [member for member in union_members(kind) if member is not type(None)]
     for kind in [kind for kind in kinds if get_origin(kind) is list] or kinds:  # a text, or several: several
         if get_origin(kind) is Literal:
             return ", ".join(f"`{word}`" for word in get_args(kind))

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, TextIO, TypeVar
 
 from unigen.messages import in_language
-from unigen.printing import Guarded, beneath, bottom, columns, printable
+from unigen.printing import Guarded, beneath, bottom, printable, width_of
 
 Item = TypeVar("Item")
 
@@ -346,23 +346,23 @@ def _drawn(bars: Iterable[tuple[Bar, bool]], room: int, stream: TextIO) -> tuple
         full = bar if main else full
     others = [f"{bar.label}{bar.share}" for bar, _ in bars if bar is not full]
     told, label, words = full.told, _cut(full.label, room), []
-    left = room - columns(label) - 1
+    left = room - width_of(label) - 1
     first = len(told) - len(full.notes) + 2  # the notes that matter most come before the other bars
     for number, word in enumerate([*told[:first], *others, *told[first:]]):
         kept = 0 if number < first + len(others) else _LEAST + 2  # for the bar itself
-        if columns(word) + 2 + kept <= left:
+        if width_of(word) + 2 + kept <= left:
             words.append(word)
-            left -= columns(word) + 2
+            left -= width_of(word) + 2
     wide = min(_WIDEST, left)
     drawing = f" {_bar_of(full, wide, stream)}" if full.total and wide >= _LEAST else ""
     text = f"{label}{drawing} {'  '.join(words)}".rstrip()
     encoding = stream.encoding or "utf-8"
     text = text.encode(encoding, "replace").decode(encoding)
-    return text, columns(_COLOUR.sub("", text))
+    return text, width_of(_COLOUR.sub("", text))
 
 
 def _cut(text: str, most: int) -> str:
-    while columns(text) > max(0, most):
+    while width_of(text) > max(0, most):
         text = text[:-1]
     return text
 
@@ -384,4 +384,4 @@ def _bar_of(bar: Bar, width: int, stream: TextIO) -> str:
     drawing = ProgressBar(total=bar.total or 1, completed=min(bar.done, bar.total or 1), width=width)
     console.print(drawing, end="")
     text = out.getvalue().rstrip("\n")
-    return text + " " * (width - columns(_COLOUR.sub("", text)))  # without colours the rest is left out
+    return text + " " * (width - width_of(_COLOUR.sub("", text)))  # without colours the rest is left out

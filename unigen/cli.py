@@ -27,9 +27,9 @@ from unigen.commands.table import COMMANDS, Command
 from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
 from unigen.messages import LANGUAGES, in_language, keep, preferred, speaking, spoken
 from unigen.others import nearest, unknown
-from unigen.printing import columns, guard, guarded, libraries_silent, printable_lines
+from unigen.printing import guard, guarded, libraries_silent, printable_lines, width_of
 from unigen.recipe import UsageError, read_recipe
-from unigen.values import describe, kinds, members, read_option, read_value, shown
+from unigen.values import describe, kinds, read_option, read_value, shown, union_members
 from unigen.version import __version__
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str], language: list[str]) -> int:
     """Runs a command; ``language`` is what was given by ``--language``."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
+        print(commands_overview())
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"unigen {__version__}")
@@ -120,13 +120,13 @@ def run_command(name: str, argv: list[str], language: list[str]) -> int:
 
 def _run(name: str, command: Command, argv: list[str], language: list[str]) -> int:
     Bar("starting", passing=True)  # importing PyTorch takes a while
-    options = load(command.options)
+    options = load_name(command.options)
     if any(token in ("-h", "--help") for token in argv):
         print(help_text(options, name, command))
         return 0
     if language and "language" in kinds(options):
         argv = [*argv, "--language", *language]  # wins over its recipe
-    code = load(command.run)(parse_options(options, argv, command.positional, command.short))
+    code = load_name(command.run)(parse_options(options, argv, command.positional, command.short))
     return int(code or 0)
 
 
@@ -235,7 +235,7 @@ def read_flags(
 
 def _of_other_command(name: str) -> str:
     """What to say after ``unknown option NAME`` where another command takes it; "" where none does."""
-    takers = (other for other, command in COMMANDS.items() if name in kinds(load(command.options)))
+    takers = (other for other, command in COMMANDS.items() if name in kinds(load_name(command.options)))
     found = next(takers, None)
     return f"; it is an option of unigen {found}. Fix: leave it out" if found else ""
 
@@ -244,7 +244,7 @@ def belongs(token: str, kind: Any, taken: int) -> bool:
     """Whether a value after a flag is the flag's, where a command also takes values without one."""
     if is_switch(kind):
         return taken == 0 and token.lower() in ("true", "false")
-    if dict in map(get_origin, members(kind)):
+    if dict in map(get_origin, union_members(kind)):
         return "=" in token
     return takes_several(kind) or taken == 0
 
@@ -293,21 +293,21 @@ def paths_of(flag: str, given: list[str]) -> list[str]:
 
 def is_switch(kind: Any) -> bool:
     """Whether an option is on without a value: true or false, or not said."""
-    return bool in members(kind) and set(members(kind)) <= {bool, type(None)}
+    return bool in union_members(kind) and set(union_members(kind)) <= {bool, type(None)}
 
 
 def takes_several(kind: Any) -> bool:
-    return any(get_origin(member) in (list, tuple, dict) for member in members(kind))
+    return any(get_origin(member) in (list, tuple, dict) for member in union_members(kind))
 
 
 def takes_list(kind: Any) -> bool:
-    return any(get_origin(member) in (list, dict) for member in members(kind))
+    return any(get_origin(member) in (list, dict) for member in union_members(kind))
 
 
 # Help
 
 
-def overview() -> str:
+def commands_overview() -> str:
     """What ``unigen --help`` prints."""
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in COMMANDS)
@@ -353,7 +353,7 @@ def _in_lines(command: str) -> str:
     """A command that a terminal of 80 columns would break, in lines that still are one command."""
     lines = [""]
     for part in re.split(r" (?=--)", command):
-        if lines[-1] and columns(f"  {lines[-1]} {part} \\") > 80:
+        if lines[-1] and width_of(f"  {lines[-1]} {part} \\") > 80:
             lines.append(f"    {part}")
         else:
             lines[-1] = f"{lines[-1]} {part}".strip() if len(lines) == 1 else f"{lines[-1]} {part}"
@@ -409,7 +409,7 @@ def broken(text: str, width: int) -> list[str]:
     """The text in lines of at most so many columns; Chinese may be broken anywhere but before its signs."""
     lines = [""]
     for part in re.findall(r"[（“]?(?:[^\s\u2e80-\uffef]+|[\u2e80-\uffef])[，。；：、）]*|\s+", text):
-        if columns(lines[-1] + part) > width and lines[-1].strip():
+        if width_of(lines[-1] + part) > width and lines[-1].strip():
             lines.append("")
         lines[-1] += part if lines[-1] or not part.isspace() else ""
     return [line.rstrip() for line in lines]
@@ -418,7 +418,7 @@ def broken(text: str, width: int) -> list[str]:
 # Names and errors
 
 
-def load(path: str) -> Any:
+def load_name(path: str) -> Any:
     """What ``module:name`` names."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -63,7 +63,7 @@ class Registry(dict[str, T]):
     pop, popitem, clear = map(_removing, (dict.pop, dict.popitem, dict.clear))  # type: ignore[assignment]
 
 
-def names() -> list[str]:
+def plugin_names() -> list[str]:
     """The plugins that were imported, as they were named."""
     return list(_loaded)
 

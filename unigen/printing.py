@@ -158,7 +158,7 @@ def above(stream: TextIO, text: str) -> Iterator[None]:
         yield
 
 
-def columns(text: str) -> int:
+def width_of(text: str) -> int:
     """Columns that a terminal gives the text: Chinese characters take two, combining ones none."""
     return sum(
         2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.others import unknown
-from unigen.values import UserError, compose, key_of, plain, shown
+from unigen.values import UserError, compose, key_text, node_value, shown
 
 MAX_BYTES = 1 << 20
 
@@ -43,7 +43,7 @@ def read_recipe(path: Path, known: Collection[str]) -> Iterator[tuple[str, str, 
     for key, node in root.value:
         line = key.start_mark.line + 1
         where = f"{path}:{line}"
-        written = key_of(key, where)
+        written = key_text(key, where)
         name = written.replace("-", "_")
         if name not in known:
             said = unknown(name, known)
@@ -54,7 +54,7 @@ def read_recipe(path: Path, known: Collection[str]) -> Iterator[tuple[str, str, 
                 f"{where}: {name} was already given in line {seen[name]}. Fix: keep one of the two"
             )
         seen[name] = line
-        yield f"{where}: {name}", name, plain(node, f"{where}: {name}")
+        yield f"{where}: {name}", name, node_value(node, f"{where}: {name}")
 
 
 def _text(path: Path) -> str:

@@ -129,16 +129,16 @@ def open_store(url: str) -> tuple[Any, str]:
         known = scheme in STORES or scheme in _WEB
         copied = f"{fix}copy the files once ({tool_for(url)}) and name the copy" if known else fix
         raise RemoteError("unreadable", url, why, copied)
-    with told(url):
+    with told_as_remote(url):
         system, place = fsspec.core.url_to_fs(url)
     return system, place.rstrip("/")
 
 
-def fetch(url: str, target: Path, limit: int | None = None, draft: Path | None = None) -> None:
+def fetch_file(url: str, target: Path, limit: int | None = None, draft: Path | None = None) -> None:
     """Copies one file. Raises RemoteError, where it has more than ``limit`` bytes as well. ``draft``: its
     name until then, for one who copies it alone."""
     system, place = open_store(url)
-    with told(url), system.open(place, "rb") as source, ExitStack() as copy:
+    with told_as_remote(url), system.open(place, "rb") as source, ExitStack() as copy:
         with _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target.parent)
@@ -170,7 +170,7 @@ def refresh(url: str, target: Path) -> None:
     """Copies one file where there is no copy of what it is now. Raises RemoteError."""
     system, place = open_store(url)
     mark = target.with_name(f".{target.name}.stamp")
-    with told(url):
+    with told_as_remote(url):
         info = system.info(place)
         known = [system.ukey(place), *(str(info.get(name)) for name in ("size", "ETag", "Last-Modified"))]
         stamp = hashlib.sha256(repr(known).encode()).hexdigest()
@@ -183,7 +183,7 @@ def refresh(url: str, target: Path) -> None:
             draft = target.with_name(f".{target.name}.copying")
         if target.is_file() and mark.is_file() and mark.read_text() == stamp:
             return
-        fetch(url, target, draft=draft)
+        fetch_file(url, target, draft=draft)
         with _writing(target):
             mark.write_text(stamp)
 
@@ -193,7 +193,7 @@ def _folder() -> Path:
 
 
 @contextmanager
-def told(url: str) -> Iterator[None]:
+def told_as_remote(url: str) -> Iterator[None]:
     """Turns what a file system raises, each its own errors, into RemoteError."""
     try:
         yield

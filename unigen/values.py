@@ -380,7 +380,7 @@ def spelled(text: str, label: str) -> Any:
         ConfigError: it is no valid YAML, has a tag, a merge key or a key twice, or is too deep or too large.
     """
     root = compose(text, label)
-    return None if root is None else plain(root, label)
+    return None if root is None else node_value(root, label)
 
 
 def compose(text: str, label: str) -> Any:
@@ -400,7 +400,7 @@ def compose(text: str, label: str) -> Any:
         ) from None
 
 
-def plain(node: Any, label: str, depth: int = 0, budget: list[int] | None = None) -> Any:
+def node_value(node: Any, label: str, depth: int = 0, budget: list[int] | None = None) -> Any:
     """What a YAML node says, as :func:`spelled`. Raises ConfigError."""
     import yaml
 
@@ -420,17 +420,17 @@ def plain(node: Any, label: str, depth: int = 0, budget: list[int] | None = None
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag.endswith(":null") else node.value
     if isinstance(node, yaml.SequenceNode):
-        return [plain(item, label, depth + 1, budget) for item in node.value]
+        return [node_value(item, label, depth + 1, budget) for item in node.value]
     found: dict[str, Any] = {}
     for key, value in node.value:
-        name = key_of(key, label)
+        name = key_text(key, label)
         if name in found:
             raise ConfigError(f"{label}: the key {name!r} is there twice. Fix: keep one of the two")
-        found[name] = plain(value, label, depth + 1, budget)
+        found[name] = node_value(value, label, depth + 1, budget)
     return found
 
 
-def key_of(node: Any, label: str) -> str:
+def key_text(node: Any, label: str) -> str:
     """The text of a key. Raises ConfigError for another one, and for a merge key."""
     if not isinstance(node.value, str):
         raise ConfigError(f"{label}: a key is no text. Fix: write the name of an option")
@@ -477,7 +477,7 @@ def describe(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def members(kind: Any) -> tuple[Any, ...]:
+def union_members(kind: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the type alone; without rules."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return tuple(get_args(k)[0] if get_origin(k) is Annotated else k for k in kinds)

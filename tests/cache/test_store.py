@@ -17,14 +17,14 @@ import torch
 from safetensors import safe_open
 
 from unigen.cache import store as module
-from unigen.cache.store import CacheError, CacheTally, Encoder, FeatureCache, Store, about, key_of
+from unigen.cache.store import CacheError, CacheTally, Encoder, FeatureCache, Store, about, entry_key
 from unigen.model.codec import VaeConfig
 from unigen.sequence.contents import View
 
 VAE = Encoder("vae", "weights", "float32")
 VIT = Encoder("vit", "weights", "bfloat16")
 VIEW = View((64, 48), (28, 42))
-KEY = key_of(VAE, "picture", VIEW)
+KEY = entry_key(VAE, "picture", VIEW)
 
 
 @pytest.fixture
@@ -111,20 +111,20 @@ def test_an_entry_written_again_is_the_new_one(store):
     ],
 )
 def test_whatever_changes_the_answer_changes_the_key(encoder, picture, view):
-    assert key_of(encoder, picture, view) != KEY and len(key_of(encoder, picture, view)) == 64
+    assert entry_key(encoder, picture, view) != KEY and len(entry_key(encoder, picture, view)) == 64
 
 
 @pytest.mark.parametrize("name", ["PIXELS", "VERSION"])
 def test_a_new_transform_or_store_version_changes_the_key(monkeypatch, name):
     monkeypatch.setattr(module, name, getattr(module, name) + 1)
-    assert key_of(VAE, "picture", VIEW) != KEY
+    assert entry_key(VAE, "picture", VIEW) != KEY
 
 
 def test_what_the_vit_does_not_see_leaves_the_key_of_the_vae_alone():
     assert (
-        key_of(VAE, "picture", View((64, 48), None))
+        entry_key(VAE, "picture", View((64, 48), None))
         == KEY
-        == key_of(VAE, "picture", View((64, 48), (28, 28)))
+        == entry_key(VAE, "picture", View((64, 48), (28, 28)))
     )
 
 
@@ -169,7 +169,7 @@ def test_damage_is_reported_once_and_repaired_by_writing(store, caplog):
 
 
 def test_an_entry_under_the_name_of_another_is_not_used(store):
-    other = key_of(VIT, "picture", VIEW)
+    other = entry_key(VIT, "picture", VIEW)
     store.path(other).parent.mkdir(parents=True)
     os.replace(put(store), store.path(other))
     assert store.get(other) is None
@@ -200,7 +200,7 @@ def test_a_full_disk_is_a_clear_error_and_breaks_nothing(store, monkeypatch, cod
 
 
 def test_any_number_of_writers_of_the_same_entries(store):
-    keys = [key_of(VAE, str(i), VIEW) for i in range(8)]
+    keys = [entry_key(VAE, str(i), VIEW) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: put(store, i % 8, keys[i % 8]), range(160)))
     assert (
@@ -213,7 +213,7 @@ def test_any_number_of_writers_of_the_same_entries(store):
 def write_for_ever(folder: Path, began) -> None:
     store, i = Store.create(folder), 0
     while True:
-        store.put(key_of(VAE, str(i % 5), VIEW), {"mean": torch.full((1 << 20,), float(i))}, {})
+        store.put(entry_key(VAE, str(i % 5), VIEW), {"mean": torch.full((1 << 20,), float(i))}, {})
         i += 1
         began.set()
 
@@ -283,7 +283,7 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
 
 
 def test_pruning_removes_what_is_not_kept_and_nothing_else(store):
-    keys = [key_of(VAE, str(i), VIEW) for i in range(4)]
+    keys = [entry_key(VAE, str(i), VIEW) for i in range(4)]
     sizes = [put(store, i, key).stat().st_size for i, key in enumerate(keys)]
     stranger = store.path(keys[0]).with_name("note.txt")
     stranger.write_text("")
@@ -315,7 +315,7 @@ def test_encoders_are_known_by_weights_and_dtype(store):
 def test_only_encoders_that_were_named_are_looked_for(store):
     put(store)
     features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
-    store.put(key_of(VIT, "picture", VIEW), {"features": features}, {})
+    store.put(entry_key(VIT, "picture", VIEW), {"features": features}, {})
     config = VaeConfig(z_channels=3)
     both, neither = (
         FeatureCache(store, *encoders, config, (14, 5)) for encoders in ((VAE, VIT), (None, None))
@@ -334,9 +334,9 @@ def test_a_whole_entry_with_other_tensors_is_told_and_not_used(store, caplog):
         {"mean": good["mean"]}, {**good, "std": good["std"][:, :1]}, {**good, "mean": good["mean"].int()},
     )):  # fmt: skip
         picture = f"picture {number}"
-        store.put(key_of(VAE, picture, VIEW), wrong, {})
+        store.put(entry_key(VAE, picture, VIEW), wrong, {})
         assert cache.posterior(picture, VIEW) is None
-    store.put(key_of(VIT, "picture", VIEW), {"features": torch.zeros(5, 5)}, {})
+    store.put(entry_key(VIT, "picture", VIEW), {"features": torch.zeros(5, 5)}, {})
     assert cache.features("picture", VIEW) is None
     assert sum("not those of this picture" in record.getMessage() for record in caplog.records) == 4
 

@@ -54,7 +54,7 @@ def test_notes_of_any_number_of_fields_stay_few() -> None:
         notes.add([("unread", "id"), ("unread", f"field {i}")])
     assert len(notes) < 600 and notes.of("unread")["id"] == 5000
     assert sum(notes.of("unread").values()) == 10_000 and notes.of("no_picture") == {}
-    told = keys.listed(notes.of("unread"), 5000, most=2)
+    told = keys.counts_of(notes.of("unread"), 5000, most=2)
     assert told.startswith("id 5,000 of 5,000, (others)") and told.endswith("more")
 
 

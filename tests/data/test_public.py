@@ -17,7 +17,7 @@ from unigen.commands.check.command import CheckOptions
 from unigen.data.containers import parts as parts_of
 from unigen.data.containers import read_part
 from unigen.data.finding import find_files
-from unigen.data.formats import FORMATS, parse_raw, parse_with_fields, value_of
+from unigen.data.formats import FORMATS, parse_raw, parse_with_fields, record_value
 from unigen.data.hints import HINTS
 from unigen.data.mapping import ReadOptions
 from unigen.sequence.types import BadRecord, Image, Origin
@@ -241,7 +241,7 @@ def test_of_others_nothing_is_guessed(record) -> None:
         and "--fields" not in caught.value.fix
         and "did you mean" not in caught.value.fix
     )
-    assert value_of(json.dumps(record).encode(), 1) == record
+    assert record_value(json.dumps(record).encode(), 1) == record
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from unigen.config import SamplingOptions
-from unigen.inference.sampler import Canvas, draw, extend, feed, write
+from unigen.inference.sampler import Canvas, draw, extend, feed, write_texts
 from unigen.model import flow
 from unigen.model.kv_cache import Cache
-from unigen.model.sdpa import join
+from unigen.model.sdpa import join_halves
 from unigen.model.weights import load_bagel
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
@@ -45,9 +45,11 @@ def greedy(logits, i):
 
 
 def test_writing_in_a_batch_is_writing_alone_and_without_a_cache(model, tokenizer):
-    together = write(model, tokenizer.special, contexts(model, tokenizer, PROMPTS), 6, greedy)
+    together = write_texts(model, tokenizer.special, contexts(model, tokenizer, PROMPTS), 6, greedy)
     for prompt, found in zip(PROMPTS, together, strict=True):
-        assert write(model, tokenizer.special, contexts(model, tokenizer, [prompt]), 6, greedy) == [found]
+        assert write_texts(model, tokenizer.special, contexts(model, tokenizer, [prompt]), 6, greedy) == [
+            found
+        ]
         ids, expected = tokenizer.encode(prompt), [tokenizer.special.text_start]
         while len(expected) < 6:  # the whole row anew for every token
             row = [Block(Kind.TEXT, len(ids), ids=ids), Block(Kind.TEXT, len(expected) - 1, ids=expected[1:])]
@@ -71,18 +73,18 @@ def test_texts_stop_on_their_own(model, tokenizer):
 
     caches = contexts(model, tokenizer, PROMPTS)
     before = [c.length for c in caches]
-    assert write(model, s, caches, 9, pick) == [[s.text_start] + [65] * (n - 1) for n in lengths]
+    assert write_texts(model, s, caches, 9, pick) == [[s.text_start] + [65] * (n - 1) for n in lengths]
     assert [c.length - b for c, b in zip(caches, before, strict=True)] == lengths
     assert [c.position for c in caches] == [c.length for c in caches]
 
 
 def test_max_tokens_counts_the_opening_one(model, tokenizer):
-    assert write(model, tokenizer.special, contexts(model, tokenizer, ["a"]), 1, lambda logits, i: 65) == [
-        [tokenizer.special.text_start]
-    ]
-    assert write(model, tokenizer.special, contexts(model, tokenizer, ["a"]), 3, lambda logits, i: 65) == [
-        [tokenizer.special.text_start, 65, 65]
-    ]
+    assert write_texts(
+        model, tokenizer.special, contexts(model, tokenizer, ["a"]), 1, lambda logits, i: 65
+    ) == [[tokenizer.special.text_start]]
+    assert write_texts(
+        model, tokenizer.special, contexts(model, tokenizer, ["a"]), 3, lambda logits, i: 65
+    ) == [[tokenizer.special.text_start, 65, 65]]
 
 
 def test_feeding_token_by_token_is_extending_by_the_text(model, tokenizer):
@@ -143,7 +145,7 @@ def slow(model, tokenizer, c, o):
         pack = pack_blocks(
             [[Block(Kind.NOISED, n, 0, c.grid)]], tokenizer.special, model.config.geometry, [cache.position]
         )
-        hidden = join(model.hidden_states(pack, x, torch.full((n,), t), [cache], update_cache=False))
+        hidden = join_halves(model.hidden_states(pack, x, torch.full((n,), t), [cache], update_cache=False))
         return model.velocities(hidden[pack.n_und :])
 
     x = c.noise

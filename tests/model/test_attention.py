@@ -12,7 +12,7 @@ from unigen.model.attention import prepare_attention
 from unigen.model.flex import Flex
 from unigen.model.kv_cache import Cache
 from unigen.model.mask import Tokens, allowed
-from unigen.model.sdpa import Cached, Groups, join, similar_lengths, split
+from unigen.model.sdpa import Cached, Groups, join_halves, similar_lengths, split
 from unigen.sequence.blockmask import BLOCK, FULL, NONE, PARTIAL, padded
 from unigen.sequence.pack import with_mask
 from unigen.sequence.types import Kind
@@ -70,7 +70,7 @@ def test_the_rule_is_the_table(seed, model):
 def attend(attention, pack, *qkv, layer=0):
     """Attention of whole tensors [T, heads, d]."""
     halves = (pack.ids[: pack.n_und], pack.ids[pack.n_und :])
-    return join(attention(*(split(x, halves) for x in qkv), layer))
+    return join_halves(attention(*(split(x, halves) for x in qkv), layer))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -11,7 +11,7 @@ import torch
 from unigen.model import flow
 from unigen.model.bagel import token_losses
 from unigen.model.kv_cache import Cache
-from unigen.model.sdpa import join
+from unigen.model.sdpa import join_halves
 from unigen.sequence.grid import patchify
 from unigen.sequence.pack import next_position
 from unigen.sequence.types import Block, Kind
@@ -72,7 +72,8 @@ def extend(model, caches, blocks):
     t = flow.training_time(pack.u, model.config.timestep_shift)
     grows = all(b.kind != Kind.NOISED for b in blocks)
     hidden = tiny.in_order(
-        pack, join(model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, update_cache=grows))
+        pack,
+        join_halves(model.hidden_states(pack, flow.mix(x0, pack.noise, t), t, caches, update_cache=grows)),
     )
     if grows:
         for cache, block in zip(caches, blocks, strict=True):

@@ -44,7 +44,7 @@ def made(base: Path, folder: Path, seed: int = 0, **about: object) -> Path:
     targets, linear = lora.targets_of(model, wanted), lora.linear_modules(model)  # type: ignore[arg-type]
     whole = lora.whole_of(model, about.pop("also", ()))  # type: ignore[arg-type]
     adapter = Adapter(3, 5.0, targets, whole=whole, base=str(base), **about)  # type: ignore[arg-type]
-    adapter = replace(adapter, digest=lora.digest_of(scan_folder(base)))
+    adapter = replace(adapter, digest=lora.base_digest(scan_folder(base)))
     folder.mkdir()
     (folder / disk.CONFIG).write_text(json.dumps(disk.config_of(adapter, linear)))
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from unigen import foreign
-from unigen.sequence.images import MAX_BYTES, Confined, PictureError, image_size, open_image, read_bytes
+from unigen.sequence.images import MAX_BYTES, Confined, PictureError, image_size, open_image, read_picture
 
 LOOK = getattr(os, "O_PATH", 0)
 linux = pytest.mark.skipif(
@@ -282,7 +282,7 @@ def test_a_link_that_is_turned_while_it_is_opened_never_leads_outside(
         while tries < 2000 or (not (read and refused) and time.monotonic() < end):
             tries += 1
             try:
-                assert read_bytes(Confined("root/turning", "root")) == INSIDE
+                assert read_picture(Confined("root/turning", "root")) == INSIDE
                 read += 1
             except PictureError as error:
                 refused.add(error.code)
@@ -309,19 +309,19 @@ def test_what_was_looked_at_is_what_is_opened(place: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         foreign, "_check", exchanged_after(check, lambda: os.replace("outside/a.png", "root/a.png"))
     )
-    assert read_bytes(Confined("root/a.png", "root")) == INSIDE
+    assert read_picture(Confined("root/a.png", "root")) == INSIDE
     assert (place / "root/a.png").read_bytes() == OUTSIDE
     monkeypatch.setattr(foreign, "_LOOK", None)
     monkeypatch.setattr(
         foreign, "_check", exchanged_after(check, lambda: os.replace("root2/a.png", "root/a.png"))
     )
     with pytest.raises(PictureError, match="exchanged"):
-        read_bytes("root/a.png")
+        read_picture("root/a.png")
 
 
 def test_a_hard_link_cannot_be_told_from_its_file(place: Path) -> None:
     os.link("outside/a.png", "root/hard.png")
-    assert read_bytes(Confined("root/hard.png", "root")) == OUTSIDE  # as documented
+    assert read_picture(Confined("root/hard.png", "root")) == OUTSIDE  # as documented
 
 
 def test_read_bytes_gives_what_open_image_decodes(place: Path) -> None:
@@ -331,15 +331,15 @@ def test_read_bytes_gives_what_open_image_decodes(place: Path) -> None:
         Confined("root/a.png", "root"),
         Confined(place / "root/in", place / "root"),
     ):
-        assert read_bytes(source) == INSIDE
+        assert read_picture(source) == INSIDE
         assert image_size(source) == open_image(source).size == (8, 8)
-    assert read_bytes(INSIDE) is INSIDE
+    assert read_picture(INSIDE) is INSIDE
     with pytest.raises(PictureError) as missing:
-        read_bytes("root/none.png")
+        read_picture("root/none.png")
     assert missing.value.code == "missing_picture"
 
 
-@pytest.mark.parametrize("read", [read_bytes, open_image, image_size])
+@pytest.mark.parametrize("read", [read_picture, open_image, image_size])
 def test_huge_files_are_refused_unread(place: Path, read: Callable) -> None:
     with open("root/huge.webp", "wb") as file:
         file.write(b"RIFF\xff\xff\xff\xffWEBP")
@@ -361,7 +361,7 @@ def test_a_disk_that_fails_is_explained(place: Path, monkeypatch: pytest.MonkeyP
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("unigen.sequence.images.open_file", lambda path: Failing())
-    for read, code in ((read_bytes, "unreadable_picture"), (open_image, "broken_picture")):
+    for read, code in ((read_picture, "unreadable_picture"), (open_image, "broken_picture")):
         with pytest.raises(PictureError, match="Input/output error") as failed:
             read("root/a.png")
         assert failed.value.code == code
@@ -396,7 +396,7 @@ def test_shared_memory_is_an_ordinary_folder() -> None:
     path = Path(f"/dev/shm/unigen-test-{os.getpid()}-{np.random.default_rng().integers(1 << 60)}.png")
     try:
         path.write_bytes(INSIDE)
-        assert read_bytes(path) == INSIDE
+        assert read_picture(path) == INSIDE
     finally:
         path.unlink()
 

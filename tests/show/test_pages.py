@@ -15,7 +15,7 @@ from pages import Page, part
 from PIL import Image as PILImage
 
 from unigen.sequence.types import Image, Text
-from unigen.show.pages import contact_sheet, embed, environment, whole, write_answer, write_page
+from unigen.show.pages import contact_sheet, embed, environment, unbroken, write_answer, write_page
 
 EVIL = "<script>alert('x')</script> & \"quoted\" 猫\x00\x1b[2J\u202e\x9b \ud800"
 SHOWN = "<script>alert('x')</script> & \"quoted\" 猫␀␛[2J\ufffd\ufffd ?"
@@ -157,7 +157,7 @@ def test_contact_sheet_places_each_picture_in_its_cell():
 
 
 def test_options_and_figures_do_not_break_and_markup_stays_text():
-    shown = str(whole("<b> use --max_bad_share, p = 0.05, 1 % of a--b"))
+    shown = str(unbroken("<b> use --max_bad_share, p = 0.05, 1 % of a--b"))
     assert [part.partition("</span>")[0] for part in shown.split('<span class="whole">')[1:]] == [
         "--max_bad_share", "p = 0.05", "1 %",
     ]  # fmt: skip

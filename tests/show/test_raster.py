@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from unigen.runs.metrics import Point
 from unigen.show.charts import Line, bar_chart, line_chart
 from unigen.show.language import Words
-from unigen.show.raster import HEIGHT, UNIT, WIDTH, colour, font_of, png, readable
+from unigen.show.raster import HEIGHT, UNIT, WIDTH, colour, font_of, has_fonts, png
 
 WORDS = Words("en", "watch")
 
@@ -62,10 +62,10 @@ def test_bars_and_bands_are_filled():
 
 def test_a_chart_without_points_says_so_and_letters_that_no_font_has_are_told():
     assert (pixels(line_chart("loss", [], WORDS)) < 200).any()
-    assert font_of("loss 0.5") == "" and readable([line_chart("loss", [], WORDS)])
+    assert font_of("loss 0.5") == "" and has_fonts([line_chart("loss", [], WORDS)])
     chart = line_chart("损失", [Line("猫", points([1.0, 2.0]), 0)], Words("zh", "watch"))
-    assert readable([chart]) == bool(font_of("损失猫"))
-    assert not readable([line_chart("\U0010fffd", [], WORDS)])
+    assert has_fonts([chart]) == bool(font_of("损失猫"))
+    assert not has_fonts([line_chart("\U0010fffd", [], WORDS)])
 
 
 def test_many_long_names_wrap_and_stay_inside():

@@ -14,7 +14,6 @@ import pytest
 from unigen.show.terminal import (
     UNBOUND,
     Stretched,
-    columns,
     drawn,
     filled,
     grid,
@@ -25,6 +24,7 @@ from unigen.show.terminal import (
     one_line,
     say,
     table,
+    width_of,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def test_columns_line_up_with_wide_characters_and_figures_to_the_right():
         "generate  1,234  < 0.01%",
         "",
     ]
-    assert columns("橘e\u0301") == 3
+    assert width_of("橘e\u0301") == 3
 
 
 def test_figures_and_ordinary_words_stay_whole_in_a_narrow_terminal():
@@ -121,7 +121,7 @@ def test_what_is_stretched_fills_the_width_and_texts_stay_on_their_line():
 def test_parts_of_a_line_go_on_in_the_next_whole():
     rows = [[line("损失"), filled([f"任务{n} 1.234" for n in range(6)])]]
     said = drawn(grid(rows), 40).split("\n")
-    assert len(said) > 1 and max(map(columns, said)) <= 40
+    assert len(said) > 1 and max(map(width_of, said)) <= 40
     assert re.findall(r"任务\d 1\.234", "\n".join(said)) == [f"任务{n} 1.234" for n in range(6)]
 
 

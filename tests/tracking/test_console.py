@@ -20,7 +20,7 @@ from processes import flags
 from tiny import metrics
 
 from unigen.runs.checkpoint import verify_checkpoint
-from unigen.tracking.console import Progress, describe, duration
+from unigen.tracking.console import Progress, duration, metrics_line
 
 METRICS = {
     "loss": 1.25, "text_loss": 1.0, "image_loss": None, "grad_norm": torch.tensor(0.5), "learning_rate": 1e-5,
@@ -29,8 +29,8 @@ METRICS = {
 
 
 def test_metrics_for_people():
-    assert describe(METRICS) == "loss 1.2500  text 1.0000  norm 0.500  lr 1.00e-05  tok/s 12,346  wait 7%"
-    assert describe({}) == "" and describe({"loss": math.nan}) == "loss nan"
+    assert metrics_line(METRICS) == "loss 1.2500  text 1.0000  norm 0.500  lr 1.00e-05  tok/s 12,346  wait 7%"
+    assert metrics_line({}) == "" and metrics_line({"loss": math.nan}) == "loss nan"
     assert [duration(s) for s in (0, 59.6, 61, 3723, 360000)] == [
         "0:00",
         "1:00",
@@ -49,7 +49,7 @@ def test_plain_lines_come_every_so_often_and_at_the_end():
     progress.close()
     out = stream.getvalue().splitlines()
     assert [line.split()[1] for line in out[:-1]] == ["10/25", "20/25", "25/25"]
-    assert all(describe(METRICS) in line and re.search(r"ETA \d+:\d\d$", line) for line in out[:-1])
+    assert all(metrics_line(METRICS) in line and re.search(r"ETA \d+:\d\d$", line) for line in out[:-1])
     assert out[-1] == "hello"
 
 

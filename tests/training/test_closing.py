@@ -12,7 +12,7 @@ import pytest
 from saves import save
 from tiny import text, write_jsonl
 
-from unigen.cli import load, main, parse_options
+from unigen.cli import load_name, main, parse_options
 from unigen.commands.table import COMMANDS
 from unigen.config import Config
 from unigen.training.closing import closing
@@ -42,7 +42,7 @@ def test_every_line_to_copy_is_understood(tmp_path: Path, options):
     for program, name, *argv in found:
         command = COMMANDS[name]
         assert program == "unigen"
-        read = parse_options(load(command.options), argv, command.positional, command.short)
+        read = parse_options(load_name(command.options), argv, command.positional, command.short)
         if name == "evaluate":  # the data is read as the run read it
             own = {"val_split": "split"}  # what evaluate calls it
             assert {key: getattr(read, own.get(key, key)) for key in READING} == {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import built, metrics, train_on
 
-from unigen.commands.ckpt.listing import describe
+from unigen.commands.ckpt.listing import checkpoint_facts
 from unigen.config import Config, ConfigError
 from unigen.runs.checkpoint import latest_checkpoint
 from unigen.runs.layout import TRAINER
@@ -189,7 +189,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_auto_goes_on_fro
         train_on(trainer)
     trainer.run.close()
     assert {path.name for path in run.glob("step_*")} == {"step_8", "step_12"}
-    rows = {row["name"]: row for row in map(describe, run.glob("step_*"))}
+    rows = {row["name"]: row for row in map(checkpoint_facts, run.glob("step_*"))}
     assert rows["step_12"]["diverging"] and rows["step_12"]["skipped_steps"] == [3, 12]
     assert not rows["step_8"]["diverging"]
     caplog.clear()

@@ -64,8 +64,8 @@ class Encoder:
 
 
 def about(encoder: Encoder, picture: str, view: View) -> dict[str, str]:
-    """What an entry is of, as texts; :func:`key_of` digests them. ``picture`` is the digest of the picture's
-    bytes."""
+    """What an entry is of, as texts; :func:`entry_key` digests them. ``picture`` is the digest of the
+    picture's bytes."""
     size = view.vae if encoder.name == "vae" else view.vit
     assert size is not None, f"the {encoder.name} does not see this picture"
     return {
@@ -81,7 +81,7 @@ def about(encoder: Encoder, picture: str, view: View) -> dict[str, str]:
     }
 
 
-def key_of(encoder: Encoder, picture: str, view: View) -> str:
+def entry_key(encoder: Encoder, picture: str, view: View) -> str:
     """The key of an entry, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(about(encoder, picture, view), sort_keys=True).encode()).hexdigest()
 
@@ -261,7 +261,7 @@ class FeatureCache:
         assert view.vae is not None
         f = self.config.downsample
         shape = (self.config.z_channels, view.vae[1] // f, view.vae[0] // f)
-        found = self._entry(key_of(self.vae, picture, view), {"mean": shape, "std": shape})
+        found = self._entry(entry_key(self.vae, picture, view), {"mean": shape, "std": shape})
         return (found["mean"], found["std"]) if found is not None else None
 
     def features(self, picture: str, view: View) -> Tensor | None:
@@ -271,7 +271,7 @@ class FeatureCache:
         assert view.vit is not None and self.sizes is not None
         patch, width = self.sizes
         shape = ((view.vit[0] // patch) * (view.vit[1] // patch), width)
-        found = self._entry(key_of(self.vit, picture, view), {"features": shape})
+        found = self._entry(entry_key(self.vit, picture, view), {"features": shape})
         return found["features"] if found is not None else None
 
     def _entry(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:

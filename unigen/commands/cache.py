@@ -23,7 +23,7 @@ import torch
 
 from unigen.bars import each
 from unigen.cache.encoders import Encoders
-from unigen.cache.store import Encoder, Store, about, key_of
+from unigen.cache.store import Encoder, Store, about, entry_key
 from unigen.config import Config, ConfigError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.loader import cores
@@ -31,7 +31,7 @@ from unigen.data.mapping import ReadOptions
 from unigen.outputs import output_folder
 from unigen.sequence.contents import Seen, View, digest, named
 from unigen.sequence.draw import RandomKey
-from unigen.sequence.images import PictureError, image_size, read_bytes
+from unigen.sequence.images import PictureError, image_size, read_picture
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Image, Kind
@@ -244,7 +244,7 @@ class Filler:
         sample = dataset[job.record].sample
         picture = sample[job.segment]
         assert isinstance(picture, Image)
-        data = read_bytes(picture.source)
+        data = read_picture(picture.source)
         with named(picture.source):
             return picture.source, data, digest(data), planner.viewer(sample).view(*image_size(data))
 
@@ -254,7 +254,7 @@ class Filler:
         def keys(job: EncodeJob) -> list[tuple[str, str, bool, View]]:
             """(encoder, key, is a sound entry there, sizes) of each encoder."""
             _, _, picture, view = self._open(job)
-            found = [(name, key_of(self.identities[name], picture, view)) for name in job.names]
+            found = [(name, entry_key(self.identities[name], picture, view)) for name in job.names]
             return [(name, key, self.store.get(key) is not None, view) for name, key in found]
 
         jobs = list(self.jobs())
@@ -302,8 +302,8 @@ class Filler:
                         )
                         continue
                     encoder = self.identities[which]
-                    entry = key_of(encoder, picture, seen.view), tensors, about(encoder, picture, seen.view)
-                    writes.append(writers.submit(self.store.put, *entry))
+                    key, of = entry_key(encoder, picture, seen.view), about(encoder, picture, seen.view)
+                    writes.append(writers.submit(self.store.put, key, tensors, of))
                 while writes and (len(writes) > 16 or writes[0].done()):
                     self._written(writes, report)
             while writes:

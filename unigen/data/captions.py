@@ -24,7 +24,7 @@ def caption_of(picture: Path) -> Path | None:
     return next((path for end in CAPTIONS if (path := picture.with_suffix(end)).is_file()), None)
 
 
-def row(picture: Path) -> tuple[bytes, Json]:
+def row_of_picture(picture: Path) -> tuple[bytes, Json]:
     """The bytes of a picture's text, and the record of the two; without a file of its text it has none. A
     text that cannot be read spoils its own record."""
     path = caption_of(picture)
@@ -44,7 +44,7 @@ def row(picture: Path) -> tuple[bytes, Json]:
     return data, made
 
 
-def captioned(names: Iterable[Path], folder: Path) -> Iterator[Path]:
+def captioned_pictures(names: Iterable[Path], folder: Path) -> Iterator[Path]:
     """The pictures among the files ``names`` of a folder (relative to it) where any of them has a text."""
     pictures = [name for name in names if is_picture(name)]
     if any(caption_of(folder / name) for name in pictures):

@@ -26,13 +26,13 @@ from unigen.data.containers import BadData, ByteSpan, no_record
 from unigen.data.examine import CountTokens, bad_picture, key_of
 from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
-from unigen.data.indexing import TASKS, Found, read_all, shown, stamp, task
-from unigen.data.keys import NOTES, listed
+from unigen.data.indexing import TASKS, Found, read_all, shown_problems, stamp, task
+from unigen.data.keys import NOTES, counts_of
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import check_roots, require_match
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut, Split, describing, of_splits
-from unigen.data.verdict import Verdict, percent
+from unigen.data.verdict import Verdict, percents
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.images import PictureError, open_image
 from unigen.sequence.pack import pack_blocks
@@ -255,7 +255,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
                 f"targets   {s['text_targets']:,} texts, {s['image_targets']:,} images",
                 f"pictures  {s['pictures']:,} ({s['distinct_pictures']:,} distinct files)",
                 *(
-                    f"{words}: {listed(s[what], len(self) + self._notes.unlearnt * (what == 'unlearnt'))}"
+                    f"{words}: {counts_of(s[what], len(self) + self._notes.unlearnt * (what == 'unlearnt'))}"
                     for what, words in (
                         ("unread", "Fields that nothing reads (metadata is their place)"),
                         ("no_picture", "Empty fields, taken as no picture"),
@@ -280,9 +280,9 @@ class UnifiedGenerationDataset(Dataset[Any]):
         size = sum(path.stat().st_size for path in self.files)
         key = None
         # what a plugin reads may change without its data
-        if lengths_key is not None and size >= kept.LEAST and not plugins.names():
+        if lengths_key is not None and size >= kept.LEAST and not plugins.plugin_names():
             key = kept.key_of_data(self.files, self.read, check_pictures, lengths_key)
-            if found := kept.load(key, self.files):
+            if found := kept.load_index(key, self.files):
                 log.info("The data is unchanged since an earlier start: its index was kept")
                 return found
         if progress and size >= kept.LEAST:
@@ -292,7 +292,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
             self._index = found.index
             self._drop_broken(found, progress)
         if key is not None and not found.unreadable:
-            kept.save(key, found)
+            kept.save_index(key, found)
         return found
 
     def _drop_broken(self, found: Found, progress: bool) -> None:
@@ -364,15 +364,15 @@ class UnifiedGenerationDataset(Dataset[Any]):
             told = f"{len(bad):,} of {verdict.total:,} records cannot be used"
             fix = "Fix: correct them"
             if verdict.code == "few":
-                skip = f"--on_bad_record skip (it stops above {percent(max_share)})"
+                skip = f"--on_bad_record skip (it stops above {percents(max_share)})"
                 fix += f", or leave them out with {skip}"
             elif verdict.code == "lost":
                 told = f"{verdict.total:,} records were read, and no more of {_files(unreadable)}"
                 told += f"; {verdict.bad:,} of them cannot be used" if verdict.bad else ""
             elif on_bad_record == "skip":
-                told += f" ({verdict.share:.1%}), more than the {percent(max_share)} that may be left out"
+                told += f" ({verdict.share:.1%}), more than the {percents(max_share)} that may be left out"
                 fix += ", or raise --max_bad_share"
-            raise BadData(f"{told}:\n{shown(bad)}\n{fix}.", bad)
+            raise BadData(f"{told}:\n{shown_problems(bad)}\n{fix}.", bad)
         if bad:
             where = f", listed in {listing}" if listing else ""
             log.warning(
@@ -380,7 +380,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
                 len(bad),
                 verdict.total,
                 where,
-                shown(bad),
+                shown_problems(bad),
             )
 
     # ---- reading

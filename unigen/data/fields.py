@@ -148,7 +148,7 @@ def is_list_text(value: Any) -> bool:
     return isinstance(value, str) and _LIST.match(value) is not None
 
 
-def listed(text: str, field: str) -> Any:
+def parsed_text(text: str, field: str) -> Any:
     """The value of a JSON text. Raises BadRecord where it is none."""
     try:
         return parse_json(_encodable(text, field, "bad_text").encode(), 0)
@@ -245,7 +245,7 @@ def variants(value: Any, field: str) -> tuple[Text, str]:
             list or object.
     """
     if isinstance(value, str) and _JSON.match(value):
-        value = listed(value, field)
+        value = parsed_text(value, field)
     if isinstance(value, dict):
         found = [(text, join(field, cut(str(name)))) for name, text in value.items() if text is not None]
     elif isinstance(value, list):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen import remote
-from unigen.data.captions import CAPTIONS, caption_of, captioned, is_picture
+from unigen.data.captions import CAPTIONS, caption_of, captioned_pictures, is_picture
 from unigen.data.containers import CONTAINERS, BadData, kind_of
 from unigen.data.embedded import place_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
@@ -240,7 +240,7 @@ def _captioned(folder: Path, root: str | Path | None, sides: list[Path]) -> Iter
     """The pictures of a folder with texts beside them; ``sides`` gets the texts that belong to none. Raises
     BadData for a text outside of ``root``."""
     names = list(_everything(folder))
-    pictures = list(captioned(names, folder))
+    pictures = list(captioned_pictures(names, folder))
     stems = {picture.with_suffix("") for picture in pictures}
     for picture in pictures if root is not None else []:
         text = caption_of(folder / picture)

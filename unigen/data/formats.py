@@ -52,14 +52,14 @@ def parse_raw(
         read: As there.
     """
     try:
-        value = value_of(raw, line)
+        value = record_value(raw, line)
     except BadRecord as error:
         error.origin = origin
         raise
     return parse_with_fields(value, origin, read)
 
 
-def value_of(raw: bytes | Json, line: int) -> Any:
+def record_value(raw: bytes | Json, line: int) -> Any:
     """The value of a record that ``containers.read_part`` gave: of a JSON text; or of the row of a table, in
     which NaN is an empty cell. Raises BadRecord, without origin."""
     if isinstance(raw, bytes):
@@ -67,7 +67,7 @@ def value_of(raw: bytes | Json, line: int) -> Any:
     if isinstance(raw, BrokenRow):
         raise raw.error
     row = {name: value for name, value in raw.items() if value is None or value == value}
-    return tar.members(row) if tar.KEY in row else row
+    return tar.members_record(row) if tar.KEY in row else row
 
 
 def parse_with_fields(
@@ -167,7 +167,7 @@ def _names_none(value: Any) -> bool:
 def _unpacked(record: Json) -> Json:
     """The record with the lists that a column of a table holds as JSON text."""
     packed = {name for name, value in record.items() if name in _LISTS and f.is_list_text(value)}
-    return record | {name: f.listed(record[name], name) for name in packed} if packed else record
+    return record | {name: f.parsed_text(record[name], name) for name in packed} if packed else record
 
 
 def _without_empty(record: Json) -> tuple[Json, list[tuple[str, str]]]:

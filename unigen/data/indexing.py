@@ -111,7 +111,7 @@ class BadRecords:
             bad = [error for _, error in self.kept]
             raise BadData(
                 f"{len(bad):,} records so far cannot be used, and no more are looked at:\n"
-                f"{shown(bad)}\nFix: correct them; unigen check lists them all.",
+                f"{shown_problems(bad)}\nFix: correct them; unigen check lists them all.",
                 bad,
             )
 
@@ -416,7 +416,7 @@ def task(sample: Sample) -> str:
     return "understand" if context_picture else "text"
 
 
-def shown(bad: Sequence[BadRecord]) -> str:
+def shown_problems(bad: Sequence[BadRecord]) -> str:
     """The first bad records of each code, one a line, and how many more there are of it."""
     codes: dict[str, list[BadRecord]] = {}
     for error in bad:

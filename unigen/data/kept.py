@@ -46,7 +46,7 @@ def key_of_data(files: Sequence[Path], *how: Any) -> str:
     return hashlib.sha256(repr((_rules(), status, how)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def load(key: str, files: Sequence[Path]) -> Found | None:
+def load_index(key: str, files: Sequence[Path]) -> Found | None:
     """The index that was kept under ``key``; None where there is none, or where pictures may have changed."""
     path = _folder() / f"{key}.npz"
     try:
@@ -66,7 +66,7 @@ def load(key: str, files: Sequence[Path]) -> Found | None:
     return found
 
 
-def save(key: str, found: Found) -> None:
+def save_index(key: str, found: Found) -> None:
     """Keeps an index. Where it cannot be written, the data is read again next time, which is said."""
     told = {
         "counts": [[*name, n] for name, n in found.counts.items()],

@@ -235,7 +235,7 @@ class Notes(Counter[tuple[str, str]]):
         return {cut(name): n for (kind, name), n in self.most_common() if kind == what and n > 0}
 
 
-def listed(fields: dict[str, int], total: int, most: int = 12) -> str:
+def counts_of(fields: dict[str, int], total: int, most: int = 12) -> str:
     """``label 300 of 300, source 12 of 300``."""
     told = [f"{name} {n:,} of {total:,}" for name, n in fields.items()]
     return ", ".join(told[:most]) + (f" and {len(told) - most:,} more" if len(told) > most else "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unigen import remote
 from unigen.data.containers import BadData, parts, read_part
-from unigen.data.formats import parse_with_fields, value_of
+from unigen.data.formats import parse_with_fields, record_value
 from unigen.data.mapping import ReadOptions, unmatched
 from unigen.data.words import Json
 from unigen.sequence.types import BadRecord, Origin
@@ -58,7 +58,7 @@ def _values(files: Sequence[Path]) -> Iterator[Json]:
             for part in parts(path, number):
                 for span, raw in read_part(part):
                     try:
-                        value = value_of(raw, span.line)
+                        value = record_value(raw, span.line)
                     except BadRecord:
                         continue
                     if isinstance(value, dict):

@@ -58,7 +58,7 @@ class Reader:
             if container.group is None:
                 raw = (container.record or _bytes_at)(path, span.offset, span.length)
             else:
-                raw = tables.row(self._group(span, container.group), span.length)
+                raw = tables.table_row(self._group(span, container.group), span.length)
             changed = crc_of(raw) != span.crc
         except (OSError, ValueError, LookupError, MemoryError, StopIteration) as error:
             raise BadData(

@@ -26,7 +26,7 @@ def addresses(text: str) -> list[str]:
         return [text]
     try:
         system, place = remote.open_store(text)
-        with remote.told(text):
+        with remote.told_as_remote(text):
             matched = sorted(system.glob(place))
     except remote.RemoteError as error:
         raise BadData(str(error)) from None
@@ -65,7 +65,7 @@ def brought(url: str, split: Split | None, asked: str | None, left_out: list[Lef
 
 def _listed(system: object, place: str, url: str) -> list[Path] | None:
     """The files below a place; None for a file. Raises RemoteError."""
-    with remote.told(url):
+    with remote.told_as_remote(url):
         if system.isfile(place):  # type: ignore[attr-defined]
             return None
         found = [PurePosixPath(name).relative_to(place) for name in system.find(place)]  # type: ignore[attr-defined]

@@ -59,7 +59,7 @@ def parquet_rows(path: Path, key: int) -> Iterator[TableRow]:
 
 
 def parquet_group(path: Path, key: int) -> Any:
-    """A whole group, for :func:`row` and its ``nbytes``."""
+    """A whole group, for :func:`table_row` and its ``nbytes``."""
     with _parquet(path) as file:
         return file.read_row_group(key, use_threads=False)
 
@@ -121,7 +121,7 @@ def arrow_group(path: Path, key: int) -> Any:
         return batch
 
 
-def row(group: Any, i: int) -> TableRow:
+def table_row(group: Any, i: int) -> TableRow:
     """Row ``i`` of what :func:`parquet_group` or :func:`arrow_group` returned."""
     return next(_rows(group.slice(i, 1)))
 

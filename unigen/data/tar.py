@@ -2,7 +2,7 @@
 run of bytes of the file, and nothing is unpacked to a disk.
 
 The row of a record has a field for each member, named by its ending (``jpg``, ``txt``, ``json``), as Hugging
-Face ``datasets`` has it in tables, too; :func:`members` makes a record of it.
+Face ``datasets`` has it in tables, too; :func:`members_record` makes a record of it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def row_of(data: bytes) -> Json:
     return row
 
 
-def members(row: Json) -> Json:
+def members_record(row: Json) -> Json:
     """The record of a row of members: the picture under ``image`` (that of ``0001.x.jpg`` under ``x``), the
     text under ``text``; the fields of the JSON too, but where picture and text stand already it is
     ``metadata``, without what any record may say of its learning.

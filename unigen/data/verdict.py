@@ -37,6 +37,6 @@ class Verdict(NamedTuple):
         return self.code == "clean" or (self.code == "few" and on_bad_record == "skip")
 
 
-def percent(share: float) -> str:
+def percents(share: float) -> str:
     """A share that options give: 1 %, 0.5 %."""
     return f"{100 * share:.3g} %"

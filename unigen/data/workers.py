@@ -91,7 +91,7 @@ def in_order(
                     assert pool is not None
                     future = pool.submit(_do, task)
                 except (AssertionError, BrokenProcessPool):
-                    begin = (stop, plugins.names(), prepare, arguments)
+                    begin = (stop, plugins.plugin_names(), prepare, arguments)
                     pool = ProcessPoolExecutor(processes, context, _begin, begin)
                     future = pool.submit(_do, task)
                 ahead.append((task, future))
@@ -130,7 +130,7 @@ def _alone(context: Any, prepare: Callable[..., TaskWork], arguments: tuple, tas
     at = context.Value("q", _STARTING, lock=False)
     pipe, other = context.Pipe(duplex=False)
     process = context.Process(
-        target=_serve, args=(other, at, plugins.names(), prepare, arguments, task), daemon=True
+        target=_serve, args=(other, at, plugins.plugin_names(), prepare, arguments, task), daemon=True
     )
     process.start()
     other.close()

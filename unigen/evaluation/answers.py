@@ -119,7 +119,7 @@ def answer_all(
         AnswersError: the folder holds answers that depend on other things.
         OSError: it cannot be written.
     """
-    claim(folder, {**about, "cases": len(cases), "batch_size": batch_size, "seed": seed})
+    claim_answers(folder, {**about, "cases": len(cases), "batch_size": batch_size, "seed": seed})
     (folder / PICTURES).mkdir(exist_ok=True)
     starts = {}
     position = 0
@@ -191,7 +191,7 @@ def row_by_row(
     return found
 
 
-def claim(folder: Path, about: dict[str, Any]) -> None:
+def claim_answers(folder: Path, about: dict[str, Any]) -> None:
     """Makes the folder that of these answers. Raises AnswersError: it is of others."""
     path, about = folder / ABOUT, json.loads(json.dumps(about))
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from unigen.evaluation.results import CannotRun, first_line, libraries, same_len
 from unigen.evaluation.towers import PictureTower, short_name, weights_digest
 from unigen.files import atomic, sha256_of
 from unigen.sequence.grid import grid_positions
-from unigen.sequence.images import bicubic_levels, open_image, read_bytes
+from unigen.sequence.images import bicubic_levels, open_image, read_picture
 from unigen.sequence.transform import ImageTransform
 
 Picture = Any  # a path, a Confined path, bytes, or a PIL image
@@ -125,7 +125,7 @@ class _Loaded:
         if hasattr(source, "tobytes"):  # a PIL picture
             picture = open_image(source)
             return cls(hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest(), picture)
-        return cls(hashlib.sha256(read_bytes(source)).hexdigest(), source)
+        return cls(hashlib.sha256(read_picture(source)).hexdigest(), source)
 
     @property
     def picture(self) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unigen.config import UserError
 from unigen.data.containers import CONTAINERS, kind_of, parts, read_part
 from unigen.data.fields import as_picture
-from unigen.data.formats import value_of
+from unigen.data.formats import record_value
 from unigen.evaluation.benchmarks import BenchmarkError, Json, Layout, check_record
 from unigen.sequence.images import image_size
 from unigen.sequence.types import BadRecord, Origin
@@ -99,7 +99,7 @@ def _of_file(path: Path, layout: Layout) -> Iterator[tuple[str, Any]]:
         for part in parts(path, 0):
             for span, raw in read_part(part):
                 origin = Origin(path, span.line or None, span.index)
-                value = value_of(raw, span.line)
+                value = record_value(raw, span.line)
                 if layout.keyed and isinstance(value, dict) and layout.text not in value:
                     for key, held in value.items():
                         yield f"{path}, key {key}", {**held, "key": key} if isinstance(held, dict) else held

@@ -16,7 +16,7 @@ from unigen.inference.options import InferenceError, ReferenceSettings, Renamed,
 from unigen.inference.pictures import blocks_as_reference, trained_transform, within
 from unigen.inference.pieces import Pieces
 from unigen.inference.requests import IMAGE, TEXT, Piece, Requests, picture_of, sample_of
-from unigen.inference.sampler import write
+from unigen.inference.sampler import write_texts
 from unigen.model.adapters import AdapterError
 from unigen.model.backends import pick_device, prefer_flash
 from unigen.model.bagel import Bagel
@@ -211,7 +211,7 @@ class InterleaveInferencer:
         if understanding_output or think:
             pick = self.pieces.picker(options, [generator])
             past = [context.full.snapshot()]
-            ids = write(self.model, self.tokenizer.special, past, options.max_new_tokens, pick)[0]
+            ids = write_texts(self.model, self.tokenizer.special, past, options.max_new_tokens, pick)[0]
             trace.setdefault("tokens", []).append(torch.tensor(ids))
             output.append(self.pieces.text_of(ids))
         if understanding_output:

@@ -12,7 +12,7 @@ from torch import Tensor
 from unigen.config import SamplingOptions
 from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.requests import IMAGE, TEXT, Requests
-from unigen.inference.sampler import Canvas, decode_pixels, draw, feed, write
+from unigen.inference.sampler import Canvas, decode_pixels, draw, feed, write_texts
 from unigen.model.bagel import Bagel
 from unigen.sequence.images import to_image
 from unigen.sequence.tokens import Tokenizer
@@ -146,7 +146,7 @@ class Pieces:
     ) -> list[str]:
         """Writes a thought in each context, which then holds it in the full context alone."""
         special = self.tokenizer.special
-        written = write(
+        written = write_texts(
             self.model,
             special,
             [c.full.snapshot() for c in contexts],
@@ -171,7 +171,7 @@ class Pieces:
         """Writes a text in each context; nothing follows the ``last`` one."""
         special = self.tokenizer.special
         before = [c.full.snapshot() for c in contexts]
-        written = write(
+        written = write_texts(
             self.model,
             special,
             [c.full for c in contexts],

@@ -78,7 +78,7 @@ def _empty_pack(geometry: Geometry, device: torch.device) -> Pack:
 
 
 @torch.no_grad()
-def write(
+def write_texts(
     model: Bagel,
     special: SpecialIds,
     caches: Sequence[Cache],

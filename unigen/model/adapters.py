@@ -22,7 +22,7 @@ from typing import Any
 
 from unigen.config import UserError
 from unigen.model.parts import ADAPTER_MARKS, is_adapter
-from unigen.model.storage import Stored, few, read_json, scan_set
+from unigen.model.storage import Stored, checkpoint_json, few, scan_set
 
 CONFIG = "adapter_config.json"
 GROUP = "adapter_model"  # of files, as ``adapter_model.safetensors``
@@ -49,7 +49,7 @@ class Adapter:
     variant: str = "lora"  # or rslora, or dora
     whole: tuple[str, ...] = ()  # parameters that are trained whole beside it
     base: str = ""  # folder or name of the model below
-    digest: str = ""  # of the base's matrices, see :func:`digest_of`
+    digest: str = ""  # of the base's matrices, see :func:`base_digest`
     seed: int = 0  # of lora_A
 
     @property
@@ -144,7 +144,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
         AdapterError: it is no adapter that this program can use.
         CheckpointFolderError: a file is missing or damaged.
     """
-    config = read_json(folder / CONFIG)
+    config = checkpoint_json(folder / CONFIG)
     stored = scan_set(folder, f"{GROUP}.safetensors")
     if stored is None:
         raise AdapterError(f"{folder} has {CONFIG} but no {GROUP}.safetensors. Fix: copy the whole folder")
@@ -191,7 +191,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
     return adapter, named
 
 
-def describe(adapter: Adapter) -> str:
+def adapters_line(adapter: Adapter) -> str:
     """One line for the log."""
     extra = f", {len(adapter.whole)} tensors whole" if adapter.whole else ""
     about = f"{adapter.variant} rank {adapter.rank}, alpha {adapter.alpha:g}"

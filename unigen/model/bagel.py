@@ -25,7 +25,7 @@ from unigen.model.kv_cache import Cache
 from unigen.model.layers import Connector, PositionTable, TimeEmbedder
 from unigen.model.mot import LanguageModel
 from unigen.model.parts import GEN, is_embedding, is_generation_expert, is_table, writes_into_residual
-from unigen.model.sdpa import Halves, join
+from unigen.model.sdpa import Halves, join_halves
 from unigen.model.vit import VisionModel
 from unigen.sequence.grid import patchify
 from unigen.sequence.types import Pack
@@ -41,7 +41,7 @@ class Output(NamedTuple):
     @property
     def hidden(self) -> Tensor:
         """[T, D] in stored order."""
-        return join(self.halves)
+        return join_halves(self.halves)
 
 
 class Bagel(nn.Module):

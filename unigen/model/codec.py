@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unigen.model.hub import without_hub_kernels
 from unigen.model.schemas import VAE
-from unigen.model.storage import CheckpointFolderError, read_json
+from unigen.model.storage import CheckpointFolderError, checkpoint_json
 from unigen.sequence.grid import to_unit
 
 _GROUPS = 32  # of its group norms
@@ -209,7 +209,7 @@ def read_vae_config(folder: Path) -> VaeConfig:
     path = folder / "vae_config.json"
     if not os.path.lexists(path):
         return VaeConfig()
-    values = read_json(path, VAE)
+    values = checkpoint_json(path, VAE)
     try:
         config = VaeConfig.from_dict(values)
         CODECS[config.type].check(config)

@@ -11,7 +11,7 @@ from typing import Any
 from unigen.config import ConfigError, DataOptions, TrainSource
 from unigen.model.codec import VaeConfig, read_vae_config
 from unigen.model.schemas import CONFIG, LLM, VIT, contradictions, misfits
-from unigen.model.storage import CheckpointFolderError, read_json
+from unigen.model.storage import CheckpointFolderError, checkpoint_json
 from unigen.sequence.pack import Geometry
 from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import Tokenizer
@@ -152,12 +152,14 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
             f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
             " path; docs/start.md says how BAGEL is fetched, and its JSON files alone for unigen plan"
         )
-    said = read_json(folder / "llm_config.json", LLM)
+    said = checkpoint_json(folder / "llm_config.json", LLM)
     if "rope_theta" not in said and "rope_theta" not in (said.get("rope_parameters") or {}):
         raise wrong(folder, "llm_config.json: rope_theta is missing")
     llm = Qwen2Config.from_dict(LLM.known(said))
-    vit = SiglipVisionConfig.from_dict(VIT.known(read_json(folder / "vit_config.json", VIT)))
-    stored = read_json(folder / "config.json", CONFIG) if os.path.lexists(folder / "config.json") else {}
+    vit = SiglipVisionConfig.from_dict(VIT.known(checkpoint_json(folder / "vit_config.json", VIT)))
+    stored = (
+        checkpoint_json(folder / "config.json", CONFIG) if os.path.lexists(folder / "config.json") else {}
+    )
     constants = {name: stored[name] for name in CONSTANTS if stored.get(name) is not None}
     constants.setdefault("vit_max_num_patch_per_side", min(vit.image_size // vit.patch_size, 1024))
     table = shapes.get("latent_pos_embed.pos_embed")

@@ -269,7 +269,7 @@ def check_fits(
             f"{few(odd, 3)}."
             f" Fix: use its base ({adapter.base or 'not named'})"
         )
-    if adapter.digest and adapter.digest != digest_of(base):
+    if adapter.digest and adapter.digest != base_digest(base):
         raise AdapterError(
             f"{folder}: the adapter was trained on other weights of the same shape (their digest differs). "
             f"Fix: use its"
@@ -298,7 +298,7 @@ def check_same_parts(folder: Path, parameters: Mapping[str, Tensor], stored: Map
         )
 
 
-def digest_of(base: Mapping[str, Stored]) -> str:
+def base_digest(base: Mapping[str, Stored]) -> str:
     """Tells one base from another by numbers from four places of each of its tensors, in bfloat16: the same
     for copies of other dtypes and other cuts into files. Position tables do not count, which copies may
     lack. A quantised copy has that of the model that it was made of, where it knows it."""

@@ -32,7 +32,15 @@ from torch import Tensor, nn
 from unigen.config import ConfigError, UserError
 from unigen.model.hub import without_hub_kernels
 from unigen.model.parts import ADAPTED, is_adapter, is_embedding, is_table, matches
-from unigen.model.storage import INT8, NF4, CheckpointFolderError, Quantised, Stored, few, read_json
+from unigen.model.storage import (
+    INT8,
+    NF4,
+    CheckpointFolderError,
+    Quantised,
+    Stored,
+    checkpoint_json,
+    few,
+)
 from unigen.schema import short
 
 KINDS = ("nf4", "int8")
@@ -225,7 +233,7 @@ def pieces_of(kind: str, double: bool, value: Tensor) -> dict[str, Tensor]:
     return {"weight": weight.data} | state | {NF4: torch.frombuffer(bytearray(said), dtype=torch.uint8)}
 
 
-def restore(module: Any, entry: Quantised, device: torch.device | str) -> None:
+def restore_weight(module: Any, entry: Quantised, device: torch.device | str) -> None:
     """The weight of a quantised layer, as it is stored."""
     nn = _bitsandbytes("").nn
     pieces = {key: piece.read() for key, piece in entry.pieces}
@@ -273,7 +281,7 @@ def bits_of(folder: Path, asked: str | None = None, double: bool = False) -> tup
         QuantiseError: another kind is asked for than the folder holds, or it holds one that is not read.
     """
     path = folder / "config.json"
-    said = read_json(path).get("quantization_config") if os.path.lexists(path) else None
+    said = checkpoint_json(path).get("quantization_config") if os.path.lexists(path) else None
     if not said:
         if double and asked != "nf4":
             raise ConfigError(

@@ -52,7 +52,7 @@ class Mask:
         return self._added[dtype]
 
 
-def join(halves: Halves) -> Tensor:
+def join_halves(halves: Halves) -> Tensor:
     """Halves [U, ...], [M, ...] -> [T, ...]."""
     return torch.cat(halves) if len(halves) > 1 else halves[0]
 
@@ -157,7 +157,9 @@ class Groups:
             return tuple(a + 0 * (b.sum() + c.sum()) for a, b, c in zip(q, k, v, strict=True))
         out = [
             sdpa(*parts, batch.mask, batch.causal).flatten(0, 1)
-            for batch, *parts in zip(self.batches, *(self._batched(join(x)) for x in (q, k, v)), strict=True)
+            for batch, *parts in zip(
+                self.batches, *(self._batched(join_halves(x)) for x in (q, k, v)), strict=True
+            )
         ]
         y = torch.cat(out) if len(out) > 1 else out[0]
         if self.moves:
@@ -245,7 +247,7 @@ class Cached:
 
     def _of(self, i: int, halves: Halves) -> Tensor:
         """The tokens of sample i."""
-        return halves[0] if len(halves) == 1 and len(self.parts) == 1 else join(self._split(i, halves))
+        return halves[0] if len(halves) == 1 and len(self.parts) == 1 else join_halves(self._split(i, halves))
 
     def _store(self, i: int, k: Halves, v: Halves, layer: int) -> Tensor:
         """[2, P + L, G, d]: what is cached, then the new tokens of sample i."""

@@ -64,7 +64,7 @@ def code_of(dtype: torch.dtype) -> str:
     return _CODES[str(dtype)]
 
 
-def read_json(path: Path, schema: Rule | None = None) -> dict[str, Any]:
+def checkpoint_json(path: Path, schema: Rule | None = None) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint folder.
 
     Raises:
@@ -360,7 +360,7 @@ def _joined(folder: Path, found: dict[str, Stored]) -> dict[str, Stored]:
             pieces[match[1]][match[2]] = entry
         else:
             kept[name] = entry
-    config = read_json(folder / "config.json") if os.path.lexists(folder / "config.json") else {}
+    config = checkpoint_json(folder / "config.json") if os.path.lexists(folder / "config.json") else {}
     origin = str(config.get(ORIGIN) or "")
     for module, own in pieces.items():
         code, shape = "F16", own["weight"].shape if "weight" in own else ()
@@ -398,7 +398,7 @@ _PART = Table({"file": String(length=255), "start": whole(0, 1 << 60), "stop": w
 
 
 def _scan_index(index: Path) -> dict[str, Stored]:
-    described = read_json(index, _INDEX)
+    described = checkpoint_json(index, _INDEX)
     weight_map, pieces = described["weight_map"], described.get("pieces", {})
     parts = [part for entry in pieces.values() for part in entry["parts"]]
     for part in parts:

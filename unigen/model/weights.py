@@ -43,7 +43,7 @@ from unigen.model.quantise import (
     holds_quantised,
     large_blocks_apart,
     quantise_layers,
-    restore,
+    restore_weight,
     store,
 )
 from unigen.model.run_options import RUN_OPTIONS, carried
@@ -54,9 +54,9 @@ from unigen.model.storage import (
     CheckpointFolderError,
     Quantised,
     Stored,
+    checkpoint_json,
     few,
     json_bytes,
-    read_json,
     scan_folder,
     scan_safetensors,
     write_safetensors,
@@ -270,7 +270,7 @@ def place_parameter(
     quantised = last == "weight" and holds_quantised(module)
     entry = stored.get(published_name(name))
     if quantised and isinstance(entry, Quantised):
-        restore(module, entry, device)
+        restore_weight(module, entry, device)
         return
     dtype = stored[published_name(name)].dtype if quantised else p.dtype
     value = torch.empty(p.shape, dtype=dtype, device=device)
@@ -461,7 +461,7 @@ def side_files(model: Bagel) -> dict[str, bytes]:
         parts["vit_config.json"] = {"num_attention_heads": vit.num_attention_heads, **vit.to_diff_dict()}
     if model.config.vae.type != "flux" and "vae_config.json" not in files:
         parts["vae_config.json"] = model.config.vae.to_dict()
-    stored = read_json(model.source / "config.json") if model.source and "config.json" in files else {}
+    stored = checkpoint_json(model.source / "config.json") if model.source and "config.json" in files else {}
     parts["config.json"] = {**stored, **model.config.to_dict()}
     return files | {name: json_bytes(part) for name, part in parts.items()}
 

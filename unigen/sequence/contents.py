@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from unigen.sequence.grid import patchify
-from unigen.sequence.images import Confined, PictureError, image_size, open_image, read_bytes
+from unigen.sequence.images import Confined, PictureError, image_size, open_image, read_picture
 from unigen.sequence.transform import ImageTransform
 
 # one more whenever decoding or resizing changes a number: encodings that were cached before no longer fit
@@ -97,7 +97,7 @@ class Viewer:
         """
         if cache is None or not isinstance(source, str | Path | Confined | bytes):
             return self.decode(source, vae, vit)
-        data = read_bytes(source)
+        data = read_picture(source)
         with named(source):
             view, picture = self.view(*image_size(data)), digest(data)
             posterior = cache.posterior(picture, view) if vae else None

@@ -90,7 +90,7 @@ def open_file(path: str | Path | Confined) -> BinaryIO:
             url = remote.url_of(name) if error.code == "missing" else None
             if url is None:
                 raise
-            remote.fetch(url, Path(name), MAX_BYTES)
+            remote.fetch_file(url, Path(name), MAX_BYTES)
             return foreign.open_file(name, roots, MAX_BYTES)
     except remote.RemoteError as error:
         raise PictureError(_CODES[error.code], error.url, error.problem, error.fix) from None

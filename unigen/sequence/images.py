@@ -29,7 +29,7 @@ __all__ = [
     "bicubic_levels",
     "image_size",
     "open_image",
-    "read_bytes",
+    "read_picture",
     "to_image",
 ]
 
@@ -131,7 +131,7 @@ def image_size(source: PictureSource) -> tuple[int, int]:
         return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
 
 
-def read_bytes(source: str | Path | Confined | bytes) -> bytes:
+def read_picture(source: str | Path | Confined | bytes) -> bytes:
     """The encoded bytes of a picture, by the same rules for paths as :func:`open_image`, which takes them in
     place of the path.
 

@@ -47,7 +47,7 @@ def readable(value: Any) -> Any:
     return str(value).replace("\r\n", "\n").translate(SIGNS).encode("utf-8", "replace").decode("utf-8")
 
 
-def whole(value: Any) -> Any:
+def unbroken(value: Any) -> Any:
     """What a template shows of a text; names of options in it do not break after their hyphens, nor figures
     from what they are of."""
     from markupsafe import Markup, escape
@@ -68,7 +68,7 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": cell, "whole": whole, "share": "{:.2%}".format, "said": in_language}
+    made.filters |= {"cell": cell, "whole": unbroken, "share": "{:.2%}".format, "said": in_language}
     made.globals["right_aligned"] = figures_alone
     return made
 

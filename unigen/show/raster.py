@@ -47,7 +47,7 @@ def png(chart: Chart) -> bytes:
     """A PNG of ``WIDTH`` by ``HEIGHT`` page pixels, ``UNIT`` times as many of its own."""
     width, height = WIDTH * UNIT, HEIGHT * UNIT
     picture = Image.new("RGB", (width, height), colour("--card"))
-    pen = _Pen(picture, font_of(texts(chart)))
+    pen = _Pen(picture, font_of(letters_of(chart)))
     top = pen.heading(chart) + 10 * UNIT
     left = max([30 * UNIT, *(pen.width(tick.text) for tick in chart.ys)]) + (EDGE + 8) * UNIT
     under = 22 * UNIT if chart.under else 0
@@ -61,7 +61,7 @@ def png(chart: Chart) -> bytes:
     return buffer.getvalue()
 
 
-def texts(chart: Chart) -> str:
+def letters_of(chart: Chart) -> str:
     """All letters of a chart."""
     ticks = [tick.text for tick in (*chart.ys, *chart.xs)]
     return "".join(
@@ -69,9 +69,9 @@ def texts(chart: Chart) -> str:
     )
 
 
-def readable(charts: Iterable[Chart]) -> bool:
+def has_fonts(charts: Iterable[Chart]) -> bool:
     """Has this machine a font for all letters of the charts?"""
-    return all(_covers(font_of(text), text) for text in map(texts, charts))
+    return all(_covers(font_of(text), text) for text in map(letters_of, charts))
 
 
 @cache

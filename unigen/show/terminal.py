@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unigen.messages import in_language
-from unigen.printing import above, beneath, columns, printable, printable_lines
+from unigen.printing import above, beneath, printable, printable_lines, width_of
 from unigen.show.figures import cell, figures_alone
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def filled(parts: Sequence[str]) -> Stretched:
     def draw(n: int) -> Text:
         rows = [""]
         for part in parts:
-            if rows[-1] and columns(f"{rows[-1]}  {part}") > n:
+            if rows[-1] and width_of(f"{rows[-1]}  {part}") > n:
                 rows.append("")
             rows[-1] += f"{'  ' if rows[-1] else ''}{part}"
         return Text("\n").join(map(line, rows))
@@ -247,7 +247,7 @@ def _lines(text: str) -> Text:
 
 def _longest(text: Text) -> int:
     """Columns of its longest word; a few of a text that may be cut."""
-    words = max((columns(word) for word in text.plain.split()), default=0)
+    words = max((width_of(word) for word in text.plain.split()), default=0)
     return min(CUT, words) if text.no_wrap else words
 
 

@@ -11,7 +11,7 @@ from unigen.bars import Bar, duration
 from unigen.messages import in_language
 from unigen.printing import Guarded
 
-__all__ = ["Progress", "describe", "duration", "plain"]
+__all__ = ["Progress", "as_number", "duration", "metrics_line"]
 
 _SHOWN: dict[str, tuple[str, str]] = {
     "loss": ("loss", ".4f"),
@@ -65,7 +65,7 @@ class Progress:
             self._bar.notes = _in_words(metrics, _FIRST)
         self._bar.update(step - self._bar.done)
         if step % self._every == 0 or step == self._total:
-            line = in_language(f"step {step}/{self._total}  {describe(metrics)}  ETA {self._bar.left}")
+            line = in_language(f"step {step}/{self._total}  {metrics_line(metrics)}  ETA {self._bar.left}")
             self._note(line)
             if not self._bar.drawn:
                 self._print(line)
@@ -86,7 +86,7 @@ class Progress:
                 print(text, file=self._stream, flush=True)
 
 
-def describe(metrics: dict[str, Any]) -> str:
+def metrics_line(metrics: dict[str, Any]) -> str:
     """The known metrics in a fixed order, for people: ``loss 1.2340  text 0.9000  lr 1.00e-05``."""
     return "  ".join(_in_words(metrics))
 
@@ -94,11 +94,11 @@ def describe(metrics: dict[str, Any]) -> str:
 def _in_words(metrics: dict[str, Any], first: Sequence[str] = ()) -> list[str]:
     """The known metrics, each by its short name, those named ``first`` before the others."""
     names = [*first, *(name for name in _SHOWN if name not in first)]
-    known = [(name, plain(metrics.get(name))) for name in names]
+    known = [(name, as_number(metrics.get(name))) for name in names]
     told = [(*_SHOWN[name], value) for name, value in known if value is not None]
     return [f"{in_language(short)} {value:{form}}" for short, form, value in told]
 
 
-def plain(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """A tensor or array scalar as a Python number; everything else as it is."""
     return value.item() if hasattr(value, "item") else value

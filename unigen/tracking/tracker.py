@@ -24,12 +24,12 @@ from unigen.runs.log import JsonlLog, drop_after
 from unigen.runs.secrets import hide
 from unigen.tracking import background
 from unigen.tracking.background import BackgroundTracker, Complain, TrackerClient
-from unigen.tracking.console import Progress, describe, duration, plain
+from unigen.tracking.console import Progress, as_number, duration
 from unigen.tracking.names import shown_as
 from unigen.tracking.services import Trackio, Wandb, need
 from unigen.tracking.tensorboard import TensorBoard
 
-__all__ = ["TRACKERS", "Progress", "Tracker", "describe", "duration"]
+__all__ = ["TRACKERS", "Progress", "Tracker", "duration"]
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Tracker:
 
 
 def _shown(value: Any) -> Any:
-    value = plain(value)
+    value = as_number(value)
     return hide(value) if isinstance(value, str) else value
 
 

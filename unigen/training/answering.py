@@ -24,7 +24,7 @@ from unigen.model.bagel import Bagel
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.transform import ImageTransform
 from unigen.training.engine import Engine
-from unigen.training.synchronised import Elsewhere, SynchronisedGeneration, expected, stopped
+from unigen.training.synchronised import Elsewhere, SynchronisedGeneration, expected, stopped_here
 
 log = logging.getLogger("unigen")
 
@@ -150,7 +150,7 @@ class Answerer:
         if stop is not None:
             raise stop
         if None in said:
-            raise stopped()
+            raise stopped_here()
         return {int(number): answer for part in said for number, answer in part.items()}
 
     def _answer_in_step(

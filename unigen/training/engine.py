@@ -28,7 +28,7 @@ from unigen.config import Config, ConfigError, UserError
 from unigen.model.adapters import NAME
 from unigen.model.backends import autocast, pick_device, prefer_flash, use_expandable_segments, use_tf32
 from unigen.model.bagel import Bagel, Output
-from unigen.model.lora import check_same_parts, digest_of
+from unigen.model.lora import base_digest, check_same_parts
 from unigen.model.parts import dtype_of, is_adapter
 from unigen.model.storage import Stored, scan_folder
 from unigen.model.weights import build_bagel, load_codec, place_parameters
@@ -187,7 +187,7 @@ class Engine:
         if adapter := model.adapters.get(NAME):
             # beside an adapter that goes on, what it trained whole is no longer the base's
             base = scan_folder(folder) if given else stored
-            model.adapters[NAME] = replace(adapter, digest=digest_of(base))
+            model.adapters[NAME] = replace(adapter, digest=base_digest(base))
             if given:
                 check_same_parts(folder, dict(model.named_parameters()), given)
         self.place(stored | given)

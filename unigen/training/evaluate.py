@@ -18,7 +18,7 @@ from unigen.training.answering import Answerer
 from unigen.training.answers import LOWER, NEITHER, SHARE, HeldOutAnswers
 from unigen.training.datasets import RunData
 from unigen.training.engine import Engine
-from unigen.training.preflight import judge, speaks
+from unigen.training.preflight import enough_labels, judge_losses
 from unigen.training.probe import DRIFT, Probe
 from unigen.training.validation import (
     IMAGE_BY_TASK,
@@ -143,8 +143,8 @@ class Evaluation:
     def _first(self, found: Losses) -> None:
         """Compares the losses of the model that a run begins with with what is expected of them."""
         text, image = found.values.get("text_loss"), found.values.get("image_loss")
-        text = text if speaks(found.labels, found.samples) else None
-        self.doubted = judge(self.engine, text, image, "step-0 validation", self.doubted)
+        text = text if enough_labels(found.labels, found.samples) else None
+        self.doubted = judge_losses(self.engine, text, image, "step-0 validation", self.doubted)
 
     def _between(self, seconds_per_token: float) -> float:
         """Seconds of training between two evaluations, predicted: a backward takes twice what a forward does,
@@ -215,7 +215,7 @@ def step_tokens(stream: PackStream, rank_slice: RankSlice) -> float:
     return rank_slice.micro_batches * (stream.budget or stream.batch_size * sample)
 
 
-def told(values: Mapping[str, float | None], metric: str) -> str:
+def numbers_line(values: Mapping[str, float | None], metric: str) -> str:
     """The numbers that fit a line: those that are no part of another, the drift, and the one that decides."""
     shown = {
         name: value

@@ -17,7 +17,7 @@ from typing import Any
 from unigen.config import Config, UserError
 from unigen.data.dataset import list_bad_records
 from unigen.data.loader import MicroBatch, PackStream
-from unigen.data.verdict import Verdict, percent
+from unigen.data.verdict import Verdict, percents
 from unigen.files import json_of
 from unigen.runs.layout import BAD_RECORDS, BAD_STEPS
 from unigen.runs.log import drop_after
@@ -204,7 +204,7 @@ class BadStepGuard:
         if not verdict.can_train("skip"):
             raise TrainingStopped(
                 f"{message}; now {verdict.bad:,} of {verdict.total:,} records cannot be used, more than"
-                f" {percent(verdict.max_bad_share)} (max_bad_share). Fix: see bad_records.jsonl, bring the"
+                f" {percents(verdict.max_bad_share)} (max_bad_share). Fix: see bad_records.jsonl, bring the"
                 " pictures back, then resume with --resume_from_checkpoint auto"
             )
 

@@ -24,7 +24,7 @@ from unigen.runs.signals import Stopped, shielded, watching_workers, worker_init
 from unigen.runs.space import SpaceError
 from unigen.tracking.tracker import Progress, Tracker
 from unigen.training.closing import closing, following
-from unigen.training.evaluate import told
+from unigen.training.evaluate import numbers_line
 from unigen.training.failures import explain
 from unigen.training.guards import Diverged, TrainingStopped
 from unigen.training.optim import learning_rate_at, rates
@@ -322,7 +322,7 @@ class TrainingLoop:
             raise Stopped
         if self.tracker:
             self.tracker.log(values, position.step)
-        self.progress.write(f"Validation at step {position.step}: {told(values, evaluation.metric)}")
+        self.progress.write(f"Validation at step {position.step}: {numbers_line(values, evaluation.metric)}")
         if not position.step:  # the model that the run began with is none of its results
             return values
         if evaluation.probe is not None:

@@ -23,12 +23,12 @@ FEW_LABELS, FEW_A_SAMPLE = 16, 8
 LARGE = 10**9  # parameters; nobody trains so many from random weights with a fine-tuning program
 
 
-def speaks(labels: float, samples: float) -> bool:
+def enough_labels(labels: float, samples: float) -> bool:
     """Do so many labels say whether a model knows text?"""
     return labels >= max(FEW_LABELS, FEW_A_SAMPLE * samples)
 
 
-def judge(
+def judge_losses(
     engine: Engine,
     text: float | None,
     image: float | None,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unigen.config import Config, ConfigError
-from unigen.model.adapters import Adapter, describe
+from unigen.model.adapters import Adapter, adapters_line
 from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
 from unigen.model.lora import add_adapter, take_inputs_as_they_are, targets_of, whole_of
@@ -92,7 +92,7 @@ def add_adapters(model: Bagel, config: Config, computes: torch.dtype, fresh: boo
     add_adapter(model, adapter)
     if computes != torch.float32 and config.lora_variant != "dora":
         take_inputs_as_they_are(model)
-    log.info("Adapters: %s", describe(adapter))
+    log.info("Adapters: %s", adapters_line(adapter))
 
 
 def _refuse_names(config: Config, targets: tuple[str, ...], whole: tuple[str, ...]) -> None:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from unigen.bars import each
 from unigen.config import UserError
 from unigen.model.bagel import Bagel, Output
-from unigen.model.lora import adapters_off, digest_of
+from unigen.model.lora import adapters_off, base_digest
 from unigen.model.parts import is_adapter
 from unigen.model.sdpa import Halves
 from unigen.model.source import Source
@@ -58,7 +58,7 @@ class Teacher:
         run goes on from one."""
         self.engine, self.model = engine, engine.model
         self.settle: Callable[[], None] = lambda: None  # waits until no weight is being saved
-        self.digest = digest_of(source.stored)
+        self.digest = base_digest(source.stored)
         path = engine.config.model_path
         other = source.folder != Path(path) or (resumed or {}).get("preserved", self.digest) != self.digest
         if resumed is not None and other:

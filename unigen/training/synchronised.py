@@ -31,7 +31,7 @@ def expected(error: BaseException) -> bool:
     return isinstance(error, UserError | torch.OutOfMemoryError | MemoryError | OSError | _Unwind)
 
 
-def stopped() -> BaseException:
+def stopped_here() -> BaseException:
     from unigen.runs.signals import Stopped
 
     return Stopped()
@@ -92,7 +92,7 @@ class SynchronisedGeneration:
                 self.meet()
         failure, self.failure = self.failure, None
         if self.stop:
-            raise failure if failure is not None and not isinstance(failure, Exception) else stopped()
+            raise failure if failure is not None and not isinstance(failure, Exception) else stopped_here()
         assert failure is None or isinstance(failure, Exception)
         return failure or elsewhere
 

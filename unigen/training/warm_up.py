@@ -25,7 +25,7 @@ from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
 from unigen.training.failures import LESS_MEMORY
 from unigen.training.guards import TrainingStopped
-from unigen.training.preflight import judge, speaks
+from unigen.training.preflight import enough_labels, judge_losses
 from unigen.training.step import Counts, forward_backward
 
 log = logging.getLogger("unigen")
@@ -141,18 +141,20 @@ def _without_gradient(gradients: dict[str, bool | None]) -> list[str]:
 
 
 def _look_at_losses(engine: Engine, pack: Pack, sums: Tensor) -> frozenset[str]:
-    """:func:`judge` of the warm-up batch's losses."""
+    """:func:`judge_losses` of the warm-up batch's losses."""
     counts = Counts.of([pack])
     text, text_count, image, image_count = engine.sum(
         [float(sums[0]), counts.text, float(sums[1]), counts.image]
     )
-    text_loss = text / text_count if text_count and speaks(pack.n_text_labels, pack.n_samples) else None
+    text_loss = (
+        text / text_count if text_count and enough_labels(pack.n_text_labels, pack.n_samples) else None
+    )
     image_loss = image / image_count if image_count else None
     losses = {"text": text_loss, "image": image_loss}
     said = [f"{kind} loss {value:.4g}" for kind, value in losses.items() if value is not None]
     if said and engine.main:
         log.info("Preflight: %s before the first step", ", ".join(said))
-    return judge(engine, text_loss, image_loss)
+    return judge_losses(engine, text_loss, image_loss)
 
 
 def _other_targets(stream: PackStream, kinds: set[tuple[bool, bool]]) -> Iterator[Pack]:

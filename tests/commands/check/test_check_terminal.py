@@ -15,7 +15,7 @@ from unigen.commands.check.terminal import report
 from unigen.config import DataOptions
 from unigen.messages import in_language
 from unigen.model.weights import load_planner
-from unigen.printing import columns
+from unigen.printing import width_of
 from unigen.show.language import Words, of_code
 from unigen.show.terminal import drawn
 
@@ -64,7 +64,7 @@ def test_the_report_says_everything(tmp_path, language, width):
         assert re.search(rf"(?<![\d,]){number:,}(?![\d,])", text), "no number is broken"
     assert text.endswith("-> check.html")
     cuts = [line for line in text.splitlines() if line.startswith("max_sequence_length  ")]
-    assert width < 80 or columns(cuts[0]) <= 80
+    assert width < 80 or width_of(cuts[0]) <= 80
     assert re.search(r"^[\d,]+ ←  ", text, re.M), "the row in force is marked"
 
 

@@ -5,18 +5,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from unigen.commands.check.statistics import QUANTILES, bins, describe, find_repeats
+from unigen.commands.check.statistics import QUANTILES, bins, distribution_of, find_repeats
 
 
 def test_numbers_are_described_as_numpy_counts_them():
     r = np.random.default_rng(0)
     numbers = np.concatenate([r.integers(0, 50, 300), r.integers(0, 100_000, 300), [0, 1 << 30]])
-    found = describe(numbers)
+    found = distribution_of(numbers)
     assert (found["count"], found["total"], found["min"], found["max"]) == (602, numbers.sum(), 0, 1 << 30)
     assert list(found["quantiles"].values()) == [
         int(np.quantile(numbers, q, method="inverted_cdf")) for q in QUANTILES
     ]
-    assert describe(numbers[:0]) == {"count": 0}
+    assert distribution_of(numbers[:0]) == {"count": 0}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from checkpoints import write_checkpoint
 
 from unigen import cli, load_bagel, save_bagel
 from unigen.commands.ckpt.export import ExportError, export
-from unigen.commands.ckpt.listing import checkpoints_of, describe
+from unigen.commands.ckpt.listing import checkpoint_facts, checkpoints_of
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.config import Config
 from unigen.inference.pictures import trained_transform
@@ -184,7 +184,10 @@ def test_ls_of_one_checkpoint_and_of_a_run_without_any(run: Path, tmp_path: Path
     assert ckpt("ls", tmp_path / "empty", "--json") == 0 and json.loads(capsys.readouterr().out) == []
     assert checkpoints_of(run / "best") == [run / "best"]
     (run / "best" / "manifest.json").unlink()
-    assert checkpoints_of(run / "best") == [run / "best"] and describe(run / "best")["state"] == "damaged"
+    assert (
+        checkpoints_of(run / "best") == [run / "best"]
+        and checkpoint_facts(run / "best")["state"] == "damaged"
+    )
 
 
 # ---- verify
@@ -196,7 +199,7 @@ def test_verify_says_ok_or_every_problem_and_its_exit_code_follows(run: Path, ca
     assert ckpt("verify", run / "step_2", run / "step_10", run / "best") == 0
     assert capsys.readouterr().out == f"{run}/step_2: OK\n{run}/step_10: OK\n{run}/best: OK\n"
     flip(run / "step_10" / "ema-00001-of-00002.safetensors")  # of the right size: ls cannot see it
-    assert describe(run / "step_10")["state"] == "whole"
+    assert checkpoint_facts(run / "step_10")["state"] == "whole"
     assert ckpt("verify", run) == 1
     size = read_manifest(run / "step_30")["files"]["optimizer-00002-of-00002.safetensors"]["size"]
     assert capsys.readouterr().out.splitlines() == [

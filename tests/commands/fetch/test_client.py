@@ -15,7 +15,7 @@ from picture_server import ANSWERS, PNG, PictureServer
 from unigen.commands.fetch import client as fetch
 from unigen.commands.fetch.addresses import FetchError
 from unigen.commands.fetch.client import Client
-from unigen.commands.fetch.store import kind_of
+from unigen.commands.fetch.store import picture_kind
 
 TLS = ssl.create_default_context()
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
@@ -114,7 +114,7 @@ def refusal(client: Client, url: str) -> FetchError:
 @pytest.mark.parametrize("path", GOOD)
 def test_a_good_answer_gives_the_whole_picture(server, path):
     data = client().get(server.url(path))
-    assert kind_of(data, deep=True) == ("jpg" if path.endswith("jpg") else "png")
+    assert picture_kind(data, deep=True) == ("jpg" if path.endswith("jpg") else "png")
     assert data == PNG or path.endswith("jpg")
 
 
@@ -129,7 +129,7 @@ def test_a_bad_answer_is_refused_with_its_reason(server, path):
 @pytest.mark.parametrize("path", CONTENT)
 def test_what_is_no_picture_is_told_by_its_bytes(server, path):
     with pytest.raises(FetchError) as caught:
-        kind_of(client().get(server.url(path)))
+        picture_kind(client().get(server.url(path)))
     assert caught.value.reason == CONTENT[path]
 
 

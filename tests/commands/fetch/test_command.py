@@ -22,7 +22,7 @@ from picture_server import PNG, picture
 from unigen import cli
 from unigen.commands.fetch.command import FetchOptions, _Turns
 from unigen.commands.fetch.rewrite import places
-from unigen.commands.fetch.store import PictureStore, kind_of
+from unigen.commands.fetch.store import PictureStore, picture_kind
 from unigen.config import UserError
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.formats import FORMATS, parse_with_fields
@@ -332,7 +332,7 @@ def test_a_run_that_was_killed_is_continued(server, tmp_path):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         with pytest.raises(UserError, match="another unigen fetch is writing there"):
-            cli.load(cli.COMMANDS["fetch"].run)(FetchOptions([str(data)], str(out)))
+            cli.load_name(cli.COMMANDS["fetch"].run)(FetchOptions([str(data)], str(out)))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
@@ -347,7 +347,7 @@ def test_a_run_that_was_killed_is_continued(server, tmp_path):
     ]
     assert colours == [0, 1, 2, 3, 4, *range(90, 95)]
     assert not (out / ".new").exists() and all(
-        kind_of(path.read_bytes(), deep=True) for path in out.glob("pictures/*/*")
+        picture_kind(path.read_bytes(), deep=True) for path in out.glob("pictures/*/*")
     )
 
 

@@ -14,7 +14,7 @@ from previews import EXAMPLES, HOUSE, PICTURES, SAY, packed, page_of, record, sa
 
 from unigen import cli
 from unigen.commands.preview import command as preview
-from unigen.commands.preview.chips import Chip, Chips, named
+from unigen.commands.preview.chips import Chip, Chips, signs_named
 from unigen.commands.preview.page import write_preview
 from unigen.commands.preview.pick import PreviewOptions, pick
 from unigen.commands.preview.pictures import BLOCKS, mask_picture, tile_side
@@ -241,7 +241,7 @@ def test_invisible_characters_have_names_and_visible_ones_stay():
     assert parts("a\n\t") == [("a", ""), ("↵", "U+000A"), ("\n", ""), ("⇥", "U+0009")]
     assert parts("👩\u200d👧") == [("👩\u200d👧", "")] and parts("\u200dx")[0] == ("ZWJ", "Zero Width Joiner")
     assert parts("مرحبا你好é") == [("مرحبا你好é", "")]
-    assert named("a\u202eb <c>\n") == "a⟨RLO⟩b <c>\n"
+    assert signs_named("a\u202eb <c>\n") == "a⟨RLO⟩b <c>\n"
 
 
 def test_a_page_of_five_large_samples_is_small(tmp_path, capsys):

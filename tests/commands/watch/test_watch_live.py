@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from recorded import beat, record, row
 
-from unigen.show.terminal import columns
+from unigen.show.terminal import width_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -96,7 +96,7 @@ def test_a_live_view_follows_the_run_and_the_window_and_leaves_no_trace(folder):
         terminal.size(50, 16)
         terminal.wait_for(r"Ctrl-C leaves(?s:.*)\x1b\[H")
         small = frames(terminal.wait_for(r"\x1b\[H(?s:.*)\x1b\[H"))[1]
-        assert {columns(line) for line in small} == {50} and len(small) == 16
+        assert {width_of(line) for line in small} == {50} and len(small) == 16
         assert small[0].startswith("run  ● running") and "Ctrl-C leaves" in small[-1]
         os.kill(terminal.process.pid, signal.SIGINT)
         while terminal.read(5.0) and terminal.process.poll() is None:

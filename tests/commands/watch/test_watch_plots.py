@@ -45,7 +45,7 @@ def test_without_a_font_for_chinese_plots_are_english_and_that_is_said(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
 ):
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(plots, "readable", lambda charts: all(chart.title.isascii() for chart in charts))
+    monkeypatch.setattr(plots, "has_fonts", lambda charts: all(chart.title.isascii() for chart in charts))
     drawn = []
     monkeypatch.setattr(plots, "png", lambda chart: drawn.append(chart.title) or b"")
     watch(WatchOptions([str(folder)], plots=str(tmp_path / "zh"), language="zh"))

@@ -25,7 +25,7 @@ from unigen.show.curves import AxisRange, Curve
 from unigen.show.figures import figure
 from unigen.show.language import Words
 from unigen.show.plot import marks, sparkline
-from unigen.show.terminal import columns, drawn
+from unigen.show.terminal import drawn, width_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,10 +72,10 @@ def test_it_fits_any_width(tmp_path, language, width):
     words = Words(language, "watch")
     for some in ([runs[0]], [runs[1]], runs):
         lines = shown(some, width, language)
-        assert max(map(columns, lines)) <= width
+        assert max(map(width_of, lines)) <= width
     losses = [figure(run.metrics.log.latest["loss"]) for run in runs]
     found = [next(line for line in lines if loss in line) for loss in losses]
-    assert len({columns(line[: line.index(loss)]) for line, loss in zip(found, losses, strict=True)}) == 1
+    assert len({width_of(line[: line.index(loss)]) for line, loss in zip(found, losses, strict=True)}) == 1
     header = "\n".join(lines[: lines.index(found[0])])
     assert (words("best") in header) == (width >= 80), "where there is no room, the lesser columns go"
 
@@ -171,7 +171,7 @@ def test_states_and_warnings_are_said_in_both_languages(tmp_path, language):
 def test_the_command_prints_and_ends_where_there_is_no_terminal(folder, capsys):
     assert cli.main(["watch", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "running" in out and "\x1b" not in out and max(map(columns, out.splitlines())) < 200
+    assert "running" in out and "\x1b" not in out and max(map(width_of, out.splitlines())) < 200
     assert (
         cli.main(["watch", str(folder.parent), "--language", "zh", "--smooth", "0.9", "--steps", "100:200"])
         == 0

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from unigen.data.keys import listed
-from unigen.data.verdict import Verdict, percent
+from unigen.data.keys import counts_of
+from unigen.data.verdict import Verdict, percents
 
 # Shares above which a finding is a warning.
 CUT, DUPLICATES, SAME_TEXT, UPSCALED, NEAR_EMPTY = 0.01, 0.01, 0.05, 0.05, 0.01
@@ -49,13 +49,13 @@ def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
     if problems:
         bad = s["records"] - s["good_records"] - sum(s["unlearnt"].values())
         verdict = Verdict(s["good_records"], bad, s["lost_files"], s["max_bad_share"])
-        values = {"n": problems, "share": verdict.share, "limit": percent(verdict.max_bad_share)}
+        values = {"n": problems, "share": verdict.share, "limit": percents(verdict.max_bad_share)}
         yield Advice(_PROBLEMS[verdict.code], "warn", values)
     for kind, level in (("splits", "warn"), ("about", "note")):
         if s["left_out"][kind]:
             yield Advice(f"left_out_{kind}", level, {"files": s["left_out"][kind]})
     if s["unread"]:
-        yield Advice("unread", "warn", {"fields": listed(s["unread"], s["good_records"])})
+        yield Advice("unread", "warn", {"fields": counts_of(s["unread"], s["good_records"])})
     surplus = s["repeats"]["records"]["surplus"]
     if surplus:
         yield Advice(

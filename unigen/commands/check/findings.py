@@ -24,7 +24,7 @@ from unigen.commands.check.part import PartFindings, PartJob, checker
 from unigen.commands.check.statistics import (
     KINDS,
     Tally,
-    describe,
+    distribution_of,
     how_full_packs_get,
     repeats,
     what_limits_cut,
@@ -187,14 +187,14 @@ class Findings:
                 "image_tokens": tokens("image_tokens"),
             },
             "tokens": {kind: tokens(kind) for kind in KINDS},
-            "lengths": {"unit": "tokens" if self.exact else "words", **describe(good["length"])},
+            "lengths": {"unit": "tokens" if self.exact else "words", **distribution_of(good["length"])},
             "pictures": {
                 "pieces": len(pictures),
                 "sizes": [[*size, n] for size, n in zip(sizes[most].tolist(), often[most].tolist())],
                 "distinct_sizes": len(sizes),
                 "upscaled": int(pictures["upscaled"].sum()),
-                "latent_tokens": describe(pictures["latent"][pictures["latent"] > 0]),
-                "vit_tokens": describe(pictures["vit"][pictures["vit"] > 0]),
+                "latent_tokens": distribution_of(pictures["latent"][pictures["latent"] > 0]),
+                "vit_tokens": distribution_of(pictures["vit"][pictures["vit"] > 0]),
             },
             "repeats": self._repeats(),
             "near_empty": {

@@ -17,7 +17,7 @@ from unigen.data.formats import FORMATS
 from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import ReadOptions
 from unigen.data.workers import Mark
-from unigen.sequence.images import PictureError, image_size, open_image, read_bytes
+from unigen.sequence.images import PictureError, image_size, open_image, read_picture
 from unigen.sequence.lengths import RecordLengths, TokenLengths
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
@@ -116,7 +116,7 @@ class _Looks(PictureHeaders):
             if len(self._seen) >= _PICTURES:
                 self._seen.clear()
             try:
-                content = int(key) if inside else hash_of(read_bytes(source)) if self.deep else 0
+                content = int(key) if inside else hash_of(read_picture(source)) if self.deep else 0
                 if self.deep:
                     open_image(source)
                 self._seen[key] = image_size(source), content

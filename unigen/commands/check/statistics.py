@@ -117,7 +117,7 @@ def count_tokens(
         put(name, (kind == number) & ~blocks.table["by_chance"], tokens)
 
 
-def describe(numbers: np.ndarray) -> dict[str, Any]:
+def distribution_of(numbers: np.ndarray) -> dict[str, Any]:
     """``count, total, mean, min, max, quantiles {share: number}, histogram [[from, to, count]]`` of whole
     numbers [n]; just ``count`` where there are none. A quantile is the smallest number that at least its
     share of all do not exceed."""

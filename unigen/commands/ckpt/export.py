@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unigen.bars import Bar
-from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint
+from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint_folder
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.commands.ckpt.verify import RECEIPT, problems_of, receipt_of
 from unigen.config import UserError
@@ -20,7 +20,7 @@ from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import ForeignFileError, copy_file, roots_of
 from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
 from unigen.model.config import read_config
-from unigen.model.lora import binding_on_disk, digest_of, merges
+from unigen.model.lora import base_digest, binding_on_disk, merges
 from unigen.model.quantise import (
     ROUNDS,
     described,
@@ -37,9 +37,9 @@ from unigen.model.storage import (
     WEIGHTS,
     Quantised,
     Stored,
+    checkpoint_json,
     is_of_set,
     part_name,
-    read_json,
     scan_folder,
     write_json,
     write_safetensors,
@@ -75,12 +75,12 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             cannot be written.
         CheckpointError: there is no checkpoint, or its manifest is damaged.
     """
-    inside = [] if is_checkpoint(source) or not source.is_dir() else checkpoints_of(source)
+    inside = [] if is_checkpoint_folder(source) or not source.is_dir() else checkpoints_of(source)
     if inside:
         raise ExportError(
             f"{source} is a run. Fix: name one of its checkpoints: {', '.join(p.name for p in inside)}"
         )
-    given = not is_checkpoint(source) and (source / "llm_config.json").exists()
+    given = not is_checkpoint_folder(source) and (source / "llm_config.json").exists()
     manifest, out = _about(source) if given else read_manifest(source), Path(os.path.abspath(out))
     adapted = GROUP in manifest["groups"]
     _check_quantising(source, options, adapted)
@@ -181,14 +181,14 @@ def _check_quantising(source: Path, options: CkptOptions, adapted: bool) -> None
 def _describe(source: Path, staging: Path, options: CkptOptions) -> str:
     """Writes the quantised model's ``config.json``; the kind."""
     raw = options.weights == "raw"
-    stored = scan_weights(source, raw) if is_checkpoint(source) else scan_folder(source)
+    stored = scan_weights(source, raw) if is_checkpoint_folder(source) else scan_folder(source)
     shapes = matrices(stored)
     config = read_config(source, {name: entry.shape for name, entry in stored.items()}).to_dict()
     if (staging / "config.json").exists():
-        config = read_json(staging / "config.json") | config
+        config = checkpoint_json(staging / "config.json") | config
     assert options.quantize
     config["quantization_config"] = described(options.quantize, options.double_quant, shapes)
-    config[ORIGIN] = digest_of(stored)
+    config[ORIGIN] = base_digest(stored)
     write_json(staging / "config.json", config)
     return options.quantize
 

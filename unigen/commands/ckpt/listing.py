@@ -30,8 +30,8 @@ def list_checkpoints(folder: Path, as_json: bool = False) -> int:
         raise UserError(f"{folder}: there is no such folder. Fix: name the folder of a run (its output_dir)")
     about = receipt_of(folder)
     inside = checkpoints_of(folder) if about is None else []
-    rows = list(map(describe, inside)) if about is None else [_exported(folder, about)]
-    run = folder.parent if is_checkpoint(folder) else folder
+    rows = list(map(checkpoint_facts, inside)) if about is None else [_exported(folder, about)]
+    run = folder.parent if is_checkpoint_folder(folder) else folder
     losses = dict(read_log(run / layout.METRICS, having="val_loss").curve("val_loss").T.tolist())
     for row in rows:
         row["val_loss"] = losses.get(row["step"])
@@ -45,7 +45,7 @@ def list_checkpoints(folder: Path, as_json: bool = False) -> int:
     return 0
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def checkpoint_facts(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: name, step, time (unix s), bytes, processes, engine, holds,
     resumable, skipped_steps ([of the last ones, how many these are]; null where none), diverging (written
     while steps had to be skipped: ``auto`` passes over it), state, problems.
@@ -81,7 +81,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _exported(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """As :func:`describe`, of an export."""
+    """As :func:`checkpoint_facts`, of an export."""
     sizes = {name: entry["size"] for name, entry in about.get("files", {}).items()}
     problems = [found for file, size in sizes.items() if (found := wrong_size(folder / file, file, size))]
     problems += [] if about else [f"{RECEIPT} cannot be read"]
@@ -108,14 +108,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, then ``best``, then what a kill left; or the folder alone where
     it is one."""
-    if is_checkpoint(folder):
+    if is_checkpoint_folder(folder):
         return [folder]
     hidden = sorted(p for p in folder.iterdir() if p.is_dir() and layout.unfinished(p.name))
     best = folder / layout.BEST
     return [*reversed(steps(folder)), *([best] if best.is_dir() else []), *hidden]
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_checkpoint_folder(folder: Path) -> bool:
     """Is the folder one, or the place of one, in place of a run?"""
     name = folder.resolve().name
     if (folder / layout.MANIFEST).exists() or layout.step_of(name) is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unigen.commands.init.model import cut
+from unigen.commands.init.model import pre_tokens
 from unigen.config import UserError
 from unigen.sequence.images import area_means, to_image
 
@@ -383,7 +383,7 @@ def word_texts(words: Iterable[str] = WORDS) -> list[str]:
     """
     words = list(words)
     for word in words:
-        if len(cut(word)) != 1:
+        if len(pre_tokens(word)) != 1:
             raise ValueError(
                 f"{word!r} cannot be one token: Qwen2 splits at spaces and digits, and letters from signs."
                 " Give its parts."

@@ -20,7 +20,7 @@ from unigen.commands.evaluate.work import (
 )
 from unigen.config import ConfigError
 from unigen.evaluation.answered import Answered
-from unigen.evaluation.answers import claim
+from unigen.evaluation.answers import claim_answers
 from unigen.evaluation.results import digest_of
 from unigen.evaluation.score import score
 from unigen.evaluation.scored_folders import check_same, read_geneval, with_overall
@@ -66,7 +66,7 @@ def run_folders(o: EvaluateOptions) -> int:
     for name, folder, (_, predictions) in zip(names, folders_of(out, names), read, strict=True):
         about = _about(Path(name), predictions)
         with unwritten("output_dir", folder):
-            claim(folder, {**about, "cases": len(cases)})
+            claim_answers(folder, {**about, "cases": len(cases)})
         scores = with_overall(score(cases, predictions, tools, kinds=kinds))
         one = Answered(name, about, predictions, scores)
         write_scores(folder, one, len(cases))

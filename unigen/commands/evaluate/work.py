@@ -25,7 +25,7 @@ from unigen.evaluation.answers import (
     BatchesOfProcess,
     Prediction,
     answer_all,
-    claim,
+    claim_answers,
     row_by_row,
     same_threads,
 )
@@ -370,7 +370,7 @@ def _given(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Predi
         "predictions": sha256_of(Path(source.name))[:12], "data": work.fingerprint, "version": __version__,
         "sampling": {},
     }  # fmt: skip
-    claim(source.folder, {**about, "cases": len(work.cases)})
+    claim_answers(source.folder, {**about, "cases": len(work.cases)})
     return about, predictions, {}
 
 

@@ -103,7 +103,7 @@ class Target(NamedTuple):
 # ---- addresses
 
 
-def shown(url: str, most: int = 200) -> str:
+def masked(url: str, most: int = 200) -> str:
     """``url`` for messages: user information hidden, nothing unprintable, at most ``most`` characters."""
     url = re.sub(r"^([\x00-\x20]*[a-zA-Z][\w+.-]*:[/\\]{0,9})[^/?#]*@", r"\1***@", url)
     url = printable(url[: most + 1])
@@ -120,7 +120,7 @@ def parse_url(text: str) -> Target:
     scheme = scheme.lower()
     if colon and scheme not in ("http", "https") and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         fix = "only http and https are fetched; save the picture as a file and name that file"
-        raise FetchError("refused_scheme", f"the scheme is {shown(scheme, 20)}:", fix)
+        raise FetchError("refused_scheme", f"the scheme is {masked(scheme, 20)}:", fix)
     if len(text) > MAX_LENGTH:
         raise _bad(f"it has {len(text):,} characters, more than {MAX_LENGTH:,}")
     if control := re.search(r"[\x00-\x20\x7f-\x9f\\]", text):
@@ -147,7 +147,7 @@ def parse_url(text: str) -> Target:
 def _host_and_port(authority: str) -> tuple[str, str]:
     match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([0-9]{0,5}))?", authority)
     if match is None:
-        raise _bad(f"{shown(authority)!r} is not a host with an optional port")
+        raise _bad(f"{masked(authority)!r} is not a host with an optional port")
     host, port = match[1], match[2] or ""
     if port and not 1 <= int(port) <= 65535:
         raise _bad(f"the port {port} is not between 1 and 65535")
@@ -157,10 +157,11 @@ def _host_and_port(authority: str) -> tuple[str, str]:
         try:
             ip = ipaddress.IPv6Address(host[1:-1])
         except ValueError:
-            raise _bad(f"{shown(host)} is not an IPv6 address") from None
+            raise _bad(f"{masked(host)} is not an IPv6 address") from None
         if "%" in host:
             raise _bad(
-                f"{shown(host)} names a zone, which means something on one machine only", "take the zone out"
+                f"{masked(host)} names a zone, which means something on one machine only",
+                "take the zone out",
             )
         return str(ip), port
     return _name(host), port
@@ -173,10 +174,10 @@ def _name(host: str) -> str:
         try:
             host = idna.encode(host, uts46=True, std3_rules=True).decode()
         except (idna.IDNAError, UnicodeError) as error:
-            raise _bad(f"{shown(host)!r} is not a valid international name ({error})") from None
+            raise _bad(f"{masked(host)!r} is not a valid international name ({error})") from None
     host = host.lower().removesuffix(".")
     if len(host) > 253 or not all(re.fullmatch(r"[a-z0-9_-]{1,63}", label) for label in host.split(".")):
-        raise _bad(f"{shown(host)!r} is not a host name")
+        raise _bad(f"{masked(host)!r} is not a host name")
     # then resolvers take it for a number, not for a name
     if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
         try:

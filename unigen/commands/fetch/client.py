@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urljoin
 
-from unigen.commands.fetch.addresses import IP, FetchError, Network, Target, parse_url, shown, why_refused
+from unigen.commands.fetch.addresses import IP, FetchError, Network, Target, masked, parse_url, why_refused
 from unigen.version import __version__
 
 BACK_OFF = 1.0  # seconds before the first retry; doubled for each one after it
@@ -88,14 +88,14 @@ class Client:
                 answer = self._ask(target, deadline)
             except FetchError as error:
                 if hop:
-                    error.problem = f"after a redirect to {shown(str(target))}: {error.problem}"
+                    error.problem = f"after a redirect to {masked(str(target))}: {error.problem}"
                 raise
             if isinstance(answer, bytes):
                 return answer
             target = answer
-        problem = f"more than {self.max_redirects} redirects, the last one to {shown(str(target))}"
+        problem = f"more than {self.max_redirects} redirects, the last one to {masked(str(target))}"
         if self.max_redirects == 0:
-            problem = f"it is a redirect to {shown(str(target))}"
+            problem = f"it is a redirect to {masked(str(target))}"
         fix = (
             "write the final address into the data, or allow more with --max_redirects"
             f" {self.max_redirects + 3}"
@@ -236,9 +236,8 @@ class Client:
             problem = f"{target.host} closed the connection early ({type(error).__name__})"
             raise FetchError("connection_lost", problem, later, retry=True) from None
         except http.client.HTTPException as error:
-            problem = (
-                f"{target.host} does not answer in HTTP/1.x ({type(error).__name__}: {shown(str(error), 80)})"
-            )
+            why = type(error).__name__
+            problem = f"{target.host} does not answer in HTTP/1.x ({why}: {masked(str(error), 80)})"
             raise FetchError("bad_answer", problem, "check scheme and port") from None
         except OSError as error:
             raise FetchError(
@@ -296,7 +295,7 @@ def _redirect(target: Target, location: str) -> Target:
         return parse_url(urljoin(str(target), location))
     except (FetchError, ValueError) as error:
         problem = (
-            f"it is a redirect to {shown(location)}, which is refused ({getattr(error, 'problem', error)})"
+            f"it is a redirect to {masked(location)}, which is refused ({getattr(error, 'problem', error)})"
         )
         raise FetchError("redirect", problem, "write an address without redirects into the data") from None
 
@@ -309,7 +308,7 @@ def _check_head(response: http.client.HTTPResponse, max_bytes: int) -> None:
         fix = "run the command again later" if again else "check the address"
         wait = response.headers.get("Retry-After", "").strip()
         seconds = float(wait) if re.fullmatch(r"[0-9]{1,6}", wait) else None
-        words = f"the server answers {status} {shown(response.reason, 60)}".rstrip()
+        words = f"the server answers {status} {masked(response.reason, 60)}".rstrip()
         raise FetchError(f"http_{status}", words, fix, retry=again, wait=seconds)
     for name, plain in (
         ("Content-Encoding", ("", "identity")),
@@ -318,7 +317,7 @@ def _check_head(response: http.client.HTTPResponse, max_bytes: int) -> None:
         coding = response.headers.get(name, "").strip().lower()
         if coding not in plain:
             fix = "name a server that sends the picture as it is; it was asked not to compress"
-            raise FetchError("encoded", f"the answer has {name} {shown(coding, 60)}", fix)
+            raise FetchError("encoded", f"the answer has {name} {masked(coding, 60)}", fix)
     if response.length is not None and response.length > max_bytes:
         raise _too_large(f"it has {response.length:,} bytes, more than {max_bytes:,}")
 

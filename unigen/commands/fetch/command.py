@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from unigen.bars import Bar
-from unigen.commands.fetch.addresses import FetchError, Network, parse_url, shown
+from unigen.commands.fetch.addresses import FetchError, Network, masked, parse_url
 from unigen.commands.fetch.client import Client
 from unigen.commands.fetch.rewrite import RewrittenFile, Writer, records
 from unigen.commands.fetch.store import FETCH, LOG, OWN, Entry, PictureStore, is_log
@@ -317,7 +317,7 @@ def _report(
         first = writer.first[reason]
         line = f":{first['line']}" if first["line"] else f"[{first['index']}]"
         place = f"{first['file']}{line}, {first['field']}" + (
-            f", {shown(first['url'])}" if first["url"] else ""
+            f", {masked(first['url'])}" if first["url"] else ""
         )
         told = printable(f"{place}: {first['problem']}. Fix: {first['cure']}")
         say(f"  {reason:<18} {count:>8,}  first in {told}")

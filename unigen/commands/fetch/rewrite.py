@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.bars import Bar
-from unigen.commands.fetch.addresses import FetchError, parse_url, shown
+from unigen.commands.fetch.addresses import FetchError, masked, parse_url
 from unigen.commands.fetch.store import FETCH, PictureStore
 from unigen.config import UserError
 from unigen.data.containers import parts, read_part
 from unigen.data.embedded import Address
-from unigen.data.formats import parse_with_fields, value_of
+from unigen.data.formats import parse_with_fields, record_value
 from unigen.data.keys import Unlearnt
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.files import sha256_of
@@ -67,7 +67,7 @@ def records(source: RewrittenFile) -> Iterator[Read]:
             origin = Origin(source.path, span.line or None, span.index)
             text = raw if isinstance(raw, bytes) and not source.read.fields else None
             try:
-                value = value_of(raw, span.line)
+                value = record_value(raw, span.line)
                 if source.read.fields and isinstance(value, dict):
                     value, _ = source.read.renamed(value)
                 record, fields = parse_with_fields(value, origin, plain, addresses=True)
@@ -170,7 +170,7 @@ class Writer:
             try:
                 new = self._local(place.value, source)
             except FetchError as error:
-                url = shown(place.value.url, 2000) if isinstance(place.value, Address) else "(bytes)"
+                url = masked(place.value.url, 2000) if isinstance(place.value, Address) else "(bytes)"
                 failed.append(_failure(read.origin, place.field, error.reason, error.problem, error.fix, url))
                 continue
             if new != place.holder[place.key]:

@@ -67,7 +67,7 @@ class Entry(NamedTuple):
         )
 
 
-def kind_of(data: bytes, deep: bool = False) -> str:
+def picture_kind(data: bytes, deep: bool = False) -> str:
     """The file extension of a picture, told by its first bytes and by nothing else.
 
     Args:
@@ -157,8 +157,8 @@ class PictureStore:
             ) from error
 
     def keep(self, url: str, data: bytes, deep: bool = False) -> Entry:
-        """Stores a picture. Raises FetchError as :func:`kind_of`, and UserError."""
-        kind, sha = kind_of(data, deep), hashlib.sha256(data).hexdigest()
+        """Stores a picture. Raises FetchError as :func:`picture_kind`, and UserError."""
+        kind, sha = picture_kind(data, deep), hashlib.sha256(data).hexdigest()
         name = f"pictures/{sha[:2]}/{sha}.{kind}"
         with self.writing():
             self.save(self.folder / name, [data])

@@ -20,7 +20,7 @@ from unigen.cache.encoders import digest_weights
 from unigen.commands.generate.one import checkpoint_of, held_bits
 from unigen.commands.generate.options import GenerateError, GenerateOptions
 from unigen.config import SamplingOptions
-from unigen.evaluation.answers import ABOUT, claim, same_threads
+from unigen.evaluation.answers import ABOUT, claim_answers, same_threads
 from unigen.evaluation.benchmarks import LAYOUTS, PRESETS, Layout, Preset, beaten
 from unigen.evaluation.prompt_files import Asked, read_asked
 from unigen.evaluation.results import digest_of
@@ -128,7 +128,7 @@ def write_many(o: GenerateOptions) -> None:
         inferencer = load(str(pick_device(o.device, rank)))
         inferencer.requests = empty.requests  # which has told what there is to tell
         with unwritten("output_dir", folder):
-            claim(folder / STATE, _about(o, plan, inferencer))
+            claim_answers(folder / STATE, _about(o, plan, inferencer))
             if inferencer.model.device.type == "cpu":
                 same_threads(folder / STATE)
             _draw(plan, inferencer)

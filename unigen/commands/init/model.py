@@ -57,7 +57,7 @@ def texts_of(paths: Sequence[str]) -> Iterator[str]:
                 yield from segment.variants
 
 
-def cut(text: str) -> list[str]:
+def pre_tokens(text: str) -> list[str]:
     """The parts of a text that a token never goes beyond."""
     from tokenizers import Regex, pre_tokenizers
 

@@ -54,7 +54,7 @@ def plan(options: PlanOptions) -> int:
             make_folders(place.parent)
             with atomic(place) as file:
                 file.write(recipe(outcome, options).encode())
-    show(outcome, options, gigabytes, place)
+    print_plan(outcome, options, gigabytes, place)
     return 0 if outcome.fits and not outcome.changes else 1
 
 
@@ -99,7 +99,7 @@ def load_of(options: PlanOptions, config: Config, model: BagelConfig) -> Load:
     )
 
 
-def show(outcome: Outcome, options: PlanOptions, gigabytes: float | None, place: Path | None) -> None:
+def print_plan(outcome: Outcome, options: PlanOptions, gigabytes: float | None, place: Path | None) -> None:
     """Prints the plan."""
     from unigen.commands.plan.report import as_json, report
     from unigen.show.language import Words

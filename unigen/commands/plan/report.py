@@ -23,7 +23,7 @@ PARTS = (
 
 
 def report(outcome: Outcome, facts: dict[str, Any], words: Words) -> Iterator[RenderableType]:
-    """What the terminal shows of a plan, part by part; ``facts`` are those of :func:`command.show`."""
+    """What the terminal shows of a plan, part by part; ``facts`` are those of :func:`command.print_plan`."""
     plan, load = outcome.plan, outcome.load
     yield line(
         words(

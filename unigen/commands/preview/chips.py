@@ -35,7 +35,7 @@ def sign(character: str) -> str | None:
     return chr(0x2400 + ord(character)) if ord(character) < 32 else f"U+{ord(character):04X}"
 
 
-def named(value: object) -> str:
+def signs_named(value: object) -> str:
     """Text in which what cannot be seen, or would turn the rest around, is named."""
     return "".join(c if c == "\n" or not (s := sign(c)) else f"⟨{s}⟩" for c in str(value))
 
@@ -86,7 +86,7 @@ class Chips:
 
     def name(self, id: int) -> str:
         """A token in a tooltip or a label."""
-        return named(self.special.get(id) or self.tokenizer.decode([id]))
+        return signs_named(self.special.get(id) or self.tokenizer.decode([id]))
 
     def tip(self, token: TokenView) -> str:
         """The token's column of the pack; the field names are those of ``Pack``."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from unigen.commands.preview.pick import Look, PreviewOptions, check, look_at, pick, time_shift
+from unigen.commands.preview.pick import Look, PreviewOptions, check_options, look_at, pick, time_shift
 from unigen.data.keys import Unlearnt
 from unigen.data.words import cut
 from unigen.messages import in_language
@@ -27,7 +27,7 @@ def preview(options: PreviewOptions) -> int:
         UserError: nothing can be shown: an option, the checkpoint or the data cannot be used, or the page not
             be written.
     """
-    check(options)
+    check_options(options)
     output = options.output and output_file(
         "output", options.output, "unigen preview", [*options.paths, options.model_path]
     )

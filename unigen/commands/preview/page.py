@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unigen.commands.preview.chips import Chip, Chips, FoldedText, named
+from unigen.commands.preview.chips import Chip, Chips, FoldedText, signs_named
 from unigen.commands.preview.pick import Look, PreviewOptions
 from unigen.commands.preview.pictures import (
     COLOURS,
@@ -56,13 +56,15 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
         "words": words,
         "about": words("about", shown=shown, epoch=options.epoch, seed=options.seed),
         "bad": sum("problem" in sample for sample in samples),
-        "model": words("words_note") if model is None else words("model_note", model=named(model)),
+        "model": words("words_note") if model is None else words("model_note", model=signs_named(model)),
         "kinds": [(kind, words(kind), words(f"k_{kind}")) for kind in KINDS.values()],
         "colours": " ".join(f"--{KINDS[kind]}: rgb{rgb};" for kind, rgb in COLOURS.items()),
         "legend": LEGEND,
         "samples": samples,
     }
-    title = words("title", source=named(", ".join(Path(given).name or given for given in options.paths)))
+    title = words(
+        "title", source=signs_named(", ".join(Path(given).name or given for given in options.paths))
+    )
     return write_page(
         path,
         "preview.html",
@@ -77,17 +79,17 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
 def _broken(look: Look, words: Words) -> dict[str, Any]:
     problem, raw = look.problem, look.raw
     if isinstance(problem, BadRecord):
-        rows = [(words(name), named(getattr(problem, name))) for name in ("code", "field")]
+        rows = [(words(name), signs_named(getattr(problem, name))) for name in ("code", "field")]
         for name in ("found", "expected", "fix"):
-            rows.append((words(name), named(in_language(getattr(problem, name), words.language))))
+            rows.append((words(name), signs_named(in_language(getattr(problem, name), words.language))))
     else:
-        rows = [(words("found"), named(in_language(str(problem), words.language)))]
+        rows = [(words("found"), signs_named(in_language(str(problem), words.language)))]
     text = "" if raw is None else raw.decode("utf-8", "replace") if isinstance(raw, bytes) else repr(raw)
     return {
         "number": look.number,
-        "where": [(words("place"), named(look.origin))],
+        "where": [(words("place"), signs_named(look.origin))],
         "problem": rows,
-        "raw": named(_shortened(text, RAW)),
+        "raw": signs_named(_shortened(text, RAW)),
     }
 
 
@@ -109,7 +111,7 @@ def _sample(view: SampleView, planner: Planner, words: Words) -> dict[str, Any]:
             where[what] = _shortened(", ".join(fields), METADATA)
     return {
         "number": view.number,
-        "where": [(words(name), named(value)) for name, value in where.items()],
+        "where": [(words(name), signs_named(value)) for name, value in where.items()],
         "share": len(view.pack) / view.max_length,
         "tiles": _tiles(view, words),
         "lost": sum(len(shown.lost) for shown in view.blocks),
@@ -214,7 +216,7 @@ def _picture_rows(shown: BlockView, planner: Planner, words: Words) -> Iterable[
     """What is known of a picture, as (name, value)."""
     assert isinstance(shown.segment, Image) and shown.block.grid is not None
     picture, (rows, columns) = shown.picture, shown.block.grid
-    yield words("file"), named(source_name(shown.segment)) or words("in_bytes")
+    yield words("file"), signs_named(source_name(shown.segment)) or words("in_bytes")
     if picture:
         (w0, h0), (w, h), (across, down) = picture.original, picture.size, picture.scale
         resize = (

@@ -79,7 +79,7 @@ class Look(NamedTuple):
     raw: Raw | None = None  # as it stands in the file
 
 
-def check(options: PreviewOptions) -> None:
+def check_options(options: PreviewOptions) -> None:
     """Raises UserError for an option that cannot work."""
     options.reread()
     checks = [

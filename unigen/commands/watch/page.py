@@ -14,18 +14,18 @@ from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.panels import chart, curves_of, panels_of
 from unigen.commands.watch.report import (
     MARKS,
+    begin_of,
     checkpoints,
     differing,
     facts,
     more,
     option_value,
     overview,
-    place,
     problems,
-    processes,
+    process_rows,
+    progress_of,
     share_done,
-    short,
-    warnings,
+    warning_rows,
     why,
 )
 from unigen.runs.reader import RunFolder, SampleAnswer
@@ -79,12 +79,12 @@ def _page(runs: Sequence[RunFolder], options: WatchOptions) -> tuple[dict[str, A
 
 def _one(run: RunFolder, words: Words) -> dict[str, Any]:
     state = diagnose(run)
-    tables = [checkpoints(run, words, CHECKPOINTS), processes(run, words, PROCESSES)]
+    tables = [checkpoints(run, words, CHECKPOINTS), process_rows(run, words, PROCESSES)]
     return {
         "head": {
             "mark": MARKS[state.name],
             "state": words(state.name),
-            "place": place(run, words),
+            "place": progress_of(run, words),
             "share": share_done(run),
             "why": why(state, words),
             "seen": words("seen", when=time.strftime("%Y-%m-%d %H:%M:%S"), folder=str(run.folder.resolve())),
@@ -92,7 +92,7 @@ def _one(run: RunFolder, words: Words) -> dict[str, Any]:
             "tiles": [*_results(run, words), *facts(run, state, words)],
         },
         "overview": None,
-        "warnings": warnings(run, state, words),
+        "warnings": warning_rows(run, state, words),
         "samples": _samples_of_steps(run, words),
         "tables": [table for table in [*tables, *problems(run, words, PROBLEMS)] if table.rows],
         "options": _options(run),
@@ -134,7 +134,7 @@ def _options(run: RunFolder) -> list[tuple[str, str]]:
 
     defaults = Config().to_dict()
     return [
-        (short(name), option_value(value))
+        (begin_of(name), option_value(value))
         for name, value in run.config.items()
         if name not in defaults or defaults[name] != value
     ]

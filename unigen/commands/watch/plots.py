@@ -13,7 +13,7 @@ from unigen.files import atomic
 from unigen.outputs import claim
 from unigen.runs.reader import RunFolder
 from unigen.show.language import Words
-from unigen.show.raster import png, readable
+from unigen.show.raster import has_fonts, png
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def write(folder: Path, runs: Sequence[RunFolder], options: WatchOptions) -> lis
     names = [f"{panel.name.replace('/', '_')}.png" for panel in panels_of(runs)]
     words = Words(options.language, "watch")
     charts = charts_of(runs, options.smooth, words)
-    if words.language != "en" and not readable(charts):
+    if words.language != "en" and not has_fonts(charts):
         log.warning(
             "No font of this machine has Chinese letters, so plots are in English. Fix: install one, such"
             " as fonts-noto-cjk"

@@ -41,7 +41,7 @@ def why(state: State, words: Words) -> str:
     return "; ".join(words(told.key, **told.values) for told in state.why)
 
 
-def place(run: RunFolder, words: Words) -> str:
+def progress_of(run: RunFolder, words: Words) -> str:
     """How far the run is."""
     if (total := run.total_steps) is not None:
         return words("of_steps", step=run.step, total=total)
@@ -68,7 +68,7 @@ def facts(run: RunFolder, state: State, words: Words) -> list[tuple[str, str, st
     return [(words(key), value, note) for key, value, note in told]
 
 
-def warnings(run: RunFolder, state: State, words: Words) -> list[tuple[str, str]]:
+def warning_rows(run: RunFolder, state: State, words: Words) -> list[tuple[str, str]]:
     """``(level, text)`` of what should be looked at, the worst first."""
     return [(w.level, words(w.key, **w.values)) for w in health.warnings(run, state)]
 
@@ -84,7 +84,7 @@ def checkpoints(run: RunFolder, words: Words, most: int) -> WatchTable:
     return _grid(words, "checkpoints", header, rows, len(run.checkpoints) - most)
 
 
-def processes(run: RunFolder, words: Words, most: int) -> WatchTable:
+def process_rows(run: RunFolder, words: Words, most: int) -> WatchTable:
     """The processes of a run of several; where some are left out, those that are silent or behind stay."""
     ranks = run.ranks if len(run.ranks) > 1 else []
     shown = sorted(ranks, key=lambda rank: (-round(rank.age, -1), rank.step, rank.rank))[:most]
@@ -101,11 +101,11 @@ def problems(run: RunFolder, words: Words, most: int) -> list[WatchTable]:
     found = []
     if steps := _last(run.bad_steps, most):
         cells = [(e.get("step", ""), e.get("why", ""), _records(e.get("records"))) for e in steps]
-        rows, rest = [list(map(short, row)) for row in cells], run.bad_steps.count - len(cells)
+        rows, rest = [list(map(begin_of, row)) for row in cells], run.bad_steps.count - len(cells)
         found.append(_grid(words, "bad_steps", ("step", "why", "records"), rows, rest))
     if records := _last(run.bad_records, most):
         cells = [(f"{e.get('file')}:{e.get('line')}", e.get("code"), e.get("found")) for e in records]
-        rows, rest = [list(map(short, row)) for row in cells], run.bad_records.count - len(cells)
+        rows, rest = [list(map(begin_of, row)) for row in cells], run.bad_records.count - len(cells)
         found.append(_grid(words, "bad_records", ("file", "code", "found"), rows, rest, minor=(1,)))
     return found
 
@@ -122,7 +122,9 @@ def overview(runs: Sequence[RunFolder], words: Words) -> tuple[WatchTable, list[
         named = f"{MARKS[state.name][0]} {words(state.name)}"
         rows.append([run.name, named, steps, *map(figure, numbers), _left(run, state, words)])
         wrong += [
-            (level, f"{run.name}: {text}") for level, text in warnings(run, state, words) if level == "bad"
+            (level, f"{run.name}: {text}")
+            for level, text in warning_rows(run, state, words)
+            if level == "bad"
         ]
     header = ("run", "state", "step", "loss", "validation", "best", "tokens_per_second", "eta")
     made = _grid(words, "", header, rows, minor=(6, 5, 7, 4))
@@ -140,14 +142,14 @@ def differing(runs: Sequence[RunFolder], words: Words) -> list[WatchTable]:
     for name in names:
         values = [run.config.get(name, usual.get(name)) for run in runs]
         if any(value != values[0] for value in values):
-            rows.append([short(name), *map(option_value, values)])
+            rows.append([begin_of(name), *map(option_value, values)])
     title, option = words("options_differ"), words("option")
     return [WatchTable(title, [option, *(run.name for run in runs)], rows)] if rows else []
 
 
 def option_value(value: Any) -> str:
     """An option as it is written in a recipe, or its begin."""
-    return short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return begin_of(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def more(n: int, words: Words) -> str:
@@ -155,7 +157,7 @@ def more(n: int, words: Words) -> str:
     return words("more", n=n) if n > 0 else ""
 
 
-def short(value: Any) -> str:
+def begin_of(value: Any) -> str:
     """The begin of a value that may be long."""
     text = str(value)
     return text if len(text) <= VALUE_LENGTH else text[:VALUE_LENGTH] + " …"

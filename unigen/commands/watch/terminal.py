@@ -12,11 +12,11 @@ from unigen.commands.watch.report import (
     checkpoints,
     facts,
     overview,
-    place,
     problems,
-    processes,
+    process_rows,
+    progress_of,
     share_done,
-    warnings,
+    warning_rows,
     why,
 )
 from unigen.runs.reader import RunFolder, SampleAnswer
@@ -54,7 +54,7 @@ def _one(run: RunFolder, words: Words, smoothing: float) -> Iterator[RenderableT
     share = share_done(run)
     done = "" if share is None else f"   {share:.1%}"
     named = (f"{sign} {words(state.name)}", style)
-    yield line((run.name, "bold"), "  ", named, f"   {place(run, words)}", (done, "bold"))
+    yield line((run.name, "bold"), "  ", named, f"   {progress_of(run, words)}", (done, "bold"))
     if share is not None:
         yield Stretched(
             lambda n: line(("━" * round(share * n), style), ("─" * (n - round(share * n)), "soft"))
@@ -64,13 +64,13 @@ def _one(run: RunFolder, words: Words, smoothing: float) -> Iterator[RenderableT
         line((f"{name} ", "soft"), value, f" ({note})" if note else "")
         for name, value, note in facts(run, state, words)
     )
-    if found := warnings(run, state, words):
+    if found := warning_rows(run, state, words):
         yield notices(found)
     yield ""
     yield _curves([run], words, smoothing)
     for made in (
         checkpoints(run, words, CHECKPOINTS),
-        processes(run, words, PROCESSES),
+        process_rows(run, words, PROCESSES),
         *problems(run, words, PROBLEMS),
     ):
         if made.rows:
