@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from unigen.config import UserError
 from unigen.data import containers, json_text, reader, tables, unpack
-from unigen.data.containers import BadData, ByteSpan, Raw, crc_of, feed_digest, parts, read_part
+from unigen.data.containers import BadData, ByteSpan, Raw, crc_of, feed, parts, read_part
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.finding import find_files
 from unigen.data.reader import Reader
@@ -216,7 +216,7 @@ VALUES = st.recursive(
 def test_different_rows_feed_different_bytes(one: dict, two: dict) -> None:
     def fed(row: dict) -> bytes:
         found = []
-        feed_digest(row, found.append)
+        feed(row, found.append)
         return b"".join(found)
 
     assert (fed(one) == fed(two)) == (repr(one) == repr(two))

@@ -16,7 +16,7 @@ from unigen.evaluation.score import score
 from unigen.evaluation.views import cycle_rouge, described_as_real, perplexity, verify, verify_margin
 from unigen.inference.context import Context
 from unigen.inference.inferencer import InterleaveInferencer
-from unigen.inference.sampler import feed
+from unigen.inference.sampler import feed_tokens
 from unigen.sequence.types import Image, Origin, Record, Text
 
 WHERE = Origin(Path("val.jsonl"), 1)
@@ -49,7 +49,7 @@ def token_by_token(inferencer, sample, text: str) -> tuple[float, int]:
     special, total = inferencer.tokenizer.special, 0.0
     ids = [*inferencer.tokenizer.encode(text), special.text_end]
     for given, expected in zip([special.text_start, *ids], ids):
-        logits = inferencer.model.logits(feed(inferencer.model, [context.full], [given]))[0]
+        logits = inferencer.model.logits(feed_tokens(inferencer.model, [context.full], [given]))[0]
         total -= float(logits.double().log_softmax(-1)[expected])
     return total, len(ids)
 
@@ -89,7 +89,9 @@ def test_a_picture_is_verified_by_yes_and_no_and_described(inferencer, cases, tm
     start = inferencer.tokenizer.special.text_start
     with torch.no_grad():
         chance = (
-            inferencer.model.logits(feed(inferencer.model, [context.full], [start]))[0].double().softmax(-1)
+            inferencer.model.logits(feed_tokens(inferencer.model, [context.full], [start]))[0]
+            .double()
+            .softmax(-1)
         )
     yes, no = (
         sum(float(chance[token]) for token in {inferencer.tokenizer.encode(word)[0] for word in words})

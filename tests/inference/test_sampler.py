@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unigen.config import SamplingOptions
-from unigen.inference.sampler import Canvas, draw, extend, feed, write_texts
+from unigen.inference.sampler import Canvas, draw, extend, feed_tokens, write_texts
 from unigen.model import flow
 from unigen.model.kv_cache import Cache
 from unigen.model.sdpa import join_halves
@@ -92,7 +92,7 @@ def test_feeding_token_by_token_is_extending_by_the_text(model, tokenizer):
     one, other = contexts(model, tokenizer, ["x"])[0], contexts(model, tokenizer, ["x"])[0]
     whole = extend(model, s, [one], [words])
     for token in [s.text_start, *words.ids, s.text_end]:
-        last = feed(model, [other], [token])
+        last = feed_tokens(model, [other], [token])
     assert (
         torch.allclose(whole, last, atol=1e-5)
         and one.position == other.position

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unigen.config import SamplingOptions
-from unigen.inference.sampler import Canvas, draw, extend, feed
+from unigen.inference.sampler import Canvas, draw, extend, feed_tokens
 from unigen.model.kv_cache import Cache
 from unigen.sequence.types import Kind
 
@@ -68,9 +68,9 @@ def context(model, n: int) -> Cache:
 @pytest.mark.parametrize("contexts", [1, 3])
 def test_a_decoded_token_waits_for_nothing_and_sorts_nothing(model, contexts):
     caches = [context(model, n) for n in range(3, 3 + contexts)]
-    feed(model, caches, [7] * contexts)
+    feed_tokens(model, caches, [7] * contexts)
     with Calls() as calls:
-        feed(model, caches, [7] * contexts)
+        feed_tokens(model, caches, [7] * contexts)
     assert not calls.waits and not {"sort", "argsort", "index_select"} & calls.names.keys()
 
 
@@ -85,9 +85,9 @@ def test_a_decoded_token_takes_few_kernels(model):
             config.llm.num_hidden_layers = 5
             other = type(model)(config).eval()
         cache = context(other, 5)
-        feed(other, [cache], [7])
+        feed_tokens(other, [cache], [7])
         with Calls() as calls:
-            feed(other, [cache], [7])
+            feed_tokens(other, [cache], [7])
         counts[layers] = calls.kernels
     assert (counts[5] - counts[3]) / 2 <= 46
 

@@ -12,7 +12,7 @@ from trackers import log_lines, warnings
 
 from unigen.config import Config
 from unigen.tracking import background
-from unigen.tracking.tracker import TRACKERS, Tracker, TrackerRow
+from unigen.tracking.tracker import TRACKERS, Row, Tracker
 
 
 class Told:
@@ -40,7 +40,7 @@ def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def make(client: Told) -> Tracker:
         monkeypatch.setattr(
-            "unigen.tracking.tracker.TRACKERS", {"told": TrackerRow(lambda _: True, lambda *_: client)}
+            "unigen.tracking.tracker.TRACKERS", {"told": Row(lambda _: True, lambda *_: client)}
         )
         return Tracker(tmp_path, Config())
 
@@ -123,7 +123,7 @@ def test_a_client_that_raises_is_told_once_for_each_thing_and_stops_nothing(
 
 
 def test_a_tracker_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog, monkeypatch):
-    monkeypatch.setitem(TRACKERS, "stillborn", TrackerRow(lambda _: True, lambda *_: 1 / 0))
+    monkeypatch.setitem(TRACKERS, "stillborn", Row(lambda _: True, lambda *_: 1 / 0))
     made = Tracker(tmp_path, Config())
     log(made, range(1, 3))
     made.finish()
@@ -175,9 +175,7 @@ def test_drops_are_told_when_they_begin_and_counted_at_the_end(tracker, caplog, 
 def test_several_trackers_share_one_limit_at_the_end(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(background, "FINISH_S", 1.0)
     release = threading.Event()
-    hang = {
-        str(n): TrackerRow(lambda _: True, lambda *_: Told(log=lambda: release.wait(60))) for n in range(30)
-    }
+    hang = {str(n): Row(lambda _: True, lambda *_: Told(log=lambda: release.wait(60))) for n in range(30)}
     monkeypatch.setattr("unigen.tracking.tracker.TRACKERS", hang)
     made = Tracker(tmp_path, Config())
     log(made, range(1, 3))

@@ -137,7 +137,7 @@ def read_part(part: FilePart, digest: Any = None) -> Iterator[tuple[ByteSpan, Ra
         yield from container_of(part.path).walk(part, digest)
 
 
-def feed_digest(raw: Raw | Any, update: Callable[[bytes], Any]) -> None:
+def feed(raw: Raw | Any, update: Callable[[bytes], Any]) -> None:
     """Feeds a record to ``update``, so that different records give different bytes."""
     if isinstance(raw, bytes):
         update(raw)
@@ -148,7 +148,7 @@ def feed_digest(raw: Raw | Any, update: Callable[[bytes], Any]) -> None:
         for key, value in pairs:
             length = len(value) if isinstance(value, bytes | str | dict | list | tuple) else -1
             update(f"{key!r}:{type(value).__name__}{length}=".encode("utf-8", "backslashreplace"))
-            feed_digest(value, update)
+            feed(value, update)
     else:
         update(repr(raw).encode("utf-8", "backslashreplace"))
 
@@ -163,7 +163,7 @@ def crc_of(raw: Raw) -> int:
         nonlocal crc
         crc = zlib.crc32(data, crc)
 
-    feed_digest(raw, update)
+    feed(raw, update)
     return crc
 
 
@@ -352,7 +352,7 @@ def _by_row(
     def walk(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
         for i, row in enumerate(rows(part.source, part.start)):
             if digest is not None:
-                feed_digest(row, digest.update)
+                feed(row, digest.update)
             yield ByteSpan(part.file, part.start, i, 0, part.index + i, crc_of(row)), row
 
     return walk
@@ -391,7 +391,7 @@ def _walk_tar(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
     for run in tar.runs(part.source, part.start, part.stop):
         row = tar.row_at(part.source, run.offset, run.length)
         if digest is not None:
-            feed_digest(row, digest.update)
+            feed(row, digest.update)
         yield ByteSpan(part.file, run.offset, run.length, 0, index, crc_of(row)), row
         index += 1
 

@@ -15,7 +15,7 @@ from unigen.evaluation.results import digest_of
 from unigen.evaluation.words import language
 from unigen.inference.context import Context
 from unigen.inference.inferencer import InterleaveInferencer
-from unigen.inference.sampler import feed
+from unigen.inference.sampler import feed_tokens
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.types import Image, Origin, Record, Sample, Text
@@ -153,7 +153,9 @@ class PictureProbe:
             context.pieces = sample
         i.builder.replay(contexts, drawing=False)
         opening = [i.tokenizer.special.text_start] * len(contexts)
-        logits = i.model.logits(feed(i.model, [context.full for context in contexts], opening)).double()
+        logits = i.model.logits(
+            feed_tokens(i.model, [context.full for context in contexts], opening)
+        ).double()
         for row, place, question in zip(logits.softmax(-1), there, asked):
             tongue = _spoken(question)
             yes, no = (float(row[self._first(words[tongue])].sum()) for words in (_YES, _NO))

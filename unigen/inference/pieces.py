@@ -12,7 +12,7 @@ from torch import Tensor
 from unigen.config import SamplingOptions
 from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.requests import IMAGE, TEXT, Requests
-from unigen.inference.sampler import Canvas, decode_pixels, draw, feed, write_texts
+from unigen.inference.sampler import Canvas, decode_pixels, draw, feed_tokens, write_texts
 from unigen.model.bagel import Bagel
 from unigen.sequence.images import to_image
 from unigen.sequence.tokens import Tokenizer
@@ -182,7 +182,7 @@ class Pieces:
         texts = [self.tokenizer.decode(ids[1:]) for ids in written]
         if last:
             return texts
-        hidden = feed(self.model, [c.full for c in contexts], [special.text_end] * len(contexts))
+        hidden = feed_tokens(self.model, [c.full for c in contexts], [special.text_end] * len(contexts))
         for context, past, state, text in zip(contexts, before, hidden, texts, strict=True):
             context.no_text, context.last = past, state
             context.pieces.append(Text(text, target=True))

@@ -40,7 +40,7 @@ def extend(model: Bagel, special: SpecialIds, caches: Sequence[Cache], blocks: S
 
 
 @torch.no_grad()
-def feed(model: Bagel, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
+def feed_tokens(model: Bagel, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
     """Appends one text token to each context; hidden states [B, D]."""
     pack = token_pack(ids, [c.position for c in caches], model)
     hidden = model.hidden_states(pack, pack.noise, pack.u, caches)[0]
@@ -97,7 +97,7 @@ def write_texts(
     written: list[list[int]] = [[] for _ in caches]
     active, current = list(range(len(caches))), [special.text_start] * len(caches)
     for _ in each("writing", range(max_tokens), "tokens"):
-        hidden = feed(model, [caches[i] for i in active], current)
+        hidden = feed_tokens(model, [caches[i] for i in active], current)
         logits = model.logits(hidden).float()
         for i, token in zip(active, current, strict=True):
             written[i].append(token)

@@ -146,7 +146,7 @@ class MetricsFile:
         self._file.close()
 
 
-class TrackerRow(NamedTuple):
+class Row(NamedTuple):
     """A tracker: does the config ask for it, what makes its client, and the package that it needs."""
 
     asked_for: Callable[[Config], Any]
@@ -154,9 +154,9 @@ class TrackerRow(NamedTuple):
     package: str = ""
 
 
-TRACKERS: Registry[TrackerRow] = Registry(
-    tensorboard=TrackerRow(lambda config: config.tensorboard, TensorBoard, "tensorboard"),
-    wandb=TrackerRow(lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb, "wandb"),
-    trackio=TrackerRow(lambda config: config.trackio_project, Trackio, "trackio"),
+TRACKERS: Registry[Row] = Registry(
+    tensorboard=Row(lambda config: config.tensorboard, TensorBoard, "tensorboard"),
+    wandb=Row(lambda config: config.wandb_project and config.wandb_mode != "disabled", Wandb, "wandb"),
+    trackio=Row(lambda config: config.trackio_project, Trackio, "trackio"),
 )
 """The trackers by their names."""
