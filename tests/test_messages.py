@@ -178,7 +178,7 @@ def test_values_stay_to_the_letter(shift):
         ),
         (
             "Cache c2: VAE posteriors and features of the frozen ViT are used where they are there",
-            "缓存 c2：其中已有的VAE 后验和冻结的 ViT 的特征会直接使用",
+            "缓存 c2：VAE 后验和冻结的 ViT 的特征若已在其中则直接使用",
         ),
         (
             "Cache: 3 pictures found in the cache (100.0%), 0 missing and encoded",

@@ -8,7 +8,7 @@ import pytest
 
 from unigen.cli import load_name, main
 from unigen.commands.table import COMMANDS
-from unigen.config import TrainSource, known_options
+from unigen.config import Config, ConfigError, TrainSource, known_options
 from unigen.others import names_of_others, nearest, unknown
 from unigen.values import kinds
 
@@ -30,7 +30,11 @@ def test_the_same_under_another_name_is_an_option(name: str):
 
 def test_every_flag_and_command_in_an_answer_exists():
     answers = [text for part in ("instead", "absent") for text in names_of_others()[part].values()]
-    flags = {flag for text in answers for flag in re.findall(r"--(\w+)", text)} - {"nproc_per_node"}
+    flags = {flag for text in answers for flag in re.findall(r"--(\w+)", text)} - {
+        "nproc_per_node",
+        "config",
+        "revision",
+    }
     commands = {name for text in answers for name in re.findall(r"unigen (\w+)", text)}
     assert len(flags) > 20 and flags <= OURS
     assert commands and commands <= set(COMMANDS)
@@ -52,6 +56,81 @@ def test_an_option_of_another_trainer_is_answered(argv: str, words: list[str], c
     assert main(argv.split()) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(word in said for word in words), said
+
+
+# What people write who come from LLaMA-Factory, ms-swift, transformers, diffusers, kohya and the reference.
+WRITTEN = [
+    "lora_dropout",
+    "lora_target_modules",
+    "cutoff_len",
+    "deepspeed",
+    "dataset_dir",
+    "template",
+    "flash_attn",
+    "report_to",
+    "save_strategy",
+    "mixed_precision",
+    "resolution",
+    "center_crop",
+    "random_flip",
+    "snr_gamma",
+    "train_text_encoder",
+    "validation_prompt",
+    "num_train_epochs",
+    "dataloader_num_workers",
+    "push_to_hub",
+    "torch_compile",
+    "packing",
+    "neat_packing",
+    "num_shard",
+    "ema_decay",
+    "finetune_from_hf",
+    "auto_resume",
+    "resume_from",
+    "expected_num_tokens",
+    "ce_weight",
+    "mse_weight",
+    "warmup_proportion",
+    "optim",
+    "per_device_train_batch_size",
+    "train_type",
+    "target_modules",
+    "attn_impl",
+    "system",
+    "max_length",
+    "lazy_tokenize",
+    "padding_free",
+    "unet_lr",
+    "network_dim",
+    "network_args",
+    "flip_aug",
+    "caption_extension",
+    "optimizer_type",
+    "full_bf16",
+    "data_backend_config",
+    "flow_schedule_shift",
+    "caption_dropout_probability",
+    "lr_num_cycles",
+    "weighting_scheme",
+    "prefetch_factor",
+    "num_replicate",
+    "fsdp_config",
+    "revision",
+]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_option_that_people_write_is_answered_as_a_flag_in_a_recipe_and_in_python(name, tmp_path, capsys):
+    assert name not in known_options()
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text(f"{name}: 1\n")
+    assert main(["train", f"--{name.replace('_', '-')}", "1"]) == 2
+    assert main(["train", "--config", str(recipe)]) == 2
+    flag, key = capsys.readouterr().err.splitlines()
+    with pytest.raises(ConfigError) as raised:
+        Config(**{name: 1})
+    for said in (flag, key, str(raised.value)):
+        assert "Fix: " in said and ("here" in said), said
 
 
 def test_a_recipe_is_answered_too(tmp_path, capsys):

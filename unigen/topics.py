@@ -7,6 +7,7 @@ What a value may be stands in its type (``unigen/values.py`` reads it), what sev
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,13 @@ OPTIMIZERS: Registry[str] = Registry(
 )
 """Name -> the function that makes an optimiser, as module:function, from its groups and a Config. A plugin's
 is a ``torch.optim.AdamW`` or a subclass whose state is AdamW's: that is what checkpoints hold."""
+SCHEDULES: Registry[Callable[[float], float]] = Registry(
+    linear=lambda progress: 1.0 - progress,
+    cosine=lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    constant=lambda progress: 1.0,
+)
+"""Name -> share of the peak learning rate at ``progress`` in [0, 1] between the end of the warm-up and the
+end of training. Plugins may add to it."""
 
 
 @dataclass
@@ -269,7 +277,8 @@ class OptimOptions(Options):
             100. Default: none is.
         early_stopping_patience: Stop after so many validations in a row without a better
             metric_for_best_model. Default: never.
-        lr_scheduler_type: Shape of the learning rate after the warm-up, over optimiser steps.
+        lr_scheduler_type: Shape of the learning rate after the warm-up, over optimiser steps: linear, cosine,
+            constant, or that of a plugin.
         warmup_ratio: Share of all steps over which the learning rate rises from zero.
         warmup_steps: The same as a number of steps; wins over warmup_ratio.
         text_loss_weight: Weight of the text cross-entropy.
@@ -305,7 +314,7 @@ class OptimOptions(Options):
     max_skipped_share: Share = 0.25
     spike_sigma: Positive | None = None
     early_stopping_patience: Count | None = None
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    lr_scheduler_type: Annotated[str, RowOf(SCHEDULES)] = "cosine"
     warmup_ratio: Share = 0.0
     warmup_steps: Whole | None = None
     text_loss_weight: Loss = 1.0

@@ -21,7 +21,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from unigen import plugins
-from unigen.others import nearest
+from unigen.others import nearest, unknown
 
 MOST = 10**12  # of any number that says no other limit
 _NONE = ("none", "None", "null")
@@ -121,8 +121,17 @@ class Options:
     """A dataclass of options; whoever makes one gets its values read by :func:`read_option`.
 
     Raises:
-        ConfigError: a value has another type than its option, or is out of range.
+        ConfigError: there is no such option, or a value has another type than its option or is out of range.
     """
+
+    def __new__(cls, *given: Any, **named: Any) -> Options:
+        known = kinds(cls)
+        for name in named:
+            if name not in known:
+                said = unknown(name, known)
+                fix = "" if "Fix: " in said else ". Fix: correct the name or leave it out"
+                raise ConfigError(f"unknown option {shown(name)}{said}{fix}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.reread()

@@ -250,7 +250,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
                     )
                     if names
                 ),
-                f"formats   {table(s['formats'])}",
+                f"formats   {table({f'{name}:': count for name, count in s['formats'].items()})}",
                 f"tasks     {table(s['tasks'])}",
                 f"targets   {s['text_targets']:,} texts, {s['image_targets']:,} images",
                 f"pictures  {s['pictures']:,} ({s['distinct_pictures']:,} distinct files)",

@@ -232,7 +232,7 @@ def _one_of(known: Collection[str], item: Json, key: str, where: str, fix: str) 
     if value in TOOL_ROLES:
         raise BadRecord("unknown_role", f"{where}.{key}", show(value), *REFUSED["tools"])
     if value not in known:
-        expected = " or ".join(f'"{name}"' for name in known)
+        expected = f"one of {', '.join(known)}"
         raise BadRecord("unknown_role", f"{where}.{key}", show(value), expected, fix)
     return value
 

@@ -14,6 +14,8 @@ from unigen.show.terminal import harmless
 TAGS = {"en": "en", "zh": "zh-CN"}  # what HTML calls them
 DURATIONS = ("ago", "for_")  # values that are seconds
 SIZES = ("free", "need")  # bytes
+# In place of a field's name, as in a bad record.
+PLACES = {"(record)": "whole_record", "(file)": "whole_file"}
 
 
 @cache
@@ -44,6 +46,10 @@ class Words:
         if name == "phase":
             return harmless(value) or "–"
         return size(value) if name in SIZES else harmless(value) if isinstance(value, str) else value
+
+    def field(self, name: str) -> str:
+        """The name of a record's field; what stands for the whole is said in the language."""
+        return self(PLACES[name]) if name in PLACES else name
 
     def duration(self, seconds: float) -> str:
         """``45 s``, ``12 min``, ``3 h 5 min``, ``2 d 4 h``."""

@@ -82,7 +82,7 @@ def _commands(output_dir: Path, config: Config, model: Path) -> list[str]:
         return shlex.join(map(str, words))
 
     weights = ["--model_path", model]  # an adapter knows its base
-    prompt = [*weights, "--prompt", _EXAMPLE, "--output_dir", f"{output_dir}_answer"]
+    prompt = [*weights, "--prompt", in_language(_EXAMPLE), "--output_dir", f"{output_dir}_answer"]
     commands = [line("unigen", "generate", *prompt)]
     if config.val_data_path:
         paths = [config.val_data_path] if isinstance(config.val_data_path, str) else config.val_data_path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unigen.config import RATED, Config, ConfigError
 from unigen.model.parts import is_embedding, rated_part
-from unigen.topics import OPTIMIZERS
+from unigen.topics import OPTIMIZERS, SCHEDULES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -157,15 +157,6 @@ def set_moments_of(
 # ---- the learning rate
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-    "constant": lambda progress: 1.0,
-}
-"""Share of the peak learning rate at ``progress`` in [0, 1] between the end of the warm-up and the end of
-training."""
-
-
 def learning_rate_at(step: int, total_steps: int, config: Config) -> float:
     """The learning rate of optimiser step ``step`` (from 0), a pure function of its arguments.
 
@@ -178,7 +169,13 @@ def learning_rate_at(step: int, total_steps: int, config: Config) -> float:
     if step < warmup:
         return config.learning_rate * ((step + 1) / warmup)  # in this order the peak is exact
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return config.learning_rate * SCHEDULES[config.lr_scheduler_type](progress)
+    share = SCHEDULES[config.lr_scheduler_type](progress)
+    if not 0 <= share < math.inf:  # of a plugin
+        raise ConfigError(
+            f"lr_scheduler_type {config.lr_scheduler_type} gives {share} at {progress:.4f} of the steps. Fix:"
+            " its row must give a share of the peak, from 0 on"
+        )
+    return config.learning_rate * share
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

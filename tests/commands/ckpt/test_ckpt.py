@@ -234,6 +234,20 @@ def test_verify_reads_every_file(whole: Path, tmp_path: Path, capsys):
     assert sorted(line.split()[0] for line in lines[1:]) == files
 
 
+def test_verify_of_a_model_without_checksums_finds_an_interrupted_download(golden, tmp_path: Path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(golden / "model", folder)
+    assert ckpt("verify", folder) == 0
+    said = capsys.readouterr().out
+    assert f"{folder}: OK" in said and "no checksums" in said
+    for name in ("ema.safetensors", "ae.safetensors"):
+        with open(folder / name, "r+b") as file:
+            file.truncate(file.seek(0, 2) - 1)
+    assert ckpt("verify", folder) == 1
+    said = capsys.readouterr().out
+    assert "damaged" in said and "ema.safetensors" in said and "ae.safetensors" in said
+
+
 def test_verify_also_asks_whether_the_tensors_are_there(tmp_path: Path, capsys):
     """Passes when an index with a gap that was sealed as it is, so that every checksum is right, is found."""
     from unigen.files import sha256_of

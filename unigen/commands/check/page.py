@@ -95,6 +95,6 @@ def _code(code: str, n: int, found: Findings, folder: str, words: Words) -> dict
         "code": code,
         "n": n,
         "meaning": of_code(code, words.language),
-        "rows": [[place(p, folder), p["field"], *_said(p, words)] for p in first],
+        "rows": [[place(p, folder), words.field(p["field"]), *_said(p, words)] for p in first],
         "more": more(found, n - len(first), words),
     }

@@ -54,15 +54,15 @@ def report(
         yield line(f"-> {output}")
 
 
-def _problems(found: Findings, words: Words) -> Iterator[RenderableType]:
-    for code, n in found.problems.counts.most_common():
+def _problems(findings: Findings, words: Words) -> Iterator[RenderableType]:
+    for code, n in findings.problems.counts.most_common():
         yield line((code, "bad"), f"  ({n:,})  {of_code(code, words.language)}".rstrip())
-        shown = found.problems.first[code][:FEW]
+        shown = findings.problems.first[code][:FEW]
         for p in shown:
             yield indented(line(place(p)))
-            told = ((words(name), in_language(p[name], words.language)) for name in ("found", "expected"))
-            facts = "; ".join(f"{name} {value}" for name, value in told)
-            yield indented(line(f"{words('field')} {p['field']}: {facts}"), 4)
-            yield indented(line(f"{words('fix')}: {in_language(p['cure'], words.language)}"), 4)
-        if rest := more(found, n - len(shown), words):
+            found, expected, fix = (in_language(p[n], words.language) for n in ("found", "expected", "cure"))
+            where = words.field(p["field"])
+            yield indented(line(words("in_field", field=where, found=found, expected=expected)), 4)
+            yield indented(line(words("so_fix", fix=fix)), 4)
+        if rest := more(findings, n - len(shown), words):
             yield indented(line(rest))

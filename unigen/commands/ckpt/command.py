@@ -20,6 +20,7 @@ _TAKES = {
     "export": ("two folders: unigen ckpt export CHECKPOINT_OR_MODEL NEW_FOLDER", 2, 2),
 }
 """Action -> what it takes in words, how many folders at least and at most."""
+_PLAIN = "there are no checksums here: headers and lengths of the weights were compared, bytes were not read"
 
 
 def run(options: CkptOptions) -> int:
@@ -53,14 +54,14 @@ def run(options: CkptOptions) -> int:
 
 def verify(folders: list[Path], as_json: bool = False) -> int:
     """Reads every byte of checkpoints, of all of a run's, or of exports, and prints ``OK`` or every problem;
-    1 where there is one."""
+    1 where there is one. Of a model without checksums headers and lengths are compared."""
     from unigen.commands.ckpt.listing import checkpoints_of
-    from unigen.commands.ckpt.verify import problems_of, receipt_of
+    from unigen.commands.ckpt.verify import is_plain, problems_of, receipt_of
     from unigen.show.terminal import say
 
     found: dict[str, list[str]] = {}
     for folder in folders:
-        one = not folder.is_dir() or receipt_of(folder) is not None
+        one = not folder.is_dir() or receipt_of(folder) is not None or is_plain(folder)
         inside = [folder] if one else checkpoints_of(folder)
         checkpoints = [path for path in inside if not path.name.startswith(".")]
         if not checkpoints:
@@ -72,7 +73,8 @@ def verify(folders: list[Path], as_json: bool = False) -> int:
             found[str(checkpoint)] = problems
             if not as_json:
                 state = in_language("damaged" if problems else "OK")
-                say("\n  ".join([f"{checkpoint}: {state}", *map(in_language, problems)]))
+                notes = map(in_language, [_PLAIN] * is_plain(checkpoint) + problems)
+                say("\n  ".join([f"{checkpoint}: {state}", *notes]))
     if as_json:
         print(json.dumps(found, indent=1))
     return 1 if any(found.values()) else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from unigen.bars import Bar
 from unigen.files import sha256_of
-from unigen.model.storage import CheckpointFolderError, is_of_set, scan_folder
+from unigen.model.storage import CheckpointFolderError, is_of_set, scan_folder, scan_set
 from unigen.runs.checkpoint import CheckpointError, changed_files, read_manifest, read_states, scan_group
 from unigen.runs.layout import MANIFEST
 from unigen.runs.states import STATES, outside
@@ -27,6 +27,23 @@ def receipt_of(folder: Path) -> dict[str, Any] | None:
         return {**about, "contents": dict(about["contents"]), "files": dict(about["files"])}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
+
+
+def is_plain(folder: Path) -> bool:
+    """Is it a model that nothing here wrote, as a release is, without checksums of its files?"""
+    noted = (folder / MANIFEST).exists() or receipt_of(folder) is not None
+    return not noted and (folder / "llm_config.json").is_file()
+
+
+def _broken_in_plain(folder: Path) -> list[str]:
+    """What headers and lengths show of a model without checksums: an interrupted download, most often."""
+    found = []
+    for read in (scan_folder, lambda folder: scan_set(folder, "ae.safetensors")):
+        try:
+            read(folder)
+        except CheckpointFolderError as error:
+            found.append(str(error))
+    return found
 
 
 def _changed_in_export(folder: Path, about: dict[str, Any]) -> list[str]:
@@ -60,6 +77,8 @@ def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
     """
     if (about := receipt_of(folder)) is not None:
         return _changed_in_export(folder, about)
+    if is_plain(folder):
+        return _broken_in_plain(folder)
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:

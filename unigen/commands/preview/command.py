@@ -11,6 +11,7 @@ from unigen.data.keys import Unlearnt
 from unigen.data.words import cut
 from unigen.messages import in_language
 from unigen.outputs import output_file, unwritten
+from unigen.show.language import Words
 from unigen.show.terminal import indented, line, say
 
 if TYPE_CHECKING:
@@ -65,15 +66,17 @@ def in_terminal(look: Look) -> list[Any]:
     if look.view is None:  # its message names the place
         silent = isinstance(look.problem, Unlearnt)
         mark = (in_language("left out:"), "soft") if silent else (in_language("bad:"), "bad")
-        problem = line(mark, f" {in_language(str(look.problem))}")
+        gap = "" if mark[0].endswith("：") else " "  # a full-width sign has its own
+        problem = line(mark, gap + in_language(str(look.problem)))
         return [line((in_language(f"record {look.number}"), "soft")), indented(problem)]
     view, pack = look.view, look.view.pack
+    words = Words(None, "preview")
     numbers = sorted({shown.block.segment for shown in view.blocks})
     answer = next((i for i, segment in enumerate(view.record.sample) if segment.target), 0)
     parts: StyledWords = []
     for i in numbers:
         parts.append("" if i == numbers[0] else " -> " if i == answer else " ")
-        parts += _segment([shown for shown in view.blocks if shown.block.segment == i])
+        parts += _segment([shown for shown in view.blocks if shown.block.segment == i], words)
     total = (
         f"{len(pack):,} tokens, {len(pack) / view.max_length:.1%} of {view.max_length:,}; loss on"
         f" {pack.n_text_labels:,} text labels, {pack.n_image_targets:,} image tokens"
@@ -87,30 +90,31 @@ def in_terminal(look: Look) -> list[Any]:
     return [head, indented(line(*parts)), indented(line((in_language(total), "soft"))), *shown]
 
 
-def _segment(blocks: list[BlockView]) -> StyledWords:
+def _segment(blocks: list[BlockView], words: Words) -> StyledWords:
     """``[text 12]``, ``[image 640x480 -> clean 32x40=1280, vit 28x37=1036]``; what carries loss is marked
     ``*loss*``."""
     if blocks[0].variants:
         (shown,) = blocks
-        state = " dropped" if shown.block.dropped else " cut" if shown.block.cut else ""
-        return ["[", ("text", TEXT), f" {shown.block.length:,}{state}", *_loss(shown), "]"]
+        state = "t_dropped" if shown.block.dropped else "t_cut" if shown.block.cut else ""
+        told = f" {shown.block.length:,}{state and ' ' + words(state)}"
+        return ["[", (words("t_text"), TEXT), told, *_loss(shown, words), "]"]
     seen = next((shown.picture for shown in blocks if shown.picture), None)
     parts: StyledWords = [
         "[",
-        ("image", IMAGE),
+        (words("t_image"), IMAGE),
         f" {seen.original[0]}x{seen.original[1]}" if seen else "",
         " ->",
     ]
     for shown in blocks:
         rows, columns = shown.block.grid or (0, 0)
         time = shown.picture.time if shown.picture else None
-        state = " dropped" if shown.block.dropped else f" t={time:.2f}" if time is not None else ""
-        comma = "" if shown is blocks[0] else ","
-        parts.append(f"{comma} {shown.kind.name.lower()} {rows}x{columns}={shown.block.length:,}{state}")
-        parts += _loss(shown)
+        state = words("t_dropped") if shown.block.dropped else f"t={time:.2f}" if time is not None else ""
+        told = f"{words(f't_{shown.kind.name.lower()}')} {rows}x{columns}={shown.block.length:,}"
+        parts.append(f"{'' if shown is blocks[0] else ','} {told}{state and ' ' + state}")
+        parts += _loss(shown, words)
     return [*parts, "]"]
 
 
-def _loss(shown: BlockView) -> StyledWords:
+def _loss(shown: BlockView, words: Words) -> StyledWords:
     weight = "" if shown.block.weight == 1 else f" x {shown.block.weight:g}"
-    return [" ", (f"*loss{weight}*", LOSS)] if shown.block.loss else []
+    return [" ", (f"*{words('t_loss')}{weight}*", LOSS)] if shown.block.loss else []

@@ -79,7 +79,10 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
 def _broken(look: Look, words: Words) -> dict[str, Any]:
     problem, raw = look.problem, look.raw
     if isinstance(problem, BadRecord):
-        rows = [(words(name), signs_named(getattr(problem, name))) for name in ("code", "field")]
+        rows = [
+            (words("code"), signs_named(problem.code)),
+            (words("field"), signs_named(words.field(problem.field))),
+        ]
         for name in ("found", "expected", "fix"):
             rows.append((words(name), signs_named(in_language(getattr(problem, name), words.language))))
     else:
