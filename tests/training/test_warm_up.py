@@ -323,7 +323,8 @@ def test_the_validation_at_step_0_is_held_against_the_band_too_and_both_are_one_
         UnifiedTrainer(
             Config(**given | {"preflight": "warn", "output_dir": str(tmp_path / "warned")})
         ).train()
-    found = [line for line in caplog.messages if "text loss is" in line or "image loss is" in line]
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    found = [line for line in warnings if "text loss is" in line or "image loss is" in line]
     assert len(found) == 2 and "the first text loss" in found[0] and "step-0 validation image" in found[1]
 
 

@@ -298,4 +298,4 @@ def test_answers_of_other_bits_are_others(folders, tmp_path: Path, capsys):
             assert cli.main(["evaluate", "--model_path", str(folder), *words]) == code
         assert "another --model_path" in capsys.readouterr().err
         about = json.loads((out / "answers.json").read_text(encoding="utf-8"))
-        assert about["quantize"] == first.name
+        assert about["checkpoint"].endswith(f" {first.name}")
