@@ -36,16 +36,21 @@ PRELOAD = [
 ]  # fmt: skip
 
 
+_OURS: list[int] = []  # the process that forks, once it has been started
+
+
 def context() -> Any:
     """New processes are forks of one that has imported everything: a start then costs a tenth of a second,
     not five."""
     ctx = multiprocessing.get_context("forkserver")
-    # Python has one such server in a process; where other code has started it, that has imported what the
-    # other code needs.
+    # Python has one such server in a process. One that other code has started (data/workers.py) has imported
+    # what that code needs, and gives way; ours serves that code, too, whatever list it has set since.
     server = forkserver._forkserver  # type: ignore[attr-defined]
-    if server._preload_modules != PRELOAD:
+    if [server._forkserver_pid] != _OURS:
         server._stop()
         ctx.set_forkserver_preload(PRELOAD)
+        server.ensure_running()
+        _OURS[:] = [server._forkserver_pid]
     return ctx
 
 

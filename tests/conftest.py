@@ -2,6 +2,9 @@
 
 import os
 
+# The tests start hundreds of interpreters, and each would compile the package's files again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Before torch is imported: pytest-xdist runs a process per core, and threads of each would only fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +23,8 @@ from typing import Any
 import pytest
 from recorded import beat, record
 from tiny import SMALL, draw_picture, text, write_jsonl
+
+sys.dont_write_bytecode = False  # as above, of this process
 
 # A shell that starts the tests in the background has these ignored, and so would every process that a test
 # starts.

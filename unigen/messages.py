@@ -51,6 +51,7 @@ _TOKEN = re.compile(r"[^\s'\"`“”，。；：（）]+")
 _FIGURES = re.compile(r"[-+\d.,%?]*/[-+\d.,%?]*|[A-Za-z]{1,8}/s")  # 3/5, MB/s
 _BESIDE = 4  # words without a slash in a path, beside each other
 _LATIN = re.compile("[A-Za-z]")
+_BRACKET = re.compile("[()]")
 _spoken = "en"
 _given: tuple[str, ...] = ()
 
@@ -406,8 +407,8 @@ def _fits(row: _Sentence, values: list[str]) -> bool:
 def _is_whole(text: str) -> bool:
     """Are its round brackets closed, in their order?"""
     depth = 0
-    for c in text:
-        depth += (c == "(") - (c == ")")
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket == "(" else -1
         if depth < 0:
             return False
     return depth == 0

@@ -4,7 +4,6 @@ says so, and the run goes on as if nothing had been."""
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -106,7 +105,9 @@ def run(
     deadline = time.monotonic() + 120
     while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
         if any(p.exitcode for p in processes):
-            time.sleep(3.0 if when and when[0] != "loading" else 0.2)
+            patience = time.monotonic() + (3.0 if when and when[0] != "loading" else 0.2)
+            for process in processes:
+                process.join(max(0.0, patience - time.monotonic()))
             for process in processes:
                 if process.is_alive() and process.pid:
                     os.kill(process.pid, signal.SIGTERM)
@@ -214,7 +215,7 @@ def _step_for_ever(options: dict[str, Any], mark: str) -> None:
     UnifiedTrainer(Config(**options)).train()
 
 
-def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], where: str, log: str) -> None:
+def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], function: str, log: str) -> None:
     become_rank(rank, world, port, log)
     step, batches = TrainingLoop.take_step, TrainingLoop._batches
 
@@ -229,7 +230,7 @@ def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], whe
                 time.sleep(600)
             yield taken
 
-    if where == "data":
+    if function == "hang_before_the_third":
         TrainingLoop._batches = hang_before_the_third  # type: ignore[method-assign]
     else:
         TrainingLoop.take_step = hang_at_the_third  # type: ignore[method-assign]
@@ -237,41 +238,42 @@ def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], whe
     os._exit(0)
 
 
+HANGS = {"forward/backward": "hang_at_the_third", "data": "hang_before_the_third"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "function"), [("forward/backward", "hang_at_the_third"), ("data", "hang_before_the_third")]
-)
-def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(
-    whole: dict[str, Any], tmp_path: Path, where: str, function: str
-):
-    """Rank 1 sleeps in step 3, or waits for its rows; rank 0 waits for it in a collective. Both end within
-    the time-out and some seconds. Where rank 0 only waits, one of them names rank 1; inside of a step the
-    stacks tell."""
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    options = whole | {"output_dir": str(tmp_path / "run"), "hang_timeout": 12.0}
-    (
-        options.pop("sample_prompts"),
-        options.pop("sample_steps"),
-        options.pop("val_data_path"),
-        options.pop("eval_steps"),
-        options.pop("eval_samples"),
-    )
-    ctx = context()
+def test_a_hung_rank_is_reported_with_rank_step_phase_and_stack(whole: dict[str, Any], tmp_path: Path):
+    """Rank 1 sleeps in step 3, or waits for its rows (two runs side by side, as they only wait); rank 0 waits
+    for it in a collective. Both end within the time-out and some seconds. Where rank 0 only waits, one of
+    them names rank 1; inside of a step the stacks tell."""
+    shown = ("sample_prompts", "sample_steps", "val_data_path", "eval_steps", "eval_samples")
+    options = {name: value for name, value in whole.items() if name not in shown} | {"hang_timeout": 12.0}
+    processes = {}
+    for function in HANGS.values():
+        given = options | {"output_dir": str(tmp_path / function)}
+        processes[function] = hanging(given, function, str(tmp_path / f"{function}.log"))
+    for process in (one for two in processes.values() for one in two):
+        process.join(90)
+        process.kill()
+    for where, function in HANGS.items():
+        printed = [(tmp_path / f"{function}.log.{rank}.log").read_text() for rank in range(2)]
+        assert EXIT_HUNG in [process.exitcode for process in processes[function]], printed
+        assert "rank 1 of 2" in printed[1] and f"step 2, phase {where}" in printed[1]
+        assert function in printed[1]
+        assert function in (tmp_path / function / "ranks" / "rank_1.stack.txt").read_text()
+        if where == "data":
+            (text,) = [text for text in printed if "unigen: rank" in text]
+            assert "unigen: rank 1: step 2, phase data, hangs for" in text
+            assert "unigen: rank 0: step 2, phase waiting for the others, waits for" in text
+
+
+def hanging(options: dict[str, Any], function: str, log: str) -> list[Any]:
+    """Two processes of a run, started; the second one of them hangs in ``function``."""
     port = free_port()
     processes = [
-        ctx.Process(target=_hang_as_rank, args=(r, 2, port, options, where, str(tmp_path / "log")))
-        for r in range(2)
+        context().Process(target=_hang_as_rank, args=(rank, 2, port, options, function, log))
+        for rank in range(2)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(90)
-        process.kill()
-    printed = [(tmp_path / f"log.{rank}.log").read_text() for rank in range(2)]
-    assert EXIT_HUNG in [process.exitcode for process in processes], printed
-    assert "rank 1 of 2" in printed[1] and f"step 2, phase {where}" in printed[1] and function in printed[1]
-    assert function in (tmp_path / "run" / "ranks" / "rank_1.stack.txt").read_text()
-    if where == "data":
-        (text,) = [text for text in printed if "unigen: rank" in text]
-        assert "unigen: rank 1: step 2, phase data, hangs for" in text
-        assert "unigen: rank 0: step 2, phase waiting for the others, waits for" in text
+    return processes
