@@ -301,7 +301,7 @@ def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text. Raises ValueError where it is none, has a name twice in one object, or lists
     and objects nested too deeply."""
     try:
-        value = json.loads(data, object_pairs_hook=_once)
+        value = json.loads(data, object_pairs_hook=once)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level: list[Any] = [value]
@@ -318,12 +318,20 @@ def parse_json(data: bytes | str) -> Any:
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class RepeatedName(ValueError):
+    """An object of a JSON text has the ``name`` twice."""
+
+    def __init__(self, name: str):
+        super().__init__(f"it has the name {short(name)} twice in one object")
+        self.name = name
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text, as its ``object_pairs_hook``. Raises RepeatedName."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"it has the name {short(twice)} twice in one object")
+        names = [name for name, _ in pairs]
+        raise RepeatedName(next(name for n, name in enumerate(names) if name in names[:n]))
     return found
 
 

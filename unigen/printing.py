@@ -40,6 +40,12 @@ def printable(text: object, most: int | None = LONGEST_NAME) -> str:
     return shown if shown.isprintable() else "".join(map(_visible, shown))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that holds words, or its type where it has none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)
+
+
 def _visible(c: str) -> str:
     if c.isprintable() or c in _STAYS:
         return c

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from unigen.config import UserError
 from unigen.files import atomic, cache_folder, free_bytes, locked
+from unigen.printing import first_line
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BLOCK = 4 << 20
@@ -203,7 +204,7 @@ def told_as_remote(url: str) -> Iterator[None]:
         fix = "correct the address"
         raise RemoteError("missing", url, "there is no such file", fix) from None
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = first_line(error)[:200]
         fix = f"check the address and your credentials, or copy the files ({tool_for(url)})"
         raise RemoteError("unreadable", url, f"it cannot be read ({why})", fix) from error
 

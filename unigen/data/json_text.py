@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from unigen.foreign import known_mistake
+from unigen.foreign import RepeatedName, known_mistake, once
 from unigen.sequence.types import BadRecord
 
 MAX_RECORD = 16 << 20  # bytes of a record; parsed it may take thirty times as much memory
@@ -51,26 +51,11 @@ class _Constant(ValueError):
     pass
 
 
-class _RepeatedKey(ValueError):
-    pass
-
-
 def _no_constant(name: str) -> Any:
     raise _Constant(name)
 
 
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _RepeatedKey(key)
-            seen.add(key)
-    return found
-
-
-_STRICT = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+_STRICT = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=once)
 _LENIENT = json.JSONDecoder()
 
 
@@ -109,8 +94,8 @@ def parse_json(data: bytes, line: int = 1) -> Any:
         raise BadRecord(
             "bad_json", "(record)", f"{error} at {_place(text, match.start(), line)}", "a JSON value", fix
         ) from None
-    except _RepeatedKey as error:
-        found = f"the field {json.dumps(str(error))} twice in one object"
+    except RepeatedName as error:
+        found = f"the field {json.dumps(error.name)} twice in one object"
         raise BadRecord(
             "duplicate_key", "(record)", found, "each field once", "keep one of the two"
         ) from None

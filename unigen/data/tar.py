@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from unigen.data.captions import PICTURES
 from unigen.data.json_text import decode, parse_json
 from unigen.data.keys import RECORD, refuse
 from unigen.data.words import Json, cut
 from unigen.sequence.types import BadRecord
 
 KEY = "__key__"
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 TEXTS = ("txt", "text", "caption", "cap")
 MAX_SAMPLE = 1 << 30  # bytes of the members of one key together
 MAX_HEADER = 1 << 20  # bytes of a header for a long name
@@ -97,7 +97,7 @@ def members_record(row: Json) -> Json:
         stem, _, kind = ending.lower().rpartition(".")
         if ending == KEY or value is None:
             continue
-        if kind in PICTURES:
+        if f".{kind}" in PICTURES:
             record[stem or "image"] = value
         elif kind in TEXTS:
             record[stem or "text"] = _text(value, ending)

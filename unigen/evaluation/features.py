@@ -22,9 +22,10 @@ from unigen.bars import Bar
 from unigen.cache.encoders import Encoders
 from unigen.config import Config, UserError
 from unigen.evaluation.inception import SIDE, Inception, resize_as_tensorflow
-from unigen.evaluation.results import CannotRun, first_line, libraries, same_length
+from unigen.evaluation.results import CannotRun, libraries, same_length
 from unigen.evaluation.towers import PictureTower, short_name, weights_digest
 from unigen.files import atomic, sha256_of
+from unigen.printing import first_line
 from unigen.sequence.grid import grid_positions
 from unigen.sequence.images import bicubic_levels, open_image, read_picture
 from unigen.sequence.transform import ImageTransform

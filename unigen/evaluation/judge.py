@@ -20,7 +20,8 @@ import urllib3
 
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, Case
-from unigen.evaluation.results import CannotRun, digest_of, first_line
+from unigen.evaluation.results import CannotRun, digest_of
+from unigen.printing import first_line
 from unigen.sequence.images import open_image
 
 DRAWN = (

@@ -20,7 +20,6 @@ from unigen.evaluation.results import (
     Unfit,
     digest_of,
     digest_of_numbers,
-    first_line,
     identity,
     libraries,
     metric,
@@ -28,6 +27,7 @@ from unigen.evaluation.results import (
 )
 from unigen.evaluation.statistics import estimate
 from unigen.evaluation.towers import weights_digest
+from unigen.printing import first_line
 from unigen.sequence.images import open_image
 from unigen.sequence.transform import ImageTransform
 

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from unigen.config import UserError
+from unigen.printing import first_line
 
 P = ParamSpec("P")
 NO_SAMPLES = ("there are no samples", "give at least one prediction")
@@ -177,12 +178,6 @@ def metric(kind: str, source: str) -> Callable[[Callable[P, Result]], Callable[P
         return run
 
     return decorate
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that holds words, or its type where it has none."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)
 
 
 def same_length(first: Sequence[Any], *others: Sequence[Any]) -> int:

@@ -19,7 +19,6 @@ from unigen.evaluation.results import (
     Result,
     Unfit,
     digest_of,
-    first_line,
     identity,
     libraries,
     metric,
@@ -27,6 +26,7 @@ from unigen.evaluation.results import (
 )
 from unigen.evaluation.statistics import estimate, estimate_by
 from unigen.evaluation.words import TOKENIZER, language, normalised, tokens
+from unigen.printing import first_line
 
 References = Sequence[str] | Sequence[Sequence[str]]
 ANLS_THRESHOLD = 0.5

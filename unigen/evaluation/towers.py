@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from unigen.cache.encoders import digest_weights
-from unigen.evaluation.results import CannotRun, first_line
+from unigen.evaluation.results import CannotRun
 from unigen.evaluation.results import libraries as versions
+from unigen.printing import first_line
 
 # Layers that bert-score (0.3.13, utils.py) takes for these models: those nearest to human judgement.
 BERT_LAYERS = {

@@ -21,6 +21,7 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.pictures import run_transform
 from unigen.inference.prompts import SAMPLES
 from unigen.model.bagel import Bagel
+from unigen.printing import first_line
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.transform import ImageTransform
 from unigen.training.engine import Engine
@@ -110,11 +111,8 @@ class Answerer:
         """Says on this process why a job has no answers, unless that was ``said``."""
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
-        words = said or (
-            str(error)
-            if isinstance(error, UserError)
-            else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        )
+        named = f"{type(error).__name__}: {first_line(error)}"
+        words = said or (str(error) if isinstance(error, UserError) else named)
         if not said:
             frames = error.__traceback__ is not None and not expected(error)
             log.warning(

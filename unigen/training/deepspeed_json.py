@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from unigen.config import Config, UserError, nearest
+from unigen.foreign import RepeatedName, once
 from unigen.training.optim import LossScale
 
 _KNOWN = (
@@ -188,21 +189,16 @@ def loss_scale(settings: DeepSpeedSettings) -> LossScale:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UserError(
-                f"{file}: {', '.join(twice)} is there twice. Fix: keep one (--deepspeed_config ...)"
-            )
-        return dict(pairs)
-
     try:
         values = json.loads(file.read_text("utf-8"), object_pairs_hook=once)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{file} cannot be read ({error}). Fix: give a DeepSpeed JSON (--deepspeed_config ...)"
         ) from error
+    except RepeatedName as error:
+        raise UserError(
+            f"{file}: {error.name} is there twice. Fix: keep one (--deepspeed_config ...)"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file}:{error.lineno}: no JSON: {error.msg} in column {error.colno} (--deepspeed_config ...)"

@@ -20,6 +20,7 @@ from unigen.data.loader import LoaderState, PackStream
 from unigen.model.parts import ADAPTER_MARKS, title
 from unigen.model.sizes import Load
 from unigen.model.storage import few
+from unigen.printing import first_line
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
@@ -75,7 +76,7 @@ def _warm_up(engine: Engine, stream: PackStream, micro_batches: int, fresh: bool
         which = "" if len(packs) == 1 else f" as micro-batch {len(peaks) + 1} of a step"
         raise TrainingStopped(
             f"The largest packed sequence, {len(pack):,} tokens, does not fit{which} into the memory of"
-            f" {engine.device} ({str(error).splitlines()[0]}). Fix: {LESS_MEMORY}"
+            f" {engine.device} ({first_line(error)}). Fix: {LESS_MEMORY}"
         ) from error
     del held
     _look_at_numbers(engine, stream, pack, sums)

@@ -16,6 +16,7 @@ from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.page import write
 from unigen.commands.evaluate.terminal import report, report_check
 from unigen.config import ConfigError, DataOptions, SamplingOptions
+from unigen.data.captions import PICTURES, is_picture
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.examine import CountTokens
 from unigen.data.mapping import ReadOptions
@@ -60,7 +61,6 @@ from unigen.version import __version__
 MOST_PIECES = 8  # of an answer whose pieces the model chooses
 VERIFIED = ("verify", "verify_margin")
 DESCRIBED = ("cycle_rougeL", "cycle_chrf2", "described_as_real")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def load_tools(o: EvaluateOptions, extras: Extras) -> Tools:
         TokenTower.load(o.bert, o.bert_layer)  # to know that it can be
     real = extras.real
     if o.real is not None:
-        real = sorted(path for path in Path(o.real).rglob("*") if path.suffix.lower() in PICTURES)
+        real = sorted(path for path in Path(o.real).rglob("*") if is_picture(path))
         if not real:
             raise ConfigError(
                 f"real is {o.real}, which holds no picture. Fix: a folder of {', '.join(PICTURES)}"
