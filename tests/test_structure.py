@@ -68,6 +68,12 @@ HOMES = {
 }
 FORBIDDEN = ["pickle", "torchvision"]
 MAX_LINES = 600
+# Functions that every room may have: they do the same in each.
+IN_EVERY_ROOM = {
+    "run", "write", "report", "more", "as_json",  # of a command, its page, its report, its JSON
+    "open_file", "parse_json", "row_at",  # by the rules of the room
+    "verify",  # the command, and the metric that is called so
+}  # fmt: skip
 
 
 def imports(path: Path, package: Path) -> list[tuple[int, str]]:
@@ -160,13 +166,14 @@ def strangers(package: Path) -> list[str]:
 
 
 def namesakes(package: Path) -> list[str]:
-    """Classes and types (``Row = dict[str, Any]``) of one name in several files."""
+    """Classes, types (``Row = dict[str, Any]``) and public functions of one name in several files."""
     homes: dict[str, list[str]] = {}
     for path in sorted(package.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
             for name in [getattr(target, "name", getattr(target, "id", "")) for target in targets]:
-                if re.match("_?[A-Z][a-z]", name):
+                public = isinstance(node, ast.FunctionDef) and not name.startswith("_")
+                if re.match("_?[A-Z][a-z]", name) or (public and name not in IN_EVERY_ROOM):
                     homes.setdefault(name, []).append(path.relative_to(package).as_posix())
     return [f"{name}: {', '.join(files)}" for name, files in sorted(homes.items()) if len(files) > 1]
 
@@ -200,7 +207,7 @@ def test_files_are_short_and_named_for_what_they_hold():
     ] == []
 
 
-def test_a_class_name_stands_for_one_thing():
+def test_a_name_stands_for_one_thing():
     assert namesakes(ROOT / "unigen") == []
 
 
@@ -321,8 +328,11 @@ def test_a_long_file_is_found(tmp_path):
 
 def test_namesakes_are_found(tmp_path):
     files = {
-        "model__source": "class Source: ...\nclass Seen: ...",
-        "topics": "Source = str",
-        "data__tar": "import Source",
+        "model__source": "class Source: ...\ndef told(): ...\ndef run(): ...\ndef _own(): ...",
+        "topics": "Source = str\ndef told(): ...\ndef run(): ...\ndef _own(): ...",
+        "data__tar": "from unigen.topics import Source",
     }
-    assert namesakes(house(tmp_path, **files)) == ["Source: model/source.py, topics.py"]
+    assert namesakes(house(tmp_path, **files)) == [
+        "Source: model/source.py, topics.py",
+        "told: model/source.py, topics.py",
+    ]

@@ -31,21 +31,6 @@ from unigen.training.engine import Engine
 from unigen.training.loop import TrainingLoop
 from unigen.training.precision import DeviceFacts, choose_precision
 
-SMALL = {
-    "vae_transform": {"max_size": 64, "min_size": 32},
-    "vit_transform": {"max_size": 42, "min_size": 28},
-    "vit_edit_transform": {"max_size": 28, "min_size": 28},
-}
-
-
-@pytest.fixture(scope="module")
-def model(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden checkpoint, which has a VAE of the FLUX kind, with smaller pictures."""
-    folder = tmp_path_factory.mktemp("model") / "small"
-    shutil.copytree(golden / "model", folder)
-    (folder / "config.json").write_text(json.dumps(SMALL))
-    return folder
-
 
 def picture(path: Path, seed: int, width: int, height: int) -> str:
     pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -79,9 +64,9 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def options(model: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(small_model: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
     return {
-        "model_path": str(model), "train_data_path": str(data), "device": "cpu", "freeze_vit": True,
+        "model_path": str(small_model), "train_data_path": str(data), "device": "cpu", "freeze_vit": True,
         "single_image_stop_prob": 0.0,
         "output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"),
     }  # fmt: skip
@@ -193,11 +178,11 @@ def test_pictures_of_one_size_in_a_row_differ_by_rounding_only(options, data, tm
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_a_cached_latent_is_the_codecs_to_the_bit(options, model, dtype):
+def test_a_cached_latent_is_the_codecs_to_the_bit(options, small_model, dtype):
     """For the same noise: mean and deviation are kept in the dtype they have, and are put together in the
     codec's order."""
     config = CacheOptions(**options, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
-    whole = load_bagel(model)
+    whole = load_bagel(small_model)
     encoders = Encoders.of(whole, config, computes(config))
     filler = Filler(config, encoders)
     filler.run()
@@ -442,9 +427,9 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_left_out(options, tmp_pat
     assert sum(1 for _ in Store.open(options["cache_dir"]).entries()) == 3
 
 
-def test_a_pixel_codec_has_nothing_to_cache(options, model, tmp_path, caplog):
+def test_a_pixel_codec_has_nothing_to_cache(options, small_model, tmp_path, caplog):
     folder = tmp_path / "pixel"
-    shutil.copytree(model, folder)
+    shutil.copytree(small_model, folder)
     (folder / "vae_config.json").write_text(json.dumps({"type": "pixel", "downsample": 4, "z_channels": 16}))
     options |= {"model_path": str(folder), "freeze_vit": False}
     with caplog.at_level(logging.INFO, "unigen"):
