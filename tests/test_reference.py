@@ -16,6 +16,7 @@ from pictures import noise
 from safetensors.torch import load_file, save_file
 
 from unigen.inference.inferencer import InterleaveInferencer
+from unigen.model.bagel import StateReader
 from unigen.model.mask import Tokens, allowed
 from unigen.model.weights import load_bagel
 from unigen.sequence.images import open_image
@@ -330,10 +331,10 @@ def write_training(folder, model, tokenizer):
         "packed_vit_tokens": pack.vit_patches, "padded_latent": padded, "noise": pack.noise,
         "allowed_attention.0": allowed(tokens.unsqueeze(1), tokens.unsqueeze(0)),
     }  # fmt: skip
-    out = model(pack)
+    out = model(pack, reader=StateReader.of_all(pack))
     loss = out.ce.mean() + out.mse.mean()
     loss.backward()
-    outputs = {"last_hidden_state": out.hidden[order], "ce": out.ce, "mse": out.mse, "loss": loss.reshape(1)}
+    outputs = {"last_hidden_state": out.read[order], "ce": out.ce, "mse": out.mse, "loss": loss.reshape(1)}
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     saved = {f"in.{n}": t for n, t in inputs.items()} | {f"out.{n}": t.detach() for n, t in outputs.items()}
     save_file(

@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from unigen.model.bagel import Bagel
+from unigen.model.bagel import Bagel, StateReader
 from unigen.model.codec import PixelCodec, VaeConfig
 from unigen.model.config import BagelConfig
 from unigen.sequence.pack import pack_blocks
@@ -96,6 +96,11 @@ def sample(r: random.Random, blocks: int | None = None, kinds=tuple(Kind)) -> li
 
 def row(samples: list[list[Block]], model: Bagel, positions: list[int] | None = None) -> Pack:
     return pack_blocks(samples, SPECIAL, model.config.geometry, positions)
+
+
+def states(model: Bagel, pack: Pack) -> torch.Tensor:
+    """Hidden states [T, D] of all tokens in stored order, by the training forward."""
+    return model(pack, reader=StateReader.of_all(pack)).read
 
 
 def in_order(pack: Pack, values: torch.Tensor) -> torch.Tensor:

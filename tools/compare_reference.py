@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unigen.inference.inferencer import InterleaveInferencer
-from unigen.model.bagel import Bagel
+from unigen.model.bagel import Bagel, StateReader
 from unigen.model.config import CONSTANTS
 from unigen.model.mask import Tokens, allowed
 from unigen.model.weights import load_bagel
@@ -169,10 +169,10 @@ def compare_training(
 
     model.zero_grad(set_to_none=True)
     pack = pack.to(model.device)
-    output = model(pack)
+    output = model(pack, reader=StateReader.of_all(pack))
     order = pack.index.argsort()
     ce = output.ce[pack.index[pack.label >= 0].argsort()]
-    yield f"{name}: hidden states", relative(output.hidden[order], theirs["out.last_hidden_state"]), HIDDEN
+    yield f"{name}: hidden states", relative(output.read[order], theirs["out.last_hidden_state"]), HIDDEN
     if "out.ce" in theirs:
         yield f"{name}: text cross-entropy", relative(ce, theirs["out.ce"]), HIDDEN
     if "out.mse" in theirs:

@@ -10,6 +10,7 @@ from unigen.inference.context import Context
 from unigen.inference.inferencer import THINK_PROMPTS, InterleaveInferencer
 from unigen.inference.options import Guidance, InferenceError, sampling_options
 from unigen.inference.pictures import blocks_as_reference
+from unigen.model.bagel import StateReader
 from unigen.model.weights import load_bagel
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
@@ -309,7 +310,7 @@ def test_pictures_of_contexts_that_draw_come_as_latents_then_patches(
     blocks = inferencer.builder.shown(context, 0)
     pack = pack_blocks([blocks], tokenizer_special, model.config.geometry)
     with torch.no_grad():
-        hidden = model(pack).hidden[pack.index.argsort()]
+        hidden = model(pack, reader=StateReader.of_all(pack)).read[pack.index.argsort()]
     assert (
         torch.allclose(context.last, hidden[-1], atol=1e-5)
         and context.full.length == len(pack)

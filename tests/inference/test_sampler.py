@@ -9,6 +9,7 @@ import torch
 from unigen.config import SamplingOptions
 from unigen.inference.sampler import Canvas, draw, extend, feed_tokens, write_texts
 from unigen.model import flow
+from unigen.model.bagel import StateReader
 from unigen.model.kv_cache import Cache
 from unigen.model.sdpa import join_halves
 from unigen.model.weights import load_bagel
@@ -55,7 +56,8 @@ def test_writing_in_a_batch_is_writing_alone_and_without_a_cache(model, tokenize
             row = [Block(Kind.TEXT, len(ids), ids=ids), Block(Kind.TEXT, len(expected) - 1, ids=expected[1:])]
             pack = pack_blocks([row], tokenizer.special, model.config.geometry)
             with torch.no_grad():
-                token = int(model.logits(model(pack).hidden[-2]).argmax())  # the last one closes the text
+                hidden = model(pack, reader=StateReader.of_all(pack)).read
+            token = int(model.logits(hidden[-2]).argmax())  # the last one closes the text
             if token == tokenizer.special.text_end:
                 break
             expected.append(token)
@@ -99,6 +101,29 @@ def test_feeding_token_by_token_is_extending_by_the_text(model, tokenizer):
         and one.length == other.length
     )
     assert torch.allclose(one.past_key_values(2), other.past_key_values(2), atol=1e-5)
+
+
+def rows_of_the_last_mlps(model, monkeypatch):
+    """How many rows go through both experts' last MLP from here on."""
+    rows, layer = {"": 0, "_moe_gen": 0}, model.language_model.model.layers[-1]
+    for expert in rows:
+        mlp = getattr(layer, f"mlp{expert}")
+
+        def counted(x, expert=expert, forward=mlp.forward):
+            rows[expert] += len(x)
+            return forward(x)
+
+        monkeypatch.setattr(mlp, "forward", counted)
+    return rows
+
+
+def test_the_last_layer_goes_on_with_what_is_read(model, tokenizer, monkeypatch):
+    """Of a prompt its closing token, of a picture that is drawn its latent tokens, without the markers."""
+    rows = rows_of_the_last_mlps(model, monkeypatch)
+    canvases = [canvas(model, tokenizer, i) for i in range(2)]
+    assert rows == {"": 4, "_moe_gen": 0}  # a full and a no-image context each
+    draw(model, tokenizer.special, canvases, SamplingOptions(num_timesteps=2, cfg_text_scale=1.0))
+    assert rows == {"": 4, "_moe_gen": 2 * 3 + 4 * 2}
 
 
 # ---- drawing

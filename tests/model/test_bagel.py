@@ -9,7 +9,7 @@ import tiny_model as tiny
 import torch
 
 from unigen.model import flow
-from unigen.model.bagel import token_losses
+from unigen.model.bagel import StateReader, token_losses
 from unigen.model.kv_cache import Cache
 from unigen.model.sdpa import join_halves
 from unigen.sequence.grid import patchify
@@ -29,8 +29,8 @@ def rows(seed, most=4):
 
 def losses(model, pack):
     """(hidden, cross-entropies, squared errors), each in sequence order."""
-    out = model(pack)
-    return tiny.in_order(pack, out.hidden), out.ce[pack.index[pack.label >= 0].argsort()], out.mse
+    out = model(pack, reader=StateReader.of_all(pack))
+    return tiny.in_order(pack, out.read), out.ce[pack.index[pack.label >= 0].argsort()], out.mse
 
 
 def loss(model, pack):
@@ -138,7 +138,9 @@ def changed(model, samples, other):
     """Which blocks (number in the row) have other hidden states."""
     with torch.no_grad():
         a, b = (tiny.row(s, model) for s in (samples, other))
-        moved = (tiny.in_order(a, model(a).hidden) - tiny.in_order(b, model(b).hidden)).abs().amax(1) > 1e-5
+        moved = (
+            tiny.in_order(a, tiny.states(model, a)) - tiny.in_order(b, tiny.states(model, b))
+        ).abs().amax(1) > 1e-5
     return set(a.span[a.index.argsort()][moved].tolist())
 
 
@@ -189,9 +191,9 @@ def test_each_expert_works_on_its_own_tokens(part, twin):
     model = tiny.build()
     pack = tiny.row([conversation(random.Random(7))], model)
     with torch.no_grad():
-        before = model(pack).hidden
+        before = tiny.states(model, pack)
         dict(model.named_parameters())[f"language_model.model.layers.2.{part.format(twin)}"].mul_(-1.5)
-        moved = (model(pack).hidden - before).abs().amax(1) > 1e-6
+        moved = (tiny.states(model, pack) - before).abs().amax(1) > 1e-6
     own = (torch.arange(len(pack)) >= pack.n_und) == bool(twin)
     own[0] &= "q_" not in part  # the first token sees itself alone, whatever it asks
     assert torch.equal(moved, own)
@@ -213,12 +215,12 @@ def test_losses_are_those_of_their_own_tokens(model):
     samples = [*rows(21), conversation(random.Random(1))]
     pack = tiny.row(samples, model)
     with torch.no_grad():
-        out = model(pack)
-        logits = model.logits(out.hidden).double()
+        out, hidden = model(pack), tiny.states(model, pack)
+        logits = model.logits(hidden).double()
         labelled = pack.label >= 0
         expected = -logits.log_softmax(-1)[labelled].gather(1, pack.label[labelled, None])[:, 0]
         assert tiny.close(out.ce.double(), expected)
-        generated = out.hidden[pack.n_und :]
+        generated = hidden[pack.n_und :]
         noised = [b for s in samples for b in s if b.kind == Kind.NOISED]
         x0 = torch.cat([patchify(b.latent, 2) for b in noised])
         v = model.llm2vae(generated[pack.kind[pack.n_und :] == Kind.NOISED])
@@ -249,13 +251,33 @@ def test_the_head_in_pieces_has_equal_losses_and_gradients():
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize(("policy", "held"), [("none", False), ("full", False), ("selective", True)])
+def test_rows_that_nobody_reads_change_no_loss_and_no_gradient(policy, held):
+    """The last layer goes on with rows that have a loss alone; against one that goes on with all."""
+    model = tiny.build()
+    tiny.wrap(model, policy, held)
+    pack = tiny.row([*rows(4), [tiny.text(random.Random(0), 4, loss=True)]], model)
+    seen, last = [], model.language_model.model.layers[-1].mlp
+    last.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    results = []
+    for reader in (None, StateReader.of_all(pack)):
+        model.zero_grad(set_to_none=True)
+        out = model(pack, reader=reader)
+        (out.ce.sum() + out.mse.sum()).backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (few, mine), (full, wanted) = results
+    assert min(seen) == pack.n_text_labels < max(seen) - pack.n_text_labels == pack.n_und
+    assert tiny.close(few.ce, full.ce) and tiny.close(few.mse, full.mse)
+    assert mine.keys() == wanted.keys() and all(tiny.close(mine[name], g, 1e-4) for name, g in wanted.items())
+
+
 # ---- zero, not missing
 
 
 def gradients(model, pack):
     model.zero_grad(set_to_none=True)
-    out = model(pack)
-    assert torch.isfinite(out.hidden).all()
+    out = model(pack, reader=StateReader.of_all(pack))
+    assert torch.isfinite(out.read).all()
     (out.ce.sum() + out.mse.sum()).backward()
     found = {name: p.grad for name, p in trainable(model).items()}
     assert not [name for name, g in found.items() if g is None]
@@ -266,8 +288,8 @@ def gradients(model, pack):
 @pytest.mark.parametrize("samples", [0, 2])
 def test_an_empty_row_gives_zero_gradients(model, samples):
     pack = tiny.row([[]] * samples, model)
-    out = model(pack)
-    assert out.hidden.shape == (0, 32) and out.ce.shape == (0,) and out.mse.shape == (0, 48)
+    out = model(pack, reader=StateReader.of_all(pack))
+    assert out.read.shape == (0, 32) and out.ce.shape == (0,) and out.mse.shape == (0, 48)
     assert not any(gradients(model, pack).values())
 
 
@@ -310,11 +332,12 @@ def test_a_model_without_a_part_has_gradients_everywhere(part):
 
 def test_freeze_und_trains_generation_alone_with_the_same_losses(model):
     pack = tiny.row([conversation(random.Random(4))], model)
-    free = model(pack)
+    everything = StateReader.of_all(pack)
+    free = model(pack, reader=everything)
     tiny.wrap(model, held=True)
     try:
-        frozen = model(pack)
-        assert torch.equal(frozen.hidden, free.hidden) and torch.equal(frozen.mse, free.mse)
+        frozen = model(pack, reader=everything)
+        assert torch.equal(frozen.read, free.read) and torch.equal(frozen.mse, free.mse)
         model.zero_grad(set_to_none=True)
         frozen.mse.sum().backward()
         for name, p in trainable(model).items():

@@ -19,6 +19,7 @@ from unigen.cli import main
 from unigen.model import adapters as disk
 from unigen.model import lora
 from unigen.model.adapters import Adapter, AdapterError
+from unigen.model.bagel import StateReader
 from unigen.model.parts import ADAPTER_MARKS, is_adapter
 from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.weights import load_bagel, save_bagel
@@ -73,8 +74,9 @@ def answers(model: torch.nn.Module) -> list[Tensor]:
         ]
     ]
     samples += [tiny_model.sample(r) for _ in range(3)]
-    output = model(tiny_model.row(samples, model))
-    return [output.hidden, output.ce, output.mse]
+    pack = tiny_model.row(samples, model)
+    output = model(pack, reader=StateReader.of_all(pack))
+    return [output.read, output.ce, output.mse]
 
 
 def assert_equal(a: list[Tensor], b: list[Tensor], limit: float = 1e-5) -> None:

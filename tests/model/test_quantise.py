@@ -16,7 +16,7 @@ from torch import nn
 from unigen.cli import main
 from unigen.config import Config, ConfigError
 from unigen.model import quantise
-from unigen.model.bagel import Bagel
+from unigen.model.bagel import Bagel, StateReader
 from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.weights import load_bagel
 from unigen.training import engine
@@ -28,7 +28,8 @@ KINDS = [("nf4", False), ("nf4", True), ("int8", False)]
 
 def hidden(loop: TrainingLoop) -> torch.Tensor:
     with torch.no_grad():
-        return loop.engine.forward(batch_of(loop, [0, 2, 3, 4]).pack).hidden
+        pack = batch_of(loop, [0, 2, 3, 4]).pack
+        return loop.engine.forward(pack, reader=StateReader.of_all(pack)).read
 
 
 @pytest.mark.parametrize(("kind", "double"), KINDS)

@@ -113,7 +113,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(trainer: TrainingLoop, 
 
 
 def test_sums_and_weights_by_hand():
-    output = Output(torch.zeros(1), torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
+    output = Output(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
     text, image = loss_sums(output)
     assert (float(text), float(image)) == (9.0, 8.0)
     assert float(joint_loss(text, image, Counts(18, 4), 2.0, 0.5)) == 2.0 * 9 / 18 + 0.5 * 8 / 4

@@ -32,11 +32,13 @@ def extend(model: Bagel, special: SpecialIds, caches: Sequence[Cache], blocks: S
         [[block] for block in blocks], special, model.config.geometry, [c.position for c in caches]
     ).to(model.device)
     x0 = model.clean_tokens(pack, model.latents_of(pack))
-    hidden = model.hidden_states(pack, x0, torch.zeros(len(x0), device=model.device), caches)[0]
+    # the closing token is the last of its sample's half, and the others only leave their keys and values
+    closing = (torch.tensor(pack.und_lengths).cumsum(0) - 1).to(model.device)
+    rows = (closing, closing[:0])
+    hidden = model.hidden_states(pack, x0, torch.zeros(len(x0), device=model.device), caches, rows=rows)[0]
     for cache, block in zip(caches, blocks, strict=True):
         cache.position = next_position(cache.position, block)
-    # the closing token is the last of its sample's half
-    return hidden[torch.tensor(pack.und_lengths).cumsum(0).to(model.device) - 1]
+    return hidden
 
 
 @torch.no_grad()
@@ -177,6 +179,7 @@ class _Row:
             model.device
         )
         self.attention = prepare_attention(self.pack, self.caches, update_cache=False)
+        self.rows = (self.pack.label_rows[:0], None)  # no markers, all latent tokens
 
     def velocities(
         self, x: Sequence[Tensor], t: Tensor
@@ -184,10 +187,10 @@ class _Row:
         """Velocities of every canvas in the full, the no-text and the no-image context, for those the step
         asks for."""
         x_t = torch.cat([x[i] for i in self.shown])
-        hidden = self.model.hidden_states(
-            self.pack, x_t, t.expand(len(x_t)), self.caches, False, self.attention
+        _, drawn = self.model.hidden_states(
+            self.pack, x_t, t.expand(len(x_t)), self.caches, False, self.attention, self.rows
         )
-        v = self.model.velocities(hidden[1]).split([len(x[i]) for i in self.shown])
+        v = self.model.velocities(drawn).split([len(x[i]) for i in self.shown])
         n, no_image = self.n, dict(enumerate(v[: self.n]))
         no_image |= zip(self.apart, v[len(v) - len(self.apart) :])
         return v[:n], v[n : 2 * n], [no_image[i] for i in range(n)]

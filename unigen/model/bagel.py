@@ -25,23 +25,30 @@ from unigen.model.kv_cache import Cache
 from unigen.model.layers import Connector, PositionTable, TimeEmbedder
 from unigen.model.mot import LanguageModel
 from unigen.model.parts import GEN, is_embedding, is_generation_expert, is_table, writes_into_residual
-from unigen.model.sdpa import Halves, join_halves
+from unigen.model.sdpa import Halves, Rows, join_halves
 from unigen.model.vit import VisionModel
 from unigen.sequence.grid import patchify
 from unigen.sequence.types import Pack
 
 
 class Output(NamedTuple):
-    halves: Halves  # [n, D] after the final norms
     # each times the weight of its target
     ce: Tensor  # [labels] cross-entropy of each label token, float32, in stored order
     mse: Tensor  # [noised tokens, patch_dim] squared error of the velocity, float32
     read: Any = None  # what the caller's reader made of the hidden states
 
-    @property
-    def hidden(self) -> Tensor:
-        """[T, D] in stored order."""
-        return join_halves(self.halves)
+
+class StateReader(NamedTuple):
+    """What is read of a training forward beside its losses."""
+
+    rows: tuple[Tensor, Tensor]  # of each half, as ``Rows``
+    read: Callable[[Bagel, Halves], Any]  # of the model and the hidden states [n, D] of both
+
+    @classmethod
+    def of_all(cls, pack: Pack) -> StateReader:
+        """Reads the hidden states of all tokens, [T, D] in stored order."""
+        at = torch.arange(len(pack), device=pack.ids.device)
+        return cls((at[: pack.n_und], at[: len(pack) - pack.n_und]), lambda _, hidden: join_halves(hidden))
 
 
 class Bagel(nn.Module):
@@ -182,14 +189,15 @@ class Bagel(nn.Module):
         caches: Sequence[Cache] | None = None,
         update_cache: bool = True,
         attention: Attention | None = None,
+        rows: Rows | None = None,
     ) -> Halves:
-        """Halves [n, D] of hidden states after the final norms.
+        """Halves [n, D] of hidden states after the final norms, of ``rows`` or of all.
 
         VAE tokens stand at ``x_t`` [M, patch_dim] at times ``t`` [M]. Sample i continues ``caches[i]``; with
         ``update_cache`` its tokens stay in the cache. ``attention`` saves preparing the same pack again.
         """
         attention = attention or prepare_attention(pack, caches, update_cache)
-        hidden = self.language_model.model(self.embed(pack, x_t, t), pack, attention)
+        hidden = self.language_model.model(self.embed(pack, x_t, t), pack, attention, rows)
         if caches is not None and update_cache:
             for cache, n_und, n_gen in zip(caches, pack.und_lengths, pack.gen_lengths, strict=True):
                 cache.length += n_und + n_gen
@@ -207,30 +215,33 @@ class Bagel(nn.Module):
         self,
         pack: Pack,
         latents: Sequence[Tensor] | None = None,
-        read: Callable[[Bagel, Halves], Any] | None = None,
+        reader: StateReader | None = None,
     ) -> Output:
         """The training forward: per-token losses of a packed sequence.
 
-        ``latents`` default to the sequence's own pictures, encoded. ``read`` takes more from the model and
-        the hidden states, while parameters that are shared out are gathered.
+        ``latents`` default to the sequence's own pictures, encoded. ``reader`` takes more from the model and
+        the hidden states, while parameters that are shared out are gathered. Behind the last attention only
+        rows with a loss and those of the reader are computed.
         """
         x0 = self.clean_tokens(pack, self.latents_of(pack) if latents is None else latents)
         t = flow.training_time(pack.u, self.config.timestep_shift)
-        hidden = self.hidden_states(pack, flow.mix(x0, pack.noise, t), t)
-        ce = token_losses(
-            self.language_model.lm_head, hidden[0][pack.label_rows], pack.label[pack.label_rows]
-        )
+        rows = [pack.label_rows, pack.noised_rows]
+        if reader is not None:
+            rows = [torch.cat(pair) for pair in zip(rows, reader.rows, strict=True)]
+        words, *rest = self.hidden_states(pack, flow.mix(x0, pack.noise, t), t, rows=rows)
+        drawn = rest[0] if rest else words[:0]
+        labels, noised = len(pack.label_rows), len(pack.noised_rows)
+        ce = token_losses(self.language_model.lm_head, words[:labels], pack.label[pack.label_rows])
         if pack.label_weight is not None:
             ce = ce * pack.label_weight
-        seen = read(self, hidden) if read is not None else None
+        seen = reader.read(self, (words[labels:], drawn[noised:])) if reader is not None else None
         if not self.config.visual_gen:
-            return Output(hidden, ce, hidden[0].new_zeros(0, 0, dtype=torch.float32), seen)
-        drawn = hidden[1] if len(hidden) > 1 else hidden[0][:0]
-        predicted = self.velocities(drawn[pack.noised_rows])
+            return Output(ce, words.new_zeros(0, 0, dtype=torch.float32), seen)
+        predicted = self.velocities(drawn[:noised])
         mse = (predicted - flow.velocity(x0, pack.noise)[pack.noised_rows]) ** 2
         if pack.noised_weight is not None:
             mse = mse * pack.noised_weight[:, None]
-        return Output(hidden, ce, mse, seen)
+        return Output(ce, mse, seen)
 
 
 def token_losses(head: nn.Linear, hidden: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:

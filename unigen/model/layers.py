@@ -30,7 +30,7 @@ class Linear(nn.Linear):
         # The number of rows is looked at last: while a compiler traces, that would make a version of its own
         # for few rows.
         plain = not self.training and x.is_cpu and _plain() and x.dtype == self.weight.dtype == torch.float32
-        if plain and x.ndim == 2 and self.weight.numel() >= LARGE and x.shape[0] <= FEW_ROWS:
+        if plain and x.ndim == 2 and self.weight.numel() >= LARGE and 0 < x.shape[0] <= FEW_ROWS:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unigen.model.attention import Attention
 from unigen.model.layers import Linear, RMSNorm, SwiGLU, rope_angles, rotate
 from unigen.model.parts import GEN
-from unigen.model.sdpa import Halves
+from unigen.model.sdpa import Halves, Rows
 from unigen.sequence.types import Pack
 
 EXPERTS = ("", GEN)
@@ -64,12 +64,18 @@ class Layer(nn.Module):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 self.add_module(norm + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, x: Halves, angles: Angles, attention: Attention, layer: int) -> Halves:
-        """Halves ``x`` [n, D] -> [n, D]; they meet in attention alone."""
+    def forward(
+        self, x: Halves, angles: Angles, attention: Attention, layer: int, rows: Rows | None = None
+    ) -> Halves:
+        """Halves ``x`` [n, D] -> [n, D]; they meet in attention alone. Of the result, only ``rows``."""
         read = [self.before(half, *turn, expert) for half, turn, expert in zip(x, angles, EXPERTS)]
         q, k, v = zip(*read, strict=True)
         y = attention(q, k, v, layer)
         del read, q, k, v  # attention has joined the halves' to copies
+        if rows is not None:  # an expert runs also where nobody reads: its gradients are zero, not missing
+            x, y = (
+                tuple(z if r is None else z.index_select(0, r) for z, r in zip(both, rows)) for both in (x, y)
+            )
         return tuple(self.after(half, seen, expert) for half, seen, expert in zip(x, y, EXPERTS))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,14 +101,15 @@ class Decoder(nn.Module):
             self.add_module(f"norm{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.rope_theta = float(config.rope_parameters["rope_theta"])
 
-    def forward(self, x: Halves, pack: Pack, attention: Attention) -> Halves:
-        """Halves ``x`` [n, D] of embedded tokens -> [n, D] after the final norms; the second may be left out
-        where there are no generation tokens."""
+    def forward(self, x: Halves, pack: Pack, attention: Attention, rows: Rows | None = None) -> Halves:
+        """Halves ``x`` [n, D] of embedded tokens -> [n, D] after the final norms, of ``rows`` where they are
+        given: behind its attention the last layer computes no others. The second half may be left out where
+        there are no generation tokens."""
         cos, sin = rope_angles(pack.position, self.layers[0].self_attn.head_width, self.rope_theta)
         lengths = [pack.n_und, len(pack) - pack.n_und]
         angles = list(zip(cos.split(lengths), sin.split(lengths)))[: len(x)]
         for i, layer in enumerate(self.layers):
-            x = layer(x, angles, attention, i)
+            x = layer(x, angles, attention, i, rows if i == len(self.layers) - 1 else None)
         return tuple(self.normed(half, expert) for half, expert in zip(x, EXPERTS))
 
     def normed(self, x: Tensor, expert: str) -> Tensor:

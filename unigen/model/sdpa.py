@@ -18,6 +18,9 @@ from unigen.sequence.types import Pack, Sight
 Halves = tuple[Tensor, ...]
 """The understanding tokens, and after them, where the generation expert runs, the generation tokens."""
 
+Rows = Sequence[Tensor | None]
+"""Which rows of each half somebody reads, [n] int64; None: all of them, in their order."""
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool = False) -> Tensor:
     """``scaled_dot_product_attention`` of q [B, L, H, d] over k and v [B, P + L, G, d] -> [B, L, H, d]."""

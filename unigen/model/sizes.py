@@ -30,6 +30,7 @@ class Load:
     gen: int  # of the generation half
     patches: int = 0  # that the ViT sees
     labels: int = 0  # tokens with a label
+    noised: int = 0  # tokens that learn to be drawn
     pixels: int = 0  # that the VAE encodes
     squares: float = 0.0  # sum over samples of their length squared
     samples: int = 1
@@ -48,6 +49,7 @@ class Load:
             gen=len(pack) - pack.n_und,
             patches=sum(n for n, done in zip(pack.vit_lengths, ready, strict=True) if not done),
             labels=pack.n_text_labels,
+            noised=pack.n_image_targets,
             pixels=sum(pixels.shape[-1] * pixels.shape[-2] for pixels in pack.vae_pixels),
             squares=float(sum(n * n for n in lengths)),
             samples=pack.n_samples,
@@ -59,12 +61,12 @@ class Load:
         does not draw sees pictures instead, a quarter of the tokens."""
         if not config.visual_gen:
             patches = tokens // 4 if config.visual_und else 0
-            return cls(tokens, 0, patches, tokens - patches, 0, float(tokens) ** 2)
+            return cls(tokens, 0, patches, tokens - patches, squares=float(tokens) ** 2)
         pictures = max(1, tokens // (picture + 64)) if tokens > picture else 1
         gen = min(pictures * picture, tokens)
         one = tokens / pictures
         pixels = gen * config.latent_stride**2
-        return cls(tokens - gen, gen, 0, tokens - gen, pixels, pictures * one * one, pictures)
+        return cls(tokens - gen, gen, 0, tokens - gen, gen, pixels, pictures * one * one, pictures)
 
 
 @dataclass(frozen=True)
@@ -148,28 +150,34 @@ class Widths:
         and the scale of each row."""
         return self.c * (2 * self.q + 2 * self.kv + copied * self.q) + 4 * self.heads
 
-    def kept(self, half: Half, policy: str = "none", copied: bool = False) -> int:
+    def kept(
+        self, half: Half, policy: str = "none", copied: bool = False, read: float | None = None
+    ) -> float:
         """Bytes a token that a layer keeps for its backward pass.
 
         Args:
             half: what learns of the token's expert.
             policy: ``none`` recomputes nothing, ``selective``, ``full``.
             copied: see :meth:`attention`.
+            read: of the last layer, the share of the tokens that go on behind attention, as copies.
         """
         D, inner, q, kv, c = self.D, self.I, self.q, self.kv, self.c
+        share, copies = (1.0, 0) if read is None else (read, c * q)
         if policy == "full":
             return 4 * D
         if not half.recorded:
             return self.attention()
         if policy == "selective":
-            return 4 * D + self.attention(copied) + c * (q + D + inner)
+            stay = 4 * D + self.attention(copied) + c * q
+            return stay + share * (c * (D + inner) + copies + 4 * D * (read is not None))
         before = 4 * D + 4 * D * half.norms + self.inputs(half, READ)
         # the norms of heads compute in float32
         before += 4 * (q + kv) + c * (q + kv) * half.head_norms
         outs = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": D, "down_proj": D}
-        low = c * sum(half.ranks.values())
-        low += half.dora * 2 * c * sum(outs.get(name, inner) for name in half.ranks)
-        return before + self.attention(copied) + self.after(half) + low
+        low = {name: c * (r + half.dora * 2 * outs.get(name, inner)) for name, r in half.ranks.items()}
+        ahead = sum(low.pop(name, 0) for name in READ)
+        behind = self.after(half) + sum(low.values()) + copies * half.learns(["o_proj"])
+        return before + self.attention(copied) + ahead + share * behind
 
     def after(self, half: Half) -> int:
         """Bytes a token that what comes after attention keeps, but for adapters."""
@@ -196,6 +204,9 @@ def work_of(config: BagelConfig, load: Load, learns: Mapping[str, bool], again: 
 
     layers, flop = config.llm.num_hidden_layers, 0.0
     flop += layers * layer * (products("und") * load.und + products("gen") * load.gen)
+    # behind the last attention only rows with a loss go on
+    idle = products("und") * (load.und - load.labels) + products("gen") * (load.gen - load.noised)
+    flop -= w.D * (3 * w.I + w.q) * idle
     records = "und" in learns or "gen" in learns
     flop += 2 * w.q * layers * load.squares * (1 + records * (2.5 + again))  # half of all pairs attend
     flop += (4 + 2 * learns.get("head", False)) * w.D * config.llm.vocab_size * load.labels

@@ -133,6 +133,8 @@ class _Planner:
         self.gpu = machine.kind == "cuda"
         self.copied = not self.gpu and load.samples > 1 and load.gen > 0  # see sdpa.Groups.moves
         self.trained = [entry for entry in self.entries if entry.trains]
+        # tokens of both halves, and those of them that go on behind the last attention
+        self.tokens, self.read = (load.und, load.gen), (load.labels, load.noised)
         prefix = "language_model.model.layers."
         self.layers: list[list[ParameterEntry]] = [[] for _ in range(model.llm.num_hidden_layers)]
         self.root: list[ParameterEntry] = []  # what is no layer of the decoder nor of the ViT
@@ -167,8 +169,11 @@ class _Planner:
         """Bytes that layer ``i`` keeps for the backward pass."""
         if not self._recorded():
             return 0.0
-        und, gen = (self.widths.kept(half, policy, self.copied) for half in self._halves(i))
-        kept = float(und * self.load.und + gen * self.load.gen)
+        last = i == len(self.layers) - 1
+        kept = sum(
+            n * self.widths.kept(half, policy, self.copied, read / max(n, 1) if last else None)
+            for half, n, read in zip(self._halves(i), self.tokens, self.read, strict=True)
+        )
         return kept if policy == "full" else kept + self._copies(self.layers[i])
 
     def _copies(self, entries: Sequence[ParameterEntry]) -> float:
@@ -182,10 +187,10 @@ class _Planner:
         return float(8 * self.widths.head * self.load.tokens)
 
     def _behind(self, back: bool) -> float:
-        """Bytes of what comes out of the last layer and lies there until the step ends: its normed result,
-        the velocities and their errors; ``back``: and of its gradient on its way down."""
-        w = self.widths
-        return float((4 + 4 * back) * w.D * self.load.tokens + 12 * self.model.patch_dim * self.load.gen)
+        """Bytes of what comes out of the last layer: its normed result, the velocities and their errors;
+        ``back``: of the errors, and of the gradient of a layer's tokens on its way down."""
+        D, drawn = self.widths.D, self.model.patch_dim * self.load.noised
+        return float(4 * D * self.load.tokens + 4 * drawn if back else 4 * D * sum(self.read) + 12 * drawn)
 
     def _vit_kept(self, policy: str) -> float:
         if not self.model.visual_und or not any(e.trains for e in self.entries if "vit_model" in e.name):
@@ -201,21 +206,21 @@ class _Planner:
         kept = 8 * (self.config.preserve_weight is not None)  # the divergence's own two
         return float(n * self.model.llm.vocab_size * (self.c * (self.c < 4) + 8 + 4 * back + kept))
 
-    def _product(self) -> float:
+    def _product(self, tokens: tuple[int, int]) -> float:
         """A product of the larger half's MLP, and what an adapter adds to it."""
-        return float(max(self.load.und, self.load.gen) * 2 * self.widths.c * self.widths.I)
+        return float(max(tokens) * 2 * self.widths.c * self.widths.I)
 
     def _forward_work(self) -> float:
         """While a layer's MLP runs."""
-        return max(self.load.und, self.load.gen) * 6 * self.widths.D + self._product()
+        return max(self.tokens) * 6 * self.widths.D + self._product(self.tokens)
 
     def _backward_work(self, i: int) -> float:
-        w, tokens = self.widths, (self.load.und, self.load.gen)
+        w, tokens = self.widths, self.read if i == len(self.layers) - 1 else self.tokens
         again = self._kept(i, "none") if self.policy == "full" else 0.0
         if self.policy == "selective" and self._recorded():  # one part of one half at a time
             parts = zip(tokens, self._halves(i), strict=True)
             again = max(n * (w.after(half) - w.c * w.I) * half.recorded for n, half in parts)
-        return again + self._product() + self._around() + self._behind(True) + self._whole_matrix()
+        return again + self._product(tokens) + self._around() + self._behind(True) + self._whole_matrix()
 
     def _whole_matrix(self) -> float:
         """One quantised matrix as it is computed with; what DoRA makes of one to know the lengths of its
@@ -273,7 +278,6 @@ class _Planner:
         share = whole / max(sum(e.gradient for e in self.trained), 1)
         head = share * sum(e.gradient for e in self.root if "lm_head" in e.name)
         embed = share * sum(e.gradient for e in self.root if "embed_tokens" in e.name)
-        last = len(self.layers) - 1
         layers = share * sum(e.gradient for entries in self.layers[1:] for e in entries)
         seen = self.patch + self._mask()
         # its gradient, that in the dtype of products, and the copies that products were computed with
@@ -291,11 +295,10 @@ class _Planner:
                 "gradients": before,
                 "activations": kept,
             },
-            "backward": {
-                "work": self._backward_work(last) + self._gathered(True),
-                "gradients": before or head,
-                "activations": kept,
-            },
+            "backward": max(
+                (self._backward(i, before, head, share) for i in range(len(self.layers))[-2:]),
+                key=lambda found: sum(found.values()),
+            ),
             "first layer": {
                 "work": self._backward_work(0) + self._gathered(True),
                 "gradients": before or head + layers,
@@ -311,6 +314,16 @@ class _Planner:
                 "gradients": whole,
                 "activations": 0.0,
             },
+        }
+
+    def _backward(self, i: int, before: float, head: float, share: float) -> dict[str, float]:
+        """While layer ``i`` is on its way back. In the last one products are small: the peak may be that of
+        the one before, when what the last kept is gone."""
+        behind = self.layers[i + 1 :]
+        return {
+            "work": self._backward_work(i) + self._gathered(True),
+            "gradients": before or head + share * sum(e.gradient for entries in behind for e in entries),
+            "activations": sum(self.kept[: i + 1]) + self.patch + self._mask(),
         }
 
     def _encoding(self) -> float:

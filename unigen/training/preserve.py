@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unigen.bars import each
 from unigen.config import UserError
-from unigen.model.bagel import Bagel, Output
+from unigen.model.bagel import Bagel, Output, StateReader
 from unigen.model.lora import adapters_off, base_digest
 from unigen.model.parts import is_adapter
 from unigen.model.sdpa import Halves
@@ -83,9 +83,9 @@ class Teacher:
         before = self.predict(pack, latents)
 
         def read(model: Bagel, hidden: Halves) -> tuple[Tensor, Tensor]:
-            return distances(model, hidden, pack, before)
+            return distances(model, hidden, before)
 
-        return self.engine.forward(pack, latents=latents, read=read)
+        return self.engine.forward(pack, latents=latents, reader=StateReader(_kept(pack), read))
 
     @torch.no_grad()
     def predict(self, pack: Pack, latents: Sequence[Tensor]) -> ReferenceOutput:
@@ -95,12 +95,12 @@ class Teacher:
         bare = replace(pack, label_rows=pack.label_rows[:0], noised_rows=pack.noised_rows[:0], **none)
 
         def read(model: Bagel, hidden: Halves) -> ReferenceOutput:
-            words, drawn = _kept(hidden, pack)
+            words, drawn = hidden
             seen = model.velocities(drawn) if model.config.visual_gen else drawn.new_zeros(0, 0)
             return ReferenceOutput(model.logits(words), seen)
 
         with self.in_place():
-            return self.engine.forward(bare, latents=latents, read=read).read
+            return self.engine.forward(bare, latents=latents, reader=StateReader(_kept(pack), read)).read
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -124,23 +124,21 @@ class Teacher:
             self.engine.refresh()
 
 
-def _kept(hidden: Halves, pack: Pack) -> tuple[Tensor, Tensor]:
-    """Hidden states [n, D] at the labels and at the noised tokens that are kept."""
+def _kept(pack: Pack) -> tuple[Tensor, Tensor]:
+    """Rows of each half: the labels and the noised tokens that are kept."""
     assert pack.kept_label_rows is not None and pack.kept_noised_rows is not None
-    drawn = hidden[1] if len(hidden) > 1 else hidden[0][:0]
-    return hidden[0][pack.kept_label_rows], drawn[pack.kept_noised_rows]
+    return pack.kept_label_rows, pack.kept_noised_rows
 
 
-def distances(model: Bagel, hidden: Halves, pack: Pack, before: ReferenceOutput) -> tuple[Tensor, Tensor]:
+def distances(model: Bagel, hidden: Halves, before: ReferenceOutput) -> tuple[Tensor, Tensor]:
     """The distances summed over labels and over noised tokens: two float32 scalars with gradients, of zero
     where there is none.
 
     Args:
-        model: as it is now; hidden: its states after the final norms.
-        pack: the packed sequence.
-        before: what the model as it was said of it.
+        model: as it is now; hidden: its states [n, D] at the labels and at the noised tokens that are kept.
+        before: what the model as it was said of them.
     """
-    words, drawn = _kept(hidden, pack)
+    words, drawn = hidden
     texts = divergence(model.logits, words, before.logits)
     if not model.config.visual_gen:
         return texts, drawn.float().sum()
