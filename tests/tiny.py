@@ -69,7 +69,7 @@ def built(**options: Any) -> TrainingLoop:
 def batch_of(loop: TrainingLoop, records: list[int]) -> MicroBatch:
     """These records packed, as they are in the first epoch."""
     stream = loop.run.stream
-    return stream.build_samples([stream.key(record, 0) for record in records], loop.position.loader)
+    return stream.build_samples([stream.mixture.key(record, 0) for record in records], loop.position.loader)
 
 
 def step_of(loop: TrainingLoop, batches: list[MicroBatch], lr: float) -> StepResult:

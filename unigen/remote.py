@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from unigen.config import UserError
 from unigen.files import atomic, cache_folder, free_bytes, locked
@@ -67,9 +68,25 @@ def scheme_of(text: str | os.PathLike[str]) -> str | None:
     return match[1].lower() if match and match[1].lower() != "file" else None
 
 
+def path_of(text: str) -> str | None:
+    """The path that a ``file:`` address names; None for another text. Raises ValueError, whose two arguments
+    are why and the fix, for one of another machine."""
+    if text[:6].lower() != "file:/":
+        return None
+    host, slash, path = text[7:].partition("/") if text[6:7] == "/" else ("", "/", text[6:])
+    if not slash or host.lower() not in ("", "localhost"):
+        raise ValueError("a file: address of another machine", "write the path of the file alone")
+    return unquote(f"/{path}")
+
+
 def local(place: str | os.PathLike[str]) -> Path:
-    """The absolute path of a place: of an address that of its copy."""
-    return copy_of(place) if isinstance(place, str) and scheme_of(place) else Path(place).absolute()
+    """The absolute path of a place: of an address that of its copy. Raises RemoteError."""
+    if isinstance(place, str) and scheme_of(place):
+        return copy_of(place)
+    try:
+        return Path(path_of(os.fspath(place)) or place).absolute()
+    except ValueError as error:
+        raise RemoteError("unreadable", os.fspath(place), *error.args) from None
 
 
 def copy_of(url: str) -> Path:

@@ -159,6 +159,41 @@ def test_json_beside_a_picture_with_its_text_describes_it(tmp_path: Path) -> Non
         find_files([tmp_path / "0/*.png"])
 
 
+def test_pictures_with_texts_in_folders_are_what_their_table_describes(tmp_path: Path) -> None:
+    """As img2dataset writes them; its tables alone are data."""
+    for shard in ("00000", "00001"):
+        write(tmp_path / f"{shard}.parquet", b"")
+        write(tmp_path / f"{shard}_stats.json", "{}")
+        (tmp_path / shard).mkdir()
+    assert [name for _, name in find_files([tmp_path])] == ["00000.parquet", "00001.parquet"]
+    for end, data in (("jpg", png()), ("txt", "red"), ("json", '{"caption": "red"}')):
+        write(tmp_path / f"00001/1.{end}", data)
+    left_out: list[LeftOut] = []
+    assert [name for _, name in find_files([tmp_path], left_out=left_out)] == ["00001/1.jpg"]
+    assert {"00000.parquet", "00001_stats.json", "1.json"} <= {path.name for path, _ in left_out}
+
+
+def test_repeats_of_kohya_and_packed_pictures_are_told(tmp_path: Path, caplog) -> None:
+    for name in ("10_sks dog", "1_dog"):
+        write(tmp_path / f"in/{name}/1.png", png())
+        write(tmp_path / f"in/{name}/1.txt", "a dog")
+    assert len(find_files([tmp_path / "in"])) == 2 and "10_sks dog, 1_dog are no repeats" in caplog.text
+    data = write(tmp_path / "data/a.jsonl", '{"image": "coco/1.png", "text": "red"}')
+    write(tmp_path / "data/images.zip", b"PK")
+    assert "unpack images.zip, and give its folder as --image_root" in str(refused(data))
+
+
+def test_json_that_describes_the_picture_beside_it_is_told_how_to_be_packed(tmp_path: Path) -> None:
+    for end, data in (("png", png()), ("json", '{"prompt": "red"}')):
+        write(tmp_path / f"in/1.{end}", data)
+    with pytest.raises(BadData, match=r"no_format.*describes 1.png beside it: pack them with tar "):
+        UnifiedGenerationDataset(tmp_path / "in")
+    packed = archive(
+        tmp_path / "data.tar", [(path.name, path.read_bytes()) for path in (tmp_path / "in").iterdir()]
+    )
+    assert read(packed) == [("image_and_text", ["red", f"[{len(png())}]*"])]
+
+
 def test_a_pattern_knows_what_describes_the_data(tmp_path: Path) -> None:
     for name in ("dataset_dict.json", "state.json", "a.jsonl"):
         write(tmp_path / name, "{}\n")

@@ -245,7 +245,7 @@ def test_a_token_budget_holds_what_fits_and_never_drops(golden: Path, data: Path
     rows = [row for step in take(stream, stream.steps_in(0, 1)) for row in step]
     assert Counter(i for row in rows for i in row.records) == Counter(range(N))
     assert any(len(row.records) > 1 for row in rows)
-    length = {i: sum(map(len, stream.mixture.outline(i, stream.key(i, 0))[1])) for i in range(N)}
+    length = {i: sum(map(len, stream.mixture.outline(i, stream.mixture.key(i, 0))[1])) for i in range(N)}
     for at, row in enumerate(rows):
         assert len(row.pack) == sum(length[i] for i in row.records)
         assert len(row.pack) <= 160 or len(row.records) == 1
@@ -274,7 +274,9 @@ def test_a_batch_takes_up_what_waited_under_a_token_budget(golden: Path, data: P
 
 def test_a_record_has_other_noise_in_another_epoch_and_the_same_in_validation(golden: Path, data: Path):
     stream, held_out = make_stream(golden, data), make_stream(golden, data, training=False)
-    epochs = [stream.build_samples([stream.key(1, epoch)], LoaderState()).pack.noise for epoch in (0, 1)]
+    epochs = [
+        stream.build_samples([stream.mixture.key(1, epoch)], LoaderState()).pack.noise for epoch in (0, 1)
+    ]
     assert not torch.equal(*epochs)
     fixed = [held_out.build([1], LoaderState(epoch)).pack for epoch in (0, 1)]
     assert torch.equal(fixed[0].noise, fixed[1].noise) and torch.equal(fixed[0].u, fixed[1].u)

@@ -33,6 +33,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         system.pipe(f"/bucket/data/pics/{name}.png", buffer.getvalue())
     put(system, "train.jsonl", "pics/a.png", f"{BUCKET}/pics/b.png")
     put(system, "test.jsonl", "pics/b.png")
+    system.pipe("/bucket/data/odd.dat", b"?")
     yield system
     system.rm("/bucket", recursive=True)
 
@@ -52,7 +53,10 @@ def test_a_folder_is_copied_once_and_its_pictures_when_they_are_met(bucket, tmp_
     dataset = UnifiedGenerationDataset(BUCKET)
     copies = tmp_path / "cache" / "remote" / "memory" / "bucket" / "data"
     assert pictures(dataset) == ["a.png", "b.png"] and dataset.files == [copies / "train.jsonl"]
-    assert [(path.name, split) for path, split in dataset.left_out] == [("test.jsonl", "test")]
+    assert [(path.name, split) for path, split in dataset.left_out] == [
+        ("test.jsonl", "test"),
+        ("odd.dat", ""),
+    ]
     assert not (copies / "test.jsonl").exists()  # of another split nothing is copied
     before = (copies / "train.jsonl").stat().st_mtime_ns
     fingerprint = UnifiedGenerationDataset(f"{BUCKET}/train.jsonl").fingerprint
@@ -123,6 +127,14 @@ def test_records_on_a_disk_may_name_pictures_there(bucket, tmp_path: Path) -> No
         image_root = f"{BUCKET}/pics"
 
     assert pictures(UnifiedGenerationDataset(path, read=ReadOptions.of(Options))) == ["a.png"]
+    Options.image_root = Options.image_root.replace("memory", "MEMORY")
+    assert pictures(UnifiedGenerationDataset(path, read=ReadOptions.of(Options))) == ["a.png"]
+    for image_root in (f"FILE://{tmp_path}/a%20b", f"file:{tmp_path}/a%20b"):
+        Options.image_root = image_root
+        assert ReadOptions.of(Options).image_root == tmp_path / "a b"
+    Options.image_root = "file://other/data"
+    with pytest.raises(UserError, match="of another machine"):
+        ReadOptions.of(Options)
     path.write_text(json.dumps({"image_path": f"{BUCKET}/pics/a.png", "caption": "c"}))
     with pytest.raises(BadData, match="outside_root"):  # and not where data is confined
         UnifiedGenerationDataset(path, data_root=path.parent)

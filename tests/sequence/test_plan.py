@@ -407,7 +407,7 @@ def test_lengths_of_many_passes_are_those_of_each(planner, limit, options, epoch
     wanted = [p.length(sample, lengths[i], key) for i, (sample, key) in enumerate(zip(samples, keys))]
 
     def of_passes(records):
-        return lengths.of_passes(5 + records, 9, epoch, p.options, limit, first=5)
+        return lengths.of_passes(records, 5 + records, 9, epoch, p.options, limit)
 
     found = of_passes(np.arange(len(samples)))
     assert found.tolist() == wanted and (epoch is None or len(set(wanted)) > 5)
@@ -449,7 +449,7 @@ def test_a_row_has_room_for_the_longest_caption_variant(planner):
     p = planner(**NO_DROPOUT)
     sample = [Text("a cat", others=("a cat " * 20,)), Image(picture(), True)]
     lengths = token_lengths(p, [sample] * 30)
-    bounds = lengths.of_passes(np.arange(30), 1, 0, p.options, p.max_length)
+    bounds = lengths.of_passes(np.arange(30), np.arange(30), 1, 0, p.options, p.max_length)
     actual = [p.length(sample, lengths[i], RandomKey(1, 0, i)) for i in range(30)]
     assert all(a <= b for a, b in zip(actual, bounds)) and max(actual) == max(bounds) and len(set(actual)) > 1
 

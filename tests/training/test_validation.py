@@ -28,7 +28,7 @@ def test_the_losses_by_task_and_by_time_are_those_of_their_records(options: dict
     assert whole is not None and stream is not None
     found: dict[str, list[float]] = {}
     for number, name in enumerate(TAUGHT):
-        pack = stream.build_samples([stream.key(number, 0)], loop.position.loader).pack
+        pack = stream.build_samples([stream.mixture.key(number, 0)], loop.position.loader).pack
         with torch.no_grad():
             output = model(pack)
         errors = output.mse.mean(-1).tolist()

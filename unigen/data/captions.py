@@ -44,8 +44,9 @@ def row_of_picture(picture: Path) -> tuple[bytes, Json]:
     return data, made
 
 
-def captioned_pictures(names: Iterable[Path], folder: Path) -> Iterator[Path]:
-    """The pictures among the files ``names`` of a folder (relative to it) where any of them has a text."""
+def captioned_pictures(names: Iterable[Path], folder: Path, alone: bool = False) -> Iterator[Path]:
+    """The pictures among the files ``names`` of a folder (relative to it) where any of them has a text, or
+    with ``alone`` none has to."""
     pictures = [name for name in names if is_picture(name)]
-    if any(caption_of(folder / name) for name in pictures):
+    if alone or any(caption_of(folder / name) for name in pictures):
         yield from pictures

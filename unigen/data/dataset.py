@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from unigen import plugins
@@ -95,6 +96,9 @@ class UnifiedGenerationDataset(Dataset[Any]):
         left_out: Files of folders that are not read: of other splits, or about the data.
         lengths: What ``token_lengths`` returned for each record; None without it.
         bad: The bad records that were left out.
+        numbers: Of each record [n] int64, counted over all files from 0 with those that are left out: what
+            its random numbers hang on, and what ``unigen preview --records`` and ``unigen evaluate`` name.
+        held: Records of all files, left out or not.
         fingerprint: Hexadecimal digest of the files (sizes, contents, in their order) and of which of their
             records are in use.
         named_fingerprint: The same with the files' names, as older checkpoints hold it.
@@ -130,7 +134,9 @@ class UnifiedGenerationDataset(Dataset[Any]):
         self.planner, self.seed, self.epoch = planner, seed, 0
         self.split, self.left_out = named_split or split, list[LeftOut]()
         given = [paths] if isinstance(paths, str | Path) else paths
-        named = find_files(given, self.read.data_root, split, self.left_out, named_split)
+        named = find_files(
+            given, self.read.data_root, split, self.left_out, named_split, bool(self.read.trigger_word)
+        )
         self.files = [path for path, _ in named]
         require_match(self.files, self.read)
         self._reader = Reader(self.files)
@@ -138,6 +144,10 @@ class UnifiedGenerationDataset(Dataset[Any]):
         found = self._found(token_lengths, check_pictures, lengths_key, num_workers, progress)
         self._index, self.lengths, self._distinct = found.index, found.lengths, found.distinct
         self._counts, self._notes = found.counts, found.notes
+        self.held = sum(found.held.values())
+        before = np.cumsum([0] + [found.held[n] for n in range(len(self.files))])
+        files, places = (self._index.arrays()[i] for i in (0, 4))
+        self.numbers = before[files] + places.astype(np.int64)
         places = sorted(found.bad.kept, key=lambda entry: (entry[0].file, entry[0].index))
         self.bad = [error for _, error in places]
         self._settle(found.unreadable, on_bad_record, bad_records_path, max_bad_share)
@@ -169,7 +179,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
         """
         record, planner = self.record(i), self.planner
         assert planner is not None, "give a planner"
-        key = RandomKey(self.seed, self.epoch, self._checked(i))
+        key = RandomKey(self.seed, self.epoch, int(self.numbers[i]))
         blocks = planner.outline(record.sample, planner.token_lengths(record), key)
         try:
             blocks = planner.fill(record.sample, blocks, key)

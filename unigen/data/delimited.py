@@ -85,7 +85,7 @@ def read_header(file: BinaryIO, suffix: str, digest: Any = None) -> Header:
     text = decode(first.removeprefix(_BOM), 1).rstrip("\r\n")
     delimiter = "\t"
     if suffix == ".csv":
-        delimiter = next((mark for mark in ",;\t" if mark in text), ",")
+        delimiter = next((mark for mark in ",;\t|" if mark in text), ",")
     csv.field_size_limit(MAX_RECORD)
     fix = "write a first line with a name for each column, such as image,text"
     try:
@@ -93,7 +93,11 @@ def read_header(file: BinaryIO, suffix: str, digest: Any = None) -> Header:
         names = [name.strip() for name in names]
     except csv.Error:  # a line may not end in CR alone
         names, fix = [], "save it with line ends of LF (or CR LF) and a first line such as image,text"
-    if any(is_picture(Path(name)) for name in names):
+    if any(is_picture(Path(name)) or "://" in name for name in names):
+        given = {True: "url" if "://" in "".join(names) else "image", False: "caption"}
+        if len(names) == 2:
+            told = delimiter.join(given[is_picture(Path(name)) or "://" in name] for name in names)
+            fix += f", here: sed -i '1i {told}' FILE".replace("\t", "\\t")
         found = f"a record in the first line ({', '.join(names)[:60]})"
         raise BadRecord("bad_csv", "(file)", found, "a name for each column", fix)
     if not names or "" in names or len(set(names)) < len(names) or len(first) == MAX_RECORD:

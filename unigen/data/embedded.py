@@ -12,7 +12,6 @@ from unigen import remote
 from unigen.sequence.files import MAX_BYTES, kind_of_start
 
 _DATA = re.compile(r"data:[^,;]{0,100}(;[^,;]{0,100}){0,9},", re.IGNORECASE)
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 _LEAST = 64  # characters of a picture written as base64; the smallest PNG takes 90
 
@@ -68,17 +67,13 @@ def place_of(text: str) -> str | Address:
     Raises:
         ValueError: It is an address of another kind; its two arguments are why, and the fix.
     """
-    match = _SCHEME.match(text)
-    if match is None:
-        return unquote(text[5:]) if text[:6].lower() == "file:/" else text
-    scheme, rest = match[1].lower(), text[match.end() :]
+    if path := remote.path_of(text):
+        return path
+    scheme = remote.scheme_of(text)
+    if scheme is None:
+        return text
     if scheme in ("http", "https"):
         return Address(text)
-    if scheme == "file":
-        host, slash, path = rest.partition("/")
-        if not slash or host.lower() not in ("", "localhost"):
-            raise ValueError("a file: address of another machine", "write the path of the file alone")
-        return unquote("/" + path)
     if problem := remote.problem_with(scheme):
         why, fix = problem
         if scheme in remote.STORES:

@@ -11,12 +11,19 @@ from typing import NamedTuple
 from unigen.data.containers import ByteSpan, Raw
 from unigen.data.formats import parse_raw
 from unigen.data.mapping import PLAIN, ReadOptions
-from unigen.data.nearby import image_root_for
+from unigen.data.nearby import image_root_for, packed_near
 from unigen.printing import printable
 from unigen.sequence.images import PictureError, image_size
 from unigen.sequence.lengths import RecordLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
 
+# the field of texts -> the program of jq that puts <image> in the place of <img>: of Qwen-VL, where the path
+# stands inside, and of OmniGen, where its number does
+_WITH_IMG = {
+    "conversations": '.images = [.conversations[].value | scan("<img>(.*?)</img>")[0]]'
+    ' | .conversations[].value |= gsub("<img>.*?</img>"; "<image>")',
+    "instruction": r'.instruction |= gsub("(<img>)?<\\|image_[0-9]+\\|>(</img>)?"; "<image>")',
+}
 CountTokens = Callable[[Record], RecordLengths]
 
 
@@ -51,8 +58,21 @@ def examine(
                 record.sample[i] = replace(segment, size=_size(segment, field, pictures, file, read))
         return Examined(record, fields, token_lengths(record) if token_lengths else None)
     except BadRecord as error:
-        error.locate(origin, fields)
+        locate(error, origin, fields)
         raise
+
+
+def locate(error: BadRecord, origin: Origin, fields: list[str]) -> None:
+    """Fills in the place of an error, and for tags of other trainers the fix."""
+    error.locate(origin, fields)
+    if error.code != "tag_without_picture":
+        return
+    program, kind = _WITH_IMG.get(error.field.partition("[")[0]), origin.file.suffix.lower()
+    if "<bbox>" in error.found or "<ref-object>" in error.found:
+        error.fix = "write names and boxes into the text, or learn the tag as text: --allow_control_tokens"
+    elif ("<img>" in error.found or "<|image_" in error.found) and program and kind in (".json", ".jsonl"):
+        each = ".[] | " if kind == ".json" else ""
+        error.fix = f"write <image> there: jq -c '{each}{program}' OLD > NEW.jsonl"
 
 
 def _size(
@@ -65,6 +85,9 @@ def _size(
     except BadRecord as error:
         if error.code == "missing_picture" and not pictures.sound:
             root = image_root_for(str(segment.source), file, read)
+            packed = None if root else packed_near(file)
+            if packed:
+                error.fix = f"unpack {printable(packed)}, and give its folder as --image_root"
             if root:
                 error.fix = f"it lies in {printable(root)}: give --image_root {printable(root)}"
         raise

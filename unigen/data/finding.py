@@ -43,6 +43,7 @@ def find_files(
     split: Split | None = "train",
     left_out: list[LeftOut] | None = None,
     asked: str | None = None,
+    alone: bool = False,
 ) -> list[tuple[Path, str]]:
     """Absolute paths of the files, each with its name in the folder that was given.
 
@@ -56,6 +57,7 @@ def find_files(
         left_out: Gets the files of folders that are not read: those of other splits, and those that describe
             the data.
         asked: The name of the split to take, or several with + between them.
+        alone: Pictures of which none has a text are records, too (``trigger_word`` is all of it).
 
     Raises:
         BadData: No path is given, one does not exist or is of no known kind, a folder holds nothing to read,
@@ -66,6 +68,7 @@ def find_files(
     for given in given_paths:
         if isinstance(given, str) and remote.scheme_of(given):
             path = brought(given, split, asked, more := [])
+            _warn_of_data(given, (name.relative_to(path) for name, reason in more if not reason))
             if left_out is not None:
                 left_out += more
         else:
@@ -75,8 +78,11 @@ def find_files(
             saved: dict[Path, str] = {}
             unknown: list[Path] = []
             names = sorted(_in_folder(path, root, sides, saved, unknown))
+            if shards := _of_folders(path, names):
+                names = [name for name in names if name not in shards]
+                sides += shards
             if not names:
-                names = sorted(_captioned(path, root, sides))
+                names = sorted(_captioned(path, root, sides, alone))
                 unknown = [name for name in unknown if name.suffix.lower() not in CAPTIONS]
             sides += unknown
             _warn_of_data(given, unknown)
@@ -205,7 +211,8 @@ def _nothing(folder: Path) -> str:
     if any(is_picture(name) for name in _everything(folder)):
         return (
             "pictures, and nothing that says what they show. Fix: put a text beside each (a.png, a.txt), or"
-            ' write a metadata.jsonl with lines such as {"file_name": "a.png", "text": "..."}'
+            ' write a metadata.jsonl with lines such as {"file_name": "a.png", "text": "..."}, or give'
+            " --trigger_word as the text of all"
         )
     return f"{kinds}. Name the folder or the files with the records."
 
@@ -236,11 +243,21 @@ def _describes(name: Path, stems: set[Path]) -> bool:
     return any(name.with_name("".join(parts[:n])) in stems for n in range(1, len(parts), 2) if parts[0])
 
 
-def _captioned(folder: Path, root: str | Path | None, sides: list[Path]) -> Iterator[Path]:
+def _of_folders(folder: Path, names: Iterable[Path]) -> list[Path]:
+    """The tables that describe pictures with texts in folders of their names, as img2dataset writes
+    ``00000.parquet`` beside ``00000``; none where no such picture is there."""
+    tables = [name for name in names if name.suffix == ".parquet" and name.stem.isdecimal()]
+    shards = [name for name in tables if (folder / name).with_suffix("").is_dir()]
+    pictures = (path for name in shards for path in (folder / name).with_suffix("").iterdir())
+    return shards if any(is_picture(path) and caption_of(path) for path in pictures) else []
+
+
+def _captioned(folder: Path, root: str | Path | None, sides: list[Path], alone: bool) -> Iterator[Path]:
     """The pictures of a folder with texts beside them; ``sides`` gets the texts that belong to none. Raises
     BadData for a text outside of ``root``."""
     names = list(_everything(folder))
-    pictures = list(captioned_pictures(names, folder))
+    pictures = list(captioned_pictures(names, folder, alone))
+    _warn_of_repeats(folder, pictures)
     stems = {picture.with_suffix("") for picture in pictures}
     for picture in pictures if root is not None else []:
         text = caption_of(folder / picture)
@@ -253,6 +270,15 @@ def _captioned(folder: Path, root: str | Path | None, sides: list[Path]) -> Iter
         texts = (name for name in names if name.suffix.lower() in CAPTIONS and not is_side_file(name))
         sides += [name for name in texts if name.with_suffix("") not in stems]
     yield from pictures
+
+
+def _warn_of_repeats(folder: Path, pictures: Iterable[Path]) -> None:
+    """Says that folders of kohya-ss (``10_name``) are read once each."""
+    told = {above.name for picture in pictures for above in picture.parents if re.match(r"\d+_.", above.name)}
+    if len({name.partition("_")[0] for name in told}) > 1:
+        named = printable(", ".join(sorted(told)[:4]))
+        fix = "name them as train_sources with weight, which says how often each is met"
+        log.warning("%s: the numbers before %s are no repeats here. Fix: %s", folder, named, fix)
 
 
 def _everything(folder: Path) -> Iterator[Path]:

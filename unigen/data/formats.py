@@ -98,6 +98,7 @@ def parse_with_fields(
         value, notes = _without_empty(_unpacked(value))
         notes += [("unread", field) for field in aside]
         name = recognise(value, FORMATS)
+        keys.refuse_system(value)
         segments = FORMATS[name].parse(value, read.folder(origin.file))
         if name == "image_and_text":
             segments = [_captioned(segments[0], read), *segments[1:]]
@@ -132,7 +133,8 @@ def parse_with_fields(
                 )
     except BadRecord as error:
         error.origin = origin
-        if error.code in ("no_format", "missing_field", "ambiguous_format"):
+        talk = error.code == "wrong_type" and error.field in ("prompt", "completion")
+        if talk or error.code in ("no_format", "missing_field", "ambiguous_format"):
             empty = [name for name in aside if name in read.fields and value.get(name) is None]
             if empty:  # its own field of that name means something else
                 old = read.fields[empty[0]]
@@ -149,10 +151,9 @@ def _hint(value: Any, file: Path) -> str | None:
 
     def reads(record: Json) -> bool:
         try:
-            FORMATS[recognise(record, FORMATS)].parse(record, Path())
+            return bool(FORMATS[recognise(record, FORMATS)].parse(record, Path()))
         except BadRecord:
             return False
-        return True
 
     return hint_for(value, file, reads) if isinstance(value, dict) else None
 
@@ -258,6 +259,7 @@ def text_to_image(record: Json, folder: Path) -> Segments:
 
 def image_to_text(record: Json, folder: Path) -> Segments:
     """The picture is context, ``caption`` the target."""
+    layouts.refuse_another_picture(record, "image_path", "caption")
     return [
         (Image(f.picture(record, "image_path", "", folder)), "image_path"),
         (Text(f.string(record, "caption", ""), target=True), "caption"),
@@ -309,11 +311,29 @@ def messages(record: Json, folder: Path, name: str = "messages") -> Segments:
     """``messages`` whose ``<image>`` tags stand for ``images`` (or ``image``) in order; leading images, which
     have no tag, come first, as context."""
     images, field = layouts.images_of(record, folder)
-    turns = []
-    for item, at in f.objects(record, name, "", "message"):
+    turns, items = [], f.objects(record, name, "", "message")
+    _check_indices(items, len(images))
+    for item, at in items:
         role = f.role_of(item, at)
         turns.append(f.turn(item, at, role, f.contents_of(item, at, folder, role)))
     return f.tagged(turns, images, field)
+
+
+def _check_indices(items: list[tuple[Json, str]], n: int) -> None:
+    """Raises BadRecord where parts name their pictures by other numbers than 0, 1, ... (TRL), since each
+    stands for the next one."""
+    lists = [(item["content"], at) for item, at in items if isinstance(item.get("content"), list)]
+    parts = [(part, f"{at}.content[{i}]") for content, at in lists for i, part in enumerate(content)]
+    given = [
+        (part["index"], at) for part, at in parts if isinstance(part, dict) and part.get("index") is not None
+    ]
+    for number, (index, at) in enumerate(given):
+        if index != number or len(given) != n:
+            found, fix = (
+                f"{f.show(index)} of {n} images",
+                "list images as the parts show them, or take index out",
+            )
+            raise BadRecord("ambiguous_piece", f"{at}.index", found, f"{number} of {len(given)} images", fix)
 
 
 def chat(record: Json, folder: Path) -> Segments:

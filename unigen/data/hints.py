@@ -6,11 +6,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from unigen.data.captions import PICTURES
 from unigen.data.layouts import picture_unread
 from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json
+
+
+def _all_have(values: list[Any], names: tuple[str, ...]) -> bool:
+    return all(isinstance(value, dict) and value.keys() >= set(names) for value in values)
+
+
+def _picture_beside(file: Path) -> Path | None:
+    """The picture that has the name of a file of one record."""
+    if file.suffix.lower() != ".json":
+        return None
+    return next((path for end in PICTURES if (path := file.with_suffix(end)).is_file()), None)
 
 
 class Hint(NamedTuple):
@@ -22,11 +34,49 @@ class Hint(NamedTuple):
     web: bool = False  # its pictures are addresses
 
 
+class Rewritten(NamedTuple):
+    """A layout that no mapping makes one of ours, and the program of jq that does."""
+
+    name: str
+    field: str
+    inside: tuple[str, ...]  # that the objects of the list in ``field`` have; none: a text
+    program: str
+
+
+def _pairs(asked: str, said: str, before: str = "") -> str:
+    turns = f'{{role: "user", content: .{asked}}}, {{role: "assistant", content: .{said}}}'
+    return f"{{messages: [.conversation[] | {before}{turns}]}}"
+
+
+REWRITTEN = (
+    Rewritten(
+        "XTuner", "conversation", ("input", "output"),
+        _pairs("input", "output", '(select(.system) | {role: "system", content: .system}), '),
+    ),
+    Rewritten("Firefly, MOSS", "conversation", ("human", "assistant"), _pairs("human", "assistant")),
+    Rewritten(
+        "TRL (prompt and completion as messages)", "completion", ("role", "content"),
+        "{messages: ((.prompt | map(. + {target: false})) + .completion)}",
+    ),
+    Rewritten(
+        "CoMM (a text with tags)", "text", (), '{messages: [{role: "assistant", content: .text}], images}'
+    ),
+)  # fmt: skip
+"""Of the last one ``images`` stand beside the text, with its tags."""
+
+
 HINTS = (
     Hint("Geometry3K, R1-V", {"query": "problem", "response": "answer"}),
     Hint("OpenR1-Math, NuminaMath", {"query": "problem", "response": "solution"}),
     Hint("VQAv2, TextVQA, DocVQA", {"query": "question", "response": "answers.0"}),
+    Hint("A-OKVQA", {"query": "question", "response": "direct_answers.0"}),
+    Hint("ChartQA", {"image": "imgname", "response": "label"}, ("query",)),
+    Hint("ChartQA (Hugging Face)", {"response": "label.0"}, ("query",)),
+    Hint("OpenOrca", {"system": "system_prompt", "query": "question", "response": "response"}),
+    Hint("Mantis", {"messages": "conversation"}),
     Hint("VQAv2 (multiple_choice_answer)", {"query": "question", "response": "multiple_choice_answer"}),
+    Hint("PixMo", {"image": "image_url", "query": "question", "response": "answer"}, web=True),
+    Hint("VizWiz", {"query": "question", "response": "answers.0.answer"}),
     Hint("VQA (answers as a text)", {"query": "question", "response": "answers"}),
     Hint("GQA, GSM8K, MathVision", {"query": "question", "response": "answer"}),
     Hint("Dolly", {"input": "context", "output": "response"}, ("instruction",)),
@@ -36,18 +86,31 @@ HINTS = (
     Hint("turns as user and assistant", {"query": "user", "response": "assistant"}),
     Hint("DOCCI, ImageInWords", {"text": "description"}, ("image",)),
     Hint("COCO captions (Karpathy)", {"text": "sentences.raw"}, ("image",)),
+    Hint("COCO captions (dataset_coco.json)", {"image": "filename", "text": "sentences.0.raw"}),
+    Hint("TextCaps", {"captions": "caption_str"}, ("image",)),
     Hint("captions called sentences", {"text": "sentences"}, ("image",)),
     Hint("JourneyDB, MJHQ", {"image": "img_path", "text": "prompt"}),
     Hint("JourneyDB (caption)", {"image": "img_path", "text": "caption"}),
     Hint("PixArt (path, prompt)", {"image": "path", "text": "prompt"}),
+    Hint("img2dataset (Parquet)", {"image": "jpg", "text": "caption"}),
+    Hint("Flickr30k (nlphuji)", {"image": "filename", "text": "raw"}),
+    Hint("COCO captions (sentences)", {"image": "filename", "text": "sentences"}),
+    Hint("Flickr30k (results.csv)", {"image": "image_name", "text": "comment"}),
+    Hint("LAION-COCO", {"image": "URL", "text": "top_caption"}, web=True),
     Hint("LAION, CC12M with URL and TEXT", {"image": "URL", "text": "TEXT"}, web=True),
     Hint("PixelProse", {"image": "url", "text": "vlm_caption"}, web=True),
     Hint("Recap-DataComp", {"image": "url", "text": "re_caption"}, web=True),
     Hint("COYO", {"image": "url", "text": "text"}, web=True),
     Hint("CC12M, img2dataset's metadata", {"image": "url", "text": "caption"}, web=True),
+    Hint("Midjourney v6", {"image": "url", "text": "prompt"}, web=True),
     Hint("Conceptual Captions", {"image": "image_url", "text": "caption"}, web=True),
     Hint("WIT", {"image": "image_url", "text": "caption_reference_description"}, web=True),
     Hint("AnyEdit", {"input_image": "image_file", "output_image": "edited_file", "instruction": "edit"}),
+    Hint(
+        "AnyEdit (Hugging Face)",
+        {"input_image": "image_file", "output_image": "edited_file"},
+        ("edit_instruction",),
+    ),
     Hint("ControlNet pairs (fill50k)", {"input_image": "source", "output_image": "target"}, ("prompt",)),
     Hint(
         "image folders with two pictures",
@@ -64,6 +127,19 @@ def hint_for(record: Json, file: Path, reads: Callable[[Json], bool]) -> str | N
         file: Where it stands.
         reads: Is a record one of a format?
     """
+    beside = _picture_beside(file)
+    if beside and reads({**record, "image": beside.name}):
+        packed = "tar --sort=name -cf data.tar -C FOLDER ., and name data.tar"
+        return f"it describes {beside.name} beside it: pack them with {packed}"
+    kind = file.suffix.lower()
+    for name, field, inside, program in REWRITTEN if kind in (".json", ".jsonl") else ():
+        value = record.get(field)
+        if inside and not (isinstance(value, list) and value and _all_have(value, inside)):
+            continue
+        if not inside and not (isinstance(value, str) and "<image>" in value and record.get("images")):
+            continue
+        each = ".[] | " if kind == ".json" else ""
+        return f"it has the fields of {name}: jq -c '{each}{program}' OLD > NEW.jsonl"
     for hint in sorted(
         HINTS, key=lambda hint: -len(hint.fields) - len(hint.also)
     ):  # those that say most first

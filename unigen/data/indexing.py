@@ -129,6 +129,7 @@ class Found:
         inside: Pictures that records hold themselves.
         folders: Those that pictures lie in.
         faulty: Paths of pictures that cannot be used, each with its :func:`stamp` when it was looked at.
+        held: Records of each file by its number, good or not.
         digests: SHA-256 of the contents of each file by its number; while it is read, those of its parts.
     """
 
@@ -144,6 +145,7 @@ class Found:
         self.inside = 0
         self.folders: set[str] = set()
         self.faulty: dict[str, list[int] | None] = {}
+        self.held: Counter[int] = Counter()
         self.digests: dict[int, str] = {}
 
     @property
@@ -185,6 +187,7 @@ class Found:
         self.faulty |= other.faulty
         for number, digest in other.digests.items():
             self.digests[number] = self.digests.get(number, "") + digest
+        self.held.update(other.held)
         self.keys += other.keys
 
     def drop(self, records: set[int], pictures: int) -> None:
@@ -328,10 +331,12 @@ def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Jo
 
 
 def _records(job: Job, found: Found) -> Iterator[tuple[ByteSpan, Raw]]:
-    """The records of a job; ``found`` gets the digests of its parts."""
+    """The records of a job; ``found`` gets their count and the digests of its parts."""
     for part in job.parts:
         digest = hashlib.sha256() if job.hashed else None
-        yield from read_part(part, digest)
+        for record in read_part(part, digest):
+            found.held[job.number] += 1
+            yield record
         if digest is not None:
             found.digests[job.number] = found.digests.get(job.number, "") + digest.hexdigest()
 

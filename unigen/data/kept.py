@@ -76,6 +76,7 @@ def save_index(key: str, found: Found) -> None:
         "faulty": found.faulty,
         "distinct": found.distinct,
         "digests": found.digests,
+        "held": found.held,
         "lengths": found.lengths is not None,
     }
     arrays = {"told": np.frombuffer(json.dumps(told).encode(), np.uint8)}
@@ -107,6 +108,7 @@ def _restored(told: dict[str, Any], arrays: Any, files: Sequence[Path]) -> Found
         span = ByteSpan(*values)
         origin = Origin(files[span.file], span.line or None, span.index)
         found.bad.add(span, BadRecord(code, field, text, expected, fix, origin))
+    found.held = Counter({int(number): n for number, n in told["held"].items()})
     found.inside, found.digests = told["distinct"], {int(n): d for n, d in told["digests"].items()}
     return found
 

@@ -40,7 +40,7 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "message": ("role", "content", THOUGHT),
     "part": (
         "type", "text", "image", "image_url", "url", "path", "base64", "source",
-        "detail", *SIZES, "cache_control",
+        "detail", *SIZES, "cache_control", "index",
     ),
     "address": ("url", "detail"),
     "source": ("type", "media_type", "data", "url"),
@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         (
             "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images",
-            "rejected_conversations", "kto_tag",
+            "rejected_conversations", "kto_tag", "human_preference", "best_image_uid", "completions",
         ),
         (_PREFERENCE, "keep the good answer alone, in a field of the format"),
     ),
@@ -123,6 +123,14 @@ def refuse(record: Json, where: str = "") -> None:
         if reason and not is_empty(record[name]):
             expected, fix = reason
             raise BadRecord("unsupported_key", join(where, name), show(record[name]), expected, fix)
+
+
+def refuse_system(record: Json) -> None:
+    """Raises BadRecord for a system text under another name than ``system``, which would not be read."""
+    for name in ("system_prompt", "system_message"):
+        if not is_empty(record.get(name)):
+            fix = f"give --fields system={name}, or --fields metadata={name} to learn without it"
+            raise BadRecord("unknown_key", name, show(record[name]), "a system text called system", fix)
 
 
 def unread(record: Json, known: Iterable[str]) -> list[str]:

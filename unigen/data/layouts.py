@@ -15,7 +15,7 @@ from pathlib import Path
 from unigen.data import fields as f
 from unigen.data.captions import is_picture
 from unigen.data.fields import Json, Part, Segments
-from unigen.data.keys import RECORD, THOUGHT, is_empty, speaks, weight_of
+from unigen.data.keys import RECORD, THOUGHT, is_empty, refuse, speaks, weight_of
 from unigen.sequence.types import BadRecord, Image, Text
 
 PICTURE = ("image", "image_path", "file_name")
@@ -57,9 +57,10 @@ _MARK = re.compile(r"<image_start>\s*\[([^\[\]]{1,200})\]\s*<image_end>")
 def image_and_text(record: Json, folder: Path) -> Segments:
     """A picture and its text (a text, or several that say the same): the text is context, the picture the
     target."""
+    text = the_one(record, CAPTION)
+    _refuse_inside(record[text], text)
     name = the_one(record, PICTURE)
     (picture,) = _pictures(record, name, folder, most=1)
-    text = the_one(record, CAPTION)
     _refuse_another_task(record, name, text)
     return [_texts(record, text), (Image(picture[0], target=True), picture[1])]
 
@@ -92,11 +93,13 @@ def single_edit(record: Json, folder: Path) -> Segments:
 def query_response(record: Json, folder: Path) -> Segments:
     """A question and its answer, earlier ones in ``history``; tags stand for ``images`` or ``image``."""
     question, answer = the_one(record, QUESTION), the_one(record, ANSWER)
+    _refuse_file_names(record, question, answer)
     return _talk(record, [(question, f.string(record, question, ""))], answer, folder)
 
 
 def instruction(record: Json, folder: Path) -> Segments:
     """``instruction``, what it is about (``input``) on the next line, and ``output`` (Alpaca)."""
+    _refuse_file_names(record, "instruction", "output")
     asked = f.string(record, "instruction", "")
     about = f.string(record, "input", "") if record.get("input") is not None else ""
     return _talk(record, [("instruction", f"{asked}\n{about}" if about else asked)], "output", folder)
@@ -253,6 +256,29 @@ def _refuse_another_task(record: Json, picture: str, text: str) -> None:
         )
 
 
+def _refuse_inside(value: object, field: str) -> None:
+    """Raises BadRecord where a text is JSON with what cannot be trained on, as the preferences of RLHF-V."""
+    try:
+        inside = f.parsed_text(value, field) if isinstance(value, str) and value[:1] == "{" else None
+    except BadRecord:  # a text with braces
+        return
+    if isinstance(inside, dict):
+        refuse(inside, field)
+
+
+def refuse_another_picture(record: Json, picture: str, text: str) -> None:
+    """Raises BadRecord where a picture to describe stands beside another one (of an edit): the text would be
+    learnt as its description."""
+    for name, value in record.items() if record.get(picture) is not None else ():
+        first = value[0] if isinstance(value, list) and value else value
+        if name not in PICTURE and name != text and _is_another(name, first, record.get(picture)):
+            edit = f"input_image={name} output_image={picture} instruction={text}"
+            fix = f"give --fields {edit} to draw {picture}, or --fields metadata={name} to describe it alone"
+            raise BadRecord(
+                "unexpected_field", name, f.show(value), f"nothing beside {picture} and {text}", fix
+            )
+
+
 def _refuse_file_names(record: Json, question: str, answer: str) -> None:
     """Raises BadRecord where an answer, or what it is about, is the name of a picture, which would be learnt
     letter by letter."""
@@ -286,7 +312,8 @@ def picture_unread(record: Json) -> str | None:
 
 
 def _is_file_name(value: object) -> bool:
-    """Is a text nothing but the name of a picture's file?"""
+    """Is a text, or the first of a list, nothing but the name of a picture's file?"""
+    value = value[0] if isinstance(value, list) and value else value
     if not isinstance(value, str) or len(value) > 1000 or "://" in value:
         return False
     return not re.search(r"\s", value.strip()) and is_picture(Path(value.strip()))
@@ -384,7 +411,6 @@ def _texts(record: Json, name: str) -> tuple[Text, str]:
 
 def _talk(record: Json, asked: list[tuple[str, str]], answer: str, folder: Path) -> Segments:
     """Earlier questions and answers of ``history``, the question ``asked`` and the field ``answer``."""
-    _refuse_file_names(record, asked[-1][0], answer)
     if name := picture_unread(record):
         fix = f"give --fields image={name}, or move it into metadata to answer without it"
         raise BadRecord("unexpected_field", name, f.show(record[name]), "pictures in image or images", fix)

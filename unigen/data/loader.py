@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -160,13 +160,13 @@ class PackStream:
         self.unreadable: set[str] = set()  # origins of the records left out since the data was checked
         self.steps_in = lru_cache(maxsize=None)(self._steps_in)
 
-    def key(self, record: int, number: int) -> RandomKey:
-        """The key of a sample's random numbers; ``number`` is the epoch pass over the record's source."""
-        return RandomKey(self.mixture.seed, number, record, self.mixture.training)
+    def longest_key(self, record: int) -> RandomKey:
+        """Of a sample with all clean copies and nothing dropped."""
+        return replace(self.mixture.key(record, 0), training=False, all_clean_copies=True)
 
     def aim(self, key: RandomKey) -> Aim:
         """What a sample is trained for; in the warm-up batch for all that it can be."""
-        if self.mixture.part(key.record)[0].preserve:
+        if self.mixture.part(self.mixture.of_key(key))[0].preserve:
             return Aim.KEEP
         chance = key.choices("preserve").random() if key.training else 0.0
         return Aim.LEARN | Aim.KEEP if chance < self.kept_share else Aim.LEARN
@@ -259,25 +259,19 @@ class PackStream:
         out unreadable are left out and listed."""
         order = self.mixture.order(after.epoch)
         at = np.array(positions, np.int64)
-        return self.build_samples(
-            [self.key(r, n) for r, n in zip(order.records[at].tolist(), order.passes[at].tolist())], after
-        )
+        passes = zip(order.records[at].tolist(), order.passes[at].tolist(), strict=True)
+        return self.build_samples([self.mixture.key(record, number) for record, number in passes], after)
 
     def build_largest(self) -> MicroBatch:
         """:meth:`largest` with all clean copies and nothing dropped."""
-        return self.build_samples(
-            [
-                RandomKey(self.mixture.seed, 0, record, training=False, all_clean_copies=True)
-                for record in self.largest()
-            ],
-            LoaderState(),
-        )
+        return self.build_samples([self.longest_key(record) for record in self.largest()], LoaderState())
 
     def build_samples(self, keys: Sequence[RandomKey], after: LoaderState) -> MicroBatch:
         """:meth:`build` for any epoch passes."""
         samples, origins, bad, good, aims = [], [], [], [], []
         for key in keys:
-            record, blocks, planner = self.mixture.outline(key.record, key)
+            number = self.mixture.of_key(key)
+            record, blocks, planner = self.mixture.outline(number, key)
             try:
                 samples.append(planner.fill(record.sample, blocks, key))
             except PictureError as error:
@@ -287,7 +281,7 @@ class PackStream:
                 )
                 continue
             origins.append(str(record.origin))
-            good.append(key.record)
+            good.append(number)
             aims += [self.aim(key)] if self.keeps else []
         # tokens and geometry are those of the model, whatever the source
         planner = self.mixture.parts[0].planner

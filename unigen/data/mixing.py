@@ -71,6 +71,9 @@ class Mixture:
         assert parts
         self.parts, self.seed, self.training = list(parts), seed, training
         self.starts = np.cumsum([0] + [len(part.dataset) for part in parts])
+        held = np.cumsum([0] + [part.dataset.held for part in parts])
+        # of each record over all sources, those counted that are left out: what RandomKey has
+        self.numbers = np.concatenate([part.dataset.numbers + n for part, n in zip(parts, held)])
         if (
             training
             and len(parts) > 1
@@ -132,6 +135,14 @@ class Mixture:
         at = int(np.searchsorted(self.starts, record, side="right")) - 1
         return self.parts[at], record - int(self.starts[at])
 
+    def key(self, record: int, number: int) -> RandomKey:
+        """The key of a record's random numbers; ``number`` is the epoch pass over its source."""
+        return RandomKey(self.seed, number, int(self.numbers[record]), self.training)
+
+    def of_key(self, key: RandomKey) -> int:
+        """The record that a key belongs to."""
+        return int(np.searchsorted(self.numbers, key.record))
+
     def __getitem__(self, record: int) -> Record:
         part, number = self.part(record)
         return part.dataset[number]
@@ -154,11 +165,14 @@ class Mixture:
             for number in np.unique(passes[here]).tolist():
                 chosen = here & (passes == number)
                 epoch = number if self.training else None
-                # Random numbers belong to the number over all sources, as in RandomKey; lengths to the number
-                # in this one.
-                planner, first = part.planner, int(self.starts[i])
+                planner, some = part.planner, records[chosen]
                 found[chosen] = part.lengths.of_passes(
-                    records[chosen], self.seed, epoch, planner.options, planner.max_length, first
+                    some - int(self.starts[i]),
+                    self.numbers[some],
+                    self.seed,
+                    epoch,
+                    planner.options,
+                    planner.max_length,
                 )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,22 @@ def image_root_for(picture: str | Path, file: Path, read: ReadOptions) -> str | 
         if inside and place != folder and os.path.isfile(place / name):
             return min(os.path.relpath(place), str(place), key=len)
     return None
+
+
+_PACKED = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
+
+
+def packed_near(file: Path) -> str | None:
+    """An archive beside a file of records, which may hold its pictures."""
+    names = [path.name for path in _files_in(file.parent) if path.suffix.lower() in _PACKED]
+    return next((name for name in sorted(names) if name != file.name and ".json" not in name), None)
+
+
+@lru_cache(16)
+def _files_in(folder: Path) -> list[Path]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in islice(entries, MAX_ENTRIES)]
+    return []
 
 
 @lru_cache(16)

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from unigen.data.captions import is_picture
 from unigen.data.keys import RECORD
 from unigen.data.words import Json, cut, names
 from unigen.sequence.types import BadRecord
@@ -46,6 +47,7 @@ class Format:
 
 # what files of many records call the list of them, beside what describes it
 _LISTS = ("data", "questions", "records", "items", "examples", "samples", "rows", "instances", "entries")
+_KOHYA = {"caption", "tags", "train_resolution", "image_size", "original_size", "crop_ltrb"}
 _ALIKE = 0.8  # of a misspelt field
 _COCO = (
     "jq -c '(.images|map({(.id|tostring): .file_name})|add) as $f | .annotations[]"
@@ -95,8 +97,13 @@ def _whole_file(record: Json, formats: Mapping[str, Format]) -> tuple[str, str] 
     if _objects(record.get("images")) and _objects(record.get("annotations")):
         return "pictures and captions apart, as COCO has them", f"write a record for each caption: {_COCO}"
     read = (frozenset(RECORD), *(entry.known for entry in formats.values()))
+    images = record.get("images")
+    if _objects(images) and not any({"bytes", "path", "url"} & image.keys() for image in images):
+        return "a list of records under images", "write the list alone: jq .images OLD > NEW.json"
     if any(not fields.isdisjoint(record) for fields in read):
         return None
+    if values and (described := _by_picture(record)):
+        return "records under the paths of their pictures", f"write a list of them: {described}"
     lists = [name for name in record if _objects(record[name])]
     if len(lists) == 1 and (len(values) == 1 or lists[0] in _LISTS):
         (name,) = lists
@@ -105,6 +112,22 @@ def _whole_file(record: Json, formats: Mapping[str, Format]) -> tuple[str, str] 
     if len(values) > 1 and all(isinstance(value, dict) and len(value) > 1 for value in values):
         return "records under keys of their own", "write a list of them: jq '[.[]]' OLD > NEW.json"
     return None
+
+
+def _by_picture(record: Json) -> str | None:
+    """What makes a list of an object that has texts under the paths of pictures, or, as kohya-ss writes its
+    captions, under their names alone; None for another object."""
+    values, named = list(record.values()), all(is_picture(Path(name)) for name in record)
+    name = ".key" if named else '(.key + ".jpg")'  # no record knows how the picture's name ends
+    if named and all(isinstance(value, str) for value in values):
+        text = ".value"
+    elif all(isinstance(value, dict) and (set(value) & _KOHYA) for value in values):
+        if any(not named and set(value) - _KOHYA for value in values):
+            return None
+        text = ".value | .caption // .tags"
+    else:
+        return None
+    return f"jq 'to_entries | map({{image: {name}, text: ({text})}})' OLD > NEW.json"
 
 
 def _objects(value: Any) -> bool:
@@ -145,6 +168,8 @@ def _nearest_fix(record: Json, formats: Mapping[str, Format]) -> str:
             if near in record:
                 continue
             return f"did you mean {near} in place of {cut(name)}? docs/data_formats.md shows every format"
+    if record.get("question") is not None:
+        return "write the answer as a text beside it (format 13: query, response), or the talk as messages"
     if record.get("image_path") is not None:
         return "add a text_prompt (the image is the target) or a caption (the text is the target)"
     if record.get("image") is not None:

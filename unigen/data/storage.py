@@ -40,7 +40,7 @@ def addresses(text: str) -> list[str]:
 
 def brought(url: str, split: Split | None, asked: str | None, left_out: list[LeftOut]) -> Path:
     """The copy of a remote file or folder, up to date. Of a folder with several splits that which is meant
-    alone is copied; ``left_out`` gets the others.
+    alone is copied; ``left_out`` gets the others, and files that hold no records.
 
     Raises:
         BadData: It cannot be read, or holds nothing, or several splits might be meant.
@@ -53,6 +53,8 @@ def brought(url: str, split: Split | None, asked: str | None, left_out: list[Lef
             remote.refresh(url, target)
             return target
         wanted, others = _wanted(url, names, split, asked)
+        met = {*wanted, *(name for name, _ in others)}
+        others += [(name, "") for name in names if name not in met and not is_picture(name)]
         log.info("Copying what is new of %s, %s file(s), to %s", url, f"{len(wanted):,}", target)
         left_out += [LeftOut(target / name, reason) for name, reason in others]
         for name in each("copying", wanted, "files"):

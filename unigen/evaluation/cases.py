@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,14 @@ def _piece(segment: Text | Image) -> Any:
     return Path(segment.source) if isinstance(segment.source, str) else segment.source
 
 
-def cases_of(records: Iterable[Record], limit: int | None = None) -> tuple[list[Case], int]:
+def cases_of(
+    records: Iterable[Record], limit: int | None = None, numbers: Iterable[int] | None = None
+) -> tuple[list[Case], int]:
     """The questions of a data set in its order, the first ``limit`` of them, and how many records ask
-    nothing."""
+    nothing. ``numbers`` of the records; default: from 0."""
     found: list[Case] = []
     silent = 0
-    for number, record in enumerate(records):
+    for number, record in zip(count() if numbers is None else numbers, records):
         case = case_of(record, number)
         if case is None:
             silent += 1

@@ -149,12 +149,12 @@ class TokenLengths:
 
     def of_passes(
         self,
-        records: np.ndarray,
+        rows: np.ndarray,
+        numbers: np.ndarray,
         seed: int,
         epoch: int | None,
         options: DataOptions,
         limit: int,
-        first: int = 0,
     ) -> np.ndarray:
         """Tokens [n] int64 of epoch passes over many records, of which nothing is read.
 
@@ -162,18 +162,18 @@ class TokenLengths:
         more.
 
         Args:
-            records: [n] int64, numbers as in :class:`RandomKey`.
+            rows: [n] int64, which of the records here.
+            numbers: [n] int64, their numbers as in :class:`RandomKey`.
             epoch: None for validation.
             limit: No pass is longer.
-            first: The number of the first record here.
         """
-        if not len(records):
+        if not len(rows):
             return np.zeros(0, np.int64)
-        blocks = self.blocks(records - first)
+        blocks = self.blocks(rows)
         table = blocks.table
-        numbers = structure_numbers(seed, epoch, records, 2 + int(blocks.number.max(initial=-1)))
-        kept = ~table["by_chance"] | (numbers[blocks.record, 0] < options.single_image_stop_prob)
+        drawn = structure_numbers(seed, epoch, numbers, 2 + int(blocks.number.max(initial=-1)))
+        kept = ~table["by_chance"] | (drawn[blocks.record, 0] < options.single_image_stop_prob)
         if epoch is not None:
             chances = np.array(dropout_chances(options))[table["kind"]]
-            kept &= ~table["droppable"] | (numbers[blocks.record, 1 + blocks.number] >= chances)
-        return np.minimum(blocks.sums(np.where(kept, table["tokens"], 0), len(records)), limit)
+            kept &= ~table["droppable"] | (drawn[blocks.record, 1 + blocks.number] >= chances)
+        return np.minimum(blocks.sums(np.where(kept, table["tokens"], 0), len(rows)), limit)

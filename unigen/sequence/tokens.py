@@ -48,7 +48,7 @@ _WRITTEN = ("<think>", "</think>")
 # what data sets write in a text where a picture, a video or a sound belongs
 _MEDIA = re.compile(
     r"<\|?(?:image|video|audio)(?:[ _-]?(?:\d+|placeholder|token|soft_token))? ?/?\|?>"
-    r"|<(?:start|end)_of_(?:image|video|audio)>|<IMG_CONTEXT>|<ImageHere>|<img>[^<>]{0,1000}</img>"
+    r"|<(?:start|end)_of_(?:image|video|audio)>|<IMG_CONTEXT>|<ImageHere>|<bbox>|<ref-object>|<img>[^<>]{0,1000}</img>"
 )
 
 KEPT_BYTES = 16 << 20  # of texts that a tokenizer remembers in each process, about

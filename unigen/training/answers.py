@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 from unigen.config import Config, ConfigError, UserError, nearest
@@ -65,7 +65,7 @@ class Questions:
     def _fitting(self, data: PackStream) -> list[Case]:
         """The records that ask something, and fit into the model's context with their answer."""
         dataset = data.mixture.parts[0].dataset
-        found, _ = cases_of(dataset[number] for number in range(min(READ, len(dataset))))
+        found, _ = cases_of(islice(dataset, READ), numbers=dataset.numbers.tolist())
         fitting = []
         for case in found:
             try:

@@ -21,7 +21,6 @@ from unigen.model.parts import ADAPTER_MARKS, title
 from unigen.model.sizes import Load
 from unigen.model.storage import few
 from unigen.printing import first_line
-from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Pack
 from unigen.training.engine import Engine
 from unigen.training.failures import LESS_MEMORY
@@ -163,8 +162,7 @@ def _other_targets(stream: PackStream, kinds: set[tuple[bool, bool]]) -> Iterato
     ``kinds``, to which they are added. Of many records some, spread over all, are looked at."""
     total = stream.mixture.total
     for record in range(0, total, -(-total // _LOOKED_AT)):
-        key = RandomKey(stream.mixture.seed, 0, record, training=False, all_clean_copies=True)
-        pack = stream.build_samples([key], LoaderState()).pack
+        pack = stream.build_samples([stream.longest_key(record)], LoaderState()).pack
         kind = (pack.n_text_labels > 0, pack.n_image_targets > 0)
         if kind not in kinds:
             kinds.add(kind)

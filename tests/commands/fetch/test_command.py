@@ -432,6 +432,26 @@ def test_a_record_that_is_not_to_be_learnt_is_no_failure(server, tmp_path):
     assert lines(tmp_path / "out" / "data.jsonl")[0] == caption("/a/b.png", weight=0)
 
 
+def test_what_nobody_could_train_on_is_not_blessed(tmp_path, capsys):
+    for text, words in (
+        (caption("/a/b.png", weight=0), "weight of 0 in all 1 records"),
+        ("", "no record in"),
+    ):
+        data = tmp_path / "data.jsonl"
+        data.write_text(text and json.dumps(text))
+        assert run(data, tmp_path / "out") == 1
+        said = capsys.readouterr().out
+        assert words in said and "Train with" not in said
+
+
+def test_files_that_training_would_leave_out_are_named(tmp_path, capsys):
+    write(tmp_path / "in" / "a.jsonl", [caption("/a/b.png")])
+    (tmp_path / "in" / "b.csv").write_text("image,text\na.png,A dot\n")
+    assert run(tmp_path / "in", tmp_path / "in" / "out") == 0
+    said = capsys.readouterr().out
+    assert "left out: b.csv" in said and "fetched.log" not in said
+
+
 def test_local_paths_stay_valid_through_links_and_odd_ones_are_failures(tmp_path):
     (tmp_path / "disk" / "deep" / "er").mkdir(parents=True)
     (tmp_path / "data").mkdir()

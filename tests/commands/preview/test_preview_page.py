@@ -21,6 +21,9 @@ from unigen.commands.preview.pictures import BLOCKS, mask_picture, tile_side
 from unigen.commands.preview.view import look
 from unigen.config import DataOptions
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.loader import LoaderState, PackStream
+from unigen.data.mixing import DataSource, Mixture
+from unigen.evaluation.cases import cases_of
 from unigen.model.weights import load_planner
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.types import Image, Origin, Record, Text
@@ -189,6 +192,29 @@ def test_a_records_number_decides_its_pass(tmp_path, golden):
     entry = list(UnifiedGenerationDataset(EXAMPLES))[4]
     assert view.number == 4 and torch.equal(view.pack.u, packed(entry, 4, planner).u)
     assert torch.equal(view.pack.noise, packed(entry, 4, planner).noise)
+
+
+def test_a_record_has_one_number_whatever_was_left_out_before_it(tmp_path, golden):
+    """Preview, training and evaluation count bad records and those that are not learnt."""
+    picture = {"image_path": str(HOUSE), "text_prompt": "A house."}
+    rows = [picture | {"weight": 0}, {"no": "format"}, picture, {"text_prompt": "x"}, picture]
+    files = [write(tmp_path / name, *rows) for name in ("a", "b") if not (tmp_path / name).mkdir()]
+    options = PreviewOptions(paths=list(map(str, files)), records=[2, 4, 7, 9], max_image_tokens=16)
+    planner = load_planner(golden / "model", options)
+    dataset = UnifiedGenerationDataset(
+        files, on_bad_record="skip", max_bad_share=0.5, token_lengths=planner.token_lengths
+    )
+    assert dataset.numbers.tolist() == options.records and dataset.held == 10
+    cases, _ = cases_of(dataset, numbers=dataset.numbers.tolist())
+    assert [case.number for case in cases] == options.records
+    mixture = Mixture([DataSource("a", dataset, planner)] * 2, options.seed)
+    assert mixture.numbers.tolist() == [2, 4, 7, 9, 12, 14, 17, 19]
+    for i, found in enumerate(pick(options)):
+        view = preview.look_at(found, options, planner, 1.0).view
+        pack = PackStream(mixture).build_samples([mixture.key(i, 0)], LoaderState()).pack
+        assert pack.origins == [str(view.record.origin)] and torch.equal(view.pack.noise, pack.noise)
+    length = len(PackStream(mixture).build_samples([mixture.key(5, 0)], LoaderState()).pack)
+    assert mixture.lengths(np.array([5]), np.array([0])).tolist() == [length]
 
 
 def test_the_options_of_training_reach_the_planner(tmp_path, capsys):

@@ -287,7 +287,10 @@ def check(
     start = time.monotonic()
     given = [paths] if isinstance(paths, str | Path) else paths
     left_out: list[LeftOut] = []
-    files = [path for path, _ in find_files(given, read.data_root, left_out=left_out, asked=split)]
+    files = [
+        path
+        for path, _ in find_files(given, read.data_root, "train", left_out, split, bool(read.trigger_word))
+    ]
     require_match(files, read)
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:

@@ -12,7 +12,7 @@ import numpy as np
 from unigen.commands.check.statistics import NEAR_EMPTY_SHOWN, PICTURE, RECORD, Tally, count_tokens
 from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
 from unigen.data.dataset import TASKS, task
-from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of
+from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of, locate
 from unigen.data.formats import FORMATS
 from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import ReadOptions
@@ -195,7 +195,7 @@ class _Reading:
             try:
                 self._count(step, record)
             except BadRecord as error:
-                error.locate(record.origin, fields)  # a planner knows no fields
+                locate(error, record.origin, fields)  # a planner knows no fields
                 self.bad.append((step, without_trace(error)))
         self.waiting, self.held = [], 0
 

@@ -108,7 +108,7 @@ def count_tokens(
         records[name][rows] = blocks.sums(np.where(which, values, 0), len(every))
 
     records["length"][rows] = lengths.of_passes(
-        every + first, 0, None, planner.options, planner.max_length, first
+        every, every + first, 0, None, planner.options, planner.max_length
     )
     put("least", np.ones(len(tokens), bool), np.where(trained, np.minimum(tokens, 3), tokens))
     put("text_tokens", trained, tokens - (not planner.options.train_transitions))

@@ -120,7 +120,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
             token_lengths=_lengths(names, o),
             progress=rank == 0,
         )
-        cases, silent = cases_of(dataset, o.samples)
+        cases, silent = cases_of(dataset, o.samples, dataset.numbers.tolist())
         if not cases:
             raise ConfigError(f"no record of {o.data_path} asks anything. Fix: give records with a target")
         # before the model, which takes longer to load, and before anything is generated
@@ -220,14 +220,15 @@ def _check_names(names: Sequence[str], cases: Sequence[Case], o: EvaluateOptions
 
 
 def _lengths(names: Sequence[str], o: EvaluateOptions) -> CountTokens | None:
-    """Counts a record's tokens as the first checkpoint does; None where none answers. Raises UserError."""
+    """Counts a record's tokens as the first checkpoint does, and refuses what any of them cannot take; None
+    where none answers. Raises UserError."""
     from unigen.model.weights import base_of, load_planner
 
-    checkpoints = _checkpoints(names)
-    if not checkpoints:
-        return None
     options = DataOptions(allow_control_tokens=o.allow_control_tokens)
-    return load_planner(base_of(checkpoints[0], [])[0], options).token_lengths
+    bases = dict.fromkeys(base_of(name, [])[0] for name in _checkpoints(names))
+    planners = [load_planner(base, options) for base in bases]
+    counts = [planner.token_lengths for planner in {p.identity: p for p in reversed(planners)}.values()]
+    return (lambda record: [count(record) for count in counts][-1]) if counts else None
 
 
 def folders_of(output_dir: Path, names: Sequence[str]) -> list[Path]:

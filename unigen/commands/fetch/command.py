@@ -24,10 +24,12 @@ from unigen.commands.fetch.rewrite import RewrittenFile, Writer, records
 from unigen.commands.fetch.store import FETCH, LOG, OWN, Entry, PictureStore, is_log
 from unigen.config import UserError
 from unigen.data.captions import is_picture
+from unigen.data.containers import no_record
 from unigen.data.embedded import Address
 from unigen.data.finding import find_files
 from unigen.data.mapping import ReadOptions
 from unigen.data.probe import require_match
+from unigen.data.splits import LeftOut, describing
 from unigen.files import Busy, locked, sha256_of
 from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
 from unigen.printing import printable
@@ -125,7 +127,7 @@ def fetch(options: FetchOptions) -> int:
         writer.run(sources, options.on_failure == "skip")
         store.settle()
         _report(urls, known, store, sources, writer)
-    return 1 if writer.failures else 0
+    return 0 if writer.learnt and not writer.failures else 1
 
 
 def _network(text: str) -> Network:
@@ -147,7 +149,8 @@ def _sources(options: FetchOptions, out: Path) -> list[RewrittenFile]:
     root, paths, read = out.resolve(), options.paths, ReadOptions.of(options)
     found: dict[Path, Path] = {}
     named = {Path(path).resolve() for path in paths}
-    for path, name in find_files(paths, split=None):
+    left_out: list[LeftOut] = []
+    for path, name in find_files(paths, split=None, left_out=left_out):
         if path.resolve().is_relative_to(root):
             if path.resolve() in named or root in named:
                 raise UserError(f"{path}: it lies in the output folder {out}. Name another --output_dir.")
@@ -169,6 +172,8 @@ def _sources(options: FetchOptions, out: Path) -> list[RewrittenFile]:
             f"there is nothing to read outside of the output folder {out}. Name the files with the records."
         )
     require_match(list(found.values()), read)
+    if about := describing([one for one in left_out if not one.path.resolve().is_relative_to(root)]):
+        say(f"Files about the data or of other kinds, left out: {about}")
     return [RewrittenFile(path, target, read) for target, path in found.items()]
 
 
@@ -325,5 +330,8 @@ def _report(
         say(f"All failures are listed in {store.folder / 'failed.log'}.")
     if writer.left_out and not writer.written:
         say("No data was written.")
+        return
+    if not writer.learnt:
+        say(f"Nothing to train on: {no_record([source.path for source in sources], writer.written)}")
         return
     say(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")

@@ -56,6 +56,7 @@ class Read(NamedTuple):
     value: Any
     places: list[Place]
     problem: BadRecord | None = None
+    learnt: bool = True  # False: it says that nothing of it is
 
 
 def records(source: RewrittenFile) -> Iterator[Read]:
@@ -72,7 +73,7 @@ def records(source: RewrittenFile) -> Iterator[Read]:
                     value, _ = source.read.renamed(value)
                 record, fields = parse_with_fields(value, origin, plain, addresses=True)
             except Unlearnt:  # training leaves it out
-                yield Read(origin, text, value, [])
+                yield Read(origin, text, value, [], learnt=False)
                 continue
             except BadRecord as error:
                 yield Read(origin, None, None, [], error)
@@ -105,6 +106,7 @@ class Writer:
 
     Attributes:
         written: Records in the new data.
+        learnt: Of them, those that are learnt from.
         left_out: Records with a failure.
         failures: Failures by reason.
         first: The first of each reason, as in ``failed.log``.
@@ -112,7 +114,7 @@ class Writer:
 
     def __init__(self, store: PictureStore, deep: bool):
         self.store, self.deep = store, deep
-        self.written = self.left_out = 0
+        self.written = self.learnt = self.left_out = 0
         self.failures: Counter[str] = Counter()
         self.first: dict[str, dict[str, Any]] = {}
 
@@ -132,7 +134,7 @@ class Writer:
                         _flush(file)
                 _flush(listed)
             if self.failures and not partial:
-                self.written = 0
+                self.written = self.learnt = 0
             else:
                 self._answer_for(sources, drafts)
                 for source, draft in zip(sources, drafts):
@@ -157,6 +159,7 @@ class Writer:
                 listed.write(json.dumps(failure).encode() + b"\n")
             self.left_out += bool(failed)
             if not failed:
+                self.learnt += read.learnt
                 yield line
 
     def _line(self, source: RewrittenFile, read: Read) -> tuple[bytes, list[dict[str, Any]]]:

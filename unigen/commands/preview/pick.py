@@ -139,7 +139,9 @@ def _walk(options: PreviewOptions) -> Iterator[PickedRecord]:
     read = ReadOptions.of(options)
     check_roots(read)
     left_out: list[LeftOut] = []
-    found = find_files(options.paths, read.data_root, left_out=left_out, asked=options.split)
+    found = find_files(
+        options.paths, read.data_root, "train", left_out, options.split, bool(read.trigger_word)
+    )
     files = [path for path, _ in found]
     if others := of_splits(left_out):
         text = f"Left out, as the {options.split or 'train'} split is taken: {others}"
