@@ -12,11 +12,15 @@ from unigen.model.sizes import Load
 from unigen.training.memory_plan import Machine, plan_memory
 from unigen.training.step import Counts, forward_backward
 
-QLORA = {"quantize": "nf4", "double_quant": True, "optimizer": "adamw8bit", "freeze_und": True}
+QLORA = {
+    "quantize": "nf4", "double_quant": True, "optimizer": "adamw8bit", "freeze_und": True,
+    "checkpointing_policy": "offload",
+}  # fmt: skip
 # name -> pictures of 1024 x 1024 (4,098 tokens and a short text each), options, gigabytes of the card's name
 RUNS = {
-    "QLoRA, 4k tokens, 16 GB": (1, QLORA | {"lora_rank": 32}, 16),
-    "QLoRA, 12k tokens, 24 GB": (3, QLORA, 24),
+    "QLoRA, 4k tokens, 16 GB": (1, QLORA, 16),
+    "QLoRA, 16k tokens, 24 GB": (4, QLORA, 24),
+    "QLoRA, 16k tokens, all on the GPU": (4, QLORA | {"checkpointing_policy": "full"}, 32),
     "LoRA bf16, 12k tokens, 48 GB": (3, {}, 48),
 }
 

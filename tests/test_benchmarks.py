@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import adapters
 import in_turn
 import inference
 import plain
@@ -215,6 +216,21 @@ def test_results_are_one_line_of_json(benchmark, capsys):
         for spread in variants.values():
             assert spread["rounds"] == 2
             assert 0 < spread["seconds"]["min"] <= spread["seconds"]["median"] <= spread["seconds"]["max"]
+
+
+def test_adapters_start_and_step_beside_all_weights(capsys):
+    pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    adapters.main(["--small", "--repeats", "1", "--json"])
+    results = json.loads(capsys.readouterr().out)
+    assert results["times"].keys() == {"start", "step"}
+    for found in results["times"].values():
+        assert found.keys() == adapters.VARIANTS.keys()
+        assert all(variant["seconds"]["median"] > 0 for variant in found.values())
+    one, both = (
+        results["trained"]["LoRA of the generation expert"],
+        results["trained"]["LoRA of both experts"],
+    )
+    assert both == 2 * one == results["trained"]["LoRA of both over NF4"] < results["trained"]["plain"]
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

@@ -78,7 +78,7 @@ EXPECTED = {
     "adapters": [
         *(
             f"{run}: {what}"
-            for run in ("QLoRA, 4k*", "QLoRA, 12k*", "LoRA bf16*")
+            for run in ("QLoRA, 4k*", "QLoRA, 16k tokens, 24 GB", "QLoRA, *all on*", "LoRA bf16*")
             for what in ("peak", "tokens a second")
         )
     ],

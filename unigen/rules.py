@@ -68,10 +68,10 @@ def _missing(c: Any) -> Rules:
         "needs engine deepspeed. Fix: --engine deepspeed",
     )
     yield (
-        c.checkpointing_policy == "selective" and not c.gradient_checkpointing,
+        c.checkpointing_policy != "full" and not c.gradient_checkpointing,
         "checkpointing_policy",
-        "is selective, but gradient_checkpointing is off. Fix: --gradient_checkpointing, or leave the policy"
-        " out",
+        f"is {c.checkpointing_policy}, but gradient_checkpointing is off. Fix: --gradient_checkpointing, or"
+        " leave the policy out",
     )
 
 

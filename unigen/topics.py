@@ -339,8 +339,9 @@ class RunOptions(Options):
         compile: Compile the decoder layers, which takes a minute or less in the warm-up batch and makes steps
             faster; auto does on a GPU, but for selective checkpointing and deepspeed. Where nothing can be
             compiled auto says so and goes on; on stops.
-        checkpointing_policy: With gradient_checkpointing: full keeps nothing of a layer; selective keeps the
-            results of attention and of every second matrix product.
+        checkpointing_policy: With gradient_checkpointing: full keeps a layer's inputs alone; offload keeps
+            them in host memory until they are needed (on a CPU that saves nothing); selective keeps the
+            results of attention and of every second matrix product, too.
         engine: single, ddp, fsdp2 (all of the model and its state sharded) or deepspeed (ZeRO); auto is
             single, or ddp with several processes. See docs/distributed.md.
         shard_size: With fsdp2, processes that share one copy of the model (hybrid sharding); the others hold
@@ -376,7 +377,7 @@ class RunOptions(Options):
     bf16: bool | None = None
     gradient_checkpointing: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
-    checkpointing_policy: Literal["full", "selective"] = "full"
+    checkpointing_policy: Literal["full", "offload", "selective"] = "full"
     engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     shard_size: Count | None = None
     cpu_offload: bool = False

@@ -137,6 +137,40 @@ def test_adapters_add_up_by_their_factors_and_can_be_switched(base: Path, tmp_pa
     assert_equal(answers(model), answers(plain))
 
 
+def test_an_evaluation_mixes_adapters_as_the_model_they_add_up_to(small_model: Path, tmp_path: Path, capsys):
+    base = small_model
+    a, b = (made(base, tmp_path / name, seed, wanted=("both",)) for seed, name in ((1, "a"), (2, "b")))
+    model, stored, whole = load_bagel(base), scan_folder(base), tmp_path / "whole"
+    with torch.no_grad():
+        for folder, factor in ((a, 1.0), (b, 0.5)):
+            for name, make in lora.merges(folder, stored).items():
+                model.get_parameter(name).add_(make() - stored[name].read(), alpha=factor)
+    save_bagel(model, whole)
+    for path in base.glob("*token*"):
+        shutil.copy(path, whole)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(base / name, whole)
+    data, out = tmp_path / "val.jsonl", tmp_path / "out"
+    data.write_text(json.dumps({"messages": [
+        {"role": "user", "content": "Question?"}, {"role": "assistant", "content": "yes, it is"}
+    ]}))  # fmt: skip
+    words = ["evaluate", "--model_path", base, "--adapter", a, "--compare", whole, base, "--data_path", data]
+    words += ["--output_dir", out, "--device", "cpu", "--max_new_tokens", "2"]
+    assert main([*map(str, words), "--adapter", f"{b}:0.5"]) == 0
+
+    def perplexity(folder: Path) -> float:
+        tasks = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["tasks"]
+        return next(one["value"] for one in tasks["text"] if one["name"].startswith("perplexity["))
+
+    mixed, merged, plain = (perplexity(next(out.glob(f"{number}-*"))) for number in (1, 2, 3))
+    assert mixed == pytest.approx(merged, rel=1e-4) and abs(mixed / plain - 1) > 0.01
+    capsys.readouterr()
+    assert main([*map(str, words), "--adapter", f"{b}:0.7"]) == 2
+    assert "another --adapter ([1.0, 0.5] -> [1.0, 0.7])" in capsys.readouterr().err
+    assert main(["evaluate", "--run", str(base), "--data_path", str(data), "--adapter", str(a)]) == 2
+    assert "adapter is given without model_path" in capsys.readouterr().err
+
+
 def test_parts_trained_whole_add_up_too_and_dora_takes_part_whole_or_not(base: Path, tmp_path: Path):
     a, b = (
         made(base, tmp_path / name, seed, wanted=("gen",), also=("llm2vae",))

@@ -212,6 +212,12 @@ def test_another_base_of_bits_is_told_on_a_resume(
     caplog.clear()
     train(**options | {"lora_rank": 2, "max_steps": 2, "quantize": "int8", "resume_from_checkpoint": "auto"})
     assert "--quantize none" in caplog.text
+    small = str(tmp_path / "small")
+    assert main(["ckpt", "export", options["model_path"], small, "--quantize", "nf4"]) == 0
+    caplog.clear()
+    train(**options | {"lora_rank": 2, "max_steps": 3, "model_path": small, "resume_from_checkpoint": "auto"})
+    (told,) = [line for line in caplog.messages if line.startswith("This run's base")]
+    assert f"--model_path {options['model_path']}" in told and "--quantize" not in told, "the folder decides"
 
 
 @pytest.mark.slow

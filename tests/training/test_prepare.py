@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from unigen.config import Config, ConfigError
-from unigen.model.parts import dtype_of
+from unigen.model.parts import WORDS, dtype_of
 from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
@@ -32,14 +34,19 @@ def a_row(model, folder: Path):
 def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_bytes(
     golden: Path, tmp_path: Path
 ) -> None:
-    folder = golden / "model"
+    folder = tmp_path / "model"
+    shutil.copytree(golden / "model", folder)
+    tensors = load_file(folder / "ema.safetensors")
+    tensors[WORDS] = tensors[WORDS].bfloat16()  # as published
+    save_file(tensors, folder / "ema.safetensors")
     config = Config(model_path=str(folder), train_data_path="x", freeze_und=True, bf16=True)
-    plain = load_bagel(folder).train()
+    plain = load_bagel(folder, dtype=torch.float32).train()
     halved = load_bagel(folder, dtype=lambda name: dtype_of(name, config, torch.bfloat16)).train()
     for model in (plain, halved):
         prepare(model, config, "cpu", "single", torch.bfloat16)
     assert halved.language_model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     assert halved.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.dtype == torch.float32
+    assert halved.get_parameter(WORDS).dtype == torch.bfloat16 != plain.get_parameter(WORDS).dtype
 
     gradients = []
     for model in (plain, halved):

@@ -104,7 +104,7 @@ def test_gradients_are_those_without_checkpointing_to_the_bit(kind: str, freeze:
         pytest.skip("nothing of this row learns")
     loss, wanted = learn(model, pack, "none", held)
     assert any(g is not None and g.abs().max() > 0 for g in wanted.values()) == (kind != "nothing")
-    for policy in ("full", "selective"):
+    for policy in ("full", "offload", "selective"):
         found_loss, found = learn(model, pack, policy, held)
         assert torch.equal(found_loss, loss)
         for name, gradient in wanted.items():
@@ -207,6 +207,30 @@ def test_memory_lies_between_full_checkpointing_and_none():
     held = {policy: cost(model, pack, policy)[0] for policy in ("none", "full", "selective")}
     assert held["full"] < 0.3 * held["none"]
     assert 1.5 * held["full"] < held["selective"] < 0.6 * held["none"]
+
+
+def test_the_inputs_of_layers_can_wait_elsewhere():
+    """Between forward and backward nothing is left of them where they were; what waits are copies."""
+    model = tiny.build()
+    pack, left = row(model, ROWS["mixed"]), {}
+    layers = [*model.language_model.model.layers, *model.vit_model.vision_model.encoder.layers]
+    for policy in ("full", "offload"):
+        seen: list[StorageWeakRef] = []
+
+        def look(_: Any, given: tuple[Any, ...], seen: list[StorageWeakRef] = seen) -> None:
+            halves = [given[0]] if isinstance(given[0], Tensor) else given[0]
+            seen.extend(StorageWeakRef(half.untyped_storage()) for half in halves)
+
+        tiny.wrap(model, policy)
+        hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+        out = model(pack)
+        loss = out.ce.sum() + out.mse.sum()
+        del out
+        left[policy] = [not ref.expired() for ref in seen]
+        loss.backward()
+        for hook in hooks:
+            hook.remove()
+    assert len(left["full"]) == 2 * 3 + 2 and all(left["full"]) and not any(left["offload"])
 
 
 def test_a_part_with_more_products_than_promised_is_noticed():

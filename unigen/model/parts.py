@@ -19,6 +19,7 @@ GEN = "_moe_gen"
 
 DRAWING = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
 SEEING = ("vit_model.", "connector.", "vit_pos_embed.")
+WORDS = "language_model.model.embed_tokens.weight"
 EMBEDDINGS = ("embed_tokens", "position_embedding", "pos_embed")
 
 ADAPTER_MARKS = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -128,17 +129,21 @@ def is_low(name: str) -> bool:
     return is_linear(name) and not name.startswith(DRAWING) and "patch_embedding" not in name
 
 
-def dtype_of(name: str, options: ModelOptions, computes: torch.dtype) -> torch.dtype:
+def dtype_of(
+    name: str, options: ModelOptions, computes: torch.dtype, stored: torch.dtype | None = None
+) -> torch.dtype:
     """The dtype a parameter is held in: float32, and bfloat16 for matrices that do not learn where the run
     ``computes`` in it, or that do where ``weights`` says so.
 
     Under bf16 autocast a linear layer casts its weights to bfloat16 anyway, so this changes no number and
-    halves their memory; saving writes their stored bytes all the same.
+    halves their memory; saving writes their stored bytes all the same. Nor does it change one of the
+    embedding of texts where that is ``stored`` so (None: as published, it is).
     """
     import torch
 
     if is_frozen(name, options):
-        low = computes == torch.bfloat16 and is_linear(name)
+        exact = name == WORDS and stored in (None, torch.bfloat16)
+        low = computes == torch.bfloat16 and (is_linear(name) or exact)
     else:
         low = options.weights == "bf16" and is_low(name)
     return torch.bfloat16 if low else torch.float32

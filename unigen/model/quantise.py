@@ -57,21 +57,41 @@ class QuantiseError(UserError):
     """Quantising cannot work here; the message says why and the fix."""
 
 
+def need_backend(kind: str | None, device: torch.device | str) -> None:
+    """Sees that matrices of a kind (None: of full precision) can be made and multiplied with on a device.
+
+    Raises:
+        QuantiseError: bitsandbytes is missing, or cannot do it there.
+    """
+    if kind is None:
+        return
+    if kind not in KINDS:
+        raise QuantiseError(f"quantize is {kind!r}. Fix: use one of {', '.join(KINDS)}")
+    _bitsandbytes(kind)
+    layer = _quantised(nn.Linear(BLOCK, BLOCK, bias=False, device="meta"), kind, False, torch.float32)
+    try:
+        store(layer, torch.ones(BLOCK, BLOCK, device=device))
+        with torch.no_grad():
+            found = float(layer(torch.ones(1, BLOCK, device=device)).sum())
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError, OSError, NameError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise QuantiseError(
+            f"{kind} cannot be computed on {device}: bitsandbytes fails there ({why})."
+            " Fix: install a bitsandbytes for this GPU and its CUDA (python -m bitsandbytes says what it"
+            " finds), or leave quantize out"
+        ) from error
+    assert abs(found / BLOCK**2 - 1) < ROUNDS["nf4"], found
+
+
 def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.dtype) -> None:
     """Puts quantised layers, which lie nowhere yet, in the place of the decoder's linear ones.
 
     Args:
         model: its parameters lie nowhere (meta).
-        kind: one of KINDS.
+        kind: one of KINDS; :func:`need_backend` has seen that it works.
         double: NF4's scales are quantised, too (0.4 bits fewer an element).
         computes: dtype of the products.
-
-    Raises:
-        QuantiseError: bitsandbytes is missing.
     """
-    if kind not in KINDS:
-        raise QuantiseError(f"quantize is {kind!r}. Fix: use one of {', '.join(KINDS)}")
-    bnb = _bitsandbytes(kind)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = quantised_names({n: (m.out_features, m.in_features) for n, m in linear.items()}, kind)
     if odd := [name for name in linear if is_quantised(name) and name not in set(names)]:
@@ -80,25 +100,29 @@ def quantise_layers(model: nn.Module, kind: str, double: bool, computes: torch.d
             len(odd), len(odd) + len(names), BLOCK, few(odd, 2),
         )  # fmt: skip
     for name in names:
-        old = linear[name]
-        shape, bias = (old.in_features, old.out_features), old.bias is not None
-        if kind == "nf4":
-            new = bnb.nn.Linear4bit(
-                *shape, bias, compute_dtype=computes, compress_statistics=double, quant_type="nf4",
-                device="meta"
-            )  # fmt: skip
-            # else bitsandbytes would repack the stored weights in the middle of a run
-            new.support_avx512bf16_for_cpu = False
-            new.compute_type_is_set = True
-        else:
-            new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=0.0, device="meta")
-            new.forward = partial(_Frozen.apply, new)  # type: ignore[method-assign]
-        new.bias = old.bias
-        new.register_forward_pre_hook(_lowered)  # bitsandbytes gives back the dtype that it is given
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, new)
+        setattr(model.get_submodule(owner), last, _quantised(linear[name], kind, double, computes))
     # how peft tells which of its layers fits
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
+
+
+def _quantised(old: nn.Linear, kind: str, double: bool, computes: torch.dtype) -> Any:
+    """The layer in the place of a linear one, its matrix nowhere yet."""
+    bnb = _bitsandbytes(kind)
+    shape, bias = (old.in_features, old.out_features), old.bias is not None
+    if kind == "nf4":
+        new = bnb.nn.Linear4bit(
+            *shape, bias, compute_dtype=computes, compress_statistics=double, quant_type="nf4", device="meta"
+        )
+        # else bitsandbytes would repack the stored weights in the middle of a run
+        new.support_avx512bf16_for_cpu = False
+        new.compute_type_is_set = True
+    else:
+        new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=0.0, device="meta")
+        new.forward = partial(_Frozen.apply, new)  # type: ignore[method-assign]
+    new.bias = old.bias
+    new.register_forward_pre_hook(_lowered)  # bitsandbytes gives back the dtype that it is given
+    return new
 
 
 def quantised_names(shapes: Mapping[str, tuple[int, ...]], kind: str) -> list[str]:

@@ -42,6 +42,7 @@ from unigen.model.quantise import (
     check_bits,
     holds_quantised,
     large_blocks_apart,
+    need_backend,
     quantise_layers,
     restore_weight,
     store,
@@ -151,10 +152,11 @@ def load_bagel(
         CheckpointFolderError: a file is missing or damaged, or keys are missing, unexpected or misshapen (all
             listed); or weights are not finite.
         AdapterError: an adapter was made for another base.
-        QuantiseError: the folder holds another kind than ``quantize``.
+        QuantiseError: the folder holds another kind than ``quantize``, or it cannot be computed here.
     """
     folder, adapters = base_of(folder, adapters)
     quantize, double_quant = bits_of(folder, quantize, double_quant)
+    need_backend(quantize, device)
     if torch.device(device).type == "cuda":
         use_expandable_segments()
     model, stored = build_bagel(

@@ -167,11 +167,12 @@ class Engine:
         """
         c = self.config
         given = stored or {}
-        if stored is not None:
-            stored = {name: entry for name, entry in given.items() if not is_adapter(name)}
+        stored = scan_folder(folder) if stored is None else stored
+        stored = {name: entry for name, entry in stored.items() if not is_adapter(name)}
+        held = {name: entry.dtype for name, entry in stored.items()}
         model, stored = build_bagel(
             folder,
-            lambda name: dtype_of(name, c, self.dtype),
+            lambda name: dtype_of(name, c, self.dtype, held.get(name)),
             visual_gen=c.visual_gen,
             visual_und=c.visual_und,
             stored=stored,

@@ -14,8 +14,9 @@ from unigen.runs.ranks import RankFiles, is_gone
 from unigen.training.guards import TrainingStopped
 
 LESS_MEMORY = (
-    "--gradient_checkpointing, --precision bf16, --engine fsdp2 on several GPUs, --optimizer adamw8bit, a"
-    " smaller --batch_size, --max_num_tokens or --max_image_tokens, or freeze a part"
+    "--gradient_checkpointing (and --checkpointing_policy offload), --precision bf16, --engine fsdp2 on"
+    " several GPUs, --optimizer adamw8bit, a smaller --batch_size, --max_num_tokens or --max_image_tokens,"
+    " or freeze a part"
 )
 _PATIENCE_S = 2.0  # until the process of another rank that was killed is gone
 

@@ -129,8 +129,10 @@ class _Planner:
         self.c = machine.computes.itemsize
         self.entries = census(model, config, machine.computes)
         self.widths = Widths.of(model.llm, self.c)
-        self.policy = config.checkpointing_policy if config.gradient_checkpointing else "none"
         self.gpu = machine.kind == "cuda"
+        policy = config.checkpointing_policy if config.gradient_checkpointing else "none"
+        self.away = self.gpu and policy == "offload"  # the inputs of layers wait in memory of the host
+        self.policy = "full" if policy == "offload" else policy
         self.copied = not self.gpu and load.samples > 1 and load.gen > 0  # see sdpa.Groups.moves
         self.trained = [entry for entry in self.entries if entry.trains]
         # tokens of both halves, and those of them that go on behind the last attention
@@ -195,7 +197,7 @@ class _Planner:
     def _vit_kept(self, policy: str) -> float:
         if not self.model.visual_und or not any(e.trains for e in self.entries if "vit_model" in e.name):
             return 0.0
-        layers = self.model.vit.num_hidden_layers - 1
+        layers = 1 if self.away else self.model.vit.num_hidden_layers - 1
         kept = layers * vit_kept(self.model.vit, self.c, policy) * self.load.patches
         return kept if policy == "full" else kept + self._copies(self.vit)
 
@@ -274,12 +276,12 @@ class _Planner:
         whole = self.gradients() if not (self.machine.offload and self.gpu) else 0.0
         there = self.config.gradient_accumulation_steps > 1 or self.machine.engine == "ddp"
         before = whole if there else 0.0
-        kept = sum(self.kept) + self.patch + self._mask()
+        seen = self.patch + self._mask()
+        kept = self._waits_here(len(self.layers))
         share = whole / max(sum(e.gradient for e in self.trained), 1)
         head = share * sum(e.gradient for e in self.root if "lm_head" in e.name)
         embed = share * sum(e.gradient for e in self.root if "embed_tokens" in e.name)
         layers = share * sum(e.gradient for entries in self.layers[1:] for e in entries)
-        seen = self.patch + self._mask()
         # its gradient, that in the dtype of products, and the copies that products were computed with
         heads = head + head / 2 * (self.c < 4) + self._copies(self.root)
         twice = there * max(head, embed)  # a gradient before it is added to what is there
@@ -302,7 +304,7 @@ class _Planner:
             "first layer": {
                 "work": self._backward_work(0) + self._gathered(True),
                 "gradients": before or head + layers,
-                "activations": self.kept[0] + seen,
+                "activations": self._waits_here(1),
             },
             "embeddings": {
                 "work": twice + self._behind(True) + self._gathered(True),
@@ -316,6 +318,11 @@ class _Planner:
             },
         }
 
+    def _waits_here(self, layers: int) -> float:
+        """Bytes of the device's memory that the first so many layers hold for the backward pass."""
+        kept = self.kept[:layers]
+        return (max(kept) if self.away else sum(kept)) + self.patch + self._mask()
+
     def _backward(self, i: int, before: float, head: float, share: float) -> dict[str, float]:
         """While layer ``i`` is on its way back. In the last one products are small: the peak may be that of
         the one before, when what the last kept is gone."""
@@ -323,7 +330,7 @@ class _Planner:
         return {
             "work": self._backward_work(i) + self._gathered(True),
             "gradients": before or head + share * sum(e.gradient for entries in behind for e in entries),
-            "activations": sum(self.kept[: i + 1]) + self.patch + self._mask(),
+            "activations": self._waits_here(i + 1),
         }
 
     def _encoding(self) -> float:
@@ -386,15 +393,23 @@ class _Planner:
         if self.machine.offload:
             state = sum(e.nbytes + e.gradient + e.moments(self.config.optimizer) for e in self.entries)
             offloaded = state / self.machine.shards
-        batch = self._batch()
+        batch, away = self._batch(), self._waiting()
         return {
             "load": (
                 offloaded and sum(e.nbytes for e in self.entries) / self.machine.shards,
                 PROGRAM + PIECE,
             ),
-            "train": (offloaded + 2 * batch, HOST + 4 * batch),
-            "save": (offloaded + 2 * batch + PINNED * bool(copy), HOST + 4 * batch + copy),
+            "train": (offloaded + away + 2 * batch, HOST + 4 * batch),
+            "save": (offloaded + away + 2 * batch + PINNED * bool(copy), HOST + 4 * batch + copy),
         }
+
+    def _waiting(self) -> float:
+        """Bytes of pinned memory that the inputs of layers wait in: PyTorch takes powers of two."""
+        if not self.away:
+            return 0.0
+        halves = [4 * self.widths.D * tokens for tokens in (self.load.und, self.load.gen) if tokens]
+        found = len(self.layers) * self._recorded() * sum(map(_power, halves))
+        return float(found + (self.model.vit.num_hidden_layers - 1) * _power(int(self.patch)))
 
     def _batch(self) -> float:
         """Bytes of a packed sequence on the host: pixels, patches, noise, ids."""
@@ -426,6 +441,11 @@ class _Planner:
             if part and (part in learns or part in ("head", "vit")):
                 learns[part] = learns.get(part, False) or not is_adapter(entry.name)
         return work_of(self.model, self.load, learns, self.policy == "full")
+
+
+def _power(count: int) -> int:
+    """The next power of two; 0 for nothing."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _worker(name: str) -> str:

@@ -18,7 +18,7 @@ from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
 from unigen.model.lora import add_adapter, take_inputs_as_they_are, targets_of, whole_of
 from unigen.model.parts import GEN, is_frozen, rated_part
-from unigen.model.quantise import is_quantised, quantise_layers
+from unigen.model.quantise import is_quantised, need_backend, quantise_layers
 from unigen.training.recompute import recompute_layers
 
 log = logging.getLogger("unigen")
@@ -43,7 +43,9 @@ def prepare(
 
     Raises:
         ConfigError: nothing would be left to train.
+        QuantiseError: quantised matrices cannot be computed on this device.
     """
+    need_backend(config.quantize, device)
     if config.timestep_shift is not None:
         model.config.timestep_shift = config.timestep_shift  # saved with the model
     add_adapters(model, config, computes, fresh)
@@ -51,6 +53,7 @@ def prepare(
         # after the adapters, since peft cannot put DoRA around a quantised layer that lies nowhere yet
         quantise_layers(model, config.quantize, config.double_quant, computes)
     freeze(model, config)
+    embed_in_float32(model)
     if computes == torch.float32:
         widen(model)
     compiled = compile_layers(model, config, device, engine)
@@ -126,6 +129,13 @@ def freeze(model: Bagel, config: Config) -> None:
         p.requires_grad_(not is_frozen(name, config))
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
+
+
+def embed_in_float32(model: Bagel) -> None:
+    """Lets texts enter the residual stream in float32, also where their embedding is held in bfloat16."""
+    words = model.language_model.model.embed_tokens
+    if words.weight.dtype == torch.bfloat16:
+        words.forward = lambda ids: F.embedding(ids, words.weight).float()  # type: ignore[method-assign]
 
 
 def widen(model: Bagel) -> None:
@@ -215,9 +225,12 @@ def tell_quantising(options: Mapping[str, Any], config: Config) -> None:
         [options.get(name) or None for name in names],
         [getattr(config, name) or None for name in names],
     )
-    if before != now:
-        log.warning(
-            "This run's base was %s and is %s now: its losses change from here on. Fix: --quantize %s%s",
-            before[0] or "as it is stored", now[0] or "as it is stored", before[0] or "none",
-            " --double_quant" if before[1] else "",
-        )  # fmt: skip
+    if before == now:
+        return
+    fix = f"--quantize {before[0] or 'none'}{' --double_quant' if before[1] else ''}"
+    if config.quantised_folder:  # which decides them
+        fix = f"--model_path {options.get('model_path')}, with the weights that lay there"
+    log.warning(
+        "This run's base was %s and is %s now: its losses change from here on. Fix: %s",
+        before[0] or "as it is stored", now[0] or "as it is stored", fix,
+    )  # fmt: skip

@@ -38,16 +38,17 @@ def recompute_layers(model: Bagel, policy: str) -> None:
 
     Args:
         model: its layers as they are, or compiled.
-        policy: ``full`` keeps a layer's inputs alone; ``selective`` keeps the results of attention too, and
-            about every second matrix product.
+        policy: ``full`` keeps a layer's inputs alone; ``offload`` keeps them in memory of the host;
+            ``selective`` keeps the results of attention too, and about every second matrix product.
     """
-    assert policy in ("full", "selective"), policy
+    whole = {"full": partial(checkpoint, use_reentrant=False), "offload": from_host}
+    assert policy in (*whole, "selective"), policy
     parts = [(layer, KEPT) for layer in model.language_model.model.layers]
     if model.config.visual_und:
         parts += [(layer, KEPT_VIT) for layer in model.vit_model.vision_model.encoder.layers]
     for layer, kept in parts:
-        if policy == "full":
-            layer.forward = _again(layer, layer.forward, partial(checkpoint, use_reentrant=False))
+        if policy in whole:
+            layer.forward = _again(layer, layer.forward, whole[policy])
             continue
         for name, products in kept.items():
             setattr(layer, name, _again(layer, getattr(layer, name), partial(recomputed, kept=products)))
@@ -64,6 +65,19 @@ def _again(layer: nn.Module, part: Callable[..., Any], recompute: Callable[..., 
         return recompute(part, x, *rest) if learns else part(x, *rest)
 
     return run
+
+
+def from_host(part: Callable[..., Any], x: Any, *rest: Any) -> Any:
+    """``part(x, *rest)``, which the backward pass computes again from ``x``, a tensor or halves, in memory of
+    the host: pinned, where there is a GPU."""
+    single = isinstance(x, Tensor)
+
+    def again(*halves: Tensor) -> Any:
+        return part(halves[0] if single else halves, *rest)
+
+    # only tensors that are arguments themselves are saved where the hooks see them
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        return checkpoint(again, *([x] if single else x), use_reentrant=False)
 
 
 def recomputed(part: Callable[..., Any], *args: Any, kept: Sequence[bool]) -> Any:

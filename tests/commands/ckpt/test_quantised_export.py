@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from unigen import cli, load_bagel
 from unigen.commands.ckpt.command import run
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.config import Config, ConfigError, UserError
-from unigen.model import quantise
+from unigen.inference.inferencer import InterleaveInferencer
+from unigen.model import quantise, weights
 from unigen.model.bagel import Bagel, StateReader
 from unigen.model.storage import NF4, CheckpointFolderError, Quantised, scan_folder
+from unigen.training import engine
 from unigen.training.trainer import UnifiedTrainer
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -197,6 +200,43 @@ def test_other_programs_know_it(folders, small_model: Path, tmp_path: Path, caps
     assert ckpt("verify", copied) == 1
     said = capsys.readouterr().out
     assert "ema.safetensors has changed" in said and "vit_config.json is missing" in said
+
+
+def test_without_bitsandbytes_every_command_says_so_before_weights_are_read(
+    folders, options: dict[str, Any], small_model: Path, tmp_path: Path, capsys, monkeypatch
+):
+    folder, data, recipe = folders["nf4", True], tmp_path / "val.jsonl", tmp_path / "recipe.yaml"
+    data.write_text(json.dumps({"messages": [
+        {"role": "user", "content": "Question?"}, {"role": "assistant", "content": "yes"}
+    ]}))  # fmt: skip
+    recipe.write_text(json.dumps(options | {"lora_rank": 2, "quantize": "nf4"}))
+    asks = ["--prompt", "hi", "--mode", "text", "--output_dir", tmp_path / "out"]
+    commands = [
+        ["generate", "--model_path", small_model, "--quantize", "nf4", *asks],
+        ["generate", "--model_path", folder, *asks],
+        ["evaluate", "--model_path", small_model, "--compare", folder, "--data_path", data],
+        ["train", "--config", recipe],
+        ["train", "--config", recipe, "--quantize", "none", "--model_load_mode", "3"],
+        ["ckpt", "export", small_model, tmp_path / "bits", "--quantize", "int8"],
+    ]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for module in (weights, engine):
+        monkeypatch.setattr(module, "place_parameters", lambda *_, **__: pytest.fail("weights are read"))
+    for words in commands:
+        assert cli.main([str(word) for word in words]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "needs bitsandbytes" in said and "Fix: pip install 'bitsandbytes" in said, words
+    with pytest.raises(quantise.QuantiseError, match="needs bitsandbytes"):
+        InterleaveInferencer.from_pretrained(folder)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "bits").exists()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_device_that_cannot_compute_it_is_named(kind: str):
+    """As a GPU whose library is missing, a device without memory fails at the first matrix."""
+    with pytest.raises(quantise.QuantiseError, match=rf"{kind} cannot be computed on meta.*Fix: install"):
+        quantise.need_backend(kind, "meta")
+    quantise.need_backend(kind, "cpu")
 
 
 def test_what_does_not_fit_together_is_one_line(

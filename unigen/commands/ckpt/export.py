@@ -26,6 +26,7 @@ from unigen.model.quantise import (
     described,
     large_blocks_apart,
     matrices,
+    need_backend,
     pieces_of,
     quantised_names,
     stored_as,
@@ -164,6 +165,7 @@ def _check_quantising(source: Path, options: CkptOptions, adapted: bool) -> None
     if options.double_quant and options.quantize != "nf4":
         raise ExportError("double_quant needs quantize nf4. Fix: --quantize nf4, or leave --double_quant out")
     if not options.quantize or not adapted:
+        need_backend(options.quantize, "cpu")
         return
     if options.merge:
         raise ExportError(

@@ -28,6 +28,11 @@ class EvaluateOptions(SamplingOptions):
         compare: More checkpoints (or files of answers, or folders of runs, of which all checkpoints answer)
             for the same prompts, with the same seeds; each is compared with model_path's by paired tests.
             Their answers lie in folders of their own in output_dir.
+        adapter: Folders of adapters to add up over model_path, FOLDER or FOLDER:FACTOR; model_path may itself
+            be one. The checkpoints of compare answer without them.
+        quantize: Hold the decoder's matrices of every checkpoint in 4 bits (nf4) or 8 bits (int8): less
+            memory, and a little less true.
+        double_quant: Quantise the scales of nf4, too: 0.4 bits fewer a number.
         check: Say which metrics can run and why others cannot, and end before anything is generated.
         metrics: Only these, by name; one that has no value then makes the exit code 1, whatever the reason.
         samples: The first so many records; default: all.
@@ -73,6 +78,9 @@ class EvaluateOptions(SamplingOptions):
     layout: Literal["geneval"] | None = None
     output_dir: PathText = "outputs/evaluate"
     compare: list[PathText] = field(default_factory=list)
+    adapter: list[PathText] = field(default_factory=list)
+    quantize: Literal["nf4", "int8"] | None = None
+    double_quant: bool = False
     check: bool = False
     metrics: list[str] = field(default_factory=list)
     samples: Count | None = None

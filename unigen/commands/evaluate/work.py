@@ -44,8 +44,9 @@ from unigen.evaluation.towers import PictureTower, TokenTower
 from unigen.files import atomic, sha256_of
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import NAMES, check_sampling, idle_settings
+from unigen.model.adapters import parse_adapter
 from unigen.model.backends import pick_device
-from unigen.model.quantise import bits_of, told_bits
+from unigen.model.quantise import bits_of, need_backend, told_bits
 from unigen.model.weights import base_of, build_bagel
 from unigen.outputs import output_folder, unwritten
 from unigen.runs.channel import Channel, processes
@@ -75,10 +76,12 @@ class Extras:
 
 @dataclass(frozen=True)
 class AnswerSource:
-    """Who answers: a checkpoint's folder or a file of answers; ``folder`` is where its answers lie."""
+    """Who answers: a checkpoint's folder or a file of answers; ``folder`` is where its answers lie, and
+    ``adapters`` are those over the checkpoint."""
 
     name: str
     folder: Path
+    adapters: Sequence[str] = ()
 
     @property
     def is_given(self) -> bool:
@@ -136,9 +139,8 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         out = Path(o.output_dir)
         output_folder("output_dir", out, inputs)
         _tell_idle(work, names, rank)
-        sources = [
-            AnswerSource(name, folder) for name, folder in zip(names, folders_of(out, names), strict=True)
-        ]
+        pairs = zip(names, folders_of(out, names), strict=True)
+        sources = [AnswerSource(*pair, [] if number else o.adapter) for number, pair in enumerate(pairs)]
         said = [_answers(work, source) for source in sources]
         if rank:
             return 0
@@ -169,6 +171,10 @@ def _check_options(o: EvaluateOptions) -> None:
         raise ConfigError(
             f"{said}. Fix: one of --model_path FOLDER, --run FOLDER of a training run, --predictions FILE"
         )
+    if o.adapter and o.model_path is None:
+        raise ConfigError("adapter is given without model_path. Fix: --model_path with the adapter's base")
+    for one in o.adapter:
+        parse_adapter(one)
     if o.predictions is not None and not Path(o.predictions).is_file():
         raise ConfigError(f"predictions is {o.predictions}, which is no file. Fix: a JSONL file of answers")
     for kind in o.metrics:
@@ -187,7 +193,8 @@ def _check_options(o: EvaluateOptions) -> None:
     if o.verify_question and "{text}" not in o.verify_question:
         raise ConfigError("verify_question has no {text}. Fix: say where the text goes")
     if o.predictions is not None and not _checkpoints([o.predictions, *o.compare]):
-        for said, idle in (("views is given", o.views), ("pieces is model", o.pieces == "model")):
+        given_idle = {"views is given": o.views, "pieces is model": o.pieces == "model"}
+        for said, idle in {**given_idle, "quantize is given": o.quantize or o.double_quant}.items():
             if idle:
                 raise ConfigError(
                     f"{said}, and no checkpoint answers: predictions are there already. Fix: leave it out, or"
@@ -216,6 +223,7 @@ def _check_names(names: Sequence[str], cases: Sequence[Case], o: EvaluateOptions
             continue
         base = base_of(name, [])[0]
         build_bagel(base)  # no weights are read
+        need_backend(bits_of(base, o.quantize, o.double_quant)[0], pick_device(o.device))
         Tokenizer.load(base)
 
 
@@ -379,16 +387,21 @@ def _generated(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[P
     o = work.options
     assert o.seed is not None
     device = pick_device(o.device, work.part.rank)
-    inferencer = InterleaveInferencer.from_pretrained(source.name, str(device))
+    bits: tuple[str | None, bool] = (o.quantize, o.double_quant)
+    inferencer = InterleaveInferencer.from_pretrained(source.name, str(device), None, source.adapters, *bits)
     inferencer.requests.usual = o  # what has no effect was told once for all
     sampling = {name: value for name, value in asdict(o).items() if hasattr(SamplingOptions(), name)}
-    bits = told_bits(*bits_of(base_of(source.name)[0]))
     digest = digest_weights(inferencer.model.state_dict().items(), None)[:12]
+    if held := told_bits(*bits_of(base_of(source.name)[0], *bits)):
+        digest += f" {held}"
+    # what each adapter is stands in the digest, and how much of it takes part does not
+    factors = [parse_adapter(one)[1] for one in source.adapters]
     about = {
-        "checkpoint": f"{digest} {bits}" if bits else digest,
+        "checkpoint": digest,
         "data": work.fingerprint, "device": device.type, "pieces": o.pieces, "sampling": sampling,
         "version": __version__,
     }  # fmt: skip
+    about |= {"adapter": factors} if factors else {}
     if device.type == "cpu":
         same_threads(source.folder)
 

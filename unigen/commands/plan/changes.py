@@ -45,7 +45,8 @@ def _halved(c: Config, load: Load) -> Changed:
 def _adapters(c: Config, load: Load) -> Changed:
     if c.lora_rank is not None:
         return {}
-    off = {"freeze_llm": False, "freeze_vit": False, "checkpointing_policy": "full", "weights": "float32"}
+    off = {"freeze_llm": False, "freeze_vit": False, "weights": "float32"}
+    off |= {"checkpointing_policy": "full"} if c.recomputes_selectively else {}
     off |= {"lora_targets": None if c.visual_gen else ["und"]}
     return {"lora_rank": 64, "learning_rate": 1e-4, **off}
 
@@ -61,6 +62,7 @@ CHANGES: list[tuple[str, Callable[[Config, Load], Changed]]] = [
     ("bf16", lambda c, load: {} if c.asked_precision() != "fp32" else {"precision": "bf16", "bf16": None}),
     ("recompute", lambda c, load: {"gradient_checkpointing": True, "checkpointing_policy": "full"}),
     ("shard", lambda c, load: {} if c.quantize else {"engine": "fsdp2"}),
+    ("host_activations", lambda c, load: {"gradient_checkpointing": True, "checkpointing_policy": "offload"}),
     ("adamw8bit", lambda c, load: {"optimizer": "adamw8bit"}),
     ("shorter", _halved),
     ("shorter", _halved),

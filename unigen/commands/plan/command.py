@@ -94,9 +94,8 @@ def load_of(options: PlanOptions, config: Config, model: BagelConfig) -> Load:
         )
     labels = tokens - gen - patches if options.label_tokens is None else options.label_tokens
     pixels = 0 if config.cache_dir else gen * model.latent_stride**2
-    return replace(
-        load, und=tokens - gen, gen=gen, patches=patches, labels=min(labels, tokens - gen), pixels=pixels
-    )
+    und, labels = tokens - gen, min(labels, tokens - gen)
+    return replace(load, und=und, gen=gen, patches=patches, labels=labels, noised=gen, pixels=pixels)
 
 
 def print_plan(outcome: Outcome, options: PlanOptions, gigabytes: float | None, place: Path | None) -> None:
