@@ -81,6 +81,8 @@ def refused(*paths: Path, **options) -> BadData:
         ("a.csv", 'image,caption\na.png,"A disc, ""red"""\n\na.png,"two\nlines"\n'),
         ("a.csv", '\ufeffimage;caption;n\r\na.png;"A disc, ""red""";\r\na.png;"two\nlines";3\r\n'),
         ("a.tsv", 'image\tcaption\na.png\t"A disc, ""red"""\na.png\t"two\nlines"'),
+        ("a.csv", ',image,caption\n0,a.png,"A disc, ""red"""\n1,a.png,"two\nlines"\n'),
+        ("a.csv", 'image| caption\na.png| "A disc, ""red"""\na.png| "two\nlines"\n'),
         ("metadata.csv", 'file_name,text\na.png,"A disc, ""red"""\na.png,"two\nlines"\n'),
     ],
 )

@@ -625,7 +625,7 @@ WRONG = [
     (steps(1.0), "wrong_type", "editing_steps[0].step"),
     ({"sequence": [text("a"), {"type": "video", "content": "b"}]}, "unknown_type", "sequence[1].type"),
     ({"messages": [message("user", [{"type": "audio"}])]}, "unsupported_key", "messages[0].content[0].audio"),
-    ({"conversations": [{"role": "gpt", "content": "a"}]}, "unknown_role", "conversations[0].role"),
+    ({"conversations": [{"role": "narrator", "content": "a"}]}, "unknown_role", "conversations[0].role"),
     ({"messages": [OK_TURN, message("tool", "a")]}, "unknown_role", "messages[1].role"),
     ({"sequence": [text("a", role="user"), text("b")]}, "unexpected_field", "sequence[0].role"),
     ({"sequence": [text("a", image_path="x"), text("b")]}, "ambiguous_piece", "sequence[0].image_path"),

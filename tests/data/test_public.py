@@ -292,7 +292,7 @@ def test_a_guess_that_meets_another_kind_of_value_is_no_error(tmp_path: Path) ->
 def test_a_text_alone_is_told_its_format() -> None:
     with pytest.raises(BadRecord) as caught:
         parse_with_fields({"text": "a"}, Origin(Path("d.jsonl")))
-    assert '"sequence"' in caught.value.fix and "did you mean" not in caught.value.fix
+    assert "sequence: " in caught.value.fix and "did you mean" not in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -339,6 +339,14 @@ def test_an_object_that_holds_many_records_is_told_what_makes_a_list_of_it(
         ({"conversation": [{"system": "s", "input": "q", "output": "r"}]}, "XTuner", ["s", "q", "r*"]),
         ({"conversation": [{"human": "q", "assistant": "r"}], "num_turns": 1}, "Firefly, MOSS", ["q", "r*"]),
         ({"prompt": TURNS, "completion": TURNS[1:]}, "TRL", ["q", "r", "r*"]),
+        (
+            {
+                "systemInstruction": {"parts": [{"text": "s"}]},
+                "contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "r"}]}],
+            },
+            "Gemini", ["s", "q", "r*"],
+        ),
+        ({"text": "t", "meta": {}}, "texts alone", ["t*"]),
         ({"text": "Draw it.\n<image>", "images": ["1.png"]}, "CoMM", ["Draw it.*", "1.png*"]),
         (
             {"conversations": [{"from": "user", "value": "1: <img>1.png</img>\nq"}, {"from": "assistant", "value": "r"}]},
@@ -383,6 +391,7 @@ def test_layouts_that_no_mapping_reads_are_rewritten_by_the_line_that_is_told(
         {"prompt": "a disc", "image_path": ["1.png", "2.png"], "human_preference": [1, 0]},  # HPDv2
         {"image": CELL, "image_path": "x.png", "text": json.dumps({"question": "q", "chosen": "a", "rejected": "b"})},
         {"image": CELL, "prompt": "q", "completions": [{"response": "a"}]},  # VLFeedback
+        {"question": "q", "response_j": "a", "response_k": "b"},  # StackExchange in pairs
     ],
 )  # fmt: skip
 def test_preferences_are_refused_by_whatever_name(record) -> None:
@@ -397,6 +406,20 @@ def test_preferences_are_refused_by_whatever_name(record) -> None:
         ({"system_prompt": "s", "conversations": TALK[1:]}, "unknown_key", "--fields system=system_prompt"),
         ({"image": CELL, "question": "q", "choices": ["a"], "answer": 0}, "no_format", "query, response"),
         ({"images": [{"filename": "1.png", "sentences": []}], "dataset": "coco"}, "no_format", "jq .images OLD"),
+        (
+            {"image_file": CELL, "edited_file": CELL, "visual_input": CELL, "edit_instruction": "i", "input": "a", "output": "b"},
+            "no_format", "--fields input_image=image_file output_image=edited_file",
+        ),
+        (
+            {"input_image": CELL, "output_image": CELL, "visual_input": CELL, "edit_instruction": "i"},
+            "unexpected_field", "metadata=visual_input",
+        ),
+        (
+            {"original_image_file_name": "1.png", "edited_image_file_name": "2.png", "edit_prompt": "i"},
+            "no_format", "--fields original_image=original_image_file_name edited_image=edited_image_file_name",
+        ),
+        ({"file_name": "1.png", "instruction": "i"}, "no_format", "--fields text=instruction"),
+        ({"text": "t", "url": "http://a/page", "language": "en"}, "no_format", "jq -c '{sequence: [{content: .text}]}'"),
         ({"input": ["1.png"], "output": "2.png", "instruction": "i"}, "unexpected_field", "input_images=input"),
         (
             {"images": ["1.png"], "messages": [{"role": "user", "content": [{"type": "image", "index": 1}]}, TURNS[1]]},
@@ -408,3 +431,23 @@ def test_what_would_be_left_out_or_misread_is_told_with_the_line(record, code: s
     with pytest.raises(BadRecord) as caught:
         parse_with_fields(record, Origin(Path("d.jsonl")))
     assert caught.value.code == code and line in caught.value.fix
+
+
+def test_variants_of_a_caption_may_be_the_json_text_of_a_list() -> None:
+    """As tables hold them; what only looks like one is no caption either."""
+    record, _ = parse_with_fields({"image": "1.png", "text": '["A disc.", "Red."]'}, Origin(Path("d.csv")))
+    assert record.sample[0].variants == ("A disc.", "Red.")
+    assert parse_with_fields({"image": "1.png", "text": "['tis red"}, Origin(Path("d.csv")))
+    with pytest.raises(BadRecord) as caught:
+        parse_with_fields({"image": "1.png", "text": "['A disc.', 'Red.']"}, Origin(Path("d.csv")))
+    assert (caught.value.code, caught.value.field) == ("bad_json", "text")
+
+
+@pytest.mark.parametrize("names", ["developer Human AI", "System USER Model"])
+def test_who_speaks_has_many_names(names: str) -> None:
+    turns = [{"role": role, "content": role} for role in names.split()]
+    record, _ = parse_with_fields({"messages": turns}, Origin(Path("d.jsonl")))
+    assert [segment.target for segment in record.sample] == [False, False, True]
+    turns = [{"from": role, "value": role} for role in names.split()]
+    record, _ = parse_with_fields({"conversations": turns}, Origin(Path("d.jsonl")))
+    assert [segment.target for segment in record.sample] == [False, False, True]

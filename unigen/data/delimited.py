@@ -100,6 +100,8 @@ def read_header(file: BinaryIO, suffix: str, digest: Any = None) -> Header:
             fix += f", here: sed -i '1i {told}' FILE".replace("\t", "\\t")
         found = f"a record in the first line ({', '.join(names)[:60]})"
         raise BadRecord("bad_csv", "(file)", found, "a name for each column", fix)
+    if len(names) > 1 and not names[0]:  # the index that pandas writes
+        names[0] = "Unnamed: 0"
     if not names or "" in names or len(set(names)) < len(names) or len(first) == MAX_RECORD:
         raise BadRecord("bad_csv", "(file)", f"the first line {text[:60]!r}", "a name for each column", fix)
     return Header(names, delimiter, len(first), 0 < text.count(f"{delimiter} ") == len(names) - 1)

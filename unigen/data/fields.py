@@ -9,7 +9,7 @@ null is as good as absent.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,9 @@ from unigen.sequence.types import BadRecord, Image, Text
 Segments = list[tuple[Text | Image, str]]  # each segment with the field it came from, which messages name
 GivenPicture = Path | bytes | Address
 
-ROLES = ("user", "assistant", "system")
 SPEAKERS = {
-    "human": "user", "user": "user", "system": "system",
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    "user": "user", "assistant": "assistant", "system": "system", "human": "user", "developer": "system",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
 }  # fmt: skip
 TAG = "<image>"
 _NO_PICTURE = ("", "None", "none", "null", "NULL", "nan", "NaN", "N/A")
@@ -217,24 +216,16 @@ def no_picture(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in _NO_PICTURE)
 
 
-def role_of(item: Json, where: str) -> str:
-    return _one_of(ROLES, item, "role", where, "correct the role")
-
-
-def speaker_of(item: Json, where: str) -> str:
-    """The role behind the ``from`` of ShareGPT."""
-    return SPEAKERS[_one_of(SPEAKERS, item, "from", where, "correct the speaker")]
-
-
-def _one_of(known: Collection[str], item: Json, key: str, where: str, fix: str) -> str:
-    """The value of ``key``. Raises BadRecord where it is not one of the known ones."""
+def role_of(item: Json, where: str, key: str = "role") -> str:
+    """Who speaks: ``user``, ``assistant`` or ``system``, by whatever name of :data:`SPEAKERS`. Raises
+    BadRecord for another one."""
     value = required(item, key, str, where)
-    if value in TOOL_ROLES:
+    if value.lower() in TOOL_ROLES:
         raise BadRecord("unknown_role", f"{where}.{key}", show(value), *REFUSED["tools"])
-    if value not in known:
-        expected = f"one of {', '.join(known)}"
-        raise BadRecord("unknown_role", f"{where}.{key}", show(value), expected, fix)
-    return value
+    if value.lower() not in SPEAKERS:
+        expected = f"one of {', '.join(SPEAKERS)}"
+        raise BadRecord("unknown_role", f"{where}.{key}", show(value), expected, "correct it")
+    return SPEAKERS[value.lower()]
 
 
 def variants(value: Any, field: str) -> tuple[Text, str]:

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 RUN = frozenset(("config.json", "train.log"))
 # ends like data of a kind that cannot be read, or not in this packing
 _LIKE_DATA = re.compile(
-    r".*\.(ndjson|(jsonl?|csv|tsv|tar|parquet|arrow)\.(gz|bz2|xz|zst|zip|7z|txt)|tgz|xlsx?|ods)",
+    r".*\.(ndjson|tfrecord|mds|lmdb|mdb|feather|npz|pkl|pickle|h5|hdf5|db|sqlite"
+    r"|(jsonl?|csv|tsv|tar|parquet|arrow)\.(gz|bz2|xz|zst|zip|7z|txt)|tgz|xlsx?|ods)",
     re.IGNORECASE,
 )
 MAX_STATE = 16 << 20  # bytes of a description that Hugging Face datasets wrote
@@ -199,6 +200,8 @@ def _renamed(path: Path) -> str:
         return f"name its folder, {path.parent}: each picture there with a text beside it is a record"
     if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         return "save it as CSV"
+    if path.suffix.lower() != ".ndjson" and _LIKE_DATA.fullmatch(path.name):
+        return "write its records as JSON Lines or Parquet"
     return (
         "name it after what it holds: .jsonl one record a line, .json a list of records, .csv or .tsv a table"
         " with a first line of names"
@@ -274,7 +277,8 @@ def _captioned(folder: Path, root: str | Path | None, sides: list[Path], alone: 
 
 def _warn_of_repeats(folder: Path, pictures: Iterable[Path]) -> None:
     """Says that folders of kohya-ss (``10_name``) are read once each."""
-    told = {above.name for picture in pictures for above in picture.parents if re.match(r"\d+_.", above.name)}
+    places = {picture.parent for picture in pictures}
+    told = {part for place in places for part in place.parts if re.match(r"\d+_.", part)}
     if len({name.partition("_")[0] for name in told}) > 1:
         named = printable(", ".join(sorted(told)[:4]))
         fix = "name them as train_sources with weight, which says how often each is met"

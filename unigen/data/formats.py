@@ -149,13 +149,13 @@ def parse_with_fields(
 def _hint(value: Any, file: Path) -> str | None:
     """The line that makes a record of a known public data set work; None for others."""
 
-    def reads(record: Json) -> bool:
+    def refused(record: Json) -> str | None:
         try:
-            return bool(FORMATS[recognise(record, FORMATS)].parse(record, Path()))
-        except BadRecord:
-            return False
+            return None if FORMATS[recognise(record, FORMATS)].parse(record, Path()) else "no_target"
+        except BadRecord as error:
+            return error.code
 
-    return hint_for(value, file, reads) if isinstance(value, dict) else None
+    return hint_for(value, file, refused) if isinstance(value, dict) else None
 
 
 def _names_none(value: Any) -> bool:
@@ -348,7 +348,7 @@ def sharegpt(record: Json, folder: Path) -> Segments:
     images, field = layouts.images_of(record, folder)
     turns = []
     for item, at in items:
-        role = f.speaker_of(item, at)
+        role = f.role_of(item, at, "from")
         weight = keys.weight_of(item, at, f.default_weight(role))
         part = f.Part(f.string(item, "value", at), f"{at}.value", weight)
         turns.append(f.turn(item, at, role, [part]))

@@ -8,10 +8,19 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from unigen.data.captions import PICTURES
+from unigen.data.captions import PICTURES, is_picture
 from unigen.data.layouts import picture_unread
 from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json
+
+
+def _flags(fields: dict[str, str]) -> str:
+    return "--fields " + " ".join(f"{new}={old}" for new, old in fields.items())
+
+
+def _is_pictured(record: Json, url: str) -> bool:
+    """Is an address that of a picture, and not of the page that a text is from?"""
+    return is_picture(Path(url.partition("?")[0])) or any(name.lower().endswith("width") for name in record)
 
 
 def _all_have(values: list[Any], names: tuple[str, ...]) -> bool:
@@ -53,6 +62,11 @@ REWRITTEN = (
         "XTuner", "conversation", ("input", "output"),
         _pairs("input", "output", '(select(.system) | {role: "system", content: .system}), '),
     ),
+    Rewritten(
+        "Gemini", "contents", ("role", "parts"),
+        '{system: (.systemInstruction.parts[0].text // null), messages: [.contents[] | {role: .role,'
+        ' content: ([.parts[].text] | join(""))}]}',
+    ),
     Rewritten("Firefly, MOSS", "conversation", ("human", "assistant"), _pairs("human", "assistant")),
     Rewritten(
         "TRL (prompt and completion as messages)", "completion", ("role", "content"),
@@ -61,8 +75,10 @@ REWRITTEN = (
     Rewritten(
         "CoMM (a text with tags)", "text", (), '{messages: [{role: "assistant", content: .text}], images}'
     ),
+    Rewritten("texts alone (format 6)", "text", (), "{sequence: [{content: .text}]}"),
 )  # fmt: skip
-"""Of the last one ``images`` stand beside the text, with its tags."""
+"""Of CoMM ``images`` stand beside the text, with its tags."""
+_NOT_ALONE = frozenset(("image", "images", "image_path", "file_name", "label", "labels"))
 
 
 HINTS = (
@@ -72,6 +88,11 @@ HINTS = (
     Hint("A-OKVQA", {"query": "question", "response": "direct_answers.0"}),
     Hint("ChartQA", {"image": "imgname", "response": "label"}, ("query",)),
     Hint("ChartQA (Hugging Face)", {"response": "label.0"}, ("query",)),
+    Hint(
+        "questions with reasoning",
+        {"query": "question", "response": "answer", "reasoning_content": "reasoning"},
+    ),
+    Hint("DeepSeek-R1, distilled", {"query": "input", "response": "content"}, ("reasoning_content",)),
     Hint("OpenOrca", {"system": "system_prompt", "query": "question", "response": "response"}),
     Hint("Mantis", {"messages": "conversation"}),
     Hint("VQAv2 (multiple_choice_answer)", {"query": "question", "response": "multiple_choice_answer"}),
@@ -90,6 +111,7 @@ HINTS = (
     Hint("TextCaps", {"captions": "caption_str"}, ("image",)),
     Hint("captions called sentences", {"text": "sentences"}, ("image",)),
     Hint("JourneyDB, MJHQ", {"image": "img_path", "text": "prompt"}),
+    Hint("JourneyDB (Task2)", {"image": "img_path", "text": "Task2.Caption"}),
     Hint("JourneyDB (caption)", {"image": "img_path", "text": "caption"}),
     Hint("PixArt (path, prompt)", {"image": "path", "text": "prompt"}),
     Hint("img2dataset (Parquet)", {"image": "jpg", "text": "caption"}),
@@ -119,40 +141,64 @@ HINTS = (
 )
 
 
-def hint_for(record: Json, file: Path, reads: Callable[[Json], bool]) -> str | None:
+def hint_for(record: Json, file: Path, refused: Callable[[Json], str | None]) -> str | None:
     """What to write for a record that no format reads; None where it is of no known data set.
 
     Args:
         record: As it stands.
         file: Where it stands.
-        reads: Is a record one of a format?
+        refused: The code of what is wrong with a record; None for one of a format.
     """
     beside = _picture_beside(file)
-    if beside and reads({**record, "image": beside.name}):
+    if beside and refused({**record, "image": beside.name}) is None:
         packed = "tar --sort=name -cf data.tar -C FOLDER ., and name data.tar"
         return f"it describes {beside.name} beside it: pack them with {packed}"
+    named = {name.removesuffix("_file_name"): name for name in record if name.endswith("_file_name")}
+    if named and refused(ReadOptions(fields=named).renamed(record)[0]) is None:
+        return f"it has the fields of an image folder: give {_flags(named)}"
+    return (
+        _program_for(record, file) or _mapping_for(record, file, refused) or _program_for(record, file, True)
+    )
+
+
+def _program_for(record: Json, file: Path, alone: bool = False) -> str | None:
+    """The line of jq for a record of :data:`REWRITTEN`, or with ``alone`` for a text alone."""
     kind = file.suffix.lower()
     for name, field, inside, program in REWRITTEN if kind in (".json", ".jsonl") else ():
         value = record.get(field)
-        if inside and not (isinstance(value, list) and value and _all_have(value, inside)):
+        if inside:
+            fits = isinstance(value, list) and bool(value) and _all_have(value, inside)
+        elif "images" in program:
+            fits = isinstance(value, str) and "<image>" in value and bool(record.get("images"))
+        else:
+            fits = alone and isinstance(value, str) and record.keys().isdisjoint(_NOT_ALONE)
+        if fits and not (alone and picture_unread(record)):
+            each = ".[] | " if kind == ".json" else ""
+            return f"it has the fields of {name}: jq -c '{each}{program}' OLD > NEW.jsonl"
+    return None
+
+
+def _mapping_for(record: Json, file: Path, refused: Callable[[Json], str | None]) -> str | None:
+    """The line with the mapping for a record of :data:`HINTS`."""
+    for hint in sorted(HINTS, key=lambda hint: -len(hint.fields) - len(hint.also)):  # who says most first
+        values = {name: found_at(record, place) for name, place in hint.fields.items()}
+        said = {name for name, value in values.items() if isinstance(value, dict) and "image" not in name}
+        if said or None in values.values() or any(found_at(record, name) is None for name in hint.also):
             continue
-        if not inside and not (isinstance(value, str) and "<image>" in value and record.get("images")):
-            continue
-        each = ".[] | " if kind == ".json" else ""
-        return f"it has the fields of {name}: jq -c '{each}{program}' OLD > NEW.jsonl"
-    for hint in sorted(
-        HINTS, key=lambda hint: -len(hint.fields) - len(hint.also)
-    ):  # those that say most first
-        places = [*hint.fields.values(), *hint.also]
-        if any(found_at(record, place) is None for place in places):
+        if hint.web and hint.fields.get("text") == "text" and not _is_pictured(record, str(values["image"])):
             continue
         fields = hint.fields
         mapped, _ = ReadOptions(fields=fields).renamed(record)
         if fields.keys() & {"query", "output"} and (picture := picture_unread(mapped)):
             fields = {**fields, "image": picture}
             mapped, _ = ReadOptions(fields=fields).renamed(record)
-        if reads(mapped):
-            flags = "--fields " + " ".join(f"{new}={old}" for new, old in fields.items())
-            line = f"run unigen fetch {quote(str(file))} {flags}" if hint.web else f"give {flags}"
+        code = refused(mapped)
+        # of names that say enough, what stands beside them is told when they are given
+        if code is None or (code == "unexpected_field" and len(fields) + len(hint.also) > 2):
+            line = (
+                f"run unigen fetch {quote(str(file))} {_flags(fields)}"
+                if hint.web
+                else f"give {_flags(fields)}"
+            )
             return f"it has the fields of {hint.name}: {line}"
     return None

@@ -70,6 +70,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         (
             "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images",
             "rejected_conversations", "kto_tag", "human_preference", "best_image_uid", "completions",
+            "response_k", "better_response_id",
         ),
         (_PREFERENCE, "keep the good answer alone, in a field of the format"),
     ),

@@ -46,6 +46,7 @@ RIVALS = (
 )
 """Names of which a record means one: where a mapping gives one of them, the others stand aside."""
 
+_OF_EDITS = frozenset((*SOURCE, *EDITED, *INSTRUCTION, "image", *RECORD))
 _OTHER_PICTURE = re.compile(r"(.*_)?(image|img|mask)s?|mask_.*")
 _ITS_NAME = re.compile(
     r"((image|img|file|orig(inal)?|source)_?)?(file_?)?(name|id|key|path|url|uri)", re.IGNORECASE
@@ -78,10 +79,11 @@ def single_edit(record: Json, folder: Path) -> Segments:
             found = f"image beside {sources[0]}"
             raise BadRecord("ambiguous_piece", "image", found, "one field of pictures to start from", fix)
         sources = sources or ("image",)
+    _refuse_unread_picture(record)
     images = _pictures(record, the_one(record, sources), folder) if sources else []
     (edited,) = _pictures(record, target, folder, most=1)
     name = the_one(record, INSTRUCTION)
-    if isinstance(record[name], str):
+    if isinstance(record[name], str) and not f.is_list_text(record[name]):
         text = Part(f.string(record, name, ""), name, 0.0)
         segments = f.tagged([("user", [text])], images, sources[0] if sources else "input_images")
     else:
@@ -256,6 +258,18 @@ def _refuse_another_task(record: Json, picture: str, text: str) -> None:
         )
 
 
+def _refuse_unread_picture(record: Json) -> None:
+    """Raises BadRecord where an edit has a picture that nothing reads, masks apart (``visual_input`` of
+    AnyEdit)."""
+    for name, value in record.items():
+        if name in _OF_EDITS or "mask" in name:
+            continue
+        inside = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(inside, bytes) or (_OTHER_PICTURE.fullmatch(name) and _is_picture(value)):
+            fix = f"list it in the field of the pictures to start from, or give --fields metadata={name}"
+            raise BadRecord("unexpected_field", name, f.show(value), "pictures that are read", fix)
+
+
 def _refuse_inside(value: object, field: str) -> None:
     """Raises BadRecord where a text is JSON with what cannot be trained on, as the preferences of RLHF-V."""
     try:
@@ -403,10 +417,13 @@ def _string(value: object, field: str) -> str:
 
 
 def _texts(record: Json, name: str) -> tuple[Text, str]:
-    """A context text, or several variants of it in a list; a string is nothing but itself."""
-    if isinstance(record[name], str):
+    """A context text, or several variants of it in a list, which a table holds as JSON text."""
+    value = record[name]
+    if isinstance(value, str) and f.is_list_text(value) and value.rstrip().endswith("]"):
+        value = f.parsed_text(value, name)
+    if isinstance(value, str):
         return Text(f.string(record, name, "")), name
-    return f.variants(record[name], name)
+    return f.variants(value, name)
 
 
 def _talk(record: Json, asked: list[tuple[str, str]], answer: str, folder: Path) -> Segments:

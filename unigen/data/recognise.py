@@ -47,6 +47,10 @@ class Format:
 
 # what files of many records call the list of them, beside what describes it
 _LISTS = ("data", "questions", "records", "items", "examples", "samples", "rows", "instances", "entries")
+# of a talk, and of its turns: a list of them is one record
+_TURNS = frozenset(
+    ("messages", "conversations", "texts", "role", "from", "human", "user", "assistant", "input", "output")
+)
 _KOHYA = {"caption", "tags", "train_resolution", "image_size", "original_size", "crop_ltrb"}
 _ALIKE = 0.8  # of a misspelt field
 _COCO = (
@@ -98,13 +102,14 @@ def _whole_file(record: Json, formats: Mapping[str, Format]) -> tuple[str, str] 
         return "pictures and captions apart, as COCO has them", f"write a record for each caption: {_COCO}"
     read = (frozenset(RECORD), *(entry.known for entry in formats.values()))
     images = record.get("images")
-    if _objects(images) and not any({"bytes", "path", "url"} & image.keys() for image in images):
+    talks = not _TURNS.isdisjoint(record)
+    if not talks and _objects(images) and not any({"bytes", "path", "url"} & one.keys() for one in images):
         return "a list of records under images", "write the list alone: jq .images OLD > NEW.json"
     if any(not fields.isdisjoint(record) for fields in read):
         return None
     if values and (described := _by_picture(record)):
         return "records under the paths of their pictures", f"write a list of them: {described}"
-    lists = [name for name in record if _objects(record[name])]
+    lists = [name for name in record if _objects(record[name]) and _TURNS.isdisjoint(record[name][0])]
     if len(lists) == 1 and (len(values) == 1 or lists[0] in _LISTS):
         (name,) = lists
         place = name if re.fullmatch(r"[A-Za-z_]\w*", name) else f'["{cut(name)}"]'
@@ -163,11 +168,19 @@ def _known(formats: Mapping[str, Format]) -> list[str]:
 def _nearest_fix(record: Json, formats: Mapping[str, Format]) -> str:
     known = _known(formats)
     for name in islice(record, 20):  # a slip of the hand first: it tells more than what is missing
-        read = name in RECORD or any(name in entry.known for entry in formats.values())
+        read = (
+            name in RECORD or name[-1:].isdecimal() or any(name in entry.known for entry in formats.values())
+        )
         for near in [] if read else get_close_matches(name[:100], known, 1, _ALIKE):
             if near in record:
                 continue
             return f"did you mean {near} in place of {cut(name)}? docs/data_formats.md shows every format"
+    if record.get("instruction") is not None and any(
+        record.get(n) for n in ("image", "file_name", "image_path")
+    ):
+        return (
+            "add output_image, the edited picture, or give --fields text=instruction to draw this one from it"
+        )
     if record.get("question") is not None:
         return "write the answer as a text beside it (format 13: query, response), or the talk as messages"
     if record.get("image_path") is not None:

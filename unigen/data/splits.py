@@ -14,9 +14,12 @@ from unigen.printing import printable
 Split = Literal["train", "validation"]
 
 _WORDS = {
-    **dict.fromkeys(("train", "training", "训练"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "验证"), "validation"),
-    **dict.fromkeys(("test", "testing", "测试"), "test"),
+    **dict.fromkeys(("train", "training", "trainset", "训练"), "train"),
+    **dict.fromkeys(
+        ("validation", "valid", "val", "dev", "eval", "evaluation", "valset", "devset", "验证", "评测"),
+        "validation",
+    ),
+    **dict.fromkeys(("test", "testing", "testset", "testdev", "测试"), "test"),
 }
 # names of their own: --split holdout means no file that is called test
 _KINDS = {**_WORDS, "minival": "validation", "holdout": "test", "heldout": "test"}
@@ -30,7 +33,8 @@ _SPLIT = re.compile(
 )
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}[-.].*")  # of a split that Hugging Face stores in pieces
 _SIDE = re.compile(
-    r"(dataset_infos?|dataset_dict|parquet_info.*|.*_parquet_info|croissant|(.*[-_.])?config|package(-lock)?"
+    r"(dataset_infos?|dataset_dict|dataset-metadata|datapackage|index|classes|class_names|label2id|id2label"
+    r"|vocab|tokenizer|special_tokens_map|added_tokens|parquet_info.*|.*_parquet_info|croissant|(.*[-_.])?config|package(-lock)?"
     r"|(.*[-_.])?stat(istic)?s)\.json|readme.*|licen[sc]e.*"
     r"|citation\.cff|\.gitattributes|\.gitignore|\.gitkeep",
     re.IGNORECASE,

@@ -209,6 +209,17 @@ def test_check_says_what_can_run_before_anything_is_generated(evaluate, tmp_path
     assert evaluate("--check", "--model_path", str(tmp_path / "none"))[0] == 2
 
 
+def test_records_are_judged_by_every_checkpoint(evaluate, golden, tmp_path):
+    """What one of them cannot hold is told before any of them answers."""
+    short = tmp_path / "short"
+    shutil.copytree(golden / "model", short)
+    sizes = json.loads((short / "llm_config.json").read_text())
+    (short / "llm_config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 8}))
+    assert evaluate("--check", "--compare", str(golden / "model"))[0] == 0
+    code, _, error = evaluate("--check", "--compare", str(short))
+    assert code == 2 and "too_long" in error
+
+
 @pytest.fixture
 def other(golden, tmp_path):
     """The checkpoint with another text head."""
