@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # above.
 LAYERS = """
 version
-others messages plugins printing
+others messages plugins printing figures
 values rules
 topics
 config files recipe bars schema

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from unigen.show.figures import figure, size
+from unigen.figures import figure, gb
 from unigen.show.language import LANGUAGES, Words, of_code, texts
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,13 @@ def test_numbers_are_short_and_right():
         "–",
         "-0.5",
     ]
-    assert [size(n) for n in (0, 999, 1500, 88e9, 1.25e12)] == ["0 B", "999 B", "1.5 kB", "88 GB", "1.25 TB"]
+    assert [gb(n) for n in (0, 999, 1500, 88e9, 1.25e12)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "88 GB",
+        "1.25 TB",
+    ]
     english = Words("en", "watch")
     seconds = (0, 119, 121, 3599, 3600, 86_400 * 2, 86_400 * 3 + 3700, -1, math.nan, 1e300)
     assert [english.duration(s) for s in seconds] == [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from unigen.config import UserError
+from unigen.figures import gb
 from unigen.files import existing, free_bytes
 from unigen.runs.checkpoint import CheckpointError, remove_checkpoint, steps, verify_checkpoint
 from unigen.runs.layout import MANIFEST
@@ -278,11 +279,3 @@ def free_memory() -> float:
                     # the kernel gives back what files hold before it ends a process
                     found.append(float(left + int(stat.get(cache, 0))))
     return min(found)
-
-
-def gb(nbytes: float) -> str:
-    """Bytes as text in units of 1000: ``233.1 GB``, ``4.2 MB``."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if abs(nbytes) >= size:
-            return f"{nbytes / size:,.1f} {unit}"
-    return f"{nbytes / 1e3:,.1f} kB"

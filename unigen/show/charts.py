@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from unigen.figures import figure
 from unigen.runs.metrics import Point
 from unigen.show.curves import AxisRange, log_ticks, round_ticks, span, thin, value_range
-from unigen.show.figures import figure
 from unigen.show.language import Words
 
 SIDE = 1000  # of the plane that is stretched over a chart

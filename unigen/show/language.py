@@ -7,8 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from unigen.figures import gb
 from unigen.messages import LANGUAGES, spoken
-from unigen.show.figures import size
 from unigen.show.terminal import harmless
 
 TAGS = {"en": "en", "zh": "zh-CN"}  # what HTML calls them
@@ -45,7 +45,7 @@ class Words:
             return self.duration(value)
         if name == "phase":
             return harmless(value) or "–"
-        return size(value) if name in SIZES else harmless(value) if isinstance(value, str) else value
+        return gb(value) if name in SIZES else harmless(value) if isinstance(value, str) else value
 
     def field(self, name: str) -> str:
         """The name of a record's field; what stands for the whole is said in the language."""

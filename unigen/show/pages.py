@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unigen.config import UserError
+from unigen.figures import cell, figures_alone
 from unigen.files import atomic
 from unigen.messages import in_language, spoken
 from unigen.outputs import is_own, refuse_foreign, same, written_by
-from unigen.show.figures import cell, figures_alone
 from unigen.show.language import TAGS, Words
 
 GENERATE, INDEX = "unigen generate", "index.html"

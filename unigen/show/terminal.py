@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from unigen.figures import cell, figures_alone
 from unigen.messages import in_language
 from unigen.printing import above, beneath, printable, printable_lines, width_of
-from unigen.show.figures import cell, figures_alone
 
 if TYPE_CHECKING:
     from rich.columns import Columns

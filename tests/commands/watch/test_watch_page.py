@@ -18,9 +18,9 @@ from recorded import PROMPTS, record, write_metrics, write_rank, write_samples
 from unigen.commands.watch import page as page_module
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.page import write
+from unigen.figures import figure
 from unigen.runs.reader import RunFolder
 from unigen.show.curves import MAX_POINTS
-from unigen.show.figures import figure
 from unigen.show.language import Words
 
 

@@ -19,10 +19,10 @@ from unigen.commands.watch import command
 from unigen.commands.watch.health import diagnose, warnings
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.terminal import frame
+from unigen.figures import figure
 from unigen.runs.metrics import Point
 from unigen.runs.reader import RunFolder
 from unigen.show.curves import AxisRange, Curve
-from unigen.show.figures import figure
 from unigen.show.language import Words
 from unigen.show.plot import marks, sparkline
 from unigen.show.terminal import drawn, width_of

@@ -16,6 +16,7 @@ from unigen.commands.ckpt.listing import checkpoints_of, is_checkpoint_folder
 from unigen.commands.ckpt.options import CkptOptions
 from unigen.commands.ckpt.verify import RECEIPT, problems_of, receipt_of
 from unigen.config import UserError
+from unigen.figures import gb
 from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import ForeignFileError, copy_file, roots_of
 from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
@@ -49,7 +50,7 @@ from unigen.model.weights import SIDE_FILES, check_side_files
 from unigen.outputs import output_folder, stranger, unwritten
 from unigen.runs import layout
 from unigen.runs.checkpoint import GROUPS, read_manifest, scan_weights
-from unigen.runs.space import gb, mount_of
+from unigen.runs.space import mount_of
 from unigen.show.terminal import say
 from unigen.version import __version__
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from unigen.commands.ckpt.verify import RECEIPT, receipt_of
 from unigen.config import UserError
+from unigen.figures import gb
 from unigen.messages import in_language
 from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError, read_manifest, steps, wrong_size
 from unigen.runs.metrics import read_log
-from unigen.runs.space import folder_bytes, gb
+from unigen.runs.space import folder_bytes
 from unigen.show.terminal import say, table
 
 _HEADER = ("checkpoint", "step", "written", "size", "processes", "engine", "holds", "val_loss", "state")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unigen.commands.plan.changes import Changed, Outcome
 from unigen.config import Config
-from unigen.show.figures import figure, size
+from unigen.figures import figure, gb
 from unigen.show.language import Words
 from unigen.show.terminal import line, notices, table
 
@@ -38,18 +38,16 @@ def report(outcome: Outcome, facts: dict[str, Any], words: Words) -> Iterator[Re
     yield line(words("sequence", tokens=load.tokens, gen=load.gen, vit=load.patches, labels=load.labels))
     yield ""
     at_peak = plan.at_peak
-    rows = [[words(f"part_{name}"), size(at_peak[name])] for name in PARTS if at_peak.get(name)]
-    rows.append([words("sum"), size(plan.peak)])
+    rows = [[words(f"part_{name}"), gb(at_peak[name])] for name in PARTS if at_peak.get(name)]
+    rows.append([words("sum"), gb(plan.peak)])
     yield line((f"== {words('device', point=words(f'point_{_key(plan.point)}'))} ==", "bold"))
     yield table(("", ""), rows)
     yield ""
     yield line((f"== {words('host')} ==", "bold"))
-    host = [
-        [words(f"phase_{name}"), size(pinned), size(other)] for name, (pinned, other) in plan.host.items()
-    ]
+    host = [[words(f"phase_{name}"), gb(pinned), gb(other)] for name, (pinned, other) in plan.host.items()]
     yield table(("", words("pinned"), words("unpinned")), host)
     yield ""
-    yield line(words("disk", each=size(plan.disk), best=size(plan.best)))
+    yield line(words("disk", each=gb(plan.disk), best=gb(plan.best)))
     yield line(words("work", flop=figure(plan.flop / 1e12), tokens=plan.tokens))
     if facts["seconds"] is not None:
         card = facts["card"] or words("card")
@@ -77,12 +75,12 @@ def _verdict(outcome: Outcome, words: Words) -> Iterator[RenderableType]:
         return
     left = room - outcome.plan.peak
     if not outcome.changes:
-        verdict = words("fits", left=size(left)) if left >= 0 else words("too_much", by=size(-left))
+        verdict = words("fits", left=gb(left)) if left >= 0 else words("too_much", by=gb(-left))
         yield line((verdict, "good" if left >= 0 else "bad"))
         return
-    yield line((words("too_much", by=size(outcome.asked.peak - room)), "bad"))
+    yield line((words("too_much", by=gb(outcome.asked.peak - room)), "bad"))
     key = "fits_with" if left >= 0 else "never"
-    said = words(key, left=size(left)) if left >= 0 else words(key, by=size(-left))
+    said = words(key, left=gb(left)) if left >= 0 else words(key, by=gb(-left))
     yield line((said, "good" if left >= 0 else "bad"))
     yield notices(
         [("note", f"{words(f'change_{name}')}: {flags(values)}") for name, values in outcome.changes]
@@ -141,7 +139,7 @@ def recipe(outcome: Outcome, options: PlanOptions) -> str:
     defaults = {f.name: f.default if f.default is not MISSING else None for f in fields(Config)}
     values = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
     values.pop("model_load_mode", None)  # it says what quantize says
-    peak = size(outcome.plan.peak)
+    peak = gb(outcome.plan.peak)
     room = f" of {options.gpu_memory}" if options.gpu_memory else ""
     verdict = "" if outcome.fits else " (DOES NOT FIT)"
     lines = [

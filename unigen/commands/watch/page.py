@@ -28,9 +28,9 @@ from unigen.commands.watch.report import (
     warning_rows,
     why,
 )
+from unigen.figures import figure
 from unigen.runs.reader import RunFolder, SampleAnswer
 from unigen.show.charts import Chart
-from unigen.show.figures import figure
 from unigen.show.language import TAGS, Words
 from unigen.show.pages import Embedded, data_uri, render, write_page
 

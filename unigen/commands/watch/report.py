@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from unigen.commands.watch import health
 from unigen.commands.watch.health import State, diagnose, speed
+from unigen.figures import figure, gb
 from unigen.runs.metrics import LogTail
 from unigen.runs.reader import RunFolder
-from unigen.show.figures import figure, size
 from unigen.show.language import Words
 
 MARKS = {
@@ -64,7 +64,7 @@ def facts(run: RunFolder, state: State, words: Words) -> list[tuple[str, str, st
     told.append(("data_wait_share", "–" if pace.data_wait is None else f"{pace.data_wait:.1%}", ""))
     if (last := run.last_checkpoint) is not None:
         told.append(("last_checkpoint", words("ago", ago=time.time() - last.time), last.name))
-    told.append(("disk_left", "–" if run.disk_free is None else size(run.disk_free), ""))
+    told.append(("disk_left", "–" if run.disk_free is None else gb(run.disk_free), ""))
     return [(words(key), value, note) for key, value, note in told]
 
 
@@ -77,7 +77,7 @@ def checkpoints(run: RunFolder, words: Words, most: int) -> WatchTable:
     """The checkpoints, those being written and the newest first."""
     rows: list[list[Any]] = [[name, "", words("being_written"), "", ""] for name in run.writing]
     rows += [
-        [c.name, c.step, words("ago", ago=time.time() - c.time), size(c.size), c.world]
+        [c.name, c.step, words("ago", ago=time.time() - c.time), gb(c.size), c.world]
         for c in reversed(run.checkpoints[-most:])
     ]
     header = ("name", "step", "age", "size", "world")

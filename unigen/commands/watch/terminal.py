@@ -19,9 +19,9 @@ from unigen.commands.watch.report import (
     warning_rows,
     why,
 )
+from unigen.figures import figure
 from unigen.runs.reader import RunFolder, SampleAnswer
 from unigen.show.curves import span
-from unigen.show.figures import figure
 from unigen.show.language import Words
 from unigen.show.plot import marks, sparkline
 from unigen.show.terminal import Stretched, beside, filled, grid, line, notices, one_line, table

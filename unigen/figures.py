@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def size(n: float) -> str:
+def gb(n: float) -> str:
     """Bytes: ``29.4 GB`` (10^9), as disks and ``min_free_gb`` count."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if n >= unit:
