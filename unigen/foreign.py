@@ -330,8 +330,11 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON text, as its ``object_pairs_hook``. Raises RepeatedName."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise RepeatedName(next(name for n, name in enumerate(names) if name in names[:n]))
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise RepeatedName(name)
+            seen.add(name)
     return found
 
 
