@@ -56,7 +56,16 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that share what their file makes once go to one process of pytest-xdist, which else makes it again
+    in each; and what takes long comes first, so that at the end no process waits for another."""
+    if getattr(config.option, "loadgroup", False):  # in such a process
+        for item in items:
+            made = [one for each in item._fixtureinfo.name2fixturedefs.values() for one in each]
+            if any(one.scope == "module" for one in made) and not item.get_closest_marker("xdist_group"):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _cuda():
         for item in marked:

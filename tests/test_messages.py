@@ -41,6 +41,7 @@ def numbers(sentence: str) -> list[int]:
     return sorted(number for _, number in values_of(sentence) if number is not None)
 
 
+@pytest.mark.slow
 def test_every_sentence_of_the_source_has_its_chinese_and_no_row_is_dead(tool):
     said = tool.sentences()
     assert len(said) > 1500

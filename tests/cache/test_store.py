@@ -218,6 +218,7 @@ def write_for_ever(folder: Path, began) -> None:
         began.set()
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_no_half_entry(tmp_path):
     """Killed without warning at ten random moments: every entry is whole, and what it left over is swept
     away."""

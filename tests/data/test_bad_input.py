@@ -295,6 +295,7 @@ def with_value(record: dict, path: tuple, value: object) -> dict:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_odd_value_in_every_field(place: Path, name: str) -> None:
     """A refusal names the field itself, one around it or one inside it, or another that the odd value
@@ -433,6 +434,7 @@ def judge_file(place: Path, data: bytes) -> str:
     return "read"
 
 
+@pytest.mark.slow
 def test_damaged_json_files(place: Path) -> None:
     records = list(TEMPLATES.values())
     files = [

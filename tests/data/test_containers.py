@@ -350,6 +350,7 @@ def test_a_copy_that_was_deleted_while_in_use_is_told(tmp_path: Path) -> None:
 # ---- tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["f.parquet", "g.arrow", "h.arrow"])
 def test_a_truncated_table_is_an_error_at_every_length(tmp_path: Path, name: str) -> None:
     make(tmp_path)

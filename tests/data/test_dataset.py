@@ -683,6 +683,7 @@ def test_tasks() -> None:
 # ---- bad records in bounds
 
 
+@pytest.mark.slow
 def test_bad_records_keep_no_traceback_and_take_little_memory(tmp_path: Path) -> None:
     """Each line has a megabyte; what is kept of each is a message."""
     with (tmp_path / "a.jsonl").open("wb") as file:
@@ -709,6 +710,7 @@ def test_where_most_is_bad_the_rest_is_not_read(tmp_path: Path, monkeypatch: pyt
         assert "no more are looked at" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [200_000])
 def test_repeated_keys_and_unknown_names_take_linear_time(tmp_path: Path, n: int) -> None:
     """A quadratic search takes minutes for so many."""

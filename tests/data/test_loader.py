@@ -201,6 +201,7 @@ def test_going_on_from_any_place_gives_the_same_rows(golden: Path, data: Path, o
         ]
 
 
+@pytest.mark.slow
 def test_going_on_with_a_full_buffer_whatever_the_workers_and_ranks(golden: Path, tmp_path: Path):
     """Three times as many records as the look-ahead, so that the buffer is full in the middle of the epoch;
     the place after step 5 goes to runs of other workers, and to two ranks of half the rows each."""
@@ -229,6 +230,7 @@ def test_every_record_once_over_three_epochs_of_full_rows(golden: Path, tmp_path
     assert stream.fill() > 0.97
 
 
+@pytest.mark.slow
 def test_resuming_costs_the_same_wherever_it_stands(golden: Path, tmp_path: Path):
     """The first row of a place needs the lengths of what waits and of one chunk, not of all that came
     before."""

@@ -128,6 +128,7 @@ def test_scores_are_read_or_there_is_none(server, said, score):
     assert judge.judged(CASES[:1], ANSWERS)[0]["pictures"] == [{"score": score, "said": said}]
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_redirects_or_is_gone_is_told(server):
     judge = Judge(server.url, "seer", timeout=5)
     server.answer = lambda body: (400, "no")

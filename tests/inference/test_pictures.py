@@ -102,6 +102,7 @@ PIECES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)
 @given(pieces=PIECES, target=st.sampled_from([Text("yes", True), Image(noise(64, 48), True)]))
 def test_training_and_inference_make_the_same_blocks(model, pieces, target):

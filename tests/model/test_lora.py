@@ -88,6 +88,7 @@ def differs(a: list[Tensor], b: list[Tensor]) -> bool:
     return all((x - y).abs().max() > 1e-3 for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
 def test_base_and_adapter_are_the_merged_checkpoint(base: Path, tmp_path: Path, variant: str):
     folder = made(base, tmp_path / "adapter", variant=variant, also=("time_embedder", "norms"))
@@ -171,6 +172,7 @@ def test_an_evaluation_mixes_adapters_as_the_model_they_add_up_to(small_model: P
     assert "adapter is given without model_path" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parts_trained_whole_add_up_too_and_dora_takes_part_whole_or_not(base: Path, tmp_path: Path):
     a, b = (
         made(base, tmp_path / name, seed, wanted=("gen",), also=("llm2vae",))

@@ -66,6 +66,7 @@ def expected_matrices(kind: str) -> set[str]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_the_decoders_matrices_are_quantised_and_nothing_else(
     golden: Path, kind: str, double: bool, caplog: pytest.LogCaptureFixture
@@ -151,6 +152,7 @@ def test_weights_that_are_not_finite_are_refused_before_they_are_quantised(golde
         load_bagel(golden / "model", quantize="NF4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_adapters_over_it_learn_as_over_the_whole(
     options: dict[str, Any], tmp_path: Path, kind: str, double: bool
@@ -165,6 +167,7 @@ def test_adapters_over_it_learn_as_over_the_whole(
     assert losses["small"][-1] == pytest.approx(losses["whole"][-1], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_quantised_run_goes_on_to_the_bit(options: dict[str, Any], tmp_path: Path):
     from unigen.training.trainer import UnifiedTrainer
 
@@ -183,6 +186,7 @@ def test_a_quantised_run_goes_on_to_the_bit(options: dict[str, Any], tmp_path: P
         assert a.read_bytes() == b.read_bytes(), name
 
 
+@pytest.mark.slow
 def test_dora_over_nf4_begins_as_the_quantised_base(options: dict[str, Any], tmp_path: Path):
     given = options | {"lora_rank": 4, "quantize": "nf4", "lora_targets": ["both"]}
     plain = hidden(built(**given | {"output_dir": str(tmp_path / "a")}))
@@ -212,6 +216,7 @@ def test_a_rank_above_the_sides_of_a_matrix_is_refused_before_memory_is_asked_fo
         built(**options, lora_rank=100_000_000)
 
 
+@pytest.mark.slow
 def test_a_run_of_such_a_rank_goes_on(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     given = options | {"lora_rank": 65, "save_steps": 1}
     with monkeypatch.context() as earlier:  # a program that did not refuse it

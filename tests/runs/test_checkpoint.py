@@ -67,6 +67,7 @@ def test_every_flipped_bit_of_the_manifest_and_many_of_each_file_are_noticed(
     verify_checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_200_single_bits_over_all_files_of_two_processes_are_all_noticed(tmp_path: Path):
     """Parts, indexes, states, configs and manifest alike; the file is named."""
     folder = save_together(tmp_path, 1)

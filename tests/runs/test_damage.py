@@ -64,6 +64,7 @@ def test_the_checkpoint_is_what_it_is_taken_for(whole: Path):
     assert torch.equal(scan_group(whole, "optimizer")["exp_avg.weight"].read(), tensors["weight"] * 2)
 
 
+@pytest.mark.slow
 def test_two_hundred_flipped_bits_over_all_files_are_all_noticed(checkpoint: Path):
     """Passes when each of 200 flips of one bit, 10 or more in every file, is an error that names the file."""
     rng = random.Random(0)
@@ -216,6 +217,7 @@ def test_the_newest_whole_one_is_taken_and_each_bad_newer_one_is_named(
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_newest_whole_one(options, caplog):
     """Passes when a run of 3 steps whose step_3 is damaged resumes at step 2, and its end is that of a run
     that was never damaged."""

@@ -215,6 +215,7 @@ def test_a_second_signal_ends_the_process_at_once_but_not_one_within_a_second(st
     ]
 
 
+@pytest.mark.slow
 def test_copies_that_C_code_held_back_are_no_second_signal(start):
     """Two signals 50 ms apart, while C code holds the interpreter for two seconds: when Python sees the
     second one does not count."""

@@ -349,6 +349,7 @@ def lying(format: str, data: bytes, width: int, height: int, kind: int) -> bytes
     return data[:26] + struct.pack("<HH", width & 16383, height & 16383) + data[30:]
 
 
+@pytest.mark.slow
 def test_headers_that_lie_about_size_or_pixels(capfd) -> None:
     def case(drawn) -> str:
         (format, data), width, height, kind = drawn

@@ -100,6 +100,7 @@ def test_one_good_step_starts_the_count_anew(tmp_path: Path):
         g.skipped(4, "x", [], {})
 
 
+@pytest.mark.slow
 def test_training_stops_when_validation_no_longer_improves_and_its_state_is_saved(
     options: dict[str, Any], records: Path
 ):
@@ -167,6 +168,7 @@ def test_a_checkpoint_is_good_once_steps_were_taken_after_it(tmp_path: Path):
     assert g.mark()["last_good"] == "step_1"
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_auto_goes_on_from_it(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):

@@ -47,6 +47,7 @@ def test_drift_and_answers_are_held_against_the_first_model(options: dict[str, A
     assert (Path(f"{run}-2") / "probe.json").read_bytes() == (run / "probe.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_run_ends_where_it_forgets_too_much(
     options: dict[str, Any], records: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -40,6 +40,7 @@ def spoil(model: Path, how: str) -> None:
         os.truncate(weights, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["removed", "replaced", "overwritten", "truncated"])
 def test_a_source_that_changes_leaves_checkpoints_as_they_would_have_been(
     own: dict[str, Any], how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -61,6 +62,7 @@ def test_a_source_that_changes_leaves_checkpoints_as_they_would_have_been(
             assert (found / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_parts_left_out_come_from_what_the_run_began_with_or_not_at_all(
     own: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -198,6 +198,7 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(
     assert len(set(pictures)) == 3, "the samples do not show that the weights move"
 
 
+@pytest.mark.slow
 def test_average_and_weights_answer_side_by_side(options: dict[str, Any], prompts: Path):
     """Passes when index.json holds the average's answers, and under raw those of the weights, which a run
     without an average gives to the byte; at step 0 both are one."""
@@ -227,6 +228,7 @@ def test_average_and_weights_answer_side_by_side(options: dict[str, Any], prompt
     assert np.abs(np.asarray(cell, int) - np.asarray(open_image(plain / "000_0.png"), int)).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [0, 1, 5, 12])
 def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., SampleWriter], calls: int):
     """Passes when Stopped comes out, no new folder stays, and the samples before and after it are whole."""
@@ -249,6 +251,7 @@ def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., SampleWriter]
     assert files(sampler.folder / "step_2") == files(sampler.folder / "step_1")
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_warning_and_the_other_prompts_are_answered(
     ready: Callable[..., SampleWriter],
     prompts: Path,
@@ -287,6 +290,7 @@ def test_what_fails_is_a_warning_and_the_other_prompts_are_answered(
     assert "Traceback" in caplog.text and (sampler.folder / "step_3" / "index.json").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_a_warning(
     ready: Callable[..., SampleWriter], caplog: pytest.LogCaptureFixture
 ):
@@ -301,6 +305,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     assert [path.name for path in sampler.folder.iterdir()] == ["step_2"] and tracker.heard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("not to be written"), Stopped()]
 )
@@ -339,6 +344,7 @@ def test_when_samples_are_due(ready: Callable[..., SampleWriter]):
     assert [step for step in range(1, 10) if sampler.due(step, otherwise=step == 4)] == [4]
 
 
+@pytest.mark.slow
 def test_what_this_model_cannot_do_is_told(ready: Callable[..., SampleWriter], prompts: Path):
     with pytest.raises(PromptError, match=f"{prompts}:1: kind is draw, but with visual_gen=false"):
         ready(visual_gen=False)

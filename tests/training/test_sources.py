@@ -92,6 +92,7 @@ def test_the_log_says_what_the_mix_is(sources: dict[str, Any], caplog: pytest.Lo
     assert "questions: 8 passes (25.0%) over 5 records" in caplog.text
 
 
+@pytest.mark.slow
 def test_resuming_with_other_weights_is_refused(sources: dict[str, Any], tmp_path: Path):
     train(**sources | {"max_steps": 2})
     entries = [sources["train_sources"][0], {**sources["train_sources"][1], "weight": 2}]

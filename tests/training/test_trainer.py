@@ -100,6 +100,7 @@ def test_a_run_logs_every_step_and_saves_what_the_model_loader_reads(
     assert json.loads((run / "step_2" / "training_config.json").read_text())["batch_size"] == 3
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_one_record(options: dict[str, Any], records: Path, tmp_path: Path):
     for name in ("0.png", "1.png", "2.png"):
         shutil.copy(records.parent / name, tmp_path)
@@ -133,6 +134,7 @@ def test_how_many_steps_a_run_has(options: dict[str, Any], given: dict[str, int]
     assert built(**{**options, "max_steps": None, **given}).run.total_steps == steps
 
 
+@pytest.mark.slow
 def test_the_learning_rate_follows_the_schedule_over_optimiser_steps(options: dict[str, Any]):
     options |= {
         "max_steps": None,
@@ -239,6 +241,10 @@ def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp
     same log, and the same weights, average, moments and place in every later checkpoint, as the run that was
     not stopped.
     """
+    if not whole_run["ema"] and stopped not in (3, 4, 7):
+        pytest.skip(
+            "without an average there is less to go wrong: in an epoch, at a validation, between epochs"
+        )
     whole = Path(whole_run["output_dir"])
     shutil.copytree(whole / f"step_{stopped}", tmp_path / f"step_{stopped}")
     shutil.copy(whole / "metrics.jsonl", tmp_path)
@@ -271,6 +277,7 @@ def test_a_killed_process_resumes_by_itself(whole_run: dict[str, Any], tmp_path:
     assert [p.name for p in tmp_path.glob(".*")] == [".lock"], "nothing half written stays"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_weights_and_average_apart(whole_run: dict[str, Any]):
     last = Path(whole_run["output_dir"]) / "step_12"
     assert (last / "model.safetensors").exists() == bool(whole_run["ema"])
@@ -280,6 +287,7 @@ def test_a_checkpoint_keeps_weights_and_average_apart(whole_run: dict[str, Any])
         assert weights.keys() < average.keys()
 
 
+@pytest.mark.slow
 def test_validation_keeps_the_best_model(whole_run: dict[str, Any], tmp_path: Path):
     """``best`` is the step with the lowest validation loss, loads as a model, and gives that very number
     again."""
@@ -292,6 +300,7 @@ def test_validation_keeps_the_best_model(whole_run: dict[str, Any], tmp_path: Pa
     assert trainer.evaluate()["val_loss"] == found[step]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_stays_as_it_is(whole_run: dict[str, Any], tmp_path: Path):
     whole = Path(whole_run["output_dir"])
     shutil.copytree(whole / "step_12", tmp_path / "step_12")
@@ -302,6 +311,7 @@ def test_a_run_that_is_done_stays_as_it_is(whole_run: dict[str, Any], tmp_path: 
     assert_same_checkpoint(tmp_path / "step_12", whole / "step_12")
 
 
+@pytest.mark.slow
 def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records: Path, tmp_path: Path):
     shutil.copytree(records.parent, tmp_path / "data")
     other = tmp_path / "data" / records.name
@@ -322,6 +332,7 @@ def test_processes_that_get_nothing_are_told(options: dict[str, Any]):
     assert re.search(r"7 packed.* for 9 processes: 2 of them learn nothing.*Fix: ", idle_processes(stream, 9))
 
 
+@pytest.mark.slow
 def test_a_fresh_or_older_start_never_removes_what_it_saved(whole_run: dict[str, Any], tmp_path: Path):
     """The folder holds later steps of an earlier run; the limit must not take the checkpoint just written for
     an old one."""
@@ -336,6 +347,7 @@ def test_a_fresh_or_older_start_never_removes_what_it_saved(whole_run: dict[str,
 # ---- validation, what is kept
 
 
+@pytest.mark.slow
 def test_validation_twice_gives_the_same_number_and_learns_nothing(options: dict[str, Any], records: Path):
     """With a learning rate of zero, every validation of a run is of the same weights."""
     options |= {"max_steps": 3, "eval_steps": 1, "learning_rate": 0.0, "val_data_path": str(records)}
@@ -354,6 +366,7 @@ def test_validation_twice_gives_the_same_number_and_learns_nothing(options: dict
     assert packed["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_is_once_an_epoch_by_default(options: dict[str, Any], records: Path):
     train(
         **options
@@ -367,6 +380,7 @@ def test_validation_is_once_an_epoch_by_default(options: dict[str, Any], records
     assert [line["step"] for line in metrics(options["output_dir"]) if "val_loss" in line] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept_and_the_best(options: dict[str, Any], records: Path):
     # The learning rate ruins the model: the first validation stays the best.
     ruin = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "warmup_steps": 0}
@@ -419,6 +433,7 @@ FREEZE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FREEZE)
 def test_what_learns_and_that_the_rest_keeps_its_bytes(
     case: str, options: dict[str, Any], bfloat16_model: Path, records: Path, tmp_path: Path
@@ -453,6 +468,7 @@ def test_what_learns_and_that_the_rest_keeps_its_bytes(
     load_bagel(step)
 
 
+@pytest.mark.slow
 def test_freeze_und_leaves_understanding_as_it_was(options: dict[str, Any], small_model: Path):
     """Text losses of a row are the same to the bit after the training, as text tokens see no generated weight
     of their own."""
@@ -469,6 +485,7 @@ def test_freeze_und_leaves_understanding_as_it_was(options: dict[str, Any], smal
 # ---- what goes wrong
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(
     options: dict[str, Any], small_model: Path, tmp_path: Path
 ):
@@ -511,6 +528,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(
             )
 
 
+@pytest.mark.slow
 def test_a_gradient_that_overflows_skips_the_step_too(options: dict[str, Any], small_model: Path):
     """Both losses are finite; their weighted sum is beyond float32. Nothing ever moves, and no moments come
     to be."""
@@ -544,6 +562,7 @@ def test_bad_data_stops_before_training(options: dict[str, Any], tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_bad_records_can_be_left_out_while_they_are_few(options: dict[str, Any], tmp_path: Path):
     good = [text(str(i), "yes") for i in range(120)]
     bad = write_jsonl(tmp_path / "bad.jsonl", [*good, {"text_prompt": "x", "image_path": "nowhere.png"}])

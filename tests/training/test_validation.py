@@ -46,6 +46,7 @@ def test_the_losses_by_task_and_by_time_are_those_of_their_records(options: dict
     assert sum("by_time" in name for name in wanted) >= 2
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_follows_the_chosen_number(options: dict[str, Any], records: Path):
     """A rate that ruins the model makes every loss rise: with the greatest one wanted the last is the best,
     and nothing stops early."""
@@ -76,6 +77,7 @@ def test_a_number_that_is_not_measured_is_refused_with_the_nearest(options: dict
         Config(**options, metric_for_best_model="val_text_loss").resolve()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_measured_goes_on_to_the_bit(options: dict[str, Any], records: Path):
     """Passes when losses, weights and moments are those of a run without validation."""
     found = []

@@ -243,6 +243,7 @@ def test_options_and_data_that_leave_nothing_to_learn(
     assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_warm_up_batch_without_gradient_is_fine_where_other_records_have_one(
     options: dict[str, Any], records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -283,6 +284,7 @@ def test_losses_of_a_model_that_knows_nothing_are_grave_where_it_should_know():
     assert not said_of(6.0, 2.0, large=True), "without a band only chance itself is grave"
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_losses_outside_of_its_band_and_goes_on_with_the_flag(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
@@ -308,6 +310,7 @@ def test_the_demo_s_and_other_random_weights_train_and_are_told(
     assert "right where it trains from random weights" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_validation_at_step_0_is_held_against_the_band_too_and_both_are_one_diagnosis(
     options: dict[str, Any], records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -402,6 +405,7 @@ def test_finite_numbers_whose_sum_is_not_are_finite():
     ) == ["nan"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_are_done_says_so(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
     UnifiedTrainer(Config(**options)).train()
     with caplog.at_level("INFO"):

@@ -128,6 +128,7 @@ def test_it_is_laid_out_as_bitsandbytes_and_transformers_write_it(
     assert {"vit_model", "connector", "language_model.lm_head"} <= set(read.llm_int8_skip_modules)
 
 
+@pytest.mark.slow
 def test_files_with_an_index_load_the_same_and_a_run_s_weights_can_be_exported(
     folders, options: dict[str, Any], small_model: Path, tmp_path: Path, capsys
 ):

@@ -82,6 +82,7 @@ def test_an_odd_address_is_refused_by_name(reason, text):
     )
 
 
+@pytest.mark.slow
 @given(
     st.text(max_size=30)
     | st.text("htp:/\\@[]%.0123456789xa\t\n#?", max_size=30).map(lambda text: "http://" + text)

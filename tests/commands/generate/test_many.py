@@ -166,6 +166,7 @@ def test_the_scorer_finds_every_picture(draw, name):
     assert "num_timesteps 2 wins over 50 of preset" in said and about["source"] in said.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_drawn_again_and_what_was_lost_is_the_same(draw, monkeypatch):
     _, _, out = draw("dpg", "--batch_size", "2")
     _, _, other = draw("geneval", out="other")

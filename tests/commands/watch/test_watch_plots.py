@@ -15,6 +15,7 @@ from unigen.commands.watch.options import WatchOptions
 from unigen.config import UserError
 
 
+@pytest.mark.slow
 def test_a_picture_for_each_chart_of_one_run_and_of_several(folder: Path, tmp_path: Path, capsys):
     alone, both = tmp_path / "alone", tmp_path / "both"
     assert watch(WatchOptions([str(folder)], plots=str(alone))) == 0
