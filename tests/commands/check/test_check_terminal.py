@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from unigen.cli import main
 from unigen.commands.check.advice import advise
 from unigen.commands.check.findings import Findings, Problems, check
 from unigen.commands.check.report import advice_line, sections
 from unigen.commands.check.terminal import report
 from unigen.config import DataOptions
+from unigen.data.containers import BadData
+from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.messages import in_language
 from unigen.model.weights import load_planner
 from unigen.printing import width_of
@@ -83,3 +86,25 @@ def test_nothing_in_the_data_can_steer_the_terminal(tmp_path):
         c for c in plain if not c.isprintable() and c != "\n"
     ]
     assert "[bold]" in plain, "the data's brackets are no markup"
+
+
+def test_a_truncated_picture_is_found_where_training_finds_it(tmp_path, capsys, monkeypatch):
+    """With few pictures each is decoded, as at the start of a training; headers alone show less."""
+    picture = (ROOT / "examples" / "pictures" / "house_day.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(picture[: len(picture) // 2])
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"image_path": "a.png", "caption": "A house."}))
+    for more, code in (([], 1), (["--deep"], 1), (["--deep", "false"], 0)):
+        assert main(["check", str(path), "--num_workers", "0", *more]) == code
+        assert capsys.readouterr().out.count("broken_picture") == code
+    monkeypatch.setattr("unigen.commands.check.findings.AUTO_FULL_CHECK", 0)
+    assert main(["check", str(path), "--num_workers", "0"]) == 0
+    with pytest.raises(BadData, match="broken_picture"):
+        UnifiedGenerationDataset(path)
+
+
+def test_data_of_which_nothing_is_learnt_is_no_damaged_file(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image_path": "a.png", "caption": "x", "weight": 0}))
+    assert main(["check", str(tmp_path / "a.jsonl"), "--num_workers", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "weight of 0 in all 1 records" in said and "read to its end" not in said

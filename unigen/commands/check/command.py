@@ -24,7 +24,8 @@ class CheckOptions(DataOptions):
 
     Args:
         paths: Files and folders of records, as train_data_path of the training.
-        deep: Decode every picture to its last row; otherwise only headers are read.
+        deep: Decode every picture to its last row (true), or read headers alone (false). Default: decode
+            where there are at most 5,000 distinct pictures, as training does at its start.
         json: Print one JSON document in place of the report.
         output: An HTML page to write the report to.
         problems: A JSONL file to write every problem to.
@@ -36,7 +37,7 @@ class CheckOptions(DataOptions):
     """
 
     paths: list[PathText] = field(default_factory=list)
-    deep: bool = False
+    deep: bool | None = None
     json: bool = False
     output: PathText | None = None
     problems: PathText | None = None
@@ -55,7 +56,7 @@ def run(options: CheckOptions) -> int:
     """
     _resolve(options)
     from unigen.commands.check.advice import advise
-    from unigen.commands.check.findings import BUDGETS, CHECK, LIMITS, Problems, check
+    from unigen.commands.check.findings import BUDGETS, CHECK, LIMITS, Findings, Problems, check
     from unigen.commands.check.terminal import report
     from unigen.data.mapping import ReadOptions
     from unigen.data.probe import check_roots
@@ -72,21 +73,28 @@ def run(options: CheckOptions) -> int:
     words = Words(options.language, "check")
     planner = load_planner(options.model_path, options)
     budgets = [*BUDGETS, options.max_num_tokens] if options.max_num_tokens else list(BUDGETS)
-    with closing(Problems(listing)) as problems:
+
+    def look(deep: bool) -> Findings:
         with _bar() as progress:
-            found = check(
+            return check(
                 options.paths,
                 planner,
-                deep=options.deep,
+                deep=deep,
                 read=read,
                 split=options.split,
                 limits=[*LIMITS, planner.max_length],
                 num_workers=options.num_workers,
-                problems=problems,
+                problems=Problems(listing),
                 progress=progress,
             )
+
+    found = look(bool(options.deep))
+    if options.deep is None and found.to_be_decoded:
+        found.problems.close()
+        found = look(True)
+    with closing(found.problems) as problems:
         summary = found.summary(budgets)
-        advice = advise(summary, len(problems), options.deep)
+        advice = advise(summary, len(problems), found.deep)
         failed: list[UserError] = []  # what could not be written; the report is shown all the same
         if listing:
             with _noted(failed), unwritten("problems", listing):

@@ -30,7 +30,7 @@ from unigen.commands.check.statistics import (
     what_limits_cut,
 )
 from unigen.data.containers import ByteSpan, FilePart, Raw, no_record, parts, read_part
-from unigen.data.dataset import TASKS
+from unigen.data.dataset import AUTO_FULL_CHECK, TASKS
 from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.keys import NOTES
@@ -74,7 +74,7 @@ class Problems:
         self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (close() is below)
 
     def add(self, problem: dict[str, Any]) -> None:
-        self.lost += problem["field"] == "(file)" and problem["code"] != "no_record"
+        self.lost += problem["field"] == "(file)" and problem["code"] not in ("no_record", "no_target")
         if self._written > MAX_PROBLEMS:
             self.counts[problem["code"]] += 1
             return
@@ -131,6 +131,14 @@ class Findings:
     max_bad_share: float  # of the records, that a training may leave out
     left_out: list[LeftOut]  # files of folders that are not read
     read: ReadOptions = PLAIN
+
+    @property
+    def to_be_decoded(self) -> bool:
+        """Would a training decode the pictures, of which headers alone were read? Many records are not read
+        again for it."""
+        keys = self.tally.pictures["key"]
+        few = len(self.tally.records) <= 20 * AUTO_FULL_CHECK and len(np.unique(keys)) <= AUTO_FULL_CHECK
+        return bool(len(keys)) and few and not self.deep and not self.interrupted
 
     def find(self, numbers: Sequence[int]) -> dict[int, Record]:
         """Records by their number, read again (good ones only)."""
