@@ -34,7 +34,10 @@ _ENDS = {".": "。", ":": "："}
 _TAILS = (" (", "; ", ", ", ". ", " F")  # how the end of a text of several sentences may begin
 _HINT = re.compile(r" \((--[\w-]+ \.\.\.)\)$")  # what an error ends with: the option to give
 # The name of an option, which is none of the small words that a sentence begins with.
-_SMALL = "a|an|the|and|for|in|is|it|no|not|of|or|that|there|this|what|which|with|add|give|name|take|use|write"
+_SMALL = (
+    "a|an|the|and|for|in|is|it|no|not|of|or|that|there|this|what|which|with|add|give|measuring|name|take|use"
+    "|write"
+)
 _OPTION = re.compile(rf"(?!({_SMALL})$)(--)?[a-z][\w.-]*(\[\d+\])?")
 _BREAKS = ("Fix: ", "; ", ". ", ": ")  # the end of a sentence within a text
 _FIGURE = r"([-+\d][\d.,e+-]*%?)"

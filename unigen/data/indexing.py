@@ -34,6 +34,7 @@ from unigen.data.examine import CountTokens, PictureHeaders, examine, key_of
 from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import ReadOptions
 from unigen.data.workers import Died, Mark, in_order
+from unigen.messages import in_language
 from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Sample, without_trace
 
@@ -247,7 +248,7 @@ def read_all(
                 found.unreadable.append(_lost(files[job.number], result))
             else:
                 found.extend(result)
-            progress_bar.notes = [f"{len(found.index):,} records"]
+            progress_bar.notes = [in_language(f"{len(found.index):,} records")]
             progress_bar.update(job.size)
     found.digests = {number: _digest(parts) for number, parts in found.digests.items()}
     found.digests |= {number: digest.hexdigest() for number, digest in hashes.items()}

@@ -213,7 +213,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: no folder, no manifest, a damaged one, or one of another format.
     """
     path = Path(folder) / MANIFEST
-    named = "name a step_N folder of a run"
+    named = "name a step_N folder of a run, or auto, which takes the newest"
     if not path.parent.is_dir():
         raise _unusable(folder, "there is no such folder", named)
     try:

@@ -295,9 +295,9 @@ class Exam:
             if _pictures(answer) and len(self.edits) < 36:
                 given = open_image(self.picture(r["input_image"]))
                 self.edits += [
-                    ("given", given),
+                    (in_language("given"), given),
                     (f"{meta['edits'][0]} {MARK[bool(right[-1])]}", answer[0]),
-                    ("exact", expected),
+                    (in_language("exact"), expected),
                 ]
         values = {"edit_accuracy": _share(right)}
         for name in ("invert", "rotate"):
@@ -349,7 +349,8 @@ class Exam:
             drew.append(whole and self.judge.classify(answer[1:])[0] == r["metadata"]["label"])
             if whole and len(self.sums) < 36:
                 given = [
-                    ("given", open_image(self.picture(p["image_path"]))) for p in r["input_sequence"][:2]
+                    (in_language("given"), open_image(self.picture(p["image_path"])))
+                    for p in r["input_sequence"][:2]
                 ]
                 self.sums += [*given, (f"{answer[0]} {MARK[bool(wrote[-1] and drew[-1])]}", answer[1])]
         return {
