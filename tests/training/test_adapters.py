@@ -22,6 +22,7 @@ from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import verify_checkpoint
 from unigen.training.sample_plan import decides
 
+PEFT = ["--format", "peft"]
 LORA = {"lora_rank": 3, "lora_targets": ["both", "connector"], "train_also": ["time_embedder"], "ema": 0.5}
 
 
@@ -108,7 +109,7 @@ def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp
     loop.run.close()
     step = tmp_path / "run" / "step_3"
     raw = {name: p.detach() for name, p in loop.run.model.named_parameters()}
-    assert main(["ckpt", "export", str(step), str(tmp_path / "raw"), "--weights", "raw"]) == 0
+    assert main(["ckpt", "export", str(step), str(tmp_path / "raw"), "--weights", "raw", *PEFT]) == 0
     found = load_file(tmp_path / "raw" / "adapter_model.safetensors")
     for name, p in raw.items():
         if p.requires_grad or is_adapter(name) or name.startswith("time_embedder"):
@@ -132,6 +133,9 @@ def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp
     assert main(["ckpt", "export", str(tmp_path / "raw"), str(tmp_path / "x"), "--merge"]) == 2
     assert main(["ckpt", "export", str(step), str(tmp_path / "x"), "--base", "y"]) == 2
     assert "--base" in capsys.readouterr().err
+    for folder, more in ((step, ["--merge"]), (tmp_path / "merged-ema", [])):
+        assert main(["ckpt", "export", str(folder), str(tmp_path / "x"), *PEFT, *more]) == 2
+        assert "format peft says nothing here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -295,4 +295,4 @@ def test_a_run_says_what_it_took_and_what_was_planned(
         UnifiedTrainer(Config(**options)).train()
     (told,) = [line for line in caplog.messages if line.startswith("Memory of the process")]
     taken, planned = map(float, re.findall(r"([\d.]+) GB", told))
-    assert 0.3 < planned < 0.8 and taken > 0.1  # a process of many tests has had larger ones
+    assert 0.3 < planned < taken + 0.1 and taken > 0.3  # a process of many tests has had larger ones

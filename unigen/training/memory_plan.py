@@ -459,7 +459,12 @@ def _worker(name: str) -> str:
 
 
 def compared(
-    model: BagelConfig, config: Config, engine: tuple[str, int, torch.dtype], load: Load, gpu_peak: int
+    model: BagelConfig,
+    config: Config,
+    engine: tuple[str, int, torch.dtype],
+    load: Load,
+    gpu_peak: int,
+    built: int,
 ) -> str:
     """What a run took, beside what was planned; empty where it was not planned.
 
@@ -470,6 +475,8 @@ def compared(
         load: the run's largest packed sequence.
         gpu_peak: most bytes of tensors on the GPU; not read on a CPU, where the process's resident memory
             counts.
+        built: bytes that the process held before the first step, with its weights: what the program itself
+            takes hangs on libraries, options and system.
     """
     kind, world, computes = engine
     try:
@@ -478,8 +485,9 @@ def compared(
         return ""
     point = plan.point
     planned = plan.moments[point]
-    left_out = ("program", "fragments") if kind == "cuda" else ()
-    total = sum(nbytes for name, nbytes in planned.items() if name not in left_out)
+    held = sum(planned[part] for part in ("weights", "average", "vae", "teacher"))
+    planned |= {"program": 0.0, "fragments": 0.0} if kind == "cuda" else {"program": max(built - held, 0.0)}
+    total = sum(planned.values())
     taken = gpu_peak if kind == "cuda" else resident_peak()
     largest = sorted(planned, key=lambda name: -planned[name])[:3]
     told = ", ".join(f"{in_language(name)} {planned[name] / 1e9:.2f}" for name in largest)
@@ -490,13 +498,14 @@ def compared(
     )
 
 
-def resident_peak() -> int:
-    """Most bytes of this process that ever lay in memory."""
+def resident_peak(now: bool = False) -> int:
+    """Most bytes of this process that ever lay in memory; ``now``: those that do, where the system says
+    it."""
     import resource
 
     # ru_maxrss is also that of the process which started this one, as it was then
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        lines, key = Path("/proc/self/status").read_text().splitlines(), "VmRSS" if now else "VmHWM"
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

@@ -19,7 +19,7 @@ from unigen.training.closing import following
 from unigen.training.engine import open_engine
 from unigen.training.failures import lost_process
 from unigen.training.loop import TrainingLoop
-from unigen.training.memory_plan import compared
+from unigen.training.memory_plan import compared, resident_peak
 from unigen.training.run import Run
 from unigen.training.warm_up import WarmUp, warm_up
 
@@ -59,6 +59,7 @@ class UnifiedTrainer:
                         for line in nothing_left(run):
                             log.info("%s", line)
                         return {}
+                    built = resident_peak(now=True)
                     with self.signals.phase("warm-up batch", breakable=True):
                         fresh = run.resumed is None
                         warmed = warm_up(engine, run.stream, run.rank_slice.micro_batches, fresh)
@@ -72,22 +73,23 @@ class UnifiedTrainer:
                         return {}
                     run.begin()
                     metrics = TrainingLoop(run, open_tracker(run)).train()
-                    tell_memory(run, warmed)
+                    tell_memory(run, warmed, built)
                     return metrics
             except Stopped:
                 self.stopped = True
                 return {}
 
 
-def tell_memory(run: Run, warmed: WarmUp) -> None:
-    """Says what memory the run took at most, and what was planned."""
+def tell_memory(run: Run, warmed: WarmUp, built: int) -> None:
+    """Says what memory the run took at most, and what was planned; ``built``: of the process before the first
+    step."""
     device, peak = run.engine.device, warmed.peak
     if not run.engine.main:
         return
     if device.type == "cuda":
         peak = max(peak, torch.cuda.max_memory_allocated(device))
     engine = (device.type, run.engine.world, run.engine.dtype)
-    if told := compared(run.model.config, run.config, engine, warmed.load, peak):
+    if told := compared(run.model.config, run.config, engine, warmed.load, peak, built):
         log.info("%s", told)
 
 

@@ -86,6 +86,9 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     manifest, out = _about(source) if given else read_manifest(source), Path(os.path.abspath(out))
     adapted = GROUP in manifest["groups"]
     _check_quantising(source, options, adapted)
+    if options.format and (options.merge or not adapted):
+        why = "is merged" if adapted else "holds no adapter"
+        raise ExportError(f"format peft says nothing here: {source} {why}. Fix: leave --format out")
     for name in ("merge", "base"):
         if getattr(options, name) and not (adapted and options.merge):
             why = "holds no adapter" if not adapted else "is not merged"
