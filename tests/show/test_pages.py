@@ -162,3 +162,24 @@ def test_options_and_figures_do_not_break_and_markup_stays_text():
         "--max_bad_share", "p = 0.05", "1 %",
     ]  # fmt: skip
     assert shown.startswith("&lt;b&gt;")
+
+
+def unused_classes(style: str, source: str) -> list[str]:
+    """The classes of a style that stand nowhere as a word, nor begin as one that a template puts together."""
+    begun = tuple(re.findall(r"([\w-]+-)\{\{", source))
+    named = set(re.findall(r"\.([a-zA-Z][\w-]*)", re.sub(r"\{[^{}]*\}", "", style)))
+    words = set(re.findall(r"[\w-]+", source))
+    return sorted(name for name in named if name not in words and not name.startswith(begun))
+
+
+def test_every_class_of_the_styles_is_used():
+    assets, package = TEMPLATES.parent, TEMPLATES.parents[1]
+    markup = [path for part in ("templates", "scripts") for path in (assets / part).iterdir()]
+    code = "\n".join(path.read_text("utf-8") for path in package.rglob("*.py"))
+    source = "\n".join([*(path.read_text("utf-8") for path in markup), *re.findall(r"\"[\w -]+\"", code)])
+    styles = sorted((assets / "styles").glob("*.css"))
+    assert len(styles) > 5
+    assert {path.name: unused_classes(path.read_text("utf-8"), source) for path in styles} == {
+        path.name: [] for path in styles
+    }
+    assert unused_classes(".k-x .a, .b-1 { margin: .5em }", '<p class="a k-{{ kind }}">') == ["b-1"]
