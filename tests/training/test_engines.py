@@ -47,6 +47,8 @@ TWO: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {
         [[[[0, 1]], [[]]], [[[0]], [[1]]]],
         {"visual_gen": False, "train_data_path": "text.jsonl"},
     ),
+    # of this file 0 is drawn, 1 a text, 3 an edit
+    "no vision": ([[[[0]], [[1, 3]]]], {"visual_und": False, "train_data_path": "drawn.jsonl"}),
     "adapters": (
         [[[[0, 1, 2]], [[3, 4, 5, 6]]], [[[6]], [[2]]], [[[0]], [[4]]]],
         {"lora_rank": 3, "lora_targets": ["both", "vit"], "train_also": ["time_embedder"], "ema": 0.5},
@@ -208,9 +210,10 @@ def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str
 
 
 def options_for(small_model: Path, records: Path) -> dict[str, Any]:
-    """Those of all cases; beside the records stands a file of the texts alone."""
+    """Those of all cases; beside the records stand a file of the texts alone and one of nothing to look at."""
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
+    write_jsonl(records.parent / "drawn.jsonl", [lines[1], lines[0], lines[5], lines[3]])
     return {
         "model_path": str(small_model),
         "train_data_path": str(records),
