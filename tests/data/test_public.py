@@ -418,6 +418,8 @@ def test_preferences_are_refused_by_whatever_name(record) -> None:
             {"original_image_file_name": "1.png", "edited_image_file_name": "2.png", "edit_prompt": "i"},
             "no_format", "--fields original_image=original_image_file_name edited_image=edited_image_file_name",
         ),
+        ({"image": "1.png", "conversations": TALK, "caption": "c"}, "ambiguous_format", "metadata=caption to read it as sharegpt"),
+        ({"image_path": "1.png", "caption": "c", "mask_path": "2.png"}, "unexpected_field", "--fields metadata=mask_path"),
         ({"file_name": "1.png", "instruction": "i"}, "no_format", "--fields text=instruction"),
         ({"text": "t", "url": "http://a/page", "language": "en"}, "no_format", "jq -c '{sequence: [{content: .text}]}'"),
         ({"input": ["1.png"], "output": "2.png", "instruction": "i"}, "unexpected_field", "input_images=input"),
@@ -431,6 +433,12 @@ def test_what_would_be_left_out_or_misread_is_told_with_the_line(record, code: s
     with pytest.raises(BadRecord) as caught:
         parse_with_fields(record, Origin(Path("d.jsonl")))
     assert caught.value.code == code and line in caught.value.fix
+
+
+def test_bytes_that_are_no_picture_are_none() -> None:
+    record = {"input_image": CELL, "output_image": CELL, "instruction": "i", "embedding": b"123"}
+    found, _ = parse_with_fields(record, Origin(Path("d.parquet")))
+    assert found.notes == (("unread", "embedding"),)
 
 
 def test_variants_of_a_caption_may_be_the_json_text_of_a_list() -> None:

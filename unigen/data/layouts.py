@@ -265,7 +265,8 @@ def _refuse_unread_picture(record: Json) -> None:
         if name in _OF_EDITS or "mask" in name:
             continue
         inside = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(inside, bytes) or (_OTHER_PICTURE.fullmatch(name) and _is_picture(value)):
+        encoded = isinstance(inside, bytes) and inside.startswith(_BEGINNINGS)
+        if encoded or (_OTHER_PICTURE.fullmatch(name) and _is_picture(value)):
             fix = f"list it in the field of the pictures to start from, or give --fields metadata={name}"
             raise BadRecord("unexpected_field", name, f.show(value), "pictures that are read", fix)
 
@@ -288,6 +289,7 @@ def refuse_another_picture(record: Json, picture: str, text: str) -> None:
         if name not in PICTURE and name != text and _is_another(name, first, record.get(picture)):
             edit = f"input_image={name} output_image={picture} instruction={text}"
             fix = f"give --fields {edit} to draw {picture}, or --fields metadata={name} to describe it alone"
+            fix = f"give --fields metadata={name} (masks are not learnt from)" if "mask" in name else fix
             raise BadRecord(
                 "unexpected_field", name, f.show(value), f"nothing beside {picture} and {text}", fix
             )

@@ -75,6 +75,10 @@ def recognise(record: Json, formats: Mapping[str, Format]) -> str:
             found.append(name)
     if len(found) > 1:
         fix = "keep the fields of one format, and split the record if it was meant as two"
+        one = max(found, key=lambda name: len(present & formats[name].known))
+        others = {field for name in found for field in formats[name].fields} & present - formats[one].known
+        if len(others) == 1:
+            fix = f"give --fields metadata={min(others)} to read it as {one}, or {fix}"
         fields = f"fields of {' and '.join(found)} ({names(record)})"
         raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", fix)
     if not found:
