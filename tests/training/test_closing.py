@@ -50,6 +50,12 @@ def test_every_line_to_copy_is_understood(tmp_path: Path, options):
             }
 
 
+@pytest.mark.parametrize("prompts", ["a red circle", ["held.jsonl", "a red circle"]])
+def test_the_line_to_generate_asks_what_the_run_asked(tmp_path: Path, prompts):
+    (generate, *_) = commands(closing(tmp_path, Config(sample_prompts=prompts), 1, math.inf, {}, 1.0, 1))
+    assert generate[generate.index("--prompt") + 1] == "a red circle"
+
+
 def test_services_that_were_asked_for_are_named(tmp_path: Path):
     config = Config(tensorboard=True, wandb_project="p", wandb_mode="offline")
     (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)

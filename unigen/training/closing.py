@@ -13,7 +13,7 @@ from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError, read_manifest
 from unigen.tracking.console import duration
 
-_EXAMPLE = "Draw a cat"
+_EXAMPLE = "Draw a cat"  # where the run has no prompt of its own
 
 
 def closing(
@@ -82,7 +82,10 @@ def _commands(output_dir: Path, config: Config, model: Path) -> list[str]:
         return shlex.join(map(str, words))
 
     weights = ["--model_path", model]  # an adapter knows its base
-    prompt = [*weights, "--prompt", in_language(_EXAMPLE), "--output_dir", f"{output_dir}_answer"]
+    given = config.sample_prompts or []
+    asked = [given] if isinstance(given, str) else given
+    own = next((text for text in asked if not text.endswith((".txt", ".jsonl"))), in_language(_EXAMPLE))
+    prompt = [*weights, "--prompt", own, "--output_dir", f"{output_dir}_answer"]
     commands = [line("unigen", "generate", *prompt)]
     if config.val_data_path:
         paths = [config.val_data_path] if isinstance(config.val_data_path, str) else config.val_data_path
