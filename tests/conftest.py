@@ -173,8 +173,8 @@ def no_plugins_after(tmp_path: Path):
     from unigen.tracking import tracker
 
     tables: list[dict] = [
-        plugins._loaded, topics.OPTIMIZERS, containers.CONTAINERS, formats.FORMATS, score.METRICS,
-        tracker.TRACKERS,
+        plugins._loaded, topics.OPTIMIZERS, topics.SCHEDULES, containers.CONTAINERS, formats.FORMATS,
+        score.METRICS, tracker.TRACKERS,
     ]  # fmt: skip
     before = [dict(table) for table in tables]
     yield

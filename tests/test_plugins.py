@@ -126,6 +126,22 @@ def test_a_name_that_no_table_has_names_those_it_has():
     assert list(OPTIMIZERS) == ["adamw", "adamw8bit"]
 
 
+def test_a_schedule_gives_a_share_of_the_peak(tmp_path):
+    from unigen.training.optim import learning_rate_at
+
+    (tmp_path / "own_rates.py").write_text(
+        "from unigen.topics import SCHEDULES\n"
+        "SCHEDULES['late'] = lambda progress: min(1.0, 5 * (1.0 - progress))\n"
+        "SCHEDULES['below'] = lambda progress: 0.5 - progress\n"
+    )
+    options = {"plugin": [str(tmp_path / "own_rates.py")], "learning_rate": 2.0}
+    config = Config(lr_scheduler_type="late", **options)
+    assert [learning_rate_at(step, 100, config) for step in (0, 79)] == [2.0, 2.0]
+    assert learning_rate_at(90, 100, config) == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match=r"below gives -0\.5 .* Fix: "):
+        learning_rate_at(100, 100, Config(lr_scheduler_type="below", **options))
+
+
 def test_an_optimiser_with_another_state_is_refused(tmp_path, monkeypatch):
     import torch
 
