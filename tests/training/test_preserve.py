@@ -130,9 +130,11 @@ def test_a_share_of_the_samples_is_kept_and_those_of_other_data_alone(
     options: dict[str, Any], tmp_path: Path
 ):
     stream = built(**options, preserve_weight=1.0).run.stream
-    aims = [stream.aim(stream.key(record, number)) for record in range(7) for number in range(300)]
+    aims = [stream.aim(stream.mixture.key(record, number)) for record in range(7) for number in range(300)]
     assert 0.2 < aims.count(Aim.LEARN | Aim.KEEP) / len(aims) < 0.3 and Aim.KEEP not in aims
-    assert aims == [stream.aim(stream.key(record, number)) for record in range(7) for number in range(300)]
+    assert aims == [
+        stream.aim(stream.mixture.key(record, number)) for record in range(7) for number in range(300)
+    ]
     other = write_jsonl(tmp_path / "other.jsonl", [text("Say it.", "It."), text("And twice?", "It. It.")])
     loop = built(
         **options | {"output_dir": str(tmp_path / "b")},
@@ -140,7 +142,7 @@ def test_a_share_of_the_samples_is_kept_and_those_of_other_data_alone(
     )  # fmt: skip
     stream = loop.run.stream
     order = stream.mixture.order(0)
-    kept = [stream.aim(stream.key(r, n)) == Aim.KEEP for r, n in zip(order.records, order.passes)]
+    kept = [stream.aim(stream.mixture.key(r, n)) == Aim.KEEP for r, n in zip(order.records, order.passes)]
     assert kept == [record >= 7 for record in order.records] and sum(kept) == 7 and len(kept) == 14
     own, both = batch_of(loop, [0]).pack, batch_of(loop, [0, 7]).pack
     assert (both.n_text_labels, both.n_kept_labels) == (

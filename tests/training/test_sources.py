@@ -77,11 +77,11 @@ def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(source
 
 def test_a_source_has_its_own_picture_size(sources: dict[str, Any]):
     trainer = built(**sources)
-    _, blocks, _ = trainer.run.stream.mixture.outline(0, trainer.run.stream.key(0, 0))
+    _, blocks, _ = trainer.run.stream.mixture.outline(0, trainer.run.stream.mixture.key(0, 0))
     assert max(block.length for block in blocks if block.grid) <= 4
     entries = [{**sources["train_sources"][0], "max_image_tokens": 16}, sources["train_sources"][1]]
     larger = built(**sources | {"train_sources": entries})
-    _, blocks, _ = larger.run.stream.mixture.outline(0, larger.run.stream.key(0, 0))
+    _, blocks, _ = larger.run.stream.mixture.outline(0, larger.run.stream.mixture.key(0, 0))
     assert max(block.length for block in blocks if block.grid) == 16
 
 
