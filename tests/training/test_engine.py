@@ -227,6 +227,7 @@ def _train(engine: Engine, rank: int) -> dict[str, Any]:
     return said
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path):
     run_ranks(_talk, 2, str(tmp_path))
     zero, one = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -163,6 +163,7 @@ def _disagree(rank: int, world: int, port: int, folder: str) -> None:
         assert engine.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_processes_that_would_compute_differently_are_an_error_on_each(tmp_path: Path):
     run_ranks(_disagree, 2, str(tmp_path))
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
