@@ -39,7 +39,11 @@ def _removing(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Registry(dict[str, T]):
-    """Rows by their names, which plugins may add to."""
+    """Rows by their names, which plugins may add to; ``own`` are the names of the program's."""
+
+    def __init__(self, *rows, **more):
+        super().__init__(*rows, **more)
+        self.own = frozenset(self)
 
     def __setitem__(self, name: str, row: T) -> None:
         if _loading and name in self:

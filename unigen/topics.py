@@ -416,7 +416,7 @@ class EvaluationOptions(Options):
         stop_on_drift: End the run where a loss on the probe lies this share above the first one (0.1 for
             10 %).
         greater_is_better: Whether it is better the greater it is. Default: losses are not, other numbers as
-            they are meant.
+            they are meant; a plugin's must be told.
     """
 
     eval_metrics: list[str] | None = None

@@ -10,7 +10,7 @@ from pictures import noise
 from unigen.evaluation.answers import Answer, Prediction, answer_all
 from unigen.evaluation.cases import Case, cases_of
 from unigen.evaluation.features import module_extractor
-from unigen.evaluation.score import Tools, as_json, score
+from unigen.evaluation.score import Tools, as_json, good_end, score
 from unigen.evaluation.statistics import compare
 from unigen.sequence.types import Image, Origin, Record, Text
 
@@ -86,6 +86,19 @@ def test_edits_are_held_against_source_and_reference(extractor):
     shown = json.loads(json.dumps(as_json({"edit": results}), allow_nan=False))["edit"]
     infinite = next(entry for entry in shown if entry["name"] == "fd_infinity")
     assert infinite["value"] is None and infinite["reason"] and infinite["fix"]
+
+
+def test_which_end_is_good_is_said_as_the_results_say_it(extractor):
+    """A run asks before there is a result."""
+    pictures = [noise(24, 24, seed) for seed in range(24)]
+    cases = [case(n, "edit", ("image",), (pictures[n],), (pictures[n - 1], "Redraw it.")) for n in range(24)]
+    cases += [case(24, "text", ("text",), (("a red car drives by",),))]
+    found = [prediction(n, pictures[n - 2]) for n in range(24)] + [prediction(24, "a blue car drives by")]
+    results = [r for some in score(cases, found, Tools(extractor=extractor)).values() for r in some]
+    said = {r.kind: r.higher_is_better for r in results if r.value is not None and "to=source" not in r.name}
+    assert {"fd", "kid", "cmmd", "length_ratio", "ssim", "anls"} <= said.keys()
+    assert said == {kind: good_end(kind) for kind in said}
+    assert good_end("ssim_to_source") is None and good_end("a_plugins") is None
 
 
 def test_a_picture_that_was_not_drawn_is_left_out(extractor):

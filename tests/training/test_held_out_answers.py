@@ -83,6 +83,7 @@ def test_by_default_answers_take_a_tenth_of_the_time_at_most(
             {"eval_metrics": ["length_ratio"], "metric_for_best_model": "eval/length_ratio/text"},
             "greater_is_better",
         ),
+        ({"metric_for_best_model": "eval/psnr_to_source/text"}, "greater_is_better"),
         ({"metric_for_best_model": "eval/anls/txt"}, "eval/anls/text"),
     ],
 )

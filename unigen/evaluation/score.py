@@ -208,6 +208,14 @@ METRICS: Registry[list[Metric]] = Registry(
 """The metrics by their kinds, in the order in which they are shown."""
 
 
+def good_end(kind: str) -> bool | None:
+    """Is a metric of answers better the greater it is? None: that depends (closeness to an edit's source, a
+    ratio of lengths), or only the plugin knows that brings it."""
+    if kind not in METRICS.own or kind == "length_ratio":
+        return None
+    return kind not in ("fd", "fd_infinity", "kid", "cmmd")
+
+
 def score(
     cases: Sequence[Case],
     predictions: Sequence[Prediction],

@@ -29,8 +29,6 @@ log = logging.getLogger("unigen")
 
 FAST = ("accuracy", "anls", "psnr", "ssim")
 """What is measured by default: nothing that needs a library, a network or much time."""
-LOWER = {"fd", "fd_infinity", "kid", "cmmd"}  # the better the lower
-NEITHER = {"length_ratio"}  # neither end is good
 ELSEWHERE = {"structure", "stopped"}  # the pieces of an answer are prescribed here
 SAMPLES_ASKED = 16  # by default, where the time allows
 READ = 2000  # records that questions are taken from

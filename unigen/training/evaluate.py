@@ -13,9 +13,10 @@ from typing import Any
 from unigen.config import Config, ConfigError, nearest
 from unigen.data.dataset import TASKS
 from unigen.data.loader import PackStream, RankSlice
+from unigen.evaluation.score import good_end
 from unigen.model.bagel import Bagel
 from unigen.training.answering import Answerer
-from unigen.training.answers import LOWER, NEITHER, SHARE, HeldOutAnswers
+from unigen.training.answers import SHARE, HeldOutAnswers
 from unigen.training.datasets import RunData
 from unigen.training.engine import Engine
 from unigen.training.preflight import enough_labels, judge_losses
@@ -80,14 +81,15 @@ class Evaluation:
                 " another number of such a line of metrics.jsonl (docs/training.md)"
             )
         kind = self.metric.split("/")[1] if self.metric.startswith("eval/") else ""
-        if kind in NEITHER and config.greater_is_better is None:
+        greater = config.greater_is_better
+        if greater is None:
+            greater = good_end(kind) if kind else False
+        if greater is None:
             raise ConfigError(
-                f"metric_for_best_model: {kind} is good at neither end. Fix: say which by --greater_is_better"
-                " or --no_greater_is_better, or give another"
+                f"metric_for_best_model: which end of {kind} is good is not known. Fix: say it by"
+                " --greater_is_better or --no_greater_is_better, or give another"
             )
-        self.greater_is_better = bool(kind) and kind not in LOWER
-        if config.greater_is_better is not None:
-            self.greater_is_better = config.greater_is_better
+        self.greater_is_better = greater
         self._foretold = False
         self.doubted: frozenset[str] = frozenset()  # losses of which the warm-up batch said so
 
