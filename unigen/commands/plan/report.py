@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from unigen.commands.plan.changes import Changed, Outcome
@@ -135,8 +135,7 @@ def recipe(outcome: Outcome, options: PlanOptions) -> str:
     """The recipe of what was planned: all that differs from the defaults."""
     import yaml
 
-    config = outcome.config
-    defaults = {f.name: f.default if f.default is not MISSING else None for f in fields(Config)}
+    config, defaults = outcome.config, Config().to_dict()
     values = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
     values.pop("model_load_mode", None)  # it says what quantize says
     peak = gb(outcome.plan.peak)
