@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unigen.model.attention import Attention
 from unigen.model.layers import Linear, RMSNorm, SwiGLU, rope_angles, rotate
 from unigen.model.parts import GEN
-from unigen.model.sdpa import Halves, Rows
+from unigen.model.sdpa import Halves, Rows, join_halves, split
 from unigen.sequence.types import Pack
 
 EXPERTS = ("", GEN)
@@ -76,6 +76,7 @@ class Layer(nn.Module):
             x, y = (
                 tuple(z if r is None else z.index_select(0, r) for z, r in zip(both, rows)) for both in (x, y)
             )
+            y = split(join_halves(y), y)  # as attention gives it: compiled parts have one version
         return tuple(self.after(half, seen, expert) for half, seen, expert in zip(x, y, EXPERTS))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
