@@ -138,6 +138,37 @@ def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp
         assert "format peft says nothing here" in capsys.readouterr().err
 
 
+VLLM = ["--weights", "raw", "--format", "vllm-omni"]
+
+
+def test_vllm_omni_gets_its_own_names_or_is_told_what_it_would_not_bind(
+    options: dict[str, Any], tmp_path: Path, capsys
+):
+    """It leaves out in silence what it does not know."""
+    more: dict[str, dict[str, Any]] = {
+        "text": {"lora_targets": ["und"]},
+        "both": {"lora_targets": ["both"]},
+        "seen": {"lora_targets": ["connector"]},
+        "whole": {"lora_targets": ["und"], "train_also": ["time_embedder"]},
+        "dora": {"lora_targets": ["und"], "lora_variant": "dora"},
+    }
+    for name, given in more.items():
+        train(**options | given | {"lora_rank": 2, "max_steps": 1, "output_dir": str(tmp_path / name)})
+    argv = ["ckpt", "export", str(tmp_path / "text" / "step_1")]
+    assert main([*argv, str(tmp_path / "peft"), "--weights", "raw", *PEFT]) == 0
+    assert main([*argv, str(tmp_path / "vllm"), *VLLM]) == 0
+    peft, vllm = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("peft", "vllm"))
+    inside = {name.replace("base_model.model.", "base_model.model.bagel.", 1): t for name, t in peft.items()}
+    assert vllm.keys() == inside.keys() and all(torch.equal(vllm[name], t) for name, t in inside.items())
+    capsys.readouterr()
+    lost = {"both": "q_proj_moe_gen", "seen": "connector.fc1", "whole": "time_embedder", "dora": "DoRA"}
+    for name, what in lost.items():
+        step = tmp_path / name / "step_1"
+        assert main(["ckpt", "export", str(step), str(tmp_path / "no"), *VLLM]) == 2
+        said = capsys.readouterr().err
+        assert what in said and "--merge" in said and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [

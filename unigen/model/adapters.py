@@ -67,10 +67,11 @@ class Adapter:
 # ---- on disk
 
 
-def disk_name(name: str) -> str:
-    """peft's key of a parameter of the adapter that trains."""
+def disk_name(name: str, inside: str = "") -> str:
+    """peft's key of a parameter of the adapter that trains; ``inside``: where a program that wraps the model
+    has it."""
     name = name.replace(f".lora_magnitude_vector.{NAME}.weight", ".lora_magnitude_vector")
-    return PREFIX + name.replace(f".{NAME}.weight", ".weight")
+    return PREFIX + inside + name.replace(f".{NAME}.weight", ".weight")
 
 
 def own_name(key: str, adapter: str = NAME) -> str:

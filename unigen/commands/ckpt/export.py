@@ -22,6 +22,7 @@ from unigen.foreign import ForeignFileError, copy_file, roots_of
 from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
 from unigen.model.config import read_config
 from unigen.model.lora import base_digest, binding_on_disk, merges
+from unigen.model.parts import GEN
 from unigen.model.quantise import (
     ROUNDS,
     described,
@@ -40,6 +41,7 @@ from unigen.model.storage import (
     Quantised,
     Stored,
     checkpoint_json,
+    few,
     is_of_set,
     part_name,
     scan_folder,
@@ -57,6 +59,7 @@ from unigen.version import __version__
 if TYPE_CHECKING:
     from unigen.model.storage import Plan
 
+VLLM = "bagel."  # where vLLM-Omni registers the model
 MODEL = WEIGHTS.removesuffix(".safetensors")
 
 
@@ -88,7 +91,9 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     _check_quantising(source, options, adapted)
     if options.format and (options.merge or not adapted):
         why = "is merged" if adapted else "holds no adapter"
-        raise ExportError(f"format peft says nothing here: {source} {why}. Fix: leave --format out")
+        raise ExportError(f"format {options.format} says nothing here: {source} {why}. Fix: leave it out")
+    if options.format == "vllm-omni":
+        _check_for_vllm(source)
     for name in ("merge", "base"):
         if getattr(options, name) and not (adapted and options.merge):
             why = "holds no adapter" if not adapted else "is not merged"
@@ -184,6 +189,19 @@ def _check_quantising(source: Path, options: CkptOptions, adapted: bool) -> None
     )
 
 
+def _check_for_vllm(source: Path) -> None:
+    """Raises ExportError where vLLM-Omni would leave out a part of an adapter, which it does in silence."""
+    adapter, _ = read_adapter(source)
+    bound = "language_model.model.layers."
+    unbound = [name for name in adapter.targets if GEN in name or not name.startswith(bound)]
+    lost = [*adapter.whole, *unbound] or (["the magnitudes of DoRA"] if adapter.variant == "dora" else [])
+    if lost:
+        raise ExportError(
+            f"{source}: vLLM-Omni binds low-rank factors of the text expert's layers alone, not"
+            f" {few(lost, 3)}. Fix: --merge in place of --format vllm-omni"
+        )
+
+
 def _describe(source: Path, staging: Path, options: CkptOptions) -> str:
     """Writes the quantised model's ``config.json``; the kind."""
     raw = options.weights == "raw"
@@ -252,8 +270,10 @@ class _Tensor:
 def _stored(source: Path, others: list[str], options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
     """What the checkpoint holds, by its names on disk, and the files beside it."""
     stored = scan_weights(source, raw=options.weights == "raw")
-    named = {disk_name(name) if is_adapter_folder(source) else name: entry for name, entry in stored.items()}
-    return _whole(named), [source / name for name in others]
+    if is_adapter_folder(source):
+        inside = VLLM if options.format == "vllm-omni" else ""
+        stored = {disk_name(name, inside): entry for name, entry in stored.items()}
+    return _whole(stored), [source / name for name in others]
 
 
 def _whole(stored: Mapping[str, Stored]) -> dict[str, _Tensor]:

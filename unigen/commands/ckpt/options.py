@@ -23,7 +23,8 @@ class CkptOptions(Options):
             with an index. Default: one file, as published.
         merge: With export: of a checkpoint of adapters, the model that they and their base are together.
             Without it the adapter alone is written, as peft does.
-        format: With export: of a checkpoint of adapters, peft is what is written without merge.
+        format: With export: of a checkpoint of adapters, peft is what is written without merge; vllm-omni
+            names the matrices as vLLM-Omni registers them, and says where it would not bind one.
         base: With export --merge: folder of the base. Default: the one that the adapter names.
         quantize: With export: hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8), as bitsandbytes
             stores them. The folder of a model that no run wrote can be exported, too.
@@ -39,7 +40,7 @@ class CkptOptions(Options):
     dtype: Literal["as_stored", "bfloat16", "float32"] = "as_stored"
     max_shard_gb: Positive | None = None
     merge: bool = False
-    format: Literal["peft"] | None = None
+    format: Literal["peft", "vllm-omni"] | None = None
     base: PathText | None = None
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = False
