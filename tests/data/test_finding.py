@@ -375,6 +375,17 @@ def test_the_json_of_a_tar_says_what_is_learnt_with_a_text_and_without(tmp_path:
         assert (error.records[0].code, error.records[0].field) == (code, name)
 
 
+def test_two_members_of_one_kind_are_told(tmp_path: Path) -> None:
+    text, picture = ("0.txt", b"a disc"), ("0.png", png())
+    for members, name in (
+        ([("0.jpg", png()), picture, text], "image"),
+        ([("0.caption", b"a ring"), picture, text], "text"),
+        ([("0.edit.png", png()), ("0.edit.txt", b"make it red"), picture, text], "edit"),
+    ):
+        (error,) = refused(archive(tmp_path / "a.tar", members)).records
+        assert (error.code, error.field) == ("ambiguous_piece", name)
+
+
 # ---- folders
 
 
@@ -412,6 +423,14 @@ def test_no_text_is_read_from_outside_of_data_root(tmp_path: Path) -> None:
         refused(tmp_path / "data", data_root=tmp_path / "data")
     )
     assert read(tmp_path / "data")[0][1][0] == "of the machine"
+
+
+def test_a_picture_that_is_a_link_to_nowhere_is_told(tmp_path: Path) -> None:
+    for name, to in (("a.png", "gone.png"), ("b.png", "b.png")):
+        folder = write(tmp_path / name[0] / Path(name).with_suffix(".txt"), "a disc").parent
+        (folder / name).symlink_to(to)
+        assert f"{name}: it is a link that leads nowhere" in str(refused(folder, on_bad_record="skip"))
+        assert main(["check", str(folder)]) == 2
 
 
 def test_pictures_alone_are_answered_with_what_is_missing(tmp_path: Path) -> None:

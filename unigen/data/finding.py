@@ -257,9 +257,11 @@ def _of_folders(folder: Path, names: Iterable[Path]) -> list[Path]:
 
 def _captioned(folder: Path, root: str | Path | None, sides: list[Path], alone: bool) -> Iterator[Path]:
     """The pictures of a folder with texts beside them; ``sides`` gets the texts that belong to none. Raises
-    BadData for a text outside of ``root``."""
+    BadData for a text outside of ``root``, and for a picture that is a link to nowhere."""
     names = list(_everything(folder))
     pictures = list(captioned_pictures(names, folder, alone))
+    for picture in pictures:
+        _require_file(folder / picture)
     _warn_of_repeats(folder, pictures)
     stems = {picture.with_suffix("") for picture in pictures}
     for picture in pictures if root is not None else []:
@@ -385,12 +387,17 @@ def _in_one(
                 continue
             if cached and name in _HF_FILES:
                 continue
-            if not (at / name).is_file():
-                raise BadData(
-                    f"{at / name}: it is a link that leads nowhere, or no regular file. Fix: remove it,"
-                    " or put the file there."
-                )
+            _require_file(at / name)
             yield (at / name).relative_to(folder)
+
+
+def _require_file(path: Path) -> None:
+    """Raises BadData for an entry of a folder that cannot be read as a file."""
+    if not path.is_file():
+        raise BadData(
+            f"{path}: it is a link that leads nowhere, or no regular file. Fix: remove it, or put the file"
+            " there."
+        )
 
 
 def _unlisted(error: OSError) -> None:

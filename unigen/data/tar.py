@@ -89,22 +89,34 @@ def members_record(row: Json) -> Json:
     ``metadata``, without what any record may say of its learning.
 
     Raises:
-        BadRecord: A text is no UTF-8, a JSON no object, or it has a field that is refused.
+        BadRecord: Two members have one name, a text is no UTF-8, a JSON no object, or it has a field that
+            is refused.
     """
     record: Json = {}
     described: Json = {}
+    members: dict[str, str] = {}
     for ending, value in row.items():
         stem, _, kind = ending.lower().rpartition(".")
         if ending == KEY or value is None:
             continue
         if f".{kind}" in PICTURES:
-            record[stem or "image"] = value
+            name, made = stem or "image", value
         elif kind in TEXTS:
-            record[stem or "text"] = _text(value, ending)
+            name, made = stem or "text", _text(value, ending)
         elif kind == "json":
             described |= _object(value, ending)
+            continue
         elif ending != "__url__":
-            record[ending] = value
+            name, made = ending, value
+        else:
+            continue
+        if other := members.get(name):
+            found, fix = (
+                f"{cut(other)}, {cut(ending)}",
+                "pack one of them alone, or the other as KEY.NAME.ENDING",
+            )
+            raise BadRecord("ambiguous_piece", name, found, f"one member that is {cut(name)}", fix)
+        members[name], record[name] = ending, made
     if "image" in record and "text" in record:
         refuse(described)
         said = {name: described.pop(name) for name in RECORD if name in described and name != "metadata"}
