@@ -41,6 +41,27 @@ def test_a_failure_that_the_others_cannot_be_told_of_ends_the_run(options: dict[
         assert lockstep.attempt(lambda: sampler._ask(sampler.prompts[0])) is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "offload"])
+def test_layers_are_recomputed_after_samples_as_before(options: dict[str, Any], tmp_path: Path, policy: str):
+    prompts = {"sample_prompts": str(write_prompts(tmp_path)), "engine": "fsdp2"}
+    loop = built(**options | prompts | {"gradient_checkpointing": True, "checkpointing_policy": policy})
+    with loop.engine:
+        layer = loop.run.model.language_model.model.layers[1]
+        runs: list[int] = []
+        layer.mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
+
+        def products() -> int:
+            runs.clear()
+            step_of(loop, [batch_of(loop, [0, 1])], 0.0)
+            return len(runs)
+
+        wrapper, before = vars(layer)["forward"], products()
+        SampleWriter(loop.config, loop.engine, loop.run.model).run(0, None)
+        assert vars(layer)["forward"] is wrapper
+        assert products() == before > 1
+
+
 def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
     """Both engines, one after the other: samples, a training step, samples again; then what goes wrong on one
     process alone."""

@@ -107,14 +107,16 @@ class SynchronisedGeneration:
                 handles.append(layers[-1].register_forward_hook(lambda *_: self._leave()))
                 for layer in layers:
                     if hasattr(layer, "unshard"):  # it is gathered as a whole, before its forward
-                        guarded.append(layer)
+                        guarded.append((layer, vars(layer).get("forward")))  # of recomputation
                         layer.forward = self._guard(layer.forward)
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in guarded:
+            for layer, own in guarded:
                 del layer.forward
+                if own is not None:
+                    layer.forward = own
 
     def _enter(self) -> None:
         self.meet()
