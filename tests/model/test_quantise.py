@@ -16,6 +16,7 @@ from torch import nn
 from unigen.cli import main
 from unigen.config import Config, ConfigError
 from unigen.model import quantise
+from unigen.model.adapters import AdapterError
 from unigen.model.bagel import Bagel, StateReader
 from unigen.model.storage import CheckpointFolderError, scan_folder
 from unigen.model.weights import load_bagel
@@ -238,6 +239,25 @@ def test_adapters_load_over_a_quantised_base(options: dict[str, Any], tmp_path: 
         small = [name for name, module in model.named_modules() if quantise.holds_quantised(module)]
         names = {name.removesuffix(".base_layer") for name in small}
         assert len(names) == len(small) and names == expected_matrices(kind)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_dora_over_int8_is_refused_and_over_nf4_it_binds(
+    golden: Path, options: dict[str, Any], tmp_path: Path, stored: bool
+):
+    given = options | {"lora_rank": 2, "lora_variant": "dora", "max_steps": 1}
+    train(**given | {"output_dir": str(tmp_path / "run")})
+    folders = dict.fromkeys(("nf4", "int8"), golden / "model")
+    if stored:
+        for kind in folders:
+            folders[kind] = tmp_path / kind
+            argv = ["ckpt", "export", str(golden / "model"), str(folders[kind]), "--quantize", kind]
+            assert main(argv) == 0
+    asked = {kind: {} if stored else {"quantize": kind} for kind in folders}
+    adapter = [tmp_path / "run" / "step_1"]
+    with pytest.raises(AdapterError, match=r"DoRA.*int8.*Fix: .*nf4"):
+        load_bagel(folders["int8"], adapters=adapter, **asked["int8"])
+    assert load_bagel(folders["nf4"], adapters=adapter, **asked["nf4"]).adapters
 
 
 def test_generate_answers_with_a_quantised_model(golden: Path, tmp_path: Path, capsys):

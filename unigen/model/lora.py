@@ -28,7 +28,7 @@ from unigen.model.parts import (
     is_table,
     matches,
 )
-from unigen.model.quantise import ROUNDS, dequantised, holds_quantised
+from unigen.model.quantise import ROUNDS, dequantised, holds_int8, holds_quantised
 from unigen.model.storage import Quantised, Stored, few
 
 AnyBagel = Any  # the model's file knows what an adapter is
@@ -344,6 +344,11 @@ def bind(
     adapter, stored = read_adapter(folder)
     check_fits(folder, adapter, stored, base)
     _refuse_share(adapter, factor)
+    modules = dict(model.named_modules())
+    if adapter.variant == "dora" and any(holds_int8(modules.get(target)) for target in adapter.targets):
+        raise AdapterError(
+            f"{folder}: DoRA does not work over int8. Fix: the full weights, or --quantize nf4 over them"
+        )
     add_adapter(model, adapter, name)
     for own in adapter.names():
         if own in adapter.whole:

@@ -188,6 +188,11 @@ def holds_quantised(module: nn.Module) -> bool:
     return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer")
 
 
+def holds_int8(module: nn.Module | None) -> bool:
+    """Is it a layer of 8 bits, or an adapter around one?"""
+    return type(module).__name__ == "Linear8bitLt"  # peft's layer has the name of bitsandbytes'
+
+
 def store(module: nn.Module, value: Tensor) -> None:
     """Quantises a matrix [out, in], on the device it lies on, as the weight of a quantised layer."""
     nf4 = isinstance(module, _bitsandbytes("").nn.Linear4bit)
