@@ -12,6 +12,7 @@ from unigen.config import DataOptions
 from unigen.data import keys
 from unigen.data.containers import BadData
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.mapping import ReadOptions
 from unigen.model.weights import load_planner
 from unigen.sequence.types import BadRecord
 
@@ -76,3 +77,16 @@ def test_records_that_say_no_are_left_out_and_counted_by_all(tmp_path: Path) -> 
     assert dict(check(path, load_planner(None, DataOptions()), num_workers=0).problems.counts) == {
         "no_target": 1
     }
+
+
+def test_a_record_says_with_target_too_that_it_is_not_learnt(tmp_path: Path) -> None:
+    asked = [{"query": f"q{i}", "response": "a", "keep": i > 0} for i in range(2)]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"target": row.pop("keep"), **row}) + "\n" for row in asked))
+    table, named = tmp_path / "a.csv", tmp_path / "b.csv"
+    table.write_text("query,response,target\nq0,a,false\nq1,a,true\n")
+    named.write_text("query,response,keep\nq0,a,false\nq1,a,true\n")
+    for path, fields in ((lines, {}), (table, {}), (named, {"target": "keep"})):
+        dataset = UnifiedGenerationDataset(path, read=ReadOptions(fields=fields))
+        assert [record.sample[0].text for record in dataset] == ["q1"]
+        assert dataset.statistics()["unlearnt"] == {"target": 1} and not dataset.statistics()["unread"]

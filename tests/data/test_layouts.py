@@ -150,6 +150,37 @@ def test_an_answer_or_another_picture_beside_is_not_left_unread(record, field: s
     assert read(record, fields=drawn) == ("text_to_image", ["q", "[a.png]*"])
 
 
+@pytest.mark.parametrize("name", ["result", "edited", "edited_image2", "target", "result_image", "after"])
+def test_an_edit_is_never_advised_backwards(name: str) -> None:
+    error = refused({"image": "a.png", "prompt": "i", name: "b.png"})
+    edit, _ = given(error.fix)
+    assert error.field == name
+    assert read({"image": "a.png", "prompt": "i", name: "b.png"}, fields=edit)[1] == [
+        "[a.png]",
+        "i",
+        "[b.png]*",
+    ]
+
+
+def test_the_fix_of_two_pictures_and_a_description() -> None:
+    record = {"image_path": "a.png", "caption": "i", "output_image": "b.png"}
+    edit, described = given(refused(record).fix)
+    assert read(record, fields=edit)[1] == ["[a.png]", "i", "[b.png]*"]
+    assert read(record, fields=described) == ("image_to_text", ["[a.png]", "i*"])
+    record = {"image": "a.png", "text": "i", "image2": "b.png"}  # says neither: both ways are told
+    *ways, _ = given(refused(record).fix)
+    found = [read(record, fields=fields)[1] for fields in ways]
+    assert found == [["[a.png]", "i", "[b.png]*"], ["[b.png]", "i", "[a.png]*"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["input_images", "input_image", "source_images", "edit_image", "kontext_images"]
+)
+def test_pictures_in_a_cell_of_a_table_are_a_list(name: str) -> None:
+    record = {name: '["a.png", "b.png"]', "instruction": "i", "output_image": '["c.png"]'}
+    assert read(record) == ("single_edit", ["[a.png]", "[b.png]", "i", "[c.png]*"])
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -110,7 +110,7 @@ def parse_with_fields(
             notes += [("unread", field) for field in keys.unread_sizes(value)]
         if not any(segment.target for segment, _ in segments):
             if keys.says_no(value) and _would_learn(value, read.folder(origin.file), name):
-                zero = next((key for key in keys.RECORD_WEIGHT if value.get(key) == 0), None)
+                zero = next((key for key in keys.weights_of_record(value) if value.get(key) == 0), None)
                 found = f.show(value[zero]) if zero else "targets that are not to be learnt"
                 fix = "give it a weight above 0 where it should be learnt"
                 raise keys.Unlearnt(
@@ -183,7 +183,7 @@ def _without_empty(record: Json) -> tuple[Json, list[tuple[str, str]]]:
 def _framed(record: Json, segments: Segments) -> Segments:
     """The segments of a record with what it says of all of them: a system text comes first, a thinking text
     before the first target (where the format has not placed it), and a weight holds for every target."""
-    weight = keys.weight_of(record, "", 1.0, keys.RECORD_WEIGHT)
+    weight = keys.weight_of(record, "", 1.0, keys.weights_of_record(record))
     first = next((i for i, (segment, _) in enumerate(segments) if segment.target), len(segments))
     if not any(field == keys.THOUGHT for _, field in segments):
         segments = [*segments[:first], *f.thought(record, "", 1.0), *segments[first:]]
@@ -200,7 +200,7 @@ def _framed(record: Json, segments: Segments) -> Segments:
 _LISTS = (
     "conversations", "messages", "images", "image", "sequence", "editing_steps", "input_sequence",
     "target_sequence", "texts", "image_list", "instruction_list", "output_text_list", "history", "files",
-    "image_info", "text_list",
+    "image_info", "text_list", *layouts.SOURCE, *layouts.EDITED,
 )  # fmt: skip
 
 

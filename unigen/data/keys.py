@@ -134,9 +134,15 @@ def refuse_system(record: Json) -> None:
             raise BadRecord("unknown_key", name, show(record[name]), "a system text called system", fix)
 
 
+def weights_of_record(record: Json) -> tuple[str, ...]:
+    """The keys with which a record says whether, and how much, all of it is learnt: ``target``
+    too where it is true or false (of data sets it is often a picture, a text or a class)."""
+    return LEARNING if isinstance(record.get("target"), bool) else RECORD_WEIGHT
+
+
 def unread(record: Json, known: Iterable[str]) -> list[str]:
     """The keys of a record that have a value and that nothing reads."""
-    known = {*known, *RECORD}
+    known = {*known, *RECORD, *weights_of_record(record)}
     return [name for name in record if name not in known and not is_empty(record[name])]
 
 

@@ -48,6 +48,10 @@ RIVALS = (
 
 _OF_EDITS = frozenset((*SOURCE, *EDITED, *INSTRUCTION, "image", *RECORD))
 _OTHER_PICTURE = re.compile(r"(.*_)?(image|img|mask)s?|mask_.*")
+_RESULT = re.compile(r"(.*_)?(edit|edited|target|result|output|after|modified|final)(_.*|\d+)?")
+_START = re.compile(
+    r"(.*_)?(source|src|input|original|before|cond\w*|control\w*|ref\w*|depth|canny|pose)(_.*|\d+)?"
+)
 _ITS_NAME = re.compile(
     r"((image|img|file|orig(inal)?|source)_?)?(file_?)?(name|id|key|path|url|uri)", re.IGNORECASE
 )
@@ -251,11 +255,27 @@ def _refuse_another_task(record: Json, picture: str, text: str) -> None:
         elif "mask" in name:
             fix = f"move it into metadata (masks are not learnt from), or give {draw}"
         else:
-            edit = f"input_image={name} output_image={picture} instruction={text}"
-            fix = f"give --fields {edit} to draw {picture} from {name}, or {draw}"
+            fix = _edits(name, picture, text, draw)
         raise BadRecord(
             "unexpected_field", name, f.show(value), f"nothing beside {picture} and {text} to learn from", fix
         )
+
+
+def _edits(name: str, picture: str, text: str, otherwise: str) -> str:
+    """The mapping that learns an edit of two pictures: from ``picture`` to the field ``name`` or the other
+    way, as that name says; both where it says neither."""
+    start, end = picture, name
+    if name in SOURCE or (name not in EDITED and _START.fullmatch(name)):
+        start, end = end, start
+    elif name not in EDITED and not _RESULT.fullmatch(name):
+        otherwise = (
+            f"--fields input_image={end} output_image={start} instruction={text} the other way round,"
+            f" or {otherwise}"
+        )
+    return (
+        f"give --fields input_image={start} output_image={end} instruction={text} to draw {end} from {start},"
+        f" or {otherwise}"
+    )
 
 
 def _refuse_unread_picture(record: Json) -> None:
@@ -287,8 +307,7 @@ def refuse_another_picture(record: Json, picture: str, text: str) -> None:
     for name, value in record.items() if record.get(picture) is not None else ():
         first = value[0] if isinstance(value, list) and value else value
         if name not in PICTURE and name != text and _is_another(name, first, record.get(picture)):
-            edit = f"input_image={name} output_image={picture} instruction={text}"
-            fix = f"give --fields {edit} to draw {picture}, or --fields metadata={name} to describe it alone"
+            fix = _edits(name, picture, text, f"--fields metadata={name} to describe {picture} alone")
             fix = f"give --fields metadata={name} (masks are not learnt from)" if "mask" in name else fix
             raise BadRecord(
                 "unexpected_field", name, f.show(value), f"nothing beside {picture} and {text}", fix

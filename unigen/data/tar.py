@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from unigen.data.captions import PICTURES
 from unigen.data.json_text import decode, parse_json
-from unigen.data.keys import RECORD, refuse
+from unigen.data.keys import RECORD, refuse, weights_of_record
 from unigen.data.words import Json, cut
 from unigen.sequence.types import BadRecord
 
@@ -119,7 +119,8 @@ def members_record(row: Json) -> Json:
         members[name], record[name] = ending, made
     if "image" in record and "text" in record:
         refuse(described)
-        said = {name: described.pop(name) for name in RECORD if name in described and name != "metadata"}
+        names = dict.fromkeys((*RECORD, *weights_of_record(described)))
+        said = {name: described.pop(name) for name in names if name in described and name != "metadata"}
         return {**said, **record, "metadata": {**described, "key": row[KEY]}}
     return {**described, **record, "metadata": {"key": row[KEY]}}
 
