@@ -52,6 +52,24 @@ def test_a_plan_in_both_languages_needs_config_files_alone(configs, capsys):
     assert not [*configs.glob("*.safetensors")]
 
 
+@pytest.mark.parametrize(("language", "page"), [("en", "plan.md"), ("zh", "plan.zh-CN.md")])
+def test_a_plan_with_changes_begins_with_the_run_that_was_asked_for(language, page, configs, capsys):
+    """As the document shows it; the numbers of the changed run stand below its changes."""
+    asked = ["--model_path", str(configs), "--max_num_tokens", "8192", "--gpu_memory", "24GB"]
+    assert cli.main(["plan", *asked, "--language", language]) == 1
+    first, changes, *changed = capsys.readouterr().out.split("\n\n")
+    assert "286 GB" in first and "263 GB" in first and "286 GB" not in "".join(changed)
+    assert (
+        "--gradient_checkpointing" in changes and "--quantize nf4" in changes and "161,480,704" in changed[0]
+    )
+    assert f"{first}\n\n{changes}\n```" in (ROOT / "docs" / page).read_text("utf-8")
+    these = texts(language)["plan"]["these"]
+    assert these.lower() in changes.lower() and these in changed[-1]
+    one = [*asked, "--gpu_memory", "300GB", "--language", language]
+    assert cli.main(["plan", *one]) == 0
+    assert texts(language)["plan"]["as_asked"].partition("{")[0] not in capsys.readouterr().out
+
+
 def test_the_plan_as_json(configs, capsys):
     code, found = plan(capsys, "--model_path", str(configs), "--max_num_tokens", "4096", "--gpu_memory", "24")
     assert code == 1 and found["changes"] and found["asked_peak"] > 200e9

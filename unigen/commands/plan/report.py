@@ -25,6 +25,7 @@ PARTS = (
 def report(outcome: Outcome, facts: dict[str, Any], words: Words) -> Iterator[RenderableType]:
     """What the terminal shows of a plan, part by part; ``facts`` are those of :func:`command.print_plan`."""
     plan, load = outcome.plan, outcome.load
+    yield from _asked(outcome, words)
     yield line(
         words(
             "model",
@@ -68,23 +69,35 @@ def report(outcome: Outcome, facts: dict[str, Any], words: Words) -> Iterator[Re
         yield line(f"-> {facts['auto']}")
 
 
-def _verdict(outcome: Outcome, words: Words) -> Iterator[RenderableType]:
-    room = outcome.room
-    if room is None:
-        yield line(words("no_room"))
+def _asked(outcome: Outcome, words: Words) -> Iterator[RenderableType]:
+    """The run that was asked for, and what changes of it; nothing where the plan is of that run."""
+    room, asked = outcome.room, outcome.asked.peak
+    if room is None or not outcome.changes:
         return
-    left = room - outcome.plan.peak
-    if not outcome.changes:
-        verdict = words("fits", left=gb(left)) if left >= 0 else words("too_much", by=gb(-left))
-        yield line((verdict, "good" if left >= 0 else "bad"))
-        return
-    yield line((words("too_much", by=gb(outcome.asked.peak - room)), "bad"))
-    key = "fits_with" if left >= 0 else "never"
-    said = words(key, left=gb(left)) if left >= 0 else words(key, by=gb(-left))
-    yield line((said, "good" if left >= 0 else "bad"))
+    yield line((words("as_asked", sum=gb(asked), verdict=words("too_much", by=gb(asked - room))), "bad"))
+    yield ""
+    yield line((f"== {words('with', changes=_changes(outcome, words))} ==", "bold"))
     yield notices(
         [("note", f"{words(f'change_{name}')}: {flags(values)}") for name, values in outcome.changes]
     )
+    yield ""
+
+
+def _verdict(outcome: Outcome, words: Words) -> Iterator[RenderableType]:
+    """Whether the run that the plan is of fits."""
+    if outcome.room is None:
+        yield line(words("no_room"))
+        return
+    left, changed = outcome.room - outcome.plan.peak, bool(outcome.changes)
+    if left >= 0:
+        key = "fits_with" if changed else "fits"
+        yield line((words(key, left=gb(left), changes=_changes(outcome, words)), "good"))
+    else:
+        yield line((words("never" if changed else "too_much", by=gb(-left)), "bad"))
+
+
+def _changes(outcome: Outcome, words: Words) -> str:
+    return words("these" if len(outcome.changes) > 1 else "this")
 
 
 def _key(point: str) -> str:
