@@ -136,6 +136,10 @@ def given(fix: str) -> list[dict[str, str]]:
         ({"text": "q", "answers": ["red", "blue"]}, "answers", ["[a.png]", "q", "red*"]),
         ({"text": "q", "response": "red"}, "response", ["[a.png]", "q", "red*"]),
         ({"caption": "q", "output": "red"}, "output", ["[a.png]", "q", "red*"]),
+        *(
+            ({"text": "q", name: "red"}, name, ["[a.png]", "q", "red*"])
+            for name in ("gt", "ground_truth", "reply")
+        ),
         ({"text": "q", "conditioning_image": "b.png"}, "conditioning_image", ["[b.png]", "q", "[a.png]*"]),
         ({"text": "q", "control_img": {"bytes": PNG}}, "control_img", ["[bytes]", "q", "[a.png]*"]),
         ({"text": "q", "mask": {"path": "b.png"}}, "mask", None),
@@ -148,6 +152,23 @@ def test_an_answer_or_another_picture_beside_is_not_left_unread(record, field: s
     *meant, drawn = given(error.fix)
     assert [read(record, fields=fields)[1] for fields in meant] == ([read_as] if read_as else [])
     assert read(record, fields=drawn) == ("text_to_image", ["q", "[a.png]*"])
+
+
+@pytest.mark.parametrize(
+    "drawn", [{"text_prompt": "q", "image_path": "a.png"}, {"captions": ["q", "r"], "image": "a.png"}]
+)
+@pytest.mark.parametrize(
+    ("name", "value"), [("answer", "red"), ("source_image", "b.png"), ("mask", "m.png"), ("control", "c.png")]
+)
+def test_formats_3_and_9_leave_no_answer_and_no_other_picture_unread(drawn, name: str, value: str) -> None:
+    text = next(iter(drawn))
+    error = refused(drawn | {name: value})
+    assert (error.code, error.field) == ("unexpected_field", name)
+    *meant, way_out = given(error.fix)
+    assert read(drawn | {name: value}, fields=way_out) == read(drawn)
+    if text == "text_prompt" and meant:
+        learnt = {"answer": ["[a.png]", "q", "red*"]}.get(name, [f"[{value}]", "q", "[a.png]*"])
+        assert read(drawn | {name: value}, fields=meant[0])[1] == learnt
 
 
 @pytest.mark.parametrize("name", ["result", "edited", "edited_image2", "target", "result_image", "after"])
@@ -333,6 +354,38 @@ def test_a_question_about_a_picture_is_never_learnt_without_it(name: str) -> Non
     read({"image": "b.png", "image_path": "a.png", "query": "q", "response": "r"})  # a copy, listed as unread
     assert refused({"image_url": "https://a/b", "query": "q", "response": "r"}).field == "image_url"
     read({"source": "https://a/b.png", "query": "q", "response": "r"})
+
+
+@pytest.mark.parametrize("shown", [{"image_file": "a.png"}, {"img": "a.png"}, {"image_url": "https://a/b"},
+                                   {"image_paths": ["a.png"]}, {"photo": {"bytes": PNG}}, {"img0": PNG}])  # fmt: skip
+@pytest.mark.parametrize(
+    "talk",
+    [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "images": []},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+        {"texts": [{"user": "q", "assistant": "r"}], "images": []},
+        {"query": "q", "response": "r", "images": []},
+    ],
+)
+def test_a_talk_about_a_picture_is_never_learnt_without_it(talk, shown) -> None:
+    (name,) = shown
+    error = refused({**talk, **shown})
+    assert (error.code, error.field) == ("unexpected_field", name)
+    assert read({**talk, **shown}, fields={"metadata": name})[1] == ["q", "r*"]
+    if name != "image_url":
+        (fields,) = given(error.fix)
+        assert read({**talk, **shown}, fields=fields)[1][1:] == ["q", "r*"]
+    assert "images" in refused({**talk, **shown, "other": "b.png"}).fix
+
+
+def test_a_talk_that_shows_its_pictures_itself_may_have_copies_beside() -> None:
+    part = {"type": "image", "image": "a.png"}
+    turns = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "r"}]
+    assert read({"messages": turns, "image_file": "a.png"})[1] == ["[a.png]", "r*"]
+    turns = [{"role": "user", "type": "image", "image_path": "a.png"}, {"role": "assistant", "content": "r"}]
+    assert read({"conversations": turns, "thumb": "t.png"})[1] == ["[a.png]", "r*"]
 
 
 def test_questions_and_instructions() -> None:

@@ -100,6 +100,8 @@ def parse_with_fields(
         name = recognise(value, FORMATS)
         keys.refuse_system(value)
         segments = FORMATS[name].parse(value, read.folder(origin.file))
+        if name == "text_to_image" and not FORMATS[name].known <= read.fields.keys():
+            layouts.refuse_another_task(value, "image_path", "text_prompt")
         if name == "image_and_text":
             segments = [_captioned(segments[0], read), *segments[1:]]
         segments = _framed(value, segments)
@@ -237,6 +239,8 @@ def conversation(record: Json, folder: Path) -> Segments:
     for item, field in f.objects(record, "conversations", "", "turn"):
         role = f.role_of(item, field)
         segments += f.segment(item, field, folder, target=role == "assistant")
+    if not any(isinstance(segment, Image) for segment, _ in segments):
+        layouts.refuse_pictures_unread(record)
     return segments
 
 
@@ -316,6 +320,7 @@ def messages(record: Json, folder: Path, name: str = "messages") -> Segments:
     for item, at in items:
         role = f.role_of(item, at)
         turns.append(f.turn(item, at, role, f.contents_of(item, at, folder, role)))
+    layouts.refuse_pictures_unread(record, turns)
     return f.tagged(turns, images, field)
 
 
@@ -352,6 +357,7 @@ def sharegpt(record: Json, folder: Path) -> Segments:
         weight = keys.weight_of(item, at, f.default_weight(role))
         part = f.Part(f.string(item, "value", at), f"{at}.value", weight)
         turns.append(f.turn(item, at, role, [part]))
+    layouts.refuse_pictures_unread(record)
     return f.tagged(turns, images, field)
 
 
@@ -359,6 +365,7 @@ def captioned(record: Json, folder: Path) -> Segments:
     """``captions``, several that say the same, are context; ``image`` is the target."""
     if record.get("captions") is None:
         f.required(record, "captions", str, "")
+    layouts.refuse_another_task(record, "image", "captions")
     return [
         f.variants(record["captions"], "captions"),
         (Image(f.picture(record, "image", "", folder), target=True), "image"),

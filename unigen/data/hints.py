@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from unigen.data.captions import PICTURES, is_picture
-from unigen.data.layouts import picture_unread
+from unigen.data.layouts import pictures_unread
 from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json
 
@@ -172,7 +172,7 @@ def _program_for(record: Json, file: Path, alone: bool = False) -> str | None:
             fits = isinstance(value, str) and "<image>" in value and bool(record.get("images"))
         else:
             fits = alone and isinstance(value, str) and record.keys().isdisjoint(_NOT_ALONE)
-        if fits and not (alone and picture_unread(record)):
+        if fits and not (alone and pictures_unread(record)):
             each = ".[] | " if kind == ".json" else ""
             return f"it has the fields of {name}: jq -c '{each}{program}' OLD > NEW.jsonl"
     return None
@@ -189,8 +189,8 @@ def _mapping_for(record: Json, file: Path, refused: Callable[[Json], str | None]
             continue
         fields = hint.fields
         mapped, _ = ReadOptions(fields=fields).renamed(record)
-        if fields.keys() & {"query", "output"} and (picture := picture_unread(mapped)):
-            fields = {**fields, "image": picture}
+        if fields.keys() & {"query", "output"} and len(pictures := pictures_unread(mapped)) == 1:
+            fields = {**fields, "image": pictures[0]}
             mapped, _ = ReadOptions(fields=fields).renamed(record)
         code = refused(mapped)
         # of names that say enough, what stands beside them is told when they are given

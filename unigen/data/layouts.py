@@ -10,6 +10,7 @@ meant, and the record is refused with the mapping that says it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from unigen.data import fields as f
@@ -33,7 +34,7 @@ QUESTION, ANSWER = ("query", "prompt"), ("response", "completion")
 TALK = (*QUESTION, *ANSWER, "instruction", "input", "output", "history")  # texts, also with a picture's name
 OTHER_ANSWERS = (
     *ANSWER, "answer", "answers", "multiple_choice_answer", "correct_answer", "final_answer", "solution",
-    "output", "label", "choices",
+    "output", "label", "choices", "ground_truth", "gt", "reply", "target_text",
 )  # fmt: skip
 ZEBRA = ("Question", "Text Reasoning Trace", "Final Answer")
 
@@ -66,7 +67,7 @@ def image_and_text(record: Json, folder: Path) -> Segments:
     _refuse_inside(record[text], text)
     name = the_one(record, PICTURE)
     (picture,) = _pictures(record, name, folder, most=1)
-    _refuse_another_task(record, name, text)
+    refuse_another_task(record, name, text)
     return [_texts(record, text), (Image(picture[0], target=True), picture[1])]
 
 
@@ -141,6 +142,7 @@ def question_pairs(record: Json, folder: Path) -> Segments:
     for item, field in f.objects(record, "texts", "", "pair"):
         for role, weight in (("user", 0.0), ("assistant", weight_of(item, field, 1.0))):
             turns.append((role, [Part(f.string(item, role, field), f"{field}.{role}", weight)]))
+    refuse_pictures_unread(record)
     return f.tagged(turns, *images_of(record, folder))
 
 
@@ -233,24 +235,29 @@ def edit_turns(record: Json, folder: Path) -> Segments:
 # ---- records that look like one thing and are another
 
 
-def _refuse_another_task(record: Json, picture: str, text: str) -> None:
+def refuse_another_task(record: Json, picture: str, text: str) -> None:
     """Raises BadRecord where a picture and its text stand beside an answer or another picture, which drawing
     the picture from the text would leave out: the record is a question or an edit."""
-    draw = f"--fields text_prompt={text} image_path={picture} to draw {picture} from {text} alone"
+    said = record[text]
+    plain = isinstance(said, str) and text != "captions" and not f.is_list_text(said)
     for name in sorted(record, key=lambda name: OTHER_ANSWERS.index(name) if name in OTHER_ANSWERS else 99):
         value = record[name]
         first = value[0] if isinstance(value, list) and value else value
+        draw = f"--fields metadata={name} to draw {picture} from {text} alone"
+        if plain:
+            draw = f"--fields text_prompt={text} image_path={picture} to draw {picture} from {text} alone"
         if name == "label" and (not isinstance(first, str) or first.strip().isdecimal()):
             continue  # the number of a class
         if name in OTHER_ANSWERS and not is_empty(first):
             place = name if first is value else f"{name}.0"
             if isinstance(first, dict) and isinstance(first.get("answer"), str):
                 first, place = first["answer"], f"{place}.answer"
-            if isinstance(first, str) and name != "choices":
-                fix = f"give --fields query={text} response={place} to learn the answer, or {draw}"
+            if isinstance(first, str) and name != "choices" and plain:
+                shown = "" if picture == "image" else f" image={picture}"
+                fix = f"give --fields query={text} response={place}{shown} to learn the answer, or {draw}"
             else:
                 fix = f"write question and answer as messages (format 7), or give {draw}"
-        elif name == text or name in PICTURE or not _is_another(name, first, record[picture]):
+        elif name == text or name in PICTURE or not _is_another(name, first, record.get(picture)):
             continue
         elif "mask" in name:
             fix = f"move it into metadata (masks are not learnt from), or give {draw}"
@@ -332,18 +339,32 @@ def _refuse_file_names(record: Json, question: str, answer: str) -> None:
     raise BadRecord("unexpected_field", name, f.show(record[name]), "a text, not a picture's file name", fix)
 
 
-def picture_unread(record: Json) -> str | None:
-    """The field of a record of texts that holds a picture which nothing reads; None for none."""
-    if any(record.get(name) is not None for name in ("image", "images")):
-        return None
+def pictures_unread(record: Json) -> list[str]:
+    """The fields of a record of texts that hold pictures which nothing reads."""
+    if not all(is_empty(record.get(name)) for name in ("image", "images")):
+        return []
+    found = []
     for name, value in record.items():
         first = value[0] if isinstance(value, list) and value else value
-        if name in (*RECORD, *TALK):
+        if name in RECORD or (name in TALK and isinstance(first, str)):
             continue
         on_web = name == "image_url" and isinstance(first, str)
         if on_web or _is_file_name(first) or _is_another(name, first, None):
-            return name
-    return None
+            found.append(name)
+    return found
+
+
+def refuse_pictures_unread(record: Json, turns: Sequence[f.Turn] = ()) -> None:
+    """Raises BadRecord where a talk stands beside a picture that nothing reads, and its ``turns`` show none:
+    the answer would be learnt without the picture."""
+    if any(not isinstance(part.value, str) for _, parts in turns for part in parts):
+        return
+    if unread := pictures_unread(record):
+        name = unread[0]
+        fix = f"give --fields image={name}, or move it into metadata to answer without it"
+        if len({f.show(record[other]) for other in unread}) > 1:
+            fix = "list all pictures in images, or move them into metadata to answer without them"
+        raise BadRecord("unexpected_field", name, f.show(record[name]), "pictures in image or images", fix)
 
 
 def _is_file_name(value: object) -> bool:
@@ -408,8 +429,8 @@ def edited_of(record: Json) -> str | None:
 
 def images_of(record: Json, folder: Path) -> tuple[list[tuple[f.GivenPicture, str]], str]:
     """The pictures that tags stand for: ``image`` (one or a list) or ``images``; and which of the two."""
-    field = "image" if record.get("image") is not None else "images"
-    if field == "image" and record.get("images") is not None:
+    field = "image" if not is_empty(record.get("image")) else "images"
+    if field == "image" and not is_empty(record.get("images")):
         fix = "put all pictures into images"
         raise BadRecord("ambiguous_piece", "image", "both image and images", "one of the two", fix)
     return (_pictures(record, field, folder) if record.get(field) is not None else []), field
@@ -449,9 +470,7 @@ def _texts(record: Json, name: str) -> tuple[Text, str]:
 
 def _talk(record: Json, asked: list[tuple[str, str]], answer: str, folder: Path) -> Segments:
     """Earlier questions and answers of ``history``, the question ``asked`` and the field ``answer``."""
-    if name := picture_unread(record):
-        fix = f"give --fields image={name}, or move it into metadata to answer without it"
-        raise BadRecord("unexpected_field", name, f.show(record[name]), "pictures in image or images", fix)
+    refuse_pictures_unread(record)
     turns: list[tuple[str, list[Part]]] = []
     for i, pair in enumerate(f.optional(record, "history", list) or []):
         if not isinstance(pair, list) or len(pair) != 2:
