@@ -179,6 +179,10 @@ def test_what_is_lost_is_asked_for_again(lost, tmp_path):
     ("other", "told"),
     [
         ({"about": {"checkpoint": "y", "sampling": {"a": 1, "b": 2}}}, "another --model_path, --b (1 -> 2)."),
+        (  # other data have another number of records: no --samples was given
+            {"about": {"checkpoint": "x", "sampling": {"a": 1, "b": 1}, "data": "z"}, "cases": CASES[:3]},
+            "another --data_path.",
+        ),
         ({"seed": 1}, "--seed (0 -> 1)."), ({"batch_size": 3}, "--batch_size (2 -> 3)."),
         ({"cases": CASES[:3]}, f"another --samples ({len(CASES)} -> 3)."),
     ],

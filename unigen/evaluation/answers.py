@@ -211,7 +211,10 @@ def claim_answers(folder: Path, about: dict[str, Any]) -> None:
 
 def _differing(known: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What differs, by the names of options, and their values before and now."""
-    for key in sorted({*known, *now}):
+    keys = {*known, *now}
+    for what, of_it in (("data", "cases"), ("prompts", "records")):  # others are as many as they are
+        keys -= {of_it} if known.get(what) != now.get(what) else set()
+    for key in sorted(keys):
         was, is_ = known.get(key), now.get(key)
         if isinstance(was, dict) and isinstance(is_, dict):
             yield from _differing(was, is_)
