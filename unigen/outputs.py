@@ -19,6 +19,18 @@ from unigen.config import UserError
 from unigen.files import atomic, draft_of, make_folders, sha256_of, sweep, unmake
 
 RECEIPT = ".unigen.json"  # in a folder that a command wrote: which one
+# A folder that holds all the names of a row was written by this program, and holds no data: that of a
+# training, of answers, of prompts that were drawn, of encoded pictures, a checkpoint, a model. The rooms
+# above make the names.
+OUTPUTS = (
+    ("config.json", "train.log"),
+    ("answers.json", "batches"),
+    ("answers.json", "metrics.json"),
+    (".unigen/answers.json",),
+    ("unigen-cache.json",),
+    ("manifest.json", "training_config.json"),
+    ("llm_config.json",),
+)
 # What people keep in files of these names is data, weights, pictures or archives: no page, no report.
 _KEPT = re.compile(
     r"\.(jsonl?|ndjson|parquet|arrow|feather|csv|tsv|gz|zst|bz2|xz|tar|tgz|zip|7z|rar|safetensors|bin|pt|pth"
@@ -129,6 +141,15 @@ def written_by(path: Path) -> str:
     except OSError:
         return ""
     return match[1].decode() if match else ""
+
+
+def is_output(folder: Path) -> bool:
+    """Did this program write the folder, as no data? Within somebody's data it is none of them. What was
+    fetched is data."""
+    if any(all(os.path.exists(folder / name) for name in names) for names in OUTPUTS):
+        return True
+    compared = written_by(folder / "report.html") == "unigen evaluate"  # answers of several, each in a folder
+    return compared or written_by(folder / RECEIPT) not in ("", "unigen fetch")
 
 
 def _foreign(path: Path, by: str) -> str:

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 from PIL import Image as Pillow
 
+from unigen.cache.store import MARKER
 from unigen.cli import main
+from unigen.commands.generate.many import STATE
 from unigen.data.containers import BadData, parts, read_part
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.finding import RUN, expand, find_files
+from unigen.data.finding import expand, find_files
 from unigen.data.mapping import ReadOptions
 from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut
+from unigen.evaluation.answers import ABOUT, BATCHES
+from unigen.model.run_options import RUN_OPTIONS
+from unigen.outputs import OUTPUTS, RECEIPT
 from unigen.runs import layout
 from unigen.sequence.types import BadRecord, Image, Text
 
@@ -576,7 +581,6 @@ def test_what_a_folder_holds_besides_is_listed_and_looks_like_data_is_said(tmp_p
 
 
 def test_a_run_within_its_data_is_left_out(tmp_path: Path) -> None:
-    assert {layout.CONFIG, layout.LOG} == RUN
     for name in (
         "config.json",
         "train.log",
@@ -594,6 +598,33 @@ def test_a_run_within_its_data_is_left_out(tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", json.dumps({"text_prompt": "A", "image_path": "a.png"}))
     data = UnifiedGenerationDataset(tmp_path)
     assert [path.name for path in data.files] == ["d.jsonl"] and "out/" in data.describe()
+
+
+def test_what_this_program_wrote_within_the_data_is_left_out(tmp_path: Path) -> None:
+    assert {names for names in OUTPUTS if "llm_config.json" not in names} == {
+        (layout.CONFIG, layout.LOG),
+        (ABOUT, BATCHES),
+        (ABOUT, "metrics.json"),
+        (f"{STATE}/{ABOUT}",),
+        (MARKER,),
+        (layout.MANIFEST, RUN_OPTIONS),
+    }
+    line = json.dumps({"text_prompt": "A", "image_path": "a.png"})
+    write(tmp_path / "a.png", png())
+    for name in ("d.jsonl", "fetched/d.jsonl", "mine/answers.json"):  # a name alone is no mark
+        write(tmp_path / name, line + "\n")
+    write(tmp_path / "fetched" / RECEIPT, '{"generator": "unigen fetch"}')
+    marks = [*OUTPUTS, (RECEIPT,), ("report.html",)]
+    for number, names in enumerate(marks):
+        for name in (*names, "val.json"):
+            write(tmp_path / f"eval_{number}" / name, "{}")
+    write(tmp_path / f"eval_{len(OUTPUTS)}" / RECEIPT, '{"generator": "unigen demo"}')
+    page = '<!doctype html><meta name="generator" content="unigen evaluate">'
+    write(tmp_path / f"eval_{len(OUTPUTS) + 1}" / "report.html", page)
+    left: list[LeftOut] = []
+    names = [name for _, name in find_files([tmp_path], left_out=left)]
+    assert names == ["d.jsonl", "fetched/d.jsonl", "mine/answers.json"]
+    assert {entry.path.name for entry in left} == {f"eval_{number}" for number in range(len(marks))}
 
 
 def test_image_root_moves_no_picture_that_is_a_record_itself(tmp_path: Path) -> None:

@@ -18,12 +18,11 @@ from unigen.data.embedded import place_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
 from unigen.data.storage import addresses, brought
 from unigen.data.unpack import PACKED
+from unigen.outputs import is_output
 from unigen.printing import printable
 
 log = logging.getLogger(__name__)
 
-# of runs/layout.py, which stands above this room: both make a folder that a training wrote
-RUN = frozenset(("config.json", "train.log"))
 # ends like data of a kind that cannot be read, or not in this packing
 _LIKE_DATA = re.compile(
     r".*\.(ndjson|tfrecord|mds|lmdb|mdb|feather|npz|pkl|pickle|h5|hdf5|db|sqlite"
@@ -288,22 +287,18 @@ def _warn_of_repeats(folder: Path, pictures: Iterable[Path]) -> None:
 
 
 def _everything(folder: Path) -> Iterator[Path]:
-    """The files of a folder, relative to it; hidden entries, linked folders and those of runs left out."""
+    """The files of a folder, relative to it; hidden entries, linked folders and what this program wrote
+    left out."""
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and not _is_run(Path(place, n)))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not is_output(Path(place, n)))
         yield from (Path(place, name).relative_to(folder) for name in names if not name.startswith("."))
-
-
-def _is_run(folder: Path) -> bool:
-    """Did a training write this folder? One within its data is no data when the run is resumed."""
-    return all((folder / name).is_file() for name in RUN)
 
 
 def _in_folder(
     folder: Path, root: str | Path | None, sides: list[Path], saved: dict[Path, str], unknown: list[Path]
 ) -> Iterator[Path]:
     """Relative paths of the files with records, in no order; ``sides`` gets those of files that describe
-    them and of folders that a training wrote, ``saved`` the split of those that ``DatasetDict.save_to_disk``
+    them and folders that this program wrote, ``saved`` the split of those that ``DatasetDict.save_to_disk``
     wrote, ``unknown`` files of other kinds, without pictures."""
     met: set[tuple[int, int]] = set()
     linked = [folder]  # folders behind links come last: what lies here really keeps its name
@@ -314,9 +309,9 @@ def _in_folder(
                 folders.clear()
                 continue
             met.add((status.st_dev, status.st_ino))
-            runs = [name for name in sorted(folders) if _is_run(Path(place, name))]
-            sides += [Path(place, name).relative_to(folder) for name in runs]
-            folders[:] = [name for name in folders if name not in runs]
+            ours = [name for name in sorted(folders) if is_output(Path(place, name))]
+            sides += [Path(place, name).relative_to(folder) for name in ours]
+            folders[:] = [name for name in folders if name not in ours]
             described = {n for n in names if is_side_file(Path(place, n).relative_to(folder))}
             described |= set(_about_pictures(Path(place), names))
             sides += [

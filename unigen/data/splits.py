@@ -59,7 +59,7 @@ def of_splits(left_out: Sequence[LeftOut], most: int = 6) -> str:
 
 def describing(left_out: Sequence[LeftOut], most: int = 6) -> str:
     """The files that are left out since they describe the data or are of no kind that is read, and the
-    folders that a training wrote; "" for none."""
+    folders that this program wrote; "" for none."""
     paths = [path for path, reason in left_out if not reason]
     return _listed([p.name + "/" * (n < most and p.is_dir()) for n, p in enumerate(paths)], most)
 

@@ -187,6 +187,20 @@ def test_whom_to_compare_with_is_looked_at_before_anybody_answers(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_answers_may_lie_within_the_data(several, tmp_path):
+    rows = [{"index": n, "text": "yes"} for n in range(3)]
+    given = write_lines(tmp_path / "answers.jsonl", *rows)
+    data = tmp_path / "own"
+    data.mkdir()
+    write_lines(data / "d.jsonl", *RECORDS)
+    argv = ["evaluate", "--predictions", given, "--data_path", str(data)]
+    argv += ["--output_dir", str(data / "eval_100"), *(["--compare", given] * several)]
+    for _ in range(2):  # the second finds the first's
+        assert cli.main(argv) == 0
+    assert (data / "eval_100" / "report.html").is_file() and cli.main(["check", str(data)]) == 0
+
+
 def test_settings_of_sampling_are_idle_where_nobody_samples(score_given, tmp_path):
     mine = write_lines(tmp_path / "mine.jsonl", *({"index": n, "text": "yes"} for n in range(3)))
     code, said, error = score_given(mine, "--num_timesteps", "7", "--max_new_tokens", "9", "--seed", "3")
