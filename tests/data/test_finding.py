@@ -430,6 +430,28 @@ def test_no_text_is_read_from_outside_of_data_root(tmp_path: Path) -> None:
     assert read(tmp_path / "data")[0][1][0] == "of the machine"
 
 
+def test_texts_with_capital_endings_are_read_and_second_ones_listed(tmp_path: Path) -> None:
+    write(tmp_path / "A.PNG", png())
+    write(tmp_path / "A.TXT", "a disc")
+    write(tmp_path / "A.caption", "a ring")
+    left_out: list[LeftOut] = []
+    find_files([tmp_path], left_out=left_out)
+    assert [path.name for path, _ in left_out] == ["A.caption"]
+    assert read(tmp_path) == [("image_and_text", ["a disc", "[A.PNG]*"])]
+
+
+def test_pictures_of_every_kind_are_read_or_said_to_be_left_out(tmp_path: Path, caplog) -> None:
+    Pillow.new("RGB", (32, 32)).save(tmp_path / "a.tga")
+    Pillow.new("RGB", (32, 32)).save(write(tmp_path / "b.jfif", ""), "JPEG")
+    for name in ("a", "b", "c", "d"):
+        write(tmp_path / f"{name}.txt", "a disc")
+    for name in ("a.heic", "c.HEIC", "d.heif", "e.heic"):
+        write(tmp_path / name, b"\0\0\0\x18ftypheic")
+    assert [name for _, (_, name) in read(tmp_path)] == ["[a.tga]*", "[b.jfif]*"]
+    (told,) = {record.getMessage() for record in caplog.records}
+    assert "2 pictures" in told and "c.HEIC" in told and "pillow-heif" in told
+
+
 def test_a_picture_that_is_a_link_to_nowhere_is_told(tmp_path: Path) -> None:
     for name, to in (("a.png", "gone.png"), ("b.png", "b.png")):
         folder = write(tmp_path / name[0] / Path(name).with_suffix(".txt"), "a disc").parent

@@ -502,7 +502,12 @@ def test_fields_that_nothing_reads_are_noted() -> None:
         assert parse_record(made(), ORIGIN).notes == ()
 
 
-@pytest.mark.parametrize("value", ["", "None", " ", [""], ["None"]])
+NO_PATH = {"bytes": None, "path": ""}
+
+
+@pytest.mark.parametrize(
+    "value", ["", "None", " ", [""], ["None"], {"bytes": None, "path": None}, NO_PATH, [NO_PATH]]
+)
 def test_an_empty_picture_field_is_no_picture_and_noted(value) -> None:
     record = {"image": value, "conversations": said(("human", "q"), ("gpt", "a"))}
     assert shape(record) == ["q", "a*"]
@@ -690,7 +695,7 @@ WRONG = [
     ({"image": "x", "captions": '{"a": "b"'}, "bad_json", "captions"),
     ({"image": "x", "captions": '{"a": "b", "a": "c"}'}, "duplicate_key", "captions"),
     ({"image": "x", "captions": ["a", "b\ud800"]}, "bad_text", "captions[1]"),
-    ({"image": {"bytes": None, "path": None}, "captions": "a"}, "wrong_type", "image.path"),
+    ({"image": {"bytes": None, "path": None}, "captions": "a"}, "missing_field", "image"),
     ({"image": {"bytes": b"", "path": "x"}, "captions": "a"}, "missing_field", "image.bytes"),
     ({"image": {"bytes": "Q!"}, "captions": "a"}, "broken_picture", "image.bytes"),
     ({"image": {"bytes": 3}, "captions": "a"}, "wrong_type", "image.bytes"),

@@ -19,7 +19,7 @@ from unigen.commands.check.command import CheckOptions
 from unigen.data.containers import parts as parts_of
 from unigen.data.containers import read_part
 from unigen.data.dataset import UnifiedGenerationDataset
-from unigen.data.examine import PictureHeaders, examine
+from unigen.data.examine import PictureHeaders, examine, locate
 from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw, parse_with_fields, record_value
 from unigen.data.hints import HINTS
@@ -433,6 +433,14 @@ def test_what_would_be_left_out_or_misread_is_told_with_the_line(record, code: s
     with pytest.raises(BadRecord) as caught:
         parse_with_fields(record, Origin(Path("d.jsonl")))
     assert caught.value.code == code and line in caught.value.fix
+
+
+def test_a_tag_in_capitals_is_told_its_letters() -> None:
+    error = BadRecord(
+        "tag_without_picture", "messages[0].content", "the tag <Image> at character 1", "a", "b"
+    )
+    locate(error, Origin(Path("d.jsonl")), [])
+    assert error.fix.startswith("write <image> there")
 
 
 def test_bytes_that_are_no_picture_are_none() -> None:

@@ -101,6 +101,8 @@ def test_what_a_tokenizer_remembers_is_bounded_in_bytes(tokenizer, monkeypatch):
         "<img>a/b.png</img>",
         "<IMG_CONTEXT>",
         "<|image_1|>",
+        "<Image>",
+        "<IMAGE>",
     ],
 )
 def test_tags_of_other_models_are_tags(tag: str):

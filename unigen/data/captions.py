@@ -10,8 +10,14 @@ from unigen.data.json_text import BrokenRow, decode
 from unigen.data.words import Json
 from unigen.sequence.types import BadRecord
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+PICTURES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
+    ".jfif", ".jpe", ".tga", ".ppm",
+)  # fmt: skip
+NO_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".psd")
+"""Endings of pictures of kinds that cannot be read."""
 CAPTIONS = (".txt", ".caption")
+_WRITTEN = [written for end in CAPTIONS for written in (end, end.upper(), end.title())]
 MAX_CAPTION = 1 << 20  # bytes
 
 
@@ -20,8 +26,8 @@ def is_picture(path: Path) -> bool:
 
 
 def caption_of(picture: Path) -> Path | None:
-    """The file of its text; None where there is none."""
-    return next((path for end in CAPTIONS if (path := picture.with_suffix(end)).is_file()), None)
+    """The file of its text, of several that of the first of :data:`CAPTIONS`; None where there is none."""
+    return next((path for end in _WRITTEN if (path := picture.with_suffix(end)).is_file()), None)
 
 
 def row_of_picture(picture: Path) -> tuple[bytes, Json]:

@@ -68,7 +68,9 @@ def locate(error: BadRecord, origin: Origin, fields: list[str]) -> None:
     if error.code != "tag_without_picture":
         return
     program, kind = _WITH_IMG.get(error.field.partition("[")[0]), origin.file.suffix.lower()
-    if "<bbox>" in error.found or "<ref-object>" in error.found:
+    if "<image>" in error.found.lower() and "<image>" not in error.found:
+        error.fix = "write <image> there, in small letters, or learn it as text: --allow_control_tokens"
+    elif "<bbox>" in error.found or "<ref-object>" in error.found:
         error.fix = "write names and boxes into the text, or learn the tag as text: --allow_control_tokens"
     elif ("<img>" in error.found or "<|image_" in error.found) and program and kind in (".json", ".jsonl"):
         each = ".[] | " if kind == ".json" else ""

@@ -212,7 +212,9 @@ def thought(item: Json, where: str, weight: float) -> Segments:
 
 
 def no_picture(value: Any) -> bool:
-    """Does a field that may name a picture say that there is none?"""
+    """Does a field that may name a picture, or an image column, say that there is none?"""
+    if isinstance(value, dict) and (there := value.keys() & {"bytes", "path", "url"}):
+        return all(no_picture(value[name]) for name in there)
     return value is None or (isinstance(value, str) and value.strip() in _NO_PICTURE)
 
 

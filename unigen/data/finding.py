@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen import remote
-from unigen.data.captions import CAPTIONS, caption_of, captioned_pictures, is_picture
+from unigen.data.captions import CAPTIONS, NO_PICTURES, caption_of, captioned_pictures, is_picture
 from unigen.data.containers import CONTAINERS, BadData, kind_of
 from unigen.data.embedded import place_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
@@ -255,24 +255,26 @@ def _of_folders(folder: Path, names: Iterable[Path]) -> list[Path]:
 
 
 def _captioned(folder: Path, root: str | Path | None, sides: list[Path], alone: bool) -> Iterator[Path]:
-    """The pictures of a folder with texts beside them; ``sides`` gets the texts that belong to none. Raises
+    """The pictures of a folder with texts beside them; ``sides`` gets the texts that are not read. Raises
     BadData for a text outside of ``root``, and for a picture that is a link to nowhere."""
     names = list(_everything(folder))
     pictures = list(captioned_pictures(names, folder, alone))
     for picture in pictures:
         _require_file(folder / picture)
     _warn_of_repeats(folder, pictures)
-    stems = {picture.with_suffix("") for picture in pictures}
-    for picture in pictures if root is not None else []:
-        text = caption_of(folder / picture)
+    _warn_of_kinds(folder, names, pictures)
+    read = {picture: caption_of(folder / picture) for picture in pictures}
+    for text in read.values() if root is not None else []:
         if text and not Path(os.path.realpath(text)).is_relative_to(os.path.realpath(root)):
             raise BadData(
                 f"{text}: this link leads out of data_root, {root}. Fix: remove the link, or put the text"
                 " itself there"
             )
     if pictures:
-        texts = (name for name in names if name.suffix.lower() in CAPTIONS and not is_side_file(name))
-        sides += [name for name in texts if name.with_suffix("") not in stems]
+        texts = {
+            folder / name for name in names if name.suffix.lower() in CAPTIONS and not is_side_file(name)
+        }
+        sides += [text.relative_to(folder) for text in texts - set(read.values())]
     yield from pictures
 
 
@@ -284,6 +286,18 @@ def _warn_of_repeats(folder: Path, pictures: Iterable[Path]) -> None:
         named = printable(", ".join(sorted(told)[:4]))
         fix = "name them as train_sources with weight, which says how often each is met"
         log.warning("%s: the numbers before %s are no repeats here. Fix: %s", folder, named, fix)
+
+
+def _warn_of_kinds(folder: Path, names: Iterable[Path], pictures: Iterable[Path]) -> None:
+    """Says which pictures with texts are left out, since their kind cannot be read."""
+    read = {picture.with_suffix("") for picture in pictures}  # one of them may be read under another ending
+    lost = sorted(
+        name for name in names if name.suffix.lower() in NO_PICTURES and name.with_suffix("") not in read
+    )
+    if lost := [name for name in lost if caption_of(folder / name)]:
+        fix = "convert them to JPEG or PNG (HEIC in Python: pip install pillow-heif)"
+        told = printable(str(lost[0]))
+        log.warning("%s: %s pictures with texts are not read, as %s. Fix: %s", folder, len(lost), told, fix)
 
 
 def _everything(folder: Path) -> Iterator[Path]:

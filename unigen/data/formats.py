@@ -161,10 +161,10 @@ def _hint(value: Any, file: Path) -> str | None:
 
 
 def _names_none(value: Any) -> bool:
-    """Does a value, or each of a list, say in words that there is no picture?"""
+    """Does a value, or each of a list, say in words or as an image column that there is no picture?"""
     if isinstance(value, list):
         return bool(value) and all(map(_names_none, value))
-    return isinstance(value, str) and len(value) < 9 and f.no_picture(value)
+    return (isinstance(value, dict) or (isinstance(value, str) and len(value) < 9)) and f.no_picture(value)
 
 
 def _unpacked(record: Json) -> Json:

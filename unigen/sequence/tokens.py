@@ -45,10 +45,10 @@ _QWEN2 = (
 )  # fmt: skip
 # A tokenizer may have these as tokens of their own, and answers that think are written with them.
 _WRITTEN = ("<think>", "</think>")
-# what data sets write in a text where a picture, a video or a sound belongs
+# what data sets write in a text where a picture, a video or a sound belongs, in any letters
 _MEDIA = re.compile(
-    r"<\|?(?:image|video|audio)(?:[ _-]?(?:\d+|placeholder|token|soft_token))? ?/?\|?>"
-    r"|<(?:start|end)_of_(?:image|video|audio)>|<IMG_CONTEXT>|<ImageHere>|<bbox>|<ref-object>|<img>[^<>]{0,1000}</img>"
+    r"(?i:<\|?(?:image|video|audio)(?:[ _-]?(?:\d+|placeholder|token|soft_token))? ?/?\|?>"
+    r"|<(?:start|end)_of_(?:image|video|audio)>|<IMG_CONTEXT>|<ImageHere>|<bbox>|<ref-object>|<img>[^<>]{0,1000}</img>)"
 )
 
 KEPT_BYTES = 16 << 20  # of texts that a tokenizer remembers in each process, about
