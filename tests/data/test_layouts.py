@@ -12,6 +12,8 @@ from unigen.data.embedded import Address, place_of
 from unigen.data.formats import FORMATS, parse_record, parse_with_fields
 from unigen.data.mapping import ReadOptions
 from unigen.data.recognise import Format
+from unigen.messages import in_language
+from unigen.sequence.files import PictureError, open_file
 from unigen.sequence.types import BadRecord, Image, Origin, Text
 
 ORIGIN = Origin(Path("/data/set/train.jsonl"), line=7)
@@ -308,6 +310,20 @@ def test_of_two_captions_each_line_does_what_it_says() -> None:
     assert read(record, fields=learnt) == ("image_to_text", ["[a.png]", "A*"])
     record = {"instruction": "i", "source_img": "b", "edited_image": "c", "target_img": "d"}
     assert [read(record, fields=fields)[1][-1] for fields in given(refused(record).fix)] == ["[c]*", "[d]*"]
+
+
+def test_no_english_stands_between_names_in_chinese(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "a.png").write_bytes(PNG)
+    with pytest.raises(PictureError) as caught:
+        open_file(tmp_path / "A.png")
+    errors = [
+        caught.value,
+        refused({"image": "a.png", "text": "A", "caption": "B"}),
+        refused({"image_path": "a.png", "caption": "A", "messages": talk}),
+    ]
+    for error in errors:
+        assert re.findall(r"\b(and|or|exists|disk)\b", in_language(str(error), "zh")) == []
 
 
 @pytest.mark.parametrize("beside", ["input_image", "edit_image"])

@@ -34,7 +34,7 @@ def test_the_neighbour_is_named(tmp_path: Path, there: str, written: str, said: 
     with pytest.raises(PictureError) as caught:
         open_file(tmp_path / written)
     assert (
-        caught.value.code == "missing_picture" and "exists" in caught.value.fix and said in caught.value.fix
+        caught.value.code == "missing_picture" and "on disk" in caught.value.fix and said in caught.value.fix
     )
 
 
@@ -60,7 +60,7 @@ def test_no_neighbour_outside_of_the_root_is_told(tmp_path: Path) -> None:
     for path in ("a.png", "../a.png"):
         with pytest.raises(PictureError) as caught:
             open_file(Confined(tmp_path / "root" / path, tmp_path / "root"))
-        told.append("exists" in caught.value.fix)
+        told.append("on disk" in caught.value.fix)
     assert told == [True, False]
 
 

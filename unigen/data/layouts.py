@@ -408,13 +408,11 @@ def the_one(record: Json, names: tuple[str, ...]) -> str:
     found = _there(record, names)
     assert found, f"none of {names}"
     if len(found) > 1:
-        fix = "say which one is meant: " + ", or ".join(f"--fields {names[0]}={name}" for name in found)
+        fix = "say which one is meant: " + "; ".join(f"--fields {names[0]}={name}" for name in found)
         if names is CAPTION:
             learnt = f"--fields image_path={_there(record, PICTURE)[0]} caption={found[0]}"
             fix += f" (the picture is drawn); {learnt} learns it as the description"
-        raise BadRecord(
-            "ambiguous_piece", found[0], f"{' and '.join(found)} side by side", "one of them", fix
-        )
+        raise BadRecord("ambiguous_piece", found[0], f"{', '.join(found)} side by side", "one of them", fix)
     return found[0]
 
 

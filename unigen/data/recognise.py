@@ -79,7 +79,7 @@ def recognise(record: Json, formats: Mapping[str, Format]) -> str:
         others = {field for name in found for field in formats[name].fields} & present - formats[one].known
         if len(others) == 1:
             fix = f"give --fields metadata={min(others)} to read it as {one}, or {fix}"
-        fields = f"fields of {' and '.join(found)} ({names(record)})"
+        fields = f"fields of {', '.join(found)} ({names(record)})"
         raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", fix)
     if not found:
         raise BadRecord(
@@ -154,7 +154,7 @@ def _layout(record: Json, present: set[str], formats: Mapping[str, Format]) -> s
     best = [name for name in fit if fit[name] == max(fit.values())]
     if len(best) > 1:
         fix = "say what they are with --fields (docs/data_formats.md), or take some out"
-        found = f"fields of {' and '.join(best)} ({names(record)})"
+        found = f"fields of {', '.join(best)} ({names(record)})"
         raise BadRecord("ambiguous_format", "(record)", found, "the fields of one format", fix)
     return best[0] if best else None
 

@@ -108,7 +108,7 @@ def _said(error: ForeignFileError, roots: Sequence[str | Path]) -> tuple[str, st
     """What is wrong with a picture, and the fix."""
     found = neighbour(error.name) if error.code == "missing" else None
     if found and all(Path(os.path.realpath(found[0])).is_relative_to(os.path.realpath(r)) for r in roots):
-        return error.problem, f"{found[0]} exists: {found[1]}"
+        return error.problem, f"the file on disk is {found[0]}; {found[1]}"
     windows = re.search(r"(?:^|/)[A-Za-z]:[\\/](.*)", error.name) if error.code == "missing" else None
     if windows:
         fix = "write it from a folder of pictures on, with /, and give that folder as --image_root"
