@@ -326,6 +326,35 @@ def test_no_english_stands_between_names_in_chinese(tmp_path: Path) -> None:
         assert re.findall(r"\b(and|or|exists|disk)\b", in_language(str(error), "zh")) == []
 
 
+@pytest.mark.parametrize("blank", ["", "   "])
+def test_what_a_picture_is_drawn_from_says_something_in_every_format(blank: str) -> None:
+    edit = {"input_image": "b.png", "output_image": "a.png"}
+    for record, field in (
+        ({"text_prompt": blank, "image_path": "a.png"}, "text_prompt"),
+        ({"text": blank, "image": "a.png"}, "text"),
+        ({"captions": ["A", blank], "image": "a.png"}, "captions[1]"),
+        ({"instruction": blank, **edit}, "instruction"),
+        ({"input_image": "b.png", "editing_steps": [{"instruction": blank, "result_image": "a.png"}]},
+         "editing_steps[0].instruction"),
+        ({"image_list": ["a", "b"], "instruction_list": [blank]}, "instruction_list[0]"),
+    ):  # fmt: skip
+        error = refused(record)
+        assert (error.code, error.field) == ("empty_text", field)
+    assert read({"text": blank, "image": "a.png"}, trigger_word="sks")[1] == ["sks", "[a.png]*"]
+
+
+def test_an_empty_text_makes_no_record_ambiguous() -> None:
+    drawn = ("image_and_text", ["A", "[a.png]*"])
+    assert read({"image": "a.png", "text": "A", "caption": ""}) == drawn
+    assert read({"image_path": "a.png", "text_prompt": "A", "caption": ""}) == ("text_to_image", drawn[1])
+    assert read({"image_path": "a.png", "caption": "A", "text": ""}) == ("image_to_text", ["[a.png]", "A*"])
+    edit = {"input_image": "b.png", "output_image": "a.png", "prompt": "A", "instruction": ""}
+    assert read(edit) == ("single_edit", ["[b.png]", "A", "[a.png]*"])
+    assert refused({"image": "a.png", "prompt": "A", "response": ""}).code == "empty_text", (
+        "no picture to draw"
+    )
+
+
 @pytest.mark.parametrize("beside", ["input_image", "edit_image"])
 def test_a_second_picture_to_start_from_is_never_dropped(beside: str) -> None:
     record = {beside: "a", "image": "b", "output_image": "c", "instruction": "x"}

@@ -252,8 +252,8 @@ def variants(value: Any, field: str) -> tuple[Text, str]:
     for text, at in found:
         if not isinstance(text, str):
             raise BadRecord("wrong_type", at, show(text), "a string", "write a text there")
-        if not text:
-            raise BadRecord("empty_text", at, '""', "a text", "write the text, or leave it out")
+        if not text.strip():
+            raise BadRecord("empty_text", at, show(text), "a text", "write the text, or leave it out")
         _encodable(text, at, "bad_text")
     texts = [text for text, _ in found]
     return Text(texts[0], others=tuple(texts[1:])), found[0][1]

@@ -103,7 +103,10 @@ def parse_with_fields(
         if name == "text_to_image" and not FORMATS[name].known <= read.fields.keys():
             layouts.refuse_another_task(value, "image_path", "text_prompt")
         if name == "image_and_text":
-            segments = [_captioned(segments[0], read), *segments[1:]]
+            text, field = segments[0]
+            assert isinstance(text, Text)
+            segments = [(read.triggered(text), field), *segments[1:]]
+        _refuse_blank(segments, name)
         segments = _framed(value, segments)
         read_from = {field.partition(".")[0].partition("[")[0] for _, field in segments}
         read_from |= {place.partition(".")[0] for place in read.fields.values()}
@@ -205,6 +208,11 @@ _LISTS = (
     "image_info", "text_list", *layouts.SOURCE, *layouts.EDITED,
 )  # fmt: skip
 
+# formats whose texts are what a picture is drawn from
+_DRAWN = frozenset(
+    ("text_to_image", "editing", "captioned", "edit_list", "image_and_text", "single_edit", "edit_turns")
+)
+
 
 def _would_learn(record: Json, folder: Path, name: str) -> bool:
     """Has a record a target, but for what it says against learning one?"""
@@ -212,16 +220,16 @@ def _would_learn(record: Json, folder: Path, name: str) -> bool:
     return any(segment.target for segment, _ in segments)
 
 
-def _captioned(text: tuple[Text | Image, str], read: ReadOptions) -> tuple[Text | Image, str]:
-    """The text of a picture to draw, with the trigger word. Raises BadRecord where it is empty."""
-    segment, field = text
-    assert isinstance(segment, Text)
-    segment = read.triggered(segment)
-    if not segment.text:
-        raise BadRecord(
-            "empty_text", field, '""', "what the picture shows", "write it, or give --trigger_word"
-        )
-    return segment, field
+def _refuse_blank(segments: Segments, name: str) -> None:
+    """Raises BadRecord where a text that a picture is drawn from says nothing."""
+    for segment, field in segments if name in _DRAWN else ():
+        if isinstance(segment, Text) and not segment.target and not segment.text.strip():
+            fix = (
+                "write it, or give --trigger_word"
+                if name == "image_and_text"
+                else "write it, or leave it out"
+            )
+            raise BadRecord("empty_text", field, f.show(segment.text), "what the picture shows", fix)
 
 
 def _confined(segment: Text | Image, root: Path | None) -> Text | Image:

@@ -435,7 +435,9 @@ def images_of(record: Json, folder: Path) -> tuple[list[tuple[f.GivenPicture, st
 
 
 def _there(record: Json, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if record.get(name) is not None)
+    """The fields of a group that a record has: those with a value, where any has one."""
+    there = tuple(name for name in names if record.get(name) is not None)
+    return tuple(name for name in there if not is_empty(record[name])) or there
 
 
 def _pictures(

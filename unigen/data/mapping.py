@@ -78,7 +78,7 @@ class ReadOptions:
 
         def one(text: str) -> str:
             text = text.replace("[trigger]", word)
-            return text if word in text else f"{word}, {text}" if text else word
+            return text if word in text else f"{word}, {text}" if text.strip() else word
 
         return Text(one(text.text), text.target, tuple(map(one, text.others)), text.weight)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -59,10 +60,20 @@ _COCO = (
 )
 # Of several formats, so they tell none; beside a format that does not have them they are a mistake.
 _PICTURES = ("image_path", "image")
+# What a picture is drawn from or described with.
+_PROMPTS = ("text", "caption", "captions", "prompt", "text_prompt")
 
 
 def recognise(record: Json, formats: Mapping[str, Format]) -> str:
     """The name of the format of a record. Raises BadRecord where there is none, or several."""
+    filled = {name: value for name, value in record.items() if value != "" or name not in _PROMPTS}
+    if len(filled) < len(record):  # an empty text is as good as absent, but where the format needs it
+        with suppress(BadRecord):
+            return _recognised(filled, formats)
+    return _recognised(record, formats)
+
+
+def _recognised(record: Json, formats: Mapping[str, Format]) -> str:
     present = {name for name in record if record[name] is not None}
     if whole := _whole_file(record, formats):
         found, fix = whole
