@@ -432,6 +432,17 @@ def test_a_record_that_is_not_to_be_learnt_is_no_failure(server, tmp_path):
     assert lines(tmp_path / "out" / "data.jsonl")[0] == caption("/a/b.png", weight=0)
 
 
+def test_pictures_of_records_that_are_not_learnt_are_named_from_the_new_place(server, tmp_path):
+    talk = [{"role": "user", "content": "<image> q"}, {"role": "assistant", "content": "a", "loss": 0}]
+    gone = caption(server.url("/gone.png"), weight=0)
+    unlearnt = [caption("b.png", weight=0), {"messages": talk, "images": ["b.png"]}, gone]
+    unlearnt.append({"image_path": "b.png", "caption": "", "weight": 0})
+    data = write(tmp_path / "old" / "data.jsonl", [*unlearnt, caption(server.url("/good.png"))])
+    assert run(data, tmp_path / "out") == 0
+    first, second, third, *_ = lines(tmp_path / "out" / "data.jsonl")
+    assert (first["image_path"], second["images"], third) == ("../old/b.png", ["../old/b.png"], gone)
+
+
 def test_what_nobody_could_train_on_is_not_blessed(tmp_path, capsys):
     for text, words in (
         (caption("/a/b.png", weight=0), "weight of 0 in all 1 records"),

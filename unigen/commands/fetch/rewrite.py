@@ -21,7 +21,7 @@ from unigen.config import UserError
 from unigen.data.containers import parts, read_part
 from unigen.data.embedded import Address
 from unigen.data.formats import parse_with_fields, record_value
-from unigen.data.keys import Unlearnt
+from unigen.data.keys import Unlearnt, all_learnt
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.files import sha256_of
 from unigen.outputs import read_receipt, write_receipt
@@ -72,13 +72,22 @@ def records(source: RewrittenFile) -> Iterator[Read]:
                 if source.read.fields and isinstance(value, dict):
                     value, _ = source.read.renamed(value)
                 record, fields = parse_with_fields(value, origin, plain, addresses=True)
-            except Unlearnt:  # training leaves it out
-                yield Read(origin, text, value, [], learnt=False)
+            except Unlearnt:  # training leaves it out: nothing is fetched for it, and its paths stay true
+                yield Read(origin, text, value, _paths_unlearnt(value, origin, plain), learnt=False)
                 continue
             except BadRecord as error:
                 yield Read(origin, None, None, [], error)
                 continue
             yield Read(origin, text, value, list(places(value, record, fields)))
+
+
+def _paths_unlearnt(value: Any, origin: Origin, read: ReadOptions) -> list[Place]:
+    """Where a record of which nothing is learnt names pictures by paths."""
+    try:
+        record, fields = parse_with_fields(all_learnt(value), origin, read, addresses=True)
+    except BadRecord:  # it could not be learnt either
+        return []
+    return [place for place in places(value, record, fields) if isinstance(place.value, str)]
 
 
 def places(value: Any, record: Record, fields: list[str]) -> Iterator[Place]:
