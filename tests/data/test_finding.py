@@ -112,6 +112,8 @@ def test_tables_of_texts(tmp_path: Path, name: str, text: str) -> None:
         ('image,text\na.png,"A disc\n', "the record at line 2 that nothing closes"),
         ("image,text\na.png,\xff\n".encode("latin-1"), "a.csv:2: bad_utf8"),
         ("image,text\ra.png,A disc\r", "line ends of LF"),
+        pytest.param("image,text\na.png,A disc\n".encode("utf-16-be"), "iconv -f UTF-16BE", id="be"),
+        pytest.param("image,text\na.png,\u7ea2\u8272\n".encode("utf-16-le"), "iconv -f UTF-16LE", id="le"),
         pytest.param("image," + "t" * 200_000 + ",image\n", "a name for each column", id="long"),
     ],
 )
@@ -450,6 +452,13 @@ def test_pictures_of_every_kind_are_read_or_said_to_be_left_out(tmp_path: Path, 
     assert [name for _, (_, name) in read(tmp_path)] == ["[a.tga]*", "[b.jfif]*"]
     (told,) = {record.getMessage() for record in caplog.records}
     assert "2 pictures" in told and "c.HEIC" in told and "pillow-heif" in told
+
+
+def test_a_picture_whose_name_is_no_utf8_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "\udce9.png", png())
+    write(tmp_path / "\udce9.txt", "a disc")
+    (error,) = refused(tmp_path).records
+    assert (error.code, error.field, error.fix) == ("bad_path", "image", "rename the file")
 
 
 def test_a_picture_that_is_a_link_to_nowhere_is_told(tmp_path: Path) -> None:

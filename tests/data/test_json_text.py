@@ -27,6 +27,7 @@ def problems(path: Path) -> list[BadRecord]:
         (f"[{LINE},\n{LINE},\n{LINE}]\n", "bad_json", "one JSON list", "name it .json"),
         (f"{json.dumps(RECORD, indent=1)}\n" * 3, "bad_json", "several lines", "on one line"),
         (f"{LINE}\n".encode("utf-16"), "bad_utf8", "UTF-16", "iconv -f UTF-16"),
+        pytest.param(f"{LINE}\n".encode("utf-16-le"), "bad_utf8", "UTF-16", "iconv -f UTF-16LE", id="le"),
         ("version https://git-lfs.github.com/spec/v1\noid x\n", "broken_file", "LFS pointer", "git lfs pull"),
         ("image,text\na.png,A disc\n", "bad_json", "'image,text'", "name it .csv"),
         (bytes(200), "broken_file", "zero bytes", "copy the file again"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from unigen.data.json_text import BrokenRow, decode
 from unigen.data.words import Json
+from unigen.printing import printable
 from unigen.sequence.types import BadRecord
 
 PICTURES = (
@@ -33,6 +34,11 @@ def caption_of(picture: Path) -> Path | None:
 def row_of_picture(picture: Path) -> tuple[bytes, Json]:
     """The bytes of a picture's text, and the record of the two; without a file of its text it has none. A
     text that cannot be read spoils its own record."""
+    try:
+        picture.name.encode()
+    except UnicodeEncodeError:
+        found = f"a file name that is no UTF-8, {printable(picture.name)}"
+        return b"", BrokenRow(BadRecord("bad_path", "image", found, "a name in UTF-8", "rename the file"), {})
     path = caption_of(picture)
     if path is None:
         return b"", {"image": picture.name, "text": ""}

@@ -29,7 +29,6 @@ _KINDS = (
 _TABLE = re.compile(r"[\w .-]+([,;\t][\w .-]+)+\r?")  # a first line of names
 _PYTHON = re.compile(r"'|True\b|False\b|None\b")
 
-_UTF16 = "iconv -f UTF-16 -t UTF-8 OLD > NEW makes it UTF-8"
 
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'  # unrolled: a group for each character would keep a place for each
 _STRING_OR_CONSTANT = re.compile(_STRING + r"|NaN|-?Infinity", re.DOTALL)
@@ -171,9 +170,27 @@ def decode(data: bytes, line: int) -> str:
         raise BadRecord("bad_utf8", "(record)", found, "UTF-8 text", _encoding_fix(data)) from None
 
 
-def _encoding_fix(data: bytes) -> str:
+def _utf16(data: bytes) -> str | None:
+    """The form of UTF-16 that data has; None for other data. Without a mark at its beginning it is known by
+    its letters, figures and signs of ASCII, which have a zero byte beside them."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return _UTF16
+        return "UTF-16"
+    for form in ("UTF-16LE", "UTF-16BE") if b"\0" in data else ():
+        text = data[:4096].decode(form, "ignore")
+        if sum(sign.isascii() and (sign.isprintable() or sign.isspace()) for sign in text) * 10 > len(text):
+            return form
+    return None
+
+
+def in_utf16(start: bytes) -> BadRecord | None:
+    """What is wrong with a file that begins in UTF-16, which may pass for UTF-8; None for another."""
+    found = BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", _encoding_fix(start))
+    return found if _utf16(start) else None
+
+
+def _encoding_fix(data: bytes) -> str:
+    if form := _utf16(data):
+        return f"iconv -f {form} -t UTF-8 OLD > NEW makes it UTF-8"
     try:
         chinese = _HAN.search(data.decode("gb18030"))
     except UnicodeDecodeError:
@@ -213,14 +230,14 @@ def not_lines(head: bytes) -> BadRecord | None:
 
 def _other_kind(start: bytes) -> BadRecord | None:
     """What is wrong with a file that begins with these bytes and holds no JSON at all."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", _UTF16)
     if start and not start.strip(b"\0"):
         found = "nothing but zero bytes at its beginning, as an interrupted copy leaves them"
         return BadRecord("broken_file", "(file)", found, "records in JSON", "copy the file again")
     mistake = next(((what, fix) for magic, what, fix in _KINDS if start.startswith(magic)), None)
     mistake = mistake or (known_mistake(start) if start.strip() else None)
-    return mistake and BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
+    if mistake is None:
+        return in_utf16(start)
+    return BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
 
 
 def _end(text: str) -> int | None:
