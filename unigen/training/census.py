@@ -12,9 +12,9 @@ from unigen.config import Config
 from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS
 from unigen.model.config import BagelConfig
-from unigen.model.lora import targets_of, whole_of
 from unigen.model.parts import dtype_of, is_embedding, is_frozen
 from unigen.model.quantise import BLOCK, SCALES, is_quantised
+from unigen.training.prepare import adapted
 
 SMALL = 4096  # numbers below which 8-bit moments stay in 32 bits
 BLOCK8 = 256  # numbers that share a scale in 8-bit moments
@@ -52,12 +52,10 @@ def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Pa
     """Every parameter of a model as a run with these options holds it.
 
     Raises:
-        AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model.
+        AdapterError, ConfigError: as :func:`~unigen.training.prepare.adapted`.
     """
     bare = _bare(_Shape(model))
-    targets = targets_of(bare, config.lora_targets or ["gen"]) if config.lora_rank else ()
-    if config.lora_rank:
-        whole_of(bare, config.train_also or [])
+    targets, _ = adapted(bare, config, fresh=config.resume_from_checkpoint is None)
     found = []
     for name, p in bare.named_parameters():
         shape, module = tuple(p.shape), name.rpartition(".")[0]

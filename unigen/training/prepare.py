@@ -68,21 +68,11 @@ def add_adapters(model: Bagel, config: Config, computes: torch.dtype, fresh: boo
     """Puts low-rank adapters around the matrices that the config names, if it does.
 
     Raises:
-        AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model, or both mean the same.
-        ConfigError: a ``fresh`` adapter would be larger than a matrix; those that trained so go on.
+        AdapterError, ConfigError: as :func:`adapted`.
     """
     if config.lora_rank is None:
         return
-    targets = targets_of(model, config.lora_targets or ["gen"])
-    whole = whole_of(model, config.train_also or [])
-    _refuse_names(config, targets, whole)
-    sides = {name: max(model.get_submodule(name).weight.shape) for name in targets}
-    least = min(sides, key=lambda name: sides[name])
-    if fresh and config.lora_rank > sides[least]:
-        raise ConfigError(
-            f"lora_rank is {config.lora_rank}, and {least} has {sides[least]} numbers a side: such an adapter"
-            " is larger than the matrix. Fix: --lora_rank 64, or less"
-        )
+    targets, whole = adapted(model, config, fresh)
     adapter = Adapter(
         rank=config.lora_rank,
         alpha=config.alpha,
@@ -96,6 +86,30 @@ def add_adapters(model: Bagel, config: Config, computes: torch.dtype, fresh: boo
     if computes != torch.float32 and config.lora_variant != "dora":
         take_inputs_as_they_are(model)
     log.info("Adapters: %s", adapters_line(adapter))
+
+
+def adapted(model: Bagel, config: Config, fresh: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The matrices that adapters go around, and the parameters that train whole beside them; none without
+    ``lora_rank``.
+
+    Raises:
+        AdapterError: ``lora_targets`` or ``train_also`` means nothing in this model.
+        ConfigError: both mean the same, or what stays as it is; a ``fresh`` adapter would be larger than a
+            matrix; those that trained so go on.
+    """
+    if config.lora_rank is None:
+        return (), ()
+    targets = targets_of(model, config.lora_targets or ["gen"])
+    whole = whole_of(model, config.train_also or [])
+    _refuse_names(config, targets, whole)
+    sides = {name: max(model.get_submodule(name).weight.shape) for name in targets}
+    least = min(sides, key=lambda name: sides[name])
+    if fresh and config.lora_rank > sides[least]:
+        raise ConfigError(
+            f"lora_rank is {config.lora_rank}, and {least} has {sides[least]} numbers a side: such an adapter"
+            " is larger than the matrix. Fix: --lora_rank 64, or less"
+        )
+    return targets, whole
 
 
 def _refuse_names(config: Config, targets: tuple[str, ...], whole: tuple[str, ...]) -> None:

@@ -149,6 +149,9 @@ def test_a_recipe_of_what_fits_is_written_and_read(configs, capsys, tmp_path):
     assert "someone else wrote" in capsys.readouterr().err and recipe.read_text() == "mine: true\n"
 
 
+LORA = ["--lora_rank", "4", "--train_also"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -159,6 +162,12 @@ def test_a_recipe_of_what_fits_is_written_and_read(configs, capsys, tmp_path):
         (["--quantize", "nf4"], "needs lora_rank"),
         (["--gpus", "2", "--engine", "deepspeed"], "deepspeed is not planned"),
         (["--lora_rank", "8", "--lora_targets", "nobody"], "'nobody' means nothing"),
+        # what the run itself refuses
+        (["--lora_rank", "5000"], "lora_rank is 5000"),
+        ([*LORA, "*.q_proj_moe_gen.weight"], "whose matrix lora_targets adapts"),
+        ([*LORA, "*.q_proj.weight", "--quantize", "nf4"], "whose matrix is quantised"),
+        ([*LORA, "norms", "--freeze_und"], "freeze_und keeps"),
+        (["--lora_rank", "4", "--freeze_und", "--lora_targets", "*.q_proj"], "freeze_und keeps"),
         (["--expect_text_loss", "4", "1"], "the smaller number first"),
     ],
 )
