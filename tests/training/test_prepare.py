@@ -6,15 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_model
 import torch
 from safetensors.torch import load_file, save_file
 
 from unigen.config import Config, ConfigError
+from unigen.model.bagel import Bagel
 from unigen.model.parts import WORDS, dtype_of
 from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Block, Kind
+from unigen.training.optim import rates
 from unigen.training.prepare import compiles, prepare, tell_compiling
 
 
@@ -65,6 +68,30 @@ def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_byte
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(entry.read(), after[name].read()) for name, entry in before.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "option", "why"),
+    [
+        ({"lora_rank": 4}, "learning_rate_vit", {"lora_targets": ["gen", "vit"]}),
+        ({"lora_rank": 4}, "weight_decay_connector", {"train_also": ["connector"]}),
+        ({"freeze_und": True}, "learning_rate_und", {"freeze_und": False}),
+        ({"freeze_vit": True}, "learning_rate_vit", {"freeze_vit": False}),
+        ({"visual_gen": False}, "learning_rate_gen", {"visual_gen": True}),
+        ({"visual_und": False}, "weight_decay_vit", {"visual_und": True}),
+    ],
+)
+def test_a_rate_of_a_part_that_does_not_train_is_refused_and_of_one_that_does_is_not(options, option, why):
+    def prepared(**more):
+        config = Config(model_path="m", train_data_path="d", **options | {option: 1e-5} | more).resolve()
+        with torch.device("meta"):
+            parts = {name: getattr(config, name) for name in ("visual_gen", "visual_und")}
+            prepare(Bagel(tiny_model.config(**parts)), config, "cpu", "single", torch.float32)
+        return rates(config, config.learning_rate)
+
+    with pytest.raises(ConfigError, match=rf"{option} .*Fix: "):
+        prepared()
+    assert set(prepared(**why)) == {option} - {"weight_decay_connector", "weight_decay_vit"}
 
 
 SELECTIVE = {"gradient_checkpointing": True, "checkpointing_policy": "selective"}

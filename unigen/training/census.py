@@ -14,7 +14,7 @@ from unigen.model.codec import CODECS
 from unigen.model.config import BagelConfig
 from unigen.model.parts import dtype_of, is_embedding, is_frozen
 from unigen.model.quantise import BLOCK, SCALES, is_quantised
-from unigen.training.prepare import adapted
+from unigen.training.prepare import adapted, refuse_idle_rates
 
 SMALL = 4096  # numbers below which 8-bit moments stay in 32 bits
 BLOCK8 = 256  # numbers that share a scale in 8-bit moments
@@ -52,7 +52,7 @@ def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Pa
     """Every parameter of a model as a run with these options holds it.
 
     Raises:
-        AdapterError, ConfigError: as :func:`~unigen.training.prepare.adapted`.
+        AdapterError, ConfigError: what trains is refused, as :mod:`unigen.training.prepare` does.
     """
     bare = _bare(_Shape(model))
     targets, _ = adapted(bare, config, fresh=config.resume_from_checkpoint is None)
@@ -76,6 +76,7 @@ def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Pa
             for mark, size in low.items():
                 own = f"{module}.{mark}.default.weight"
                 found.append(ParameterEntry(own, size, 4.0 * torch.Size(size).numel(), True))
+    refuse_idle_rates(config, (entry.name for entry in found if entry.trains))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unigen.config import Config, ConfigError
+from unigen.config import RATED, Config, ConfigError
 from unigen.model.adapters import Adapter, adapters_line
 from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
@@ -137,12 +137,28 @@ def freeze(model: Bagel, config: Config) -> None:
     """Takes gradients from what the config freezes.
 
     Raises:
-        ConfigError: nothing would be left to train.
+        ConfigError: nothing would be left to train, or as :func:`refuse_idle_rates`.
     """
     for name, p in model.named_parameters():
         p.requires_grad_(not is_frozen(name, config))
-    if not any(p.requires_grad for p in model.parameters()):
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
         raise ConfigError("freeze_llm, freeze_vit and freeze_und leave nothing to train; drop one of them")
+    refuse_idle_rates(config, trained)
+
+
+def refuse_idle_rates(config: Config, trained: Iterable[str]) -> None:
+    """Raises ConfigError where a part has a rate or a decay of its own and none of the ``trained``
+    parameters."""
+    parts = set(map(rated_part, trained))
+    for part in [part for part in RATED if part not in parts]:
+        for option in (f"learning_rate_{part}", f"weight_decay_{part}"):
+            if getattr(config, option) is not None:
+                raise ConfigError(
+                    f"{option} says nothing: nothing of that part trains. Fix: leave it out, or let the part"
+                    " train (lora_targets and train_also, or freeze_llm, freeze_vit, freeze_und, visual_gen"
+                    " and visual_und decide it)"
+                )
 
 
 def embed_in_float32(model: Bagel) -> None:

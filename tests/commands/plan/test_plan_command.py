@@ -167,6 +167,7 @@ LORA = ["--lora_rank", "4", "--train_also"]
         ([*LORA, "*.q_proj_moe_gen.weight"], "whose matrix lora_targets adapts"),
         ([*LORA, "*.q_proj.weight", "--quantize", "nf4"], "whose matrix is quantised"),
         ([*LORA, "norms", "--freeze_und"], "freeze_und keeps"),
+        (["--lora_rank", "4", "--learning_rate_vit", "1e-5"], "learning_rate_vit says nothing"),
         (["--lora_rank", "4", "--freeze_und", "--lora_targets", "*.q_proj"], "freeze_und keeps"),
         (["--expect_text_loss", "4", "1"], "the smaller number first"),
     ],
@@ -191,6 +192,15 @@ def test_gigabytes_as_people_write_them():
         79.6,
         None,
     ]
+
+
+def test_a_part_that_a_change_leaves_still_loses_its_rate(configs, capsys):
+    rated = ["--learning_rate_vit", "1e-6", "--weight_decay_connector", "0.1"]
+    asked = ["--model_path", str(configs), "--max_num_tokens", "4096", "--gpu_memory", "24"]
+    found = plan(capsys, *asked, *rated)[1]
+    options = {name: value for change in found["changes"] for name, value in change["options"].items()}
+    assert options["freeze_vit"] is False and options["lora_rank"] == 64  # frozen first, then only adapted
+    assert options["learning_rate_vit"] is options["weight_decay_connector"] is None
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,24 @@ def _halved(c: Config, load: Load) -> Changed:
     return {"max_num_tokens": load.tokens // 2, "gradient_accumulation_steps": steps}
 
 
+def _unrated(*parts: str) -> Changed:
+    """Parts that no longer train have no rates of their own."""
+    return {f"{option}_{part}": None for part in parts for option in ("learning_rate", "weight_decay")}
+
+
+def _frozen(c: Config, load: Load) -> Changed:
+    if c.lora_rank or not c.visual_gen:
+        return {}
+    return {"freeze_und": True, **_unrated("und", "vit", "connector")}
+
+
 def _adapters(c: Config, load: Load) -> Changed:
     if c.lora_rank is not None:
         return {}
     off = {"freeze_llm": False, "freeze_vit": False, "weights": "float32"}
     off |= {"checkpointing_policy": "full"} if c.recomputes_selectively else {}
     off |= {"lora_targets": None if c.visual_gen else ["und"]}
+    off |= _unrated("vit", "connector", "und" if c.visual_gen else "gen")
     return {"lora_rank": 64, "learning_rate": 1e-4, **off}
 
 
@@ -71,8 +83,8 @@ CHANGES: list[tuple[str, Callable[[Config, Load], Changed]]] = [
     ("offload", lambda c, load: {"engine": "fsdp2", "cpu_offload": True} if c.engine == "fsdp2" else {}),
     ("shorter", _halved),
     # from here on something else is learnt
-    ("freeze_vit", lambda c, load: {} if c.lora_rank else {"freeze_vit": True}),
-    ("freeze_und", lambda c, load: {"freeze_und": True} if c.visual_gen and not c.lora_rank else {}),
+    ("freeze_vit", lambda c, load: {} if c.lora_rank else {"freeze_vit": True, **_unrated("vit")}),
+    ("freeze_und", _frozen),
     ("adapters", _adapters),
     ("nf4", _quantised),
     ("small_pictures", lambda c, load: {"max_image_tokens": 1024} if c.max_image_tokens > 1024 else {}),
