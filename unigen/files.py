@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from unigen.others import nearest
+
 CHUNK = 1 << 22  # bytes of a file that are read at a time
 _LEFTOVER = re.compile(r"\.(.+)\.(partial|old)-[0-9]+")
 
@@ -142,6 +144,19 @@ def is_running(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def meant(path: Path) -> Path | None:
+    """What is there and was most likely meant by a path that is not: the first part of it that is missing is
+    taken for the name most like it there, whatever its suffix. None where there is none."""
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    try:
+        names = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(missing.parent))}
+    except OSError:
+        return None
+    near = nearest(os.path.splitext(missing.name)[0], names)
+    found = missing.with_name(names[near]) / path.relative_to(missing) if near else path
+    return found if found.exists() else None
 
 
 def sweep(path: Path) -> None:

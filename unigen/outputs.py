@@ -19,11 +19,12 @@ from unigen.config import UserError
 from unigen.files import atomic, draft_of, make_folders, sha256_of, sweep, unmake
 
 RECEIPT = ".unigen.json"  # in a folder that a command wrote: which one
+RUN = ("config.json", "train.log")  # make a folder that a training wrote
 # A folder that holds all the names of a row was written by this program, and holds no data: that of a
 # training, of answers, of prompts that were drawn, of encoded pictures, a checkpoint, a model. The rooms
 # above make the names.
 OUTPUTS = (
-    ("config.json", "train.log"),
+    RUN,
     ("answers.json", "batches"),
     ("answers.json", "metrics.json"),
     (".unigen/answers.json",),
@@ -143,10 +144,15 @@ def written_by(path: Path) -> str:
     return match[1].decode() if match else ""
 
 
+def holds(folder: Path, names: Iterable[str]) -> bool:
+    """Is something in the folder under each of the names?"""
+    return all(os.path.exists(folder / name) for name in names)
+
+
 def is_output(folder: Path) -> bool:
     """Did this program write the folder, as no data? Within somebody's data it is none of them. What was
     fetched is data."""
-    if any(all(os.path.exists(folder / name) for name in names) for names in OUTPUTS):
+    if any(holds(folder, names) for names in OUTPUTS):
         return True
     compared = written_by(folder / "report.html") == "unigen evaluate"  # answers of several, each in a folder
     return compared or written_by(folder / RECEIPT) not in ("", "unigen fetch")
@@ -249,8 +255,10 @@ def is_own(path: Path, sums: Iterable[str]) -> bool:
 
 def stranger(folder: Path, receipt: str, sums: Mapping[str, Iterable[str]]) -> str:
     """A file in a folder, by its name there, that is neither its ``receipt`` nor one with one of its SHA-256
-    in ``sums``; empty where there is none."""
-    for path in sorted(folder.rglob("*")):
+    in ``sums``, one that is not hidden where there is one; empty where there is none."""
+    for path in sorted(
+        folder.rglob("*"), key=lambda path: (path.relative_to(folder).parts[0][0] == ".", path)
+    ):
         name = path.relative_to(folder).as_posix()
         inner = path.is_dir() and not path.is_symlink() and any(path.iterdir())
         if (name != receipt or not sums) and not inner and not is_own(path, sums.get(name, ())):

@@ -658,6 +658,28 @@ def test_what_this_program_wrote_within_the_data_is_left_out(tmp_path: Path) -> 
     assert {entry.path.name for entry in left} == {f"eval_{number}" for number in range(len(marks))}
 
 
+def test_what_was_meant_by_a_path_that_is_not_there_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("own/photos/img_01.png"), png())
+    for text in ("own/photos/img_01.txt", "own/notes.txt"):
+        write(Path(text), "A")
+    for given, fix in (
+        ("own/photo", "; did you mean own/photos? Fix: "),
+        ("owns/photos", "; did you mean own/photos? Fix: "),
+        ("own/note.md", "; did you mean own/notes.txt? Fix: "),
+        ("own/z", "file or folder. Fix: "),
+        ("nowhere/z", "file or folder. Fix: "),
+        ("own/photos/img_01.txt", "own/photos: each picture"),
+        ("own/notes.txt", "Fix: name it after what it holds: "),
+    ):
+        with pytest.raises(BadData, match=re.escape(fix)):
+            find_files([given])
+    for command, flag in (("train", "--train_data_path"), ("evaluate", "--data_path")):
+        # before the model is looked at, which is not there either
+        assert main([command, "--model_path", "nowhere", flag, "own/photo", "--output_dir", "out"]) == 2
+        assert "did you mean own/photos?" in capsys.readouterr().err and not Path("out").exists()
+
+
 def test_image_root_moves_no_picture_that_is_a_record_itself(tmp_path: Path) -> None:
     for name, shade in (("a.png", 9), ("10_dog/a.png", 99)):
         write(tmp_path / "cap" / name, png(shade))

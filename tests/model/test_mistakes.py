@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unigen.config import DataOptions, UserError
+from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.storage import MAX_HEADER, CheckpointFolderError, scan_safetensors
 from unigen.model.weights import SIDE_FILES, build_bagel, load_planner, save_bagel
 
@@ -71,6 +72,26 @@ def test_what_the_folder_is_is_told(golden: Path, tmp_path: Path, make: Callable
         with pytest.raises(CheckpointFolderError, match=said) as caught:
             use(place)
         assert "\n" not in str(caught.value)
+
+
+def test_what_was_meant_by_a_path_that_is_no_folder_is_told(golden: Path, tmp_path: Path):
+    for name in ("own", "out/step_2", "out/step_10"):
+        shutil.copytree(golden / "model", tmp_path / name)
+    for given, fix in (
+        ("out/best", f"name a checkpoint that {tmp_path}/out holds: step_10, step_2"),
+        ("out/step_3", f"name a checkpoint that {tmp_path}/out holds: step_10, step_2"),
+        ("own/ema.safetensors", f"name its folder, {tmp_path}/own"),
+        ("owns", f"correct the path: {tmp_path}/own is there"),
+        ("BAGEL-7B-MoT", "check the path; docs/start.md says how BAGEL is fetched"),
+    ):
+        for use in (
+            build_bagel,
+            lambda folder: load_planner(folder, DataOptions()),
+            InterleaveInferencer.from_pretrained,
+        ):
+            with pytest.raises(CheckpointFolderError) as caught:
+                use(tmp_path / given)
+            assert f"Fix: {fix}" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from unigen.data.embedded import place_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
 from unigen.data.storage import addresses, brought
 from unigen.data.unpack import PACKED
+from unigen.files import meant
 from unigen.outputs import is_output
 from unigen.printing import printable
 
@@ -104,8 +105,8 @@ def find_files(
                 raise BadData(f"{given}: the folder holds {_nothing(path)}")
             found += [(path / name, name.as_posix()) for name in names]
         elif not path.is_file():
-            problem = "it is not a regular file" if path.exists() else "there is no such file or folder"
-            raise BadData(f"{given}: {problem}. Correct the path of the data.")
+            _need(given)
+            raise BadData(f"{given}: it is not a regular file. Fix: name a file or a folder")
         elif kind_of(path) is None:
             known = ", ".join(CONTAINERS)
             raise BadData(
@@ -122,6 +123,26 @@ def find_files(
     if not found:
         raise BadData("no data is named. Give a JSON or JSONL file, or a folder of them.")
     return found
+
+
+def need_paths(paths: Iterable[str | Path]) -> None:
+    """Raises BadData where nothing is at a path of this machine: to be known before slower work begins."""
+    for path in paths:
+        for one in [] if remote.scheme_of(os.fspath(path)) else expand(path):
+            _need(one)
+
+
+def _need(given: str | Path) -> None:
+    """Raises BadData where nothing is there."""
+    path = Path(given)
+    if remote.scheme_of(os.fspath(given)) or path.exists():
+        return
+    near = meant(path)
+    raise BadData(
+        f"{given}: there is no such file or folder"
+        + (f"; did you mean {near}?" if near else ".")
+        + " Fix: correct the path of the data"
+    )
 
 
 def _warn_of_data(folder: str | Path, unknown: Iterable[Path]) -> None:
@@ -195,7 +216,8 @@ def _renamed(path: Path) -> str:
         return "unpack it to a .tar, whose members are then read in place"
     if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z"):
         return "unpack it"
-    if is_picture(path):
+    text = path.suffix.lower() in CAPTIONS
+    if is_picture(path) or (text and any(map(is_picture, path.parent.glob(f"{glob.escape(path.stem)}.*")))):
         return f"name its folder, {path.parent}: each picture there with a text beside it is a record"
     if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         return "save it as CSV"

@@ -11,7 +11,7 @@ from typing import Any
 from unigen.config import ConfigError, DataOptions, TrainSource
 from unigen.model.codec import VaeConfig, read_vae_config
 from unigen.model.schemas import CONFIG, LLM, VIT, contradictions, misfits
-from unigen.model.storage import CheckpointFolderError, checkpoint_json
+from unigen.model.storage import CheckpointFolderError, checkpoint_json, need_folder
 from unigen.sequence.pack import Geometry
 from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import Tokenizer
@@ -147,11 +147,7 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
     """
     from transformers import Qwen2Config, SiglipVisionConfig
 
-    if not folder.is_dir():
-        raise CheckpointFolderError(
-            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
-            " path; docs/start.md says how BAGEL is fetched, and its JSON files alone for unigen plan"
-        )
+    need_folder(folder)
     said = checkpoint_json(folder / "llm_config.json", LLM)
     if "rope_theta" not in said and "rope_theta" not in (said.get("rope_parameters") or {}):
         raise wrong(folder, "llm_config.json: rope_theta is missing")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from unigen.files import meant
+
 _MARK = "llm_config.json"  # every checkpoint folder has it
 _UNREADABLE = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+_SAVED = re.compile(r"best|step_\d+")  # as a training calls its checkpoints (runs/layout.py)
+_SHOWN = 7
 _MANY = 1000  # entries of a folder that are looked at
 
 
@@ -30,6 +35,19 @@ def fix_of(folder: Path) -> str:
             " safetensors"
         )
     return "check the path, or download the whole repository"
+
+
+def fix_of_place(folder: Path) -> str:
+    """The fix where ``folder``, given for a checkpoint's, is no folder."""
+    if folder.is_file():
+        return f"name its folder, {folder.parent}"
+    saved = [name for name in _names(folder.parent) if _SAVED.fullmatch(name)]
+    if saved:
+        newest = ", ".join(sorted(saved, key=lambda name: (len(name), name))[:-_SHOWN:-1])
+        return f"name a checkpoint that {folder.parent} holds: {newest}"
+    if near := meant(folder):
+        return f"correct the path: {near} is there"
+    return "check the path; docs/start.md says how BAGEL is fetched, and its JSON files alone for unigen plan"
 
 
 def _checkpoint_below(folder: Path) -> Path | None:

@@ -29,7 +29,7 @@ from unigen import foreign
 from unigen.config import UserError
 from unigen.files import atomic, json_of
 from unigen.foreign import ForeignFileError, known_mistake, roots_of
-from unigen.model.mistakes import fix_of
+from unigen.model.mistakes import fix_of, fix_of_place
 from unigen.schema import Items, Number, Rule, String, Table, short, whole
 
 if TYPE_CHECKING:
@@ -308,14 +308,19 @@ def _fills(path: Path, tensors: dict[str, Stored], base: int, size: int) -> None
         )
 
 
+def need_folder(folder: Path) -> None:
+    """Raises CheckpointFolderError where a checkpoint's folder is none."""
+    if not folder.is_dir():
+        raise CheckpointFolderError(
+            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix:"
+            f" {fix_of_place(folder)}"
+        )
+
+
 def scan_folder(folder: Path, prefer: tuple[str, ...] = (WEIGHTS, "model.safetensors")) -> dict[str, Stored]:
     """The model's tensors in a checkpoint folder: ``ema.safetensors``, a sharded set with its index, or
     ``model.safetensors``. What belongs to a quantised matrix is one :class:`Quantised`."""
-    if not folder.is_dir():
-        raise CheckpointFolderError(
-            f"{folder} is not a folder; model_path must be the folder of a BAGEL checkpoint. Fix: check the"
-            " path; docs/start.md says how BAGEL is fetched, and its JSON files alone for unigen plan"
-        )
+    need_folder(folder)
     for name in prefer:
         if (found := scan_set(folder, name)) is not None:
             return _joined(folder, found)

@@ -29,7 +29,7 @@ from unigen.runs.secrets import hide_in_logs
 from unigen.runs.signals import SignalHandler
 from unigen.runs.space import DiskSpace
 from unigen.tracking.tracker import need_trackers
-from unigen.training.datasets import RunData
+from unigen.training.datasets import RunData, need_data
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
 from unigen.training.evaluate import open_evaluation
@@ -66,6 +66,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         torch.manual_seed(c.seed)  # samples bring their own random numbers; this is for whatever else draws
         output_dir, position = Path(c.output_dir), Position()
         engine.on_main(lambda: need_trackers(c))
+        engine.on_main(lambda: need_data(c))
         claim = _claim(engine, output_dir, c)
         if claim is not None:
             undo.callback(claim.close)

@@ -7,6 +7,7 @@ import logging
 from unigen.cache.store import FeatureCache
 from unigen.config import Config, ConfigError, TrainSource, UserError
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.finding import need_paths
 from unigen.data.loader import PackStream, cores
 from unigen.data.mapping import ReadOptions
 from unigen.data.mixing import DataSource, Mixture
@@ -19,6 +20,13 @@ from unigen.training.engine import Engine
 log = logging.getLogger("unigen")
 
 KEPT_SHARE = 0.25  # preserve_share where none is given
+
+
+def need_data(config: Config) -> None:
+    """Raises UserError where data that the config names are not there: before the model is read."""
+    for source in [*config.sources(), *config.held_out()]:
+        need_paths([source.path] if isinstance(source.path, str) else source.path)
+    need_paths([config.probe_data_path] if config.probe_data_path else [])
 
 
 class RunData:

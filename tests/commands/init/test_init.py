@@ -72,6 +72,10 @@ def test_its_own_folder_is_made_anew_and_no_other(tmp_path, data, capsys):
     refused("config.json")
     left.pop("config.json")
     assert {path.name: sha256_of(path) for path in folder.iterdir() if path.name in left} == left
+    (folder / ".hidden").write_text("")
+    refused("config.json")  # not the hidden one
+    (folder / "train.log").write_text("")
+    refused("training run")
     other = tmp_path / "other"
     other.mkdir()
     (other / ".unigen.json").write_text('{"generator": "unigen check", "files": {}}')

@@ -19,6 +19,7 @@ from unigen.config import ConfigError, DataOptions, SamplingOptions
 from unigen.data.captions import PICTURES, is_picture
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.examine import CountTokens
+from unigen.data.finding import need_paths
 from unigen.data.mapping import ReadOptions
 from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import (
@@ -113,6 +114,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
     """``unigen evaluate``; see there."""
     _check_options(o)
     extras = extras or Extras()
+    need_paths([o.data_path] if isinstance(o.data_path, str) else o.data_path)
     with processes() as (rank, channel):
         names = _names(o)
         dataset = UnifiedGenerationDataset(

@@ -68,8 +68,13 @@ def init(options: InitOptions) -> None:
 
 def _refuse_others(folder: Path) -> None:
     """Raises UserError where the folder holds anything that an earlier call did not leave there."""
-    from unigen.outputs import RECEIPT, read_receipt, stranger
+    from unigen.outputs import RECEIPT, RUN, holds, read_receipt, stranger
 
+    if holds(folder, RUN):
+        raise UserError(
+            f"output_dir {folder} is the folder of a training run. Fix: name a new or an empty folder"
+            " (--output_dir ...)"
+        )
     if found := stranger(folder, RECEIPT, read_receipt(folder, INIT)):
         raise UserError(
             f"output_dir {folder} holds {found}, which {INIT} did not leave there as it is now. Fix: name a"
