@@ -70,7 +70,7 @@ def test_it_trains_on_all_seven_formats_and_every_task(demo):
     formats = re.search(r"^formats +(.+)$", demo.log, re.M)
     tasks = re.search(r"^tasks +(.+)$", demo.log, re.M)
     assert formats and tasks, demo.log[:2000]
-    named = [{part.split(":")[0] for part in found[1].split(", ")} for found in (formats, tasks)]
+    named = [{re.split("[: ]", part)[0] for part in found[1].split(", ")} for found in (formats, tasks)]
     assert named[0] == set(list(FORMATS)[:7])
     assert named[1] >= {"understand", "generate", "edit", "interleaved"}
 
