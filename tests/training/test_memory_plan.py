@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import plan as on_cpu
@@ -19,7 +21,8 @@ from unigen.model.config import BagelConfig
 from unigen.model.sizes import Half, Load, Widths
 from unigen.sequence.types import Pack
 from unigen.training.census import census
-from unigen.training.memory_plan import Machine, MemoryPlan, plan_memory
+from unigen.training.memory_plan import Machine, MemoryPlan, compared, plan_memory
+from unigen.training.preserve import Teacher
 from unigen.training.step import Counts, forward_backward
 from unigen.training.trainer import UnifiedTrainer
 
@@ -67,6 +70,15 @@ def test_the_7b_in_bytes():
     assert held(**lora, quantize="nf4") == pytest.approx(10.5e9 + 0.65e9, rel=0.01)
     assert held(**lora, quantize="nf4", double_quant=True) == pytest.approx(9.9e9 + 0.65e9, rel=0.01)
     assert held(**lora, quantize="int8") == pytest.approx(13.05e9 + 3.18e9 + 0.65e9, rel=0.01)
+
+
+def test_an_embedding_that_is_stored_in_float32_and_stays_as_it_is_is_held_so():
+    config, bf16 = Config(freeze_und=True), torch.bfloat16
+    low, high = (
+        sum(entry.nbytes for entry in census(published(), config, bf16, words))
+        for words in (bf16, torch.float32)
+    )
+    assert low == held(freeze_und=True) and high - low == 2 * 152_064 * 3584
 
 
 def test_activations_of_the_7b_a_token_and_layer():
@@ -204,6 +216,9 @@ def test_a_step_takes_the_bytes_that_were_planned(case: str, precision: str):
 def counted(config: Config, model: BagelConfig, pack: Pack) -> tuple[MemoryPlan, tuple[int, int]]:
     """A plan, and the bytes that a second step took: until its backward pass ended, and in its update."""
     engine = on_cpu.engine_of(config, model)
+    if config.preserve_weight is not None:  # beside adapters it reads nothing of the weights of before
+        folder: Any = SimpleNamespace(folder=Path(config.model_path or ""), stored={})
+        engine.teacher = Teacher(engine, folder, None)
     packs = [pack] * config.gradient_accumulation_steps
     with Alive(engine.model.parameters()) as alive:
         for _ in range(2):
@@ -215,6 +230,23 @@ def counted(config: Config, model: BagelConfig, pack: Pack) -> tuple[MemoryPlan,
     return plan_memory(model, config, Load.of(pack), Machine.of(config, "cpu", 1, engine.dtype)), (
         first, alive.peak,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_targets_that_are_kept_are_counted_beside_those_that_are_learnt(learnt: bool):
+    pytest.importorskip("peft")
+    config = Config(model_path="m", device="cpu", lora_rank=16, preserve_weight=1.0, precision="fp32")
+    model = small()
+    pack = packed(model, side=32, text=400)
+    kept = replace(pack, kept_label_rows=pack.label_rows, kept_noised_rows=pack.noised_rows)
+    if not learnt:
+        kept = replace(kept, label_rows=pack.label_rows[:0], noised_rows=pack.noised_rows[:0])
+    load = Load.of(kept)
+    assert load == Load.of(pack).keeping(learnt) and load.kept == (load.labels // (1 + learnt), 1024)
+    plan_of, step = counted(config, model, kept)
+    assert share(above(plan_of, "forward", "logits", "backward", "first layer", "embeddings"), step[0]) < 0.1
+    alone = plan_memory(model, Config(model_path="m", device="cpu", lora_rank=16), Load.of(pack), SINGLE)
+    assert plan_of.flop > 1.2 * alone.flop
 
 
 @pytest.mark.slow
@@ -286,6 +318,17 @@ def test_the_memory_of_a_process_is_what_was_planned():
     """One of the configurations of benchmarks/plan.py, in a process of its own."""
     plan_of, _, most = on_cpu.row("adapters, wider")
     assert share(sum(plan_of.values()), most) < 0.1
+
+
+def test_moments_of_an_earlier_run_count_once_in_what_a_resumed_one_says():
+    config, load = Config(lora_rank=64), Load.filled(4096, published(), 4096)
+    entries = census(published(), config, torch.bfloat16)
+    moments = int(sum(entry.moments("adamw") for entry in entries))
+    base, found = 40 * 10**9, []
+    for there, resumed in ((0, False), (moments, True)):
+        told = compared(published(), config, ("cpu", 1, torch.bfloat16), load, 0, base + there, None, resumed)
+        found.append(float(re.findall(r"planned ([\d.]+) GB", told)[0]))
+    assert moments > 1e9 and found[0] == found[1]
 
 
 def test_a_run_says_what_it_took_and_what_was_planned(

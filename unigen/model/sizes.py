@@ -8,7 +8,7 @@ heads, c bytes of a number that products are computed in, r rank of adapters. Th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unigen.model.config import BagelConfig
@@ -29,11 +29,12 @@ class Load:
     und: int  # tokens of the understanding half
     gen: int  # of the generation half
     patches: int = 0  # that the ViT sees
-    labels: int = 0  # tokens with a label
-    noised: int = 0  # tokens that learn to be drawn
+    labels: int = 0  # rows with a label; one that is learnt and kept is computed twice
+    noised: int = 0  # rows that learn to be drawn, likewise
     pixels: int = 0  # that the VAE encodes
     squares: float = 0.0  # sum over samples of their length squared
     samples: int = 1
+    kept: tuple[int, int] = (0, 0)  # of labels and noised, those that stay near the model as it was
 
     @property
     def tokens(self) -> int:
@@ -44,15 +45,25 @@ class Load:
         """That of a packed sequence."""
         lengths = [u + g for u, g in zip(pack.und_lengths, pack.gen_lengths, strict=True)]
         ready = pack.vit_ready or [False] * len(pack.vit_lengths)
+        kept = pack.n_kept_labels, pack.n_kept_image
         return cls(
             und=pack.n_und,
             gen=len(pack) - pack.n_und,
             patches=sum(n for n, done in zip(pack.vit_lengths, ready, strict=True) if not done),
-            labels=pack.n_text_labels,
-            noised=pack.n_image_targets,
+            labels=pack.n_text_labels + kept[0],
+            noised=pack.n_image_targets + kept[1],
             pixels=sum(pixels.shape[-1] * pixels.shape[-2] for pixels in pack.vae_pixels),
             squares=float(sum(n * n for n in lengths)),
             samples=pack.n_samples,
+            kept=kept,
+        )
+
+    def keeping(self, learnt: bool) -> Load:
+        """The same where the model is to stay what it was at all of its targets; ``learnt``: which are learnt
+        from all the same."""
+        times = 1 + learnt
+        return replace(
+            self, labels=times * self.labels, noised=times * self.noised, kept=(self.labels, self.noised)
         )
 
     @classmethod
@@ -209,7 +220,7 @@ def work_of(config: BagelConfig, load: Load, learns: Mapping[str, bool], again: 
     flop -= w.D * (3 * w.I + w.q) * idle
     records = "und" in learns or "gen" in learns
     flop += 2 * w.q * layers * load.squares * (1 + records * (2.5 + again))  # half of all pairs attend
-    flop += (4 + 2 * learns.get("head", False)) * w.D * config.llm.vocab_size * load.labels
+    flop += 2 * (1 + records + learns.get("head", False)) * w.D * config.llm.vocab_size * load.labels
     if config.visual_und:
         v = config.vit
         matrices = (v.num_hidden_layers - 1) * v.hidden_size * (4 * v.hidden_size + 2 * v.intermediate_size)

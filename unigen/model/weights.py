@@ -35,7 +35,7 @@ from unigen.model.codec import CODECS, FluxCodec, VaeConfig
 from unigen.model.config import BagelConfig, read_config, wrong
 from unigen.model.layers import sincos_table
 from unigen.model.lora import activate, bind, fresh_values, linear_modules
-from unigen.model.parts import is_adapter, is_left_out, is_table, published_name
+from unigen.model.parts import WORDS, is_adapter, is_left_out, is_table, published_name
 from unigen.model.quantise import (
     QuantiseError,
     bits_of,
@@ -115,10 +115,20 @@ def read_shape(folder: Path, options: DataOptions | None = None) -> BagelConfig:
     Raises:
         CheckpointFolderError: as :func:`unigen.model.config.read_config`.
     """
-    held = folder.is_dir() and any(folder.glob("*.safetensors*"))
-    shapes = {name: stored.shape for name, stored in scan_folder(folder).items()} if held else {}
+    shapes = {name: stored.shape for name, stored in _held(folder).items()}
     parts = {} if options is None else {name: getattr(options, name) for name in ("visual_gen", "visual_und")}
     return read_config(folder, shapes, **parts)
+
+
+def dtype_of_words(folder: Path) -> torch.dtype | None:
+    """The dtype that the embedding of texts is stored in; None where the folder holds no weights."""
+    words = _held(folder).get(WORDS)
+    return words and words.dtype
+
+
+def _held(folder: Path) -> Mapping[str, Stored]:
+    """The folder's tensors, where it holds any."""
+    return scan_folder(folder) if folder.is_dir() and any(folder.glob("*.safetensors*")) else {}
 
 
 def load_bagel(

@@ -48,8 +48,10 @@ class ParameterEntry:
         return self.numel * (2 + 8 / BLOCK8 if low else 8)
 
 
-def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[ParameterEntry]:
-    """Every parameter of a model as a run with these options holds it.
+def census(
+    model: BagelConfig, config: Config, computes: torch.dtype, words: torch.dtype | None = None
+) -> list[ParameterEntry]:
+    """Every parameter of a model as a run with these options holds it; ``words``: see :func:`dtype_of`.
 
     Raises:
         AdapterError, ConfigError: what trains is refused, as :mod:`unigen.training.prepare` does.
@@ -59,7 +61,7 @@ def census(model: BagelConfig, config: Config, computes: torch.dtype) -> list[Pa
     found = []
     for name, p in bare.named_parameters():
         shape, module = tuple(p.shape), name.rpartition(".")[0]
-        held = float(p.numel() * dtype_of(name, config, computes).itemsize)
+        held = float(p.numel() * dtype_of(name, config, computes, words).itemsize)
         if config.quantize and name.endswith("weight") and is_quantised(module):
             if config.quantize == "int8":
                 held = p.numel() + 4.0 * shape[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -106,7 +106,9 @@ class MemoryPlan:
         return sum(self.at_peak.values())
 
 
-def plan_memory(model: BagelConfig, config: Config, load: Load, machine: Machine) -> MemoryPlan:
+def plan_memory(
+    model: BagelConfig, config: Config, load: Load, machine: Machine, words: torch.dtype | None = None
+) -> MemoryPlan:
     """What a training takes.
 
     Args:
@@ -114,20 +116,23 @@ def plan_memory(model: BagelConfig, config: Config, load: Load, machine: Machine
         config: options of the run.
         load: its largest packed sequence.
         machine: where it runs.
+        words: dtype that the embedding of texts is stored in; None is as published, bfloat16.
 
     Raises:
         AdapterError: as :func:`census`.
     """
-    return _Planner(model, config, load, machine).plan()
+    return _Planner(model, config, load, machine, words).plan()
 
 
 class _Planner:
     """The terms of one plan, and their sums."""
 
-    def __init__(self, model: BagelConfig, config: Config, load: Load, machine: Machine):
+    def __init__(
+        self, model: BagelConfig, config: Config, load: Load, machine: Machine, words: torch.dtype | None
+    ):
         self.model, self.config, self.load, self.machine = model, config, load, machine
         self.c = machine.computes.itemsize
-        self.entries = census(model, config, machine.computes)
+        self.entries = census(model, config, machine.computes, words)
         self.widths = Widths.of(model.llm, self.c)
         self.gpu = machine.kind == "cuda"
         policy = config.checkpointing_policy if config.gradient_checkpointing else "none"
@@ -264,7 +269,7 @@ class _Planner:
         if self.config.preserve_weight is None:
             return 0.0
         before = sum(e.nbytes for e in self.trained if not is_adapter(e.name)) / self.machine.shards
-        return before + float(self.load.labels * self.model.llm.vocab_size * self.c)
+        return before + float(self.load.kept[0] * self.model.llm.vocab_size * self.c)
 
     def gradients(self) -> float:
         return sum(e.gradient for e in self.trained) / self.machine.shards
@@ -440,7 +445,12 @@ class _Planner:
             part = _worker(entry.name)
             if part and (part in learns or part in ("head", "vit")):
                 learns[part] = learns.get(part, False) or not is_adapter(entry.name)
-        return work_of(self.model, self.load, learns, self.policy == "full")
+        flop = work_of(self.model, self.load, learns, self.policy == "full")
+        if self.config.preserve_weight is not None:  # the forward of the model as it was
+            labels, noised = self.load.kept
+            before = replace(self.load, labels=labels, noised=noised, pixels=0)
+            flop += work_of(self.model, before, {}, False)
+        return flop
 
 
 def _power(count: int) -> int:
@@ -465,6 +475,8 @@ def compared(
     load: Load,
     gpu_peak: int,
     built: int,
+    words: torch.dtype | None = None,
+    resumed: bool = False,
 ) -> str:
     """What a run took, beside what was planned; empty where it was not planned.
 
@@ -477,15 +489,18 @@ def compared(
             counts.
         built: bytes that the process held before the first step, with its weights: what the program itself
             takes hangs on libraries, options and system.
+        words: as :func:`plan_memory`.
+        resumed: were the moments of an earlier run there by then, too?
     """
     kind, world, computes = engine
     try:
-        plan = plan_memory(model, config, load, Machine.of(config, kind, world, computes))
+        plan = plan_memory(model, config, load, Machine.of(config, kind, world, computes), words)
     except ConfigError:
         return ""
     point = plan.point
     planned = plan.moments[point]
-    held = sum(planned[part] for part in ("weights", "average", "vae", "teacher"))
+    there = ("weights", "average", "vae", "teacher", *(["moments"] if resumed else []))
+    held = sum(planned[part] for part in there)
     planned |= {"program": 0.0, "fragments": 0.0} if kind == "cuda" else {"program": max(built - held, 0.0)}
     total = sum(planned.values())
     taken = gpu_peak if kind == "cuda" else resident_peak()

@@ -10,6 +10,7 @@ import torch
 
 from unigen.config import Config
 from unigen.messages import in_language
+from unigen.model.parts import WORDS
 from unigen.model.quantise import adopt_bits
 from unigen.runs import layout
 from unigen.runs.signals import SignalHandler, Stopped
@@ -89,7 +90,9 @@ def tell_memory(run: Run, warmed: WarmUp, built: int) -> None:
     if device.type == "cuda":
         peak = max(peak, torch.cuda.max_memory_allocated(device))
     engine = (device.type, run.engine.world, run.engine.dtype)
-    if told := compared(run.model.config, run.config, engine, warmed.load, peak, built):
+    words, resumed = run.source.stored.get(WORDS), run.resumed is not None
+    facts = (words and words.dtype, resumed)
+    if told := compared(run.model.config, run.config, engine, warmed.load, peak, built, *facts):
         log.info("%s", told)
 
 

@@ -2,17 +2,21 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from gpu_setup import published
+from safetensors.torch import load_file, save_file
 
 from unigen import cli
 from unigen.commands.plan.changes import CHANGES, fitting
 from unigen.commands.plan.command import load_of, read_memory, room_of
 from unigen.commands.plan.report import flags
 from unigen.config import Config
+from unigen.model.parts import WORDS
 from unigen.model.sizes import Load
 from unigen.show.language import texts
 
@@ -79,6 +83,30 @@ def test_the_plan_as_json(configs, capsys):
     assert found["card"] == "RTX 4090" and found["seconds"] > 0
     code, found = plan(capsys, "--model_path", str(configs), "--max_num_tokens", "4096")
     assert code == 0 and found["fits"] is None and found["seconds"] is None
+
+
+def test_weights_that_lie_there_say_how_the_embedding_is_held(small_model, capsys, tmp_path):
+    low = tmp_path / "low"
+    shutil.copytree(small_model, low)
+    weights = load_file(low / "ema.safetensors")
+    save_file(weights | {WORDS: weights[WORDS].bfloat16()}, low / "ema.safetensors")
+    asked = ["--freeze_und", "--max_num_tokens", "256", "--max_image_tokens", "16"]
+    there, less = (
+        plan(capsys, "--model_path", str(folder), *asked)[1]["device"]["weights"]
+        for folder in (small_model, low)
+    )
+    assert weights[WORDS].dtype == torch.float32 and there - less == 2 * weights[WORDS].numel()
+
+
+def test_targets_that_are_kept_are_planned_beside_those_that_are_learnt(configs, capsys):
+    asked = ["--model_path", str(configs), "--lora_rank", "8", "--max_num_tokens", "2048"]
+    kept = ["--preserve_weight", "1"]
+    alone, both, other = (
+        plan(capsys, *asked, *more)[1]["sequence"]
+        for more in ([], kept, [*kept, "--preserve_data_path", "other.jsonl"])
+    )
+    assert both["labels"] == 2 * alone["labels"] and both["noised"] == 2 * alone["noised"]
+    assert other == {**alone, "kept": [alone["labels"], alone["noised"]]}
 
 
 def changed(room: float, gpus: int = 1, **options) -> tuple[list[str], Config, bool]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, ConfigError
 from unigen.model.config import BagelConfig
 from unigen.model.sizes import Load
+from unigen.model.weights import dtype_of_words
 from unigen.training.memory_plan import Machine, MemoryPlan, plan_memory
 from unigen.training.precision import DeviceFacts, choose_precision
 
@@ -160,5 +162,5 @@ def _planned(model: BagelConfig, config: Config, gpus: int, load_of: LoadOf) -> 
     precision = choose_precision(config, DeviceFacts(kind, "the GPU", has_bf16=True))
     machine = Machine.of(config, kind, gpus, precision.dtype)
     load = load_of(config)
-    plan = plan_memory(model, config, load, machine)
+    plan = plan_memory(model, config, load, machine, dtype_of_words(Path(config.model_path or "")))
     return Outcome(plan, plan, config, [], None, precision.name, machine.engine, load)

@@ -95,7 +95,10 @@ def load_of(options: PlanOptions, config: Config, model: BagelConfig) -> Load:
     labels = tokens - gen - patches if options.label_tokens is None else options.label_tokens
     pixels = 0 if config.cache_dir else gen * model.latent_stride**2
     und, labels = tokens - gen, min(labels, tokens - gen)
-    return replace(load, und=und, gen=gen, patches=patches, labels=labels, noised=gen, pixels=pixels)
+    load = replace(load, und=und, gen=gen, patches=patches, labels=labels, noised=gen, pixels=pixels)
+    if config.preserve_weight is None:
+        return load
+    return load.keeping(learnt=not any(source.preserve for source in config.sources()))
 
 
 def print_plan(outcome: Outcome, options: PlanOptions, gigabytes: float | None, place: Path | None) -> None:
