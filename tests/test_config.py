@@ -51,6 +51,8 @@ def test_every_option_is_a_flag_and_a_key(tmp_path):
             written = value = "cuda:1"
         elif field.name == "optimizer":
             written = value = "adamw8bit"
+        elif field.name == "lr_scheduler_type":
+            written = value = "linear"
         elif field.name == "plugin":  # which reading it imports
             written, value = "[json, unigen.version]", ["json", "unigen.version"]
         else:
@@ -384,6 +386,12 @@ def test_python_is_checked_when_the_config_is_made(options, name):
         ({"weight_decay": 200.0, "learning_rate": 0.01}, "weight_decay is 200.0"),
         ({"text_loss_weight": 0, "image_loss_weight": 0}, "text_loss_weight is 0"),
         ({"text_loss_weight": 0, "visual_gen": False}, "text_loss_weight is 0"),
+        ({"image_loss_weight": 2, "visual_gen": False}, "image_loss_weight says nothing"),
+        ({"timestep_shift": 2, "visual_gen": False}, "timestep_shift says nothing"),
+        ({"expect_image_loss": (0.0, 1.0), "visual_gen": False}, "expect_image_loss says nothing"),
+        ({"text_cond_dropout_prob": 0.2, "visual_gen": False}, "text_cond_dropout_prob says nothing"),
+        ({"model_load_mode": 1, "precision": "fp32"}, "model_load_mode is 1, bfloat16"),
+        ({"model_load_mode": 1, "fp16": True}, "model_load_mode is 1, bfloat16"),
         ({"wandb_run_name": "x"}, "wandb_run_name needs wandb_project"),
         ({"sample_steps": 3}, "sample_steps needs sample_prompts"),
         ({"checkpointing_policy": "selective"}, "checkpointing_policy is selective, but"),

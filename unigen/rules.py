@@ -20,6 +20,7 @@ _NEEDS = {
     "sample_steps": "sample_prompts",
     "wandb_run_name": "wandb_project",
 }
+_DRAWING = "image_loss_weight", "timestep_shift", "expect_image_loss", "text_cond_dropout_prob"
 # (is it so?, the option, what is wrong and the fix)
 
 
@@ -40,6 +41,9 @@ def _missing(c: Any) -> Rules:
     for name, other in _NEEDS.items():
         given = getattr(c, name) is not None and getattr(c, other) is None
         yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
+    for name in _DRAWING:
+        given = not c.visual_gen and getattr(c, name) not in (0, getattr(type(c), name))
+        yield given, name, f"says nothing with visual_gen=false. Fix: leave {name} out"
     yield (
         c.sample_kind != "auto" and c.sample_prompts is None,
         "sample_kind",
@@ -200,8 +204,20 @@ def _adapters(c: Any) -> Rules:
 
 def _quantised(c: Any) -> Rules:
     """Matrices of 4 and 8 bits."""
+    other = c.fp16 or c.precision in ("fp16", "fp32") or c.bf16 is False
+    yield (
+        c.model_load_mode == 1 and other,
+        "model_load_mode",
+        "is 1, bfloat16, and the precision is another. Fix: leave model_load_mode out, or --precision bf16",
+    )
     if c.quantize is None:
         return
+    yield (
+        c.model_load_mode == 1 and c.quantised_folder,
+        "model_load_mode",
+        f"is 1, bfloat16, and {c.quantised_folder} holds {c.quantize}. Fix: leave it out, or give the folder"
+        " of the full weights",
+    )
     yield (
         c.model_load_mode not in (None, {"nf4": 2, "int8": 3}[c.quantize]),
         "model_load_mode",

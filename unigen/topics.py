@@ -75,7 +75,7 @@ class ModelOptions(Options):
         quantize: Hold the decoder's matrices in 4 bits (nf4) or 8 bits (int8), so that a model fits a smaller
             card; adapters train over them (lora_rank). Default: as they are.
         double_quant: Quantise the scales of nf4, too: 0.4 bits fewer a number.
-        model_load_mode: The same by number: 1 bfloat16, 2 nf4, 3 int8.
+        model_load_mode: The same by number: 1 bfloat16 (nothing is quantised), 2 nf4, 3 int8.
         weights: How matrices that train are held: float32; or bf16, with stochastic rounding of every update
             and no float32 copy: 4 bytes a parameter less in weight and gradient.
         train_also: Parts to train whole beside the adapters: time_embedder, vae2llm, llm2vae, connector,

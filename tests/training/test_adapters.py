@@ -198,6 +198,12 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], given: di
     [
         ({"lora_targets": ["generation"]}, "lora_targets.*'generation'"),
         ({"train_also": ["time_embeder"]}, "train_also.*time_embedder"),
+        (
+            {"visual_gen": False, "lora_targets": ["und"], "train_also": ["llm2vae"]},
+            "'llm2vae' .*visual_gen=false",
+        ),
+        ({"visual_gen": False, "lora_targets": ["und", "gen"]}, "'gen' .*visual_gen=false.*Fix: "),
+        ({"visual_und": False, "lora_targets": ["vit"]}, "'vit' .*visual_und=false"),
         ({"lora_targets": ["connector"], "train_also": ["connector"]}, "connector.*lora_targets adapts"),
     ],
 )

@@ -25,6 +25,7 @@ from unigen.model.parts import (
     TRAINED_WHOLE,
     Patterns,
     is_adapter,
+    is_left_out,
     is_table,
     matches,
 )
@@ -65,6 +66,12 @@ def _chosen(option: str, wanted: Iterable[str], known: Patterns, names: list[str
     chosen: set[str] = set()
     for word in wanted:
         found = {name for name in names if matches(name, word, known)}
+        if not found and word in known:
+            left_out = "visual_gen" if is_left_out(known[word][0], False, True) else "visual_und"
+            raise AdapterError(
+                f"{option}: {word!r} is a part that {left_out}=false leaves out. Fix: leave it out of"
+                f" {option}, or --{left_out} true"
+            )
         if not found:
             close = nearest(word, [*known, *{part for name in names for part in name.split(".")}])
             raise AdapterError(

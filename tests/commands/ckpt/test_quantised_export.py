@@ -246,7 +246,7 @@ def test_what_does_not_fit_together_is_one_line(
     folder, out = folders["int8", False], tmp_path / "out"
     for given, named in (
         ({"quantize": "nf4", "lora_rank": 2}, "holds int8"),
-        ({"model_load_mode": 1, "lora_rank": 2}, "model_load_mode"),
+        ({"model_load_mode": 1, "lora_rank": 2}, f"model_load_mode is 1, bfloat16, and {folder} holds int8"),
         ({"lora_rank": 2, "engine": "fsdp2"}, "fsdp2"),
         ({}, f"model_path is {folder}, which holds int8"),
         ({"quantize": "int8"}, "quantize needs lora_rank"),
