@@ -24,6 +24,8 @@ import pytest
 from recorded import beat, record
 from tiny import SMALL, draw_picture, text, write_jsonl
 
+from unigen import bars
+
 sys.dont_write_bytecode = False  # as above, of this process
 
 # A shell that starts the tests in the background has these ignored, and so would every process that a test
@@ -70,6 +72,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if marked and not _cuda():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none here"))
+
+
+@pytest.fixture(autouse=True)
+def no_slow_machine_says_so(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long tells of it after some seconds, which is one more line where a test counts lines."""
+    if request.node.path.name != "test_bars.py":
+        monkeypatch.setattr(bars, "QUIET", 300.0)
 
 
 @pytest.fixture(scope="session")
