@@ -393,6 +393,19 @@ def test_two_members_of_one_kind_are_told(tmp_path: Path) -> None:
         assert (error.code, error.field) == ("ambiguous_piece", name)
 
 
+def test_the_json_of_a_tar_is_no_metadata_where_it_says_another_task(tmp_path: Path) -> None:
+    def told(said: dict) -> Path:
+        members = [("0.png", png()), ("0.txt", b"what is it?"), ("0.json", json.dumps(said).encode())]
+        return archive(tmp_path / "a.tar", members)
+
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
+    for said in ({"answer": "a cat"}, {"prompt": "a cat"}):
+        refused(told(said))
+    assert UnifiedGenerationDataset(told({"conversations": turns}))[0].format == "sharegpt"
+    record = UnifiedGenerationDataset(told({"caption": " what is  it?", "label": 3, "url": "x"}))[0]
+    assert record.metadata["url"] == "x" and record.format == "image_and_text"
+
+
 # ---- folders
 
 

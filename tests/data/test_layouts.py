@@ -303,6 +303,28 @@ def test_the_name_of_a_picture_is_no_answer(record, field: str, read_as) -> None
         assert read({"instruction": "i", "output": text})[1] == ["i", f"{text}*"]
 
 
+@pytest.mark.parametrize(
+    ("record", "read_as"),
+    [
+        ({"images": ["a.png"], "text": "A"}, ["A", "[a.png]*"]),
+        ({"images": ["a.png"], "caption": "A"}, ["A", "[a.png]*"]),
+        ({"file": "a.png", "text": "A"}, ["A", "[a.png]*"]),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}, ["q", "r*"]),
+    ],
+)
+def test_no_fix_leads_nowhere_or_loses_the_picture(record, read_as) -> None:
+    (fields, *_) = given(refused(record).fix)
+    assert read(record, fields=fields)[1] == read_as
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"image1": "a.png", "image2": "b.png", "text": "A"}, {"input": PNG, "output": PNG, "text": "A"}],
+)
+def test_a_text_beside_pictures_is_not_advised_as_a_text_alone(record) -> None:
+    assert "sequence" not in (fix := refused(record).fix) and "input_image" in fix
+
+
 def test_of_two_captions_each_line_does_what_it_says() -> None:
     record = {"image_path": "a.png", "caption": "A", "prompt": "B"}
     *drawn, learnt = given(refused(record).fix)

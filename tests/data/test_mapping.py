@@ -12,9 +12,11 @@ from unigen.cli import main, parse_config
 from unigen.commands.check.findings import check
 from unigen.config import ConfigError, DataOptions
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
+from unigen.data.formats import parse_with_fields
 from unigen.data.mapping import ReadOptions
 from unigen.model.weights import load_planner
 from unigen.recipe import UsageError
+from unigen.sequence.types import Origin
 
 
 def picture(path: Path, size: int = 32) -> Path:
@@ -146,3 +148,35 @@ def test_options_of_a_source_win_over_those_of_the_run(tmp_path: Path) -> None:
             parse_config(["--fields", *wrong])
     with pytest.raises(ConfigError, match="fields"):
         DataOptions(fields={"a": 3})
+
+
+def test_a_name_that_nothing_reads_is_no_mapping(tmp_path: Path) -> None:
+    data = lines(tmp_path / "d.jsonl", {"query": "q", "response": "r", "image_file": "a.png"})
+    with pytest.raises(BadData, match=r"--fields imagse=image_file.*did you mean image"):
+        UnifiedGenerationDataset(data, read=ReadOptions(fields={"imagse": "image_file"}))
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "read_as"),
+    [
+        ({"images": ["a", "b"], "text": "A"}, {"image": "images.0", "text": "text"}, "image_and_text"),
+        (
+            {"images": ["a", "b"], "text": "A"},
+            {"input_image": "images.0", "output_image": "images.1", "instruction": "text"},
+            "single_edit",
+        ),
+        (
+            {"conversations": [{"value": "q"}, {"value": "r"}]},
+            {"query": "conversations.0.value", "response": "conversations.1.value"},
+            "query_response",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "<image>r"}], "meta": {"shown": ["a"]}},
+            {"image": "meta.shown"},
+            "messages",
+        ),
+    ],
+)
+def test_a_list_of_which_places_are_mapped_is_not_read_itself(record, fields, read_as: str) -> None:
+    read, _ = parse_with_fields(record, Origin(Path("/d.jsonl")), ReadOptions(fields=fields))
+    assert read.format == read_as and read.notes == ()

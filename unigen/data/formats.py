@@ -323,6 +323,9 @@ def messages(record: Json, folder: Path, name: str = "messages") -> Segments:
     """``messages`` whose ``<image>`` tags stand for ``images`` (or ``image``) in order; leading images, which
     have no tag, come first, as context."""
     images, field = layouts.images_of(record, folder)
+    if name == "messages" and keys.from_speakers(record.get(name)):
+        fix = "give --fields conversations=messages (format 8)"
+        raise BadRecord("unknown_key", "messages[0].from", "from and value", "role and content", fix)
     turns, items = [], f.objects(record, name, "", "message")
     _check_indices(items, len(images))
     for item, at in items:

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from unigen.data.captions import PICTURES, is_picture
-from unigen.data.layouts import pictures_unread
+from unigen.data.layouts import CAPTION, pictures_unread
 from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json
 
@@ -108,6 +108,7 @@ HINTS = (
     Hint("DOCCI, ImageInWords", {"text": "description"}, ("image",)),
     Hint("COCO captions (Karpathy)", {"text": "sentences.raw"}, ("image",)),
     Hint("COCO captions (dataset_coco.json)", {"image": "filename", "text": "sentences.0.raw"}),
+    *(Hint("a list with one picture, and a text", {"image": "images", "text": name}) for name in CAPTION),
     Hint("TextCaps", {"captions": "caption_str"}, ("image",)),
     Hint("captions called sentences", {"text": "sentences"}, ("image",)),
     Hint("JourneyDB, MJHQ", {"image": "img_path", "text": "prompt"}),

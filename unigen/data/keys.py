@@ -151,6 +151,12 @@ def speaks(item: Json) -> bool:
     return any(item.get(name) is not None for name in LEARNING)
 
 
+def from_speakers(turns: Any) -> bool:
+    """Are turns those of ShareGPT: speakers (``from``) and what they say (``value``)?"""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and first.keys() >= {"from", "value"}
+
+
 def unread_sizes(record: Json) -> list[str]:
     """The sizes that parts of messages ask for: the size of a picture is decided by options alone."""
     turns = record.get("messages") or record.get("conversations")

@@ -11,10 +11,13 @@ from typing import Any
 from unigen import remote
 from unigen.data.captions import is_picture
 from unigen.data.json_text import parse_json
-from unigen.data.keys import in_text
+from unigen.data.keys import RECORD, in_text
 from unigen.data.layouts import RIVALS
 from unigen.data.words import Json, join, names
 from unigen.sequence.types import BadRecord, Text
+
+_SHOWN = ("image", "images")
+_BESIDE = (*_SHOWN, *RECORD)  # what stands beside a talk, which may name it in its turns
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,14 @@ class ReadOptions:
             if (value := reach(record, old)) is not None
         }
         taken = {old for old in self.fields.values() if old in record}
-        entered = {old.partition(".")[0] for old in self.fields.values() if old not in record}
+        inside = {new: old.partition(".")[0] for new, old in self.fields.items() if old not in record}
+        entered = set(inside.values())
         rivals = {name for group in RIVALS if not group.isdisjoint(self.fields) for name in group}
         kept = {name: value for name, value in record.items() if name not in taken}
         # what has the name of a mapped field means something else, also where the mapped place is empty
         gone = {name for name in kept if name in rivals or name in self.fields}
+        # nor is a list read twice of which places are read: ``image=images.0``
+        gone |= {old for new, old in inside.items() if old in kept and (new not in _BESIDE or old in _SHOWN)}
         aside = [name for name in kept if name in gone - entered and kept[name] is not None]
         return {name: value for name, value in kept.items() if name not in gone} | found, aside
 

@@ -3,13 +3,16 @@ match anything."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from unigen import remote
+from unigen.config import nearest
 from unigen.data.containers import BadData, parts, read_part
-from unigen.data.formats import parse_with_fields, record_value
+from unigen.data.formats import FORMATS, parse_with_fields, record_value
+from unigen.data.keys import LEARNING, RECORD
 from unigen.data.mapping import ReadOptions, unmatched
 from unigen.data.words import Json
 from unigen.sequence.types import BadRecord, Origin
@@ -27,8 +30,8 @@ def check_roots(read: ReadOptions) -> None:
 
 
 def require_match(files: Sequence[Path], read: ReadOptions) -> None:
-    """Raises BadData where a place of ``read.fields`` is in none of the first records of the files, or where
-    ``read.trigger_word`` changes none of these."""
+    """Raises BadData where no format has a field that ``read.fields`` makes, where a place of it is in none
+    of the first records of the files, or where ``read.trigger_word`` changes none of these."""
     if read.trigger_word and not any(_is_captioned(value, read) for value in islice(_values(files), FIRST)):
         raise BadData(
             f"trigger_word is {read.trigger_word!r}, and none of the first {FIRST:,} records of {files[0]} is"
@@ -37,6 +40,15 @@ def require_match(files: Sequence[Path], read: ReadOptions) -> None:
         )
     if not read.fields:
         return
+    known = {name for entry in FORMATS.values() for name in entry.known} | {*RECORD, *LEARNING}
+    for name, place in read.fields.items():
+        if name not in known and not re.fullmatch(r"(problem|reasoning)_image_\d+", name):
+            near = nearest(name, sorted(known))
+            fix = f"did you mean {near}? Otherwise " if near else ""
+            raise BadData(
+                f"--fields {name}={place}: no format has a field {name}. Fix: {fix}give a name that"
+                " docs/data_formats.md has on the left"
+            )
     problem = unmatched(read.fields, islice(_values(files), FIRST))
     if problem is not None:
         problem.origin = Origin(files[0])

@@ -14,6 +14,7 @@ from typing import Any
 
 from unigen.data.captions import is_picture
 from unigen.data.keys import RECORD
+from unigen.data.layouts import CAPTION, pictures_unread
 from unigen.data.words import Json, cut, names
 from unigen.sequence.types import BadRecord
 
@@ -202,6 +203,10 @@ def _nearest_fix(record: Json, formats: Mapping[str, Format]) -> str:
         return "add a text_prompt (the image is the target) or a caption (the text is the target)"
     if record.get("image") is not None:
         return "add a text (the image is the target), or conversations about it"
+    if unread := pictures_unread(record):
+        if len(unread) == 1 and (text := next((name for name in CAPTION if record.get(name)), None)):
+            return f"give --fields image={unread[0]} text={text} to draw the picture from the text"
+        return "name the pictures as docs/data_formats.md does (--fields input_image=... output_image=...)"
     if record.get("text") is not None:
         return 'a text alone is learnt as {"sequence": [{"type": "text", "content": ...}]} (format 6)'
     return "write the record in one of the formats of docs/data_formats.md"

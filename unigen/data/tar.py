@@ -16,12 +16,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from unigen.data.captions import PICTURES
 from unigen.data.json_text import decode, parse_json
-from unigen.data.keys import RECORD, refuse, weights_of_record
+from unigen.data.keys import RECORD, is_empty, refuse, weights_of_record
+from unigen.data.layouts import OTHER_ANSWERS
 from unigen.data.words import Json, cut
 from unigen.sequence.types import BadRecord
 
 KEY = "__key__"
 TEXTS = ("txt", "text", "caption", "cap")
+_TASKS = frozenset((*OTHER_ANSWERS, "prompt", "conversations", "messages", "instruction", "query"))
 MAX_SAMPLE = 1 << 30  # bytes of the members of one key together
 MAX_HEADER = 1 << 20  # bytes of a header for a long name
 _BLOCK = 512
@@ -86,7 +88,7 @@ def row_of(data: bytes) -> Json:
 def members_record(row: Json) -> Json:
     """The record of a row of members: the picture under ``image`` (that of ``0001.x.jpg`` under ``x``), the
     text under ``text``; the fields of the JSON too, but where picture and text stand already it is
-    ``metadata``, without what any record may say of its learning.
+    ``metadata``, without what any record may say of its learning, and what says another task than the text.
 
     Raises:
         BadRecord: Two members have one name, a text is no UTF-8, a JSON no object, or it has a field that
@@ -121,8 +123,21 @@ def members_record(row: Json) -> Json:
         refuse(described)
         names = dict.fromkeys((*RECORD, *weights_of_record(described)))
         said = {name: described.pop(name) for name in names if name in described and name != "metadata"}
-        return {**said, **record, "metadata": {**described, "key": row[KEY]}}
+        meant = {
+            name: value for name, value in described.items() if _another_task(name, value, record["text"])
+        }
+        described = {name: value for name, value in described.items() if name not in meant}
+        return {**meant, **said, **record, "metadata": {**described, "key": row[KEY]}}
     return {**described, **record, "metadata": {"key": row[KEY]}}
+
+
+def _another_task(name: str, value: Any, text: Any) -> bool:
+    """Does a field of the JSON beside a picture and a text say what is to be learnt, in other words than the
+    text? The record is judged with it then, as one of any other file."""
+    if is_empty(value) or name not in _TASKS:
+        return False
+    same = isinstance(value, str) and isinstance(text, str) and value.split() == text.split()
+    return not same and not (name == "label" and not isinstance(value, str))
 
 
 class _Headers(io.BufferedReader):
