@@ -220,7 +220,10 @@ def test_verify_says_ok_or_every_problem_and_its_exit_code_follows(run: Path, ca
         str(run / "step_40"): ["manifest.json is missing: no whole checkpoint"],
         str(run / "step_2"): [],
     }
-    assert ckpt("verify", run / "step_77") == 1 and "there is no such folder" in capsys.readouterr().out
+    for action in (["verify", run / "step_2"], ["verify"], ["ls"]):  # nothing is read of the others
+        assert ckpt(*action, run / "step_77") == 2
+        told = capsys.readouterr()
+        assert "step_77: there is no such folder. Fix: " in told.err and not told.out
 
 
 def test_verify_reads_every_file(whole: Path, tmp_path: Path, capsys):

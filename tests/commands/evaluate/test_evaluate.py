@@ -328,6 +328,28 @@ def test_the_page_shows_the_best_the_worst_and_the_most_changed(tmp_path):
     assert "not compared: one has no value (no reason)" in page
 
 
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([1, 0, 0, 0, 0], {"best": [0], "worst": [1, 2]}),  # a wrong answer is never among the best
+        ([0, 1, 1, 1, 1], {"best": [4, 3], "worst": [0]}),
+        ([0.5, 1, 0.5, 0, 0.5, 0.5], {"best": [1], "worst": [3]}),
+        ([0.2, 0.4, 0.6], {"best": [2], "worst": [0]}),
+        ([0.4, 0.4, 0.4], {"": [0, 1, 2]}),
+        ([0.7], {"": [0]}),
+    ],
+)
+def test_few_or_equal_samples_are_not_called_what_they_are_not(tmp_path, values, labels):
+    cases = [Case(n, f"v:{n}", "text", ("q",), ("text",), (("r",),)) for n in range(len(values))]
+    answers = [Prediction(n, f"v:{n}", "text", n, ("a",)) for n in range(len(values))]
+    one = Answered("a", {"checkpoint": "a", "sampling": {}}, answers, {"text": [result("accuracy", values)]})
+    page = write(tmp_path / "r.html", cases, [one], {}, Words("en", "evaluate")).read_text(encoding="utf-8")
+    found: dict[str, list[int]] = {}
+    for label, number in re.findall(r">(?:<b>(best|worst)</b> · )?accuracy .*?v:(\d+)<", page):
+        found.setdefault(label, []).append(int(number))
+    assert found == labels
+
+
 def test_the_checkpoints_of_a_run_are_curves_and_a_grid_in_both_languages(tmp_path):
     cases = [Case(n, f"v:{n}", "generate", (f"draw {n}",), ("image",), (noise(8, 8, n),)) for n in range(10)]
     answered = [

@@ -54,14 +54,20 @@ def run(options: CkptOptions) -> int:
 
 def verify(folders: list[Path], as_json: bool = False) -> int:
     """Reads every byte of checkpoints, of all of a run's, or of exports, and prints ``OK`` or every problem;
-    1 where there is one. Of a model without checksums headers and lengths are compared."""
-    from unigen.commands.ckpt.listing import checkpoints_of
+    1 where there is one. Of a model without checksums headers and lengths are compared.
+
+    Raises:
+        UserError: a folder is not there, or holds no checkpoints.
+    """
+    from unigen.commands.ckpt.listing import checkpoints_of, must_be_folder
     from unigen.commands.ckpt.verify import is_plain, problems_of, receipt_of
     from unigen.show.terminal import say
 
     found: dict[str, list[str]] = {}
     for folder in folders:
-        one = not folder.is_dir() or receipt_of(folder) is not None or is_plain(folder)
+        must_be_folder(folder)  # a name that is wrong is told before bytes are read
+    for folder in folders:
+        one = receipt_of(folder) is not None or is_plain(folder)
         inside = [folder] if one else checkpoints_of(folder)
         checkpoints = [path for path in inside if not path.name.startswith(".")]
         if not checkpoints:

@@ -21,14 +21,19 @@ _HEADER = ("checkpoint", "step", "written", "size", "processes", "engine", "hold
 _HALF = {"partial": "half written", "old": "set aside"}
 
 
+def must_be_folder(folder: Path) -> None:
+    """Raises UserError where there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder. Fix: name the folder of a run (its output_dir)")
+
+
 def list_checkpoints(folder: Path, as_json: bool = False) -> int:
     """Prints the checkpoints of a run, or one. Sizes are looked at, bytes are not read.
 
     Raises:
         UserError: there is no such folder.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder. Fix: name the folder of a run (its output_dir)")
+    must_be_folder(folder)
     about = receipt_of(folder)
     inside = checkpoints_of(folder) if about is None else []
     rows = list(map(checkpoint_facts, inside)) if about is None else [_exported(folder, about)]

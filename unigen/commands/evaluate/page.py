@@ -252,7 +252,7 @@ def _samples(
         kind, values = measured
         last = values[-1]
         order = [int(i) for i in np.argsort(last, kind="stable") if np.isfinite(last[i])]
-        groups = {"best": order[::-1][:EACH], "worst": order[:EACH]}
+        groups = _ends(last, order)
         if len(values) > 1:
             change = np.nan_to_num(np.abs(values[-1] - values[0]))
             groups = {
@@ -265,7 +265,7 @@ def _samples(
                 if i not in seen:
                     seen.add(i)
                     scores = " → ".join(f"{value[i]:.3g}" for value in values)
-                    chosen.append((words(label), places[i], f"{kind} {scores}"))
+                    chosen.append((label and words(label), places[i], f"{kind} {scores}"))
     return [
         {
             "label": label,
@@ -283,6 +283,24 @@ def _samples(
         }
         for label, place, score in chosen
     ]
+
+
+def _ends(values: np.ndarray, order: list[int]) -> dict[str, list[int]]:
+    """The best and the worst samples, at most half of them each; a value in the middle is neither, and where
+    all are equal the samples have no label.
+
+    Args:
+        values: of the samples [n].
+        order: samples with a value, from the lowest.
+    """
+    if not order or values[order[0]] == values[order[-1]]:
+        return {"": order[: 2 * EACH]}
+    most, middle = min(EACH, len(order) // 2), np.median(values[order])
+    low, high = values[order[0]], values[order[-1]]
+    return {
+        "best": [i for i in order[::-1][:most] if values[i] > middle or values[i] == high],
+        "worst": [i for i in order[:most] if values[i] < middle or values[i] == low],
+    }
 
 
 def _measure(task: str, answered: Sequence[Answered]) -> tuple[str, list[np.ndarray]] | None:
