@@ -92,6 +92,35 @@ def test_the_log_says_what_the_mix_is(sources: dict[str, Any], caplog: pytest.Lo
     assert "questions: 8 passes (25.0%) over 5 records" in caplog.text
 
 
+@pytest.mark.parametrize("named", ["itself", "a link", "another source"])
+def test_a_file_that_is_read_twice_or_validated_on_is_told(
+    options: dict[str, Any], records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str
+):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(records)
+    twice: dict[str, Any] = {"train_data_path": [str(records), str(link if named == "a link" else records)]}
+    if named == "another source":
+        entries = [{"path": str(records), "name": name} for name in "ab"]
+        twice = {"train_data_path": None, "train_sources": entries}
+    built(**options | {"image_root": str(records.parent)} | twice | {"val_data_path": str(link)})
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name == "unigen"]
+    assert [line for line in warned if line.startswith("Read more than once") and str(records) in line]
+    assert [
+        line for line in warned if line.startswith("Trained on and validated on") and str(records) in line
+    ]
+
+
+def test_a_file_that_is_read_in_two_ways_and_other_validation_data_are_no_mistake(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    held_out = write_jsonl(tmp_path / "val.jsonl", [text("What?", "That.")])
+    data = write_jsonl(tmp_path / "data.jsonl", [{"a": "What is two?", "b": "Two.", "c": "2."}] * 4)
+    entries = [{"path": str(data), "name": name, "fields": {"query": "a", "response": name}} for name in "bc"]
+    given = {"train_data_path": None, "train_sources": entries, "val_data_path": str(held_out)}
+    built(**options | given)
+    assert "Read more than once" not in caplog.text and "validated on" not in caplog.text
+
+
 @pytest.mark.slow
 def test_resuming_with_other_weights_is_refused(sources: dict[str, Any], tmp_path: Path):
     train(**sources | {"max_steps": 2})

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unigen.config import Config, UserError
+from unigen.messages import in_language
 from unigen.model.weights import load_bagel, nonfinite
 from unigen.training import warm_up as passes
 from unigen.training.guards import TrainingStopped
@@ -374,6 +375,29 @@ def test_tensors_without_gradient_are_named_but_for_the_a_of_adapters():
     }  # fmt: skip
     still = passes._without_gradient(found)
     assert still[0] == "vit_model" and len(still) == 2 and "connector.fc2.weight" in still[1]
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "pictures", "nothing, and llm2vae has moved"])
+def test_a_zero_gradient_has_its_true_reason(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, lacks: str
+):
+    """The output layer of a new model is zero, and so is the gradient of what it alone leads to."""
+    if lacks == "pictures":
+        options |= {"train_data_path": str(write_jsonl(tmp_path / "texts.jsonl", TEXTS))}
+    trainer = built(**options)
+    weight = trainer.run.model.llm2vae.weight.data
+    weight.fill_(0.1) if "moved" in lacks else weight.zero_()
+    with caplog.at_level("INFO"):
+        take_warm_up(trainer)
+    told = [line for line in caplog.messages if line.startswith("No gradient in the warm-up batch: ")]
+    assert not any(re.search(r"llm2vae starts|nothing in it", in_language(line, "zh")) for line in told)
+    if lacks == "pictures":
+        assert "(nothing in it is to be drawn; nothing in it is to be seen)" in told[0]
+    elif lacks == "nothing":
+        assert "generation expert" in told[0] and "llm2vae starts at zero" in told[0]
+        assert "nothing in it" not in told[0]
+    else:
+        assert not any("llm2vae starts" in line or "generation expert" in line for line in told)
 
 
 def test_what_trains_is_told_with_its_rates(options: dict[str, Any], caplog: pytest.LogCaptureFixture):

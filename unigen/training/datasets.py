@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 
 from unigen.cache.store import FeatureCache
 from unigen.config import Config, ConfigError, TrainSource, UserError
@@ -13,6 +15,7 @@ from unigen.data.mapping import ReadOptions
 from unigen.data.mixing import DataSource, Mixture
 from unigen.data.splits import Split
 from unigen.model.bagel import Bagel
+from unigen.model.storage import few
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer
 from unigen.training.engine import Engine
@@ -50,6 +53,8 @@ class RunData:
         held_out = config.held_out()
         self.train = self._stream(config.sources(), tokenizer, training=True)
         self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
+        if self.engine.main:
+            _warn_of_shared_files(self.train.mixture.parts, self.val.mixture.parts if self.val else [])
         probe = [TrainSource(config.probe_data_path, "probe_data_path")] if config.probe_data_path else []
         self.probe = self._stream(probe, tokenizer, training=False) if probe else None
 
@@ -111,3 +116,25 @@ class RunData:
                 f"{source.name}: the processes read different data. Fix: give every machine the same files"
             )
         return dataset
+
+
+def _warn_of_shared_files(train: Sequence[DataSource], val: Sequence[DataSource]) -> None:
+    """Warns of a file that is read twice in the same way, and of one that is trained and validated on."""
+    read = Counter(
+        (path.resolve(), *sorted(part.dataset.read.fields.items()), part.dataset.read.trigger_word)
+        for part in train
+        for path in part.dataset.files
+    )
+    if twice := [str(path) for (path, *_), times in read.items() if times > 1]:
+        log.warning(
+            "Read more than once, so that an epoch meets each record as often: %s. Fix: name each file once;"
+            " train_sources with a weight says that one is to be met more often",
+            few(twice, 3),
+        )
+    held_out = {path.resolve() for part in val for path in part.dataset.files}
+    if both := list(dict.fromkeys(str(path) for path, *_ in read if path in held_out)):
+        log.warning(
+            "Trained on and validated on: %s; the validation loss, and the best checkpoint by it, say nothing"
+            " of data that was not learnt. Fix: --val_data_path with other records",
+            few(both, 3),
+        )

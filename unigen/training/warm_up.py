@@ -119,9 +119,35 @@ def _look_at_numbers(engine: Engine, stream: PackStream, pack: Pack, sums: Tenso
             if engine.grad_norm() != 0:
                 return
         raise TrainingStopped(_nothing_learns(engine.config, kinds))
-    still = _without_gradient(gradients)
-    if still and engine.main:
-        log.info("No gradient in the warm-up batch: %s (as where it has no targets for it)", ", ".join(still))
+    if still := _without_gradient(gradients):
+        why = _why_still(engine, pack)
+        if engine.main and why:
+            log.info("No gradient in the warm-up batch: %s (%s)", "; ".join(still), why)
+        elif engine.main:
+            log.info("No gradient in the warm-up batch: %s", "; ".join(still))
+
+
+def _why_still(engine: Engine, pack: Pack) -> str:
+    """Why something of the model may have no gradient from a packed sequence: what the sequence lacks, or
+    the output layer of pictures, which begins as zero, lets nothing through yet."""
+    output = [shard.value for shard in engine.shards() if shard.name == "llm2vae.weight"]
+    moved, held, texts, drawn, seen = engine.sum(
+        [
+            float(any(bool(value.any()) for value in output)),
+            float(len(output)),
+            float(pack.n_text_labels),
+            float(pack.n_image_targets),
+            float(len(pack.vit_lengths)),
+        ]
+    )
+    there = {
+        "nothing in it is to be written": texts,
+        "nothing in it is to be drawn": drawn,
+        "nothing in it is to be seen": seen,
+    }
+    if lacking := [reason for reason, count in there.items() if not count]:
+        return "; ".join(lacking)
+    return "llm2vae starts at zero; from the second step on they have one" if held and not moved else ""
 
 
 def _without_gradient(gradients: dict[str, bool | None]) -> list[str]:
