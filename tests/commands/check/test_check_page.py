@@ -18,6 +18,7 @@ from unigen.commands.check.command import CheckOptions, run
 from unigen.commands.check.findings import Findings, Problems, check
 from unigen.commands.check.report import percent, sections
 from unigen.config import DataOptions
+from unigen.data.mapping import ReadOptions
 from unigen.messages import in_language
 from unigen.model.weights import load_planner
 from unigen.show.language import Words, of_code
@@ -91,6 +92,19 @@ def test_more_problems_than_the_page_shows_are_counted(tmp_path, monkeypatch):
         tmp_path / "x.html", found, found.summary(), [], Words("en", "check")
     ).read_text("utf-8")
     assert source.count("a.jsonl:") == 5 and "and 25 more; --problems problems.jsonl lists all" in source
+
+
+def test_captions_alone_teach_no_drawing_until_they_are_named_the_prompt(tmp_path):
+    picture = str(ROOT / "examples" / "pictures" / "house_day.png")
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"image_path": picture, "caption": "a cat"}) + "\n", encoding="utf-8")
+
+    def told(**read) -> set[str]:
+        return set(advice_of(check(path, load_planner(None, DataOptions()), num_workers=0, **read)))
+
+    assert "captions_describe" in told()
+    assert not told(read=ReadOptions(fields={"text_prompt": "caption"})) & {"captions_describe", "only_text"}
+    assert "captions_describe" not in advice_of(look(tmp_path, talk("q", "a"))), "others draw from a text"
 
 
 def test_each_advice_is_given_when_its_rule_says(tmp_path):

@@ -80,6 +80,15 @@ def test_it_fits_any_width(tmp_path, language, width):
     assert (words("best") in header) == (width >= 80), "where there is no room, the lesser columns go"
 
 
+@pytest.mark.parametrize(("lowest", "signed"), [(0.02, False), (0.0, False), (-3.0, True)])
+def test_a_scale_goes_below_zero_only_where_a_value_does(tmp_path, lowest, signed):
+    """Losses of 9 to 0.02: the room below them does not make the scale of a loss negative."""
+    values = [{"step": n + 1, "loss": 9.0 * (1 - n / 40) + lowest * n / 40} for n in range(41)]
+    write_metrics(record(tmp_path / "run", 41) / "metrics.jsonl", values)
+    (line,) = (line for line in shown([look(tmp_path / "run")], 160) if line.startswith("loss "))
+    assert ("-" in line.split(" … ")[0].split()[-1]) == signed, line
+
+
 def test_a_sparkline_rises_with_its_values():
     curve = Curve(0, False, [Point(n, float(n), n, n) for n in range(8)])
     assert sparkline(curve, (0, 7, AxisRange(0, 7)), 8) == "▁▂▃▄▅▆▇█"

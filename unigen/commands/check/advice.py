@@ -76,6 +76,9 @@ def _of_balance(s: dict[str, Any]) -> Iterator[Advice]:
     tokens = {kind: targets[f"{kind}_tokens"] for kind in ("text", "image")}
     if not s["good_records"]:
         return
+    captions = s["formats"].get("image_to_text", 0)
+    if captions and not s["tasks"].keys() & {"generate", "interleaved"}:
+        yield Advice("captions_describe", "warn", {"n": captions})
     if not records["image"] or not records["text"]:
         yield Advice("only_text" if not records["image"] else "only_image", "note", {})
         return

@@ -109,7 +109,9 @@ def _panel(
     values = panel.values(curves)
     box = (*span([c.points for c in curves]), values)
     title, unit = panel.title(words), "%" if panel.unit == "unit_share" else ""
-    extent = f"{figure(values.low)} … {'↑' * values.cut}{figure(values.high)}{unit}"
+    signed = any(p.low < 0 for c in curves for p in c.points)
+    low = values.low if signed else max(values.low, 0.0)  # room below the curves makes no loss negative
+    extent = f"{figure(low)} … {'↑' * values.cut}{figure(values.high)}{unit}"
     rows: list[list[Text | Stretched]] = []
     if panel.members:  # a line for all of them, as there may be many
         newest = (f"{panel.line(curve, words)} {figure(curve.points[-1].mean)}" for curve in curves)
