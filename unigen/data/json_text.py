@@ -235,8 +235,8 @@ def _other_kind(start: bytes) -> BadRecord | None:
         return BadRecord("broken_file", "(file)", found, "records in JSON", "copy the file again")
     mistake = next(((what, fix) for magic, what, fix in _KINDS if start.startswith(magic)), None)
     mistake = mistake or (known_mistake(start) if start.strip() else None)
-    if mistake is None:
-        return in_utf16(start)
+    if mistake is None:  # a few bytes say nothing
+        return in_utf16(start) if len(start) >= 16 else None
     return BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
 
 
