@@ -83,6 +83,15 @@ def test_help_and_errors_need_no_heavy_package(argv):
     assert python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_the_recipe_of_a_training_names_the_command_of_its_options(command, tmp_path, capsys):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("seed: 1\ntrain_data_path: data\n" if command == "preview" else "train_data_path: d\n")
+    assert cli.main([command, "data", "--config", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert f"{recipe}:" in said and "'train_data_path'; it is an option of unigen train. Fix: " in said
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

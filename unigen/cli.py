@@ -161,7 +161,8 @@ def parse_options(
     values: dict[str, Any] = {}
     try:
         for recipe in recipes:
-            found += [(name, where, value) for where, name, value in read_recipe(Path(recipe), types)]
+            lines = read_recipe(Path(recipe), types, _of_other_command)
+            found += [(name, where, value) for where, name, value in lines]
         keep([value for *_, value in found])
         for name, (flag, given) in collect(flags, types).items():
             found.append((name, f"--{name}", flag_value(flag, given, types[name])))

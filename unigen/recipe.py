@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ class UsageError(UserError):
     """The command line or a recipe says something no command understands; names the flag or file:line."""
 
 
-def read_recipe(path: Path, known: Collection[str]) -> Iterator[tuple[str, str, Any]]:
+def read_recipe(
+    path: Path, known: Collection[str], elsewhere: Callable[[str], str] = lambda name: ""
+) -> Iterator[tuple[str, str, Any]]:
     """(``file:line: key``, option, value) of a recipe; values as :func:`unigen.values.spelled` gives them.
 
     Args:
         path: A regular file of at most 1 MiB.
         known: The names of options that it may hold.
+        elsewhere: What to say of another name that no slip of the hand explains; "" where nothing is known.
 
     Raises:
         UserError: it cannot be read, is no valid YAML, has an unknown key or one twice, or a value that no
@@ -46,7 +49,7 @@ def read_recipe(path: Path, known: Collection[str]) -> Iterator[tuple[str, str, 
         written = key_text(key, where)
         name = written.replace("-", "_")
         if name not in known:
-            said = unknown(name, known)
+            said = unknown(name, known) or elsewhere(name) or ". Fix: correct or remove the line"
             fix = "" if "Fix: " in said else " Fix: correct or remove the line"
             raise UsageError(f"{where}: unknown option {shown(written)}{said}{fix}")
         if name in seen:
