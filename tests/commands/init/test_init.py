@@ -54,10 +54,11 @@ def test_without_data_the_tokenizer_has_the_bytes_alone(tmp_path):
 def test_its_own_folder_is_made_anew_and_no_other(tmp_path, data, capsys):
     folder = tmp_path / "own"
     sums = []
-    for argv in ([], ["--seed", 7], []):
+    for argv in ([], ["--seed", 7], [], []):
         assert init(folder, "--text_from", data, *argv) == 0
         sums.append(sha256_of(folder / "ema.safetensors"))
-    assert sums[0] == sums[2] != sums[1]
+        assert ("replaced" in capsys.readouterr().out) == (len(sums) > 1 and sums[-1] != sums[-2])
+    assert sums[0] == sums[2] == sums[3] != sums[1]
     left = {path.name: sha256_of(path) for path in folder.iterdir()}
 
     def refused(name: str) -> None:
@@ -80,6 +81,21 @@ def test_its_own_folder_is_made_anew_and_no_other(tmp_path, data, capsys):
     other.mkdir()
     (other / ".unigen.json").write_text('{"generator": "unigen check", "files": {}}')
     assert init(other) == 2 and [path.name for path in other.iterdir()] == [".unigen.json"]
+
+
+def test_data_is_read_with_the_options_of_a_training(tmp_path, data, capsys):
+    renamed = {"caption_of_mine": "a red circle", "picture": "a.png"}
+    (tmp_path / "pictures").mkdir()
+    data.with_name("a.png").rename(tmp_path / "pictures" / "a.png")
+    data.write_text(json.dumps(renamed) + "\n", encoding="utf-8")
+    options = ["--fields", "text=caption_of_mine", "image=picture", "--image_root", tmp_path / "pictures"]
+    assert init(tmp_path / "own", "--text_from", data, *options, "--trigger_word", "Zyxwv") == 0
+    tokenizer = Tokenizer.load(tmp_path / "own")
+    assert [len(tokenizer.encode(text)) for text in ("Zyxwv", " circle")] == [1, 1]
+    assert "replaced" not in capsys.readouterr().out
+    assert init(tmp_path / "own", "--trigger_word", "Zyxwv") == 2
+    said = capsys.readouterr().err
+    assert "trigger_word says how text_from is read" in said and "Fix: " in said
 
 
 def test_data_that_cannot_be_read_leaves_nothing(tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.mapping import ReadOptions
 from unigen.model.bagel import Bagel
 from unigen.model.config import small_config
 from unigen.model.weights import save_bagel
@@ -45,13 +46,14 @@ def create_model(folder: Path, texts: Sequence[str], seed: int = 0, **sizes: Any
     return model
 
 
-def texts_of(paths: Sequence[str]) -> Iterator[str]:
-    """Every text of a data set, caption variants too.
+def texts_of(paths: Sequence[str], read: ReadOptions, split: str | None) -> Iterator[str]:
+    """Every text of a data set, caption variants too, read as a training with the same options does.
 
     Raises:
         BadData: nothing to read, or a record that no training could use either.
     """
-    for record in UnifiedGenerationDataset(list(paths), check_pictures="headers"):
+    data = UnifiedGenerationDataset(list(paths), check_pictures="headers", read=read, named_split=split)
+    for record in data:
         for segment in record.sample:
             if isinstance(segment, Text):
                 yield from segment.variants
