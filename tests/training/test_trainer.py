@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from unigen.config import Config, UserError
 from unigen.data.dataset import BadData
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import read_states, verify_checkpoint
-from unigen.training.build import idle_processes
+from unigen.training.build import idle_processes, whole_epoch
 from unigen.training.guards import TrainingStopped
 from unigen.training.optim import learning_rate_at
 
@@ -324,6 +325,15 @@ def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records:
     changed["train_data_path"] = str(other.rename(other.with_name("renamed.jsonl")))
     train(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_11"))
     assert_same_checkpoint(tmp_path / "run" / "step_12", Path(whole_run["output_dir"]) / "step_12")
+
+
+def test_a_step_that_takes_all_records_is_told(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    stream = built(**options).run.stream  # seven records, one in each packed sequence
+    assert not whole_epoch(stream, 6) and "all 7 records" in whole_epoch(stream, 7)
+    assert "a whole epoch" not in caplog.text
+    built(**options | {"max_num_tokens": None, "batch_size": 5000})
+    assert re.search(r"a whole epoch: .*all 7 records.*--batch_size", caplog.text)
 
 
 def test_processes_that_get_nothing_are_told(options: dict[str, Any]):

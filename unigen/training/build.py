@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from unigen.bars import Bar
 from unigen.cache.encoders import open_cache
 from unigen.config import Config
-from unigen.data.loader import PackStream, RankSlice, default_workers
+from unigen.data.loader import LoaderState, PackStream, RankSlice, default_workers
 from unigen.model.parts import rated_part, title
 from unigen.model.source import Source
 from unigen.model.weights import nonfinite, refuse_nonfinite, side_files
@@ -188,6 +189,16 @@ def idle_processes(stream: PackStream, world: int) -> str:
     )
 
 
+def whole_epoch(stream: PackStream, global_batch: int) -> str:
+    """Says that the packed sequences of one step hold all records of an epoch; "" where there are more."""
+    if len(list(islice(stream.sequences(LoaderState()), global_batch + 1))) > global_batch:
+        return ""
+    return (
+        f"Each step is a whole epoch: it has room for all {len(stream.mixture):,} records. A smaller"
+        f" --{'max_num_tokens' if stream.budget else 'batch_size'} makes more steps"
+    )
+
+
 def _describe(run: Run) -> None:
     """Logs what trains, on what, and what the disk will be asked for."""
     c, engine, shards = run.config, run.engine, run.engine.shards()
@@ -215,6 +226,8 @@ def _describe(run: Run) -> None:
     )
     if idle := idle_processes(run.stream, engine.world):
         log.warning("%s", idle)
+    if said := whole_epoch(run.stream, run.rank_slice.global_batch):
+        log.info("%s", said)
     nbytes = run.checkpoint_bytes()
     best = run.checkpoint_bytes(weights_only=True) if run.val_stream is not None else 0
     if run.position.step < run.total_steps:
