@@ -434,7 +434,7 @@ def _paths(text: str, own: set[str]) -> Iterator[tuple[int, int]]:
         word = words[n]
         n += 1
         start = word.start() + len(word[0]) - len(word[0].lstrip("(,;["))
-        if word[0] in own or not _like_path(text[start : word.end()]):
+        if {word[0], word[0].rstrip(".,;:")} & own or not _like_path(text[start : word.end()]):
             continue
         end = start + _length(text[start : word.end()])
         begins = re.match(r"~?/|\.\.?/", text[start:end])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -13,7 +14,9 @@ import pytest
 from children import Child
 from children import start as start
 
-from unigen.runs.heartbeat import EXIT_HUNG, Heartbeat
+from unigen.messages import in_language, speaking
+from unigen.runs.heartbeat import EXIT_HUNG, Heartbeat, _told
+from unigen.runs.ranks import WAITING, Hang, Rank
 from unigen.runs.signals import SignalHandler
 
 # ---- hung processes
@@ -185,7 +188,7 @@ def test_a_stop_is_not_in_the_way_of_the_report(start, tmp_path: Path):
     (child,) = _ranks_of(start, tmp_path, 1.0, [[(7, "saving", "never_ends()")]])
     child.send(signal.SIGTERM)
     code, _, err = child.end()
-    assert code == EXIT_HUNG and "SIGTERM: saving is finished" in err and "in never_ends" in err
+    assert code == EXIT_HUNG and "SIGTERM: phase saving is finished" in err and "in never_ends" in err
     assert json.loads((tmp_path / "rank_0.json").read_text())["signal"] == "SIGTERM"
 
 
@@ -273,3 +276,24 @@ time.sleep(2.5)
 say("alive", threading.active_count())
 """, tmp_path)  # fmt: skip
     assert child.end() == (0, "alive 1\n", "")
+
+
+def test_the_report_of_a_hang_is_told_in_chinese():
+    def rank(number: int, phase: str, quiet: float) -> Rank:
+        return Rank(number, 7, phase, 0.0, quiet, 1, "host", age=9.0)
+
+    data, waits, both = rank(1, "data", 24), [rank(n, WAITING, 25) for n in (0, 2)], "forward/backward"
+    hangs = [
+        Hang([], [data], waits, []),
+        Hang([data], [], [], []),
+        Hang([], [rank(0, both, 30)], [], [data]),
+        Hang([], [rank(n, both, 30) for n in range(2)], [], []),
+        Hang([], [rank(0, "", 30)], [], []),
+    ]
+    with speaking("zh"):
+        told = [[in_language(line) for line in _told(hang)] for hang in hangs]
+    assert told[0] == [
+        "进程 1：第 7 步，读取数据，已卡住 24 秒",
+        "进程 0、2：第 7 步，等待其他进程，已等待 25 秒",
+    ]
+    assert not re.search("[A-Za-z]", str(told)), told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from children import start as start
 
+from unigen.messages import in_language
+from unigen.runs.ranks import WAITING
 from unigen.runs.signals import EXIT_STOPPED, SIGNALS, SignalHandler, Stopped
 
 PHASES = [
@@ -72,7 +75,7 @@ for name, breakable in eval(sys.argv[1]) + [("", False)]:
     said = err.splitlines()
     for line, (name, breakable) in zip(said, PHASES, strict=False):
         assert line.startswith(
-            f"unigen: {signal.Signals(number).name}: {name} is {'broken off' if breakable else 'finished'}, "
+            f"unigen: {signal.Signals(number).name}: phase {name} is {'broken off' if breakable else 'finished'}, "
         ), line
         assert f"exit code {EXIT_STOPPED}" in line and "second signal" in line
     assert "what is under way is finished" in said[-1]
@@ -113,7 +116,7 @@ with SignalHandler() as stops, stops.phase("outside"):
     assert child.line() == "ready"
     child.send(signal.SIGTERM)
     code, out, err = child.end()
-    assert err.startswith("unigen [rank 1]: SIGTERM: saving is finished, ")
+    assert err.startswith("unigen [rank 1]: SIGTERM: phase saving is finished, ")
     assert (code, out.split(), err.count("\n")) == (0, ["saved", "clean", "stopped", "outside"], 1), err
 
 
@@ -433,3 +436,15 @@ def _lives(pid: int) -> bool:
 
 def test_stopped_is_no_exception_that_a_broad_except_swallows():
     assert not issubclass(Stopped, Exception)
+
+
+def test_every_phase_of_a_training_is_told_in_chinese():
+    root = Path(__file__).parents[2] / "unigen" / "training"
+    source = "".join(path.read_text("utf-8") for path in root.rglob("*.py"))
+    names = {*re.findall(r"signals\.phase\(\"([^\"]+)", source), WAITING}
+    assert names >= {"data", "loading", "saving", "forward/backward"}
+    told = (f"phase {name} is {end}" for name in names for end in ("broken off", "finished"))
+    for met in ("what is under way is finished", *told):
+        text = f"SIGINT: {met}, then the last finished step is saved and the run ends (exit code 75)."
+        said = in_language(f"{text} A second signal ends it at once, unsaved", "zh")
+        assert not re.search("[A-Za-z]", said.removeprefix("SIGINT")), said

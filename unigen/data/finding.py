@@ -110,8 +110,8 @@ def find_files(
         elif kind_of(path) is None:
             known = ", ".join(CONTAINERS)
             raise BadData(
-                f"{given}: its name ends in none of {known}, nor in .json or .jsonl with"
-                f" {' or '.join(PACKED)}. Fix: {_renamed(path)}"
+                f"{given}: its name ends in none of {known}, nor in .json or .jsonl and one"
+                f" of {', '.join(PACKED)}. Fix: {_renamed(path)}"
             )
         elif asked and not any(remote.scheme_of(str(one)) or Path(one).is_dir() for one in given_paths):
             what = "this is one file" if len(given_paths) == 1 else "files alone are named"

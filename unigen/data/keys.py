@@ -17,6 +17,7 @@ from typing import Any
 
 from unigen.config import nearest
 from unigen.data.words import Json, cut, join, names, show
+from unigen.messages import in_language, spoken
 from unigen.sequence.types import BadRecord
 
 LEARNING = ("target", "loss", "weight", "loss_weight", "loss_scale", "has_loss")
@@ -256,7 +257,12 @@ class Notes(Counter[tuple[str, str]]):
         return {cut(name): n for (kind, name), n in self.most_common() if kind == what and n > 0}
 
 
-def counts_of(fields: dict[str, int], total: int, most: int = 12) -> str:
-    """``label 300 of 300, source 12 of 300``."""
-    told = [f"{name} {n:,} of {total:,}" for name, n in fields.items()]
-    return ", ".join(told[:most]) + (f" and {len(told) - most:,} more" if len(told) > most else "")
+def counts_of(fields: dict[str, int], total: int, most: int = 12, language: str | None = None) -> str:
+    """``label 300 of 300, source 12 of 300``, in the language of the command unless another is named."""
+    shown = list(fields.items())[:most]
+    more = len(fields) - len(shown)
+    if (language or spoken()) == "en":
+        told = ", ".join(f"{name} {n:,} of {total:,}" for name, n in shown)
+        return told + (f" and {more:,} more" if more else "")
+    told = "、".join(name + in_language(f"({n:,} of all {total:,} records)", language) for name, n in shown)
+    return told + (in_language(f"and {more:,} more fields", language) if more else "")

@@ -15,6 +15,7 @@ from unigen.evaluation.cases import IMAGE, TEXT, Case
 from unigen.evaluation.material import Material, Opinion, Tools, digest_of_drawn
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate
+from unigen.messages import in_language
 from unigen.plugins import Registry
 
 Of = Literal["answers", "texts", "pictures", "drawings", "edits", "objects"]
@@ -246,7 +247,7 @@ def score(
             for one in ones
             if one.fits(material) and (not kinds or kind in kinds)
         ]
-        counted = each(f"measuring {task}", fitting, "metrics")
+        counted = each(f"measuring {in_language(task)}", fitting, "metrics")
         scores[task] = [_measure(kind, one, material) for kind, one in counted] + more(material)
     return scores
 

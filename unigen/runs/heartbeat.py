@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigen.files import atomic
-from unigen.messages import in_language
+from unigen.messages import in_language, spoken
 from unigen.printing import printable
 from unigen.runs.layout import HANG, heartbeat_file, rank_of, stack_file
 from unigen.runs.ranks import Hang, Rank, RankFiles, find_hang, parse
@@ -249,20 +249,34 @@ class Heartbeat:
 
 def _told(hang: Hang) -> list[str]:
     """Who hangs and who waits: "ranks 0, 2: step 8, phase data, waits for 61 s"."""
-    words = {"silent": "no sign of life", "moving": "moves", "hung": "hangs", "waiting": "waits"}
-    if hang.moving:
-        words["hung"] = "hangs or waits for who moves,"
-    if hang.together:
-        words["hung"] = "hangs like all (or a collective never ends: compare the stacks)"
     lines = []
-    for kind, word in words.items():
-        places: dict[str, list[Rank]] = {}
+    for kind in ("silent", "moving", "hung", "waiting"):
+        places: dict[tuple[int, str], list[Rank]] = {}
         for rank in getattr(hang, kind):
-            places.setdefault(f"step {rank.step}, {_phase(rank.phase)}", []).append(rank)
-        for place, ranks in places.items():
-            since = max(rank.age if kind == "silent" else rank.quiet for rank in ranks)
-            lines.append(f"{_ranks([rank.rank for rank in ranks])}: {place}, {word} for {since:.0f} s")
+            places.setdefault((rank.step, rank.phase), []).append(rank)
+        for (step, phase), ranks in places.items():
+            since = round(max(rank.age if kind == "silent" else rank.quiet for rank in ranks))
+            who = _ranks([rank.rank for rank in ranks])
+            lines.append(_line(hang, kind, who, step, _phase(phase), since))
     return lines
+
+
+def _line(hang: Hang, kind: str, who: str, step: int, phase: str, seconds: int) -> str:
+    """Whole sentences, as each has its own in another language."""
+    if kind == "silent":
+        return f"{who}: step {step}, {phase}, no sign of life for {seconds} s"
+    if kind == "moving":
+        return f"{who}: step {step}, {phase}, moves, last {seconds} s ago"
+    if kind == "waiting":
+        return f"{who}: step {step}, {phase}, waits for {seconds} s"
+    if hang.moving:
+        return f"{who}: step {step}, {phase}, hangs or waits for who moves, for {seconds} s"
+    if hang.together:
+        return (
+            f"{who}: step {step}, {phase}, hangs like all for {seconds} s"
+            " (or a collective never ends: compare the stacks)"
+        )
+    return f"{who}: step {step}, {phase}, hangs for {seconds} s"
 
 
 def _phase(name: str) -> str:
@@ -277,7 +291,8 @@ def _ranks(numbers: list[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    told = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    sign = "、" if spoken() == "zh" else ", "
+    told = sign.join(f"{run[0]}-{run[-1]}" if len(run) > 2 else sign.join(map(str, run)) for run in runs)
     return f"rank{'s' if len(numbers) > 1 else ''} {told}"
 
 

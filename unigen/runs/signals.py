@@ -201,10 +201,13 @@ class SignalHandler:
                 if not first:
                     first = empty = time.monotonic()
                     self._note(number)
-                    met = self._met.name if self._met else "what is under way"
-                    end = "broken off" if self._met and self._met.breakable else "finished"
-                    then = f"then the last finished step is saved and the run ends (exit code {EXIT_STOPPED})"
-                    _say(f"{name}: {met} is {end}, {then}. A second signal ends it at once, unsaved")
+                    met = f"phase {self._met.name}" if self._met else "what is under way"
+                    at_once = self._met is not None and self._met.breakable
+                    _say(
+                        f"{name}: {met} is {'broken off' if at_once else 'finished'}, then the last finished"
+                        f" step is saved and the run ends (exit code {EXIT_STOPPED}). A second signal ends it"
+                        " at once, unsaved"
+                    )
                 elif empty - first >= _DEBOUNCE_S:
                     # It came after the pipe was last seen empty; how long after cannot be known, C code may
                     # have held the interpreter.

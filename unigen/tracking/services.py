@@ -63,7 +63,7 @@ class Wandb:
         except Exception as error:
             if (self._mode or os.environ.get("WANDB_MODE", "online")) != "online":
                 raise
-            first = str(error).strip().partition("\n")[0]
+            first = str(error).strip().partition("\n")[0].rstrip(".")
             self._complain("cannot start as asked and goes on with mode offline", f"{first}. {self._later}")
             with contextlib.suppress(SystemExit):
                 self._wandb.teardown()  # until then the id counts as taken

@@ -27,16 +27,17 @@ class Advice(NamedTuple):
     values: dict[str, Any]
 
 
-def advise(summary: dict[str, Any], problems: int, deep: bool) -> list[Advice]:
+def advise(summary: dict[str, Any], problems: int, deep: bool, language: str | None = None) -> list[Advice]:
     """The suggestions for what :meth:`unigen.commands.check.findings.Findings.summary` says; warnings first.
 
     Args:
         summary: The statistics.
         problems: How many problems there are.
         deep: Whether every picture was decoded.
+        language: Of the values; default: that of the command.
     """
     found = [
-        *_of_records(summary, problems),
+        *_of_records(summary, problems, language),
         *_of_balance(summary),
         *_of_pictures(summary, deep),
         *_of_lengths(summary),
@@ -44,7 +45,7 @@ def advise(summary: dict[str, Any], problems: int, deep: bool) -> list[Advice]:
     return [advice for level in ("warn", "note") for advice in found if advice.level == level]
 
 
-def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
+def _of_records(s: dict[str, Any], problems: int, language: str | None) -> Iterator[Advice]:
     good = max(s["good_records"], 1)
     if problems:
         bad = s["records"] - s["good_records"] - sum(s["unlearnt"].values())
@@ -55,7 +56,9 @@ def _of_records(s: dict[str, Any], problems: int) -> Iterator[Advice]:
         if s["left_out"][kind]:
             yield Advice(f"left_out_{kind}", level, {"files": s["left_out"][kind]})
     if s["unread"]:
-        yield Advice("unread", "warn", {"fields": counts_of(s["unread"], s["good_records"])})
+        yield Advice(
+            "unread", "warn", {"fields": counts_of(s["unread"], s["good_records"], language=language)}
+        )
     surplus = s["repeats"]["records"]["surplus"]
     if surplus:
         yield Advice(

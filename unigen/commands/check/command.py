@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from unigen.bars import Bar
 from unigen.config import ConfigError, DataOptions, UserError
+from unigen.messages import in_language
 from unigen.outputs import output_file, unwritten
 from unigen.show.terminal import reader_may_leave, say
 from unigen.topics import Workers
@@ -94,7 +95,7 @@ def run(options: CheckOptions) -> int:
         found = look(True)
     with closing(found.problems) as problems:
         summary = found.summary(budgets)
-        advice = advise(summary, len(problems), found.deep)
+        advice = advise(summary, len(problems), found.deep, "en" if options.json else None)
         failed: list[UserError] = []  # what could not be written; the report is shown all the same
         if listing:
             with _noted(failed), unwritten("problems", listing):
@@ -141,7 +142,10 @@ def _bar() -> Iterator[Callable[[int, int, int, int], None]]:
 
         def progress(done: int, total: int, records: int, problems: int) -> None:
             shown.total = max(total, done)
-            shown.notes = [f"{records:,} records", f"{problems:,} problems"]
+            shown.notes = [
+                in_language(f"{records:,} records"),
+                in_language(f"{problems:,} problem{'' if problems == 1 else 's'}"),
+            ]
             shown.update(done - shown.done)
 
         yield progress

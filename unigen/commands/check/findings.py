@@ -39,7 +39,7 @@ from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import require_match
 from unigen.data.splits import LeftOut, describing, of_splits
 from unigen.data.workers import Died, in_order
-from unigen.files import atomic
+from unigen.files import atomic, json_of
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import WordTokenizer
 from unigen.sequence.types import BadRecord, Image, Origin, Record, Text
@@ -107,7 +107,7 @@ class Problems:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(Path(os.path.realpath(self.path)), sync=False) as file:
             for problem in self:
-                file.write(json.dumps({"generator": CHECK, **problem}).encode() + b"\n")
+                file.write(json_of({"generator": CHECK, **problem}).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()

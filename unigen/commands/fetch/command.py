@@ -31,6 +31,7 @@ from unigen.data.mapping import ReadOptions
 from unigen.data.probe import require_match
 from unigen.data.splits import LeftOut, describing
 from unigen.files import Busy, locked, sha256_of
+from unigen.messages import in_language
 from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
 from unigen.printing import printable
 from unigen.show.terminal import say
@@ -300,7 +301,7 @@ def _fetch_all(urls: list[str], client: Client, store: PictureStore, options: Fe
                     raise entry
                 store.note(entry)
                 failed += not entry.good
-                shown_bar.notes = [f"{failed:,} failed"]
+                shown_bar.notes = [in_language(f"{failed:,} failed")]
                 shown_bar.update()
         finally:
             turns.stop()
@@ -324,7 +325,7 @@ def _report(
         place = f"{first['file']}{line}, {first['field']}" + (
             f", {masked(first['url'])}" if first["url"] else ""
         )
-        told = printable(f"{place}: {first['problem']}. Fix: {first['cure']}")
+        told = printable(f"{place}: {in_language(first['problem'])}. Fix: {in_language(first['cure'])}")
         say(f"  {reason:<18} {count:>8,}  first in {told}")
     if writer.failures:
         say(f"All failures are listed in {store.folder / 'failed.log'}.")

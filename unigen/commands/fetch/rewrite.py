@@ -23,7 +23,7 @@ from unigen.data.embedded import Address
 from unigen.data.formats import parse_with_fields, record_value
 from unigen.data.keys import Unlearnt, all_learnt
 from unigen.data.mapping import PLAIN, ReadOptions
-from unigen.files import sha256_of
+from unigen.files import json_of, sha256_of
 from unigen.outputs import read_receipt, write_receipt
 from unigen.sequence.types import BadRecord, Image, Origin, Record
 
@@ -165,7 +165,7 @@ class Writer:
             for failure in failed:
                 self.failures[failure["reason"]] += 1
                 self.first.setdefault(failure["reason"], failure)
-                listed.write(json.dumps(failure).encode() + b"\n")
+                listed.write(json_of(failure).encode() + b"\n")
             self.left_out += bool(failed)
             if not failed:
                 self.learnt += read.learnt
