@@ -243,6 +243,11 @@ class HeldOutAnswers:
         if self.kept == len(self.batches):
             return
         why = f"more would add over {SHARE:.0%} of the time ({budget:.1f} s for each evaluation, predicted)"
+        if not self.records:
+            log.info(
+                "No answers are measured: %s. --eval_samples %d measures all", why, len(self.questions.cases)
+            )
+            return
         log.info(
             "Answers to %d of %d held-out records are measured: %s. --eval_samples %d measures all of them",
             self.records, len(self.questions.cases), why, len(self.questions.cases),
