@@ -453,6 +453,7 @@ def test_a_talk_that_shows_its_pictures_itself_may_have_copies_beside() -> None:
     assert read({"messages": turns, "image_file": "a.png"})[1] == ["[a.png]", "r*"]
     turns = [{"role": "user", "type": "image", "image_path": "a.png"}, {"role": "assistant", "content": "r"}]
     assert read({"conversations": turns, "thumb": "t.png"})[1] == ["[a.png]", "r*"]
+    assert read({"id": "0001.jpg", "query": "q", "response": "r"})[1] == ["q", "r*"]
 
 
 def test_questions_and_instructions() -> None:

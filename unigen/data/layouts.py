@@ -339,6 +339,9 @@ def _refuse_file_names(record: Json, question: str, answer: str) -> None:
     raise BadRecord("unexpected_field", name, f.show(record[name]), "a text, not a picture's file name", fix)
 
 
+_IDENTITIES = {"id", "uid", "uuid", "key", "__key__", "sample_id", "question_id"}  # often a picture's name
+
+
 def pictures_unread(record: Json) -> list[str]:
     """The fields of a record of texts that hold pictures which nothing reads."""
     if not all(is_empty(record.get(name)) for name in ("image", "images")):
@@ -346,7 +349,7 @@ def pictures_unread(record: Json) -> list[str]:
     found = []
     for name, value in record.items():
         first = value[0] if isinstance(value, list) and value else value
-        if name in RECORD or (name in TALK and isinstance(first, str)):
+        if name in RECORD or name in _IDENTITIES or (name in TALK and isinstance(first, str)):
             continue
         on_web = name == "image_url" and isinstance(first, str)
         if on_web or _is_file_name(first) or _is_another(name, first, None):
