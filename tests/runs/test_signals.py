@@ -213,7 +213,7 @@ def test_a_second_signal_ends_the_process_at_once_but_not_one_within_a_second(st
     assert code == 128 + number and time.monotonic() - began < 2
     name = signal.Signals(number).name
     assert [line.partition(",")[0] for line in err.splitlines()] == [
-        f"unigen: {name}: forward/backward is finished",
+        f"unigen: {name}: phase forward/backward is finished",
         f"unigen: {name} again: ended at once",
     ]
 
