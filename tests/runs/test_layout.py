@@ -12,11 +12,13 @@ import pytest
 from recorded import record
 
 from unigen.files import aside_of, draft_of, leftover
+from unigen.model.run_options import RUN_OPTIONS
+from unigen.outputs import OUTPUTS
 from unigen.runs import layout
 
 ROOT = Path(__file__).parents[2]
 # Files that state a name because layers below runs/ need it.
-STATE = {"runs/layout.py", "model/storage.py", "model/run_options.py", "files.py"}
+STATE = {"runs/layout.py", "model/storage.py", "model/run_options.py", "files.py", "outputs.py"}
 
 
 def test_names_are_parsed_as_they_are_made():
@@ -65,6 +67,8 @@ def test_nobody_else_spells_them_out():
                 if node.value in names and place not in STATE:
                     found.append(f"{place}:{node.lineno}: {node.value}")
     assert found == [] and looked > 5000
+    # what a data folder's reader knows outputs by, from below, are these names
+    assert {(layout.MANIFEST, RUN_OPTIONS), (layout.CONFIG, layout.LOG)} <= set(OUTPUTS)
 
 
 @pytest.mark.parametrize("command", [["watch", "--once"], ["ckpt", "ls"]])
