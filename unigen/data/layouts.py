@@ -84,7 +84,7 @@ def single_edit(record: Json, folder: Path) -> Segments:
             found = f"image beside {sources[0]}"
             raise BadRecord("ambiguous_piece", "image", found, "one field of pictures to start from", fix)
         sources = sources or ("image",)
-    _refuse_unread_picture(record)
+    _refuse_beside_edit(record)
     images = _pictures(record, the_one(record, sources), folder) if sources else []
     (edited,) = _pictures(record, target, folder, most=1)
     name = the_one(record, INSTRUCTION)
@@ -285,7 +285,7 @@ def _edits(name: str, picture: str, text: str, otherwise: str) -> str:
     )
 
 
-def _refuse_unread_picture(record: Json) -> None:
+def _refuse_beside_edit(record: Json) -> None:
     """Raises BadRecord where an edit has a picture that nothing reads, masks apart (``visual_input`` of
     AnyEdit)."""
     for name, value in record.items():
