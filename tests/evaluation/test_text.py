@@ -298,3 +298,8 @@ def test_other_references_are_other_data():
     a, b = metrics.rouge(["a", "b"], ["a", "b"]), metrics.rouge(["a", "b"], ["a", "c"])
     assert a.name == b.name and a.data != b.data
     assert compare(a, b).verdict == "not compared"
+
+
+def test_the_interval_of_a_share_of_bigrams_is_one_of_shares():
+    """Halves differ by so much that twice their spread leaves 0 to 1 on both sides."""
+    assert metrics.distinct(["a a a a a a a a a a", "b c", *"xxxxxx"]).interval == (0, 1)

@@ -326,7 +326,7 @@ def distinct(predictions: Sequence[str], *, order: int = 2, seed: int = 0) -> Re
     if not any(rows):
         raise Unfit(f"no text has {order} words", "look at the predictions, or ask for a lower order")
     name = identity(f"distinct{order}", f"tok:{TOKENIZER}", n=len(rows))
-    return estimate_by(name, rows, value, seed=seed)
+    return estimate_by(name, rows, value, seed=seed, bounds=(0, 1))
 
 
 @metric("length_ratio", "tokens of the predictions by tokens of the references")
