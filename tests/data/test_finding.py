@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,26 @@ def test_repeats_of_kohya_and_packed_pictures_are_told(tmp_path: Path, caplog) -
     assert "unpack images.zip, and give its folder as --image_root" in str(refused(data))
 
 
+def test_an_archive_is_named_where_it_holds_the_picture(tmp_path: Path) -> None:
+    def told(name: str, *members: str) -> str:
+        folder = tmp_path / name.replace(".", "_")
+        data = write(folder / "a.jsonl", '{"image": "coco/1.png", "text": "red"}')
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(folder / name, "w") as packed:
+                for member in members:
+                    packed.writestr(member, png())
+        elif members:
+            archive(folder / name, [(member, png()) for member in members])
+        else:
+            write(folder / name, b"?")
+        return str(refused(data))
+
+    for name, members in (("old.zip", ["x/1.png"]), ("old.tar", ["0.txt", "x/1.png"]), ("coco.7z", [])):
+        assert f"unpack {name}, and give its folder as --image_root" in told(name, *members)
+    for name, members in (("images.zip", ["x/2.png"]), ("images.tar", ["11.png"]), ("backup.7z", [])):
+        assert "unpack" not in told(name, *members)
+
+
 def test_json_that_describes_the_picture_beside_it_is_told_how_to_be_packed(tmp_path: Path) -> None:
     for end, data in (("png", png()), ("json", '{"prompt": "red"}')):
         write(tmp_path / f"in/1.{end}", data)
@@ -312,6 +333,24 @@ def test_damaged_and_odd_tars_are_told(tmp_path: Path) -> None:
         == "bad_utf8"
     )
     assert "unpack it to a .tar" in str(refused(write(tmp_path / "d.tar.gz", b"x")))
+
+
+def test_two_json_members_of_one_key_never_hide_one_another(tmp_path: Path) -> None:
+    def packed(first: dict, second: dict) -> Path:
+        said = [("0.json", json.dumps(first).encode()), ("0.meta.json", json.dumps(second).encode())]
+        return archive(tmp_path / "a.tar", [("0.png", png()), *said])
+
+    assert read(packed({"text": "red", "id": 1}, {"id": 1, "source": "x"}))[0][1][0] == "red"
+    (error,) = refused(packed({"text": "red"}, {"text": "blue"})).records
+    assert (error.code, error.field, error.found) == ("ambiguous_piece", "text", "json, meta.json")
+
+
+def test_a_picture_of_a_kind_that_cannot_be_read_is_told_as_that(tmp_path: Path) -> None:
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    (error,) = refused(archive(tmp_path / "a.tar", [("0.heic", heic), ("0.txt", b"red")])).records
+    assert (error.code, error.field) == ("not_a_picture", "image") and "HEIC" in error.found
+    both = [("0.heic", heic), ("0.jpg", png()), ("0.txt", b"red")]
+    assert read(archive(tmp_path / "b.tar", both)) == [("image_and_text", ["red", f"[{len(png())}]*"])]
 
 
 def changed(data: bytes, place: int, byte: int) -> bytes:

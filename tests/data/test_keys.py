@@ -12,9 +12,26 @@ from unigen.config import DataOptions
 from unigen.data import keys
 from unigen.data.containers import BadData
 from unigen.data.dataset import UnifiedGenerationDataset
+from unigen.data.formats import parse_record, parse_with_fields
 from unigen.data.mapping import ReadOptions
 from unigen.model.weights import load_planner
-from unigen.sequence.types import BadRecord
+from unigen.sequence.types import BadRecord, Origin
+
+TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "qrst")]
+WHERE = Origin(Path("a.jsonl"), 1)
+
+
+def learnt(record: dict) -> list[tuple[str, float]]:
+    """The targets of a record, and how much each counts."""
+    return [
+        (segment.text, segment.weight) for segment in parse_record(record, WHERE).sample if segment.target
+    ]
+
+
+def refused(record: dict) -> tuple[str, str]:
+    with pytest.raises(BadRecord) as caught:
+        parse_record(record, WHERE)
+    return caught.value.code, caught.value.field
 
 
 def test_a_slip_of_the_pen_is_named() -> None:
@@ -28,7 +45,7 @@ def test_a_slip_of_the_pen_is_named() -> None:
     ("key", "kind", "meant"),
     [
         ("thinking", "message", "reasoning_content"),
-        ("loss_mask", "speaker", "loss"),
+        ("mask", "speaker", "loss"),
         ("train", "turn", "target"),
     ],
 )
@@ -90,3 +107,63 @@ def test_a_record_says_with_target_too_that_it_is_not_learnt(tmp_path: Path) -> 
         dataset = UnifiedGenerationDataset(path, read=ReadOptions(fields=fields))
         assert [record.sample[0].text for record in dataset] == ["q1"]
         assert dataset.statistics()["unlearnt"] == {"target": 1} and not dataset.statistics()["unread"]
+
+
+def test_a_mask_of_a_talk_says_which_turns_are_learnt() -> None:
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
+    pairs = {"images": [], "texts": [{"user": "q", "assistant": "r"}, {"user": "s", "assistant": "t"}]}
+    for record, targets in (
+        ({"messages": TURNS, "loss_mask": [0, 0, 0, 1]}, [("t", 1)]),
+        ({"messages": TURNS, "loss_mask": [True, 0.5, False, None]}, [("q", 1), ("r", 0.5), ("t", 1)]),
+        ({"messages": [*TURNS[:3], TURNS[3] | {"weight": 0.5}], "loss_mask": [0, 1, 0, 1]}, [("r", 1), ("t", 0.5)]),
+        ({"conversations": said, "loss_mask": [0, 1], "weight": 0.5}, [("r", 0.5)]),
+        ({"sequence": [{"content": "a"}, {"content": "b"}], "loss_mask": [0, 1]}, [("b", 1)]),
+        (pairs | {"loss_mask": [0, 1]}, [("t", 1)]),
+        ({"query": "q", "response": "r", "loss_mask": True}, [("r", 1)]),
+        ({"messages": [*TURNS[:3], TURNS[3] | {"loss_mask": 0}]}, [("r", 1)]),
+    ):  # fmt: skip
+        assert learnt(record) == targets, record
+        assert not parse_record(record, WHERE).notes
+
+
+def test_a_mask_that_may_mean_another_thing_is_refused() -> None:
+    assert refused({"messages": TURNS, "loss_mask": [0, 1]}) == ("wrong_type", "loss_mask")
+    assert refused({"query": "q", "response": "r", "loss_mask": [0, 1]}) == ("wrong_type", "loss_mask")
+    assert refused({"messages": TURNS, "loss_mask": [0, 2, 0, 1]}) == ("wrong_type", "messages[1].loss_mask")
+    contrary = {"messages": [TURNS[0], TURNS[1] | {"loss": False}], "loss_mask": [0, 1]}
+    assert refused(contrary) == ("ambiguous_piece", "messages[1].loss")
+    for mask in ([0, 0, 0, 0], False):
+        with pytest.raises(keys.Unlearnt):
+            parse_record({"messages": TURNS, "loss_mask": mask}, WHERE)
+    masked = {"messages": TURNS, "loss_mask": [0, 0, 0, 0]}
+    assert [text for text, _ in learnt(keys.all_learnt(masked))] == ["r", "t"]
+
+
+def test_training_on_inputs_is_done_where_it_can_mean_one_thing() -> None:
+    talk = {"messages": TURNS, "system": "be brief"}
+    assert [text for text, _ in learnt(talk | {"train_on_inputs": True})] == ["be brief", *"qrst"]
+    assert [text for text, _ in learnt(talk | {"train_on_inputs": False})] == ["r", "t"]
+    asked = {"instruction": "q", "output": "r", "train_on_inputs": True}
+    assert [text for text, _ in learnt(asked)] == ["q", "r"]
+    told = {"text_prompt": "red", "image_path": "a.png"}
+    assert parse_record(told | {"train_on_inputs": False}, WHERE).sample[1].target
+    document = {"sequence": [{"content": "a"}]}
+    for record in (
+        told | {"train_on_inputs": True},
+        document | {"train_on_inputs": False},
+        talk | {"train_on_inputs": True, "loss_mask": [0, 1, 0, 1]},
+    ):
+        assert refused(record) == ("unsupported_key", "train_on_inputs")
+    assert refused(talk | {"train_on_inputs": "yes"}) == ("wrong_type", "train_on_inputs")
+
+
+def test_numbers_that_say_how_good_something_is_are_refused_and_classes_counted() -> None:
+    drawn = {"image": "a.png", "prompt": "red"}
+    assert refused({"messages": TURNS[:2], "label": 1}) == ("unsupported_key", "label")
+    assert refused({"prompt": "q", "completion": "r", "label": 0}) == ("unsupported_key", "label")
+    assert refused(drawn | {"rank": 3, "overall_rating": 2}) == ("unsupported_key", "rank")
+    assert refused(drawn | {"ranking": [2, 1]}) == ("unsupported_key", "ranking")
+    for record in (drawn | {"label": 1}, drawn | {"rank": 3}, {"messages": TURNS[:2], "label": 7}):
+        assert [field for _, field in parse_record(record, WHERE).notes] == [[*record][-1]]
+    given = ReadOptions(fields={"metadata": "label"})
+    assert parse_with_fields({"messages": TURNS[:2], "label": 1}, WHERE, given)[0].sample[1].target

@@ -68,6 +68,21 @@ def test_a_folder_is_copied_once_and_its_pictures_when_they_are_met(bucket, tmp_
     assert [path.name for path in UnifiedGenerationDataset(BUCKET).files] == ["other.jsonl"]
 
 
+def test_pictures_with_texts_are_what_their_tables_describe_there_too(bucket) -> None:
+    """As img2dataset writes them."""
+    picture = bucket.cat("/bucket/data/pics/a.png")
+    for name, data in (
+        ("00000/1.jpg", picture),
+        ("00000/1.txt", b"red"),
+        ("00000/1.json", b'{"caption": "x"}'),
+    ):
+        bucket.pipe(f"/bucket/img/{name}", data)
+    bucket.pipe("/bucket/img/00000.parquet", b"PAR1")
+    dataset = UnifiedGenerationDataset("memory://bucket/img")
+    assert [record.sample[0].text for record in dataset] == ["red"] and pictures(dataset) == ["1.jpg"]
+    assert {path.name for path, _ in dataset.left_out} == {"00000.parquet", "1.json"}
+
+
 def test_patterns_and_lists_name_files_there(bucket) -> None:
     def names(text: str) -> list[str]:
         return [path.name for path in UnifiedGenerationDataset(text).files]

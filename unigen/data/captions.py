@@ -3,7 +3,8 @@ its file, and its text is what is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from unigen.data.json_text import BrokenRow, decode
@@ -29,6 +30,22 @@ def is_picture(path: Path) -> bool:
 def caption_of(picture: Path) -> Path | None:
     """The file of its text, of several that of the first of :data:`CAPTIONS`; None where there is none."""
     return next((path for end in _WRITTEN if (path := picture.with_suffix(end)).is_file()), None)
+
+
+def with_texts(names: Iterable[str]) -> set[str]:
+    """The pictures among the files of one folder that have a text there, without their endings. A JSON file
+    of such a name describes the picture, as img2dataset writes it."""
+    ends = [os.path.splitext(name) for name in names]
+    texts = {stem for stem, end in ends if end.lower() in CAPTIONS}
+    return {stem for stem, end in ends if end.lower() in PICTURES and stem in texts}
+
+
+def describing_tables(names: Iterable[Path], pictured: Container[Path]) -> list[Path]:
+    """The tables that describe pictures with texts in folders of their names, as img2dataset writes
+    ``00000.parquet`` beside ``00000``; none where no folder of ``pictured``, which have such pictures, is
+    one of them."""
+    tables = [name for name in names if name.suffix == ".parquet" and name.stem.isdecimal()]
+    return tables if any(name.with_suffix("") in pictured for name in tables) else []
 
 
 def row_of_picture(picture: Path) -> tuple[bytes, Json]:

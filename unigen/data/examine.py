@@ -87,7 +87,7 @@ def _size(
     except BadRecord as error:
         if error.code == "missing_picture" and not pictures.sound:
             root = image_root_for(str(segment.source), file, read)
-            packed = None if root else packed_near(file)
+            packed = None if root else packed_near(str(segment.source), file)
             if packed:
                 error.fix = f"unpack {printable(packed)}, and give its folder as --image_root"
             if root:

@@ -8,11 +8,20 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unigen import remote
-from unigen.data.captions import CAPTIONS, NO_PICTURES, caption_of, captioned_pictures, is_picture
+from unigen.data.captions import (
+    CAPTIONS,
+    NO_PICTURES,
+    caption_of,
+    captioned_pictures,
+    describing_tables,
+    is_picture,
+    with_texts,
+)
 from unigen.data.containers import CONTAINERS, BadData, kind_of
 from unigen.data.embedded import place_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
@@ -75,13 +84,11 @@ def find_files(
         else:
             path = Path(given).absolute()
         if path.is_dir():
-            sides: list[Path] = []
-            saved: dict[Path, str] = {}
-            unknown: list[Path] = []
-            names = sorted(_in_folder(path, root, sides, saved, unknown))
-            if shards := _of_folders(path, names):
-                names = [name for name in names if name not in shards]
-                sides += shards
+            lies = _searched(path, root)
+            sides, unknown = lies.sides, lies.unknown
+            shards = describing_tables(lies.names, lies.pictured)
+            names = sorted(set(lies.names) - set(shards))
+            sides += shards
             if not names:
                 names = sorted(_captioned(path, root, sides, alone))
                 unknown = [name for name in unknown if name.suffix.lower() not in CAPTIONS]
@@ -90,7 +97,7 @@ def find_files(
             others: list[tuple[Path, str]] = []
             if split is not None:
                 # of a picture the folders alone tell its split
-                told = {name: name.parent for name in names if is_picture(name)} | saved
+                told = {name: name.parent for name in names if is_picture(name)} | lies.saved
                 names, others, wrong = choose(names, split, asked, told)
                 if wrong:
                     flag = "--split NAME" if split == "train" else "--val_split NAME, evaluate: --split NAME"
@@ -267,15 +274,6 @@ def _describes(name: Path, stems: set[Path]) -> bool:
     return any(name.with_name("".join(parts[:n])) in stems for n in range(1, len(parts), 2) if parts[0])
 
 
-def _of_folders(folder: Path, names: Iterable[Path]) -> list[Path]:
-    """The tables that describe pictures with texts in folders of their names, as img2dataset writes
-    ``00000.parquet`` beside ``00000``; none where no such picture is there."""
-    tables = [name for name in names if name.suffix == ".parquet" and name.stem.isdecimal()]
-    shards = [name for name in tables if (folder / name).with_suffix("").is_dir()]
-    pictures = (path for name in shards for path in (folder / name).with_suffix("").iterdir())
-    return shards if any(is_picture(path) and caption_of(path) for path in pictures) else []
-
-
 def _captioned(folder: Path, root: str | Path | None, sides: list[Path], alone: bool) -> Iterator[Path]:
     """The pictures of a folder with texts beside them; ``sides`` gets the texts that are not read. Raises
     BadData for a text outside of ``root``, and for a picture that is a link to nowhere."""
@@ -330,12 +328,20 @@ def _everything(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name).relative_to(folder) for name in names if not name.startswith("."))
 
 
-def _in_folder(
-    folder: Path, root: str | Path | None, sides: list[Path], saved: dict[Path, str], unknown: list[Path]
-) -> Iterator[Path]:
-    """Relative paths of the files with records, in no order; ``sides`` gets those of files that describe
-    them and folders that this program wrote, ``saved`` the split of those that ``DatasetDict.save_to_disk``
-    wrote, ``unknown`` files of other kinds, without pictures."""
+@dataclass
+class _Folder:
+    """What lies in a folder, each relative to it."""
+
+    names: list[Path] = field(default_factory=list)  # files with records
+    sides: list[Path] = field(default_factory=list)  # files about them, and folders that this program wrote
+    saved: dict[Path, str] = field(default_factory=dict)  # the split, of those in a saved DatasetDict
+    unknown: list[Path] = field(default_factory=list)  # files of other kinds, without pictures
+    pictured: set[Path] = field(default_factory=set)  # folders of pictures with texts
+
+
+def _searched(folder: Path, root: str | Path | None) -> _Folder:
+    """What lies in a folder and those below it. Raises BadData for one that may not be read or followed."""
+    found = _Folder()
     met: set[tuple[int, int]] = set()
     linked = [folder]  # folders behind links come last: what lies here really keeps its name
     for top in linked:
@@ -345,28 +351,46 @@ def _in_folder(
                 folders.clear()
                 continue
             met.add((status.st_dev, status.st_ino))
-            ours = [name for name in sorted(folders) if is_output(Path(place, name))]
-            sides += [Path(place, name).relative_to(folder) for name in ours]
-            folders[:] = [name for name in folders if name not in ours]
-            described = {n for n in names if is_side_file(Path(place, n).relative_to(folder))}
-            described |= set(_about_pictures(Path(place), names))
-            sides += [
-                Path(place, name).relative_to(folder) for name in sorted(described - {*_HF_FILES, _HF_SPLITS})
-            ]
-            yield from _in_one(folder, Path(place), folders, names, described, saved, unknown)
+            _search_one(found, folder, Path(place).relative_to(folder), folders, names)
             links = [Path(place, name) for name in sorted(folders) if os.path.islink(Path(place, name))]
             for link in links:
                 _check_link(link, folder, root)
             linked += links
+    return found
 
 
-def _about_pictures(folder: Path, names: list[str]) -> Iterator[str]:
-    """The JSON files that stand beside a picture with a text, as img2dataset writes them."""
-    pictures = {Path(name).stem: folder / name for name in names if is_picture(Path(name))}
-    for name in names if pictures else []:
-        picture = pictures.get(Path(name).stem)
-        if name.lower().endswith(".json") and picture is not None and caption_of(picture):
-            yield name
+def _search_one(found: _Folder, folder: Path, at: Path, folders: list[str], names: list[str]) -> None:
+    """Adds the files in the folder ``at`` of ``folder``; ``folders`` keeps those to be searched, too."""
+    ours = {name for name in folders if is_output(folder / at / name)}
+    pictured = with_texts(names)
+    if pictured:
+        found.pictured.add(at)
+    described = {
+        name for name in names
+        if is_side_file(at / name) or (name.lower().endswith(".json") and name[:-5] in pictured)
+    }  # fmt: skip
+    found.sides += [at / name for name in sorted(ours | (described - {*_HF_FILES, _HF_SPLITS}))]
+    folders[:] = [name for name in folders if name not in ours and not name.startswith(".")]
+    if _HF_SPLITS in names:
+        for split in _saved_splits(folder / at, folders):
+            files = [at / split / name for name in _saved_files(folder / at / split)]
+            found.saved |= dict.fromkeys(files, split)
+            found.names += files
+        folders.clear()
+    elif all(name in names for name in _HF_FILES):
+        found.names += [at / name for name in _saved_files(folder / at)]
+        folders.clear()
+    else:
+        # as in the cache of datasets: a description beside the data
+        described |= set(_HF_FILES) if any(name.endswith(".arrow") for name in names) else set()
+        for name in names:
+            if name.startswith(".") or name in described:
+                continue
+            if kind_of(at / name):
+                _require_file(folder / at / name)
+                found.names.append(at / name)
+            elif not is_picture(at / name):
+                found.unknown.append(at / name)
 
 
 def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
@@ -384,42 +408,6 @@ def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
             f"{link}: this link leads to a folder that holds {folder} itself. Fix: remove the link, or name"
             " that folder."
         )
-
-
-def _in_one(
-    folder: Path,
-    at: Path,
-    folders: list[str],
-    names: list[str],
-    described: set[str],
-    saved: dict[Path, str],
-    unknown: list[Path],
-) -> Iterator[Path]:
-    """The files with records in the folder ``at``, without those that describe them; ``folders`` keeps those
-    to be searched, too."""
-    folders[:] = [name for name in folders if not name.startswith(".")]
-    if _HF_SPLITS in names:
-        for split in _saved_splits(at, folders):
-            files = [at.relative_to(folder) / split / name for name in _saved_files(at / split)]
-            saved |= dict.fromkeys(files, split)
-            yield from files
-        folders.clear()
-    elif "state.json" in names and "dataset_info.json" in names:
-        yield from (at.relative_to(folder) / name for name in _saved_files(at))
-        folders.clear()
-    else:
-        # as in the cache of datasets: a description beside the data
-        cached = any(name.endswith(".arrow") for name in names)
-        for name in names:
-            if name.startswith(".") or name in described:
-                continue
-            if not kind_of(at / name):
-                unknown += [] if is_picture(Path(name)) else [(at / name).relative_to(folder)]
-                continue
-            if cached and name in _HF_FILES:
-                continue
-            _require_file(at / name)
-            yield (at / name).relative_to(folder)
 
 
 def _require_file(path: Path) -> None:

@@ -99,6 +99,8 @@ def parse_with_fields(
         notes += [("unread", field) for field in aside]
         name = recognise(value, FORMATS)
         keys.refuse_system(value)
+        keys.refuse_ranks(value, FORMATS[name].content in _TALKS)
+        value = keys.mask_turns(value, FORMATS[name].content)
         segments = FORMATS[name].parse(value, read.folder(origin.file))
         if name == "text_to_image" and not FORMATS[name].known <= read.fields.keys():
             layouts.refuse_another_task(value, "image_path", "text_prompt")
@@ -107,7 +109,7 @@ def parse_with_fields(
             assert isinstance(text, Text)
             segments = [(read.triggered(text), field), *segments[1:]]
         _refuse_blank(segments, name)
-        segments = _framed(value, segments)
+        segments = _with_inputs(value, name, _framed(value, segments))
         read_from = {field.partition(".")[0].partition("[")[0] for _, field in segments}
         read_from |= {place.partition(".")[0] for place in read.fields.values()}
         notes += [("unread", field) for field in keys.unread(value, FORMATS[name].known | read_from)]
@@ -202,6 +204,21 @@ def _framed(record: Json, segments: Segments) -> Segments:
     return segments
 
 
+def _with_inputs(record: Json, name: str, segments: Segments) -> Segments:
+    """The segments of a record as its ``train_on_inputs`` says: all of a talk of texts are learnt, or answers
+    alone, as every format with questions has it. Raises BadRecord where it may mean several things."""
+    learnt = f.optional(record, keys.INPUTS, bool)
+    pictures = any(isinstance(segment, Image) for segment, _ in segments)
+    if (name in _DOCUMENTS and learnt is not None) or (learnt and (pictures or keys.says_no(record))):
+        fix = 'take it out, and write "target": true or false at each turn or segment'
+        raise BadRecord(
+            "unsupported_key", keys.INPUTS, f.show(learnt), "questions and answers of texts alone", fix
+        )
+    return [(replace(segment, target=True), field) for segment, field in segments] if learnt else segments
+
+
+_TALKS = ("messages", "conversations", "response", "output")  # what answers stand in
+_DOCUMENTS = ("interleaved", "parallel_lists", "matched_images")  # formats without questions
 _LISTS = (
     "conversations", "messages", "images", "image", "sequence", "editing_steps", "input_sequence",
     "target_sequence", "texts", "image_list", "instruction_list", "output_text_list", "history", "files",

@@ -20,7 +20,8 @@ from unigen.data.words import Json, cut, join, names, show
 from unigen.messages import in_language, spoken
 from unigen.sequence.types import BadRecord
 
-LEARNING = ("target", "loss", "weight", "loss_weight", "loss_scale", "has_loss")
+MASK, INPUTS = "loss_mask", "train_on_inputs"
+LEARNING = ("target", "loss", "weight", "loss_weight", "loss_scale", "has_loss", MASK)
 """How a turn or segment says whether, and how much, it is learnt: true or false, or a number from 0 to 1."""
 
 
@@ -29,8 +30,8 @@ class Unlearnt(BadRecord):
 
 
 THOUGHT = "reasoning_content"
-RECORD_WEIGHT = ("loss", "weight", "loss_weight", "loss_scale", "has_loss")
-RECORD = ("metadata", "system", THOUGHT, *RECORD_WEIGHT)
+RECORD_WEIGHT = LEARNING[1:]
+RECORD = ("metadata", "system", THOUGHT, INPUTS, *RECORD_WEIGHT)
 """Keys that a record of any format may have."""
 
 SIZES = ("min_pixels", "max_pixels", "resized_width", "resized_height")
@@ -81,13 +82,16 @@ REFUSED: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 """Keys of records, turns and segments that change what would have to be learnt: why, and the fix."""
 
+_RATINGS = ("image_amount_in_total", "overall_rating", "image_text_alignment_rating", "fidelity_rating")
+"""What stands beside a ``rank`` that says how good a picture is; of a search result it says another thing."""
+
 TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
 """Roles and speakers of what tools are asked and say."""
 
 _MEANT = {
     **dict.fromkeys(("thinking", "thought", "thoughts", "reasoning"), THOUGHT),
     **dict.fromkeys(("train", "trainable", "learn", "train_on_turn"), "target"),
-    **dict.fromkeys(("mask", "loss_mask", "compute_loss"), "loss"),
+    **dict.fromkeys(("mask", "compute_loss"), "loss"),
 }
 """What other trainers call the keys of a turn."""
 
@@ -125,6 +129,36 @@ def refuse(record: Json, where: str = "") -> None:
         if reason and not is_empty(record[name]):
             expected, fix = reason
             raise BadRecord("unsupported_key", join(where, name), show(record[name]), expected, fix)
+
+
+def refuse_ranks(record: Json, talk: bool) -> None:
+    """Raises BadRecord for numbers that say how good an answer or a picture is: a ``label`` of 0 or 1 in a
+    ``talk`` (KTO; elsewhere it is a class), and the ranks of ImageReward."""
+    ranks, rated = record.get("ranking"), not record.keys().isdisjoint(_RATINGS)
+    for name, found in (
+        ("ranking", isinstance(ranks, list) and all(isinstance(rank, int) for rank in ranks)),
+        ("rank", rated and isinstance(record.get("rank"), int)),
+        ("label", talk and isinstance(record.get("label"), int) and record["label"] in (0, 1)),
+    ):
+        if found:
+            fix = f"keep what is good alone, and give --fields metadata={name}, as where it is a class"
+            raise BadRecord("unsupported_key", name, show(record[name]), _PREFERENCE, fix)
+
+
+def mask_turns(record: Json, content: str) -> Json:
+    """The record with the entries of a list ``loss_mask`` in the turns (or segments, steps, pairs) of the
+    field ``content``, one in each. Raises BadRecord for a list of another length."""
+    mask, items = record.get(MASK), record.get(content)
+    if not isinstance(mask, list) or not isinstance(items, list):
+        return record
+    if not all(isinstance(item, dict) for item in items):
+        return record
+    if len(mask) != len(items):
+        fix = "write one for each, 1 where it is learnt and 0 where not, or true or false for the record"
+        expected = f"one for each of the {len(items)} entries of {content}"
+        raise BadRecord("wrong_type", MASK, f"{len(mask)} entries", expected, fix)
+    said = [bool(value) if value in (0, 1) else value for value in mask]
+    return {**record, MASK: None, content: [{MASK: one, **item} for one, item in zip(said, items)]}
 
 
 def refuse_system(record: Json) -> None:
@@ -188,6 +222,7 @@ def all_learnt(value: Any, depth: int = 4) -> Any:
         name: item if name == "metadata" else all_learnt(item, depth - 1)
         for name, item in value.items()
         if not (name in LEARNING and isinstance(item, int | float) and item == 0)
+        if not (name == MASK and isinstance(item, list))
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import logging
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
 from unigen import remote
 from unigen.bars import each
-from unigen.data.captions import CAPTIONS, is_picture
+from unigen.data.captions import CAPTIONS, describing_tables, is_picture, with_texts
 from unigen.data.containers import BadData, kind_of
 from unigen.data.splits import LeftOut, Split, choose, is_side_file
 
@@ -87,6 +89,12 @@ def _wanted(
     other splits."""
     sides = [name for name in names if name.name in DESCRIPTIONS]
     data = [name for name in names if kind_of(name) and name not in sides and not is_side_file(name)]
+    folder = attrgetter("parent")
+    files = groupby(sorted(names, key=folder), folder)
+    shown = {at: with_texts([name.name for name in there]) for at, there in files}
+    about = set(describing_tables(data, {at for at, pictures in shown.items() if pictures}))
+    about |= {name for name in data if name.suffix.lower() == ".json" and name.stem in shown[name.parent]}
+    data = [name for name in data if name not in about]
     if not data:
         return [name for name in names if is_picture(name) or name.suffix.lower() in CAPTIONS], []
     if split is None or any(name.name == "dataset_dict.json" for name in sides):

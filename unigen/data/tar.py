@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from unigen.data.captions import PICTURES
+from unigen.data.captions import NO_PICTURES, PICTURES
 from unigen.data.json_text import decode, parse_json
 from unigen.data.keys import RECORD, is_empty, refuse, weights_of_record
 from unigen.data.layouts import OTHER_ANSWERS
@@ -65,6 +65,12 @@ def runs(path: Path, first: int = 0, stop: int | None = None) -> Iterator[Member
             yield _run(start, min(end, size), key)
 
 
+def member_names(path: Path) -> Iterator[str]:
+    """The names of the members of a tar. Raises ValueError for a damaged one."""
+    with _Headers(io.FileIO(path)) as file:
+        yield from (member.name for member, _ in _members(file))
+
+
 def row_at(path: Path, offset: int, length: int) -> Json:
     """The row at a place that :func:`runs` gave."""
     with path.open("rb") as file:
@@ -97,28 +103,31 @@ def members_record(row: Json) -> Json:
     record: Json = {}
     described: Json = {}
     members: dict[str, str] = {}
-    for ending, value in row.items():
+    describing: dict[str, str] = {}
+
+    def claim(name: str, members: dict[str, str], fix: str) -> None:
+        if (other := members.setdefault(name, ending)) != ending:
+            found = f"{cut(other)}, {cut(ending)}"
+            raise BadRecord("ambiguous_piece", name, found, f"one member that is {cut(name)}", fix)
+
+    held = {name: value for name, value in row.items() if value is not None and name not in (KEY, "__url__")}
+    # a picture of a kind that cannot be read counts where there is no other, and is refused by its header
+    readable = any(f".{ending.lower()}".endswith(PICTURES) for ending in held)
+    for ending, value in held.items():
         stem, _, kind = ending.lower().rpartition(".")
-        if ending == KEY or value is None:
+        if kind == "json":
+            for name, made in _object(value, ending).items():
+                if described.setdefault(name, made) != made:
+                    claim(name, describing, "keep the field in one of them")
+                describing.setdefault(name, ending)
             continue
-        if f".{kind}" in PICTURES:
-            name, made = stem or "image", value
+        name, made = ending, value
+        if f".{kind}" in (PICTURES if readable else (*PICTURES, *NO_PICTURES)):
+            name = stem or "image"
         elif kind in TEXTS:
             name, made = stem or "text", _text(value, ending)
-        elif kind == "json":
-            described |= _object(value, ending)
-            continue
-        elif ending != "__url__":
-            name, made = ending, value
-        else:
-            continue
-        if other := members.get(name):
-            found, fix = (
-                f"{cut(other)}, {cut(ending)}",
-                "pack one of them alone, or the other as KEY.NAME.ENDING",
-            )
-            raise BadRecord("ambiguous_piece", name, found, f"one member that is {cut(name)}", fix)
-        members[name], record[name] = ending, made
+        claim(name, members, "pack one of them alone, or the other as KEY.NAME.ENDING")
+        record[name] = made
     if "image" in record and "text" in record:
         refuse(described)
         names = dict.fromkeys((*RECORD, *weights_of_record(described)))
