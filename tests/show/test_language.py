@@ -124,3 +124,18 @@ def test_numbers_are_short_and_right():
 def test_the_texts_need_no_pytorch():
     code = "import sys; from unigen.show.language import Words; Words('zh', 'watch')('new'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_metrics_and_phases_have_names_for_readers():
+    """The keys stay in files; a plugin's metric and a phase of another version keep theirs."""
+    from unigen.evaluation.score import METRICS
+
+    for language in LANGUAGES:
+        words = Words(language, "watch")
+        assert [key for key in METRICS.own if f"metric_{key}" not in words.texts] == []
+    english, chinese = Words("en", "watch"), Words("zh", "watch")
+    assert english.metric("psnr_to_source") == "PSNR to the source" and english.metric("mine") == "mine"
+    assert chinese.metric("accuracy") == "准确率" and chinese.metric("mine_to_source") == "mine（与原图比）"
+    assert english.phase("forward/backward") == "forward/backward" and english.phase("") == "–"
+    for phase in ("loading", "warm-up batch", "data", "forward/backward", "validating", "sampling", "saving"):
+        assert not re.search("[a-z]", chinese.phase(phase)), phase

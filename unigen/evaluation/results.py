@@ -120,6 +120,11 @@ def not_given(results: Sequence[Result]) -> list[tuple[list[str], str, str]]:
     return list(found.values())
 
 
+def metric_key(name: str) -> str:
+    """What a metric is called in files: its kind, and whether it is held against an edit's source."""
+    return name.partition("[")[0] + ("_to_source" if "to=source" in name else "")
+
+
 def identity(kind: str, *parts: str, **named: Any) -> str:
     """``kind[part|part|name=value]``; values that are None are left out."""
     inner = [*parts, *(f"{name}={value}" for name, value in named.items() if value is not None)]

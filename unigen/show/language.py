@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from unigen.figures import gb
-from unigen.messages import LANGUAGES, spoken
+from unigen.messages import LANGUAGES, in_language, spoken
 from unigen.show.terminal import harmless
 
 TAGS = {"en": "en", "zh": "zh-CN"}  # what HTML calls them
@@ -44,12 +45,26 @@ class Words:
         if name in DURATIONS:
             return self.duration(value)
         if name == "phase":
-            return harmless(value) or "–"
+            return self.phase(value)
         return gb(value) if name in SIZES else harmless(value) if isinstance(value, str) else value
 
     def field(self, name: str) -> str:
         """The name of a record's field; what stands for the whole is said in the language."""
         return self(PLACES[name]) if name in PLACES else name
+
+    def metric(self, key: str) -> str:
+        """What a metric is called, by its key in the files: ``psnr``, ``psnr_to_source``."""
+        kind = key.removesuffix("_to_source")
+        name = self.texts.get(f"metric_{kind}", kind)  # a plugin's has no other name than its key
+        return name if kind == key else self("to_source", metric=name)
+
+    def listed(self, names: Iterable[str]) -> str:
+        return self("comma").join(names)
+
+    def phase(self, name: str) -> str:
+        """What a process does, by its name in the heartbeats; a dash between two phases."""
+        said = in_language(f"phase {name}", self.language)
+        return harmless(said.removeprefix("phase ")) if name else "–"
 
     def duration(self, seconds: float) -> str:
         """``45 s``, ``12 min``, ``3 h 5 min``, ``2 d 4 h``."""

@@ -18,7 +18,7 @@ from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import Case, batches, cases_of
 from unigen.evaluation.features import load_extractor
 from unigen.evaluation.material import Tools
-from unigen.evaluation.results import Result
+from unigen.evaluation.results import Result, metric_key
 from unigen.evaluation.score import METRICS, NEEDS, score
 from unigen.evaluation.towers import PictureTower
 from unigen.inference.prompts import SAMPLES
@@ -217,13 +217,10 @@ class HeldOutAnswers:
             self._complain("answers", f"they could not be measured ({type(error).__name__}: {error})")
             return {}
         return {
-            f"eval/{self._name(result)}/{task}": self._value(result)
+            f"eval/{metric_key(result.name)}/{task}": self._value(result)
             for task, results in found.items()
             for result in results
         }
-
-    def _name(self, result: Result) -> str:
-        return result.kind + ("_to_source" if "to=source" in result.name else "")
 
     def _value(self, result: Result) -> float | None:
         if result.value is None:

@@ -63,7 +63,7 @@ def test_a_second_run_asks_nothing_and_gives_the_same_numbers(evaluate, tmp_path
     assert held["records"] == 3 and list(held["tasks"]) == ["text"]
     assert any(name.startswith("bleu[nrefs:1|case:mixed|eff:no|tok:zh|") for name in names)
     assert len(held["about"]["checkpoint"]) == 12 and held["about"]["sampling"]["num_timesteps"] == 3
-    assert "rougeL" in said and str(tmp_path / "out" / "report.html") in said
+    assert "ROUGE-L" in said and str(tmp_path / "out" / "report.html") in said
     lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [42, 43, 44]
     monkeypatch.setattr(InterleaveInferencer, "unified_generate_batch", None)  # a call would raise
@@ -114,7 +114,7 @@ def test_tokens_that_are_allowed_are_measured(evaluate, tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>"}]
     write_lines(tmp_path / "val.jsonl", {"messages": turns})
     code, said, error = evaluate("--allow_control_tokens")
-    assert code == 0 and "perplexity" in said, error
+    assert code == 0 and "Perplexity" in said, error
 
 
 def write_lines(path, *lines):
@@ -144,7 +144,7 @@ def test_given_answers_are_scored_and_compared_without_a_model(score_given, tmp_
     held = json.loads((tmp_path / "out" / "1-mine.jsonl" / "metrics.json").read_text(encoding="utf-8"))
     values = {entry["name"].partition("[")[0]: entry for entry in held["tasks"]["text"]}
     assert values["exact_match"]["value"] == 1 and values["perplexity"]["value"] is None
-    assert "not measured: perplexity" in said and values["stopped"]["reason"]
+    assert "not measured: Perplexity" in said and values["stopped"]["reason"]
     compared = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert {one["name"].partition("[")[0]: one["b"] for one in compared["against"][others]["text"]}[
         "accuracy"
@@ -298,8 +298,10 @@ def test_what_differs_stands_first_and_what_does_not_is_one_line(tmp_path):
     )
     page = write(tmp_path / "r.html", cases, [a, b], {"b": comparisons(a, b)}, Words("en", "evaluate"))
     said = Page(page.read_text(encoding="utf-8")).text.replace("\u00a0", " ")
-    assert re.search(r"rougeL\s*· better by 0\.5", said)
-    assert re.search(r"anls, meteor\s*· no difference shown with n = 20 \(p ≥ 1\)", said)
+    assert re.search(r"ROUGE-L\s*· better by 0\.5", said)
+    assert re.search(
+        r"Likeness of answers \(ANLS\), METEOR\s*· no difference shown with n = 20 \(p ≥ 1\)", said
+    )
     assert said.index("better by") < said.index("no difference")
 
 
@@ -321,7 +323,7 @@ def test_the_page_shows_the_best_the_worst_and_the_most_changed(tmp_path):
     compared = {"b": comparisons(*answered)}
     page = write(tmp_path / "report.html", cases, answered, compared, Words("en", "evaluate")).read_text()
     samples = re.findall(r"<b>(most changed|best|worst)</b> · (\S+) .*?val\.jsonl:(\d+)", page)
-    assert samples[0] == ("most changed", "accuracy", "7")
+    assert samples[0] == ("most changed", "Accuracy", "7")
     assert [number for label, _, number in samples if label == "best"] == ["19", "18", "17"]
     assert [number for label, _, number in samples if label == "worst"] == ["0", "1", "2", "3"]
     assert "&lt;b&gt;question 7" in page and "<b>question" not in page
@@ -345,7 +347,7 @@ def test_few_or_equal_samples_are_not_called_what_they_are_not(tmp_path, values,
     one = Answered("a", {"checkpoint": "a", "sampling": {}}, answers, {"text": [result("accuracy", values)]})
     page = write(tmp_path / "r.html", cases, [one], {}, Words("en", "evaluate")).read_text(encoding="utf-8")
     found: dict[str, list[int]] = {}
-    for label, number in re.findall(r">(?:<b>(best|worst)</b> · )?accuracy .*?v:(\d+)<", page):
+    for label, number in re.findall(r">(?:<b>(best|worst)</b> · )?Accuracy .*?v:(\d+)<", page):
         found.setdefault(label, []).append(int(number))
     assert found == labels
 
@@ -385,7 +387,7 @@ def test_the_checkpoints_of_a_run_are_curves_and_a_grid_in_both_languages(tmp_pa
     page = Page(
         write(tmp_path / "same.html", cases, same, {}, Words("en", "evaluate")).read_text(encoding="utf-8")
     )
-    assert page.charts == [] and "The same at every step: judge 0.1667." in page.text
+    assert page.charts == [] and "The same at every step: Judge's score 0.1667." in page.text
     page = Page(path.read_text(encoding="utf-8"))
     assert "run: 300" in page.text and "next: 200" in page.text and "third: " not in page.text
 

@@ -62,7 +62,7 @@ def test_a_folder_is_measured_task_by_task_and_over_all(evaluate, detector, tmp_
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<h2>数目</h2>" in page and "各任务的平均" in page and "参考" not in page
     assert "geneval" in page and "a photo of 2 dogs" in page and 'lang="zh-CN"' in page
-    assert "clip_score" in said and "--clip" in said
+    assert "CLIP 分数" in said and "--clip" in said
 
 
 def test_two_folders_are_compared_prompt_by_prompt(evaluate, detector, tmp_path):

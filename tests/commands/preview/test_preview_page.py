@@ -265,7 +265,10 @@ def test_invisible_characters_have_names_and_visible_ones_stay():
 
     assert parts("ab c") == [("ab", ""), (" ", "space"), ("c", "")]
     assert parts("a\n\t") == [("a", ""), ("↵", "U+000A"), ("\n", ""), ("⇥", "U+0009")]
-    assert parts("👩\u200d👧") == [("👩\u200d👧", "")] and parts("\u200dx")[0] == ("ZWJ", "Zero Width Joiner")
+    assert parts("👩\u200d👧") == [("👩\u200d👧", "")] and parts("\u200dx")[0] == (
+        "ZWJ",
+        "U+200D Zero Width Joiner",
+    )
     assert parts("مرحبا你好é") == [("مرحبا你好é", "")]
     assert signs_named("a\u202eb <c>\n") == "a⟨RLO⟩b <c>\n"
 

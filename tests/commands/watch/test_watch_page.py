@@ -42,7 +42,7 @@ def test_the_page_holds_everything_and_nothing_from_outside(folder, tmp_path, la
     ):  # fmt: skip
         assert words(key) in page.text, key
     for part in (
-        "step_1000", "best", "88 GB", "node-2", "forward/backward", "data/train.jsonl:88", "broken_picture",
+        "step_1000", "best", "88 GB", "node-2", words.phase("forward/backward"), "data/train.jsonl:88", "broken_picture",
         *PROMPTS,
     ):  # fmt: skip
         assert part in page.text, part

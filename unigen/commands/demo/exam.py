@@ -296,7 +296,7 @@ class Exam:
                 given = open_image(self.picture(r["input_image"]))
                 self.edits += [
                     (in_language("given"), given),
-                    (f"{meta['edits'][0]} {MARK[bool(right[-1])]}", answer[0]),
+                    (f"{in_language(meta['edits'][0])} {MARK[bool(right[-1])]}", answer[0]),
                     (in_language("exact"), expected),
                 ]
         values = {"edit_accuracy": _share(right)}
@@ -383,7 +383,11 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam, quick: 
         )
         for name, wanted in BARS.items()
     ]
-    more = [(named[name], value) for name, value in metrics.items() if name not in BARS]
+    more = [
+        (named[name], in_language(value) if isinstance(value, str) else value)
+        for name, value in metrics.items()
+        if name not in BARS
+    ]
     words = Words(spoken(), "common")
     lines = [
         Line(in_language(name), log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))

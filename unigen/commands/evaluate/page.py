@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unigen.commands.evaluate.terminal import label
+from unigen.commands.evaluate.terminal import label, lacks, not_measured, said_of
 from unigen.config import UserError
 from unigen.evaluation.answered import OF_THE_DATA
-from unigen.evaluation.results import not_given
 from unigen.messages import in_language
 from unigen.runs.metrics import Point
 from unigen.show.charts import Chart, Line, line_chart
@@ -133,7 +132,7 @@ def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[
                     lines.append(Line(Path(run).name, points, colour, band=True))
             if lines and result.kind not in OF_THE_DATA:
                 named = [one.scores[task][number].name for ones in runs.values() for one in ones]
-                name = label(max(named, key=len), words.language)
+                name = label(max(named, key=len), words)
                 everything = [point for line in lines for point in line.points]
                 if len({point.mean for point in everything}) == 1:
                     flat.append(f"{name} {everything[0].mean:.4g}")
@@ -141,7 +140,7 @@ def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[
                 low, high = min(p.low for p in everything), max(p.high for p in everything)
                 room = AxisRange(low, high) if high > low else None  # for the whole band
                 charts.append(line_chart(name, lines, words, values=room))
-        found.append((_named(task, words), charts, ", ".join(flat)))
+        found.append((_named(task, words), charts, words.listed(flat)))
     return [(task, charts, flat) for task, charts, flat in found if charts or flat]
 
 
@@ -185,7 +184,7 @@ def _verdicts(ones: Sequence[Comparison], words: Words) -> list[tuple[str, str, 
 def _verdict(alike: Sequence[Comparison], words: Words) -> tuple[str, str, str]:
     """(mark, metrics, sentence) of comparisons of which one thing is said."""
     one = alike[0]
-    kinds = ", ".join(dict.fromkeys(label(each.name, words.language) for each in alike))
+    kinds = words.listed(dict.fromkeys(label(each.name, words) for each in alike))
     if one.verdict == "not compared":
         return MARKS[one.verdict], kinds, words("not_compared", why=in_language(one.reason, words.language))
     over = f" ({in_language(one.reason, words.language)})" if one.reason else ""
@@ -202,26 +201,16 @@ def _verdict(alike: Sequence[Comparison], words: Words) -> tuple[str, str, str]:
 def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:
     """Numbers and samples of one task."""
 
-    def said(text: str) -> str:
-        return in_language(text, words.language)
-
     rows, lacking = [], []
     for number, result in enumerate(answered[0].scores[task]):
         found = [one.scores[task][number] for one in answered]
         if not all(one.was_not_given for one in found):
             n = next((one.n for one in found if one.value is not None), 0)
-            rows.append([label(result.name, words.language), *map(_number, found), str(n)])
-            lacking += [
-                words("lacking", kind=one.kind, why=said(one.reason), fix=said(one.fix))
-                for one in found
-                if one.value is None and not one.was_not_given
-            ]
+            rows.append([label(result.name, words), *map(_number, found), str(n)])
+            lacking += [lacks(one, words) for one in found if one.value is None and not one.was_not_given]
     results = [result for one in answered for result in one.scores[task]]
-    notes = [f"{result.kind}: {said(note)}" for result in results for note in result.notes]
-    absent = [
-        words("not_measured", kinds=", ".join(kinds), why=said(reason), fix=said(fix))
-        for kinds, reason, fix in not_given(results)
-    ]
+    notes = [said_of(result, note, words) for result in results for note in result.notes]
+    absent = not_measured(results, words, words.metric)
     places = [place for place, case in enumerate(cases) if case.task == task]
     return {
         "name": _named(task, words),
@@ -265,7 +254,7 @@ def _samples(
                 if i not in seen:
                     seen.add(i)
                     scores = " → ".join(f"{value[i]:.3g}" for value in values)
-                    chosen.append((label and words(label), places[i], f"{kind} {scores}"))
+                    chosen.append((label and words(label), places[i], f"{words.metric(kind)} {scores}"))
     return [
         {
             "label": label,

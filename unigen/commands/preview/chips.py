@@ -57,7 +57,7 @@ class Chip(NamedTuple):
         for i, c in enumerate(self.text):
             shown = None if c in JOINERS and 0 < i < len(self.text) - 1 else sign(c)
             if shown:
-                made.append((shown, unicodedata.name(c, f"U+{ord(c):04X}").title()))
+                made.append((shown, f"U+{ord(c):04X} {unicodedata.name(c, '').title()}".rstrip()))
                 made += [("\n", "")] if c == "\n" else []
             elif c == " ":
                 made.append((c, "space"))
@@ -89,9 +89,15 @@ class Chips:
         return signs_named(self.special.get(id) or self.tokenizer.decode([id]))
 
     def tip(self, token: TokenView) -> str:
-        """The token's column of the pack; the field names are those of ``Pack``."""
-        label = f" · label {token.label} “{self.name(token.label)}”" if token.label >= 0 else ""
-        return f"index {token.index} · position {token.position} · id {token.id}{label}"
+        """The token's column of the pack."""
+        label = f" · {self._label(token.label)} “{self.name(token.label)}”" if token.label >= 0 else ""
+        return self.words("tip", index=token.index, position=token.position, id=token.id) + label
+
+    def _label(self, id: int) -> str:
+        return self.words("tip_label", id=id)
+
+    def _place(self, key: str, index: int, label: int) -> str:
+        return f"{self.words(key)}: {self.words('tip_index', index=index)} · {self._label(label)}"
 
     def text(self, block: BlockView) -> FoldedText:
         """The tokens of a text block, and what was cut off it."""
@@ -113,8 +119,7 @@ class Chips:
         label = block.next_modality
         if label is None:
             return []
-        tip = f"{self.words('l_next')}: index {block.stop - 1} · label {label}"
-        return [Chip(self.name(label), "next", tip=tip)]
+        return [Chip(self.name(label), "next", tip=self._place("l_next", block.stop - 1, label))]
 
     def _marker(self, token: TokenView) -> Chip:
         return Chip(self.name(token.id), "special", token.learnt, self.tip(token))
@@ -140,7 +145,7 @@ class Chips:
             return []
         label = block.tokens[-2].label  # of the last token before the cut: what stood behind it
         assert label == block.lost[0]
-        tip = f"{self.words('l_cut_label')}: index {block.stop - 2} · label {label}"
+        tip = self._place("l_cut_label", block.stop - 2, label)
         more = len(block.lost) - HEAD
         text = self.tokenizer.decode(block.lost[:HEAD])
         return [Chip(text + (f" {self.words('more_tokens', n=more)}" if more > 0 else ""), "cut", tip=tip)]

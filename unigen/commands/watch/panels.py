@@ -29,7 +29,7 @@ class Panel(NamedTuple):
             return words("data_wait_share" if self.name == "data_wait" else self.name)
         room, _, what = self.name.partition("/")
         if room == "eval":
-            return words("of_eval", what=what)
+            return words("of_eval", what=words.metric(what))
         return words.texts.get(f"of_{self.name.replace('/', '_')}", self.name)
 
     def line(self, curve: Curve, words: Words) -> str:

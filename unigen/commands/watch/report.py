@@ -91,7 +91,7 @@ def process_rows(run: RunFolder, words: Words, most: int) -> WatchTable:
     rows: list[list[Any]] = []
     for r in sorted(shown, key=lambda rank: rank.rank):
         times = (words.duration(r.busy), words("ago", ago=r.age))
-        rows.append([r.rank, r.host, str(r.pid), r.step, r.phase or "–", *times])
+        rows.append([r.rank, r.host, str(r.pid), r.step, words.phase(r.phase), *times])
     header = ("rank", "host", "pid", "step", "phase", "phase_for", "last_sign")
     return _grid(words, "processes", header, rows, len(ranks) - most, minor=(2, 5, 1))
 
