@@ -76,7 +76,6 @@ TINY = {
 TINY_ARGUMENTS = [("outputs/unified_training/step_1000", "outputs/unified_training/step_1")]
 # Commands that name these are made for a tiny model: they run as they stand.
 TINY_ALREADY = (
-    "tests/golden/model",
     "recipes/mixed_sources.yaml",
     "shapes",
 )
@@ -85,6 +84,7 @@ SHORT = {
     "shapes.py data/shapes": "shapes.py data/shapes --train 6 --val 1",
     "recipes/shapes.yaml": "recipes/shapes.yaml --batch_size 2 --num_workers 0 --device cpu --warmup_steps 1",
     "--batch_size 32": "--batch_size 2 --num_workers 0 --device cpu",
+    "--max_steps 20 --learning_rate": "--max_steps 2 --learning_rate",
     "--max_steps 5000": "--max_steps 2",
     "--max_steps 1500": "--max_steps 2",
     "--warmup_steps 20": "--warmup_steps 1",
