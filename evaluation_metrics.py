@@ -5,7 +5,6 @@ or None with the reason and the fix. Shapes and sources stand with each; docs/me
 """
 
 from unigen.evaluation.detectors import Detector
-from unigen.evaluation.edits import edit_changed, edit_stayed
 from unigen.evaluation.features import (
     Extractor,
     Features,
@@ -24,13 +23,11 @@ from unigen.evaluation.images import (
     frechet_distance,
     frechet_distance_infinity,
     kid,
-    lpips,
     neighbours,
-    psnr,
     similarity,
-    ssim,
 )
 from unigen.evaluation.objects import geneval
+from unigen.evaluation.perceptual import edit_changed, edit_stayed, lpips, psnr, ssim
 from unigen.evaluation.results import CannotRun, Result
 from unigen.evaluation.statistics import Comparison, compare
 from unigen.evaluation.text import (

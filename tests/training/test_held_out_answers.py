@@ -11,7 +11,7 @@ import pytest
 from tiny import built, metrics
 
 from unigen.config import Config, ConfigError
-from unigen.evaluation.images import psnr
+from unigen.evaluation.perceptual import psnr
 from unigen.evaluation.text import length_ratio
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.weights import load_bagel

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unigen.config import UserError
-from unigen.evaluation.cases import Case, batches
+from unigen.evaluation.cases import IMAGE, Case, batches
 from unigen.files import atomic
 
 ABOUT, BATCHES, PICTURES, PREDICTIONS = "answers.json", "batches", "pictures", "predictions.jsonl"
@@ -77,6 +77,23 @@ class Prediction:
         )
         known = (held[key] for key in ("number", "where", "task", "seed"))
         return cls(*known, pieces, held.get("stopped"))
+
+
+def drawn_beside(case: Case, found: Prediction) -> list[tuple[int, Any]]:
+    """Where the pictures of an answer stand that its record has, too, each with the record's source of it."""
+    right = [given for kind, given in zip(case.outputs, case.references) if kind == IMAGE]
+    return list(zip((n for n, piece in enumerate(found.pieces) if not isinstance(piece, str)), right))
+
+
+def rows_of_pictures(
+    cases: Sequence[Case], shown: Sequence[Case], said: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row for each case, as :func:`row_by_row` keeps it: what was said of its pictures. ``shown`` are the
+    cases of the pictures, in the order of ``said``."""
+    rows: dict[int, list[dict[str, Any]]] = {case.number: [] for case in cases}
+    for case, one in zip(shown, said, strict=True):
+        rows[case.number].append(one)
+    return [{"number": number, "pictures": pictures} for number, pictures in rows.items()]
 
 
 @dataclass(frozen=True)

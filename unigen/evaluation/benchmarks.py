@@ -134,8 +134,8 @@ class Layout:
 
     Args:
         text: field of what is asked for.
-        place: the file of picture k of a record, from the record and its number in the prompts file, with
-            ``/`` between folders.
+        file: that of picture ``k`` of a record, named by its fields and its ``number`` in the prompts file,
+            with ``/`` between folders.
         names: fields that become names of files and folders.
         needs: further fields that the scorer reads.
         picture: field of the pictures to edit; ``optional``: it may be missing.
@@ -151,7 +151,7 @@ class Layout:
     """
 
     text: str
-    place: Callable[[Json, int, int], str]
+    file: str
     names: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     picture: str = ""
@@ -170,6 +170,10 @@ class Layout:
         picture = (self.picture,) if self.picture and not self.optional else ()
         return tuple(dict.fromkeys((self.text, *self.names, *self.needs, *picture)))
 
+    def place(self, record: Json, number: int, k: int) -> str:
+        """Where picture ``k`` of a record lies, from the folder of all."""
+        return self.file.format_map({**record, "number": number, "k": k})
+
 
 def _by_prompt(records: Sequence[Json], paths: Sequence[str], thoughts: Sequence[str]) -> dict[str, Any]:
     """GenEval 2's ``--image_filepath_data``."""
@@ -180,14 +184,9 @@ def _logs(records: Sequence[Json], paths: Sequence[str], thoughts: Sequence[str]
     """What ``--model from_log`` of lmms-eval takes for a model's answers, a file a task."""
     found: dict[str, Any] = {}
     for record, path, thought in zip(records, paths, thoughts, strict=True):
-        log = found.setdefault(
-            f"{record['task']}.json",
-            {
-                "args": {"model": "unigen", "model_args": "", "limit": None},
-                "model_configs": {"task": record["task"]},
-                "logs": [],
-            },
-        )
+        about = {"args": {"model": "unigen", "model_args": "", "limit": None}}
+        configs = {"model_configs": {"task": record["task"]}}
+        log = found.setdefault(f"{record['task']}.json", {**about, **configs, "logs": []})
         answer = json.dumps({"text": thought, "images": [path]}, ensure_ascii=False)
         log["logs"].append({"doc_id": record["doc_id"], "resps": [[answer]]})
     return found
@@ -195,36 +194,23 @@ def _logs(records: Sequence[Json], paths: Sequence[str], thoughts: Sequence[str]
 
 LAYOUTS: dict[str, Layout] = {
     "geneval": Layout(
-        "prompt", lambda record, number, k: f"{number:05d}/samples/{k:05d}.png", needs=("tag", "include"),
-        several=True, beside={"record": lambda place: place.partition("/")[0] + "/metadata.jsonl"},
+        "prompt", "{number:05d}/samples/{k:05d}.png", needs=("tag", "include"), several=True,
+        beside={"record": lambda place: place.partition("/")[0] + "/metadata.jsonl"},
     ),
-    "geneval2": Layout(
-        "prompt", lambda record, number, k: f"{number:05d}.png", listing=_by_prompt, one_of="prompt"
-    ),
-    "wise": Layout("Prompt", lambda record, number, k: f"{record['prompt_id']}.png", names=("prompt_id",)),
-    "dpg": Layout(
-        "text", lambda record, number, k: f"{record['item_id']}.png", names=("item_id",), grid=True
-    ),
-    "imgedit": Layout(
-        "prompt", lambda record, number, k: f"{record['key']}.png", names=("key",), picture="id", keyed=True
-    ),
+    "geneval2": Layout("prompt", "{number:05d}.png", listing=_by_prompt, one_of="prompt"),
+    "wise": Layout("Prompt", "{prompt_id}.png", names=("prompt_id",)),
+    "dpg": Layout("text", "{item_id}.png", names=("item_id",), grid=True),
+    "imgedit": Layout("prompt", "{key}.png", names=("key",), picture="id", keyed=True),
     "gedit": Layout(
-        "instruction",
-        lambda record, number, k: "fullset/{task_type}/{instruction_language}/{key}.png".format(**record),
-        names=("task_type", "instruction_language", "key"), picture="input_image",
+        "instruction", "fullset/{task_type}/{instruction_language}/{key}.png", picture="input_image",
+        names=("task_type", "instruction_language", "key"),
         beside={"source": lambda place: place.removesuffix(".png") + "_SRCIMG.png"},
     ),
-    "kris": Layout(
-        "ins_en", lambda record, number, k: "{type}/{id}.png".format(**record), names=("type", "id"),
-        picture="ori_img", folder="type",
-    ),
-    "rise": Layout(
-        "instruction", lambda record, number, k: "{category}/{index}.png".format(**record),
-        names=("category", "index"), picture="image",
-    ),
+    "kris": Layout("ins_en", "{type}/{id}.png", names=("type", "id"), picture="ori_img", folder="type"),
+    "rise": Layout("instruction", "{category}/{index}.png", names=("category", "index"), picture="image"),
     "lmms-eval": Layout(
-        "prompt", lambda record, number, k: "{task}_{doc_id}.png".format(**record), names=("task", "doc_id"),
-        picture="image", optional=True, listing=_logs,
+        "prompt", "{task}_{doc_id}.png", names=("task", "doc_id"), picture="image", optional=True,
+        listing=_logs,
     ),
 }  # fmt: skip
 """By the names of ``--layout``. ``tests/evaluation/test_benchmarks.py`` reads each as its scorer does."""

@@ -75,7 +75,7 @@ def case_of(record: Record, number: int) -> Case | None:
         return None
     answer = sample[start:end]
     edited = next((s for s in reversed(sample[:start]) if isinstance(s, Image) and s.target), None)
-    context: Sample = [_as_context(segment) for segment in sample[:start]]
+    context: Sample = [Text(s.text) if isinstance(s, Text) else Image(s.source) for s in sample[:start]]
     return Case(
         number,
         str(record.origin),
@@ -86,10 +86,6 @@ def case_of(record: Record, number: int) -> Case | None:
         str(record.metadata.get("id", "")),
         None if edited is None else _piece(edited),
     )
-
-
-def _as_context(segment: Text | Image) -> Text | Image:
-    return Text(segment.text) if isinstance(segment, Text) else Image(segment.source)
 
 
 def _piece(segment: Text | Image) -> Any:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unigen.evaluation.features import AS_IT_IS
 from unigen.evaluation.results import CannotRun
 from unigen.evaluation.results import libraries as versions
 from unigen.evaluation.towers import load_detector, short_name, weights_digest
 from unigen.sequence.images import open_image
-from unigen.sequence.transform import ImageTransform
 
 MOST = 100  # pairs of a query and a class of a Mask2Former, as in its own evaluation
 # What label files of detectors call otherwise than GenEval.
@@ -135,8 +135,7 @@ class Detector:
             picture.paste((128, 128, 128), (0, 0, side, side))
             picture.paste(whole, (0, 0))
         width, height = self._canvas(*picture.size)
-        transform = ImageTransform(max_size=max(width, height), min_size=min(width, height), stride=1)
-        levels = transform.levels(picture, size=(width, height)).float().to(self.device) / 255
+        levels = AS_IT_IS.levels(picture, size=(width, height)).float().to(self.device) / 255
         return ((levels - self.mean) / self.std)[None]
 
     def _canvas(self, width: int, height: int) -> tuple[int, int]:

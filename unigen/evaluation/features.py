@@ -33,6 +33,7 @@ from unigen.sequence.transform import ImageTransform
 Picture = Any  # a path, a Confined path, bytes, or a PIL image
 INCEPTION_DIGEST = "6726825d"  # how the SHA-256 of the published file begins; its name says so, too
 VIT_SIDE = 378  # pixels; SigLIP's own, a multiple of its patches of 14
+AS_IT_IS = ImageTransform(max_size=1, min_size=1, stride=1)  # always asked for an explicit size
 
 
 @dataclass(frozen=True)
@@ -79,28 +80,26 @@ class Extractor:
             CannotRun: there are no pictures, or the network gives numbers that are not finite.
         """
         same_length(pictures)
-        found: list[np.ndarray | None] = [None] * len(pictures)
+        found: list[Any] = []
         with ThreadPoolExecutor(4) as pool, Bar("features of pictures", len(pictures)) as shown:
             for start in range(0, len(pictures), self.batch_size):
                 batch = pictures[start : start + self.batch_size]
-                loaded = list(pool.map(_Loaded.of, batch))
-                keys = [self.key(one.digest) for one in loaded]
-                missing = []
-                for place, key in enumerate(keys):
-                    found[start + place] = cache.get(key) if cache else None
-                    if found[start + place] is None:
-                        missing.append(place)
+                keys = [self.key(digest) for digest in pool.map(_digest, batch)]
+                held: list[Any] = [cache.get(key) if cache else None for key in keys]
+                missing = [place for place, feature in enumerate(held) if feature is None]
                 if missing:
-                    inputs = torch.stack(list(pool.map(self.prepare, (loaded[i].picture for i in missing))))
+                    opened = map(open_image, (batch[place] for place in missing))
+                    inputs = torch.stack(list(pool.map(self.prepare, opened)))
                     with torch.inference_mode():
                         features = self.run(inputs.to(self.device)).float().cpu().numpy()
                     for place, feature in zip(missing, features, strict=True):
-                        found[start + place] = feature
+                        held[place] = feature
                         if cache:
                             cache.put(keys[place], feature)
+                found += held
                 shown.update(len(batch))
                 tick(start + len(batch))
-        features = np.stack([feature for feature in found if feature is not None])
+        features = np.stack(found)
         if not np.isfinite(features).all():
             raise CannotRun(
                 f"{self.identity.partition('|')[0]} gives numbers that are not finite", "check its weights"
@@ -112,25 +111,12 @@ class Extractor:
         return hashlib.sha256(json.dumps([picture, self.identity, self.libraries]).encode()).hexdigest()
 
 
-@dataclass
-class _Loaded:
-    """A picture's digest, and the picture once it is asked for."""
-
-    digest: str
-    source: Any
-
-    @classmethod
-    def of(cls, source: Picture) -> _Loaded:
-        if isinstance(source, bytes):
-            return cls(hashlib.sha256(source).hexdigest(), source)
-        if hasattr(source, "tobytes"):  # a PIL picture
-            picture = open_image(source)
-            return cls(hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest(), picture)
-        return cls(hashlib.sha256(read_picture(source)).hexdigest(), source)
-
-    @property
-    def picture(self) -> Any:
-        return open_image(self.source)
+def _digest(source: Picture) -> str:
+    """SHA-256 of the bytes of a file, or of the size and levels of a PIL picture."""
+    if hasattr(source, "tobytes"):
+        picture = open_image(source)
+        source = f"{picture.size}".encode() + picture.tobytes()
+    return hashlib.sha256(source if isinstance(source, bytes) else read_picture(source)).hexdigest()
 
 
 def resized(picture: Any, size: int, *, crop: bool = False) -> Tensor:
@@ -140,19 +126,13 @@ def resized(picture: Any, size: int, *, crop: bool = False) -> Tensor:
         crop: scale the short side to ``size`` and take the centre, as CLIP's own processing does; otherwise
             the whole picture, its shape changed, as distances of distributions are computed.
     """
-    width, height = picture.size
+    wide = high = size
     if crop:
-        scale = size / min(width, height)
-        wide, high = max(size, int(width * scale)), max(size, int(height * scale))
-        picture = _by_levels(picture, (wide, high))
-        left, top = (wide - size) // 2, (high - size) // 2
-        return picture[:, top : top + size, left : left + size]
-    return _by_levels(picture, (size, size))
-
-
-def _by_levels(picture: Any, size: tuple[int, int]) -> Tensor:
-    transform = ImageTransform(max_size=max(size), min_size=min(size), stride=1)
-    return transform.levels(picture, size=size).float() / 255
+        scale = size / min(picture.size)
+        wide, high = (max(size, int(side * scale)) for side in picture.size)
+    levels = AS_IT_IS.levels(picture, size=(wide, high)).float() / 255
+    left, top = (wide - size) // 2, (high - size) // 2
+    return levels[:, top : top + size, left : left + size]
 
 
 # ---- the networks
@@ -255,7 +235,7 @@ def inception_extractor(
     def prepare(picture: Any) -> Tensor:
         if resize == "clean":
             return torch.from_numpy(bicubic_levels(picture, (SIDE, SIDE)))
-        levels = ImageTransform(max_size=1, min_size=1, stride=1).levels(picture, size=picture.size)
+        levels = AS_IT_IS.levels(picture, size=picture.size)
         return resize_as_tensorflow(levels[None].float())[0]
 
     return Extractor(

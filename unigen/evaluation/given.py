@@ -51,17 +51,7 @@ def read_predictions(
             )
         pieces = _pieces(held, Path(path).parent, where, root)
         stopped = held.get("stopped") if isinstance(held.get("stopped"), bool) else None
-        found[case.number] = (
-            line,
-            Prediction(
-                case.number,
-                case.where,
-                case.task,
-                None,
-                pieces,
-                stopped,
-            ),
-        )
+        found[case.number] = line, Prediction(case.number, case.where, case.task, None, pieces, stopped)
     lacking = [case for case in cases if case.number not in found]
     if lacking:
         raise PredictionsError(

@@ -7,7 +7,7 @@ pictures of the same model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,14 +17,12 @@ from unigen.evaluation.distances import (
     CMMD_SIGMA,
     Cmmd,
     Frechet,
-    Kernel,
     Kid,
     Neighbours,
     cosines,
     frechet_at_infinity,
 )
 from unigen.evaluation.features import Features, FeatureStore, Picture, tower_extractor
-from unigen.evaluation.perceptual import lpips, psnr, ssim
 from unigen.evaluation.results import (
     CannotRun,
     Result,
@@ -36,18 +34,21 @@ from unigen.evaluation.results import (
     same_length,
 )
 from unigen.evaluation.statistics import HALVES, estimate, estimate_by
-from unigen.evaluation.towers import PictureTower
-
-__all__ = [
-    "around_score", "clip_direction", "clip_score", "cmmd", "frechet_distance", "frechet_distance_infinity",
-    "kid", "lpips", "neighbours", "psnr", "similarity", "ssim",
-]  # fmt: skip
+from unigen.evaluation.towers import PictureTower, cut_note
 
 FEW = 2000  # below so many pictures a Frechet distance says more of their number than of the pictures
 
 
-def _named(kind: str, made: Features, references: Features, *variant: str) -> dict[str, Any]:
-    """Name and digest of the references. Raises CannotRun: the features cannot be held against each other."""
+def _distance(
+    kind: str,
+    made: Features,
+    references: Features,
+    of: Callable[[np.ndarray], Callable[[np.ndarray], float]],
+    *variant: str,
+    **more: Any,
+) -> Result:
+    """The result of ``of(references)(made)``; ``variant`` stands in its name, ``more`` goes to
+    :func:`estimate_by`. Raises CannotRun: the features cannot be held against each other."""
     for features in (made, references):
         if len(features) < 2:
             raise Unfit("a single picture has no distribution", "give at least two")
@@ -60,27 +61,22 @@ def _named(kind: str, made: Features, references: Features, *variant: str) -> di
     name = identity(
         kind, made.identity, *variant, n=len(made), references=len(references), lib=made.libraries
     )
-    return {"name": name, "data": digest_of_numbers(references.values)}
-
-
-def _bias(made: Features, references: Features) -> tuple[str, ...]:
-    fewest = min(len(made), len(references))
-    if fewest >= FEW:
-        return ()
-    return (
-        f"biased upwards: {fewest} pictures are fewer than {FEW}. Compare equal numbers only, and read"
-        " fd_infinity or kid beside it",
-    )
+    data = digest_of_numbers(references.values)
+    return estimate_by(name, made.values, of(references.values), data=data, **more)
 
 
 @metric("fd", "Dowson & Landau 1982; Heusel et al. 2017, equation 6")
 def frechet_distance(made: Features, references: Features, *, draws: int = HALVES, seed: int = 0) -> Result:
     """Frechet distance, lower is better: FID where the features are Inception's. ``draws``: halves for the
     interval; 0 for none."""
-    known = _named("fd", made, references)
-    return estimate_by(
-        known["name"], made.values, Frechet(references.values), draws=draws, seed=seed, data=known["data"],
-        bounds=(0, np.inf), higher_is_better=False, notes=_bias(made, references),
+    fewest = min(len(made), len(references))
+    note = (
+        f"biased upwards: {fewest} pictures are fewer than {FEW}. Compare equal numbers only, and read"
+        " fd_infinity or kid beside it"
+    )
+    return _distance(
+        "fd", made, references, Frechet, draws=draws, seed=seed, bounds=(0, np.inf), higher_is_better=False,
+        notes=(note,) if fewest < FEW else (),
     )  # fmt: skip
 
 
@@ -89,16 +85,17 @@ def frechet_distance_infinity(
     made: Features, references: Features, *, draws: int = 10, seed: int = 0
 ) -> Result:
     """The Frechet distance extrapolated to infinitely many pictures, lower is better; it may be below 0."""
-    known = _named("fd_infinity", made, references, "points=15", f"seed={seed}")
-    fewest = min(len(made), len(references))
-    if fewest < 100:
-        raise Unfit(f"{fewest} pictures are too few to extrapolate from", "give 100 or more")
-    notes = ()
-    if fewest <= made.values.shape[1]:
-        notes = (f"rough: {fewest} pictures are fewer than the {made.values.shape[1]} dimensions",)
-    result = estimate_by(
-        known["name"], made.values, lambda x: frechet_at_infinity(x, references.values, seed=seed),
-        draws=draws, seed=seed, least=60, data=known["data"], higher_is_better=False, notes=notes,
+    fewest, dimensions = min(len(made), len(references)), made.values.shape[1]
+
+    def at_infinity(of_references: np.ndarray) -> Callable[[np.ndarray], float]:
+        if fewest < 100:
+            raise Unfit(f"{fewest} pictures are too few to extrapolate from", "give 100 or more")
+        return lambda x: frechet_at_infinity(x, of_references, seed=seed)
+
+    notes = (f"rough: {fewest} pictures are fewer than the {dimensions} dimensions",)
+    result = _distance(
+        "fd_infinity", made, references, at_infinity, "points=15", f"seed={seed}", draws=draws, seed=seed,
+        least=60, higher_is_better=False, notes=notes if fewest <= dimensions else (),
     )  # fmt: skip
     # Hundreds of exchanges take minutes: checkpoints are compared by fd, whose bias is the same for both.
     return replace(result, rows=None, function=None)
@@ -109,25 +106,16 @@ def kid(made: Features, references: Features, *, draws: int = HALVES, seed: int 
     """Kernel Inception distance over all pictures at once, which has less spread than the mean over subsets
     that most papers give, and the same expectation; not multiplied by 1000. Around 0, also below, where both
     sets are alike; lower is better."""
-    known = _named("kid", made, references, "unbiased", "all-pairs")
-    return _by_kernel(Kid(references.values), made, known, draws, seed, -np.inf)
+    known = {"draws": draws, "seed": seed, "higher_is_better": False}
+    return _distance("kid", made, references, Kid, "unbiased", "all-pairs", **known)
 
 
 @metric("cmmd", "Jayasumana et al. 2024, section 4: sigma 10, times 1000")
 def cmmd(made: Features, references: Features, *, draws: int = HALVES, seed: int = 0) -> Result:
     """CLIP maximum mean discrepancy, lower is better. Published numbers have the features of
     clip-vit-large-patch14-336."""
-    known = _named("cmmd", made, references, f"sigma={CMMD_SIGMA:g}")
-    return _by_kernel(Cmmd(references.values), made, known, draws, seed, 0.0)
-
-
-def _by_kernel(
-    kernel: Kernel, made: Features, known: dict[str, Any], draws: int, seed: int, least: float
-) -> Result:
-    return estimate_by(
-        known["name"], made.values, kernel, draws=draws, seed=seed, data=known["data"],
-        bounds=(least, np.inf), higher_is_better=False,
-    )  # fmt: skip
+    known = {"draws": draws, "seed": seed, "bounds": (0.0, np.inf), "higher_is_better": False}
+    return _distance("cmmd", made, references, Cmmd, f"sigma={CMMD_SIGMA:g}", **known)
 
 
 @metric("neighbours", "Kynkäänniemi et al. 2019, equations 1-2; Naeem et al. 2020, equations 4 and 6")
@@ -144,18 +132,16 @@ def neighbours(
     met?), higher is better. ``k``: neighbours; default 3 for the first pair of the literature (precision,
     recall), 5 for the second."""
     k = k or (3 if kind in ("precision", "recall") else 5)
-    fewest = min(len(made), len(references))
+    fewest, bounds = min(len(made), len(references)), (0, np.inf if kind == "density" else 1)
     try:
         if fewest <= k:
             raise Unfit(f"{fewest} pictures have less than {k} neighbours each", f"give more than {k}")
-        known = _named(kind, made, references, f"k={k}")
+        return _distance(
+            kind, made, references, lambda y: getattr(Neighbours(y, k), kind), f"k={k}", draws=draws,
+            seed=seed, least=k + 1, bounds=bounds,
+        )  # fmt: skip
     except CannotRun as error:  # under its own name
         return Result.without(kind, error)
-    balls = Neighbours(references.values, k)
-    return estimate_by(
-        known["name"], made.values, getattr(balls, kind), draws=draws, seed=seed, least=k + 1,
-        bounds=(0, np.inf if kind == "density" else 1), data=known["data"],
-    )  # fmt: skip
 
 
 # ---- picture by picture
@@ -191,10 +177,7 @@ def clip_score(
     CLIP or SigLIP, ``model`` its folder. Pictures are scaled by their short side and their centre is cut
     out."""
     same_length(pictures, texts)
-    tower = _tower(model, device)
-    seen = tower_extractor(tower, crop=True)(pictures, cache)
-    said, notes = _text_features(tower, texts)
-    values = 100 * np.maximum(cosines(seen.values, said), 0)
+    values, seen, notes = _clip_scores(model, device, pictures, [[text] for text in texts], cache)
     name = identity("clip_score", seen.identity, "x100", n=len(values), lib=seen.libraries)
     return estimate(name, values, seed=seed, data=digest_of(list(texts)), notes=notes)
 
@@ -214,14 +197,26 @@ def around_score(
     chosen = [(picture, list(texts)) for picture, texts in zip(pictures, around, strict=True) if texts]
     if not chosen:
         raise Unfit("no picture has a text next to it", "ask for texts and pictures")
-    tower = _tower(model, device)
-    seen = tower_extractor(tower, crop=True)([picture for picture, _ in chosen], cache)
-    said, notes = _text_features(tower, [text for _, texts in chosen for text in texts])
-    owner = np.repeat(np.arange(len(chosen)), [len(texts) for _, texts in chosen])
-    scores = 100 * np.maximum(cosines(seen.values[owner], said), 0)
-    values = np.bincount(owner, scores) / np.bincount(owner)
+    pictures, texts = zip(*chosen)
+    values, seen, notes = _clip_scores(model, device, pictures, texts, cache)
     name = identity("around_score", seen.identity, "x100", n=len(values), lib=seen.libraries)
-    return estimate(name, values, seed=seed, data=digest_of([texts for _, texts in chosen]), notes=notes)
+    return estimate(name, values, seed=seed, data=digest_of(list(texts)), notes=notes)
+
+
+def _clip_scores(
+    model: str | PictureTower,
+    device: str,
+    pictures: Sequence[Picture],
+    texts: Sequence[Sequence[str]],
+    cache: FeatureStore | None,
+) -> tuple[np.ndarray, Features, tuple[str, ...]]:
+    """For each picture the mean of 100 max(cos, 0) with its texts [n]; the features, and notes."""
+    tower = _tower(model, device)
+    seen = tower_extractor(tower, crop=True)(pictures, cache)
+    said, notes = _text_features(tower, [text for some in texts for text in some])
+    owner = np.repeat(np.arange(len(texts)), list(map(len, texts)))
+    scores = 100 * np.maximum(cosines(seen.values[owner], said), 0)
+    return np.bincount(owner, scores) / np.bincount(owner), seen, notes
 
 
 @metric("clip_direction", "Gal et al. 2022, equation 2, as a similarity; Brooks et al. 2023, section 4.1")
@@ -263,13 +258,9 @@ def _tower(model: str | PictureTower, device: str) -> PictureTower:
 def _text_features(tower: PictureTower, texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Features [n, d], and a note on texts that were cut."""
     before = tower.truncated
-    parts = [
-        tower.texts(texts[start : start + 64]).float().cpu().numpy() for start in range(0, len(texts), 64)
-    ]
-    cut = tower.truncated - before
-    return np.concatenate(parts), (
-        f"{cut} texts are longer than the model reads and were cut",
-    ) if cut else ()
+    parts = [tower.texts(texts[start : start + 64]) for start in range(0, len(texts), 64)]
+    features = np.concatenate([part.float().cpu().numpy() for part in parts])
+    return features, cut_note(tower.truncated - before)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

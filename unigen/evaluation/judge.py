@@ -18,8 +18,8 @@ from typing import Any
 
 import urllib3
 
-from unigen.evaluation.answers import Prediction
-from unigen.evaluation.cases import IMAGE, Case
+from unigen.evaluation.answers import Prediction, drawn_beside, rows_of_pictures
+from unigen.evaluation.cases import Case
 from unigen.evaluation.results import CannotRun, digest_of
 from unigen.printing import first_line
 from unigen.sequence.images import open_image
@@ -86,22 +86,16 @@ class Judge:
             CannotRun: the server does not answer.
             PictureError: a picture cannot be read.
         """
-        jobs: list[tuple[Case, Any]] = []
-        for case in cases:
-            drawn = [piece for piece in predictions[case.number].pieces if not isinstance(piece, str)]
-            jobs += [(case, picture) for picture in drawn[: case.outputs.count(IMAGE)]]
+        answers = [(case, predictions[case.number]) for case in cases]
+        jobs = [(case, found.pieces[at]) for case, found in answers for at, _ in drawn_beside(case, found)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = list(pool.map(self._one, jobs))
-        rows: dict[int, list[dict[str, Any]]] = {case.number: [] for case in cases}
-        for (case, _), row in zip(jobs, found):
-            rows[case.number].append(row)
-        return [{"number": number, "pictures": pictures} for number, pictures in rows.items()]
+            said = list(pool.map(lambda job: self._one(*job), jobs))
+        return rows_of_pictures(cases, [case for case, _ in jobs], said)
 
-    def _one(self, job: tuple[Case, Any]) -> dict[str, Any]:
-        case, picture = job
+    def _one(self, case: Case, picture: Any) -> dict[str, Any]:
         shown = [picture] if case.source is None else [case.source, picture]
         question = (DRAWN if case.source is None else EDITED).format(text=case.said_last)
-        content = [*({"type": "image_url", "image_url": {"url": _as_url(one)}} for one in shown)]
+        content = [{"type": "image_url", "image_url": {"url": _as_url(one)}} for one in shown]
         asked = {
             "model": self.model, "temperature": 0, "max_tokens": 64,
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unigen.evaluation.answers import Prediction
+from unigen.evaluation.answers import Prediction, drawn_beside
 from unigen.evaluation.cases import IMAGE, Case
 from unigen.evaluation.detectors import Detector
 from unigen.evaluation.features import Extractor, Features, FeatureStore
@@ -89,6 +89,7 @@ class Material:
     predictions: Sequence[Prediction]
     tools: Tools
     said: Mapping[str, Mapping[int, Opinion]] = field(default_factory=dict)
+    _features: dict[str, Features] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def draws(self) -> bool:
@@ -118,9 +119,7 @@ class Material:
         """The pictures that were drawn where records have some; one that is missing is left out."""
         found = []
         for case, prediction in zip(self.cases, self.predictions):
-            right = [given for kind, given in zip(case.outputs, case.references) if kind == IMAGE]
-            places = [n for n, piece in enumerate(prediction.pieces) if not isinstance(piece, str)]
-            for number, (place, reference) in enumerate(zip(places, right)):
+            for number, (place, reference) in enumerate(drawn_beside(case, prediction)):
                 around = _around(case, prediction.pieces, place)
                 picture = prediction.pieces[place]
                 found.append(Drawn(picture, reference, case.source, case.said_last, around, case, number))
@@ -129,10 +128,6 @@ class Material:
     def column(self, name: str) -> list[Any]:
         """A field of :class:`Drawn` of all pictures."""
         return [getattr(one, name) for one in self.drawn]
-
-    @cached_property
-    def _features(self) -> dict[str, Features]:
-        return {}
 
     def features(self, which: str) -> Features:
         """Of the pictures (``picture``), or the ``reference`` or ``source`` of each; computed once.
@@ -155,14 +150,11 @@ class Material:
         ]
 
 
-def digest_of_drawn(drawn: Sequence[Drawn]) -> str:
-    """A digest of the pictures that were measured: only those to the same prompts, one by one, are pairs."""
-    return digest_of(pairs_of(drawn))
-
-
-def pairs_of(drawn: Sequence[Drawn]) -> tuple[tuple[int, int, str], ...]:
-    """Which picture to which prompt each is."""
-    return tuple((one.case.number, one.place, one.prompt) for one in drawn)
+def paired(drawn: Sequence[Drawn]) -> dict[str, Any]:
+    """The fields of a result that say which picture to which prompt each sample is: only those to the same
+    prompts, one by one, are pairs."""
+    pairs = tuple((one.case.number, one.place, one.prompt) for one in drawn)
+    return {"pairs": pairs, "data": digest_of(pairs)}
 
 
 def _around(case: Case, pieces: Sequence[Any], place: int) -> tuple[str, ...]:

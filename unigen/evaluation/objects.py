@@ -62,9 +62,8 @@ def geneval(
     values = np.zeros(n)
     for number, (drawn, one) in enumerate(each("objects", list(zip(pictures, wanted, strict=True)))):
         values[number] = np.mean([_is_right(picture, one, detector, teller, scores) for picture in drawn])
-    of_colours = "" if clip is None else f"colours={clip.name}"
     name = identity(
-        "geneval", detector.name, *filter(None, [of_colours]), f"scores={scores[0]:g},{scores[1]:g}", n=n,
+        "geneval", detector.name, colours=clip and clip.name, scores=f"{scores[0]:g},{scores[1]:g}", n=n,
         pictures=sum(map(len, pictures)), lib=detector.libraries,
     )  # fmt: skip
     return estimate(name, values, seed=seed, data=digest_of([dict(one) for one in wanted]))
@@ -79,8 +78,7 @@ def things(wanted: Wanted) -> list[str]:
 def _is_right(
     picture: Picture, wanted: Wanted, detector: Detector, teller: _Teller | None, scores: tuple[float, float]
 ) -> bool:
-    least = scores[wanted.get("tag") == "counting"]
-    whole = open_image(picture)
+    least, whole = scores[wanted.get("tag") == "counting"], open_image(picture)
     found = {
         thing: [one for one in ones if one.score > least][:MOST]
         for thing, ones in detector.find(whole, things(wanted)).items()

@@ -1,9 +1,9 @@
-"""How far one picture is from another, pixel by pixel and as people see it: PSNR, SSIM, LPIPS."""
+"""How far one picture is from another, pixel by pixel and as people see it: PSNR, SSIM, LPIPS; and of edits:
+did what should change, and did what should stay?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigen.evaluation.features import Picture
+from unigen.evaluation.features import AS_IT_IS, Picture
 from unigen.evaluation.results import (
     CannotRun,
     Result,
@@ -29,11 +29,10 @@ from unigen.evaluation.statistics import estimate
 from unigen.evaluation.towers import weights_digest
 from unigen.printing import first_line
 from unigen.sequence.images import open_image
-from unigen.sequence.transform import ImageTransform
 
 PSNR_CAP = 100.0  # decibels: equal pictures would have infinitely many
 WINDOW, SIGMA = 11, 1.5
-_AS_IT_IS = ImageTransform(max_size=1, min_size=1, stride=1)  # always asked for an explicit size
+CHANGES = 0.1  # of the range of levels: from there on the reference of an edit changes a pixel
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
@@ -54,8 +53,7 @@ def _by_pairs(
         picture, other = open_image(one), open_image(two)
         digests.append(digest_of_numbers(np.asarray(other)))
         changed += other.size != picture.size
-        other = at_size(other, picture.size)
-        values.append(measure(picture, other))
+        values.append(measure(picture, AS_IT_IS.resize(other, size=picture.size)))
     notes = (f"{changed} of {n} were of another size and were resized to their picture's",) if changed else ()
     return estimate(
         identity(kind, *variant, f"to={to}", n=n, lib=libraries("pillow")),
@@ -66,11 +64,6 @@ def _by_pairs(
         notes=notes,
         data=digest_of(digests),
     )
-
-
-def at_size(picture: Any, size: tuple[int, int]) -> Any:
-    """An opened picture at a size (width, height), resized where it has another."""
-    return picture if picture.size == size else _AS_IT_IS.resize(picture, size=size)
 
 
 @metric("psnr", "10 log10(255^2 / mean squared error), mean of the pictures, decibels")
@@ -139,7 +132,7 @@ def lpips(
     def measure(picture: Any, other: Any) -> float:
         if min(picture.size) < 64:
             raise Unfit("a picture has a side below 64 pixels, too few for AlexNet", "leave it out")
-        x, y = (_AS_IT_IS(p, size=p.size).to(device)[None] for p in (picture, other))
+        x, y = (AS_IT_IS(p, size=p.size).to(device)[None] for p in (picture, other))
         return float(network(x, y)[0])
 
     variant = (f"alexnet@{weights_digest(network)}", "v0.1")
@@ -154,26 +147,12 @@ def _installed_weights() -> Path:
     return Path(spec.origin).parent / "weights" / "v0.1" / "alex.pth"
 
 
-@dataclass
-class _Layer:
-    """A convolution of AlexNet, and whether its input is pooled first."""
-
-    number: int  # within torchvision's ``features``
-    inputs: int
-    outputs: int
-    kernel: int
-    stride: int
-    padding: int
-    pool: bool
-
-
+# AlexNet's convolutions: number within torchvision's ``features``; inputs, outputs, kernel, stride, padding;
+# whether the input is pooled first.
 _ALEXNET = (
-    _Layer(0, 3, 64, 11, 4, 2, False),
-    _Layer(3, 64, 192, 5, 1, 2, True),
-    _Layer(6, 192, 384, 3, 1, 1, True),
-    _Layer(8, 384, 256, 3, 1, 1, False),
-    _Layer(10, 256, 256, 3, 1, 1, False),
-)
+    (0, (3, 64, 11, 4, 2), False), (3, (64, 192, 5, 1, 2), True), (6, (192, 384, 3, 1, 1), True),
+    (8, (384, 256, 3, 1, 1), False), (10, (256, 256, 3, 1, 1), False),
+)  # fmt: skip
 
 
 class Lpips(nn.Module):
@@ -181,10 +160,8 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(of.inputs, of.outputs, of.kernel, of.stride, of.padding) for of in _ALEXNET
-        )
-        self.weights = nn.ParameterList(torch.zeros(of.outputs) for of in _ALEXNET)
+        self.convolutions = nn.ModuleList(nn.Conv2d(*shape) for _, shape, _ in _ALEXNET)
+        self.weights = nn.ParameterList(torch.zeros(shape[1]) for _, shape, _ in _ALEXNET)
 
     @classmethod
     def load(cls, alexnet: str | Path, weights: str | Path) -> Lpips:
@@ -194,8 +171,8 @@ class Lpips(nn.Module):
         try:
             trunk = torch.load(alexnet, map_location="cpu", weights_only=True)
             heads = torch.load(weights, map_location="cpu", weights_only=True)
-            for place, (of, convolution) in enumerate(zip(_ALEXNET, network.convolutions)):
-                own = {name: trunk[f"features.{of.number}.{name}"] for name in ("weight", "bias")}
+            for place, ((number, _, _), convolution) in enumerate(zip(_ALEXNET, network.convolutions)):
+                own = {name: trunk[f"features.{number}.{name}"] for name in ("weight", "bias")}
                 convolution.load_state_dict(own)
                 network.weights[place].data.copy_(heads[f"lin{place}.model.1.weight"].flatten())
         except Exception as error:  # the unpickler raises what it likes
@@ -206,9 +183,65 @@ class Lpips(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = (torch.tensor(values, device=x.device)[:, None, None] for values in (_SHIFT, _SCALE))
         both, distance = (torch.cat([x, y]) - shift) / scale, torch.zeros(len(x), device=x.device)
-        for of, convolution, weight in zip(_ALEXNET, self.convolutions, self.weights):
-            both = F.relu(convolution(F.max_pool2d(both, 3, stride=2) if of.pool else both))
+        for (_, _, pooled), convolution, weight in zip(_ALEXNET, self.convolutions, self.weights):
+            both = F.relu(convolution(F.max_pool2d(both, 3, stride=2) if pooled else both))
             unit = both / (both.norm(dim=1, keepdim=True) + 1e-10)
             difference = (unit[: len(x)] - unit[len(x) :]) ** 2
             distance = distance + (difference * weight[:, None, None]).sum(1).mean((1, 2))
         return distance
+
+
+# ---- edits
+
+
+@metric("edit_changed", "share of the difference from source to reference that was made, where they differ")
+def edit_changed(
+    pictures: Sequence[Picture], sources: Sequence[Picture], references: Sequence[Picture], *, seed: int = 0
+) -> Result:
+    """Did what should change? Over the pixels that the reference changes: ``1 - |picture - reference| /
+    |source - reference|``, sums of absolute differences, 1 as in the reference, 0 as far from it as the
+    source, at least -1. Means of the edits that change something."""
+
+    def measure(picture: Any, source: Any, reference: Any) -> float:
+        return max(-1.0, 1 - float(np.abs(picture - reference).sum() / np.abs(source - reference).sum()))
+
+    return _by_region("edit_changed", pictures, sources, references, measure, inside=True, seed=seed)
+
+
+@metric("edit_stayed", "1 - mean absolute difference to the source, where source and reference agree")
+def edit_stayed(
+    pictures: Sequence[Picture], sources: Sequence[Picture], references: Sequence[Picture], *, seed: int = 0
+) -> Result:
+    """Did what should stay? Over the pixels that the reference leaves as they are: 1 minus the mean absolute
+    difference of picture and source, levels from 0 to 1. Means of the edits that leave something."""
+
+    def measure(picture: Any, source: Any, reference: Any) -> float:
+        return 1 - float(np.abs(picture - source).mean())
+
+    return _by_region("edit_stayed", pictures, sources, references, measure, inside=False, seed=seed)
+
+
+def _by_region(
+    kind: str, pictures: Any, sources: Any, references: Any, measure: Any, *, inside: bool, seed: int
+) -> Result:
+    """The mean of what ``measure`` says of the pixels [k, 3] that the reference changes (``inside``), or
+    leaves."""
+    n = same_length(pictures, sources, references)
+    parts, digests = np.zeros((n, 2)), []
+    for number, three in enumerate(zip(pictures, sources, references)):
+        size = open_image(three[0]).size
+        picture, source, reference = (
+            np.asarray(AS_IT_IS.resize(open_image(one), size=size), np.float64) / 255 for one in three
+        )
+        digests += [digest_of_numbers(source), digest_of_numbers(reference)]
+        there = (np.abs(reference - source).mean(-1) > CHANGES) == inside
+        if there.any():
+            parts[number] = measure(picture[there], source[there], reference[there]), 1
+    if not parts[:, 1].any():
+        why = "no reference changes a pixel" if inside else "no reference leaves a pixel"
+        raise Unfit(why, "give edits that do")
+    counted = int(parts[:, 1].sum())
+    notes = () if counted == n else (f"{counted} of {n} edits count",)
+    name = identity(kind, "rgb", f"threshold={CHANGES:g}", n=n)
+    samples = np.where(parts[:, 1] > 0, parts[:, 0], np.nan)
+    return estimate(name, parts, "ratio", seed=seed, samples=samples, data=digest_of(digests), notes=notes)

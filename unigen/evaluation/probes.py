@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unigen.config import SamplingOptions
-from unigen.evaluation.answers import Prediction
+from unigen.evaluation.answers import Prediction, drawn_beside, rows_of_pictures
 from unigen.evaluation.cases import IMAGE, Case
 from unigen.evaluation.results import digest_of
 from unigen.evaluation.words import language
@@ -54,14 +54,8 @@ def likelihood(inferencer: InterleaveInferencer, cases: Sequence[Case]) -> list[
     found = []
     for number, case in enumerate(cases):
         mine = (pack.sample.cpu()[rows] == number) & texts
-        found.append(
-            {
-                "number": case.number,
-                "nll": float(losses[mine].sum()),
-                "tokens": int(mine.sum()),
-                "ids": digest_of(labels[rows][mine].tolist()),
-            }
-        )
+        said = {"nll": float(losses[mine].sum()), "tokens": int(mine.sum())}
+        found.append({"number": case.number, **said, "ids": digest_of(labels[rows][mine].tolist())})
     return found
 
 
@@ -107,32 +101,25 @@ class PictureProbe:
         to the text it was drawn for and, ``yes_of_other``, to that of another case; how it is ``described``,
         and how the reference is, ``described_reference``; ``sure`` is the probability of yes and no together.
         None where there is no text to ask about."""
-        shown = []
-        for case in cases:
-            right = [given for kind, given in zip(case.outputs, case.references) if kind == IMAGE]
-            drawn = [piece for piece in predictions[case.number].pieces if not isinstance(piece, str)]
-            shown += [(case, picture, reference) for picture, reference in zip(drawn, right)]
-        if not shown:
-            return [{"number": case.number, "pictures": []} for case in cases]
-        texts = [case.said_last for case, _, _ in shown]
-        pictures = [picture for _, picture, _ in shown]
+        shown = [
+            (case, found.pieces[place], reference)
+            for case, found in ((case, predictions[case.number]) for case in cases)
+            for place, reference in drawn_beside(case, found)
+        ]
+        texts, pictures = [case.said_last for case, _, _ in shown], [picture for _, picture, _ in shown]
         yes = self._yes(pictures, texts)
         of_other = self._yes(pictures, [others.get(case.number, "") for case, _, _ in shown])
         described = self._describe(pictures, texts)
         references = self._describe([reference for _, _, reference in shown], texts)
-        rows: dict[int, list[dict[str, Any]]] = {case.number: [] for case in cases}
-        for place, (case, _, _) in enumerate(shown):
-            rows[case.number].append(
-                {
-                    "yes": yes[place][0],
-                    "sure": yes[place][1],
-                    "yes_of_other": of_other[place][0],
-                    "described": described[place],
-                    "described_reference": references[place],
-                    "prompted": bool(texts[place]) or None,
-                }
-            )
-        return [{"number": number, "pictures": found} for number, found in rows.items()]
+        said = [
+            {
+                "yes": yes[place][0], "sure": yes[place][1], "yes_of_other": of_other[place][0],
+                "described": described[place], "described_reference": references[place],
+                "prompted": bool(text) or None,
+            }
+            for place, text in enumerate(texts)
+        ]  # fmt: skip
+        return rows_of_pictures(cases, [case for case, _, _ in shown], said)
 
     @torch.no_grad()
     def _yes(self, pictures: Sequence[Any], texts: Sequence[str]) -> list[tuple[float | None, float]]:
@@ -141,21 +128,17 @@ class PictureProbe:
         found: list[tuple[float | None, float]] = [(None, 0.0)] * len(texts)
         if not there or not self.verifies:
             return found
-        i, spoken = self.inferencer, [_spoken(texts[place]) for place in there]
-        asked = [(self.verify or VERIFY[tongue]) for tongue in spoken]
+        i, asked = self.inferencer, [self.verify or VERIFY[_spoken(texts[place])] for place in there]
         prompts = [
             [pictures[place], question.replace("{text}", texts[place])]
             for place, question in zip(there, asked)
         ]
         samples, _ = i.requests.prepare(prompts, ["text"], self._quietly(1))
-        contexts = [Context(i.model.config.llm.num_hidden_layers) for _ in samples]
-        for context, sample in zip(contexts, samples):
-            context.pieces = sample
+        contexts = [Context(i.model.config.llm.num_hidden_layers, sample) for sample in samples]
         i.builder.replay(contexts, drawing=False)
         opening = [i.tokenizer.special.text_start] * len(contexts)
-        logits = i.model.logits(
-            feed_tokens(i.model, [context.full for context in contexts], opening)
-        ).double()
+        hidden = feed_tokens(i.model, [context.full for context in contexts], opening)
+        logits = i.model.logits(hidden).double()
         for row, place, question in zip(logits.softmax(-1), there, asked):
             tongue = _spoken(question)
             yes, no = (float(row[self._first(words[tongue])].sum()) for words in (_YES, _NO))
@@ -172,7 +155,7 @@ class PictureProbe:
         return sorted({self.inferencer.tokenizer.encode(word)[0] for word in words})
 
     def _describe(self, pictures: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
-        if not self.describes:
+        if not self.describes or not texts:
             return [None] * len(texts)
         asked = [[p, self.describe or DESCRIBE[_spoken(text)]] for p, text in zip(pictures, texts)]
         options = self._quietly(self.max_tokens)

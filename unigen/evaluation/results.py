@@ -148,9 +148,8 @@ def libraries(*names: str) -> str:
 
 def digest_of(*texts: Any) -> str:
     """Twelve hexadecimal digits of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[
-        :12
-    ]
+    text = json.dumps(texts, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def digest_of_numbers(numbers: np.ndarray) -> str:

@@ -9,15 +9,17 @@ from typing import Any, Literal
 import numpy as np
 
 from unigen.bars import each
-from unigen.evaluation import edits, images, objects, text, views
+from unigen.evaluation import images, objects, perceptual, text, views
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, TEXT, Case
-from unigen.evaluation.material import Material, Opinion, Tools, digest_of_drawn
+from unigen.evaluation.material import Material, Opinion, Tools, paired
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate
 from unigen.messages import in_language
 from unigen.plugins import Registry
 
+Measure = Callable[[Material], Result]
+Function = Callable[..., Result]  # a metric as its users call it
 Of = Literal["answers", "texts", "pictures", "drawings", "edits", "objects"]
 
 # What a metric may need, by its name in Tools or in Material.said: why there is none, and the fix.
@@ -47,7 +49,7 @@ class Metric:
         needs: a key of :data:`NEEDS`.
     """
 
-    run: Callable[[Material], Result]
+    run: Measure
     of: Of
     needs: str = ""
 
@@ -82,27 +84,30 @@ def _kinds(pieces: Sequence[Any]) -> tuple[str, ...]:
     return tuple(TEXT if isinstance(piece, str) else IMAGE for piece in pieces)
 
 
-def _of_texts(function: Callable[..., Result], **options: Any) -> Callable[[Material], Result]:
-    return lambda m: function(*m.texts, **options, seed=m.tools.seed)
+_OTHERS = ("reference", "source")
+_CLIP, _ALEX = ("model=clip", "cache"), ("alexnet", "device")
 
 
-def _of_features(function: Callable[..., Result], **more: Any) -> Callable[[Material], Result]:
+def _from(tools: Tools, *names: str) -> dict[str, Any]:
+    """Keywords from fields of the tools, ``keyword=field`` where they are called otherwise; and the seed."""
+    named = (one.rpartition("=") for one in ("seed", *names))
+    return {keyword or field: getattr(tools, field) for keyword, _, field in named}
+
+
+def _of_texts(function: Function, *tools: str, **options: Any) -> Measure:
+    return lambda m: function(*m.texts, **options, **_from(m.tools, *tools))
+
+
+def _of_drawn(function: Function, *columns: str, tools: Sequence[str] = (), **options: Any) -> Measure:
+    return lambda m: function(*map(m.column, columns), **options, **_from(m.tools, *tools))
+
+
+def _of_features(function: Function, **more: Any) -> Measure:
     to = more.get("to", "reference")
     return lambda m: function(m.features("picture"), m.features(to), **more, seed=m.tools.seed)
 
 
-def _of_pairs(function: Callable[..., Result], to: str) -> Callable[[Material], Result]:
-    return lambda m: function(m.column("picture"), m.column(to), to=to, seed=m.tools.seed)
-
-
-def _lpips(to: str) -> Callable[[Material], Result]:
-    return lambda m: images.lpips(
-        m.column("picture"), m.column(to), alexnet=m.tools.alexnet or "", to=to, device=m.tools.device,
-        seed=m.tools.seed,
-    )  # fmt: skip
-
-
-def _real_to_real(kind: str, function: Callable[..., Result]) -> Callable[[Material], Result]:
+def _real_to_real(kind: str, function: Function) -> Measure:
     """The distance of as many other real pictures as were drawn: what a perfect model would reach."""
 
     def run(m: Material) -> Result:
@@ -115,37 +120,17 @@ def _real_to_real(kind: str, function: Callable[..., Result]) -> Callable[[Mater
     return run
 
 
-def _edit(function: Callable[..., Result]) -> Callable[[Material], Result]:
-    return lambda m: function(*map(m.column, ("picture", "source", "reference")), seed=m.tools.seed)
-
-
 def _clip_score(m: Material) -> Result:
-    prompts = m.column("prompt")
-    if not all(prompts):
+    if not all(m.column("prompt")):
         raise Unfit("a prompt has no text", "ask with texts")
-    assert m.tools.clip is not None
-    return images.clip_score(
-        m.column("picture"), prompts, model=m.tools.clip, cache=m.tools.cache, seed=m.tools.seed
-    )
-
-
-def _around_score(m: Material) -> Result:
-    assert m.tools.clip is not None
-    return images.around_score(
-        m.column("picture"), m.column("around"), model=m.tools.clip, cache=m.tools.cache, seed=m.tools.seed
-    )
+    return images.clip_score(m.column("picture"), m.column("prompt"), **_from(m.tools, *_CLIP))
 
 
 def _geneval(m: Material) -> Result:
-    drawn = [[one.picture for one in m.drawn if one.case is case] for case in m.cases]
-    there = [
-        (case, pictures) for case, pictures in zip(m.cases, drawn) if pictures and case.wanted is not None
-    ]
-    assert m.tools.detector is not None
-    return objects.geneval(
-        [pictures for _, pictures in there], [case.wanted or {} for case, _ in there],
-        detector=m.tools.detector, clip=m.tools.clip, scores=m.tools.scores, seed=m.tools.seed,
-    )  # fmt: skip
+    drawn = [(case, [one.picture for one in m.drawn if one.case is case]) for case in m.cases]
+    there = [(pictures, case.wanted) for case, pictures in drawn if pictures and case.wanted is not None]
+    pictures, wanted = [some for some, _ in there], [held for _, held in there]
+    return objects.geneval(pictures, wanted, **_from(m.tools, "detector", "clip", "scores"))
 
 
 METRICS: Registry[list[Metric]] = Registry(
@@ -154,33 +139,30 @@ METRICS: Registry[list[Metric]] = Registry(
         Metric(lambda m: structure(m.cases, [p.pieces for p in m.predictions], seed=m.tools.seed), "answers")
     ],
     "stopped": [Metric(lambda m: stopped(m.predictions, seed=m.tools.seed), "answers")],
-    "bleu": [Metric(lambda m: text.bleu(*m.texts, lang=m.tools.lang, seed=m.tools.seed), "texts")],
+    "bleu": [Metric(_of_texts(text.bleu, "lang"), "texts")],
     "chrf2": [Metric(_of_texts(text.chrf), "texts")],
     **{
         f"rouge{kind}": [Metric(_of_texts(text.rouge, kind=kind), "texts")]
         for kind in ("1", "2", "L", "Lsum")
     },
-    "meteor": [Metric(lambda m: text.meteor(*m.texts, wordnet=m.tools.wordnet, seed=m.tools.seed), "texts")],
+    "meteor": [Metric(_of_texts(text.meteor, "wordnet"), "texts")],
     "exact_match": [Metric(_of_texts(text.exact_match), "texts")],
     "accuracy": [Metric(_of_texts(text.accuracy), "texts")],
     "anls": [Metric(_of_texts(text.anls), "texts")],
     "length_ratio": [Metric(_of_texts(text.length_ratio), "texts")],
     "distinct2": [Metric(lambda m: text.distinct(m.texts[0], seed=m.tools.seed), "texts")],
-    "bertscore": [
-        Metric(
-            lambda m: text.bertscore(
-                *m.texts, model=m.tools.bert or "", layer=m.tools.layer, device=m.tools.device,
-                seed=m.tools.seed,
-            ),
-            "texts", "bert",
-        )
-    ],
+    "bertscore": [Metric(_of_texts(text.bertscore, "model=bert", "layer", "device"), "texts", "bert")],
     "perplexity": [Metric(views.perplexity, "texts", "likelihood")],
-    "psnr": [Metric(_of_pairs(images.psnr, to), "edits") for to in ("reference", "source")],
-    "ssim": [Metric(_of_pairs(images.ssim, to), "edits") for to in ("reference", "source")],
-    "lpips": [Metric(_lpips(to), "edits", "alexnet") for to in ("reference", "source")],
-    "edit_changed": [Metric(_edit(edits.edit_changed), "edits")],
-    "edit_stayed": [Metric(_edit(edits.edit_stayed), "edits")],
+    "psnr": [Metric(_of_drawn(perceptual.psnr, "picture", to, to=to), "edits") for to in _OTHERS],
+    "ssim": [Metric(_of_drawn(perceptual.ssim, "picture", to, to=to), "edits") for to in _OTHERS],
+    "lpips": [
+        Metric(_of_drawn(perceptual.lpips, "picture", to, tools=_ALEX, to=to), "edits", "alexnet")
+        for to in _OTHERS
+    ],
+    "edit_changed": [
+        Metric(_of_drawn(perceptual.edit_changed, "picture", "source", "reference"), "edits")
+    ],
+    "edit_stayed": [Metric(_of_drawn(perceptual.edit_stayed, "picture", "source", "reference"), "edits")],
     "similarity": [
         Metric(_of_features(images.similarity), "pictures", "extractor"),
         Metric(_of_features(images.similarity, to="source"), "edits", "extractor"),
@@ -196,7 +178,9 @@ METRICS: Registry[list[Metric]] = Registry(
         for kind in ("precision", "recall", "density", "coverage")
     },
     "clip_score": [Metric(_clip_score, "pictures", "clip")],
-    "around_score": [Metric(_around_score, "pictures", "clip")],
+    "around_score": [
+        Metric(_of_drawn(images.around_score, "picture", "around", tools=_CLIP), "pictures", "clip")
+    ],
     "geneval": [Metric(_geneval, "objects", "detector")],
     "verify": [Metric(views.verify, "pictures", "views")],
     "verify_margin": [Metric(views.verify_margin, "pictures", "views")],
@@ -268,7 +252,7 @@ def _measure(kind: str, one: Metric, material: Material) -> Result:
         return replace(result, name=kind)
     if pictures and one.needs not in ("views", "judge"):  # these say themselves which they measured
         # equal prompts or references do not make a pair where a picture is missing
-        return replace(result, data=digest_of(result.data, digest_of_drawn(material.drawn)))
+        return replace(result, data=digest_of(result.data, paired(material.drawn)["data"]))
     return result
 
 

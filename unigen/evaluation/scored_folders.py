@@ -43,16 +43,8 @@ def read_geneval(folder: Path) -> tuple[list[Case], list[Prediction]]:
         )
         if not pictures:
             raise BenchmarkError(f"{samples} holds no picture. Fix: draw them all first")
-        outputs = (IMAGE,) * len(pictures)
-        case = Case(
-            int(name),
-            str(path),
-            held["tag"],
-            (held["prompt"],),
-            outputs,
-            (None,) * len(pictures),
-            wanted=held,
-        )
+        outputs, references = (IMAGE,) * len(pictures), (None,) * len(pictures)
+        case = Case(int(name), str(path), held["tag"], (held["prompt"],), outputs, references, wanted=held)
         cases.append(case)
         predictions.append(Prediction(case.number, case.where, case.task, None, tuple(pictures)))
     return cases, predictions

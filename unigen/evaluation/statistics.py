@@ -17,7 +17,7 @@ import numpy as np
 
 from unigen.evaluation.results import Result, digest_of
 
-LEVEL, ALPHA = 0.95, 0.05
+ALPHA = 0.05  # intervals hold 95 %
 DRAWS = 2000  # resamples of sums
 SHUFFLES = 9999  # of which, with what was seen, p is a fraction of 10,000
 HALVES = 40  # draws where each computes the metric anew
@@ -136,57 +136,44 @@ def estimate_by(
 
 
 def bootstrap(
-    parts: np.ndarray,
-    rule: str = "mean",
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-    level: float = LEVEL,
-    method: Literal["bca", "percentile"] = "bca",
+    parts: np.ndarray, rule: str = "mean", *, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
-    """An interval for the metric of ``parts`` [n, k].
+    """The 95 % interval of the metric of ``parts`` [n, k].
 
-    Efron & Tibshirani 1993: percentile (equation 13.5), or bias-corrected and accelerated (14.9-14.15). Both
-    are expanded as Hesterberg 2015 (section 3.4) has it, since a bootstrap over n samples is too narrow by
-    the factor sqrt((n - 1) / n) and by the step from the normal law to Student's.
+    Efron & Tibshirani 1993: bias-corrected and accelerated (14.9-14.15), expanded as Hesterberg 2015
+    (section 3.4) has it, since a bootstrap over n samples is too narrow by the factor sqrt((n - 1) / n) and
+    by the step from the normal law to Student's.
     """
-    return _interval(parts, lambda sums, n: RULES[rule](sums, n), draws, seed, level, method)
+    return _interval(parts, RULES[rule], draws, seed)
 
 
-def wilson(hits: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """An interval for a share, ``hits`` of ``n`` (Wilson 1927). A bootstrap of n equal answers would claim to
-    be sure."""
-    z, share = _NORMAL.inv_cdf(1 - (1 - level) / 2), hits / n
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share, ``hits`` of ``n`` (Wilson 1927). A bootstrap of n equal answers would
+    claim to be sure."""
+    z, share = _NORMAL.inv_cdf(1 - ALPHA / 2), hits / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     margin = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     return max(0.0, middle - margin), min(1.0, middle + margin)
 
 
-def _interval(
-    parts: np.ndarray, rule: SumRule, draws: int, seed: int, level: float, method: str
-) -> tuple[float, float]:
+def _interval(parts: np.ndarray, rule: SumRule, draws: int, seed: int) -> tuple[float, float]:
     n = len(parts)
     assert n > 1, "one sample has no interval"
     total = parts.sum(0)
     values = np.sort(np.concatenate([rule(counts @ parts, n) for counts in _resamples(n, draws, seed)]))
     seen = float(rule(total, n))
     # the expanded level, as a normal quantile
-    edge = np.sqrt(n / (n - 1)) * _t_quantile(1 - (1 - level) / 2, n - 1)
-    shift, acceleration = 0.0, 0.0
-    if method == "bca":
-        # samples that equal what was seen count half: metrics of few samples take few values
-        below = ((values < seen).sum() + (values == seen).sum() / 2) / len(values)
-        shift = _NORMAL.inv_cdf(float(np.clip(below, 1 / (2 * draws), 1 - 1 / (2 * draws))))
-        without = rule(total - parts, n - 1)
-        deviation = without.mean() - without
-        spread = float((deviation**2).sum()) ** 1.5
-        acceleration = float((deviation**3).sum()) / (6 * spread) if spread > 0 else 0.0
-    ends = []
-    for sign in (-1, 1):
-        z = shift + sign * edge
-        level_of_end = _NORMAL.cdf(shift + z / max(1 - acceleration * z, 1e-3))
-        ends.append(float(np.quantile(values, level_of_end)))
-    return ends[0], ends[1]
+    edge = np.sqrt(n / (n - 1)) * _t_quantile(1 - ALPHA / 2, n - 1)
+    # samples that equal what was seen count half: metrics of few samples take few values
+    below = ((values < seen).sum() + (values == seen).sum() / 2) / len(values)
+    shift = _NORMAL.inv_cdf(float(np.clip(below, 1 / (2 * draws), 1 - 1 / (2 * draws))))
+    without = rule(total - parts, n - 1)
+    deviation = without.mean() - without
+    spread = float((deviation**2).sum()) ** 1.5
+    acceleration = float((deviation**3).sum()) / (6 * spread) if spread > 0 else 0.0
+    ends = (shift - edge, shift + edge)
+    low, high = (_NORMAL.cdf(shift + z / max(1 - acceleration * z, 1e-3)) for z in ends)
+    return float(np.quantile(values, low)), float(np.quantile(values, high))
 
 
 def _resamples(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -213,7 +200,7 @@ def half_samples(n: int, draws: int, seed: int) -> list[np.ndarray]:
 
 def _around(value: float, halves: np.ndarray) -> tuple[float, float]:
     """A value plus and minus what the values of its halves spread, by Student's law."""
-    margin = _t_quantile(1 - (1 - LEVEL) / 2, len(halves) - 1) * float(halves.std(ddof=1))
+    margin = _t_quantile(1 - ALPHA / 2, len(halves) - 1) * float(halves.std(ddof=1))
     return value - margin, value + margin
 
 
@@ -285,8 +272,8 @@ def compare(
     """
     over = ""
     if a.pairs is not None and b.pairs is not None and a.pairs != b.pairs:
-        a, b = _of_both(a, b)
-        over = "over the samples that both have"
+        there = {*a.pairs} & {*b.pairs}
+        a, b, over = _over(a, there), _over(b, there), "over the samples that both have"
     reason = _not_comparable(a, b)
     if reason:
         return Comparison(a.name, "not compared", a.value, b.value, n=a.n, reason=reason)
@@ -308,23 +295,15 @@ def compare(
     return Comparison(a.name, verdict, a.value, b.value, difference, interval, p, a.n, over)  # type: ignore[arg-type]
 
 
-def _of_both(a: Result, b: Result) -> tuple[Result, Result]:
-    """The results over the samples that both have, as if they had been measured on these alone."""
-    there = set(a.pairs or ()) & set(b.pairs or ())
-    return _over(a, there), _over(b, there)
-
-
 def _over(result: Result, there: set[Any]) -> Result:
+    """The result over these of its samples, as if it had been measured on them alone."""
     kept = [number for number, pair in enumerate(result.pairs or ()) if pair in there]
     pairs = tuple((result.pairs or ())[number] for number in kept)
+    result = replace(result, n=len(kept), pairs=pairs, data=digest_of(pairs))
     if result.parts is None or not kept:
-        return replace(result, n=len(kept), pairs=pairs, data=digest_of(pairs))
-    name = re.sub(r"\|n=\d+", f"|n={len(kept)}", result.name)
-    parts = result.parts[kept]
-    value = value_of(parts, result.rule)
-    return replace(
-        result, name=name, n=len(kept), pairs=pairs, data=digest_of(pairs), parts=parts, value=value
-    )
+        return result
+    name, parts = re.sub(r"\|n=\d+", f"|n={len(kept)}", result.name), result.parts[kept]
+    return replace(result, name=name, parts=parts, value=value_of(parts, result.rule))
 
 
 def _not_comparable(a: Result, b: Result) -> str:
@@ -337,12 +316,12 @@ def _not_comparable(a: Result, b: Result) -> str:
         return "they measured other samples or were held against different references"
     if a.n != b.n or a.n < 2:
         return f"a paired test needs the same samples, at least two (n = {a.n} and {b.n})"
-    if any(
-        (r.parts is None or r.rule not in RULES) and (r.rows is None or r.function is None) for r in (a, b)
-    ):
-        return "the values of the samples were not kept"
-    if any((r.parts is None or r.rule not in RULES) and r.interval is None for r in (a, b)):
-        return f"{a.n} samples are too few to say how sure the difference is"
+    for result in (a, b):
+        if result.parts is None or result.rule not in RULES:
+            if result.rows is None or result.function is None:
+                return "the values of the samples were not kept"
+            if result.interval is None:
+                return f"{a.n} samples are too few to say how sure the difference is"
     return ""
 
 
@@ -353,14 +332,11 @@ def paired_bootstrap(
     (Koehn 2004, for translation; Efron & Tibshirani 1993, section 8.3)."""
     assert a.shape == b.shape, f"pairs need equal shapes, not {a.shape} and {b.shape}"
     k, inner = a.shape[1], RULES[rule]
-    return _interval(
-        np.concatenate([a, b], 1),
-        lambda sums, n: inner(sums[..., k:], n) - inner(sums[..., :k], n),
-        draws,
-        seed,
-        LEVEL,
-        "bca",
-    )
+
+    def difference(sums: np.ndarray, n: int) -> np.ndarray:
+        return inner(sums[..., k:], n) - inner(sums[..., :k], n)
+
+    return _interval(np.concatenate([a, b], 1), difference, draws, seed)
 
 
 def paired_permutation(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,18 +25,19 @@ from unigen.evaluation.results import (
     metric,
     same_length,
 )
-from unigen.evaluation.statistics import estimate, estimate_by
+from unigen.evaluation.statistics import estimate, estimate_by, value_of
 from unigen.evaluation.words import TOKENIZER, language, normalised, tokens
 from unigen.printing import first_line
 
 References = Sequence[str] | Sequence[Sequence[str]]
+Lists = list[list[str]]  # the references of each prediction
 ANLS_THRESHOLD = 0.5
 
 # Tokenizers of sacrebleu that need no data; Japanese and Thai by character, since theirs need more packages.
 _BLEU_TOKENIZERS = {"zh": "zh", "en": "13a"}
 
 
-def _pairs(predictions: Sequence[str], references: References) -> list[list[str]]:
+def _pairs(predictions: Sequence[str], references: References) -> Lists:
     """The references as a list for each prediction. Raises CannotRun where there are none at all."""
     same_length(predictions, references)
     lists = [[given] if isinstance(given, str) else list(given) for given in references]
@@ -45,10 +47,33 @@ def _pairs(predictions: Sequence[str], references: References) -> list[list[str]
     return lists
 
 
-def _about(lists: list[list[str]]) -> dict[str, str]:
-    """What a result says of its references: which, and how many each prediction has."""
+def _nrefs(lists: Lists) -> str:
+    """How many references each prediction has, as a name says it."""
     counts = {len(given) for given in lists}
-    return {"data": digest_of(lists), "nrefs": str(counts.pop()) if len(counts) == 1 else "var"}
+    return f"nrefs:{counts.pop() if len(counts) == 1 else 'var'}"
+
+
+def _mean(
+    kind: str,
+    values: Sequence[float],
+    lists: Lists,
+    seed: int,
+    *variant: str,
+    lib: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> Result:
+    """The result of a value for each sample; ``variant`` and ``lib`` stand in its name."""
+    name = identity(kind, *variant, _nrefs(lists), n=len(values), lib=lib)
+    return estimate(name, np.array(values, np.float64), seed=seed, data=digest_of(lists), notes=notes)
+
+
+def _of_sums(
+    kind: str, rule: str, signature: str, parts: np.ndarray, samples: list[Any], lists: Lists, seed: int
+) -> Result:
+    """The result of the sums that sacrebleu resamples, ``parts`` [n, k]; its signature stands in the name."""
+    signature = f"{_nrefs(lists)}|case:mixed|{signature}|version:{libraries('sacrebleu').rpartition('-')[2]}"
+    name = identity(kind, signature, n=len(parts))
+    return estimate(name, parts, rule, seed=seed, samples=np.array(samples), data=digest_of(lists))
 
 
 @metric("bleu", "Papineni et al. 2002; sacrebleu (Post 2018), corpus level, 0 to 100")
@@ -63,20 +88,12 @@ def bleu(
     from sacrebleu.metrics import BLEU
 
     lists = _pairs(predictions, references)
-    about = _about(lists)
     lang = lang or language([text for given in lists for text in given])
     scorer = BLEU(tokenize=_BLEU_TOKENIZERS.get(lang, "char"), effective_order=True)
     scores: list[Any] = [scorer.sentence_score(text, given) for text, given in zip(predictions, lists)]
     parts = np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], np.float64)
-    signature = f"nrefs:{about['nrefs']}|case:mixed|eff:no|tok:{scorer.tokenizer_signature}|smooth:exp"
-    return estimate(
-        identity("bleu", signature, f"version:{libraries('sacrebleu').rpartition('-')[2]}", n=len(scores)),
-        parts,
-        "bleu",
-        seed=seed,
-        samples=np.array([s.score for s in scores]),
-        data=about["data"],
-    )
+    signature = f"eff:no|tok:{scorer.tokenizer_signature}|smooth:exp"
+    return _of_sums("bleu", "bleu", signature, parts, [s.score for s in scores], lists, seed)
 
 
 @metric("chrf", "Popović 2015; sacrebleu (Post 2018), corpus level, 0 to 100")
@@ -86,7 +103,6 @@ def chrf(predictions: Sequence[str], references: References, *, seed: int = 0) -
     from sacrebleu.metrics import CHRF
 
     lists = _pairs(predictions, references)
-    about = _about(lists)
     scorer = CHRF()
     # sacrebleu's own resampling reads these sums; its public functions give only the score
     parts = np.array(
@@ -96,22 +112,8 @@ def chrf(predictions: Sequence[str], references: References, *, seed: int = 0) -
         ],
         np.float64,
     )
-    signature = f"nrefs:{about['nrefs']}|case:mixed|eff:yes|nc:6|nw:0|space:no"
-    return estimate(
-        identity("chrf2", signature, f"version:{libraries('sacrebleu').rpartition('-')[2]}", n=len(parts)),
-        parts,
-        "chrf",
-        seed=seed,
-        samples=np.array([estimate("", part[None], "chrf", draws=0).value for part in parts]),
-        data=about["data"],
-    )
-
-
-class _Tokenizer:
-    """Ours, as rouge-score calls one."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return tokens(text)
+    samples = [value_of(part[None], "chrf") for part in parts]
+    return _of_sums("chrf2", "chrf", "eff:yes|nc:6|nw:0|space:no", parts, samples, lists, seed)
 
 
 @metric("rouge", "Lin 2004; rouge-score, mean F1 of the samples, 0 to 1")
@@ -127,27 +129,12 @@ def rouge(
     from rouge_score.rouge_scorer import RougeScorer
 
     lists = _pairs(predictions, references)
-    about = _about(lists)
-    scorer = RougeScorer([f"rouge{kind}"], tokenizer=_Tokenizer())
+    scorer = RougeScorer([f"rouge{kind}"], tokenizer=SimpleNamespace(tokenize=tokens))
     values = [
         scorer.score_multi(given, text)[f"rouge{kind}"].fmeasure for text, given in zip(predictions, lists)
     ]
-    name = identity(
-        f"rouge{kind}",
-        "f1",
-        f"tok:{TOKENIZER}",
-        f"nrefs:{about['nrefs']}",
-        n=len(values),
-        lib=libraries("rouge-score"),
-    )
-    return estimate(name, np.array(values), seed=seed, data=about["data"])
-
-
-class _NoSynonyms:
-    """A WordNet without entries."""
-
-    def synsets(self, word: str) -> list[Any]:
-        return []
+    variant = ("f1", f"tok:{TOKENIZER}")
+    return _mean(f"rouge{kind}", values, lists, seed, *variant, lib=libraries("rouge-score"))
 
 
 @metric("meteor", "Lavie & Agarwal 2007 (alpha 0.9, beta 3, gamma 0.5); nltk, mean of the samples, 0 to 1")
@@ -163,21 +150,14 @@ def meteor(
     from nltk.translate.meteor_score import meteor_score
 
     lists = _pairs(predictions, references)
-    about = _about(lists)
-    synonyms: Any = _NoSynonyms() if wordnet is None else _read_wordnet(str(wordnet))
+    without = SimpleNamespace(synsets=lambda word: [])
+    synonyms: Any = without if wordnet is None else _read_wordnet(str(wordnet))
     values = [
         meteor_score([tokens(one) for one in given], tokens(text), wordnet=synonyms)
         for text, given in zip(predictions, lists)
     ]
-    name = identity(
-        "meteor",
-        "exact+stem" if wordnet is None else f"exact+stem+wordnet-{synonyms.get_version()}",
-        f"tok:{TOKENIZER}",
-        f"nrefs:{about['nrefs']}",
-        n=len(values),
-        lib=libraries("nltk"),
-    )
-    return estimate(name, np.array(values), seed=seed, data=about["data"])
+    stages = "exact+stem" if wordnet is None else f"exact+stem+wordnet-{synonyms.get_version()}"
+    return _mean("meteor", values, lists, seed, stages, f"tok:{TOKENIZER}", lib=libraries("nltk"))
 
 
 @cache
@@ -223,10 +203,9 @@ def bertscore(
     Default layer: the one that bert-score uses for a model of this name. Start and end tokens can be matched
     but are not counted.
     """
-    from unigen.evaluation.towers import TokenTower
+    from unigen.evaluation.towers import TokenTower, cut_note
 
     lists = _pairs(predictions, references)
-    about = _about(lists)
     tower = TokenTower.load(model, layer, device)
     texts = list(dict.fromkeys([*predictions, *(one for given in lists for one in given)]))
     embedded = dict(zip(texts, tower.embed(texts, batch_size)))
@@ -234,19 +213,9 @@ def bertscore(
         max(_greedy_f1(embedded[text], embedded[one]) for one in given)
         for text, given in zip(predictions, lists)
     ]
-    cut = tower.truncated
-    name = identity(
-        "bertscore",
-        tower.identity,
-        "f1",
-        "rescaled:no",
-        "idf:no",
-        f"nrefs:{about['nrefs']}",
-        n=len(values),
-        lib=tower.libraries,
-    )
-    notes = (f"{cut} texts are longer than the model reads and were cut",) if cut else ()
-    return estimate(name, np.array(values), seed=seed, data=about["data"], notes=notes)
+    variant = (tower.identity, "f1", "rescaled:no", "idf:no")
+    notes = cut_note(tower.truncated)
+    return _mean("bertscore", values, lists, seed, *variant, lib=tower.libraries, notes=notes)
 
 
 def _greedy_f1(made: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np.ndarray]) -> float:
@@ -266,7 +235,7 @@ def exact_match(predictions: Sequence[str], references: References, *, seed: int
     """Share of predictions that equal one of their references to the letter, spaces around them aside."""
     lists = _pairs(predictions, references)
     values = [text.strip() in {one.strip() for one in given} for text, given in zip(predictions, lists)]
-    return _simple("exact_match", values, lists, seed)
+    return _mean("exact_match", values, lists, seed)
 
 
 @metric("accuracy", "exact match after SQuAD's normalisation (Rajpurkar et al. 2016), numbers kept whole")
@@ -277,7 +246,7 @@ def accuracy(predictions: Sequence[str], references: References, *, seed: int = 
     values = [
         normalised(text) in {normalised(one) for one in given} for text, given in zip(predictions, lists)
     ]
-    return _simple("accuracy", values, lists, seed, "normalised:squad+numbers")
+    return _mean("accuracy", values, lists, seed, "normalised:squad+numbers")
 
 
 @metric("anls", "Biten et al. 2019, equation 1, threshold 0.5")
@@ -286,7 +255,7 @@ def anls(predictions: Sequence[str], references: References, *, seed: int = 0) -
     best reference; below 0.5 it counts as 0. Case and spaces around do not matter."""
     lists = _pairs(predictions, references)
     values = [max(_similarity(text, one) for one in given) for text, given in zip(predictions, lists)]
-    return _simple("anls", values, lists, seed, f"threshold:{ANLS_THRESHOLD}")
+    return _mean("anls", values, lists, seed, f"threshold:{ANLS_THRESHOLD}")
 
 
 def _similarity(text: str, other: str) -> float:
@@ -334,7 +303,6 @@ def length_ratio(predictions: Sequence[str], references: References, *, seed: in
     """Tokens of all predictions by those of all references, of several the one nearest in length; 1 is as
     long as the references. Per sample its own ratio."""
     lists = _pairs(predictions, references)
-    about = _about(lists)
     parts = np.empty((len(lists), 2))
     for number, (text, given) in enumerate(zip(predictions, lists)):
         made = len(tokens(text))
@@ -343,13 +311,7 @@ def length_ratio(predictions: Sequence[str], references: References, *, seed: in
         raise Unfit("the references hold no words", "give references with words in them")
     with np.errstate(divide="ignore", invalid="ignore"):
         samples = np.where(parts[:, 1] > 0, parts[:, 0] / parts[:, 1], np.nan)
-    name = identity("length_ratio", f"tok:{TOKENIZER}", f"nrefs:{about['nrefs']}", n=len(parts))
+    name = identity("length_ratio", f"tok:{TOKENIZER}", _nrefs(lists), n=len(parts))
     return estimate(
-        name, parts, "ratio", seed=seed, samples=samples, data=about["data"], higher_is_better=None
+        name, parts, "ratio", seed=seed, samples=samples, data=digest_of(lists), higher_is_better=None
     )
-
-
-def _simple(kind: str, values: Sequence[float], lists: list[list[str]], seed: int, *variant: str) -> Result:
-    about = _about(lists)
-    name = identity(kind, *variant, f"nrefs:{about['nrefs']}", n=len(values))
-    return estimate(name, np.array(values, np.float64), seed=seed, data=about["data"])

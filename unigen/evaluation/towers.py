@@ -100,6 +100,16 @@ def _most_tokens(tokenizer: Any, config: Any) -> int:
     return min(int(most), int(getattr(tokenizer, "model_max_length", None) or most))
 
 
+def _too_long(tokenizer: Any, texts: Sequence[str], most: int) -> int:
+    """How many of the texts have more tokens."""
+    return sum(len(ids) > most for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"])
+
+
+def cut_note(texts: int) -> tuple[str, ...]:
+    """What the reader of a result must know of so many texts that were cut."""
+    return (f"{texts} texts are longer than the model reads and were cut",) if texts else ()
+
+
 @dataclass
 class TokenTower:
     """A text encoder that gives a vector for each token.
@@ -151,8 +161,7 @@ class TokenTower:
             batch = self.tokenizer(
                 stripped, truncation=True, max_length=most, padding=True, return_special_tokens_mask=True
             )
-            uncut = self.tokenizer(stripped, truncation=False, verbose=False)["input_ids"]
-            self.truncated += sum(len(ids) > most for ids in uncut)
+            self.truncated += _too_long(self.tokenizer, stripped, most)
             ids, mask = (
                 torch.tensor(batch[key], device=self.device) for key in ("input_ids", "attention_mask")
             )
@@ -228,18 +237,15 @@ class PictureTower:
         assert self.tokenizer is not None, "load it with texts=True"
         config = self.model.config.text_config
         most = _most_tokens(self.tokenizer, config)
-        uncut = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        self.truncated += sum(len(ids) > most for ids in uncut)
+        self.truncated += _too_long(self.tokenizer, list(texts), most)
         # SigLIP was trained with padded texts and without a mask
         siglip = self.model.config.model_type.startswith("siglip")
         batch = self.tokenizer(
             list(texts), truncation=True, max_length=most, padding="max_length" if siglip else True,
             return_tensors="pt",
         ).to(self.device)  # fmt: skip
-        given = {"input_ids": batch["input_ids"]}
-        if not siglip:
-            given["attention_mask"] = batch["attention_mask"]
-        return _pooled(self.model.get_text_features(**given))
+        keys = ["input_ids"] if siglip else ["input_ids", "attention_mask"]
+        return _pooled(self.model.get_text_features(**{key: batch[key] for key in keys}))
 
 
 def _pooled(output: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unigen.evaluation.material import Drawn, Material, digest_of_drawn, pairs_of
+from unigen.evaluation.material import Drawn, Material, paired
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
 from unigen.evaluation.statistics import estimate, value_of
 from unigen.evaluation.text import accuracy, chrf, rouge
@@ -32,17 +32,21 @@ def perplexity(material: Material) -> Result:
     )  # fmt: skip
 
 
-def _of_views(material: Material, *keys: str) -> tuple[list[Drawn], list[list[Any]]]:
+def _of_pictures(material: Material, by: str, *keys: str) -> tuple[list[Drawn], list[list[Any]]]:
     """The drawn pictures of which all is known, and the values of ``keys`` of each."""
-    rows = material.of_drawn("views")
     found = [
         (one, [row[key] for key in keys])
-        for one, row in zip(material.drawn, rows)
+        for one, row in zip(material.drawn, material.of_drawn(by))
         if row is not None and all(row.get(key) is not None for key in keys)
     ]
-    if not found:
-        raise Unfit("no prompt of a picture says what to draw", "ask with texts")
     return [one for one, _ in found], [values for _, values in found]
+
+
+def _of_views(material: Material, *keys: str) -> tuple[list[Drawn], list[list[Any]]]:
+    drawn, values = _of_pictures(material, "views", *keys)
+    if not drawn:
+        raise Unfit("no prompt of a picture says what to draw", "ask with texts")
+    return drawn, values
 
 
 def _asked(material: Material, which: str) -> str:
@@ -51,10 +55,7 @@ def _asked(material: Material, which: str) -> str:
 
 def _views(kind: str, material: Material, values: Any, drawn: list[Drawn], question: str) -> Result:
     name = identity(kind, "own-understanding", _asked(material, question), n=len(values))
-    return estimate(
-        name, np.array(values, np.float64), seed=material.tools.seed, data=digest_of_drawn(drawn),
-        pairs=pairs_of(drawn),
-    )  # fmt: skip
+    return estimate(name, np.array(values, np.float64), seed=material.tools.seed, **paired(drawn))
 
 
 @metric("verify", "mean probability of yes by yes or no, first token of the answer")
@@ -112,7 +113,7 @@ def _renamed(kind: str, result: Result, material: Material, drawn: list[Drawn]) 
         raise CannotRun(result.reason, result.fix)
     inner = result.name.partition("[")[2].rstrip("]")
     name = identity(kind, "own-understanding", _asked(material, "describe"), inner)
-    return replace(result, name=name, data=digest_of_drawn(drawn), pairs=pairs_of(drawn))
+    return replace(result, name=name, **paired(drawn))
 
 
 @metric("judge", "mean score of another model, 0 to 10 divided by 10")
@@ -122,19 +123,11 @@ def judge(material: Material) -> Result:
     about = material.said["judge"][-1]
     if "reason" in about:
         raise CannotRun(about["reason"], about["fix"])
-    rows = material.of_drawn("judge")
-    found = [
-        (one, row["score"])
-        for one, row in zip(material.drawn, rows)
-        if row is not None and row["score"] is not None
-    ]
-    if not found:
+    drawn, scores = _of_pictures(material, "judge", "score")
+    if not drawn:
         raise CannotRun("the judge gave no score", "look at what it says, or take another --judge_model")
-    left, values = len(rows) - len(found), np.array([score for _, score in found], np.float64)
-    notes = (f"{left} of {len(rows)} pictures got no score that can be read",) if left else ()
+    pictures, values = len(material.drawn), np.array([score for (score,) in scores], np.float64)
+    left = pictures - len(drawn)
+    notes = (f"{left} of {pictures} pictures got no score that can be read",) if left else ()
     name = identity("judge", about["model"], f"asked={about['asked']}", n=len(values))
-    drawn = [one for one, _ in found]
-    return estimate(
-        name, values, seed=material.tools.seed, data=digest_of_drawn(drawn), notes=notes,
-        pairs=pairs_of(drawn),
-    )  # fmt: skip
+    return estimate(name, values, seed=material.tools.seed, notes=notes, **paired(drawn))

@@ -26,9 +26,9 @@ class Context:
     itself.
     """
 
-    def __init__(self, n_layers: int):
+    def __init__(self, n_layers: int, pieces: Sample | None = None):
         self.n_layers = n_layers
-        self.pieces: Sample = []
+        self.pieces: Sample = pieces or []
         self.thought: int | None = None  # the number of the piece that only the full context holds
         self.reset(drawing=False)
 
@@ -143,12 +143,8 @@ class ContextBuilder:
             (c.no_image, block) for c, block in zip(contexts, texts, strict=True) if c.no_image is not c.full
         ]
         if apart:
-            extend(
-                self.model,
-                self.tokenizer.special,
-                [cache for cache, _ in apart],
-                [block for _, block in apart],
-            )
+            caches, blocks = zip(*apart)
+            extend(self.model, self.tokenizer.special, caches, blocks)
 
     def check_sees(self, drawing: bool) -> None:
         """Raises InferenceError where the model cannot look at a picture."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,11 +179,10 @@ class InterleaveInferencer:
             PictureError: a picture cannot be read.
         """
         asked: dict[str, Any] = {
-            "think": think, "do_sample": do_sample, "cfg_text_scale": cfg_text_scale,
-            "cfg_img_scale": cfg_img_scale,
-            "cfg_interval": cfg_interval, "timestep_shift": timestep_shift, "num_timesteps": num_timesteps,
-            "cfg_renorm_min": cfg_renorm_min, "cfg_renorm_type": cfg_renorm_type, "seed": seed,
-            "enable_taylorseer": enable_taylorseer, **settings,
+            "think": think, "do_sample": do_sample, "cfg_text_scale": cfg_text_scale, "seed": seed,
+            "cfg_img_scale": cfg_img_scale, "cfg_interval": cfg_interval, "timestep_shift": timestep_shift,
+            "num_timesteps": num_timesteps, "cfg_renorm_min": cfg_renorm_min,
+            "cfg_renorm_type": cfg_renorm_type, "enable_taylorseer": enable_taylorseer, **settings,
         }  # fmt: skip
         for old, value, default in (
             ("max_think_token_n", max_think_token_n, _DEFAULT.max_new_tokens),
@@ -196,11 +196,12 @@ class InterleaveInferencer:
         if not understanding_output:
             self.requests.needs_gen()
         self.requests.tell_idle(options, understanding_output or think, not understanding_output)
-        context, builder = Context(self.model.config.llm.num_hidden_layers), self.builder
+        context, builder = self._context([]), self.builder
         context.reset(drawing=not understanding_output)
         parts = self._reference_parts(input_lists, think, context.drawing)
-        shape = self.requests.last_shape(parts) if options.height is None or understanding_output else None
-        shape = shape or self.requests.canvas_shape(None if understanding_output else _shape(options))
+        height, width = (None, None) if understanding_output else (options.height, options.width)
+        shape = None if height else self.requests.last_shape(parts)
+        shape = shape or self.requests.canvas_shape(height, width)
         self.requests.check_parts(parts, shape, initial_noise, understanding_output, options)
         for part in parts:
             if isinstance(part, str):
@@ -222,7 +223,7 @@ class InterleaveInferencer:
         tokens, pixels = self.pieces.draw_in([context], [shape], [noise], options)[0]
         picture = to_image(pixels.cpu())
         trace.setdefault("latent", []).append(tokens.cpu())
-        trace.setdefault("image", []).append(torch.from_numpy(_array(picture)))
+        trace.setdefault("image", []).append(torch.from_numpy(np.array(picture)))
         return [*output, picture]
 
     def _reference_parts(
@@ -325,26 +326,19 @@ class InterleaveInferencer:
 
         def write_in(chosen: list[int], by: Callable[..., list[str]], *rest: bool) -> None:
             pick = self.pieces.picker(o, [generators[i] for i in chosen])
-            for i, text in zip(
-                chosen, by([contexts[i] for i in chosen], o.max_new_tokens, pick, *rest), strict=True
-            ):
+            texts = by([contexts[i] for i in chosen], o.max_new_tokens, pick, *rest)
+            for i, text in zip(chosen, texts, strict=True):
                 answers[i].append(text)
 
-        turns, active, kinds = (
-            len(outputs) if outputs is not None else max_pieces,
-            list(range(len(prompts))),
-            {},
-        )
+        turns = max_pieces if outputs is None else len(outputs)
+        active, kinds = list(range(len(prompts))), dict[int, str | None]()
         for turn in range(turns):
             if turn == 0:
                 kinds = dict(enumerate(self.pieces.begin(contexts, outputs, o, shape)))
+            elif outputs is None:
+                kinds = {i: self.pieces.next_fitting(contexts[i], o, shape) for i in active}
             else:
-                kinds = {
-                    i: outputs[turn]
-                    if outputs is not None
-                    else self.pieces.next_fitting(contexts[i], o, shape)
-                    for i in active
-                }
+                kinds = dict.fromkeys(active, outputs[turn])
             active, last = [i for i in active if kinds[i] is not None], turn == turns - 1
             writing, drawing = ([i for i in active if kinds[i] == kind] for kind in (TEXT, IMAGE))
             if writing:
@@ -359,25 +353,9 @@ class InterleaveInferencer:
         return answers
 
     def _context(self, sample: Sample) -> Context:
-        context = Context(self.model.config.llm.num_hidden_layers)
-        context.pieces = sample
-        return context
-
-
-def _shape(options: SamplingOptions) -> tuple[int, int] | None:
-    return None if options.height is None or options.width is None else (options.height, options.width)
+        return Context(self.model.config.llm.num_hidden_layers, sample)
 
 
 def _generator(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
-
-
-def _array(picture: Any):
-    import numpy as np
-
-    return np.array(picture)
+    return generator.manual_seed(generator.seed() if seed is None else seed)

@@ -36,8 +36,8 @@ class Renamed(TypedDict, total=False):
     width: int | None
 
 
-class Settings(Renamed, total=False):
-    """All fields of :class:`SamplingOptions` as keywords."""
+class _Common(Renamed, total=False):
+    """The settings whose names and types are the reference's."""
 
     think: bool
     do_sample: bool
@@ -45,30 +45,27 @@ class Settings(Renamed, total=False):
     timestep_shift: float
     cfg_text_scale: float
     cfg_img_scale: float
-    cfg_interval: tuple[float, float]
     cfg_renorm_min: float
-    cfg_renorm_type: Literal["global", "channel", "text_channel"]
     seed: int | None
 
 
-class ReferenceSettings(Renamed, total=False):
+class Settings(_Common, total=False):
+    """All fields of :class:`SamplingOptions` as keywords."""
+
+    cfg_interval: tuple[float, float]
+    cfg_renorm_type: Literal["global", "channel", "text_channel"]
+
+
+class ReferenceSettings(_Common, total=False):
     """The keywords of ``InterleaveInferencer.interleave_inference``, whose names are the reference's."""
 
-    think: bool
     understanding_output: bool
     max_think_token_n: int
-    do_sample: bool
     text_temperature: float
-    cfg_text_scale: float
-    cfg_img_scale: float
     cfg_interval: Sequence[float]
-    timestep_shift: float
-    num_timesteps: int
-    cfg_renorm_min: float
     cfg_renorm_type: str
     image_shapes: Sequence[int] | None
     enable_taylorseer: bool
-    seed: int | None
     initial_noise: Any
     trace: Any
 

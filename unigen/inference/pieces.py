@@ -14,6 +14,7 @@ from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.requests import IMAGE, TEXT, Requests
 from unigen.inference.sampler import Canvas, decode_pixels, draw, feed_tokens, write_texts
 from unigen.model.bagel import Bagel
+from unigen.model.kv_cache import Cache
 from unigen.sequence.images import to_image
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Block, Image, Kind, Text
@@ -145,16 +146,7 @@ class Pieces:
         self, contexts: Sequence[Context], max_tokens: int, pick: Callable[[Tensor, int], int]
     ) -> list[str]:
         """Writes a thought in each context, which then holds it in the full context alone."""
-        special = self.tokenizer.special
-        written = write_texts(
-            self.model,
-            special,
-            [c.full.snapshot() for c in contexts],
-            max_tokens,
-            pick,
-            (special.text_end, special.end),
-        )
-        texts = [self.tokenizer.decode(ids[1:]) for ids in written]
+        _, texts = self._write([c.full.snapshot() for c in contexts], max_tokens, pick)
         for context, text in zip(contexts, texts, strict=True):
             context.thought = len(context.pieces)
             context.pieces.append(Text(text, target=True))
@@ -169,27 +161,26 @@ class Pieces:
         last: bool = False,
     ) -> list[str]:
         """Writes a text in each context; nothing follows the ``last`` one."""
-        special = self.tokenizer.special
-        before = [c.full.snapshot() for c in contexts]
-        written = write_texts(
-            self.model,
-            special,
-            [c.full for c in contexts],
-            max_tokens,
-            pick,
-            stop=(special.text_end, special.end),
-        )
-        texts = [self.tokenizer.decode(ids[1:]) for ids in written]
+        before, caches = [c.full.snapshot() for c in contexts], [c.full for c in contexts]
+        written, texts = self._write(caches, max_tokens, pick)
         if last:
             return texts
-        hidden = feed_tokens(self.model, [c.full for c in contexts], [special.text_end] * len(contexts))
+        hidden = feed_tokens(self.model, caches, [self.tokenizer.special.text_end] * len(contexts))
         for context, past, state, text in zip(contexts, before, hidden, texts, strict=True):
             context.no_text, context.last = past, state
             context.pieces.append(Text(text, target=True))
-        self.builder.extend_no_image(
-            contexts, [Block(Kind.TEXT, len(ids) - 1, ids=ids[1:]) for ids in written]
-        )
+        blocks = [Block(Kind.TEXT, len(ids), ids=ids) for ids in written]
+        self.builder.extend_no_image(contexts, blocks)
         return texts
+
+    def _write(
+        self, caches: Sequence[Cache], max_tokens: int, pick: Callable[[Tensor, int], int]
+    ) -> tuple[list[list[int]], list[str]]:
+        """The ids of a text in each cache, without the token that opens it, and the text."""
+        special = self.tokenizer.special
+        written = write_texts(self.model, special, caches, max_tokens, pick, (special.text_end, special.end))
+        inner = [ids[1:] for ids in written]
+        return inner, [self.tokenizer.decode(ids) for ids in inner]
 
     def draw_pieces(
         self,

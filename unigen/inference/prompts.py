@@ -3,19 +3,17 @@ JSONL file with options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from unigen.config import ConfigError, SamplingOptions, UserError, nearest
+from unigen.config import ConfigError, SamplingOptions, UserError
 from unigen.data.json_text import parse_json
 from unigen.inference.options import NAMES, InferenceError, sampling_options
+from unigen.inference.requests import check_text
 from unigen.sequence.images import image_size
 from unigen.sequence.types import BadRecord
-from unigen.values import read_option
-
-KINDS = ("draw", "answer", "decide", "auto")  # as the option sample_kind
+from unigen.values import PathText, read_keys
 
 # The settings of samples where a line sets none. What is named here differs from everywhere else, to save
 # time.
@@ -53,33 +51,19 @@ class Prompt:
         return sampling_options(SAMPLES, seed=self.seed, **self.options)
 
 
-def _paths(value: Any) -> bool:
-    return bool(value) and all(
-        isinstance(path, str) and path for path in (value if isinstance(value, list) else [value])
-    )
+@dataclass
+class PromptLine(SamplingOptions):
+    """What a line of a JSONL file may say: any setting, and these.
 
+    Args:
+        prompt: The text.
+        image: Paths of pictures before it.
+        kind: As :class:`Prompt` has it.
+    """
 
-# Key of a line -> (is its value good?, what it should be).
-_HEAD: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "prompt": (lambda value: isinstance(value, str), "a text"),
-    "image": (_paths, "the path of a picture, or a list of them"),
-    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
-}
-
-
-def _check_value(key: str, value: Any, where: str) -> None:
-    """Every sampling setting is a key, too. Raises PromptError."""
-    if key not in NAMES:
-        good, words = _HEAD[key]
-        if not good(value):
-            raise PromptError(f"{where}: {key} is {value!r}. Fix: {words}")
-        return
-    if value is None:
-        raise PromptError(f"{where}: {key} is None. Fix: leave it out")
-    try:
-        read_option(SamplingOptions, key, value, f"{where}: {key}")
-    except ConfigError as error:
-        raise PromptError(str(error)) from None
+    prompt: str = ""
+    image: list[PathText] = field(default_factory=list)
+    kind: Literal["draw", "answer", "decide", "auto"] = "auto"  # as the option sample_kind
 
 
 def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
@@ -105,22 +89,19 @@ def read_prompts(given: str | list[str], seed: int) -> list[Prompt]:
             continue
         lines = _lines(path)
         for line, data in lines:
-            where = f"{path}:{line}"
-            prompt = (
-                _record(data, line, where, path.parent, seed + len(found))
-                if path.suffix == ".jsonl"
-                else None
-            )
-            found.append(prompt or Prompt(_text(data, where), where, seed + len(found)))
+            where, own = f"{path}:{line}", seed + len(found)
+            if path.suffix == ".jsonl":
+                found.append(_record(data, line, where, path.parent, own))
+            else:
+                found.append(Prompt(_text(data, where), where, own))
         if not lines:
             raise PromptError(f"sample_prompts: {path} holds no prompt. Fix: write one a line")
     for prompt in found:
         try:
-            prompt.text.encode()
-        except UnicodeEncodeError:
-            raise PromptError(
-                f"{prompt.where}: the prompt holds half a character (a lone surrogate). Fix: write it anew"
-            ) from None
+            if prompt.text:
+                check_text(prompt.text, f"{prompt.where}: the prompt")
+        except InferenceError as error:
+            raise PromptError(str(error)) from None
     if not found:
         raise PromptError(
             'sample_prompts is empty. Fix: --sample_prompts "a red house", or a file of prompts'
@@ -169,24 +150,15 @@ def _record(data: bytes, line: int, where: str, folder: Path, seed: int) -> Prom
         raise PromptError(f"{where}: {error.found}. Fix: {error.fix}") from None
     if not isinstance(values, dict):
         raise PromptError(f'{where}: the line is no JSON object. Fix: {{"prompt": "a red house"}}')
-    known = [*_HEAD, *NAMES]
-    for key, value in values.items():
-        if key not in known:
-            near = nearest(key, known)
-            raise PromptError(
-                f"{where}: unknown key {key!r}"
-                + (f"; did you mean {near}?" if near else f" (keys: {', '.join(known)})")
-            )
-        _check_value(key, value, where)
-    image = values.get("image", [])
-    prompt = Prompt(
-        text=values.get("prompt", ""),
-        where=where,
-        seed=values.get("seed", seed),
-        images=tuple(str(folder / path) for path in ([image] if isinstance(image, str) else image)),
-        kind=values.get("kind", "auto"),
-        options={key: value for key, value in values.items() if key in NAMES and key != "seed"},
-    )
+    if missing := [key for key, value in values.items() if value is None]:
+        raise PromptError(f"{where}: {missing[0]} is None. Fix: leave it out")
+    try:
+        held = PromptLine(**read_keys(PromptLine, values, where))
+    except ConfigError as error:
+        raise PromptError(str(error)) from None
+    options = {key: value for key, value in values.items() if key in NAMES and key != "seed"}
+    images = tuple(str(folder / path) for path in held.image)
+    prompt = Prompt(held.prompt, where, values.get("seed", seed), images, held.kind, options)
     _check(prompt)
     return prompt
 

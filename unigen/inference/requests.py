@@ -165,8 +165,8 @@ class Requests:
         draws = self.config.visual_gen if decides else IMAGE in outputs
         if outputs != []:
             self.tell_idle(options, decides or TEXT in outputs or options.think, draws)
-        size = (options.height, options.width)
-        shape = self.canvas_shape(size) if draws and options.height is not None else None
+        asked = draws and options.height is not None
+        shape = self.canvas_shape(options.height, options.width) if asked else None
         samples = []
         for pieces in prompts:
             samples.append(sample_of(pieces))
@@ -185,19 +185,18 @@ class Requests:
     def think_prompt(self, kind: str | None) -> str:
         return self.think_prompts["generate" if kind == IMAGE else "understand"]
 
-    def canvas_shape(self, shape: Sequence[int] | None) -> tuple[int, int]:
-        """The height and width that the model draws where ``shape`` is asked for: rounded down to multiples
-        of its stride, with a warning that says so. Default: its largest square.
+    def canvas_shape(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The height and width that the model draws where these are asked for: rounded down to multiples of
+        its stride, with a warning that says so. Default: its largest square.
 
         Raises:
             InferenceError: a side is outside what its position table has room for.
         """
         config = self.config
         stride, limit = config.latent_stride, config.max_latent_size * config.latent_stride
-        if shape is None:
+        if height is None or width is None:
             side = min(config.vae_transform["max_size"], limit) // stride * stride
             return side, side
-        height, width = shape
         for name, value in (("height", height), ("width", width)):
             if value < stride or value > limit:
                 raise InferenceError(

@@ -138,10 +138,8 @@ def draw(
     """
     device = model.device
     x = [canvas.noise.to(device=device, dtype=torch.float32) for canvas in canvases]
-    times, (low, high) = (
-        flow.sampling_times(options.num_timesteps, options.timestep_shift),
-        options.cfg_interval,
-    )
+    times = flow.sampling_times(options.num_timesteps, options.timestep_shift)
+    low, high = options.cfg_interval
     guided = ((times > low) & (times <= high)).tolist()  # on the host, which chooses by it
     row, used = None, None
     for inside, (t, t_next) in each("drawing", list(zip(guided, pairwise(times.to(device)))), "steps"):
