@@ -95,8 +95,9 @@ def test_bars_stand_as_high_as_their_values_and_say_them():
     chart = bar_chart(EVIL, bars, WORDS, x_label="长度", y_label="n")
     page = Page(part("chart", chart))
     assert "script" not in page.tags and "长度" in page.text
-    shapes = [s.d for s in chart.shapes if s.kind == "bar"]
-    drawn = [tuple(map(float, m)) for m in re.findall(r"M([\d.]+) 1000v-([\d.]+)h([\d.]+)v", "".join(shapes))]
+    corners = places(chart, "bar")
+    assert all(low == right_low == SIDE for (_, low), _, _, (_, right_low) in corners)
+    drawn = [(left, SIDE - top, right - left) for (left, _), (_, top), (right, _), _ in corners]
     ticks = [(float(t.text.replace(",", "")), (1 - t.place) * SIDE) for t in chart.ys]
     assert ticks[0] == (0, 0)
     for (*_, value), (_, height, _) in zip(bars, drawn, strict=True):

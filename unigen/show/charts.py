@@ -20,6 +20,7 @@ SIDE = 1000  # of the plane that is stretched over a chart
 COLOURS = 8  # --c0 ... in page.css
 SKIPPED = "var(--bad)"
 Axis = Callable[[float], float]
+Spot = tuple[float, float]  # x to the right, y down
 
 
 class Line(NamedTuple):
@@ -41,12 +42,19 @@ class Key(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A path on the plane of ``SIDE`` by ``SIDE``: its data, its class, its colour, its tooltip."""
+    """Lines on the plane of ``SIDE`` by ``SIDE``, each through its points, a dot where it has one alone; and
+    their class, colour and tooltip."""
 
-    d: str
+    lines: Sequence[Sequence[Spot]]
     kind: str
     colour: str = ""
     tip: str = ""
+
+    @property
+    def d(self) -> str:
+        """What SVG calls the data of a path."""
+        paths = ["L".join(f"{x:.1f} {y:.1f}" for x, y in line) for line in self.lines]
+        return "".join(f"M{path}" if "L" in path else f"M{path}h0" for path in paths)
 
 
 class Tick(NamedTuple):
@@ -120,7 +128,7 @@ def line_chart(
         keys = [Key(line.name, _colour(line), line.dotted) for line in lines if len(lines) > 1]
     marked = [step for step in marks if first <= step <= last]
     if marked:
-        shapes.append(Shape("".join(f"M{x(step):.1f} {SIDE - 20}h0" for step in marked), "skips", SKIPPED))
+        shapes.append(Shape([[(x(step), SIDE - 20)] for step in marked], "skips", SKIPPED))
         keys = [*keys, Key(marks_name, SKIPPED, True)]
     end = words("step_alone", step=math.floor(last))
     data = json.dumps(_pointed(lines, unit, words), separators=(",", ":"), ensure_ascii=False)
@@ -139,16 +147,19 @@ def bar_chart(
     ys, shapes = _grid(AxisRange(0.0, top), whole=all(value == int(value) for *_, value in bars))
     width = SIDE / len(bars)
     for n, (_, name, value) in enumerate(bars):
-        height = value / top * SIDE
-        bar = f"M{(n + 0.08) * width:.1f} {SIDE}v{-height:.1f}h{width * 0.84:.1f}v{height:.1f}z"
-        shapes.append(Shape(bar, "bar", "var(--c0)"))
+        bar = _block((n + 0.08) * width, (n + 0.92) * width, (1 - value / top) * SIDE)
+        shapes.append(Shape([bar], "bar", "var(--c0)"))
         # the whole height catches the pointer, so that the smallest bar can be asked too
-        column = f"M{n * width:.1f} 0h{width:.1f}V{SIDE}h{-width:.1f}z"
-        shapes.append(Shape(column, "hit", tip=f"{name}: {value:,.6g}"))
+        column = _block(n * width, (n + 1) * width, 0.0)
+        shapes.append(Shape([column], "hit", tip=f"{name}: {value:,.6g}"))
     # 280 pixels on a phone, 7 for a digit at the most
     every = math.ceil(len(bars) * max(7 * len(label) + 12 for label, *_ in bars) / 280)
     xs = [Tick(label, (n + 0.5) / len(bars)) for n, (label, *_) in enumerate(bars) if n % every == 0]
     return Chart(title, [y_label] if y_label else [], [], shapes, ys, xs, "", x_label, "")
+
+
+def _block(left: float, right: float, top: float) -> list[Spot]:
+    return [(left, SIDE), (left, top), (right, top), (right, SIDE)]
 
 
 def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
@@ -164,7 +175,7 @@ def _grid(values: AxisRange, whole: bool = False) -> tuple[list[Tick], list[Shap
     found = [tick for tick in found if not whole or tick == int(tick)]
     found = found[:: -(-len(found) // 7)] if len(found) > 1 else [values.low, values.high]
     ys = [Tick(figure(tick), 1 - values.place(tick)) for tick in found]
-    return ys, [Shape(f"M0 {y.place * SIDE:.1f}H{SIDE}", "grid-line") for y in ys]
+    return ys, [Shape([[(0, y.place * SIDE), (SIDE, y.place * SIDE)]], "grid-line") for y in ys]
 
 
 def _colour(line: Line) -> str:
@@ -176,15 +187,13 @@ def _drawn(line: Line, x: Axis, y: Axis) -> list[Shape]:
     colour, shapes = _colour(line), []
     places = [(x(p.step), y(p.mean)) for p in line.points]
     if line.band and any(p.high > p.low for p in line.points):
-        above = "L".join(f"{x(p.step):.1f} {y(p.high):.1f}" for p in line.points)
-        below = "L".join(f"{x(p.step):.1f} {y(p.low):.1f}" for p in reversed(line.points))
-        shapes.append(Shape(f"M{above}L{below}Z", "band", colour))
-    path = "M" + "L".join(f"{across:.1f} {down:.1f}" for across, down in places)
+        above = [(x(p.step), y(p.high)) for p in line.points]
+        below = [(x(p.step), y(p.low)) for p in reversed(line.points)]
+        shapes.append(Shape([above + below], "band", colour))
     if len(places) > 1:
-        shapes.append(Shape(path, "faint" if line.dotted else "line", colour))
+        shapes.append(Shape([places], "faint" if line.dotted else "line", colour))
     if len(places) == 1 or (line.dotted and len(places) <= 100):
-        dots = "".join(f"M{across:.1f} {down:.1f}h0" for across, down in places)
-        shapes.append(Shape(dots, "dots", colour))
+        shapes.append(Shape([[place] for place in places], "dots", colour))
     return shapes
 
 

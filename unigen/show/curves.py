@@ -1,10 +1,11 @@
-"""Curves to draw: smoothing, thinning, and the part of the plane that a chart shows; for the terminal and the
-page alike."""
+"""Curves to draw: smoothing, thinning, and the part of the plane that a chart shows, for the terminal and the
+page alike; and curves in one line of characters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from unigen.runs.metrics import Point
@@ -12,6 +13,8 @@ from unigen.runs.metrics import Point
 MAX_POINTS = 300  # of a drawn curve
 MARGIN = 0.03  # of the range, left free above and below
 LOG_FROM = 30.0  # a greatest value this many times the least one asks for a logarithmic scale
+BARS = "▁▂▃▄▅▆▇█"
+USUAL = 5.0  # times the usual distance of the greatest value in a character from their mean
 
 
 class AxisRange(NamedTuple):
@@ -28,6 +31,9 @@ class AxisRange(NamedTuple):
         value = max(value, self.low)
         share = (bend(value) - bend(self.low)) / (bend(self.high) - bend(self.low))
         return min(1.0, max(0.0, share))
+
+
+Box = tuple[float, float, AxisRange]  # first step, last step, values
 
 
 class Curve(NamedTuple):
@@ -121,3 +127,34 @@ def log_ticks(low: float, high: float) -> list[float]:
     below = max(t for t in ticks if t <= low)
     above = min((t for t in ticks if t >= high and t > below), default=10.0 * below)
     return [t for t in ticks if below <= t <= above] if above in ticks else [below, above]
+
+
+# ---- in characters
+
+
+def sparkline(curve: Curve, box: Box, width: int) -> str:
+    """A curve in ``width`` characters, each the mean of its steps; a spike of few steps is shown itself."""
+    values = box[2]
+    found: dict[int, list[Point]] = {}
+    for p in curve.points:
+        found.setdefault(_place(p.step, box, width), []).append(p)
+    means = {k: sum(p.mean for p in points) / len(points) for k, points in found.items()}
+    tops = {k: max(p.high for p in points) for k, points in found.items()}
+    usual = USUAL * statistics.median(tops[k] - means[k] for k in found)
+    signs, last = [" "] * width, " "
+    for k in range(max(0, min(found)), min(max(found) + 1, width)):
+        if k in found:  # else steps are further apart than characters: the last value stands
+            value = tops[k] if tops[k] - means[k] > usual else means[k]
+            last = BARS[round(values.place(value) * (len(BARS) - 1))]
+        signs[k] = last
+    return "".join(signs)
+
+
+def marks(steps: Iterable[int], box: Box, width: int) -> str:
+    """A ``×`` in ``width`` characters at each of the steps that lie in the box."""
+    found = {_place(step, box, width) for step in steps if box[0] <= step <= box[1]}
+    return "".join("×" if k in found else " " for k in range(width))
+
+
+def _place(step: float, box: Box, width: int) -> int:
+    return round((step - box[0]) / (box[1] - box[0]) * (width - 1))

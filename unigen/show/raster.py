@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from unigen.show.charts import SIDE, Chart
+from unigen.show.charts import SIDE, Chart, Spot
 from unigen.show.terminal import harmless
 
 UNIT = 2  # pixels of the PNG for one of a page
@@ -29,7 +29,6 @@ WIDTHS = {"line": 1.8, "faint": 1.5, "grid-line": 1.0, "dots": 6.0, "skips": 8.0
 DASH = (5.0, 3.0)
 ROUND = 5 * UNIT  # of the PNG's pixels
 BAND = 0.16  # opacity
-Spot = tuple[float, float]
 
 _FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/System/Library/Fonts",
@@ -196,7 +195,7 @@ def _plane(chart: Chart, size: tuple[int, int]) -> Image.Image:
             continue
         ink = colour(shape.colour or "--line")
         paths = [
-            [(edge + x / SIDE * wide, edge + y / SIDE * high) for x, y in path] for path in _paths(shape.d)
+            [(edge + x / SIDE * wide, edge + y / SIDE * high) for x, y in points] for points in shape.lines
         ]
         if shape.kind in ("band", "bar"):
             mask = Image.new("L", frame)
@@ -214,28 +213,6 @@ def _plane(chart: Chart, size: tuple[int, int]) -> Image.Image:
                 for part in _dashed(path, dash) if dash else [path]:
                     pen.line(part, ink, round(thick), joint="curve")
     return picture.reduce(SMOOTH)
-
-
-def _paths(data: str) -> Iterator[list[Spot]]:
-    """The corners of each part of a path of ``charts.py``: M and L with pairs, H, V, h and v with one number,
-    z."""
-    at: Spot = (0.0, 0.0)
-    path: list[Spot] = []
-    for command, numbers in re.findall(r"([MLHVhvzZ])([^MLHVhvzZ]*)", data):
-        values = [float(number) for number in numbers.split()]
-        if command == "M" and path:
-            yield path
-            path = []
-        if command in "ML":
-            at = (values[0], values[1])
-        elif command in "HV":
-            at = (values[0], at[1]) if command == "H" else (at[0], values[0])
-        elif command in "hv":
-            at = (at[0] + values[0], at[1]) if command == "h" else (at[0], at[1] + values[0])
-        if command not in "zZ":
-            path.append(at)
-    if path:
-        yield path
 
 
 def _dashed(path: Sequence[Spot], dash: Sequence[float]) -> Iterator[list[Spot]]:

@@ -17,18 +17,19 @@ from recorded import PROMPTS, record, write_metrics, write_rank, write_samples
 
 from unigen.commands.watch import page as page_module
 from unigen.commands.watch.options import WatchOptions
-from unigen.commands.watch.page import write
+from unigen.commands.watch.page import page as page_of
 from unigen.figures import figure
 from unigen.runs.reader import RunFolder
 from unigen.show.curves import MAX_POINTS
 from unigen.show.language import Words
+from unigen.show.pages import write_page
 
 
 def written(path: Path, *folders: Path, **options) -> str:
     runs = [RunFolder(folder) for folder in folders]
     for run in runs:
         run.update()
-    return write(path, runs, WatchOptions(**options)).read_text("utf-8")
+    return write_page(path, **page_of(runs, WatchOptions(**options))).read_text("utf-8")
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

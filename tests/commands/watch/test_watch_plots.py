@@ -9,10 +9,10 @@ import pytest
 from PIL import Image as PILImage
 from recorded import record
 
-from unigen.commands.watch import plots
 from unigen.commands.watch.command import watch
 from unigen.commands.watch.options import WatchOptions
 from unigen.config import UserError
+from unigen.show import raster
 
 
 @pytest.mark.slow
@@ -46,8 +46,8 @@ def test_without_a_font_for_chinese_plots_are_english_and_that_is_said(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
 ):
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(plots, "has_fonts", lambda charts: all(chart.title.isascii() for chart in charts))
+    monkeypatch.setattr(raster, "has_fonts", lambda charts: all(chart.title.isascii() for chart in charts))
     drawn = []
-    monkeypatch.setattr(plots, "png", lambda chart: drawn.append(chart.title) or b"")
+    monkeypatch.setattr(raster, "png", lambda chart: drawn.append(chart.title) or b"")
     watch(WatchOptions([str(folder)], plots=str(tmp_path / "zh"), language="zh"))
     assert "Fix: install" in caplog.text and "learning rate" in drawn

@@ -22,9 +22,8 @@ from unigen.commands.watch.terminal import frame
 from unigen.figures import figure
 from unigen.runs.metrics import Point
 from unigen.runs.reader import RunFolder
-from unigen.show.curves import AxisRange, Curve
+from unigen.show.curves import AxisRange, Curve, marks, sparkline
 from unigen.show.language import Words
-from unigen.show.plot import marks, sparkline
 from unigen.show.terminal import drawn, width_of
 
 ROOT = Path(__file__).parents[3]

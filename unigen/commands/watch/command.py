@@ -40,23 +40,19 @@ def watch(options: WatchOptions) -> int:
 
     words = Words(options.language, "watch")
     runs = [RunFolder(folder, steps) for folder in find_runs(options.run)]
+    _update(runs)
     if options.serve:
         _serve(options, runs)
-    elif not (html or plots or options.once) and sys.stdout.isatty():
-        _follow(options, runs, words)
-    else:
-        for run in runs:
-            run.update()
-    if options.serve:
-        pass  # the page has said it all
-    elif not (html or plots):
-        say(*_frame(options, runs, words))
-    else:
+    elif html or plots:
         try:
             _write(options, runs, html and Path(html), plots and Path(plots))
         except UserError:
             say(*_frame(options, runs, words))
             raise
+    else:
+        if not options.once and sys.stdout.isatty():
+            _follow(options, runs, words)
+        say(*_frame(options, runs, words))
     failed = [(run, state) for run in runs if (state := diagnose(run)).name in ("hung", "dead")]
     if html or plots:
         for run, state in failed:
@@ -84,15 +80,14 @@ def _resolve(options: WatchOptions) -> tuple[int, int]:
 
 def _write(options: WatchOptions, runs: Sequence[RunFolder], html: Path | None, plots: Path | None) -> None:
     """Writes what is asked for, and says where. Raises UserError where it cannot be written."""
-    if html:
-        from unigen.commands.watch.page import write
+    from unigen.commands.watch.page import page, write_plots
+    from unigen.show.pages import write_page
 
+    if html:
         with unwritten("html", html):
-            write(html, runs, options)
+            write_page(html, **page(runs, options))
         say(f"-> {options.html}")
     if plots:
-        from unigen.commands.watch.plots import write as write_plots
-
         with unwritten("plots", plots):
             names = write_plots(plots, runs, options)
         say(f"-> {options.plots}: {', '.join(names) or '–'}")
@@ -102,17 +97,21 @@ def _serve(options: WatchOptions, runs: Sequence[RunFolder]) -> None:
     """Keeps the page of the runs live until Ctrl-C. Raises UserError where the port cannot be had."""
     from unigen.commands.watch.page import page
     from unigen.commands.watch.serve import PageServer
+    from unigen.show.pages import render
 
-    def render() -> bytes:
-        for run in runs:
-            run.update()
-        return page(runs, options)
+    def now() -> bytes:
+        _update(runs)
+        return render(**page(runs, options))
 
-    with PageServer(options.port, options.interval, render) as server:
+    with PageServer(options.port, options.interval, now) as server:
         port = server.server_address[1]
         say(f"{server.address}  (Ctrl-C ends it; from elsewhere: ssh -L {port}:127.0.0.1:{port} HOST)")
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever(poll_interval=0.1)
+    _update(runs)
+
+
+def _update(runs: Sequence[RunFolder]) -> None:
     for run in runs:
         run.update()
 
@@ -128,7 +127,6 @@ def _follow(options: WatchOptions, runs: Sequence[RunFolder], words: Words) -> N
     with live() as show:
         while True:
             began = time.monotonic()
-            for run in runs:
-                run.update()
+            _update(runs)
             show(_frame(options, runs, words), f"{time.strftime('%H:%M:%S')}  {words('quit')}")
             time.sleep(max(0.05, options.interval - (time.monotonic() - began)))

@@ -1,39 +1,31 @@
-"""The page of ``unigen watch``: one HTML file with curves, samples and what else the run's folder tells."""
+"""The page of ``unigen watch``: one HTML file with curves, samples and what else the run's folder tells; and
+the curves as PNG files."""
 
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unigen.commands.watch import report
 from unigen.commands.watch.health import diagnose
 from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.panels import chart, curves_of, panels_of
-from unigen.commands.watch.report import (
-    MARKS,
-    begin_of,
-    checkpoints,
-    differing,
-    facts,
-    more,
-    option_value,
-    overview,
-    problems,
-    process_rows,
-    progress_of,
-    share_done,
-    warning_rows,
-    why,
-)
 from unigen.figures import figure
+from unigen.files import atomic
+from unigen.outputs import claim
 from unigen.runs.reader import RunFolder, SampleAnswer
+from unigen.sequence.files import kind_of_start
 from unigen.show.charts import Chart
 from unigen.show.language import TAGS, Words
-from unigen.show.pages import Embedded, data_uri, render, write_page
+from unigen.show.pages import Embedded, data_uri
 
+log = logging.getLogger(__name__)
+KINDS = {"png": "png", "jpg": "jpeg", "webp": "webp"}  # of pictures that every browser shows, and their names
 HARD_PIXELS = 64  # pictures up to this side are magnified with hard pixels
 SHOWN_STEPS = 7  # of the samples: the first, the last, and some between
 SHOWN_PROMPTS = 24
@@ -41,34 +33,21 @@ PICTURE_BYTES = 120_000  # a larger file is scaled down
 PICTURE_SIDE = 384
 PAGE_BYTES = 16_000_000  # of pictures; the rest is named only
 TEXT_LENGTH = 600  # characters of a sample's text
-CHECKPOINTS, PROCESSES, PROBLEMS = 12, 256, 5  # rows of tables
+ROWS = 12, 256, 5  # of tables
 
 Answers = Mapping[tuple[str, int | None], SampleAnswer]  # by prompt and seed
 
 
-def write(path: Path, runs: Sequence[RunFolder], options: WatchOptions) -> Path:
-    """Writes the page of one run, or of several that are compared; makes ``path``'s folder.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    values, how = _page(runs, options)
-    return write_page(path, "watch.html", values, **how)
-
-
-def page(runs: Sequence[RunFolder], options: WatchOptions) -> bytes:
-    """What :func:`write` writes."""
-    values, how = _page(runs, options)
-    return render("watch.html", values, **how)
-
-
-def _page(runs: Sequence[RunFolder], options: WatchOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the template shows, and the page around it."""
+def page(runs: Sequence[RunFolder], options: WatchOptions) -> dict[str, Any]:
+    """The page of one run, or of several that are compared: the arguments of :func:`unigen.show.pages.render`
+    and, beside the path, of :func:`unigen.show.pages.write_page`."""
     words = Words(options.language, "watch")
     one = len(runs) == 1
     title = words("title", name=runs[0].name) if one else words("title_many", n=len(runs))
     values = _one(runs[0], words) if one else _many(runs, words)
-    return values | {"words": words, "charts": charts_of(runs, options.smooth, words)}, {
+    return {
+        "template": "watch.html",
+        "values": values | {"words": words, "charts": charts_of(runs, options.smooth, words)},
         "by": "unigen watch",
         "title": title,
         "language": TAGS[words.language],
@@ -79,35 +58,39 @@ def _page(runs: Sequence[RunFolder], options: WatchOptions) -> tuple[dict[str, A
 
 def _one(run: RunFolder, words: Words) -> dict[str, Any]:
     state = diagnose(run)
-    tables = [checkpoints(run, words, CHECKPOINTS), process_rows(run, words, PROCESSES)]
+    columns = [("", _answers(run, step)) for step in _picked(run.sampled)]
+    newest = next((list(found) for _, found in reversed(columns) if found), [])
     return {
         "head": {
-            "mark": MARKS[state.name],
+            "mark": report.MARKS[state.name],
             "state": words(state.name),
-            "place": progress_of(run, words),
-            "share": share_done(run),
-            "why": why(state, words),
+            "place": report.progress_of(run, words),
+            "share": report.share_done(run),
+            "why": report.why(state, words),
             "seen": words("seen", when=time.strftime("%Y-%m-%d %H:%M:%S"), folder=str(run.folder.resolve())),
             "earlier": words("earlier", names=", ".join(run.earlier)) if run.earlier else "",
-            "tiles": [*_results(run, words), *facts(run, state, words)],
+            "tiles": [*_results(run, words), *report.facts(run, state, words)],
         },
         "overview": None,
-        "warnings": warning_rows(run, state, words),
-        "samples": _samples_of_steps(run, words),
-        "tables": [table for table in [*tables, *problems(run, words, PROBLEMS)] if table.rows],
+        "warnings": report.warning_rows(run, state, words),
+        "samples": _samples(words("samples_note"), newest, columns, words),
+        "tables": report.tables(run, words, ROWS),
         "options": _options(run),
     }
 
 
 def _many(runs: Sequence[RunFolder], words: Words) -> dict[str, Any]:
-    table, _, wrong = overview(runs, words)
-    shared = {"overview": table, "warnings": wrong, "samples": _samples_of_runs(runs, words)}
-    return {"head": None, "tables": differing(runs, words), "options": [], **shared}
+    table, _, wrong = report.overview(runs, words)
+    columns = [(f"{run.name}, ", _answers(run, run.sampled[-1])) for run in runs if run.sampled]
+    keys = list(dict.fromkeys(key for _, found in columns for key in found))
+    samples = _samples(words("samples_of_runs"), keys, columns, words)
+    shared = {"overview": table, "warnings": wrong, "samples": samples}
+    return {"head": None, "tables": report.differing(runs, words), "options": [], **shared}
 
 
 def _results(run: RunFolder, words: Words) -> list[tuple[str, str, str]]:
     """``(name, value, note)`` of the share done and of the losses."""
-    share, log, found = share_done(run), run.metrics.log, []
+    share, log, found = report.share_done(run), run.metrics.log, []
     if share is not None:
         found.append((words("done"), f"{share:.1%}", ""))
     if log.points("loss"):
@@ -128,33 +111,45 @@ def charts_of(runs: Sequence[RunFolder], smoothing: float, words: Words) -> list
     return drawn
 
 
+def write_plots(folder: Path, runs: Sequence[RunFolder], options: WatchOptions) -> list[str]:
+    """Writes a PNG for each chart into ``folder``, which it makes; their names.
+
+    Raises:
+        UserError: files of others with these names are there.
+        OSError: it cannot be written.
+    """
+    from unigen.show import raster  # late: PIL, which a page does without
+
+    names = [f"{panel.name.replace('/', '_')}.png" for panel in panels_of(runs)]
+    words = Words(options.language, "watch")
+    charts = charts_of(runs, options.smooth, words)
+    if words.language != "en" and not raster.has_fonts(charts):
+        log.warning(
+            "No font of this machine has Chinese letters, so plots are in English. Fix: install one, such"
+            " as fonts-noto-cjk"
+        )
+        charts = charts_of(runs, options.smooth, Words("en", "watch"))
+    if names:
+        claim("plots", folder, "unigen watch", names)
+    for name, drawn in zip(names, charts, strict=True):
+        with atomic(folder / name, sync=False) as file:
+            file.write(raster.png(drawn))
+    return names
+
+
 def _options(run: RunFolder) -> list[tuple[str, str]]:
     """The options of the run that are not the defaults of this version."""
     from unigen.config import Config
 
     defaults = Config().to_dict()
     return [
-        (begin_of(name), option_value(value))
+        (report.begin_of(name), report.option_value(value))
         for name, value in run.config.items()
         if name not in defaults or defaults[name] != value
     ]
 
 
 # ---- samples
-
-
-def _samples_of_steps(run: RunFolder, words: Words) -> dict[str, Any]:
-    """For each prompt of the newest samples what became of it over the steps."""
-    columns = [("", _answers(run, step)) for step in _picked(run.sampled)]
-    newest = next((list(found) for _, found in reversed(columns) if found), [])
-    return _samples(words("samples_note"), newest, columns, words)
-
-
-def _samples_of_runs(runs: Sequence[RunFolder], words: Words) -> dict[str, Any]:
-    """For each prompt of any run the newest answer of each."""
-    columns = [(f"{run.name}, ", _answers(run, run.sampled[-1])) for run in runs if run.sampled]
-    keys = list(dict.fromkeys(key for _, found in columns for key in found))
-    return _samples(words("samples_of_runs"), keys, columns, words)
 
 
 def _answers(run: RunFolder, step: int) -> Answers:
@@ -184,7 +179,7 @@ def _samples(
         given = [pictures.show(path) for path in there[-1][1].given]
         shown = {"answers": rows[0], "raw": rows[1]}
         prompts.append({"text": _cut(key[0]), "seed": key[1], "given": given, **shown})
-    return {"note": note, "prompts": prompts, "more": more(len(keys) - SHOWN_PROMPTS, words)}
+    return {"note": note, "prompts": prompts, "more": report.more(len(keys) - SHOWN_PROMPTS, words)}
 
 
 def _parts(answer: SampleAnswer, pictures: Pictures) -> list[tuple[str, Any]]:
@@ -207,7 +202,7 @@ class Pictures:
         """``("picture", Embedded)``, or ``("note", str)`` that says why it is not shown."""
         try:
             data = path.read_bytes()
-            kind = _kind(data)
+            kind = KINDS.get(kind_of_start(data) or "")
             if kind is None or len(data) > PICTURE_BYTES:
                 data, kind = _scaled(data), "jpeg"
         except (OSError, ValueError):  # PictureError is a ValueError of ours
@@ -220,15 +215,6 @@ class Pictures:
 
     def _missing(self, path: Path, reason: str) -> tuple[str, str]:
         return "note", f"{path.name}: {self.words('not_shown', why=self.words(reason))}"
-
-
-def _kind(data: bytes) -> str | None:
-    """What a browser calls the picture; None for one that it might not show."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
 def _scaled(data: bytes) -> bytes:

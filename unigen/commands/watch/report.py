@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from unigen.commands.watch import health
 from unigen.commands.watch.health import State, diagnose, speed
 from unigen.figures import figure, gb
-from unigen.runs.metrics import LogTail
 from unigen.runs.reader import RunFolder
 from unigen.show.language import Words
 
@@ -55,16 +54,16 @@ def share_done(run: RunFolder) -> float | None:
 
 def facts(run: RunFolder, state: State, words: Words) -> list[tuple[str, str, str]]:
     """``(name, value, note)`` of the run's speed, last checkpoint and disk."""
-    pace, told = speed(run), []
+    pace, last = speed(run), run.last_checkpoint
     minute = None if pace.seconds_per_step is None else 60 / pace.seconds_per_step
-    if state.name == "running":
-        told.append(("eta", _left(run, state, words), ""))
-    told.append(("tokens_per_second", figure(pace.tokens_per_second), ""))
-    told.append(("steps_per_minute", figure(minute), ""))
-    told.append(("data_wait_share", "–" if pace.data_wait is None else f"{pace.data_wait:.1%}", ""))
-    if (last := run.last_checkpoint) is not None:
-        told.append(("last_checkpoint", words("ago", ago=time.time() - last.time), last.name))
-    told.append(("disk_left", "–" if run.disk_free is None else gb(run.disk_free), ""))
+    told = [
+        *([("eta", _left(run, state, words), "")] if state.name == "running" else []),
+        ("tokens_per_second", figure(pace.tokens_per_second), ""),
+        ("steps_per_minute", figure(minute), ""),
+        ("data_wait_share", "–" if pace.data_wait is None else f"{pace.data_wait:.1%}", ""),
+        *([("last_checkpoint", words("ago", ago=time.time() - last.time), last.name)] if last else []),
+        ("disk_left", "–" if run.disk_free is None else gb(run.disk_free), ""),
+    ]
     return [(words(key), value, note) for key, value, note in told]
 
 
@@ -73,7 +72,14 @@ def warning_rows(run: RunFolder, state: State, words: Words) -> list[tuple[str, 
     return [(w.level, words(w.key, **w.values)) for w in health.warnings(run, state)]
 
 
-def checkpoints(run: RunFolder, words: Words, most: int) -> WatchTable:
+def tables(run: RunFolder, words: Words, most: tuple[int, int, int]) -> list[WatchTable]:
+    """What there is of checkpoints, processes, skipped steps and records left out; ``most`` rows of the
+    first, of the second, and of each of the others."""
+    made = [_checkpoints(run, words, most[0]), _processes(run, words, most[1])]
+    return [one for one in (*made, *_problems(run, words, most[2])) if one.rows]
+
+
+def _checkpoints(run: RunFolder, words: Words, most: int) -> WatchTable:
     """The checkpoints, those being written and the newest first."""
     rows: list[list[Any]] = [[name, "", words("being_written"), "", ""] for name in run.writing]
     rows += [
@@ -84,7 +90,7 @@ def checkpoints(run: RunFolder, words: Words, most: int) -> WatchTable:
     return _grid(words, "checkpoints", header, rows, len(run.checkpoints) - most)
 
 
-def process_rows(run: RunFolder, words: Words, most: int) -> WatchTable:
+def _processes(run: RunFolder, words: Words, most: int) -> WatchTable:
     """The processes of a run of several; where some are left out, those that are silent or behind stay."""
     ranks = run.ranks if len(run.ranks) > 1 else []
     shown = sorted(ranks, key=lambda rank: (-round(rank.age, -1), rank.step, rank.rank))[:most]
@@ -96,18 +102,17 @@ def process_rows(run: RunFolder, words: Words, most: int) -> WatchTable:
     return _grid(words, "processes", header, rows, len(ranks) - most, minor=(2, 5, 1))
 
 
-def problems(run: RunFolder, words: Words, most: int) -> list[WatchTable]:
+def _problems(run: RunFolder, words: Words, most: int) -> Iterator[WatchTable]:
     """The last steps that were skipped, and the last records that were left out."""
-    found = []
-    if steps := _last(run.bad_steps, most):
-        cells = [(e.get("step", ""), e.get("why", ""), _records(e.get("records"))) for e in steps]
-        rows, rest = [list(map(begin_of, row)) for row in cells], run.bad_steps.count - len(cells)
-        found.append(_grid(words, "bad_steps", ("step", "why", "records"), rows, rest))
-    if records := _last(run.bad_records, most):
-        cells = [(f"{e.get('file')}:{e.get('line')}", e.get("code"), e.get("found")) for e in records]
-        rows, rest = [list(map(begin_of, row)) for row in cells], run.bad_records.count - len(cells)
-        found.append(_grid(words, "bad_records", ("file", "code", "found"), rows, rest, minor=(1,)))
-    return found
+    bad, left = run.bad_steps, run.bad_records
+    steps = [(e.get("step", ""), e.get("why", ""), _records(e.get("records"))) for e in bad.last]
+    records = [(f"{e.get('file')}:{e.get('line')}", e.get("code"), e.get("found")) for e in left.last]
+    for title, header, found, count, minor in (
+        ("bad_steps", ("step", "why", "records"), steps, bad.count, ()),
+        ("bad_records", ("file", "code", "found"), records, left.count, (1,)),
+    ):
+        rows = [list(map(begin_of, row)) for row in found[::-1][:most]]
+        yield _grid(words, title, header, rows, count - len(rows), minor)
 
 
 def overview(runs: Sequence[RunFolder], words: Words) -> tuple[WatchTable, list[str], list[tuple[str, str]]]:
@@ -175,10 +180,6 @@ def _grid(
     return WatchTable(
         words(title) if title else "", [words(key) for key in header], rows, more(rest, words), minor
     )
-
-
-def _last(lines: LogTail, most: int) -> list[Mapping[str, Any]]:
-    return list(reversed(lines.last))[:most]
 
 
 def _left(run: RunFolder, state: State, words: Words) -> str:

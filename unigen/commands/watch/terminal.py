@@ -5,31 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from unigen.commands.watch import report
 from unigen.commands.watch.health import diagnose
 from unigen.commands.watch.panels import Panel, curves_of, panels_of
-from unigen.commands.watch.report import (
-    MARKS,
-    checkpoints,
-    facts,
-    overview,
-    problems,
-    process_rows,
-    progress_of,
-    share_done,
-    warning_rows,
-    why,
-)
 from unigen.figures import figure
 from unigen.runs.reader import RunFolder, SampleAnswer
-from unigen.show.curves import span
+from unigen.show.curves import marks, span, sparkline
 from unigen.show.language import Words
-from unigen.show.plot import marks, sparkline
 from unigen.show.terminal import Stretched, beside, filled, grid, line, notices, one_line, table
 
 if TYPE_CHECKING:
     from unigen.show.terminal import RenderableType, Text
 
-CHECKPOINTS, PROCESSES, PROBLEMS, SAMPLES = 4, 8, 2, 3  # at most
+ROWS, SAMPLES = (4, 8, 2), 3  # of tables, and of the newest answers, at most
 NAME = 24  # columns of a run's name or a prompt at most
 
 
@@ -38,9 +26,9 @@ def frame(runs: Sequence[RunFolder], words: Words, smoothing: float = 0.0) -> It
     if len(runs) == 1:
         yield from _one(runs[0], words, smoothing)
         return
-    compared, states, wrong = overview(runs, words)
+    compared, states, wrong = report.overview(runs, words)
     for row, state in zip(compared.rows, states, strict=True):
-        row[:2] = [one_line(row[0], most=NAME), line((row[1], MARKS[state][1]))]
+        row[:2] = [one_line(row[0], most=NAME), line((row[1], report.MARKS[state][1]))]
     yield table(compared.header, compared.rows, compared.minor)
     if wrong:
         yield notices(wrong)
@@ -50,35 +38,30 @@ def frame(runs: Sequence[RunFolder], words: Words, smoothing: float = 0.0) -> It
 
 def _one(run: RunFolder, words: Words, smoothing: float) -> Iterator[RenderableType]:
     state = diagnose(run)
-    sign, style = MARKS[state.name]
-    share = share_done(run)
+    sign, style = report.MARKS[state.name]
+    share = report.share_done(run)
     done = "" if share is None else f"   {share:.1%}"
     named = (f"{sign} {words(state.name)}", style)
-    yield line((run.name, "bold"), "  ", named, f"   {progress_of(run, words)}", (done, "bold"))
+    yield line((run.name, "bold"), "  ", named, f"   {report.progress_of(run, words)}", (done, "bold"))
     if share is not None:
         yield Stretched(
             lambda n: line(("━" * round(share * n), style), ("─" * (n - round(share * n)), "soft"))
         )
-    yield line((why(state, words), "bad" if state.name in ("hung", "dead") else "soft"))
+    yield line((report.why(state, words), "bad" if state.name in ("hung", "dead") else "soft"))
     yield beside(
         line((f"{name} ", "soft"), value, f" ({note})" if note else "")
-        for name, value, note in facts(run, state, words)
+        for name, value, note in report.facts(run, state, words)
     )
-    if found := warning_rows(run, state, words):
+    if found := report.warning_rows(run, state, words):
         yield notices(found)
     yield ""
     yield _curves([run], words, smoothing)
-    for made in (
-        checkpoints(run, words, CHECKPOINTS),
-        process_rows(run, words, PROCESSES),
-        *problems(run, words, PROBLEMS),
-    ):
-        if made.rows:
-            yield ""
-            yield line((made.title, "bold"))
-            yield table(made.header, made.rows, made.minor)
-            if made.more:
-                yield line((made.more, "soft"))
+    for made in report.tables(run, words, ROWS):
+        yield ""
+        yield line((made.title, "bold"))
+        yield table(made.header, made.rows, made.minor)
+        if made.more:
+            yield line((made.more, "soft"))
     if run.sampled:
         yield ""
         yield line((words("latest_sample", step=run.sampled[-1]), "bold"))
