@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 version
 others messages plugins printing figures
-values rules
+values
 topics
+rules
 config files recipe bars schema
 foreign outputs remote
 sequence

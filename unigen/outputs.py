@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -63,57 +63,56 @@ def output_file(
     Raises:
         UserError: it is an input, looks like data, is there and not by this command, or cannot be written.
     """
-    inputs = [Path(given) for given in inputs if given]
-
-    def refuse(problem: str, fix: str = "name another file") -> UserError:
-        return UserError(f"{option} is {value}, {problem}. Fix: {fix}{_flag(option)}")
-
-    try:
+    with _sure(option, value, "name another file") as refuse:
+        given = [Path(name) for name in inputs if name]
         path = Path(os.path.realpath(value))
         if path.is_dir():
             raise refuse("which is a folder", "name a file")
-        if any(same(path, given) for given in inputs):
+        if any(same(path, one) for one in given):
             raise refuse("which this command reads")
-        kinds = {_kind(Path(value)), _kind(path)} - {"", suffix}
-        for kind in kinds:
+        for kind in {_kind(Path(value)), _kind(path)} - {"", suffix}:
             raise refuse(
                 f"and a {kind} file is no place for what is written there", "name a file of another kind"
             )
-        folder = next((given for given in inputs if given.is_dir() and _inside(path, given)), None)
+        folder = next((one for one in given if one.is_dir() and _inside(path, one)), None)
         if folder and _kind(path):
             raise refuse(f"which would be read as data of {folder} the next time", "name a file elsewhere")
         if foreign := _foreign(path, by):
             raise refuse(foreign)
         sweep(path)
         _try(path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise refuse(f"which cannot be written ({getattr(error, 'strerror', None) or error})") from error
     return path
 
 
 def output_folder(option: str, value: str | Path, inputs: Iterable[str | Path | None] = ()) -> Path:
     """The place of a folder that a command will write into, as :func:`output_file` makes sure of a file's.
     What is in it already is another question (:func:`claim`)."""
-    path = Path(value)
-
-    def refuse(problem: str) -> UserError:
-        return UserError(f"{option} is {value}, {problem}. Fix: name another folder{_flag(option)}")
-
-    try:
+    with _sure(option, value, "name another folder") as refuse:
+        path = Path(value)
         if path.exists() and not path.is_dir():
             raise refuse("which cannot be written (it is no folder)")
-        if any(same(path, Path(given)) for given in inputs if given):
+        if any(same(path, Path(name)) for name in inputs if name):
             raise refuse("which this command reads")
         if _kind(path) and not path.is_dir():
             raise refuse(f"but a folder is written there, no {_kind(path)} file")
         _try(path / "unigen")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise refuse(f"which cannot be written ({getattr(error, 'strerror', None) or error})") from error
     return path
+
+
+@contextmanager
+def _sure(option: str, value: str | Path, fix: str) -> Iterator[Callable[..., UserError]]:
+    """Gives what makes the refusal of a place, of a problem and a fix (default ``fix``); what the system
+    refuses is one, too."""
+
+    def refuse(problem: str, fix: str = fix) -> UserError:
+        return UserError(f"{option} is {value}, {problem}. Fix: {fix}{_flag(option)}")
+
+    try:
+        yield refuse
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise refuse(f"which cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 @contextmanager

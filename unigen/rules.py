@@ -5,29 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from unigen.topics import RATED
+
 Rules = Iterator[tuple[Any, str, str]]
 """(is it refused?, option, what is wrong and the fix)."""
 
+_EXAMPLES = {"lora_rank": "--lora_rank 64", "preserve_weight": "--preserve_weight 1"}
 _NEEDS = {
     "split": "train_data_path",
-    "val_split": "val_data_path",
-    "early_stopping_patience": "val_data_path",
-    "greater_is_better": "val_data_path",
-    "eval_metrics": "val_data_path",
-    "eval_features": "eval_metrics",
-    "eval_clip": "eval_metrics",
+    **dict.fromkeys(("val_split", "eval_metrics", "early_stopping_patience"), "val_data_path"),
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "val_data_path"),
+    **dict.fromkeys(("eval_features", "eval_clip"), "eval_metrics"),
     "stop_on_drift": "probe_data_path",
-    "sample_steps": "sample_prompts",
+    **dict.fromkeys(("sample_steps", "sample_kind"), "sample_prompts"),
     "wandb_run_name": "wandb_project",
+    **dict.fromkeys(("lora_alpha", "lora_targets", "train_also", "lora_variant"), "lora_rank"),
+    **dict.fromkeys(("preserve_data_path", "preserve_share"), "preserve_weight"),
 }
+"""Option -> the one without which it says nothing."""
+_OF_ENGINES = {"shard_size": "fsdp2", "cpu_offload": "fsdp2", "deepspeed_config": "deepspeed"}
+_SHARDED = ("quantize", "weights")  # what no engine that shards can take
+_REFUSED = {
+    "fsdp2": _SHARDED,
+    "deepspeed": (
+        *(f"{what}_{part}" for part in RATED for what in ("learning_rate", "weight_decay")),
+        *("lora_rank", "preserve_weight", "optimizer", *_SHARDED),
+    ),
+}
+"""Engine -> options that do not work with it."""
 _DRAWING = "image_loss_weight", "timestep_shift", "expect_image_loss", "text_cond_dropout_prob"
-# (is it so?, the option, what is wrong and the fix)
 
 
 def conflicts(c: Any) -> Rules:
     """All rules for a ``Config``, whether broken or not."""
     for topic in (_missing, _nothing_to_learn, _at_odds, _adapters, _quantised, _preserving, _low):
         yield from topic(c)
+
+
+def _given(c: Any, name: str) -> bool:
+    return getattr(c, name) != getattr(type(c), name)
 
 
 def _missing(c: Any) -> Rules:
@@ -38,38 +54,20 @@ def _missing(c: Any) -> Rules:
         "train_data_path",
         "is missing. Fix: give a JSON or JSONL file, or a folder of them",
     )
-    for name, other in _NEEDS.items():
-        given = getattr(c, name) is not None and getattr(c, other) is None
-        yield given, name, f"needs {other}. Fix: give that, too, or leave {name} out"
+    needs = _NEEDS | ({"eval_samples": "val_data_path"} if c.eval_samples else {})
+    for name, other in needs.items():
+        fix = _EXAMPLES.get(other, "give that, too")
+        lacks = _given(c, name) and getattr(c, other) is None
+        yield lacks, name, f"needs {other}. Fix: {fix}, or leave {name} out"
+    for name, engine in _OF_ENGINES.items():
+        yield _given(c, name) and c.engine != engine, name, f"needs engine {engine}. Fix: --engine {engine}"
     for name in _DRAWING:
-        given = not c.visual_gen and getattr(c, name) not in (0, getattr(type(c), name))
+        given = not c.visual_gen and getattr(c, name) and _given(c, name)
         yield given, name, f"says nothing with visual_gen=false. Fix: leave {name} out"
-    yield (
-        c.sample_kind != "auto" and c.sample_prompts is None,
-        "sample_kind",
-        "needs sample_prompts. Fix: give that, too, or leave sample_kind out",
-    )
-    yield (
-        bool(c.eval_samples) and c.val_data_path is None,
-        "eval_samples",
-        "needs val_data_path. Fix: give that, too, or leave eval_samples out",
-    )
     yield (
         c.eval_samples == 0 and c.eval_metrics is not None,
         "eval_metrics",
         "has no records to measure, as eval_samples is 0. Fix: leave one of them out",
-    )
-    yield (
-        c.metric_for_best_model != "val_loss" and c.val_data_path is None,
-        "metric_for_best_model",
-        "needs val_data_path. Fix: give that, too, or leave metric_for_best_model out",
-    )
-    for name in ("shard_size", "cpu_offload"):
-        yield getattr(c, name) and c.engine != "fsdp2", name, "needs engine fsdp2. Fix: --engine fsdp2"
-    yield (
-        c.deepspeed_config is not None and c.engine != "deepspeed",
-        "deepspeed_config",
-        "needs engine deepspeed. Fix: --engine deepspeed",
     )
     yield (
         c.checkpointing_policy != "full" and not c.gradient_checkpointing,
@@ -105,14 +103,13 @@ def _nothing_to_learn(c: Any) -> Rules:
 
 def _at_odds(c: Any) -> Rules:
     """Options that exclude each other."""
-    for part in ("und", "gen", "vit", "connector"):
-        own = [
-            name for name in (f"learning_rate_{part}", f"weight_decay_{part}") if getattr(c, name) is not None
-        ]
-        for name in own:
-            yield c.engine == "deepspeed", name, "does not work with engine deepspeed. Fix: use fsdp2"
-        rated = getattr(c, f"learning_rate_{part}") is not None and c.learning_rate == 0
-        yield rated, f"learning_rate_{part}", "follows learning_rate, which is 0. Fix: a rate above 0"
+    for name in _REFUSED.get(c.engine, ()):
+        fix = "ddp" if name in _SHARDED else "fsdp2"
+        problem = f"is {getattr(c, name)}, which does not work with engine {c.engine}. Fix: use {fix}"
+        yield _given(c, name), name, problem
+    for name in (f"learning_rate_{part}" for part in RATED):
+        rated = _given(c, name) and c.learning_rate == 0
+        yield rated, name, "follows learning_rate, which is 0. Fix: a rate above 0"
     yield (
         c.train_data_path and c.train_sources,
         "train_sources",
@@ -138,33 +135,23 @@ def _at_odds(c: Any) -> Rules:
             f"is {low:g} to {high:g}, which nothing lies in. Fix: the smaller number first",
         )
     yield (
-        c.optimizer != "adamw" and c.engine == "deepspeed",
-        "optimizer",
-        f"{c.optimizer} does not work with engine deepspeed. Fix: use fsdp2",
-    )
-    yield (
         c.optimizer not in ("adamw", "adamw8bit") and c.weights == "bf16",
         "weights",
         f"is bf16, which optimizer {c.optimizer} does not round for. Fix: float32, or --optimizer adamw",
     )
-    yield (
-        c.compile == "on" and c.recomputes_selectively,
-        "compile",
-        "is on, but checkpointing_policy selective cannot see the products inside of compiled layers. Fix:"
-        " use full, or compile off",
-    )
-    yield (
-        c.compile == "on" and c.engine == "deepspeed",
-        "compile",
-        "is on, which engine deepspeed cannot. Fix: use fsdp2",
-    )
+    for refuses, what in (
+        (c.recomputes_selectively, "checkpointing_policy selective"),
+        (c.engine == "deepspeed", "engine deepspeed"),
+        (c.lora_variant == "dora", "lora_variant dora"),
+        (c.quantize, f"quantize {c.quantize}"),
+    ):
+        problem = f"is on, which {what} does not allow. Fix: --compile auto"
+        yield c.compile == "on" and refuses, "compile", problem
 
 
 def _adapters(c: Any) -> Rules:
     """Adapters, and what says nothing without or beside them."""
     if c.lora_rank is None:
-        for name, off in _WITHOUT_ADAPTERS.items():
-            yield getattr(c, name) != off, name, "needs lora_rank. Fix: --lora_rank 64, or leave it out"
         return
     for name in ("freeze_llm", "freeze_vit"):
         yield (
@@ -184,7 +171,6 @@ def _adapters(c: Any) -> Rules:
         "lora_targets",
         "is gen, which visual_gen=false leaves out. Fix: --lora_targets und",
     )
-    yield c.engine == "deepspeed", "lora_rank", "does not work with engine deepspeed. Fix: use fsdp2"
     yield (
         c.timestep_shift is not None,
         "timestep_shift",
@@ -194,11 +180,6 @@ def _adapters(c: Any) -> Rules:
         c.recomputes_selectively,
         "checkpointing_policy",
         "is selective, which does not know the products of adapters. Fix: --checkpointing_policy full",
-    )
-    yield (
-        c.compile == "on" and c.lora_variant == "dora",
-        "compile",
-        "is on, which layers with dora do not allow. Fix: --compile auto",
     )
 
 
@@ -235,31 +216,18 @@ def _quantised(c: Any) -> Rules:
         "needs lora_rank: quantised matrices cannot train themselves. Fix: --lora_rank 64",
     )
     yield (
-        c.engine not in ("auto", "single", "ddp"),
-        "quantize",
-        f"does not work with engine {c.engine}. Fix: use ddp",
-    )
-    yield (
         c.lora_variant == "dora" and c.quantize == "int8",
         "lora_variant",
         "dora does not work over int8. Fix: --lora_variant lora, or the full weights with --quantize nf4",
     )
-    yield c.compile == "on", "compile", "is on, which quantised layers do not allow. Fix: --compile auto"
 
 
 def _preserving(c: Any) -> Rules:
     """The distance to the model as it was."""
     marked = any(isinstance(s, dict) and s.get("preserve") for s in c.train_sources or ())
     if c.preserve_weight is None:
-        for name in ("preserve_data_path", "preserve_share"):
-            yield getattr(c, name) is not None, name, "needs preserve_weight. Fix: --preserve_weight 1"
         yield marked, "train_sources", "has preserve, which needs preserve_weight. Fix: --preserve_weight 1"
         return
-    yield (
-        c.engine == "deepspeed",
-        "preserve_weight",
-        "does not work with engine deepspeed, whose weights cannot be exchanged. Fix: use fsdp2",
-    )
     yield c.preserve_share == 0, "preserve_share", "is 0, so that nothing is kept. Fix: a share above 0"
     yield (
         c.preserve_share == 1 and c.preserve_data_path,
@@ -283,17 +251,7 @@ def _low(c: Any) -> Rules:
         "is bf16, which adapters are too small to gain from; they train in float32. Fix: leave it out",
     )
     yield (
-        c.engine not in ("auto", "single", "ddp"),
-        "weights",
-        f"bf16 does not work with engine {c.engine}. Fix: use ddp, or float32 weights",
-    )
-    yield (
         c.fp16 or c.precision == "fp16",
         "weights",
         "is bf16, whose gradients have no loss scale. Fix: --precision bf16",
     )
-
-
-_WITHOUT_ADAPTERS = {
-    "lora_alpha": None, "lora_targets": None, "train_also": None, "lora_variant": "lora",
-}  # fmt: skip

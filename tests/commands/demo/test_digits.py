@@ -178,46 +178,25 @@ def test_counts_balance_and_words(digits):
 
 def test_same_seed_same_bytes_other_seed_other_split(tmp_path):
     few = {task: 12 for task in TASKS}
-    sets = [
-        write_digits(tmp_path / str(k), seed=seed, per_epoch=few, quick=True)
-        for k, seed in enumerate([3, 3, 4])
-    ]
+    sets = [write_digits(tmp_path / str(k), seed=seed, per_epoch=few) for k, seed in enumerate([3, 3, 4])]
     files = [
         {p.relative_to(tmp_path / str(k)): p.read_bytes() for p in (tmp_path / str(k)).rglob("*.*")}
         for k in range(3)
     ]
     assert files[0] == files[1] != files[2]
-    assert len(records(sets[0].train, "draw")) == 3 and len(records(sets[0].heldout, "ask")) == 60
+    assert len(records(sets[0].train, "draw")) == 12 and len(records(sets[0].heldout, "ask")) == 297
     assert not (sets[0].heldout_images == sets[2].heldout_images).all()
 
 
-def test_larger_pictures_repeat_pixels(tmp_path):
-    digits = write_digits(tmp_path, size=24, quick=True, per_epoch={task: 1 for task in TASKS})
-    name = records(digits.train, "draw")[0]["image_path"]
-    with Image.open(digits.train / name) as picture:
-        pixels = np.asarray(picture)
-    assert pixels.shape == (24, 24)
-    small = to_pixels(digits.train_images[int(Path(name).stem)])
-    assert (pixels == np.kron(small, np.ones((3, 3), np.uint8))).all()
-
-
 def test_a_task_can_be_left_out(tmp_path):
-    write_digits(tmp_path, quick=True, per_epoch={task: 1 for task in TASKS})
-    digits = write_digits(tmp_path, quick=True, per_epoch={**{task: 1 for task in TASKS}, "add": 0})
+    write_digits(tmp_path, per_epoch={task: 1 for task in TASKS})
+    digits = write_digits(tmp_path, per_epoch={**{task: 1 for task in TASKS}, "add": 0})
     assert not (digits.train / "add.jsonl").exists() and (digits.heldout / "add.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 12}, "multiple of 8"),
-        ({"train": 1600}, "1797 digits"),
-        ({"per_epoch": {"drow": 1}}, "drow.*draw"),
-    ],
-)
-def test_impossible_wishes_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        write_digits(tmp_path, **options)
+def test_a_task_that_is_none_is_refused(tmp_path):
+    with pytest.raises(AssertionError):
+        write_digits(tmp_path, per_epoch={"drow": 1})
     assert not list(tmp_path.iterdir())
 
 
@@ -334,5 +313,5 @@ def test_tokenizer_round_trips_any_text(tokenizer, text):
 
 def test_a_word_that_cannot_be_one_token_is_refused():
     for word in ("two words", "b2", "a+b", "10"):
-        with pytest.raises(ValueError, match="cannot be one token"):
+        with pytest.raises(AssertionError):
             word_texts([word])

@@ -63,15 +63,9 @@ class _Half:
     """One half of the split: writes pictures when a record first names them, and deals them out class by
     class."""
 
-    def __init__(self, folder: Path, images: np.ndarray, labels: np.ndarray, size: int, seed: int):
-        self.folder, self.images, self.labels, self.seed, self.written = (
-            folder,
-            images,
-            labels,
-            seed,
-            set[str](),
-        )
-        self.scale = size // SIDE
+    def __init__(self, folder: Path, images: np.ndarray, labels: np.ndarray, seed: int):
+        self.folder, self.images, self.labels, self.seed = folder, images, labels, seed
+        self.written: set[str] = set()
         self.by_class = [np.flatnonzero(labels == k) for k in range(10)]
         self.order = self._order(np.random.default_rng(seed))
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -92,8 +86,7 @@ class _Half:
         """Path, relative to the JSONL file, of picture ``n`` after ``edits``."""
         name = "pictures/" + "_".join([f"{n:04d}", *edits]) + ".png"
         if name not in self.written:
-            pixels = apply_edits(to_pixels(self.images[n]), edits)
-            _picture(pixels.repeat(self.scale, 0).repeat(self.scale, 1)).save(self.folder / name)
+            _picture(apply_edits(to_pixels(self.images[n]), edits)).save(self.folder / name)
             self.written.add(name)
         return name
 
@@ -225,46 +218,28 @@ TASKS = {
     "add": Task(_add, 1500, 110),
     "add_sequence": Task(_add_sequence, 300, 55),  # sequence: the same
 }
-QUICK = 5  # the quick demo takes one record of so many
+TRAINED, HELD_OUT = 1500, 297  # digits, of 1,797
 
 
-def write_digits(
-    folder: Path,
-    *,
-    train: int = 1500,
-    heldout: int = 297,
-    seed: int = 0,
-    size: int = SIDE,
-    quick: bool = False,
-    per_epoch: Mapping[str, int] | None = None,
-) -> DigitSet:
+def write_digits(folder: Path, *, seed: int = 0, per_epoch: Mapping[str, int] | None = None) -> DigitSet:
     """Writes the digits as grayscale PNG files and as ``train/<task>.jsonl`` and ``heldout/<task>.jsonl``
     under ``folder``.
 
     Args:
-        train: Pictures to train on.
-        heldout: Pictures to keep back; the split is stratified, train + heldout is at most 1,797.
         seed: Seed of the split, the order and the choice of terms; the same seed writes the same bytes.
-        size: Side of a picture in pixels, a multiple of 8 (nearest neighbour).
-        quick: A fifth of the records, from the same split.
-        per_epoch: Training records per task (before the fifth of ``quick``), where it is not what ``TASKS``
-            says; 0 leaves the task out.
+        per_epoch: Training records per task, where it is not what ``TASKS`` says; 0 leaves the task out.
 
     Raises:
-        ValueError: the sizes do not fit, or ``per_epoch`` names an unknown task.
         UserError: scikit-learn is missing.
     """
-    unknown = sorted(set(per_epoch or {}) - set(TASKS))
-    if unknown:
-        raise ValueError(f"per_epoch names unknown tasks {unknown}; known are {list(TASKS)}")
-    if size < SIDE or size % SIDE:
-        raise ValueError(f"size is {size}; it must be a multiple of {SIDE}, the side of a digit")
-    digits = _split(folder, train, heldout, seed)
-    learnt = _Half(digits.train, digits.train_images, digits.train_labels, size, seed)
-    kept = _Half(digits.heldout, digits.heldout_images, digits.heldout_labels, size, seed)
+    asked = {name: task.per_epoch for name, task in TASKS.items()} | dict(per_epoch or {})
+    assert asked.keys() == TASKS.keys(), "a task of that name"
+    digits = _split(folder, seed)
+    learnt = _Half(digits.train, digits.train_images, digits.train_labels, seed)
+    kept = _Half(digits.heldout, digits.heldout_images, digits.heldout_labels, seed)
     for name, task in TASKS.items():
-        for half, count in ((learnt, (per_epoch or {}).get(name, task.per_epoch)), (kept, task.heldout)):
-            _write_task(half, name, -(-count // QUICK) if quick else count)
+        _write_task(learnt, name, asked[name])
+        _write_task(kept, name, task.heldout)
     return digits
 
 
@@ -280,7 +255,8 @@ def _write_task(half: _Half, name: str, count: int) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def _split(folder: Path, train: int, heldout: int, seed: int) -> DigitSet:
+def _split(folder: Path, seed: int) -> DigitSet:
+    """The digits, stratified by their classes. Raises UserError where scikit-learn is missing."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -290,27 +266,13 @@ def _split(folder: Path, train: int, heldout: int, seed: int) -> DigitSet:
             " 'scikit-learn>=1.5' (the extra demo)"
         ) from error
     data = load_digits()
-    total = len(data.target)
-    if min(train, heldout) < 10 or train + heldout > total:
-        raise ValueError(
-            f"train={train} and heldout={heldout} do not fit: each is at least 10, and there are {total}"
-            " digits in all"
-        )
-    kept = train_test_split(
-        np.arange(total), train_size=train, test_size=heldout, stratify=data.target, random_state=seed
-    )
+    learnt, kept = train_test_split(
+        np.arange(len(data.target)), train_size=TRAINED, test_size=HELD_OUT, stratify=data.target,
+        random_state=seed,
+    )  # fmt: skip
     images, labels = data.images.astype(np.uint8), data.target.astype(np.int64)
-    (train_images, heldout_images), (train_labels, heldout_labels) = (
-        [values[part] for part in kept] for values in (images, labels)
-    )
-    return DigitSet(
-        Path(folder) / "train",
-        Path(folder) / "heldout",
-        train_images,
-        train_labels,
-        heldout_images,
-        heldout_labels,
-    )
+    trained, held_out = ((images[part], labels[part]) for part in (learnt, kept))
+    return DigitSet(folder / "train", folder / "heldout", *trained, *held_out)
 
 
 class DigitReader:
@@ -378,14 +340,9 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 def word_texts(words: Iterable[str] = WORDS) -> list[str]:
     """Texts from which a tokenizer learns each word as one token, alone and after a space.
 
-    Raises:
-        ValueError: a word that the pre-tokenizer splits, so that no merge can make it one token.
+    A word must be one that the pre-tokenizer leaves whole: Qwen2 splits at spaces and digits, and letters
+    from signs.
     """
     words = list(words)
-    for word in words:
-        if len(pre_tokens(word)) != 1:
-            raise ValueError(
-                f"{word!r} cannot be one token: Qwen2 splits at spaces and digits, and letters from signs."
-                " Give its parts."
-            )
+    assert all(len(pre_tokens(word)) == 1 for word in words), "no merge makes one token of two parts"
     return [*words, *(f" {word}" for word in words)]
