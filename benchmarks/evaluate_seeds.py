@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from unigen.commands.demo.digits import DigitReader, write_digits
-from unigen.commands.demo.exam import EVALUATED, FULL
+from unigen.commands.demo.exam import FULL, SAMPLING
 from unigen.commands.demo.measure import drawn_right, judge_extractor, write_exam
 from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.evaluation.answers import Prediction
@@ -52,7 +52,7 @@ def main() -> int:
     drawn = []  # [seed][case]
     for seed in range(given.seeds):
         answers = inferencer.unified_generate_batch(
-            [case.prompt for case in cases], outputs=["image"], seed=seed * len(cases), **EVALUATED
+            [case.prompt for case in cases], outputs=["image"], seed=seed * len(cases), **SAMPLING
         )
         drawn.append(answers)
         print(f"{seed + 1} seeds", file=sys.stderr, flush=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,35 +18,12 @@ from unigen.config import UserError
 from unigen.figures import gb
 from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import ForeignFileError, copy_file, roots_of
+from unigen.model import quantise, storage
 from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
 from unigen.model.config import read_config
 from unigen.model.lora import base_digest, binding_on_disk, merges
 from unigen.model.parts import GEN
-from unigen.model.quantise import (
-    ROUNDS,
-    described,
-    large_blocks_apart,
-    matrices,
-    need_backend,
-    pieces_of,
-    quantised_names,
-    stored_as,
-)
 from unigen.model.run_options import RUN_OPTIONS, carried
-from unigen.model.storage import (
-    INDEX,
-    ORIGIN,
-    WEIGHTS,
-    Quantised,
-    Stored,
-    checkpoint_json,
-    few,
-    is_of_set,
-    part_name,
-    scan_folder,
-    write_json,
-    write_safetensors,
-)
 from unigen.model.weights import SIDE_FILES, check_side_files
 from unigen.outputs import output_folder, stranger, unwritten
 from unigen.runs import layout
@@ -56,11 +32,8 @@ from unigen.runs.space import mount_of
 from unigen.show.terminal import say
 from unigen.version import __version__
 
-if TYPE_CHECKING:
-    from unigen.model.storage import Plan
-
 VLLM = "bagel."  # where vLLM-Omni registers the model
-MODEL = WEIGHTS.removesuffix(".safetensors")
+MODEL = storage.WEIGHTS.removesuffix(".safetensors")
 
 
 class ExportError(UserError):
@@ -109,8 +82,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             f"{source} holds the average alone. Fix: export a step_N folder, or leave --weights raw out"
         )
     average = options.weights == "ema" and manifest.get("average", True)
-    groups = ("model",) if options.weights == "raw" else ()
-    groups = ("ema", GROUP, *groups)
+    groups = ("ema", GROUP, *(["model"] if options.weights == "raw" else []))
     states = set(map(layout.state_file, manifest["states"]))
     others = [name for name in manifest["files"] if name not in states and not _is_of(name, GROUPS)]
     exported = {*others, RUN_OPTIONS, *(name for name in manifest["files"] if _is_of(name, groups))}
@@ -121,15 +93,9 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         )
     try:
         with staged(out, replace=replacing) as staging:
-            if given:
-                tensors, side = _whole(scan_folder(source)), [source / name for name in others]
-            else:
-                tensors, side = (
-                    _merged(source, options) if options.merge else _stored(source, others, options)
-                )
-            files = _write_weights(
-                tensors, staging, options, GROUP if adapted and not options.merge else MODEL
-            )
+            tensors, side = _merged(source, options) if options.merge else _stored(source, others, options)
+            stem = GROUP if adapted and not options.merge else MODEL
+            files = _write_weights(tensors, staging, options, stem)
             if adapted:
                 about_adapter, named = read_adapter(source)
                 say(f"Adapter: {binding_on_disk(about_adapter, named)}")
@@ -145,7 +111,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
                 side.append(Path("config.json"))
             about["contents"] = {path.name: sha256_of(staging / path.name) for path in side}
             about["contents"] |= {name: file["sha256"] for name, file in files.items()}
-            write_json(staging / RECEIPT, about)
+            storage.write_json(staging / RECEIPT, about)
     except ForeignFileError as error:
         raise ExportError(str(error)) from None
     except OSError as error:
@@ -174,14 +140,14 @@ def _check_quantising(source: Path, options: CkptOptions, adapted: bool) -> None
     if options.double_quant and options.quantize != "nf4":
         raise ExportError("double_quant needs quantize nf4. Fix: --quantize nf4, or leave --double_quant out")
     if not options.quantize or not adapted:
-        need_backend(options.quantize, "cpu")
+        quantise.need_backend(options.quantize, "cpu")
         return
     if options.merge:
         raise ExportError(
             f"merging and quantising at once is refused: {options.quantize} would round the sum anew, by"
-            f" about {ROUNDS[options.quantize]} of each matrix, which is more than most adapters change."
-            f" Fix: leave --quantize out, or use {source} over the quantised base (--adapter); what is merged"
-            " can be quantised by a second export, where its answers stay good enough"
+            f" about {quantise.ROUNDS[options.quantize]} of each matrix, which is more than most adapters"
+            f" change. Fix: leave --quantize out, or use {source} over the quantised base (--adapter); what"
+            " is merged can be quantised by a second export, where its answers stay good enough"
         )
     raise ExportError(
         f"quantize says nothing here: {source} holds an adapter, and no model. Fix: export the base with"
@@ -198,27 +164,26 @@ def _check_for_vllm(source: Path) -> None:
     if lost:
         raise ExportError(
             f"{source}: vLLM-Omni binds low-rank factors of the text expert's layers alone, not"
-            f" {few(lost, 3)}. Fix: --merge in place of --format vllm-omni"
+            f" {storage.few(lost, 3)}. Fix: --merge in place of --format vllm-omni"
         )
 
 
 def _describe(source: Path, staging: Path, options: CkptOptions) -> str:
     """Writes the quantised model's ``config.json``; the kind."""
-    raw = options.weights == "raw"
-    stored = scan_weights(source, raw) if is_checkpoint_folder(source) else scan_folder(source)
-    shapes = matrices(stored)
+    stored = _scanned(source, options)
+    shapes = quantise.matrices(stored)
     config = read_config(source, {name: entry.shape for name, entry in stored.items()}).to_dict()
     if (staging / "config.json").exists():
-        config = checkpoint_json(staging / "config.json") | config
+        config = storage.checkpoint_json(staging / "config.json") | config
     assert options.quantize
-    config["quantization_config"] = described(options.quantize, options.double_quant, shapes)
-    config[ORIGIN] = base_digest(stored)
-    write_json(staging / "config.json", config)
+    config["quantization_config"] = quantise.described(options.quantize, options.double_quant, shapes)
+    config[storage.ORIGIN] = base_digest(stored)
+    storage.write_json(staging / "config.json", config)
     return options.quantize
 
 
 def _is_of(name: str, groups: Iterable[str]) -> bool:
-    return any(is_of_set(name, group) for group in groups)
+    return any(storage.is_of_set(name, group) for group in groups)
 
 
 def _check_place(source: Path, out: Path, overwrite: bool) -> bool:
@@ -254,64 +219,59 @@ def _contents(out: Path) -> dict[str, list[str]]:
     return {name: [digest] for name, digest in contents.items()}
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor to write: its dtype in the checkpoint, its shape, and what puts it into a flat buffer."""
+class _Merged(NamedTuple):
+    """A tensor of the base with the adapter added: as :class:`unigen.model.storage.Stored` is seen here."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read_into: Callable[[torch.Tensor], None]
-
-    @classmethod
-    def of(cls, entry: Stored) -> _Tensor:
-        return cls(entry.dtype, entry.shape, entry.read_into)
+    read_into: Callable[[torch.Tensor], object]
 
 
-def _stored(source: Path, others: list[str], options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
-    """What the checkpoint holds, by its names on disk, and the files beside it."""
-    stored = scan_weights(source, raw=options.weights == "raw")
-    if is_adapter_folder(source):
-        inside = VLLM if options.format == "vllm-omni" else ""
-        stored = {disk_name(name, inside): entry for name, entry in stored.items()}
-    return _whole(stored), [source / name for name in others]
+Tensors = Mapping[str, storage.Stored | _Merged]
 
 
-def _whole(stored: Mapping[str, Stored]) -> dict[str, _Tensor]:
-    """What is stored as it is. Raises ExportError where it is quantised already."""
-    if small := [entry for entry in stored.values() if isinstance(entry, Quantised)]:
+def _scanned(source: Path, options: CkptOptions) -> Mapping[str, storage.Stored]:
+    """What a checkpoint or the folder of a model holds."""
+    if is_checkpoint_folder(source):
+        return scan_weights(source, raw=options.weights == "raw")
+    return storage.scan_folder(source)
+
+
+def _stored(source: Path, others: list[str], options: CkptOptions) -> tuple[Tensors, list[Path]]:
+    """What is stored, by its names on disk, and the files beside it. Raises ExportError where it is quantised
+    already."""
+    stored: Tensors = _scanned(source, options)
+    if small := [entry for entry in stored.values() if isinstance(entry, storage.Quantised)]:
         raise ExportError(
             f"{small[0].parts[0].file.parent} is quantised already, and its full weights are not there. Fix:"
             " copy the folder, or export the full weights"
         )
-    return {name: _Tensor.of(entry) for name, entry in stored.items()}
+    if is_adapter_folder(source):
+        inside = VLLM if options.format == "vllm-omni" else ""
+        stored = {disk_name(name, inside): entry for name, entry in stored.items()}
+    return stored, [source / name for name in others]
 
 
-def _merged(source: Path, options: CkptOptions) -> tuple[dict[str, _Tensor], list[Path]]:
+def _merged(source: Path, options: CkptOptions) -> tuple[Tensors, list[Path]]:
     """The base with the adapter added, and the base's files."""
     folder = Path(options.base or read_adapter(source)[0].base)
     if not folder.is_dir():
         raise ExportError(
             f"the base of {source} is not there ({folder}). Fix: name it by --base, or leave --merge out"
         )
-    base, raw = scan_folder(folder), scan_weights(source, raw=options.weights == "raw")
+    base, raw = storage.scan_folder(folder), scan_weights(source, raw=options.weights == "raw")
     made = merges(source, base, raw)
 
-    def read(entry: Stored, make: Callable[[], torch.Tensor] | None) -> _Tensor:
-        if make is None:
-            return _Tensor.of(entry)
-        return _Tensor(entry.dtype, entry.shape, lambda flat: _copy(flat, make()))
+    def read(entry: storage.Stored, make: Callable[[], torch.Tensor]) -> _Merged:
+        return _Merged(entry.dtype, entry.shape, lambda flat: flat.copy_(make().view(-1)))
 
-    side = [folder / name for name in SIDE_FILES if (folder / name).is_file()]
-    side += [folder / "config.json"] if (folder / "config.json").is_file() else []
-    return {name: read(entry, made.get(name)) for name, entry in base.items()}, side
-
-
-def _copy(flat: torch.Tensor, value: torch.Tensor) -> None:
-    flat.copy_(value.view(-1))
+    side = [folder / name for name in (*SIDE_FILES, "config.json") if (folder / name).is_file()]
+    merged = {name: read(base[name], make) for name, make in made.items() if make is not None}
+    return {**base, **merged}, side
 
 
 def _write_weights(
-    stored: dict[str, _Tensor], staging: Path, options: CkptOptions, stem: str
+    stored: Tensors, staging: Path, options: CkptOptions, stem: str
 ) -> dict[str, dict[str, Any]]:
     """The weights in one file, or in several and their index; size and SHA-256 of each."""
     plan = _planned(stored, options)
@@ -323,10 +283,10 @@ def _write_weights(
             " Fix: another disk"
         )
     shards = _shards(sizes, options.max_shard_gb)
-    names = [part_name(stem, number, len(shards)) for number in range(len(shards))]
+    names = [storage.part_name(stem, number, len(shards)) for number in range(len(shards))]
     written = {}
     label = "merging and exporting" if options.merge else "exporting"
-    with Bar(label, total, "B") as shown, large_blocks_apart():
+    with Bar(label, total, "B") as shown, quantise.large_blocks_apart():
 
         def make(name: str) -> torch.Tensor:
             shown.update(sizes[name])
@@ -334,16 +294,16 @@ def _write_weights(
 
         for file, shard in zip(names, shards, strict=True):
             of_file = {n: (*plan[n][:2], lambda n=n: make(n)) for n in shard}
-            size, digest = write_safetensors(staging / file, of_file)
+            size, digest = storage.write_safetensors(staging / file, of_file)
             written[file] = {"size": size, "sha256": digest}
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_json(staging / f"{stem}.safetensors{INDEX}", index)
+        storage.write_json(staging / f"{stem}.safetensors{storage.INDEX}", index)
     return written
 
 
-def _planned(stored: dict[str, _Tensor], options: CkptOptions) -> Plan:
+def _planned(stored: Tensors, options: CkptOptions) -> storage.Plan:
     """Every tensor that is written, and what makes it: through one buffer, so that each has to be on the disk
     before the next is made."""
     dtypes = {name: _dtype(entry.dtype, options.dtype) for name, entry in stored.items()}
@@ -367,18 +327,18 @@ def _planned(stored: dict[str, _Tensor], options: CkptOptions) -> Plan:
                     " before the training diverged"
                 )
             assert kind is not None
-            last[name] = pieces_of(kind, double, value)
+            last[name] = quantise.pieces_of(kind, double, value)
         return last[name][key]
 
     shapes = {name.removesuffix(".weight"): entry.shape for name, entry in stored.items()}
-    small = set(quantised_names(shapes, kind)) if kind else set()
+    small = set(quantise.quantised_names(shapes, kind)) if kind else set()
     plan: dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]] = {}
     for name, entry in stored.items():
         module = name.removesuffix(".weight")
         if kind is None or module not in small:
             plan[name] = (dtypes[name], entry.shape, lambda name=name: make(name))
             continue
-        for key, (dtype, shape) in stored_as(kind, double, entry.shape).items():
+        for key, (dtype, shape) in quantise.stored_as(kind, double, entry.shape).items():
             plan[f"{module}.{key}"] = (dtype, shape, lambda name=name, key=key: piece(name, key))
     return plan
 

@@ -19,6 +19,10 @@ from unigen.show.terminal import say, table
 
 _HEADER = ("checkpoint", "step", "written", "size", "processes", "engine", "holds", "val_loss", "state")
 _HALF = {"partial": "half written", "old": "set aside"}
+_UNKNOWN: dict[str, Any] = {
+    "step": None, "time": None, "bytes": 0, "processes": None, "engine": None, "holds": [],
+    "resumable": False, "skipped_steps": None, "diverging": False, "state": "damaged", "problems": [],
+}  # fmt: skip
 
 
 def must_be_folder(folder: Path) -> None:
@@ -59,18 +63,15 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
     ``state`` is whole, damaged, half written, or set aside (a run was killed while it replaced a checkpoint).
     """
     name, left = layout.unfinished(folder.name) or (folder.name, "")
-    row: dict[str, Any] = {"name": name, "step": layout.step_of(name), "time": None, "bytes": 0}
-    row |= {"processes": None, "engine": None, "holds": [], "resumable": False}
-    row |= {"skipped_steps": None, "diverging": False}
-    row |= {"state": _HALF.get(left, "damaged"), "problems": []}
+    row: dict[str, Any] = {"name": name, **_UNKNOWN, "step": layout.step_of(name)}
     if left:
-        return row | {"bytes": folder_bytes(folder)}
+        return row | {"state": _HALF[left], "bytes": folder_bytes(folder)}
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return row | {"problems": [error.problem], "bytes": folder_bytes(folder)}
     sizes = {file: entry["size"] for file, entry in manifest["files"].items()}
-    problems = [found for file, size in sizes.items() if (found := wrong_size(folder / file, file, size))]
+    problems = _wrong_sizes(folder, sizes)
     return row | {
         "step": manifest["step"],
         "time": manifest["time"],
@@ -89,13 +90,21 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
 def _exported(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """As :func:`checkpoint_facts`, of an export."""
     sizes = {name: entry["size"] for name, entry in about.get("files", {}).items()}
-    problems = [found for file, size in sizes.items() if (found := wrong_size(folder / file, file, size))]
-    problems += [] if about else [f"{RECEIPT} cannot be read"]
-    holds = ["export", *([about["quantize"]] if about.get("quantize") else [])]
-    row = {"name": folder.name, "step": about.get("step"), "time": (folder / RECEIPT).stat().st_mtime}
-    row |= {"bytes": folder_bytes(folder), "processes": None, "engine": None, "holds": holds}
-    row |= {"resumable": False, "skipped_steps": None, "diverging": False}
-    return row | {"state": "damaged" if problems else "whole", "problems": problems}
+    problems = _wrong_sizes(folder, sizes) + ([] if about else [f"{RECEIPT} cannot be read"])
+    return {
+        "name": folder.name,
+        **_UNKNOWN,
+        "step": about.get("step"),
+        "time": (folder / RECEIPT).stat().st_mtime,
+        "bytes": folder_bytes(folder),
+        "holds": ["export", *([about["quantize"]] if about.get("quantize") else [])],
+        "state": "damaged" if problems else "whole",
+        "problems": problems,
+    }
+
+
+def _wrong_sizes(folder: Path, sizes: dict[str, int]) -> list[str]:
+    return [found for file, size in sizes.items() if (found := wrong_size(folder / file, file, size))]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,6 @@ SAMPLING = {
 }
 # with guidance by the text
 GUIDED = SAMPLING | {"cfg_text_scale": 2.0, "cfg_img_scale": 1.0, "cfg_interval": (0.0, 1.0)}
-EVALUATED = SAMPLING
 # What the full demo is expected to reach on two cores, and what guessing would.
 BARS = {
     "understanding_accuracy": 0.95,
@@ -110,7 +109,7 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
     metrics: dict[str, Any] = exam.take()
     asked = time.perf_counter()
     limit = min(size.questions, 100)
-    evaluation = evaluate_digits(output_dir, digits, exam.judge, limit, seed, EVALUATED)
+    evaluation = evaluate_digits(output_dir, digits, exam.judge, limit, seed, SAMPLING)
     ended = time.perf_counter()
     metrics |= {
         "judge_heldout_accuracy": exam.judge.heldout_accuracy,
@@ -136,19 +135,27 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
 def _scores(metrics: dict[str, Any], quick: bool) -> list[Any]:
     """What was right beside what is wanted (●), each marked."""
     rows = []
-    for name, wanted in BARS.items():
-        right, at = metrics[name], min(_WIDE - 1, int(wanted * _WIDE))
+    for name, *shares, marked in _rows(metrics):
+        right, at = metrics[name], min(_WIDE - 1, int(BARS[name] * _WIDE))
         drawn = "".join("●" if n == at else "█" if n < round(right * _WIDE) else "─" for n in range(_WIDE))
-        shares = (f"{share:.1%}" for share in (right, wanted, CHANCE[name]))
-        marked = line((_marked(right >= wanted), "good" if right >= wanted else "bad"))
-        rows.append([in_language(name.replace("_", " ")), line(drawn), *shares, marked])
+        style = "good" if right >= BARS[name] else "bad"
+        rows.append([_named(name), line(drawn), *shares, line((marked, style))])
     header = ["on held-out digits", "", "right", "wanted", "by chance", ""]
     judged = f"The judge reads {metrics['judge_heldout_accuracy']:.1%} of real held-out digits."
     return [table(header, rows), judged, *([NOT_HELD] if quick else [])]
 
 
-def _marked(reached: bool) -> str:
-    return f"{MARK[reached]} {in_language('reached') if reached else in_language('not reached')}"
+def _rows(metrics: dict[str, Any]) -> Iterator[list[str]]:
+    """Name, what was right, what is wanted and what guessing would reach, and whether it is reached."""
+    for name, wanted in BARS.items():
+        shares = (f"{share:.1%}" for share in (metrics[name], wanted, CHANCE[name]))
+        reached = metrics[name] >= wanted
+        said = in_language("reached") if reached else in_language("not reached")
+        yield [name, *shares, f"{MARK[reached]} {said}"]
+
+
+def _named(name: str) -> str:
+    return in_language(name.replace("_", " "))
 
 
 def _write_prompts(path: Path, digits: DigitSet) -> Path:
@@ -226,20 +233,16 @@ class Exam:
         self.sums: list[tuple[str, Any]] = []
 
     def take(self) -> dict[str, float]:
+        """The shares of right answers by their names."""
         return {
-            **self.understanding(),
-            **self.generation(),
-            **self.editing(),
-            **self.chains(),
-            **self.sums_(),
-        }
+            **self.understanding(), **self.generation(), **self.editing(), **self.chains(), **self.sums_(),
+        }  # fmt: skip
 
     def records(self, task: str) -> list[dict[str, Any]]:
+        """Held-out records with the whole paths of their pictures."""
         lines = (self.digits.heldout / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines[: self.limit]]
-
-    def picture(self, path: str) -> Path:
-        return self.digits.heldout / path
+        inside = json.dumps(f"{self.digits.heldout}/pictures/")[:-1]
+        return [json.loads(line.replace('"pictures/', inside)) for line in lines[: self.limit]]
 
     def ask(
         self, prompts: Sequence[Sequence[Any]], outputs: Sequence[str] | None = None, **sampling: Any
@@ -257,101 +260,69 @@ class Exam:
     def understanding(self) -> dict[str, float]:
         """Held-out digit and question in, the number's word out, and nothing after it."""
         records = self.records("ask")
-        answers = self.ask([[self.picture(r["conversations"][0]["image_path"]), QUESTION] for r in records])
-        right = [
-            answer == [NUMBERS[r["metadata"]["label"]]] for r, answer in zip(records, answers, strict=True)
-        ]
-        return {"understanding_accuracy": _share(right)}
+        answers = self.ask([[Path(r["conversations"][0]["image_path"]), QUESTION] for r in records])
+        wanted = [[NUMBERS[r["metadata"]["label"]]] for r in records]
+        return {"understanding_accuracy": _share([a == b for a, b in zip(answers, wanted, strict=True)])}
 
     def generation(self) -> dict[str, float]:
         """A word in, one drawing out that the judge reads as that number, and nothing after it."""
         labels = [i % 10 for i in range(min(self.limit, 300))]
         answers = self.ask([[f"draw {NUMBERS[label]}"] for label in labels], **GUIDED)
-        right = [
-            _pictures(answer) and self.judge.classify(answer)[0] == label
-            for label, answer in zip(labels, answers, strict=True)
-        ]
-        self.drawings = [
-            (NUMBERS[label], answer[0])
-            for label, answer in zip(labels, answers, strict=True)
-            if _pictures(answer)
-        ][:60]
-        return {"generation_accuracy": _share(right)}
+        drawn = [(label, made[0]) for label, made in zip(labels, answers, strict=True) if _is_picture(made)]
+        self.drawings = [(NUMBERS[label], picture) for label, picture in drawn[:60]]
+        right = sum(int(self.judge.classify([picture])[0]) == label for label, picture in drawn)
+        return {"generation_accuracy": right / len(labels)}
 
     def editing(self) -> dict[str, float]:
         """Held-out digit and one instruction in, the exact edit out."""
         records = self.records("edit")
-        answers = self.ask(
-            [[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records]
-        )
-        right = []
+        answers = self.ask([[Path(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records])
+        right: dict[str, list[bool]] = {"invert": [], "rotate": []}
         for r, answer in zip(records, answers, strict=True):
-            expected = open_image(self.picture(r["editing_steps"][0]["result_image"]))
-            meta = r["metadata"]
-            right.append(
-                _pictures(answer)
-                and self.judge.edit_correct(answer[0], expected, meta["label"], meta["edits"])
-            )
-            if _pictures(answer) and len(self.edits) < 36:
-                given = open_image(self.picture(r["input_image"]))
+            (name,) = r["metadata"]["edits"]
+            expected = open_image(Path(r["editing_steps"][0]["result_image"]))
+            right[name].append(_is_picture(answer) and self.is_edit(answer[0], expected, r["metadata"]))
+            if _is_picture(answer) and len(self.edits) < 36:
                 self.edits += [
-                    (in_language("given"), given),
-                    (f"{in_language(meta['edits'][0])} {MARK[bool(right[-1])]}", answer[0]),
+                    (in_language("given"), open_image(Path(r["input_image"]))),
+                    (f"{in_language(name)} {MARK[right[name][-1]]}", answer[0]),
                     (in_language("exact"), expected),
                 ]
-        values = {"edit_accuracy": _share(right)}
-        for name in ("invert", "rotate"):
-            values[f"edit_{name}_accuracy"] = _share(
-                [ok for ok, r in zip(right, records, strict=True) if r["metadata"]["edits"] == [name]]
-            )
-        return values
+        return {
+            "edit_accuracy": _share([*right["invert"], *right["rotate"]]),
+            **{f"edit_{name}_accuracy": _share(ones) for name, ones in right.items()},
+        }
+
+    def is_edit(self, produced: Any, expected: Any, about: dict[str, Any]) -> bool:
+        return self.judge.edit_correct(produced, expected, about["label"], about["edits"])
 
     def chains(self) -> dict[str, float]:
         """Two instructions one after the other, each on the model's own picture; the last one is marked."""
         records = self.records("edit_steps")
-        first = self.ask(
-            [[self.picture(r["input_image"]), r["editing_steps"][0]["instruction"]] for r in records],
-            outputs=["image"],
-        )
-        second = self.ask(
-            [
-                [
-                    self.picture(r["input_image"]),
-                    r["editing_steps"][0]["instruction"],
-                    made[0],
-                    r["editing_steps"][1]["instruction"],
-                ]
-                for r, made in zip(records, first, strict=True)
-            ],
-            outputs=["image"],
-        )
+        prompts: list[list[Any]] = [[Path(r["input_image"])] for r in records]
+        for step in range(2):
+            for prompt, r in zip(prompts, records, strict=True):
+                prompt.append(r["editing_steps"][step]["instruction"])
+            for prompt, made in zip(prompts, self.ask(prompts, outputs=["image"]), strict=True):
+                prompt.append(made[0])
         right = [
-            self.judge.edit_correct(
-                made[0],
-                open_image(self.picture(r["editing_steps"][1]["result_image"])),
-                r["metadata"]["label"],
-                r["metadata"]["edits"],
-            )
-            for r, made in zip(records, second, strict=True)
+            self.is_edit(prompt[-1], open_image(Path(r["editing_steps"][1]["result_image"])), r["metadata"])
+            for prompt, r in zip(prompts, records, strict=True)
         ]
         return {"two_step_edit_accuracy": _share(right)}
 
     def sums_(self) -> dict[str, float]:
         """Two held-out digits in; the sum in figures and its drawing out, then a stop of the model's own."""
         records = self.records("add")
-        answers = self.ask(
-            [[*(self.picture(p["image_path"]) for p in r["input_sequence"][:2]), "add"] for r in records]
-        )
+        terms = [[Path(piece["image_path"]) for piece in r["input_sequence"][:2]] for r in records]
+        answers = self.ask([[*pictures, "add"] for pictures in terms])
         wrote, drew = [], []
-        for r, answer in zip(records, answers, strict=True):
+        for r, pictures, answer in zip(records, terms, answers, strict=True):
             whole = len(answer) == 2 and isinstance(answer[0], str) and not isinstance(answer[1], str)
             wrote.append(whole and answer[0] == r["target_sequence"][0]["content"])
             drew.append(whole and self.judge.classify(answer[1:])[0] == r["metadata"]["label"])
             if whole and len(self.sums) < 36:
-                given = [
-                    (in_language("given"), open_image(self.picture(p["image_path"])))
-                    for p in r["input_sequence"][:2]
-                ]
+                given = [(in_language("given"), open_image(picture)) for picture in pictures]
                 self.sums += [*given, (f"{answer[0]} {MARK[bool(wrote[-1] and drew[-1])]}", answer[1])]
         return {
             "interleaved_accuracy": _share([a and b for a, b in zip(wrote, drew, strict=True)]),
@@ -360,7 +331,7 @@ class Exam:
         }
 
 
-def _pictures(answer: Sequence[Any]) -> bool:
+def _is_picture(answer: Sequence[Any]) -> bool:
     """Is the answer one single picture?"""
     return len(answer) == 1 and not isinstance(answer[0], str)
 
@@ -374,28 +345,18 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam, quick: 
     pages.contact_sheet([picture for _, picture in exam.drawings[:60]], 10, 48).save(
         output_dir / "drawings.png"
     )
-    named = {name: in_language(name.replace("_", " ")) for name in metrics}
-    rows = [
-        (
-            named[name],
-            *(f"{share:.1%}" for share in (metrics[name], wanted, CHANCE[name])),
-            _marked(metrics[name] >= wanted),
-        )
-        for name, wanted in BARS.items()
-    ]
-    more = [
-        (named[name], in_language(value) if isinstance(value, str) else value)
-        for name, value in metrics.items()
-        if name not in BARS
-    ]
     words = Words(spoken(), "common")
     lines = [
         Line(in_language(name), log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))
     ]
     values = {
-        "scores": rows,
+        "scores": [(_named(name), *cells) for name, *cells in _rows(metrics)],
         "not_held": in_language(NOT_HELD) if quick else "",
-        "figures": more,
+        "figures": [
+            (_named(name), in_language(value) if isinstance(value, str) else value)
+            for name, value in metrics.items()
+            if name not in BARS
+        ],
         "losses": line_chart(in_language("Training loss"), lines, words, log=True),
         **{
             name: [(caption, pages.embed(picture)) for caption, picture in found]

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from unigen.commands.evaluate.options import EvaluateOptions
-from unigen.commands.evaluate.page import write
-from unigen.commands.evaluate.terminal import report, report_check
-from unigen.commands.evaluate.work import (
-    Extras,
-    exit_code,
-    folders_of,
-    load_tools,
-    write_comparisons,
-    write_scores,
-)
+from unigen.commands.evaluate.terminal import report_check
+from unigen.commands.evaluate.work import Extras, exit_code, finish, folders_of, load_tools, write_scores
 from unigen.config import ConfigError
 from unigen.evaluation.answered import Answered
 from unigen.evaluation.answers import claim_answers
@@ -26,7 +18,6 @@ from unigen.evaluation.score import score
 from unigen.evaluation.scored_folders import check_same, read_geneval, with_overall
 from unigen.files import sha256_of
 from unigen.outputs import output_folder, unwritten
-from unigen.show.language import Words
 
 KINDS = ("geneval", "clip_score")
 _READ = {
@@ -71,11 +62,7 @@ def run_folders(o: EvaluateOptions) -> int:
         one = Answered(name, about, predictions, scores)
         write_scores(folder, one, len(cases))
         answered.append(one)
-    with unwritten("output_dir", out):
-        compared = write_comparisons(out, answered) if len(answered) > 1 else {}
-        page = write(out / "report.html", cases, answered, compared, Words(o.language, "evaluate"))
-    report(answered, compared, page)
-    return exit_code(asked, [r for one in answered for results in one.scores.values() for r in results])
+    return finish(asked, out, cases, answered)
 
 
 def _folder(o: EvaluateOptions) -> str:

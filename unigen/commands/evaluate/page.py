@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unigen.commands.evaluate.terminal import label, lacks, not_measured, said_of
+from unigen.commands.evaluate.terminal import label, not_measured, notes_of, rows_of
 from unigen.config import UserError
 from unigen.evaluation.answered import OF_THE_DATA
 from unigen.messages import in_language
@@ -24,7 +24,6 @@ from unigen.show.pages import embed, write_page
 if TYPE_CHECKING:
     from unigen.evaluation.answered import Answered
     from unigen.evaluation.cases import Case
-    from unigen.evaluation.results import Result
     from unigen.evaluation.statistics import Comparison
 
 BY = "unigen evaluate"
@@ -48,13 +47,8 @@ def write(
     compared: Mapping[str, Mapping[str, Sequence[Comparison]]],
     words: Words,
 ) -> Path:
-    """Writes the page.
-
-    Args:
-        path: of it.
-        cases: what was asked.
-        answered: by each checkpoint; the first is what the others are compared with.
-        compared: comparisons by checkpoint and task.
+    """Writes the page. The first of ``answered`` is what the others are ``compared`` with, by checkpoint and
+    task.
 
     Raises:
         UserError: something else is at ``path``.
@@ -201,32 +195,17 @@ def _verdict(alike: Sequence[Comparison], words: Words) -> tuple[str, str, str]:
 def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:
     """Numbers and samples of one task."""
 
-    rows, lacking = [], []
-    for number, result in enumerate(answered[0].scores[task]):
-        found = [one.scores[task][number] for one in answered]
-        if not all(one.was_not_given for one in found):
-            n = next((one.n for one in found if one.value is not None), 0)
-            rows.append([label(result.name, words), *map(_number, found), str(n)])
-            lacking += [lacks(one, words) for one in found if one.value is None and not one.was_not_given]
-    results = [result for one in answered for result in one.scores[task]]
-    notes = [said_of(result, note, words) for result in results for note in result.notes]
-    absent = not_measured(results, words, words.metric)
+    rows = rows_of(answered, task, words, "–")
+    absent = not_measured([r for one in answered for r in one.scores[task]], words, words.metric)
     places = [place for place, case in enumerate(cases) if case.task == task]
     return {
         "name": _named(task, words),
         "header": [words("metric"), *(one.name for one in answered), "n"],
         "rows": rows,
-        "notes": [("note", text) for text in dict.fromkeys([*notes, *lacking, *absent])],
+        "notes": [("note", text) for text in [*notes_of(answered, task, words), *absent]],
         "names": [result.name for result in answered[0].scores[task] if result.value is not None],
         "samples": _samples(task, places, cases, answered, words),
     }
-
-
-def _number(result: Result) -> str:
-    if result.value is None:
-        return "–"
-    ends = "" if result.interval is None else " [{:.3g}, {:.3g}]".format(*result.interval)
-    return f"{result.value:.4g}{ends}"
 
 
 def _samples(

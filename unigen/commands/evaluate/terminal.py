@@ -19,22 +19,15 @@ def report(
     """Numbers with intervals beside each other, verdicts, notes."""
     words, names = Words(None, "evaluate"), [Path(one.name).name for one in answered]
     both = next(iter(compared.values())) if len(compared) == 1 else {}
-    for task, results in answered[0].scores.items():
-        if not _beside(answered, task):
+    for task in answered[0].scores:
+        verdicts = {one.name: in_language(one.sentence()) for one in both.get(task, [])}
+        rows = rows_of(answered, task, words, in_language("none"), verdicts)
+        if not rows:
             continue  # nobody gave what its metrics need, which is said below
         say(f"\n{task}")
-        verdicts = {one.name: in_language(one.sentence()) for one in both.get(task, [])}
-        rows = [_row(found, verdicts, words) for found in _beside(answered, task)]
         heads = ["value and 95%"] if len(answered) == 1 else names
         say(table(["metric", *heads, "n", *(["verdict"] if verdicts else [])], rows))
-        notes = [said_of(result, note, words) for result in results for note in result.notes]
-        lacking = [
-            lacks(result, words)
-            for found in _beside(answered, task)
-            for result in found
-            if result.value is None and not result.was_not_given
-        ]
-        for line in dict.fromkeys([*notes, *lacking]):
+        for line in notes_of(answered, task, words):
             say(line)
     if not both:
         for name, tasks in compared.items():
@@ -49,24 +42,41 @@ def report(
     say(f"Written to {page}")
 
 
-def _beside(answered: Sequence[Answered], task: str) -> list[list[Result]]:
-    """Each metric that somebody gave what it needs, by checkpoint."""
-    rows = zip(*(one.scores[task] for one in answered), strict=True)
-    return [list(row) for row in rows if not all(result.was_not_given for result in row)]
+def rows_of(
+    answered: Sequence[Answered],
+    task: str,
+    words: Words,
+    nothing: str,
+    verdicts: Mapping[str, str] | None = None,
+) -> list[list[str]]:
+    """A row for each metric that somebody gave what it needs: what it is called, each checkpoint's value with
+    its interval, ``nothing`` in place of none, the number of samples, and the verdict of its name."""
+
+    def number(one: Result) -> str:
+        ends = "" if one.interval is None else " [{:.4g}, {:.4g}]".format(*one.interval)
+        return nothing if one.value is None else f"{one.value:.4g}{ends}"
+
+    rows = []
+    for found in zip(*(one.scores[task] for one in answered), strict=True):
+        if not all(one.was_not_given for one in found):
+            known = next((one for one in found if one.value is not None), found[0])
+            n = "" if known.value is None else str(known.n)
+            row = [label(known.name, words), *map(number, found), n]
+            rows.append([*row, verdicts.get(found[0].name, "")] if verdicts else row)
+    return rows
 
 
-def _row(found: Sequence[Result], verdicts: Mapping[str, str], words: Words) -> list[str]:
-    n = next((str(result.n) for result in found if result.value is not None), "")
-    named = next((result.name for result in found if result.value is not None), found[0].name)
-    last = [verdicts.get(found[0].name, "")] if verdicts else []
-    return [label(named, words), *map(_number, found), n, *last]
-
-
-def _number(result: Result) -> str:
-    if result.value is None:
-        return in_language("none")
-    ends = "" if result.interval is None else " [{:.4g}, {:.4g}]".format(*result.interval)
-    return f"{result.value:.4g}{ends}"
+def notes_of(answered: Sequence[Answered], task: str, words: Words) -> list[str]:
+    """The notes to the metrics of a task, and why others have no value and what to do about it, each once."""
+    notes, lacking = [], []
+    for one in (result for each in answered for result in each.scores[task]):
+        named = label(one.name, words)
+        said = (in_language(note, words.language) for note in one.notes)
+        notes += [words("noted", metric=named, note=note) for note in said]
+        if one.value is None and not one.was_not_given:
+            why, fix = (in_language(text, words.language) for text in (one.reason, one.fix))
+            lacking.append(words("lacking", kind=named, why=why, fix=fix))
+    return list(dict.fromkeys([*notes, *lacking]))
 
 
 def report_check(scores: Mapping[str, Sequence[Result]], promised: Collection[str]) -> None:
@@ -93,17 +103,6 @@ def report_check(scores: Mapping[str, Sequence[Result]], promised: Collection[st
 def label(name: str, words: Words) -> str:
     """What a metric is called, by its identity."""
     return words.metric(metric_key(name))
-
-
-def said_of(result: Result, note: str, words: Words) -> str:
-    """A note to a metric."""
-    return words("noted", metric=label(result.name, words), note=in_language(note, words.language))
-
-
-def lacks(result: Result, words: Words) -> str:
-    """Why a metric has no value, and what to do about it."""
-    why, fix = (in_language(text, words.language) for text in (result.reason, result.fix))
-    return words("lacking", kind=label(result.name, words), why=why, fix=fix)
 
 
 def not_measured(results: Sequence[Result], words: Words, named: Callable[[str], str]) -> list[str]:

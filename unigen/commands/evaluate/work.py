@@ -147,13 +147,16 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         if rank:
             return 0
         answered = [_scored(work, source, *found) for source, found in zip(sources, said, strict=True)]
-        with unwritten("output_dir", out):
-            compared = write_comparisons(out, answered) if len(answered) > 1 else {}
-            page = write(out / "report.html", cases, answered, compared, Words(o.language, "evaluate"))
-        report(answered, compared, page)
-        return exit_code(
-            o, [result for one in answered for results in one.scores.values() for result in results]
-        )
+        return finish(o, out, cases, answered)
+
+
+def finish(o: EvaluateOptions, out: Path, cases: Sequence[Case], answered: list[Answered]) -> int:
+    """Compares, writes the report, and says what is in it; the exit code."""
+    with unwritten("output_dir", out):
+        compared = _write_comparisons(out, answered) if len(answered) > 1 else {}
+        page = write(out / "report.html", cases, answered, compared, Words(o.language, "evaluate"))
+    report(answered, compared, page)
+    return exit_code(o, [r for one in answered for results in one.scores.values() for r in results])
 
 
 def _meet(channel: Channel) -> None:
@@ -285,11 +288,9 @@ def _judge(o: EvaluateOptions) -> Judge | None:
 
 def _check(work: Work, names: Sequence[str]) -> int:
     """``--check``: every metric measures the references themselves; what only a model can say is promised."""
-    checkpoints = _checkpoints(names)
-    promised = set(checkpoints and ["likelihood"]) | set(
-        (checkpoints and work.options.views and ["views"]) or []
-    )
-    promised |= {"judge"} if work.judge else set()
+    promised = {"judge"} if work.judge else set()
+    if _checkpoints(names):
+        promised |= {"likelihood", "views"} if work.options.views else {"likelihood"}
     right = [
         Prediction(
             case.number, case.where, case.task, None,
@@ -313,25 +314,19 @@ def exit_code(o: EvaluateOptions, results: Sequence[Result], there: Sequence[str
         if kind not in (there if there is not None else [result.kind for result in results]):
             say(f"{kind}: no record asks for what it measures")
             return 1
-    given = {"meteor": o.wordnet}
-    return int(
-        any(
-            result.value is None
-            and (
-                result.kind in o.metrics
-                or (not result.lacks and (result.fix == INSTALL or _is_given(result.kind, o, given)))
-            )
-            for result in results
-        )
-    )
+
+    def asked_for(result: Result) -> bool:
+        failed = not result.lacks and (result.fix == INSTALL or _is_given(result.kind, o))
+        return result.kind in o.metrics or failed
+
+    return int(any(result.value is None and asked_for(result) for result in results))
 
 
-def _is_given(kind: str, o: EvaluateOptions, given: dict[str, Any]) -> bool:
-    needs = {one.needs for one in METRICS.get(kind, [])} - {""}
-    options = {"extractor": o.features, "judge": o.judge_url, "views": o.views or None, "real": o.real}
-    return given.get(kind) is not None or any(
-        options.get(need, getattr(o, need, None)) is not None for need in needs
-    )
+def _is_given(kind: str, o: EvaluateOptions) -> bool:
+    """Does an option give what the metric needs?"""
+    needs = {one.needs for one in METRICS.get(kind, [])} | ({"wordnet"} if kind == "meteor" else set())
+    given = vars(o) | {"extractor": o.features, "judge": o.judge_url, "views": o.views or None}
+    return any(given.get(need) is not None for need in needs)
 
 
 def _tell_idle(work: Work, names: Sequence[str], rank: int) -> None:
@@ -392,7 +387,7 @@ def _generated(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[P
     bits: tuple[str | None, bool] = (o.quantize, o.double_quant)
     inferencer = InterleaveInferencer.from_pretrained(source.name, str(device), None, source.adapters, *bits)
     inferencer.requests.usual = o  # what has no effect was told once for all
-    sampling = {name: value for name, value in asdict(o).items() if hasattr(SamplingOptions(), name)}
+    sampling = {name: getattr(o, name) for name in NAMES}
     digest = digest_weights(inferencer.model.state_dict().items(), None)[:12]
     if held := told_bits(*bits_of(base_of(source.name)[0], *bits)):
         digest += f" {held}"
@@ -498,7 +493,7 @@ def write_scores(folder: Path, one: Answered, records: int, silent: int = 0) -> 
         _write(folder / "metrics.json", held)
 
 
-def write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
+def _write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
     """``compare.json``: every source against the first; returns them by the source's name."""
     base, *others = answered
     found = {other.name: comparisons(base, other) for other in others}
