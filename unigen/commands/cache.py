@@ -67,15 +67,6 @@ class EncodeJob:
 
 
 @dataclass
-class Missing:
-    """An entry to be made."""
-
-    job: EncodeJob
-    names: tuple[str, ...]
-    nbytes: int
-
-
-@dataclass
 class Report:
     """What one run did."""
 
@@ -159,31 +150,20 @@ class Filler:
         """Both passes, and the pruning where it is asked for. Raises CacheError."""
         report = Report()
         with ThreadPoolExecutor(self.threads) as pool:
-            missing = self._look_up(pool, report)
-            needed = sum(entry.nbytes for entry in missing)
+            missing, needed = self._look_up(pool, report)
             self.store.check_space(needed * self.shard[1])  # the other shards write to the same disk
-            room = f"about {needed / 1e6:,.1f} MB"
-            log.info(
-                "%s entries are there; %s pictures are to be encoded, %s",
-                f"{report.found:,}",
-                f"{len(missing):,}",
-                room,
-            )
+            counts = (f"{report.found:,}", f"{len(missing):,}", f"about {needed / 1e6:,.1f} MB")
+            log.info("%s entries are there; %s pictures are to be encoded, %s", *counts)
             for encoder in self.identities.values():
                 self.store.introduce(encoder)
             self._fill(pool, missing, report)
-        if self.options.prune:
-            if report.bad:
-                log.warning(
-                    "Not pruned: %d pictures could not be read, so what they use is unknown", len(report.bad)
-                )
-            else:
-                log.info("Pruned: %s entries, %s MB", *(f"{n:,}" for n in self._prune(report.keys)))
+        if self.options.prune and report.bad:
+            n = len(report.bad)
+            log.warning("Not pruned: %d pictures could not be read, so what they use is unknown", n)
+        elif self.options.prune:
+            removed, freed = self.store.prune(report.keys)
+            log.info("Pruned: %s entries, %s MB", f"{removed:,}", f"{freed // 10**6:,}")
         return report
-
-    def _prune(self, keys: set[str]) -> tuple[int, int]:
-        removed, freed = self.store.prune(keys)
-        return removed, freed // 10**6
 
     # ---- the data
 
@@ -229,11 +209,8 @@ class Filler:
                     source = sample[segment].source  # type: ignore[union-attr]
                     what = f"{number}/{i}/{segment}" if isinstance(source, bytes) else str(source)
                     way = hash((what, planner.viewer(sample), names))
-                    if (
-                        names
-                        and zlib.crc32(what.encode("utf-8", "surrogatepass")) % self.shard[1] == self.shard[0]
-                        and way not in met
-                    ):
+                    part = zlib.crc32(what.encode("utf-8", "surrogatepass")) % self.shard[1]
+                    if names and part == self.shard[0] and way not in met:
                         met.add(way)
                         yield EncodeJob(number, i, segment, names)
 
@@ -250,7 +227,9 @@ class Filler:
 
     # ---- first pass
 
-    def _look_up(self, pool: ThreadPoolExecutor, report: Report) -> list[Missing]:
+    def _look_up(self, pool: ThreadPoolExecutor, report: Report) -> tuple[list[EncodeJob], int]:
+        """What is to be encoded, and how many bytes that will take in the store."""
+
         def keys(job: EncodeJob) -> list[tuple[str, str, bool, View]]:
             """(encoder, key, is a sound entry there, sizes) of each encoder."""
             _, _, picture, view = self._open(job)
@@ -259,31 +238,29 @@ class Filler:
 
         jobs = list(self.jobs())
         report.views = len(jobs)
-        missing = []
+        missing, needed = [], 0
         for job, found in self._each(pool, keys, jobs, "looking up", report):
             fresh = [(name, view) for name, key, there, view in found if key not in report.keys and not there]
             report.found += sum(there and key not in report.keys for _, key, there, _ in found)
             report.keys |= {key for _, key, _, _ in found}
             if fresh:
-                nbytes = sum(
-                    self.encoders.nbytes(name, (view.vae if name == "vae" else view.vit) or (0, 0))
-                    for name, view in fresh
-                )
-                missing.append(Missing(job, tuple(name for name, _ in fresh), nbytes))
-        return missing
+                missing.append(replace(job, names=tuple(name for name, _ in fresh)))
+            for name, view in fresh:
+                needed += self.encoders.nbytes(name, (view.vae if name == "vae" else view.vit) or (0, 0))
+        return missing, needed
 
     # ---- second pass
 
-    def _fill(self, pool: ThreadPoolExecutor, missing: list[Missing], report: Report) -> None:
-        def decode(entry: Missing) -> tuple[str, str, Seen, float]:
+    def _fill(self, pool: ThreadPoolExecutor, missing: list[EncodeJob], report: Report) -> None:
+        def decode(job: EncodeJob) -> tuple[str, str, Seen, float]:
             """The picture's name, the digest of its bytes, what the encoders take, and the seconds that
             took."""
             began = time.perf_counter()
-            dataset, planner = self.parts[entry.job.part]
-            source, data, picture, _ = self._open(entry.job)
-            record = dataset[entry.job.record]
+            dataset, planner = self.parts[job.part]
+            source, data, picture, _ = self._open(job)
+            record = dataset[job.record]
             with named(source):
-                seen = planner.viewer(record.sample).decode(data, "vae" in entry.names, "vit" in entry.names)
+                seen = planner.viewer(record.sample).decode(data, "vae" in job.names, "vit" in job.names)
             name = str(record.origin if isinstance(source, bytes) else source)
             return name, picture, seen, time.perf_counter() - began
 

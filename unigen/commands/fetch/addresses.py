@@ -159,10 +159,8 @@ def _host_and_port(authority: str) -> tuple[str, str]:
         except ValueError:
             raise _bad(f"{masked(host)} is not an IPv6 address") from None
         if "%" in host:
-            raise _bad(
-                f"{masked(host)} names a zone, which means something on one machine only",
-                "take the zone out",
-            )
+            problem = f"{masked(host)} names a zone, which means something on one machine only"
+            raise _bad(problem, "take the zone out")
         return str(ip), port
     return _name(host), port
 

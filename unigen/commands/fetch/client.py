@@ -131,8 +131,7 @@ class Client:
                 raise _too_large(f"it is longer than {self.max_bytes:,} bytes")
             parts.append(part)
         if response.length:
-            problem = f"the connection was closed {response.length:,} bytes before the end"
-            raise FetchError("connection_lost", problem, "run the command again later", retry=True)
+            raise _lost(f"the connection was closed {response.length:,} bytes before the end")
         return b"".join(parts)
 
     def _connect(self, target: Target, deadline: float) -> socket.socket:
@@ -147,20 +146,16 @@ class Client:
             except OSError as error:
                 last = error
         problem = f"no connection to {target.host} port {target.port} ({last.strerror or last})"
-        raise FetchError(
-            "no_connection", problem, "check the address; run the command again later", retry=True
-        ) from last
+        fix = "check the address; run the command again later"
+        raise FetchError("no_connection", problem, fix, retry=True) from last
 
     def _open(self, ip: IP, target: Target, timeout: float) -> socket.socket:
         connection = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout)
             connection.connect((str(ip), target.port))  # a literal address: nothing is resolved again
-            return (
-                self.tls.wrap_socket(connection, server_hostname=target.host)
-                if target.scheme == "https"
-                else connection
-            )
+            secure = target.scheme == "https"
+            return self.tls.wrap_socket(connection, server_hostname=target.host) if secure else connection
         except BaseException:
             connection.close()
             raise
@@ -172,16 +167,11 @@ class Client:
         except ValueError:
             found = [ipaddress.ip_address(text) for text in self._resolved(target, deadline)]
         for ip in found:
-            special = why_refused(ip, self.allowed)
-            if special is not None:
-                where = (
-                    f"{target.host} is {ip}, {special}" if str(ip) != target.host else f"{ip} is {special}"
-                )
-                raise FetchError(
-                    "refused_address",
-                    where,
-                    f"for a server you trust, --allow_network {ip}/{ip.max_prefixlen}",
-                )
+            if special := why_refused(ip, self.allowed):
+                named = str(ip) != target.host
+                where = f"{target.host} is {ip}, {special}" if named else f"{ip} is {special}"
+                fix = f"for a server you trust, --allow_network {ip}/{ip.max_prefixlen}"
+                raise FetchError("refused_address", where, fix)
         return found
 
     def _resolved(self, target: Target, deadline: float) -> list[str]:
@@ -204,14 +194,12 @@ class Client:
             return answer
         again = isinstance(answer, socket.gaierror) and answer.errno == socket.EAI_AGAIN
         problem = f"the name {target.host} cannot be resolved ({getattr(answer, 'strerror', None) or answer})"
-        raise FetchError(
-            "unknown_host", problem, "check the address, and that this machine is online", retry=again
-        ) from answer
+        fix = "check the address, and that this machine is online"
+        raise FetchError("unknown_host", problem, fix, retry=again) from answer
 
     @contextmanager
     def _explained(self, target: Target) -> Iterator[None]:
         """Turns what sockets, TLS and HTTP raise into a FetchError."""
-        later = "run the command again later"
         try:
             yield
         except TimeoutError:
@@ -221,28 +209,20 @@ class Client:
             fix = "use a server whose certificate is valid; SSL_CERT_FILE names further authorities to trust"
             raise FetchError("bad_certificate", f"{target.host}: {error.verify_message}", fix) from None
         except ssl.SSLEOFError:
-            raise FetchError(
-                "connection_lost", f"{target.host} closed the connection", later, retry=True
-            ) from None
+            raise _lost(f"{target.host} closed the connection") from None
         except ssl.SSLError as error:
-            raise FetchError(
-                "bad_answer",
-                f"TLS with {target.host} fails ({error.reason or error})",
-                "check scheme and port",
-            ) from None
+            problem = f"TLS with {target.host} fails ({error.reason or error})"
+            raise FetchError("bad_answer", problem, "check scheme and port") from None
         except _TooMuch as error:
             raise _too_large(f"it is longer than {error} bytes") from None
         except (http.client.IncompleteRead, ConnectionError) as error:
-            problem = f"{target.host} closed the connection early ({type(error).__name__})"
-            raise FetchError("connection_lost", problem, later, retry=True) from None
+            raise _lost(f"{target.host} closed the connection early ({type(error).__name__})") from None
         except http.client.HTTPException as error:
             why = type(error).__name__
             problem = f"{target.host} does not answer in HTTP/1.x ({why}: {masked(str(error), 80)})"
             raise FetchError("bad_answer", problem, "check scheme and port") from None
         except OSError as error:
-            raise FetchError(
-                "connection_lost", f"{target.host}: {error.strerror or error}", later, retry=True
-            ) from None
+            raise _lost(f"{target.host}: {error.strerror or error}") from None
 
 
 class _TooMuch(Exception):  # not a ValueError, which http.client would catch
@@ -294,9 +274,8 @@ def _redirect(target: Target, location: str) -> Target:
             return parse_url(location)
         return parse_url(urljoin(str(target), location))
     except (FetchError, ValueError) as error:
-        problem = (
-            f"it is a redirect to {masked(location)}, which is refused ({getattr(error, 'problem', error)})"
-        )
+        why = getattr(error, "problem", error)
+        problem = f"it is a redirect to {masked(location)}, which is refused ({why})"
         raise FetchError("redirect", problem, "write an address without redirects into the data") from None
 
 
@@ -320,6 +299,10 @@ def _check_head(response: http.client.HTTPResponse, max_bytes: int) -> None:
             raise FetchError("encoded", f"the answer has {name} {masked(coding, 60)}", fix)
     if response.length is not None and response.length > max_bytes:
         raise _too_large(f"it has {response.length:,} bytes, more than {max_bytes:,}")
+
+
+def _lost(problem: str) -> FetchError:
+    return FetchError("connection_lost", problem, "run the command again later", retry=True)
 
 
 def _too_large(problem: str) -> FetchError:

@@ -112,15 +112,13 @@ def fetch(options: FetchOptions) -> int:
     with _alone(out), closing(PictureStore(out)) as store:
         with Bar("reading addresses") as shown_bar:
             urls: dict[str, None] = {}
-            for url in (url for source in sources for url in _addresses(source)):
-                urls[url] = None
-                shown_bar.update()
+            for source in sources:
+                for url in _addresses(source):
+                    urls[url] = None
+                    shown_bar.update()
         damaged = store.verify(urls)
-        known = {
-            url
-            for url in urls
-            if (entry := store.entries.get(url)) and (entry.good or not options.retry_failed)
-        }
+        there = {url: entry for url in urls if (entry := store.entries.get(url))}
+        known = {url for url, entry in there.items() if entry.good or not options.retry_failed}
         if damaged:
             say(f"damaged    {damaged:,} pictures of an earlier run; they are fetched again")
         _fetch_all([url for url in urls if url not in known], client, store, options)
@@ -322,9 +320,8 @@ def _report(
     for reason, count in writer.failures.most_common():
         first = writer.first[reason]
         line = f":{first['line']}" if first["line"] else f"[{first['index']}]"
-        place = f"{first['file']}{line}, {first['field']}" + (
-            f", {masked(first['url'])}" if first["url"] else ""
-        )
+        url = f", {masked(first['url'])}" if first["url"] else ""
+        place = f"{first['file']}{line}, {first['field']}{url}"
         told = printable(f"{place}: {in_language(first['problem'])}. Fix: {in_language(first['cure'])}")
         say(f"  {reason:<18} {count:>8,}  first in {told}")
     if writer.failures:

@@ -192,9 +192,8 @@ class Writer:
         try:
             return _dumps(read.value), []
         except (ValueError, RecursionError) as error:  # 1e999 reads as infinity
-            return b"", [
-                _failure(read.origin, "(record)", "bad_json", str(error), "write ordinary numbers and depth")
-            ]
+            fix = "write ordinary numbers and depth"
+            return b"", [_failure(read.origin, "(record)", "bad_json", str(error), fix)]
 
     def _local(self, value: str | bytes | Address, source: RewrittenFile) -> str:
         """The path of a picture as the new file names it. Raises FetchError."""

@@ -61,10 +61,8 @@ class Entry(NamedTuple):
         return self.status == FETCHED
 
     def line(self) -> bytes:
-        return (
-            json.dumps({name: value for name, value in self._asdict().items() if value != ""}).encode()
-            + b"\n"
-        )
+        held = {name: value for name, value in self._asdict().items() if value != ""}
+        return json.dumps(held).encode() + b"\n"
 
 
 def picture_kind(data: bytes, deep: bool = False) -> str:
@@ -77,27 +75,19 @@ def picture_kind(data: bytes, deep: bool = False) -> str:
     Raises:
         FetchError: ``empty``, ``html``, or a code of :class:`PictureError`.
     """
-    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if not data:
         raise FetchError("empty", "the answer is empty", "check the address in a browser")
     kind = kind_of_start(data)
-    if kind is None and start.startswith(b"<") and _PAGE.search(start):
-        raise FetchError(
-            "html",
-            "it is a web page, not a picture",
-            "open the address in a browser and copy that of the picture itself",
-        )
     if kind is None:
-        problem = (
-            "it is a drawing in SVG"
-            if b"<svg" in start
-            else f"it starts with {data[:12]!r}, as no known kind of picture does"
-        )
-        raise FetchError(
-            "not_a_picture",
-            problem,
-            "name the address of a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 file",
-        )
+        start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start.startswith(b"<") and _PAGE.search(start):
+            fix = "open the address in a browser and copy that of the picture itself"
+            raise FetchError("html", "it is a web page, not a picture", fix)
+        problem = f"it starts with {data[:12]!r}, as no known kind of picture does"
+        if b"<svg" in start:
+            problem = "it is a drawing in SVG"
+        fix = "name the address of a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 file"
+        raise FetchError("not_a_picture", problem, fix)
     try:
         if deep:
             with _DECODING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from unigen.evaluation.prompt_files import Asked, read_asked
 from unigen.evaluation.results import digest_of
 from unigen.files import atomic, json_of, sha256_of
 from unigen.inference.inferencer import InterleaveInferencer
+from unigen.inference.options import NAMES
 from unigen.model.backends import pick_device
 from unigen.outputs import output_folder, unwritten
 from unigen.runs.channel import processes
@@ -124,7 +125,8 @@ def write_many(o: GenerateOptions) -> None:
             )
         plan = Plan(o, layout, preset, asked, folder, pictures, part - 1, parts)
         if rank == 0:
-            say(_told(o, preset), *beaten(o.preset, o))
+            unset = "no preset: sampled by the options alone"
+            say(f"preset {o.preset}: {preset.source}" if preset else unset, *beaten(o.preset, o))
         inferencer = load(str(pick_device(o.device, rank)))
         inferencer.requests = empty.requests  # which has told what there is to tell
         with unwritten("output_dir", folder):
@@ -138,7 +140,7 @@ def write_many(o: GenerateOptions) -> None:
 
 
 def _chosen(o: GenerateOptions) -> tuple[Preset | None, Layout, int]:
-    """The preset, the layout and how many pictures each prompt has."""
+    """The preset, the layout and how many pictures each prompt has. Raises GenerateError."""
     preset = PRESETS[o.preset] if o.preset else None
     name = o.layout or (preset.layout if preset else None)
     if name is None:
@@ -161,16 +163,8 @@ def _chosen(o: GenerateOptions) -> tuple[Preset | None, Layout, int]:
     return preset, layout, pictures
 
 
-def _told(o: GenerateOptions, preset: Preset | None) -> str:
-    return f"preset {o.preset}: {preset.source}" if preset else "no preset: sampled by the options alone"
-
-
 def _prompt(asked: Asked) -> list[Any]:
     return [*asked.pictures, asked.text]
-
-
-def _sampling(o: GenerateOptions) -> dict[str, Any]:
-    return {name: value for name, value in asdict(o).items() if hasattr(SamplingOptions(), name)}
 
 
 def _about(o: GenerateOptions, plan: Plan, inferencer: InterleaveInferencer) -> dict[str, Any]:
@@ -178,7 +172,8 @@ def _about(o: GenerateOptions, plan: Plan, inferencer: InterleaveInferencer) -> 
     path = Path(o.prompts_file or "")
     return {
         "preset": o.preset, "source": plan.preset.source if plan.preset else None,
-        "layout": o.layout or (plan.preset.layout if plan.preset else None), "sampling": _sampling(o),
+        "layout": o.layout or (plan.preset.layout if plan.preset else None),
+        "sampling": {name: getattr(o, name) for name in NAMES},
         "checkpoint": digest_weights(inferencer.model.state_dict().items(), None)[:12],
         "prompts": sha256_of(path)[:12] if path.is_file() else digest_of([one.text for one in plan.asked]),
         "records": len(plan.asked), "pictures": plan.pictures, "batch_size": o.batch_size,
