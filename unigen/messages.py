@@ -17,7 +17,7 @@ import re
 import string
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -259,22 +259,22 @@ class _Text:
         if text[-1] in _ENDS and not text.endswith(".."):
             found = self.read(text[:-1], depth)
             return found and found + _ENDS[text[-1]]
-        for way in (self._tailed, self._strictly_parted, self._vague, self._parted, self._broad):
+        for way in (
+            self._tailed,
+            partial(self._parted, strict=True),
+            self._vague,
+            self._parted,
+            partial(self._known, broad=True),
+        ):
             if (found := way(text, depth)) is not None:
                 return found
         if inner != text and (found := self.read(inner, depth)) is not None:
             return text[: len(text) - len(inner)] + found
         return None
 
-    def _row_of(self, text: str) -> _Sentence | None:
-        return next(self._table.find(text), (None, []))[0]
-
-    def _broad(self, text: str, depth: int) -> str | None:
-        """A sentence with few words of its own between values that may be sentences."""
-        return self._known(text, depth, broad=True)
-
     def _known(self, text: str, depth: int, broad: bool = False) -> str | None:
-        """A sentence, or one behind the name of an option."""
+        """A sentence, or one behind the name of an option; a ``broad`` one has few words of its own between
+        values that may be sentences."""
         rows = (one for one in self._table.find(text) if broad or _fits(*one))
         row, values = next(rows, (None, []))
         name, blank, rest = text.partition(" ")
@@ -308,7 +308,8 @@ class _Text:
         if " " not in value or (value[0] in _QUOTES and value[-1] in _QUOTES + "”"):
             return value
         parts = value.split(", ")
-        if len(parts) > 1 and all(row and row.figured for row in map(self._row_of, parts)):
+        rows = (next(self._table.find(part), (None, []))[0] for part in parts)
+        if len(parts) > 1 and all(row and row.figured for row in rows):
             return "，".join(self.read(part, depth + 1) or part for part in parts)
         if (found := self.read(value, depth + 1)) is not None:
             return found
@@ -330,12 +331,8 @@ class _Text:
                 return head + row.filled([self._value(value, depth) for value in values])
         return None
 
-    def _strictly_parted(self, text: str, depth: int) -> str | None:
-        """A text of two sentences, of which one is known by its own words."""
-        return self._parted(text, depth, strict=True)
-
     def _parted(self, text: str, depth: int, strict: bool = False) -> str | None:
-        """A text of two sentences, of which one is known at least."""
+        """A text of two sentences, of which one is known at least; where ``strict``, by its own words."""
         whole = _is_whole(text)
         for sign, ours in _PARTS.items():
             closed = sign == " ("

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -30,16 +29,14 @@ DASH = (5.0, 3.0)
 ROUND = 5 * UNIT  # of the PNG's pixels
 BAND = 0.16  # opacity
 
-_FOLDERS = (
-    "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/System/Library/Fonts",
-    "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
+# Fonts with many letters; PIL looks for them where the system has its fonts.
+_WIDE = (
+    "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "NotoSansSC-Regular", "NotoSansSC[wght]",
+    "SourceHanSansSC-Regular", "SourceHanSansCN-Regular", "SourceHanSans-Regular", "wqy-microhei",
+    "wqy-zenhei", "DroidSansFallbackFull", "DroidSansFallback", "msyh", "simhei", "PingFang",
+    "Hiragino Sans GB", "STHeiti Medium", "STHeiti Light", "Arial Unicode", "NotoSansMonoCJKsc-Regular",
+    "DejaVuSans",
 )  # fmt: skip
-_WIDE = re.compile(
-    r"(noto ?sans(mono)?cjk.*regular|noto ?sans ?sc.*|source ?han ?sans.*(regular|sc).*|wqy-.*"
-    r"|droidsansfallback.*|msyh|simhei|pingfang|hiragino sans gb.*|stheiti.*|arial unicode|dejavusans)"
-    r"\.(tt[cf]|otf)",
-    re.IGNORECASE,
-)
 
 
 def png(chart: Chart) -> bytes:
@@ -75,28 +72,15 @@ def has_fonts(charts: Iterable[Chart]) -> bool:
 
 @cache
 def font_of(text: str) -> str:
-    """The file of a font that has all letters; empty for the one inside of PIL, which also stands in where
-    there is none."""
-    return "" if _covers("", text) else next((path for path in _fonts() if _covers(path, text)), "")
+    """A font that has all letters; empty for the one inside of PIL, which also stands in where there is
+    none."""
+    return next((name for name in ("", *_WIDE) if _covers(name, text)), "")
 
 
-@cache
-def _fonts() -> tuple[str, ...]:
-    found = [
-        os.path.join(folder, name)
-        for start in _FOLDERS
-        for folder, _, names in os.walk(os.path.expanduser(start))
-        for name in names
-        if _WIDE.fullmatch(name)
-    ]
-    return tuple(sorted(found, key=lambda path: ("mono" in path.lower(), path)))
-
-
-def _covers(path: str, text: str) -> bool:
+def _covers(name: str, text: str) -> bool:
     """Does the font draw each of the letters as something else than its sign for a missing one?"""
-    try:
-        font = _font(path, SMALL)
-    except OSError:
+    font = _font(name, SMALL)
+    if font is None:
         return False
     missing = _drawn(font, "\U000fffff")
     return all(letter.isspace() or _drawn(font, letter) != missing for letter in set(text))
@@ -108,9 +92,13 @@ def _drawn(font: Any, letter: str) -> tuple[Any, bytes]:
 
 
 @cache
-def _font(path: str, size: int) -> Any:
+def _font(name: str, size: int) -> Any:
+    """A font; None where the system has none of that name."""
     pixels = size * UNIT
-    return ImageFont.truetype(path, pixels) if path else ImageFont.load_default(pixels)
+    try:
+        return ImageFont.truetype(name, pixels) if name else ImageFont.load_default(pixels)
+    except OSError:
+        return None
 
 
 @cache
