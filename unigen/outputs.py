@@ -209,12 +209,10 @@ def claim(option: str, folder: Path, by: str, taken: Iterable[str]) -> None:
 
     Args:
         option: that names the folder, for messages.
-        folder: made where it is missing.
-        by: the command.
-        taken: names that it will write; in a folder that is not its own yet none of them may be there.
+        taken: names that it will write.
 
     Raises:
-        UserError: one of them is there.
+        UserError: one of them is there, and the folder is not the command's own yet.
         OSError: the folder cannot be written.
     """
     if written_by(folder / RECEIPT) == by:

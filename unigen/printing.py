@@ -53,11 +53,7 @@ def _visible(c: str) -> str:
 
 
 def printable_lines(text: str, most: int | None = None) -> str:
-    """As :func:`printable`, but line ends and tabs stay.
-
-    Args:
-        most: Characters of a line that are shown; None: all.
-    """
+    """As :func:`printable`, but line ends and tabs stay, and ``most`` counts the characters of a line."""
     if text.replace("\n", "").isprintable() and (most is None or len(text) <= most):
         return text
     parts = _LINE_END.split(text)

@@ -126,13 +126,8 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 class Filler:
-    """Fills a store with what the encoders make of the pictures of the data.
-
-    Args:
-        options: the training run's, and ``cache_dir``.
-        encoders: those to cache for.
-        shard: (number, count): this process takes one picture of ``count``.
-    """
+    """Fills a store with what the encoders make of the pictures of the data. Of ``shard``, (number, count),
+    this process takes one picture of ``count``."""
 
     def __init__(self, options: CacheOptions, encoders: Encoders, shard: tuple[int, int] = (0, 1)):
         assert options.cache_dir is not None
@@ -342,9 +337,9 @@ class Filler:
             lines.append(f"  left out  and {len(report.bad) - SHOWN:,} more")
         return "\n".join(lines)
 
-    def _reading(self, keys: set[str], most: int = 32) -> float:
+    def _reading(self, keys: set[str]) -> float:
         """Seconds that reading an entry takes, from a few of them."""
-        some = sorted(keys)[:most]
+        some = sorted(keys)[:32]
         began = time.perf_counter()
         for key in some:
             self.store.get(key)

@@ -81,13 +81,8 @@ def write_page(
     by: str = "unigen",
     **options: Any,
 ) -> Path:
-    """Writes a page to ``path``, whose folder it makes, in one rename. An earlier page by the same command
-    gives way.
-
-    Args:
-        path: Of the HTML file.
-        template: As for :func:`render`, like ``values`` and ``options``.
-        by: The command that writes it, as ``unigen check``.
+    """Writes a page, as :func:`render` makes it, to ``path``, whose folder it makes, in one rename. An
+    earlier page by the same command gives way.
 
     Raises:
         UserError: Something else is at ``path``.
@@ -263,16 +258,8 @@ def write_answer(
 
 
 def refuse_strangers(folder: Path, names: Iterable[str] | None = None, inputs: Sequence[Path] = ()) -> None:
-    """Says no where an answer would replace what no answer left in a folder as it is now, or an input.
-
-    Args:
-        folder: Of the answer, which need not exist.
-        names: Files of the answer; default: any that one may have.
-        inputs: Files that it is made from.
-
-    Raises:
-        UserError: It would.
-    """
+    """Says no where an answer would replace what no answer left in a folder as it is now, or one of its
+    ``inputs``. ``names`` are the answer's files; default: any that one may have. Raises UserError."""
     refuse_foreign(folder / INDEX, GENERATE)
     own = _own_files(folder)
     if names is None:

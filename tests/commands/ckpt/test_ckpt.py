@@ -18,7 +18,7 @@ from unigen import cli, load_bagel, save_bagel
 from unigen.commands.ckpt.export import ExportError, export
 from unigen.commands.ckpt.listing import checkpoint_facts, checkpoints_of
 from unigen.commands.ckpt.options import CkptOptions
-from unigen.config import Config
+from unigen.config import Config, UserError
 from unigen.inference.pictures import trained_transform
 from unigen.model.run_options import RUN_OPTIONS
 from unigen.model.storage import scan_folder, scan_safetensors
@@ -493,7 +493,7 @@ def test_a_failing_disk_leaves_the_earlier_export_and_nothing_else(whole: Path, 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
-        with pytest.raises(ExportError, match=r"cannot write the export: .*File too large.*Fix:"):
+        with pytest.raises(UserError, match=r"cannot be written .*File too large.*Fix:"):
             export(whole, tmp_path / "out", options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -17,7 +17,7 @@ from unigen.commands.ckpt.verify import RECEIPT, problems_of, receipt_of
 from unigen.config import UserError
 from unigen.figures import gb
 from unigen.files import free_bytes, sha256_of, staged, sweep
-from unigen.foreign import ForeignFileError, copy_file, roots_of
+from unigen.foreign import copy_file, roots_of
 from unigen.model import quantise, storage
 from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
 from unigen.model.config import read_config
@@ -49,9 +49,8 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
     whole.
 
     Raises:
-        ExportError: the checkpoint is damaged, or has no such weights; the place is taken, too small or
-            cannot be written.
-        CheckpointError: there is no checkpoint, or its manifest is damaged.
+        ExportError: the checkpoint is damaged, or has no such weights; the place is taken or too small.
+        UserError: there is no checkpoint, its manifest is damaged, or the place cannot be written.
     """
     inside = [] if is_checkpoint_folder(source) or not source.is_dir() else checkpoints_of(source)
     if inside:
@@ -91,33 +90,26 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
             f"{source}: damaged checkpoint: {'; '.join(problems)}. Fix: export another one; --no_verify"
             " exports it as it is"
         )
-    try:
-        with staged(out, replace=replacing) as staging:
-            tensors, side = _merged(source, options) if options.merge else _stored(source, others, options)
-            stem = GROUP if adapted and not options.merge else MODEL
-            files = _write_weights(tensors, staging, options, stem)
-            if adapted:
-                about_adapter, named = read_adapter(source)
-                say(f"Adapter: {binding_on_disk(about_adapter, named)}")
-            for path in side:
-                copy_file(path, staging / path.name, roots_of(path.parent))
-            for name, data in carried(source).items():
-                (staging / name).write_bytes(data)
-                side.append(Path(name))
-            about = {"unigen": __version__, "step": manifest["step"], "average": average}
-            about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
-            if options.quantize:
-                about["quantize"] = _describe(source, staging, options)
-                side.append(Path("config.json"))
-            about["contents"] = {path.name: sha256_of(staging / path.name) for path in side}
-            about["contents"] |= {name: file["sha256"] for name, file in files.items()}
-            storage.write_json(staging / RECEIPT, about)
-    except ForeignFileError as error:
-        raise ExportError(str(error)) from None
-    except OSError as error:
-        raise ExportError(
-            f"{out}: cannot write the export: {error}. Fix: free space there, or choose another folder"
-        ) from error
+    with unwritten("the new folder", out), staged(out, replace=replacing) as staging:
+        tensors, side = _merged(source, options) if options.merge else _stored(source, others, options)
+        stem = GROUP if adapted and not options.merge else MODEL
+        files = _write_weights(tensors, staging, options, stem)
+        if adapted:
+            about_adapter, named = read_adapter(source)
+            say(f"Adapter: {binding_on_disk(about_adapter, named)}")
+        for path in side:
+            copy_file(path, staging / path.name, roots_of(path.parent))
+        for name, data in carried(source).items():
+            (staging / name).write_bytes(data)
+            side.append(Path(name))
+        about = {"unigen": __version__, "step": manifest["step"], "average": average}
+        about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
+        if options.quantize:
+            about["quantize"] = _describe(source, staging, options)
+            side.append(Path("config.json"))
+        about["contents"] = {path.name: sha256_of(staging / path.name) for path in side}
+        about["contents"] |= {name: file["sha256"] for name, file in files.items()}
+        storage.write_json(staging / RECEIPT, about)
     size = sum(entry["size"] for entry in files.values())
     what = f"{source}" if given else f"step {manifest['step']}"
     kind = f"{options.quantize}, " if options.quantize else ""

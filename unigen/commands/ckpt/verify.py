@@ -68,13 +68,8 @@ def _changed_in_export(folder: Path, about: dict[str, Any]) -> list[str]:
 
 
 def problems_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """What is wrong with the bytes of a checkpoint's files, read on all cores; and with the states and
-    tensors they promise, as a resume reads them.
-
-    Args:
-        folder: of the checkpoint.
-        wanted: which of the files to look at, by the name that the manifest has for them.
-    """
+    """What is wrong with the bytes of a checkpoint's files, read on all cores, of those ``wanted`` by their
+    names in the manifest; and with the states and tensors they promise, as a resume reads them."""
     if (about := receipt_of(folder)) is not None:
         return _changed_in_export(folder, about)
     if is_plain(folder):

@@ -110,58 +110,44 @@ def _picture(pixels: np.ndarray) -> Any:
     return to_image(values.expand(3, -1, -1)).convert("L")
 
 
-# One function a task: (half, number of the record) -> its record.
+MakesRecord = Callable[[_Half, int], dict[str, Any]]
+"""What makes a task's record, by its number."""
 
 
-def _draw(half: _Half, i: int) -> dict[str, Any]:
-    n, label = half.pick(i)
-    return {
-        "text_prompt": f"draw {NUMBERS[label]}",
-        "image_path": half.picture(n),
-        "metadata": {"label": label},
-    }
+def _of_one(make: Callable[[str, str], dict[str, Any]]) -> MakesRecord:
+    """Records of one picture, which ``make`` makes of its path and of its number in words."""
+
+    def record(half: _Half, i: int) -> dict[str, Any]:
+        n, label = half.pick(i)
+        return {**make(half.picture(n), NUMBERS[label]), "metadata": {"label": label}}
+
+    return record
 
 
-def _caption(half: _Half, i: int) -> dict[str, Any]:
-    n, label = half.pick(i)
-    return {"image_path": half.picture(n), "caption": NUMBERS[label], "metadata": {"label": label}}
+def _turns(picture: str, word: str) -> dict[str, Any]:
+    asked = [{"type": "image", "image_path": picture}, {"type": "text", "content": QUESTION}]
+    turns = [{"role": "user", **turn} for turn in asked]
+    return {"conversations": [*turns, {"role": "assistant", "type": "text", "content": word}]}
 
 
-def _ask(half: _Half, i: int) -> dict[str, Any]:
-    n, label = half.pick(i)
-    turns = [
-        {"role": "user", "type": "image", "image_path": half.picture(n)},
-        {"role": "user", "type": "text", "content": QUESTION},
-        {"role": "assistant", "type": "text", "content": NUMBERS[label]},
-    ]
-    return {"conversations": turns, "metadata": {"label": label}}
+def _messages(picture: str, word: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"<image>{QUESTION}"}, {"role": "assistant", "content": word}]
+    return {"messages": messages, "images": [picture]}
 
 
-def _ask_messages(half: _Half, i: int) -> dict[str, Any]:
-    n, label = half.pick(i)
-    messages = [
-        {"role": "user", "content": f"<image>{QUESTION}"},
-        {"role": "assistant", "content": NUMBERS[label]},
-    ]
-    return {"messages": messages, "images": [half.picture(n)], "metadata": {"label": label}}
+def _edits(chains: Sequence[Sequence[str]]) -> MakesRecord:
+    """Records of one picture and its edits, the chains taking turns."""
 
+    def record(half: _Half, i: int) -> dict[str, Any]:
+        (n, label), edits = half.pick(i // len(chains)), chains[i % len(chains)]
+        steps = [
+            {"step": k, "instruction": name, "result_image": half.picture(n, *edits[:k])}
+            for k, name in enumerate(edits, start=1)
+        ]
+        metadata = {"label": label, "edits": list(edits)}
+        return {"input_image": half.picture(n), "editing_steps": steps, "metadata": metadata}
 
-def _edit_record(half: _Half, i: int, edits: Sequence[str]) -> dict[str, Any]:
-    n, label = half.pick(i)
-    steps = [
-        {"step": k, "instruction": name, "result_image": half.picture(n, *edits[:k])}
-        for k, name in enumerate(edits, start=1)
-    ]
-    metadata = {"label": label, "edits": list(edits)}
-    return {"input_image": half.picture(n), "editing_steps": steps, "metadata": metadata}
-
-
-def _edit(half: _Half, i: int) -> dict[str, Any]:
-    return _edit_record(half, i // len(EDITS), [list(EDITS)[i % len(EDITS)]])
-
-
-def _edit_steps(half: _Half, i: int) -> dict[str, Any]:
-    return _edit_record(half, i // len(CHAINS), CHAINS[i % len(CHAINS)])
+    return record
 
 
 def _addition(half: _Half, i: int, salt: int) -> tuple[list[str], str, dict[str, Any]]:
@@ -202,18 +188,20 @@ def _add_sequence(half: _Half, i: int) -> dict[str, Any]:
 class Task:
     """How a task's records are made, and how many there are of them."""
 
-    record: Callable[[_Half, int], dict[str, Any]]
+    record: MakesRecord
     per_epoch: int
     heldout: int
 
 
 TASKS = {
-    "draw": Task(_draw, 1500, 100),  # text_prompt + image_path: "draw seven"
-    "caption": Task(_caption, 500, 297),  # image_path + caption: "seven", without a question
-    "ask": Task(_ask, 1500, 297),  # conversations: "what is this", "seven"
-    "ask_messages": Task(_ask_messages, 1500, 297),  # messages + images: the same
-    "edit": Task(_edit, 1500, 200),  # editing_steps, one step: "invert" or "rotate"
-    "edit_steps": Task(_edit_steps, 300, 60),  # editing_steps, two steps
+    "draw": Task(_of_one(lambda path, word: {"text_prompt": f"draw {word}", "image_path": path}), 1500, 100),
+    # "seven", without a question
+    "caption": Task(_of_one(lambda path, word: {"image_path": path, "caption": word}), 500, 297),
+    "ask": Task(_of_one(_turns), 1500, 297),  # conversations: "what is this", "seven"
+    "ask_messages": Task(_of_one(_messages), 1500, 297),  # messages + images: the same
+    # editing_steps, one step: "invert" or "rotate"
+    "edit": Task(_edits([(name,) for name in EDITS]), 1500, 200),
+    "edit_steps": Task(_edits(CHAINS), 300, 60),  # editing_steps, two steps
     # input_sequence + target_sequence: two pictures and "add", "3 + 4 = 7" and a drawn 7
     "add": Task(_add, 1500, 110),
     "add_sequence": Task(_add_sequence, 300, 55),  # sequence: the same

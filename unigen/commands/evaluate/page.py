@@ -254,13 +254,8 @@ def _samples(
 
 
 def _ends(values: np.ndarray, order: list[int]) -> dict[str, list[int]]:
-    """The best and the worst samples, at most half of them each; a value in the middle is neither, and where
-    all are equal the samples have no label.
-
-    Args:
-        values: of the samples [n].
-        order: samples with a value, from the lowest.
-    """
+    """The best and the worst samples by their values [n], at most half of those in ``order``, from the lowest
+    value; one in the middle is neither, and where all are equal the samples have no label."""
     if not order or values[order[0]] == values[order[-1]]:
         return {"": order[: 2 * EACH]}
     most, middle = min(EACH, len(order) // 2), np.median(values[order])

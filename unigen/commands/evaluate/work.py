@@ -356,18 +356,11 @@ def _answers(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Pre
     Raises:
         UserError: the checkpoint cannot be read, or the folder holds other answers or cannot be written.
     """
-    try:
-        if source.is_given:
-            about, predictions, said = _given(work, source)
-        else:
-            about, predictions, said = _generated(work, source)
+    with unwritten("output_dir", source.folder):
+        about, predictions, said = (_given if source.is_given else _generated)(work, source)
         if work.judge is not None and work.wants("judge"):
             said["judge"] = _judged(work, source, predictions, work.judge)
         return about, predictions, said
-    except OSError as error:
-        raise ConfigError(
-            f"{source.folder} cannot be written ({error}). Fix: give another --output_dir"
-        ) from error
 
 
 def _given(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Prediction], Said]:

@@ -42,19 +42,9 @@ def lookup(host: str, port: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Client:
-    """Fetches pictures within limits; safe to share between threads. Proxies, cookies and passwords of the
-    environment are not used.
-
-    Args:
-        max_bytes: Largest picture in bytes.
-        timeout: Seconds for one picture, all in all: name, connection, redirects, retries and their waits.
-        connect_timeout: Seconds for one connection.
-        max_redirects: Redirects to follow, each one checked as the first address was.
-        retries: Further attempts after 429, 5xx and lost connections.
-        allowed: Networks that may be connected to though they are not public.
-        resolve: Host and port -> its addresses.
-        tls: How certificates are verified.
-    """
+    """Fetches pictures within limits, which ``FetchOptions`` explains; safe to share between threads.
+    Proxies, cookies and passwords of the environment are not used. ``resolve`` gives the addresses of host
+    and port."""
 
     max_bytes: int = 32 << 20
     timeout: float = 60.0

@@ -202,15 +202,12 @@ def _alone(out: Path) -> Iterator[None]:
     """Holds the output folder for this process; the system lets go of it however the process ends."""
     with ExitStack() as stack:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out / ".lock", wait=False))
+            with unwritten("output_dir", out):
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(out / ".lock", wait=False))
         except Busy:
             raise UserError(
                 f"{out}: another unigen fetch is writing there. Wait for it, or name another --output_dir."
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{out}: cannot write there ({error.strerror or error}). Name another --output_dir."
             ) from None
         yield
 
@@ -234,36 +231,31 @@ class _Turns:
 
     def __init__(self, urls: Iterable[str], limit: int):
         self._limit = limit
-        self._waiting: dict[str, deque[str]] = {}
+        self._waiting: dict[str, deque[str]] = {}  # the host whose turn it is comes first
         for url in urls:
             self._waiting.setdefault(parse_url(url).host, deque()).append(url)
-        self._ready = deque(self._waiting)  # hosts with something to ask and a connection to spare
         self._busy: Counter[str] = Counter()
         self._changed = threading.Condition()
 
     def take(self) -> tuple[str, str] | None:
         """The next host and address, when there is one; None when nothing is left."""
         with self._changed:
-            while self._waiting and not self._ready:
-                self._changed.wait()
-            if not self._waiting:
-                return None
-            host = self._ready.popleft()
-            url = self._waiting[host].popleft()
-            self._busy[host] += 1
-            if not self._waiting[host]:
-                del self._waiting[host]
-                self._changed.notify_all()
-            elif self._busy[host] < self._limit:
-                self._ready.append(host)
-            return host, url
+            while self._waiting:
+                host = next((h for h in self._waiting if self._busy[h] < self._limit), None)
+                if host is None:
+                    self._changed.wait()
+                    continue
+                urls = self._waiting.pop(host)
+                if len(urls) > 1:
+                    self._waiting[host] = urls  # behind the others
+                self._busy[host] += 1
+                return host, urls.popleft()
+            return None
 
     def done(self, host: str) -> None:
         with self._changed:
-            if self._busy[host] == self._limit and host in self._waiting:
-                self._ready.append(host)
-                self._changed.notify()
             self._busy[host] -= 1
+            self._changed.notify_all()
 
     def stop(self) -> None:
         with self._changed:

@@ -17,15 +17,15 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 from unigen.bars import each
 from unigen.commands.fetch.addresses import FetchError
-from unigen.config import UserError
 from unigen.files import atomic, sha256_of
+from unigen.outputs import unwritten
 from unigen.sequence.files import kind_of_start
 from unigen.sequence.images import PictureError, image_size, open_image
 
@@ -66,11 +66,8 @@ class Entry(NamedTuple):
 
 
 def picture_kind(data: bytes, deep: bool = False) -> str:
-    """The file extension of a picture, told by its first bytes and by nothing else.
-
-    Args:
-        data: The whole file.
-        deep: Decode it too, in place of reading its header only.
+    """The file extension of a picture, told by its first bytes and by nothing else; its header is read, or
+    where ``deep`` all of it decoded.
 
     Raises:
         FetchError: ``empty``, ``html``, or a code of :class:`PictureError`.
@@ -100,13 +97,8 @@ def picture_kind(data: bytes, deep: bool = False) -> str:
 
 
 class PictureStore:
-    """The folder of a fetch. One process at a time, many threads.
-
-    Args:
-        folder: Made if it is not there.
-
-    Attributes:
-        entries: Address -> its last entry.
+    """The folder of a fetch, made if it is not there: ``entries`` are those of its log by address. One
+    process at a time, many threads.
 
     Raises:
         UserError: The folder cannot be written to.
@@ -134,17 +126,9 @@ class PictureStore:
         self._log.close()
         shutil.rmtree(self.drafts, ignore_errors=True)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Turns the errors of a disk into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            problem = f"cannot write there ({error.strerror or error})"
-            raise UserError(
-                f"{self.folder}: {problem}. Free some space or name another --output_dir, and run the command"
-                " again."
-            ) from error
+        return unwritten("output_dir", self.folder)
 
     def keep(self, url: str, data: bytes, deep: bool = False) -> Entry:
         """Stores a picture. Raises FetchError as :func:`picture_kind`, and UserError."""

@@ -21,12 +21,8 @@ VALUE_LENGTH = 400  # of a value in a table
 
 
 class WatchTable(NamedTuple):
-    """A table.
-
-    Args:
-        more: That some rows are not shown.
-        minor: Columns that a window too narrow for all goes without, in the order in which they go.
-    """
+    """A table; ``more`` says that some rows are not shown, ``minor`` are the columns that a window too narrow
+    for all goes without, in the order in which they go."""
 
     title: str
     header: list[str]

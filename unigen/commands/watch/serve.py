@@ -16,12 +16,7 @@ class PageServer(ThreadingHTTPServer):
     itself.
 
     Only this machine reaches it, and only under its own names: another site's page, whose name was pointed
-    here, gets nothing.
-
-    Args:
-        port: to listen at; 0 for one that is free.
-        seconds: after which the browser asks again.
-        render: gives the page.
+    here, gets nothing. Port 0 is one that is free; the browser asks again after ``seconds``.
 
     Raises:
         UserError: the port cannot be had.
