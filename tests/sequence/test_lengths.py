@@ -6,9 +6,9 @@ import pytest
 from unigen.sequence.lengths import BLOCK_DTYPE, Grids, RecordLengths, TokenLengths
 from unigen.sequence.types import Kind
 
-ONE = RecordLengths(np.array([(7, Kind.TEXT, True, False, False)], BLOCK_DTYPE), [5, 9], [])
+ONE = RecordLengths(np.array([(7, 6, Kind.TEXT, True, False, False)], BLOCK_DTYPE), [5, 9], [])
 TWO = RecordLengths(
-    np.array([(4, Kind.TEXT, False, True, False), (14, Kind.NOISED, True, False, False)], BLOCK_DTYPE),
+    np.array([(4, 1, Kind.TEXT, False, True, False), (14, 0, Kind.NOISED, True, False, False)], BLOCK_DTYPE),
     [2],
     [Grids(3, 4, 5, 6)],
 )

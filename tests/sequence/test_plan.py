@@ -464,9 +464,20 @@ def test_tokens_by_kind_counts_what_a_sample_shows(planner):
         for b in p.outline(s, p.token_lengths(record_of(s)), RandomKey(0, 0, i, training=False))
     ]
     wanted = {kind.name.lower(): sum(len(b) for b in blocks if b.kind == kind) for kind in Kind}
-    found = lengths.tokens_by_kind()
-    assert found.pop("trained_text") == sum(len(b) for b in blocks if b.kind == Kind.TEXT and b.loss)
+    packs = [
+        pack_blocks([p.fill(s, p.outline(s, lengths[i], key), key)], p.tokenizer.special, p.geometry)
+        for i, s in enumerate(samples)
+        for key in [RandomKey(0, 0, i, training=False)]
+    ]
+    found = lengths.tokens_by_kind(p.max_length)
+    # also what closes a prompt or a picture has a label: what comes next
+    assert found.pop("trained_text") == sum(pack.n_text_labels for pack in packs)
+    assert found.pop("trained_image") == sum(pack.n_image_targets for pack in packs)
     assert found == wanted
+    # a cut takes labels, and nothing but text
+    talk = lengths.keep([1])
+    whole, cut = (talk.tokens_by_kind(int(talk.full(p.max_length)[0]) - n) for n in (0, 2))
+    assert cut == whole | {"text": whole["text"] - 2, "trained_text": whole["trained_text"] - 2}
 
 
 def test_a_control_token_in_a_text_is_a_bad_record_unless_it_is_allowed(planner):

@@ -232,22 +232,22 @@ class Mixture:
     def describe(self) -> str:
         """The mix of an epoch: passes over records, and tokens of each kind, per source; a line each, and one
         for a weight that cannot hold."""
-        tables = [part.lengths.tokens_by_kind() for part in self.parts]
+        tables = [part.lengths.tokens_by_kind(part.planner.max_length) for part in self.parts]
         passes = self.counts if self.training else [len(part.dataset) for part in self.parts]
         scaled = [
             {k: n * v / len(p.dataset) for k, n in t.items()} for t, v, p in zip(tables, passes, self.parts)
         ]
         whole = {kind: sum(t[kind] for t in scaled) for kind in scaled[0]}
-        tokens = max(sum(n for kind, n in whole.items() if kind != "trained_text"), 1.0)
+        tokens = max(_shown_tokens(whole), 1.0)
         lines = [f"tokens    {_words(whole, tokens)}"]
         lengths = np.sort(self.full_lengths())
         lines.append(
-            f"lengths   mean {tokens / sum(passes):,.0f}, median {lengths[len(lengths) // 2]:,}, longest"
-            f" {lengths[-1]:,} tokens"
+            f"lengths   mean {lengths.mean():,.0f}, median {lengths[len(lengths) // 2]:,}, longest"
+            f" {lengths[-1]:,} tokens of a record with nothing left out"
         )
         if len(self.parts) > 1:
             for part, table, count in zip(self.parts, scaled, passes):
-                mine = sum(n for kind, n in table.items() if kind != "trained_text")
+                mine = _shown_tokens(table)
                 share = (
                     f"{count:,} passes ({count / sum(passes):.1%}) over {len(part.dataset):,} records,"
                     f" {mine / tokens:.1%} of all tokens{', kept and not learnt' if part.preserve else ''}"
@@ -269,6 +269,13 @@ class Mixture:
 
 
 def _words(table: dict[str, float], tokens: float) -> str:
-    names = {"text": "text", "vit": "ViT", "clean": "clean latents", "noised": "drawn latents"}
-    shares = ", ".join(f"{names[kind]} {table[kind] / tokens:.0%}" for kind in names if table[kind])
-    return f"{shares}; trained: {table['trained_text']:,.0f} text, {table['noised']:,.0f} image"
+    shares = ", ".join(f"{name} {table[kind] / tokens:.0%}" for kind, name in _KINDS.items() if table[kind])
+    return f"{shares}; trained: {table['trained_text']:,.0f} text, {table['trained_image']:,.0f} image"
+
+
+_KINDS = {"text": "text", "vit": "ViT", "clean": "clean latents", "noised": "drawn latents"}
+
+
+def _shown_tokens(table: dict[str, float]) -> float:
+    """All tokens of a table, each once."""
+    return sum(table[kind] for kind in _KINDS)

@@ -16,6 +16,7 @@ from unigen.sequence.types import Kind
 BLOCK_DTYPE = np.dtype(
     [
         ("tokens", np.int32),  # with the two that open and close it
+        ("labels", np.int32),  # tokens with a label
         ("kind", np.uint8),  # a Kind
         ("target", bool),  # the model learns to produce it
         ("droppable", bool),  # guidance dropout may take it away
@@ -72,7 +73,7 @@ def dropout_chances(options: DataOptions) -> tuple[float, ...]:
 
 
 class TokenLengths:
-    """The lengths of many records: a growing list of :class:`RecordLengths`, some 70 bytes each."""
+    """The lengths of many records: a growing list of :class:`RecordLengths`, some 80 bytes each."""
 
     def __init__(self, records: Iterable[RecordLengths] = ()):
         self._blocks, self._texts = Ragged(BLOCK_DTYPE), Ragged(np.dtype(np.int32))
@@ -130,14 +131,24 @@ class TokenLengths:
             np.arange(len(table)) - np.repeat(starts, counts),
         )
 
-    def tokens_by_kind(self) -> dict[str, int]:
-        """Tokens of all records without the clean copies by chance: ``text``, ``vit``, ``clean``, ``noised``,
-        and ``trained_text`` of them."""
+    def tokens_by_kind(self, limit: int) -> dict[str, int]:
+        """Tokens of all records without the clean copies by chance, and text targets cut at ``limit``:
+        ``text``, ``vit``, ``clean``, ``noised``; and what has loss of them: ``trained_text``, the labels, and
+        ``trained_image``, the latents to draw."""
         blocks = self._blocks.values()
-        blocks = blocks[~blocks["by_chance"]]
-        sums = np.bincount(blocks["kind"], blocks["tokens"], len(Kind)).astype(np.int64).tolist()
-        trained = blocks["tokens"][blocks["target"] & (blocks["kind"] == Kind.TEXT)].sum()
-        return {**{kind.name.lower(): sums[kind] for kind in Kind}, "trained_text": int(trained)}
+        there = ~blocks["by_chance"]
+        tokens, labels = (np.where(there, blocks[name], 0).astype(np.int64) for name in ("tokens", "labels"))
+        sums = np.bincount(blocks["kind"], tokens, len(Kind)).astype(np.int64).tolist()
+        found = {kind.name.lower(): sums[kind] for kind in Kind}
+        # a cut takes as many labels as tokens, from text targets alone
+        over = np.add.reduceat(tokens, self._blocks.ends()[:-1]) - limit if len(self) else tokens
+        cut = int(np.maximum(over, 0).sum())
+        found["text"] -= cut
+        drawn = tokens - 2 * there
+        return found | {
+            "trained_text": int(labels.sum()) - cut,
+            "trained_image": int(drawn[blocks["kind"] == Kind.NOISED].sum()),
+        }
 
     def full(self, limit: int) -> np.ndarray:
         """Tokens [records] int64 with all clean copies and nothing dropped, at most ``limit``: the most that

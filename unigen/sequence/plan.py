@@ -94,7 +94,10 @@ class Planner:
         self._check_length(blocks)
         always = len(self._blocks(sample, sizes, clean_copies=False))
         draws = _draws(sample)
-        rows = [(len(b), b.kind, b.loss, draws and not b.loss, i >= always) for i, b in enumerate(blocks)]
+        rows = [
+            (len(b), b.labels, b.kind, b.loss, draws and not b.loss, i >= always)
+            for i, b in enumerate(blocks)
+        ]
         return RecordLengths(np.array(rows, BLOCK_DTYPE), texts, pictures)
 
     def length(self, sample: Sample, lengths: RecordLengths, key: RandomKey) -> int:

@@ -134,6 +134,14 @@ class Block:
     def __len__(self) -> int:
         return 0 if self.dropped else self.length + 2
 
+    @property
+    def labels(self) -> int:
+        """Its tokens with a label: of a learnt text all but the closing one, and that where it learns what
+        comes next."""
+        if self.dropped:
+            return 0
+        return (self.length + 1) * (self.loss and self.kind == Kind.TEXT) + (self.closing_label is not None)
+
 
 @dataclass
 class Pack:

@@ -162,7 +162,9 @@ class Findings:
         good, pictures = self.tally.good, self.tally.pictures
 
         def tokens(name: str, records: np.ndarray = good) -> int:
-            return int(records[name].sum(dtype=np.int64))
+            # a cut takes as many labels as tokens, from text targets alone
+            over = np.maximum(records["length"] - self.planner.max_length, 0) if name == "text_tokens" else 0
+            return int((records[name] - over).sum(dtype=np.int64))
 
         formats = np.bincount(good["format"], minlength=len(FORMATS)).tolist()
         by_task = {name: good[good["task"] == number] for number, name in enumerate(TASKS)}

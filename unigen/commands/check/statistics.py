@@ -36,7 +36,7 @@ RECORD = np.dtype(
         ("image_targets", np.int32),
         ("length", np.int32),  # tokens without any limit
         ("least", np.int32),  # tokens that no limit can cut
-        ("text_tokens", np.int32),  # trained ones
+        ("text_tokens", np.int32),  # trained ones: labels, also those that say what follows a prompt
         ("image_tokens", np.int32),
         *((kind, np.int32) for kind in KINDS),
     ]
@@ -111,7 +111,7 @@ def count_tokens(
         every, every + first, 0, None, planner.options, planner.max_length
     )
     put("least", np.ones(len(tokens), bool), np.where(trained, np.minimum(tokens, 3), tokens))
-    put("text_tokens", trained, tokens - (not planner.options.train_transitions))
+    put("text_tokens", ~blocks.table["by_chance"], blocks.table["labels"])
     put("image_tokens", kind == Kind.NOISED, tokens - 2)
     for number, name in enumerate(KINDS):
         put(name, (kind == number) & ~blocks.table["by_chance"], tokens)
