@@ -162,7 +162,8 @@ def _hint(value: Any, file: Path) -> str | None:
         except BadRecord as error:
             return error.code
 
-    return hint_for(value, file, refused) if isinstance(value, dict) else None
+    known = {name for entry in FORMATS.values() for name in entry.known}
+    return hint_for(value, file, refused, known) if isinstance(value, dict) else None
 
 
 def _names_none(value: Any) -> bool:

@@ -3,19 +3,23 @@ makes them work. None of it is a guess: what is told was tried on the record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
+from difflib import SequenceMatcher
+from itertools import combinations, islice, product
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
 from unigen.data.captions import PICTURES, is_picture
+from unigen.data.keys import RECORD, is_empty
 from unigen.data.layouts import CAPTION, pictures_unread
 from unigen.data.mapping import ReadOptions, found_at
-from unigen.data.words import Json
+from unigen.data.words import Json, cut
 
 
 def _flags(fields: dict[str, str]) -> str:
-    return "--fields " + " ".join(f"{new}={old}" for new, old in fields.items())
+    return "--fields " + " ".join(quote(f"{new}={old}") for new, old in fields.items())
 
 
 def _is_pictured(record: Json, url: str) -> bool:
@@ -142,13 +146,16 @@ HINTS = (
 )
 
 
-def hint_for(record: Json, file: Path, refused: Callable[[Json], str | None]) -> str | None:
+def hint_for(
+    record: Json, file: Path, refused: Callable[[Json], str | None], known: Collection[str]
+) -> str | None:
     """What to write for a record that no format reads; None where it is of no known data set.
 
     Args:
         record: As it stands.
         file: Where it stands.
         refused: The code of what is wrong with a record; None for one of a format.
+        known: The fields that formats read.
     """
     beside = _picture_beside(file)
     if beside and refused({**record, "image": beside.name}) is None:
@@ -158,8 +165,54 @@ def hint_for(record: Json, file: Path, refused: Callable[[Json], str | None]) ->
     if named and refused(ReadOptions(fields=named).renamed(record)[0]) is None:
         return f"it has the fields of an image folder: give {_flags(named)}"
     return (
-        _program_for(record, file) or _mapping_for(record, file, refused) or _program_for(record, file, True)
+        _program_for(record, file)
+        or _mapping_for(record, file, refused)
+        or _near_miss(record, refused, known)
+        or _program_for(record, file, True)
     )
+
+
+_WORDS = {
+    **dict.fromkeys(("img", "pic", "picture", "photo", "imagefile", "filepath"), "image"),
+    **dict.fromkeys(("txt", "desc", "description", "alt", "title"), "text"),
+    "q": "query", "a": "response", "instr": "instruction",
+}  # fmt: skip
+"""What a field is called where it is meant as one of ours."""
+_ALIKE = 0.75  # of 1
+_TRIED = 300  # mappings
+
+
+def _near_miss(record: Json, refused: Callable[[Json], str | None], known: Collection[str]) -> str | None:
+    """The mapping for a record whose fields have nearly the names of a format, tried from the most fields to
+    one."""
+    others = [name for name in record if name not in (*known, *RECORD) and not is_empty(record[name])]
+    others = [name for name in others if name == cut(name)][:8]  # one that can be typed
+    meant = {old: found for old in others if (found := _meant(old, record, known))}
+    groups = (names for n in range(len(meant), 0, -1) for names in combinations(meant, n))
+    ways = (dict(zip(new, old)) for old in groups for new in product(*(meant[name] for name in old)))
+    for fields in islice(ways, _TRIED):
+        if refused(ReadOptions(fields=fields).renamed(record)[0]) is None:
+            ours, theirs = ", ".join(fields), ", ".join(fields.values())
+            return (
+                f"did you mean {ours} in place of {theirs}? Give {_flags(fields)} where all records have it"
+                " so, or rename it in these"
+            )
+    return None
+
+
+def _meant(old: str, record: Json, known: Collection[str]) -> list[str]:
+    """The fields of formats that a field may be meant as, the most alike first; pictures stand in those of
+    pictures alone."""
+    value, plain = record[old], old.lower()
+    words = {_WORDS.get(word, word) for word in (plain, *re.split(r"[^a-z]+", plain))}
+    pictured = isinstance(value, dict) or (isinstance(value, str) and is_picture(Path(value)))
+    alike = {
+        new: SequenceMatcher(None, plain, new).ratio()
+        for new in sorted(known)
+        if new not in record and (isinstance(value, list) or pictured == ("image" in new))
+    }
+    found = [new for new, share in alike.items() if share >= _ALIKE or new in words]
+    return sorted(found, key=lambda new: -alike[new])
 
 
 def _program_for(record: Json, file: Path, alone: bool = False) -> str | None:

@@ -4,7 +4,7 @@ match anything."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from unigen.config import nearest
 from unigen.data.containers import BadData, parts, read_part
 from unigen.data.formats import FORMATS, parse_with_fields, record_value
 from unigen.data.keys import LEARNING, RECORD
-from unigen.data.mapping import ReadOptions, unmatched
+from unigen.data.mapping import ReadOptions, found_at, unmatched
 from unigen.data.words import Json
 from unigen.sequence.types import BadRecord, Origin
 
@@ -43,16 +43,28 @@ def require_match(files: Sequence[Path], read: ReadOptions) -> None:
     known = {name for entry in FORMATS.values() for name in entry.known} | {*RECORD, *LEARNING}
     for name, place in read.fields.items():
         if name not in known and not re.fullmatch(r"(problem|reasoning)_image_\d+", name):
-            near = nearest(name, sorted(known))
-            fix = f"did you mean {near}? Otherwise " if near else ""
-            raise BadData(
-                f"--fields {name}={place}: no format has a field {name}. Fix: {fix}give a name that"
-                " docs/data_formats.md has on the left"
-            )
+            fix = _turned(name, place, known, files)
+            if not fix:
+                near = nearest(name, sorted(known))
+                fix = f"did you mean {near}? Otherwise " if near else ""
+                fix += "give a name that docs/data_formats.md has on the left"
+            raise BadData(f"--fields {name}={place}: no format has a field {name}. Fix: {fix}")
     problem = unmatched(read.fields, islice(_values(files), FIRST))
     if problem is not None:
+        turned = (_turned(name, place, known, files) for name, place in read.fields.items())
+        problem.fix = next(filter(None, turned), problem.fix)
         problem.origin = Origin(files[0])
         raise BadData(f"{problem} (none of the first {FIRST:,} records has it)", [problem])
+
+
+def _turned(name: str, place: str, known: Collection[str], files: Sequence[Path]) -> str:
+    """The fix of a pair that stands the wrong way round: the records have its name, and a format its place;
+    "" for others."""
+    first = list(islice(_values(files), FIRST)) if place in known else []
+    there = any(found_at(record, name) is not None for record in first)
+    if not there or any(found_at(record, place) is not None for record in first):
+        return ""
+    return f"the other way round: --fields {place}={name} (the name of a format stands on the left)"
 
 
 def _is_captioned(value: Json, read: ReadOptions) -> bool:
