@@ -60,13 +60,14 @@ def test_help_of_train_is_grouped_and_says_what_the_docstrings_say(capsys, monke
     titles = [
         "Which model, and which of its parts learn",
         "How a record becomes tokens",
-        "Which data is read, and how it is packed",
+        "Which data is read",
+        "How it is packed",
         "How the weights move",
     ]
     titles += ["Where and how it runs", "Who is told"]
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
-    assert places[3] < text.index("--learning_rate") < places[4]
+    assert places[4] < text.index("--learning_rate") < places[5]
     for topic in cli.TOPICS:
         for option, help_line in re.findall(r"^ {8}(\w+): (.+)$", topic.__doc__, re.M):
             assert option in known_options() and " ".join(help_line.split()) in text
@@ -83,13 +84,77 @@ def test_help_and_errors_need_no_heavy_package(argv):
     assert python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["check", "preview"])
-def test_the_recipe_of_a_training_names_the_command_of_its_options(command, tmp_path, capsys):
+# the last lines are a training's alone, and are passed over
+RECIPE = """\
+model_path: m
+train_sources:
+- {path: a.jsonl, fields: {text_prompt: caption}}
+- {path: b.jsonl, name: more, weight: 2}
+val_data_path: v.jsonl
+val_split: test
+max_image_tokens: 64
+output_dir: out
+batch_size: 3
+learning_rate: 1e-4
+lora_rank: 8
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "evaluate"])
+def test_the_recipe_of_a_training_gives_its_data_and_the_rest_is_passed_over(command, tmp_path):
     recipe = tmp_path / "run.yaml"
-    recipe.write_text("seed: 1\ntrain_data_path: data\n" if command == "preview" else "train_data_path: d\n")
-    assert cli.main([command, "data", "--config", str(recipe)]) == 2
-    said = capsys.readouterr().err
-    assert f"{recipe}:" in said and "'train_data_path'; it is an option of unigen train. Fix: " in said
+    recipe.write_text(RECIPE)
+    kind = cli.load_name(cli.COMMANDS[command].options)
+    options, config = (cli.parse_options(one, ["--config", str(recipe)]) for one in (kind, Config))
+    if command == "evaluate":
+        assert (options.data_path, options.split) == ("v.jsonl", "test")
+        assert (options.output_dir, options.batch_size, options.model_path) == ("outputs/evaluate", 8, None)
+        return
+    assert options.sources() == config.sources() and options.held_out() == config.held_out()
+    assert (options.model_path, options.max_image_tokens) == ("m", 64)
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "evaluate"])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("learnin_rate: 1\n", "unknown option 'learnin_rate'; did you mean learning_rate?"),
+        ("weight_decay: much\n", "weight_decay is 'much'"),
+        ("train_data_path: c.jsonl\n", "train_sources and train_data_path exclude each other"),
+        ("preserve_data_path: c.jsonl\n", "preserve_data_path needs preserve_weight"),
+        ("train_also: [norms]\nprobe_data_path: ''\n", "probe_data_path is ''; it is empty"),
+    ],
+)
+def test_what_a_training_refuses_of_its_recipe_is_refused_by_what_reads_its_data(
+    command, more, words, tmp_path, capsys
+):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(RECIPE + more)
+    for name in (command, "train"):
+        assert cli.main([name, "--config", str(recipe)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_other_commands_name_the_one_that_has_an_option(tmp_path, capsys):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("seed: 1\ntrain_data_path: d\n")
+    assert cli.main(["generate", "--model_path", "m", "--config", str(recipe)]) == 2
+    assert f"{recipe}:2: unknown option 'train_data_path'; it is an option of" in capsys.readouterr().err
+
+
+def test_all_unknown_names_are_told_in_one_go_each_with_its_answer(tmp_path, capsys):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("seed: 1\nlr: 1\nmodel_path: m\npacking: true\n")
+    argv = ["train", "--fp8", "--lerning_rate", "1", "2", "--config", str(recipe), "--zzzz", "--seed", "3"]
+    assert cli.main(argv) == 2
+    said = [line.strip() for line in capsys.readouterr().err.removeprefix("unigen: error: ").splitlines()]
+    starts = ("unknown option --fp8, which", "unknown option --lerning_rate; did you mean --learning_rate?")
+    starts += (
+        "unknown option --zzzz",
+        f"{recipe}:2: unknown option 'lr'; here",
+        f"{recipe}:4: unknown option 'pa",
+    )
+    assert len(said) == 5 and all(line.startswith(start) for line, start in zip(said, starts)), said
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ PAGE = {
 TITLES = {
     "ModelOptions": "Model",
     "DataOptions": "Data",
+    "SourceOptions": "Sources",
     "LoaderOptions": "Loading",
     "OptimOptions": "Optimisation",
     "RunOptions": "Run",

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, get_origin
 
 from unigen.bars import Bar, clear
 from unigen.commands.table import COMMANDS, Command
-from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, UserError
+from unigen.config import TOPICS, Config, ConfigError, SamplingOptions, SourceOptions, UserError
 from unigen.messages import LANGUAGES, in_language, keep, preferred, speaking, spoken
 from unigen.others import nearest, unknown
 from unigen.printing import guard, guarded, libraries_silent, printable_lines, width_of
@@ -152,22 +152,35 @@ def parse_options(
         short: Options of one letter, ``{"n": "samples"}`` for ``-n 5``.
 
     Raises:
-        UsageError: as for :func:`parse_config`.
+        UsageError: as for :func:`parse_config`; of unknown names it lists all, a line each.
     """
     types = kinds(options)
-    flags = list(read_flags(argv, types, positional, short or {}))
+    unknown_names: list[str] = []
+    flags = list(read_flags(argv, types, unknown_names, positional, short or {}))
     recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
+    taken = of_training(options)
+    known = {**kinds(Config), **types} if taken else types
     found: list[tuple[str, str, Any]] = []  # option, what messages call it, value
+    passed: list[tuple[str, str, Any]] = []  # the same of a training, by its names
     values: dict[str, Any] = {}
     try:
         for recipe in recipes:
-            lines = read_recipe(Path(recipe), types, _of_other_command)
-            found += [(name, where, value) for where, name, value in lines]
+            lines = list(read_recipe(Path(recipe), known, unknown_names, _of_other_command))
+            if all(name in types for name, *_ in lines):
+                found += lines
+                continue
+            passed += lines  # the recipe of a training
+            found += [(taken[name], where, value) for name, where, value in lines if name in taken]
+        if unknown_names:
+            raise UsageError("\n".join(unknown_names))
         keep([value for *_, value in found])
         for name, (flag, given) in collect(flags, types).items():
             found.append((name, f"--{name}", flag_value(flag, given, types[name])))
-        for name, where, value in sorted(found, key=lambda one: one[0] != "plugin"):
-            values[name] = read_option(options, name, value, where)
+        values |= _read(options, found)
+        if taken:  # what a training refuses of its data is refused here
+            shared = {name: values[ours] for name, ours in taken.items() if ours in values}
+            only = kinds(SourceOptions).keys() - (() if passed else ("preserve_data_path",))
+            Config(**(_read(Config, passed) | shared)).resolve(data=False, only=only)
     except ConfigError as error:
         raise UsageError(str(error)) from None
     values = getattr(options, "completed", dict)(values)
@@ -175,6 +188,21 @@ def parse_options(
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise UsageError(f"--{field.name} is missing; it has no default. Fix: --{field.name} ...")
     return options(**values)
+
+
+def _read(options: type, found: list[tuple[str, str, Any]]) -> dict[str, Any]:
+    """The values of (option, what messages call it, value). Raises ConfigError."""
+    ordered = sorted(found, key=lambda one: one[0] != "plugin")
+    return {name: read_option(options, name, value, where) for name, where, value in ordered}
+
+
+def of_training(options: type) -> Mapping[str, str]:
+    """What a command takes of a training's recipe, beside which it passes over all that recipe says: option
+    of the training -> its own. Empty where the command takes no such recipe, or every option of a training.
+    """
+    if issubclass(options, SourceOptions) and not issubclass(options, Config):
+        return {name: name for name in kinds(options) if name in kinds(Config)}
+    return getattr(options, "of_training", {})
 
 
 # Flags
@@ -195,10 +223,14 @@ def taken_out(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
 
 
 def read_flags(
-    argv: list[str], types: dict[str, Any], positional: str = "", short: Mapping[str, str] | None = None
+    argv: list[str],
+    types: dict[str, Any],
+    unknown_names: list[str],
+    positional: str = "",
+    short: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, str, list[str]]]:
     """(flag as written, option, its values) in order; ``--a=b`` gives one value, ``--no_switch`` gives
-    ``false``."""
+    ``false``. What is to be said of flags that no option has goes to ``unknown_names``."""
     position = 0
     while position < len(argv):
         token = argv[position]
@@ -230,7 +262,8 @@ def read_flags(
             name, given = name[3:], ["false"]
         if not (flag.startswith("--") or name) or name not in (*types, "config"):
             said = unknown(name, [*types, "config"], "--") or _of_other_command(name)
-            raise UsageError(f"unknown option {flag}{said}")
+            unknown_names.append(f"unknown option {flag}{said}")
+            continue
         yield flag, name, given
 
 

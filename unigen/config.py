@@ -6,6 +6,7 @@ a flag wins over a recipe, an unknown key is an error that names the nearest kno
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -21,6 +22,7 @@ from unigen.topics import (
     OptimOptions,
     RunOptions,
     SamplingOptions,
+    SourceOptions,
     TrackingOptions,
     TrainSource,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "OptimOptions",
     "RunOptions",
     "SamplingOptions",
+    "SourceOptions",
     "TrainSource",
     "TrackingOptions",
     "UserError",
@@ -46,7 +49,8 @@ __all__ = [
 ]
 
 TOPICS = (
-    ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, EvaluationOptions, TrackingOptions,
+    ModelOptions, DataOptions, SourceOptions, LoaderOptions, OptimOptions, RunOptions, EvaluationOptions,
+    TrackingOptions,
 )  # fmt: skip
 
 
@@ -55,8 +59,9 @@ _MODES = {None: None, 1: None, 2: "nf4", 3: "int8"}
 
 @dataclass
 class Config(
-    ModelOptions, DataOptions, LoaderOptions, OptimOptions, RunOptions, EvaluationOptions, TrackingOptions
-):
+    ModelOptions, DataOptions, SourceOptions, LoaderOptions, OptimOptions, RunOptions, EvaluationOptions,
+    TrackingOptions,
+):  # fmt: skip
     """Every option of a training run, flat."""
 
     # no option: the folder of the model where its matrices are quantised and no option asked for that
@@ -70,16 +75,16 @@ class Config(
         # the same choice under two names; resolve() tells where they differ
         self.quantize = self.quantize or _MODES[self.model_load_mode]
 
-    def resolve(self, data: bool = True) -> Config:
+    def resolve(self, data: bool = True, only: Collection[str] = ()) -> Config:
         """Checks what can be checked without touching a file, and returns itself. Without ``data`` no
-        training data need be named.
+        training data need be named; ``only`` are the options whose contradictions count, default all.
 
         Raises:
             ConfigError: an option is missing or out of range, or two exclude each other.
         """
         self.reread()
         for refused, name, problem in conflicts(self):
-            if refused and (data or name != "train_data_path"):
+            if refused and name in (only or [name]) and (data or name != "train_data_path"):
                 raise ConfigError(f"{name} {problem} (--{name} ...)")
         self.asked_precision()
         self.sources()
@@ -121,36 +126,6 @@ class Config(
         if on:
             return on[0]
         return "fp32" if self.precision == "auto" and self.bf16 is False else self.precision
-
-    def sources(self) -> list[TrainSource]:
-        """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one; and
-        ``preserve_data_path``.
-
-        Raises:
-            ConfigError: an entry of ``train_sources`` has an unknown key or a bad value, or two have one
-                name.
-        """
-        kept = self.preserve_data_path
-        more = [TrainSource(kept, "preserve_data_path", repeat=True, preserve=True)] if kept else []
-        if not self.train_sources:
-            given = self.train_data_path
-            return [TrainSource(given, "train_data_path", split=self.split), *more] if given else more
-        found = [
-            TrainSource.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)
-        ]
-        found += more
-        names = [source.name for source in found]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(
-                    f"train_sources: two sources are called {name!r}; give them a name each (name: ...)"
-                )
-        return found
-
-    def held_out(self) -> list[TrainSource]:
-        """The validation data as a source; empty without one."""
-        given = self.val_data_path
-        return [TrainSource(given, "val_data_path", split=self.val_split)] if given else []
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,18 +19,18 @@ class UsageError(UserError):
 
 
 def read_recipe(
-    path: Path, known: Collection[str], elsewhere: Callable[[str], str] = lambda name: ""
+    path: Path, known: Collection[str], unknown_names: list[str], elsewhere: Callable[[str], str]
 ) -> Iterator[tuple[str, str, Any]]:
-    """(``file:line: key``, option, value) of a recipe; values as :func:`unigen.values.spelled` gives them.
+    """(option, ``file:line: key``, value) of a recipe; values as :func:`unigen.values.spelled` gives them.
 
     Args:
         path: A regular file of at most 1 MiB.
         known: The names of options that it may hold.
-        elsewhere: What to say of another name that no slip of the hand explains; "" where nothing is known.
+        unknown_names: Gets what is to be said of other names, a line each.
+        elsewhere: What to say of such a name that no slip of the hand explains; "" where nothing is known.
 
     Raises:
-        UserError: it cannot be read, is no valid YAML, has an unknown key or one twice, or a value that no
-            option can be.
+        UserError: it cannot be read, is no valid YAML, has a key twice, or a value that no option can be.
     """
     import yaml
 
@@ -51,13 +51,14 @@ def read_recipe(
         if name not in known:
             said = unknown(name, known) or elsewhere(name) or ". Fix: correct or remove the line"
             fix = "" if "Fix: " in said else " Fix: correct or remove the line"
-            raise UsageError(f"{where}: unknown option {shown(written)}{said}{fix}")
+            unknown_names.append(f"{where}: unknown option {shown(written)}{said}{fix}")
+            continue
         if name in seen:
             raise UsageError(
                 f"{where}: {name} was already given in line {seen[name]}. Fix: keep one of the two"
             )
         seen[name] = line
-        yield f"{where}: {name}", name, node_value(node, f"{where}: {name}")
+        yield name, f"{where}: {name}", node_value(node, f"{where}: {name}")
 
 
 def _text(path: Path) -> str:

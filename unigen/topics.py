@@ -134,13 +134,17 @@ class TrainSource(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        first = self.path if isinstance(self.path, str) else self.path[0]
-        self.name = self.name or first.rstrip("/").rpartition("/")[2]
+        self.name = self.name or self.paths[0].rstrip("/").rpartition("/")[2]
         low, high = self.min_image_size, self.max_image_size
         if low is not None and high is not None and low > high:
             raise ConfigError(
                 f"min_image_size is {low}, above max_image_size {high}. Fix: swap them, or leave one out"
             )
+
+    @property
+    def paths(self) -> list[str]:
+        """Its path, or several."""
+        return [self.path] if isinstance(self.path, str) else self.path
 
     @classmethod
     def read(cls, values: dict[str, Any], where: str) -> TrainSource:
@@ -206,8 +210,8 @@ class DataOptions(Options):
 
 
 @dataclass
-class LoaderOptions(Options):
-    """Which data is read, and how it is packed.
+class SourceOptions(Options):
+    """Which data is read.
 
     Args:
         train_data_path: JSON, JSONL, Parquet, Arrow, CSV, TSV or tar files, data sets saved by Hugging Face
@@ -217,6 +221,57 @@ class LoaderOptions(Options):
         val_data_path: Held-out data of the same kinds, for validation.
         val_split: As split, of val_data_path. Default: the validation split.
         preserve_data_path: Data of the same kinds, on which the model stays what it was (preserve_weight).
+        probe_data_path: Records that the model could answer before and should answer still: its losses and
+            answers on them are held against those of the model that the run began with.
+    """
+
+    train_data_path: PathText | list[PathText] | None = None
+    train_sources: list[Annotated[dict[str, Any], KeysOf(TrainSource)]] | None = None
+    val_data_path: PathText | list[PathText] | None = None
+    val_split: str | None = None
+    preserve_data_path: PathText | list[PathText] | None = None
+    probe_data_path: PathText | None = None
+
+    def sources(self) -> list[TrainSource]:
+        """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one; and
+        ``preserve_data_path``.
+
+        Raises:
+            ConfigError: an entry of ``train_sources`` has an unknown key or a bad value, or two have one
+                name.
+        """
+        kept, given = self.preserve_data_path, self.train_data_path
+        more = [TrainSource(kept, "preserve_data_path", repeat=True, preserve=True)] if kept else []
+        if not self.train_sources:
+            split = getattr(self, "split", None)  # of DataOptions
+            return [TrainSource(given, "train_data_path", split=split), *more] if given else more
+        found = [
+            TrainSource.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)
+        ]
+        found += more
+        names = [source.name for source in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"train_sources: two sources are called {name!r}; give them a name each (name: ...)"
+                )
+        return found
+
+    def held_out(self) -> list[TrainSource]:
+        """The validation data as a source; empty without one."""
+        given = self.val_data_path
+        return [TrainSource(given, "val_data_path", split=self.val_split)] if given else []
+
+    def probed(self) -> list[TrainSource]:
+        """The data of the forgetting probe as a source; empty without one."""
+        return [TrainSource(self.probe_data_path, "probe_data_path")] if self.probe_data_path else []
+
+
+@dataclass
+class LoaderOptions(Options):
+    """How it is packed.
+
+    Args:
         cache_dir: Folder that "unigen cache" filled; pictures found there are not encoded again.
         batch_size: Samples in a packed sequence.
         max_num_tokens: Token budget of a packed sequence; when given, it decides how many samples one holds.
@@ -228,11 +283,6 @@ class LoaderOptions(Options):
             one for each training process, at most 4.
     """
 
-    train_data_path: PathText | list[PathText] | None = None
-    train_sources: list[Annotated[dict[str, Any], KeysOf(TrainSource)]] | None = None
-    val_data_path: PathText | list[PathText] | None = None
-    val_split: str | None = None
-    preserve_data_path: PathText | list[PathText] | None = None
     cache_dir: PathText | None = None
     batch_size: Count = 1
     max_num_tokens: Count | None = None
@@ -411,8 +461,6 @@ class EvaluationOptions(Options):
         eval_features: Whose features pictures are compared by, as the option features of unigen evaluate.
         eval_clip: Folder of a CLIP or SigLIP, for the CLIP score.
         metric_for_best_model: The number of metrics.jsonl that best and early stopping follow.
-        probe_data_path: Records that the model could answer before and should answer still: its losses and
-            answers on them are held against those of the model that the run began with.
         stop_on_drift: End the run where a loss on the probe lies this share above the first one (0.1 for
             10 %).
         greater_is_better: Whether it is better the greater it is. Default: losses are not, other numbers as
@@ -425,7 +473,6 @@ class EvaluationOptions(Options):
     eval_clip: PathText | None = None
     metric_for_best_model: str = "val_loss"
     greater_is_better: bool | None = None
-    probe_data_path: PathText | None = None
     stop_on_drift: NotNegative | None = None
 
 

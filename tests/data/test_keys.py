@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from checking import check
 
-from unigen.commands.check.findings import check
 from unigen.commands.preview.command import preview
 from unigen.commands.preview.pick import PreviewOptions
 from unigen.config import DataOptions

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from checking import check
 from PIL import Image
 
 from unigen.cli import main, parse_config
-from unigen.commands.check.findings import check
 from unigen.config import ConfigError, DataOptions
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
 from unigen.data.formats import parse_with_fields

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unigen import foreign
 from unigen.bars import Bar
-from unigen.config import DataOptions
+from unigen.config import DataOptions, TrainSource
 from unigen.model.adapters import CONFIG as ADAPTER
 from unigen.model.adapters import (
     NAME,
@@ -85,8 +85,10 @@ SIDE_FILES = (
 )
 
 
-def load_planner(folder: str | Path | None, options: DataOptions | None = None) -> Planner:
-    """The planner of a checkpoint folder, without its weights.
+def load_planner(
+    folder: str | Path | None, options: DataOptions | None = None, source: TrainSource | None = None
+) -> Planner:
+    """The planner of a checkpoint folder, without its weights; ``source``: whose records it plans.
 
     Without a folder: the picture sizes of BAGEL-7B-MoT, and texts counted in words (:class:`WordTokenizer`),
     an estimate.
@@ -102,10 +104,10 @@ def load_planner(folder: str | Path | None, options: DataOptions | None = None) 
             Qwen2Config(max_position_embeddings=32768),
             SiglipVisionConfig(image_size=980, patch_size=14),
         )
-        return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options)
+        return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options, source)
     folder = Path(folder)
     check_side_files(folder)
-    return read_shape(folder).planner(Tokenizer.load(folder), options)
+    return read_shape(folder).planner(Tokenizer.load(folder), options, source)
 
 
 def read_shape(folder: Path, options: DataOptions | None = None) -> BagelConfig:

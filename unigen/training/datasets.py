@@ -27,9 +27,8 @@ KEPT_SHARE = 0.25  # preserve_share where none is given
 
 def need_data(config: Config) -> None:
     """Raises UserError where data that the config names are not there: before the model is read."""
-    for source in [*config.sources(), *config.held_out()]:
-        need_paths([source.path] if isinstance(source.path, str) else source.path)
-    need_paths([config.probe_data_path] if config.probe_data_path else [])
+    for source in [*config.sources(), *config.held_out(), *config.probed()]:
+        need_paths(source.paths)
 
 
 class RunData:
@@ -55,7 +54,7 @@ class RunData:
         self.val = self._stream(held_out, tokenizer, training=False) if held_out else None
         if self.engine.main:
             _warn_of_shared_files(self.train.mixture.parts, self.val.mixture.parts if self.val else [])
-        probe = [TrainSource(config.probe_data_path, "probe_data_path")] if config.probe_data_path else []
+        probe = config.probed()
         self.probe = self._stream(probe, tokenizer, training=False) if probe else None
 
     @property

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from browser import FAULTS, framed, in_browser
+from checking import check
 from pages import Page
 
 from unigen.commands.check import page as check_page
 from unigen.commands.check.advice import advise
 from unigen.commands.check.command import CheckOptions, run
-from unigen.commands.check.findings import Findings, Problems, check
+from unigen.commands.check.findings import Findings, Problems
 from unigen.commands.check.report import percent, sections
 from unigen.config import DataOptions
 from unigen.data.mapping import ReadOptions

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from checking import check
 
 from unigen.cli import main
 from unigen.commands.check.advice import advise
-from unigen.commands.check.findings import Findings, Problems, check
+from unigen.commands.check.findings import Findings, Problems
 from unigen.commands.check.report import advice_line, sections
 from unigen.commands.check.terminal import report
 from unigen.config import DataOptions

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from checking import check
 from PIL import Image
 
 from unigen.cli import main
 from unigen.commands.check import findings as module
 from unigen.commands.check.advice import advise
-from unigen.commands.check.findings import Findings, Problems, check
+from unigen.commands.check.findings import Findings, Problems
 from unigen.config import ConfigError, DataOptions
 from unigen.data.containers import read_part
 from unigen.data.dataset import BadData, UnifiedGenerationDataset
@@ -29,7 +30,7 @@ from unigen.model.weights import load_planner
 from unigen.sequence.draw import RandomKey
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Planner
-from unigen.sequence.types import BadRecord, Kind
+from unigen.sequence.types import BadRecord
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "sample_data_format.json"
 WORDS = [f"word{i}" for i in range(50)]
@@ -628,3 +629,71 @@ def test_a_length_beyond_the_models_positions_is_refused(golden: Path):
     assert load_planner(golden / "model", DataOptions(max_sequence_length=longest)).max_length == longest
     with pytest.raises(ConfigError, match=f"max_sequence_length {longest}, "):
         load_planner(golden / "model", DataOptions(max_sequence_length=longest + 1))
+
+
+def test_the_recipe_of_a_training_is_checked_source_by_source(tmp_path, capsys, golden):
+    """Its fields, splits and sizes, validation and probe too; a file that two sources read alike counts once."""
+    picture(tmp_path / "p.png")
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a" / "train.jsonl", *[{"image": "../p.png", "said": f"a cat {i}"} for i in range(3)])
+    write(tmp_path / "a" / "val.jsonl", {"image": "../p.png", "said": "a dog"})
+    write(tmp_path / "talks.jsonl", talk("why", "so"), {"image": "p.png"})
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(
+        f"model_path: {golden / 'model'}\nlearning_rate: 1e-4\nval_data_path: {tmp_path / 'a'}\n"
+        "fields: {text: said}\ntrain_sources:\n"
+        f"- {{path: {tmp_path / 'a'}, name: pictures, max_image_tokens: 16}}\n"
+        f"- {{path: {tmp_path / 'talks.jsonl'}, fields: {{metadata: said}}}}\n"
+        f"probe_data_path: {tmp_path / 'a' / 'val.jsonl'}\n"
+    )
+    assert main(["check", "--config", str(recipe), "--json"]) == 2  # metadata is a place that no talk has
+    assert "said, which --fields metadata=said names" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace("{metadata: said}", "{query: messages.0.content}"))
+    write(tmp_path / "talks.jsonl", {"messages": [{"content": "why"}], "response": "so"}, {"image": "p.png"})
+    assert main(["check", "--config", str(recipe), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    found = document["statistics"]
+    assert found["sources"] == {
+        "pictures": 3, "talks.jsonl": 2, "val_data_path": 1, "probe_data_path": 0,
+    }  # fmt: skip
+    assert found["records"] == 6 and [p["line"] for p in document["problems"]] == [2]
+    assert found["lengths"]["unit"] == "tokens" and found["left_out"]["splits"] == ""
+    # paths take the place of that data, and a training's flags are those of its recipe
+    assert main(["check", str(tmp_path / "a"), "--config", str(recipe), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["statistics"]["records"] == 3
+    talks = str(tmp_path / "talks.jsonl")
+    assert main(["check", "--train_data_path", talks, "--fields", "query=messages.0.content"]) == 1
+
+
+def test_a_source_without_a_record_is_a_problem_beside_others(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    good = write(tmp_path / "a.jsonl", talk("why", "so"))
+    flags = ["--train_data_path", str(good), "--val_data_path", str(tmp_path / "empty.jsonl")]
+    assert main(["check", *flags, "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["code"] == "no_record" and problem["file"].endswith("empty.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("record", "flags"),
+    [
+        ({"img": "p.png", "caption_text": "a cat"}, "--fields image=img caption=caption_text"),
+        ({"image_path": "p.png", "captoin": "a cat"}, "--fields caption=captoin"),
+        ({"Image": "p.png", "text": "a cat"}, "--fields image=Image"),
+        ({"q": "why", "a": "so"}, "--fields query=q response=a"),
+        ({"instructions": "red", "input_img": "p.png", "output_img": "p.png"}, "--fields"),
+    ],
+)
+def test_near_misses_get_the_mapping_that_makes_the_record_work(record, flags, tmp_path, capsys):
+    picture(tmp_path / "p.png")
+    path = str(write(tmp_path / "a.jsonl", record))
+    assert main(["check", path, "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert flags in problem["cure"], problem
+    given = problem["cure"].partition("--fields ")[2].split(" where ")[0].split()
+    assert main(["check", path, "--fields", *given]) == 0
+    # the same pairs the wrong way round
+    turned = ["=".join(reversed(pair.split("="))) for pair in given]
+    capsys.readouterr()
+    assert main(["check", path, "--fields", *turned]) == 2
+    assert f"the other way round: --fields {given[0]}" in capsys.readouterr().err

@@ -345,3 +345,22 @@ def test_a_picture_outside_the_root_is_refused(tmp_path, capsys):
         and f"{path}:2: outside_root in field 'image_path'" in out
     )
     assert run(capsys, path, "--output", "none")[0] == 0
+
+
+def test_the_recipe_of_a_training_shows_the_first_records_of_each_source(tmp_path, golden, capsys):
+    talks = [{"query": f"why {i}", "response": "so"} for i in range(3)]
+    write(tmp_path, *talks).rename(tmp_path / "a.jsonl")
+    write(tmp_path, *({"asked": f"how {i}", "response": "thus"} for i in range(3)))
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(
+        f"model_path: {golden / 'model'}\nlearning_rate: 1e-4\nmax_sequence_length: 99\ntrain_sources:\n"
+        f"- {{path: {tmp_path / 'a.jsonl'}}}\n- {{path: {tmp_path / 'data.jsonl'}, fields: {{query: asked}}}}\n"
+    )
+    code, out, _ = run(capsys, "--config", recipe, "-n", 2, "--output", "none")
+    heads = [line.split()[:3] for line in out.splitlines() if line.startswith("record ")]
+    places = [f"{tmp_path / name}.jsonl:{line}" for name in ("a", "data") for line in (1, 2)]
+    # numbers go over all sources, as the passes of a training depend on them
+    assert code == 0 and heads == [["record", str(n), at] for n, at in zip((0, 1, 3, 4), places)]
+    assert out.count("of 99;") == 4
+    code, out, _ = run(capsys, tmp_path / "a.jsonl", "--config", recipe, "--records", 2, "--output", "none")
+    assert code == 0 and f"record 2  {tmp_path / 'a.jsonl'}:3" in out

@@ -16,7 +16,10 @@ FULL = 0.97  # of a packed sequence
 PACKS = 10  # fewer say nothing: the last one, which ends with the data, weighs too much
 
 
-_PROBLEMS = {"few": "few_problems", "many": "problems", "lost": "lost_file", "nothing": "no_records"}
+_PROBLEMS = {
+    **{"few": "few_problems", "many": "problems", "lost": "lost_file"},
+    **dict.fromkeys(("nothing", "clean"), "no_records"),  # in all, or beside good ones in one source
+}
 
 
 class Advice(NamedTuple):

@@ -8,23 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unigen.bars import Bar
-from unigen.config import ConfigError, DataOptions, UserError
+from unigen.config import ConfigError, DataOptions, SourceOptions, TrainSource, UserError
 from unigen.messages import in_language
 from unigen.outputs import output_file, unwritten
 from unigen.show.terminal import reader_may_leave, say
 from unigen.topics import Workers
 from unigen.values import Count, PathText
 
+if TYPE_CHECKING:
+    from unigen.commands.check.part import CheckedData
+    from unigen.data.splits import Split
+
 
 @dataclass
-class CheckOptions(DataOptions):
-    """What to check, how thoroughly, and where the report goes; lengths count what chance may leave out.
+class CheckOptions(DataOptions, SourceOptions):
+    """What to check, how thoroughly, and where the report goes; lengths count what chance may leave out. The
+    recipe of a training names the data, the fields and the model, and the rest of it is passed over.
 
     Args:
-        paths: Files and folders of records, as train_data_path of the training.
+        paths: Files and folders to check, in place of the data of a training (train_data_path and the like).
         deep: Decode every picture to its last row (true), or read headers alone (false). Default: decode
             where there are at most 5,000 distinct pictures, as training does at its start.
         json: Print one JSON document in place of the report.
@@ -59,31 +64,23 @@ def run(options: CheckOptions) -> int:
     from unigen.commands.check.advice import advise
     from unigen.commands.check.findings import BUDGETS, CHECK, LIMITS, Findings, Problems, check
     from unigen.commands.check.terminal import report
-    from unigen.data.mapping import ReadOptions
-    from unigen.data.probe import check_roots
-    from unigen.model.weights import load_planner
     from unigen.show.language import Words
 
-    read = ReadOptions.of(options)
-    check_roots(read)
-    inputs = [*options.paths, options.model_path]
+    data = _data(options)
+    inputs = [*(path for one in data for path in one.paths), options.model_path]
     output = options.output and output_file("output", options.output, CHECK, inputs)
     listing = Path(options.problems) if options.problems else None
     if listing:
         output_file("problems", listing, CHECK, [*inputs, output], ".jsonl")
     words = Words(options.language, "check")
-    planner = load_planner(options.model_path, options)
     budgets = [*BUDGETS, options.max_num_tokens] if options.max_num_tokens else list(BUDGETS)
 
     def look(deep: bool) -> Findings:
         with _bar() as progress:
             return check(
-                options.paths,
-                planner,
+                data,
                 deep=deep,
-                read=read,
-                split=options.split,
-                limits=[*LIMITS, planner.max_length],
+                limits=[*LIMITS, data[0].planner.max_length],
                 num_workers=options.num_workers,
                 problems=Problems(listing),
                 progress=progress,
@@ -128,11 +125,35 @@ def _noted(failed: list[UserError]) -> Iterator[None]:
 
 def _resolve(options: CheckOptions) -> None:
     """Raises ConfigError for an option that cannot work."""
-    if not options.paths:
+    if not _named(options):
         raise ConfigError(
             "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
         )
     options.reread()
+
+
+def _named(options: CheckOptions) -> list[tuple[TrainSource, Split]]:
+    """The data to check, and the split that is taken of its folders."""
+    if options.paths:
+        return [(TrainSource(options.paths, split=options.split), "train")]
+    held_out = [*options.held_out(), *options.probed()]
+    return [(one, "train") for one in options.sources()] + [(one, "validation") for one in held_out]
+
+
+def _data(options: CheckOptions) -> list[CheckedData]:
+    """The same as a training reads it. Raises UserError."""
+    from unigen.commands.check.part import CheckedData
+    from unigen.data.mapping import ReadOptions
+    from unigen.data.probe import check_roots
+    from unigen.model.weights import load_planner
+
+    found = []
+    for source, split in _named(options):
+        read = ReadOptions.of(source, options)
+        check_roots(read)
+        planner = load_planner(options.model_path, options, source)
+        found.append(CheckedData(source.name, source.paths, planner, read, split, source.split))
+    return found
 
 
 @contextmanager

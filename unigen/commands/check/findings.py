@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from unigen.commands.check.part import PartFindings, PartJob, checker
+from unigen.commands.check.part import CheckedData, PartFindings, PartJob, checker
 from unigen.commands.check.statistics import (
     KINDS,
     Tally,
@@ -35,7 +35,6 @@ from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
 from unigen.data.keys import NOTES
 from unigen.data.loader import cores
-from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import require_match
 from unigen.data.splits import LeftOut, describing, of_splits
 from unigen.data.workers import Died, in_order
@@ -123,14 +122,17 @@ class Findings:
     parts: list[FilePart]
     part_ends: np.ndarray  # [parts] int64: records read up to the end of each part
     limits: tuple[int, ...]  # values of ``max_sequence_length`` to say the effect of
-    exact: bool  # lengths in the model's tokens; otherwise estimated in words
     deep: bool
-    max_length: int  # tokens that a record may have
     interrupted: bool
     seconds: float
-    max_bad_share: float  # of the records, that a training may leave out
     left_out: list[LeftOut]  # files of folders that are not read
-    read: ReadOptions = PLAIN
+    data: Sequence[CheckedData]
+    of_file: list[int]  # which of ``data`` each file is of
+
+    @property
+    def planner(self) -> Planner:
+        """The first one: all have the same tokenizer, limit and options."""
+        return self.data[0].planner
 
     @property
     def to_be_decoded(self) -> bool:
@@ -175,7 +177,8 @@ class Findings:
             "records": len(self.tally.records),
             "good_records": len(good),
             "lost_files": self.problems.lost,
-            "max_bad_share": self.max_bad_share,
+            "max_bad_share": self.planner.options.max_bad_share,
+            "sources": self._sources(),
             "left_out": {"splits": of_splits(self.left_out), "about": describing(self.left_out)},
             "formats": {name: n for name, n in zip(FORMATS, formats) if n},
             **{what: self.tally.notes.of(what) for what in NOTES},
@@ -197,7 +200,10 @@ class Findings:
                 "image_tokens": tokens("image_tokens"),
             },
             "tokens": {kind: tokens(kind) for kind in KINDS},
-            "lengths": {"unit": "tokens" if self.exact else "words", **distribution_of(good["length"])},
+            "lengths": {
+                "unit": "words" if isinstance(self.planner.tokenizer, WordTokenizer) else "tokens",
+                **distribution_of(good["length"]),
+            },
             "pictures": {
                 "pieces": len(pictures),
                 "sizes": [[*size, n] for size, n in zip(sizes[most].tolist(), often[most].tolist())],
@@ -211,13 +217,21 @@ class Findings:
                 "records": int(good["near_empty"].sum()),
                 "first": [list(entry) for entry in self.tally.near_empty],
             },
-            "max_length": self.max_length,
+            "max_length": self.planner.max_length,
             "limits": what_limits_cut(self.tally.records, self.limits),
             "rows": how_full_packs_get(good["length"], sorted(set(budgets))),
         }
 
+    def _sources(self) -> dict[str, int]:
+        """Records by source."""
+        found = dict.fromkeys((one.name for one in self.data), 0)
+        for part, records in zip(self.parts, np.diff(self.part_ends, prepend=0).tolist()):
+            found[self.data[self.of_file[part.file]].name] += records
+        return found
+
     def _parsed(self, part: FilePart, span: ByteSpan, raw: Raw) -> Record:
-        return parse_raw(raw, span.line, Origin(part.path, span.line or None, span.index), self.read)[0]
+        read = self.data[self.of_file[part.file]].read
+        return parse_raw(raw, span.line, Origin(part.path, span.line or None, span.index), read)[0]
 
     def _repeats(self) -> dict[str, Any]:
         """``records``, ``texts``, ``pictures``, ``copies`` -> ``distinct``, ``surplus``, ``most``: ``count``,
@@ -267,12 +281,9 @@ def _shown(record: Record, kind: str, number: int) -> str:
 
 
 def check(
-    paths: str | Path | Sequence[str | Path],
-    planner: Planner,
+    data: Sequence[CheckedData],
     *,
     deep: bool = False,
-    read: ReadOptions = PLAIN,
-    split: str | None = None,
     limits: Sequence[int] = LIMITS,
     num_workers: int | None = None,
     problems: Problems | None = None,
@@ -281,11 +292,9 @@ def check(
     """Checks every record, picture and file.
 
     Args:
-        paths: As for ``UnifiedGenerationDataset``.
-        planner: Says how long records are, and refuses those that its ``max_length`` cannot hold.
+        data: What to read, each with a planner, which says how long records are and refuses those that its
+            ``max_length`` cannot hold. A file that is read twice in the same way is checked once.
         deep: Decode every picture to its last row; otherwise headers only.
-        read: How the records are read.
-        split: The split to take of folders, by its name.
         limits: Values of ``max_sequence_length`` to say the effect of.
         num_workers: Processes; 0 for none; default: one for each core, none where the data is small.
         problems: Where they go.
@@ -295,13 +304,8 @@ def check(
         BadData: There is nothing to check.
     """
     start = time.monotonic()
-    given = [paths] if isinstance(paths, str | Path) else paths
     left_out: list[LeftOut] = []
-    files = [
-        path
-        for path, _ in find_files(given, read.data_root, "train", left_out, split, bool(read.trigger_word))
-    ]
-    require_match(files, read)
+    files, of_file = _find(data, left_out)
     total = sum(path.stat().st_size for path in files)
     if num_workers is None:
         num_workers = 0 if total <= ALONE and not deep else cores()
@@ -309,6 +313,8 @@ def check(
     tallies: list[Tally] = []
     done_parts: list[FilePart] = []
     ends = [0]
+    # of the data: parts with a record or a problem, and records that are not to be learnt
+    found, unlearnt = Counter[int](), Counter[int]()
     done = deaths = 0
     interrupted = False
 
@@ -321,15 +327,18 @@ def check(
             return None
         return job._replace(skip=(*job.skip, (died.step, died.reason)))
 
-    jobs = _jobs(files, DEEP_PART if deep else PART)
+    jobs = _jobs(files, of_file, DEEP_PART if deep else PART)
     try:
-        with closing(in_order(checker, (planner, deep, read), jobs, num_workers, again)) as outcomes:
+        with closing(in_order(checker, (data, deep), jobs, num_workers, again)) as outcomes:
             for job, outcome in outcomes:
                 if isinstance(outcome, Died):
                     outcome = PartFindings.of_lost(_lost(job, outcome))
                 for problem in outcome.problems:
                     problems.add(problem)
                 tallies.append(outcome.tally)
+                if len(outcome.tally.good) or outcome.problems:
+                    found[job.source] += 1
+                unlearnt[job.source] += outcome.tally.notes.unlearnt
                 if job.part is not None:
                     done_parts.append(job.part)
                     ends.append(ends[-1] + len(outcome.tally.records))
@@ -338,8 +347,9 @@ def check(
     except KeyboardInterrupt:
         interrupted = True
     tally = Tally.join(tallies)
-    if not len(tally.good) and not len(problems) and not interrupted:
-        problems.add(no_record(files, tally.notes.unlearnt).to_dict())
+    for source in sorted(set(of_file) - found.keys()) if not interrupted else []:
+        own = [path for path, number in zip(files, of_file) if number == source]
+        problems.add(no_record(own, unlearnt[source]).to_dict())
     return Findings(
         files,
         problems,
@@ -347,22 +357,39 @@ def check(
         done_parts,
         np.array(ends[1:], np.int64),
         tuple(sorted(set(limits))),
-        exact=not isinstance(planner.tokenizer, WordTokenizer),
         deep=deep,
-        max_length=planner.max_length,
         interrupted=interrupted,
         seconds=time.monotonic() - start,
-        max_bad_share=planner.options.max_bad_share,
         left_out=left_out,
-        read=read,
+        data=data,
+        of_file=of_file,
     )
 
 
-def _jobs(files: Sequence[Path], size: int) -> Iterator[PartJob]:
+def _find(data: Sequence[CheckedData], left_out: list[LeftOut]) -> tuple[list[Path], list[int]]:
+    """The files of all data, each once for each way that it is read, and of which data each is. Raises
+    BadData."""
+    found: dict[tuple[Path, str, str], int] = {}
+    for number, one in enumerate(data):
+        read, more = one.read, list[LeftOut]()
+        there = find_files(
+            one.paths, read.data_root, one.split, more, one.named_split, bool(read.trigger_word)
+        )
+        files = [path for path, _ in there]
+        require_match(files, read)
+        left_out += [entry for entry in more if entry not in left_out]
+        for path in files:
+            found.setdefault((path, repr(read), one.planner.identity), number)
+    taken = {path for path, *_ in found}
+    left_out[:] = [entry for entry in left_out if entry.path not in taken]  # of another source's split
+    return [path for path, *_ in found], list(found.values())
+
+
+def _jobs(files: Sequence[Path], of_file: Sequence[int], size: int) -> Iterator[PartJob]:
     for number, path in enumerate(files):
         try:
             for part in parts(path, number, size):
-                yield PartJob(part)
+                yield PartJob(part, of_file[number])
         except BadRecord as error:
             yield PartJob(None, lost=error)
 

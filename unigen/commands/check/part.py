@@ -4,7 +4,8 @@ tokens."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from unigen.data.dataset import TASKS, task
 from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of, locate
 from unigen.data.formats import FORMATS
 from unigen.data.keys import Notes, Unlearnt
-from unigen.data.mapping import ReadOptions
+from unigen.data.mapping import PLAIN, ReadOptions
+from unigen.data.splits import Split
 from unigen.data.workers import Mark
 from unigen.sequence.images import PictureError, image_size, open_image, read_picture
 from unigen.sequence.lengths import RecordLengths, TokenLengths
@@ -28,10 +30,24 @@ _PICTURES = 100_000  # pictures whose size a process remembers
 _NO_LIMIT = 1 << 31
 
 
+class CheckedData(NamedTuple):
+    """Data that is read in one way: ``name`` is the source's; ``split`` is taken of folders that hold
+    several, or the one that ``named_split`` names."""
+
+    name: str
+    paths: Sequence[str | Path]
+    planner: Planner
+    read: ReadOptions = PLAIN
+    split: Split = "train"
+    named_split: str | None = None
+
+
 class PartJob(NamedTuple):
-    """A part to check. ``skip`` are records (by their number in the part) that a process died of, and how."""
+    """A part to check, of the data ``source``. ``skip`` are records (by their number in the part) that a
+    process died of, and how."""
 
     part: FilePart | None
+    source: int = 0
     skip: tuple[tuple[int, str], ...] = ()
     lost: BadRecord | None = None  # what makes the rest of its file unreadable, in place of a part
 
@@ -48,9 +64,10 @@ class PartFindings(NamedTuple):
         return cls(Tally.join([]), [error.to_dict()])
 
 
-def checker(planner: Planner, deep: bool, read: ReadOptions) -> Callable[[PartJob, Mark], PartFindings]:
+def checker(data: Sequence[CheckedData], deep: bool) -> Callable[[PartJob, Mark], PartFindings]:
     """What does a :class:`PartJob`; made once in each process."""
-    return _Checker(planner, deep, read).work
+    checkers = [_Checker(one.planner, deep, one.read) for one in data]
+    return lambda job, mark: checkers[job.source].work(job, mark)
 
 
 def is_near_empty(text: str) -> bool:

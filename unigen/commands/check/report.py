@@ -105,6 +105,10 @@ def percent(share: float) -> str:
 
 def _contents(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     good = max(s["good_records"], 1)
+    if len(s["sources"]) > 1:
+        every = max(s["records"], 1)
+        rows = [[name, n, percent(n / every)] for name, n in s["sources"].items()]
+        yield ReportTable([words("source"), words("records"), words("share")], rows)
     if s["formats"]:
         formats = sorted(s["formats"].items(), key=lambda entry: -entry[1])
         yield ReportTable(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from unigen.config import SamplingOptions
 from unigen.values import Count, Device, PathText, Plugin, Renames, Seed, Share, Whole
@@ -11,7 +11,8 @@ from unigen.values import Count, Device, PathText, Plugin, Renames, Seed, Share,
 
 @dataclass(kw_only=True)
 class EvaluateOptions(SamplingOptions):
-    """Which checkpoint answers what, and how its answers are measured.
+    """Which checkpoint answers what, and how its answers are measured. Of a training's recipe the held-out
+    data and its fields are taken, and the rest is passed over.
 
     Args:
         model_path: Folder of the checkpoint, in the published BAGEL layout.
@@ -111,3 +112,9 @@ class EvaluateOptions(SamplingOptions):
     device: Device = "auto"
     language: Literal["en", "zh"] | None = None
     seed: Seed | None = 42
+
+    of_training: ClassVar = {
+        **{name: name for name in ("data_root", "image_root", "fields", "trigger_word", "plugin", "device")},
+        "allow_control_tokens": "allow_control_tokens", "val_data_path": "data_path", "val_split": "split",
+    }  # fmt: skip
+    """What is taken of a training's recipe: its option -> the one here."""

@@ -6,7 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from unigen.commands.preview.pick import Look, PreviewOptions, check_options, look_at, pick, time_shift
+from unigen.commands.preview.pick import (
+    Look,
+    PreviewOptions,
+    check_options,
+    look_at,
+    pick,
+    shown_sources,
+    time_shift,
+)
 from unigen.data.keys import Unlearnt
 from unigen.data.words import cut
 from unigen.messages import in_language
@@ -29,12 +37,14 @@ def preview(options: PreviewOptions) -> int:
             be written.
     """
     check_options(options)
+    sources = shown_sources(options)
+    named = [path for source in sources for path in source.paths]
     output = options.output and output_file(
-        "output", options.output, "unigen preview", [*options.paths, options.model_path]
+        "output", options.output, "unigen preview", [*named, options.model_path]
     )
     from unigen.model.weights import load_planner
 
-    planner = load_planner(options.model_path, options)
+    planners = [load_planner(options.model_path, options, source) for source in sources]
     shift = time_shift(options)
     chosen = pick(options)
     bad = 0
@@ -42,7 +52,7 @@ def preview(options: PreviewOptions) -> int:
     def looks() -> Iterator[Look]:
         nonlocal bad
         for found in chosen:
-            shown = look_at(found, options, planner, shift)
+            shown = look_at(found, options, planners[found.source], shift)
             bad += shown.problem is not None and not isinstance(shown.problem, Unlearnt)
             say(*in_terminal(shown))
             yield shown
@@ -56,7 +66,7 @@ def preview(options: PreviewOptions) -> int:
         from unigen.commands.preview.page import write_preview
 
         with unwritten("output", output):
-            write_preview(output, looks(), options, planner)
+            write_preview(output, looks(), options, planners[0])
         say(f"Written to {options.output}")
     return 1 if bad else 0
 

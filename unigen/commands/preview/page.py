@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.commands.preview.chips import Chip, Chips, FoldedText, signs_named
-from unigen.commands.preview.pick import Look, PreviewOptions
+from unigen.commands.preview.pick import Look, PreviewOptions, shown_sources
 from unigen.commands.preview.pictures import (
     COLOURS,
     LABELLED,
@@ -52,6 +52,7 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
     ]
     shown = words("record_1") if len(samples) == 1 else words("records", n=len(samples))
     model = options.model_path
+    paths = [path for source in shown_sources(options) for path in source.paths]
     values = {
         "words": words,
         "about": words("about", shown=shown, epoch=options.epoch, seed=options.seed),
@@ -62,9 +63,7 @@ def write_preview(path: Path, looks: Iterable[Look], options: PreviewOptions, pl
         "legend": LEGEND,
         "samples": samples,
     }
-    title = words(
-        "title", source=signs_named(", ".join(Path(given).name or given for given in options.paths))
-    )
+    title = words("title", source=signs_named(", ".join(Path(given).name or given for given in paths)))
     return write_page(
         path,
         "preview.html",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from unigen.bars import Bar
-from unigen.config import DataOptions, UserError
+from unigen.config import DataOptions, SourceOptions, TrainSource, UserError
 from unigen.messages import in_language
 from unigen.topics import Shift
 from unigen.values import Count, PathText, Seed, Whole
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PreviewOptions(DataOptions):
-    """Which records to look at, in which epoch pass.
+class PreviewOptions(DataOptions, SourceOptions):
+    """Which records to look at, in which epoch pass. The recipe of a training names the data, of which what
+    is learnt is shown, the fields and the model; the rest of it is passed over.
 
     Args:
-        paths: JSON, JSONL, Parquet, Arrow, CSV, TSV or tar files, folders of them or of pictures with texts.
-        samples: How many records to show; -n is short for it.
+        paths: Files and folders to look at, in place of the data of a training (train_data_path and the
+            like).
+        samples: How many records to show of each source; -n is short for it.
         records: Numbers of particular records, from 0, in place of the first ones.
         shuffled: Draw the records from all of the data instead of taking the first ones.
         output: The HTML page to write; none writes no page.
@@ -67,6 +69,7 @@ class PickedRecord(NamedTuple):
     span: ByteSpan | None = None
     raw: Raw | None = None
     problem: UserError | None = None
+    source: int = 0  # which of :func:`shown_sources` it is of
 
 
 class Look(NamedTuple):
@@ -83,12 +86,19 @@ def check_options(options: PreviewOptions) -> None:
     """Raises UserError for an option that cannot work."""
     options.reread()
     checks = [
-        (bool(options.paths), "no data is named. Fix: unigen preview data.jsonl"),
+        (bool(shown_sources(options)), "no data is named. Fix: unigen preview data.jsonl"),
         (not (options.records and options.shuffled), "records and shuffled exclude each other; keep one"),
     ]
     for good, problem in checks:
         if not good:
             raise PreviewError(problem)
+
+
+def shown_sources(options: PreviewOptions) -> list[TrainSource]:
+    """The data of which records are shown."""
+    if options.paths:
+        return [TrainSource(options.paths, split=options.split)]
+    return options.sources()
 
 
 def time_shift(options: PreviewOptions) -> float:
@@ -119,45 +129,59 @@ def pick(options: PreviewOptions) -> list[PickedRecord]:
     elif options.records:
         found = _numbered(every, set(options.records))
     else:
-        found = [entry for _, entry in zip(range(options.samples), every)]
+        found = list(every)
     if not found:
-        raise PreviewError(
-            f"there is no record in {', '.join(options.paths)}. Fix: give files with at least one record"
-        )
+        named = ", ".join(path for one in shown_sources(options) for path in one.paths)
+        raise PreviewError(f"there is no record in {named}. Fix: give files with at least one record")
     return found
 
 
 def _walk(options: PreviewOptions) -> Iterator[PickedRecord]:
-    """Every record in the order of the files, and in place of what cannot be read its problem."""
+    """Every record in the order of the files, and in place of what cannot be read its problem; of each source
+    the first ones alone, where neither records nor a draw of them are asked for."""
+    sources = shown_sources(options)
+    most = None if options.shuffled or options.records else options.samples
+    number = 0
+    with Bar("reading records") as shown:
+        for source, one in enumerate(sources):
+            for place, found in enumerate(_records(_files(one, options))):
+                if most is None or place < most:
+                    yield found._replace(number=number, source=source)
+                elif source + 1 == len(sources):
+                    return
+                number += found.problem is None
+                shown.update()
+
+
+def _records(files: Sequence[Path]) -> Iterator[PickedRecord]:
     from unigen.data.containers import parts, read_part
+    from unigen.sequence.types import BadRecord
+
+    for file, path in enumerate(files):
+        try:
+            for part in parts(path, file):
+                for span, raw in read_part(part):
+                    yield PickedRecord(0, path, span, raw)
+        except BadRecord as error:
+            yield PickedRecord(0, path, problem=error)
+
+
+def _files(source: TrainSource, options: PreviewOptions) -> list[Path]:
+    """The files of a source. Raises BadData."""
     from unigen.data.finding import find_files
     from unigen.data.mapping import ReadOptions
     from unigen.data.probe import check_roots, require_match
     from unigen.data.splits import LeftOut, of_splits
-    from unigen.sequence.types import BadRecord
 
-    read = ReadOptions.of(options)
+    read, left_out = ReadOptions.of(source, options), list[LeftOut]()
     check_roots(read)
-    left_out: list[LeftOut] = []
-    found = find_files(
-        options.paths, read.data_root, "train", left_out, options.split, bool(read.trigger_word)
-    )
+    found = find_files(source.paths, read.data_root, "train", left_out, source.split, bool(read.trigger_word))
     files = [path for path, _ in found]
     if others := of_splits(left_out):
-        text = f"Left out, as the {options.split or 'train'} split is taken: {others}"
+        text = f"Left out, as the {source.split or 'train'} split is taken: {others}"
         print(in_language(text), file=sys.stderr)
     require_match(files, read)
-    number = 0
-    with Bar("reading records") as shown:
-        for file, path in enumerate(files):
-            try:
-                for part in parts(path, file):
-                    for span, raw in read_part(part):
-                        yield PickedRecord(number, path, span, raw)
-                        number += 1
-                        shown.update()
-            except BadRecord as error:
-                yield PickedRecord(number, path, problem=error)
+    return files
 
 
 def _numbered(every: Iterator[PickedRecord], wanted: set[int]) -> list[PickedRecord]:
@@ -212,7 +236,7 @@ def look_at(found: PickedRecord, options: PreviewOptions, planner: Planner, shif
             found.file,
             PictureHeaders(),
             planner.token_lengths,
-            ReadOptions.of(options),
+            ReadOptions.of(shown_sources(options)[found.source], options),
         )
         key = RandomKey(options.seed, options.epoch, found.number)
         return Look(found.number, origin, look(record, found.number, planner, key, shift, lengths), None)
