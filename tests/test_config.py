@@ -443,3 +443,27 @@ def test_the_options_the_guide_names_exist():
 def test_a_config_survives_its_dictionary():
     config = valid(train_transitions=False, ema=0.5)
     assert Config(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"learning_rate": 1.0}, "learning_rate"),
+        ({"learning_rate": 0.1}, "learning_rate"),
+        ({"learning_rate": 0.1, "lora_rank": 8}, "learning_rate"),
+        ({"learning_rate": 1e-10}, "learning_rate"),
+        ({"learning_rate_vit": 0.5}, "learning_rate_vit"),
+        ({"learning_rate": 0.1, "optimizer": "adamw8bit"}, "learning_rate"),
+        ({}, ""),
+        ({"lora_rank": 8}, ""),
+        ({"learning_rate": 3e-3}, ""),  # a small model from random weights
+        ({"learning_rate": 0.03, "lora_rank": 8}, ""),
+        ({"learning_rate": 0.0}, ""),
+    ],
+)
+def test_a_learning_rate_far_from_those_of_fine_tuning_is_a_warning(options, told):
+    lines = valid(**options).warnings()
+    assert [line.partition(" is ")[0] for line in lines] == [told] * bool(told)
+    for line in lines:  # the fix works
+        name, value = line.partition("Fix: --")[2].split()
+        assert not valid(**options | {name: float(value)}).warnings()

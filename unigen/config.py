@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from unigen.others import nearest
-from unigen.rules import conflicts
+from unigen.rules import conflicts, unusual
 from unigen.topics import (
     RATED,
     USUAL_RATE,
@@ -89,6 +89,10 @@ class Config(
         self.asked_precision()
         self.sources()
         return self
+
+    def warnings(self) -> list[str]:
+        """What works and is hardly meant, a line each, with the fix."""
+        return list(unusual(self))
 
     @property
     def alpha(self) -> float:

@@ -46,6 +46,30 @@ def _given(c: Any, name: str) -> bool:
     return getattr(c, name) != getattr(type(c), name)
 
 
+# do adapters train? -> who they are of, usual learning rates, and beyond which numbers one is surely a slip
+_RATES = {
+    False: ("the weights themselves", "1e-5", "1e-6 to 1e-4", 1e-8, 1e-2),
+    True: ("weights of adapters", "1e-4", "1e-5 to 1e-3", 1e-7, 5e-2),
+}
+
+
+def unusual(c: Any) -> Iterator[str]:
+    """What of a ``Config`` works and hardly is meant: learning rates far from those of fine-tuning. 0 is
+    meant; of the optimiser of a plugin nothing is known."""
+    what, usual, span, low, high = _RATES[c.lora_rank is not None]
+    for name in ("learning_rate", *(f"learning_rate_{part}" for part in RATED)):
+        rate = getattr(c, name)
+        if not rate or low <= rate <= high or c.optimizer not in ("adamw", "adamw8bit"):
+            continue
+        why = (
+            "AdamW moves each weight by about that much in a step, whatever the size of its gradient, and"
+            " most weights of a model are smaller than 0.1: what it knows is lost in a few steps"
+            if rate > high
+            else "steps so small are lost in rounding: nothing is learnt"
+        )
+        yield f"{name} is {rate:g}, and {what} usually take {span}: {why}. Fix: --{name} {usual}"
+
+
 def _missing(c: Any) -> Rules:
     """What is not given, and what is given without the option that it belongs to."""
     yield not c.model_path, "model_path", "is missing. Fix: give the folder of a BAGEL checkpoint"

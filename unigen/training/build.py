@@ -64,6 +64,8 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         undo.callback(leave, told)
         hide_in_logs()
         log.info("%s", engine.precision)
+        for line in c.warnings():
+            log.warning("%s", line)
         torch.manual_seed(c.seed)  # samples bring their own random numbers; this is for whatever else draws
         output_dir, position = Path(c.output_dir), Position()
         engine.on_main(lambda: need_trackers(c))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from unigen.commands.plan.changes import Changed, Outcome
 from unigen.config import Config
 from unigen.figures import figure, gb
+from unigen.messages import in_language
 from unigen.show.language import Words
 from unigen.show.terminal import line, notices, table
+from unigen.values import written
 
 if TYPE_CHECKING:
     from unigen.commands.plan.options import PlanOptions
@@ -64,6 +66,9 @@ def report(outcome: Outcome, facts: dict[str, Any], words: Words) -> Iterator[Re
             )
         )
     yield ""
+    if said := outcome.config.warnings():
+        yield notices([("warn", in_language(text)) for text in said])
+        yield ""
     yield from _verdict(outcome, words)
     if facts["auto"]:
         yield line(f"-> {facts['auto']}")
@@ -140,6 +145,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "precision": outcome.precision,
         "engine": outcome.engine,
         "sequence": asdict(outcome.load),
+        "warnings": outcome.config.warnings(),
         "changes": [{"name": name, "options": values} for name, values in outcome.changes],
     }
 
