@@ -502,6 +502,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text):,} characters)"
 
 
+def written(value: Any) -> str:
+    """A value as it is written on the command line and in a recipe: true, none, several with blanks."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return " ".join(map(written, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def _figure(value: float) -> str:
     words = {MOST: "10^12", 2**63 - 1: "2^63 - 1"}
     return words.get(value, f"{value:,}")

@@ -61,6 +61,9 @@ def test_a_second_run_asks_nothing_and_gives_the_same_numbers(evaluate, tmp_path
     names = [entry["name"] for entry in held["tasks"]["text"]]
     assert 1 < next(e["value"] for e in held["tasks"]["text"] if e["name"].startswith("perplexity[")) < 1e7
     assert held["records"] == 3 and list(held["tasks"]) == ["text"]
+    assert not any(name.startswith(("structure", "stopped")) for name in names)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "false" in page and "False" not in page and "None" not in page
     assert any(name.startswith("bleu[nrefs:1|case:mixed|eff:no|tok:zh|") for name in names)
     assert len(held["about"]["checkpoint"]) == 12 and held["about"]["sampling"]["num_timesteps"] == 3
     assert "ROUGE-L" in said and str(tmp_path / "out" / "report.html") in said
@@ -89,6 +92,21 @@ def test_a_second_run_asks_nothing_and_gives_the_same_numbers(evaluate, tmp_path
 def test_a_mistake_is_one_line_before_anything_is_written(evaluate, tmp_path, argv, word):
     code, _, error = evaluate(*argv)
     assert code == 2 and word in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_what_a_training_holds_out_is_asked_and_pieces_are_measured_where_they_are_chosen(
+    golden, tmp_path, capsys
+):
+    write_lines(tmp_path / "val.jsonl", *({"asked": "why?", "response": "so"} for _ in range(2)))
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(
+        f"train_data_path: none.jsonl\nval_data_path: {tmp_path / 'val.jsonl'}\nfields: {{query: asked}}\n"
+        "batch_size: 9\noutput_dir: out\nlearning_rate: 1\n"
+    )
+    given = ["evaluate", "--config", str(recipe), "--model_path", str(golden / "model"), *TINY, "--check"]
+    for more, there in ([], False), (["--pieces", "model"], True), (["--metrics", "stopped"], True):
+        assert cli.main([*given, *more]) == 0
+        assert ("stopped" in capsys.readouterr().out) == there
 
 
 def test_records_that_ask_nothing_are_a_mistake(evaluate, tmp_path):

@@ -20,6 +20,7 @@ from unigen.show.charts import Chart, Line, line_chart
 from unigen.show.curves import AxisRange
 from unigen.show.language import TAGS, Words
 from unigen.show.pages import embed, write_page
+from unigen.values import written
 
 if TYPE_CHECKING:
     from unigen.evaluation.answered import Answered
@@ -75,7 +76,7 @@ def write(
         "curves": _curves(answered, words),
         "grid": _grid(cases, answered),
         "tasks": [_task(task, cases, answered, words) for task in base.scores],
-        "settings": sorted((name, str(value)) for name, value in base.about["sampling"].items()),
+        "settings": sorted((name, written(value)) for name, value in base.about["sampling"].items()),
         "about": base.about,
     }
     return write_page(

@@ -61,6 +61,7 @@ from unigen.values import nearest
 from unigen.version import __version__
 
 MOST_PIECES = 8  # of an answer whose pieces the model chooses
+OF_PIECES = ("structure", "stopped")
 VERIFIED = ("verify", "verify_margin")
 DESCRIBED = ("cycle_rougeL", "cycle_chrf2", "described_as_real")
 
@@ -101,6 +102,7 @@ class Work:
     judge: Judge | None
     part: BatchesOfProcess = field(default_factory=BatchesOfProcess)
     extras: Extras = field(default_factory=Extras)
+    kinds: Sequence[str] = ()  # of the metrics; all where none is named
 
     def wants(self, kind: str) -> bool:
         return not self.options.metrics or kind in self.options.metrics
@@ -134,7 +136,8 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
             tools = replace(load_tools(o, extras), lang=o.lang)
         part = BatchesOfProcess(rank, channel.world, lambda: _meet(channel))
         judge = _judge(o)
-        work = Work(o, cases, silent, dataset.fingerprint, tools, judge, part, extras)
+        kinds = o.metrics or _usual_kinds(o, names)
+        work = Work(o, cases, silent, dataset.fingerprint, tools, judge, part, extras, kinds)
         if o.check:
             return _check(work, names) if rank == 0 else 0
         inputs = [*names, *([o.data_path] if isinstance(o.data_path, str) else o.data_path)]
@@ -220,6 +223,13 @@ def _checkpoints(names: Sequence[str]) -> list[str]:
     return [name for name in names if not Path(name).is_file()]
 
 
+def _usual_kinds(o: EvaluateOptions, names: Sequence[str]) -> list[str]:
+    """The metrics that are measured where none is named: those of pieces only where an answer can have others
+    than its record."""
+    chosen = o.pieces == "model" or len(_checkpoints(names)) < len(names)
+    return [kind for kind in METRICS if chosen or kind not in OF_PIECES]
+
+
 def _check_names(names: Sequence[str], cases: Sequence[Case], o: EvaluateOptions) -> None:
     """Raises UserError: one of them cannot answer. It is to be known before the others do."""
     for name in names:
@@ -301,7 +311,7 @@ def _check(work: Work, names: Sequence[str]) -> int:
     ]  # fmt: skip
     # features of the references are computed here and kept nowhere: the folder stays as it is
     tools = replace(work.tools, cache=None)
-    scores = score(work.cases, right, tools, kinds=work.options.metrics, more=work.extras.more)
+    scores = score(work.cases, right, tools, kinds=work.kinds, more=work.extras.more)
     report_check(scores, promised)
     results = [r for results in scores.values() for r in results if r.lacks not in promised]
     return exit_code(work.options, results, [r.kind for ones in scores.values() for r in ones])
@@ -471,9 +481,7 @@ def _scored(
     work: Work, source: AnswerSource, about: dict[str, Any], predictions: list[Prediction], said: Said
 ) -> Answered:
     """``metrics.json`` of a source."""
-    scores = score(
-        work.cases, predictions, work.tools, said, kinds=work.options.metrics, more=work.extras.more
-    )
+    scores = score(work.cases, predictions, work.tools, said, kinds=work.kinds, more=work.extras.more)
     one = Answered(source.name, about, predictions, scores, step_of(Path(source.name).name))
     write_scores(source.folder, one, len(work.cases), work.silent)
     return one

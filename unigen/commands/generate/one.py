@@ -14,6 +14,7 @@ from unigen.commands.generate.options import GenerateError, GenerateOptions
 from unigen.config import SamplingOptions
 from unigen.evaluation.benchmarks import PRESETS, beaten
 from unigen.messages import spoken
+from unigen.values import written
 from unigen.version import __version__
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def made_with(options: GenerateOptions, found: GeneratedAnswer) -> MadeWith:
         (words("made"), time.strftime("%Y-%m-%d %H:%M:%S")),
         (words("version"), f"Unigen {__version__}"),
     ]
-    settings = [(one.name, _written(getattr(o, one.name))) for one in fields(SamplingOptions)]
+    settings = [(one.name, written(getattr(o, one.name))) for one in fields(SamplingOptions)]
     return MadeWith(facts, settings, repeating(o))
 
 
@@ -150,16 +151,9 @@ def repeating(options: GenerateOptions) -> str:
     for one in fields(GenerateOptions):
         value = getattr(options, one.name)
         if value != getattr(plain, one.name) or one.name == "seed":
-            several = [str(part) for part in value] if isinstance(value, list | tuple) else [_written(value)]
-            argv += [f"--{one.name}", *several]
+            several = value if isinstance(value, list | tuple) else [value]
+            argv += [f"--{one.name}", *map(written, several)]
     return shlex.join(argv)
-
-
-def _written(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def write_one(options: GenerateOptions) -> None:

@@ -111,16 +111,11 @@ def _key(point: str) -> str:
 
 def flags(values: Changed) -> str:
     """Options as they are typed."""
-    said = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            said.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            shown = (
-                " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else value
-            )
-            said.append(f"--{name} {shown}")
-    return " ".join(said)
+    switches = {True: "--{}", False: "--no_{}"}
+    return " ".join(
+        switches[value].format(name) if isinstance(value, bool) else f"--{name} {written(value)}"
+        for name, value in values.items()
+    )
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
