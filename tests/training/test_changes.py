@@ -113,6 +113,23 @@ def test_what_json_writes_otherwise_is_the_same():
     assert changes(json.loads(json.dumps(config.to_dict())), config, 100, (200, 200)) == []
 
 
+@pytest.mark.parametrize(
+    ("path", "same", "words"),
+    [
+        ("b", True, "model_path a -> b: the same weights"),
+        ("b", False, "model_path a -> b: other weights"),
+        ("a", False, "model_path a: other weights"),
+        ("b", None, "model_path a -> b: only parts"),
+        ("a", True, ""),
+        ("a", None, ""),
+    ],
+)
+def test_other_weights_than_the_run_began_with_are_told(path: str, same: bool | None, words: str):
+    before, now = (Config(**BEFORE, model_path=one) for one in ("a", path))
+    lines = changes(before.to_dict(), now, 100, (200, 200), same)
+    assert len(lines) == bool(words) and all(line.startswith(words) for line in lines)
+
+
 def test_another_seed_is_refused():
     with pytest.raises(UserError, match=r"seed is 7.* had 42.*--seed 42"):
         told(seed=7)

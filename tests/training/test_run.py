@@ -80,14 +80,18 @@ def test_parts_left_out_come_from_what_the_run_began_with_or_not_at_all(
     # resumed beside another model of the same shape: what the model leaves out is still the first one's
     resumed = own | {"resume_from_checkpoint": "auto", "max_steps": 3}
     with caplog.at_level(logging.WARNING):
-        UnifiedTrainer(Config(**resumed)).train()
+        UnifiedTrainer(Config(**resumed | {"learning_rate": 0.5})).train()
     assert "is not what this run began with" in caplog.text
+    assert f"model_path {own['model_path'][:60]}: other weights than the run began with" in caplog.text
+    assert "learning_rate is 0.5, and" in caplog.text and "Fix: --learning_rate 1e-5" in caplog.text
     saved = load_file(Path(own["output_dir"]) / "step_3" / "ema.safetensors")
     assert all(torch.equal(saved[name], before[name]) for name in left_out)
 
     # resumed without the model it began with
     shutil.rmtree(tmp_path / "model")
+    caplog.clear()
     UnifiedTrainer(Config(**resumed | {"max_steps": 4})).train()
+    assert "other weights" not in caplog.text
     step_4 = Path(own["output_dir"]) / "step_4"
     assert all(torch.equal(load_file(step_4 / "ema.safetensors")[n], before[n]) for n in left_out)
 

@@ -57,7 +57,7 @@ STATES: dict[str, Rule] = {
             "guards": _GUARDS,
             "scale": _SCALE,
         },
-        {"total_steps": whole(1, 10**15), "evaluation": _EVALUATION, "preserved": String()},
+        {"total_steps": whole(1, 10**15), "evaluation": _EVALUATION, "preserved": String(), "base": String()},
     ),
     OPTIONS: Table(
         {"gradient_accumulation_steps": whole(1, 1 << 24)},

@@ -39,7 +39,7 @@ from unigen.training.optim import rate_of
 from unigen.training.precision import tell_change
 from unigen.training.prepare import tell_compiling, tell_quantising, tell_weights
 from unigen.training.preserve import Teacher
-from unigen.training.resume import has_left_out, open_source, restore, to_resume, weights_of
+from unigen.training.resume import begun_with, has_left_out, open_source, restore, to_resume, weights_of
 from unigen.training.run import Position, Run
 from unigen.training.samples import SampleWriter
 from unigen.training.state import RunState, global_batch_of
@@ -87,6 +87,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         engine.tick = tick
         resume, states = to_resume(c, verify)
         source = open_source(Path(c.model_path or ""), resume)
+        base, same_base = begun_with(c, source, states)
         if resume:
             tell_change(states[layout.OPTIONS], engine.precision)
         model = engine.load_model(*weights_of(c, source, resume))
@@ -162,11 +163,12 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
             resumed=states.get(layout.TRAINER),
             position=position,
             said=told,
+            base=base,
         )
         if engine.teacher is not None:
             engine.teacher.settle = run.saver.settle
         if resume is not None:
-            restore(run, resume, states)
+            restore(run, resume, states, same_base)
         _describe(run)
         undo.pop_all()
         return run

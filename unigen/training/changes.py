@@ -21,17 +21,9 @@ log = logging.getLogger("unigen")
 _RATE = (
     "num_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
 )  # fmt: skip
-# told elsewhere
-_TOLD = {
-    "precision",
-    "fp16",
-    "bf16",
-    "compile",
-    "quantize",
-    "double_quant",
-    "model_load_mode",
-    "weights",
-}  # elsewhere
+_TOLD = {  # elsewhere
+    "precision", "fp16", "bf16", "compile", "quantize", "double_quant", "model_load_mode", "weights",
+}  # fmt: skip
 _FREE = {  # of no effect on what is learnt, or of this start alone
     "output_dir", "resume_from_checkpoint", "dry_run", "device", "engine", "shard_size", "num_workers",
     "hang_timeout", "async_save", "low_space", "min_free_gb", "deepspeed_config", "cpu_offload",
@@ -100,11 +92,22 @@ _EFFECTS = {
     ),
 }  # fmt: skip
 """Option -> what another value does; of those in no set here the values alone are told."""
+_BASES = {
+    True: "the same weights under another name",
+    False: "other weights than the run began with; only parts that the checkpoint does not hold come from"
+    " there",
+}
 _GROUPED_WITH = "sample_kind"  # an option that checkpoints have since names of trackers are in groups
 _LEARNT = {field.name for field in fields(DataOptions)}
 
 
-def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]) -> list[str]:
+def changes(
+    before: Mapping[str, Any],
+    now: Config,
+    step: int,
+    totals: tuple[int | None, int],
+    same_base: bool | None = None,
+) -> list[str]:
     """Each option that differs from the checkpoint's, with what that does: ``max_steps 200 -> 120: ...``.
 
     Args:
@@ -112,6 +115,7 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
         now: those of this run.
         step: optimiser steps done.
         totals: steps of the whole run, then (None where the checkpoint does not say) and now.
+        same_base: has ``model_path`` the weights that the run began with? None where that is not known.
 
     Raises:
         UserError: an option that the place in the data depends on has changed.
@@ -133,10 +137,14 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
         told = ", ".join(f"{name} {_short(differ[name])}" for name in rates)
         effect = _rate_effect(before, now, step, totals)
         lines.append(told + (f": {effect}" if effect else ""))
+    if same_base is False:  # also in a folder of the same name
+        differ.setdefault("model_path", (now.model_path,))
     for name, pair in differ.items():
         if name in _RATE or name in _TOLD or name in _FREE:
             continue
         effect = _EFFECTS.get(name, "samples are made otherwise from here on" if name in _LEARNT else "")
+        if name == "model_path" and same_base is not None:
+            effect = _BASES[same_base]
         if name == "ema":
             was, becomes = pair
             effect = "the average goes on with the new decay"
@@ -146,10 +154,15 @@ def changes(before: Mapping[str, Any], now: Config, step: int, totals: tuple[int
 
 
 def tell_changes(
-    folder: Path, before: Mapping[str, Any], now: Config, step: int, totals: tuple[int | None, int]
+    folder: Path,
+    before: Mapping[str, Any],
+    now: Config,
+    step: int,
+    totals: tuple[int | None, int],
+    same_base: bool | None = None,
 ) -> None:
     """Logs :func:`changes`, and whether trackers get other names than before. Raises UserError as it does."""
-    if lines := changes(before, now, step, totals):
+    if lines := changes(before, now, step, totals, same_base):
         log.warning("Other options than in %s:", folder)
         for line in lines:
             log.warning("  %s", line)
@@ -181,5 +194,5 @@ def _rate_effect(before: Mapping[str, Any], now: Config, step: int, totals: tupl
     return f"{then}; {moved}" if then else moved
 
 
-def _short(pair: tuple[Any, Any]) -> str:
+def _short(pair: tuple[Any, ...]) -> str:
     return " -> ".join("none" if value is None else f"{value}"[:60] for value in pair)

@@ -396,6 +396,7 @@ class TrainingLoop:
                 "scale": engine.scale.state(),
                 "evaluation": run.evaluation.state() if run.evaluation is not None else {},
                 **({} if engine.teacher is None else {"preserved": engine.teacher.digest}),
+                **({} if run.base is None else {"base": run.base}),
             }
         return states
 

@@ -13,7 +13,7 @@ from unigen.bars import each
 from unigen.config import Config, ConfigError, UserError
 from unigen.model.adapters import is_adapter_folder, read_adapter
 from unigen.model.bagel import Bagel
-from unigen.model.lora import check_fits
+from unigen.model.lora import base_digest, check_fits
 from unigen.model.source import Source
 from unigen.model.storage import CheckpointFolderError, Stored
 from unigen.runs import layout
@@ -76,6 +76,17 @@ def open_source(folder: Path, resume: Path | None) -> Source:
         return Source(resume)
 
 
+def begun_with(config: Config, source: Source, states: dict[str, Any]) -> tuple[str | None, bool | None]:
+    """The digest of the weights that the run began with (None where its checkpoint does not say it), and
+    whether those of ``model_path`` are the same; None where that cannot be told."""
+    if not states:
+        return base_digest(source.stored), True
+    before = states[layout.TRAINER].get("base")
+    if before is None or source.folder != Path(config.model_path or ""):
+        return before, None
+    return before, before == base_digest(source.stored)
+
+
 def has_left_out(source: Source, resume: Path, model: Bagel, engine: Engine) -> bool:
     """Do the parts of a checkpoint that the model leaves out have their bytes in the source, too? (What the
     model holds is compared by :class:`RunState`.)"""
@@ -129,8 +140,8 @@ def weights_of(config: Config, source: Source, resume: Path | None) -> tuple[Pat
     return source.folder, source.stored | weights
 
 
-def restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
-    """Brings a built run to where a checkpoint left off."""
+def restore(run: Run, folder: Path, states: dict[str, Any], same_base: bool | None) -> None:
+    """Brings a built run to where a checkpoint left off; ``same_base``: that of :func:`begun_with`."""
     state = states[layout.TRAINER]
     mixture = run.stream.mixture
     if state["fingerprint"] not in (mixture.fingerprint, mixture.named_fingerprint):
@@ -155,4 +166,4 @@ def restore(run: Run, folder: Path, states: dict[str, Any]) -> None:
         run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)
     totals = state.get("total_steps"), run.total_steps
-    tell_changes(folder, states[layout.OPTIONS], run.config, run.position.step, totals)
+    tell_changes(folder, states[layout.OPTIONS], run.config, run.position.step, totals, same_base)

@@ -91,6 +91,7 @@ class Run:
     resumed: dict[str, Any] | None  # the state that it goes on from; None for a fresh start
     position: Position  # the one thing that changes
     said: RunLog  # what this process says
+    base: str | None  # digest of the weights of model_path; None where an older checkpoint does not say it
 
     @property
     def output_dir(self) -> Path:
