@@ -8,6 +8,8 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -241,18 +243,30 @@ def train() -> None:
 
 
 def documented(folder: Path) -> None:
-    """The first command of docs/training.md, word for word but for the folder of the run."""
+    """The first block of docs/training.md that trains, word for word but for where it writes; less of it with
+    --small."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    command = next(
-        c
-        for c in re.findall(r"```bash\n(.*?)```", page, re.S)
-        if c.startswith("python train_unified_generation.py")
-    )
-    words = shlex.split(command.replace("\\\n", " "))[2:]
-    words = [str(folder) if before == "--output_dir" else word for before, word in zip(["", *words], words)]
-    words = [str(ROOT / word) if (ROOT / word).exists() and "/" in word else word for word in words]
+    trains = "python train_unified_generation.py"
+    block = next(c for c in re.findall(r"```bash\n(.*?)```", page, re.S) if trains in c)
+    block = re.sub(r"\b(data|models)/", rf"{folder}-\1/", block.replace("\\\n", " "))
+    less = {
+        "shapes.py": ["--train", "4", "--val", "1"],
+        trains.split()[1]: ["--device", "cpu", "--batch_size", "2"],
+    }
     began = time.perf_counter()
-    code = cli.main(["train", *words, *(["--device", "cpu"] if Here.small else [])])
+    for line in block.splitlines():
+        words = shlex.split(line)
+        words = [
+            str(folder) if before == "--output_dir" and trains in line else word
+            for before, word in zip(["", *words], words)
+        ]
+        words += less.get(Path(words[1]).name, []) if Here.small else []
+        if words[0] == "python" and trains not in line:
+            subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
+            continue
+        code = cli.main(["train", *words[2:]] if trains in line else words[1:])
+        if code:
+            break
     losses = losses_of(folder)
     say("first documented command", code, "exit code", seconds=time.perf_counter() - began, steps=len(losses))
     say(
