@@ -37,7 +37,6 @@ from unigen.version import __version__
 PACKAGES = (
     "triton",
     "transformers",
-    "diffusers",
     "bitsandbytes",
     "jsonargparse",
     "peft",
@@ -218,7 +217,7 @@ def vae(codec: Any) -> None:
                 work()
                 before = torch.cuda.memory_allocated() / GB if Here.device == "cuda" else None
                 forget_peak()
-                say(f"VAE {name} 1024 x 1024", seconds(work), "s", dtype=str(codec.vae.dtype))
+                say(f"VAE {name} 1024 x 1024", seconds(work), "s", dtype=str(codec.dtype))
                 say(f"VAE {name} 1024 x 1024: peak", None if before is None else peak() - before, "GB")
 
 

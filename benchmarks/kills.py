@@ -32,7 +32,7 @@ PATIENCE_S = 120.0
 PRELOAD = [
     "unigen.training.trainer", "unigen.training.fsdp", "unigen.sequence.tokens",
     "transformers.models.auto.tokenization_auto",
-    "transformers.models.qwen2", "transformers.models.siglip", "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.qwen2", "transformers.models.siglip",
 ]  # fmt: skip
 
 

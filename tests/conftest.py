@@ -102,8 +102,8 @@ def small_model(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def light_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model with a codec of pixels in place of the VAE: an interpreter that starts with it imports no
-    diffusers, which takes half of its time."""
+    """The small model with a codec of pixels in place of the VAE, for tests that draw nothing: a start is
+    shorter."""
     folder = tmp_path_factory.mktemp("light") / "light"
     shutil.copytree(small_model, folder)
     (folder / "ae.safetensors").unlink()

@@ -464,7 +464,7 @@ def test_the_carried_packages_are_enough_for_a_bare_machine(tmp_path):
     generate."""
     machine = needed(["torch", "transformers", "pillow"])
     along = {word.partition("==")[0].lower().replace("_", "-") for word in carried()}
-    assert {"jsonargparse", "diffusers", "bitsandbytes"} <= along and not along & {
+    assert {"jsonargparse", "bitsandbytes"} <= along and not along & {
         "torch",
         "numpy",
         "triton",

@@ -29,7 +29,7 @@ SLIPS = {
     "learning_rate=1e-4": "lerning_rate=1e-4",
     "planner=load": "plan=load",
 }
-CONFIG = "[mypy]\n[mypy-torch.*,transformers.*,numpy.*,PIL.*,diffusers.*,yaml.*]\nfollow_imports = skip\nignore_missing_imports = True\n"
+CONFIG = "[mypy]\n[mypy-torch.*,transformers.*,numpy.*,PIL.*,yaml.*]\nfollow_imports = skip\nignore_missing_imports = True\n"
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ EXTRAS = ["wandb", "tensorboard", "trackio", "bitsandbytes", "peft", "deepspeed"
 EXTRAS += ["sacrebleu", "rouge_score", "nltk", "pytest", "hypothesis"]
 
 # What `pip install torch torchvision transformers accelerate`, the user guide's first line, does not bring.
-NOT_OF_THE_GUIDE = ["jsonargparse", "diffusers", "einops", "pyarrow"]
+NOT_OF_THE_GUIDE = ["jsonargparse", "einops", "pyarrow"]
 
 # Takes packages away, as where they are not installed; the arguments are those and a folder to import from.
 WITHOUT = """

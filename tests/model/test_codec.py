@@ -55,12 +55,40 @@ def test_the_flux_codec_has_the_reference_s_numbers(golden, flux):
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def patterned(codec):
+    """Weights that everybody can write down."""
+    for number, (name, value) in enumerate(sorted(codec.state_dict().items())):
+        places = torch.arange(value.numel(), dtype=torch.float64).reshape(value.shape)
+        scale = value[0].numel() ** -0.5 if value.ndim > 1 else 0.3
+        value.copy_(torch.sin(places * 0.7 + number) * scale + ("norm" in name and name.endswith("weight")))
+    return codec
+
+
+@torch.no_grad()
+def test_the_flux_codec_has_the_numbers_of_diffusers_also_where_widths_change():
+    """Numbers of diffusers 0.42.1 (AutoencoderKL) with the same weights; the golden VAE has one width."""
+    codec = patterned(FluxCodec(VaeConfig(**TINY | {"ch_mult": (1, 2), "num_res_blocks": 2})).eval())
+    mean, std = codec.posterior(torch.sin(torch.arange(72.0)).reshape(1, 3, 6, 4))
+    decoded = codec.decoder(torch.cos(torch.arange(24.0)).reshape(1, 4, 3, 2))
+    found = [*mean.flatten()[::5], *std.flatten()[::5], *decoded.flatten()[::11]]
+    wanted = [-1.38667, 0.315133, 0.65102, -0.608064, -0.207921]
+    wanted += [1.86564, 0.605232, 1.392771, 1.442069, 0.857613]
+    wanted += [0.719051, 0.511985, -0.68373, 0.684115, 0.209898, -1.134529, -0.27491]
+    assert [float(x) for x in found] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_flux_s_own_vae_has_the_published_parameters():
+    with torch.device("meta"):
+        published = FluxCodec(VaeConfig()).state_dict()
+    assert len(published) == 244 and sum(p.numel() for p in published.values()) == 83_819_683
+
+
 @torch.no_grad()
 def test_a_latent_is_drawn_from_the_posterior(flux):
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     noise = torch.randn(1, 16, 2, 2)
-    posterior = flux.vae.encode(pixels).latent_dist
-    expected = 0.3611 * (posterior.mean + torch.exp(0.5 * posterior.logvar) * noise - 0.1159)
+    mean, logvar = flux.encoder(pixels).chunk(2, dim=1)
+    expected = 0.3611 * (mean + torch.exp(0.5 * logvar) * noise - 0.1159)
     assert torch.allclose(flux.encode(pixels, noise), expected, atol=1e-6)
     assert torch.allclose(flux.encode(pixels, 0 * noise), flux.encode(pixels), atol=1e-6)
 

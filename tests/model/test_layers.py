@@ -10,10 +10,12 @@ from unigen.model.layers import (
     RMSNorm,
     SwiGLU,
     TimeEmbedder,
+    activation,
     rope_angles,
     rotate,
     sincos_table,
 )
+from unigen.model.schemas import ACTIVATIONS
 
 
 def test_rms_norm():
@@ -108,3 +110,11 @@ def test_rotary_scores_depend_on_distance_alone():
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4) and score(7, 3) != pytest.approx(
         score(7, 4), abs=1e-3
     )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_that_of_transformers(name):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-8, 8, 1001)
+    assert torch.allclose(activation(name)(x), ACT2FN[name](x), atol=1e-6, rtol=1e-6)

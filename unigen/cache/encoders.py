@@ -100,7 +100,7 @@ class Encoders:
         c = self.config
         if name == "vae" and self.codec is not None:
             shape = [c.vae.ch, c.vae.ch_mult, c.vae.num_res_blocks, c.vae.z_channels, c.vae.downsample]
-            weights = digest_weights(self.codec.vae.encoder.state_dict().items(), shape)
+            weights = digest_weights(self.codec.encoder.state_dict().items(), shape)
         elif name == "vit" and self.vit is not None:
             sizes = [
                 c.vit.hidden_size,
@@ -137,8 +137,8 @@ class Encoders:
         with autocast(self.device, self.dtype, cache=False):
             if seen.pixels is not None:
                 assert self.codec is not None
-                posterior = self.codec.posterior(seen.pixels[None].to(self.device))
-                found["vae"] = {"mean": posterior.mean[0].cpu(), "std": posterior.std[0].cpu()}
+                mean, std = self.codec.posterior(seen.pixels[None].to(self.device))
+                found["vae"] = {"mean": mean[0].cpu(), "std": std[0].cpu()}
             if seen.patches is not None:
                 assert self.vit is not None and seen.view.vit is not None
                 g = self.config.geometry

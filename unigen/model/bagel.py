@@ -22,7 +22,7 @@ from unigen.model.attention import Attention, prepare_attention
 from unigen.model.codec import Codec, encode_all
 from unigen.model.config import BagelConfig
 from unigen.model.kv_cache import Cache
-from unigen.model.layers import Connector, PositionTable, TimeEmbedder
+from unigen.model.layers import Connector, PositionTable, TimeEmbedder, activation
 from unigen.model.mot import LanguageModel
 from unigen.model.parts import GEN, is_embedding, is_generation_expert, is_table, writes_into_residual
 from unigen.model.sdpa import Halves, Rows, join_halves
@@ -60,8 +60,6 @@ class Bagel(nn.Module):
 
     def __init__(self, config: BagelConfig):
         super().__init__()
-        from transformers.activations import ACT2FN
-
         self.config = config
         width = config.llm.hidden_size
         self.language_model = LanguageModel(config.llm, config.visual_gen)
@@ -71,8 +69,8 @@ class Bagel(nn.Module):
             self.llm2vae = nn.Linear(width, config.patch_dim)
             self.latent_pos_embed = PositionTable(config.max_latent_size, width)
         if config.visual_und:
-            self.vit_model = VisionModel(config.vit, ACT2FN[config.vit.hidden_act])
-            self.connector = Connector(config.vit.hidden_size, width, ACT2FN[config.connector_act])
+            self.vit_model = VisionModel(config.vit, activation(config.vit.hidden_act))
+            self.connector = Connector(config.vit.hidden_size, width, activation(config.connector_act))
             self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
         object.__setattr__(self, "codec", None)  # not a submodule: its weights live in ae.safetensors
         self.source: Path | None = None

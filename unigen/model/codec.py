@@ -1,4 +1,4 @@
-"""Pixels <-> latents: the FLUX VAE (``diffusers``' AutoencoderKL), and a parameter-free pixel codec for tiny
+"""Pixels <-> latents: the FLUX VAE, and a parameter-free pixel codec for tiny
 models.
 
 A codec has ``downsample`` (pixels per latent cell), ``channels``, ``encode(pixels, noise)`` and
@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigen.model.hub import without_hub_kernels
 from unigen.model.schemas import VAE
 from unigen.model.storage import CheckpointFolderError, checkpoint_json
+from unigen.model.vae import GROUPS, PixelDecoder, PixelEncoder
 from unigen.sequence.grid import to_unit
-
-_GROUPS = 32  # of its group norms
 
 
 @dataclass(frozen=True)
@@ -120,19 +118,13 @@ class FluxCodec(Codec):
     def __init__(self, config: VaeConfig):
         super().__init__(config)
         self.check(config)
-        with without_hub_kernels():
-            from diffusers import AutoencoderKL
+        widths = [config.ch * factor for factor in config.ch_mult]
+        self.encoder = PixelEncoder(config.ch, widths, config.num_res_blocks, config.z_channels)
+        self.decoder = PixelDecoder(widths, config.num_res_blocks, config.z_channels)
 
-        levels = len(config.ch_mult)
-        self.vae = AutoencoderKL(
-            block_out_channels=[config.ch * m for m in config.ch_mult],
-            down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels,
-            layers_per_block=config.num_res_blocks,
-            latent_channels=config.z_channels,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
 
     @classmethod
     def check(cls, config: VaeConfig) -> None:
@@ -142,9 +134,9 @@ class FluxCodec(Codec):
                 f"vae_config.json: downsample is {config.downsample}; {levels} levels of ch_mult give"
                 f" {2 ** (levels - 1)}"
             )
-        if config.ch % _GROUPS:
+        if config.ch % GROUPS:
             raise ValueError(
-                f"vae_config.json: ch is {config.ch}, not a multiple of {_GROUPS}, its norms' groups"
+                f"vae_config.json: ch is {config.ch}, not a multiple of {GROUPS}, its norms' groups"
             )
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -153,30 +145,25 @@ class FluxCodec(Codec):
         Raises:
             ValueError: keys are missing, unexpected or misshapen; all are listed.
         """
-        with without_hub_kernels():
-            from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
         try:
-            converted = convert_ldm_vae_checkpoint(dict(tensors), dict(self.vae.config))
-            self.vae.load_state_dict(converted, strict=True)
-        except (KeyError, RuntimeError) as error:
+            self.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
             raise ValueError(
                 f"ae.safetensors does not hold the VAE that vae_config.json describes: {error}"
             ) from error
 
-    def posterior(self, pixels: Tensor) -> Any:
-        """The distribution of the latent before normalisation: ``mean`` and ``std`` [B, C, h, w] of
-        ``pixels`` [B, 3, H, W]."""
-        return self.vae.encode(to_unit(pixels).to(self.vae.dtype)).latent_dist
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, C, h, w] of the latents of ``pixels`` [B, 3, H, W] before
+        normalisation."""
+        mean, logvar = self.encoder(to_unit(pixels).to(self.dtype)).chunk(2, dim=1)
+        return mean, (0.5 * logvar.clamp(-30.0, 20.0)).exp()
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        posterior = self.posterior(pixels)
-        if noise is None:
-            return self.config.normalise(posterior.mean)
-        return self.config.latent(posterior.mean, posterior.std, noise)
+        mean, std = self.posterior(pixels)
+        return self.config.normalise(mean) if noise is None else self.config.latent(mean, std, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(self.config.denormalise(latents.to(self.vae.dtype))).sample
+        return self.decoder(self.config.denormalise(latents.to(self.dtype)))
 
 
 CODECS = {"flux": FluxCodec, "pixel": PixelCodec}

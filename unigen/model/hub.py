@@ -1,6 +1,6 @@
 """Libraries are imported without asking a hub for code.
 
-On CPUs with AVX512-BF16 bitsandbytes, which diffusers imports where it is installed, fetches compiled kernels
+On CPUs with AVX512-BF16 bitsandbytes, which peft imports where it is installed, fetches compiled kernels
 from a hub at its import; without the package ``kernels`` it logs that this failed. Neither serves anything
 here.
 """

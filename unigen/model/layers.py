@@ -41,6 +41,26 @@ def _plain() -> bool:
     return not busy and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """As PyTorch makes it, whose own way to normal values on the meta device imports its compiler."""
+    return nn.Embedding.from_pretrained(torch.randn(rows, width), freeze=False)
+
+
+class QuickGELU(nn.Module):
+    """``x sigmoid(1.702 x)`` (Hendrycks & Gimpel 2016, section 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def activation(name: str) -> nn.Module:
+    """The function that transformers' configs call ``name``, one of ``schemas.ACTIVATIONS``. (An import of
+    transformers' own table takes longer than that of PyTorch.)"""
+    made = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "tanh": nn.Tanh}
+    made |= {"quick_gelu": QuickGELU}
+    return made[name]() if name in made else nn.GELU("tanh")
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from unigen.model.attention import Attention
-from unigen.model.layers import Linear, RMSNorm, SwiGLU, rope_angles, rotate
+from unigen.model.layers import Linear, RMSNorm, SwiGLU, embedding, rope_angles, rotate
 from unigen.model.parts import GEN
 from unigen.model.sdpa import Halves, Rows, join_halves, split
 from unigen.sequence.types import Pack
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config, visual_gen: bool):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, visual_gen) for _ in range(config.num_hidden_layers))
         self.visual_gen = visual_gen
         for expert in EXPERTS[: 1 + visual_gen]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from unigen.model.attention import Attention, picture_attention
+from unigen.model.layers import embedding
 from unigen.sequence.grid import to_unit
 
 
@@ -57,7 +58,7 @@ class VitEmbeddings(nn.Module):
         super().__init__()
         side = config.image_size // config.patch_size
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.position_embedding = nn.Embedding(side * side, config.hidden_size)
+        self.position_embedding = embedding(side * side, config.hidden_size)
 
     def forward(self, patches: Tensor, position: Tensor) -> Tensor:
         return self.patch_embedding(patches) + self.position_embedding(position)

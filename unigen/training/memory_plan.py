@@ -40,7 +40,7 @@ from unigen.training.census import ParameterEntry, census, codec_numbers
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take of a GPU
 FRAGMENTS = 0.04  # of all tensors: what the allocator cannot give out again
-PROGRAM = 550_000_000  # bytes of `unigen train` on a CPU with a tiny model, measured (0.57 to 0.62 GB)
+PROGRAM = 400_000_000  # bytes of `unigen train` on a CPU with a tiny model, measured (0.39 to 0.40 GB)
 HOST = 2_000_000_000  # bytes of a process that uses a GPU, with its libraries; an estimate
 PIECE = 1 << 27  # bytes of a tensor that are read at once, with their copy
 PINNED = 1 << 27  # of the two buffers that checkpoints go through
