@@ -83,9 +83,10 @@ class Config(
             ConfigError: an option is missing or out of range, or two exclude each other.
         """
         self.reread()
-        for refused, name, problem in conflicts(self):
+        for refused, problem in conflicts(self):
+            name = problem.split(" ", 1)[0]
             if refused and name in (only or [name]) and (data or name != "train_data_path"):
-                raise ConfigError(f"{name} {problem} (--{name} ...)")
+                raise ConfigError(f"{problem} (--{name} ...)")
         self.asked_precision()
         self.sources()
         return self

@@ -7,8 +7,8 @@ from typing import Any
 
 from unigen.topics import RATED
 
-Rules = Iterator[tuple[Any, str, str]]
-"""(is it refused?, option, what is wrong and the fix)."""
+Rules = Iterator[tuple[Any, str]]
+"""(is it refused?, the option, what is wrong with it and the fix)."""
 
 _EXAMPLES = {"lora_rank": "--lora_rank 64", "preserve_weight": "--preserve_weight 1"}
 _NEEDS = {
@@ -72,32 +72,29 @@ def unusual(c: Any) -> Iterator[str]:
 
 def _missing(c: Any) -> Rules:
     """What is not given, and what is given without the option that it belongs to."""
-    yield not c.model_path, "model_path", "is missing. Fix: give the folder of a BAGEL checkpoint"
+    yield not c.model_path, "model_path is missing. Fix: give the folder of a BAGEL checkpoint"
     yield (
         not (c.train_data_path or c.train_sources),
-        "train_data_path",
-        "is missing. Fix: give a JSON or JSONL file, or a folder of them",
+        "train_data_path is missing. Fix: give a JSON or JSONL file, or a folder of them",
     )
     needs = _NEEDS | ({"eval_samples": "val_data_path"} if c.eval_samples else {})
     for name, other in needs.items():
         fix = _EXAMPLES.get(other, "give that, too")
         lacks = _given(c, name) and getattr(c, other) is None
-        yield lacks, name, f"needs {other}. Fix: {fix}, or leave {name} out"
+        yield lacks, f"{name} needs {other}. Fix: {fix}, or leave {name} out"
     for name, engine in _OF_ENGINES.items():
-        yield _given(c, name) and c.engine != engine, name, f"needs engine {engine}. Fix: --engine {engine}"
+        yield _given(c, name) and c.engine != engine, f"{name} needs engine {engine}. Fix: --engine {engine}"
     for name in _DRAWING:
         given = not c.visual_gen and getattr(c, name) and _given(c, name)
-        yield given, name, f"says nothing with visual_gen=false. Fix: leave {name} out"
+        yield given, f"{name} says nothing with visual_gen=false. Fix: leave {name} out"
     yield (
         c.eval_samples == 0 and c.eval_metrics is not None,
-        "eval_metrics",
-        "has no records to measure, as eval_samples is 0. Fix: leave one of them out",
+        "eval_metrics has no records to measure, as eval_samples is 0. Fix: leave one of them out",
     )
     yield (
         c.checkpointing_policy != "full" and not c.gradient_checkpointing,
-        "checkpointing_policy",
-        f"is {c.checkpointing_policy}, but gradient_checkpointing is off. Fix: --gradient_checkpointing, or"
-        " leave the policy out",
+        f"checkpointing_policy is {c.checkpointing_policy}, but gradient_checkpointing is off. Fix:"
+        " --gradient_checkpointing, or leave the policy out",
     )
 
 
@@ -105,23 +102,20 @@ def _nothing_to_learn(c: Any) -> Rules:
     """Parts and losses that leave out all that could be trained."""
     yield (
         not (c.visual_gen or c.visual_und) and c.freeze_llm,
-        "freeze_llm",
-        "with no visual part leaves nothing to train. Fix: leave freeze_llm out",
+        "freeze_llm with no visual part leaves nothing to train. Fix: leave freeze_llm out",
     )
     yield (
         c.freeze_und and not c.visual_gen,
-        "freeze_und",
-        "trains the generation expert, which visual_gen=false leaves out. Fix: leave one of them out",
+        "freeze_und trains the generation expert, which visual_gen=false leaves out. Fix: leave one of them"
+        " out",
     )
     yield (
         c.freeze_und and c.freeze_llm,
-        "freeze_und",
-        "with freeze_llm leaves only the latent heads. Fix: choose one of them",
+        "freeze_und with freeze_llm leaves only the latent heads. Fix: choose one of them",
     )
     yield (
         c.text_loss_weight == 0 and (c.image_loss_weight == 0 or not c.visual_gen),
-        "text_loss_weight",
-        "is 0, and so is all else that could be learnt. Fix: give one loss a weight above 0",
+        "text_loss_weight is 0, and so is all else that could be learnt. Fix: give one loss a weight above 0",
     )
 
 
@@ -129,39 +123,33 @@ def _at_odds(c: Any) -> Rules:
     """Options that exclude each other."""
     for name in _REFUSED.get(c.engine, ()):
         fix = "ddp" if name in _SHARDED else "fsdp2"
-        problem = f"is {getattr(c, name)}, which does not work with engine {c.engine}. Fix: use {fix}"
-        yield _given(c, name), name, problem
+        value, engine = getattr(c, name), c.engine
+        yield _given(c, name), f"{name} is {value}, which does not work with engine {engine}. Fix: use {fix}"
     for name in (f"learning_rate_{part}" for part in RATED):
         rated = _given(c, name) and c.learning_rate == 0
-        yield rated, name, "follows learning_rate, which is 0. Fix: a rate above 0"
+        yield rated, f"{name} follows learning_rate, which is 0. Fix: a rate above 0"
     yield (
         c.train_data_path and c.train_sources,
-        "train_sources",
-        "and train_data_path exclude each other. Fix: keep one",
+        "train_sources and train_data_path exclude each other. Fix: keep one",
     )
     yield (
         None not in (c.warmup_steps, c.max_steps) and c.warmup_steps > c.max_steps,
-        "warmup_steps",
-        f"is {c.warmup_steps}, above max_steps {c.max_steps}: the learning rate would never reach its"
-        " peak. Fix: fewer",
+        f"warmup_steps is {c.warmup_steps}, above max_steps {c.max_steps}: the learning rate would never"
+        " reach its peak. Fix: fewer",
     )
     yield (
         c.learning_rate * c.weight_decay >= 1,
-        "weight_decay",
-        f"is {c.weight_decay}: times the learning rate of {c.learning_rate} a step takes away more than"
-        " there is. Fix: a smaller one",
+        f"weight_decay is {c.weight_decay}: times the learning rate of {c.learning_rate} a step takes away"
+        " more than there is. Fix: a smaller one",
     )
     for name in ("expect_text_loss", "expect_image_loss"):
         low, high = getattr(c, name) or (0.0, 0.0)
-        yield (
-            low > high,
-            name,
-            f"is {low:g} to {high:g}, which nothing lies in. Fix: the smaller number first",
-        )
+        said = f"{name} is {low:g} to {high:g}, which nothing lies in. Fix: the smaller number first"
+        yield low > high, said
     yield (
         c.optimizer not in ("adamw", "adamw8bit") and c.weights == "bf16",
-        "weights",
-        f"is bf16, which optimizer {c.optimizer} does not round for. Fix: float32, or --optimizer adamw",
+        f"weights is bf16, which optimizer {c.optimizer} does not round for. Fix: float32, or --optimizer"
+        " adamw",
     )
     for refuses, what in (
         (c.recomputes_selectively, "checkpointing_policy selective"),
@@ -169,8 +157,8 @@ def _at_odds(c: Any) -> Rules:
         (c.lora_variant == "dora", "lora_variant dora"),
         (c.quantize, f"quantize {c.quantize}"),
     ):
-        problem = f"is on, which {what} does not allow. Fix: --compile auto"
-        yield c.compile == "on" and refuses, "compile", problem
+        refused = c.compile == "on" and refuses
+        yield refused, f"compile is on, which {what} does not allow. Fix: --compile auto"
 
 
 def _adapters(c: Any) -> Rules:
@@ -180,30 +168,28 @@ def _adapters(c: Any) -> Rules:
     for name in ("freeze_llm", "freeze_vit"):
         yield (
             getattr(c, name),
-            name,
-            "says nothing beside lora_rank: what lora_targets leaves out stays as it is. Fix: leave it out",
+            f"{name} says nothing beside lora_rank: what lora_targets leaves out stays as it is. Fix: leave"
+            " it out",
         )
     words = {*(c.lora_targets or ()), *(c.train_also or ())}
     yield (
         c.freeze_und and {"und", "both", "vit", "connector"} & words,
-        "freeze_und",
-        "excludes adapters of the understanding side. Fix: --lora_targets gen",
+        "freeze_und excludes adapters of the understanding side. Fix: --lora_targets gen",
     )
-    yield c.lora_targets == [], "lora_targets", "is empty. Fix: name a part, such as gen"
+    yield c.lora_targets == [], "lora_targets is empty. Fix: name a part, such as gen"
     yield (
         not c.visual_gen and c.lora_targets is None,
-        "lora_targets",
-        "is gen, which visual_gen=false leaves out. Fix: --lora_targets und",
+        "lora_targets is gen, which visual_gen=false leaves out. Fix: --lora_targets und",
     )
     yield (
         c.timestep_shift is not None,
-        "timestep_shift",
-        "would be lost: a checkpoint of adapters has no config.json. Fix: set it in the base's config.json",
+        "timestep_shift would be lost: a checkpoint of adapters has no config.json. Fix: set it in the"
+        " base's config.json",
     )
     yield (
         c.recomputes_selectively,
-        "checkpointing_policy",
-        "is selective, which does not know the products of adapters. Fix: --checkpointing_policy full",
+        "checkpointing_policy is selective, which does not know the products of adapters. Fix:"
+        " --checkpointing_policy full",
     )
 
 
@@ -212,37 +198,33 @@ def _quantised(c: Any) -> Rules:
     other = c.fp16 or c.precision in ("fp16", "fp32") or c.bf16 is False
     yield (
         c.model_load_mode == 1 and other,
-        "model_load_mode",
-        "is 1, bfloat16, and the precision is another. Fix: leave model_load_mode out, or --precision bf16",
+        "model_load_mode is 1, bfloat16, and the precision is another. Fix: leave model_load_mode out, or"
+        " --precision bf16",
     )
     if c.quantize is None:
         return
     yield (
         c.model_load_mode == 1 and c.quantised_folder,
-        "model_load_mode",
-        f"is 1, bfloat16, and {c.quantised_folder} holds {c.quantize}. Fix: leave it out, or give the folder"
-        " of the full weights",
+        f"model_load_mode is 1, bfloat16, and {c.quantised_folder} holds {c.quantize}. Fix: leave it out,"
+        " or give the folder of the full weights",
     )
     yield (
         c.model_load_mode not in (None, {"nf4": 2, "int8": 3}[c.quantize]),
-        "model_load_mode",
-        f"is {c.model_load_mode}, and quantize {c.quantize}. Fix: keep one of them",
+        f"model_load_mode is {c.model_load_mode}, and quantize {c.quantize}. Fix: keep one of them",
     )
     yield (
         c.lora_rank is None and c.quantised_folder,
-        "model_path",
-        f"is {c.quantised_folder}, which holds {c.quantize}: such matrices cannot train themselves. Fix:"
-        " --lora_rank 64, or give the folder of the full weights",
+        f"model_path is {c.quantised_folder}, which holds {c.quantize}: such matrices cannot train"
+        " themselves. Fix: --lora_rank 64, or give the folder of the full weights",
     )
     yield (
         c.lora_rank is None,
-        "quantize",
-        "needs lora_rank: quantised matrices cannot train themselves. Fix: --lora_rank 64",
+        "quantize needs lora_rank: quantised matrices cannot train themselves. Fix: --lora_rank 64",
     )
     yield (
         c.lora_variant == "dora" and c.quantize == "int8",
-        "lora_variant",
-        "dora does not work over int8. Fix: --lora_variant lora, or the full weights with --quantize nf4",
+        "lora_variant dora does not work over int8. Fix: --lora_variant lora, or the full weights with"
+        " --quantize nf4",
     )
 
 
@@ -250,18 +232,16 @@ def _preserving(c: Any) -> Rules:
     """The distance to the model as it was."""
     marked = any(isinstance(s, dict) and s.get("preserve") for s in c.train_sources or ())
     if c.preserve_weight is None:
-        yield marked, "train_sources", "has preserve, which needs preserve_weight. Fix: --preserve_weight 1"
+        yield marked, "train_sources has preserve, which needs preserve_weight. Fix: --preserve_weight 1"
         return
-    yield c.preserve_share == 0, "preserve_share", "is 0, so that nothing is kept. Fix: a share above 0"
+    yield c.preserve_share == 0, "preserve_share is 0, so that nothing is kept. Fix: a share above 0"
     yield (
         c.preserve_share == 1 and c.preserve_data_path,
-        "preserve_share",
-        "is 1, which leaves no sample to learn from. Fix: a share below 1",
+        "preserve_share is 1, which leaves no sample to learn from. Fix: a share below 1",
     )
     yield (
         c.preserve_share is not None and marked and not c.preserve_data_path,
-        "preserve_share",
-        "says nothing beside sources with preserve, whose weights say it. Fix: leave it out",
+        "preserve_share says nothing beside sources with preserve, whose weights say it. Fix: leave it out",
     )
 
 
@@ -271,11 +251,10 @@ def _low(c: Any) -> Rules:
         return
     yield (
         c.lora_rank is not None,
-        "weights",
-        "is bf16, which adapters are too small to gain from; they train in float32. Fix: leave it out",
+        "weights is bf16, which adapters are too small to gain from; they train in float32. Fix: leave it"
+        " out",
     )
     yield (
         c.fp16 or c.precision == "fp16",
-        "weights",
-        "is bf16, whose gradients have no loss scale. Fix: --precision bf16",
+        "weights is bf16, whose gradients have no loss scale. Fix: --precision bf16",
     )

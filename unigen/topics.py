@@ -146,12 +146,6 @@ class TrainSource(Options):
         """Its path, or several."""
         return [self.path] if isinstance(self.path, str) else self.path
 
-    @classmethod
-    def read(cls, values: dict[str, Any], where: str) -> TrainSource:
-        """Raises ConfigError for an unknown key, a missing path, or a value of another type or out of
-        range."""
-        return cls(**read_keys(cls, values, where))
-
 
 @dataclass
 class DataOptions(Options):
@@ -246,7 +240,8 @@ class SourceOptions(Options):
             split = getattr(self, "split", None)  # of DataOptions
             return [TrainSource(given, "train_data_path", split=split), *more] if given else more
         found = [
-            TrainSource.read(values, f"train_sources[{i}]") for i, values in enumerate(self.train_sources)
+            TrainSource(**read_keys(TrainSource, values, f"train_sources[{i}]"))
+            for i, values in enumerate(self.train_sources)
         ]
         found += more
         names = [source.name for source in found]

@@ -277,9 +277,8 @@ def _fit_one(alternatives: tuple[Any, ...], value: Any, label: str) -> Any:
 
 
 def _word(value: Any, words: tuple[str, ...]) -> str:
-    for word in words:
-        if isinstance(value, str) and value == word:
-            return word
+    if isinstance(value, str) and value in words:
+        return words[words.index(value)]
     raise _Unfit
 
 
@@ -338,16 +337,13 @@ def _whole(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    found = math.nan
-    if isinstance(value, Real) and not isinstance(value, bool):
-        try:
-            found = float(value)
-        except OverflowError:
-            found = math.inf
-    elif isinstance(value, str) and len(value) <= _MAX_TEXT and _FLOAT.fullmatch(value):
-        found = float(value)
-    else:
+    written = isinstance(value, str) and len(value) <= _MAX_TEXT and _FLOAT.fullmatch(value)
+    if not written and (not isinstance(value, Real) or isinstance(value, bool)):
         raise _Unfit(_surprise(value))
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
     if not math.isfinite(found):
         raise _Unfit("it is not finite")
     return found

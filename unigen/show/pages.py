@@ -188,21 +188,12 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-class MadeWith(NamedTuple):
-    """What an answer was made with: ``facts`` and ``settings`` are (name, value), ``command`` makes it
-    again."""
-
-    facts: Sequence[tuple[str, str]]
-    settings: Sequence[tuple[str, str]]
-    command: str
-
-
 def write_answer(
     folder: Path,
     prompt: Sequence[Any],
     segments: Sequence[Any],
     title: str = "Unigen",
-    made: MadeWith | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an answer for people and programs: ``01_text.txt``, ``02_image.png``, ..., and ``index.html``
     that shows it under its prompt.
@@ -213,7 +204,8 @@ def write_answer(
             always a text.
         segments: The answer, of the same kinds, in order.
         title: Heading of the page.
-        made: What it was made with, which the page shows.
+        made: What it was made with, which the page shows: ``facts`` and ``settings`` are (name, value), and
+            ``command`` makes it again.
 
     Returns:
         The path of ``index.html``.

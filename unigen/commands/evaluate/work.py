@@ -48,7 +48,7 @@ from unigen.inference.options import NAMES, check_sampling, idle_settings
 from unigen.model.adapters import parse_adapter
 from unigen.model.backends import pick_device
 from unigen.model.quantise import bits_of, need_backend, told_bits
-from unigen.model.weights import base_of, build_bagel
+from unigen.model.weights import base_of, build_bagel, load_planner
 from unigen.outputs import output_folder, unwritten
 from unigen.runs.channel import Channel, processes
 from unigen.runs.checkpoint import steps
@@ -84,10 +84,6 @@ class AnswerSource:
     name: str
     folder: Path
     adapters: Sequence[str] = ()
-
-    @property
-    def is_given(self) -> bool:
-        return Path(self.name).is_file()
 
 
 @dataclass(frozen=True)
@@ -245,8 +241,6 @@ def _check_names(names: Sequence[str], cases: Sequence[Case], o: EvaluateOptions
 def _lengths(names: Sequence[str], o: EvaluateOptions) -> CountTokens | None:
     """Counts a record's tokens as the first checkpoint does, and refuses what any of them cannot take; None
     where none answers. Raises UserError."""
-    from unigen.model.weights import base_of, load_planner
-
     options = DataOptions(allow_control_tokens=o.allow_control_tokens)
     bases = dict.fromkeys(base_of(name, [])[0] for name in _checkpoints(names))
     planners = [load_planner(base, options) for base in bases]
@@ -367,7 +361,7 @@ def _answers(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Pre
         UserError: the checkpoint cannot be read, or the folder holds other answers or cannot be written.
     """
     with unwritten("output_dir", source.folder):
-        about, predictions, said = (_given if source.is_given else _generated)(work, source)
+        about, predictions, said = (_generated if _checkpoints([source.name]) else _given)(work, source)
         if work.judge is not None and work.wants("judge"):
             said["judge"] = _judged(work, source, predictions, work.judge)
         return about, predictions, said

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from unigen.bars import Bar
 from unigen.cache.encoders import digest_weights
 from unigen.commands.generate.one import checkpoint_of, held_bits
-from unigen.commands.generate.options import GenerateError, GenerateOptions
-from unigen.config import SamplingOptions
+from unigen.commands.generate.options import GenerateOptions
+from unigen.config import ConfigError, SamplingOptions
 from unigen.evaluation.answers import ABOUT, claim_answers, same_threads
 from unigen.evaluation.benchmarks import LAYOUTS, PRESETS, Layout, Preset, beaten
 from unigen.evaluation.prompt_files import Asked, read_asked
@@ -108,7 +108,7 @@ def write_many(o: GenerateOptions) -> None:
     if not (folder / STATE / ABOUT).exists():
         there = next((place for one in asked for place in one.places if (folder / place).exists()), None)
         if there:
-            raise GenerateError(
+            raise ConfigError(
                 f"output_dir is {folder}, which holds {there} that is not ours. Fix: name another folder"
                 " (--output_dir ...)"
             )
@@ -117,10 +117,10 @@ def write_many(o: GenerateOptions) -> None:
     empty.requests.prepare([_prompt(one) for one in asked], ["image"], o)
     with processes() as (rank, channel):
         if o.shard and channel.world > 1:
-            raise GenerateError("shard is given to one of several processes. Fix: leave it to torchrun")
+            raise ConfigError("shard is given to one of several processes. Fix: leave it to torchrun")
         part, parts = map(int, o.shard.split("/")) if o.shard else (rank + 1, channel.world)
         if part > parts:
-            raise GenerateError(
+            raise ConfigError(
                 f"shard is {o.shard}, and the last is {parts}/{parts}. Fix: one from 1/{parts} on"
             )
         plan = Plan(o, layout, preset, asked, folder, pictures, part - 1, parts)
@@ -140,23 +140,23 @@ def write_many(o: GenerateOptions) -> None:
 
 
 def _chosen(o: GenerateOptions) -> tuple[Preset | None, Layout, int]:
-    """The preset, the layout and how many pictures each prompt has. Raises GenerateError."""
+    """The preset, the layout and how many pictures each prompt has. Raises ConfigError."""
     preset = PRESETS[o.preset] if o.preset else None
     name = o.layout or (preset.layout if preset else None)
     if name is None:
-        raise GenerateError(f"prompts_file is given without layout. Fix: --layout, of {', '.join(LAYOUTS)}")
+        raise ConfigError(f"prompts_file is given without layout. Fix: --layout, of {', '.join(LAYOUTS)}")
     if o.seed is None:
-        raise GenerateError("seed is none, and pictures without one cannot be drawn again. Fix: --seed 42")
+        raise ConfigError("seed is none, and pictures without one cannot be drawn again. Fix: --seed 42")
     layout = LAYOUTS[name]
     pictures = o.num_images or (preset.pictures if preset else 1)
     most = QUARTERS if layout.grid else 1
     if pictures > most and not layout.several:
-        raise GenerateError(
+        raise ConfigError(
             f"num_images is {pictures}, and layout {name} has room for {most} of a prompt. Fix: --num_images"
             f" {most}"
         )
     if preset and preset.one_seed and o.batch_size > 1:
-        raise GenerateError(
+        raise ConfigError(
             f"batch_size is {o.batch_size}, and preset {o.preset} draws every picture with the same seed."
             " Fix: --batch_size 1"
         )

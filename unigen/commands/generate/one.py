@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from unigen.commands.generate.options import GenerateError, GenerateOptions
-from unigen.config import SamplingOptions
+from unigen.commands.generate.options import GenerateOptions
+from unigen.config import ConfigError, SamplingOptions
 from unigen.evaluation.benchmarks import PRESETS, beaten
 from unigen.messages import spoken
 from unigen.values import written
@@ -19,51 +19,8 @@ from unigen.version import __version__
 
 if TYPE_CHECKING:
     from unigen.inference.inferencer import InterleaveInferencer
-    from unigen.show.pages import MadeWith
 
 OUTPUTS: dict[str, list[str] | None] = {"auto": None, "text": ["text"], "image": ["image"], "edit": ["image"]}
-
-
-class GeneratedAnswer(NamedTuple):
-    """An answer: ``prompt`` (pictures, then the text) and ``pieces`` are texts and pictures; the device that
-    it came from, and the seconds that loading and answering took."""
-
-    prompt: list[Any]
-    pieces: list[Any]
-    device: str
-    loading: float
-    seconds: float
-
-
-def answer(options: GenerateOptions) -> GeneratedAnswer:
-    """Answers what the options ask.
-
-    Raises:
-        GenerateError: nothing is asked, or an edit has no picture.
-        UserError: a setting cannot work, the checkpoint or a picture cannot be read, the size cannot be
-            drawn, or prompt and answer are longer than the model's context.
-    """
-    o = options
-    prompt: list[Any] = [Path(path) for path in o.image] + ([o.prompt] if o.prompt else [])
-    if not prompt:
-        raise GenerateError('prompt is empty and no image is given. Fix: --prompt "..." or --image a.png')
-    if o.mode == "edit" and not o.image:
-        raise GenerateError(
-            "mode edit redraws a picture, and none is given. Fix: --image a.png, or --mode image"
-        )
-    from unigen.inference.requests import sample_of
-
-    empty, load = checkpoint_of(o)
-    sample_of(prompt)
-    requests = empty.requests
-    requests.prepare([prompt], OUTPUTS[o.mode], o)
-    began = time.perf_counter()
-    inferencer = load(o.device)
-    inferencer.requests = requests  # which has told what there is to tell
-    loaded = time.perf_counter()
-    pieces = inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
-    done = time.perf_counter()
-    return GeneratedAnswer(prompt, pieces, str(inferencer.model.device), loaded - began, done - loaded)
 
 
 def checkpoint_of(
@@ -119,29 +76,27 @@ def held_bits(o: GenerateOptions) -> str | None:
     return told_bits(*bits_of(base_of(o.model_path, o.adapter)[0], o.quantize, o.double_quant))
 
 
-def made_with(options: GenerateOptions, found: GeneratedAnswer) -> MadeWith:
-    """What the page says of how an answer came about."""
+def _made_with(o: GenerateOptions, device: str, took: dict[str, float]) -> dict[str, Any]:
+    """What the page says of how an answer came about; ``took`` are seconds."""
     from unigen.show.language import Words
-    from unigen.show.pages import MadeWith
 
-    o, words = options, Words(spoken(), "generate")
-    bits = held_bits(o)
+    words, bits = Words(spoken(), "generate"), held_bits(o)
     facts = [
         (words("model"), o.model_path),
         *((words("adapter"), one) for one in o.adapter),
         *([(words("quantize"), bits)] if bits else []),
         (words("mode"), o.mode),
         (words("seed"), str(o.seed)),
-        (words("device"), found.device),
-        (words("took"), words("with_loading", seconds=found.seconds, loading=found.loading)),
+        (words("device"), device),
+        (words("took"), words("with_loading", **took)),
         (words("made"), time.strftime("%Y-%m-%d %H:%M:%S")),
         (words("version"), f"Unigen {__version__}"),
     ]
     settings = [(one.name, written(getattr(o, one.name))) for one in fields(SamplingOptions)]
-    return MadeWith(facts, settings, repeating(o))
+    return {"facts": facts, "settings": settings, "command": _repeating(o)}
 
 
-def repeating(options: GenerateOptions) -> str:
+def _repeating(options: GenerateOptions) -> str:
     """The command that gives the same answer again."""
     plain = GenerateOptions(
         **GenerateOptions.completed({"model_path": options.model_path, "preset": options.preset})
@@ -156,25 +111,48 @@ def repeating(options: GenerateOptions) -> str:
     return shlex.join(argv)
 
 
-def write_one(options: GenerateOptions) -> None:
-    """Answers one prompt. Raises as :func:`answer`."""
+def write_one(o: GenerateOptions) -> None:
+    """Answers one prompt.
+
+    Raises:
+        ConfigError: nothing is asked, or an edit has no picture.
+        UserError: a setting cannot work, the checkpoint or a picture cannot be read, the size cannot be
+            drawn, prompt and answer are longer than the model's context, or the folder cannot be written.
+    """
+    from unigen.inference.requests import sample_of
     from unigen.outputs import output_folder, unwritten
     from unigen.show.pages import refuse_strangers, write_answer
     from unigen.show.terminal import say
 
-    pictures = [Path(path) for path in options.image]
-    folder = output_folder("output_dir", options.output_dir, [options.model_path, *pictures])
+    pictures = [Path(path) for path in o.image]
+    prompt: list[Any] = [*pictures, *([o.prompt] if o.prompt else [])]
+    folder = output_folder("output_dir", o.output_dir, [o.model_path, *pictures])
     refuse_strangers(folder, inputs=pictures)
-    for sentence in beaten(options.preset, options):
+    for sentence in beaten(o.preset, o):
         say(sentence)
-    if options.seed is None:  # another one each time, but one that is known
-        options.seed = secrets.randbelow(1 << 31)
-    found = answer(options)
-    for piece in found.pieces:
+    if o.seed is None:  # another one each time, but one that is known
+        o.seed = secrets.randbelow(1 << 31)
+    if not prompt:
+        raise ConfigError('prompt is empty and no image is given. Fix: --prompt "..." or --image a.png')
+    if o.mode == "edit" and not o.image:
+        raise ConfigError(
+            "mode edit redraws a picture, and none is given. Fix: --image a.png, or --mode image"
+        )
+    empty, load = checkpoint_of(o)
+    sample_of(prompt)
+    empty.requests.prepare([prompt], OUTPUTS[o.mode], o)
+    began = time.perf_counter()
+    inferencer = load(o.device)
+    inferencer.requests = empty.requests  # which has told what there is to tell
+    loaded = time.perf_counter()
+    pieces = inferencer.unified_generate(prompt, outputs=OUTPUTS[o.mode], options=o)
+    took = {"loading": loaded - began, "seconds": time.perf_counter() - loaded}
+    for piece in pieces:
         if isinstance(piece, str):
             print(piece)  # the model's own words
         else:
             say(f"[picture of {piece.width} x {piece.height}]")
     with unwritten("output_dir", folder):
-        page = write_answer(folder, found.prompt, found.pieces, made=made_with(options, found))
+        made = _made_with(o, str(inferencer.model.device), took)
+        page = write_answer(folder, prompt, pieces, made=made)
     say(f"Written to {page}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from unigen.config import SamplingOptions, UserError
+from unigen.config import SamplingOptions
 from unigen.evaluation.benchmarks import LayoutName, PresetName, preset_values
 from unigen.values import Count, Device, PathText, Spelling
 
@@ -62,7 +62,3 @@ class GenerateOptions(SamplingOptions):
     def completed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """``given`` options and those of their preset, which any option beats."""
         return preset_values(given)
-
-
-class GenerateError(UserError):
-    """The options of ``unigen generate`` cannot work; the message says which, why, and the fix."""

@@ -133,12 +133,10 @@ def _seconds_per_step(run: RunFolder, rows: list[dict[str, Any]]) -> float | Non
     """From the log's times or durations, else from heartbeats, else from the last checkpoints."""
     # The time between the end of a run and its resuming is no time of steps.
     times = [(t, row["step"]) for row in rows for t in numbers([row], "time") if t >= run.started]
-    rates = [_rate(times), _median(numbers(rows, "seconds")), _rate(run.rank_steps), _rate(_marks(run))]
+    took = numbers(rows, "seconds")
+    median = statistics.median(took) if took else None
+    rates = [_rate(times), median, _rate(run.rank_steps), _rate(_marks(run))]
     return next((rate for rate in rates if rate is not None), None)
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
 
 
 def _rate(places: list[tuple[float, int]]) -> float | None:

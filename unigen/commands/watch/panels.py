@@ -70,13 +70,10 @@ def panels_of(runs: Sequence[RunFolder]) -> list[Panel]:
     names = {panel.name for panel in there}
     single = len(names & {"text_loss", "image_loss"}) == 1
     there = [panel for panel in there if not (single and panel.name == "loss")]
-    return [*there, *(_grouped(runs[0]) if len(runs) == 1 else [])]
-
-
-def _grouped(run: RunFolder) -> list[Panel]:
-    log = run.metrics.log
-    drawn = {group: tuple(filter(log.points, names)) for group, names in log.groups.items()}
-    return [Panel(group, "", UNITS.get(group, ""), members=names) for group, names in drawn.items() if names]
+    for group, names in runs[0].metrics.log.groups.items() if len(runs) == 1 else ():
+        if drawn := tuple(filter(runs[0].metrics.log.points, names)):
+            there.append(Panel(group, "", UNITS.get(group, ""), members=drawn))
+    return there
 
 
 def curves_of(runs: Sequence[RunFolder], panel: Panel, smoothing: float = 0.0) -> list[Curve]:
