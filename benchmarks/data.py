@@ -206,8 +206,10 @@ def rows(folder: Path, n: int) -> None:
     began = time.perf_counter()
     steps = stream.steps_in(0, 1)
     seconds = time.perf_counter() - began
+    order = stream.mixture.order(0)
+    full = stream.mixture.lengths(order.records, order.passes).sum() / (steps * 16_384)
     print(
-        f"rows     {n:,} samples in {steps:,} rows of 16,384 tokens: {stream.fill():.2%} full;"
+        f"rows     {n:,} samples in {steps:,} rows of 16,384 tokens: {full:.2%} full;"
         f" {seconds / n * 1e6:.0f} µs a sample to pack"
     )
 

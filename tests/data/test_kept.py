@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -184,6 +183,6 @@ def test_a_folder_that_cannot_be_written_is_said_and_harmless(place: Path, caplo
 
 
 def test_columns_of_another_kind_are_refused() -> None:
-    columns = indexing.Index().arrays()
+    rows = indexing.Index().rows()
     with pytest.raises(ValueError, match="another kind"):
-        indexing.Index.of([columns[0].astype(np.int64), *columns[1:]])
+        indexing.Index(rows["offset"])

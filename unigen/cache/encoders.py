@@ -102,20 +102,9 @@ class Encoders:
             shape = [c.vae.ch, c.vae.ch_mult, c.vae.num_res_blocks, c.vae.z_channels, c.vae.downsample]
             weights = digest_weights(self.codec.encoder.state_dict().items(), shape)
         elif name == "vit" and self.vit is not None:
-            sizes = [
-                c.vit.hidden_size,
-                c.vit.num_hidden_layers,
-                c.vit.num_attention_heads,
-                c.vit.patch_size,
-                c.vit.image_size,
-            ]
-            shape = [
-                *sizes,
-                c.vit.layer_norm_eps,
-                c.vit.hidden_act,
-                c.geometry.vit_side,
-                c.geometry.interpolate,
-            ]
+            v, g = c.vit, c.geometry
+            sizes = [v.hidden_size, v.num_hidden_layers, v.num_attention_heads, v.patch_size, v.image_size]
+            shape = [*sizes, v.layer_norm_eps, v.hidden_act, g.vit_side, g.interpolate]
             weights = digest_weights(whole(self.vit), shape)
         else:
             return None

@@ -4,7 +4,7 @@ its file, and its text is what is read."""
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from unigen.data.json_text import BrokenRow, decode
@@ -71,11 +71,3 @@ def row_of_picture(picture: Path) -> tuple[bytes, Json]:
         error.field, error.found = "text", f"in {path.name}: {error.found}"
         return data, BrokenRow(error, made | {"text": data})
     return data, made
-
-
-def captioned_pictures(names: Iterable[Path], folder: Path, alone: bool = False) -> Iterator[Path]:
-    """The pictures among the files ``names`` of a folder (relative to it) where any of them has a text, or
-    with ``alone`` none has to."""
-    pictures = [name for name in names if is_picture(name)]
-    if alone or any(caption_of(folder / name) for name in pictures):
-        yield from pictures

@@ -10,12 +10,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.config import UserError
 from unigen.data import captions, delimited, tables, tar
-from unigen.data.json_text import HEAD, MAX_RECORD, not_lines, split_json
+from unigen.data.json_text import HEAD, MAX_RECORD, check_lines, split_json
 from unigen.data.unpack import PACKED, open_packed
 from unigen.foreign import known_mistake
 from unigen.plugins import Registry
@@ -26,6 +27,7 @@ Raw = bytes | dict[str, Any]
 PART = 8 << 20  # bytes of a JSON Lines file that are read as one part
 MAX_LINE = 256 << 20  # bytes; a longer line is no record but a file of another kind
 MAX_JSON = 2 << 30  # bytes of a .json file, which is read whole
+_DAMAGE = (OSError, EOFError, ValueError, LookupError, NotImplementedError, MemoryError, zlib.error)
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t\r]*\n", re.MULTILINE)  # what _content finds nothing in
 
@@ -47,14 +49,8 @@ def no_record(files: Sequence[Path], unlearnt: int = 0) -> BadRecord:
         found, fix = f"a weight of 0 in all {unlearnt:,} records", "give some a weight above 0"
         return BadRecord("no_target", "(file)", found, "a record that is learnt", fix, Origin(files[0]))
     names = ", ".join(map(str, files[:5]))
-    return BadRecord(
-        "no_record",
-        "(file)",
-        f"there is no record in {names}",
-        "at least one record",
-        "give files with at least one record",
-        Origin(files[0]),
-    )
+    found, fix = f"there is no record in {names}", "give files with at least one record"
+    return BadRecord("no_record", "(file)", found, "at least one record", fix, Origin(files[0]))
 
 
 class ByteSpan(NamedTuple):
@@ -178,34 +174,18 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except UserError:
         raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        NotImplementedError,
-        MemoryError,
-        zlib.error,
-    ) as error:
-        mistake = None if isinstance(error, OSError) and error.errno else _mistake(path)
-        if mistake:
-            found, fix = mistake
-            raise BadRecord("broken_file", "(file)", found, "a whole file", fix, Origin(path)) from error
+    except _DAMAGE as error:
+        code, expected = "broken_file", "a whole file"
         told = str(error).strip().partition("\n")[0] or type(error).__name__
-        if isinstance(error, OSError) and error.errno is not None and error.strerror:
-            fix = "check the path and the permissions"
-            raise BadRecord(
-                "unreadable_file", "(file)", error.strerror, "a file that can be read", fix, Origin(path)
-            ) from error
+        found = f"truncated or damaged contents ({told})"
         fix = "fetch or make the file again; what follows the damage cannot be read"
-        raise BadRecord(
-            "broken_file",
-            "(file)",
-            f"truncated or damaged contents ({told})",
-            "a whole file",
-            fix,
-            Origin(path),
-        ) from error
+        if isinstance(error, OSError) and error.errno:
+            if error.strerror:
+                code, expected = "unreadable_file", "a file that can be read"
+                found, fix = error.strerror, "check the path and the permissions"
+        elif mistake := _mistake(path):
+            found, fix = mistake
+        raise BadRecord(code, "(file)", found, expected, fix, Origin(path)) from error
 
 
 def _mistake(path: Path) -> tuple[str, str] | None:
@@ -229,7 +209,7 @@ def _cut_lines(whole: FilePart, size: int) -> Iterator[FilePart]:
     with whole.source.open("rb") as file:
         while block := file.read(size):
             if not start:
-                _check_start(block)
+                check_lines(block)
             last, ended = block.rfind(b"\n") + 1, block.endswith(b"\n")
             read, lines = len(block), block.count(b"\n")
             if not ended:  # the rest of its last line
@@ -273,17 +253,10 @@ def _content(line: bytes) -> tuple[int, bytes]:
     return skip, line[skip:].rstrip(b" \t\r\n")
 
 
-def _check_start(start: bytes) -> None:
-    """Raises BadRecord where the records do not stand one on a line: one problem, not one a line."""
-    error = not_lines(start[:HEAD])
-    if error:
-        raise error
-
-
 def _walk_lines(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
     if is_packed(part.source):  # others were looked at when they were cut
         with _opened(part) as file:
-            _check_start(file.read(HEAD))
+            check_lines(file.read(HEAD))
     offset, index, line = part.start, part.index, part.line
     with _opened(part) as file:
         if part.start:
@@ -311,13 +284,9 @@ def _walk_json(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
     with _opened(part) as file:
         data = file.read(MAX_JSON + 1)
     if len(data) > MAX_JSON:
-        raise BadRecord(
-            "huge_file",
-            "(file)",
-            f"more than {MAX_JSON:,} bytes",
-            "a .json file that can be read whole",
-            "save it as .jsonl, one record a line: such a file may have any size",
-        )
+        found, expected = f"more than {MAX_JSON:,} bytes", "a .json file that can be read whole"
+        fix = "save it as .jsonl, one record a line: such a file may have any size"
+        raise BadRecord("huge_file", "(file)", found, expected, fix)
     if digest is not None:
         digest.update(data)
     skip = len(_BOM) if data.startswith(_BOM) else 0
@@ -334,28 +303,22 @@ def _walk_json(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
         raise broken
 
 
-def _by_group(
-    groups: Callable[[Path], Iterable[tables.Group]],
-) -> Callable[[FilePart, int], Iterator[FilePart]]:
-    def cut(whole: FilePart, size: int) -> Iterator[FilePart]:
-        index = 0
-        for key, rows, of in groups(whole.source):
-            yield whole._replace(start=key, index=index, size=of)
-            index += rows
-
-    return cut
+def _cut_groups(
+    groups: Callable[[Path], Iterable[tables.Group]], whole: FilePart, size: int
+) -> Iterator[FilePart]:
+    index = 0
+    for key, rows, of in groups(whole.source):
+        yield whole._replace(start=key, index=index, size=of)
+        index += rows
 
 
-def _by_row(
-    rows: Callable[[Path, int], Iterator[tables.TableRow]],
-) -> Callable[[FilePart, Any], Iterator[tuple[ByteSpan, Raw]]]:
-    def walk(part: FilePart, digest: Any) -> Iterator[tuple[ByteSpan, Raw]]:
-        for i, row in enumerate(rows(part.source, part.start)):
-            if digest is not None:
-                feed(row, digest.update)
-            yield ByteSpan(part.file, part.start, i, 0, part.index + i, crc_of(row)), row
-
-    return walk
+def _walk_rows(
+    rows: Callable[[Path, int], Iterator[tables.TableRow]], part: FilePart, digest: Any
+) -> Iterator[tuple[ByteSpan, Raw]]:
+    for i, row in enumerate(rows(part.source, part.start)):
+        if digest is not None:
+            feed(row, digest.update)
+        yield ByteSpan(part.file, part.start, i, 0, part.index + i, crc_of(row)), row
 
 
 def _one_part(whole: FilePart, size: int) -> Iterator[FilePart]:
@@ -413,9 +376,16 @@ CONTAINERS: Registry[Container] = Registry(
         ".jsonl": Container(_cut_lines, _walk_lines),
         ".json": Container(_one_part, _walk_json),
         ".parquet": Container(
-            _by_group(tables.parquet_groups), _by_row(tables.parquet_rows), tables.parquet_group, runs=True
+            partial(_cut_groups, tables.parquet_groups),
+            partial(_walk_rows, tables.parquet_rows),
+            tables.parquet_group,
+            runs=True,
         ),
-        ".arrow": Container(_by_group(tables.arrow_groups), _by_row(tables.arrow_rows), tables.arrow_group),
+        ".arrow": Container(
+            partial(_cut_groups, tables.arrow_groups),
+            partial(_walk_rows, tables.arrow_rows),
+            tables.arrow_group,
+        ),
         ".csv": _DELIMITED,
         ".tsv": _DELIMITED,
         ".tar": Container(_cut_tar, _walk_tar, record=tar.row_at),

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -24,10 +24,10 @@ from unigen import plugins
 from unigen.bars import Bar
 from unigen.data import kept
 from unigen.data.containers import BadData, ByteSpan, no_record
-from unigen.data.examine import CountTokens, bad_picture, key_of
+from unigen.data.examine import CountTokens, key_of, stamp
 from unigen.data.finding import find_files
 from unigen.data.formats import FORMATS, parse_raw
-from unigen.data.indexing import TASKS, Found, read_all, shown_problems, stamp, task
+from unigen.data.indexing import TASKS, Found, read_all, shown_problems, task
 from unigen.data.keys import NOTES, counts_of
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.probe import check_roots, require_match
@@ -35,7 +35,7 @@ from unigen.data.reader import Reader
 from unigen.data.splits import LeftOut, Split, describing, of_splits
 from unigen.data.verdict import Verdict, percents
 from unigen.sequence.draw import RandomKey
-from unigen.sequence.images import PictureError, open_image
+from unigen.sequence.images import PictureError, bad_picture, open_image
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Image, Origin, Pack, Record, without_trace
@@ -46,15 +46,6 @@ log = logging.getLogger(__name__)
 
 # check_pictures="auto" decodes every picture when there are at most this many distinct ones
 AUTO_FULL_CHECK = 5000
-
-
-class _Broken(NamedTuple):
-    """A picture that cannot be decoded, in the first record and field that show it."""
-
-    record: int
-    field: str
-    path: str | None  # None for bytes
-    error: PictureError
 
 
 class UnifiedGenerationDataset(Dataset[Any]):
@@ -146,9 +137,9 @@ class UnifiedGenerationDataset(Dataset[Any]):
         self._counts, self._notes = found.counts, found.notes
         self.held = sum(found.held.values())
         before = np.cumsum([0] + [found.held[n] for n in range(len(self.files))])
-        files, places = (self._index.arrays()[i] for i in (0, 4))
-        self.numbers = before[files] + places.astype(np.int64)
-        places = sorted(found.bad.kept, key=lambda entry: (entry[0].file, entry[0].index))
+        rows = self._index.rows()
+        self.numbers = before[rows["file"]] + rows["index"].astype(np.int64)
+        places = sorted(found.bad, key=lambda entry: (entry[0].file, entry[0].index))
         self.bad = [error for _, error in places]
         self._settle(found.unreadable, on_bad_record, bad_records_path, max_bad_share)
         # of names nothing: a file that was moved or renamed is the same data
@@ -306,59 +297,44 @@ class UnifiedGenerationDataset(Dataset[Any]):
         return found
 
     def _drop_broken(self, found: Found, progress: bool) -> None:
-        """Decodes all pictures; takes the records with broken ones out of what was found."""
-        broken = list(self._broken(found, progress))
-        if not broken:
-            return
-        inside = {(entry.record, entry.field): entry.error for entry in broken if entry.path is None}
-        paths = {entry.path: entry.error for entry in broken if entry.path is not None}
-        found.faulty |= {path: stamp(path) for path in paths}
-        dropped = set()
-        for i in found.pictured:
-            record, fields = self._read(i)
-            for segment, field in zip(record.sample, fields):
-                if not isinstance(segment, Image):
-                    continue
-                path = _path_of(segment)
-                error = inside.get((i, field)) if path is None else paths.get(path)
-                if error is not None:
-                    found.count(record, -1)
-                    found.bad.add(self._index[i], bad_picture(error, field, record.origin))
-                    dropped.add(i)
-                    break
-        found.drop(dropped, len(broken))
-
-    def _broken(self, found: Found, progress: bool) -> Iterator[_Broken]:
-        """Decodes every distinct picture."""
+        """Decodes every distinct picture; takes the records with broken ones out of what was found."""
         seen: set[int] = set()
-
-        def tasks() -> Iterator[tuple[int, str, Image]]:
-            for i in found.pictured:
-                record, fields = self._read(i)
-                for segment, field in zip(record.sample, fields):
-                    if isinstance(segment, Image) and is_new(_path_of(segment)):
-                        yield i, field, segment
-
-        def is_new(path: str | None) -> bool:
-            if path is None:
-                return True
-            before = len(seen)
-            seen.add(key_of(path))
-            return len(seen) > before
-
-        every = tasks()
+        broken: dict[object, PictureError] = {}  # by path, or of bytes by record and field
+        dropped: set[int] = set()
+        numbers = iter(found.pictured)
         # PIL decodes without the interpreter lock
         with (
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
             Bar("decoding pictures", found.distinct, shown=progress) as shown_bar,
         ):
-            while some := list(islice(every, 64)):  # no more in memory at once
-                for (i, field, segment), error in zip(
-                    some, pool.map(_decoding_error, [segment for _, _, segment in some])
-                ):
-                    if error is not None:
-                        yield _Broken(i, field, _path_of(segment), error)
-                shown_bar.update(len(some))
+            while some := list(islice(numbers, 32)):  # no more in memory at once
+                met = []
+                for i in some:
+                    record, fields = self._read(i)
+                    for segment, field in zip(record.sample, fields):
+                        if isinstance(segment, Image):
+                            inside = isinstance(segment.source, bytes)
+                            met.append(
+                                (i, record, field, segment, (i, field) if inside else str(segment.source))
+                            )
+                fresh = {}
+                for *_, segment, name in met:
+                    if not isinstance(name, str):
+                        fresh[name] = segment
+                    elif (key := key_of(name)) not in seen:
+                        seen.add(key)
+                        fresh[name] = segment
+                errors = pool.map(_decoding_error, fresh.values())
+                broken |= {name: error for name, error in zip(fresh, errors) if error is not None}
+                for i, record, field, _, name in met:
+                    if name in broken and i not in dropped:
+                        found.count(record, -1)
+                        found.refuse(self._index[i], bad_picture(broken[name], field, record.origin))
+                        dropped.add(i)
+                shown_bar.update(len(fresh))
+        found.faulty |= {name: stamp(name) for name in broken if isinstance(name, str)}
+        if broken:
+            found.drop(dropped, len(broken))
 
     def _settle(
         self, unreadable: list[BadRecord], on_bad_record: str, listing: Path | None, max_share: float
@@ -407,10 +383,6 @@ class UnifiedGenerationDataset(Dataset[Any]):
         if not -n <= i < n:
             raise IndexError(f"record {i} of a data set of {n}")
         return i % n
-
-
-def _path_of(segment: Image) -> str | None:
-    return None if isinstance(segment.source, bytes) else str(segment.source)
 
 
 def _decoding_error(segment: Image) -> PictureError | None:

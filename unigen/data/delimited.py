@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from unigen.data.captions import is_picture
-from unigen.data.json_text import MAX_RECORD, BrokenRow, decode, in_utf16
+from unigen.data.json_text import MAX_RECORD, BrokenRow, decode, refuse_utf16
 from unigen.data.keys import in_text
 from unigen.data.words import cut
 from unigen.sequence.types import BadRecord
@@ -82,8 +82,7 @@ def read_header(file: BinaryIO, suffix: str, digest: Any = None) -> Header:
     first = file.readline(MAX_RECORD)
     if digest is not None:
         digest.update(first)
-    if error := in_utf16(first):
-        raise error
+    refuse_utf16(first)
     text = decode(first.removeprefix(_BOM), 1).rstrip("\r\n")
     delimiter = "\t"
     if suffix == ".csv":

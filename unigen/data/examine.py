@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from unigen.data.formats import parse_raw
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.nearby import image_root_for, packed_near
 from unigen.printing import printable
-from unigen.sequence.images import PictureError, image_size
+from unigen.sequence.images import PictureError, bad_picture, image_size
 from unigen.sequence.lengths import RecordLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
 
@@ -24,6 +25,7 @@ _WITH_IMG = {
     ' | .conversations[].value |= gsub("<img>.*?</img>"; "<image>")',
     "instruction": r'.instruction |= gsub("(<img>)?<\\|image_[0-9]+\\|>(</img>)?"; "<image>")',
 }
+FileStamp = list[int] | None
 CountTokens = Callable[[Record], RecordLengths]
 
 
@@ -100,6 +102,8 @@ class PictureHeaders:
 
     Attributes:
         sound: Distinct pictures with a good header.
+        faulty: Paths of others that were asked for, each with its :func:`stamp` when it was looked at; who
+            wants those of a part of the data sets it.
     """
 
     def __init__(self) -> None:
@@ -107,30 +111,40 @@ class PictureHeaders:
         # by key_of, about 110 bytes a picture: names would take more, and the few sizes there are are shared
         self._sizes: dict[int, tuple[int, int]] = {}
         self._shared: dict[tuple[int, int], tuple[int, int]] = {}
-        self._errors: dict[str, PictureError] = {}
+        self._errors: dict[str, tuple[PictureError, FileStamp]] = {}
+        self.faulty: dict[str, FileStamp] = {}
 
     def size(self, source: object, field: str) -> tuple[int, int]:
         """``(width, height)`` of the upright picture. Raises BadRecord for one that cannot be used."""
-        if isinstance(source, bytes):
-            return self._look(source, field)
-        name = str(source)
-        if name in self._errors:
-            raise bad_picture(self._errors[name], field)
-        key = key_of(name)
-        if key not in self._sizes:
-            size = self._look(source, field)
-            self._sizes[key] = self._shared.setdefault(size, size)
-        return self._sizes[key]
+        name, key = "", 0  # bytes have none
+        if not isinstance(source, bytes):
+            name = str(source)
+            key = key_of(name)
+        if key in self._sizes:
+            return self._sizes[key]
+        if name not in self._errors:
+            try:
+                size = image_size(source)  # type: ignore[arg-type]
+            except PictureError as error:
+                if not name:
+                    raise bad_picture(error, field) from None
+                self._errors[name] = without_trace(error), stamp(name)
+            else:
+                self.sound += 1
+                if name:
+                    self._sizes[key] = self._shared.setdefault(size, size)
+                return size
+        error, self.faulty[name] = self._errors[name]
+        raise bad_picture(error, field)
 
-    def _look(self, source: object, field: str) -> tuple[int, int]:
-        try:
-            size = image_size(source)  # type: ignore[arg-type]
-        except PictureError as error:
-            if not isinstance(source, bytes):
-                self._errors[str(source)] = without_trace(error)
-            raise bad_picture(error, field) from None
-        self.sound += 1
-        return size
+
+def stamp(path: str | Path) -> FileStamp:
+    """What tells whether a file is the one that was read: size, times, inode. None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def hash_of(value: bytes) -> int:
@@ -142,14 +156,3 @@ def hash_of(value: bytes) -> int:
 def key_of(name: str) -> int:
     """:func:`hash_of` a path."""
     return hash_of(name.encode("utf-8", "surrogateescape"))
-
-
-def bad_picture(error: PictureError, field: str, origin: Origin | None = None) -> BadRecord:
-    return BadRecord(
-        error.code,
-        field,
-        f"{error.name}: {error.problem}",
-        "a picture that can be decoded",
-        error.fix,
-        origin,
-    )

@@ -179,22 +179,12 @@ def segment(item: Json, where: str, folder: Path, target: bool) -> Segments:
     wanted, other = ("content", "image_path") if kind == "text" else ("image_path", "content")
     if item.get(wanted) is None and not no_picture(item.get(other)):
         fix = f'write "type": "{"image" if kind == "text" else "text"}", or give {wanted}'
-        raise BadRecord(
-            "missing_field",
-            f"{where}.{wanted}",
-            f"{other} alone",
-            f"{wanted} in a segment of type {kind}",
-            fix,
-        )
+        expected = f"{wanted} in a segment of type {kind}"
+        raise BadRecord("missing_field", f"{where}.{wanted}", f"{other} alone", expected, fix)
     if not no_picture(item.get(other)):
         fix = "write two segments, one of each type"
-        raise BadRecord(
-            "ambiguous_piece",
-            f"{where}.{other}",
-            show(item[other]),
-            f"{wanted} alone in a segment of type {kind}",
-            fix,
-        )
+        expected = f"{wanted} alone in a segment of type {kind}"
+        raise BadRecord("ambiguous_piece", f"{where}.{other}", show(item[other]), expected, fix)
     before = thought(item, where, weight)
     if kind == "text":
         return [*before, (as_text(string(item, "content", where), weight), f"{where}.content")]
@@ -304,13 +294,8 @@ def tagged(
     )
     if tags > len(images):
         fix = "list one image for each tag, or remove the tags that have none"
-        raise BadRecord(
-            "unequal_image_count",
-            field,
-            f"{len(images)} images",
-            f"one for each of the {tags} <image> tags",
-            fix,
-        )
+        expected = f"one for each of the {tags} <image> tags"
+        raise BadRecord("unequal_image_count", field, f"{len(images)} images", expected, fix)
     left = iter(images)
     leading: Segments = [
         (Image(source), at) for source, at in (next(left) for _ in range(len(images) - tags))

@@ -17,7 +17,6 @@ from unigen.data.captions import (
     CAPTIONS,
     NO_PICTURES,
     caption_of,
-    captioned_pictures,
     describing_tables,
     is_picture,
     with_texts,
@@ -112,7 +111,7 @@ def find_files(
                 raise BadData(f"{given}: the folder holds {_nothing(path)}")
             found += [(path / name, name.as_posix()) for name in names]
         elif not path.is_file():
-            _need(given)
+            need_paths([given])
             raise BadData(f"{given}: it is not a regular file. Fix: name a file or a folder")
         elif kind_of(path) is None:
             known = ", ".join(CONTAINERS)
@@ -134,22 +133,16 @@ def find_files(
 
 def need_paths(paths: Iterable[str | Path]) -> None:
     """Raises BadData where nothing is at a path of this machine: to be known before slower work begins."""
-    for path in paths:
-        for one in [] if remote.scheme_of(os.fspath(path)) else expand(path):
-            _need(one)
-
-
-def _need(given: str | Path) -> None:
-    """Raises BadData where nothing is there."""
-    path = Path(given)
-    if remote.scheme_of(os.fspath(given)) or path.exists():
-        return
-    near = meant(path)
-    raise BadData(
-        f"{given}: there is no such file or folder"
-        + (f"; did you mean {near}?" if near else ".")
-        + " Fix: correct the path of the data"
-    )
+    here = [path for path in paths if not remote.scheme_of(os.fspath(path))]
+    for given in (one for path in here for one in expand(path)):
+        if remote.scheme_of(os.fspath(given)) or Path(given).exists():
+            continue
+        near = meant(Path(given))
+        raise BadData(
+            f"{given}: there is no such file or folder"
+            + (f"; did you mean {near}?" if near else ".")
+            + " Fix: correct the path of the data"
+        )
 
 
 def _warn_of_data(folder: str | Path, unknown: Iterable[Path]) -> None:
@@ -274,50 +267,45 @@ def _describes(name: Path, stems: set[Path]) -> bool:
     return any(name.with_name("".join(parts[:n])) in stems for n in range(1, len(parts), 2) if parts[0])
 
 
-def _captioned(folder: Path, root: str | Path | None, sides: list[Path], alone: bool) -> Iterator[Path]:
+def _captioned(folder: Path, root: str | Path | None, sides: list[Path], alone: bool) -> list[Path]:
     """The pictures of a folder with texts beside them; ``sides`` gets the texts that are not read. Raises
     BadData for a text outside of ``root``, and for a picture that is a link to nowhere."""
     names = list(_everything(folder))
-    pictures = list(captioned_pictures(names, folder, alone))
-    for picture in pictures:
+    read = {name: caption_of(folder / name) for name in names if is_picture(name)}
+    if not alone and not any(read.values()):
+        read = {}
+    for picture, text in read.items():
         _require_file(folder / picture)
-    _warn_of_repeats(folder, pictures)
-    _warn_of_kinds(folder, names, pictures)
-    read = {picture: caption_of(folder / picture) for picture in pictures}
-    for text in read.values() if root is not None else []:
-        if text and not Path(os.path.realpath(text)).is_relative_to(os.path.realpath(root)):
+        if text and root is not None and not _is_inside(text, root):
             raise BadData(
                 f"{text}: this link leads out of data_root, {root}. Fix: remove the link, or put the text"
                 " itself there"
             )
-    if pictures:
-        texts = {
-            folder / name for name in names if name.suffix.lower() in CAPTIONS and not is_side_file(name)
-        }
-        sides += [text.relative_to(folder) for text in texts - set(read.values())]
-    yield from pictures
-
-
-def _warn_of_repeats(folder: Path, pictures: Iterable[Path]) -> None:
-    """Says that folders of kohya-ss (``10_name``) are read once each."""
-    places = {picture.parent for picture in pictures}
-    told = {part for place in places for part in place.parts if re.match(r"\d+_.", part)}
+    # folders of kohya-ss (10_name)
+    told = {part for picture in read for part in picture.parent.parts if re.match(r"\d+_.", part)}
     if len({name.partition("_")[0] for name in told}) > 1:
         named = printable(", ".join(sorted(told)[:4]))
         fix = "name them as train_sources with weight, which says how often each is met"
         log.warning("%s: the numbers before %s are no repeats here. Fix: %s", folder, named, fix)
-
-
-def _warn_of_kinds(folder: Path, names: Iterable[Path], pictures: Iterable[Path]) -> None:
-    """Says which pictures with texts are left out, since their kind cannot be read."""
-    read = {picture.with_suffix("") for picture in pictures}  # one of them may be read under another ending
-    lost = sorted(
-        name for name in names if name.suffix.lower() in NO_PICTURES and name.with_suffix("") not in read
-    )
-    if lost := [name for name in lost if caption_of(folder / name)]:
+    known = {picture.with_suffix("") for picture in read}  # one of them may be read under another ending
+    lost = [
+        name for name in names if name.suffix.lower() in NO_PICTURES and name.with_suffix("") not in known
+    ]
+    if lost := sorted(name for name in lost if caption_of(folder / name)):
         fix = "convert them to JPEG or PNG (HEIC in Python: pip install pillow-heif)"
-        told = printable(str(lost[0]))
-        log.warning("%s: %s pictures with texts are not read, as %s. Fix: %s", folder, len(lost), told, fix)
+        told_first = printable(str(lost[0]))
+        log.warning(
+            "%s: %s pictures with texts are not read, as %s. Fix: %s", folder, len(lost), told_first, fix
+        )
+    if read:
+        texts = {name for name in names if name.suffix.lower() in CAPTIONS and not is_side_file(name)}
+        sides += texts - {text.relative_to(folder) for text in read.values() if text}
+    return list(read)
+
+
+def _is_inside(path: Path, root: str | Path) -> bool:
+    """Does a path lie in a folder, after all links are resolved?"""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _everything(folder: Path) -> Iterator[Path]:
@@ -395,15 +383,14 @@ def _search_one(found: _Folder, folder: Path, at: Path, folders: list[str], name
 
 def _check_link(link: Path, folder: Path, root: str | Path | None) -> None:
     """Raises BadData for a linked folder that is not to be followed."""
-    real = Path(os.path.realpath(link))
-    if real.is_relative_to(os.path.realpath(folder)):
+    if _is_inside(link, folder):
         return
-    if root is not None and not real.is_relative_to(os.path.realpath(root)):
+    if root is not None and not _is_inside(link, root):
         raise BadData(
             f"{link}: this link leads to a folder outside data_root, {root}. Fix: move that folder into"
             " data_root, name another one, or remove the link."
         )
-    if real in Path(os.path.realpath(folder)).parents:
+    if _is_inside(folder, link):
         raise BadData(
             f"{link}: this link leads to a folder that holds {folder} itself. Fix: remove the link, or name"
             " that folder."

@@ -7,7 +7,6 @@ and a section there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,7 +288,8 @@ def text_to_image(record: Json, folder: Path) -> Segments:
 
 def image_to_text(record: Json, folder: Path) -> Segments:
     """The picture is context, ``caption`` the target."""
-    layouts.refuse_another_picture(record, "image_path", "caption")
+    if record.get("image_path") is not None:
+        layouts.refuse_another_task(record, "image_path", "caption", drawn=False)
     return [
         (Image(f.picture(record, "image_path", "", folder)), "image_path"),
         (Text(f.string(record, "caption", ""), target=True), "caption"),
@@ -410,13 +410,8 @@ def edit_list(record: Json, folder: Path) -> Segments:
         return _interleaved_answer(record, images, steps)
     if len(images) != len(steps) + 1:
         fix = "give one instruction, or one list of variants, for each picture after the first"
-        raise BadRecord(
-            "unequal_image_count",
-            "image_list",
-            f"{len(images)} images",
-            f"{len(steps) + 1} for {len(steps)} instructions",
-            fix,
-        )
+        expected = f"{len(steps) + 1} for {len(steps)} instructions"
+        raise BadRecord("unequal_image_count", "image_list", f"{len(images)} images", expected, fix)
     segments: Segments = [(Image(images[0][0]), images[0][1])]
     for i, (step, (source, field)) in enumerate(zip(steps, images[1:])):
         segments += [f.variants(step, f"instruction_list[{i}]"), (Image(source, target=True), field)]
@@ -447,24 +442,19 @@ def _interleaved_answer(
     return segments
 
 
-def _some_turn(*names: str) -> Callable[[Json], bool]:
+def _some_turn(record: Json, *names: str) -> bool:
     """Does a turn of ``conversations`` have one of these fields?"""
-
-    def found(record: Json) -> bool:
-        turns = record.get("conversations")
-        for turn in turns if isinstance(turns, list) else []:
-            if isinstance(turn, dict):
-                for name in names:
-                    if turn.get(name) is not None:
-                        return True
-        return False
-
-    return found
+    turns = record.get("conversations")
+    found = (turn for turn in turns if isinstance(turn, dict)) if isinstance(turns, list) else ()
+    return any(turn.get(name) is not None for turn in found for name in names)
 
 
-_is_sharegpt = _some_turn("from", "value")
-_has_roles = _some_turn("role", "content", "image_path")
-_is_plain = _some_turn("type", "image_path")
+def _is_sharegpt(record: Json) -> bool:
+    return _some_turn(record, "from", "value")
+
+
+def _has_roles(record: Json) -> bool:
+    return _some_turn(record, "role", "content", "image_path")
 
 
 def _is_chat(record: Json) -> bool:
@@ -475,7 +465,8 @@ def _is_chat(record: Json) -> bool:
             return False
         if not any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns):
             return False
-    return _has_roles(record) and not _is_sharegpt(record) and not _is_plain(record)
+    plain = _some_turn(record, "type", "image_path")
+    return _has_roles(record) and not _is_sharegpt(record) and not plain
 
 
 FORMATS: Registry[Format] = Registry(

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from itertools import combinations, islice, product
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from unigen.data.captions import PICTURES, is_picture
 from unigen.data.keys import RECORD, is_empty
@@ -25,10 +25,6 @@ def _flags(fields: dict[str, str]) -> str:
 def _is_pictured(record: Json, url: str) -> bool:
     """Is an address that of a picture, and not of the page that a text is from?"""
     return is_picture(Path(url.partition("?")[0])) or any(name.lower().endswith("width") for name in record)
-
-
-def _all_have(values: list[Any], names: tuple[str, ...]) -> bool:
-    return all(isinstance(value, dict) and value.keys() >= set(names) for value in values)
 
 
 def _picture_beside(file: Path) -> Path | None:
@@ -221,7 +217,8 @@ def _program_for(record: Json, file: Path, alone: bool = False) -> str | None:
     for name, field, inside, program in REWRITTEN if kind in (".json", ".jsonl") else ():
         value = record.get(field)
         if inside:
-            fits = isinstance(value, list) and bool(value) and _all_have(value, inside)
+            fits = isinstance(value, list) and bool(value)
+            fits = fits and all(isinstance(item, dict) and item.keys() >= set(inside) for item in value)
         elif "images" in program:
             fits = isinstance(value, str) and "<image>" in value and bool(record.get("images"))
         else:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from unigen.data.containers import (
     parts,
     read_part,
 )
-from unigen.data.examine import CountTokens, PictureHeaders, examine, key_of
+from unigen.data.examine import CountTokens, Examined, FileStamp, PictureHeaders, examine, key_of
 from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import ReadOptions
 from unigen.data.workers import Died, Mark, in_order
@@ -46,75 +46,41 @@ TASKS = ("text", "understand", "generate", "edit", "interleaved")
 
 
 class Index:
-    """Rows of :class:`ByteSpan` in compact arrays (a list of tuples would take ten times the memory)."""
+    """Rows of :class:`ByteSpan` in one array (a list of tuples would take ten times the memory)."""
 
-    TYPES = "IQQQQI"
+    ROW = np.dtype(list(zip(ByteSpan._fields, ("u4", "u8", "u8", "u8", "u8", "u4"))))
 
-    def __init__(self, spans: Iterable[ByteSpan] = ()):
-        self._columns = [array(code) for code in self.TYPES]
-        for span in spans:
-            self.append(span)
+    def __init__(self, rows: np.ndarray | None = None):
+        """``rows`` [n] are what :meth:`rows` gave. Raises ValueError for those of another dtype."""
+        if rows is not None and rows.dtype != self.ROW:
+            raise ValueError("rows of another kind")
+        self._bytes = bytearray(b"" if rows is None else rows.tobytes())
 
     def append(self, span: ByteSpan) -> None:
-        for column, value in zip(self._columns, span):
-            column.append(value)
+        self._bytes += np.array(tuple(span), self.ROW).tobytes()
 
     def extend(self, other: Index) -> None:
-        for column, more in zip(self._columns, other._columns):
-            column.extend(more)
+        self._bytes += other._bytes
 
     def __len__(self) -> int:
-        return len(self._columns[0])
+        return len(self._bytes) // self.ROW.itemsize
 
     def __getitem__(self, i: int) -> ByteSpan:
-        return ByteSpan(*(column[i] for column in self._columns))
+        return ByteSpan(*np.frombuffer(self._bytes, self.ROW, 1, i * self.ROW.itemsize)[0].item())
+
+    def rows(self) -> np.ndarray:
+        """All rows, [n] with the fields of :class:`ByteSpan`."""
+        return np.frombuffer(bytes(self._bytes), self.ROW)
 
     def runs(self) -> list[tuple[int, int]]:
         """Ranges of rows that agree in file and offset."""
-        files, offsets = (np.array(column) for column in self._columns[:2])
-        edges = [
-            0,
-            *(np.flatnonzero((np.diff(files) != 0) | (np.diff(offsets) != 0)) + 1).tolist(),
-            len(self),
-        ]
-        return list(pairwise(edges))
+        rows = self.rows()
+        new = (np.diff(rows["file"]) != 0) | (np.diff(rows["offset"]) != 0)
+        return list(pairwise([0, *(np.flatnonzero(new) + 1).tolist(), len(self)]))
 
     def digest(self) -> str:
-        return hashlib.sha256(b"".join(column.tobytes() for column in self._columns)).hexdigest()
-
-    def arrays(self) -> list[np.ndarray]:
-        """The columns, each [records]."""
-        return [np.array(column) for column in self._columns]
-
-    @classmethod
-    def of(cls, columns: Sequence[np.ndarray]) -> Index:
-        """The index with these columns. Raises ValueError for columns of other types or lengths."""
-        made = cls()
-        for column, values in zip(made._columns, columns, strict=True):
-            if values.dtype != np.dtype(column.typecode) or values.shape != columns[0].shape:
-                raise ValueError("columns of another kind")
-            column.frombytes(values.tobytes())
-        return made
-
-
-class BadRecords:
-    """The bad records found so far and their places, in bounds."""
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[ByteSpan, BadRecord]] = []
-        self._bytes = 0
-
-    def add(self, span: ByteSpan, error: BadRecord) -> None:
-        """Raises BadData where they take more than ``BAD_BYTES``."""
-        self.kept.append((span, without_trace(error)))
-        self._bytes += 1000 + len(error.field) + len(error.found) + len(error.expected) + len(error.fix)
-        if self._bytes > BAD_BYTES:
-            bad = [error for _, error in self.kept]
-            raise BadData(
-                f"{len(bad):,} records so far cannot be used, and no more are looked at:\n"
-                f"{shown_problems(bad)}\nFix: correct them; unigen check lists them all.",
-                bad,
-            )
+        rows = self.rows()
+        return hashlib.sha256(b"".join(rows[name].tobytes() for name in ByteSpan._fields)).hexdigest()
 
 
 class Found:
@@ -123,7 +89,7 @@ class Found:
     Attributes:
         lengths: What ``token_lengths`` returned for each record; None without it.
         counts: Formats, tasks, and segments of each kind.
-        bad: The bad records.
+        bad: The bad records and their places, in bounds.
         unreadable: What makes files, or the rest of them, unreadable.
         pictured: Numbers of the records with pictures [n] uint64.
         keys: ``key_of`` the paths of pictures [n] uint64, of each part once.
@@ -139,13 +105,14 @@ class Found:
         self.lengths = TokenLengths() if counted else None
         self.counts: Counter[tuple[str, str]] = Counter()
         self.notes = Notes()
-        self.bad = BadRecords()
+        self.bad: list[tuple[ByteSpan, BadRecord]] = []
+        self._bad_bytes = 0
         self.unreadable: list[BadRecord] = []
         self.pictured = array("Q")
         self.keys: list[np.ndarray] = []
         self.inside = 0
         self.folders: set[str] = set()
-        self.faulty: dict[str, list[int] | None] = {}
+        self.faulty: dict[str, FileStamp] = {}
         self.held: Counter[int] = Counter()
         self.digests: dict[int, str] = {}
 
@@ -155,6 +122,18 @@ class Found:
         if len(self.keys) > 1:
             self.keys = [np.unique(np.concatenate(self.keys))]
         return sum(map(len, self.keys)) + self.inside
+
+    def refuse(self, span: ByteSpan, error: BadRecord) -> None:
+        """Adds a bad record. Raises BadData where they take more than ``BAD_BYTES``."""
+        self.bad.append((span, without_trace(error)))
+        self._bad_bytes += 1000 + len(error.field) + len(error.found) + len(error.expected) + len(error.fix)
+        if self._bad_bytes > BAD_BYTES:
+            bad = [error for _, error in self.bad]
+            raise BadData(
+                f"{len(bad):,} records so far cannot be used, and no more are looked at:\n"
+                f"{shown_problems(bad)}\nFix: correct them; unigen check lists them all.",
+                bad,
+            )
 
     def count(self, record: Record, sign: int) -> None:
         texts = images = pictures = 0
@@ -180,8 +159,8 @@ class Found:
         self.counts.update(other.counts)
         for note, times in other.notes.items():
             self.notes.add([note], times)
-        for span, error in other.bad.kept:
-            self.bad.add(span, error)
+        for span, error in other.bad:
+            self.refuse(span, error)
         self.unreadable += other.unreadable
         self.inside += other.inside
         self.folders |= other.folders
@@ -194,7 +173,7 @@ class Found:
     def drop(self, records: set[int], pictures: int) -> None:
         """Takes the records with these numbers out of the index and the lengths, and so many pictures."""
         keep = [i for i in range(len(self.index)) if i not in records]
-        self.index = Index(self.index[i] for i in keep)
+        self.index = Index(self.index.rows()[keep])
         if self.lengths is not None:
             self.lengths = self.lengths.keep(keep)
         self.inside -= pictures
@@ -306,26 +285,27 @@ def _lost(path: Path, died: Died) -> BadRecord:
 
 def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Job, Mark], Found]:
     """What does a :class:`Job`; made once in each process."""
-    pictures = _Noted()
+    pictures = PictureHeaders()
 
     def work(job: Job, mark: Mark) -> Found:
-        pictures.forget()
         found = Found(token_lengths is not None)
+        met: set[int] = set()
+        pictures.faulty = found.faulty
         try:
             if job.lost:
                 raise job.lost
             for step, (span, raw) in enumerate(_records(job, found)):
                 mark(step)
                 try:
-                    _add(found, span, raw, job.parts[0].path, pictures, token_lengths, read)
+                    examined = examine(raw, span, job.parts[0].path, pictures, token_lengths, read)
+                    _add(found, span, examined, met)
                 except Unlearnt as error:
                     found.notes.add([("unlearnt", error.field)])
                 except BadRecord as error:
-                    found.bad.add(span, error)
+                    found.refuse(span, error)
         except BadRecord as error:  # the rest of the file
             found.unreadable.append(without_trace(error))
-        found.keys = [np.array(sorted(pictures.met), np.uint64)] if pictures.met else []
-        found.inside, found.folders, found.faulty = pictures.inside, pictures.folders, pictures.faulty
+        found.keys = [np.array(sorted(met), np.uint64)] if met else []
         return found
 
     return work
@@ -342,65 +322,23 @@ def _records(job: Job, found: Found) -> Iterator[tuple[ByteSpan, Raw]]:
             found.digests[job.number] = found.digests.get(job.number, "") + digest.hexdigest()
 
 
-def _add(
-    found: Found,
-    span: ByteSpan,
-    raw: Raw,
-    file: Path,
-    pictures: PictureHeaders,
-    token_lengths: CountTokens | None,
-    read: ReadOptions,
-) -> None:
-    """Checks a record and puts it into the index. Raises BadRecord."""
-    record, _, lengths = examine(raw, span, file, pictures, token_lengths, read)
-    if any(isinstance(segment, Image) for segment in record.sample):
+def _add(found: Found, span: ByteSpan, examined: Examined, met: set[int]) -> None:
+    """Puts a sound record into the index, and its pictures among those that are ``met``."""
+    record, _, lengths = examined
+    sources = [segment.source for segment in record.sample if isinstance(segment, Image)]
+    if sources:
         found.pictured.append(len(found.index))
+    for source in sources:
+        if isinstance(source, bytes):
+            found.inside += 1
+        else:
+            met.add(key_of(str(source)))
+            found.folders.add(os.path.dirname(str(source)))
     found.index.append(span)
     found.count(record, 1)
     if found.lengths is not None:
         assert lengths is not None, "token_lengths returned nothing"
         found.lengths.append(lengths)
-
-
-class _Noted(PictureHeaders):
-    """What the headers of pictures said, and which pictures a job met."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._stamps: dict[str, list[int] | None] = {}
-        self.forget()
-
-    def forget(self) -> None:
-        self.met: set[int] = set()
-        self.inside = 0
-        self.folders: set[str] = set()
-        self.faulty: dict[str, list[int] | None] = {}
-
-    def size(self, source: object, field: str) -> tuple[int, int]:
-        try:
-            size = super().size(source, field)
-        except BadRecord:
-            if not isinstance(source, bytes):
-                name = str(source)
-                if name not in self._stamps:  # it is looked at once, in whatever job
-                    self._stamps[name] = stamp(name)
-                self.faulty[name] = self._stamps[name]
-            raise
-        if isinstance(source, bytes):
-            self.inside += 1
-        else:
-            self.met.add(key_of(str(source)))
-            self.folders.add(os.path.dirname(str(source)))
-        return size
-
-
-def stamp(path: str | Path) -> list[int] | None:
-    """What tells whether a file is the one that was read: size, times, inode. None where there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # a name that no file can have
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 # ---- words

@@ -70,13 +70,9 @@ def parse_json(data: bytes, line: int = 1) -> Any:
             ``huge_record``. No origin yet.
     """
     if len(data) > MAX_RECORD:
-        raise BadRecord(
-            "huge_record",
-            "(record)",
-            f"more than {MAX_RECORD:,} bytes",
-            f"a record of at most {MAX_RECORD:,} bytes",
-            "split the record; pictures belong into files of their own",
-        )
+        found, expected = f"more than {MAX_RECORD:,} bytes", f"a record of at most {MAX_RECORD:,} bytes"
+        fix = "split the record; pictures belong into files of their own"
+        raise BadRecord("huge_record", "(record)", found, expected, fix)
     text = decode(data, line)
     if _is_deep(text):
         found = f"more than {MAX_DEPTH} objects and lists inside of one another"
@@ -124,8 +120,7 @@ def split_json(data: bytes) -> tuple[list[tuple[int, int, int]], BadRecord | Non
     Raises:
         BadRecord: ``bad_utf8`` or ``broken_file``, which spoils the whole file.
     """
-    if error := _other_kind(data[:64]):
-        raise error
+    _refuse_other_kind(data[:64])
     text = decode(data, 1)
     spans: list[tuple[int, int]] = []
     broken = None
@@ -182,10 +177,10 @@ def _utf16(data: bytes) -> str | None:
     return None
 
 
-def in_utf16(start: bytes) -> BadRecord | None:
-    """What is wrong with a file that begins in UTF-16, which may pass for UTF-8; None for another."""
-    found = BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", _encoding_fix(start))
-    return found if _utf16(start) else None
+def refuse_utf16(start: bytes) -> None:
+    """Raises BadRecord for a file that begins in UTF-16, which may pass for UTF-8."""
+    if _utf16(start):
+        raise BadRecord("bad_utf8", "(file)", "UTF-16 text", "UTF-8 text", _encoding_fix(start))
 
 
 def _encoding_fix(data: bytes) -> str:
@@ -200,44 +195,36 @@ def _encoding_fix(data: bytes) -> str:
     return "save the file as UTF-8 (iconv -f ENCODING -t UTF-8 OLD > NEW)"
 
 
-def not_lines(head: bytes) -> BadRecord | None:
-    """What is wrong with a file whose records do not stand one on a line; None where nothing shows.
-
-    Args:
-        head: Its first ``HEAD`` bytes, or all of a shorter one.
-    """
-    if error := _other_kind(head[:64]):
-        return error
+def check_lines(head: bytes) -> None:
+    """Raises BadRecord for a file whose records do not stand one on a line, as far as its beginning ``head``
+    shows: one problem, not one a line."""
+    head = head[:HEAD]
+    _refuse_other_kind(head[:64])
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     line, _, rest = text.partition("\n")
     if text.startswith("[") and (_opens_list(line) if rest.strip() else _is_list(line)):
-        return BadRecord(
-            "bad_json", "(file)", "one JSON list", "a record on each line",
-            "name it .json: that is a file with a list of records",
-        )  # fmt: skip
+        fix = "name it .json: that is a file with a list of records"
+        raise BadRecord("bad_json", "(file)", "one JSON list", "a record on each line", fix)
     if text.startswith("{") and rest.strip() and _end(line) is None and _end(text) is not None:
-        return BadRecord(
-            "bad_json", "(file)", "records over several lines", "each record on one line",
-            "write each on one line (json.dumps without indent; or jq -c . OLD > NEW)",
-        )  # fmt: skip
+        fix = "write each on one line (json.dumps without indent; or jq -c . OLD > NEW)"
+        raise BadRecord("bad_json", "(file)", "records over several lines", "each record on one line", fix)
     if _TABLE.fullmatch(line) and not rest.lstrip().startswith(("{", "[")):
-        return BadRecord(
-            "bad_json", "(file)", f"a table that begins with {line.strip()[:60]!r}", "a record on each line",
-            "name it .csv (or .tsv, where tabs separate it)",
-        )  # fmt: skip
-    return None
+        found = f"a table that begins with {line.strip()[:60]!r}"
+        fix = "name it .csv (or .tsv, where tabs separate it)"
+        raise BadRecord("bad_json", "(file)", found, "a record on each line", fix)
 
 
-def _other_kind(start: bytes) -> BadRecord | None:
-    """What is wrong with a file that begins with these bytes and holds no JSON at all."""
-    if start and not start.strip(b"\0"):
-        found = "nothing but zero bytes at its beginning, as an interrupted copy leaves them"
-        return BadRecord("broken_file", "(file)", found, "records in JSON", "copy the file again")
+def _refuse_other_kind(start: bytes) -> None:
+    """Raises BadRecord for a file that begins with these bytes and holds no JSON at all."""
     mistake = next(((what, fix) for magic, what, fix in _KINDS if start.startswith(magic)), None)
     mistake = mistake or (known_mistake(start) if start.strip() else None)
-    if mistake is None:  # a few bytes say nothing
-        return in_utf16(start) if len(start) >= 16 else None
-    return BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
+    if start and not start.strip(b"\0"):
+        found = "nothing but zero bytes at its beginning, as an interrupted copy leaves them"
+        mistake = found, "copy the file again"
+    if mistake:
+        raise BadRecord("broken_file", "(file)", mistake[0], "records in JSON", mistake[1])
+    if len(start) >= 16:  # a few bytes say nothing
+        refuse_utf16(start)
 
 
 def _end(text: str) -> int | None:

@@ -25,7 +25,8 @@ import numpy as np
 
 from unigen.data.captions import caption_of, is_picture
 from unigen.data.containers import ByteSpan
-from unigen.data.indexing import Found, Index, stamp
+from unigen.data.examine import stamp
+from unigen.data.indexing import Found, Index
 from unigen.data.keys import Notes
 from unigen.data.unpack import RESERVE
 from unigen.files import atomic, cache_folder, free_bytes
@@ -52,9 +53,7 @@ def load_index(key: str, files: Sequence[Path]) -> Found | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             told = json.loads(arrays["told"].tobytes())
-            if any(_stamp_of_folder(name) != stamp for name, stamp in told["folders"].items()):
-                return None
-            if any(stamp(name) != before for name, before in told["faulty"].items()):
+            if any(stamp(name) != before for name, before in (told["folders"] | told["faulty"]).items()):
                 return None
             found = _restored(told, arrays, files)
         os.utime(path)
@@ -71,8 +70,8 @@ def save_index(key: str, found: Found) -> None:
     told = {
         "counts": [[*name, n] for name, n in found.counts.items()],
         "notes": [[*name, n] for name, n in found.notes.items()],
-        "bad": [[list(span), _told(error)] for span, error in found.bad.kept],
-        "folders": {name: _stamp_of_folder(name) for name in sorted(found.folders)},
+        "bad": [[list(span), _told(error)] for span, error in found.bad],
+        "folders": {name: stamp(name) for name in sorted(found.folders)},
         "faulty": found.faulty,
         "distinct": found.distinct,
         "digests": found.digests,
@@ -80,7 +79,7 @@ def save_index(key: str, found: Found) -> None:
         "lengths": found.lengths is not None,
     }
     arrays = {"told": np.frombuffer(json.dumps(told).encode(), np.uint8)}
-    arrays |= {f"index{i}": column for i, column in enumerate(found.index.arrays())}
+    arrays["index"] = found.index.rows()
     if found.lengths is not None:
         arrays |= {f"lengths{i}": values for i, values in enumerate(found.lengths.arrays())}
     folder = _folder()
@@ -97,7 +96,7 @@ def save_index(key: str, found: Found) -> None:
 
 def _restored(told: dict[str, Any], arrays: Any, files: Sequence[Path]) -> Found:
     found = Found(told["lengths"])
-    found.index = Index.of([arrays[f"index{i}"] for i in range(len(Index.TYPES))])
+    found.index = Index(arrays["index"])
     if told["lengths"]:
         found.lengths = TokenLengths.of([arrays[f"lengths{i}"] for i in range(6)])
         if len(found.lengths) != len(found.index):
@@ -107,7 +106,7 @@ def _restored(told: dict[str, Any], arrays: Any, files: Sequence[Path]) -> Found
     for values, (code, field, text, expected, fix) in told["bad"]:
         span = ByteSpan(*values)
         origin = Origin(files[span.file], span.line or None, span.index)
-        found.bad.add(span, BadRecord(code, field, text, expected, fix, origin))
+        found.refuse(span, BadRecord(code, field, text, expected, fix, origin))
     found.held = Counter({int(number): n for number, n in told["held"].items()})
     found.inside, found.digests = told["distinct"], {int(n): d for n, d in told["digests"].items()}
     return found
@@ -132,13 +131,6 @@ def _beside(files: Sequence[Path]) -> Iterator[Path]:
     for path in files:
         if is_picture(path) and (caption := caption_of(path)):
             yield caption
-
-
-def _stamp_of_folder(name: str) -> int | None:
-    try:
-        return os.stat(name).st_mtime_ns
-    except OSError:
-        return None
 
 
 @cache

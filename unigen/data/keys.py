@@ -111,13 +111,9 @@ def check_keys(item: Json, where: str, kind: str) -> None:
         if near is None or near not in known:
             near = nearest(cut(name), [*known])
         fix = "take it out, or move it into metadata"
-        raise BadRecord(
-            "unknown_key",
-            join(where, cut(name)),
-            show(item[name]),
-            f"no key but {', '.join(known)} or metadata",
-            f"did you mean {near}? Otherwise {fix}" if near else fix,
-        )
+        fix = f"did you mean {near}? Otherwise {fix}" if near else fix
+        expected = f"no key but {', '.join(known)} or metadata"
+        raise BadRecord("unknown_key", join(where, cut(name)), show(item[name]), expected, fix)
 
 
 def refuse(record: Json, where: str = "") -> None:
@@ -200,20 +196,13 @@ def unread_sizes(record: Json) -> list[str]:
     return sorted({name for part in parts for name in SIZES if part.get(name) is not None})
 
 
-def says_no(value: Any, depth: int = 4) -> bool:
+def says_no(record: Json) -> bool:
     """Does a record, or an object in its lists, say that something is not learnt?"""
-    if isinstance(value, list):
-        return any(says_no(item, depth - 1) for item in value) if depth else False
-    if not isinstance(value, dict) or not depth:
-        return False
-    said = (value[name] for name in LEARNING if isinstance(value.get(name), int | float))
-    return any(what == 0 for what in said) or any(
-        says_no(item, depth - 1) for name, item in value.items() if name != "metadata"
-    )
+    return all_learnt(record) != record
 
 
 def all_learnt(value: Any, depth: int = 4) -> Any:
-    """A record, or a value in it, without what :func:`says_no` finds."""
+    """A record, or a value in it, without what says that something is not learnt."""
     if isinstance(value, list) and depth:
         return [all_learnt(item, depth - 1) for item in value]
     if not isinstance(value, dict) or not depth:

@@ -121,18 +121,14 @@ def reasoning_trace(record: Json, folder: Path) -> Segments:
         for key in _MARK.findall(text):
             images.append((f.as_picture(record.get(key), key, folder), key))
         turns.append((role, [Part(_MARK.sub(f.TAG, text), name, f.default_weight(role))]))
-    left = trace_pictures(record) - {name for _, name in images}
+    shown = {name for name in record if re.fullmatch(r"(problem|reasoning)_image_\d+", name) and record[name]}
+    left = shown - {name for _, name in images}
     if left:
         fix = "write <image_start>[key]<image_end> where the picture belongs, or take the field out"
         raise BadRecord(
             "unexpected_field", min(left), "a picture", "a picture that one of the texts names", fix
         )
     return f.tagged(turns, images, "Question")
-
-
-def trace_pictures(record: Json) -> set[str]:
-    """The fields of a reasoning trace that hold its pictures."""
-    return {name for name in record if re.fullmatch(r"(problem|reasoning)_image_\d+", name) and record[name]}
 
 
 def question_pairs(record: Json, folder: Path) -> Segments:
@@ -235,37 +231,38 @@ def edit_turns(record: Json, folder: Path) -> Segments:
 # ---- records that look like one thing and are another
 
 
-def refuse_another_task(record: Json, picture: str, text: str) -> None:
-    """Raises BadRecord where a picture and its text stand beside an answer or another picture, which drawing
-    the picture from the text would leave out: the record is a question or an edit."""
+def refuse_another_task(record: Json, picture: str, text: str, drawn: bool = True) -> None:
+    """Raises BadRecord where a picture and its text stand beside another picture or, where the picture is
+    ``drawn`` from the text, an answer: the record is an edit or a question, of which they are a part."""
     said = record[text]
     plain = isinstance(said, str) and text != "captions" and not f.is_list_text(said)
     for name in sorted(record, key=lambda name: OTHER_ANSWERS.index(name) if name in OTHER_ANSWERS else 99):
         value = record[name]
         first = value[0] if isinstance(value, list) and value else value
-        draw = f"--fields metadata={name} to draw {picture} from {text} alone"
-        if plain:
-            draw = f"--fields text_prompt={text} image_path={picture} to draw {picture} from {text} alone"
-        if name == "label" and (not isinstance(first, str) or first.strip().isdecimal()):
+        alone = f"--fields metadata={name} to draw {picture} from {text} alone"
+        if not drawn:
+            alone = f"--fields metadata={name} to describe {picture} alone"
+        elif plain:
+            alone = f"--fields text_prompt={text} image_path={picture} to draw {picture} from {text} alone"
+        if drawn and name == "label" and (not isinstance(first, str) or first.strip().isdecimal()):
             continue  # the number of a class
-        if name in OTHER_ANSWERS and not is_empty(first):
+        if drawn and name in OTHER_ANSWERS and not is_empty(first):
             place = name if first is value else f"{name}.0"
             if isinstance(first, dict) and isinstance(first.get("answer"), str):
                 first, place = first["answer"], f"{place}.answer"
             if isinstance(first, str) and name != "choices" and plain:
                 shown = "" if picture == "image" else f" image={picture}"
-                fix = f"give --fields query={text} response={place}{shown} to learn the answer, or {draw}"
+                fix = f"give --fields query={text} response={place}{shown} to learn the answer, or {alone}"
             else:
-                fix = f"write question and answer as messages (format 7), or give {draw}"
+                fix = f"write question and answer as messages (format 7), or give {alone}"
         elif name == text or name in PICTURE or not _is_another(name, first, record.get(picture)):
             continue
         elif "mask" in name:
-            fix = f"move it into metadata (masks are not learnt from), or give {draw}"
+            fix = f"move it into metadata (masks are not learnt from), or give {alone}"
         else:
-            fix = _edits(name, picture, text, draw)
-        raise BadRecord(
-            "unexpected_field", name, f.show(value), f"nothing beside {picture} and {text} to learn from", fix
-        )
+            fix = _edits(name, picture, text, alone)
+        expected = f"nothing beside {picture} and {text} to learn from"
+        raise BadRecord("unexpected_field", name, f.show(value), expected, fix)
 
 
 def _edits(name: str, picture: str, text: str, otherwise: str) -> str:
@@ -306,19 +303,6 @@ def _refuse_inside(value: object, field: str) -> None:
         return
     if isinstance(inside, dict):
         refuse(inside, field)
-
-
-def refuse_another_picture(record: Json, picture: str, text: str) -> None:
-    """Raises BadRecord where a picture to describe stands beside another one (of an edit): the text would be
-    learnt as its description."""
-    for name, value in record.items() if record.get(picture) is not None else ():
-        first = value[0] if isinstance(value, list) and value else value
-        if name not in PICTURE and name != text and _is_another(name, first, record.get(picture)):
-            fix = _edits(name, picture, text, f"--fields metadata={name} to describe {picture} alone")
-            fix = f"give --fields metadata={name} (masks are not learnt from)" if "mask" in name else fix
-            raise BadRecord(
-                "unexpected_field", name, f.show(value), f"nothing beside {picture} and {text}", fix
-            )
 
 
 def _refuse_file_names(record: Json, question: str, answer: str) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +25,9 @@ from unigen.bars import Bar
 from unigen.data.mixing import Mixture
 from unigen.data.packing import Packer
 from unigen.sequence.draw import RandomKey
-from unigen.sequence.images import PictureError
+from unigen.sequence.images import PictureError, bad_picture
 from unigen.sequence.pack import pack_blocks
-from unigen.sequence.types import Aim, BadRecord, Pack
+from unigen.sequence.types import Aim, BadRecord, Pack, each_of
 
 CHUNK = 4096  # records whose lengths are computed at once
 SMALL = 2**20  # bytes of a pack's tensors up to which they are sent through a pipe
@@ -58,17 +57,16 @@ class MicroBatch:
     bad: list[BadRecord] = field(default_factory=list)
 
 
-class _Run(NamedTuple):
-    """Where ``count`` tensors of one shape lie in a buffer, one after another."""
+class _Place(NamedTuple):
+    """Where a tensor lies in a buffer."""
 
     offset: int
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    count: int
+    shape: torch.Size
 
-    def tensors(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        size = self.dtype.itemsize * self.count * math.prod(self.shape)
-        return buffer[self.offset :][:size].view(self.dtype).view(self.count, *self.shape).unbind()
+    def view(self, buffer: Tensor) -> Tensor:
+        size = self.dtype.itemsize * math.prod(self.shape)
+        return buffer[self.offset :][:size].view(self.dtype).view(self.shape)
 
 
 class _Parcel:
@@ -80,32 +78,24 @@ class _Parcel:
 
     def __init__(self, batch: MicroBatch):
         self.rest = batch.records, batch.after, batch.bad
-        self.fields: dict[str, Any] = {}
-        self.size = 0
-        parts: list[tuple[_Run, Sequence[Tensor]]] = []
+        placed: list[tuple[_Place, Tensor]] = []
+        size = 0
 
-        def place(tensors: Sequence[Tensor]) -> _Run:
-            run = _Run(self.size, tensors[0].dtype, tuple(tensors[0].shape), len(tensors))
-            parts.append((run, tensors))
-            # aligned, so that a view of any type can start there
-            self.size += -(-tensors[0].nbytes * len(tensors) // 16) * 16
-            return run
+        def place(tensor: Tensor) -> _Place:
+            nonlocal size
+            placed.append((_Place(size, tensor.dtype, tensor.shape), tensor))
+            size += -(-tensor.nbytes // 16) * 16  # aligned, so that a view of any type can start there
+            return placed[-1][0]
 
-        for name, value in vars(batch.pack).items():
-            if isinstance(value, Tensor):
-                value = place([value])
-            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                value = [place(list(run)) for _, run in groupby(value, key=lambda t: (t.dtype, t.shape))]
-            self.fields[name] = value
-        self.buffer = torch.empty(self.size, dtype=torch.uint8)
-        for run, tensors in parts:
-            for view, tensor in zip(run.tensors(self.buffer), tensors, strict=True):
-                view.copy_(tensor)
+        self.fields = {name: each_of(value, Tensor, place) for name, value in vars(batch.pack).items()}
+        self.buffer = torch.empty(size, dtype=torch.uint8)
+        for at, tensor in placed:
+            at.view(self.buffer).copy_(tensor)
 
     def __getstate__(self) -> dict[str, Any]:
         """Shared memory is handed over by a thread of the worker, which waits for its turn while the next
         pack is built; so what is small goes through the pipe itself."""
-        small = {"buffer": self.buffer.numpy()} if self.size <= SMALL else {}
+        small = {"buffer": self.buffer.numpy()} if self.buffer.nbytes <= SMALL else {}
         return {**self.__dict__, **small}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,13 +107,10 @@ class _Parcel:
 
     def open(self) -> MicroBatch:
         """The micro-batch; its tensors are views of the one buffer."""
-        opened: dict[str, Any] = {}
-        for name, value in self.fields.items():
-            if isinstance(value, _Run):
-                (value,) = value.tensors(self.buffer)
-            elif isinstance(value, list) and value and isinstance(value[0], _Run):
-                value = [tensor for run in value for tensor in run.tensors(self.buffer)]
-            opened[name] = value
+        opened = {
+            name: each_of(value, _Place, lambda place: place.view(self.buffer))
+            for name, value in self.fields.items()
+        }
         return MicroBatch(Pack(**opened), *self.rest)
 
 
@@ -230,15 +217,6 @@ class PackStream:
                     shown.update(after.done - shown.done)
         return -(-count // global_batch)
 
-    def fill(self, epoch: int = 0) -> float:
-        """How full the packed sequences of an epoch are: tokens over budget, at most 1 each, on average."""
-        assert self.budget is not None, "sequences of batch_size samples have no budget"
-        totals = [
-            min(1.0, self._lengths(epoch, np.array(sequence)).sum() / self.budget)
-            for sequence, _ in self.sequences(LoaderState(epoch))
-        ]
-        return float(np.mean(totals))
-
     def largest(self) -> list[int]:
         """The records of the longest packed sequence that can come."""
         lengths = self.mixture.full_lengths()
@@ -275,10 +253,7 @@ class PackStream:
             try:
                 samples.append(planner.fill(record.sample, blocks, key))
             except PictureError as error:
-                found = f"{error.name}: {error.problem}"
-                bad.append(
-                    BadRecord(error.code, "image", found, "a readable picture", error.fix, record.origin)
-                )
+                bad.append(bad_picture(error, "image", record.origin))
                 continue
             origins.append(str(record.origin))
             good.append(number)
@@ -350,7 +325,7 @@ def load_batches(
         _RankBatches(stream, rank_slice, start, limit),
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_Parcel if num_workers or pin else _same,
+        collate_fn=_Parcel if num_workers or pin else None,
         pin_memory=pin,
         prefetch_factor=max(2, rank_slice.micro_batches) if num_workers else None,
         worker_init_fn=worker_init,
@@ -366,7 +341,3 @@ def load_batches(
         if len(step) == rank_slice.micro_batches:
             yield step
             step = []
-
-
-def _same(batch: MicroBatch) -> MicroBatch:
-    return batch

@@ -3,7 +3,7 @@ are called, the trigger word."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from unigen.data.captions import is_picture
 from unigen.data.json_text import parse_json
 from unigen.data.keys import RECORD, in_text
 from unigen.data.layouts import RIVALS
-from unigen.data.words import Json, join, names
+from unigen.data.words import Json, join
 from unigen.sequence.types import BadRecord, Text
 
 _SHOWN = ("image", "images")
@@ -126,19 +126,3 @@ def found_at(record: Json, place: str) -> Any:
         return reach(record, place)
     except BadRecord:
         return None
-
-
-def unmatched(fields: Mapping[str, str], records: Iterable[Json]) -> BadRecord | None:
-    """What is wrong with a mapping of which a place is in none of ``records``."""
-    left = dict(fields)
-    seen: dict[str, None] = {}
-    for record in records:
-        seen |= dict.fromkeys(record)
-        left = {new: old for new, old in left.items() if found_at(record, old) is None}
-        if not left:
-            return None
-    new, old = next(iter(left.items()))
-    found = f"fields {names(dict.fromkeys(seen, True))}"
-    return BadRecord(
-        "missing_field", old, found, f"{old}, which --fields {new}={old} names", "correct --fields"
-    )

@@ -13,8 +13,8 @@ from unigen.config import nearest
 from unigen.data.containers import BadData, parts, read_part
 from unigen.data.formats import FORMATS, parse_with_fields, record_value
 from unigen.data.keys import LEARNING, RECORD
-from unigen.data.mapping import ReadOptions, found_at, unmatched
-from unigen.data.words import Json
+from unigen.data.mapping import ReadOptions, found_at
+from unigen.data.words import Json, names
 from unigen.sequence.types import BadRecord, Origin
 
 FIRST = 1000
@@ -49,12 +49,18 @@ def require_match(files: Sequence[Path], read: ReadOptions) -> None:
                 fix = f"did you mean {near}? Otherwise " if near else ""
                 fix += "give a name that docs/data_formats.md has on the left"
             raise BadData(f"--fields {name}={place}: no format has a field {name}. Fix: {fix}")
-    problem = unmatched(read.fields, islice(_values(files), FIRST))
-    if problem is not None:
-        turned = (_turned(name, place, known, files) for name, place in read.fields.items())
-        problem.fix = next(filter(None, turned), problem.fix)
-        problem.origin = Origin(files[0])
-        raise BadData(f"{problem} (none of the first {FIRST:,} records has it)", [problem])
+    left, seen = dict(read.fields), dict[str, None]()
+    for record in islice(_values(files), FIRST):
+        seen |= dict.fromkeys(record)
+        left = {new: old for new, old in left.items() if found_at(record, old) is None}
+        if not left:
+            return
+    new, old = next(iter(left.items()))
+    found, expected = f"fields {names(dict.fromkeys(seen, True))}", f"{old}, which --fields {new}={old} names"
+    turned = (_turned(name, place, known, files) for name, place in read.fields.items())
+    fix = next(filter(None, turned), "correct --fields")
+    problem = BadRecord("missing_field", old, found, expected, fix, Origin(files[0]))
+    raise BadData(f"{problem} (none of the first {FIRST:,} records has it)", [problem])
 
 
 def _turned(name: str, place: str, known: Collection[str], files: Sequence[Path]) -> str:

@@ -125,17 +125,9 @@ class _Kept:
 
 
 def _bytes_at(path: Path, offset: int, length: int) -> bytes:
-    found = []
-    # its own descriptor: no file position shared with anyone
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # a read may return less than was asked for
-        while length > 0 and (part := os.pread(descriptor, length, offset)):
-            found.append(part)
-            length, offset = length - len(part), offset + len(part)
-    finally:
-        os.close(descriptor)
-    return b"".join(found)
+    with path.open("rb") as file:  # its own: no file position shared with anyone
+        file.seek(offset)
+        return file.read(length)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -94,13 +94,8 @@ def _recognised(record: Json, formats: Mapping[str, Format]) -> str:
         fields = f"fields of {', '.join(found)} ({names(record)})"
         raise BadRecord("ambiguous_format", "(record)", fields, "the fields of one format", fix)
     if not found:
-        raise BadRecord(
-            "no_format",
-            "(record)",
-            f"fields {names(record)}",
-            f"one of {', '.join(_known(formats))}",
-            _nearest_fix(record, formats),
-        )
+        expected, fix = f"one of {', '.join(_known(formats))}", _nearest_fix(record, formats)
+        raise BadRecord("no_format", "(record)", f"fields {names(record)}", expected, fix)
     entry = formats[found[0]]
     for name in _PICTURES:
         if name in present and name not in entry.pictures:

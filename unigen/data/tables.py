@@ -123,18 +123,15 @@ def arrow_group(path: Path, key: int) -> Any:
 
 def table_row(group: Any, i: int) -> TableRow:
     """Row ``i`` of what :func:`parquet_group` or :func:`arrow_group` returned."""
-    return next(_rows(group.slice(i, 1)))
+    return _rows(group.slice(i, 1))[0]
 
 
-def _rows(batch: Any) -> Iterator[TableRow]:
+def _rows(batch: Any) -> list[TableRow]:
     try:
-        rows = batch.to_pylist()
+        return batch.to_pylist()
     except ValueError:  # such as a text that is not UTF-8
-        rows = [
-            {name: _value(batch.column(name), i) for name in batch.schema.names}
-            for i in range(batch.num_rows)
-        ]
-    yield from rows
+        names, n = batch.schema.names, batch.num_rows
+        return [{name: _value(batch.column(name), i) for name in names} for i in range(n)]
 
 
 def _value(column: Any, i: int) -> Any:

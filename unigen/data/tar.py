@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -53,7 +53,10 @@ def runs(path: Path, first: int = 0, stop: int | None = None) -> Iterator[Member
             here, ending = _split(member.name)
             if here != key or ending in names:
                 if here != key and ending not in met.get(here, {ending}):
-                    raise _apart(member.name, here)
+                    found = f"{cut(member.name)} apart from the other members of {cut(here)}"
+                    fix = "pack them sorted by name, as tar --sort=name -cf data.tar -C FOLDER . does"
+                    expected = "the members of one key behind one another"
+                    raise BadRecord("broken_file", "(file)", found, expected, fix)
                 if names:
                     yield _run(start, end, key)
                 key, names, start = here, set(), member.offset
@@ -116,7 +119,11 @@ def members_record(row: Json) -> Json:
     for ending, value in held.items():
         stem, _, kind = ending.lower().rpartition(".")
         if kind == "json":
-            for name, made in _object(value, ending).items():
+            said = _parsed(value, ending, parse_json)
+            if not isinstance(said, dict):
+                expected, fix = "a JSON object", "write one {...} there"
+                raise BadRecord("wrong_type", ending, type(said).__name__, expected, fix)
+            for name, made in said.items():
                 if described.setdefault(name, made) != made:
                     claim(name, describing, "keep the field in one of them")
                 describing.setdefault(name, ending)
@@ -125,7 +132,7 @@ def members_record(row: Json) -> Json:
         if f".{kind}" in (PICTURES if readable else (*PICTURES, *NO_PICTURES)):
             name = stem or "image"
         elif kind in TEXTS:
-            name, made = stem or "text", _text(value, ending)
+            name, made = stem or "text", _parsed(value, ending, lambda text, line: decode(text, line).strip())
         claim(name, members, "pack one of them alone, or the other as KEY.NAME.ENDING")
         record[name] = made
     if "image" in record and "text" in record:
@@ -190,12 +197,6 @@ def _run(start: int, end: int, key: str) -> MemberSpan:
     return MemberSpan(start, end - start)
 
 
-def _apart(name: str, key: str) -> BadRecord:
-    found = f"{cut(name)} apart from the other members of {cut(key)}"
-    fix = "pack them sorted by name, as tar --sort=name -cf data.tar -C FOLDER . does"
-    return BadRecord("broken_file", "(file)", found, "the members of one key behind one another", fix)
-
-
 def _split(name: str) -> tuple[str, str]:
     """The key and the ending of a member: what stands before and behind the first dot of its last part."""
     folder, slash, last = name.rpartition("/")
@@ -203,20 +204,10 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
-def _text(value: Any, field: str) -> Any:
+def _parsed(value: Any, field: str, parse: Callable[[bytes, int], Any]) -> Any:
+    """A member's contents; a value of a table is as it is."""
     try:
-        return decode(value, 0).strip() if isinstance(value, bytes) else value
+        return parse(value, 0) if isinstance(value, bytes) else value
     except BadRecord as error:
         error.field = field
         raise
-
-
-def _object(value: Any, field: str) -> Json:
-    try:
-        value = parse_json(value, 0) if isinstance(value, bytes) else value
-    except BadRecord as error:
-        error.field = field
-        raise
-    if not isinstance(value, dict):
-        raise BadRecord("wrong_type", field, type(value).__name__, "a JSON object", "write one {...} there")
-    return value

@@ -55,13 +55,10 @@ class _Bounded(io.RawIOBase):
         count = self._packed.readinto(buffer)
         self._read += count
         if self._read > self._most:
-            raise BadRecord(
-                "huge_file",
-                "(file)",
-                f"contents of more than {self._most:,} bytes, {MAX_RATIO} times those of the file",
-                "records, which do not compress so well",
-                "unpack the file yourself and look what it holds",
-            )
+            found = f"contents of more than {self._most:,} bytes, {MAX_RATIO} times those of the file"
+            expected = "records, which do not compress so well"
+            fix = "unpack the file yourself and look what it holds"
+            raise BadRecord("huge_file", "(file)", found, expected, fix)
         return count
 
     def close(self) -> None:

@@ -101,28 +101,14 @@ def in_order(
             try:
                 result = future.result()
             except BrokenProcessPool:
-                task, result = _until_done(context, prepare, arguments, task, again)
+                result = _alone(context, prepare, arguments, task)
+                while isinstance(result, Died) and (other := again(task, result)) is not None:
+                    task, result = other, _alone(context, prepare, arguments, other)
             yield task, result
     finally:
         stop.value = True
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-
-
-def _until_done(
-    context: Any,
-    prepare: Callable[..., TaskWork],
-    arguments: tuple,
-    task: PartTask,
-    again: Callable[[PartTask, Died], PartTask | None],
-) -> tuple[PartTask, Any]:
-    """The task and its result, with another task in its place as often as ``again`` gives one."""
-    while True:
-        result = _alone(context, prepare, arguments, task)
-        other = again(task, result) if isinstance(result, Died) else None
-        if other is None:
-            return task, result
-        task = other
 
 
 def _alone(context: Any, prepare: Callable[..., TaskWork], arguments: tuple, task: Any) -> Any:

@@ -15,6 +15,7 @@ from unigen.config import UserError
 from unigen.foreign import ForeignFileError
 from unigen.printing import printable
 from unigen.sequence.neighbours import neighbour
+from unigen.sequence.types import BadRecord, Origin
 
 # larger files are refused: a picture of 64 megapixels in 8-bit RGB, uncompressed, has 192 MB
 MAX_BYTES = 256 * 1024**2
@@ -46,14 +47,19 @@ class PictureError(UserError):
     """
 
     def __init__(self, code: str, name: str, problem: str, fix: str):
-        self.code, self.name, self.problem, self.fix = (
-            code,
-            *(printable(text) for text in (name, problem, fix)),
-        )
+        self.code, self.name, self.problem, self.fix = code, *map(printable, (name, problem, fix))
         super().__init__(self.code, self.name, self.problem, self.fix)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.problem}. Fix: {self.fix}"
+
+
+def bad_picture(
+    error: PictureError, field: str | None, origin: Origin | None = None, segment: int | None = None
+) -> BadRecord:
+    """The record that shows a picture which cannot be used."""
+    found = f"{error.name}: {error.problem}"
+    return BadRecord(error.code, field, found, "a picture that can be decoded", error.fix, origin, segment)
 
 
 @dataclass(frozen=True)

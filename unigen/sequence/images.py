@@ -19,12 +19,13 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from unigen.sequence.files import MAX_BYTES, Confined, PictureError, open_file, other_kind
+from unigen.sequence.files import MAX_BYTES, Confined, PictureError, bad_picture, open_file, other_kind
 
 __all__ = [
     "Confined",
     "PictureError",
     "area_means",
+    "bad_picture",
     "bicubic",
     "bicubic_levels",
     "image_size",
@@ -408,11 +409,7 @@ def to_image(pixels: Tensor) -> PILImage:
     pixels = pixels.detach().to("cpu", torch.float32)
     if not torch.isfinite(pixels).all():
         problem = "it holds numbers that are not finite"
-        raise PictureError(
-            "broken_picture",
-            "the drawn picture",
-            problem,
-            "check the weights; try bf16 or float32 in place of fp16",
-        )
+        fix = "check the weights; try bf16 or float32 in place of fp16"
+        raise PictureError("broken_picture", "the drawn picture", problem, fix)
     levels = (pixels * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())

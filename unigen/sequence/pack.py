@@ -204,7 +204,11 @@ class _Content:
         assert block.grid is not None and block.grid[0] * block.grid[1] == block.length
         g = self.geometry
         if block.kind == Kind.VIT:
-            self._add_vit(block)
+            shown = block.patches if block.features is None else block.features
+            assert shown is not None and len(shown) == block.length
+            (self.patches if block.features is None else self.features).append(shown)
+            self.ready.append(block.features is not None)
+            self.vit_lengths.append(block.length)
             self.vit_position.append(grid_positions(*block.grid, g.vit_side, g.interpolate))
             return
         if block.latent is not None or block.pixels is not None:
@@ -215,13 +219,6 @@ class _Content:
         self.vae_position.append(grid_positions(*block.grid, g.max_latent_size, g.interpolate))
         self.u.append(torch.full((block.length,), block.u))
         self.noise.append(block.noise if block.noise is not None else torch.zeros(block.length, g.patch_dim))
-
-    def _add_vit(self, block: Block) -> None:
-        shown = block.patches if block.features is None else block.features
-        assert shown is not None and len(shown) == block.length
-        (self.patches if block.features is None else self.features).append(shown)
-        self.ready.append(block.features is not None)
-        self.vit_lengths.append(block.length)
 
     def _add_picture(self, block: Block) -> tuple[bool, int]:
         if block.latent is not None:
@@ -244,7 +241,7 @@ def _finish(
     columns = {name: np.concatenate([und[name], gen[name]]) for name in und}
     tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
     n_und = len(und["ids"])
-    g = content.geometry
+    g, areas = content.geometry, [rows * columns for rows, columns in content.grid]
 
     def join(parts: list[Tensor], *empty: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if not parts:
@@ -270,12 +267,8 @@ def _finish(
         vae_block=[number + len(content.latents) * pixels for pixels, number in content.block],
         vae_grid=content.grid,
         vae_position=join(content.vae_position, 0, dtype=torch.int64),
-        vae_first=torch.from_numpy(
-            np.cumsum([0, *(rows * width for rows, width in content.grid)])[:-1].astype(np.int64)
-        ),
-        vae_number=torch.from_numpy(
-            np.repeat(np.arange(len(content.grid)), [rows * width for rows, width in content.grid])
-        ),
+        vae_first=torch.from_numpy(np.cumsum([0, *areas])[:-1].astype(np.int64)),
+        vae_number=torch.from_numpy(np.repeat(np.arange(len(areas)), areas)),
         u=join(content.u, 0),
         noise=join(content.noise, 0, g.patch_dim),
         origins=origins,

@@ -18,7 +18,7 @@ import torch
 from unigen.config import DataOptions
 from unigen.sequence.contents import PictureCache, Seen, View, Viewer
 from unigen.sequence.draw import RandomKey
-from unigen.sequence.images import Confined, PictureError, image_size
+from unigen.sequence.images import Confined, PictureError, bad_picture, image_size
 from unigen.sequence.lengths import BLOCK_DTYPE, Grids, RecordLengths, dropout_chances
 from unigen.sequence.pack import Geometry
 from unigen.sequence.tokens import Tokenizer, is_media_tag
@@ -85,10 +85,8 @@ class Planner:
                 continue
             texts += [self._tokens_of(text, i, n) for n, text in enumerate(segment.variants)]
             if segment.target and not texts[-1] and not self.options.train_transitions and len(sample) == 1:
-                raise BadRecord(
-                    "nothing_to_learn", None, "an empty text", "a text with content", "remove the record",
-                    segment=i,
-                )  # fmt: skip
+                found, expected = "an empty text", "a text with content"
+                raise BadRecord("nothing_to_learn", None, found, expected, "remove the record", segment=i)
         sizes = _sizes(sample, texts, pictures, None)
         blocks = self._blocks(sample, sizes, clean_copies=True)
         self._check_length(blocks)
@@ -109,58 +107,56 @@ class Planner:
         try:
             return self._grids(viewer.view(*(segment.size or image_size(segment.source))))
         except PictureError as error:
-            found = f"{error.name}: {error.problem}"
-            raise BadRecord(
-                error.code, None, found, "a readable picture", error.fix, segment=number
-            ) from error
+            raise bad_picture(error, None, segment=number) from error
 
     def _tokens_of(self, text: str, segment: int, variant: int) -> int:
         """Tokens of caption variant ``variant`` of a segment. Raises BadRecord where it holds a control
         token."""
-        found = None if self.options.allow_control_tokens else self.tokenizer.control_token(text)
-        if found:
-            token, at = found
+        control = None if self.options.allow_control_tokens else self.tokenizer.control_token(text)
+        if control:
+            token, at = control
             where = f"character {at + 1}" + (f" of caption variant {variant + 1}" if variant else "")
             if is_media_tag(token):
-                raise BadRecord(
-                    "tag_without_picture", None, f"the tag {token} at {where}", "a picture for it",
+                code, found = "tag_without_picture", f"the tag {token} at {where}"
+                expected = "a picture for it"
+                fix = (
                     "name its picture in a field of the format (messages and ShareGPT have tags), take the"
-                    " tag out, or learn it as text: --allow_control_tokens",
-                    segment=segment,
-                )  # fmt: skip
-            raise BadRecord(
-                "control_token", None, f"the token {token} at {where}",
-                "a text that opens and closes no part of a sequence",
-                "take the token out of the text, or learn it as the token that it is: --allow_control_tokens",
-                segment=segment,
-            )  # fmt: skip
+                    " tag out, or learn it as text: --allow_control_tokens"
+                )
+            else:
+                code, found = "control_token", f"the token {token} at {where}"
+                expected = "a text that opens and closes no part of a sequence"
+                fix = (
+                    "take the token out of the text, or learn it as the token that it is:"
+                    " --allow_control_tokens"
+                )
+            raise BadRecord(code, None, found, expected, fix, segment=segment)
         return len(self.tokenizer.encode(text))
 
     def _check_parts(self, sample: Sample) -> None:
         for i, segment in enumerate(sample):
-            if isinstance(segment, Image) and segment.target and not self.options.visual_gen:
-                raise BadRecord(
-                    "image_target_without_visual_gen", None, "an image to draw",
-                    "text targets only, because visual_gen is false",
-                    "set visual_gen to true, or remove the record", segment=i,
-                )  # fmt: skip
-            if isinstance(segment, Image) and not self.options.visual_und and not _draws(sample):
-                raise BadRecord(
-                    "image_without_visual_und", None, "an image to look at",
-                    "no images, because visual_und is false",
-                    "set visual_und to true, or remove the record", segment=i,
-                )  # fmt: skip
+            if not isinstance(segment, Image):
+                continue
+            if segment.target and not self.options.visual_gen:
+                code, found, left_out = "image_target_without_visual_gen", "an image to draw", "visual_gen"
+                expected = "text targets only, because visual_gen is false"
+            elif not self.options.visual_und and not _draws(sample):
+                code, found, left_out = "image_without_visual_und", "an image to look at", "visual_und"
+                expected = "no images, because visual_und is false"
+            else:
+                continue
+            fix = f"set {left_out} to true, or remove the record"
+            raise BadRecord(code, None, found, expected, fix, segment=i)
 
     def _check_length(self, blocks: Sequence[Block]) -> None:
         fixed = sum(len(b) for b in blocks if not (b.kind == Kind.TEXT and b.loss))
         least = fixed + sum(2 + min(b.length, 1) for b in blocks if b.kind == Kind.TEXT and b.loss)
         if least > self.max_length:
             images = sum(len(b) for b in blocks if b.kind != Kind.TEXT)
-            raise BadRecord(
-                "too_long", "sample", f"{images:,} tokens of images and {fixed - images:,} of context text",
-                f"at most max_sequence_length = {self.max_length:,} tokens before any text target",
-                "lower max_image_tokens, raise max_sequence_length, or split the record",
-            )  # fmt: skip
+            found = f"{images:,} tokens of images and {fixed - images:,} of context text"
+            expected = f"at most max_sequence_length = {self.max_length:,} tokens before any text target"
+            fix = "lower max_image_tokens, raise max_sequence_length, or split the record"
+            raise BadRecord("too_long", "sample", found, expected, fix)
 
     # ---- structure
 

@@ -8,7 +8,7 @@ must produce the segment. A :class:`Pack` is one packed sequence of ``T`` tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, TypeVar
@@ -247,19 +247,20 @@ class Pack:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Pack:
         """A copy with ``fn`` applied to every tensor: pin, move, cast."""
-
-        def apply(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return fn(value)
-            if isinstance(value, list) and value and isinstance(value[0], Tensor):
-                return [fn(v) for v in value]
-            return value
-
-        return Pack(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+        return Pack(**{name: each_of(value, Tensor, fn) for name, value in vars(self).items()})
 
     def to(self, device: torch.device | str) -> Pack:
         """The pack on ``device`` (copies asynchronously from pinned memory)."""
         return self.map(lambda t: t.to(device, non_blocking=True))
+
+
+def each_of(value: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
+    """A field of a pack with ``fn`` applied to it, or to each of a list, where that is of a ``kind``."""
+    if isinstance(value, kind):
+        return fn(value)
+    if isinstance(value, list) and value and isinstance(value[0], kind):
+        return [fn(item) for item in value]
+    return value
 
 
 class BadRecord(UserError):

@@ -13,13 +13,13 @@ import numpy as np
 from unigen.commands.check.statistics import NEAR_EMPTY_SHOWN, PICTURE, RECORD, Tally, count_tokens
 from unigen.data.containers import ByteSpan, FilePart, Raw, read_part
 from unigen.data.dataset import TASKS, task
-from unigen.data.examine import PictureHeaders, bad_picture, examine, hash_of, key_of, locate
+from unigen.data.examine import PictureHeaders, examine, hash_of, key_of, locate
 from unigen.data.formats import FORMATS
 from unigen.data.keys import Notes, Unlearnt
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.splits import Split
 from unigen.data.workers import Mark
-from unigen.sequence.images import PictureError, image_size, open_image, read_picture
+from unigen.sequence.images import PictureError, bad_picture, image_size, open_image, read_picture
 from unigen.sequence.lengths import RecordLengths, TokenLengths
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
