@@ -112,9 +112,15 @@ def test_the_recipe_of_a_training_gives_its_data_and_the_rest_is_passed_over(com
         return
     assert options.sources() == config.sources() and options.held_out() == config.held_out()
     assert (options.model_path, options.max_image_tokens) == ("m", 64)
+    if command == "check":  # what training decodes is decoded
+        recipe.write_text(RECIPE + "check_pictures: full\n")
+        told = [
+            cli.parse_options(kind, ["--config", str(recipe), *more]).deep for more in ([], ["--no_deep"])
+        ]
+        assert (options.deep, told) == (None, [True, False])
 
 
-@pytest.mark.parametrize("command", ["check", "preview", "evaluate"])
+@pytest.mark.parametrize("command", ["check", "preview"])
 @pytest.mark.parametrize(
     ("more", "words"),
     [

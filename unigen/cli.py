@@ -155,32 +155,29 @@ def parse_options(
         UsageError: as for :func:`parse_config`; of unknown names it lists all, a line each.
     """
     types = kinds(options)
+    # a command that takes something of a training's recipe knows all of its options
+    takes = None if issubclass(options, Config) else getattr(options, "from_training", None)
+    known = {**kinds(Config), **types} if takes else types
     unknown_names: list[str] = []
     flags = list(read_flags(argv, types, unknown_names, positional, short or {}))
     recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
-    taken = of_training(options)
-    known = {**kinds(Config), **types} if taken else types
-    found: list[tuple[str, str, Any]] = []  # option, what messages call it, value
-    passed: list[tuple[str, str, Any]] = []  # the same of a training, by its names
-    values: dict[str, Any] = {}
     try:
+        found, trained = list[Given](), list[Given]()
         for recipe in recipes:
             lines = list(read_recipe(Path(recipe), known, unknown_names, _of_other_command))
-            if all(name in types for name, *_ in lines):
-                found += lines
-                continue
-            passed += lines  # the recipe of a training
-            found += [(taken[name], where, value) for name, where, value in lines if name in taken]
+            (found if all(name in types for name, *_ in lines) else trained).extend(lines)
         if unknown_names:
             raise UsageError("\n".join(unknown_names))
-        keep([value for *_, value in found])
+        keep([value for *_, value in (*found, *trained)])
         for name, (flag, given) in collect(flags, types).items():
             found.append((name, f"--{name}", flag_value(flag, given, types[name])))
-        values |= _read(options, found)
-        if taken:  # what a training refuses of its data is refused here
-            shared = {name: values[ours] for name, ours in taken.items() if ours in values}
-            only = kinds(SourceOptions).keys() - (() if passed else ("preserve_data_path",))
-            Config(**(_read(Config, passed) | shared)).resolve(data=False, only=only)
+        said = _read(Config, trained)
+        values = (takes(said) if takes else {}) | _read(options, found)
+        if takes and issubclass(options, SourceOptions):
+            # what a training refuses of its data is refused here
+            only = kinds(SourceOptions).keys() - (() if trained else ("preserve_data_path",))
+            shared = {name: value for name, value in values.items() if name in kinds(Config)}
+            Config(**said | shared).resolve(data=False, only=only)
     except ConfigError as error:
         raise UsageError(str(error)) from None
     values = getattr(options, "completed", dict)(values)
@@ -190,19 +187,13 @@ def parse_options(
     return options(**values)
 
 
-def _read(options: type, found: list[tuple[str, str, Any]]) -> dict[str, Any]:
-    """The values of (option, what messages call it, value). Raises ConfigError."""
+Given = tuple[str, str, Any]  # an option, what messages call it, its value
+
+
+def _read(options: type, found: list[Given]) -> dict[str, Any]:
+    """The values as the types of the options have them. Raises ConfigError."""
     ordered = sorted(found, key=lambda one: one[0] != "plugin")
     return {name: read_option(options, name, value, where) for name, where, value in ordered}
-
-
-def of_training(options: type) -> Mapping[str, str]:
-    """What a command takes of a training's recipe, beside which it passes over all that recipe says: option
-    of the training -> its own. Empty where the command takes no such recipe, or every option of a training.
-    """
-    if issubclass(options, SourceOptions) and not issubclass(options, Config):
-        return {name: name for name in kinds(options) if name in kinds(Config)}
-    return getattr(options, "of_training", {})
 
 
 # Flags
@@ -262,6 +253,7 @@ def read_flags(
             name, given = name[3:], ["false"]
         if not (flag.startswith("--") or name) or name not in (*types, "config"):
             said = unknown(name, [*types, "config"], "--") or _of_other_command(name)
+            said = said or ". Fix: leave it out, or write it as --help does"
             unknown_names.append(f"unknown option {flag}{said}")
             continue
         yield flag, name, given

@@ -48,15 +48,15 @@ def _given(c: Any, name: str) -> bool:
 
 # do adapters train? -> who they are of, usual learning rates, and beyond which numbers one is surely a slip
 _RATES = {
-    False: ("the weights themselves", "1e-5", "1e-6 to 1e-4", 1e-8, 1e-2),
-    True: ("weights of adapters", "1e-4", "1e-5 to 1e-3", 1e-7, 5e-2),
+    False: ("the weights themselves", "1e-5", ("1e-6", "1e-4"), (1e-8, 1e-2)),
+    True: ("weights of adapters", "1e-4", ("1e-5", "1e-3"), (1e-7, 5e-2)),
 }
 
 
 def unusual(c: Any) -> Iterator[str]:
     """What of a ``Config`` works and hardly is meant: learning rates far from those of fine-tuning. 0 is
     meant; of the optimiser of a plugin nothing is known."""
-    what, usual, span, low, high = _RATES[c.lora_rank is not None]
+    what, usual, (least, most), (low, high) = _RATES[c.lora_rank is not None]
     for name in ("learning_rate", *(f"learning_rate_{part}" for part in RATED)):
         rate = getattr(c, name)
         if not rate or low <= rate <= high or c.optimizer not in ("adamw", "adamw8bit"):
@@ -67,7 +67,7 @@ def unusual(c: Any) -> Iterator[str]:
             if rate > high
             else "steps so small are lost in rounding: nothing is learnt"
         )
-        yield f"{name} is {rate:g}, and {what} usually take {span}: {why}. Fix: --{name} {usual}"
+        yield f"{name} is {rate:g}, and {what} usually take {least} to {most}: {why}. Fix: --{name} {usual}"
 
 
 def _missing(c: Any) -> Rules:

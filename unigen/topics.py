@@ -7,7 +7,7 @@ What a value may be stands in its type (``unigen/values.py`` reads it), what sev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -28,6 +28,7 @@ from unigen.values import (
     Seed,
     Share,
     Whole,
+    kinds,
     read_keys,
 )
 
@@ -225,6 +226,12 @@ class SourceOptions(Options):
     val_split: str | None = None
     preserve_data_path: PathText | list[PathText] | None = None
     probe_data_path: PathText | None = None
+
+    @classmethod
+    def from_training(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a command takes of the options ``given`` by the recipe of a training; it passes over the
+        rest."""
+        return {name: value for name, value in given.items() if name in kinds(cls)}
 
     def sources(self) -> list[TrainSource]:
         """The training data as sources: ``train_sources``, or ``train_data_path`` as the only one; and

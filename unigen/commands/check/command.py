@@ -4,7 +4,7 @@ problems, 2 cannot run."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,12 @@ class CheckOptions(DataOptions, SourceOptions):
     max_num_tokens: Count | None = None
     num_workers: Workers | None = None
     language: Literal["en", "zh"] | None = None
+
+    @classmethod
+    def from_training(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As that of :class:`SourceOptions`; a training that decodes every picture asks for the same here."""
+        deep = {"deep": True} if given.get("check_pictures") == "full" else {}
+        return super().from_training(given) | deep
 
 
 def run(options: CheckOptions) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 from unigen.config import SamplingOptions
 from unigen.values import Count, Device, PathText, Plugin, Renames, Seed, Share, Whole
@@ -113,8 +114,11 @@ class EvaluateOptions(SamplingOptions):
     language: Literal["en", "zh"] | None = None
     seed: Seed | None = 42
 
-    of_training: ClassVar = {
-        **{name: name for name in ("data_root", "image_root", "fields", "trigger_word", "plugin", "device")},
-        "allow_control_tokens": "allow_control_tokens", "val_data_path": "data_path", "val_split": "split",
-    }  # fmt: skip
-    """What is taken of a training's recipe: its option -> the one here."""
+    @classmethod
+    def from_training(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is taken of the options ``given`` by the recipe of a training: the held-out data, and how it
+        is read."""
+        names = {"val_data_path": "data_path", "val_split": "split"}
+        for name in ("data_root", "image_root", "fields", "trigger_word", "allow_control_tokens", "plugin"):
+            names[name] = name
+        return {names[name]: value for name, value in given.items() if name in names}
