@@ -35,8 +35,7 @@ from pretended_gpu import CARDS, INSTRUCTION, Binary, Card, PretendedGPU, disass
 from unigen.config import ConfigError
 from unigen.model import flex, mot
 from unigen.model.backends import use_tf32
-from unigen.model.compiler import reason_of
-from unigen.model.compiling import CompiledLayers
+from unigen.model.compiling import CompiledLayers, reason_of
 from unigen.sequence.pack import Geometry, pack_blocks
 from unigen.sequence.tokens import SpecialIds
 from unigen.sequence.types import Block, Kind, Pack

@@ -88,7 +88,7 @@ def test_every_option_that_changes_the_run_is_named(options: dict[str, Any], wor
 
 
 def test_every_option_has_its_sentence_once():
-    groups = [_RATE, _TOLD, _FREE, _EFFECTS, _LEARNT - _FREE, ("ema", "seed")]
+    groups = [_RATE, _TOLD, _FREE, *_EFFECTS.values(), _LEARNT - _FREE, ("ema", "seed")]
     named = [name for group in groups for name in group]
     assert sorted(named) == sorted(field.name for field in fields(Config))
 

@@ -9,6 +9,7 @@ norm, after three steps.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,11 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
+from safetensors.torch import save_file
 from tiny import batch_of, built, step_of, take_warm_up, write_jsonl
 
+from unigen.model.parts import WORDS
+from unigen.model.storage import scan_folder
 from unigen.training.loop import TrainingLoop
 
 pytestmark = pytest.mark.slow  # several processes
@@ -79,6 +83,15 @@ THREE: dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]] = {
     "text, images, nothing": ([[[[0, 5]], [[1, 6]], [[]]], [[[]], [[3]], [[0]]]], {}),
     "micro-batches": ([[[[0], [3]], [[5], []], [[1], [6]]], [[[1], [2]], [[], []], [[4], []]]], {}),
 }
+ON_HOST: tuple[list[list[list[list[int]]]], dict[str, Any]] = (
+    TWO["mixed"][0][:2],
+    {
+        "model_path": "sixteen",
+        "freeze_llm": True,
+        "gradient_checkpointing": True,
+        "checkpointing_policy": "offload",
+    },
+)
 RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "ddp-2": ({"engine": "ddp"}, 2),
     "fsdp2-1": ({"engine": "fsdp2"}, 1),
@@ -92,7 +105,9 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
 
 def cases_of(run: str) -> dict[str, tuple[list[list[list[list[int]]]], dict[str, Any]]]:
     world = RUNS[run][1]
-    if run.endswith(("offload", "bf16")):
+    if run.endswith("bf16"):
+        return {"frozen words of 16 bits, inputs on the host": ON_HOST, "mixed": TWO["mixed"]}
+    if run.endswith("offload"):
         return {"mixed": TWO["mixed"]}
     if world == 4:
         return {
@@ -120,7 +135,8 @@ def options_of(
         **case[1],
         **engine,
     }
-    given["train_data_path"] = str(Path(options["train_data_path"]).parent / given["train_data_path"])
+    for name in ("train_data_path", "model_path"):
+        given[name] = str(Path(options["train_data_path"]).parent / given[name])
     return given
 
 
@@ -210,10 +226,14 @@ def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str
 
 
 def options_for(small_model: Path, records: Path) -> dict[str, Any]:
-    """Those of all cases; beside the records stand a file of the texts alone and one of nothing to look at."""
+    """Those of all cases; beside the records stand a file of the texts alone, one of nothing to look at, and the
+    model with its words in bfloat16."""
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
     write_jsonl(records.parent / "drawn.jsonl", [lines[1], lines[0], lines[5], lines[3]])
+    values = {name: entry.read() for name, entry in scan_folder(small_model).items()}
+    shutil.copytree(small_model, records.parent / "sixteen", dirs_exist_ok=True)
+    save_file(values | {WORDS: values[WORDS].bfloat16()}, records.parent / "sixteen" / "ema.safetensors")
     return {
         "model_path": str(small_model),
         "train_data_path": str(records),
@@ -266,7 +286,7 @@ def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(
         assert bad == [["its loss is not finite", True], ["its gradient is not finite", True]], (
             f"NaN on the last process, seen by {rank}"
         )
-    for number, name in enumerate(cases_of(run)):
+    for number, (name, case) in enumerate(cases_of(run).items()):
         parts = [
             torch.load(folder / f"{run}-{number}.{rank}.pt", weights_only=False) for rank in range(world)
         ]
@@ -275,6 +295,9 @@ def test_an_engine_trains_to_the_weights_of_one_process_within_1e_6(
             assert losses == parts[0][0], f"{name}: the processes disagree"
             for one, other in zip(losses, wanted_losses, strict=True):
                 assert one == pytest.approx(other, rel=2e-6, abs=1e-7), name
+        if case[1].get("freeze_llm") and run.endswith("bf16"):
+            words = [value.dtype for _, part in parts for _, of, _, _, value in part if of == WORDS]
+            assert words == [torch.bfloat16] * world
         found = together([part for _, part in parts])
         assert found.keys() == wanted.keys(), name
         for key, value in wanted.items():

@@ -17,8 +17,10 @@ from unigen.model.weights import load_bagel, save_bagel, scan_safetensors
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Block, Kind
+from unigen.training.changes import tell_computing
 from unigen.training.optim import rates
-from unigen.training.prepare import compiles, prepare, tell_compiling
+from unigen.training.precision import Precision
+from unigen.training.prepare import compiles, prepare
 
 
 def a_row(model, folder: Path):
@@ -132,6 +134,6 @@ def test_what_cannot_be_compiled_is_refused_where_it_was_asked_for(options):
     ],
 )
 def test_a_resumed_run_says_where_its_layers_are_compiled_otherwise(before, now, told, caplog):
-    tell_compiling({} if before is None else {"compile": before}, now)
+    tell_computing({} if before is None else {"compile": before}, Config(), Precision("fp32", ""), now)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * told
     assert not told or f"--compile {before or 'off'}" in caplog.text

@@ -179,7 +179,7 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(
             **options | {"sample_prompts": str(prompts), "output_dir": str(tmp_path / f"run-{sampling}")}
         )
         sampler = SampleWriter(trainer.config, trainer.engine, trainer.run.model)
-        sampler.idle = lambda: torch.rand(3)
+        sampler.answerer.idle = lambda: torch.rand(3)
         said: list[Any] = []
         for step in range(3):
             assert all(module.training for module in trainer.run.model.modules())
@@ -241,12 +241,12 @@ def test_stopped_in_the_middle_leaves_nothing(ready: Callable[..., SampleWriter]
             raise Stopped
         left[0] -= 1
 
-    sampler.idle = idle
+    sampler.answerer.idle = idle
     with pytest.raises(Stopped):
         sampler.run(2, None)
     assert files(sampler.folder) == before and [path.name for path in sampler.folder.iterdir()] == ["step_1"]
     assert sampler.model.training and not sampler.model.language_model.model._forward_pre_hooks
-    sampler.idle = lambda: None
+    sampler.answerer.idle = lambda: None
     sampler.run(2, None)
     assert files(sampler.folder / "step_2") == files(sampler.folder / "step_1")
 
@@ -339,9 +339,9 @@ def test_what_ends_the_writing_leaves_no_half_folder(
 
 def test_when_samples_are_due(ready: Callable[..., SampleWriter]):
     sampler = ready(sample_steps=3)
-    assert [step for step in range(1, 10) if sampler.due(step, otherwise=step == 4)] == [3, 6, 9]
+    assert [step for step in range(1, 10) if sampler.pace.due(step, step == 4, last=False)] == [3, 6, 9]
     sampler = ready()
-    assert [step for step in range(1, 10) if sampler.due(step, otherwise=step == 4)] == [4]
+    assert [step for step in range(1, 10) if sampler.pace.due(step, step == 4, last=False)] == [4]
 
 
 @pytest.mark.slow

@@ -99,14 +99,14 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
             if rank == 1 and left[0] == 0:
                 raise Stopped
 
-        sampler.idle = idle
+        sampler.answerer.idle = idle
         try:
             sampler.run(5, None)
         except Stopped:
             heard[name].append("stopped")
         if rank == 1:
             fail_once(sampler, Stopped())  # as a signal that comes in the middle of a layer
-        sampler.idle = lambda: None
+        sampler.answerer.idle = lambda: None
         try:
             sampler.run(5, None)
         except Stopped:

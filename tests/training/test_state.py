@@ -381,7 +381,8 @@ class Pieces(Engine):
 
 def seat(kind: type[Engine], rank: int, channel: Channel) -> Engine:
     engine = kind(CONFIG)
-    engine.rank, engine.world, engine.main, engine.channel = rank, channel.world, rank == 0, channel
+    engine.rank, engine.world, engine.main = rank, channel.world, rank == 0
+    engine.channel, engine.sum, engine.gather = channel, channel.sum, channel.gather
     return engine
 
 

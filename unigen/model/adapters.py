@@ -153,16 +153,11 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
     ours = config.get("unigen")
     ours = ours if isinstance(ours, dict) else {}
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if (
-        config.get("peft_type") != "LORA"
-        or type(rank) is not int
-        or rank < 1
-        or not isinstance(alpha, int | float)
-    ):
+    fits = type(rank) is int and rank > 0 and isinstance(alpha, int | float)
+    if not fits or config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{folder / CONFIG}: peft_type {config.get('peft_type')!r}, r {rank!r}, lora_alpha {alpha!r} is "
-            f"no LoRA"
-            " adapter. Fix: give a folder that peft or unigen wrote for LoRA"
+            f"{folder / CONFIG}: peft_type {config.get('peft_type')!r}, r {rank!r}, lora_alpha {alpha!r} is"
+            " no LoRA adapter. Fix: give a folder that peft or unigen wrote for LoRA"
         )
     odd = [key for key in _UNUSED if config.get(key)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []

@@ -58,9 +58,8 @@ class PictureAttention:
         or newer."""
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         width = x.shape[-1] // heads
-        modern = (
-            x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and torch.version.hip is None
-        )
+        nvidia = x.is_cuda and torch.version.hip is None
+        modern = nvidia and torch.cuda.get_device_capability(x.device) >= (8, 0)
         return modern and dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
@@ -71,8 +70,6 @@ class PictureAttention:
 
 def picture_attention(lengths: Sequence[int], x: Tensor, heads: int) -> Attention:
     """The back end of pictures with ``lengths`` patches that lie one after another in ``x`` [N, width]."""
-    return (
-        PictureAttention(lengths, x.device)
-        if lengths and PictureAttention.fits(x, heads)
-        else Groups.pictures(lengths, x.device)
-    )
+    if lengths and PictureAttention.fits(x, heads):
+        return PictureAttention(lengths, x.device)
+    return Groups.pictures(lengths, x.device)

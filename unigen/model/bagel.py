@@ -94,10 +94,8 @@ class Bagel(nn.Module):
         generation expert starts as a copy of the understanding one, the velocity head at zero; the fixed
         tables are computed.
         """
-        depth = {
-            "language_model": self.config.llm.num_hidden_layers,
-            "vit_model": self.config.vit.num_hidden_layers - 1,
-        }
+        llm, vit = self.config.llm, self.config.vit
+        depth = {"language_model": llm.num_hidden_layers, "vit_model": vit.num_hidden_layers - 1}
         parameters = dict(self.named_parameters())
         for name, p in parameters.items():
             if p.ndim < 2:
@@ -137,13 +135,10 @@ class Bagel(nn.Module):
         fresh = [i for i, ready in enumerate(pack.vit_ready) if not ready]
         # a ViT that learns must always run, but features are only ever brought for one that is frozen
         if fresh or self.sharded:
-            lengths, positions = (
-                [pack.vit_lengths[i] for i in fresh],
-                pack.vit_position.split(pack.vit_lengths),
-            )
-            seen = self.vit_model(
-                pack.vit_patches, torch.cat([pack.vit_position[:0], *(positions[i] for i in fresh)]), lengths
-            )
+            lengths = [pack.vit_lengths[i] for i in fresh]
+            positions = pack.vit_position.split(pack.vit_lengths)
+            where = torch.cat([pack.vit_position[:0], *(positions[i] for i in fresh)])
+            seen = self.vit_model(pack.vit_patches, where, lengths)
             for i, features in zip(fresh, seen.split(lengths), strict=True):
                 parts[i] = features
         ready = iter(pack.vit_features)
@@ -152,9 +147,10 @@ class Bagel(nn.Module):
     def clean_tokens(self, pack: Pack, latents: Sequence[Tensor]) -> Tensor:
         """x_0 of every VAE token, [M, patch_dim] float32, in stored order."""
         p = self.config.latent_patch_size
-        tokens = []
-        for picture, (rows, columns) in zip(pack.vae_block, pack.vae_grid, strict=True):
-            tokens.append(patchify(latents[picture][:, : rows * p, : columns * p], p))
+        tokens = [
+            patchify(latents[picture][:, : rows * p, : columns * p], p)
+            for picture, (rows, columns) in zip(pack.vae_block, pack.vae_grid, strict=True)
+        ]
         return torch.cat(tokens).float() if tokens else pack.noise.new_zeros(0, self.config.patch_dim)
 
     def embed(self, pack: Pack, x_t: Tensor, t: Tensor) -> Halves:
@@ -174,10 +170,8 @@ class Bagel(nn.Module):
         if not len(x_t) and not torch.is_grad_enabled() and not self.sharded:
             return (words,)
         times = self.time_embedder(t[pack.vae_first])[pack.vae_number]
-        drawn = (
-            self.vae2llm(x_t.to(self.vae2llm.weight.dtype)) + times + self.latent_pos_embed(pack.vae_position)
-        )
-        return words, drawn.to(words.dtype)
+        drawn = self.vae2llm(x_t.to(self.vae2llm.weight.dtype)) + times
+        return words, (drawn + self.latent_pos_embed(pack.vae_position)).to(words.dtype)
 
     def hidden_states(
         self,
@@ -210,10 +204,7 @@ class Bagel(nn.Module):
         return self.llm2vae(hidden).float()
 
     def forward(
-        self,
-        pack: Pack,
-        latents: Sequence[Tensor] | None = None,
-        reader: StateReader | None = None,
+        self, pack: Pack, latents: Sequence[Tensor] | None = None, reader: StateReader | None = None
     ) -> Output:
         """The training forward: per-token losses of a packed sequence.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unigen.model.schemas import VAE
-from unigen.model.storage import CheckpointFolderError, checkpoint_json
+from unigen.model.storage import checkpoint_json, wrong
 from unigen.model.vae import GROUPS, PixelDecoder, PixelEncoder
 from unigen.sequence.grid import to_unit
 
@@ -135,9 +135,8 @@ class FluxCodec(Codec):
                 f" {2 ** (levels - 1)}"
             )
         if config.ch % GROUPS:
-            raise ValueError(
-                f"vae_config.json: ch is {config.ch}, not a multiple of {GROUPS}, its norms' groups"
-            )
+            problem = f"vae_config.json: ch is {config.ch}, not a multiple of {GROUPS}, its norms' groups"
+            raise ValueError(problem)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the tensors of ``ae.safetensors``.
@@ -148,9 +147,8 @@ class FluxCodec(Codec):
         try:
             self.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
-            raise ValueError(
-                f"ae.safetensors does not hold the VAE that vae_config.json describes: {error}"
-            ) from error
+            problem = f"ae.safetensors does not hold the VAE that vae_config.json describes: {error}"
+            raise ValueError(problem) from error
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, C, h, w] of the latents of ``pixels`` [B, 3, H, W] before
@@ -184,9 +182,8 @@ def encode_all(codec: Codec, pixels: list[Tensor], noise: list[Tensor] | None = 
         for start in range(0, len(members), step):
             part = members[start : start + step]
             drawn = torch.stack([noise[i] for i in part]) if noise else None
-            for i, latent in zip(
-                part, codec.encode(torch.stack([pixels[i] for i in part]), drawn), strict=True
-            ):
+            found = codec.encode(torch.stack([pixels[i] for i in part]), drawn)
+            for i, latent in zip(part, found, strict=True):
                 latents[i] = latent
     return latents  # type: ignore[return-value]
 
@@ -202,6 +199,4 @@ def read_vae_config(folder: Path) -> VaeConfig:
         CODECS[config.type].check(config)
         return config
     except ValueError as error:
-        raise CheckpointFolderError(
-            f"{folder}: {error}. Fix: take this file from the original checkpoint again"
-        ) from None
+        raise wrong(folder, str(error)) from None

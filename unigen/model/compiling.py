@@ -1,4 +1,5 @@
-"""Compiling the parts of a layer before and after attention, from outside of the model."""
+"""PyTorch's compiler: its settings, which errors are its own, and the parts of a layer before and after
+attention, compiled from outside of the model."""
 
 from __future__ import annotations
 
@@ -9,10 +10,31 @@ from typing import Any
 import torch
 
 from unigen.config import UserError
-from unigen.model.bagel import Bagel
-from unigen.model.compiler import dynamo_settings, is_compile_failure, reason_of
+from unigen.printing import first_line
 
 log = logging.getLogger("unigen")
+
+
+def dynamo_settings() -> None:
+    """At its limit of versions Dynamo would go on uncompiled, and flex attention then fills the memory:
+    better an error."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+
+
+def is_compile_failure(error: BaseException) -> bool:
+    """Did compiling itself fail (no compiler, no Triton, an operation it does not know)? Not: too many
+    versions, no memory."""
+    if type(error).__name__ in ("FailOnRecompileLimitHit", "OutOfMemoryError"):
+        return False
+    ours = type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
+    return ours or isinstance(error, ImportError | FileNotFoundError)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line; of what a compiler reports, the cause."""
+    error = getattr(error, "inner_exception", None) or error
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class CompileError(UserError):
@@ -29,7 +51,7 @@ class CompiledLayers:
         strict: a failure to compile is an error; otherwise the layers go on as they are, which is said once.
     """
 
-    def __init__(self, model: Bagel, strict: bool = False):
+    def __init__(self, model: Any, strict: bool = False):
         self.strict = strict
         self.on = True
         dynamo_settings()

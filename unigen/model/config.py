@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from unigen.config import ConfigError, DataOptions, TrainSource
 from unigen.model.codec import VaeConfig, read_vae_config
 from unigen.model.schemas import CONFIG, LLM, VIT, contradictions, misfits
-from unigen.model.storage import CheckpointFolderError, checkpoint_json, need_folder
+from unigen.model.storage import checkpoint_json, config_json, need_folder, wrong
 from unigen.sequence.pack import Geometry
 from unigen.sequence.plan import Planner, Transforms
 from unigen.sequence.tokens import Tokenizer
@@ -65,12 +64,10 @@ class BagelConfig:
         """How pictures are resized for this model; no picture outgrows its position tables. ``vae``: another
         max_size, min_size."""
         stride, patch = self.latent_stride, self.vit.patch_size
-        vit_limit = self.vit_max_num_patch_per_side * patch
+        limit, vit_limit = self.max_latent_size * stride, self.vit_max_num_patch_per_side * patch
         vae = {**self.vae_transform, **vae}
         return Transforms(
-            vae=ImageTransform(
-                **vae, stride=stride, limit=self.max_latent_size * stride, max_tokens=max_image_tokens
-            ),
+            vae=ImageTransform(**vae, stride=stride, limit=limit, max_tokens=max_image_tokens),
             vit=ImageTransform(**self.vit_transform, stride=patch, limit=vit_limit),
             vit_edit=ImageTransform(**self.vit_edit_transform, stride=patch, limit=vit_limit),
         )
@@ -90,13 +87,8 @@ class BagelConfig:
                 f" {longest}, or leave it out"
             )
         tokens = (source.max_image_tokens if source else None) or options.max_image_tokens
-        return Planner(
-            tokenizer,
-            self.geometry,
-            self.transforms(tokens, **{name: size for name, size in asked.items() if size is not None}),
-            options,
-            longest,
-        )
+        sizes = {name: size for name, size in asked.items() if size is not None}
+        return Planner(tokenizer, self.geometry, self.transforms(tokens, **sizes), options, longest)
 
     def _check_sizes(self, source: TrainSource | None, asked: dict[str, int | None]) -> None:
         """Raises ConfigError where a size that a source asks for would become another one."""
@@ -123,16 +115,9 @@ class BagelConfig:
 
 
 CONSTANTS = (
-    "latent_patch_size",
-    "max_latent_size",
-    "vit_max_num_patch_per_side",
-    "connector_act",
-    "interpolate_pos",
-    "timestep_shift",
-    "vae_transform",
-    "vit_transform",
-    "vit_edit_transform",
-)
+    "latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "connector_act", "interpolate_pos",
+    "timestep_shift", "vae_transform", "vit_transform", "vit_edit_transform",
+)  # fmt: skip
 
 
 def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: Any) -> BagelConfig:
@@ -153,9 +138,7 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
         raise wrong(folder, "llm_config.json: rope_theta is missing")
     llm = Qwen2Config.from_dict(LLM.known(said))
     vit = SiglipVisionConfig.from_dict(VIT.known(checkpoint_json(folder / "vit_config.json", VIT)))
-    stored = (
-        checkpoint_json(folder / "config.json", CONFIG) if os.path.lexists(folder / "config.json") else {}
-    )
+    stored = config_json(folder, CONFIG)
     constants = {name: stored[name] for name in CONSTANTS if stored.get(name) is not None}
     constants.setdefault("vit_max_num_patch_per_side", min(vit.image_size // vit.patch_size, 1024))
     table = shapes.get("latent_pos_embed.pos_embed")
@@ -168,12 +151,6 @@ def read_config(folder: Path, shapes: dict[str, tuple[int, ...]], **overrides: A
     if found := misfits(config, shapes):
         raise wrong(folder, "; ".join(found), "take weights and config files of one and the same checkpoint")
     return config
-
-
-def wrong(
-    folder: Path, problem: str, fix: str = "take this file from the original checkpoint again"
-) -> CheckpointFolderError:
-    return CheckpointFolderError(f"{folder}: {problem}. Fix: {fix}")
 
 
 def small_config(
@@ -212,9 +189,7 @@ def small_config(
     cells = stride // 2
     # Scale and shift bring pixels to about mean 0 and variance 1, as the flow's noise has.
     scale, shift, channels = (2.0, 0.0, 3 * cells**2) if colour else (1.3, -0.4, cells**2)
-    vae = VaeConfig(
-        type="pixel", downsample=cells, z_channels=channels, scale_factor=scale, shift_factor=shift
-    )
+    vae = VaeConfig("pixel", z_channels=channels, downsample=cells, scale_factor=scale, shift_factor=shift)
     picture = {"max_size": side, "min_size": side}
     return BagelConfig(
         llm, vit, vae, max_latent_size=side // stride, vit_max_num_patch_per_side=side // patch,

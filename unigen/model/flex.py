@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.model.compiler import dynamo_settings, is_compile_failure, reason_of
+from unigen.model.compiling import dynamo_settings, is_compile_failure, reason_of
 from unigen.model.sdpa import Groups, Halves
 from unigen.sequence.blockmask import BLOCK, FULL, PARTIAL, padded
 from unigen.sequence.pack import with_mask
@@ -38,10 +38,8 @@ class Flex:
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
         width = q[0].shape[-1]
         if not _broken and width < LEAST_WIDTH and q[0].is_cuda:
-            _give_up(
-                f"heads of width {width}, and it takes {LEAST_WIDTH} or more",
-                "nothing to do: such models are small",
-            )
+            narrow = f"heads of width {width}, and it takes {LEAST_WIDTH} or more"
+            _give_up(narrow, "nothing to do: such models are small")
         if _broken:
             self.fallback = self.fallback or Groups.of(self.pack)
             return self.fallback(q, k, v, layer)
@@ -57,9 +55,8 @@ class Flex:
         wide = [torch.cat([part for pair in zip(x, self._blanks(x)) for part in pair]) for x in (q, k, v)]
         arguments = [x.transpose(0, 1)[None] for x in wide]
         shared = q[0].shape[1] != k[0].shape[1]
-        out = _compiled()(
-            *arguments, block_mask=self.block_mask, enable_gqa=shared, kernel_options=_options(q[0].is_cuda)
-        )
+        options = {"enable_gqa": shared, "kernel_options": _options(q[0].is_cuda)}
+        out = _compiled()(*arguments, block_mask=self.block_mask, **options)
         sizes = [n for half, more in zip(q, self.padding) for n in (len(half), more)]
         return out[0].transpose(0, 1).split(sizes)[::2]
 
@@ -122,6 +119,5 @@ def _give_up(reason: str, fix: str) -> None:
     _broken = reason
     log.warning(
         "Flex attention cannot be used here (%s). Attention runs by scaled_dot_product_attention instead, "
-        "which is slower and needs more "
-        "memory. Fix: %s", reason, fix,
+        "which is slower and needs more memory. Fix: %s", reason, fix,
     )  # fmt: skip

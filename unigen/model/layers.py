@@ -113,9 +113,8 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """``t`` [M] float32 -> [M, D]."""
         half = self.frequencies // 2
-        freqs = torch.exp(
-            -math.log(self.max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-        )
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        freqs = torch.exp(-math.log(self.max_period) * steps / half)
         angles = t.float()[:, None] * freqs
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
@@ -146,9 +145,7 @@ def sincos_table(side: int, width: int) -> Tensor:
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
-    column = line.repeat(side, 1)
-    row = line.repeat_interleave(side, dim=0)
-    return torch.cat([column, row], dim=1).float()
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=1).float()
 
 
 def rope_angles(position: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:

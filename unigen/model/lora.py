@@ -75,9 +75,9 @@ def _chosen(option: str, wanted: Iterable[str], known: Patterns, names: list[str
         if not found:
             close = nearest(word, [*known, *{part for name in names for part in name.split(".")}])
             raise AdapterError(
-                f"{option}: {word!r} means nothing in this "
-                f"model{f' (did you mean {close}?)' if close else ''}."
-                f" Fix: use {', '.join(known)}, or a pattern of names such as *.q_proj_moe_gen"
+                f"{option}: {word!r} means nothing in this model"
+                f"{f' (did you mean {close}?)' if close else ''}. Fix: use {', '.join(known)}, or a pattern"
+                " of names such as *.q_proj_moe_gen"
             )
         chosen |= found
     return tuple(name for name in names if name in chosen)
@@ -143,15 +143,18 @@ def binding_of(model: AnyBagel, name: str = NAME) -> Binding:
     if len(bound) < len(adapter.targets) or not bound:
         lacking = [target for target in adapter.targets if target not in bound]
         raise AdapterError(
-            f"only {len(bound)} of {len(adapter.targets)} modules were bound; without an adapter: "
-            f"{few(lacking, 5)}."
-            " Fix: use the base that the adapter was trained on"
+            f"only {len(bound)} of {len(adapter.targets)} modules were bound; without an adapter:"
+            f" {few(lacking, 5)}. Fix: use the base that the adapter was trained on"
         )
-    sizes = [_change(modules[target], name) for target in bound]
-    return _proven(Binding(len(bound), len(adapter.targets), min(sizes), max(sizes)), adapter)
+    sizes = []
+    for module in (modules[target] for target in bound):
+        a, b = (getattr(module, mark)[name].weight.detach() for mark in ADAPTER_MARKS[:2])
+        sizes.append(_size(a, b, module.scaling[name]))
+    return _proven(sizes, adapter)
 
 
-def _proven(binding: Binding, adapter: Adapter) -> Binding:
+def _proven(sizes: list[float], adapter: Adapter) -> Binding:
+    binding = Binding(len(sizes), len(adapter.targets), min(sizes), max(sizes))
     if binding.high == 0 and adapter.variant != "dora" and not adapter.whole:
         raise AdapterError(
             f"the adapter changes nothing ({binding}). Fix: use a checkpoint after its first steps"
@@ -165,12 +168,7 @@ def binding_on_disk(adapter: Adapter, stored: Mapping[str, Stored]) -> Binding:
     for target in adapter.targets:
         a, b = (stored[f"{target}.{mark}.{NAME}.weight"].read() for mark in ADAPTER_MARKS[:2])
         sizes.append(_size(a, b, adapter.scaling))
-    return _proven(Binding(len(sizes), len(adapter.targets), min(sizes), max(sizes)), adapter)
-
-
-def _change(module: Any, name: str) -> float:
-    a, b = (getattr(module, mark)[name].weight.detach() for mark in ("lora_A", "lora_B"))
-    return _size(a, b, module.scaling[name])
+    return _proven(sizes, adapter)
 
 
 def _size(a: Tensor, b: Tensor, scaling: float) -> float:
@@ -182,8 +180,8 @@ def _size(a: Tensor, b: Tensor, scaling: float) -> float:
 def _refuse_share(adapter: Adapter, factor: float) -> None:
     if adapter.variant == "dora" and factor not in (0, 1):
         raise AdapterError(
-            f"a DoRA adapter cannot take part by {factor:g}: it learnt the lengths of rows. Fix: 1, or 0 for "
-            f"off"
+            f"a DoRA adapter cannot take part by {factor:g}: it learnt the lengths of rows. Fix: 1, or 0 for"
+            " off"
         )
 
 
@@ -236,9 +234,8 @@ def fresh_values(model: AnyBagel, name: str, shape: tuple[int, ...], stored: Map
         return torch.zeros(shape)
     target = name.partition(".lora_")[0]
     below = model.get_submodule(f"{target}.base_layer")
-    return (dequantised(below) if holds_quantised(below) else stored[f"{target}.weight"].read().float()).norm(
-        dim=1
-    )
+    matrix = dequantised(below) if holds_quantised(below) else stored[f"{target}.weight"].read().float()
+    return matrix.norm(dim=1)
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -272,15 +269,13 @@ def check_fits(
                 odd.append(f"{target} {shapes}, the base's matrix is {[out, inputs]}")
     if odd:
         raise AdapterError(
-            f"{folder}: the adapter was made for another model; {len(odd)} of its parts do not fit: "
-            f"{few(odd, 3)}."
-            f" Fix: use its base ({adapter.base or 'not named'})"
+            f"{folder}: the adapter was made for another model; {len(odd)} of its parts do not fit:"
+            f" {few(odd, 3)}. Fix: use its base ({adapter.base or 'not named'})"
         )
     if adapter.digest and adapter.digest != base_digest(base):
         raise AdapterError(
-            f"{folder}: the adapter was trained on other weights of the same shape (their digest differs). "
-            f"Fix: use its"
-            f" base ({adapter.base or 'not named'})"
+            f"{folder}: the adapter was trained on other weights of the same shape (their digest differs)."
+            f" Fix: use its base ({adapter.base or 'not named'})"
         )
 
 
@@ -289,7 +284,6 @@ def check_same_parts(folder: Path, parameters: Mapping[str, Tensor], stored: Map
 
     Args:
         folder: of the base, for the message.
-        parameters: of the model.
         stored: where the numbers of base and adapter lie, by the model's names.
 
     Raises:
@@ -299,9 +293,8 @@ def check_same_parts(folder: Path, parameters: Mapping[str, Tensor], stored: Map
     theirs = {name for name in stored if is_adapter(name)}
     if odd := sorted(ours ^ theirs):
         raise AdapterError(
-            f"the checkpoint's adapter over {folder} changes other matrices than this run's: {few(odd, 3)}. "
-            f"Fix: resume"
-            " with the run's own --lora_targets"
+            f"the checkpoint's adapter over {folder} changes other matrices than this run's: {few(odd, 3)}."
+            " Fix: resume with the run's own --lora_targets"
         )
 
 
@@ -328,22 +321,15 @@ def base_digest(base: Mapping[str, Stored]) -> str:
 
 @torch.no_grad()
 def bind(
-    model: AnyBagel,
-    folder: Path,
-    factor: float,
-    name: str,
-    base: Mapping[str, Stored],
+    model: AnyBagel, folder: Path, factor: float, name: str, base: Mapping[str, Stored],
     device: torch.device | str,
-) -> Binding:
-    """Loads the adapter of a folder into a model whose weights are there, in float32.
+) -> Binding:  # fmt: skip
+    """Loads the adapter of a folder, by ``name``, into a model whose weights are there, in float32.
 
     Args:
         model: it; what the adapter trained whole moves by ``factor`` from where it is.
-        folder: of the adapter.
         factor: how much of it is added.
-        name: its name in the model.
         base: where the tensors of the model's base lie.
-        device: of the model.
 
     Raises:
         AdapterError: it is no adapter, was made for another base, or does not bind.
@@ -376,12 +362,10 @@ def bind(
 def merges(
     folder: Path, base: Mapping[str, Stored], raw: Mapping[str, Stored] | None = None
 ) -> dict[str, Callable[[], Tensor]]:
-    """What makes each tensor of the base that an adapter changes: published name -> float32 tensor of its
-    shape.
+    """What makes each tensor of ``base`` that the adapter of a folder changes: published name -> float32
+    tensor of its shape.
 
     Args:
-        folder: of the adapter.
-        base: where the tensors of the base lie.
         raw: where other numbers of the adapter lie (those that train, say), in place of the folder's.
 
     Raises:

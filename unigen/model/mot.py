@@ -28,11 +28,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config, visual_gen: bool):
         super().__init__()
-        width, self.heads, self.kv_heads = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width = config.hidden_size
         self.head_width = getattr(config, "head_dim", None) or width // self.heads
         for expert in EXPERTS[: 1 + visual_gen]:
             for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
@@ -43,14 +40,10 @@ class SelfAttention(nn.Module):
 
     def read(self, x: Tensor, cos: Tensor, sin: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, H, d], keys and values [n, G, d] of ``x`` [n, D], the tokens of one expert."""
-        q, k, v = (
-            getattr(self, f"{part}_proj{expert}")(x).unflatten(1, (-1, self.head_width)) for part in "qkv"
-        )
-        q, k = (
-            rotate(getattr(self, f"{part}_norm{expert}")(y), cos, sin).to(v.dtype)
-            for part, y in (("q", q), ("k", k))
-        )
-        return q, k, v
+        heads = (-1, self.head_width)
+        q, k, v = (getattr(self, f"{part}_proj{expert}")(x).unflatten(1, heads) for part in "qkv")
+        q, k = (getattr(self, f"{part}_norm{expert}")(y) for part, y in (("q", q), ("k", k)))
+        return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
 
 class Layer(nn.Module):
@@ -73,9 +66,8 @@ class Layer(nn.Module):
         y = attention(q, k, v, layer)
         del read, q, k, v  # attention has joined the halves' to copies
         if rows is not None:  # an expert runs also where nobody reads: its gradients are zero, not missing
-            x, y = (
-                tuple(z if r is None else z.index_select(0, r) for z, r in zip(both, rows)) for both in (x, y)
-            )
+            x = tuple(half if r is None else half.index_select(0, r) for half, r in zip(x, rows))
+            y = tuple(half if r is None else half.index_select(0, r) for half, r in zip(y, rows))
             y = split(join_halves(y), y)  # as attention gives it: compiled parts have one version
         return tuple(self.after(half, seen, expert) for half, seen, expert in zip(x, y, EXPERTS))
 

@@ -101,9 +101,8 @@ def is_frozen(name: str, options: ModelOptions) -> bool:
     """Do the options keep this parameter as it is?"""
     if options.lora_rank is not None:
         return not is_adapter(name) and not trains_whole(name, options.train_also)
-    understanding = not is_generation_expert(name) and name.startswith(
-        ("language_model.", "vit_model.", "connector.")
-    )
+    seeing = name.startswith(("language_model.", "vit_model.", "connector."))
+    understanding = seeing and not is_generation_expert(name)
     return (
         is_table(name)
         or (options.freeze_llm and name.startswith("language_model."))

@@ -20,7 +20,6 @@ import contextlib
 import ctypes
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,15 +31,7 @@ from torch import Tensor, nn
 from unigen.config import ConfigError, UserError
 from unigen.model.hub import without_hub_kernels
 from unigen.model.parts import ADAPTED, is_adapter, is_embedding, is_table, matches
-from unigen.model.storage import (
-    INT8,
-    NF4,
-    CheckpointFolderError,
-    Quantised,
-    Stored,
-    checkpoint_json,
-    few,
-)
+from unigen.model.storage import INT8, NF4, CheckpointFolderError, Quantised, Stored, config_json, few
 from unigen.schema import short
 
 KINDS = ("nf4", "int8")
@@ -76,9 +67,9 @@ def need_backend(kind: str | None, device: torch.device | str) -> None:
     except (RuntimeError, NotImplementedError, ValueError, AttributeError, OSError, NameError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise QuantiseError(
-            f"{kind} cannot be computed on {device}: bitsandbytes fails there ({why})."
-            " Fix: install a bitsandbytes for this GPU and its CUDA (python -m bitsandbytes says what it"
-            " finds), or leave quantize out"
+            f"{kind} cannot be computed on {device}: bitsandbytes fails there ({why}). Fix: install a"
+            " bitsandbytes for this GPU and its CUDA (python -m bitsandbytes says what it finds), or leave"
+            " quantize out"
         ) from error
     assert abs(found / BLOCK**2 - 1) < ROUNDS["nf4"], found
 
@@ -127,11 +118,8 @@ def _quantised(old: nn.Linear, kind: str, double: bool, computes: torch.dtype) -
 
 def quantised_names(shapes: Mapping[str, tuple[int, ...]], kind: str) -> list[str]:
     """The modules that are quantised, of those whose matrices have these shapes [out, in]."""
-    return [
-        name
-        for name, shape in shapes.items()
-        if len(shape) == 2 and is_quantised(name) and (kind != "nf4" or shape[1] % BLOCK == 0)
-    ]
+    names = [name for name, shape in shapes.items() if len(shape) == 2 and is_quantised(name)]
+    return [name for name in names if kind != "nf4" or shapes[name][1] % BLOCK == 0]
 
 
 @contextlib.contextmanager
@@ -237,11 +225,8 @@ def stored_as(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What follows the module's name in the keys of a quantised matrix [out, in] -> dtype and shape."""
     if kind == "int8":
-        return {
-            "weight": (torch.int8, shape),
-            INT8: (torch.float32, shape[:1]),
-            "weight_format": (torch.uint8, ()),
-        }
+        scales, layout = (torch.float32, shape[:1]), (torch.uint8, ())
+        return {"weight": (torch.int8, shape), INT8: scales, "weight_format": layout}
     numbers = math.prod(shape)
     blocks = numbers // BLOCK
     found = {"weight": (torch.uint8, (numbers // 2, 1)), "weight.quant_map": (torch.float32, (16,))}
@@ -266,9 +251,8 @@ def restore_weight(module: Any, entry: Quantised, device: torch.device | str) ->
     """The weight of a quantised layer, as it is stored."""
     nn = _bitsandbytes("").nn
     pieces = {key: piece.read() for key, piece in entry.pieces}
-    if odd := [
-        key for key, piece in pieces.items() if piece.is_floating_point() and not piece.isfinite().all()
-    ]:
+    floats = {key: piece for key, piece in pieces.items() if piece.is_floating_point()}
+    if odd := [key for key, piece in floats.items() if not piece.isfinite().all()]:
         raise CheckpointFolderError(
             f"{entry.parts[0].file}: {few(odd)} of a quantised matrix holds NaN or infinity. Fix: download or"
             " copy it again"
@@ -278,10 +262,8 @@ def restore_weight(module: Any, entry: Quantised, device: torch.device | str) ->
         state = {key.removeprefix("weight."): piece for key, piece in pieces.items()}
         module.weight = nn.Params4bit.from_prequantized(codes, state, device=device, module=module)
     else:
-        scales = pieces[INT8].to(device)
-        module.weight = nn.Int8Params(
-            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
-        )
+        held = {"CB": codes, "SCB": pieces[INT8].to(device)}
+        module.weight = nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, **held)
 
 
 def described(kind: str, double: bool, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -309,9 +291,7 @@ def bits_of(folder: Path, asked: str | None = None, double: bool = False) -> tup
         ConfigError: double_quant is asked for, and not NF4.
         QuantiseError: another kind is asked for than the folder holds, or it holds one that is not read.
     """
-    path = folder / "config.json"
-    said = checkpoint_json(path).get("quantization_config") if os.path.lexists(path) else None
-    if not said:
+    if not (said := config_json(folder).get("quantization_config")):
         if double and asked != "nf4":
             raise ConfigError(
                 "double_quant needs quantize nf4. Fix: --quantize nf4, or leave double_quant out"
@@ -323,15 +303,15 @@ def bits_of(folder: Path, asked: str | None = None, double: bool = False) -> tup
         kind = "int8" if said.get("load_in_8bit") else said.get("bnb_4bit_quant_type")
     if kind not in KINDS:
         raise QuantiseError(
-            f"{path}: quantization_config says {short(kind)}, which is not read. Fix: use the full weights,"
-            " or bitsandbytes' nf4 or int8"
+            f"{folder / 'config.json'}: quantization_config says {short(kind)}, which is not read. Fix: use"
+            " the full weights, or bitsandbytes' nf4 or int8"
         )
     held = kind, bool(said.get("bnb_4bit_use_double_quant")) and kind == "nf4"
     if asked not in (None, kind) or double > held[1]:
         other = "double_quant" if asked in (None, kind) else f"quantize {asked}"
         raise QuantiseError(
-            f"{folder} holds {told_bits(*held)}, and {other} is asked for. Fix: "
-            "leave that out, or give the folder of the full weights"
+            f"{folder} holds {told_bits(*held)}, and {other} is asked for. Fix: leave that out, or give the"
+            " folder of the full weights"
         )
     return held
 

@@ -100,27 +100,21 @@ CONFIG = Table(
 def contradictions(llm: Any, vit: Any, constants: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """(File, what is wrong with which key) where values of the configs exclude each other."""
     heads, kv, width = llm.num_attention_heads, llm.num_key_value_heads, llm.hidden_size
-    given = getattr(llm, "head_dim", None)
+    file, given = "llm_config.json", getattr(llm, "head_dim", None)
     if not given and width % heads:
-        yield "llm_config.json", f"num_attention_heads is {heads}, which does not divide hidden_size, {width}"
+        yield file, f"num_attention_heads is {heads}, which does not divide hidden_size, {width}"
     if heads % kv:
-        yield (
-            "llm_config.json",
-            f"num_key_value_heads is {kv}, which does not divide num_attention_heads, {heads}",
-        )
+        yield file, f"num_key_value_heads is {kv}, which does not divide num_attention_heads, {heads}"
     if (given or width // heads) % 2:
         key = "head_dim" if given else "num_attention_heads"
-        yield (
-            "llm_config.json",
-            f"{key} makes heads {given or width // heads} wide; rotary needs an even width",
-        )
+        yield file, f"{key} makes heads {given or width // heads} wide; rotary needs an even width"
     if width % 4:
-        yield "llm_config.json", f"hidden_size is {width}; the position tables need a multiple of 4"
-    heads, width = vit.num_attention_heads, vit.hidden_size
+        yield file, f"hidden_size is {width}; the position tables need a multiple of 4"
+    file, heads, width = "vit_config.json", vit.num_attention_heads, vit.hidden_size
     if width % heads:
-        yield "vit_config.json", f"num_attention_heads is {heads}, which does not divide hidden_size, {width}"
+        yield file, f"num_attention_heads is {heads}, which does not divide hidden_size, {width}"
     if vit.patch_size > vit.image_size:
-        yield "vit_config.json", f"patch_size is {vit.patch_size}, above image_size, {vit.image_size}"
+        yield file, f"patch_size is {vit.patch_size}, above image_size, {vit.image_size}"
     for name in ("vae_transform", "vit_transform", "vit_edit_transform"):
         sizes = constants.get(name)
         if sizes and sizes["min_size"] > sizes["max_size"]:
@@ -194,13 +188,13 @@ def vae_misfits(vae: Any, shapes: Shapes) -> list[str]:
             said = short(list(value)) if key == "ch_mult" else value
             what = "levels" if key == "ch_mult" else "blocks a level"
             found.append(f"vae_config.json: {key} is {said}, but ae.safetensors has {has} {what} ({stem}N)")
-    wide = [
+    wide: list[tuple[str, Any, str, int, int]] = [
         ("ch", vae.ch, "encoder.conv_in.weight", 0, vae.ch),
         ("z_channels", vae.z_channels, "decoder.conv_in.weight", 1, vae.z_channels),
-    ] + [
-        ("ch_mult", short(list(vae.ch_mult)), f"{stem}{i}.block.0.conv1.weight", 0, vae.ch * factor)
-        for i, factor in enumerate(vae.ch_mult)
     ]
+    for i, factor in enumerate(vae.ch_mult):
+        name, size = f"{stem}{i}.block.0.conv1.weight", vae.ch * factor
+        wide.append(("ch_mult", short(list(vae.ch_mult)), name, 0, size))
     for key, value, name, axis, size in wide:
         shape = shapes.get(name, ())
         if len(shape) == 4 and shape[axis] != size:

@@ -49,9 +49,8 @@ class Mask:
     def of(self, dtype: torch.dtype) -> Tensor:
         """0 where a key is seen, else minus infinity."""
         if dtype not in self._added:
-            self._added[dtype] = torch.zeros_like(self.allowed, dtype=dtype).masked_fill_(
-                ~self.allowed, -torch.inf
-            )
+            nothing = torch.zeros_like(self.allowed, dtype=dtype)
+            self._added[dtype] = nothing.masked_fill_(~self.allowed, -torch.inf)
         return self._added[dtype]
 
 
@@ -148,9 +147,8 @@ class Groups:
         for members in self.members:
             size, longest = len(members), lengths[members[0]]
             real = self.real[start : start + size * longest].view(size, 1, 1, longest)
-            self.batches.append(
-                _Batch(size, longest, None if all(lengths[i] == longest for i in members) else Mask(real))
-            )
+            mask = None if all(lengths[i] == longest for i in members) else Mask(real)
+            self.batches.append(_Batch(size, longest, mask))
             start += size * longest
         return self
 
@@ -158,11 +156,10 @@ class Groups:
         # nothing to attend to; keep the graph, so that gradients are zero instead of missing
         if not self.batches:
             return tuple(a + 0 * (b.sum() + c.sum()) for a, b, c in zip(q, k, v, strict=True))
+        batched = (self._batched(join_halves(x)) for x in (q, k, v))
         out = [
             sdpa(*parts, batch.mask, batch.causal).flatten(0, 1)
-            for batch, *parts in zip(
-                self.batches, *(self._batched(join_halves(x)) for x in (q, k, v)), strict=True
-            )
+            for batch, *parts in zip(self.batches, *batched, strict=True)
         ]
         y = torch.cat(out) if len(out) > 1 else out[0]
         if self.moves:
@@ -172,20 +169,16 @@ class Groups:
     def _batched(self, x: Tensor) -> list[Tensor]:
         """[T, ...] -> [B, L, ...] of each batch."""
         slots = _Gather.apply(x, self.rows, self.slot, None) if self.moves else x
-        parts = slots.split([batch.size * batch.longest for batch in self.batches])
-        return [
-            part.unflatten(0, (batch.size, batch.longest))
-            for part, batch in zip(parts, self.batches, strict=True)
-        ]
+        shapes = [(batch.size, batch.longest) for batch in self.batches]
+        parts = slots.split([size * longest for size, longest in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _places(pack: Pack) -> list[np.ndarray]:
     """Where each sample's tokens are stored: understanding tokens, then generation tokens."""
-    und, gen = np.cumsum([0, *pack.und_lengths]), np.cumsum([pack.n_und, *pack.gen_lengths])
-    return [
-        np.concatenate([np.arange(*und[i : i + 2]), np.arange(*gen[i : i + 2])])
-        for i in range(pack.n_samples)
-    ]
+    ends = np.cumsum([0, *pack.und_lengths]), np.cumsum([pack.n_und, *pack.gen_lengths])
+    runs = [[np.arange(*half[i : i + 2]) for half in ends] for i in range(pack.n_samples)]
+    return list(map(np.concatenate, runs))
 
 
 def similar_lengths(lengths: Sequence[int], waste: float = 0.7) -> list[list[int]]:
@@ -227,20 +220,15 @@ class Cached:
             return None
         und, gen = self.parts[i]
         tokens = Tokens(*(torch.cat([t[: pack.n_und][und], t[pack.n_und :][gen]]) for t in Tokens.of(pack)))
-        return Mask(
-            F.pad(allowed(tokens.unsqueeze(1), tokens.unsqueeze(0)), (past, 0), value=True)[None, None]
-        )
+        seen = allowed(tokens.unsqueeze(1), tokens.unsqueeze(0))
+        return Mask(F.pad(seen, (past, 0), value=True)[None, None])
 
     def __call__(self, q: Halves, k: Halves, v: Halves, layer: int = 0) -> Halves:
         out = []
         for i in range(len(self.parts)):
             keys, values = self._store(i, k, v, layer)
-            out.append(
-                split(
-                    sdpa(self._of(i, q)[None], keys[None], values[None], self.masks[i], self.causal[i])[0],
-                    self._split(i, q),
-                )
-            )
+            y = sdpa(self._of(i, q)[None], keys[None], values[None], self.masks[i], self.causal[i])[0]
+            out.append(split(y, self._split(i, q)))
         if not out:
             return q
         return out[0] if len(out) == 1 else tuple(torch.cat(parts) for parts in zip(*out, strict=True))

@@ -2,7 +2,7 @@
 
 T tokens, D hidden width, I inner width of the MLP, q and kv the widths of all queries and of all keys, H
 heads, c bytes of a number that products are computed in, r rank of adapters. The residual stream is float32.
-``tests/model/test_sizes.py`` counts the same with the layers themselves.
+``tests/training/test_memory_plan.py`` counts the same with the layers themselves.
 """
 
 from __future__ import annotations
@@ -61,10 +61,8 @@ class Load:
     def keeping(self, learnt: bool) -> Load:
         """The same where the model is to stay what it was at all of its targets; ``learnt``: which are learnt
         from all the same."""
-        times = 1 + learnt
-        return replace(
-            self, labels=times * self.labels, noised=times * self.noised, kept=(self.labels, self.noised)
-        )
+        targets = self.labels, self.noised
+        return replace(self, labels=(1 + learnt) * targets[0], noised=(1 + learnt) * targets[1], kept=targets)
 
     @classmethod
     def filled(cls, tokens: int, config: BagelConfig, picture: int) -> Load:
@@ -102,8 +100,7 @@ def half_of(layer: str, trains: Mapping[str, tuple[int, ...]], gen: bool, record
     Args:
         layer: what the names of its parameters begin with.
         trains: names and shapes of the model's trained parameters.
-        gen: the generation expert.
-        recorded: see :class:`Half`.
+        gen, recorded: the generation expert; see :class:`Half`.
     """
     own, ranks, norms, head_norms, dora = set(), {}, False, False, False
     for name, shape in trains.items():
@@ -142,14 +139,8 @@ class Widths:
     @classmethod
     def of(cls, llm: Any, c: int) -> Widths:
         width = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
-        return cls(
-            llm.hidden_size,
-            llm.intermediate_size,
-            llm.num_attention_heads * width,
-            llm.num_key_value_heads * width,
-            llm.num_attention_heads,
-            c,
-        )
+        heads, kv = llm.num_attention_heads, llm.num_key_value_heads
+        return cls(llm.hidden_size, llm.intermediate_size, heads * width, kv * width, heads, c)
 
     def inputs(self, half: Half, matrices: tuple[str, ...]) -> int:
         """Bytes a token of a norm's result as the matrices take it: with fewer bits each casts its own."""

@@ -83,6 +83,19 @@ def checkpoint_json(path: Path, schema: Rule | None = None) -> dict[str, Any]:
         raise CheckpointFolderError(str(error)) from None
 
 
+def config_json(folder: Path, schema: Rule | None = None) -> dict[str, Any]:
+    """``config.json`` of a checkpoint folder; {} where there is none. Raises as :func:`checkpoint_json`."""
+    path = folder / "config.json"
+    return checkpoint_json(path, schema) if os.path.lexists(path) else {}
+
+
+def wrong(
+    folder: Path, problem: str, fix: str = "take this file from the original checkpoint again"
+) -> CheckpointFolderError:
+    """The error of a folder."""
+    return CheckpointFolderError(f"{folder}: {problem}. Fix: {fix}")
+
+
 @dataclass(frozen=True)
 class ByteRange:
     """Elements [start, stop) of a flattened tensor, from byte ``offset`` of a file on."""
@@ -139,10 +152,11 @@ class Stored:
         """Are dtype, shape and values those of ``other``? A chunk of both is in memory at a time."""
         import torch
 
+        if (self.code, self.shape) != (other.code, other.shape):
+            return False
         ends = [(at, min(at + CHUNK, self.numel)) for at in range(0, self.numel, CHUNK)]
-        return (self.code, self.shape) == (other.code, other.shape) and all(
-            torch.equal(self.read(*end).view(torch.uint8), other.read(*end).view(torch.uint8)) for end in ends
-        )
+        read = (((one.read(*end).view(torch.uint8)) for one in (self, other)) for end in ends)
+        return all(torch.equal(*both) for both in read)
 
     def through(self, files: Mapping[Path, Path]) -> Stored:
         """The same, read by other names of its files."""
@@ -160,11 +174,8 @@ class Stored:
         for part in self.parts:
             a, b = max(start, part.start), min(stop, part.stop)
             if a < b:
-                _read_bytes(
-                    part.file,
-                    part.offset + (a - part.start) * size,
-                    view[(a - start) * size : (b - start) * size],
-                )
+                piece = view[(a - start) * size : (b - start) * size]
+                _read_bytes(part.file, part.offset + (a - part.start) * size, piece)
 
 
 StoredPieces = tuple[tuple[str, Stored], ...]
@@ -219,11 +230,8 @@ def _open(path: Path) -> BinaryIO:
     try:
         return foreign.open_file(path, roots_of(path.parent))
     except ForeignFileError as error:
-        if error.code == "missing":
-            raise CheckpointFolderError(
-                f"{path} is missing. Fix: check the path, or download the whole repository"
-            ) from None
-        raise CheckpointFolderError(str(error)) from None
+        missing = f"{path} is missing. Fix: check the path, or download the whole repository"
+        raise CheckpointFolderError(missing if error.code == "missing" else str(error)) from None
 
 
 def scan_safetensors(path: Path) -> dict[str, Stored]:
@@ -252,6 +260,8 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
         if len(header) > MAX_TENSORS:
             raise ValueError(f"it has {len(header):,} tensors, above {MAX_TENSORS:,}")
         tensors = {name: _stored(path, 8 + length, size, name, entry) for name, entry in header.items()}
+        _fills(tensors, 8 + length, size)
+        return tensors
     except OSError as error:
         raise CheckpointFolderError(
             f"{path} cannot be read ({error}). Fix: check the path and its permissions"
@@ -262,8 +272,6 @@ def scan_safetensors(path: Path) -> dict[str, Stored]:
         raise CheckpointFolderError(
             f"{path} is not a whole safetensors file: {error}. Fix: download or copy it again"
         ) from None
-    _fills(path, tensors, 8 + length, size)
-    return tensors
 
 
 _SHAPE = Items(whole(0, 1 << 40), high=64)
@@ -272,8 +280,8 @@ _ENTRY = Table({"dtype": String(), "shape": _SHAPE, "data_offsets": Items(whole(
 
 def _stored(path: Path, base: int, size: int, name: str, entry: Any) -> Stored:
     """Where a tensor of a header lies. Raises ValueError, or CheckpointFolderError for an unknown dtype."""
-    if wrong := _ENTRY.wrong(entry):
-        raise ValueError(f"{short(name)}{wrong[0]} {wrong[1]}")
+    if odd := _ENTRY.wrong(entry):
+        raise ValueError(f"{short(name)}{odd[0]} {odd[1]}")
     code, (start, end), shape = entry["dtype"], entry["data_offsets"], tuple(entry["shape"])
     if code not in DTYPES:
         kind = ", an FP8 format" if code.startswith("F8") else ""
@@ -289,23 +297,17 @@ def _stored(path: Path, base: int, size: int, name: str, entry: Any) -> Stored:
     return Stored(code, shape, (ByteRange(path, base + start, 0, numel),))
 
 
-def _fills(path: Path, tensors: dict[str, Stored], base: int, size: int) -> None:
-    """Raises CheckpointFolderError where two tensors share bytes, or bytes belong to none: somebody else's
-    reader would then see other weights than this one."""
-    at = base
+def _fills(tensors: dict[str, Stored], at: int, size: int) -> None:
+    """Raises ValueError where two tensors share bytes, or bytes from ``at`` on belong to none: somebody
+    else's reader would then see other weights than this one."""
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].parts[0].offset, item[1].nbytes)):
         offset = stored.parts[0].offset
         if offset != at:
             how = "overlaps the tensor before it" if offset < at else f"leaves a gap of {offset - at:,} bytes"
-            raise CheckpointFolderError(
-                f"{path} is not a whole safetensors file: {short(name)} {how}. Fix: download or copy it again"
-            )
+            raise ValueError(f"{short(name)} {how}")
         at += stored.nbytes
     if at != size:
-        raise CheckpointFolderError(
-            f"{path} is not a whole safetensors file: {size - at:,} bytes follow the last tensor. Fix:"
-            " download or copy it again"
-        )
+        raise ValueError(f"{size - at:,} bytes follow the last tensor")
 
 
 def need_folder(folder: Path) -> None:
@@ -365,8 +367,7 @@ def _joined(folder: Path, found: dict[str, Stored]) -> dict[str, Stored]:
             pieces[match[1]][match[2]] = entry
         else:
             kept[name] = entry
-    config = checkpoint_json(folder / "config.json") if os.path.lexists(folder / "config.json") else {}
-    origin = str(config.get(ORIGIN) or "")
+    origin = str(config_json(folder).get(ORIGIN) or "")
     for module, own in pieces.items():
         code, shape = "F16", own["weight"].shape if "weight" in own else ()
         if NF4 in own:
@@ -375,10 +376,10 @@ def _joined(folder: Path, found: dict[str, Stored]) -> dict[str, Stored]:
                 said = foreign.parse_json(bytes(state.read().numpy())) if state.nbytes <= 1 << 12 else None
             except ValueError as error:
                 said = str(error)
-            if wrong := _STATE.wrong(said):
+            if odd := _STATE.wrong(said):
                 at = state.parts[0].file if state.parts else folder
                 raise CheckpointFolderError(
-                    f"{at}: {short(module)}.{NF4}{wrong[0]} {wrong[1]}. Fix: download or copy it again"
+                    f"{at}: {short(module)}.{NF4}{odd[0]} {odd[1]}. Fix: download or copy it again"
                 )
             shape = tuple(said["shape"])
             code = next(code for code, (name, _) in DTYPES.items() if name == said["dtype"])
@@ -407,10 +408,9 @@ def _scan_index(index: Path) -> dict[str, Stored]:
     weight_map, pieces = described["weight_map"], described.get("pieces", {})
     parts = [part for entry in pieces.values() for part in entry["parts"]]
     for part in parts:
-        if wrong := _PART.wrong(dict(zip(("file", "start", "stop"), part, strict=True))):
-            raise CheckpointFolderError(
-                f"{index}: {wrong[0].lstrip('.')} of a part {wrong[1]}. Fix: download it again"
-            )
+        if odd := _PART.wrong(dict(zip(("file", "start", "stop"), part, strict=True))):
+            key, said = odd[0].lstrip("."), odd[1]
+            raise CheckpointFolderError(f"{index}: {key} of a part {said}. Fix: download it again")
     wanted = {*weight_map.values(), *(part[0] for part in parts)}
     for file in wanted:
         if PurePosixPath(file).name != file or file in ("", "..") or "\0" in file:
@@ -505,14 +505,9 @@ def write_safetensors(
     order = sorted(plan, key=place)
     offset = 0
     for name in order:
-        dtype, shape, _ = plan[name]
-        nbytes = sizes[name]
-        header[name] = {
-            "dtype": code_of(dtype),
-            "shape": list(shape),
-            "data_offsets": [offset, offset + nbytes],
-        }
-        offset += nbytes
+        (dtype, shape, _), end = plan[name], offset + sizes[name]
+        header[name] = {"dtype": code_of(dtype), "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0

@@ -32,7 +32,7 @@ from unigen.model.adapters import (
 from unigen.model.backends import use_expandable_segments
 from unigen.model.bagel import Bagel
 from unigen.model.codec import CODECS, FluxCodec, VaeConfig
-from unigen.model.config import BagelConfig, read_config, wrong
+from unigen.model.config import BagelConfig, read_config
 from unigen.model.layers import sincos_table
 from unigen.model.lora import activate, bind, fresh_values, linear_modules
 from unigen.model.parts import WORDS, is_adapter, is_left_out, is_table, published_name
@@ -55,12 +55,13 @@ from unigen.model.storage import (
     CheckpointFolderError,
     Quantised,
     Stored,
-    checkpoint_json,
+    config_json,
     few,
     json_bytes,
     scan_folder,
     scan_safetensors,
     write_safetensors,
+    wrong,
 )
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
@@ -68,21 +69,10 @@ from unigen.sequence.tokens import Tokenizer, WordTokenizer
 log = logging.getLogger("unigen")
 
 SIDE_FILES = (
-    "llm_config.json",
-    "vit_config.json",
-    "vae_config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "LICENSE",
-    "ae.safetensors",
-)
+    "llm_config.json", "vit_config.json", "vae_config.json", "generation_config.json",
+    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "LICENSE", "ae.safetensors",
+)  # fmt: skip
 
 
 def load_planner(
@@ -100,10 +90,8 @@ def load_planner(
     if folder is None:
         from transformers import Qwen2Config, SiglipVisionConfig
 
-        llm, vit = (
-            Qwen2Config(max_position_embeddings=32768),
-            SiglipVisionConfig(image_size=980, patch_size=14),
-        )
+        llm = Qwen2Config(max_position_embeddings=32768)
+        vit = SiglipVisionConfig(image_size=980, patch_size=14)
         return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options, source)
     folder = Path(folder)
     check_side_files(folder)
@@ -198,9 +186,8 @@ def base_of(folder: Path | str, adapters: Sequence[str | Path] = ()) -> tuple[Pa
         base = read_adapter(folder)[0].base
         if not base or not Path(base).is_dir():
             raise AdapterError(
-                f"{folder} is an adapter, and its base is not there ({base or 'it names none'}). Fix: give "
-                f"the"
-                f" base and the adapter: --model_path BASE --adapter {folder}"
+                f"{folder} is an adapter, and its base is not there ({base or 'it names none'}). Fix: give"
+                f" the base and the adapter: --model_path BASE --adapter {folder}"
             )
         return Path(base), [folder, *adapters]
     return folder, list(adapters)
@@ -222,9 +209,8 @@ def build_bagel(
     folder = Path(folder)
     if is_adapter_folder(folder):
         raise CheckpointFolderError(
-            f"{folder} holds an adapter, no model. Fix: give the model that it was trained on "
-            f"(--model_path), or merge"
-            f" them (unigen ckpt export {folder} NEW_FOLDER --merge)"
+            f"{folder} holds an adapter, no model. Fix: give the model that it was trained on (--model_path),"
+            f" or merge them (unigen ckpt export {folder} NEW_FOLDER --merge)"
         )
     dtype_for = dtype if callable(dtype) else lambda name: dtype
     stored = scan_folder(folder, weights) if stored is None else stored
@@ -244,11 +230,8 @@ def build_bagel(
         if final != parameter.dtype:
             owner, _, last = name.rpartition(".")
             value = torch.empty(parameter.shape, dtype=final, device="meta")
-            setattr(
-                model.get_submodule(owner),
-                last,
-                torch.nn.Parameter(value, requires_grad=parameter.requires_grad),
-            )
+            held = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(owner), last, held)
     model.source = folder
     return model, stored
 
@@ -392,26 +375,18 @@ def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tables = {name for name in wanted if is_table(name)}
     missing = [name for name in wanted if name not in shapes and name not in tables]
-    unexpected = [
-        name
-        for name in shapes
-        if name not in wanted and not is_left_out(name, model.config.visual_gen, model.config.visual_und)
-    ]
+    parts = model.config.visual_gen, model.config.visual_und
+    unexpected = [name for name in shapes if name not in wanted and not is_left_out(name, *parts)]
     misshapen = [
         f"{name} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
         if name in shapes and shapes[name] != shape and name not in tables
     ]
-    problems = [
-        f"{len(names)} {title}: {few(names)}"
-        for title, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
+    found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    if problems := [f"{len(names)} {title}: {few(names)}" for title, names in found.items() if names]:
         raise CheckpointFolderError(
-            f"{folder}: the weights do not fit llm_config.json, vit_config.json and config.json: "
-            + "; ".join(problems)
-            + ". Fix: take weights and config files of one and the same checkpoint"
+            f"{folder}: the weights do not fit llm_config.json, vit_config.json and config.json:"
+            f" {'; '.join(problems)}. Fix: take weights and config files of one and the same checkpoint"
         )
 
 
@@ -475,7 +450,7 @@ def side_files(model: Bagel) -> dict[str, bytes]:
         parts["vit_config.json"] = {"num_attention_heads": vit.num_attention_heads, **vit.to_diff_dict()}
     if model.config.vae.type != "flux" and "vae_config.json" not in files:
         parts["vae_config.json"] = model.config.vae.to_dict()
-    stored = checkpoint_json(model.source / "config.json") if model.source and "config.json" in files else {}
+    stored = config_json(model.source) if model.source else {}
     parts["config.json"] = {**stored, **model.config.to_dict()}
     return files | {name: json_bytes(part) for name, part in parts.items()}
 

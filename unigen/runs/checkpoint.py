@@ -99,9 +99,8 @@ def read_states(folder: Path, schemas: Mapping[str, Rule] | None = None) -> dict
             raise _unusable(folder, f"{file}: {error.problem}") from error
     trainer = states.get(TRAINER)
     if isinstance(trainer, dict) and trainer.get("step", manifest["step"]) != manifest["step"]:
-        raise _unusable(
-            folder, f"{state_file(TRAINER)}: step is {trainer['step']}, {MANIFEST} says {manifest['step']}"
-        )
+        problem = f"{state_file(TRAINER)}: step is {trainer['step']}, {MANIFEST} says {manifest['step']}"
+        raise _unusable(folder, problem)
     return states
 
 
@@ -115,7 +114,6 @@ def verify_checkpoint(
     name are fine.
 
     Args:
-        folder: of the checkpoint.
         share: (rank, processes): each reads some of the files.
         gather: gives the texts of all processes to each.
         tick: called now and then, from any thread.
@@ -133,11 +131,8 @@ def verify_checkpoint(
         if manifest:
             raise CheckpointError(manifest)
     if problems := dict.fromkeys(problem for _, found in said for problem in found):
-        raise _unusable(
-            folder,
-            f"damaged checkpoint: {'; '.join(problems)}",
-            "use another checkpoint, or a backup of this one",
-        )
+        fix = "use another checkpoint, or a backup of this one"
+        raise _unusable(folder, f"damaged checkpoint: {'; '.join(problems)}", fix)
 
 
 def changed_files(
@@ -148,12 +143,10 @@ def changed_files(
     threads: int = 4,
     tick: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """What is wrong with the bytes of a checkpoint's files, as :func:`verify_checkpoint` finds it.
+    """What is wrong with the bytes of a checkpoint's files; arguments as of :func:`verify_checkpoint`.
 
     Args:
-        folder: of the checkpoint.
         wanted: which of the files to read, by the name that the manifest has for them.
-        share: (rank, processes): each reads some of the files.
         threads: that read.
         tick: called with every ``files.CHUNK`` read, from any thread.
 
@@ -175,10 +168,8 @@ def changed_files(
             tick()
 
         problems = list(pool.map(lambda item: _problem(folder, *item, read), files))
-    return [
-        *(f"{name} is none of its files, yet would be read in place of them" for name in strays),
-        *filter(None, problems),
-    ]
+    problems = list(filter(None, problems))
+    return [f"{name} is none of its files, yet would be read in place of them" for name in strays] + problems
 
 
 def _problem(folder: Path, name: str, entry: dict[str, Any], tick: Callable[[int], None]) -> str:
@@ -227,11 +218,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format")
     if found != FORMAT:
         older = type(found) is int and found < FORMAT
-        raise _unusable(
-            folder,
-            f"{MANIFEST} has format {short(found)}, this version reads {FORMAT}",
-            "start a new run from its weights (--model_path)" if older else "update unigen",
-        )
+        fix = "start a new run from its weights (--model_path)" if older else "update unigen"
+        raise _unusable(folder, f"{MANIFEST} has format {short(found)}, this version reads {FORMAT}", fix)
     for key in ("files", "groups", "states"):
         names = manifest.get(key)
         for name in names if isinstance(names, (dict, list)) else ():
@@ -301,16 +289,13 @@ def _mark(folder: Path) -> dict[str, Any]:
 def resolve_resume(
     value: str | Path | None, output_dir: Path, verify: Verify = verify_checkpoint
 ) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` asks for, verified.
+    """The checkpoint that ``--resume_from_checkpoint`` asks for, verified; None for a fresh start (also for
+    ``auto`` where there is nothing yet).
 
     Args:
         value: A checkpoint folder; ``auto`` for the newest good one in ``output_dir``; None for a fresh
             start.
-        output_dir: Folder of the run.
         verify: Checks one; with several processes a call that all of them make together.
-
-    Returns:
-        The folder, or None for a fresh start (also for ``auto`` where there is nothing yet).
 
     Raises:
         CheckpointError: a named folder does not exist or is damaged; the good ones beside it are listed. Or
@@ -323,11 +308,9 @@ def resolve_resume(
     if str(value) == "auto":
         found = latest_checkpoint(output_dir, verify)
         if found is None and (damaged := steps(output_dir)):
-            raise _unusable(
-                output_dir,
-                f"every checkpoint is damaged ({', '.join(p.name for p in damaged)})",
-                "restore one from a backup, or start afresh in another --output_dir",
-            )
+            problem = f"every checkpoint is damaged ({', '.join(p.name for p in damaged)})"
+            fix = "restore one from a backup, or start afresh in another --output_dir"
+            raise _unusable(output_dir, problem, fix)
         return found
     folder = Path(value)
     try:
@@ -339,10 +322,8 @@ def resolve_resume(
                 good |= dict.fromkeys(islice(_good_checkpoints(place, verify), 3))
         choice = f"good ones nearby: {', '.join(map(str, good))}" if good else "there is no good one nearby"
         raise CheckpointError(f"{error} (--resume_from_checkpoint {value}); {choice}") from error
-    step, others = (
-        read_manifest(folder)["step"],
-        [p for p in steps(output_dir) if p.resolve() != folder.resolve()],
-    )
+    step = read_manifest(folder)["step"]
+    others = [p for p in steps(output_dir) if p.resolve() != folder.resolve()]
     if newer := ", ".join(p.name for p in others if _number(p) > step):
         log.warning(
             "Resuming from %s, but %s also holds the newer %s, which `auto` would choose.",
@@ -404,11 +385,10 @@ def prune_checkpoints(
     source: Path | None = None,
     good: str = "",
 ) -> None:
-    """Removes the oldest ``step_N`` folders beyond ``keep``; never ``best``, nor a folder without a manifest.
+    """Removes the oldest ``step_N`` folders beyond ``keep`` (at least 1; None keeps all); never ``best``, nor
+    a folder without a manifest.
 
     Args:
-        output_dir: Folder of the run.
-        keep: How many to keep, at least 1; None keeps all.
         protect: One more that stays: the one just written, which is not the newest number after resuming from
             an older step.
         source: Another: the folder the run copies from.

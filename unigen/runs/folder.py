@@ -34,7 +34,7 @@ class FolderClaim:
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.config = Path(folder), config
-        self._held, self._begun, self._new_lock = False, False, False
+        self._held = self._begun = self._new_lock = False
         self._made: list[Path] = []
         self._lock: IO[str] | None = None
         _refuse_foreign(self.folder, config)
@@ -46,16 +46,13 @@ class FolderClaim:
             raise
 
     def _open(self) -> None:
-        c, folder = self.config, self.folder
-        if c.dry_run:
-            self._made = make_folders(folder.absolute())
-            if is_held(folder / layout.LOCK):
-                raise _in_use(folder, (folder / layout.LOCK).read_text("utf-8", "replace").strip())
-        else:
-            missing = not (folder / layout.LOCK).exists()
-            self._made = make_folders(folder.absolute())
-            self._lock = lock_folder(folder)
-            self._new_lock = missing
+        c, folder, lock = self.config, self.folder, self.folder / layout.LOCK
+        missing = not lock.exists()
+        self._made = make_folders(folder.absolute())
+        if not c.dry_run:
+            self._lock, self._new_lock = lock_folder(folder), missing
+        elif is_held(lock):
+            raise _in_use(folder, lock.read_text("utf-8", "replace").strip())
         self._held = True
         if c.resume_from_checkpoint and not c.dry_run:
             sweep_orphans(folder)
@@ -206,9 +203,8 @@ def _refuse_own_weights(folder: Path, model: Path) -> None:
 
 
 def _is_earlier_run(folder: Path) -> bool:
-    return bool(
-        steps(folder) or (folder / layout.METRICS).exists() or (folder / layout.SETTING_ASIDE).exists()
-    )
+    names = (layout.METRICS, layout.SETTING_ASIDE)
+    return bool(steps(folder)) or any((folder / name).exists() for name in names)
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -242,7 +238,10 @@ def set_aside(folder: Path) -> None:
     """
     checkpoints, staged = steps(folder), folder / layout.SETTING_ASIDE
     if not _is_earlier_run(folder):
-        _tell_of_earlier(folder)
+        # who started anew by mistake, and now wants to go on, must not start anew again without knowing
+        if newest := _newest_of_earlier(folder):
+            step = layout.step_of(newest.name)
+            log.warning("This run starts anew; an earlier one is in %s (to step %d)", newest.parent, step)
         return
     aside = next(path for n in range(1, 10**6) if not (path := folder / layout.earlier_name(n)).exists())
     staged.mkdir(exist_ok=True)  # one that was killed here goes on
@@ -256,13 +255,6 @@ def set_aside(folder: Path) -> None:
     log.warning("%s held an earlier run%s; it is now in %s", folder, to_step, aside)
     if checkpoints:
         log.warning("It goes on from there with --output_dir %s --resume_from_checkpoint auto", aside)
-
-
-def _tell_of_earlier(folder: Path) -> None:
-    """Who started anew by mistake, and now wants to go on, must not start anew again without knowing."""
-    if newest := _newest_of_earlier(folder):
-        step = layout.step_of(newest.name)
-        log.warning("This run starts anew; an earlier one is in %s (to step %d)", newest.parent, step)
 
 
 def _newest_of_earlier(folder: Path) -> Path | None:

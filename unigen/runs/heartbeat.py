@@ -18,16 +18,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unigen.files import atomic
 from unigen.messages import in_language, spoken
 from unigen.printing import printable
 from unigen.runs.layout import HANG, heartbeat_file, rank_of, stack_file
 from unigen.runs.ranks import Hang, Rank, RankFiles, find_hang, parse
-
-if TYPE_CHECKING:
-    from unigen.runs.signals import SignalHandler
+from unigen.runs.signals import SignalHandler, print_at_once
 
 EXIT_HUNG = 76
 """A process made no progress for ``hang_timeout`` seconds."""
@@ -125,7 +123,7 @@ class Heartbeat:
             elif self._late_since is None:
                 self._late_since = now
                 self._wake.set()
-                _say(in_language(self._head()))
+                print_at_once(f"{in_language(self._head())}\n")
                 faulthandler.dump_traceback(_STDERR)
             elif (
                 self._over
@@ -230,7 +228,7 @@ class Heartbeat:
                     file.write(text)
             except FileExistsError:  # another process has said it
                 return True
-        _say(text)
+        print_at_once(text)
         return True
 
     def _clear(self) -> None:
@@ -294,11 +292,3 @@ def _ranks(numbers: list[int]) -> str:
     sign = "、" if spoken() == "zh" else ", "
     told = sign.join(f"{run[0]}-{run[-1]}" if len(run) > 2 else sign.join(map(str, run)) for run in runs)
     return f"rank{'s' if len(numbers) > 1 else ''} {told}"
-
-
-def _say(text: str) -> None:
-    """On stderr, past Python's buffers, which the main thread may hold."""
-    data = (text if text.endswith("\n") else f"{text}\n").encode()
-    with contextlib.suppress(OSError):
-        while data:
-            data = data[os.write(_STDERR, data) :]

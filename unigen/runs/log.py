@@ -37,8 +37,7 @@ class JsonlLog:
         self._prepare: Callable[[], None] | None = prepare
         self._file: int | None = None
         self._waiting: deque[bytes] = deque()
-        self._bytes = 0
-        self._lost = 0
+        self._bytes = self._lost = 0
         self._outage = False
         self._flush()
 
@@ -85,11 +84,8 @@ class JsonlLog:
             self._outage = True
             return
         if self._outage:
-            log.warning(
-                "%s is written again%s",
-                self.path,
-                f"; {self._lost} record(s) are lost" if self._lost else "; nothing is lost",
-            )
+            lost = f"; {self._lost} record(s) are lost" if self._lost else "; nothing is lost"
+            log.warning("%s is written again%s", self.path, lost)
             self._outage, self._lost = False, 0
 
     def _write(self, file: int, record: bytes) -> None:

@@ -49,8 +49,7 @@ class Log:
         steps: First and last step of the curves; lines outside are read for the rest alone.
 
     Attributes:
-        recent: The last lines of training, as they are.
-        validations: The last lines of validation.
+        recent, validations: The last lines of training and of validation, as they are.
         skipped: Steps that were left out, the last ones.
         latest: The last value of each curve.
         groups: Names of grouped numbers (``val/text_loss_by_task/edit``) by their group, what stands before
@@ -212,7 +211,6 @@ class Metrics(Follower):
     """A ``metrics.jsonl``; ``log`` is what its lines say.
 
     Args:
-        path: Of the file.
         steps: First and last step of the curves.
         having: Only lines that hold this text are parsed.
     """
@@ -238,12 +236,7 @@ def read_log(path: Path, having: str = "") -> Log:
 
 
 class LogTail(Follower):
-    """How many JSON objects a file has, and the last ones.
-
-    Args:
-        path: Of the file.
-        keep: How many of the last objects are kept.
-    """
+    """How many JSON objects a file has, and the last ones: at most ``keep``."""
 
     def __init__(self, path: Path, keep: int = 5):
         self._keep = keep
@@ -260,13 +253,9 @@ class LogTail(Follower):
 
 def parsed(lines: list[bytes]) -> list[Any]:
     """The JSON value of each line; None where it is none."""
-    try:
-        values = json.loads(b"[" + b",".join(lines) + b"]")  # a fifth faster than line by line
-        if len(values) == len(lines):
-            return values
-    except (ValueError, RecursionError):
-        pass
-    return [_value(line) for line in lines]
+    values = _value(b"[" + b",".join(lines) + b"]")  # a fifth faster than line by line
+    whole = values is not None and len(values) == len(lines)
+    return values if whole else [_value(line) for line in lines]
 
 
 def _value(line: bytes) -> Any:

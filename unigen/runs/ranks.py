@@ -68,9 +68,8 @@ def parse(beat: Any) -> Rank | None:
 
 def is_gone(rank: Rank) -> bool:
     """Has the process of a heartbeat ended? Known only for processes of this machine."""
-    if rank.host != platform.node() or not 0 < rank.pid < 1 << 31:
-        return False
-    return not is_running(rank.pid)
+    known = rank.host == platform.node() and 0 < rank.pid < 1 << 31
+    return known and not is_running(rank.pid)
 
 
 class RankFiles:
@@ -142,13 +141,8 @@ class Hang(NamedTuple):
 
 
 def find_hang(ranks: Sequence[Rank], timeout: float, patience: float) -> Hang | None:
-    """Who holds up a run; None where it goes on.
-
-    Args:
-        ranks: its processes.
-        timeout: seconds that one may make no progress.
-        patience: seconds that one may give no sign of life.
-    """
+    """Who holds up a run; None where it goes on. ``timeout``, ``patience``: seconds that one may make no
+    progress, and give no sign of life."""
     silent = [rank for rank in ranks if rank.age > patience]
     answer = [rank for rank in ranks if rank.age <= patience and rank.phase not in ENDED]
     late = [rank for rank in answer if rank.quiet >= timeout]

@@ -52,20 +52,14 @@ class SampleAnswer:
 
 
 class RunFolder:
-    """A run's folder; :meth:`update` reads what is new.
-
-    Args:
-        folder: Of the run.
-        steps: First and last step of the curves.
-    """
+    """A run's folder; :meth:`update` reads what is new. ``steps``: first and last of the curves."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] = (0, MAX_STEP)):
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
         self.metrics = Metrics(self.folder / layout.METRICS, steps)
-        self.bad_steps, self.bad_records = (
-            LogTail(self.folder / name) for name in (layout.BAD_STEPS, layout.BAD_RECORDS)
-        )
+        self.bad_steps = LogTail(self.folder / layout.BAD_STEPS)
+        self.bad_records = LogTail(self.folder / layout.BAD_RECORDS)
         self.config: dict[str, Any] = {}
         self.ranks: list[Rank] = []
         self.stacks: list[str] = []
@@ -146,11 +140,10 @@ class RunFolder:
             seed = entry.get("seed") if isinstance(entry.get("seed"), int) else None
             names = entry.get("given") if isinstance(entry.get("given"), list) else []
             given = tuple(path for name in names if (path := _inside(folder, name)))
-            prompt, error = str(entry.get("prompt", "")), str(entry.get("error") or "")
-            own, raw = entry.get("raw"), None
+            asked, own, raw = (step, str(entry.get("prompt", "")), seed), entry.get("raw"), None
             if (raw_pieces := _pieces(folder, own)) is not None:
-                raw = SampleAnswer(step, prompt, seed, raw_pieces, str(own.get("error") or ""))
-            answers.append(SampleAnswer(step, prompt, seed, pieces, error, given, raw))
+                raw = SampleAnswer(*asked, raw_pieces, str(own.get("error") or ""))
+            answers.append(SampleAnswer(*asked, pieces, str(entry.get("error") or ""), given, raw))
         return answers
 
     # ---- files
@@ -229,11 +222,9 @@ def find_runs(paths: list[str]) -> list[Path]:
 def is_run(folder: Path) -> bool:
     """Is it the output folder of a training? A checkpoint has a config.json too, but is sealed by a
     manifest."""
-    if (folder / layout.METRICS).is_file():
-        return True
-    if (folder / layout.RANKS).is_dir() or (folder / layout.STARTING_RANKS).is_dir():
-        return True
-    return (folder / layout.CONFIG).is_file() and (folder / layout.LOCK).is_file()
+    files = {name for name in (layout.METRICS, layout.CONFIG, layout.LOCK) if (folder / name).is_file()}
+    beats = any((folder / name).is_dir() for name in (layout.RANKS, layout.STARTING_RANKS))
+    return beats or layout.METRICS in files or files == {layout.CONFIG, layout.LOCK}
 
 
 def _names(folder: Path) -> list[str]:

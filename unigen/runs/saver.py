@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from unigen.model.storage import DTYPES, code_of, part_name, set_files, write_js
 from unigen.runs.channel import Channel
 from unigen.runs.checkpoint import FORMAT, CheckpointError, manifest_hash, prune_checkpoints
 from unigen.runs.layout import MANIFEST, state_file, step_name
-from unigen.runs.snapshot import GpuLane, Lane, copied_later, copy_out
+from unigen.runs.snapshot import GpuLane, copied_later, copy_out
 from unigen.runs.space import free_memory
 
 log = logging.getLogger("unigen")
@@ -65,11 +66,9 @@ class StateEntry:
 
     def kept(self) -> StateEntry:
         """The same with a value that training does not change, but for one that is copied later."""
-        return (
-            self
-            if self.own or self.read is not None or self.copied_later
-            else replace(self, value=self.value.detach().to("cpu", copy=True))
-        )
+        if self.own or self.read is not None or self.copied_later:
+            return self
+        return replace(self, value=self.value.detach().to("cpu", copy=True))
 
     def make(self) -> Tensor:
         return self.value if self.read is None else self.read()
@@ -91,8 +90,6 @@ class Saver:
     """Writes checkpoints into ``output_dir``, one at a time; all processes call its methods together.
 
     Args:
-        output_dir: folder of the run.
-        rank: of this process.
         channel: of its own, since the writing thread speaks through it.
         background: write beside the training, from copies in host memory, where there is room for them.
         keep: newest checkpoints to keep; None keeps all.
@@ -118,7 +115,7 @@ class Saver:
         self._error: BaseException | None = None
         self._untold: deque[Path] = deque()
         self._short: set[str] = set()  # machines whose memory was too small for copies
-        self._lane: Lane | None = None  # from the GPU to host memory
+        self._lane: GpuLane | None = None  # from the GPU to host memory
         self._settled = threading.Event()
         self._settled.set()
 
@@ -170,8 +167,7 @@ class Saver:
                 if self.rank == 0 and machine not in self._short:
                     log.warning(
                         "Checkpoints are written while the training waits: beside it, %s would need %.1f GB "
-                        "of memory for a copy, and has "
-                        "%.1f GB. (--no_async_save does the same without this "
+                        "of memory for a copy, and has %.1f GB. (--no_async_save does the same without this "
                         "line)", machine, wanted / 1e9, free / 1e9,
                     )  # fmt: skip
                 self._short.add(machine)
@@ -229,14 +225,12 @@ class Saver:
         # All processes write into the folder that the first one made; its name holds that one's process id.
         pid, *_ = self.channel.gather(str(os.getpid()))
         staging = draft_of(final, int(pid))
-        main = self.rank == 0
-        published = False
+        main, published = self.rank == 0, False
+        together = partial(self._together, contents, final)
         try:
-            self._together(contents, final, lambda: make_empty(staging) if main else None)
-            said = self._together(contents, final, lambda: self._write_files(staging, contents, final.name))
-            self._together(
-                contents, final, lambda: self._publish(staging, final, contents, said) if main else None
-            )
+            together(lambda: make_empty(staging) if main else None)
+            said = together(lambda: self._write_files(staging, contents, final.name))
+            together(lambda: self._publish(staging, final, contents, said) if main else None)
             published = True
         finally:
             if main and not published:
@@ -247,12 +241,11 @@ class Saver:
         if self._settled.is_set():
             return
         try:
-            later = [entry for entry in contents.entries if entry.copied_later]
             assert self._lane is not None
-            copies = iter(copy_out(self._lane, [entry.value for entry in later]))
-            contents.entries = [
-                replace(e, value=next(copies)) if e.copied_later else e for e in contents.entries
-            ]
+            later = [entry.value for entry in contents.entries if entry.copied_later]
+            copies = iter(copy_out(self._lane, later))
+            entries = [replace(e, value=next(copies)) if e.copied_later else e for e in contents.entries]
+            contents.entries = entries
         finally:
             self._settled.set()
 
@@ -267,11 +260,9 @@ class Saver:
             plain = isinstance(error, (OSError, SafetensorError, UserError)) and str(error)
             said["error"] = str(error) if plain else f"{type(error).__name__}: {error}"
         answers = [json.loads(text) for text in self.channel.gather(json.dumps(said))]
-        errors = [
-            f"process {rank}: {a['error']}" if self.channel.world > 1 else a["error"]
-            for rank, a in enumerate(answers)
-            if a["error"]
-        ]
+        errors = [f"process {rank}: {a['error']}" for rank, a in enumerate(answers) if a["error"]]
+        if self.channel.world == 1:
+            errors = [a["error"] for a in answers if a["error"]]
         if errors:
             raise CheckpointError(
                 f"{final}: cannot write the checkpoint of step {contents.step}: {'; '.join(errors)}. Earlier"
@@ -282,28 +273,24 @@ class Saver:
         return [a["value"] for a in answers]
 
     def _write_files(self, staging: Path, contents: Contents, name: str) -> dict[str, Any]:
-        """:meth:`_write_part`, with a bar."""
-        total = sum(entry.value.nbytes for entry in contents.entries)
-        with Bar(f"saving {name}", total, "B", plain=not self.background) as shown:
-            return self._write_part(staging, contents, shown.update)
-
-    def _write_part(self, staging: Path, contents: Contents, tick: Callable[[int], None]) -> dict[str, Any]:
         """Writes this process's part of every group: {"files": {file: {size, sha256}}, "tensors": [[group,
         name, file, ...]]}."""
+        total = sum(entry.value.nbytes for entry in contents.entries)
         _await_folder(staging)
         files, tensors = {}, []
-        for group in dict.fromkeys(entry.group for entry in contents.entries):
-            entries = [entry for entry in contents.entries if entry.group == group]
-            file = part_name(group, self.rank, self.channel.world)
-            plan = {}
-            for e in entries:
-                shape = e.shape if e.whole else (e.value.numel(),)
-                assert e.name not in plan, f"{group} holds {e.name} twice"
-                plan[e.name] = (e.value.dtype, shape, lambda e=e, shape=shape: e.make().reshape(shape))
-                where = [e.start, e.start + e.value.numel()]
-                tensors.append([group, e.name, file, code_of(e.value.dtype), list(e.shape), *where])
-            size, digest = write_safetensors(staging / file, plan, tick)
-            files[file] = {"size": size, "sha256": digest}
+        with Bar(f"saving {name}", total, "B", plain=not self.background) as shown:
+            for group in dict.fromkeys(entry.group for entry in contents.entries):
+                entries = [entry for entry in contents.entries if entry.group == group]
+                file = part_name(group, self.rank, self.channel.world)
+                plan = {}
+                for e in entries:
+                    shape = e.shape if e.whole else (e.value.numel(),)
+                    assert e.name not in plan, f"{group} holds {e.name} twice"
+                    plan[e.name] = (e.value.dtype, shape, lambda e=e, shape=shape: e.make().reshape(shape))
+                    where = [e.start, e.start + e.value.numel()]
+                    tensors.append([group, e.name, file, code_of(e.value.dtype), list(e.shape), *where])
+                size, digest = write_safetensors(staging / file, plan, shown.update)
+                files[file] = {"size": size, "sha256": digest}
         return {"files": files, "tensors": tensors}
 
     def _publish(self, staging: Path, final: Path, contents: Contents, said: list[dict[str, Any]]) -> None:
@@ -378,14 +365,10 @@ def _seal(folder: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any
     """Brings every file to the disk, then the manifest that names them, then the folders. ``known`` files are
     there already."""
     # `rglob` would leave out what is below a folder that cannot be listed, without a word.
-    paths = sorted(
-        Path(at) / name
-        for at, folders, files in os.walk(folder, onerror=_raise)
-        for name in [*folders, *files]
-    )
+    walk = os.walk(folder, onerror=_raise)
+    paths = sorted(Path(at) / name for at, folders, files in walk for name in [*folders, *files])
     files = {p.relative_to(folder).as_posix(): p for p in paths if p.is_file()}
-    missing = known.keys() - files.keys()
-    if missing:
+    if missing := known.keys() - files.keys():
         raise CheckpointError(
             f"{', '.join(sorted(missing))} cannot be seen by process 0; output_dir must be a folder that all"
             " machines share"
@@ -396,9 +379,8 @@ def _seal(folder: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any
             fsync(path)
         entries[name] = known.get(name) or {"size": path.stat().st_size, "sha256": sha256_of(path)}
         if path.stat().st_size != entries[name]["size"]:
-            raise CheckpointError(
-                f"{name} has {path.stat().st_size} bytes, {entries[name]['size']} were written"
-            )
+            size = entries[name]["size"]
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, {size} were written")
     manifest["files"] = entries
     manifest["sha256"] = manifest_hash(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")

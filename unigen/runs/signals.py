@@ -221,10 +221,16 @@ class SignalHandler:
 
 
 def _say(text: str) -> None:
-    """A line on stderr, past Python's buffers, which the main thread may hold; the terminal may be gone."""
     rank = f" [rank {os.environ.get('RANK', '?')}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print_at_once(f"unigen{rank}: {printable(in_language(text))}\n")
+
+
+def print_at_once(text: str) -> None:
+    """On stderr, past Python's buffers, which the main thread may hold; the terminal may be gone."""
+    data = text.encode()
     with contextlib.suppress(OSError):
-        os.write(2, f"unigen{rank}: {printable(in_language(text))}\n".encode())
+        while data:
+            data = data[os.write(2, data) :]
 
 
 # ---- child processes

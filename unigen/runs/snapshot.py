@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,26 +23,8 @@ def copied_later(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-class Lane(Protocol):
-    """A way from a device to host memory, in as many buffers [BUFFER] uint8 as may be under way at once."""
-
-    buffers: list[Tensor]
-
-    def begin(self) -> None:
-        """What is copied from now on has the values that the calling thread's work so far gives it."""
-
-    def entered(self) -> AbstractContextManager[object]:
-        """Around :meth:`start`, and what makes its sources."""
-
-    def start(self, slot: int, source: Tensor) -> None:
-        """Begins to copy ``source`` [n] uint8 to the front of a buffer."""
-
-    def finish(self, slot: int) -> None:
-        """Returns when the last copy to a buffer is there."""
-
-
 class GpuLane:
-    """Pinned buffers and a stream of their own on one GPU."""
+    """Pinned buffers [BUFFER] uint8 and a stream of their own on one GPU."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
@@ -51,20 +32,24 @@ class GpuLane:
         self._done = [torch.cuda.Event() for _ in self.buffers]
 
     def begin(self) -> None:
+        """What is copied from now on has the values that the calling thread's work so far gives it."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
 
     def entered(self) -> AbstractContextManager[object]:
+        """Around :meth:`start`, and what makes its sources."""
         return torch.cuda.stream(self.stream)
 
     def start(self, slot: int, source: Tensor) -> None:
+        """Begins to copy ``source`` [n] uint8 to the front of a buffer."""
         self.buffers[slot][: len(source)].copy_(source, non_blocking=True)
         self._done[slot].record()
 
     def finish(self, slot: int) -> None:
+        """Returns when the last copy to a buffer is there."""
         self._done[slot].synchronize()
 
 
-def copy_out(lane: Lane, tensors: Iterable[Tensor]) -> list[Tensor]:
+def copy_out(lane: GpuLane, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Contiguous copies of ``tensors`` in host memory, of the same shapes and dtypes."""
     under_way: deque[tuple[int, Tensor]] = deque()  # (buffer, where its bytes go), the oldest first
     copies = []

@@ -41,7 +41,6 @@ class DiskSpace:
     """The disk-space check of ``output_dir``. The main process looks and removes; all come to the same end.
 
     Args:
-        output_dir: folder of the run.
         policy: where space is short: stop with an error, prune the oldest checkpoints, or wait.
         min_free_gb: gigabytes (10^9 bytes) that stay free beside the next checkpoint.
         write: takes a line for the log; called on the main process.
@@ -102,8 +101,7 @@ class DiskSpace:
         checkpoint will not fit: nobody waits for space, and removing older ones would not do."""
 
         def lack() -> str:
-            held = [path for path in steps(self.output_dir) if (path / MANIFEST).is_file()]
-            freed = sum(map(folder_bytes, held[1:])) if self.policy == "prune" else 0
+            freed = sum(map(folder_bytes, self._whole()[1:])) if self.policy == "prune" else 0
             return "" if self.policy == "wait" else self._lack(max(0, nbytes - freed))
 
         if found := self._on_main(lack):
@@ -119,12 +117,11 @@ class DiskSpace:
             total_steps: of the whole run; the last one is saved too.
             save_steps: steps between two checkpoints.
             keep: newest checkpoints to keep; None keeps all.
-            nbytes: bytes of one.
-            best: bytes of ``best``, where there will be one.
+            nbytes, best: bytes of one, and of ``best``, where there will be one.
         """
         at = [*range(step - step % save_steps + save_steps, total_steps, save_steps)]
         at += [total_steps] if step < total_steps else []
-        held = sum((path / MANIFEST).is_file() for path in steps(self.output_dir))
+        held = len(self._whole())
         limit = math.inf if keep is None else keep
         kept = int(min(limit, held + len(at))) if at else 0
         one_more = held + len(at) > limit  # an older one goes when the new one is published
@@ -151,6 +148,10 @@ class DiskSpace:
 
     # ---- the policies
 
+    def _whole(self) -> list[Path]:
+        """The checkpoints that are there, the newest first."""
+        return [path for path in steps(self.output_dir) if (path / MANIFEST).is_file()]
+
     def _lack(self, nbytes: int) -> str:
         """What is missing, in words; "" where nothing is."""
         free = free_bytes(self.output_dir)
@@ -173,19 +174,14 @@ class DiskSpace:
     def _prune_one(self, nbytes: int, protect: set[Path]) -> bool:
         """Removes the oldest checkpoint that may go; False, and nothing is removed, where all of them would
         not be enough."""
-        names: list[str] = self._on_main(
-            lambda: [p.name for p in steps(self.output_dir) if (p / MANIFEST).is_file()]
-        )
+        names: list[str] = self._on_main(lambda: [path.name for path in self._whole()])
         good = next((name for name in names if self._good(name)), None)
         if good is None:  # while no checkpoint is known to be good, any of them may be worth something
             return False
 
         def remove() -> bool:
-            doomed = [
-                p
-                for p in (self.output_dir / name for name in reversed(names))
-                if p.name != good and p.resolve() not in protect
-            ]
+            older = [self.output_dir / name for name in reversed(names) if name != good]
+            doomed = [path for path in older if path.resolve() not in protect]
             enough = free_bytes(self.output_dir) + sum(map(folder_bytes, doomed)) >= nbytes + self.reserve
             if doomed and enough:
                 self._remove(doomed[0])

@@ -30,6 +30,7 @@ class TrackerClient(Protocol):
     def abandon(self) -> str:
         """The process is about to end although a call has not come back; from another thread. Gives the fix,
         or nothing."""
+        return ""
 
 
 class BackgroundTracker:

@@ -35,23 +35,16 @@ class Progress:
     shown is left out.
 
     Args:
-        total_steps: Optimiser steps of the whole run.
         initial: Steps done already, after a resume.
-        every: Steps between two plain lines.
         enabled: False prints nothing: the other processes of a run.
         stream: Where to; standard error by default.
         note: Is told every line, also where a bar or nothing is shown.
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        initial: int,
-        every: int,
-        enabled: bool,
-        stream: TextIO | None = None,
+        self, total_steps: int, initial: int, every: int, enabled: bool, stream: TextIO | None = None,
         note: Callable[[str], None] = lambda line: None,
-    ):
+    ):  # fmt: skip
         self._note = note
         self._total, self._every, self._enabled = total_steps, every, enabled
         stream = stream or sys.stderr

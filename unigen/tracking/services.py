@@ -22,7 +22,7 @@ from unigen.foreign import read_bytes
 from unigen.runs.layout import run_id_file
 from unigen.runs.secrets import hide, redacted
 from unigen.tracking import background
-from unigen.tracking.background import Complain
+from unigen.tracking.background import Complain, TrackerClient
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Wandb:
         return self._later
 
 
-class Trackio:
+class Trackio(TrackerClient):
     """A run of Trackio, on this machine alone: its dashboard is started by the user (``trackio show``), never
     from here.
 
@@ -157,10 +157,6 @@ class Trackio:
 
     def finish(self, failed: bool) -> None:
         self._run.finish()
-
-    def abandon(self) -> str:
-        """Nothing of it holds up the end."""
-        return ""
 
     def _drop_after(self, project: str, step: int) -> None:
         """What was logged after the step resumed from will be logged again. Trackio itself has no way to take

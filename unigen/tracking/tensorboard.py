@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unigen.config import Config, UserError
 from unigen.runs.layout import TENSORBOARD
-from unigen.tracking.background import Complain
+from unigen.tracking.background import Complain, TrackerClient
 from unigen.tracking.services import EXTRAS
 
 if TYPE_CHECKING:
@@ -20,17 +20,12 @@ if TYPE_CHECKING:
 RETRY_S = 2.0
 
 
-class TensorBoard:
+class TensorBoard(TrackerClient):
     """Metrics, pictures and texts in ``output_dir/tensorboard``, as a tracker's client.
 
     Every start of a run writes a file of its own. A resumed run tells TensorBoard to drop what was logged
-    after the step it resumes from. While the disk takes nothing, calls wait for it.
-
-    Args:
-        output_dir: Folder of the run.
-        config: Its options.
-        resume_step: Optimiser steps done by the checkpoint the run resumes from, or 0.
-        complain: Is told of a disk that takes nothing.
+    after ``resume_step``, that of the checkpoint it resumes from (0: none). While the disk takes nothing,
+    calls wait for it, and ``complain`` is told.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -40,9 +35,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError(
-                f"tensorboard is not installed ({error}). Fix: {EXTRAS['tensorboard']}"
-            ) from error
+            fix = EXTRAS["tensorboard"]
+            raise UserError(f"tensorboard is not installed ({error}). Fix: {fix}") from error
         self._new, self._complain = SummaryWriter, complain
         self._folder, self._purge_step = Path(output_dir) / TENSORBOARD, resume_step + 1
         self._writer: SummaryWriter | None = None
@@ -74,10 +68,6 @@ class TensorBoard:
     def finish(self, failed: bool) -> None:
         if self._writer is not None:
             self._writer.close()
-
-    def abandon(self) -> str:
-        """Nothing of it holds up the end."""
-        return ""
 
     def _write(self, add: Callable[[SummaryWriter], Any]) -> None:
         """Calls ``add`` and brings what it adds to the disk, as soon as the disk takes it."""

@@ -25,7 +25,6 @@ from unigen.runs.secrets import hide
 from unigen.tracking import background
 from unigen.tracking.background import BackgroundTracker, Complain, TrackerClient
 from unigen.tracking.console import Progress, as_number, duration
-from unigen.tracking.names import shown_as
 from unigen.tracking.services import Trackio, Wandb, need
 from unigen.tracking.tensorboard import TensorBoard
 
@@ -42,13 +41,12 @@ def need_trackers(config: Config) -> None:
 
 
 class Tracker:
-    """Hands everything that is logged to ``metrics.jsonl`` and, under the names of ``names.py``, to every
+    """Hands everything that is logged to ``metrics.jsonl`` and, under the names of :func:`shown_as`, to every
     tracker that the config asks for; one process of a run has one.
 
     No call raises for a broken tracker, and none waits for one.
 
     Args:
-        output_dir: Folder of the run; made when missing.
         config: Chooses the trackers, and is shown in them without its secrets.
         resume_step: Optimiser steps done by the checkpoint the run resumes from, 0 for a fresh start. What
             was logged after it is dropped, as it will be logged again.
@@ -119,6 +117,37 @@ def _shown(value: Any) -> Any:
     return hide(value) if isinstance(value, str) else value
 
 
+GROUPED = {
+    "loss": "train/loss",
+    "text_loss": "train/loss_text",
+    "image_loss": "train/loss_image",
+    "preserve_loss": "train/loss_preserve",
+    "preserve_text_loss": "train/loss_preserve_text",
+    "preserve_image_loss": "train/loss_preserve_image",
+    "text_tokens": "train/tokens_text",
+    "image_tokens": "train/tokens_image",
+    "preserve_text_tokens": "train/tokens_preserve_text",
+    "preserve_image_tokens": "train/tokens_preserve_image",
+    "val_loss": "val/loss",
+    "val_text_loss": "val/loss_text",
+    "val_image_loss": "val/loss_image",
+    "learning_rate": "lr/base",
+    "tokens_per_second": "system/tokens_per_second",
+    "data_wait": "system/data_wait",
+}
+"""Name in ``metrics.jsonl`` -> name in TensorBoard, Weights & Biases and Trackio: in groups, which each of
+them shows as a section of its own."""
+_RATE = "learning_rate_"  # of a part of the model that has its own
+
+
+def shown_as(name: str) -> str:
+    """The name of a number in a tracker: those with a group of their own (``eval/...``, ``probe/...``,
+    ``val/...``) keep it, what else is not listed is one of training."""
+    if name.startswith(_RATE):
+        return f"lr/{name.removeprefix(_RATE)}"
+    return GROUPED.get(name) or (name if "/" in name else f"train/{name}")
+
+
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, ``step`` and ``time`` (unix seconds) first; names of what is
     not finite, then null, under ``nonfinite``.
@@ -131,13 +160,9 @@ class MetricsFile:
         self._file = JsonlLog(path, lambda: drop_after(path, resume_step, repeats) if path.exists() else None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        nonfinite = [
-            name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)
-        ]
-        row = {"step": step, "time": round(time.time(), 3)}
-        row |= {
-            name: None if name in nonfinite else value for name, value in metrics.items() if name not in row
-        }
+        nonfinite = [name for name, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
+        first = {"step": step, "time": round(time.time(), 3)}
+        row = first | metrics | dict.fromkeys(nonfinite) | first
         if nonfinite:
             row["nonfinite"] = nonfinite
         self._file.append((json_of(row, allow_nan=False) + "\n").encode())

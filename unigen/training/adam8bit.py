@@ -38,7 +38,8 @@ def build_adamw8bit(groups: Sequence[dict[str, Any]], config: Config) -> torch.o
     parted: list[dict[str, Any]] = []
     for group in groups:
         for bits in (8, 32):
-            params = [(name, p) for name, p in group["params"] if p.numel() and _bits(name) == bits]
+            # rows of an embedding are met rarely and unevenly: their second moment needs its full range
+            params = [(n, p) for n, p in group["params"] if p.numel() and is_embedding(n) == (bits == 32)]
             if params:
                 parted.append({**group, "params": params, "optim_bits": bits})
     if not parted:  # PyTorch refuses to hold nothing at all
@@ -47,11 +48,6 @@ def build_adamw8bit(groups: Sequence[dict[str, Any]], config: Config) -> torch.o
     optimizer = _adamw8bit()(parted, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
     optimizer.seed = config.seed  # type: ignore[attr-defined]
     return optimizer
-
-
-def _bits(name: str) -> int:
-    """Rows of an embedding are met rarely and unevenly, so that their second moment needs its full range."""
-    return 32 if is_embedding(name) else 8
 
 
 @cache
@@ -102,11 +98,7 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[
 
 @torch.no_grad()
 def set_moments(
-    optimizer: torch.optim.Optimizer,
-    parameter: nn.Parameter,
-    step: float,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, *moments: Tensor
 ) -> None:
     """Puts back moments (flat, of any device) after ``step`` updates; 0 forgets them.
 
@@ -121,7 +113,7 @@ def set_moments(
     optimizer.init_state(group, parameter, g, i)  # type: ignore[attr-defined]
     state = optimizer.state[parameter]
     state["step"] = int(step)
-    for number, values in ((1, exp_avg), (2, exp_avg_sq)):
+    for number, values in enumerate(moments, 1):
         stored = state[f"state{number}"].view(-1)
         if stored.dtype == torch.float32:
             stored.copy_(values)

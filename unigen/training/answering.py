@@ -22,10 +22,11 @@ from unigen.inference.pictures import run_transform
 from unigen.inference.prompts import SAMPLES
 from unigen.model.bagel import Bagel
 from unigen.printing import first_line
+from unigen.runs.signals import Stopped
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.transform import ImageTransform
 from unigen.training.engine import Engine
-from unigen.training.synchronised import Elsewhere, SynchronisedGeneration, expected, stopped_here
+from unigen.training.synchronised import Elsewhere, SynchronisedGeneration, expected
 
 log = logging.getLogger("unigen")
 
@@ -37,21 +38,18 @@ AnswerRecord = dict[str, Any]
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts that are answered at once: ``where`` they stand, how many they are, and what answers them: the
-    pieces of each answer, texts and pictures."""
+    """Prompts that are answered at once."""
 
-    where: str
+    where: str  # they stand
     count: int
-    ask: Callable[[], list[list[Any]]]
+    ask: Callable[[], list[list[Any]]]  # the pieces of each answer: texts and pictures
 
 
 class Answerer:
     """Has the model of a run answer.
 
-    Args:
-        config, engine: of the run. Where every process holds the whole model each takes its share of the
-            jobs; where it is sharded all do all of them together, and rank 0's choices count.
-        model: of the engine, loaded.
+    Where every process holds the whole model each takes its share of the jobs; where it is sharded all do all
+    of them together, and rank 0's choices count.
     """
 
     def __init__(self, config: Config, engine: Engine, model: Bagel):
@@ -67,6 +65,7 @@ class Answerer:
         if not engine.main:
             self.inferencer.requests.warn = lambda message: None  # rank 0 says it
         model.train(training)
+        self.at_once = 1 if engine.sharded else engine.world  # jobs that are worked on at the same time
         self._lockstep = SynchronisedGeneration(engine, model, self._idle) if engine.sharded else None
         if self._lockstep is not None:
             self.inferencer.pieces.agree = self._lockstep.meet
@@ -99,11 +98,6 @@ class Answerer:
             answers = self._collect(answers, stop)
         return [answers[number] for number in range(len(jobs))]
 
-    @property
-    def at_once(self) -> int:
-        """Jobs that are worked on at the same time."""
-        return 1 if self._lockstep is not None else self.engine.world
-
     def _idle(self) -> None:
         self.idle()
 
@@ -114,14 +108,8 @@ class Answerer:
         named = f"{type(error).__name__}: {first_line(error)}"
         words = said or (str(error) if isinstance(error, UserError) else named)
         if not said:
-            frames = error.__traceback__ is not None and not expected(error)
-            log.warning(
-                "No sample of %s on rank %d: %s",
-                job.where,
-                self.engine.rank,
-                words,
-                exc_info=error if frames else None,
-            )
+            frames = None if error.__traceback__ is None or expected(error) else error
+            log.warning("No sample of %s on rank %d: %s", job.where, self.engine.rank, words, exc_info=frames)
         return [{"pieces": [], "error": words} for _ in range(job.count)]
 
     def _answer_share(
@@ -142,13 +130,12 @@ class Answerer:
         self, answers: dict[int, list[AnswerRecord]], stop: BaseException | None
     ) -> dict[int, list[AnswerRecord]]:
         """All processes' answers; raises where one of them was broken off."""
-        said = [
-            json.loads(part) for part in self.engine.gather(json.dumps(None if stop is not None else answers))
-        ]
+        mine = json.dumps(None if stop is not None else answers)
+        said = [json.loads(part) for part in self.engine.gather(mine)]
         if stop is not None:
             raise stop
         if None in said:
-            raise stopped_here()
+            raise Stopped
         return {int(number): answer for part in said for number, answer in part.items()}
 
     def _answer_in_step(

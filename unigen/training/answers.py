@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -18,7 +19,7 @@ from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import Case, batches, cases_of
 from unigen.evaluation.features import load_extractor
 from unigen.evaluation.material import Tools
-from unigen.evaluation.results import Result, metric_key
+from unigen.evaluation.results import metric_key
 from unigen.evaluation.score import METRICS, NEEDS, score
 from unigen.evaluation.towers import PictureTower
 from unigen.inference.prompts import SAMPLES
@@ -39,14 +40,7 @@ Scores = dict[str, float | None]
 
 
 class Questions:
-    """Records that ask something, and what answers them.
-
-    Args:
-        answerer: of the run's model.
-        seed: of the first answer.
-        data: the records.
-        count: how many are asked at most.
-    """
+    """At most ``count`` records that ask something, and what answers them; ``seed``: of the first answer."""
 
     def __init__(self, answerer: Answerer, seed: int, data: PackStream, count: int):
         self.answerer, self.seed = answerer, seed
@@ -62,14 +56,12 @@ class Questions:
 
     def _fitting(self, data: PackStream) -> list[Case]:
         """The records that ask something, and fit into the model's context with their answer."""
-        dataset = data.mixture.parts[0].dataset
+        dataset, prepare = data.mixture.parts[0].dataset, self.answerer.inferencer.requests.prepare
         found, _ = cases_of(islice(dataset, READ), numbers=dataset.numbers.tolist())
         fitting = []
         for case in found:
             try:
-                self.answerer.inferencer.requests.prepare(
-                    [list(case.prompt)], list(case.outputs), self.settings([case])
-                )
+                prepare([list(case.prompt)], list(case.outputs), self.settings([case]))
             except UserError as error:
                 log.info("Not among the records that are answered: %s (%s)", case.where, error)
             else:
@@ -89,23 +81,14 @@ class Questions:
         return replace(plain, max_new_tokens=min(1000, 2 * max(lengths) + 8)) if lengths else plain
 
     def _job(self, batch: Sequence[Case]) -> PromptBatch:
-        def ask() -> list[list[Any]]:
-            return self.answerer.inferencer.unified_generate_batch(
-                [list(case.prompt) for case in batch],
-                outputs=list(batch[0].outputs),
-                options=self.settings(batch),
-            )
-
+        prompts, outputs = [list(case.prompt) for case in batch], list(batch[0].outputs)
+        generate, options = self.answerer.inferencer.unified_generate_batch, self.settings(batch)
+        ask = partial(generate, prompts, outputs=outputs, options=options)
         return PromptBatch(batch[0].where, len(batch), ask)
 
 
 class HeldOutAnswers:
     """Some held-out records, what the model answers to them, and how good that is.
-
-    Args:
-        config, engine: of the run.
-        answerer: of its model.
-        val: the held-out data.
 
     Raises:
         ConfigError: a metric is unknown, or needs what is not given.
@@ -136,7 +119,7 @@ class HeldOutAnswers:
 
     @property
     def records(self) -> int:
-        """How many are answered."""
+        """That are answered."""
         return sum(map(len, self.batches[: self.kept]))
 
     def measure(self, budget: float) -> Scores:
@@ -216,16 +199,12 @@ class HeldOutAnswers:
         except Exception as error:  # a picture that is gone; the other processes wait
             self._complain("answers", f"they could not be measured ({type(error).__name__}: {error})")
             return {}
-        return {
-            f"eval/{metric_key(result.name)}/{task}": self._value(result)
-            for task, results in found.items()
-            for result in results
-        }
-
-    def _value(self, result: Result) -> float | None:
-        if result.value is None:
-            self._complain(result.kind, f"{result.reason}. Fix: {result.fix}")
-        return result.value
+        scores: Scores = {}
+        for task, result in ((task, result) for task, results in found.items() for result in results):
+            scores[f"eval/{metric_key(result.name)}/{task}"] = result.value
+            if result.value is None:
+                self._complain(result.kind, f"{result.reason}. Fix: {result.fix}")
+        return scores
 
     def _complain(self, what: str, why: str) -> None:
         if what not in self._complained:
@@ -240,14 +219,13 @@ class HeldOutAnswers:
         if self.kept == len(self.batches):
             return
         why = f"more would add over {SHARE:.0%} of the time ({budget:.1f} s for each evaluation, predicted)"
+        there = len(self.questions.cases)
         if not self.records:
-            log.info(
-                "No answers are measured: %s. --eval_samples %d measures all", why, len(self.questions.cases)
-            )
+            log.info("No answers are measured: %s. --eval_samples %d measures all", why, there)
             return
         log.info(
             "Answers to %d of %d held-out records are measured: %s. --eval_samples %d measures all of them",
-            self.records, len(self.questions.cases), why, len(self.questions.cases),
+            self.records, there, why, there,
         )  # fmt: skip
 
 

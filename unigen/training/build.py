@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,7 @@ from unigen.model.parts import rated_part, title
 from unigen.model.source import Source
 from unigen.model.weights import nonfinite, refuse_nonfinite, side_files
 from unigen.runs import layout
-from unigen.runs.checkpoint import (
-    verify_checkpoint,
-)
+from unigen.runs.checkpoint import verify_checkpoint
 from unigen.runs.folder import FolderClaim
 from unigen.runs.heartbeat import Heartbeat
 from unigen.runs.said import leave, listen
@@ -30,14 +29,13 @@ from unigen.runs.secrets import hide_in_logs
 from unigen.runs.signals import SignalHandler
 from unigen.runs.space import DiskSpace
 from unigen.tracking.tracker import need_trackers
+from unigen.training.changes import tell_computing
 from unigen.training.datasets import RunData, need_data
 from unigen.training.ema import EMA
 from unigen.training.engine import Engine
-from unigen.training.evaluate import open_evaluation
+from unigen.training.evaluate import Evaluation
 from unigen.training.guards import BadStepGuard
 from unigen.training.optim import rate_of
-from unigen.training.precision import tell_change
-from unigen.training.prepare import tell_compiling, tell_quantising, tell_weights
 from unigen.training.preserve import Teacher
 from unigen.training.resume import begun_with, has_left_out, open_source, restore, to_resume, weights_of
 from unigen.training.run import Position, Run
@@ -70,7 +68,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         output_dir, position = Path(c.output_dir), Position()
         engine.on_main(lambda: need_trackers(c))
         engine.on_main(lambda: need_data(c))
-        claim = _claim(engine, output_dir, c)
+        claim: FolderClaim | None = engine.on_main(lambda: FolderClaim(output_dir, c))
         if claim is not None:
             undo.callback(claim.close)
         facts: dict[str, Any] = {"total_steps": 0}
@@ -84,24 +82,20 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         def verify(folder: Path) -> None:
             verify_checkpoint(folder, (engine.rank, engine.world), engine.gather, tick)
 
-        engine.tick = tick
+        warn = partial(log.warning, "%s")
+        engine.tick = tick  # says that progress was made
         resume, states = to_resume(c, verify)
         source = open_source(Path(c.model_path or ""), resume)
         base, same_base = begun_with(c, source, states)
-        if resume:
-            tell_change(states[layout.OPTIONS], engine.precision)
         model = engine.load_model(*weights_of(c, source, resume))
         if resume and not model.adapters and not has_left_out(source, resume, model, engine):
             source.close()
             source = Source(resume)
         undo.callback(source.close)
         source.settle()
-        side: dict[str, bytes] = {}
-        engine.on_main(lambda: side.update(side_files(model)))
+        side: dict[str, bytes] = engine.on_main(lambda: side_files(model)) or {}
         if resume:
-            tell_compiling(states[layout.OPTIONS], engine.compiles)
-            tell_quantising(states[layout.OPTIONS], c)
-            tell_weights(states[layout.OPTIONS], c)
+            tell_computing(states[layout.OPTIONS], c, engine.precision, engine.compiles)
         cache = open_cache(c.cache_dir, model, c, engine.dtype, engine.tensors) if c.cache_dir else None
         data = RunData(c, engine, model, cache)
         rank_slice = RankSlice(engine.rank, engine.world, global_batch_of(c, engine.world, states))
@@ -111,14 +105,14 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
 
         # Counting the steps of an epoch packs it; only where the answer is needed.
         total_steps = c.max_steps or sum(map(steps_in, range(c.num_epochs)))
-        eval_every = c.eval_steps or (steps_in(0) if data.val or data.probe else total_steps)
+        measures = data.val is not None or data.probe is not None
+        eval_every = c.eval_steps or (steps_in(0) if measures else total_steps)
         facts["total_steps"] = total_steps
         with Bar("preparing the engine"):
             engine.start()
             said = engine.gather(json.dumps(nonfinite((s.name, s.value) for s in engine.shards())))
-        refuse_nonfinite(
-            resume or source.folder, sorted({name for part in said for name in json.loads(part)})
-        )
+        odd = {name for part in said for name in json.loads(part)}
+        refuse_nonfinite(resume or source.folder, sorted(odd))
         if c.preserve_weight is not None:
             engine.teacher = Teacher(engine, source, states.get(layout.TRAINER))
         ema = EMA(engine.shards(), c.ema) if c.ema else None
@@ -149,16 +143,9 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
                 source=source.folder,
                 tick=tick,
             ),
-            disk=DiskSpace(
-                output_dir,
-                c.low_space,
-                c.min_free_gb,
-                lambda line: log.warning("%s", line),
-                engine,
-                verify,
-            ),
+            disk=DiskSpace(output_dir, c.low_space, c.min_free_gb, warn, engine, verify),
             guard=BadStepGuard(engine, c, output_dir),
-            evaluation=open_evaluation(c, engine, model, data, rank_slice, eval_every),
+            evaluation=Evaluation(c, engine, model, data, rank_slice, eval_every) if measures else None,
             samples=SampleWriter(c, engine, model, data.tasks) if c.sample_prompts else None,
             resumed=states.get(layout.TRAINER),
             position=position,
@@ -172,13 +159,6 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         _describe(run)
         undo.pop_all()
         return run
-
-
-def _claim(engine: Engine, folder: Path, config: Config) -> FolderClaim | None:
-    """Rank 0's claim to the run's folder; the others have none."""
-    held: list[FolderClaim] = []
-    engine.on_main(lambda: held.append(FolderClaim(folder, config)))
-    return held[0] if held else None
 
 
 def idle_processes(stream: PackStream, world: int) -> str:
@@ -213,21 +193,14 @@ def _describe(run: Run) -> None:
             part = title(shard.name)
             parts[part] = parts.get(part, 0) + shard.numel
             rate[part] = c.learning_rate * rate_of(c, rated_part(shard.name))
-    log.info(
-        "Model: %s parameters, %s train (%s)",
-        f"{sum(shard.numel for shard in shards):,}",
-        f"{sum(parts.values()):,}",
-        ", ".join(f"{part} {count:,} at {rate[part]:g}" for part, count in parts.items()),
-    )
+    counts = f"{sum(shard.numel for shard in shards):,}", f"{sum(parts.values()):,}"
+    listed = ", ".join(f"{part} {count:,} at {rate[part]:g}" for part, count in parts.items())
+    log.info("Model: %s parameters, %s train (%s)", *counts, listed)
     log.info(
         "Run: %d steps on %d process(es) (%s), %s, %s; from step %d",
-        run.total_steps,
-        engine.world,
-        engine.name,
-        engine.device,
-        str(engine.dtype).removeprefix("torch."),
-        run.position.step,
-    )
+        run.total_steps, engine.world, engine.name, engine.device,
+        str(engine.dtype).removeprefix("torch."), run.position.step,
+    )  # fmt: skip
     if idle := idle_processes(run.stream, engine.world):
         log.warning("%s", idle)
     if said := whole_epoch(run.stream, run.rank_slice.global_batch):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from unigen.model.codec import CODECS
 from unigen.model.config import BagelConfig
 from unigen.model.parts import dtype_of, is_embedding, is_frozen
 from unigen.model.quantise import BLOCK, SCALES, is_quantised
+from unigen.training.adam8bit import BLOCK as BLOCK8
 from unigen.training.prepare import adapted, refuse_idle_rates
 
 SMALL = 4096  # numbers below which 8-bit moments stay in 32 bits
-BLOCK8 = 256  # numbers that share a scale in 8-bit moments
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,7 @@ class ParameterEntry:
 
     @property
     def numel(self) -> int:
-        n = 1
-        for side in self.shape:
-            n *= side
-        return n
+        return math.prod(self.shape)
 
     @property
     def gradient(self) -> float:
@@ -56,7 +54,7 @@ def census(
     Raises:
         AdapterError, ConfigError: what trains is refused, as :mod:`unigen.training.prepare` does.
     """
-    bare = _bare(_Shape(model))
+    bare: Bagel = _once("model", model, lambda: Bagel(model))
     targets, _ = adapted(bare, config, fresh=config.resume_from_checkpoint is None)
     found = []
     for name, p in bare.named_parameters():
@@ -66,9 +64,8 @@ def census(
             if config.quantize == "int8":
                 held = p.numel() + 4.0 * shape[0]
             elif shape[1] % BLOCK == 0:
-                held = p.numel() * (
-                    0.5 + (1 / BLOCK + 4 / BLOCK / SCALES if config.double_quant else 4 / BLOCK)
-                )
+                scales = 1 / BLOCK + 4 / BLOCK / SCALES if config.double_quant else 4 / BLOCK
+                held = p.numel() * (0.5 + scales)
         found.append(ParameterEntry(name, shape, held, not is_frozen(name, config)))
         if module in targets and name.endswith("weight"):
             rank = config.lora_rank or 0
@@ -82,38 +79,21 @@ def census(
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Shape:
-    """A config as a key: equal where models have the same parameters."""
-
-    config: BagelConfig
-
-    def _key(self) -> str:
-        c = self.config
-        return repr((c.visual_gen, c.visual_und, c.to_dict()))
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Shape) and self._key() == other._key()
-
-
-@cache
-def _bare(shape: _Shape) -> Bagel:
-    """The model, its parameters nowhere."""
-    with torch.device("meta"):
-        return Bagel(shape.config)
-
-
-@cache
-def _codec_numbers(shape: _Shape) -> int:
-    vae = shape.config.vae
-    with torch.device("meta"):
-        codec: Any = CODECS[vae.type](vae)
-    return sum(p.numel() for p in codec.parameters()) if isinstance(codec, torch.nn.Module) else 0
-
-
 def codec_numbers(model: BagelConfig) -> int:
     """Parameters of a model's VAE."""
-    return _codec_numbers(_Shape(model)) if model.visual_gen else 0
+    if not model.visual_gen:
+        return 0
+    codec = _once("codec", model, lambda: CODECS[model.vae.type](model.vae))
+    return sum(p.numel() for p in codec.parameters())
+
+
+_made: dict[tuple[str, str], Any] = {}
+
+
+def _once(what: str, config: BagelConfig, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, its parameters nowhere; made once for all configs of the same parameters."""
+    key = what, repr((config.visual_gen, config.visual_und, config.to_dict()))
+    if key not in _made:
+        with torch.device("meta"):
+            _made[key] = make()
+    return _made[key]

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from unigen import plugins
-from unigen.config import Config, ConfigError, DataOptions, UserError
+from unigen.config import RATED, Config, ConfigError, DataOptions, UserError
 from unigen.messages import in_language
 from unigen.tracking.tracker import TRACKERS
 from unigen.training.optim import learning_rate_at
+from unigen.training.precision import Precision, stored_precision
 
 log = logging.getLogger("unigen")
 
 _RATE = (
     "num_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
 )  # fmt: skip
-_TOLD = {  # elsewhere
+_TOLD = {  # by tell_computing
     "precision", "fp16", "bf16", "compile", "quantize", "double_quant", "model_load_mode", "weights",
 }  # fmt: skip
 _FREE = {  # of no effect on what is learnt, or of this start alone
@@ -33,65 +34,45 @@ _FREE = {  # of no effect on what is learnt, or of this start alone
     "train_data_path", "train_sources", "split", "gradient_accumulation_steps",
 }  # fmt: skip
 _EFFECTS = {
-    "model_path": "only parts that the checkpoint does not hold come from there",
-    "batch_size": "packed sequences have other sizes from here on",
-    "max_num_tokens": "packed sequences have other sizes from here on",
-    "optimizer": "its moments are read in their new form",
-    "save_steps": "checkpoints are written at other steps",
-    "save_total_limit": "the next save keeps so many",
-    "eval_steps": "validations come at other steps",
-    **dict.fromkeys(
-        ("val_data_path", "val_split"),
-        "val_loss is of other data: earlier values, and the best one, do not compare",
+    "only parts that the checkpoint does not hold come from there": ("model_path",),
+    "packed sequences have other sizes from here on": ("batch_size", "max_num_tokens"),
+    "its moments are read in their new form": ("optimizer",),
+    "checkpoints are written at other steps": ("save_steps",),
+    "the next save keeps so many": ("save_total_limit",),
+    "validations come at other steps": ("eval_steps",),
+    "val_loss is of other data: earlier values, and the best one, do not compare": (
+        "val_data_path", "val_split",
     ),
-    **dict.fromkeys(
-        ("tensorboard", "wandb_project", "wandb_run_name", "wandb_mode", "trackio_project"),
-        "trackers are told so from the next step on",
+    "trackers are told so from the next step on": (
+        "tensorboard", "wandb_project", "wandb_run_name", "wandb_mode", "trackio_project",
     ),
-    **dict.fromkeys(("sample_prompts", "sample_steps", "sample_kind"), "the next samples are made so"),
-    **dict.fromkeys(
-        ("eval_metrics", "eval_samples", "eval_features", "eval_clip"),
-        "the next evaluations measure so; earlier values need not compare",
+    "the next samples are made so": ("sample_prompts", "sample_steps", "sample_kind"),
+    "the next evaluations measure so; earlier values need not compare": (
+        "eval_metrics", "eval_samples", "eval_features", "eval_clip",
     ),
-    **dict.fromkeys(
-        ("metric_for_best_model", "greater_is_better"), "what was best so far is not what counts now"
+    "what was best so far is not what counts now": ("metric_for_best_model", "greater_is_better"),
+    "the probe asks other records: earlier values do not compare": ("probe_data_path",),
+    "the run may end by it from the next validation on": ("stop_on_drift", "early_stopping_patience"),
+    "what is skipped, and when that ends the run, is decided so from here on": (
+        "max_skipped_steps", "max_skipped_share", "spike_sigma", "on_bad_record",
     ),
-    "probe_data_path": "the probe asks other records: earlier values do not compare",
-    **dict.fromkeys(
-        ("stop_on_drift", "early_stopping_patience"), "the run may end by it from the next validation on"
+    "updates are made so from the next step on": (
+        "weight_decay", "weight_decay_und", "weight_decay_gen", "weight_decay_vit", "weight_decay_connector",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     ),
-    **dict.fromkeys(
-        ("max_skipped_steps", "max_skipped_share", "spike_sigma", "on_bad_record"),
-        "what is skipped, and when that ends the run, is decided so from here on",
+    "that part learns at another rate from the next step on": tuple(f"learning_rate_{p}" for p in RATED),
+    "the loss is weighed otherwise: earlier values do not compare": (
+        "text_loss_weight", "image_loss_weight", "preserve_weight",
     ),
-    **dict.fromkeys(
-        (
-            "weight_decay", "weight_decay_und", "weight_decay_gen", "weight_decay_vit", "adam_beta1",
-            "adam_beta2", "adam_epsilon", "max_grad_norm", "weight_decay_connector",
-        ),
-        "updates are made so from the next step on",
-    ),
-    **dict.fromkeys(
-        ("learning_rate_und", "learning_rate_gen", "learning_rate_vit", "learning_rate_connector"),
-        "that part learns at another rate from the next step on",
-    ),
-    **dict.fromkeys(
-        ("text_loss_weight", "image_loss_weight", "preserve_weight"),
-        "the loss is weighed otherwise: earlier values do not compare",
-    ),
-    **dict.fromkeys(
-        ("preserve_share", "preserve_data_path"), "other samples hold the model where it was from here on"
-    ),
-    "timestep_shift": "noise is drawn otherwise: earlier losses of pictures do not compare",
-    **dict.fromkeys(
-        (
-            "freeze_llm", "freeze_vit", "freeze_und", "train_also", "lora_rank", "lora_alpha", "lora_targets",
-            "lora_variant",
-        ),
-        "other parts train from here on, where the checkpoint fits that",
+    "other samples hold the model where it was from here on": ("preserve_share", "preserve_data_path"),
+    "noise is drawn otherwise: earlier losses of pictures do not compare": ("timestep_shift",),
+    "other parts train from here on, where the checkpoint fits that": (
+        "freeze_llm", "freeze_vit", "freeze_und", "train_also", "lora_rank", "lora_alpha", "lora_targets",
+        "lora_variant",
     ),
 }  # fmt: skip
-"""Option -> what another value does; of those in no set here the values alone are told."""
+"""What another value does -> options; of those in no set here the values alone are told."""
+_EFFECT_OF = {name: effect for effect, names in _EFFECTS.items() for name in names}
 _BASES = {
     True: "the same weights under another name",
     False: "other weights than the run began with; only parts that the checkpoint does not hold come from"
@@ -108,11 +89,10 @@ def changes(
     totals: tuple[int | None, int],
     same_base: bool | None = None,
 ) -> list[str]:
-    """Each option that differs from the checkpoint's, with what that does: ``max_steps 200 -> 120: ...``.
+    """Each option that differs from the checkpoint's (``before``), with what that does: ``max_steps 200 ->
+    120: ...``.
 
     Args:
-        before: the options in the checkpoint.
-        now: those of this run.
         step: optimiser steps done.
         totals: steps of the whole run, then (None where the checkpoint does not say) and now.
         same_base: has ``model_path`` the weights that the run began with? None where that is not known.
@@ -142,7 +122,7 @@ def changes(
     for name, pair in differ.items():
         if name in _RATE or name in _TOLD or name in _FREE:
             continue
-        effect = _EFFECTS.get(name, "samples are made otherwise from here on" if name in _LEARNT else "")
+        effect = _EFFECT_OF.get(name, "samples are made otherwise from here on" if name in _LEARNT else "")
         if name == "model_path" and same_base is not None:
             effect = _BASES[same_base]
         if name == "ema":
@@ -170,6 +150,41 @@ def tell_changes(
         log.warning(
             "Trackers get other names than before step %d, in groups: train/loss for loss, val/loss for"
             " val_loss ...; what they have stays under the old ones", step,
+        )  # fmt: skip
+
+
+def tell_computing(before: Mapping[str, Any], config: Config, precision: Precision, compiled: bool) -> None:
+    """Says where a resumed run computes otherwise than its checkpoint, whose options are ``before``."""
+    if (was := stored_precision(before)) != precision.name:
+        log.warning(
+            "This run was computed in %s and goes on in %s (%s), so its losses can differ from here on. Fix: "
+            "--precision %s",
+            was, precision.name, precision.why, was,
+        )  # fmt: skip
+    if (was := before.get("compile", "off") == "on") != compiled:
+        log.warning(
+            "This run's layers were %s and are %s now: its numbers can differ in the last digits from here "
+            "on. Fix: --compile %s",
+            *("compiled" if so else "not compiled" for so in (was, compiled)), "on" if was else "off",
+        )  # fmt: skip
+    kind, double, *now = (
+        options.get(name) or None
+        for options in (before, vars(config))
+        for name in ("quantize", "double_quant")
+    )
+    if [kind, double] != now:
+        fix = f"--quantize {kind or 'none'}{' --double_quant' if double else ''}"
+        if config.quantised_folder:  # which decides them
+            fix = f"--model_path {before.get('model_path')}, with the weights that lay there"
+        log.warning(
+            "This run's base was %s and is %s now: its losses change from here on. Fix: %s",
+            kind or "as it is stored", now[0] or "as it is stored", fix,
+        )  # fmt: skip
+    if (was := before.get("weights") or "float32") != config.weights:
+        log.warning(
+            "This run's weights were held in %s and are in %s now: its numbers change from here on. Fix: "
+            "--weights %s",
+            was, config.weights, was,
         )  # fmt: skip
 
 

@@ -29,8 +29,6 @@ def closing(
     """The last lines of a run.
 
     Args:
-        output_dir: folder of the run.
-        config: its options.
         step: optimiser steps done.
         best: metric_for_best_model at its best; infinite where nothing was validated.
         last: the newest metrics.
@@ -66,10 +64,8 @@ def following(output_dir: Path, config: Config, model: Path) -> list[str]:
 
 def _reading(config: Config) -> list[str]:
     """The options by which a run read its held-out data."""
-    words = []
-    for name in ("image_root", "data_root", "trigger_word"):
-        if (value := getattr(config, name)) is not None:
-            words += [f"--{name}", value]
+    named = {name: getattr(config, name) for name in ("image_root", "data_root", "trigger_word")}
+    words = [word for name, value in named.items() if value is not None for word in (f"--{name}", value)]
     if config.val_split:
         words += ["--split", config.val_split]
     if config.fields:
@@ -78,23 +74,20 @@ def _reading(config: Config) -> list[str]:
 
 
 def _commands(output_dir: Path, config: Config, model: Path) -> list[str]:
-    def line(*words: object) -> str:
-        return shlex.join(map(str, words))
-
     weights = ["--model_path", model]  # an adapter knows its base
     given = config.sample_prompts or []
     asked = [given] if isinstance(given, str) else given
     own = next((text for text in asked if not text.endswith((".txt", ".jsonl"))), in_language(_EXAMPLE))
     prompt = [*weights, "--prompt", own, "--output_dir", f"{output_dir}_answer"]
-    commands = [line("unigen", "generate", *prompt)]
+    commands: list[list[object]] = [["unigen", "generate", *prompt]]
     if config.val_data_path:
         paths = [config.val_data_path] if isinstance(config.val_data_path, str) else config.val_data_path
         where = ["--data_path", *paths, *_reading(config), "--output_dir", f"{output_dir}_evaluation"]
-        commands.append(line("unigen", "evaluate", *weights, *where))
-    commands.append(line("unigen", "watch", output_dir, "--html", f"{output_dir}.html"))
+        commands.append(["unigen", "evaluate", *weights, *where])
+    commands.append(["unigen", "watch", output_dir, "--html", f"{output_dir}.html"])
     if config.tensorboard:
-        commands.append(line("tensorboard", "--logdir", output_dir / layout.TENSORBOARD))
+        commands.append(["tensorboard", "--logdir", output_dir / layout.TENSORBOARD])
     if config.wandb_project and config.wandb_mode == "offline":
         runs = sorted((output_dir / layout.WANDB).glob("offline-run-*"))
-        commands += [line("wandb", "sync", run) for run in runs[-1:]]
-    return commands
+        commands += [["wandb", "sync", run] for run in runs[-1:]]
+    return [shlex.join(map(str, words)) for words in commands]

@@ -32,9 +32,8 @@ def need_data(config: Config) -> None:
 
 
 class RunData:
-    """Reads and checks the data that the config names, on every process.
-
-    ``train``, ``val`` and ``probe`` (None without such data) are the streams.
+    """Reads and checks the data that the config names, on every process: the streams ``train``, ``val`` and
+    ``probe`` (None without such data).
 
     Raises:
         UserError: the data, or the tokenizer, cannot be used; or the processes read different data.
@@ -63,24 +62,16 @@ class RunData:
         return {task for part in self.train.mixture.parts for task in part.dataset.statistics()["tasks"]}
 
     def _stream(self, sources: list[TrainSource], tokenizer: Tokenizer, training: bool) -> PackStream:
-        c = self.config
-        parts = []
+        c, parts = self.config, []
         for source in sources:
             planner = self.model.config.planner(tokenizer, c, source)
             dataset = self._dataset(source, planner, "train" if training else "validation")
             if self.engine.main:
-                log.info(
-                    "%s data (%s)\n%s",
-                    "Training" if training else "Validation",
-                    source.name,
-                    dataset.describe(),
-                )
+                what = "Training" if training else "Validation"
+                log.info("%s data (%s)\n%s", what, source.name, dataset.describe())
             planner.cache = self.cache
-            parts.append(
-                DataSource(
-                    source.name, dataset, planner, source.weight, source.repeat, preserve=source.preserve
-                )
-            )
+            times = (source.weight, source.repeat)
+            parts.append(DataSource(source.name, dataset, planner, *times, preserve=source.preserve))
         share = c.preserve_share or KEPT_SHARE
         if training and c.preserve_data_path:
             learnt = sum(part.weight or len(part.dataset) for part in parts[:-1])

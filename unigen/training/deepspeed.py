@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from unigen.model.weights import read_parameter
 from unigen.sequence.types import Pack
 from unigen.training.deepspeed_json import loss_scale, read_settings
 from unigen.training.engine import Engine
-from unigen.training.optim import MOMENTS, clipping, parameter_groups, set_learning_rate, squared_norm
+from unigen.training.optim import MOMENTS, adam_options, clipping, parameter_groups, set_learning_rate
 from unigen.training.shards import Shard, share_out
 
 
@@ -53,6 +54,7 @@ class DeepSpeed(Engine):
 
     name = "deepspeed"
     grouped = True
+    copies = 1
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -113,13 +115,10 @@ class DeepSpeed(Engine):
         # written to costs nothing on a CPU. (Taken and given back each time, it would leave holes that malloc
         # cannot use again, as large as the pieces together.)
         longest = max(p.numel() for p in self.model.parameters())
-        wholes = {
-            dtype: torch.empty(longest, dtype=dtype, device=self.device)
-            for dtype in {p.dtype for p in self.model.parameters()}
-        }
-        pieces = {
-            dtype: torch.empty(-(-longest // self.world), dtype=dtype, device=self.device) for dtype in wholes
-        }
+        dtypes = {p.dtype for p in self.model.parameters()}
+        empty = partial(torch.empty, device=self.device)
+        wholes = {dtype: empty(longest, dtype=dtype) for dtype in dtypes}
+        pieces = {dtype: empty(-(-longest // self.world), dtype=dtype) for dtype in dtypes}
         for name, p in each("loading weights", list(self.model.named_parameters()), "tensors"):
             whole = nn.Parameter(wholes[p.dtype][: p.numel()].view(p.shape), requires_grad=p.requires_grad)
             owner, _, last = name.rpartition(".")
@@ -137,13 +136,13 @@ class DeepSpeed(Engine):
 
     def start(self) -> None:
         named = dict(self.model.named_parameters())
-        c, fast = self.config, self.device.type == "cuda" or self.settings.offloads_optimizer
+        fast = self.device.type == "cuda" or self.settings.offloads_optimizer
+        groups = [
+            {"params": [named[n] for n in names], "weight_decay": decay} for names, decay in self._groups
+        ]
         self.optimizer = torch.optim.AdamW(
-            [{"params": [named[name] for name in names], "weight_decay": decay} for names,
-            decay in self._groups],
-            lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon, fused=fast or None,
-            foreach=None if fast else True,
-        )  # fmt: skip
+            groups, **adam_options(self.config), fused=fast or None, foreach=None if fast else True
+        )
         # DeepSpeed makes the optimiser one over its flat tensors: what it holds is the state of the run.
         self.wrapped, self._zero, _, _ = self.deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, config=self.settings.for_deepspeed()
@@ -162,9 +161,8 @@ class DeepSpeed(Engine):
         zero, found = self._zero, {}
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
             begin = self.rank * len(flat)
-            for p, at in zip(
-                zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True
-            ):
+            groups, offsets = zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i]
+            for p, at in zip(groups, offsets, strict=True):
                 a, b = max(at, begin), min(at + p.numel(), begin + len(flat))
                 if a < b:
                     found[names[p]] = Held(flat, a - begin, a - at, b - a)
@@ -193,18 +191,13 @@ class DeepSpeed(Engine):
         with torch.autocast(self.device.type, enabled=False, cache_enabled=False):
             return self.wrapped(pack)
 
-    @contextlib.contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         self.wrapped.set_gradient_accumulation_boundary(last)
-        yield
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # Gradients are averaged; the loss is a sum over processes.
         self.wrapped.backward(loss * (self.world * self.scale.scale), scale_wrt_gas=False)
-
-    def grad_norm(self) -> float:
-        (total,) = self.sum([float(squared_norm(self._gradients()))])
-        return total**0.5 / self.scale.scale
 
     def gradients(self) -> dict[str, bool | None]:
         return {}  # its gradients lie in buffers of all parts
@@ -235,11 +228,8 @@ class DeepSpeed(Engine):
             zero.averaged_gradients = {}
 
     def _flat(self) -> list[Tensor]:
-        return (
-            self._zero.single_partition_of_fp32_groups
-            if self.stage < 3
-            else self._zero.fp32_partitioned_groups_flat
-        )
+        zero = self._zero
+        return zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
 
     def _gradients(self) -> list[Tensor]:
         if self.settings.offloads_optimizer:
@@ -274,31 +264,20 @@ class DeepSpeed(Engine):
 
     def shards(self) -> list[Shard]:
         named = list(self.model.named_parameters())
-        frozen = [name for name, p in named if not p.requires_grad]
-        owners = dict(
-            zip(
-                frozen,
-                share_out([p.numel() for _, p in named if not p.requires_grad], self.world),
-                strict=True,
-            )
-        )
+        owners = iter(share_out([p.numel() for _, p in named if not p.requires_grad], self.world))
         found = []
         for name, p in named:
             shape, held = getattr(p, "ds_shape", p.shape), self._held.get(name)
             if p.requires_grad and held is not None:
-                found.append(Shard(name, shape, held.start, held.of(held.flat), True))
+                start, value, owned = held.start, held.of(held.flat), True
             elif p.requires_grad:
-                found.append(Shard(name, shape, 0, self._flat()[0].detach()[:0], True, owned=False))
+                start, value, owned = 0, self._flat()[0].detach()[:0], False
             elif self.stage == 3:
                 start, stop = _piece(p.ds_numel, self.rank, self.world)
-                value = p.ds_tensor.detach().view(-1)[: stop - start]
-                found.append(
-                    Shard(name, shape, start if start < stop else 0, value, False, owned=start < stop)
-                )
+                value, owned = p.ds_tensor.detach().view(-1)[: stop - start], start < stop
             else:
-                found.append(
-                    Shard(name, shape, 0, p.detach().view(-1), False, owned=owners[name] == self.rank)
-                )
+                start, value, owned = 0, p.detach().view(-1), next(owners) == self.rank
+            found.append(Shard(name, shape, start if owned else 0, value, p.requires_grad, owned))
         return found
 
     def moments(self, shard: Shard) -> tuple[float, Tensor, Tensor] | None:
@@ -308,12 +287,12 @@ class DeepSpeed(Engine):
             return None
         return float(state["step"]), held.of(state[MOMENTS[0]]), held.of(state[MOMENTS[1]])
 
-    def set_moments(self, shard: Shard, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    def set_moments(self, shard: Shard, step: float, *moments: Tensor) -> None:
         held = self._held.get(shard.name)
         if held is None:
             return
         state = self.optimizer.state[held.flat]
-        for name, moment in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
+        for name, moment in zip(MOMENTS, moments, strict=True):
             if name not in state:
                 state[name] = torch.zeros_like(held.flat, requires_grad=False)
             held.of(state[name]).copy_(moment)

@@ -62,6 +62,17 @@ _REFUSED = {
 }
 
 
+# Key -> what alone it may say, and why.
+_ALONE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "zero_optimization.offload_optimizer.device": (("cpu", "none"), "checkpoints cannot read it"),
+    "zero_optimization.offload_param.device": (("cpu", "none"), "checkpoints cannot read it"),
+    "zero_optimization.offload_optimizer.ratio": ((1,), "it needs DeepSpeedCPUAdam, which is not used"),
+    "managed_gradient_accumulation": ((True,), "the trainer says which micro-batch is the last"),
+    "gradient_allreduce_op": (("mean",), "losses are sums over all targets"),
+    "optimizer.params.adam_w_mode": ((True,), "the decay is decoupled"),
+}
+
+
 class DeepSpeedSettings:
     """The content of a DeepSpeed JSON and where it came from; keys are dotted paths."""
 
@@ -77,11 +88,8 @@ class DeepSpeedSettings:
         for key in self.values:
             if key not in _KNOWN and key not in _REFUSED:
                 meant = nearest(key, [*_KNOWN])
-                self.fail(
-                    key,
-                    "is not a key of DeepSpeed's that is known here",
-                    f"did you mean {meant}?" if meant else "leave it out",
-                )
+                fix = f"did you mean {meant}?" if meant else "leave it out"
+                self.fail(key, "is not a key of DeepSpeed's that is known here", fix)
 
     def fail(self, key: str, problem: str, fix: str) -> None:
         """Raises the error about ``key``."""
@@ -92,9 +100,8 @@ class DeepSpeedSettings:
         value: Any = self.values
         for part in key.split("."):
             if not isinstance(value, dict):
-                self.fail(
-                    key.rpartition(".")[0], "is no object", "see DeepSpeed's documentation of this file"
-                )
+                fix = "see DeepSpeed's documentation of this file"
+                self.fail(key.rpartition(".")[0], "is no object", fix)
             value = value.get(part)
             if value is None or value == "auto":
                 return None
@@ -115,11 +122,8 @@ class DeepSpeedSettings:
         if said is None:
             self.put(key, wanted)
         elif said != wanted or isinstance(said, bool) != isinstance(wanted, bool):
-            self.fail(
-                key,
-                f"is {json.dumps(said)}, but {option} says {json.dumps(wanted)}",
-                'write "auto", or the same in both',
-            )
+            problem = f"is {json.dumps(said)}, but {option} says {json.dumps(wanted)}"
+            self.fail(key, problem, 'write "auto", or the same in both')
 
     @property
     def stage(self) -> int:
@@ -129,13 +133,8 @@ class DeepSpeedSettings:
     @property
     def held_dtype(self) -> torch.dtype | None:
         """What DeepSpeed turns the working copies of all weights into; None leaves them as they are."""
-        return (
-            torch.bfloat16
-            if self.get("bf16.enabled")
-            else torch.float16
-            if self.get("fp16.enabled")
-            else None
-        )
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return next((dtype for kind, dtype in low.items() if self.get(f"{kind}.enabled")), None)
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -155,14 +154,16 @@ def read_settings(config: Config, world: int, device: torch.device, precision: s
     settings = DeepSpeedSettings(config.deepspeed_config)
     for key, reason in _REFUSED.items():
         value = settings.get(key)
-        off = (
-            value.get("enabled", True) is False
-            if isinstance(value, dict)
-            else not value or (key.endswith("_size") and value == 1)
-        )
-        if not off:
+        on = value.get("enabled", True) is not False if isinstance(value, dict) else bool(value)
+        if on and not (key.endswith("_size") and value == 1):
             settings.fail(key, f"cannot be used here: {reason}", "leave the key out")
-    _check_zero(settings)
+    stage = settings.get("zero_optimization.stage")
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        fix = "1, 2 or 3; without ZeRO use --engine ddp"
+        settings.fail("zero_optimization.stage", f"is {json.dumps(stage)}", fix)
+    for key, (fine, why) in _ALONE.items():
+        if (value := settings.get(key)) is not None and value not in fine:
+            settings.fail(key, f"is {json.dumps(value)}: {why}", " or ".join(map(json.dumps, fine)))
     _check_batch(settings, config, world)
     _check_optimizer(settings, config)
     _check_precision(settings, precision, device)
@@ -178,11 +179,9 @@ def loss_scale(settings: DeepSpeedSettings) -> LossScale:
     about skipped steps."""
     scale = LossScale(settings.get("fp16.enabled"))
     if scale.enabled:
-        fixed, power = (
-            settings.values["fp16"].pop("loss_scale", 0),
-            settings.values["fp16"].get("initial_scale_power", 16),
-        )
-        scale.INTERVAL = settings.values["fp16"].get("loss_scale_window", scale.INTERVAL)  # type: ignore[misc]
+        said = settings.values["fp16"]
+        fixed, power = said.pop("loss_scale", 0), said.get("initial_scale_power", 16)
+        scale.INTERVAL = said.get("loss_scale_window", scale.INTERVAL)  # type: ignore[misc]
         scale.scale, scale.enabled = float(fixed or 2.0**power), not fixed
         settings.put("fp16.loss_scale", 1.0)
     return scale
@@ -206,42 +205,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file}: a DeepSpeed JSON is an object, {{...}} (--deepspeed_config ...)")
     return values
-
-
-def _check_zero(settings: DeepSpeedSettings) -> None:
-    stage = settings.get("zero_optimization.stage")
-    if stage is None or stage == 0:
-        settings.fail(
-            "zero_optimization.stage", f"is {json.dumps(stage)}", "1, 2 or 3; without ZeRO use --engine ddp"
-        )
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
-        settings.fail("zero_optimization.stage", f"is {json.dumps(stage)}", "1, 2 or 3")
-    for part in ("offload_optimizer", "offload_param"):
-        device = settings.get(f"zero_optimization.{part}.device")
-        if device not in (None, "none", "cpu"):
-            settings.fail(
-                f"zero_optimization.{part}.device",
-                f"is {json.dumps(device)}, which checkpoints cannot read",
-                '"cpu" or "none"',
-            )
-    if settings.get("zero_optimization.offload_optimizer.ratio") not in (None, 1):
-        settings.fail(
-            "zero_optimization.offload_optimizer.ratio",
-            "needs DeepSpeedCPUAdam, which is not used",
-            "leave it out",
-        )
-    if settings.get("managed_gradient_accumulation") is False:
-        settings.fail(
-            "managed_gradient_accumulation",
-            "is false",
-            "leave it out; the trainer says which micro-batch is the last",
-        )
-    if settings.get("gradient_allreduce_op") not in (None, "mean"):
-        settings.fail(
-            "gradient_allreduce_op",
-            "changes nothing but the size of the step",
-            "leave it out; losses are sums over all targets",
-        )
 
 
 def _check_batch(settings: DeepSpeedSettings, config: Config, world: int) -> None:
@@ -277,8 +240,6 @@ def _check_optimizer(settings: DeepSpeedSettings, config: Config) -> None:
     extra = set(settings.get("optimizer.params") or {}) - {*wanted, "torch_adam", "adam_w_mode"}
     for key in sorted(extra):
         settings.fail(f"optimizer.params.{key}", "is not an option of AdamW here", "leave it out")
-    if settings.get("optimizer.params.adam_w_mode") is False:
-        settings.fail("optimizer.params.adam_w_mode", "is false", "leave it out; the decay is decoupled")
     for key, (value, option) in wanted.items():
         settings.agree(f"optimizer.params.{key}", value, option)
     del settings.values["optimizer"]  # PyTorch's AdamW is handed over, with its groups
@@ -291,11 +252,8 @@ def _check_precision(settings: DeepSpeedSettings, precision: str, device: torch.
         said = str(settings.get("torch_autocast.dtype") or precision).removeprefix("torch.")
         said = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}.get(said, said)
         if said != precision or precision != "bf16":
-            settings.fail(
-                "torch_autocast",
-                f"computes in {said}, but the run in {precision}",
-                "use it with bfloat16 and --precision bf16",
-            )
+            problem = f"computes in {said}, but the run in {precision}"
+            settings.fail("torch_autocast", problem, "use it with bfloat16 and --precision bf16")
         if settings.get("bf16.enabled"):
             settings.fail("torch_autocast.enabled", "and bf16.enabled exclude each other", "keep one")
         settings.put("torch_autocast.dtype", "bfloat16")
@@ -304,16 +262,12 @@ def _check_precision(settings: DeepSpeedSettings, precision: str, device: torch.
         settings.agree("bf16.enabled", precision == "bf16", f"the precision, {precision} (--precision),")
     settings.agree("fp16.enabled", precision == "fp16", f"the precision, {precision} (--precision),")
     if precision == "fp16" and device.type == "cpu":
-        settings.fail(
-            "fp16.enabled", "is true, which DeepSpeed cannot do on a CPU", "--precision bf16 or fp32"
-        )
+        problem = "is true, which DeepSpeed cannot do on a CPU"
+        settings.fail("fp16.enabled", problem, "--precision bf16 or fp32")
     low, accumulated = settings.held_dtype is not None, settings.get("data_types.grad_accum_dtype")
     if low and settings.stage == 1 and accumulated == "fp32":
-        settings.fail(
-            "data_types.grad_accum_dtype",
-            'is "fp32", which ZeRO 1 does by another optimiser',
-            "ZeRO 2, or leave it out",
-        )
+        problem = 'is "fp32", which ZeRO 1 does by another optimiser'
+        settings.fail("data_types.grad_accum_dtype", problem, "ZeRO 2, or leave it out")
     if low and settings.stage > 1 and accumulated is None:
         settings.put("data_types.grad_accum_dtype", "fp32")  # as the other engines do
 
@@ -322,12 +276,9 @@ def _fill(settings: DeepSpeedSettings) -> None:
     if settings.get("steps_per_print") is None:
         settings.put("steps_per_print", sys.maxsize)  # the trainer prints
     settings.put("zero_force_ds_cpu_optimizer", False)
-    if (
-        settings.stage < 3
-        and not settings.offloads_optimizer
-        and settings.get("zero_optimization.compute_grad_norm") is None
-    ):
-        settings.put("zero_optimization.compute_grad_norm", False)  # known before the step
+    norm = "zero_optimization.compute_grad_norm"
+    if settings.stage < 3 and not settings.offloads_optimizer and settings.get(norm) is None:
+        settings.put(norm, False)  # known before the step
 
 
 def _without_auto(values: dict[str, Any]) -> dict[str, Any]:

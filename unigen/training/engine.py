@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
@@ -60,13 +60,15 @@ class Engine:
     grouped = False  # does one process alone have a process group, too, and train by the same code as many?
     # does a forward gather parameters, so that all processes must do the same forwards in the same order?
     sharded = False
+    averages = False  # are gradients averaged over the processes, though the loss is a sum over them?
+    copies = 0  # of the gradient, over all processes that hold parts of it; 0: each has it whole
 
     def __init__(self, config: Config):
         self.config = config
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
-        self.device = self._device(config, int(os.environ.get("LOCAL_RANK", "0")))
+        self.device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
         self.main = self.rank == 0
         if self.device.type == "cuda":
             use_expandable_segments()
@@ -78,26 +80,27 @@ class Engine:
             use_tf32()
         self._start_group()
         self.channel = Channel(self.world, self.device)
+        # sums of plain numbers over all processes; a short text of every process, in rank order
+        self.sum, self.gather = self.channel.sum, self.channel.gather
         self._compute_alike()
         self.scale = LossScale(self.dtype == torch.float16)
         self.teacher: Any = None  # the model as it was, where the run stays near it (``preserve.py``)
-        self.tick: Callable[[], None] = lambda: None  # told of progress while loading
+        self.tick: Callable[[], None] = lambda: None  # told of progress
         self._optimised: dict[str, nn.Parameter] = {}  # what the optimiser holds of each trainable parameter
 
+    @property
+    def _limit(self) -> timedelta:
+        """Of a collective. The heartbeat of the run speaks first (``hang_timeout``)."""
+        return timedelta(seconds=2 * self.config.hang_timeout + 600)
+
     def _start_group(self) -> None:
-        """The heartbeat of the run speaks first (``hang_timeout``); this limit is behind it."""
-        limit = timedelta(seconds=2 * self.config.hang_timeout + 600)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if dist.is_initialized():
             return
         if self.world > 1:
-            dist.init_process_group(backend, timeout=limit)
+            dist.init_process_group(backend, timeout=self._limit)
         elif self.grouped:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-    @staticmethod
-    def _device(config: Config, local_rank: int) -> torch.device:
-        return pick_device(config.device, local_rank)
 
     def _compute_alike(self) -> None:
         """Raises ConfigError where processes chose different precisions: their GPUs differ."""
@@ -123,27 +126,20 @@ class Engine:
 
     # ---- words
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums of plain numbers over all processes."""
-        return self.channel.sum(values)
-
-    def gather(self, text: str) -> list[str]:
-        """A short text of every process, in rank order."""
-        return self.channel.gather(text)
-
     def background(self) -> Channel:
         """A channel of its own, for one thread beside the training; all processes call this together."""
         if self.world == 1:
             return self.channel
-        limit = timedelta(seconds=2 * self.config.hang_timeout + 600)
-        return Channel(self.world, torch.device("cpu"), dist.new_group(backend="gloo", timeout=limit))
+        group = dist.new_group(backend="gloo", timeout=self._limit)
+        return Channel(self.world, torch.device("cpu"), group)
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Runs ``work`` on rank 0 while the others wait; its failure is raised everywhere."""
-        error: Exception | None = None
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives on rank 0, while the others wait; None on those. Its failure is raised
+        everywhere."""
+        found, error = None, None
         if self.main:
             try:
-                work()
+                found = work()
             except Exception as caught:
                 error = caught
         said = self.gather(f"{type(error).__name__}: {error}" if error else "")[0]
@@ -151,6 +147,7 @@ class Engine:
             raise error
         if said:
             raise UserError(f"rank 0 stopped: {said}")
+        return found
 
     # ---- build
 
@@ -177,12 +174,10 @@ class Engine:
             visual_und=c.visual_und,
             stored=stored,
         )
-        check_head_width(
-            self.precision, model.language_model.model.layers[0].self_attn.head_width, self.facts
-        )
-        object.__setattr__(
-            model, "codec", load_codec(folder, model.config, self.device) if c.visual_gen else None
-        )
+        width = model.language_model.model.layers[0].self_attn.head_width
+        check_head_width(self.precision, width, self.facts)
+        codec = load_codec(folder, model.config, self.device) if c.visual_gen else None
+        object.__setattr__(model, "codec", codec)
         self.compiled = prepare(model, c, self.device.type, self.name, self.dtype, fresh=not given)
         self.model = model.train()
         if adapter := model.adapters.get(NAME):
@@ -202,9 +197,8 @@ class Engine:
     def start(self) -> None:
         """Wraps the model for training and builds the optimiser."""
         self.wrapped = self.wrap(self.model)
-        self._optimised = {
-            name: self.local(p) for name, p in self.model.named_parameters() if p.requires_grad
-        }
+        named = self.model.named_parameters()
+        self._optimised = {name: self.local(p) for name, p in named if p.requires_grad}
         self.optimizer = build_optimizer(self.model, self._optimised, self.config)
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -239,11 +233,14 @@ class Engine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradient of this process's part of the step's loss; after the last one it is that of all
         processes' sum."""
-        (loss * self.scale.scale).backward()
+        (loss * ((self.world if self.averages else 1) * self.scale.scale)).backward()
 
     def grad_norm(self) -> float:
         """2-norm of the whole gradient, the same number on every process."""
-        return float(squared_norm(self._gradients())) ** 0.5 / self.scale.scale
+        total = float(squared_norm(self._gradients()))
+        if self.copies:
+            total = self.sum([total])[0] / self.copies
+        return total**0.5 / self.scale.scale
 
     def gradients(self) -> dict[str, bool | None]:
         """Has each parameter that trains a gradient that is not zero? None where it has none at all. The same
@@ -251,10 +248,8 @@ class Engine:
         held = [p.grad for p in self._optimised.values()]
         there = self.sum([float(grad is not None) for grad in held])
         some = self.sum([float(grad is not None and bool(grad.any())) for grad in held])
-        return {
-            name: n > 0 if known else None
-            for name, known, n in zip(self._optimised, there, some, strict=True)
-        }
+        found = zip(self._optimised, there, some, strict=True)
+        return {name: n > 0 if known else None for name, known, n in found}
 
     def step(self, lr: float, norm: float) -> None:
         """An update with the gradient, whose norm is ``norm``, clipped to ``max_grad_norm``; the gradient is
@@ -294,9 +289,9 @@ class Engine:
         """AdamW's step count and its two moments of a shard, flat float32; None before its first update."""
         return moments_of(self.optimizer, self._optimised[shard.name])
 
-    def set_moments(self, shard: Shard, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    def set_moments(self, shard: Shard, step: float, *moments: Tensor) -> None:
         """Puts back what :meth:`moments` gave."""
-        set_moments_of(self.optimizer, self._optimised[shard.name], step, exp_avg, exp_avg_sq)
+        set_moments_of(self.optimizer, self._optimised[shard.name], step, *moments)
 
     def refresh(self) -> None:
         """The values of shards were written to: brings copies of them up to date."""
@@ -306,6 +301,7 @@ class DataParallel(Engine):
     """Every process holds the whole model and takes its rows of every step."""
 
     name = "ddp"
+    averages = True
 
     def wrap(self, model: nn.Module) -> nn.Module:
         devices = [self.device] if self.device.type == "cuda" else None
@@ -313,10 +309,6 @@ class DataParallel(Engine):
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if last else self.wrapped.no_sync()
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        # gradients are averaged; the loss is a sum over processes
-        (loss * (self.world * self.scale.scale)).backward()
 
 
 ENGINES: dict[str, str] = {

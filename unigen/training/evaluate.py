@@ -6,13 +6,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, ConfigError, nearest
 from unigen.data.dataset import TASKS
-from unigen.data.loader import PackStream, RankSlice
+from unigen.data.loader import RankSlice
 from unigen.evaluation.score import good_end
 from unigen.model.bagel import Bagel
 from unigen.training.answering import Answerer
@@ -40,10 +40,9 @@ class Evaluation:
     """The measurements of a run, on the weights as they are.
 
     Args:
-        config, engine, model: of the run.
-        val, probe: the held-out data, and that of the forgetting probe; one of them is there.
+        data: of the run; held-out data, or those of the forgetting probe, are there.
+        rank_slice: of this process.
         every: steps between two of them.
-        step_tokens: tokens of a step on this process, about.
 
     Raises:
         ConfigError: ``metric_for_best_model`` is no number that is measured, or has no direction; or a metric
@@ -51,26 +50,22 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        config: Config,
-        engine: Engine,
-        model: Bagel,
-        val: PackStream | None,
-        probe: PackStream | None,
-        *,
-        every: int,
-        step_tokens: float,
+        self, config: Config, engine: Engine, model: Bagel, data: RunData, rank_slice: RankSlice, every: int
     ):
-        self.config, self.engine, self.val = config, engine, val
-        self.every, self.step_tokens = every, step_tokens
+        self.config, self.engine, self.every = config, engine, every
+        train, probe = data.train, data.probe
+        self.val = val = data.val
+        each = train.budget or train.batch_size * float(train.mixture.full_lengths().mean())
+        self.step_tokens = rank_slice.micro_batches * each  # of this process, about
         self._tasks = Tasks(val.mixture) if val is not None else None
         answers = val is not None and config.eval_samples != 0
-        self._answerer = Answerer(config, engine, model) if answers or probe is not None else None
-        self.answers = self.probe = None
-        if val is not None and answers and self._answerer is not None:
-            self.answers = HeldOutAnswers(config, engine, self._answerer, val)
-        if probe is not None and self._answerer is not None:
-            self.probe = Probe(config, engine, model, self._answerer, probe)
+        self.answerer = self.answers = self.probe = None
+        if answers or probe is not None:
+            self.answerer = Answerer(config, engine, model)
+            if val is not None and answers:
+                self.answers = HeldOutAnswers(config, engine, self.answerer, val)
+            if probe is not None:
+                self.probe = Probe(config, engine, model, self.answerer, probe)
         self.metric = config.metric_for_best_model
         known = list(self._names())
         if val is not None and self.metric not in known:
@@ -101,23 +96,13 @@ class Evaluation:
         if self.answers is not None:
             yield from self.answers.names()
 
-    @property
-    def idle(self) -> Callable[[], None]:
-        """Called while the model answers; it may raise to end that."""
-        return self._answerer.idle if self._answerer is not None else lambda: None
-
-    @idle.setter
-    def idle(self, call: Callable[[], None]) -> None:
-        if self._answerer is not None:
-            self._answerer.idle = call
-
     def measure(self, step: int, batches: Batches, agree: Agree) -> dict[str, float | None] | None:
         """All numbers after ``step`` by their names in ``metrics.jsonl``; None where ``agree`` broke it
         off."""
         values: dict[str, float | None] = {}
         took, between, began = {}, 0.0, time.perf_counter()
         if self.val is not None and self._tasks is not None:
-            found = held_out_losses(self.engine, self.config, self.val, self._tasks, batches(self.val), agree)
+            found = held_out_losses(self.engine, self.val, self._tasks, batches(self.val), agree)
             if found is None:
                 return None
             for name, value in found.values.items():
@@ -201,27 +186,8 @@ class Evaluation:
         return same
 
 
-def open_evaluation(
-    config: Config, engine: Engine, model: Bagel, data: RunData, rank_slice: RankSlice, every: int
-) -> Evaluation | None:
-    """What a run measures of itself; None where it has no data for that. Raises as :class:`Evaluation`."""
-    if data.val is None and data.probe is None:
-        return None
-    tokens = step_tokens(data.train, rank_slice)
-    return Evaluation(config, engine, model, data.val, data.probe, every=every, step_tokens=tokens)
-
-
-def step_tokens(stream: PackStream, rank_slice: RankSlice) -> float:
-    """Tokens of a step on one process, about."""
-    sample = float(stream.mixture.full_lengths().mean())
-    return rank_slice.micro_batches * (stream.budget or stream.batch_size * sample)
-
-
 def numbers_line(values: Mapping[str, float | None], metric: str) -> str:
     """The numbers that fit a line: those that are no part of another, the drift, and the one that decides."""
-    shown = {
-        name: value
-        for name, value in values.items()
-        if "/" not in name or name == metric or name.startswith(DRIFT)
-    }
-    return ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)
+    there = {name: value for name, value in values.items() if value is not None}
+    shown = [name for name in there if "/" not in name or name == metric or name.startswith(DRIFT)]
+    return ", ".join(f"{name} {there[name]:.4f}" for name in shown)

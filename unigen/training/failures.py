@@ -46,13 +46,7 @@ def explain(error: Exception, device: torch.device) -> UserError | None:
 
 def lost_process(error: Exception, rank: int, ranks: Path) -> UserError | None:
     """The message where the processes of a run can no longer speak to each other, since one has ended; None
-    for another error.
-
-    Args:
-        error: what the speaking gave.
-        rank: of this process.
-        ranks: folder of the heartbeats.
-    """
+    for another ``error``. ``ranks``: folder of the heartbeats."""
     if not is_broken(error):
         return None
     found, deadline = RankFiles(ranks), time.monotonic() + _PATIENCE_S

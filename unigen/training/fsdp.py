@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from unigen.config import Config, ConfigError
 from unigen.model.storage import Stored
 from unigen.model.weights import read_parameter
 from unigen.training.engine import Engine
-from unigen.training.optim import squared_norm
 from unigen.training.shards import Shard
 
 
@@ -38,7 +38,7 @@ class FullyShard(Engine):
 
     name = "fsdp2"
     grouped = True
-    sharded = True
+    sharded = averages = True
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -50,6 +50,7 @@ class FullyShard(Engine):
         names = ("replicate", "shard") if size < self.world else ("shard",)
         shape = (self.world // size, size) if size < self.world else (self.world,)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.copies = self.world // size
 
     # ---- build
 
@@ -84,26 +85,19 @@ class FullyShard(Engine):
 
     # ---- the step
 
-    @contextlib.contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         # Gradients are summed into shards with every micro-batch: kept whole they would fill the memory that
         # sharding saves. Between the copies of hybrid sharding they travel once a step.
         self.model.set_requires_all_reduce(last)
-        yield
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.model.set_is_last_backward(last)
-        # gradients are averaged; the loss is a sum over processes
-        (loss * (self.world * self.scale.scale)).backward()
+        super().backward(loss, last)
         if last:
             for name, p in self.model.named_parameters():
                 if p.grad is not None:
                     self._optimised[name].grad = _rows(p.grad)
-
-    def grad_norm(self) -> float:
-        copies = self.mesh.size() // self.mesh["shard"].size()
-        (total,) = self.sum([float(squared_norm(self._gradients()))])
-        return (total / copies) ** 0.5 / self.scale.scale
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -132,16 +126,9 @@ class FullyShard(Engine):
             assert isinstance(p, DTensor) and p.placements[-1] == Rows(0), name
             value = _rows(p).view(-1)
             _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            row = p.shape[1:].numel()
+            start = offset[0] * p.shape[1:].numel() if len(value) else 0
             found.append(
-                Shard(
-                    name,
-                    p.shape,
-                    offset[0] * row if len(value) else 0,
-                    value,
-                    p.requires_grad,
-                    first_copy and len(value) > 0,
-                )
+                Shard(name, p.shape, start, value, p.requires_grad, owned=first_copy and len(value) > 0)
             )
         return found
 

@@ -146,12 +146,11 @@ class BadStepGuard:
         )
 
     def _fix(self) -> str:
-        start = f"resume with --resume_from_checkpoint {self.output_dir / self.good}" if self.good else ""
-        return (
-            "Fix: lower --learning_rate, look at the records in bad_steps.jsonl, then"
-            f" {start or 'start again, or resume from a checkpoint before it'}"
-            f"{', the last checkpoint before it' if start else ''}"
-        )
+        start = "start again, or resume from a checkpoint before it"
+        if self.good:
+            place = self.output_dir / self.good
+            start = f"resume with --resume_from_checkpoint {place}, the last checkpoint before it"
+        return f"Fix: lower --learning_rate, look at the records in bad_steps.jsonl, then {start}"
 
     # ---- checkpoints
 

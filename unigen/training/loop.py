@@ -48,8 +48,8 @@ class TrainingLoop:
         self._tokens = 0  # of all processes, since the start
         self._failure: Exception | None = None  # of this process's data; the others are to hear of it first
         for answering in (run.samples, run.evaluation):
-            if answering is not None:
-                answering.idle = self._idle
+            if answering is not None and answering.answerer is not None:
+                answering.answerer.idle = self._idle
 
     def train(self) -> dict[str, float]:
         """Takes the steps that are left; returns the last metrics. Raises Stopped after a signal."""
@@ -88,7 +88,7 @@ class TrainingLoop:
                 result = self.take_step(taken, lr, counts)
             position.step, position.loader, position.sound = position.step + 1, taken[-1].after, True
             self._spare_the_good()
-            run.tick()
+            self.engine.tick()
             metrics = self._log(result, taken, lr, waited, time.perf_counter() - began)
             metrics |= self._look(self._due())
             last = position.step == run.total_steps or run.guard.exhausted
@@ -268,7 +268,7 @@ class TrainingLoop:
         validates = run.evaluation is not None and (step % run.eval_every == 0 or last)
         saves = step % self.config.save_steps == 0 or last
         otherwise = validates if run.evaluation is not None else saves
-        samples = run.samples is not None and run.samples.due(step, otherwise, last)
+        samples = run.samples is not None and run.samples.pace.due(step, otherwise, last)
         return {work for work, due in (("validating", validates), ("sampling", samples)) if due}
 
     def _look(self, due: set[str]) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class TrainingLoop:
             return self._batches(stream, rank_slice, LoaderState(), steps)
 
         def agree(batch: MicroBatch, stream: PackStream) -> bool:
-            run.tick()
+            self.engine.tick()
             stop, bad = self.engine.sum([run.signals.asked, len(batch.bad)])
             if bad:
                 run.guard.check_records([batch], stream)
@@ -346,7 +346,7 @@ class TrainingLoop:
 
     def _idle(self) -> None:
         """Called while samples are drawn."""
-        self.run.tick()
+        self.engine.tick()
         if self.run.signals.asked:
             raise Stopped
 
@@ -402,7 +402,7 @@ class TrainingLoop:
 
     def _wait_for_space(self) -> None:
         """Called by all processes together while the disk is too full."""
-        self.run.tick()
+        self.engine.tick()
         if self.engine.sum([self.run.signals.asked])[0]:
             raise SpaceError(
                 f"{self.run.output_dir}: a signal ended the waiting for disk space; step"

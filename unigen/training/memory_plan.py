@@ -23,19 +23,10 @@ import torch
 
 from unigen.config import Config, ConfigError
 from unigen.messages import in_language
+from unigen.model import sizes
 from unigen.model.config import BagelConfig
 from unigen.model.parts import GEN, is_adapter, is_embedding, is_linear, title
-from unigen.model.sizes import (
-    CHUNK,
-    VAE_AT_ONCE,
-    VAE_PIXEL,
-    Half,
-    Load,
-    Widths,
-    half_of,
-    vit_kept,
-    work_of,
-)
+from unigen.model.sizes import Half, Load, Widths, half_of, vit_kept, work_of
 from unigen.training.census import ParameterEntry, census, codec_numbers
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take of a GPU
@@ -109,13 +100,9 @@ class MemoryPlan:
 def plan_memory(
     model: BagelConfig, config: Config, load: Load, machine: Machine, words: torch.dtype | None = None
 ) -> MemoryPlan:
-    """What a training takes.
+    """What a training takes whose largest packed sequence is ``load``.
 
     Args:
-        model: shape of the model.
-        config: options of the run.
-        load: its largest packed sequence.
-        machine: where it runs.
         words: dtype that the embedding of texts is stored in; None is as published, bfloat16.
 
     Raises:
@@ -159,13 +146,10 @@ class _Planner:
     # ---- activations
 
     def _halves(self, i: int) -> tuple[Half, Half]:
-        layer = f"language_model.model.layers.{i}."
+        layer, recorded = f"language_model.model.layers.{i}.", self._recorded()
         trains = {entry.name: entry.shape for entry in self.layers[i] if entry.trains}
-        recorded = self._recorded()
-        return (
-            half_of(layer, trains, False, recorded and not self.config.freeze_und),
-            half_of(layer, trains, True, recorded),
-        )
+        und = half_of(layer, trains, False, recorded and not self.config.freeze_und)
+        return und, half_of(layer, trains, True, recorded)
 
     def _recorded(self) -> bool:
         """Does a gradient come through the decoder?"""
@@ -209,7 +193,7 @@ class _Planner:
     def _logits(self, back: bool) -> float:
         """Bytes of the logits that are there at once: as computed, in float32, their logarithm, its
         gradient."""
-        n = min(self.load.labels, CHUNK)
+        n = min(self.load.labels, sizes.CHUNK)
         kept = 8 * (self.config.preserve_weight is not None)  # the divergence's own two
         return float(n * self.model.llm.vocab_size * (self.c * (self.c < 4) + 8 + 4 * back + kept))
 
@@ -290,58 +274,37 @@ class _Planner:
         # its gradient, that in the dtype of products, and the copies that products were computed with
         heads = head + head / 2 * (self.c < 4) + self._copies(self.root)
         twice = there * max(head, embed)  # a gradient before it is added to what is there
-        return {
-            "encode": {"work": self._encoding(), "gradients": before, "activations": 0.0},
-            "forward": {
-                "work": self._forward_work() + self._around() + self._whole_matrix() + self._gathered(False),
-                "gradients": before,
-                "activations": kept,
-            },
-            "logits": {
-                "work": self._logits(True) + self._behind(False) + heads * (self.load.labels > 0),
-                "gradients": before,
-                "activations": kept,
-            },
-            "backward": max(
-                (self._backward(i, before, head, share) for i in range(len(self.layers))[-2:]),
-                key=lambda found: sum(found.values()),
-            ),
-            "first layer": {
-                "work": self._backward_work(0) + self._gathered(True),
-                "gradients": before or head + layers,
-                "activations": self._waits_here(1),
-            },
-            "embeddings": {
-                "work": twice + self._behind(True) + self._gathered(True),
-                "gradients": whole,
-                "activations": seen,
-            },
-            "update": {
-                "work": self._update(),
-                "gradients": whole,
-                "activations": 0.0,
-            },
+        ahead = self._forward_work() + self._around() + self._whole_matrix() + self._gathered(False)
+        logits = self._logits(True) + self._behind(False) + heads * (self.load.labels > 0)
+        last = [self._backward(i, before, head, share) for i in range(len(self.layers))[-2:]]
+        back = self._gathered(True)
+        found = {
+            "encode": (self._encoding(), before, 0.0),
+            "forward": (ahead, before, kept),
+            "logits": (logits, before, kept),
+            "backward": max(last, key=sum),
+            "first layer": (self._backward_work(0) + back, before or head + layers, self._waits_here(1)),
+            "embeddings": (twice + self._behind(True) + back, whole, seen),
+            "update": (self._update(), whole, 0.0),
         }
+        parts = ("work", "gradients", "activations")
+        return {point: dict(zip(parts, bytes_, strict=True)) for point, bytes_ in found.items()}
 
     def _waits_here(self, layers: int) -> float:
         """Bytes of the device's memory that the first so many layers hold for the backward pass."""
         kept = self.kept[:layers]
         return (max(kept) if self.away else sum(kept)) + self.patch + self._mask()
 
-    def _backward(self, i: int, before: float, head: float, share: float) -> dict[str, float]:
-        """While layer ``i`` is on its way back. In the last one products are small: the peak may be that of
-        the one before, when what the last kept is gone."""
-        behind = self.layers[i + 1 :]
-        return {
-            "work": self._backward_work(i) + self._gathered(True),
-            "gradients": before or head + share * sum(e.gradient for entries in behind for e in entries),
-            "activations": self._waits_here(i + 1),
-        }
+    def _backward(self, i: int, before: float, head: float, share: float) -> tuple[float, float, float]:
+        """Work, gradients and activations while layer ``i`` is on its way back. In the last one products are
+        small: the peak may be that of the one before, when what the last kept is gone."""
+        done = share * sum(e.gradient for entries in self.layers[i + 1 :] for e in entries)
+        return self._backward_work(i) + self._gathered(True), before or head + done, self._waits_here(i + 1)
 
     def _encoding(self) -> float:
         if self.model.vae.type == "pixel" or not self.load.pixels:
             return 0.0
-        return float(VAE_PIXEL * self.model.vae.ch / 128 * min(self.load.pixels, VAE_AT_ONCE))
+        return float(sizes.VAE_PIXEL * self.model.vae.ch / 128 * min(self.load.pixels, sizes.VAE_AT_ONCE))
 
     def _update(self) -> float:
         """Of AdamW, beside the step's latents: in one kernel nothing, group by group a root of all second
@@ -389,23 +352,19 @@ class _Planner:
             held = sum(e.nbytes for e in self.entries) / self.machine.shards
             train = max(sum(found.values()) for point, found in moments.items() if point != "save")
             loaded = held + PROGRAM + 2.0 * largest * bool(self.config.quantize)
-            return {
-                "load": (0.0, loaded),
-                "train": (0.0, train),
-                "save": (0.0, sum(moments["save"].values())),
-            }
+            saved = sum(moments["save"].values())
+            return {"load": (0.0, loaded), "train": (0.0, train), "save": (0.0, saved)}
         offloaded = 0.0
         if self.machine.offload:
             state = sum(e.nbytes + e.gradient + e.moments(self.config.optimizer) for e in self.entries)
             offloaded = state / self.machine.shards
-        batch, away = self._batch(), self._waiting()
+        batch = self._batch()
+        pinned, other = offloaded + self._waiting() + 2 * batch, HOST + 4 * batch
+        weights = offloaded and sum(e.nbytes for e in self.entries) / self.machine.shards
         return {
-            "load": (
-                offloaded and sum(e.nbytes for e in self.entries) / self.machine.shards,
-                PROGRAM + PIECE,
-            ),
-            "train": (offloaded + away + 2 * batch, HOST + 4 * batch),
-            "save": (offloaded + away + 2 * batch + PINNED * bool(copy), HOST + 4 * batch + copy),
+            "load": (weights, PROGRAM + PIECE),
+            "train": (pinned, other),
+            "save": (pinned + PINNED * bool(copy), other + copy),
         }
 
     def _waiting(self) -> float:
@@ -418,13 +377,8 @@ class _Planner:
 
     def _batch(self) -> float:
         """Bytes of a packed sequence on the host: pixels, patches, noise, ids."""
-        v = self.model.vit
-        return float(
-            3 * self.load.pixels
-            + 3 * v.patch_size**2 * self.load.patches
-            + 4 * self.model.patch_dim * self.load.gen
-            + 100 * self.load.tokens
-        )
+        pictures = 3 * self.load.pixels + 3 * self.model.vit.patch_size**2 * self.load.patches
+        return float(pictures + 4 * self.model.patch_dim * self.load.gen + 100 * self.load.tokens)
 
     def _disk(self) -> tuple[float, float]:
         """Bytes of a checkpoint, and of one with weights alone; what does not train keeps its stored dtype,
@@ -481,8 +435,6 @@ def compared(
     """What a run took, beside what was planned; empty where it was not planned.
 
     Args:
-        model: shape of the model.
-        config: options of the run.
         engine: cuda or cpu, how many processes, dtype of products.
         load: the run's largest packed sequence.
         gpu_peak: most bytes of tensors on the GPU; not read on a CPU, where the process's resident memory

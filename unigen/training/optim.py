@@ -46,12 +46,8 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
         part = rated_part(known_as[0])
         decay = getattr(config, f"weight_decay_{part}")
         still = parameter.ndim < 2 or any(map(is_embedding, known_as))
-        key = (
-            still,
-            0.0 if still else config.weight_decay if decay is None else decay,
-            rate_of(config, part),
-        )
-        groups.setdefault(key, []).append((known_as[0], parameter))
+        decay = 0.0 if still else config.weight_decay if decay is None else decay
+        groups.setdefault((still, decay, rate_of(config, part)), []).append((known_as[0], parameter))
     return [
         {"params": params, "weight_decay": decay, "rate": rate}
         for (_, decay, rate), params in sorted(groups.items(), key=lambda item: item[0])
@@ -74,13 +70,11 @@ def rates(config: Config, lr: float) -> dict[str, float]:
 def build_optimizer(
     model: nn.Module, held: Mapping[str, nn.Parameter], config: Config
 ) -> torch.optim.Optimizer:
-    """The optimiser over what this process holds of the trainable parameters of ``model``: a row of
-    OPTIMIZERS.
+    """The optimiser over what this process holds of the trainable parameters: a row of OPTIMIZERS.
 
     Args:
-        model: decides the groups: names and shapes of its parameters.
+        model: decides the groups by names and shapes.
         held: trainable parameter name -> what this process holds of it, a plain tensor.
-        config: learning rate, decays, ``optimizer``, ``weights``.
     """
     groups = parameter_groups(model, config)
     for group in groups:
@@ -99,18 +93,21 @@ def build_adamw(groups: list[dict[str, Any]], config: Config) -> torch.optim.Ada
     """AdamW, in one fused kernel where all of it lives on CUDA; with bfloat16 weights the one that rounds
     stochastically."""
     if config.weights == "bf16":
-        from unigen.training.rounding import build_rounded
+        from unigen.training.rounding import RoundedAdamW
 
-        return build_rounded(groups, config)
+        made = RoundedAdamW(groups, **adam_options(config))
+        made.seed = config.seed
+        return made
     fused = all(parameter.is_cuda for group in groups for _, parameter in group["params"])
     return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=fused or None,
-        foreach=None if fused else True,
+        groups, **adam_options(config), fused=fused or None, foreach=None if fused else True
     )
+
+
+def adam_options(config: Config) -> dict[str, Any]:
+    """What every kind of AdamW is given of the options."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    return {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
 
 
 def moments_of(
@@ -127,18 +124,14 @@ def moments_of(
 
 
 def set_moments_of(
-    optimizer: torch.optim.Optimizer,
-    parameter: nn.Parameter,
-    step: float,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, *moments: Tensor
 ) -> None:
     """Puts back what :func:`moments_of` gave, bit for bit. Learning rate and decay stay those of the
     optimiser."""
     if not isinstance(optimizer, torch.optim.AdamW):
         from unigen.training import adam8bit
 
-        return adam8bit.set_moments(optimizer, parameter, step, exp_avg, exp_avg_sq)
+        return adam8bit.set_moments(optimizer, parameter, step, *moments)
     optimizer.state.pop(parameter, None)
     if step == 0:
         return None
@@ -146,7 +139,7 @@ def set_moments_of(
     state: dict[str, Tensor] = {
         "step": torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")
     }
-    for name, moment in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
+    for name, moment in zip(MOMENTS, moments, strict=True):
         dtype = getattr(optimizer, "moment_dtype", parameter.dtype)
         state[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         state[name].copy_(moment.view(parameter.shape))

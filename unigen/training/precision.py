@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 
 from unigen.config import Config, ConfigError
-
-log = logging.getLogger("unigen")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,9 +34,8 @@ class DeviceFacts:
         with torch.cuda.device(device):
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         properties = torch.cuda.get_device_properties(device)
-        return cls(
-            "cuda", properties.name, has_bf16, getattr(properties, "shared_memory_per_block_optin", None)
-        )
+        room = getattr(properties, "shared_memory_per_block_optin", None)
+        return cls("cuda", properties.name, has_bf16, room)
 
 
 @dataclass(frozen=True)
@@ -66,12 +62,9 @@ def choose_precision(config: Config, device: DeviceFacts) -> Precision:
     asked = config.asked_precision()
     gpu = device.kind == "cuda"
     if asked == "auto":
-        name = "bf16" if gpu and device.has_bf16 else "fp32"
-        why = (
-            f"auto: {device.name} {'has it' if device.has_bf16 else 'has no bf16'}"
-            if gpu
-            else f"auto: the device is {device.kind}"
-        )
+        name, why = "bf16" if gpu and device.has_bf16 else "fp32", f"auto: the device is {device.kind}"
+        if gpu:
+            why = f"auto: {device.name} {'has it' if device.has_bf16 else 'has no bf16'}"
     else:
         name, why = asked, "asked for"
         if name == "bf16" and gpu and not device.has_bf16:
@@ -82,14 +75,8 @@ def choose_precision(config: Config, device: DeviceFacts) -> Precision:
 def check_head_width(precision: Precision, width: int, device: DeviceFacts) -> None:
     """Raises ConfigError where the training attention's float32 kernel does not fit the GPU; ``width`` is
     that of a head."""
-    room = device.shared_memory
-    if (
-        precision.name == "fp32"
-        and device.kind == "cuda"
-        and width > 64
-        and room is not None
-        and room < FLOAT32_BLOCK
-    ):
+    room, asked = device.shared_memory, precision.name == "fp32" and device.kind == "cuda" and width > 64
+    if asked and room is not None and room < FLOAT32_BLOCK:
         raise ConfigError(
             f"precision is fp32, but attention in float32 with heads of width {width} needs {FLOAT32_BLOCK:,}"
             f" bytes of shared memory a block, and {device.name} has {room:,}. Fix:"
@@ -99,18 +86,5 @@ def check_head_width(precision: Precision, width: int, device: DeviceFacts) -> N
 
 def stored_precision(options: Mapping[str, Any]) -> str:
     """The precision of a run from the options in its checkpoint, which older ones hold as two switches."""
-    return options.get("precision") or (
-        "bf16" if options.get("bf16") else "fp16" if options.get("fp16") else "fp32"
-    )
-
-
-def tell_change(options: Mapping[str, Any], precision: Precision) -> None:
-    """Says where a resumed run goes on in another precision than that of its checkpoint, whose options are
-    ``options``."""
-    before = stored_precision(options)
-    if before != precision.name:
-        log.warning(
-            "This run was computed in %s and goes on in %s (%s), so its losses can differ from here on. Fix: "
-            "--precision %s",
-            before, precision.name, precision.why, before,
-        )  # fmt: skip
+    older = (name for name in ("bf16", "fp16") if options.get(name))
+    return options.get("precision") or next(older, "fp32")

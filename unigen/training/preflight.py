@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 from unigen.config import Config
+from unigen.training.engine import Engine
 from unigen.training.guards import TrainingStopped
-
-if TYPE_CHECKING:
-    from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
 
@@ -38,7 +35,6 @@ def judge_losses(
     """Says what the losses of weights that have not been trained here say of them; which are out of place.
 
     Args:
-        engine: of the run.
         text, image: the losses; None where too little says something of them.
         what: losses they are.
         doubted: those of which it was said before, and is not again.
@@ -67,17 +63,11 @@ def judge_losses(
 def doubts(
     config: Config, vocabulary: int, large: bool, text: float | None, image: float | None, what: str = "first"
 ) -> Iterator[tuple[str, bool]]:
-    """What the first losses say against the weights, and whether that ends the run.
+    """What the first losses (arguments as :func:`judge_losses`) say against the weights, and whether that
+    ends the run.
 
-    It does where a recipe says what to expect, and where a ``large`` model knows no text: a small one may
-    well begin with random weights.
-
-    Args:
-        config: of the run.
-        vocabulary: size of the text head.
-        large: has the model :data:`LARGE` parameters?
-        text, image: the losses; None where too little says something of them.
-        what: losses they are.
+    It does where a recipe says what to expect, and where a ``large`` model (:data:`LARGE`) knows no text: a
+    small one may well begin with random weights. ``vocabulary``: size of the text head.
     """
     known = math.log(vocabulary)
     if text is not None:
@@ -113,5 +103,4 @@ def _outside(band: tuple[float, float] | None, loss: float) -> bool:
 
 
 def _band(band: tuple[float, float] | None) -> str:
-    low, high = band or (0.0, math.inf)
-    return f"{low:g} to {high:g}"
+    return "{:g} to {:g}".format(*(band or (0.0, math.inf)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -35,9 +35,7 @@ def prepare(
 
     Args:
         model: its parameters may lie nowhere yet.
-        config: of the run.
-        device: cuda or cpu.
-        engine: its name.
+        device, engine: their names; device is cuda or cpu.
         computes: dtype of matrix products.
         fresh: no earlier run's weights go on.
 
@@ -125,7 +123,7 @@ def _refuse_names(config: Config, targets: tuple[str, ...], whole: tuple[str, ..
                 f"train_also means {name}, whose matrix is quantised. Fix: leave it out, or give the full"
                 " weights without quantize"
             )
-    still = [name for name in (*targets, *whole) if rated_part(name) != "gen"] if config.freeze_und else []
+    still = [name for name in (*targets, *whole) if config.freeze_und and rated_part(name) != "gen"]
     if still:
         raise ConfigError(
             f"freeze_und keeps {still[0]} as it is, which lora_targets or train_also means"
@@ -151,14 +149,14 @@ def refuse_idle_rates(config: Config, trained: Iterable[str]) -> None:
     """Raises ConfigError where a part has a rate or a decay of its own and none of the ``trained``
     parameters."""
     parts = set(map(rated_part, trained))
-    for part in [part for part in RATED if part not in parts]:
-        for option in (f"learning_rate_{part}", f"weight_decay_{part}"):
-            if getattr(config, option) is not None:
-                raise ConfigError(
-                    f"{option} says nothing: nothing of that part trains. Fix: leave it out, or let the part"
-                    " train (lora_targets and train_also, or freeze_llm, freeze_vit, freeze_und, visual_gen"
-                    " and visual_und decide it)"
-                )
+    idle = [part for part in RATED if part not in parts]
+    for option in (f"{rule}_{part}" for part in idle for rule in ("learning_rate", "weight_decay")):
+        if getattr(config, option) is not None:
+            raise ConfigError(
+                f"{option} says nothing: nothing of that part trains. Fix: leave it out, or let the part"
+                " train (lora_targets and train_also, or freeze_llm, freeze_vit, freeze_und, visual_gen"
+                " and visual_und decide it)"
+            )
 
 
 def embed_in_float32(model: Bagel) -> None:
@@ -221,46 +219,3 @@ def compile_layers(model: Bagel, config: Config, device: str, engine: str) -> Co
     on, why = compiles(config, device, engine)
     log.info("Layers: %s (%s)", "compiled, in the warm-up batch" if on else "not compiled", why)
     return CompiledLayers(model, strict=config.compile == "on") if on else None
-
-
-def tell_compiling(options: Mapping[str, Any], compiled: bool) -> None:
-    """Says where a resumed run goes on with layers compiled unlike those of its checkpoint, whose options are
-    ``options``."""
-    before = options.get("compile", "off") == "on"
-    if before != compiled:
-        log.warning(
-            "This run's layers were %s and are %s now: its numbers can differ in the last digits from here "
-            "on. Fix: --compile %s",
-            *("compiled" if so else "not compiled" for so in (before, compiled)), "on" if before else "off",
-        )  # fmt: skip
-
-
-def tell_weights(options: Mapping[str, Any], config: Config) -> None:
-    """Says where a resumed run holds its weights otherwise than its checkpoint, whose options are
-    ``options``."""
-    before = options.get("weights") or "float32"
-    if before != config.weights:
-        log.warning(
-            "This run's weights were held in %s and are in %s now: its numbers change from here on. Fix: "
-            "--weights %s",
-            before, config.weights, before,
-        )  # fmt: skip
-
-
-def tell_quantising(options: Mapping[str, Any], config: Config) -> None:
-    """Says where a resumed run goes on over a base of other bits than that of its checkpoint, whose options
-    are ``options``."""
-    names = ("quantize", "double_quant")
-    before, now = (
-        [options.get(name) or None for name in names],
-        [getattr(config, name) or None for name in names],
-    )
-    if before == now:
-        return
-    fix = f"--quantize {before[0] or 'none'}{' --double_quant' if before[1] else ''}"
-    if config.quantised_folder:  # which decides them
-        fix = f"--model_path {options.get('model_path')}, with the weights that lay there"
-    log.warning(
-        "This run's base was %s and is %s now: its losses change from here on. Fix: %s",
-        before[0] or "as it is stored", now[0] or "as it is stored", fix,
-    )  # fmt: skip

@@ -166,12 +166,8 @@ def divergence(head: Callable[[Tensor], Tensor], hidden: Tensor, before: Tensor)
 
 
 def metrics(means: tuple[float, float], texts: float, images: float) -> dict[str, float]:
-    """The distances of a step as they are logged; those without targets are left out.
-
-    Args:
-        means: of the divergence over labels, of the squared error over noised tokens.
-        texts: labels; images: noised tokens.
-    """
+    """The distances of a step as they are logged; those without targets are left out. ``means``: of the
+    divergence over ``texts`` labels, of the squared error over ``images`` noised tokens."""
     found = {"preserve_loss": sum(means), "preserve_text_tokens": texts, "preserve_image_tokens": images}
     found |= {"preserve_text_loss": means[0]} if texts else {}
     return found | ({"preserve_image_loss": means[1]} if images else {})

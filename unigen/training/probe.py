@@ -38,13 +38,7 @@ _BASE = Table({"data": String(), "losses": Table(rest=Number(0, 1e300)), "answer
 
 
 class Probe:
-    """The probe of a run.
-
-    Args:
-        config, engine, model: of the run.
-        answerer: of the model.
-        data: of the probe.
-    """
+    """The probe of a run: its ``data``, what is asked of them, and what the model said of them at first."""
 
     def __init__(self, config: Config, engine: Engine, model: Bagel, answerer: Answerer, data: PackStream):
         self.config, self.engine, self.model, self.data = config, engine, model, data
@@ -114,7 +108,7 @@ class Probe:
 
     def _look(self, batches: Batches, agree: Agree) -> tuple[dict[str, Any], float] | None:
         """What there is to remember of the model as it is."""
-        found = held_out_losses(self.engine, self.config, self.data, self._tasks, batches(self.data), agree)
+        found = held_out_losses(self.engine, self.data, self._tasks, batches(self.data), agree)
         if found is None:
             return None
         losses = {kind: found.values[f"{kind}_loss"] for kind in KINDS if f"{kind}_loss" in found.values}
@@ -144,11 +138,8 @@ def _compared(
     ]
     if not pairs:
         return {}
-    same = sum(a == b for a, b in pairs) / len(pairs)
-    return {
-        f"{ANSWERS}/same": same,
-        f"{ANSWERS}/likeness": sum(likeness(a, b) for a, b in pairs) / len(pairs),
-    }
+    found = {"same": [float(a == b) for a, b in pairs], "likeness": [likeness(a, b) for a, b in pairs]}
+    return {f"{ANSWERS}/{name}": sum(values) / len(pairs) for name, values in found.items()}
 
 
 def likeness(pieces: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]]) -> float:

@@ -87,19 +87,18 @@ def recomputed(part: Callable[..., Any], *args: Any, kept: Sequence[bool]) -> An
         part: draws no random numbers, contains no attention, and runs one backward pass at most.
         kept: for each matrix product of ``part``, in the order they run, whether its result stays.
     """
-    context = partial(_contexts, tuple(kept))
-    return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
 
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(_Keep(kept))
 
-def _contexts(kept: tuple[bool, ...]) -> Any:
-    return create_selective_checkpoint_contexts(_Keep(kept))
+    return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 class _Keep:
     """The policy of one run of a part. Some versions of PyTorch ask it again while they recompute, 2.13 does
     not."""
 
-    def __init__(self, kept: tuple[bool, ...]):
+    def __init__(self, kept: Sequence[bool]):
         self.kept = kept
         self.seen = [0, 0]  # products so far: forward, recomputing
 
@@ -109,8 +108,7 @@ class _Keep:
         if op not in PRODUCTS:
             return CheckpointPolicy.PREFER_RECOMPUTE
         number = self.seen[ctx.is_recompute]
-        assert number < len(self.kept), (
-            f"more than the {len(self.kept)} matrix products this part of a layer should have"
-        )
+        most = len(self.kept)
+        assert number < most, f"more than the {most} matrix products this part of a layer should have"
         self.seen[ctx.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if self.kept[number] else CheckpointPolicy.PREFER_RECOMPUTE

@@ -17,12 +17,7 @@ from unigen.model.lora import base_digest, check_fits
 from unigen.model.source import Source
 from unigen.model.storage import CheckpointFolderError, Stored
 from unigen.runs import layout
-from unigen.runs.checkpoint import (
-    CheckpointError,
-    read_states,
-    resolve_resume,
-    scan_weights,
-)
+from unigen.runs.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights
 from unigen.runs.states import STATES
 from unigen.training.changes import tell_changes
 from unigen.training.engine import Engine
@@ -61,9 +56,8 @@ def open_source(folder: Path, resume: Path | None) -> Source:
     """The folder of ``model_path``; where that is gone, the checkpoint that a run goes on from."""
     if is_adapter_folder(folder):
         raise CheckpointFolderError(
-            f"{folder} holds an adapter, no model. Fix: go on with its run by --resume_from_checkpoint, or "
-            f"merge"
-            f" it first (unigen ckpt export {folder} NEW_FOLDER --merge)"
+            f"{folder} holds an adapter, no model. Fix: go on with its run by --resume_from_checkpoint, or"
+            f" merge it first (unigen ckpt export {folder} NEW_FOLDER --merge)"
         )
     try:
         return Source(folder)
@@ -125,9 +119,8 @@ def weights_of(config: Config, source: Source, resume: Path | None) -> tuple[Pat
         return resume, weights
     if not is_adapter_folder(resume):
         raise CheckpointError(
-            f"{resume} holds no adapter, so a run with lora_rank cannot go on from it. Fix: leave "
-            f"--lora_rank out, or"
-            f" start a new run with --model_path {resume}"
+            f"{resume} holds no adapter, so a run with lora_rank cannot go on from it. Fix: leave"
+            f" --lora_rank out, or start a new run with --model_path {resume}"
         )
     before, named = read_adapter(resume)
     now = {"lora_rank": config.lora_rank, "lora_alpha": config.alpha, "lora_variant": config.lora_variant}

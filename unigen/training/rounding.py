@@ -9,14 +9,13 @@ bits follow from (seed, updates so far, name of the parameter, place in it), as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from unigen.config import Config
 from unigen.sequence.draw import RandomKey
 
 CHUNK = 1 << 24  # elements rounded at a time, a multiple of 4
@@ -81,11 +80,3 @@ class RoundedAdamW(torch.optim.AdamW):
         )  # fmt: skip
         if p.dtype == torch.bfloat16:
             round_into(p, wide, self.seed, name, int(state["step"]))
-
-
-def build_rounded(groups: Sequence[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
-    """The optimiser. Groups: ``params`` as (name, parameter) pairs, ``weight_decay``."""
-    betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = RoundedAdamW(list(groups), lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
-    optimizer.seed = config.seed
-    return optimizer

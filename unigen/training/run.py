@@ -97,10 +97,6 @@ class Run:
     def output_dir(self) -> Path:
         return self.saver.output_dir
 
-    def tick(self) -> None:
-        """Says that progress was made."""
-        self.heartbeat.beat(self.position.step)
-
     def checkpoint_bytes(self, weights_only: bool = False) -> int:
         """Bytes of the next checkpoint, all processes together."""
         return self.state.nbytes(weights_only) + sum(map(len, self.side.values()))
@@ -121,11 +117,10 @@ class Run:
     def _begin(self) -> None:
         assert self.claim is not None
         self.claim.begin()
-        streams = [stream for stream in (self.stream, self.val_stream) if stream is not None]
+        streams = filter(None, (self.stream, self.val_stream))
         for part in (part for stream in streams for part in stream.mixture.parts):
-            if part.dataset.bad:
+            if bad := [record.to_dict() for record in part.dataset.bad]:
                 with unwritten("output_dir", self.output_dir):
-                    bad = [record.to_dict() for record in part.dataset.bad]
                     list_bad_records(self.output_dir / layout.BAD_RECORDS, bad)
                 log.warning("The records of %s that are left out are in %s", part.name, layout.BAD_RECORDS)
 

@@ -64,11 +64,7 @@ def decides(folder: Path) -> bool:
 
 class Pace:
     """How often there are samples: every ``sample_steps``; or as often as something else happens, such as
-    validations, but so that they take at most ``SHARE`` of the time, as the first of them predict.
-
-    Args:
-        config, engine: of the run.
-    """
+    validations, but so that they take at most ``SHARE`` of the time, as the first of them predict."""
 
     def __init__(self, config: Config, engine: Engine):
         self._steps, self._engine = config.sample_steps, engine

@@ -5,6 +5,7 @@ can be compared over the steps. The training goes on to the bit as without them.
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -35,12 +36,8 @@ OUTPUTS: dict[str, list[str] | None] = {"draw": ["image"], "answer": ["text"], "
 
 
 class SampleWriter:
-    """Answers the prompts of ``sample_prompts`` into ``samples/step_N`` of the run's folder.
-
-    Args:
-        config: of the run; ``sample_prompts`` is given.
-        engine, model: as of :class:`Answerer`.
-        tasks: of the training data, which tell what to do with a prompt that does not say it.
+    """Answers the prompts of ``sample_prompts`` into ``samples/step_N`` of the run's folder; ``tasks`` of the
+    training data tell what to do with a prompt that does not say it.
 
     Raises:
         PromptError: a prompt cannot be used; says file and line.
@@ -51,25 +48,11 @@ class SampleWriter:
         self.config, self.engine, self.model = config, engine, model
         self.folder = Path(config.output_dir) / layout.SAMPLES
         self.prompts = with_kinds(read_prompts(config.sample_prompts, config.seed), config, tasks)
-        self._pace = Pace(config, engine)
-        self._answerer = Answerer(config, engine, model)
-        self._inferencer = self._answerer.inferencer
+        self.pace = Pace(config, engine)  # says when there are samples
+        self.answerer = Answerer(config, engine, model)
+        self._inferencer = self.answerer.inferencer
         for prompt in self.prompts:
             self._check(prompt)
-
-    @property
-    def idle(self) -> Callable[[], None]:
-        """Called before every prompt, token and Euler step; it may raise to end the samples."""
-        return self._answerer.idle
-
-    @idle.setter
-    def idle(self, call: Callable[[], None]) -> None:
-        self._answerer.idle = call
-
-    def due(self, step: int, otherwise: bool, last: bool = False) -> bool:
-        """Are there samples after ``step``? Where ``sample_steps`` does not say it ``otherwise`` does (does
-        it validate, or save?), within the time of :class:`Pace`. All processes ask together."""
-        return self._pace.due(step, otherwise, last)
 
     def run(
         self,
@@ -88,22 +71,14 @@ class SampleWriter:
         jobs = [
             PromptBatch(prompt.where, 1, lambda prompt=prompt: [self._ask(prompt)]) for prompt in self.prompts
         ]
-        raw: list[list[AnswerRecord]] = []
-        if averaged is None:
-            answers = self._answerer.answer(jobs)
-        else:
-            with averaged():
-                answers = self._answerer.answer(jobs)
-            raw = self._answerer.answer(jobs)
-        self._pace.took(step, time.perf_counter() - began)
+        with contextlib.nullcontext() if averaged is None else averaged():
+            answers = self.answerer.answer(jobs)
+        raw = self.answerer.answer(jobs) if averaged is not None else []
+        self.pace.took(step, time.perf_counter() - began)
         if self.engine.main:
             self._publish(step, [one for (one,) in answers], [one for (one,) in raw], tracker)
-            log.info(
-                "Samples of step %d: %s (%.1f s)",
-                step,
-                self.folder / layout.step_name(step),
-                time.perf_counter() - began,
-            )
+            seconds, folder = time.perf_counter() - began, self.folder / layout.step_name(step)
+            log.info("Samples of step %d: %s (%.1f s)", step, folder, seconds)
 
     # ---- answers
 

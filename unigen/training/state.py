@@ -29,14 +29,8 @@ log = logging.getLogger("unigen")
 
 
 def global_batch_of(config: Config, processes: int, states: Mapping[str, Any]) -> int:
-    """Packed sequences in an optimiser step: a resumed run keeps them, whatever the number of processes now,
-    unless asked for others.
-
-    Args:
-        config: of this run.
-        processes: of this run.
-        states: of the checkpoint it resumes from; empty for a fresh start.
-    """
+    """Packed sequences in an optimiser step: a resumed run keeps those of its checkpoint, whose ``states``
+    are empty for a fresh start, whatever the number of processes now, unless asked for others."""
     wanted = config.gradient_accumulation_steps * processes
     if not states:
         return wanted
@@ -45,17 +39,14 @@ def global_batch_of(config: Config, processes: int, states: Mapping[str, Any]) -
         if wanted != before:
             log.warning(
                 "A step now has %d packed sequences, not %d: gradient_accumulation_steps has changed",
-                wanted,
-                before,
-            )
+                wanted, before,
+            )  # fmt: skip
         return wanted
     if wanted != before:
         log.info(
             "A step keeps its %d packed sequences: up to %d for each of %d process(es)",
-            before,
-            -(-before // processes),
-            processes,
-        )
+            before, -(-before // processes), processes,
+        )  # fmt: skip
     return before
 
 
@@ -73,9 +64,9 @@ class RunState:
         self.engine, self.ema, self.origin = engine, ema, origin
         self._told: set[str] = set()  # files of the source of which a warning has spoken
         self.adapted = adapted
+        self._copied: list[str] = []  # from the source
+        self._from_memory: set[str] = set()  # frozen, and no longer to be had from the source
         if adapted:  # the base is not written
-            self._copied: list[str] = []
-            self._from_memory: set[str] = set()
             return
         source = origin.stored
         frozen = [shard for shard in engine.shards() if not shard.trains]
@@ -83,13 +74,9 @@ class RunState:
         changed = [float(resumed and not _equal(shard, source.get(shard.name))) for shard in looked_at]
         changed = engine.sum(changed) if frozen and resumed else changed
         held = {shard.name for shard in engine.shards()}
-        copied = {
-            s.name
-            for s, n in zip(frozen, changed, strict=True)
-            if n == 0 and s.name in source and source[s.name].shape == s.shape
-        }
+        still = [shard for shard, n in zip(frozen, changed, strict=True) if n == 0]
+        copied = {s.name for s in still if s.name in source and source[s.name].shape == s.shape}
         self._copied = [name for name in source if name in copied or name not in held]
-        self._from_memory: set[str] = set()  # frozen, and no longer to be had from the source
 
     # ---- out
 
@@ -107,26 +94,20 @@ class RunState:
             averaged = shard.trains and self.ema is not None
             value = self.ema.average(shard.name) if averaged and self.ema else shard.value
             group, name = (GROUP, disk_name(shard.name)) if self.adapted else ("ema", shard.name)
-            found.append(StateEntry(group, name, tuple(shard.shape), value, shard.start))
+            shape = tuple(shard.shape)
+            found.append(StateEntry(group, name, shape, value, shard.start))
             if not shard.trains or weights_only:
                 continue
             if averaged:
-                found.append(StateEntry("model", shard.name, tuple(shard.shape), shard.value, shard.start))
-            moments = self.engine.moments(shard)
+                found.append(StateEntry("model", shard.name, shape, shard.value, shard.start))
             # a parameter that never had a gradient is named all the same: its absence would be noticed
+            step, *moments = self.engine.moments(shard) or (0.0,)
             if shard.start == 0:
-                found.append(
-                    StateEntry(
-                        "optimizer", f"step.{shard.name}", (), torch.tensor(moments[0] if moments else 0.0)
-                    )
-                )
-            for name, moment in zip(MOMENTS, moments[1:] if moments else (), strict=False):
-                own = self.engine.config.optimizer == "adamw8bit"
-                found.append(
-                    StateEntry(
-                        "optimizer", f"{name}.{shard.name}", tuple(shard.shape), moment, shard.start, own=own
-                    )
-                )
+                found.append(StateEntry("optimizer", f"step.{shard.name}", (), torch.tensor(step)))
+            own = self.engine.config.optimizer == "adamw8bit"
+            for name, moment in zip(MOMENTS, moments, strict=False):
+                key = f"{name}.{shard.name}"
+                found.append(StateEntry("optimizer", key, shape, moment, shard.start, own=own))
         return found
 
     def _look_at_source(self) -> None:
@@ -171,17 +152,13 @@ class RunState:
     def _copies(self) -> list[StateEntry]:
         stored = [self.origin.stored[name] for name in self._copied]
         owners = share_out([entry.nbytes for entry in stored], self.engine.world)
-        return [
-            StateEntry(
-                "ema",
-                name,
-                entry.shape,
-                torch.empty(entry.shape, dtype=entry.dtype, device="meta"),
-                read=partial(self.origin.read, name),
-            )
-            for name, entry, owner in zip(self._copied, stored, owners, strict=True)
-            if owner == self.engine.rank
-        ]
+        found = []
+        for name, entry, owner in zip(self._copied, stored, owners, strict=True):
+            if owner == self.engine.rank:
+                stand_in = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+                read = partial(self.origin.read, name)
+                found.append(StateEntry("ema", name, entry.shape, stand_in, read=read))
+        return found
 
     def nbytes(self, weights_only: bool = False) -> int:
         """Bytes of the next checkpoint, all processes together; moments count even before there are any."""
@@ -220,9 +197,8 @@ class RunState:
         for shard in each("restoring the optimiser", trained, "tensors"):
             step = float(steps[shard.name])
             if step:
-                self.engine.set_moments(
-                    shard, step, *(_part(optimizer[f"{moment}.{shard.name}"], shard) for moment in MOMENTS)
-                )
+                moments = (_part(optimizer[f"{moment}.{shard.name}"], shard) for moment in MOMENTS)
+                self.engine.set_moments(shard, step, *moments)
         self.engine.refresh()
 
 
@@ -245,9 +221,9 @@ def _check(folder: Path, found: Mapping[str, Stored], expected: Mapping[str, tup
             has = f"{found[name].dtype} {list(found[name].shape)}"
             problems.append(f"{name} is {has} instead of {torch.float32} {list(expected[name])}")
     if problems:
-        shown = "; ".join(sorted(problems)[:8]) + (
-            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        )
+        shown = "; ".join(sorted(problems)[:8])
+        if len(problems) > 8:
+            shown = f"{shown}; and {len(problems) - 8} more"
         raise CheckpointError(
             f"{folder}: the optimiser's state does not fit this run: {shown}. Fix: resume with the options"
             " of the run that saved it (freezing, parts left out), or start from its weights (--model_path)"

@@ -82,9 +82,7 @@ def train_step(run: Run, batches: Sequence[MicroBatch], lr: float, counts: Count
     """Takes one optimiser step; all processes call it together.
 
     Args:
-        run: the training.
         batches: this process's micro-batches of the step.
-        lr: the learning rate.
         counts: of the whole step, on all processes.
 
     Raises:
@@ -126,13 +124,12 @@ def forward_backward(
     """Forward and backward of packed sequences, one after another; the gradients add up.
 
     Args:
-        engine, config: of the run.
         packs: this process's micro-batches of the step.
         counts: of the whole step, on all processes.
 
     Yields:
         After each, the sums [4] of its text loss, of its image loss, and of its distances to the model as it
-        was in texts and images, without gradients.
+            was in texts and images, without gradients.
     """
     for i, pack in enumerate(packs):
         last = i == len(packs) - 1

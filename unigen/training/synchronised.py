@@ -12,6 +12,7 @@ from torch import nn
 
 from unigen.config import UserError
 from unigen.model.bagel import Bagel
+from unigen.runs.signals import Stopped
 from unigen.training.engine import Engine
 
 log = logging.getLogger("unigen")
@@ -29,12 +30,6 @@ class _Unwind(Exception):
 def expected(error: BaseException) -> bool:
     """Does an error speak for itself, without the lines of code it came from?"""
     return isinstance(error, UserError | torch.OutOfMemoryError | MemoryError | OSError | _Unwind)
-
-
-def stopped_here() -> BaseException:
-    from unigen.runs.signals import Stopped
-
-    return Stopped()
 
 
 class SynchronisedGeneration:
@@ -63,10 +58,8 @@ class SynchronisedGeneration:
                 self.idle()
             except BaseException as error:
                 self.failure = error
-        failed, ended = (
-            self.failure is not None,
-            self.failure is not None and not isinstance(self.failure, Exception),
-        )
+        failed = self.failure is not None
+        ended = failed and not isinstance(self.failure, Exception)
         failures, ends, first = self.engine.sum([failed, ended, number if self.engine.main else 0])
         self.stop = ends > 0
         if failures:
@@ -92,7 +85,7 @@ class SynchronisedGeneration:
                 self.meet()
         failure, self.failure = self.failure, None
         if self.stop:
-            raise failure if failure is not None and not isinstance(failure, Exception) else stopped_here()
+            raise failure if failure is not None and not isinstance(failure, Exception) else Stopped()
         assert failure is None or isinstance(failure, Exception)
         return failure or elsewhere
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from unigen.bars import Bar
-from unigen.config import Config
 from unigen.data.dataset import TASKS, task
 from unigen.data.loader import MicroBatch, PackStream
 from unigen.data.mixing import Mixture
@@ -59,13 +58,11 @@ class Tasks:
 
 @torch.no_grad()
 def held_out_losses(
-    engine: Engine, config: Config, stream: PackStream, tasks: Tasks, batches: Iterable[list[MicroBatch]],
-    agree: Agree,
-) -> Losses | None:  # fmt: skip
+    engine: Engine, stream: PackStream, tasks: Tasks, batches: Iterable[list[MicroBatch]], agree: Agree
+) -> Losses | None:
     """Mean losses over packed sequences with fixed noise and times: equal weights give equal numbers.
 
     Args:
-        engine, config: of the run.
         stream: the data, and ``tasks`` of its records.
         batches: of this process, one at a time, and as many on every process.
         agree: false breaks it off, and the answer is None.
@@ -96,6 +93,7 @@ def held_out_losses(
         total, count = columns.sum(dim=1).tolist()
         if count:
             values[name] = total / count
+    config = engine.config
     weighted = config.text_loss_weight * values.get("text_loss", 0.0)
     values["loss"] = weighted + config.image_loss_weight * values.get("image_loss", 0.0)
     names = [f"{group}/{name}" for group in (TEXT_BY_TASK, IMAGE_BY_TASK) for name in TASKS]

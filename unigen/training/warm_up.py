@@ -46,31 +46,22 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1, fresh: b
     """Takes the largest packed sequence forward and backward, so that memory runs out now or never.
 
     Where a step has several ``micro_batches`` on each process it goes twice: the second forward runs while
-    the first one's gradients are held. Nothing of it stays.
-
-    Args:
-        engine: of the run.
-        stream: of the training data.
-        micro_batches: of a step, on each process.
-        fresh: are the weights those of ``model_path``? Their losses are looked at then.
+    the first one's gradients are held. Nothing of it stays. ``fresh``: the weights are those of
+    ``model_path``, and their losses are looked at.
 
     Raises:
         TrainingStopped: it does not fit into the memory of the device, its loss or gradient is not finite,
             nothing learns from the data, or the weights are not what they should be (``preflight``).
     """
-    with Bar("warm-up batch"):
-        return _warm_up(engine, stream, micro_batches, fresh)
-
-
-def _warm_up(engine: Engine, stream: PackStream, micro_batches: int, fresh: bool) -> WarmUp:
     pack = stream.build_largest().pack
     packs, peaks, sums = [pack] * min(micro_batches, 2), [], torch.zeros(2)
     try:
         held = _moments_to_come(engine)
         _restart_peak(engine.device)
-        for found in forward_backward(engine, packs, Counts.of(packs), engine.config):
-            sums = found
-            peaks.append(_restart_peak(engine.device))
+        with Bar("warm-up batch"):
+            for found in forward_backward(engine, packs, Counts.of(packs), engine.config):
+                sums = found
+                peaks.append(_restart_peak(engine.device))
     except torch.OutOfMemoryError as error:
         which = "" if len(packs) == 1 else f" as micro-batch {len(peaks) + 1} of a step"
         raise TrainingStopped(
@@ -83,13 +74,11 @@ def _warm_up(engine: Engine, stream: PackStream, micro_batches: int, fresh: bool
     engine.discard()
     twice = "" if len(packs) == 1 else " twice, as two micro-batches of a step"
     took = " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks)
+    most = f", at most {took}" if engine.device.type == "cuda" else ""
     log.info(
         "Warm-up batch: %s tokens of %d sample(s) went forward and backward%s%s",
-        f"{len(pack):,}",
-        pack.n_samples,
-        twice,
-        f", at most {took}" if engine.device.type == "cuda" else "",
-    )
+        f"{len(pack):,}", pack.n_samples, twice, most,
+    )  # fmt: skip
     return WarmUp(Load.of(pack), max(peaks), doubted)
 
 
@@ -131,15 +120,9 @@ def _why_still(engine: Engine, pack: Pack) -> str:
     """Why something of the model may have no gradient from a packed sequence: what the sequence lacks, or
     the output layer of pictures, which begins as zero, lets nothing through yet."""
     output = [shard.value for shard in engine.shards() if shard.name == "llm2vae.weight"]
-    moved, held, texts, drawn, seen = engine.sum(
-        [
-            float(any(bool(value.any()) for value in output)),
-            float(len(output)),
-            float(pack.n_text_labels),
-            float(pack.n_image_targets),
-            float(len(pack.vit_lengths)),
-        ]
-    )
+    mine = [any(bool(value.any()) for value in output), len(output)]
+    mine += [pack.n_text_labels, pack.n_image_targets, len(pack.vit_lengths)]
+    moved, held, texts, drawn, seen = engine.sum(mine)
     there = {
         "nothing in it is to be written": texts,
         "nothing in it is to be drawn": drawn,
@@ -169,12 +152,10 @@ def _without_gradient(gradients: dict[str, bool | None]) -> list[str]:
 def _look_at_losses(engine: Engine, pack: Pack, sums: Tensor) -> frozenset[str]:
     """:func:`judge_losses` of the warm-up batch's losses."""
     counts = Counts.of([pack])
-    text, text_count, image, image_count = engine.sum(
-        [float(sums[0]), counts.text, float(sums[1]), counts.image]
-    )
-    text_loss = (
-        text / text_count if text_count and enough_labels(pack.n_text_labels, pack.n_samples) else None
-    )
+    mine = [float(sums[0]), counts.text, float(sums[1]), counts.image]
+    text, text_count, image, image_count = engine.sum(mine)
+    enough = text_count and enough_labels(pack.n_text_labels, pack.n_samples)
+    text_loss = text / text_count if enough else None
     image_loss = image / image_count if image_count else None
     losses = {"text": text_loss, "image": image_loss}
     said = [f"{kind} loss {value:.4g}" for kind, value in losses.items() if value is not None]
