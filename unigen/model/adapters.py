@@ -188,7 +188,6 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
 
 
 def adapters_line(adapter: Adapter) -> str:
-    """One line for the log."""
     extra = f", {len(adapter.whole)} tensors whole" if adapter.whole else ""
     about = f"{adapter.variant} rank {adapter.rank}, alpha {adapter.alpha:g}"
     return f"{about}, {len(adapter.targets)} matrices{extra}"

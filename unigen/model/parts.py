@@ -50,7 +50,6 @@ def matches(name: str, word: str, known: Patterns) -> bool:
 
 
 def is_adapter(name: str) -> bool:
-    """Is it a parameter of an adapter?"""
     return any(f".{mark}." in name for mark in ADAPTER_MARKS)
 
 

@@ -123,7 +123,6 @@ class Groups:
 
     @classmethod
     def of(cls, pack: Pack) -> Groups:
-        """Of a packed sequence."""
         self = cls(_places(pack), pack.ids.device)
         tokens, start = Tokens.of(pack).at(self.rows), 0
         for members in self.members:

@@ -42,7 +42,6 @@ class Load:
 
     @classmethod
     def of(cls, pack: Pack) -> Load:
-        """That of a packed sequence."""
         lengths = [u + g for u, g in zip(pack.und_lengths, pack.gen_lengths, strict=True)]
         ready = pack.vit_ready or [False] * len(pack.vit_lengths)
         kept = pack.n_kept_labels, pack.n_kept_image
@@ -133,7 +132,6 @@ class Widths:
 
     @property
     def head(self) -> int:
-        """Width of a head."""
         return self.q // self.heads
 
     @classmethod

@@ -76,7 +76,6 @@ class Source:
         self.stored = {name: entry.through(through) for name, entry in found.items()}
 
     def close(self) -> None:
-        """Lets go of the files."""
         for file in self._files.values():
             file.close()
 

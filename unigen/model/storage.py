@@ -92,7 +92,6 @@ def config_json(folder: Path, schema: Rule | None = None) -> dict[str, Any]:
 def wrong(
     folder: Path, problem: str, fix: str = "take this file from the original checkpoint again"
 ) -> CheckpointFolderError:
-    """The error of a folder."""
     return CheckpointFolderError(f"{folder}: {problem}. Fix: {fix}")
 
 

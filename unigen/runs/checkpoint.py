@@ -121,15 +121,14 @@ def verify_checkpoint(
     Raises:
         CheckpointError: naming every file that is missing, cut short or changed; on all processes.
     """
-    folder, manifest, found = Path(folder), "", []
+    manifest, found = "", []
     try:
         found = changed_files(folder, share=share, tick=tick)
     except CheckpointError as error:
         manifest = str(error)
     said = [json.loads(text) for text in gather(json.dumps([manifest, found]))]
-    for manifest, _ in said:
-        if manifest:
-            raise CheckpointError(manifest)
+    if manifest := next((unread for unread, _ in said if unread), ""):
+        raise CheckpointError(manifest)
     if problems := dict.fromkeys(problem for _, found in said for problem in found):
         fix = "use another checkpoint, or a backup of this one"
         raise _unusable(folder, f"damaged checkpoint: {'; '.join(problems)}", fix)
@@ -280,10 +279,9 @@ def latest_checkpoint(output_dir: Path, verify: Verify = verify_checkpoint) -> P
 
 def _mark(folder: Path) -> dict[str, Any]:
     """The manifest, with what it says of skipped steps; empty where it cannot be read."""
-    try:
+    with contextlib.suppress(CheckpointError):
         return read_manifest(folder)
-    except CheckpointError:
-        return {}
+    return {}
 
 
 def resolve_resume(

@@ -69,7 +69,6 @@ def step_of(name: str) -> int | None:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Is it the name of a checkpoint?"""
     return name == BEST or step_of(name) is not None
 
 
@@ -85,17 +84,14 @@ def unfinished(name: str) -> tuple[str, str] | None:
 
 
 def state_file(state: str) -> str:
-    """The file of a state in a checkpoint."""
     return f"{state}.json"
 
 
 def earlier_name(number: int) -> str:
-    """The folder of the earlier run ``number``."""
     return f"old-{number}"
 
 
 def is_earlier(name: str) -> bool:
-    """Is it the folder of an earlier run?"""
     return _EARLIER.fullmatch(name) is not None
 
 

@@ -76,7 +76,6 @@ class RunFolder:
         self._rank_files = RankFiles(self.folder / layout.RANKS)
 
     def update(self) -> None:
-        """Looks at the folder again."""
         self.metrics.update()
         self.bad_steps.update()
         self.bad_records.update()
@@ -112,7 +111,6 @@ class RunFolder:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run."""
         told = [rank.facts.get("total_steps") for rank in self.ranks if rank.rank == 0]
         if newest := self.last_checkpoint:
             state = self._json(self.folder / newest.name / layout.state_file(layout.TRAINER))

@@ -86,6 +86,5 @@ def listen(level: str, main: bool) -> RunLog:
 
 
 def leave(said: RunLog) -> None:
-    """Ends a log."""
     logging.getLogger().removeHandler(said)
     said.close()

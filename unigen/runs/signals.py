@@ -103,7 +103,6 @@ class SignalHandler:
 
     @property
     def asked(self) -> bool:
-        """Has a signal asked for the end?"""
         return self.signal is not None
 
     def phase(self, name: str, breakable: bool = False) -> Phase:

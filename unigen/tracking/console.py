@@ -63,11 +63,11 @@ class Progress:
             if not self._bar.drawn:
                 self._print(line)
 
-    def write(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        text = in_language(text)
-        self._note(text)
-        self._print(text)
+    def write(self, *lines: str) -> None:
+        """Lines above the bar; each is a sentence of its own, which another language knows as such."""
+        for text in map(in_language, lines):
+            self._note(text)
+            self._print(text)
 
     def close(self) -> None:
         """Takes the bar away; a second call does nothing."""

@@ -119,7 +119,6 @@ class HeldOutAnswers:
 
     @property
     def records(self) -> int:
-        """That are answered."""
         return sum(map(len, self.batches[: self.kept]))
 
     def measure(self, budget: float) -> Scores:

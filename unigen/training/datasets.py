@@ -58,7 +58,6 @@ class RunData:
 
     @property
     def tasks(self) -> set[str]:
-        """The tasks of the training records."""
         return {task for part in self.train.mixture.parts for task in part.dataset.statistics()["tasks"]}
 
     def _stream(self, sources: list[TrainSource], tokenizer: Tokenizer, training: bool) -> PackStream:

@@ -127,7 +127,6 @@ class DeepSpeedSettings:
 
     @property
     def stage(self) -> int:
-        """ZeRO 1, 2 or 3."""
         return self.values["zero_optimization"]["stage"]
 
     @property

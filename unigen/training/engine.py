@@ -213,7 +213,6 @@ class Engine:
 
     @property
     def compiles(self) -> bool:
-        """Do the layers run compiled?"""
         return self.compiled is not None and self.compiled.on
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -260,7 +259,6 @@ class Engine:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets the gradient."""
         for p in self.model.parameters():
             p.grad = None
         for local in self._optimised.values():
@@ -320,20 +318,25 @@ ENGINES: dict[str, str] = {
 """Name -> class, imported when it is asked for."""
 
 
+def engine_name(config: Config, world: int) -> str:
+    """The engine that the config asks for; ``auto`` is plain data parallel where there are several processes,
+    and that of one process alone is ``single``."""
+    name = config.engine if config.engine != "auto" else "ddp"
+    return "single" if name == "ddp" and world == 1 else name
+
+
 def open_engine(config: Config) -> Engine:
-    """The engine that the config asks for; ``auto`` is plain data parallel where there are several processes.
+    """The engine that the config asks for.
 
     Raises:
         ConfigError: ``single`` with several processes; no GPU where one is asked for.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    name = config.engine if config.engine != "auto" else "ddp" if world > 1 else "single"
+    name = engine_name(config, world)
     if name == "single" and world > 1:
         raise ConfigError(
             f"engine is single, but {world} processes were started; use --engine ddp or fsdp2, or start one"
             " without torchrun"
         )
-    if name == "ddp" and world == 1:
-        name = "single"
     module, _, attribute = ENGINES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)(config)

@@ -97,7 +97,6 @@ class BadStepGuard:
         return ""
 
     def took(self, grad_norm: float) -> None:
-        """A step was taken."""
         self.in_a_row = 0
         self.recent.append(0)
         for name in list(self._fresh):

@@ -118,14 +118,9 @@ class TrainingLoop:
         at, tokens = self.position, int(self._tokens)
         early = at.step < run.total_steps
         said = closing(run.output_dir, self.config, at.step, at.best, metrics, seconds, tokens, early)
-        self._write(said)
-
-    def _write(self, lines: Sequence[str]) -> None:
-        for line in lines:  # each is a sentence of its own, which another language knows as such
-            self.progress.write(line)
+        self.progress.write(*said)
 
     def take_step(self, batches: Sequence[MicroBatch], lr: float, counts: Counts) -> StepResult:
-        """One optimiser step (:func:`train_step`)."""
         return train_step(self.run, batches, lr, counts)
 
     # ---- before a step
@@ -235,7 +230,7 @@ class TrainingLoop:
         said = ["Stopped by a signal. The same command goes on from here with --resume_from_checkpoint auto"]
         saved = self.run.output_dir / layout.step_name(self.position.saved)
         said += following(self.run.output_dir, self.config, saved) if self.position.saved > 0 else []
-        self._write(said)
+        self.progress.write(*said)
         raise Stopped
 
     # ---- after a step

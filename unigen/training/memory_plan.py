@@ -28,6 +28,7 @@ from unigen.model.config import BagelConfig
 from unigen.model.parts import GEN, is_adapter, is_embedding, is_linear, title
 from unigen.model.sizes import Half, Load, Widths, half_of, vit_kept, work_of
 from unigen.training.census import ParameterEntry, census, codec_numbers
+from unigen.training.engine import engine_name
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take of a GPU
 FRAGMENTS = 0.04  # of all tensors: what the allocator cannot give out again
@@ -55,7 +56,7 @@ class Machine:
         Raises:
             ConfigError: the engine is deepspeed, or ``shard_size`` does not divide the processes.
         """
-        engine = config.engine if config.engine != "auto" else "ddp" if world > 1 else "single"
+        engine = engine_name(config, world)
         if engine == "deepspeed":
             raise ConfigError(
                 "engine deepspeed is not planned: its JSON decides what it holds. Fix: --engine fsdp2"
@@ -65,7 +66,6 @@ class Machine:
         shards = (config.shard_size or world) if engine == "fsdp2" else 1
         if world % shards:
             raise ConfigError(f"shard_size is {shards}, which does not divide {world}. Fix: --shard_size ...")
-        engine = "single" if engine == "ddp" and world == 1 else engine
         return cls(kind, world, engine, shards, config.cpu_offload, computes)
 
 

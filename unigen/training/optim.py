@@ -192,7 +192,6 @@ def squared_norm(grads: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(grads: Sequence[Tensor], factor: float) -> None:
-    """Multiplies all gradients by ``factor``, in place."""
     if factor != 1:
         for same in _by_kind(grads):
             torch._foreach_mul_(same, factor)
