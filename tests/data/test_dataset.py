@@ -315,7 +315,7 @@ def test_skip_lists_counts_and_stops_above_one_percent(
     assert "1 of 100 records" in caplog.text
     path.write_bytes(b"\n".join([line("a")] * 98 + [b"{"]))
     error = refused(path, on_bad_record="skip", bad_records_path=listing)
-    assert "more than the 1 %" in str(error) and "--max_bad_share" in str(error) and len(error.records) == 1
+    assert "more than the 1%" in str(error) and "--max_bad_share" in str(error) and len(error.records) == 1
     assert len(UnifiedGenerationDataset(path, on_bad_record="skip", max_bad_share=0.02)) == 98
     written = [json.loads(row) for row in listing.read_text().splitlines()]
     assert [(row["code"], row["line"], row["file"]) for row in written] == [

@@ -25,4 +25,4 @@ def test_verdicts(good, bad, lost, share, code, with_error, with_skip) -> None:
 
 
 def test_shares_as_people_write_them() -> None:
-    assert [percents(share) for share in (0.01, 0.005, 0.125, 1)] == ["1 %", "0.5 %", "12.5 %", "100 %"]
+    assert [percents(share) for share in (0.01, 0.005, 0.125, 1)] == ["1%", "0.5%", "12.5%", "100%"]

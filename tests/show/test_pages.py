@@ -42,7 +42,7 @@ def page(path: Path, body: str, title: str = "t", **options) -> str:
 
 
 def test_figures_stand_to_the_right():
-    rows = [["a", 1_234_567, "12.3%", "< 0.01%", 0.98765432], ["b", 2, "0.0 %", "4%", 1e-9]]
+    rows = [["a", 1_234_567, "12.3%", "< 0.01%", 0.98765432], ["b", 2, "0.0%", "4%", 1e-9]]
     source = part("table", ["name", "n", "share", "rest", "value"], rows)
     assert source.count('<td class="number">') == 8 and source.count('<th class="number">') == 4
     text = Page(source).text
@@ -157,9 +157,9 @@ def test_contact_sheet_places_each_picture_in_its_cell():
 
 
 def test_options_and_figures_do_not_break_and_markup_stays_text():
-    shown = str(unbroken("<b> use --max_bad_share, p = 0.05, 1 % of a--b"))
+    shown = str(unbroken("<b> use --max_bad_share, p = 0.05, 9.8 [9.4, 1.03e+01] of a--b"))
     assert [part.partition("</span>")[0] for part in shown.split('<span class="whole">')[1:]] == [
-        "--max_bad_share", "p = 0.05", "1 %",
+        "--max_bad_share", "p = 0.05", "[9.4, 1.03e+01]",
     ]  # fmt: skip
     assert shown.startswith("&lt;b&gt;")
 

@@ -583,7 +583,7 @@ def test_bad_records_can_be_left_out_while_they_are_few(options: dict[str, Any],
     ]
     assert (line["file"], line["line"]) == (str(bad), 121)
     assert [line["epoch"] for line in metrics(options["output_dir"])] == [0.5, 1.0]
-    with pytest.raises(BadData, match="more than the 1 %"):
+    with pytest.raises(BadData, match="more than the 1%"):
         train(
             **options
             | {

@@ -38,5 +38,5 @@ class Verdict(NamedTuple):
 
 
 def percents(share: float) -> str:
-    """A share that options give: 1 %, 0.5 %."""
-    return f"{100 * share:.3g} %"
+    """A share that options give: 1%, 0.5%."""
+    return f"{100 * share:.3g}%"

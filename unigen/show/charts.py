@@ -17,6 +17,7 @@ from unigen.show.curves import AxisRange, log_ticks, round_ticks, span, thin, va
 from unigen.show.language import Words
 
 SIDE = 1000  # of the plane that is stretched over a chart
+WIDEST = 160  # of a bar, where there are few
 COLOURS = 8  # --c0 ... in page.css
 SKIPPED = "var(--bad)"
 Axis = Callable[[float], float]
@@ -146,8 +147,10 @@ def bar_chart(
     top = round_ticks(0.0, max(value for *_, value in bars))[-1]
     ys, shapes = _grid(AxisRange(0.0, top), whole=all(value == int(value) for *_, value in bars))
     width = SIDE / len(bars)
+    half = min(0.42 * width, WIDEST / 2)
     for n, (_, name, value) in enumerate(bars):
-        bar = _block((n + 0.08) * width, (n + 0.92) * width, (1 - value / top) * SIDE)
+        middle = (n + 0.5) * width
+        bar = _block(middle - half, middle + half, (1 - value / top) * SIDE)
         shapes.append(Shape([bar], "bar", "var(--c0)"))
         # the whole height catches the pointer, so that the smallest bar can be asked too
         column = _block(n * width, (n + 1) * width, 0.0)

@@ -15,6 +15,7 @@ from unigen.show.terminal import harmless
 TAGS = {"en": "en", "zh": "zh-CN"}  # what HTML calls them
 DURATIONS = ("ago", "for_")  # values that are seconds
 SIZES = ("free", "need")  # bytes
+BETWEEN = {"en": " ", "zh": ""}  # two sentences
 # In place of a field's name, as in a bad record.
 PLACES = {"(record)": "whole_record", "(file)": "whole_file"}
 
@@ -60,6 +61,10 @@ class Words:
 
     def listed(self, names: Iterable[str]) -> str:
         return self("comma").join(names)
+
+    def sentences(self, *said: str) -> str:
+        """Sentences behind each other; an empty one is none."""
+        return BETWEEN[self.language].join(filter(None, said))
 
     def phase(self, name: str) -> str:
         """What a process does, by its name in the heartbeats; a dash between two phases."""

@@ -29,7 +29,7 @@ from unigen.show.language import TAGS, Words
 
 GENERATE, INDEX = "unigen generate", "index.html"
 _PIECE = re.compile(r"[0-9]{2,}_(text\.txt|image\.png)")
-_WHOLE = re.compile(r"(?<![\w-])--[a-z][\w-]*|\b[np] = [\d.]+|[\d.]+ %")
+_WHOLE = re.compile(r"(?<![\w-])--[a-z][\w-]*|\b[np] = [\d.]+|\[[-+.\de]+, [-+.\de]+\]")
 MAX_SIDE = 1024  # of a picture in a page; the files beside the page keep their size
 SMALL = 192  # pictures up to this side are magnified with hard pixels
 # the browser itself refuses anything from outside

@@ -68,7 +68,7 @@ def _tiles(found: Findings, s: dict[str, Any], words: Words) -> list[tuple[str, 
     tiles = [
         (words("tile_records"), s["records"]),
         (words("tile_problems"), len(found.problems)),
-        (f"{words('tile_length')} ({words(s['lengths']['unit'])})", median),
+        (words("aside", text=words("tile_length"), aside=words(s["lengths"]["unit"])), median),
         (words("tile_pictures"), s["pictures"]["pieces"]),
         (words("tile_text"), s["targets"]["text_tokens"]),
         (words("tile_image"), s["targets"]["image_tokens"]),

@@ -27,6 +27,7 @@ class ReportTable(NamedTuple):
 
     header: list[str]
     rows: list[list[Any]]
+    stacked: bool = False  # on a phone: its cells are long texts
 
 
 class Charts(NamedTuple):
@@ -99,7 +100,7 @@ def advice_line(advice: Advice, words: Words) -> str:
 
 
 def percent(share: float) -> str:
-    """A share that tells nothing from next to nothing: 0 %, 0.03 %, 1.2 %, 47.1 %."""
+    """A share that tells nothing from next to nothing: 0.0%, 0.03%, 1.2%, 47.1%."""
     return f"{share:.1%}" if share >= 0.01 or share == 0 else f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
 
 
@@ -158,7 +159,7 @@ def _balance(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     yield Shares(words("kind"), shares)
 
 
-QUANTILES = {"0.05": "5 %", "0.25": "25 %", "0.5": "median", "0.75": "75 %", "0.95": "95 %", "0.99": "99 %"}
+QUANTILES = {"0.05": "5%", "0.25": "25%", "0.5": "median", "0.75": "75%", "0.95": "95%", "0.99": "99%"}
 
 
 def _numbers(measured: dict[str, dict[str, Any]], words: Words) -> ReportTable:
@@ -267,16 +268,15 @@ def _repetitions(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
         # one picture in many records is ordinary: editing chains, several questions
         if of["most"] and kind != "pictures":
             rows = [[_joined(most["what"]), most["count"], _joined(most["where"])] for most in of["most"]]
-            yield ReportTable(
-                [f"{words(f'same_{kind}')}: {words('what')}", words("count"), words("where")], rows
-            )
+            what = words("named", name=words(f"same_{kind}"), value=words("what"))
+            yield ReportTable([what, words("count"), words("where")], rows, True)
 
 
 def _near_empty(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     if s["near_empty"]["records"]:
         rows = [[where, repr(text)] for where, text in s["near_empty"]["first"]]
         more = s["near_empty"]["records"] - len(rows)
-        yield ReportTable([words("place"), words("what")], rows)
+        yield ReportTable([words("place"), words("what")], rows, True)
         if more:
             yield Note(words("more", n=more))
 

@@ -350,7 +350,8 @@ def _write_report(output_dir: Path, metrics: dict[str, Any], exam: Exam, quick: 
         Line(in_language(name), log.points(f"{name}_loss"), n) for n, name in enumerate(("text", "image"))
     ]
     values = {
-        "scores": [(_named(name), *cells) for name, *cells in _rows(metrics)],
+        # the sign alone, as a phone has no room for its word
+        "scores": [(_named(name), *shares, marked[0]) for name, *shares, marked in _rows(metrics)],
         "not_held": in_language(NOT_HELD) if quick else "",
         "figures": [
             (_named(name), in_language(value) if isinstance(value, str) else value)

@@ -62,6 +62,7 @@ def write(
     ]
     answered = [replace(one, name=short[one.name]) for one in answered]
     base = answered[0]
+    everything = [result for one in answered for results in one.scores.values() for result in results]
     values = {
         "words": words,
         "checkpoints": checkpoints,
@@ -76,6 +77,7 @@ def write(
         "curves": _curves(answered, words),
         "grid": _grid(cases, answered),
         "tasks": [_task(task, cases, answered, words) for task in base.scores],
+        "absent": [("note", text) for text in not_measured(everything, words, words.metric)],
         "settings": sorted((name, written(value)) for name, value in base.about["sampling"].items()),
         "about": base.about,
     }
@@ -135,8 +137,11 @@ def _curves(answered: Sequence[Answered], words: Words) -> list[tuple[str, list[
                 low, high = min(p.low for p in everything), max(p.high for p in everything)
                 room = AxisRange(low, high) if high > low else None  # for the whole band
                 charts.append(line_chart(name, lines, words, values=room))
-        found.append((_named(task, words), charts, words.listed(flat)))
-    return [(task, charts, flat) for task, charts, flat in found if charts or flat]
+        note = words.sentences(
+            words("band") * bool(charts), words("flat", kinds=words.listed(flat)) * bool(flat)
+        )
+        found.append((_named(task, words), charts, note))
+    return [one for one in found if one[2]]
 
 
 def _grid(cases: Sequence[Case], answered: Sequence[Answered]) -> list[list[Any]]:
@@ -182,28 +187,30 @@ def _verdict(alike: Sequence[Comparison], words: Words) -> tuple[str, str, str]:
     kinds = words.listed(dict.fromkeys(label(each.name, words) for each in alike))
     if one.verdict == "not compared":
         return MARKS[one.verdict], kinds, words("not_compared", why=in_language(one.reason, words.language))
-    over = f" ({in_language(one.reason, words.language)})" if one.reason else ""
+    over = in_language(one.reason, words.language)
+
+    def whole(said: str) -> str:
+        return words("aside", text=said, aside=over) if over else said
+
     if one.verdict == "no difference shown":
         least = min(each.p for each in alike if each.p is not None)
         p = f"{'=' if len(alike) == 1 else '≥'} {least:.2g}"
-        return MARKS[one.verdict], kinds, words("no_difference", n=one.n, p=p) + over
+        return MARKS[one.verdict], kinds, whole(words("no_difference", n=one.n, p=p))
     assert one.difference is not None and one.interval is not None
     low, high = one.interval if one.difference > 0 else (-one.interval[1], -one.interval[0])
     size = f"{abs(one.difference):.4g} [{low:.4g}, {high:.4g}]"
-    return MARKS[one.verdict], kinds, words(one.verdict, size=size, p=f"{one.p:.2g}", n=one.n) + over
+    return MARKS[one.verdict], kinds, whole(words(one.verdict, size=size, p=f"{one.p:.2g}", n=one.n))
 
 
 def _task(task: str, cases: Sequence[Case], answered: Sequence[Answered], words: Words) -> dict[str, Any]:
     """Numbers and samples of one task."""
 
-    rows = rows_of(answered, task, words, "–")
-    absent = not_measured([r for one in answered for r in one.scores[task]], words, words.metric)
     places = [place for place, case in enumerate(cases) if case.task == task]
     return {
         "name": _named(task, words),
         "header": [words("metric"), *(one.name for one in answered), "n"],
-        "rows": rows,
-        "notes": [("note", text) for text in [*notes_of(answered, task, words), *absent]],
+        "rows": rows_of(answered, task, words, "–"),
+        "notes": [("note", text) for text in notes_of(answered, task, words)],
         "names": [result.name for result in answered[0].scores[task] if result.value is not None],
         "samples": _samples(task, places, cases, answered, words),
     }

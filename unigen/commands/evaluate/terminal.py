@@ -72,7 +72,7 @@ def notes_of(answered: Sequence[Answered], task: str, words: Words) -> list[str]
     for one in (result for each in answered for result in each.scores[task]):
         named = label(one.name, words)
         said = (in_language(note, words.language) for note in one.notes)
-        notes += [words("noted", metric=named, note=note) for note in said]
+        notes += [words("named", name=named, value=note) for note in said]
         if one.value is None and not one.was_not_given:
             why, fix = (in_language(text, words.language) for text in (one.reason, one.fix))
             lacking.append(words("lacking", kind=named, why=why, fix=fix))

@@ -97,7 +97,11 @@ class Chips:
         return self.words("tip_label", id=id)
 
     def _place(self, key: str, index: int, label: int) -> str:
-        return f"{self.words(key)}: {self.words('tip_index', index=index)} · {self._label(label)}"
+        return self.words(
+            "named",
+            name=self.words(key),
+            value=f"{self.words('tip_index', index=index)} · {self._label(label)}",
+        )
 
     def text(self, block: BlockView) -> FoldedText:
         """The tokens of a text block, and what was cut off it."""

@@ -150,7 +150,7 @@ def _mask(view: SampleView, words: Words) -> dict[str, Any]:
         "mask": Embedded(encoded(mask.image, "png"), small=True, width=mask.width),
         "side": mask.side,
         "axis": [(*place, shown.number, kind) for place, shown, kind in zip(mask.axis, mask.blocks, kinds)],
-        "scale": scale if drawn == every else f"{scale} {words('mask_first', n=drawn, all=every)}",
+        "scale": scale if drawn == every else words.sentences(scale, words("mask_first", n=drawn, all=every)),
     }
 
 
@@ -169,7 +169,7 @@ def _card(shown: BlockView, chips: Chips, side: int, planner: Planner, words: Wo
     if dropped:
         note = words("dropped_text") if text else words("dropped_image", position=a)
         if shown.block.closing_label is not None:
-            note += " " + words("dropped_label", label=chips.name(shown.block.closing_label))
+            note = words.sentences(note, words("dropped_label", label=chips.name(shown.block.closing_label)))
     return {
         "number": shown.number,
         "kind": KINDS[shown.kind],

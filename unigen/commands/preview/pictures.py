@@ -42,6 +42,7 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     opacity: float  # of the grid
+    small: bool  # shown larger than it is
 
 
 def tile_side(blocks: Sequence[BlockView]) -> int:
@@ -61,7 +62,7 @@ def tile(shown: BlockView, side: int) -> Tile:
     width = max(24, round(side * min(1.0, image.width / image.height)))
     faint = min(0.6, max(0.25, width / columns / 16))  # a fine grid must not hide the picture
     src = encoded(image, "png") if max(image.size) <= 64 else encoded(image, "jpeg", quality=82)
-    return Tile(src, width, rows, columns, round(faint, 2))
+    return Tile(src, width, rows, columns, round(faint, 2), image.width < width)
 
 
 def encoded(image: Any, kind: str, **options: Any) -> str:

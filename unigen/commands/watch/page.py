@@ -68,7 +68,7 @@ def _one(run: RunFolder, words: Words) -> dict[str, Any]:
             "share": report.share_done(run),
             "why": report.why(state, words),
             "seen": words("seen", when=time.strftime("%Y-%m-%d %H:%M:%S"), folder=str(run.folder.resolve())),
-            "earlier": words("earlier", names=", ".join(run.earlier)) if run.earlier else "",
+            "earlier": words("earlier", names=words.listed(run.earlier)) if run.earlier else "",
             "tiles": [*_results(run, words), *report.facts(run, state, words)],
         },
         "overview": None,
@@ -97,7 +97,9 @@ def _results(run: RunFolder, words: Words) -> list[tuple[str, str, str]]:
         found.append((words("loss"), figure(log.latest.get("loss")), ""))
     if validations := log.points("val_loss"):
         best = min(validations, key=lambda p: p.low)
-        note = f"{words('best')} {figure(best.low)}, {words('step_alone', step=round(best.step))}"
+        note = words.listed(
+            [f"{words('best')} {figure(best.low)}", words("step_alone", step=round(best.step))]
+        )
         found.append((words("validation"), figure(log.latest.get("val_loss")), note))
     return found
 
@@ -214,7 +216,9 @@ class Pictures:
         return "picture", Embedded(data_uri(data, kind), kind == "png" and max(sides) <= HARD_PIXELS)
 
     def _missing(self, path: Path, reason: str) -> tuple[str, str]:
-        return "note", f"{path.name}: {self.words('not_shown', why=self.words(reason))}"
+        return "note", self.words(
+            "named", name=path.name, value=self.words("not_shown", why=self.words(reason))
+        )
 
 
 def _scaled(data: bytes) -> bytes:

@@ -33,7 +33,7 @@ class WatchTable(NamedTuple):
 
 def why(state: State, words: Words) -> str:
     """The evidence for the state of a run."""
-    return "; ".join(words(told.key, **told.values) for told in state.why)
+    return words("semicolon").join(words(told.key, **told.values) for told in state.why)
 
 
 def progress_of(run: RunFolder, words: Words) -> str:
