@@ -129,6 +129,9 @@ def test_a_mask_of_a_talk_says_which_turns_are_learnt() -> None:
 def test_a_mask_that_may_mean_another_thing_is_refused() -> None:
     assert refused({"messages": TURNS, "loss_mask": [0, 1]}) == ("wrong_type", "loss_mask")
     assert refused({"query": "q", "response": "r", "loss_mask": [0, 1]}) == ("wrong_type", "loss_mask")
+    shown = [{"path": "a.png"}, {"path": "b.png"}]
+    edits = {"image_list": shown, "instruction_list": ["red"], "loss_mask": [0, 1]}
+    assert refused(edits) == ("wrong_type", "loss_mask")
     assert refused({"messages": TURNS, "loss_mask": [0, 2, 0, 1]}) == ("wrong_type", "messages[1].loss_mask")
     contrary = {"messages": [TURNS[0], TURNS[1] | {"loss": False}], "loss_mask": [0, 1]}
     assert refused(contrary) == ("ambiguous_piece", "messages[1].loss")
@@ -143,6 +146,7 @@ def test_training_on_inputs_is_done_where_it_can_mean_one_thing() -> None:
     talk = {"messages": TURNS, "system": "be brief"}
     assert [text for text, _ in learnt(talk | {"train_on_inputs": True})] == ["be brief", *"qrst"]
     assert [text for text, _ in learnt(talk | {"train_on_inputs": False})] == ["r", "t"]
+    assert keys.in_text("train_on_inputs", "True") is True and keys.in_text("train_on_inputs", "1") == "1"
     asked = {"instruction": "q", "output": "r", "train_on_inputs": True}
     assert [text for text, _ in learnt(asked)] == ["q", "r"]
     told = {"text_prompt": "red", "image_path": "a.png"}

@@ -50,17 +50,11 @@ class CacheError(UserError):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What an encoder's answer depends on besides the picture.
+    """What an encoder's answer depends on besides the picture."""
 
-    Args:
-        name: ``vae`` or ``vit``.
-        weights: digest of its weights and config.
-        dtype: what it computes in, such as ``bfloat16``.
-    """
-
-    name: str
-    weights: str
-    dtype: str
+    name: str  # vae or vit
+    weights: str  # digest of its weights and config
+    dtype: str  # what it computes in, such as bfloat16
 
 
 def about(encoder: Encoder, picture: str, view: View) -> dict[str, str]:

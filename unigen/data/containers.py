@@ -98,12 +98,8 @@ def parts(path: Path, number: int, size: int = PART, source: Path | None = None)
     one part. The generator reads a JSON Lines file once, to count its lines, and yields a part as soon as it
     is known.
 
-    Args:
-        path: A file that :func:`find_files` returned.
-        number: Its number, for ``ByteSpan.file``.
-        size: Bytes of a part of a JSON Lines file, about.
-        source: The unpacked copy of a compressed file, which is cut like any other (``Reader.source`` has
-            it).
+    ``path`` comes from :func:`find_files`; ``source`` is the unpacked copy of a compressed file, which is cut
+    like any other (``Reader.source`` has it).
 
     Raises:
         BadRecord: ``broken_file`` or ``unreadable_file``, with origin: the whole file, or what is left of it,
@@ -119,11 +115,8 @@ def parts(path: Path, number: int, size: int = PART, source: Path | None = None)
 
 
 def read_part(part: FilePart, digest: Any = None) -> Iterator[tuple[ByteSpan, Raw]]:
-    """Every record of a part.
-
-    Args:
-        part: From :func:`parts`.
-        digest: A ``hashlib`` object that the contents are fed to; parts in order give the digest of the file.
+    """Every record of a part. ``digest`` is a ``hashlib`` object that the contents are fed to; parts in order
+    give the digest of the file.
 
     Raises:
         BadRecord: ``broken_file``, ``unreadable_file``, or ``bad_json`` and ``bad_utf8`` of a ``.json`` file,

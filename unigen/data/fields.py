@@ -221,12 +221,8 @@ def role_of(item: Json, where: str, key: str = "role") -> str:
 
 
 def variants(value: Any, field: str) -> tuple[Text, str]:
-    """A context text that says one thing in one or several ways, with the field of the first.
-
-    Args:
-        value: A text, a list of texts, an object of named texts (nulls left out), or the JSON text of such a
-            list or object.
-    """
+    """A context text that says one thing in one or several ways, with the field of the first: a text, a list
+    of texts, an object of named texts (nulls left out), or the JSON text of such a list or object."""
     if isinstance(value, str) and _JSON.match(value):
         value = parsed_text(value, field)
     if isinstance(value, dict):

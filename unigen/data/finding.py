@@ -72,14 +72,13 @@ def find_files(
         BadData: No path is given, one does not exist or is of no known kind, a folder holds nothing to read,
             or a file or linked folder in it that may not be read.
     """
-    found = []
+    found, left_out = [], [] if left_out is None else left_out
     given_paths = [one for path in paths for one in expand(path, left_out)]
     for given in given_paths:
         if isinstance(given, str) and remote.scheme_of(given):
             path = brought(given, split, asked, more := [])
             _warn_of_data(given, (name.relative_to(path) for name, reason in more if not reason))
-            if left_out is not None:
-                left_out += more
+            left_out += more
         else:
             path = Path(given).absolute()
         if path.is_dir():
@@ -104,9 +103,8 @@ def find_files(
                     fix = "leave the split out" if wrong.endswith("no file names one") else fix
                     raise BadData(f"{given}: {wrong}. Fix: {fix}, or name the files.")
             names = _first_kind(path, names, sides)
-            if left_out is not None:
-                left_out += [LeftOut(path / name, "") for name in sorted(sides)]
-                left_out += [LeftOut(path / name, reason) for name, reason in others]
+            left_out += [LeftOut(path / name, "") for name in sorted(sides)]
+            left_out += [LeftOut(path / name, reason) for name, reason in others]
             if not names:
                 raise BadData(f"{given}: the folder holds {_nothing(path)}")
             found += [(path / name, name.as_posix()) for name in names]

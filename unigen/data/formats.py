@@ -42,14 +42,7 @@ def parse_record(value: Any, origin: Origin) -> Record:
 def parse_raw(
     raw: bytes | Json, line: int, origin: Origin, read: ReadOptions = PLAIN
 ) -> tuple[Record, list[str]]:
-    """:func:`parse_with_fields` of what ``containers.read_part`` gives.
-
-    Args:
-        raw: The record.
-        line: ``Span.line``, for messages about its JSON.
-        origin: Where it stands.
-        read: As there.
-    """
+    """:func:`parse_with_fields` of what ``containers.read_part`` gives; ``line`` is ``ByteSpan.line``."""
     try:
         value = record_value(raw, line)
     except BadRecord as error:
@@ -75,12 +68,8 @@ def parse_with_fields(
     """:func:`parse_record`, and for every segment of the sample the field it came from, as
     ``conversations[2].image_path``.
 
-    Args:
-        value: Of the record.
-        origin: Where it stands.
-        read: Options of its source. With ``data_root`` every path of a picture becomes
-            ``Confined(path, data_root)``.
-        addresses: Pictures may be addresses of the web; their source is an :class:`Address`.
+    With ``read.data_root`` every path of a picture becomes ``Confined(path, data_root)``; with ``addresses``
+    pictures may be addresses of the web, and their source is an :class:`Address`.
     """
     aside: list[str] = []
     try:

@@ -145,14 +145,9 @@ HINTS = (
 def hint_for(
     record: Json, file: Path, refused: Callable[[Json], str | None], known: Collection[str]
 ) -> str | None:
-    """What to write for a record that no format reads; None where it is of no known data set.
-
-    Args:
-        record: As it stands.
-        file: Where it stands.
-        refused: The code of what is wrong with a record; None for one of a format.
-        known: The fields that formats read.
-    """
+    """What to write for a record that no format reads; None where it is of no known data set. ``refused``
+    gives the code of what is wrong with a record, and None for one of a format; ``known`` are the fields that
+    formats read."""
     beside = _picture_beside(file)
     if beside and refused({**record, "image": beside.name}) is None:
         packed = "tar --sort=name -cf data.tar -C FOLDER ., and name data.tar"

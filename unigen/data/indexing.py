@@ -200,15 +200,8 @@ def read_all(
     num_workers: int = 0,
     progress: bool = False,
 ) -> Found:
-    """Judges every record of ``files``.
-
-    Args:
-        files: From :func:`find_files`.
-        source: Gives the file to read for each number: itself, or its unpacked copy.
-        token_lengths: Called with every record.
-        read: How the records are read.
-        num_workers: Processes; 0: this one alone, which also does little data.
-        progress: Show a bar.
+    """Judges every record of ``files``. ``source`` gives the file to read for each number, itself or its
+    unpacked copy; without ``num_workers``, and for little data, this process does it alone.
 
     Raises:
         BadData: There are more bad records than can be kept.

@@ -88,6 +88,9 @@ _RATINGS = ("image_amount_in_total", "overall_rating", "image_text_alignment_rat
 TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
 """Roles and speakers of what tools are asked and say."""
 
+_SPEAKING = ("messages", "conversations", "texts", "sequence", "target_sequence", "editing_steps")
+"""Fields of a record whose objects say themselves whether they are learnt."""
+
 _MEANT = {
     **dict.fromkeys(("thinking", "thought", "thoughts", "reasoning"), THOUGHT),
     **dict.fromkeys(("train", "trainable", "learn", "train_on_turn"), "target"),
@@ -145,7 +148,7 @@ def mask_turns(record: Json, content: str) -> Json:
     """The record with the entries of a list ``loss_mask`` in the turns (or segments, steps, pairs) of the
     field ``content``, one in each. Raises BadRecord for a list of another length."""
     mask, items = record.get(MASK), record.get(content)
-    if not isinstance(mask, list) or not isinstance(items, list):
+    if content not in _SPEAKING or not isinstance(mask, list) or not isinstance(items, list):
         return record
     if not all(isinstance(item, dict) for item in items):
         return record
@@ -218,10 +221,10 @@ def all_learnt(value: Any, depth: int = 4) -> Any:
 def in_text(name: str, text: str) -> Any:
     """What JSON would have under ``name`` for the text of a table: 0.5 for ``weight``, and ``False`` for
     ``label`` too, which is refused. What is neither stays a text."""
-    if name not in LEARNING and name != "label":
+    if name not in LEARNING and name not in ("label", INPUTS):
         return text
     truth = {"true": True, "false": False}.get(text.strip().lower())
-    if truth is not None or name == "label":
+    if truth is not None or name not in LEARNING:
         return text if truth is None else truth
     with suppress(ValueError):
         return number if isfinite(number := float(text)) else text

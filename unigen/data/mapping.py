@@ -22,20 +22,13 @@ _BESIDE = (*_SHOWN, *RECORD)  # what stands beside a talk, which may name it in 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Options of a source that its records are read with.
+    """Options of a source that its records are read with."""
 
-    Args:
-        data_root: Folder that every picture named by a path must lie in; None: no limit.
-        image_root: Folder that relative paths of pictures start from; None: that of the file that names them.
-        fields: Name of a field -> where the records have it: a field, or with dots a place inside of one
-            (an object, a list, or JSON in a text).
-        trigger_word: A word that every text of the format ``image_and_text`` begins with; ``[trigger]`` in a
-            text stands for it.
-    """
-
-    data_root: Path | None = None
-    image_root: Path | None = None
+    data_root: Path | None = None  # every picture named by a path must lie there
+    image_root: Path | None = None  # relative paths start there; None: from the file that names them
+    # name -> where records have it: a field, or with dots a place in an object, a list, or JSON in a text
     fields: Mapping[str, str] = field(default_factory=dict)
+    # every text of the format image_and_text begins with it; [trigger] in a text stands for it
     trigger_word: str | None = None
 
     @classmethod

@@ -56,12 +56,8 @@ class EpochOrder:
 
 
 class Mixture:
-    """Sources as one set of records, numbered through, and their order in every epoch.
-
-    Args:
-        parts: The sources.
-        seed: Seed of every order.
-        training: False keeps the order of the files, each record once, and ignores weights.
+    """Sources as one set of records, numbered through, and their order in every epoch. Without ``training``
+    that is the order of the files, each record once, whatever the weights.
 
     Raises:
         UserError: every source repeats and none has a weight: an epoch would have no end that means anything.

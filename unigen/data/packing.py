@@ -16,12 +16,8 @@ LOOK_AHEAD, SEQUENCES_AHEAD, MOST = 128, 2, 8192
 
 
 class Packer:
-    """Samples in, packed sequences out. ``buffer`` is the whole state.
-
-    Args:
-        budget: Tokens of a sequence; a longer sample gets one of its own.
-        look_ahead: Samples to choose from.
-    """
+    """Samples in, packed sequences of at most ``budget`` tokens out (a longer sample gets one of its own),
+    those of each chosen from ``look_ahead`` samples. ``buffer`` is the whole state."""
 
     def __init__(self, budget: int, look_ahead: int = LOOK_AHEAD):
         self.budget, self.look_ahead, self.tokens = budget, look_ahead, 0

@@ -109,11 +109,8 @@ def choose(
     ``wanted`` one is; training data takes the files that name none, too, where no other split stands beside
     them, or where there is no train split.
 
-    Args:
-        names: Of the files, in the folder.
-        wanted: What is taken where nothing is asked for.
-        asked: The name of a split, or several with + between them: those and nothing else.
-        told: What says the split of a file where that is not its path: another path, or the split's name.
+    Where one is ``asked`` for by its name (or several with + between them), that and nothing else is taken.
+    ``told`` says the split of a file where that is not its path: by another path, or the split's name.
     """
     by = {name: (told or {}).get(name, name) for name in names}
     splits = {name: _told(name, b) if isinstance(b, str) else _told(b, None) for name, b in by.items()}

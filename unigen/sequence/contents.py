@@ -67,19 +67,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Viewer:
-    """How a sample shows its pictures.
+    """How a sample shows its pictures."""
 
-    Args:
-        vae: Resize for the VAE; None where the sample does not draw.
-        vit: Resize for the ViT; None where the model has none.
-        images: Pictures of the sample, which share the ViT's pixels.
-        patch: Pixels of a ViT patch's side.
-    """
-
-    vae: ImageTransform | None
-    vit: ImageTransform | None
-    images: int
-    patch: int
+    vae: ImageTransform | None  # None where the sample does not draw
+    vit: ImageTransform | None  # None where the model has none
+    images: int  # pictures of the sample, which share the ViT's pixels
+    patch: int  # pixels of a ViT patch's side
 
     def view(self, width: int, height: int) -> View:
         """Of a picture of this size."""

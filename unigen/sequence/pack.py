@@ -54,14 +54,9 @@ def pack_blocks(
 ) -> Pack:
     """Packs filled-in blocks of several samples into one sequence.
 
-    Args:
-        samples: the blocks of each sample.
-        special: ids of the tokens that open and close blocks.
-        geometry: the model's sizes.
-        positions: RoPE position at which each sample goes on (0 where nothing is given).
-        origins: where each sample came from, for messages.
-        masks: add the mask as flex attention takes it.
-        aims: what each sample is trained for; without them all learn.
+    ``positions`` are those of RoPE at which samples go on (0 where nothing is given), ``origins`` where they
+    came from, for messages, and ``aims`` what they are trained for (without them all learn); ``masks`` adds
+    the mask as flex attention takes it.
     """
     content, placed, index = _Content(geometry), [], 0
     for s, blocks in enumerate(samples):

@@ -17,23 +17,14 @@ from unigen.sequence.images import PILImage, bicubic
 @dataclass(frozen=True)
 class ImageTransform:
     """Resize (bicubic, sides multiples of ``stride``) and normalise to [-1, 1], number for number as the
-    reference.
+    reference."""
 
-    Args:
-        max_size: The longest side in pixels that a picture is scaled down to.
-        min_size: The shortest side in pixels that a picture is scaled up to.
-        stride: Both sides become multiples of it: 16 for the VAE, the patch size for the ViT.
-        max_pixels: Most pixels of all the pictures of a sample together.
-        limit: Largest side the position table has room for; wins over everything else.
-        max_tokens: Most tokens ``(w / stride) * (h / stride)`` of one picture; None for no limit.
-    """
-
-    max_size: int
-    min_size: int
-    stride: int
-    max_pixels: int = 14 * 14 * 9 * 1024
-    limit: int | None = None
-    max_tokens: int | None = None
+    max_size: int  # the longest side in pixels that a picture is scaled down to
+    min_size: int  # the shortest side in pixels that a picture is scaled up to
+    stride: int  # both sides become multiples of it: 16 for the VAE, the patch size for the ViT
+    max_pixels: int = 14 * 14 * 9 * 1024  # of all the pictures of a sample together
+    limit: int | None = None  # largest side the position table has room for; wins over everything else
+    max_tokens: int | None = None  # (w / stride) * (h / stride) of one picture
 
     def __post_init__(self) -> None:
         assert self.limit is None or self.limit >= self.stride, "limit is below one token"

@@ -65,11 +65,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, pattern: str) -> Vocabulary:
-    """The tokenizer's files of a checkpoint folder.
-
-    Args:
-        folder: of the checkpoint.
-        pattern: the regular expression that cuts texts; ``tokenizer.json`` may have no other.
+    """The tokenizer's files of a checkpoint folder; ``tokenizer.json`` may cut texts by ``pattern`` alone.
 
     Raises:
         ForeignFileError: a file is missing, cannot be opened or makes no sense; with the key or line.
@@ -126,12 +122,8 @@ def read_vocabulary(folder: Path, pattern: str) -> Vocabulary:
 
 
 def check_model(folder: Path, ids: Mapping[str, int], special: Mapping[str, int]) -> None:
-    """Holds a tokenizer against the ``llm_config.json`` of its folder, where there is one.
-
-    Args:
-        folder: of the checkpoint.
-        ids: of all tokens.
-        special: of those that structure a sequence.
+    """Holds the ids of all tokens, and of those that structure a sequence, against the ``llm_config.json`` of
+    the folder, where there is one.
 
     Raises:
         ForeignFileError: the model has no embedding of a token, or means another one by the end of a text.
