@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from difflib import SequenceMatcher
+from functools import lru_cache
 from itertools import combinations, islice, product
 from pathlib import Path
 from shlex import quote
@@ -170,7 +171,7 @@ _WORDS = {
 }  # fmt: skip
 """What a field is called where it is meant as one of ours."""
 _ALIKE = 0.75  # of 1
-_TRIED = 300  # mappings
+_TRIED = 30  # mappings of a record, of which there may be many
 
 
 def _near_miss(record: Json, refused: Callable[[Json], str | None], known: Collection[str]) -> str | None:
@@ -178,7 +179,8 @@ def _near_miss(record: Json, refused: Callable[[Json], str | None], known: Colle
     one."""
     others = [name for name in record if name not in (*known, *RECORD) and not is_empty(record[name])]
     others = [name for name in others if name == cut(name)][:8]  # one that can be typed
-    meant = {old: found for old in others if (found := _meant(old, record, known))}
+    alike = {old: _alike(old, frozenset(known), _pictured(record[old])) for old in others}
+    meant = {old: free for old, news in alike.items() if (free := [new for new in news if new not in record])}
     groups = (names for n in range(len(meant), 0, -1) for names in combinations(meant, n))
     ways = (dict(zip(new, old)) for old in groups for new in product(*(meant[name] for name in old)))
     for fields in islice(ways, _TRIED):
@@ -191,16 +193,22 @@ def _near_miss(record: Json, refused: Callable[[Json], str | None], known: Colle
     return None
 
 
-def _meant(old: str, record: Json, known: Collection[str]) -> list[str]:
-    """The fields of formats that a field may be meant as, the most alike first; pictures stand in those of
+def _pictured(value: object) -> bool | None:
+    """Does a value look like a picture? None: a list may hold some."""
+    if isinstance(value, list):
+        return None
+    return isinstance(value, dict) or (isinstance(value, str) and is_picture(Path(value)))
+
+
+@lru_cache(1024)
+def _alike(old: str, known: frozenset[str], pictured: bool | None) -> list[str]:
+    """The fields of formats that one may be meant as, the most alike first; pictures stand in those of
     pictures alone."""
-    value, plain = record[old], old.lower()
-    words = {_WORDS.get(word, word) for word in (plain, *re.split(r"[^a-z]+", plain))}
-    pictured = isinstance(value, dict) or (isinstance(value, str) and is_picture(Path(value)))
+    words = {_WORDS.get(word, word) for word in (old.lower(), *re.split(r"[^a-z]+", old.lower()))}
     alike = {
-        new: SequenceMatcher(None, plain, new).ratio()
+        new: SequenceMatcher(None, old.lower(), new).ratio()
         for new in sorted(known)
-        if new not in record and (isinstance(value, list) or pictured == ("image" in new))
+        if pictured in (None, "image" in new)
     }
     found = [new for new, share in alike.items() if share >= _ALIKE or new in words]
     return sorted(found, key=lambda new: -alike[new])

@@ -66,7 +66,7 @@ def run(options: CheckOptions) -> int:
     Raises:
         UserError: There is nothing to check, or an option cannot work.
     """
-    _resolve(options)
+    options.reread()
     from unigen.commands.check.advice import advise
     from unigen.commands.check.findings import BUDGETS, CHECK, LIMITS, Findings, Problems, check
     from unigen.commands.check.terminal import report
@@ -129,36 +129,27 @@ def _noted(failed: list[UserError]) -> Iterator[None]:
         failed.append(error)
 
 
-def _resolve(options: CheckOptions) -> None:
-    """Raises ConfigError for an option that cannot work."""
-    if not _named(options):
-        raise ConfigError(
-            "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
-        )
-    options.reread()
-
-
-def _named(options: CheckOptions) -> list[tuple[TrainSource, Split]]:
-    """The data to check, and the split that is taken of its folders."""
-    if options.paths:
-        return [(TrainSource(options.paths, split=options.split), "train")]
-    held_out = [*options.held_out(), *options.probed()]
-    return [(one, "train") for one in options.sources()] + [(one, "validation") for one in held_out]
-
-
 def _data(options: CheckOptions) -> list[CheckedData]:
-    """The same as a training reads it. Raises UserError."""
+    """What to check, as a training reads it. Raises UserError."""
     from unigen.commands.check.part import CheckedData
     from unigen.data.mapping import ReadOptions
     from unigen.data.probe import check_roots
     from unigen.model.weights import load_planner
 
-    found = []
-    for source, split in _named(options):
+    learnt, held_out = options.sources(), [*options.held_out(), *options.probed()]
+    if options.paths:
+        learnt, held_out = [TrainSource(options.paths, "paths", split=options.split)], []
+    found: list[CheckedData] = []
+    for source in [*learnt, *held_out]:
+        split: Split = "train" if source in learnt else "validation"
         read = ReadOptions.of(source, options)
         check_roots(read)
         planner = load_planner(options.model_path, options, source)
         found.append(CheckedData(source.name, source.paths, planner, read, split, source.split))
+    if not found:
+        raise ConfigError(
+            "paths are missing; name the files or folders to check (unigen check data/train.jsonl)"
+        )
     return found
 
 

@@ -15,10 +15,10 @@ from unigen.commands.check.report import (
     more,
     percent,
     place,
+    said,
     sections,
     verdict,
 )
-from unigen.messages import in_language
 from unigen.show.language import TAGS, Words, of_code
 from unigen.show.pages import write_page
 
@@ -84,10 +84,6 @@ def _short(n: int) -> str:
     return f"{n:,}"
 
 
-def _said(problem: dict[str, Any], words: Words) -> list[str]:
-    return [in_language(problem[name], words.language) for name in ("found", "expected", "cure")]
-
-
 def _code(code: str, n: int, found: Findings, folder: str, words: Words) -> dict[str, Any]:
     """The problems of one code: the first ones, and that there are more."""
     first = found.problems.first[code]
@@ -95,6 +91,6 @@ def _code(code: str, n: int, found: Findings, folder: str, words: Words) -> dict
         "code": code,
         "n": n,
         "meaning": of_code(code, words.language),
-        "rows": [[place(p, folder), words.field(p["field"]), *_said(p, words)] for p in first],
+        "rows": [[place(p, folder), words.field(p["field"]), *said(p, words)] for p in first],
         "more": more(found, n - len(first), words),
     }

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from unigen.commands.check.advice import Advice
 from unigen.commands.check.findings import Findings
 from unigen.data.keys import NOTES
+from unigen.messages import in_language
 from unigen.show.charts import Chart, bar_chart
 from unigen.show.language import Words
 
@@ -66,6 +67,11 @@ def place(problem: dict[str, Any], folder: str = "") -> str:
     if problem["line"] is not None:
         return f"{file}:{problem['line']}"
     return file if problem["field"] == "(file)" else f"{file}[{problem['index']}]"
+
+
+def said(problem: dict[str, Any], words: Words) -> list[str]:
+    """What was found, what was expected, and the fix."""
+    return [in_language(problem[name], words.language) for name in ("found", "expected", "cure")]
 
 
 def common_folder(files: Sequence[Path]) -> str:

@@ -14,10 +14,10 @@ from unigen.commands.check.report import (
     covered,
     more,
     place,
+    said,
     sections,
     verdict,
 )
-from unigen.messages import in_language
 from unigen.show.language import Words, of_code
 from unigen.show.terminal import indented, line, notices, table
 
@@ -60,7 +60,7 @@ def _problems(findings: Findings, words: Words) -> Iterator[RenderableType]:
         shown = findings.problems.first[code][:FEW]
         for p in shown:
             yield indented(line(place(p)))
-            found, expected, fix = (in_language(p[n], words.language) for n in ("found", "expected", "cure"))
+            found, expected, fix = said(p, words)
             where = words.field(p["field"])
             yield indented(line(words("in_field", field=where, found=found, expected=expected)), 4)
             yield indented(line(words("so_fix", fix=fix)), 4)

@@ -85,13 +85,10 @@ class Look(NamedTuple):
 def check_options(options: PreviewOptions) -> None:
     """Raises UserError for an option that cannot work."""
     options.reread()
-    checks = [
-        (bool(shown_sources(options)), "no data is named. Fix: unigen preview data.jsonl"),
-        (not (options.records and options.shuffled), "records and shuffled exclude each other; keep one"),
-    ]
-    for good, problem in checks:
-        if not good:
-            raise PreviewError(problem)
+    if not shown_sources(options):
+        raise PreviewError("no data is named. Fix: unigen preview data.jsonl")
+    if options.records and options.shuffled:
+        raise PreviewError("records and shuffled exclude each other; keep one")
 
 
 def shown_sources(options: PreviewOptions) -> list[TrainSource]:
@@ -221,6 +218,7 @@ def look_at(found: PickedRecord, options: PreviewOptions, planner: Planner, shif
     from unigen.data.examine import PictureHeaders, examine
     from unigen.data.mapping import ReadOptions
     from unigen.sequence.draw import RandomKey
+    from unigen.sequence.files import bad_picture
     from unigen.sequence.images import PictureError
     from unigen.sequence.types import BadRecord, Origin
 
@@ -243,6 +241,5 @@ def look_at(found: PickedRecord, options: PreviewOptions, planner: Planner, shif
     except BadRecord as error:
         problem = error
     except PictureError as error:  # of one that only decoding finds broken
-        cause = f"{error.name}: {error.problem}"
-        problem = BadRecord(error.code, "(record)", cause, "a picture that can be decoded", error.fix, origin)
+        problem = bad_picture(error, "(record)", origin)
     return Look(found.number, origin, None, problem, found.raw)
