@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,11 +139,8 @@ def answer_all(
     """
     claim_answers(folder, {**about, "cases": len(cases), "batch_size": batch_size, "seed": seed})
     (folder / PICTURES).mkdir(exist_ok=True)
-    starts = {}
-    position = 0
-    for batch in batches(cases, batch_size):
-        starts[batch[0].number] = position
-        position += len(batch)
+    parts = batches(cases, batch_size)
+    starts = dict(zip((batch[0].number for batch in parts), accumulate(map(len, parts), initial=0)))
 
     def answer(batch: Sequence[Case]) -> list[dict[str, Any]]:
         first = seed + starts[batch[0].number]

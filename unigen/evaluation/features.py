@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,17 +259,13 @@ def load_extractor(spec: str, device: str = "cpu") -> Extractor:
         CannotRun: it cannot be loaded.
     """
     kind, _, place = spec.partition(":")
-    try:
-        if place and kind == "bagel-vit":
+    if place and kind in ("inception-tf1", "inception-clean"):
+        return inception_extractor(place, resize="tf1" if kind == "inception-tf1" else "clean", device=device)
+    if place and kind == "bagel-vit":
+        try:
             return vit_extractor(place, device=device)
-        if place and kind in ("inception-tf1", "inception-clean"):
-            return inception_extractor(
-                place, resize="tf1" if kind == "inception-tf1" else "clean", device=device
-            )
-    except CannotRun:
-        raise
-    except UserError as error:
-        raise CannotRun(f"{short_name(place)} has no ViT that can be used", first_line(error)) from None
+        except UserError as error:
+            raise CannotRun(f"{short_name(place)} has no ViT that can be used", first_line(error)) from None
     return tower_extractor(PictureTower.load(spec, device))
 
 
@@ -284,7 +280,6 @@ class FeatureStore:
     """
 
     folder: Path
-    _made: set[str] = field(default_factory=set)
 
     def _path(self, key: str) -> Path:
         return Path(self.folder) / key[:2] / f"{key}.safetensors"
@@ -301,9 +296,7 @@ class FeatureStore:
     def put(self, key: str, feature: np.ndarray) -> None:
         """Stores a feature [d]. Raises OSError."""
         path = self._path(key)
-        if key[:2] not in self._made:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._made.add(key[:2])
+        path.parent.mkdir(parents=True, exist_ok=True)
         feature = np.ascontiguousarray(feature)
         sum_of_bytes = np.array([zlib.crc32(feature.tobytes())], np.uint32)
         with atomic(path, sync=False) as file:

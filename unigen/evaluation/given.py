@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,13 @@ def read_predictions(
     return [found[case.number][1] for case in cases]
 
 
-def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         lines = path.read_bytes().decode("utf-8-sig", "surrogatepass").split("\n")  # no other line ends
     except (OSError, ValueError) as error:
         raise PredictionsError(
             f"{path} cannot be read ({error}). Fix: give a JSONL file of answers"
         ) from None
-    found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -78,8 +77,7 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise PredictionsError(f"{path}:{number}: is no JSON ({error}). {_LAYOUT}") from None
         if not isinstance(held, dict):
             raise PredictionsError(f"{path}:{number}: is no object. {_LAYOUT}")
-        found.append((number, held))
-    return found
+        yield number, held
 
 
 def _case_of(

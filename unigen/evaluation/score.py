@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +15,11 @@ from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import IMAGE, TEXT, Case
 from unigen.evaluation.material import Material, Opinion, Tools, paired
 from unigen.evaluation.results import CannotRun, Result, Unfit, digest_of, identity, metric
-from unigen.evaluation.statistics import estimate
+from unigen.evaluation.statistics import Comparison, compare, estimate
 from unigen.messages import in_language
 from unigen.plugins import Registry
 
+OF_THE_DATA = ("fd_real", "kid_real")  # metrics that no checkpoint changes
 Measure = Callable[[Material], Result]
 Function = Callable[..., Result]  # a metric as its users call it
 Of = Literal["answers", "texts", "pictures", "drawings", "edits", "objects"]
@@ -66,7 +68,8 @@ class Metric:
 @metric("structure", "share of answers with the pieces of their record, in number and order")
 def structure(cases: Sequence[Case], answers: Sequence[Sequence[Any]], *, seed: int = 0) -> Result:
     """Share of answers whose texts and pictures come in the number and order of the record's."""
-    right = np.array([_kinds(pieces) == case.outputs for case, pieces in zip(cases, answers)], float)
+    kinds = [tuple(TEXT if isinstance(piece, str) else IMAGE for piece in pieces) for pieces in answers]
+    right = np.array([found == case.outputs for case, found in zip(cases, kinds)], float)
     return estimate(identity("structure", n=len(right)), right, seed=seed)
 
 
@@ -78,10 +81,6 @@ def stopped(predictions: Sequence[Prediction], *, seed: int = 0) -> Result:
         raise Unfit("the given answers do not say whether they ended by themselves", "give a checkpoint")
     ended = np.array([one.stopped for one in predictions], float)
     return estimate(identity("stopped", n=len(ended)), ended, seed=seed)
-
-
-def _kinds(pieces: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(TEXT if isinstance(piece, str) else IMAGE for piece in pieces)
 
 
 _OTHERS = ("reference", "source")
@@ -254,6 +253,43 @@ def _measure(kind: str, one: Metric, material: Material) -> Result:
         # equal prompts or references do not make a pair where a picture is missing
         return replace(result, data=digest_of(result.data, paired(material.drawn)["data"]))
     return result
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one checkpoint answered, and how well.
+
+    Args:
+        name: of the checkpoint, for people.
+        about: what the answers depend on.
+        predictions: of all cases, in their order.
+        scores: metrics by task.
+        step: after which a run saved the checkpoint, which lies in the run's folder.
+    """
+
+    name: str
+    about: dict[str, Any]
+    predictions: list[Prediction]
+    scores: dict[str, list[Result]]
+    step: int | None = None
+
+    @property
+    def run(self) -> str:
+        """Name of the run that saved the checkpoint; empty where none did."""
+        return "" if self.step is None else str(Path(self.name).parent)
+
+
+def comparisons(base: Answered, other: Answered) -> dict[str, list[Comparison]]:
+    """What can be said of each metric of ``other`` against ``base``, task by task, but for those that nobody
+    gave what they need and those that say nothing of a checkpoint. Both answered the same cases."""
+    return {
+        task: [
+            compare(a, b)
+            for a, b in zip(results, other.scores[task], strict=True)
+            if not (a.was_not_given or b.was_not_given or a.kind in OF_THE_DATA)
+        ]
+        for task, results in base.scores.items()
+    }
 
 
 def as_json(scores: dict[str, list[Result]]) -> dict[str, list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.benchmarks import BenchmarkError
@@ -84,15 +84,10 @@ def with_overall(scores: dict[str, list[Result]], kind: str = "geneval") -> dict
     lacking = next((one for one in ones if one.value is None), None)
     if lacking is not None:
         return {**scores, OVERALL: [replace(lacking, name=kind)]}
-    total = sum(one.n for one in ones)
-    parts = np.zeros((total, 2 * len(ones)))
-    row = 0
-    for number, one in enumerate(ones):
-        assert one.parts is not None
-        rows = slice(row, row + one.n)
-        parts[rows, 2 * number], parts[rows, 2 * number + 1] = one.parts[:, 0], 1
-        row += one.n
-    name = re.sub(r"\|n=\d+\|pictures=\d+", f"|mean of {len(ones)} tasks|n={total}", ones[0].name)
+    # for each task a column of its values and one that counts them
+    blocks = [torch.tensor([[value, 1.0] for value in one.parts[:, 0]], dtype=torch.float64) for one in ones]
+    parts = torch.block_diag(*blocks).numpy()
+    name = re.sub(r"\|n=\d+\|pictures=\d+", f"|mean of {len(ones)} tasks|n={len(parts)}", ones[0].name)
     data = digest_of([one.data for one in ones])
     return {**scores, OVERALL: [estimate(name, parts, "tasks", data=data, source=ones[0].source)]}
 

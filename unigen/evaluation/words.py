@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 TOKENIZER = "unigen-words-1"  # stands in the names of metrics: a change of what follows changes it
@@ -53,19 +54,13 @@ def tokens(text: str) -> list[str]:
 def language(texts: Sequence[str]) -> str:
     """``zh``, ``ja``, ``th``, ... where at least a fifth of the letters is of such a script, else ``en``,
     which stands for all that write spaces. Kana makes a text with Chinese characters Japanese."""
-    counts: dict[str, int] = {}
-    letters = 0
-    for text in texts:
-        for character in text:
-            if character.isalpha():
-                letters += 1
-                if name := _script(character):
-                    counts[name] = counts.get(name, 0) + 1
-    if not letters or sum(counts.values()) < _SHARE * letters:
+    letters = [character for text in texts for character in text if character.isalpha()]
+    counts = Counter(filter(None, map(_script, letters)))
+    if not letters or counts.total() < _SHARE * len(letters):
         return "en"
-    if counts.get("ja", 0) > 0 and counts["ja"] >= _SHARE * (counts.get("zh", 0) + counts.get("ja", 0)):
+    if counts["ja"] and counts["ja"] >= _SHARE * (counts["zh"] + counts["ja"]):
         return "ja"
-    return max(counts, key=lambda name: counts[name])
+    return counts.most_common(1)[0][0]
 
 
 def normalised(answer: str) -> str:

@@ -96,10 +96,7 @@ class ContextBuilder:
     def add_text(self, contexts: Sequence[Context], texts: Sequence[str], only_full: bool = False) -> None:
         """Appends a text to each context; ``only_full`` says that it is a thought, which those that guidance
         compares with hold as far as ``guidance`` says."""
-        blocks = []
-        for text in texts:
-            ids = self.tokenizer.encode(text)
-            blocks.append(Block(Kind.TEXT, len(ids), ids=ids))
+        blocks = [Block(Kind.TEXT, len(ids), ids=ids) for ids in map(self.tokenizer.encode, texts)]
         for context in contexts:
             if not only_full:
                 context.no_text = context.full.snapshot()
@@ -119,13 +116,8 @@ class ContextBuilder:
         for context in contexts:
             context.part()
         for kind in (Kind.CLEAN, Kind.VIT):
-            here = [
-                (c, block)
-                for c, blocks in zip(contexts, shown, strict=True)
-                for block in blocks
-                if block.kind == kind
-            ]
-            if here:
+            pairs = zip(contexts, shown, strict=True)
+            if here := [(c, block) for c, blocks in pairs for block in blocks if block.kind == kind]:
                 self._extend([c for c, _ in here], [block for _, block in here])
         for context, blocks in zip(contexts, shown, strict=True):
             context.no_text = context.full.snapshot()

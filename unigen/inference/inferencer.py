@@ -97,13 +97,10 @@ class InterleaveInferencer:
         config, own = model.config, model.config.transforms()
         self.vae_transform = within(vae_transform or own.vae, own.vae)
         self.vit_transform = within(vit_transform or own.vit, own.vit)
-        transforms = Transforms(
-            vae=self.vae_transform
-            if vae_transform
-            else trained_transform(config, model.trained_in or model.source),
-            vit=self.vit_transform,
-            vit_edit=within(vit_edit_transform or own.vit_edit, own.vit_edit),
-        )
+        folder = model.trained_in or model.source
+        vae = self.vae_transform if vae_transform else trained_transform(config, folder)
+        vit_edit = within(vit_edit_transform or own.vit_edit, own.vit_edit)
+        transforms = Transforms(vae, self.vit_transform, vit_edit)
         self.builder = ContextBuilder(model, self.tokenizer, transforms)
         self.think_prompts = dict(think_prompts or THINK_PROMPTS)
         self.requests = Requests(config, self.builder.planner, self.think_prompts)

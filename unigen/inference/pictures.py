@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ def run_transform(
     config: BagelConfig, sources: Sequence[TrainSource], max_image_tokens: int
 ) -> ImageTransform:
     """How a run resizes pictures for the VAE; where its sources differ, by the widest of their limits."""
-    own = config.vae_transform
+
+    def widest(of: Callable[..., int], name: str, default: int) -> int:
+        return of((getattr(source, name) or default for source in sources), default=default)
+
     return config.transforms(
-        max((source.max_image_tokens or max_image_tokens for source in sources), default=max_image_tokens),
-        max_size=max(
-            (source.max_image_size or own["max_size"] for source in sources), default=own["max_size"]
-        ),
-        min_size=min(
-            (source.min_image_size or own["min_size"] for source in sources), default=own["min_size"]
-        ),
+        widest(max, "max_image_tokens", max_image_tokens),
+        max_size=widest(max, "max_image_size", config.vae_transform["max_size"]),
+        min_size=widest(min, "min_image_size", config.vae_transform["min_size"]),
     ).vae
 
 

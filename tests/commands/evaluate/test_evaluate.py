@@ -18,10 +18,10 @@ from unigen import cli
 from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.page import _short, write
 from unigen.commands.evaluate.work import _names
-from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import Case
 from unigen.evaluation.results import Result
+from unigen.evaluation.score import Answered, comparisons
 from unigen.evaluation.statistics import estimate
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.show.language import Words

@@ -11,10 +11,9 @@ from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.terminal import report_check
 from unigen.commands.evaluate.work import Extras, exit_code, finish, folders_of, load_tools, write_scores
 from unigen.config import ConfigError
-from unigen.evaluation.answered import Answered
 from unigen.evaluation.answers import claim_answers
 from unigen.evaluation.results import digest_of
-from unigen.evaluation.score import score
+from unigen.evaluation.score import Answered, score
 from unigen.evaluation.scored_folders import check_same, read_geneval, with_overall
 from unigen.files import sha256_of
 from unigen.outputs import output_folder, unwritten

@@ -13,7 +13,7 @@ import numpy as np
 
 from unigen.commands.evaluate.terminal import label, not_measured, notes_of, rows_of
 from unigen.config import UserError
-from unigen.evaluation.answered import OF_THE_DATA
+from unigen.evaluation.score import OF_THE_DATA
 from unigen.messages import in_language
 from unigen.runs.metrics import Point
 from unigen.show.charts import Chart, Line, line_chart
@@ -23,8 +23,8 @@ from unigen.show.pages import embed, write_page
 from unigen.values import written
 
 if TYPE_CHECKING:
-    from unigen.evaluation.answered import Answered
     from unigen.evaluation.cases import Case
+    from unigen.evaluation.score import Answered
     from unigen.evaluation.statistics import Comparison
 
 BY = "unigen evaluate"

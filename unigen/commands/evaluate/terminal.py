@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from unigen.evaluation.answered import Answered
 from unigen.evaluation.results import Result, metric_key, not_given
+from unigen.evaluation.score import Answered
 from unigen.evaluation.statistics import Comparison
 from unigen.messages import in_language
 from unigen.show.language import Words

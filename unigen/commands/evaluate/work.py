@@ -21,7 +21,6 @@ from unigen.data.dataset import UnifiedGenerationDataset
 from unigen.data.examine import CountTokens
 from unigen.data.finding import need_paths
 from unigen.data.mapping import ReadOptions
-from unigen.evaluation.answered import Answered, comparisons
 from unigen.evaluation.answers import (
     Answer,
     BatchesOfProcess,
@@ -39,7 +38,7 @@ from unigen.evaluation.judge import Judge
 from unigen.evaluation.material import Material, Opinion, Tools
 from unigen.evaluation.probes import PictureProbe, likelihood, other_texts
 from unigen.evaluation.results import INSTALL, CannotRun, Result, digest_of
-from unigen.evaluation.score import METRICS, as_json, score
+from unigen.evaluation.score import METRICS, Answered, as_json, comparisons, score
 from unigen.evaluation.statistics import Comparison
 from unigen.evaluation.towers import PictureTower, TokenTower
 from unigen.files import atomic, sha256_of
