@@ -46,14 +46,23 @@ def text(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def metrics(output_dir: Path | str) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``."""
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return read_jsonl(Path(output_dir) / "metrics.jsonl")
 
 
-def built(**options: Any) -> TrainingLoop:
-    """A training ready for its first step; :func:`gradients` are those of its last one."""
-    config = adopt_bits(Config(**options)).resolve()
+def config_of(*given: dict[str, Any], **options: Any) -> Config:
+    """The options of a run, from several dictionaries and keywords: the later one wins."""
+    return Config(**{name: value for some in (*given, options) for name, value in some.items()})
+
+
+def built(*given: dict[str, Any], **options: Any) -> TrainingLoop:
+    """A training ready for its first step, by :func:`config_of`; :func:`gradients` are those of its last one."""
+    config = adopt_bits(config_of(*given, **options)).resolve()
     loop = TrainingLoop(build(config, open_engine(config), SignalHandler()))
     step = loop.engine.step
 
@@ -90,9 +99,9 @@ def train_on(loop: TrainingLoop) -> dict[str, float]:
     return loop.train()
 
 
-def train(**options: Any) -> dict[str, float]:
-    """A whole run; its last metrics."""
-    return UnifiedTrainer(Config(**options)).train()
+def train(*given: dict[str, Any], **options: Any) -> dict[str, float]:
+    """A whole run, by :func:`config_of`; its last metrics."""
+    return UnifiedTrainer(config_of(*given, **options)).train()
 
 
 def assert_same_checkpoint(found: Path, wanted: Path) -> None:

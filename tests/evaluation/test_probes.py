@@ -43,8 +43,7 @@ def cases(tmp_path):
 
 def token_by_token(inferencer, sample, text: str) -> tuple[float, int]:
     """Negative log-likelihood of a text and its closing token as a writer meets them, and their number."""
-    context = Context(inferencer.model.config.llm.num_hidden_layers)
-    context.pieces = sample
+    context = Context(inferencer.model.config.llm.num_hidden_layers, sample)
     inferencer.builder.replay([context], drawing=any(isinstance(s, Image) and s.target for s in sample))
     special, total = inferencer.tokenizer.special, 0.0
     ids = [*inferencer.tokenizer.encode(text), special.text_end]
@@ -83,8 +82,7 @@ def test_a_picture_is_verified_by_yes_and_no_and_described(inferencer, cases, tm
     rows = viewer.views(cases, answers, texts)
     assert [len(row["pictures"]) for row in rows] == [0, 1, 1]
     first = rows[1]["pictures"][0]
-    context = Context(inferencer.model.config.llm.num_hidden_layers)
-    context.pieces = [Image(drawn), Text("a cat?")]
+    context = Context(inferencer.model.config.llm.num_hidden_layers, [Image(drawn), Text("a cat?")])
     inferencer.builder.replay([context], drawing=False)
     start = inferencer.tokenizer.special.text_start
     with torch.no_grad():

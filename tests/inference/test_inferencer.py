@@ -230,8 +230,7 @@ def test_a_context_rebuilt_for_drawing_is_a_fresh_one(inferencer, picture):
     seen = context.full.length
     written = inferencer.pieces.write_pieces([context], 4, lambda logits, i: LETTER)[0]
     builder.replay([context], drawing=True)
-    fresh = Context(3)
-    fresh.pieces = sample("a", picture, "make it blue", written)
+    fresh = Context(3, sample("a", picture, "make it blue", written))
     fresh.reset(drawing=True)
     builder.add_text([fresh], ["a"])
     builder.add_image([fresh], [builder.shown(fresh, 1)])
@@ -297,8 +296,7 @@ def test_contexts_that_go_through_the_model_at_every_step(
 
 
 def _context(inferencer, pieces):
-    context = Context(3)
-    context.pieces = sample(*pieces)
+    context = Context(3, sample(*pieces))
     inferencer.builder.replay([context], drawing=True)
     return context
 
@@ -336,14 +334,6 @@ def test_call_takes_a_picture_a_text_or_both(inferencer, picture):
     assert isinstance(answer["text"], str) and answer["image"].size == (32, 32)
     with pytest.raises(InferenceError, match="neither an image nor a text"):
         inferencer()
-
-
-def test_call_is_interleave_inference_with_the_picture_first(inferencer, picture):
-    options = {"understanding_output": True, "max_think_token_n": 6}
-    assert (
-        inferencer(picture, "what is it", **options)["text"]
-        == inferencer.interleave_inference([picture, "what is it"], **options)[0]
-    )
 
 
 def test_thinking_puts_the_prompt_first_and_the_thought_into_the_full_context_alone(
@@ -430,32 +420,7 @@ def test_seeds_repeat_interleave_inference(inferencer):
 # ---- errors
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((8, 32), "height is 8 pixels; this model draws from 16 to 256"), ((32, 272), "width is 272 pixels")],
-)
-def test_sizes_beyond_the_table_are_explained(inferencer, shape, message):
-    with pytest.raises(InferenceError, match=message):
-        inferencer.interleave_inference(["a"], image_shapes=shape)
-    with pytest.raises(InferenceError, match=message):
-        inferencer.unified_generate("a", outputs=["image"], image_shapes=shape)
-
-
-def test_sizes_are_rounded_down_to_tokens(inferencer):
-    assert inferencer.unified_generate(
-        "a", outputs=["image"], image_shapes=(40, 63), num_timesteps=2, seed=0
-    )[0].size == (48, 32)
-
-
-def test_requests_that_cannot_be_are_explained(inferencer, golden, picture):
-    with pytest.raises(InferenceError, match="a prompt is empty"):
-        inferencer.unified_generate([])
-    with pytest.raises(InferenceError, match="'video'"):
-        inferencer.unified_generate("a", outputs=["video"])
-    with pytest.raises(InferenceError, match=r"cfg_txt_scale.*did you mean cfg_text_scale"):
-        inferencer.unified_generate("a", cfg_txt_scale=3)
-    with pytest.raises(InferenceError, match="cfg_renorm_type"):
-        inferencer.interleave_inference(["a"], cfg_renorm_type="none")
+def test_a_model_that_cannot_draw_says_so(golden, picture):
     blind = InterleaveInferencer(load_bagel(golden / "model", visual_gen=False))
     for prompt in ("a", [picture, "a"]):
         with pytest.raises(InferenceError, match="visual_gen=False and cannot draw"):
@@ -492,11 +457,6 @@ def test_the_reference_s_entrance_takes_both_names_but_not_at_once(inferencer):
 def test_taylorseer_is_refused_not_ignored(inferencer, method):
     with pytest.raises(InferenceError, match="enable_taylorseer"):
         getattr(inferencer, method)(["a"], enable_taylorseer=True)
-
-
-def test_a_temperature_of_zero_is_explained(inferencer):
-    with pytest.raises(InferenceError, match="temperature"):
-        inferencer.unified_generate("a", outputs=["text"], do_sample=True, temperature=0.0)
 
 
 def test_a_model_without_a_folder_needs_a_tokenizer(model, golden):

@@ -107,8 +107,7 @@ PIECES = st.lists(
 @given(pieces=PIECES, target=st.sampled_from([Text("yes", True), Image(noise(64, 48), True)]))
 def test_training_and_inference_make_the_same_blocks(model, pieces, target):
     inferencer = inferencer_module.InterleaveInferencer(model)
-    context = Context(3)
-    context.pieces = list(pieces)
+    context = Context(3, list(pieces))
     with pytest.MonkeyPatch.context() as patch:
         found: list[Block] = []
 
@@ -127,8 +126,7 @@ def test_a_picture_that_the_model_drew_is_seen_as_the_copy_of_a_target(model, co
     """Of a size that training keeps, and so draws."""
     picture = noise(16 * columns, 16 * rows)
     inferencer = InterleaveInferencer(model)
-    context = Context(3)
-    context.pieces = [*map(Image, before), Text("draw"), Image(picture, True)]
+    context = Context(3, [*map(Image, before), Text("draw"), Image(picture, True)])
     context.reset(drawing=True)
     found = inferencer.builder.shown(context, len(context.pieces) - 1)
     expected = trained(planner_of(inferencer), [*context.pieces, Text("that is it", True)])
@@ -138,8 +136,7 @@ def test_a_picture_that_the_model_drew_is_seen_as_the_copy_of_a_target(model, co
 
 def test_what_is_drawn_at_another_size_is_not_resized_before_it_is_seen(model):
     """32 x 48 is below the smallest side that pictures are scaled up to."""
-    context = Context(3)
-    context.pieces = [Text("draw"), Image(noise(48, 32), True)]
+    context = Context(3, [Text("draw"), Image(noise(48, 32), True)])
     context.reset(drawing=True)
     clean, _ = InterleaveInferencer(model).builder.shown(context, 1)
     assert clean.grid == (2, 3)
@@ -151,8 +148,7 @@ def test_the_figures_of_the_release(golden, entered):
     inferencer = InterleaveInferencer(load_bagel(golden / "model", constants=release))
     lengths = []
     for picture, drawing in ((noise(1600, 1200), True), (noise(100, 100), False)):
-        context = Context(3)
-        context.pieces = [Image(picture)]
+        context = Context(3, [Image(picture)])
         inferencer.builder.replay([context], drawing)
         lengths.append([(block.kind, block.length) for block in entered.pop(id(context.full))])
     assert lengths == [[(Kind.CLEAN, 3072), (Kind.VIT, 1036)], [(Kind.VIT, 256)]]
@@ -302,8 +298,7 @@ def test_thinking_draws_what_the_reference_draws(model):
 
 def test_a_thought_stays_hidden_when_the_context_is_built_anew(model):
     inferencer = InterleaveInferencer(model)
-    context = Context(3)
-    context.pieces = [Text("a cat")]
+    context = Context(3, [Text("a cat")])
     inferencer.builder.replay([context], drawing=True)
     inferencer.pieces.think([context], 3, lambda logits, i: 65)
     hidden = [(c.full.length, c.no_text.length, c.no_image.length) for c in [context]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import small_tensors, write_checkpoint
-from tiny import built
+from tiny import built, train
 
 from unigen.runs.checkpoint import (
     CheckpointError,
@@ -221,16 +221,14 @@ def test_the_newest_whole_one_is_taken_and_each_bad_newer_one_is_named(
 def test_a_run_goes_on_from_the_newest_whole_one(options, caplog):
     """Passes when a run of 3 steps whose step_3 is damaged resumes at step 2, and its end is that of a run
     that was never damaged."""
-    from unigen.config import Config
-    from unigen.training.trainer import UnifiedTrainer
 
     options |= {"max_steps": 3, "save_steps": 1}
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     run = Path(options["output_dir"])
     expected = {name: entry.read() for name, entry in scan_weights(run / "step_3").items()}
     flip(run / "step_3" / "ema.safetensors", 8 * 500_000)
     with caplog.at_level(logging.INFO):
-        UnifiedTrainer(Config(**options, resume_from_checkpoint="auto")).train()
+        train(options, resume_from_checkpoint="auto")
     assert "Passing over" in caplog.text and f"Resumed from {run / 'step_2'} at step 2" in caplog.text
     verify_checkpoint(run / "step_3")
     found = scan_weights(run / "step_3")
@@ -277,12 +275,10 @@ def test_the_bomb_works(tmp_path: Path):
 def test_resuming_runs_nothing_that_was_planted_in_a_checkpoint(options, tmp_path: Path):
     """Passes when a run resumes from a folder full of pickles that write a file, trains on, and there is no
     such file."""
-    from unigen.config import Config
-    from unigen.training.trainer import UnifiedTrainer
 
-    UnifiedTrainer(Config(**options | {"max_steps": 1})).train()
+    train(options, max_steps=1)
     plant(Path(options["output_dir"]) / "step_1", tmp_path / "fuse")
-    trainer = built(**options, resume_from_checkpoint="auto")
+    trainer = built(options, resume_from_checkpoint="auto")
     assert trainer.position.step == 1
     trainer.run.close()
     assert not (tmp_path / "fuse").exists()

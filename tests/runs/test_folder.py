@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import metrics
+from tiny import metrics, train
 
 from unigen.commands.watch.health import diagnose
 from unigen.config import Config, UserError
@@ -134,7 +134,7 @@ def test_the_folder_of_a_model_is_refused(options: dict[str, Any]):
     model = Path(options["model_path"])
     before = contents(model)
     with pytest.raises(UserError, match=r"is the folder of a model.*Fix: choose another"):
-        UnifiedTrainer(Config(**options | {"output_dir": str(model)})).train()
+        train(options, output_dir=str(model))
     assert contents(model) == before
 
 
@@ -150,9 +150,9 @@ def test_who_starts_anew_beside_an_earlier_run_is_told(tmp_path: Path, caplog: p
 
 def test_both_runs_are_whole_and_the_earlier_one_goes_on(options: dict[str, Any]):
     run = Path(options["output_dir"])
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     first = contents(run)
-    UnifiedTrainer(Config(**options | {"seed": 7})).train()
+    train(options, seed=7)
     assert contents(run / "old-1") == {
         name: data for name, data in first.items() if not name.startswith("ranks/")
     }
@@ -160,7 +160,7 @@ def test_both_runs_are_whole_and_the_earlier_one_goes_on(options: dict[str, Any]
     verify_checkpoint(run / "step_2")
     assert metrics(run) != metrics(run / "old-1")
     more = {"output_dir": str(run / "old-1"), "resume_from_checkpoint": "auto", "max_steps": 4}
-    UnifiedTrainer(Config(**options | more)).train()
+    train(options, more)
     assert [line["step"] for line in metrics(run / "old-1")] == [1, 2, 3, 4]
     assert json.loads((run / "config.json").read_text())["seed"] == 7
 
@@ -179,7 +179,7 @@ def finished(small_model: Path, records: Path, tmp_path_factory: pytest.TempPath
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     given = {"model_path": str(small_model), "train_data_path": str(records), "output_dir": str(folder)}
-    UnifiedTrainer(Config(**given, max_steps=2, device="cpu", learning_rate=1e-3)).train()
+    train(given, max_steps=2, device="cpu", learning_rate=1e-3)
     return folder
 
 
@@ -295,7 +295,7 @@ def test_the_heartbeats_of_a_start_become_those_of_the_run(options: dict[str, An
         return warm_up(*given)
 
     monkeypatch.setattr(trainer_module, "warm_up", looked)
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     assert len(seen) == 1 and seen[0][1:] == ("running", False)
     assert [p.name for p in (folder / "ranks").iterdir()] == ["rank_0.json"]
     assert json.loads((folder / "ranks" / "rank_0.json").read_text())["phase"] == "ended"
@@ -324,12 +324,12 @@ time.sleep(600)
         with pytest.raises(
             UserError, match=rf"in use by process {holder.pid} on .*Fix: wait for its end or stop it"
         ):
-            UnifiedTrainer(Config(**options)).train()
+            train(options)
         assert not (folder / "config.json").exists() and not list(folder.glob("step_*")), (
             "nothing was touched"
         )
     finally:
         holder.kill()
         holder.wait()
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     assert (folder / "step_2" / "manifest.json").exists()

@@ -29,6 +29,7 @@ from saves import (
     together,
     trainer_state,
 )
+from tiny import train
 
 from unigen.config import Config
 from unigen.model.storage import scan_safetensors
@@ -38,7 +39,6 @@ from unigen.runs.checkpoint import CheckpointError, read_manifest, read_states, 
 from unigen.runs.saver import Saver
 from unigen.training.engine import Engine
 from unigen.training.loop import TrainingLoop
-from unigen.training.trainer import UnifiedTrainer
 
 # ---- what goes in comes out
 
@@ -242,7 +242,7 @@ def test_training_goes_on_within_2_s_of_a_save_on_a_disk_that_takes_longer(
         return result
 
     monkeypatch.setattr(TrainingLoop, "take_step", noted)
-    UnifiedTrainer(Config(**options | {"max_steps": 3, "save_steps": 2, "ema": 0.9})).train()
+    train(options, max_steps=3, save_steps=2, ema=0.9)
     (_, saved_at, _), (went_on, _, published) = moments[1:]
     assert went_on - saved_at < 2.0 and not published
     verify_checkpoint(folder / "step_2")

@@ -12,17 +12,15 @@ from typing import Any
 import pytest
 import torch
 from saves import ALONE, contents, entry, read_group, together
-from tiny import built, train_on
+from tiny import built, train, train_on
 from torch import Tensor
 
-from unigen.config import Config
 from unigen.runs import saver as saving
 from unigen.runs import snapshot
 from unigen.runs.checkpoint import CheckpointError, verify_checkpoint
 from unigen.runs.saver import Saver
 from unigen.runs.snapshot import BUFFER, GpuLane, copy_out
 from unigen.training.ema import EMA
-from unigen.training.trainer import UnifiedTrainer
 
 
 class LateLane:
@@ -186,7 +184,7 @@ def test_a_run_whose_copies_are_late_saves_the_same_bytes(
     late.go.set()
     with monkeypatch.context() as plain:
         plain.setattr(saving, "copied_later", lambda tensor: False)
-        UnifiedTrainer(Config(**given)).train()
+        train(given)
     late.go.clear()
     waited, settle = [], Saver.settle
 
@@ -205,7 +203,7 @@ def test_a_run_whose_copies_are_late_saves_the_same_bytes(
 
     monkeypatch.setattr(Saver, "settle", let_go)
     monkeypatch.setattr(Saver, "wait", wait_for_all)
-    trainer = built(**given | {"output_dir": str(tmp_path / "late")})
+    trainer = built(given, output_dir=str(tmp_path / "late"))
     swaps, swap = [], EMA._swap
     monkeypatch.setattr(
         EMA, "_swap", lambda ema: swaps.append(trainer.run.saver._settled.is_set()) or swap(ema)

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from saves import mount_disk
+from saves import damage, mount_disk, names, together
 
 from unigen.files import free_bytes
 from unigen.runs import space as module
@@ -38,17 +39,6 @@ def save(run: Path, step: int, nbytes: int = 400_000, name: str | None = None) -
         Contents(step, entries, {"trainer": {"step": step}}, lambda _: None, {}), name
     )
     return run / (name or f"step_{step}")
-
-
-def damage(folder: Path) -> None:
-    path = folder / "ema.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
 
 
 @pytest.fixture
@@ -154,7 +144,7 @@ def test_prune_never_removes_the_newest_good_one_the_best_or_one_protected_or_be
     save(tmp_path, 4, name="best")
     (tmp_path / ".step_5.partial-1").mkdir()
     (tmp_path / "step_6").mkdir()  # no manifest
-    damage(tmp_path / "step_4")
+    damage(tmp_path / "step_4", "ema.safetensors")
     size = module.folder_bytes(tmp_path / "step_1")
     asking, said = space(tmp_path, "prune")
     # 2, and then the damaged 4: 3 is the newest good one
@@ -177,7 +167,7 @@ def test_prune_removes_nothing_where_all_would_not_be_enough(tmp_path: Path, pre
 
 def test_prune_removes_nothing_while_no_checkpoint_is_good(tmp_path: Path, pretended):
     for step in (1, 2, 3):
-        damage(save(tmp_path, step))
+        damage(save(tmp_path, step), "ema.safetensors")
     with pytest.raises(SpaceError):
         space(tmp_path, "prune")[0].need(400_000)
     assert names(tmp_path) == ["step_1", "step_2", "step_3"]
@@ -240,28 +230,6 @@ def test_what_idle_raises_ends_the_waiting(disk: Path):
 # ---- several processes
 
 
-class Talk:
-    """Processes that are threads."""
-
-    def __init__(self, world: int):
-        self.barrier, self.words = threading.Barrier(world, timeout=20), [""] * world
-
-    def of(self, rank: int):
-        talk = self
-
-        class One:
-            main = rank == 0
-
-            def gather(self, text: str) -> list[str]:
-                talk.words[rank] = text
-                talk.barrier.wait()
-                words = list(talk.words)
-                talk.barrier.wait()
-                return words
-
-        return One()
-
-
 @pytest.mark.parametrize("policy", ["stop", "prune", "wait"])
 def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(
     tmp_path: Path, pretended, monkeypatch, policy: str
@@ -269,27 +237,24 @@ def test_all_processes_come_to_the_same_end_and_only_the_main_one_speaks(
     monkeypatch.setattr(module, "POLL_S", 0.01)
     for step in (1, 2):
         save(tmp_path, step)
-    world, rounds, ends, said = 3, [0, 0, 0], {}, [[], [], []]
-    talk = Talk(world)
+    rounds, said = [0, 0, 0], [[], [], []]
 
-    def one(rank: int) -> None:
+    def one(rank: int, channel: Any) -> str:
+        channel.main = rank == 0
+
         def idle() -> None:
             rounds[rank] += 1
             if rounds[0] == 2:
                 pretended["bytes"] = MB
 
         try:
-            DiskSpace(tmp_path, policy, 0.0, said[rank].append, talk.of(rank)).need(400_000, idle=idle)
-            ends[rank] = "room"
+            DiskSpace(tmp_path, policy, 0.0, said[rank].append, channel).need(400_000, idle=idle)
+            return "room"
         except SpaceError as error:
-            ends[rank] = str(error)
+            return str(error)
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(ends) == world and len(set(ends.values())) == 1
+    ends = together(3, one)
+    assert len(set(ends)) == 1
     assert (ends[0] == "room") == (policy != "stop") and len(said[0]) == {"stop": 0, "prune": 1, "wait": 2}[
         policy
     ]

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import metrics
+from tiny import metrics, read_jsonl, train
 
 from unigen import cli, load_bagel
 from unigen.commands.watch.health import diagnose
-from unigen.config import Config
 from unigen.model.storage import scan_folder, scan_safetensors
 from unigen.runs.checkpoint import scan_weights, verify_checkpoint
 from unigen.runs.reader import RunFolder
-from unigen.training.trainer import UnifiedTrainer
 
 STORED = Path(__file__).parent / "stored_run"
 
@@ -100,8 +98,8 @@ def test_it_goes_on_to_the_numbers_that_the_old_code_had(run: Path, golden: Path
         "freeze_llm": True, "freeze_vit": True, "max_image_tokens": 16, "max_num_tokens": 90, "num_workers": 0,
         "sample_prompts": run.parent / "prompts.jsonl", "sample_steps": 2, "device": "cpu",
     }  # fmt: skip
-    UnifiedTrainer(Config(**{n: str(v) if isinstance(v, Path) else v for n, v in options.items()})).train()
-    wanted = [json.loads(line) for line in (STORED / "steps_3_and_4.jsonl").read_text("utf-8").splitlines()]
+    train({n: str(v) if isinstance(v, Path) else v for n, v in options.items()})
+    wanted = read_jsonl(STORED / "steps_3_and_4.jsonl")
     clock = {"time", "tokens_per_second", "data_wait"}
     found = metrics(run)
     assert found[: len(before)] == before

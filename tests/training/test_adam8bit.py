@@ -277,7 +277,7 @@ def test_a_skipped_step_with_nan_gradients_leaves_weights_and_state_to_the_bit(
 ):
     from tiny import batch_of, built
 
-    trainer = built(**options, optimizer="adamw8bit")
+    trainer = built(options, optimizer="adamw8bit")
     rows = [batch_of(trainer, [0])]
     step_of(trainer, rows, 1e-3)
     held = trainer.engine.optimizer.param_groups[0]["params"]

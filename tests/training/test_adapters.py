@@ -28,7 +28,7 @@ LORA = {"lora_rank": 3, "lora_targets": ["both", "connector"], "train_also": ["t
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
 def test_adapters_move_and_the_base_stays(options: dict[str, Any], variant: str):
-    loop = built(**options | LORA | {"lora_variant": variant, "learning_rate": 1e-3, "max_steps": 7})
+    loop = built(options, LORA, lora_variant=variant, learning_rate=1e-3, max_steps=7)
     stored = scan_folder(Path(options["model_path"]))
     before = {name: p.detach().clone() for name, p in loop.run.model.named_parameters()}
     assert all(not float(p.abs().max()) for name, p in before.items() if ".lora_B." in name)
@@ -47,14 +47,12 @@ def test_adapters_begin_as_the_base_and_alike_on_every_start(options: dict[str, 
     steps = {}
     for rank in (None, 3):
         run = tmp_path / f"{rank}"
-        train(**options | {"output_dir": str(run), "max_steps": 1, "lora_rank": rank})
+        train(options, output_dir=str(run), max_steps=1, lora_rank=rank)
         steps[rank] = metrics(run)[0]["loss"]
     assert steps[None] == steps[3]
-    first = dict(built(**options | LORA | {"output_dir": str(tmp_path / "a")}).run.model.named_parameters())
-    again = dict(built(**options | LORA | {"output_dir": str(tmp_path / "b")}).run.model.named_parameters())
-    other = built(
-        **options | LORA | {"output_dir": str(tmp_path / "c"), "seed": 7}
-    ).run.model.named_parameters()
+    first = dict(built(options, LORA, output_dir=str(tmp_path / "a")).run.model.named_parameters())
+    again = dict(built(options, LORA, output_dir=str(tmp_path / "b")).run.model.named_parameters())
+    other = built(options, LORA, output_dir=str(tmp_path / "c"), seed=7).run.model.named_parameters()
     assert all(torch.equal(p, again[name]) for name, p in first.items())
     assert {name for name, p in other if not torch.equal(p, first[name])} == {
         n for n in first if ".lora_A." in n
@@ -64,7 +62,7 @@ def test_adapters_begin_as_the_base_and_alike_on_every_start(options: dict[str, 
 def test_the_usual_recipe_needs_one_option(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     del options["learning_rate"]
-    loop = built(**options, lora_rank=64)
+    loop = built(options, lora_rank=64)
     adapter = loop.run.model.adapters["default"]
     assert (adapter.alpha, adapter.scaling, loop.config.learning_rate) == (128.0, 2.0, 1e-4)
     assert len(adapter.targets) == 7 * 3 and all("_moe_gen" in name for name in adapter.targets)
@@ -82,15 +80,15 @@ def test_a_checkpoint_is_the_adapter_alone_and_a_resume_goes_on_to_the_bit(
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
     }
-    train(**options | {"output_dir": str(tmp_path / "whole")})
+    train(options, output_dir=str(tmp_path / "whole"))
     parts = options | {"output_dir": str(tmp_path / "parts")}
-    loop = built(**parts)
+    loop = built(parts)
     loop.tracker = None
     take_warm_up(loop)
     object.__setattr__(loop.run, "total_steps", 2)
     train_on(loop)
     loop.run.close()
-    train(**parts | {"resume_from_checkpoint": "auto"})
+    train(parts, resume_from_checkpoint="auto")
     folder = tmp_path / "whole" / "step_4"
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "model.safetensors", "manifest.json"} <= names
@@ -104,7 +102,7 @@ def test_a_checkpoint_is_the_adapter_alone_and_a_resume_goes_on_to_the_bit(
 
 def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp_path: Path, capsys):
     options |= LORA | {"max_steps": 3, "learning_rate": 3e-3, "output_dir": str(tmp_path / "run")}
-    loop = built(**options)
+    loop = built(options)
     train_on(loop)
     loop.run.close()
     step = tmp_path / "run" / "step_3"
@@ -153,7 +151,7 @@ def test_vllm_omni_gets_its_own_names_or_is_told_what_it_would_not_bind(
         "dora": {"lora_targets": ["und"], "lora_variant": "dora"},
     }
     for name, given in more.items():
-        train(**options | given | {"lora_rank": 2, "max_steps": 1, "output_dir": str(tmp_path / name)})
+        train(options, given, lora_rank=2, max_steps=1, output_dir=str(tmp_path / name))
     argv = ["ckpt", "export", str(tmp_path / "text" / "step_1")]
     assert main([*argv, str(tmp_path / "peft"), "--weights", "raw", *PEFT]) == 0
     assert main([*argv, str(tmp_path / "vllm"), *VLLM]) == 0
@@ -209,11 +207,11 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], given: di
 )
 def test_names_that_mean_nothing_are_refused(options: dict[str, Any], given: dict[str, Any], said: str):
     with pytest.raises((AdapterError, ConfigError), match=said):
-        built(**options | {"lora_rank": 2} | given)
+        built(options, {"lora_rank": 2}, given)
 
 
 def test_a_run_goes_on_only_with_the_same_adapters(options: dict[str, Any], tmp_path: Path):
-    train(**options | LORA | {"max_steps": 1, "save_steps": 1})
+    train(options, LORA, max_steps=1, save_steps=1)
     plain = {"lora_rank": None, "lora_targets": None, "train_also": None}
     for said, other in {
         "lora_rank 3": {"lora_rank": 4},
@@ -224,11 +222,11 @@ def test_a_run_goes_on_only_with_the_same_adapters(options: dict[str, Any], tmp_
         "holds an adapter": plain,
     }.items():
         with pytest.raises(ValueError, match=said):
-            train(**options | LORA | other | {"max_steps": 2, "resume_from_checkpoint": "auto"})
-    train(**options | plain | {"max_steps": 1, "save_steps": 1, "output_dir": str(tmp_path / "plain")})
+            train(options, LORA, other, max_steps=2, resume_from_checkpoint="auto")
+    train(options, plain, max_steps=1, save_steps=1, output_dir=str(tmp_path / "plain"))
     with pytest.raises(ValueError, match="holds no adapter"):
         whole = {"output_dir": str(tmp_path / "plain"), "resume_from_checkpoint": "auto", "max_steps": 2}
-        train(**options | LORA | whole)
+        train(options, LORA, whole)
 
 
 @pytest.mark.parametrize(
@@ -243,20 +241,20 @@ def test_names_that_could_not_do_what_is_asked_are_refused(
     options: dict[str, Any], given: dict[str, Any], said: str
 ):
     with pytest.raises(ConfigError, match=said):
-        built(**options | {"lora_rank": 2} | given)
+        built(options, {"lora_rank": 2}, given)
 
 
 def test_another_base_of_bits_is_told_on_a_resume(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    train(**options | {"lora_rank": 2, "max_steps": 1, "save_steps": 1})
+    train(options, lora_rank=2, max_steps=1, save_steps=1)
     caplog.clear()
-    train(**options | {"lora_rank": 2, "max_steps": 2, "quantize": "int8", "resume_from_checkpoint": "auto"})
+    train(options, lora_rank=2, max_steps=2, quantize="int8", resume_from_checkpoint="auto")
     assert "--quantize none" in caplog.text
     small = str(tmp_path / "small")
     assert main(["ckpt", "export", options["model_path"], small, "--quantize", "nf4"]) == 0
     caplog.clear()
-    train(**options | {"lora_rank": 2, "max_steps": 3, "model_path": small, "resume_from_checkpoint": "auto"})
+    train(options, lora_rank=2, max_steps=3, model_path=small, resume_from_checkpoint="auto")
     (told,) = [line for line in caplog.messages if line.startswith("This run's base")]
     assert f"--model_path {options['model_path']}" in told and "--quantize" not in told, "the folder decides"
 
@@ -264,14 +262,14 @@ def test_another_base_of_bits_is_told_on_a_resume(
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_one_nobody_killed(options: dict[str, Any], tmp_path: Path):
     options |= LORA | {"max_steps": 6, "save_steps": 1, "learning_rate": 1e-3, "logging_steps": 1}
-    train(**options | {"output_dir": str(tmp_path / "whole")})
+    train(options, output_dir=str(tmp_path / "whole"))
     killed = options | {"output_dir": str(tmp_path / "killed"), "resume_from_checkpoint": "auto"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(killed))  # YAML, too
     (child,) = start_command(tmp_path / "log", ["train", "--config", str(tmp_path / "recipe.yaml")])
     wait_for(tmp_path / "killed" / "step_2", child)
     child.kill()
     child.join()
-    train(**killed)
+    train(killed)
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         a, b = (tmp_path / run / "step_6" / name for run in ("whole", "killed"))
         assert a.read_bytes() == b.read_bytes(), name

@@ -71,7 +71,7 @@ def trainer_of(
         )
     )
     given = options_of(case, options, {"engine": "deepspeed", "deepspeed_config": str(file)})
-    return built(**given | {"output_dir": str(folder / f"run {name}")})
+    return built(given, output_dir=str(folder / f"run {name}"))
 
 
 def file_of(folder: Path, *parts: object) -> Path:
@@ -226,7 +226,7 @@ def alone(ran: tuple[Path, dict[str, Any]]) -> Any:
                 options,
                 {"engine": "single", "output_dir": str(folder / f"alone {name}")} | (more or {}),
             )
-            trainer = built(**given)
+            trainer = built(given)
             first = together([held(trainer)])
             known[name] = (first, train(trainer, case[0], None, 1), together([held(trainer)]))
         return known[name]

@@ -19,6 +19,7 @@ from tiny import (
     batch_of,
     built,
     metrics,
+    read_jsonl,
     step_of,
     take_warm_up,
     train_on,
@@ -37,7 +38,7 @@ def _break_as_rank(
     rank: int, world: int, port: int, options: dict[str, Any], token: int, folder: str
 ) -> None:
     become_rank(rank, world, port)
-    trainer = built(**options)
+    trainer = built(options)
     with torch.no_grad():
         trainer.run.model.language_model.model.embed_tokens.weight[token] = float("nan")
     before = {name: p.clone() for name, p in trainer.run.model.state_dict().items()}
@@ -61,7 +62,7 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(
     )
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[True, True, 0]] * 2
     run, data = Path(options["output_dir"]), options["train_data_path"]
-    (line,) = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    (line,) = read_jsonl(run / "bad_steps.jsonl")
     assert line["records"] == [f"{data}:2", f"{data}:1"]
 
 
@@ -138,7 +139,7 @@ def test_torchrun_equals_one_process_and_resumes_to_the_bit(
     for name in parts:
         assert (other / "step_4" / name).read_bytes() == (run / "step_4" / name).read_bytes(), name
 
-    one = built(**options | {"gradient_accumulation_steps": 4, "output_dir": str(tmp_path / "one")})
+    one = built(options, gradient_accumulation_steps=4, output_dir=str(tmp_path / "one"))
     take_warm_up(one)
     train_on(one)
     for found, wanted in zip(timeless(run), timeless(tmp_path / "one"), strict=True):
@@ -157,13 +158,13 @@ def test_a_mistake_of_the_user_ends_every_process(options: dict[str, Any], tmp_p
 
 def _skip_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
     become_rank(rank, world, port)
-    trainer = built(**options)
+    trainer = built(options)
     (Path(folder) / f"{rank}.json").write_text(
         json.dumps([len(trainer.run.stream.mixture), trainer.run.stream.mixture.order(0).records.tolist()])
     )
     other = options | {"train_data_path": options["val_data_path"]} if rank else options
     try:
-        built(**other)
+        built(other)
     except UserError as error:
         (Path(folder) / f"{rank}.txt").write_text(str(error))
     torch.distributed.destroy_process_group()

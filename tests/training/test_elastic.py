@@ -27,7 +27,7 @@ LEGS = [(2, "fsdp2", 2), (1, "single", 4), (3, "fsdp2", 6), (2, "deepspeed", 8)]
 
 def _leg_as_rank(rank: int, world: int, port: int, options: dict[str, Any], until: int, folder: str) -> None:
     become_rank(rank, world, port)
-    trainer = built(**options)
+    trainer = built(options)
     if trainer.position.step:
         held = {}
         for shard in trainer.engine.shards():
@@ -71,10 +71,7 @@ def elastic(
     for world, engine, until in LEGS:
         leg = options | {"engine": engine, "output_dir": str(folder / "run")}
         run_ranks(_leg_as_rank, world, leg, until, str(folder))
-    one = built(
-        **options
-        | {"gradient_accumulation_steps": ROWS, "engine": "single", "output_dir": str(folder / "one")}
-    )
+    one = built(options, gradient_accumulation_steps=ROWS, engine="single", output_dir=str(folder / "one"))
     train_on(one)
     return folder, options
 
@@ -83,7 +80,7 @@ def test_every_step_has_the_same_rows_whatever_the_number_of_processes(elastic: 
     """Passes when the samples of every step, over 2, 1, 3 and 2 processes, are those that a stream nobody
     stopped gives."""
     folder, options = elastic
-    stream = built(**options | {"engine": "single", "output_dir": str(folder / "rows")}).run.stream
+    stream = built(options, engine="single", output_dir=str(folder / "rows")).run.stream
     steps = stream.steps(LoaderState(), ROWS)
     wanted = [
         sorted(origin for row in step for origin in stream.build(row, after).pack.origins)

@@ -20,7 +20,7 @@ import torch
 from kills import become_rank
 from processes import run_ranks
 from safetensors.torch import save_file
-from tiny import batch_of, built, step_of, take_warm_up, write_jsonl
+from tiny import batch_of, built, read_jsonl, step_of, take_warm_up, write_jsonl
 
 from unigen.model.parts import WORDS
 from unigen.model.storage import scan_folder
@@ -214,7 +214,7 @@ def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str
     become_rank(rank, world, port)
     for number, (_, case) in enumerate(cases_of(run).items()):
         given = options_of(case, options, RUNS[run][0])
-        trainer = built(**given | {"output_dir": f"{folder}/{run}-{number}"})
+        trainer = built(given, output_dir=f"{folder}/{run}-{number}")
         take_warm_up(trainer)
         found = train(trainer, case[0], rank, world)
         torch.save((found, held(trainer)), Path(folder) / f"{run}-{number}.{rank}.pt")
@@ -228,7 +228,7 @@ def _train_as_rank(rank: int, world: int, port: int, run: str, options: dict[str
 def options_for(small_model: Path, records: Path) -> dict[str, Any]:
     """Those of all cases; beside the records stand a file of the texts alone, one of nothing to look at, and the
     model with its words in bfloat16."""
-    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    lines = read_jsonl(records)
     write_jsonl(records.parent / "text.jsonl", [lines[0], lines[5]])
     write_jsonl(records.parent / "drawn.jsonl", [lines[1], lines[0], lines[5], lines[3]])
     values = {name: entry.read() for name, entry in scan_folder(small_model).items()}
@@ -263,7 +263,7 @@ def alone(prepared: tuple[Path, dict[str, Any]]) -> Callable[..., Any]:
             name
         ]
         given = options_of(case, options, {"engine": "single", "bf16": bf16})
-        trainer = built(**given | {"output_dir": str(folder / f"one-{world}-{bf16}-{name}")})
+        trainer = built(given, output_dir=str(folder / f"one-{world}-{bf16}-{name}"))
         return train(trainer, case[0], None, world), together([held(trainer)])
 
     return run

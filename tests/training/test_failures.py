@@ -11,16 +11,16 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
-from tiny import built, train_on
+from tiny import built, train, train_on
 
-from unigen.config import Config, UserError
+from unigen.config import UserError
 from unigen.messages import speaking
 from unigen.runs.checkpoint import verify_checkpoint
 from unigen.runs.said import leave, listen
 from unigen.training.failures import explain
 from unigen.training.guards import TrainingStopped
 from unigen.training.loop import TrainingLoop
-from unigen.training.trainer import UnifiedTrainer, told_of_lost_processes
+from unigen.training.trainer import told_of_lost_processes
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def break_data(loop: TrainingLoop, error: Exception, after: int) -> None:
 def test_an_error_of_the_data_saves_the_last_finished_step(
     options: dict[str, Any], error: Exception, raised: type[Exception]
 ):
-    loop = built(**options | {"max_steps": 4})
+    loop = built(options, max_steps=4)
     break_data(loop, error, after=2)
     with pytest.raises(raised):
         train_on(loop)
@@ -58,13 +58,13 @@ def test_an_error_of_the_data_saves_the_last_finished_step(
     run = Path(options["output_dir"])
     assert [path.name for path in run.glob("step_*")] == ["step_2"]
     verify_checkpoint(run / "step_2")
-    UnifiedTrainer(Config(**options | {"max_steps": 3, "resume_from_checkpoint": "auto"})).train()
+    train(options, max_steps=3, resume_from_checkpoint="auto")
     assert (run / "step_3").is_dir()
 
 
 def test_an_error_before_or_in_the_update_of_the_weights(options: dict[str, Any], tmp_path: Path):
     for place, saved in (("forward", ["step_1"]), ("step", [])):
-        loop = built(**options | {"output_dir": str(tmp_path / place)})
+        loop = built(options, output_dir=str(tmp_path / place))
         work, calls = getattr(loop.engine, place), []
 
         def broken(*given: Any, work: Any = work, calls: list[int] = calls) -> Any:
@@ -97,7 +97,7 @@ def test_what_the_machine_does_has_one_line_and_a_bug_keeps_its_traceback():
 
 @pytest.mark.slow
 def test_a_loader_worker_that_is_killed(options: dict[str, Any]):
-    loop = built(**options | {"max_steps": 50, "num_workers": 2})
+    loop = built(options, max_steps=50, num_workers=2)
     step, children = loop.take_step, Path(f"/proc/self/task/{os.getpid()}/children")
 
     def killing(*given: Any) -> Any:
@@ -117,7 +117,7 @@ def test_a_loader_worker_that_is_killed(options: dict[str, Any]):
 
 def _fails_on_one(rank: int, world: int, port: int, options: dict[str, Any], log: str) -> None:
     become_rank(rank, world, port, log)
-    loop = built(**options)
+    loop = built(options)
     if rank == 1:
         break_data(loop, OSError(5, "Input/output error"), after=2)
     with pytest.raises(TrainingStopped) as caught:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import built, metrics, train_on
+from tiny import built, metrics, read_jsonl, train, train_on
 
 from unigen.commands.ckpt.listing import checkpoint_facts
 from unigen.config import Config, ConfigError
@@ -18,7 +18,6 @@ from unigen.runs.states import STATES
 from unigen.schema import Table
 from unigen.training.engine import Engine
 from unigen.training.guards import CONFIRM, FEWEST, BadStepGuard, Diverged, TrainingStopped
-from unigen.training.trainer import UnifiedTrainer
 
 
 def guards(tmp_path: Path, **options: Any) -> BadStepGuard:
@@ -74,17 +73,14 @@ def poison(model: torch.nn.Module) -> None:
 
 
 def test_a_run_of_skipped_steps_ends_with_the_cure_and_every_step_listed(options: dict[str, Any]):
-    trainer = built(**options | {"max_skipped_steps": 3, "max_steps": 9})
+    trainer = built(options, max_skipped_steps=3, max_steps=9)
     poison(trainer.run.model)
     with pytest.raises(
         TrainingStopped,
         match=r"step 3: its loss is not finite, as in the 2 steps before it .*Fix: lower --learning_rate",
     ):
         train_on(trainer)
-    lines = [
-        json.loads(line)
-        for line in (Path(options["output_dir"]) / "bad_steps.jsonl").read_text("utf-8").splitlines()
-    ]
+    lines = read_jsonl(Path(options["output_dir"]) / "bad_steps.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3] and all(
         line["records"] and line["why"] for line in lines
     )
@@ -112,7 +108,7 @@ def test_training_stops_when_validation_no_longer_improves_and_its_state_is_save
         "eval_steps": 1,
         "early_stopping_patience": 3,
     }
-    UnifiedTrainer(Config(**options | changed)).train()
+    train(options, changed)
     run = Path(options["output_dir"])
     assert max(line["step"] for line in metrics(run)) == 4
     assert (run / "step_4" / "manifest.json").exists() and (run / "best" / "manifest.json").exists()
@@ -174,10 +170,10 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_auto_goes_on_fro
 ):
     """As in a run whose learning rate was raised: step 9 breaks the weights, which nobody can know then."""
     options |= {"save_steps": 1, "save_total_limit": 1, "max_skipped_steps": 4, "num_epochs": 9}
-    UnifiedTrainer(Config(**options | {"max_steps": 8})).train()
+    train(options, max_steps=8)
     run = Path(options["output_dir"])
     assert [path.name for path in run.glob("step_*")] == ["step_8"]
-    trainer = built(**options | {"max_steps": 20, "resume_from_checkpoint": "auto"})
+    trainer = built(options, max_steps=20, resume_from_checkpoint="auto")
     take = trainer.take_step
 
     def breaking(*given: Any) -> Any:
@@ -197,9 +193,9 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_auto_goes_on_fro
     caplog.clear()
     assert latest_checkpoint(run) == run / "step_8" and "Passing over" in caplog.text
     # lower than the number of the one that was passed over, and all the same what the run goes on from
-    UnifiedTrainer(Config(**options | {"max_steps": 10, "resume_from_checkpoint": "auto"})).train()
+    train(options, max_steps=10, resume_from_checkpoint="auto")
     assert (run / "step_10").is_dir() and latest_checkpoint(run) == run / "step_10"
-    UnifiedTrainer(Config(**options | {"max_steps": 14, "resume_from_checkpoint": "auto"})).train()
+    train(options, max_steps=14, resume_from_checkpoint="auto")
     assert [path.name for path in run.glob("step_*")] == ["step_14"]
 
 

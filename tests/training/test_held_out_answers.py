@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import built, metrics
+from tiny import built, metrics, train
 
-from unigen.config import Config, ConfigError
+from unigen.config import ConfigError
 from unigen.evaluation.perceptual import psnr
 from unigen.evaluation.text import length_ratio
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.model.weights import load_bagel
 from unigen.training.answering import small_pictures
-from unigen.training.trainer import UnifiedTrainer
 
 
 def test_the_numbers_are_those_of_the_answers(options: dict[str, Any], records: Path):
     """Passes when the length of what the model describes, and the distance of what it edits, are what the
     inferencer's own answers give."""
     given = {"val_data_path": str(records), "eval_samples": 7, "eval_metrics": ["length_ratio", "psnr"]}
-    loop = built(**options | given)
+    loop = built(options, given)
     found, again = loop.evaluate(), loop.evaluate()
     assert found == again and found is not None
     answers = loop.run.evaluation.answers
@@ -56,18 +55,18 @@ def test_by_default_answers_take_a_tenth_of_the_time_at_most(
     caplog.set_level("INFO", "unigen")
     del options["eval_samples"]
     options |= {"val_data_path": str(records), "eval_steps": 1, "max_steps": 1}
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     assert not any(
         name.startswith("eval/") for line in metrics(options["output_dir"]) for name in line if line["step"]
     )
     assert "No answers are measured: " in caplog.text and "predicted" in caplog.text
     state = json.loads((Path(options["output_dir"]) / "step_1" / "trainer.json").read_text())
     assert state["evaluation"]["batches"] == 0
-    resumed = built(**options | {"resume_from_checkpoint": "auto", "eval_steps": 10**6, "max_steps": 10**7})
+    resumed = built(options, resume_from_checkpoint="auto", eval_steps=10**6, max_steps=10**7)
     assert resumed.run.evaluation.answers.kept == 0
 
     patient = {"eval_steps": 10**6, "max_steps": 10**7, "output_dir": f"{options['output_dir']}-2"}
-    loop = built(**options | patient)
+    loop = built(options, patient)
     assert any(name.startswith("eval/accuracy/") for name in loop.evaluate())
     assert loop.run.evaluation.answers.records == 7
 
@@ -91,10 +90,10 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(
     given: dict[str, Any], told: str, options: dict[str, Any], records: Path
 ):
     with pytest.raises(ConfigError, match=told):
-        built(**options | {"val_data_path": str(records), "eval_samples": 2} | given)
+        built(options, {"val_data_path": str(records), "eval_samples": 2}, given)
 
 
 def test_the_direction_of_a_metric_is_its_own(options: dict[str, Any], records: Path):
     options |= {"val_data_path": str(records), "eval_samples": 7, "metric_for_best_model": "eval/anls/text"}
-    assert built(**options).run.evaluation.greater_is_better
-    assert not built(**options | {"greater_is_better": False}).run.evaluation.greater_is_better
+    assert built(options).run.evaluation.greater_is_better
+    assert not built(options, greater_is_better=False).run.evaluation.greater_is_better

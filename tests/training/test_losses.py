@@ -24,7 +24,7 @@ def step(trainer: TrainingLoop, split: list[list[int]]) -> tuple[Any, dict[str, 
 @pytest.fixture
 def trainer(options: dict[str, Any]) -> TrainingLoop:
     # Clipping divides by the norm and would hide a factor.
-    return built(**options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3)
+    return built(options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3)
 
 
 SPLITS = {
@@ -102,7 +102,7 @@ def test_every_trained_parameter_gets_a_gradient_from_any_row(trainer: TrainingL
 
 def test_gradient_checkpointing_gives_the_same_gradients(trainer: TrainingLoop, options: dict[str, Any]):
     same = built(
-        **options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3, gradient_checkpointing=True
+        options, max_grad_norm=0.0, text_loss_weight=0.7, image_loss_weight=1.3, gradient_checkpointing=True
     )
     layers = [
         *same.run.model.language_model.model.layers,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from counting import Alive, share
 from gpu_setup import published
+from tiny import train
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unigen.config import Config, ConfigError
@@ -24,7 +25,6 @@ from unigen.training.census import census
 from unigen.training.memory_plan import Machine, MemoryPlan, compared, plan_memory
 from unigen.training.preserve import Teacher
 from unigen.training.step import Counts, forward_backward
-from unigen.training.trainer import UnifiedTrainer
 
 SINGLE = Machine()
 ALL = Half(frozenset(mot_name for mot_name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
@@ -335,7 +335,7 @@ def test_a_run_says_what_it_took_and_what_was_planned(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level("INFO"):
-        UnifiedTrainer(Config(**options)).train()
+        train(options)
     (told,) = [line for line in caplog.messages if line.startswith("Memory of the process")]
     taken, planned = map(float, re.findall(r"([\d.]+) GB", told))
     assert 0.3 < planned < taken + 0.1 and taken > 0.3  # a process of many tests has had larger ones

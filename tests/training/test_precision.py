@@ -13,6 +13,7 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
+from tiny import train
 
 from unigen.config import Config, ConfigError
 from unigen.runs.checkpoint import read_states
@@ -24,7 +25,6 @@ from unigen.training.precision import (
     choose_precision,
     stored_precision,
 )
-from unigen.training.trainer import UnifiedTrainer
 
 CPU = DeviceFacts("cpu")
 H100 = DeviceFacts("cuda", "H100", True, 232_448)
@@ -198,9 +198,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     def leg(steps: int, **more: Any) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            UnifiedTrainer(
-                Config(**options | {"max_steps": steps, "resume_from_checkpoint": "auto"} | more)
-            ).train()
+            train(options, {"max_steps": steps, "resume_from_checkpoint": "auto"}, more)
         stored = read_states(run / f"step_{steps}")["training_config"]["precision"]
         lines = [line for line in caplog.messages if line.startswith("Precision: ")]
         assert len(lines) == 1 and lines[0].startswith(f"Precision: {stored} ")
@@ -223,9 +221,9 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
 
 def test_the_scale_of_another_precision_is_not_taken_over(options: dict[str, Any]):
     """A run in float32 has the scale 1, which float16 would underflow with."""
-    UnifiedTrainer(Config(**options | {"max_steps": 1})).train()
+    train(options, max_steps=1)
     more = {"max_steps": 2, "fp16": True, "resume_from_checkpoint": "auto"}
-    UnifiedTrainer(Config(**options | more)).train()
+    train(options, more)
     assert read_states(Path(options["output_dir"]) / "step_2")["trainer"]["scale"]["scale"] in (
         2.0**15,
         2.0**16,

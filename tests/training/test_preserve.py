@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_both_distances(way: str, options: dict[str, Any
         given |= {"train_data_path": str(write_jsonl(Path(options["output_dir"]).parent / "t.jsonl", lines))}
         numbers = [0, 1]
     # no loss of its own would be refused as nothing to learn
-    loop = built(**given | {"text_loss_weight": 1e-30})
+    loop = built(given, text_loss_weight=1e-30)
     run = loop.run
     pack = batch_of(loop, numbers).pack
     parts = {
@@ -102,7 +102,7 @@ def test_the_model_itself_is_at_no_distance(way: str, options: dict[str, Any]):
     steps = {}
     for weight in (None, 3.0):
         kept = {} if weight is None else {"preserve_weight": weight, "preserve_share": 1.0}
-        loop = built(**options | WAYS[way] | kept | {"output_dir": f"{options['output_dir']}{weight}"})
+        loop = built(options, WAYS[way], kept, output_dir=f"{options['output_dir']}{weight}")
         steps[weight] = (
             step_of(loop, [batch_of(loop, [0, 2]), batch_of(loop, [1, 3, 4])], 0.0),
             gradients(loop),
@@ -129,17 +129,14 @@ def test_pieces_of_the_labels_are_all_of_them(monkeypatch: pytest.MonkeyPatch):
 def test_a_share_of_the_samples_is_kept_and_those_of_other_data_alone(
     options: dict[str, Any], tmp_path: Path
 ):
-    stream = built(**options, preserve_weight=1.0).run.stream
+    stream = built(options, preserve_weight=1.0).run.stream
     aims = [stream.aim(stream.mixture.key(record, number)) for record in range(7) for number in range(300)]
     assert 0.2 < aims.count(Aim.LEARN | Aim.KEEP) / len(aims) < 0.3 and Aim.KEEP not in aims
     assert aims == [
         stream.aim(stream.mixture.key(record, number)) for record in range(7) for number in range(300)
     ]
     other = write_jsonl(tmp_path / "other.jsonl", [text("Say it.", "It."), text("And twice?", "It. It.")])
-    loop = built(
-        **options | {"output_dir": str(tmp_path / "b")},
-        preserve_weight=1.0, preserve_data_path=str(other), preserve_share=0.5,
-    )  # fmt: skip
+    loop = built(options, output_dir=str(tmp_path / "b"), preserve_weight=1.0, preserve_data_path=str(other), preserve_share=0.5)  # fmt: skip
     stream = loop.run.stream
     order = stream.mixture.order(0)
     kept = [stream.aim(stream.mixture.key(r, n)) == Aim.KEEP for r, n in zip(order.records, order.passes)]
@@ -154,7 +151,7 @@ def test_a_share_of_the_samples_is_kept_and_those_of_other_data_alone(
 
 
 def test_the_log_holds_the_distances_apart(options: dict[str, Any], tmp_path: Path):
-    loop = built(**options | KEPT | {"max_steps": 3, "learning_rate": 3e-3, "batch_size": 7})
+    loop = built(options, KEPT, max_steps=3, learning_rate=3e-3, batch_size=7)
     take_warm_up(loop)
     train_on(loop)
     rows = metrics(options["output_dir"])
@@ -182,7 +179,7 @@ def test_a_resume_goes_on_to_the_bit(way: str, options: dict[str, Any], tmp_path
         with pytest.raises(
             UserError, match=r"not what this run began with and stays near.*Fix: --model_path"
         ):
-            built(**gone)
+            built(gone)
 
 
 BAD = {

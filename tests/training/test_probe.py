@@ -10,13 +10,11 @@ import pytest
 import torch
 from kills import become_rank
 from processes import run_ranks
-from tiny import built, draw_picture, metrics, take_warm_up, train_on
+from tiny import built, draw_picture, metrics, take_warm_up, train, train_on
 
-from unigen.config import Config
 from unigen.sequence.images import open_image
 from unigen.training.answering import packed
 from unigen.training.probe import likeness
-from unigen.training.trainer import UnifiedTrainer
 
 DRIFTS = ("probe/drift/text", "probe/drift/image")
 
@@ -30,7 +28,7 @@ def test_drift_and_answers_are_held_against_the_first_model(options: dict[str, A
     """Passes when at step 0 nothing has drifted, later every loss and drift are those of the step's weights,
     and a run that is resumed, or moved, counts from the same base; also without validation data."""
     options |= {"probe_data_path": str(records), "eval_steps": 1, "save_steps": 1}
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     run = Path(options["output_dir"])
     first, *rest = lines = probed(run)
     assert [line["step"] for line in lines] == [0, 1, 2] and "val_loss" not in first
@@ -41,7 +39,7 @@ def test_drift_and_answers_are_held_against_the_first_model(options: dict[str, A
             assert line[f"probe/drift/{kind}"] == pytest.approx(drift) and drift
         assert 0 <= line["probe/answers/same"] < 1 and 0 < line["probe/answers/likeness"] < 1
     other = {"output_dir": f"{run}-2", "resume_from_checkpoint": str(run / "step_1")}
-    UnifiedTrainer(Config(**options | other)).train()
+    train(options, other)
     (last,) = probed(f"{run}-2")
     assert {**last, "time": 0} == {**rest[-1], "time": 0}
     assert (Path(f"{run}-2") / "probe.json").read_bytes() == (run / "probe.json").read_bytes()
@@ -52,14 +50,14 @@ def test_the_run_ends_where_it_forgets_too_much(
     options: dict[str, Any], records: Path, capsys: pytest.CaptureFixture[str]
 ):
     options |= {"probe_data_path": str(records), "eval_steps": 1, "max_steps": 5, "stop_on_drift": 0.5}
-    UnifiedTrainer(Config(**options | {"learning_rate": 0.5, "max_grad_norm": 0})).train()
+    train(options, learning_rate=0.5, max_grad_norm=0)
     last = probed(options["output_dir"])[-1]
     assert last["step"] < 5 and max(last[name] for name in DRIFTS) > 0.5
     assert all(max(line[name] for name in DRIFTS) <= 0.5 for line in probed(options["output_dir"])[:-1])
     assert "stop_on_drift is 0.5" in capsys.readouterr().err
     assert (Path(options["output_dir"]) / f"step_{last['step']}" / "trainer.json").exists()
     again = options | {"resume_from_checkpoint": "auto", "learning_rate": 0.5, "max_grad_norm": 0}
-    UnifiedTrainer(Config(**again)).train()  # the same command, as recipes have it: it is as far as it was
+    train(again)  # the same command, as recipes have it: it is as far as it was
     assert max(line["step"] for line in probed(options["output_dir"])) == last["step"]
 
 
@@ -72,10 +70,10 @@ def test_below_adapters_the_base_is_there_at_any_step(options: dict[str, Any], r
         "eval_steps": 1,
         "output_dir": options["output_dir"] + "-0",
     }
-    UnifiedTrainer(Config(**wanted)).train()
-    UnifiedTrainer(Config(**adapters)).train()
+    train(wanted)
+    train(adapters)
     late = {"resume_from_checkpoint": str(Path(options["output_dir"]) / "step_1")}
-    UnifiedTrainer(Config(**wanted | late | {"output_dir": options["output_dir"] + "-1"})).train()
+    train(wanted, late, output_dir=options["output_dir"] + "-1")
     one, two = (probed(f"{options['output_dir']}-{n}")[-1] for n in (0, 1))
     assert one["probe/drift/text"] and {**one, "time": 0} == {**two, "time": 0}
 
@@ -94,7 +92,7 @@ def test_likeness_of_answers(tmp_path: Path):
 def _measure_as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
     become_rank(rank, world, port)
     for name in options.pop("engines"):
-        loop = built(**options | {"engine": name, "output_dir": f"{folder}/{name}"})
+        loop = built(options, engine=name, output_dir=f"{folder}/{name}")
         take_warm_up(loop)
         train_on(loop)
     torch.distributed.destroy_process_group()
@@ -110,7 +108,7 @@ def test_every_engine_measures_what_one_process_does(options: dict[str, Any], re
     for engines in (["ddp", "fsdp2"], ["deepspeed"]):
         run_ranks(_measure_as_rank, 2, options | {"engines": engines}, str(tmp_path), seconds=300)
     one = options | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
-    UnifiedTrainer(Config(**one)).train()
+    train(one)
     wanted = [line for line in metrics(tmp_path / "one") if "val_loss" in line]
     assert [line["step"] for line in wanted] == [0, 2]
     for name in ("ddp", "fsdp2", "deepspeed"):

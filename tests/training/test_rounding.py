@@ -77,7 +77,7 @@ def test_small_updates_add_up_as_in_float32(build: Any):
 def test_matrices_are_held_in_bfloat16_and_the_losses_are_those_of_their_values(
     precision: str, options: dict[str, Any], tmp_path: Path
 ):
-    loop = built(**options | LOW | {"precision": precision})
+    loop = built(options, LOW, precision=precision)
     model, pack = loop.run.model, batch_of(loop, list(range(7))).pack
     for name, p in model.named_parameters():
         assert p.dtype == (torch.bfloat16 if is_low(name) else torch.float32), name
@@ -101,14 +101,14 @@ def test_a_resume_goes_on_to_the_bit(optimizer: str, options: dict[str, Any], tm
     assert low and all(saved["model"][n].dtype == torch.bfloat16 for n in low)
     assert all(saved["ema"][n].dtype == torch.float32 for n in low)
     size = sum(p.stat().st_size for p in last.glob("*.safetensors"))
-    loop = built(**options | {"resume_from_checkpoint": str(last), "max_steps": 5})
+    loop = built(options, resume_from_checkpoint=str(last), max_steps=5)
     assert loop.run.checkpoint_bytes() == pytest.approx(size, rel=0.02)  # the files have headers, too
     loop.run.close()
     load_bagel(last)
 
 
 def test_the_average_is_float32_and_the_weights_come_back(options: dict[str, Any]):
-    loop = built(**options | LOW | {"ema": 0.9, "learning_rate": 1e-2})
+    loop = built(options, LOW, ema=0.9, learning_rate=1e-2)
     step_of(loop, [batch_of(loop, [0, 1, 3])], 1e-2)
     ema, model = loop.run.ema, loop.run.model
     assert ema is not None
@@ -124,7 +124,7 @@ def test_the_average_is_float32_and_the_weights_come_back(options: dict[str, Any
 
 def _as_rank(rank: int, world: int, port: int, options: dict[str, Any], folder: str) -> None:
     become_rank(rank, world, port)
-    loop = built(**options | {"engine": "ddp", "output_dir": f"{folder}/ddp"})
+    loop = built(options, engine="ddp", output_dir=f"{folder}/ddp")
     for rows in ([0, 1], [3, 2], [4, 6]):
         step_of(loop, [batch_of(loop, [rows[rank]])], 2e-3)
     torch.save({n: p.detach() for n, p in loop.run.model.named_parameters()}, f"{folder}/{rank}.pt")
@@ -137,7 +137,7 @@ def test_processes_hold_the_same_weights_near_those_of_one(options: dict[str, An
     run_ranks(_as_rank, 2, options, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(p, second[name]) for name, p in first.items())
-    loop = built(**options | {"output_dir": str(tmp_path / "one")})
+    loop = built(options, output_dir=str(tmp_path / "one"))
     for rows in ([0, 1], [3, 2], [4, 6]):
         step_of(loop, [batch_of(loop, [row]) for row in rows], 2e-3)
     for name, p in loop.run.model.named_parameters():

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import built, text, train_on, write_jsonl
+from tiny import built, text, train, train_on, write_jsonl
 
-from unigen.config import Config
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import verify_checkpoint
-from unigen.training.trainer import UnifiedTrainer
 
 
 @pytest.fixture
@@ -45,8 +43,8 @@ def spoil(model: Path, how: str) -> None:
 def test_a_source_that_changes_leaves_checkpoints_as_they_would_have_been(
     own: dict[str, Any], how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    UnifiedTrainer(Config(**own)).train()
-    spoiled = built(**own | {"output_dir": str(tmp_path / "spoiled")})
+    train(own)
+    spoiled = built(own, output_dir=str(tmp_path / "spoiled"))
     spoil(tmp_path / "model", how)
     with caplog.at_level(logging.WARNING):
         train_on(spoiled)
@@ -69,7 +67,7 @@ def test_parts_left_out_come_from_what_the_run_began_with_or_not_at_all(
     texts = write_jsonl(tmp_path / "texts.jsonl", [text("What is two and two?", "Four.")] * 4)
     own |= {"visual_gen": False, "train_data_path": str(texts)}
     before = load_file(tmp_path / "model" / "ema.safetensors")
-    loop = built(**own)
+    loop = built(own)
     spoil(tmp_path / "model", "replaced")
     train_on(loop)
     loop.run.close()
@@ -80,7 +78,7 @@ def test_parts_left_out_come_from_what_the_run_began_with_or_not_at_all(
     # resumed beside another model of the same shape: what the model leaves out is still the first one's
     resumed = own | {"resume_from_checkpoint": "auto", "max_steps": 3}
     with caplog.at_level(logging.WARNING):
-        UnifiedTrainer(Config(**resumed | {"learning_rate": 0.5})).train()
+        train(resumed, learning_rate=0.5)
     assert "is not what this run began with" in caplog.text
     assert f"model_path {own['model_path'][:60]}: other weights than the run began with" in caplog.text
     assert "learning_rate is 0.5, and" in caplog.text and "Fix: --learning_rate 1e-5" in caplog.text
@@ -90,14 +88,14 @@ def test_parts_left_out_come_from_what_the_run_began_with_or_not_at_all(
     # resumed without the model it began with
     shutil.rmtree(tmp_path / "model")
     caplog.clear()
-    UnifiedTrainer(Config(**resumed | {"max_steps": 4})).train()
+    train(resumed, max_steps=4)
     assert "other weights" not in caplog.text
     step_4 = Path(own["output_dir"]) / "step_4"
     assert all(torch.equal(load_file(step_4 / "ema.safetensors")[n], before[n]) for n in left_out)
 
     # rewritten in place: the checkpoint lacks them, says so, and is enough to go on from
     own |= {"model_path": str(step_4), "output_dir": str(tmp_path / "third")}
-    loop = built(**own)
+    loop = built(own)
     os.truncate(step_4 / "ema.safetensors", 1000)
     caplog.clear()
     with caplog.at_level(logging.WARNING):

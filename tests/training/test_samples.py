@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from sampling import files, pixels, sampler_of, write_prompts
-from tiny import batch_of, built, draw_picture, step_of
+from tiny import batch_of, built, draw_picture, step_of, train
 
-from unigen.config import Config
 from unigen.inference.context import ContextBuilder
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.prompts import PromptError
@@ -27,7 +26,6 @@ from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.types import Image, Origin, Record, Text
 from unigen.training.answering import small_pictures
 from unigen.training.samples import GIVEN_SIDE, SampleWriter
-from unigen.training.trainer import UnifiedTrainer
 
 
 @pytest.fixture
@@ -175,9 +173,7 @@ def test_the_training_goes_on_to_the_bit_as_without_samples(
     without samples, also where something draws from the default generator while sampling."""
     found = []
     for sampling in (False, True):
-        trainer = built(
-            **options | {"sample_prompts": str(prompts), "output_dir": str(tmp_path / f"run-{sampling}")}
-        )
+        trainer = built(options, sample_prompts=str(prompts), output_dir=str(tmp_path / f"run-{sampling}"))
         sampler = SampleWriter(trainer.config, trainer.engine, trainer.run.model)
         sampler.answerer.idle = lambda: torch.rand(3)
         said: list[Any] = []
@@ -206,7 +202,7 @@ def test_average_and_weights_answer_side_by_side(options: dict[str, Any], prompt
     for ema in (None, 0.9):
         run = Path(f"{options['output_dir']}-{ema}")
         given = {"sample_prompts": str(prompts), "sample_steps": 2, "ema": ema, "output_dir": str(run)}
-        UnifiedTrainer(Config(**options | given)).train()
+        train(options, given)
         found[ema] = run / "samples"
     plain, average = found[None] / "step_2", found[0.9] / "step_2"
     index, both = (json.loads((folder / "index.json").read_text("utf-8")) for folder in (plain, average))

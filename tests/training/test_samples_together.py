@@ -45,7 +45,7 @@ def test_a_failure_that_the_others_cannot_be_told_of_ends_the_run(options: dict[
 @pytest.mark.parametrize("policy", ["full", "offload"])
 def test_layers_are_recomputed_after_samples_as_before(options: dict[str, Any], tmp_path: Path, policy: str):
     prompts = {"sample_prompts": str(write_prompts(tmp_path)), "engine": "fsdp2"}
-    loop = built(**options | prompts | {"gradient_checkpointing": True, "checkpointing_policy": policy})
+    loop = built(options, prompts, gradient_checkpointing=True, checkpointing_policy=policy)
     with loop.engine:
         layer = loop.run.model.language_model.model.layers[1]
         runs: list[int] = []
@@ -68,7 +68,7 @@ def _sample_as_rank(rank: int, world: int, port: int, options: dict[str, Any], f
     become_rank(rank, world, port)
     heard: dict[str, Any] = {}
     for name in ("ddp", "fsdp2"):
-        trainer = built(**options | {"engine": name, "output_dir": f"{folder}/{name}"})
+        trainer = built(options, engine=name, output_dir=f"{folder}/{name}")
         take_warm_up(trainer)
         sampler = SampleWriter(trainer.config, trainer.engine, trainer.run.model)
         sampler.run(0, None)
@@ -139,7 +139,7 @@ def two(small_model: Path, records: Path, tmp_path_factory: pytest.TempPathFacto
         "hang_timeout": 60.0,
     }
     run_ranks(_sample_as_rank, 2, options, str(folder), seconds=300)
-    trainer = built(**options | {"output_dir": str(folder / "one")})
+    trainer = built(options, output_dir=str(folder / "one"))
     sampler = SampleWriter(trainer.config, trainer.engine, trainer.run.model)
     sampler.run(0, None)
     step_of(trainer, [batch_of(trainer, [0, 2]), batch_of(trainer, [1, 3])], 1e-3)

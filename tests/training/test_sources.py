@@ -49,22 +49,19 @@ def test_a_resumed_run_with_waiting_samples_is_the_uninterrupted_one_to_the_bit(
     sources: dict[str, Any], tmp_path: Path
 ):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    train(**sources | {"output_dir": str(whole)})
+    train(sources, output_dir=str(whole))
     state = json.loads((whole / "step_2" / "trainer.json").read_text())
     assert state["waiting"], "samples wait for a row at this place"
-    train(
-        **sources
-        | {"output_dir": str(parted), "resume_from_checkpoint": str(whole / "step_2"), "num_workers": 2}
-    )
+    train(sources, output_dir=str(parted), resume_from_checkpoint=str(whole / "step_2"), num_workers=2)
     assert timeless(parted) == timeless(whole)[2:]
     for name in ("ema.safetensors", "optimizer.safetensors"):
         assert (parted / "step_8" / name).read_bytes() == (whole / "step_8" / name).read_bytes()
 
 
 def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(sources: dict[str, Any]):
-    stream = built(**sources).run.stream
+    stream = built(sources).run.stream
     steps = stream.steps_in(0, 2)
-    share = built(**sources).run.rank_slice
+    share = built(sources).run.rank_slice
     met = Counter(
         record
         for rows in load_batches(stream, share, LoaderState(), limit=steps)
@@ -76,18 +73,18 @@ def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(source
 
 
 def test_a_source_has_its_own_picture_size(sources: dict[str, Any]):
-    trainer = built(**sources)
+    trainer = built(sources)
     _, blocks, _ = trainer.run.stream.mixture.outline(0, trainer.run.stream.mixture.key(0, 0))
     assert max(block.length for block in blocks if block.grid) <= 4
     entries = [{**sources["train_sources"][0], "max_image_tokens": 16}, sources["train_sources"][1]]
-    larger = built(**sources | {"train_sources": entries})
+    larger = built(sources, train_sources=entries)
     _, blocks, _ = larger.run.stream.mixture.outline(0, larger.run.stream.mixture.key(0, 0))
     assert max(block.length for block in blocks if block.grid) == 16
 
 
 def test_the_log_says_what_the_mix_is(sources: dict[str, Any], caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
-        built(**sources)
+        built(sources)
     assert "drawings.jsonl: 24 passes (75.0%) over 24 records" in caplog.text
     assert "questions: 8 passes (25.0%) over 5 records" in caplog.text
 
@@ -102,7 +99,7 @@ def test_a_file_that_is_read_twice_or_validated_on_is_told(
     if named == "another source":
         entries = [{"path": str(records), "name": name} for name in "ab"]
         twice = {"train_data_path": None, "train_sources": entries}
-    built(**options | {"image_root": str(records.parent)} | twice | {"val_data_path": str(link)})
+    built(options, {"image_root": str(records.parent)}, twice, val_data_path=str(link))
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name == "unigen"]
     assert [line for line in warned if line.startswith("Read more than once") and str(records) in line]
     assert [
@@ -117,13 +114,13 @@ def test_a_file_that_is_read_in_two_ways_and_other_validation_data_are_no_mistak
     data = write_jsonl(tmp_path / "data.jsonl", [{"a": "What is two?", "b": "Two.", "c": "2."}] * 4)
     entries = [{"path": str(data), "name": name, "fields": {"query": "a", "response": name}} for name in "bc"]
     given = {"train_data_path": None, "train_sources": entries, "val_data_path": str(held_out)}
-    built(**options | given)
+    built(options, given)
     assert "Read more than once" not in caplog.text and "validated on" not in caplog.text
 
 
 @pytest.mark.slow
 def test_resuming_with_other_weights_is_refused(sources: dict[str, Any], tmp_path: Path):
-    train(**sources | {"max_steps": 2})
+    train(sources, max_steps=2)
     entries = [sources["train_sources"][0], {**sources["train_sources"][1], "weight": 2}]
     with pytest.raises(UserError, match=r"not what this run began with.*resume with the same files"):
-        built(**sources | {"train_sources": entries, "resume_from_checkpoint": "auto"})
+        built(sources, train_sources=entries, resume_from_checkpoint="auto")

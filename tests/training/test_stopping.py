@@ -14,7 +14,7 @@ import pytest
 import torch
 from kills import become_rank, context, free_port, timeless
 from processes import end_of, flags, printed_by, start_command, wait_for
-from tiny import metrics
+from tiny import metrics, train
 
 from unigen.config import Config
 from unigen.runs.heartbeat import EXIT_HUNG
@@ -212,7 +212,7 @@ def test_a_second_signal_ends_at_once_and_unsaved(options: dict[str, Any], tmp_p
 def _step_for_ever(options: dict[str, Any], mark: str) -> None:
     torch.set_num_threads(1)
     TrainingLoop.take_step = lambda *_: (Path(mark).touch(), time.sleep(600))  # type: ignore
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
 
 
 def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], function: str, log: str) -> None:
@@ -234,7 +234,7 @@ def _hang_as_rank(rank: int, world: int, port: int, options: dict[str, Any], fun
         TrainingLoop._batches = hang_before_the_third  # type: ignore[method-assign]
     else:
         TrainingLoop.take_step = hang_at_the_third  # type: ignore[method-assign]
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     os._exit(0)
 
 

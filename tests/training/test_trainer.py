@@ -21,6 +21,7 @@ from tiny import (
     built,
     draw_picture,
     metrics,
+    read_jsonl,
     take_warm_up,
     text,
     train,
@@ -55,27 +56,19 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
     runs = {}
     for compile in ("off", "on"):
         run = tmp_path / compile
-        train(**options | {"output_dir": str(run), "compile": compile, "gradient_accumulation_steps": 2})
+        train(options, output_dir=str(run), compile=compile, gradient_accumulation_steps=2)
         runs[compile] = [line["loss"] for line in metrics(run)]
         assert read_states(run / "step_2")["training_config"]["compile"] == compile
     assert runs["on"] == pytest.approx(runs["off"], rel=1e-5)
     caplog.clear()
-    train(
-        **options
-        | {
-            "output_dir": str(tmp_path / "on"),
-            "resume_from_checkpoint": "auto",
-            "max_steps": 3,
-            "compile": "off",
-        }
-    )
+    train(options, output_dir=str(tmp_path / "on"), resume_from_checkpoint="auto", max_steps=3, compile="off")
     assert "--compile on" in caplog.text
 
 
 def test_a_run_logs_every_step_and_saves_what_the_model_loader_reads(
     options: dict[str, Any], small_model: Path
 ):
-    last = train(**options, batch_size=3, max_num_tokens=None)
+    last = train(options, batch_size=3, max_num_tokens=None)
     run = Path(options["output_dir"])
     first, second = metrics(run)
     names = {
@@ -107,15 +100,7 @@ def test_the_loss_falls_on_one_record(options: dict[str, Any], records: Path, tm
         shutil.copy(records.parent / name, tmp_path)
     one = tmp_path / "one.jsonl"
     one.write_text(records.read_text().splitlines()[4] + "\n")
-    train(
-        **options
-        | {
-            "train_data_path": str(one),
-            "max_steps": 15,
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "constant",
-        }
-    )
+    train(options, train_data_path=str(one), max_steps=15, learning_rate=3e-3, lr_scheduler_type="constant")
     losses = [line["loss"] for line in metrics(options["output_dir"])]
     assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
 
@@ -132,7 +117,7 @@ def test_the_loss_falls_on_one_record(options: dict[str, Any], records: Path, tm
 )
 def test_how_many_steps_a_run_has(options: dict[str, Any], given: dict[str, int], steps: int):
     """Seven records; an epoch ends with whatever is left."""
-    assert built(**{**options, "max_steps": None, **given}).run.total_steps == steps
+    assert built(options, {"max_steps": None}, given).run.total_steps == steps
 
 
 @pytest.mark.slow
@@ -144,7 +129,7 @@ def test_the_learning_rate_follows_the_schedule_over_optimiser_steps(options: di
         "warmup_ratio": 0.25,
         "lr_scheduler_type": "linear",
     }
-    train(**options)
+    train(options)
     assert [line["learning_rate"] for line in metrics(options["output_dir"])] == [
         learning_rate_at(i, 8, Config(**options)) for i in range(8)
     ]
@@ -159,12 +144,10 @@ def test_the_learning_rate_follows_the_schedule_over_optimiser_steps(options: di
 @pytest.mark.slow
 def test_num_workers_change_nothing(options: dict[str, Any], tmp_path: Path):
     """Passes when log and checkpoint are the same with 0, 2 and 4 data workers."""
-    train(**options | {"gradient_accumulation_steps": 2})
+    train(options, gradient_accumulation_steps=2)
     for workers in (2, 4):
         folder = tmp_path / f"workers-{workers}"
-        train(
-            **options | {"gradient_accumulation_steps": 2, "num_workers": workers, "output_dir": str(folder)}
-        )
+        train(options, gradient_accumulation_steps=2, num_workers=workers, output_dir=str(folder))
         assert timeless(folder) == timeless(options["output_dir"])
         assert_same_checkpoint(folder / "step_2", Path(options["output_dir"]) / "step_2")
 
@@ -178,7 +161,7 @@ def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_las
     options |= {"num_epochs": 1, "max_steps": None, "learning_rate": 0.0}
     seen = []
     for rows in (1, 2, 4, 8):
-        train(**options | {"gradient_accumulation_steps": rows, "output_dir": str(tmp_path / str(rows))})
+        train(options, gradient_accumulation_steps=rows, output_dir=str(tmp_path / str(rows)))
         logged = metrics(tmp_path / str(rows))
         assert len(logged) == -(-7 // rows) and logged[-1]["epoch"] == 1.0
         tokens = [sum(line[f"{kind}_tokens"] for line in logged) for kind in ("text", "image")]
@@ -196,9 +179,9 @@ def test_an_epoch_has_the_same_loss_whatever_the_accumulation_with_a_partial_las
 def test_half_precision(options: dict[str, Any], tmp_path: Path, precision: str):
     """Two steps, finite, near those of float32; the weights stay float32; and the scale of fp16 comes back on
     resume."""
-    train(**options)
+    train(options)
     half = options | {"output_dir": str(tmp_path / "half"), "save_steps": 1, precision: True}
-    train(**half)
+    train(half)
     for found, wanted in zip(metrics(tmp_path / "half"), metrics(options["output_dir"]), strict=True):
         assert found["loss"] != wanted["loss"] and found["loss"] == pytest.approx(wanted["loss"], rel=0.05)
     saved = load_file(tmp_path / "half" / "step_2" / "ema.safetensors")
@@ -206,11 +189,7 @@ def test_half_precision(options: dict[str, Any], tmp_path: Path, precision: str)
     scale = read_states(tmp_path / "half" / "step_1")["trainer"]["scale"]
     assert scale["scale"] in ((2.0**15, 2.0**16) if precision == "fp16" else (1.0,))
     train(
-        **half
-        | {
-            "output_dir": str(tmp_path / "resumed"),
-            "resume_from_checkpoint": str(tmp_path / "half" / "step_1"),
-        }
+        half, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=str(tmp_path / "half" / "step_1")
     )
     assert_same_checkpoint(tmp_path / "resumed" / "step_2", tmp_path / "half" / "step_2")
 
@@ -231,7 +210,7 @@ def whole_run(
         "save_steps": 1, "device": "cpu",
         "output_dir": str(tmp_path_factory.mktemp("whole")), "ema": request.param,
     }  # fmt: skip
-    train(**options)
+    train(options)
     return options
 
 
@@ -250,10 +229,7 @@ def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp
     shutil.copytree(whole / f"step_{stopped}", tmp_path / f"step_{stopped}")
     shutil.copy(whole / "metrics.jsonl", tmp_path)
     torch.manual_seed(stopped)  # whatever the program did before
-    train(
-        **whole_run
-        | {"output_dir": str(tmp_path), "resume_from_checkpoint": str(tmp_path / f"step_{stopped}")}
-    )
+    train(whole_run, output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / f"step_{stopped}"))
     assert timeless(tmp_path) == timeless(whole) and len(timeless(tmp_path)) == 16
     assert [line["epoch"] for line in timeless(tmp_path) if "epoch" in line][3:5] == [1.0, 1 + 2 / 7]
     for step in range(stopped + 1, 13):
@@ -272,7 +248,7 @@ def test_a_killed_process_resumes_by_itself(whole_run: dict[str, Any], tmp_path:
     wait_for(tmp_path / "step_2", process)
     process.kill()
     process.join()
-    train(**options | {"resume_from_checkpoint": "auto"})
+    train(options, resume_from_checkpoint="auto")
     assert timeless(tmp_path) == timeless(whole_run["output_dir"])
     assert_same_checkpoint(tmp_path / "step_12", Path(whole_run["output_dir"]) / "step_12")
     assert [p.name for p in tmp_path.glob(".*")] == [".lock"], "nothing half written stays"
@@ -297,7 +273,7 @@ def test_validation_keeps_the_best_model(whole_run: dict[str, Any], tmp_path: Pa
     assert list(found) == [0, 4, 8, 12]
     step = min(list(found)[1:], key=lambda s: found[s])
     assert json.loads((run / "best" / "manifest.json").read_text())["step"] == step
-    trainer = built(**whole_run | {"model_path": str(run / "best"), "output_dir": str(tmp_path)})
+    trainer = built(whole_run, model_path=str(run / "best"), output_dir=str(tmp_path))
     assert trainer.evaluate()["val_loss"] == found[step]
 
 
@@ -307,7 +283,7 @@ def test_a_run_that_is_done_stays_as_it_is(whole_run: dict[str, Any], tmp_path: 
     shutil.copytree(whole / "step_12", tmp_path / "step_12")
     shutil.copy(whole / "metrics.jsonl", tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    train(**whole_run | {"output_dir": str(tmp_path), "resume_from_checkpoint": "auto"})
+    train(whole_run, output_dir=str(tmp_path), resume_from_checkpoint="auto")
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert_same_checkpoint(tmp_path / "step_12", whole / "step_12")
 
@@ -319,25 +295,25 @@ def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records:
     other.write_text(other.read_text().replace("A red house", "A red mouse"))
     changed = whole_run | {"output_dir": str(tmp_path / "run"), "train_data_path": str(other)}
     with pytest.raises(UserError, match=r"is not what this run began with.*Fix"):
-        train(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_3"))
+        train(changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_3"))
     # The same file in another place and by another name is the same data.
     other.write_text(records.read_text())
     changed["train_data_path"] = str(other.rename(other.with_name("renamed.jsonl")))
-    train(**changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_11"))
+    train(changed, resume_from_checkpoint=str(Path(whole_run["output_dir"]) / "step_11"))
     assert_same_checkpoint(tmp_path / "run" / "step_12", Path(whole_run["output_dir"]) / "step_12")
 
 
 def test_a_step_that_takes_all_records_is_told(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
-    stream = built(**options).run.stream  # seven records, one in each packed sequence
+    stream = built(options).run.stream  # seven records, one in each packed sequence
     assert not whole_epoch(stream, 6) and "all 7 records" in whole_epoch(stream, 7)
     assert "a whole epoch" not in caplog.text
-    built(**options | {"max_num_tokens": None, "batch_size": 5000})
+    built(options, max_num_tokens=None, batch_size=5000)
     assert re.search(r"a whole epoch: .*all 7 records.*--batch_size", caplog.text)
 
 
 def test_processes_that_get_nothing_are_told(options: dict[str, Any]):
-    stream = built(**options).run.stream  # seven records, one in each packed sequence
+    stream = built(options).run.stream  # seven records, one in each packed sequence
     assert not idle_processes(stream, 1) and not idle_processes(stream, 7)
     assert re.search(r"7 packed.* for 9 processes: 2 of them learn nothing.*Fix: ", idle_processes(stream, 9))
 
@@ -350,7 +326,7 @@ def test_a_fresh_or_older_start_never_removes_what_it_saved(whole_run: dict[str,
     for step in (2, 12):
         shutil.copytree(whole / f"step_{step}", tmp_path / f"step_{step}")
     resume = {"resume_from_checkpoint": str(tmp_path / "step_2"), "max_steps": 3, "save_total_limit": 1}
-    train(**whole_run | {"output_dir": str(tmp_path)} | resume)
+    train(whole_run, {"output_dir": str(tmp_path)}, resume)
     assert (tmp_path / "step_3").exists()
 
 
@@ -361,32 +337,24 @@ def test_a_fresh_or_older_start_never_removes_what_it_saved(whole_run: dict[str,
 def test_validation_twice_gives_the_same_number_and_learns_nothing(options: dict[str, Any], records: Path):
     """With a learning rate of zero, every validation of a run is of the same weights."""
     options |= {"max_steps": 3, "eval_steps": 1, "learning_rate": 0.0, "val_data_path": str(records)}
-    train(**options)
+    train(options)
     found = [line for line in timeless(options["output_dir"]) if "val_loss" in line]
     assert len(found) == 4 and all({**line, "step": 0} == {**found[0], "step": 0} for line in found)
     assert found[0]["val_loss"] == found[0]["val_text_loss"] + found[0]["val_image_loss"]
-    trainer = built(**options)
+    trainer = built(options)
     assert (
         trainer.evaluate()
         == trainer.evaluate()
         == {name: value for name, value in found[0].items() if name != "step"}
     )
     assert trainer.run.model.training and all(p.grad is None for p in trainer.run.model.parameters())
-    packed = built(**options, batch_size=4).evaluate()
+    packed = built(options, batch_size=4).evaluate()
     assert packed["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_validation_is_once_an_epoch_by_default(options: dict[str, Any], records: Path):
-    train(
-        **options
-        | {
-            "max_steps": None,
-            "num_epochs": 2,
-            "gradient_accumulation_steps": 4,
-            "val_data_path": str(records),
-        }
-    )
+    train(options, max_steps=None, num_epochs=2, gradient_accumulation_steps=4, val_data_path=str(records))
     assert [line["step"] for line in metrics(options["output_dir"]) if "val_loss" in line] == [0, 2, 4]
 
 
@@ -395,15 +363,15 @@ def test_only_the_newest_checkpoints_are_kept_and_the_best(options: dict[str, An
     # The learning rate ruins the model: the first validation stays the best.
     ruin = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "warmup_steps": 0}
     train(
-        **options
-        | {
+        options,
+        {
             "max_steps": 4,
             "save_steps": 1,
             "eval_steps": 1,
             "save_total_limit": 2,
             "val_data_path": str(records),
-        }
-        | ruin
+        },
+        ruin,
     )
     run = Path(options["output_dir"])
     assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["best", "ranks", "step_3", "step_4"]
@@ -456,9 +424,9 @@ def test_what_learns_and_that_the_rest_keeps_its_bytes(
     data = tmp_path / "data.jsonl"
     data.write_text("".join(lines_[i] + "\n" for i in wanted))
     train(
-        **options
-        | {"model_path": str(bfloat16_model), "train_data_path": str(data), "batch_size": 7, "ema": 0.5}
-        | given
+        options,
+        {"model_path": str(bfloat16_model), "train_data_path": str(data), "batch_size": 7, "ema": 0.5},
+        given,
     )
     step = Path(options["output_dir"]) / "step_2"
     before = raw(bfloat16_model / "ema.safetensors")
@@ -482,7 +450,7 @@ def test_what_learns_and_that_the_rest_keeps_its_bytes(
 def test_freeze_und_leaves_understanding_as_it_was(options: dict[str, Any], small_model: Path):
     """Text losses of a row are the same to the bit after the training, as text tokens see no generated weight
     of their own."""
-    trainer = built(**options, freeze_und=True, val_data_path=options["train_data_path"])
+    trainer = built(options, freeze_und=True, val_data_path=options["train_data_path"])
     before = trainer.evaluate()
     take_warm_up(trainer)
     train_on(trainer)
@@ -509,7 +477,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(
         "save_steps": 1,
         "ema": 0.5,
     }
-    loop = built(**options)
+    loop = built(options)
     name, row = (
         "language_model.model.embed_tokens.weight",
         json.loads((small_model / "vocab.json").read_text()),
@@ -521,7 +489,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(
     train_on(loop)
     loop.run.close()
     run = Path(options["output_dir"])
-    (bad,) = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    (bad,) = read_jsonl(run / "bad_steps.jsonl")
     assert bad["records"] == [f"{data}:1"] and bad["text_loss"] == "nan"
     step = bad["step"]
     logged = {line["step"]: line for line in metrics(run)}
@@ -543,19 +511,19 @@ def test_a_gradient_that_overflows_skips_the_step_too(options: dict[str, Any], s
     """Both losses are finite; their weighted sum is beyond float32. Nothing ever moves, and no moments come
     to be."""
     with pytest.raises(TrainingStopped, match="gradient is not finite"):
-        train(**options, image_loss_weight=1e39, batch_size=7)
-    loop = built(**options, image_loss_weight=1e39, batch_size=7)
+        train(options, image_loss_weight=1e39, batch_size=7)
+    loop = built(options, image_loss_weight=1e39, batch_size=7)
     train_on(loop)
     loop.run.close()
     run = Path(options["output_dir"])
-    bad = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    bad = read_jsonl(run / "bad_steps.jsonl")
     assert [line["step"] for line in bad] == [1, 2] and all(float(line["image_loss"]) > 0 for line in bad)
     assert raw(run / "step_2" / "ema.safetensors") == raw(small_model / "ema.safetensors")
     assert not any(name.startswith("exp_avg") for name in raw(run / "step_2" / "optimizer.safetensors"))
 
 
 def test_a_dry_run_trains_and_saves_nothing(options: dict[str, Any], capfd: pytest.CaptureFixture[str]):
-    assert train(**options, dry_run=True) == {}
+    assert train(options, dry_run=True) == {}
     assert not Path(options["output_dir"]).exists()
 
 
@@ -564,7 +532,7 @@ def test_bad_data_stops_before_training(options: dict[str, Any], tmp_path: Path)
         tmp_path / "bad.jsonl", [text("a", "b"), {"text_prompt": "x", "image_path": "nowhere.png"}]
     )
     with pytest.raises(BadData) as error:
-        train(**options | {"train_data_path": str(bad)})
+        train(options, train_data_path=str(bad))
     assert f"{bad}:2" in str(error.value) and "nowhere.png" in str(error.value)
     assert (
         not list(Path(options["output_dir"]).glob("step_*"))
@@ -576,22 +544,17 @@ def test_bad_data_stops_before_training(options: dict[str, Any], tmp_path: Path)
 def test_bad_records_can_be_left_out_while_they_are_few(options: dict[str, Any], tmp_path: Path):
     good = [text(str(i), "yes") for i in range(120)]
     bad = write_jsonl(tmp_path / "bad.jsonl", [*good, {"text_prompt": "x", "image_path": "nowhere.png"}])
-    train(**options | {"train_data_path": str(bad), "on_bad_record": "skip", "batch_size": 60})
-    (line,) = [
-        json.loads(line)
-        for line in (Path(options["output_dir"]) / "bad_records.jsonl").read_text().splitlines()
-    ]
+    train(options, train_data_path=str(bad), on_bad_record="skip", batch_size=60)
+    (line,) = read_jsonl(Path(options["output_dir"]) / "bad_records.jsonl")
     assert (line["file"], line["line"]) == (str(bad), 121)
     assert [line["epoch"] for line in metrics(options["output_dir"])] == [0.5, 1.0]
     with pytest.raises(BadData, match="more than the 1%"):
         train(
-            **options
-            | {
-                "train_data_path": str(
-                    write_jsonl(bad, [*good[:20], {"caption": "x", "image_path": "nowhere.png"}])
-                ),
-                "on_bad_record": "skip",
-            }
+            options,
+            train_data_path=str(
+                write_jsonl(bad, [*good[:20], {"caption": "x", "image_path": "nowhere.png"}])
+            ),
+            on_bad_record="skip",
         )
 
 
@@ -606,15 +569,14 @@ def test_a_picture_that_breaks_during_the_run(
         [*(text(str(i), "yes") for i in range(count)), {"text_prompt": "x", "image_path": name}],
     )
     trainer = built(
-        **options
-        | {"train_data_path": str(data), "on_bad_record": on_bad_record, "batch_size": 111, "max_steps": 1}
+        options, train_data_path=str(data), on_bad_record=on_bad_record, batch_size=111, max_steps=1
     )
     take_warm_up(trainer)
     (tmp_path / name).write_bytes(b"no picture any more")
     run = Path(options["output_dir"])
     if count > 100:
         train_on(trainer)
-        (line,) = [json.loads(line) for line in (run / "bad_records.jsonl").read_text().splitlines()]
+        (line,) = read_jsonl(run / "bad_records.jsonl")
         assert (line["file"], line["line"]) == (str(data), count + 1) and "picture" in line["code"]
         assert metrics(run)[0]["image_tokens"] == 0
     else:
@@ -628,7 +590,7 @@ def test_a_tracker_that_fails_stops_nothing(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr("unigen.tracking.services.Wandb.__init__", lambda *_: 1 / 0)
-    train(**options, wandb_project="nothing")
+    train(options, wandb_project="nothing")
     assert len(metrics(options["output_dir"])) == 2
     assert "Tracker wandb cannot start; the run goes on" in caplog.text
 
@@ -637,10 +599,10 @@ def test_a_tracker_that_fails_stops_nothing(
 def test_a_folder_that_cannot_be_written_is_told(options: dict[str, Any], tmp_path: Path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(UserError, match=r"cannot be written.*--output_dir"):
-        train(**options | {"output_dir": str(tmp_path / "locked" / "run")})
+        train(options, output_dir=str(tmp_path / "locked" / "run"))
 
 
 def test_an_output_folder_that_is_a_file_is_told(options: dict[str, Any], tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot be written.*--output_dir"):
-        train(**options | {"output_dir": str(tmp_path / "file")})
+        train(options, output_dir=str(tmp_path / "file"))

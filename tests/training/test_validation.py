@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import built, metrics
+from tiny import built, metrics, train
 
 from unigen.config import Config, ConfigError
 from unigen.model.flow import training_time
-from unigen.training.trainer import UnifiedTrainer
 
 # what the records of the fixture teach
 TAUGHT = ["text", "generate", "understand", "edit", "interleaved", "text", "generate"]
@@ -23,7 +22,7 @@ TAUGHT = ["text", "generate", "understand", "edit", "interleaved", "text", "gene
 def test_the_losses_by_task_and_by_time_are_those_of_their_records(options: dict[str, Any], records: Path):
     """Passes when they are the means over the tokens of the records with that task, and over those of times
     in that bin, computed record by record."""
-    loop = built(**options, val_data_path=str(records), batch_size=4)
+    loop = built(options, val_data_path=str(records), batch_size=4)
     whole, stream, model = loop.evaluate(), loop.run.val_stream, loop.run.model.eval()
     assert whole is not None and stream is not None
     found: dict[str, list[float]] = {}
@@ -55,7 +54,7 @@ def test_the_best_checkpoint_follows_the_chosen_number(options: dict[str, Any], 
         "lr_scheduler_type": "constant", "early_stopping_patience": 1, "save_steps": 2,
         "metric_for_best_model": "val/image_loss_by_task/edit", "greater_is_better": True,
     }  # fmt: skip
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     run = Path(options["output_dir"])
     found = [line["val/image_loss_by_task/edit"] for line in metrics(run) if "val_loss" in line]
     assert found[1] < found[2], "the test wants a model that gets worse"
@@ -67,12 +66,12 @@ def test_the_best_checkpoint_follows_the_chosen_number(options: dict[str, Any], 
         "metric_for_best_model": "val_loss",
         "greater_is_better": None,
     }
-    assert built(**options | resumed).position.best == float("inf"), "another number decides now"
+    assert built(options, resumed).position.best == float("inf"), "another number decides now"
 
 
 def test_a_number_that_is_not_measured_is_refused_with_the_nearest(options: dict[str, Any], records: Path):
     with pytest.raises(ConfigError, match="val_image_loss"):
-        built(**options, val_data_path=str(records), metric_for_best_model="val_imag_loss")
+        built(options, val_data_path=str(records), metric_for_best_model="val_imag_loss")
     with pytest.raises(ConfigError, match="val_data_path"):
         Config(**options, metric_for_best_model="val_text_loss").resolve()
 
@@ -86,7 +85,7 @@ def test_a_training_that_is_measured_goes_on_to_the_bit(options: dict[str, Any],
         {"val_data_path": str(records), "eval_steps": 1, "eval_samples": 6, "probe_data_path": str(records)},
     ):
         run = Path(f"{options['output_dir']}-{bool(measured)}")
-        UnifiedTrainer(Config(**options | measured | {"output_dir": str(run), "ema": 0.9})).train()
+        train(options, measured, output_dir=str(run), ema=0.9)
         lines = [line for line in metrics(run) if "loss" in line]
         told = [
             {k: v for k, v in line.items() if k not in ("time", "tokens_per_second", "data_wait")}

@@ -17,7 +17,7 @@ import torch
 from kills import become_rank
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import built, step_of, take_warm_up, text, write_jsonl
+from tiny import built, step_of, take_warm_up, text, train, write_jsonl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +28,6 @@ from unigen.training import warm_up as passes
 from unigen.training.guards import TrainingStopped
 from unigen.training.loop import TrainingLoop
 from unigen.training.preflight import doubts
-from unigen.training.trainer import UnifiedTrainer
 
 # ---- the warm-up batch
 
@@ -73,7 +72,7 @@ def _warm_up_as_rank(rank: int, world: int, port: int, cases: list[dict[str, Any
     become_rank(rank, world, port)
     found = []
     for number, options in enumerate(cases):
-        trainer = built(**options | {"output_dir": f"{folder}/{number}"})
+        trainer = built(options, output_dir=f"{folder}/{number}")
         found.append(warmed_up(trainer))
         result = step_of(
             trainer, [trainer.run.stream.build_largest()] * trainer.run.rank_slice.micro_batches, 1e-3
@@ -112,7 +111,7 @@ def test_the_second_micro_batch_runs_while_the_gradients_of_the_first_are_held(
 
 
 def test_memory_that_runs_out_in_the_second_micro_batch_is_told_with_its_number(options: dict[str, Any]):
-    trainer = built(**options, gradient_accumulation_steps=2)
+    trainer = built(options, gradient_accumulation_steps=2)
     forward, calls = trainer.engine.forward, []
 
     def full(pack: Any) -> Any:
@@ -154,7 +153,7 @@ def test_a_gpu_s_memory_for_the_moments_is_held_until_the_optimiser_has_them(opt
 def test_both_peaks_are_told_and_the_second_is_the_higher(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
-    trainer = built(**options | {"device": "cuda"}, gradient_accumulation_steps=2)
+    trainer = built(options, device="cuda", gradient_accumulation_steps=2)
     peaks, restart = [], passes._restart_peak
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr(passes, "_restart_peak", lambda device: peaks.append(restart(device)) or peaks[-1])
@@ -211,7 +210,7 @@ def living_after(trainer: TrainingLoop, sampling: bool) -> int:
 def test_the_training_forward_keeps_no_lowered_copy_of_a_weight_and_sampling_does(options: dict[str, Any]):
     """With recomputed activations next to nothing in bfloat16 is left; with the cache that sampling has,
     every trained matrix is."""
-    trainer = built(**options, precision="bf16", gradient_checkpointing=True)
+    trainer = built(options, precision="bf16", gradient_checkpointing=True)
     matrices = sum(
         2 * p.numel()
         for name, p in trainer.run.model.named_parameters()
@@ -240,7 +239,7 @@ def test_options_and_data_that_leave_nothing_to_learn(
 ):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     with pytest.raises(TrainingStopped, match=rf"nothing to learn.*texts.*{named}.*Fix: "):
-        UnifiedTrainer(Config(**options | how | {"train_data_path": str(texts)})).train()
+        train(options, how, train_data_path=str(texts))
     assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
 
 
@@ -254,9 +253,9 @@ def test_a_warm_up_batch_without_gradient_is_fine_where_other_records_have_one(
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [long, *TEXTS, drawn])
     options |= {"train_data_path": str(mixed), "max_steps": 1}
     with caplog.at_level("INFO"):
-        UnifiedTrainer(Config(**options | {"freeze_und": True})).train()
+        train(options, freeze_und=True)
         assert "nothing to learn" not in caplog.text
-        UnifiedTrainer(Config(**options | {"output_dir": str(tmp_path / "all")})).train()
+        train(options, output_dir=str(tmp_path / "all"))
     assert "No gradient in the warm-up batch: " in caplog.text and "generation expert" in caplog.text
 
 
@@ -290,16 +289,16 @@ def test_a_run_stops_at_losses_outside_of_its_band_and_goes_on_with_the_flag(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
     with pytest.raises(TrainingStopped, match=r"first image loss is .*Fix: .*--preflight warn"):
-        UnifiedTrainer(Config(**options | {"expect_image_loss": (0.1, 0.2)})).train()
+        train(options, expect_image_loss=(0.1, 0.2))
     assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
     with caplog.at_level("INFO"):
         more = {"expect_image_loss": (0.1, 0.2), "preflight": "warn"}
-        assert UnifiedTrainer(Config(**options | more)).train()
+        assert train(options, more)
     assert (
         "Preflight: " in caplog.text and "expect_image_loss" in caplog.text
     ) or "cannot draw" in caplog.text
     more = {"expect_image_loss": (0.1, 0.2), "resume_from_checkpoint": "auto", "max_steps": 3}
-    assert UnifiedTrainer(Config(**options | more)).train(), "a run that goes on has other losses"
+    assert train(options, more), "a run that goes on has other losses"
 
 
 def test_the_demo_s_and_other_random_weights_train_and_are_told(
@@ -307,7 +306,7 @@ def test_the_demo_s_and_other_random_weights_train_and_are_told(
 ):
     texts = write_jsonl(tmp_path / "texts.jsonl", [text("What?", " ".join(["word"] * 60))])
     with caplog.at_level("INFO"):
-        assert UnifiedTrainer(Config(**options | {"train_data_path": str(texts)})).train()
+        assert train(options, train_data_path=str(texts))
     assert "right where it trains from random weights" in caplog.text
 
 
@@ -321,12 +320,10 @@ def test_the_validation_at_step_0_is_held_against_the_band_too_and_both_are_one_
     given |= {"expect_image_loss": (0.1, 0.2), "expect_text_loss": (0.1, 4.0)}
     only_image = given | {"expect_text_loss": (0.1, 99.0)}
     with pytest.raises(TrainingStopped, match=r"step-0 validation image loss is .*--preflight warn"):
-        UnifiedTrainer(Config(**only_image)).train()
+        train(only_image)
     assert not list(Path(options["output_dir"]).glob("step_*"))
     with caplog.at_level("WARNING"):
-        UnifiedTrainer(
-            Config(**given | {"preflight": "warn", "output_dir": str(tmp_path / "warned")})
-        ).train()
+        train(given, preflight="warn", output_dir=str(tmp_path / "warned"))
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     found = [line for line in warnings if "text loss is" in line or "image loss is" in line]
     assert len(found) == 2 and "the first text loss" in found[0] and "step-0 validation image" in found[1]
@@ -355,12 +352,12 @@ def test_latents_of_another_size_than_the_weights_end_a_run_before_anything_is_m
         said = json.loads((folder / name).read_text()) | values
         (folder / name).write_text(json.dumps(said))
     with pytest.raises(UserError, match=rf"{named}.*Fix: "):
-        UnifiedTrainer(Config(**options | {"model_path": str(folder)})).train()
+        train(options, model_path=str(folder))
     assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
 
 
 def test_a_tensor_that_trains_and_that_no_loss_depends_on_stops_the_run(options: dict[str, Any]):
-    trainer = built(**options)
+    trainer = built(options)
     lost = torch.nn.Parameter(torch.ones(3))
     trainer.engine._optimised["connector.lost.weight"] = lost
     with pytest.raises(TrainingStopped, match=r"1 tensors are to be trained.*connector\.lost\.weight.*Fix: "):
@@ -384,7 +381,7 @@ def test_a_zero_gradient_has_its_true_reason(
     """The output layer of a new model is zero, and so is the gradient of what it alone leads to."""
     if lacks == "pictures":
         options |= {"train_data_path": str(write_jsonl(tmp_path / "texts.jsonl", TEXTS))}
-    trainer = built(**options)
+    trainer = built(options)
     weight = trainer.run.model.llm2vae.weight.data
     weight.fill_(0.1) if "moved" in lacks else weight.zero_()
     with caplog.at_level("INFO"):
@@ -402,7 +399,7 @@ def test_a_zero_gradient_has_its_true_reason(
 
 def test_what_trains_is_told_with_its_rates(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
-        built(**options, learning_rate_vit=5e-5)
+        built(options, learning_rate_vit=5e-5)
     (line,) = [line for line in caplog.messages if line.startswith("Model: ")]
     assert re.search(r"vit_model [\d,]+ at 5e-05", line) and re.search(r"generation expert [\d,]+ at ", line)
 
@@ -417,7 +414,7 @@ def test_weights_that_are_not_finite_are_named_before_training_and_by_who_asks(
     save_file(tensors, tmp_path / "model" / "ema.safetensors")
     told = r"model: 2 tensors .*(connector\.fc1\.bias.*lm_head|lm_head.*connector\.fc1\.bias).*Fix: "
     with pytest.raises(UserError, match=told):
-        UnifiedTrainer(Config(**options | {"model_path": str(tmp_path / "model")})).train()
+        train(options, model_path=str(tmp_path / "model"))
     with pytest.raises(UserError, match=told):
         load_bagel(tmp_path / "model")
 
@@ -431,9 +428,9 @@ def test_finite_numbers_whose_sum_is_not_are_finite():
 
 @pytest.mark.slow
 def test_a_run_whose_steps_are_done_says_so(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
-    UnifiedTrainer(Config(**options)).train()
+    train(options)
     with caplog.at_level("INFO"):
-        assert UnifiedTrainer(Config(**options | {"resume_from_checkpoint": "auto"})).train() == {}
+        assert train(options, resume_from_checkpoint="auto") == {}
     assert "All 2 steps are done already" in caplog.text and "--max_steps" in caplog.text
 
 
@@ -443,5 +440,5 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_made(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
     for name in ("wandb_project", "trackio_project"):
         with pytest.raises(UserError, match=r"not installed\. Fix: pip install"):
-            UnifiedTrainer(Config(**options | {name: "p"})).train()
+            train(options, {name: "p"})
     assert not Path(options["output_dir"]).exists()
