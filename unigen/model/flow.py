@@ -72,6 +72,9 @@ def guide(
     return guided
 
 
+RENORM_TYPES = ("global", "channel", "text_channel")
+
+
 def _renorm(guided: Tensor, v: Tensor, least: float, per_token: bool) -> Tensor:
     axes = {"dim": -1, "keepdim": True} if per_token else {}
     scale = torch.linalg.vector_norm(v, **axes) / (torch.linalg.vector_norm(guided, **axes) + 1e-8)
