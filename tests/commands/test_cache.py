@@ -495,4 +495,4 @@ def test_pictures_of_tars_and_of_folders_with_texts_are_cached_and_evaluated(opt
             f"--model_path {options['model_path']} --data_path {source} --output_dir {tmp_path / 'evaluated'}"
         )
         assert main(f"evaluate {asked} --check".split()) == 0
-        assert "structure" in capsys.readouterr().out
+        assert "generate" in capsys.readouterr().out

@@ -226,26 +226,15 @@ class Store:
         return (path for path in self.folder.glob("[0-9a-f][0-9a-f]/[0-9a-f][0-9a-f]/*") if path.is_file())
 
 
+@dataclass(eq=False)
 class FeatureCache:
-    """What training finds in a store for one model: posteriors of its VAE, features of its frozen ViT.
+    """What training finds in a store for one model: posteriors of its VAE, features of its frozen ViT."""
 
-    Args:
-        store: the folder.
-        vae: the model's VAE; None where it is not to be looked for.
-        vit: the model's ViT; None where it learns, or there is none.
-        config: the VAE's, which says how latents are normalised.
-        features: pixels of a ViT patch's side, and numbers of its feature.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        vae: Encoder | None,
-        vit: Encoder | None,
-        config: VaeConfig,
-        features: tuple[int, int] | None = None,
-    ):
-        self.store, self.vae, self.vit, self.config, self.sizes = store, vae, vit, config, features
+    store: Store
+    vae: Encoder | None  # None where it is not to be looked for
+    vit: Encoder | None  # None where it learns, or there is none
+    config: VaeConfig  # says how latents are normalised
+    sizes: tuple[int, int] | None = None  # pixels of a ViT patch's side, and numbers of its feature
 
     def posterior(self, picture: str, view: View) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation [C, h, w] of the picture's latent before normalisation; None where

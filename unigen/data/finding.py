@@ -96,12 +96,7 @@ def find_files(
             if split is not None:
                 # of a picture the folders alone tell its split
                 told = {name: name.parent for name in names if is_picture(name)} | lies.saved
-                names, others, wrong = choose(names, split, asked, told)
-                if wrong:
-                    flag = "--split NAME" if split == "train" else "--val_split NAME, evaluate: --split NAME"
-                    fix = "name one of them" if asked else f"say which is meant ({flag})"
-                    fix = "leave the split out" if wrong.endswith("no file names one") else fix
-                    raise BadData(f"{given}: {wrong}. Fix: {fix}, or name the files.")
+                names, others = choose(given, names, split, asked, told)
             names = _first_kind(path, names, sides)
             left_out += [LeftOut(path / name, "") for name in sorted(sides)]
             left_out += [LeftOut(path / name, reason) for name, reason in others]

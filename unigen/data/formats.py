@@ -74,9 +74,8 @@ def parse_with_fields(
     aside: list[str] = []
     try:
         if not isinstance(value, dict):
-            raise BadRecord(
-                "not_an_object", "(record)", f.show(value), "a JSON object", "write one {...} for each record"
-            )
+            fix = "write one {...} for each record"
+            raise BadRecord("not_an_object", "(record)", f.show(value), "a JSON object", fix)
         metadata = value.get("metadata") or {}
         metadata = metadata if isinstance(metadata, dict) else {"metadata": metadata}
         if isinstance(value.get("id"), str | int):
@@ -108,24 +107,18 @@ def parse_with_fields(
                 zero = next((key for key in keys.weights_of_record(value) if value.get(key) == 0), None)
                 found = f.show(value[zero]) if zero else "targets that are not to be learnt"
                 fix = "give it a weight above 0 where it should be learnt"
-                raise keys.Unlearnt(
-                    "no_target", zero or FORMATS[name].content, found, "a weight above 0", fix
-                )
-            raise BadRecord(
-                "no_target",
-                FORMATS[name].content,
-                "context only",
-                "at least one segment that the model must produce",
-                'add an answer (an assistant turn, a target), or mark a segment with "target": true',
-            )
+                field = zero or FORMATS[name].content
+                raise keys.Unlearnt("no_target", field, found, "a weight above 0", fix)
+            expected = "at least one segment that the model must produce"
+            fix = 'add an answer (an assistant turn, a target), or mark a segment with "target": true'
+            raise BadRecord("no_target", FORMATS[name].content, "context only", expected, fix)
         for segment, field in segments:
             if isinstance(segment, Image) and isinstance(segment.source, Address) and not addresses:
                 fix = 'run "unigen fetch": training opens no connection'
                 raise BadRecord("bad_path", field, f.show(segment.source.url), "the path of a file", fix)
             if isinstance(segment, Text) and segment.target and not segment.text:
-                raise BadRecord(
-                    "empty_text", field, '""', "a text to learn", "write the text, or leave the segment out"
-                )
+                fix = "write the text, or leave the segment out"
+                raise BadRecord("empty_text", field, '""', "a text to learn", fix)
     except BadRecord as error:
         error.origin = origin
         talk = error.code == "wrong_type" and error.field in ("prompt", "completion")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from unigen.data.containers import BadData
 from unigen.printing import printable
 
 Split = Literal["train", "validation"]
@@ -98,40 +99,42 @@ def _told(path: Path, saved: str | None) -> _Told:
 
 
 def choose(
+    given: str | Path,
     names: Sequence[Path],
     wanted: Split,
     asked: str | None = None,
     told: Mapping[Path, Path | str] | None = None,
-) -> tuple[list[Path], list[tuple[Path, str]], str]:
-    """The files to read, those of other splits with their split, and what is wrong ("" where nothing is).
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files to read of a folder ``given``, and those of other splits with their split.
 
     Files of one split alone are taken whatever it is. Of several, or beside files that name none, the
     ``wanted`` one is; training data takes the files that name none, too, where no other split stands beside
-    them, or where there is no train split.
-
-    Where one is ``asked`` for by its name (or several with + between them), that and nothing else is taken.
-    ``told`` says the split of a file where that is not its path: by another path, or the split's name.
+    them, or where there is no train split. Where one is ``asked`` for by its name (or several with + between
+    them), that and nothing else is taken. ``told`` says the split of a file where that is not its path: by
+    another path, or the split's name. Raises BadData where it cannot be told which is meant.
     """
     by = {name: (told or {}).get(name, name) for name in names}
     splits = {name: _told(name, b) if isinstance(b, str) else _told(b, None) for name, b in by.items()}
-    if asked:
-        found = [_named(one, splits) for one in asked.split("+")]
-        wrong = next((files for files in found if isinstance(files, str)), "")
-        kept = set[Path]() if wrong else {name for files in found for name in files}
-    else:
-        chosen = _unasked(splits, wanted)
-        wrong = chosen if isinstance(chosen, str) else ""
-        kept = set() if wrong else set(chosen)
-    others = [(name, told.own or told.kind or "no split") for name, told in splits.items()]
-    return (
-        [name for name in names if name in kept],
-        [] if wrong else [(name, split) for name, split in others if name not in kept],
-        wrong,
-    )
+    try:
+        found = [_named(one, splits) for one in asked.split("+")] if asked else [_unasked(splits, wanted)]
+    except _NotOne as error:
+        flag = "--split NAME" if wanted == "train" else "--val_split NAME, evaluate: --split NAME"
+        fix = "name one of them" if asked else f"say which is meant ({flag})"
+        fix = "leave the split out" if str(error).endswith("no file names one") else fix
+        raise BadData(f"{given}: {error}. Fix: {fix}, or name the files.") from None
+    kept = {name for files in found for name in files}
+    others = [
+        (name, told.own or told.kind or "no split") for name, told in splits.items() if name not in kept
+    ]
+    return [name for name in names if name in kept], others
 
 
-def _unasked(splits: Mapping[Path, _Told], wanted: Split) -> list[Path] | str:
-    """The files of the ``wanted`` split, or what is wrong."""
+class _NotOne(ValueError):
+    """What is wrong with the splits of a folder."""
+
+
+def _unasked(splits: Mapping[Path, _Told], wanted: Split) -> list[Path]:
+    """The files of the ``wanted`` split."""
     held = {told.kind for told in splits.values() if told.kind}
     unnamed = any(told.kind is None for told in splits.values())
     taken: str | None = wanted
@@ -141,39 +144,37 @@ def _unasked(splits: Mapping[Path, _Told], wanted: Split) -> list[Path] | str:
         if len(held) == 1 and not unnamed:
             taken = held.pop()
         elif wanted == "validation" or not unnamed:
-            return f"it holds {' and '.join(sorted(held))} data, and no {wanted} split"
+            raise _NotOne(f"it holds {' and '.join(sorted(held))} data, and no {wanted} split")
         else:
             return [name for name, told in splits.items() if told.kind is None]
     found = {name: told for name, told in splits.items() if taken is None or told.kind == taken}
     return _of_one_name(found, taken or wanted)
 
 
-def _of_one_name(found: Mapping[Path, _Told], kind: str) -> list[Path] | str:
+def _of_one_name(found: Mapping[Path, _Told], kind: str) -> list[Path]:
     """Of files of one kind those of one split: of ``train`` and ``train_sft`` the former."""
     own = {told.own for told in found.values() if told.own}
     if len(own) < 2:
         return list(found)
     plain = {name for name in own if _WORDS.get(name.lower()) == kind}
     if len(plain) != 1:
-        return f"it holds several {kind} splits, {' and '.join(sorted(own))}"
+        raise _NotOne(f"it holds several {kind} splits, {' and '.join(sorted(own))}")
     return [name for name, told in found.items() if told.own is None or told.own in plain]
 
 
-def _named(asked: str, splits: Mapping[Path, _Told]) -> list[Path] | str:
-    """The files of the split that is called so, or what is wrong."""
+def _named(asked: str, splits: Mapping[Path, _Told]) -> list[Path]:
+    """The files of the split that is called so."""
     exact = [
         name
         for name, told in splits.items()
         if asked in (told.own or name.name.partition(".")[0], *name.parts[:-1])
     ]
     kind = _WORDS.get(asked.lower())
-    if kind is None:
-        found: list[Path] | str = exact
-    else:
-        found = _of_one_name({name: told for name, told in splits.items() if told.kind == kind}, kind)
+    of_kind = {name: told for name, told in splits.items() if told.kind == kind}
+    found = exact if kind is None else _of_one_name(of_kind, kind)
     if found:
         return found
     there = sorted({told.own or told.kind for told in splits.values()} - {None})  # type: ignore[type-var]
     if not there:
-        return f"there is no split {asked}; no file names one"
-    return f"there is no split {asked}; it has {', '.join(there)}"
+        raise _NotOne(f"there is no split {asked}; no file names one")
+    raise _NotOne(f"there is no split {asked}; it has {', '.join(there)}")

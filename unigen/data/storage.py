@@ -99,9 +99,7 @@ def _wanted(
         return [name for name in names if is_picture(name) or name.suffix.lower() in CAPTIONS], []
     if split is None or any(name.name == "dataset_dict.json" for name in sides):
         return sides + data, []
-    kept, others, wrong = choose(data, split, asked)
-    if wrong:
-        raise BadData(f"{url}: {wrong}. Fix: say which is meant (--split NAME), or name the files.")
+    kept, others = choose(url, data, split, asked)
     return sides + kept, others
 
 

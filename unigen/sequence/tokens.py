@@ -10,7 +10,7 @@ from typing import Any
 
 from unigen.config import UserError
 from unigen.foreign import ForeignFileError
-from unigen.sequence.vocabulary import FILES, NAMED, check_model, read_vocabulary
+from unigen.sequence.vocabulary import FILES, NAMED, bad_tokenizer, check_model, read_vocabulary
 
 
 class TokenizerError(UserError):
@@ -163,25 +163,17 @@ def _qwen2(folder: Path) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         problem = f"no tokenizer can be made of its files ({str(error).partition(chr(10))[0]})"
-        raise ForeignFileError("content", folder, problem, f"put the checkpoint's {FILES} there") from error
+        raise bad_tokenizer(folder, problem, f"put the checkpoint's {FILES} there") from error
     ids, source = tokenizer.get_vocab(), folder / found.source
     place = "added_tokens_decoder" if found.source == "tokenizer_config.json" else "the tokenizer"
     if missing := [token for token in NAMES.values() if token not in ids]:
-        raise ForeignFileError(
-            "content",
-            source,
-            f"{place} has no {', '.join(missing)}",
-            "use the tokenizer files of BAGEL-7B-MoT, which has them",
-        )
+        fix = "use the tokenizer files of BAGEL-7B-MoT, which has them"
+        raise bad_tokenizer(source, f"{place} has no {', '.join(missing)}", fix)
     # the library counts on from the last token, whatever ids the files name
     for n, token in found.added.items():
         if (got := ids.get(token["content"])) != n:
-            raise ForeignFileError(
-                "content",
-                source,
-                f"{place}: {token['content']!r} has id {n}, where {got} comes next",
-                "take the tokenizer's files of one and the same checkpoint",
-            )
+            problem = f"{place}: {token['content']!r} has id {n}, where {got} comes next"
+            raise bad_tokenizer(source, problem, "take the tokenizer's files of one and the same checkpoint")
     check_model(folder, ids, {token: ids[token] for token in NAMES.values()})
     return tokenizer
 

@@ -92,12 +92,10 @@ def read_vocabulary(folder: Path, pattern: str) -> Vocabulary:
     else:
         missing = [name for name in ("vocab.json", "merges.txt") if not there(name)]
         if missing:
-            raise ForeignFileError(
-                "missing",
-                folder,
-                f"the tokenizer's {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
-                f"put the checkpoint's {FILES} there",
+            problem = (
+                f"the tokenizer's {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
             )
+            raise ForeignFileError("missing", folder, problem, f"put the checkpoint's {FILES} there")
         path = folder / "vocab.json"
         tokens = read_json(path, roots, _VOCABULARY)
         merges, where = _read_merges(folder / "merges.txt", roots)
@@ -132,29 +130,24 @@ def check_model(folder: Path, ids: Mapping[str, int], special: Mapping[str, int]
     if not os.path.lexists(path):
         return
     said = read_json(path, roots_of(folder), _LLM)
+    fix = "take the tokenizer's files and llm_config.json of one and the same checkpoint"
     size, (last, number) = said.get("vocab_size"), max(ids.items(), key=lambda item: item[1])
     if size is not None and number >= size:
-        raise _wrong(
-            path,
-            f"vocab_size is {size:,}, but the tokenizer's {short(last)} has id {number:,}",
-            "take the tokenizer's files and llm_config.json of one and the same checkpoint",
-        )
+        problem = f"vocab_size is {size:,}, but the tokenizer's {short(last)} has id {number:,}"
+        raise bad_tokenizer(path, problem, fix)
     for key in ("bos_token_id", "eos_token_id"):
         value = said.get(key)
         if isinstance(value, int) and value not in special.values():
             known = ", ".join(f"{token} ({n})" for token, n in special.items())
-            raise _wrong(
-                path,
-                f"{key} is {value}, which is no special token of the tokenizer: {known}",
-                "take the tokenizer's files and llm_config.json of one and the same checkpoint",
-            )
+            problem = f"{key} is {value}, which is no special token of the tokenizer: {known}"
+            raise bad_tokenizer(path, problem, fix)
 
 
 def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _wrong(
+def bad_tokenizer(
     path: Path, problem: str, fix: str = "take this file from the original checkpoint again"
 ) -> ForeignFileError:
     return ForeignFileError("content", path, problem, fix)
@@ -164,11 +157,11 @@ def _read_merges(path: Path, roots: list[Path]) -> tuple[list[tuple[str, ...]], 
     """The merges, and where each stands."""
     data = read_bytes(path, roots)
     if found := known_mistake(data[:64]):
-        raise _wrong(path, *found)
+        raise bad_tokenizer(path, *found)
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise _wrong(path, f"it is no UTF-8 text ({error})") from None
+        raise bad_tokenizer(path, f"it is no UTF-8 text ({error})") from None
     rows = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1)]
     rows = [(n, line) for n, line in rows if line and not line.startswith("#version")]
     return [tuple(line.split(" ")) for _, line in rows], [f"line {n}" for n, _ in rows]
@@ -179,11 +172,11 @@ def _check_merges(
 ) -> None:
     for merge, place in zip(merges, where, strict=True):
         if len(merge) != 2 or not all(merge):
-            raise _wrong(
+            raise bad_tokenizer(
                 path, f"{place} is {short(' '.join(merge))}; it must be two tokens and a space between"
             )
         if strange := [part for part in (*merge, "".join(merge)) if part not in tokens]:
-            raise _wrong(path, f"{place} names {short(strange[0])}, which is no token of {vocabulary}")
+            raise bad_tokenizer(path, f"{place} names {short(strange[0])}, which is no token of {vocabulary}")
 
 
 def _check_tokens(
@@ -196,9 +189,9 @@ def _check_tokens(
         first, second = next(
             (seen[n], token) for token, n in tokens.items() if seen.setdefault(n, token) != token
         )
-        raise _wrong(path, f"{short(first)} and {short(second)} have the same id, {tokens[second]}")
+        raise bad_tokenizer(path, f"{short(first)} and {short(second)} have the same id, {tokens[second]}")
     if lost := [letter for letter in _byte_letters() if letter not in tokens]:
-        raise _wrong(path, f"{len(lost)} of the 256 bytes have no token, such as {short(lost[0])}")
+        raise bad_tokenizer(path, f"{len(lost)} of the 256 bytes have no token, such as {short(lost[0])}")
     made = {"".join(merge) for merge in merges}
     unmade = [
         token
@@ -206,11 +199,9 @@ def _check_tokens(
         if len(token) > 1 and token not in made and token not in added and not token.startswith("<|")
     ]
     if unmade:
-        raise _wrong(
-            path,
-            f"{len(unmade):,} tokens come from no merge, such as {short(unmade[0])}",
-            "take the vocabulary and the merges (merges.txt) of one and the same checkpoint, whole",
-        )
+        problem = f"{len(unmade):,} tokens come from no merge, such as {short(unmade[0])}"
+        fix = "take the vocabulary and the merges (merges.txt) of one and the same checkpoint, whole"
+        raise bad_tokenizer(path, problem, fix)
 
 
 def _byte_letters() -> list[str]:
@@ -226,11 +217,8 @@ def _check_pattern(path: Path, value: Any, pattern: str) -> None:
         item = level.pop()
         if isinstance(item, dict):
             if "Regex" in item and item["Regex"] != pattern:
-                raise _wrong(
-                    path,
-                    f"pre_tokenizer has the pattern {short(item['Regex'])}, not that of Qwen2",
-                    "use the tokenizer files of BAGEL-7B-MoT",
-                )
+                problem = f"pre_tokenizer has the pattern {short(item['Regex'])}, not that of Qwen2"
+                raise bad_tokenizer(path, problem, "use the tokenizer files of BAGEL-7B-MoT")
             level += item.values()
         elif isinstance(item, list):
             level += item
