@@ -159,6 +159,12 @@ def test_a_list_of_files_in_a_strangers_page_removes_nothing(tmp_path: Path, lis
 # ---- the commands
 
 
+GIVEN = ["evaluate", "--predictions", "given.jsonl", "--data_path", "a.jsonl"]
+PROMPTS = ["generate", "--model_path", "MODEL", "--prompts_file", "asked.jsonl", "--layout", "lmms-eval"]
+IN_THE_WAY = (
+    "pieces/01_text.txt", "answers/predictions.jsonl", "answers/metrics.json", "compared/2-given.jsonl/metrics.json",
+    "listed/t.json", "thoughts/t_0.txt",
+)  # fmt: skip
 FOREIGN = {
     "check": ["check", "a.jsonl", "--output", "kept/index.html"],
     "check problems": ["check", "a.jsonl", "--problems", "kept/log.jsonl"],
@@ -169,6 +175,10 @@ FOREIGN = {
     "demo": ["demo", "--quick", "--output_dir", "kept"],
     "fetch": ["fetch", "a.jsonl", "--output_dir", "kept"],
     "train": ["train", "--model_path", "MODEL", "--train_data_path", "a.jsonl", "--output_dir", "kept"],
+    "evaluate": [*GIVEN, "--output_dir", "answers"],
+    "evaluate several": [*GIVEN, "--compare", "given.jsonl", "--output_dir", "compared"],
+    "generate list": [*PROMPTS, "--output_dir", "listed"],
+    "generate thought": [*PROMPTS, "--think", "--output_dir", "thoughts"],
     "cache": ["cache", "a.jsonl", "--model_path", "MODEL", "--cache_dir", "kept"],
 }
 
@@ -190,8 +200,11 @@ def test_no_command_touches_what_it_did_not_write(
     ):
         (tmp_path / "kept").mkdir(exist_ok=True)
         (tmp_path / "kept" / name).write_text("precious\n")
-    (tmp_path / "pieces").mkdir()
-    (tmp_path / "pieces" / "01_text.txt").write_text("precious\n")
+    write_jsonl(tmp_path / "given.jsonl", [{"index": 0, "text": "a"}])
+    write_jsonl(tmp_path / "asked.jsonl", [{"task": "t", "doc_id": 0, "prompt": "a cat"}])
+    for name in IN_THE_WAY:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("precious\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     before = bytes_of(tmp_path)

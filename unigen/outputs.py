@@ -215,9 +215,9 @@ def claim(option: str, folder: Path, by: str, taken: Iterable[str]) -> None:
         UserError: one of them is there, and the folder is not the command's own yet.
         OSError: the folder cannot be written.
     """
-    if written_by(folder / RECEIPT) == by:
-        return
     found = next((name for name in (RECEIPT, *taken) if os.path.lexists(folder / name)), None)
+    if written_by(folder / RECEIPT) == by:  # maybe since a moment: several processes claim it together
+        return
     if found:
         raise UserError(
             f"{option} {folder} holds {found}, which {by} did not write. Fix: name a new or an empty folder"

@@ -21,6 +21,8 @@ from unigen.evaluation.cases import IMAGE, Case, batches
 from unigen.files import atomic
 
 ABOUT, BATCHES, PICTURES, PREDICTIONS = "answers.json", "batches", "pictures", "predictions.jsonl"
+THREADS = "threads.json"
+FILES = (ABOUT, BATCHES, PICTURES, PREDICTIONS, THREADS)
 # what answers depend on, where an option gives it by another name; of some only a digest is kept
 _OPTIONS = {
     "cases": "--samples", "records": "--samples", "pictures": "--num_images", "checkpoint": "--model_path",
@@ -241,7 +243,7 @@ def _differing(known: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 def same_threads(folder: Path) -> None:
     """Sums on a CPU may depend on how many threads add up: whoever goes on takes as many as the answers
     began with."""
-    path = folder / "threads.json"
+    path = folder / THREADS
     try:
         torch.set_num_threads(int(json.loads(path.read_text(encoding="utf-8"))["threads"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.terminal import report_check
-from unigen.commands.evaluate.work import Extras, exit_code, finish, folders_of, load_tools, write_scores
+from unigen.commands.evaluate.work import Extras, claim_folders, exit_code, finish, load_tools, write_scores
 from unigen.config import ConfigError
 from unigen.evaluation.answers import claim_answers
 from unigen.evaluation.results import digest_of
@@ -53,7 +53,7 @@ def run_folders(o: EvaluateOptions) -> int:
         return exit_code(asked, [result for results in scores.values() for result in results])
     out = output_folder("output_dir", o.output_dir, names)
     answered = []
-    for name, folder, (_, predictions) in zip(names, folders_of(out, names), read, strict=True):
+    for name, folder, (_, predictions) in zip(names, claim_folders(out, names), read, strict=True):
         about = _about(Path(name), predictions)
         with unwritten("output_dir", folder):
             claim_answers(folder, {**about, "cases": len(cases)})

@@ -13,7 +13,7 @@ from typing import Any
 from unigen.bars import Bar
 from unigen.cache.encoders import digest_weights
 from unigen.commands.evaluate.options import EvaluateOptions
-from unigen.commands.evaluate.page import write
+from unigen.commands.evaluate.page import BY, write
 from unigen.commands.evaluate.terminal import report, report_check
 from unigen.config import ConfigError, DataOptions, SamplingOptions
 from unigen.data.captions import PICTURES, is_picture
@@ -22,6 +22,9 @@ from unigen.data.examine import CountTokens
 from unigen.data.finding import need_paths
 from unigen.data.mapping import ReadOptions
 from unigen.evaluation.answers import (
+    ABOUT,
+    BATCHES,
+    FILES,
     Answer,
     BatchesOfProcess,
     Prediction,
@@ -48,7 +51,7 @@ from unigen.model.adapters import parse_adapter
 from unigen.model.backends import pick_device
 from unigen.model.quantise import bits_of, need_backend, told_bits
 from unigen.model.weights import base_of, build_bagel, load_planner
-from unigen.outputs import output_folder, unwritten
+from unigen.outputs import claim, holds, output_folder, unwritten, written_by
 from unigen.runs.channel import Channel, processes
 from unigen.runs.checkpoint import steps
 from unigen.runs.layout import step_of
@@ -60,6 +63,7 @@ from unigen.values import nearest
 from unigen.version import __version__
 
 MOST_PIECES = 8  # of an answer whose pieces the model chooses
+FEATURES, SCORES, COMPARED, REPORT = "features", "metrics.json", "compare.json", "report.html"
 OF_PIECES = ("structure", "stopped")
 VERIFIED = ("verify", "verify_margin")
 DESCRIBED = ("cycle_rougeL", "cycle_chrf2", "described_as_real")
@@ -136,10 +140,10 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         if o.check:
             return _check(work, names) if rank == 0 else 0
         inputs = [*names, *([o.data_path] if isinstance(o.data_path, str) else o.data_path)]
-        out = Path(o.output_dir)
-        output_folder("output_dir", out, inputs)
+        out = output_folder("output_dir", o.output_dir, inputs)
+        folders = claim_folders(out, names)
         _tell_idle(work, names, rank)
-        pairs = zip(names, folders_of(out, names), strict=True)
+        pairs = zip(names, folders, strict=True)
         sources = [AnswerSource(*pair, [] if number else o.adapter) for number, pair in enumerate(pairs)]
         said = [_answers(work, source) for source in sources]
         if rank:
@@ -152,7 +156,7 @@ def finish(o: EvaluateOptions, out: Path, cases: Sequence[Case], answered: list[
     """Compares, writes the report, and says what is in it; the exit code."""
     with unwritten("output_dir", out):
         compared = _write_comparisons(out, answered) if len(answered) > 1 else {}
-        page = write(out / "report.html", cases, answered, compared, Words(o.language, "evaluate"))
+        page = write(out / REPORT, cases, answered, compared, Words(o.language, "evaluate"))
     report(answered, compared, page)
     return exit_code(o, [r for one in answered for results in one.scores.values() for r in results])
 
@@ -247,13 +251,22 @@ def _lengths(names: Sequence[str], o: EvaluateOptions) -> CountTokens | None:
     return (lambda record: [count(record) for count in counts][-1]) if counts else None
 
 
-def folders_of(output_dir: Path, names: Sequence[str]) -> list[Path]:
-    """The folder of each source's answers: ``output_dir`` itself for one, otherwise ``1-NAME``,
-    ``2-NAME``."""
-    if len(names) == 1:
-        return [output_dir]
+def claim_folders(out: Path, names: Sequence[str]) -> list[Path]:
+    """The folder of each source's answers: ``out`` itself for one, otherwise ``1-NAME``, ``2-NAME``; they
+    are ours from now on.
+
+    Raises:
+        UserError: what would be written is there, and somebody else's, or a folder cannot be written.
+    """
     short = [re.sub(r"[^\w.-]+", "_", Path(name).resolve().name)[:60] for name in names]
-    return [output_dir / f"{number}-{name}" for number, name in enumerate(short, 1)]
+    folders = [out / f"{number}-{name}" for number, name in enumerate(short, 1)] if len(names) > 1 else [out]
+    inside = [folder.name for folder in folders if folder != out]
+    # versions without receipts left these
+    before = any(holds(folder, (ABOUT, name)) for folder in folders for name in (BATCHES, SCORES))
+    if not before and written_by(out / REPORT) != BY:
+        with unwritten("output_dir", out):
+            claim("output_dir", out, BY, [*inside, *FILES, SCORES, COMPARED, REPORT, FEATURES, "likelihood"])
+    return folders
 
 
 def load_tools(o: EvaluateOptions, extras: Extras) -> Tools:
@@ -275,7 +288,7 @@ def load_tools(o: EvaluateOptions, extras: Extras) -> Tools:
         extractor=extras.extractor or (load_extractor(o.features, device) if o.features else None),
         real=real, clip=PictureTower.load(o.clip, device, texts=True) if o.clip else None,
         bert=o.bert, layer=o.bert_layer, wordnet=o.wordnet, alexnet=o.alexnet,
-        cache=FeatureStore(Path(o.output_dir) / "features"), device=device,
+        cache=FeatureStore(Path(o.output_dir) / FEATURES), device=device,
         detector=Detector.load(o.detector, device) if o.detector else None, scores=o.detector_scores,
     )  # fmt: skip
 
@@ -484,7 +497,7 @@ def write_scores(folder: Path, one: Answered, records: int, silent: int = 0) -> 
     """``metrics.json`` of what one source answered; ``silent`` records asked nothing."""
     held = {"about": one.about, "records": records, "without_question": silent, "tasks": as_json(one.scores)}
     with unwritten("output_dir", folder):
-        _write(folder / "metrics.json", held)
+        _write(folder / SCORES, held)
 
 
 def _write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict[str, list[Comparison]]]:
@@ -498,7 +511,7 @@ def _write_comparisons(folder: Path, answered: list[Answered]) -> dict[str, dict
             for name, tasks in found.items()
         },
     }
-    _write(folder / "compare.json", held)
+    _write(folder / COMPARED, held)
     return found
 
 

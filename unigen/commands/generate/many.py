@@ -8,6 +8,7 @@ killed, or another process, goes on with the same.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -63,8 +64,8 @@ class Plan:
     asked: list[Asked]
     folder: Path
     pictures: int
-    rank: int
-    world: int
+    rank: int = 0
+    world: int = 1
 
     def file(self, asked: Asked, k: int) -> Path:
         """Where picture k of a record is drawn to: of a grid a quarter, which is put in its place later."""
@@ -76,6 +77,30 @@ class Plan:
         """Where the thought of picture k of a record stands: beside what the scorer reads."""
         place = self.folder / asked.places[0 if self.layout.grid else k]
         return place.with_name(f"{place.stem}-{k}.txt") if self.layout.grid else place.with_suffix(".txt")
+
+    def beside(self, asked: Asked, k: int) -> dict[str, Path]:
+        """What stands beside picture k of a record, by its kind."""
+        places = (self.layout.beside or {}).items()
+        return {kind: self.folder / place(asked.places[k]) for kind, place in places}
+
+    def lists(self) -> dict[Path, Any]:
+        """The lists of all pictures, as JSON, with the thoughts that are there."""
+        if self.layout.listing is None:
+            return {}
+        paths = [str((self.folder / one.places[0]).resolve()) for one in self.asked]
+        texts = [self.thought(one, 0) for one in self.asked if self.options.think]
+        thoughts = [text.read_text(encoding="utf-8") if text.is_file() else "" for text in texts]
+        held = self.layout.listing([one.record for one in self.asked], paths, thoughts or [""] * len(paths))
+        return {self.folder / name: value for name, value in held.items()}
+
+    def files(self) -> Iterator[Path]:
+        """All that will be written for the scorer, and the thoughts."""
+        for asked in self.asked:
+            yield from (self.folder / place for place in asked.places)
+            for k in range(self.pictures):
+                yield from self.beside(asked, k).values()
+                yield from [self.thought(asked, k)] if self.options.think else []
+        yield from self.lists()
 
     def is_done(self, asked: Asked, k: int) -> bool:
         return self.file(asked, k).is_file() or (self.layout.grid and self.is_whole(asked))
@@ -105,13 +130,13 @@ def write_many(o: GenerateOptions) -> None:
     asked = read_asked(prompts, layout, pictures, images, o.samples)
     inputs = [o.model_path, *([prompts] if prompts.is_dir() else [])]
     folder = output_folder("output_dir", o.output_dir, inputs)
-    if not (folder / STATE / ABOUT).exists():
-        there = next((place for one in asked for place in one.places if (folder / place).exists()), None)
-        if there:
-            raise ConfigError(
-                f"output_dir is {folder}, which holds {there} that is not ours. Fix: name another folder"
-                " (--output_dir ...)"
-            )
+    plan = Plan(o, layout, preset, asked, folder, pictures)
+    there = next((path for path in plan.files() if os.path.lexists(path)), None)
+    if there and not (folder / STATE / ABOUT).exists():
+        raise ConfigError(
+            f"output_dir is {folder}, which holds {there.relative_to(folder)} that is not ours. Fix: name"
+            " another folder (--output_dir ...)"
+        )
     empty, load = checkpoint_of(o)
     empty.requests.usual = SamplingOptions(**preset.settings) if preset else SamplingOptions()
     empty.requests.prepare([_prompt(one) for one in asked], ["image"], o)
@@ -123,7 +148,7 @@ def write_many(o: GenerateOptions) -> None:
             raise ConfigError(
                 f"shard is {o.shard}, and the last is {parts}/{parts}. Fix: one from 1/{parts} on"
             )
-        plan = Plan(o, layout, preset, asked, folder, pictures, part - 1, parts)
+        plan = replace(plan, rank=part - 1, world=parts)
         if rank == 0:
             unset = "no preset: sampled by the options alone"
             say(f"preset {o.preset}: {preset.source}" if preset else unset, *beaten(o.preset, o))
@@ -240,8 +265,8 @@ def _answer(plan: Plan, batch: Sequence[Drawing], inferencer: InterleaveInferenc
             continue
         path = plan.file(one.asked, one.k)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for kind, place in (plan.layout.beside or {}).items():
-            _write_beside(kind, one.asked, plan.folder / place(one.asked.places[one.k]))
+        for kind, place in plan.beside(one.asked, one.k).items():
+            _write_beside(kind, one.asked, place)
         thought = [piece for piece in pieces if isinstance(piece, str)]
         if thought:
             _write(plan.thought(one.asked, one.k), thought[0].encode("utf-8", "replace"))
@@ -288,12 +313,7 @@ def _finish(plan: Plan) -> None:
         done = len(plan.asked) - lacking
         say(f"{done:,} of {len(plan.asked):,} prompts are drawn; the other shards draw the rest")
         return
-    if plan.layout.listing is not None:
-        paths = [(plan.folder / one.places[0]).resolve() for one in plan.asked]
-        texts = [plan.thought(one, 0) for one in plan.asked]
-        thoughts = [text.read_text(encoding="utf-8") if text.is_file() else "" for text in texts]
-        records = [one.record for one in plan.asked]
-        for name, held in plan.layout.listing(records, list(map(str, paths)), thoughts).items():
-            _write(plan.folder / name, json_of(held, indent=1).encode() + b"\n")
+    for path, held in plan.lists().items():
+        _write(path, json_of(held, indent=1).encode() + b"\n")
     shutil.rmtree(plan.folder / STATE / QUARTERED, ignore_errors=True)
     say(f"{len(plan.asked):,} prompts are drawn in {plan.folder}; how: {plan.folder / STATE / ABOUT}")
