@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, TextIO, TypeVar
 
@@ -60,6 +60,7 @@ class Bar:
         self.unit = unit if unit == "B" else in_language(unit)
         self.notes: Sequence[str] = ()  # what else there is to say, what matters most first
         self.stream, self.passing = stream or sys.stderr, passing
+        self.main = threading.current_thread() is threading.main_thread()
         self._began, self._before, self._first = time.monotonic(), done, (0.0, -1)
         self._lock = threading.Lock()
         shown = shown and self.stream is not None and os.environ.get("RANK", "0") == "0" and not _forked
@@ -149,7 +150,7 @@ def each(label: str, items: Sequence[Item], unit: str = "") -> Iterator[Item]:
 def clear() -> None:
     """Closes what an error left open, so that its message stands alone."""
     for screen in list(_screens.values()):
-        for bar in screen.bars:
+        for bar in list(screen.bars):
             bar.close()
     for plain in list(_Plain.open):
         plain.close()
@@ -216,31 +217,26 @@ class _Screen:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        self._bars: list[tuple[Bar, bool]] = []
+        self.bars: list[Bar] = []
         self._width, self._drawn_at, self._open = 0, 0.0, False  # columns that are written on
         self._lock = threading.RLock()
 
-    @property
-    def bars(self) -> list[Bar]:
-        return [bar for bar, _ in self._bars]
-
     def add(self, bar: Bar) -> None:
         with self._lock:
-            self._bars = [one for one in self._bars if not one[0].passing]
+            self.bars = [*(one for one in self.bars if not one.passing), bar]
             if self not in bottom:
                 bottom.append(self)
-            self._bars.append((bar, threading.current_thread() is threading.main_thread()))
             self.draw(now=True)
 
     def remove(self, bar: Bar) -> None:
         with self._lock:
-            self._bars = [(one, main) for one, main in self._bars if one is not bar]
-            if self._bars:
-                self.draw(now=True)
-            else:
-                self._leave()
+            self.bars = [one for one in self.bars if one is not bar]
+            self._draw_or_leave()
 
-    def _leave(self) -> None:
+    def _draw_or_leave(self) -> None:
+        if self.bars:
+            self.draw(now=True)
+            return
         self._erase()
         if self in bottom:
             bottom.remove(self)
@@ -251,10 +247,10 @@ class _Screen:
         if not now and time.monotonic() - self._drawn_at < _REDRAW:
             return
         with self._lock, suppress(OSError, ValueError):  # a terminal that is gone
-            if self._open or not self._bars:
+            if self._open or not self.bars:
                 return
             self._drawn_at = time.monotonic()
-            text, width = _drawn(self._bars, _width_of(self.stream) - 1, self.stream)
+            text, width = _drawn(self.bars, _width_of(self.stream) - 1, self.stream)
             self.stream.write(f"\r{text}{' ' * (self._width - width)}")
             self.stream.flush()
             self._width = width
@@ -264,13 +260,10 @@ class _Screen:
         """Inside, a text may be written to the terminal; ``ended``: with the end of its line."""
         with self._lock:
             self._erase()
-            self._bars = [one for one in self._bars if not one[0].passing]
+            self.bars = [one for one in self.bars if not one.passing]
             yield
             self._open = not ended
-            if self._bars:
-                self.draw(now=True)
-            else:
-                self._leave()
+            self._draw_or_leave()
 
     def gives_way_to(self, stream: TextIO) -> bool:
         return stream.isatty()
@@ -339,12 +332,10 @@ def _width_of(stream: TextIO) -> int:
         return 80
 
 
-def _drawn(bars: Iterable[tuple[Bar, bool]], room: int, stream: TextIO) -> tuple[str, int]:
+def _drawn(bars: Sequence[Bar], room: int, stream: TextIO) -> tuple[str, int]:
     """The line of some bars, of at most ``room`` columns, and how many it takes."""
-    full = max(bars, key=lambda one: one[1])[0]
-    for bar, main in bars:
-        full = bar if main else full
-    others = [f"{bar.label}{bar.share}" for bar, _ in bars if bar is not full]
+    full = next((bar for bar in reversed(bars) if bar.main), bars[0])
+    others = [f"{bar.label}{bar.share}" for bar in bars if bar is not full]
     told, label, words = full.told, _cut(full.label, room), []
     left = room - width_of(label) - 1
     first = len(told) - len(full.notes) + 2  # the notes that matter most come before the other bars

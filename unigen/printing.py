@@ -33,10 +33,7 @@ def printable(text: object, most: int | None = LONGEST_NAME) -> str:
     Args:
         most: Characters that are shown; the middle of a longer text is left out. None: all.
     """
-    shown = str(text)
-    if most is not None and len(shown) > most:
-        # before anything is done to millions of characters
-        shown = f"{shown[: most // 2]} ... {shown[-(most // 2) :]}"
+    shown = _shortened(str(text), most)  # before anything is done to millions of characters
     return shown if shown.isprintable() else "".join(map(_visible, shown))
 
 
@@ -57,14 +54,13 @@ def printable_lines(text: str, most: int | None = None) -> str:
     if text.replace("\n", "").isprintable() and (most is None or len(text) <= most):
         return text
     parts = _LINE_END.split(text)
-    parts[::2] = ["\t".join(printable(cell, None) for cell in _short(part, most)) for part in parts[::2]]
+    lines = (_shortened(line, most).split("\t") for line in parts[::2])
+    parts[::2] = ["\t".join(printable(cell, None) for cell in cells) for cells in lines]
     return "".join(parts)
 
 
-def _short(line: str, most: int | None) -> list[str]:
-    if most is not None and len(line) > most:
-        line = f"{line[: most // 2]} ... {line[-(most // 2) :]}"
-    return line.split("\t")
+def _shortened(text: str, most: int | None) -> str:
+    return text if most is None or len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2) :]}"
 
 
 class Guarded:

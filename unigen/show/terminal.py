@@ -48,10 +48,14 @@ def harmless(text: object) -> str:
 def showable(text: str) -> str:
     """The text with characters that the output's encoding lacks as plain signs, or else as escapes; and with
     nothing that steers a terminal but colours of rich."""
-    encoding = sys.stdout.encoding or "utf-8"
     parts = _COLOUR.split(text)
     parts[::2] = map(printable_lines, parts[::2])
-    return "".join(parts).translate(_plain(encoding)).encode(encoding, "backslashreplace").decode(encoding)
+    return _encodable("".join(parts))
+
+
+def _encodable(text: str) -> str:
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.translate(_plain(encoding)).encode(encoding, "backslashreplace").decode(encoding)
 
 
 @cache
@@ -290,9 +294,7 @@ class _Output(io.TextIOBase):
     encoding = property(lambda self: sys.stdout.encoding)  # type: ignore[assignment]
 
     def write(self, text: str) -> int:
-        encoding = sys.stdout.encoding or "utf-8"  # rich moves the cursor here; all parts are harmless
-        shown = text.translate(_plain(encoding)).encode(encoding, "backslashreplace").decode(encoding)
-        beneath(sys.stdout).write(shown)
+        beneath(sys.stdout).write(_encodable(text))  # rich moves the cursor here; all parts are harmless
         return len(text)
 
     def flush(self) -> None:

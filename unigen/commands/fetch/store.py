@@ -113,8 +113,7 @@ class PictureStore:
             shutil.rmtree(self.drafts, ignore_errors=True)
             self.drafts.mkdir(parents=True, exist_ok=True)
             self.entries = {entry.url: entry for entry in _read(self.log)}
-        self.settle()  # without what a killed run wrote of a line
-        with self.writing():
+            self.settle()  # without what a killed run wrote of a line
             self._log = self.log.open("ab", buffering=0)
 
     def settle(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from unigen.runs.metrics import numbers
@@ -178,23 +179,21 @@ def _warn(key: str, **values: Any) -> RunWarning:
     return RunWarning("warn", key, values)
 
 
-def _numbers(run: RunFolder) -> list[RunWarning]:
-    log, found = run.metrics.log, []
-    lines = list(log.recent)
+def _numbers(run: RunFolder) -> Iterator[RunWarning]:
+    log, lines = run.metrics.log, list(run.metrics.log.recent)
     if log.n_not_finite:
         level = _bad if any(line.get("nonfinite") for line in lines[-100:]) else _warn
-        found.append(level("not_finite", n=log.n_not_finite, step=log.not_finite_step))
+        yield level("not_finite", n=log.n_not_finite, step=log.not_finite_step)
     if skipped := sum(bool(line.get("skipped")) for line in lines[-100:]):
-        found.append(_warn("skipped", n=skipped, of=len(lines[-100:]), total=log.n_skipped))
+        yield _warn("skipped", n=skipped, of=len(lines[-100:]), total=log.n_skipped)
     norms = numbers(lines, "grad_norm")
     if len(norms) >= FEWEST:
         before, after = statistics.median(norms[: len(norms) // 2]), statistics.median(norms[-10:])
         if before > 0 and after > GROWN * before:
-            found.append(_bad("norm_grows", after=after, before=before))
+            yield _bad("norm_grows", after=after, before=before)
     waits = numbers(lines[-100:], "data_wait")
     if len(waits) >= 10 and statistics.fmean(waits) > WAIT:
-        found.append(_warn("data_wait", share=statistics.fmean(waits)))
-    return found
+        yield _warn("data_wait", share=statistics.fmean(waits))
 
 
 def _validation(run: RunFolder) -> list[RunWarning]:
@@ -224,22 +223,20 @@ def _saving(run: RunFolder) -> list[RunWarning]:
     return []
 
 
-def _processes(run: RunFolder) -> list[RunWarning]:
-    found = []
+def _processes(run: RunFolder) -> Iterator[RunWarning]:
     pace = _seconds_per_step(run, list(run.metrics.log.recent)[-100:]) or 0.0
     limit = max(LONG_PHASE_S, LONG_PHASE_STEPS * pace)
     if slow := [rank for rank in run.ranks if rank.quiet > limit and rank.phase not in ENDED]:
-        found.append(_warn("long_phase", **_where(max(slow, key=lambda rank: rank.quiet))))
+        yield _warn("long_phase", **_where(max(slow, key=lambda rank: rank.quiet)))
     steps = [rank.step for rank in run.ranks]
     if steps and max(steps) - min(steps) > 1:
         last = min(run.ranks, key=lambda rank: rank.step)
-        found.append(_warn("behind", rank=last.rank, step=last.step, ahead=max(steps)))
+        yield _warn("behind", rank=last.rank, step=last.step, ahead=max(steps))
     offset = run.clock_offset()
     if offset > 30:
-        found.append(_warn("clock_ahead", for_=offset))
+        yield _warn("clock_ahead", for_=offset)
     if offset < -30:
-        found.append(_warn("clock_behind", for_=-offset))
-    return found
+        yield _warn("clock_behind", for_=-offset)
 
 
 def _space(run: RunFolder) -> list[RunWarning]:
