@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unigen.show.charts import SIDE, Chart, Spot
@@ -205,18 +205,9 @@ def _plane(chart: Chart, size: tuple[int, int]) -> Image.Image:
 
 def _dashed(path: Sequence[Spot], dash: Sequence[float]) -> Iterator[list[Spot]]:
     """The parts of a line that are drawn where it is dashed."""
-    left, on, part = dash[0], True, [path[0]]
-    for (x, y), (to_x, to_y) in pairwise(path):
-        length = math.hypot(to_x - x, to_y - y)
-        done = 0.0
-        while length - done > left:
-            done += left
-            at = (x + (to_x - x) * done / length, y + (to_y - y) * done / length)
-            if on:
-                yield [*part, at]
-            on, part = not on, [at]
-            left = dash[0 if on else 1]
-        left -= length - done
-        part = [*part, (to_x, to_y)]
-    if on and len(part) > 1:
-        yield part
+    xs, ys = np.array(path).T
+    along = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(xs), np.diff(ys)))])  # of each corner
+    for start in np.arange(0.0, along[-1], sum(dash)):
+        end = min(start + dash[0], along[-1])
+        places = [start, *along[(along > start) & (along < end)], end]
+        yield list(zip(np.interp(places, along, xs).tolist(), np.interp(places, along, ys).tolist()))
