@@ -5,7 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +41,26 @@ class Alive(TorchDispatchMode):
             self.now -= nbytes
 
         weakref.finalize(storage, gone)
+
+
+class Held(TorchDispatchMode):
+    """Knows the tensors that were made inside, those of ``dtype`` if one is given, by their memory."""
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.dtype, self.made = dtype, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and self.dtype in (None, tensor.dtype):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def nbytes(self) -> int:
+        """Bytes of those that are still held."""
+        return sum(nbytes for ref, nbytes in self.made.values() if not ref.expired())
 
 
 def share(planned: float, measured: float) -> float:

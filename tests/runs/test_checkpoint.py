@@ -67,32 +67,9 @@ def test_every_flipped_bit_of_the_manifest_and_many_of_each_file_are_noticed(
     verify_checkpoint(folder)
 
 
-@pytest.mark.slow
-def test_200_single_bits_over_all_files_of_two_processes_are_all_noticed(tmp_path: Path):
-    """Parts, indexes, states, configs and manifest alike; the file is named."""
-    folder = save_together(tmp_path, 1)
-    files = contents_of(folder)
-    assert {
-        "ema-00001-of-00002.safetensors",
-        "ema.safetensors.index.json",
-        "optimizer.safetensors.index.json",
-    } < files.keys()
-    rng = random.Random(0)
-    for number in range(200):
-        name = sorted(files)[number % len(files)]
-        data = bytearray(files[name])
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        (folder / name).write_bytes(data)
-        with pytest.raises(CheckpointError, match=name):
-            verify_checkpoint(folder)
-        (folder / name).write_bytes(files[name])
-    verify_checkpoint(folder)
-
-
 @pytest.mark.parametrize(
-    "name",
-    ["ema.safetensors", "optimizer.safetensors", "trainer.json", "tokenizer/merges.txt", "manifest.json"],
-)
+    "name", ["ema.safetensors", "tokenizer/merges.txt"]
+)  # of two processes: test_damage.py
 def test_a_missing_short_long_or_unreadable_file_is_named(tmp_path: Path, name: str):
     folder = save(tmp_path, 1)
     path = folder / name
@@ -122,20 +99,6 @@ def test_states_that_cannot_be_read_are_named(tmp_path: Path, name: str):
         damage_it(folder / name)
         with pytest.raises(CheckpointError, match=f"{name}.*Fix:"):
             read_states(folder)
-
-
-def test_swapped_files_are_noticed_though_each_is_whole(tmp_path: Path):
-    folder = save_together(tmp_path, 1)
-    one, two = (folder / f"ema-0000{n}-of-00002.safetensors" for n in (1, 2))
-    one.rename(folder / "other")
-    two.rename(one)
-    (folder / "other").rename(two)
-    with pytest.raises(CheckpointError, match=r"(?s)ema-00001-of-00002.*ema-00002-of-00002"):
-        verify_checkpoint(folder)
-    other = save_together(tmp_path, 2)
-    shutil.copy(folder / "optimizer-00001-of-00002.safetensors", other)  # as many bytes, of another step
-    with pytest.raises(CheckpointError, match=r"optimizer-00001-of-00002\.safetensors has changed"):
-        verify_checkpoint(other)
 
 
 def test_every_damaged_file_is_listed_and_an_extra_file_is_fine(tmp_path: Path):
@@ -252,21 +215,6 @@ def test_the_newest_good_one_is_found_and_a_bad_newer_one_warned_about(
     assert [r for r in caplog.messages if "step_100" in r and "optimizer.safetensors" in r]
     assert [r for r in caplog.messages if "step_200" in r and "manifest.json" in r]
     assert "step_9" not in caplog.text
-
-
-@pytest.mark.parametrize("bad", [1, 2, 3])
-def test_auto_passes_over_the_newest_one_or_two_and_refuses_when_all_are_bad(tmp_path: Path, bad: int):
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    for step in range(4 - bad, 4):
-        damage(tmp_path / f"step_{step}")
-    if bad < 3:
-        assert resolve_resume("auto", tmp_path) == tmp_path / f"step_{3 - bad}"
-    else:
-        with pytest.raises(
-            CheckpointError, match=r"every checkpoint is damaged \(step_3, step_2, step_1\).*Fix"
-        ):
-            resolve_resume("auto", tmp_path)
 
 
 def test_auto_starts_afresh_where_there_is_nothing(tmp_path: Path):

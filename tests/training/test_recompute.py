@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tiny_model as tiny
 import torch
+from counting import Held
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 import unigen.model.sdpa
@@ -54,24 +54,14 @@ def learn(
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-class Watch(TorchDispatchMode):
-    """Counts matrix products, and knows the bytes of all that was made and is still held."""
+class Watch(Held):
+    """Counts matrix products, too."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.products, self.made = 0, {}
+    products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         self.products += func in PRODUCTS
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def held(self) -> int:
-        return sum(nbytes for ref, nbytes in self.made.values() if not ref.expired())
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def cost(model: Bagel, pack: Pack, policy: str, held: bool = False) -> tuple[int, int]:
@@ -82,7 +72,7 @@ def cost(model: Bagel, pack: Pack, policy: str, held: bool = False) -> tuple[int
         out = model(pack)
         loss = out.ce.sum() + out.mse.sum()
         del out
-        held, forward = watch.held(), watch.products
+        held, forward = watch.nbytes(), watch.products
         loss.backward()
     return held, watch.products - 3 * forward  # each product has two in its backward pass
 
@@ -170,7 +160,7 @@ def test_an_understanding_half_that_learns_nothing_costs_no_backward_pass_and_no
         tiny.wrap(model, policy, held)
         with Watch() as watch:
             mse = model(pack).mse.sum()
-            held, forward = watch.held(), watch.products
+            held, forward = watch.nbytes(), watch.products
             mse.backward()
         return held, watch.products - forward
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Held
 from kills import become_rank
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import built, step_of, take_warm_up, text, train, write_jsonl
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unigen.config import Config, UserError
 from unigen.messages import in_language
@@ -165,33 +164,15 @@ def test_both_peaks_are_told_and_the_second_is_the_higher(
 # ---- autocast
 
 
-class Living(TorchDispatchMode):
-    """Knows the bfloat16 tensors that were made inside, by their memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[StorageWeakRef, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dtype == torch.bfloat16:
-            storage = result.untyped_storage()
-            self.made.append((StorageWeakRef(storage), storage.nbytes()))
-        return result
-
-    def nbytes(self) -> int:
-        gc.collect()
-        return sum({ref.cdata: nbytes for ref, nbytes in self.made if not ref.expired()}.values())
-
-
 def living_after(trainer: TrainingLoop, sampling: bool) -> int:
     """Bytes of bfloat16 alive when the forward of a row ends, before its autocast does."""
-    engine, living, found = trainer.engine, Living(), []
+    engine, living, found = trainer.engine, Held(torch.bfloat16), []
     model = engine.wrapped
 
     def counted(pack: Any) -> Any:
         with living:
             output = model(pack)
+        gc.collect()
         found.append(living.nbytes())
         return output
 
