@@ -97,7 +97,7 @@ def guided(v, no_text, no_image, a, b, kind, least):
     return renorm(new, kind == "channel")
 
 
-@pytest.mark.parametrize("kind", flow.RENORM_TYPES)
+@pytest.mark.parametrize("kind", ["global", "channel", "text_channel"])
 @pytest.mark.parametrize(("a", "b"), [(4.0, 1.5), (4.0, 1.0), (1.0, 1.5), (1.0, 1.0), (0.5, 2.0), (1.2, 3.0)])
 @pytest.mark.parametrize("least", [0.0, 0.9, 1.0])
 def test_guidance(kind, a, b, least):
