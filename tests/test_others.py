@@ -160,5 +160,17 @@ def test_only_a_name_that_is_alike_is_guessed(name: str, meant: str | None):
     assert nearest(name, known_options()) == meant
 
 
-def test_nothing_is_said_of_a_name_that_is_like_none():
-    assert unknown("zzzzqqqq", known_options(), "--") == ""
+def test_a_name_that_is_like_none_is_looked_for_elsewhere():
+    assert unknown("zzzzqqqq", known_options(), "--").startswith(". Fix: ")
+    assert unknown("zzzzqqqq", known_options(), "--", lambda name: f"; {name} there") == "; zzzzqqqq there"
+
+
+def test_python_and_sources_tell_all_unknown_names_in_one_go():
+    with pytest.raises(ConfigError) as raised:
+        Config(lr=1, seed=2, lerning_rate=3)
+    assert ["'lr'; here" in raised.value.args[0], "did you mean learning_rate?" in str(raised.value)] == [
+        True
+    ] * 2
+    with pytest.raises(ConfigError) as raised:
+        Config(train_sources=[{"path": "a", "wieght": 1, "nam": "b"}])
+    assert str(raised.value).count("unknown key") == 2

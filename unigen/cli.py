@@ -252,8 +252,7 @@ def read_flags(
                 position -= len(given)
             name, given = name[3:], ["false"]
         if not (flag.startswith("--") or name) or name not in (*types, "config"):
-            said = unknown(name, [*types, "config"], "--") or _of_other_command(name)
-            said = said or ". Fix: leave it out, or write it as --help does"
+            said = unknown(name, [*types, "config"], "--", _of_other_command)
             unknown_names.append(f"unknown option {flag}{said}")
             continue
         yield flag, name, given

@@ -6,7 +6,7 @@ The names of others are in ``assets/options/others.yaml``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
 from importlib.resources import files
 
@@ -34,13 +34,20 @@ def names_of_others() -> dict[str, dict[str, str]]:
     return yaml.safe_load(text)
 
 
-def unknown(name: str, known: Collection[str], prefix: str = "") -> str:
-    """What to say after ``unknown option NAME``, from its first sign on; "" where nothing is known of it.
+def unknown(
+    name: str,
+    known: Collection[str],
+    prefix: str = "",
+    elsewhere: Callable[[str], str] = lambda name: "",
+) -> str:
+    """What to say after ``unknown option NAME``, from its first sign on.
 
     Args:
         name: as written, without dashes in front.
         known: the options of the command.
         prefix: of options where they are written: ``--`` for flags.
+        elsewhere: what to say of a name that neither other trainers nor a slip of the hand explain; "" where
+            that is unknown.
     """
     name = name.replace("-", "_")
     others = names_of_others()
@@ -52,5 +59,6 @@ def unknown(name: str, known: Collection[str], prefix: str = "") -> str:
         return f"; what does the same here: {write}. Fix: write that in its place"
     if why := others["absent"].get(name):
         return f", which is not here: {why}. Fix: leave it out"
-    near = nearest(name, known)
-    return f"; did you mean {prefix}{near}?" if near else ""
+    if near := nearest(name, known):
+        return f"; did you mean {prefix}{near}? Fix: correct it"
+    return elsewhere(name) or ". Fix: correct it, or leave it out"

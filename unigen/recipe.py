@@ -49,9 +49,8 @@ def read_recipe(
         written = key_text(key, where)
         name = written.replace("-", "_")
         if name not in known:
-            said = unknown(name, known) or elsewhere(name) or ". Fix: correct or remove the line"
-            fix = "" if "Fix: " in said else " Fix: correct or remove the line"
-            unknown_names.append(f"{where}: unknown option {shown(written)}{said}{fix}")
+            said = unknown(name, known, "", elsewhere)
+            unknown_names.append(f"{where}: unknown option {shown(written)}{said}")
             continue
         if name in seen:
             raise UsageError(

@@ -126,11 +126,10 @@ class Options:
 
     def __new__(cls, *given: Any, **named: Any) -> Options:
         known = kinds(cls)
-        for name in named:
-            if name not in known:
-                said = unknown(name, known)
-                fix = "" if "Fix: " in said else ". Fix: correct the name or leave it out"
-                raise ConfigError(f"unknown option {shown(name)}{said}{fix}")
+        if others := [name for name in named if name not in known]:
+            raise ConfigError(
+                "\n".join(f"unknown option {shown(one)}{unknown(one, known)}" for one in others)
+            )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -204,11 +203,14 @@ def read_keys(options: type, values: Any, label: str) -> dict[str, Any]:
         raise ConfigError(
             f"{label} is {shown(values)}. Fix: write a mapping such as {{path: data.jsonl, weight: 2}}"
         )
+    wrong = []
     for key in values:
         if not isinstance(key, str) or key not in known:
             near = nearest(str(key)[:_MAX_TEXT], list(known))
             words = f"did you mean {near}?" if near else f"keys: {', '.join(known)}"
-            raise ConfigError(f"{label}: unknown key {shown(key)}; {words} Fix: correct the key")
+            wrong.append(f"{label}: unknown key {shown(key)}; {words} Fix: correct the key")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     for field in fields(options):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
             raise ConfigError(f"{label}: {field.name} is missing. Fix: {field.name}: ...")
