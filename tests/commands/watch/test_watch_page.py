@@ -75,7 +75,7 @@ def test_several_runs_are_compared(folder, tmp_path):
     page = Page(written(tmp_path / "page.html", folder, other, smooth=0.9))
     assert "Options that differ" in page.text and "3e-05" in page.text and "1e-05" in page.text
     assert "models/BAGEL-7B-MoT" in page.text and "eval_steps" not in page.text
-    assert "2 runs" in page.text and "garden, step 1,200" in page.text and "other, step 400" in page.text
+    assert "2 runs" in page.text and "garden: step 1,200" in page.text and "other: step 400" in page.text
     assert {c["n"] for c in page.charts[0]["curves"]} == {
         "garden",
         "garden · validation",

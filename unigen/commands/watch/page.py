@@ -81,7 +81,11 @@ def _one(run: RunFolder, words: Words) -> dict[str, Any]:
 
 def _many(runs: Sequence[RunFolder], words: Words) -> dict[str, Any]:
     table, _, wrong = report.overview(runs, words)
-    columns = [(words("named", name=run.name, value=""), _answers(run, run.sampled[-1])) for run in runs if run.sampled]
+    columns = [
+        (words("named", name=run.name, value=""), _answers(run, run.sampled[-1]))
+        for run in runs
+        if run.sampled
+    ]
     keys = list(dict.fromkeys(key for _, found in columns for key in found))
     samples = _samples(words("samples_of_runs"), keys, columns, words)
     shared = {"overview": table, "warnings": wrong, "samples": samples}

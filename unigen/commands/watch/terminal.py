@@ -49,7 +49,7 @@ def _one(run: RunFolder, words: Words, smoothing: float) -> Iterator[RenderableT
         )
     yield line((report.why(state, words), "bad" if state.name in ("hung", "dead") else "soft"))
     yield beside(
-        line((f"{name} ", "soft"), value, f" ({note})" if note else "")
+        line((f"{name} ", "soft"), words("aside", text=value, aside=note) if note else value)
         for name, value, note in report.facts(run, state, words)
     )
     if found := report.warning_rows(run, state, words):
@@ -106,7 +106,7 @@ def _panel(
         if curve.is_validation:
             name = name if several else f"  {words('validation')}"
             note = f"{words('best')} {figure(min(p.low for p in curve.points))}"
-            note = f"{words('validation')}, {note}" if several else note
+            note = words.listed((words("validation"), note)) if several else note
         style = "yellow" if curve.is_validation else "cyan"
         spark = Stretched(lambda n, curve=curve, style=style: line((sparkline(curve, box, n), style)))
         newest = f"{figure(curve.points[-1].mean) + unit:>8}"
