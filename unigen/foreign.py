@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import stat
 from collections.abc import Sequence
@@ -25,6 +26,18 @@ from unigen.schema import Rule, short
 MAX_JSON = 64 << 20  # bytes; the largest JSON file of a release, a tokenizer's, has 11 MB
 MAX_DEPTH = 64  # of objects and lists in each other
 MAX_FILE = 1 << 43  # bytes, 8 TiB; no file of weights is larger
+
+# How the files of pictures begin -> their usual file extension.
+_PICTURE_KINDS = [
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "png"),
+    (re.compile(rb"\xff\xd8\xff"), "jpg"),
+    (re.compile(rb"GIF8[79]a"), "gif"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "webp"),
+    (re.compile(rb"BM....\x00\x00\x00\x00", re.DOTALL), "bmp"),
+    (re.compile(rb"II\x2a\x00|MM\x00\x2a"), "tif"),
+    (re.compile(rb"....ftyp(avif|avis|mif1|miaf)", re.DOTALL), "avif"),
+    (re.compile(rb"\x00\x00\x00\x0cjP  \r\n\x87\n"), "jp2"),
+]
 
 # File systems that hold no files of users: the kernel answers their reads, and some act on them.
 _KERNEL = {
@@ -390,3 +403,9 @@ def require(value: Any, schema: Rule, path: str | Path) -> None:
         key, said = wrong
         place = f"{key.lstrip('.')} " if key else "it "
         raise ForeignFileError("content", path, f"{place}{said}", _AGAIN)
+
+
+def kind_of_start(data: bytes) -> str | None:
+    """The kind of a picture (its usual file extension) by its first bytes, of which 12 suffice; None where
+    they are those of no picture."""
+    return next((kind for magic, kind in _PICTURE_KINDS if magic.match(data)), None)

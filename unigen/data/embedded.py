@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from unigen import remote
-from unigen.sequence.files import MAX_BYTES, kind_of_start
+from unigen.foreign import kind_of_start
+from unigen.sequence.files import MAX_BYTES
 
 _DATA = re.compile(r"data:[^,;]{0,100}(;[^,;]{0,100}){0,9},", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")

@@ -21,24 +21,6 @@ from unigen.sequence.types import BadRecord, Origin
 MAX_BYTES = 256 * 1024**2
 
 
-_PICTURE_KINDS = [
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "png"),
-    (re.compile(rb"\xff\xd8\xff"), "jpg"),
-    (re.compile(rb"GIF8[79]a"), "gif"),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), "webp"),
-    (re.compile(rb"BM....\x00\x00\x00\x00", re.DOTALL), "bmp"),
-    (re.compile(rb"II\x2a\x00|MM\x00\x2a"), "tif"),
-    (re.compile(rb"....ftyp(avif|avis|mif1|miaf)", re.DOTALL), "avif"),
-    (re.compile(rb"\x00\x00\x00\x0cjP  \r\n\x87\n"), "jp2"),
-]
-
-
-def kind_of_start(data: bytes) -> str | None:
-    """The kind of a picture (its usual file extension) by its first bytes, of which 12 suffice; None where
-    they are those of no picture."""
-    return next((kind for magic, kind in _PICTURE_KINDS if magic.match(data)), None)
-
-
 class PictureError(UserError):
     """A picture that cannot be used; its string says which, what is wrong with it, and the fix.
 

@@ -25,8 +25,8 @@ from typing import NamedTuple
 from unigen.bars import each
 from unigen.commands.fetch.addresses import FetchError
 from unigen.files import atomic, sha256_of
+from unigen.foreign import kind_of_start
 from unigen.outputs import unwritten
-from unigen.sequence.files import kind_of_start
 from unigen.sequence.images import PictureError, image_size, open_image
 
 FETCH = "unigen fetch"  # the mark of its folder

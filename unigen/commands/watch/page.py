@@ -17,9 +17,9 @@ from unigen.commands.watch.options import WatchOptions
 from unigen.commands.watch.panels import chart, curves_of, panels_of
 from unigen.figures import figure
 from unigen.files import atomic
+from unigen.foreign import kind_of_start
 from unigen.outputs import claim
 from unigen.runs.reader import RunFolder, SampleAnswer
-from unigen.sequence.files import kind_of_start
 from unigen.show.charts import Chart
 from unigen.show.language import TAGS, Words
 from unigen.show.pages import Embedded, data_uri
