@@ -377,11 +377,8 @@ def _check_keys(folder: Path, model: Bagel, shapes: Mapping[str, tuple[int, ...]
     missing = [name for name in wanted if name not in shapes and name not in tables]
     parts = model.config.visual_gen, model.config.visual_und
     unexpected = [name for name in shapes if name not in wanted and not is_left_out(name, *parts)]
-    misshapen = [
-        f"{name} {list(shapes[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape and name not in tables
-    ]
+    odd = [name for name in wanted if name not in tables and shapes.get(name, wanted[name]) != wanted[name]]
+    misshapen = [f"{name} {list(shapes[name])} instead of {list(wanted[name])}" for name in odd]
     found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if problems := [f"{len(names)} {title}: {few(names)}" for title, names in found.items() if names]:
         raise CheckpointFolderError(

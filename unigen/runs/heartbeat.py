@@ -173,11 +173,9 @@ class Heartbeat:
 
     def _write(self, phase: str | None) -> None:
         # A disk that is full or gone costs heartbeats, nothing else.
-        name = heartbeat_file(self.rank)
-        with (
-            contextlib.suppress(OSError),
-            atomic(self.folder / name, self.folder / f".{name}.partial", sync=False) as file,
-        ):
+        place = self.folder / heartbeat_file(self.rank)
+        draft = self.folder / f".{place.name}.partial"
+        with contextlib.suppress(OSError), atomic(place, draft, sync=False) as file:
             file.write(json.dumps(self._beat(phase), default=str).encode())
 
     def _beat(self, phase: str | None = None) -> dict[str, Any]:

@@ -122,15 +122,6 @@ def run_id_file(tracker: str) -> str:
 
 
 # What a run leaves in its folder beside its checkpoints; heartbeats are removed by those who write them.
-FILES = (
-    METRICS,
-    PROBE,
-    SAMPLES_GRID,
-    LOG,
-    BAD_STEPS,
-    BAD_RECORDS,
-    CONFIG,
-    run_id_file(WANDB),
-    run_id_file("trackio"),
-)
+_RUN_IDS = (run_id_file(WANDB), run_id_file("trackio"))
+FILES = (METRICS, PROBE, SAMPLES_GRID, LOG, BAD_STEPS, BAD_RECORDS, CONFIG, *_RUN_IDS)
 FOLDERS = (BEST, SAMPLES, TENSORBOARD, WANDB)

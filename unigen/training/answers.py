@@ -172,27 +172,21 @@ class HeldOutAnswers:
     def _tools(self) -> Tools:
         device = str(self.engine.device)
         features, clip = self.config.eval_features, self.config.eval_clip
-        return Tools(
-            extractor=load_extractor(features, device) if features else None,
-            clip=PictureTower.load(clip, device, texts=True) if clip else None,
-            device=device,
-        )
+        extractor = load_extractor(features, device) if features else None
+        tower = PictureTower.load(clip, device, texts=True) if clip else None
+        return Tools(extractor=extractor, clip=tower, device=device)
 
     # ---- answers
 
     def _scores(self, answers: Sequence[Sequence[AnswerRecord]]) -> Scores:
         """On rank 0: the metrics of the records that were answered."""
-        answered = [
-            (case, answer)
-            for batch, some in zip(self.batches, answers)
-            for case, answer in zip(batch, some, strict=True)
-            if "error" not in answer
-        ]
-        cases = [case for case, _ in answered]
-        predictions = [
-            Prediction(case.number, case.where, case.task, None, tuple(map(_piece, answer["pieces"])))
-            for case, answer in answered
-        ]
+        asked = [pair for batch, some in zip(self.batches, answers) for pair in zip(batch, some, strict=True)]
+        cases, predictions = [], []
+        for case, answer in asked:
+            if "error" not in answer:
+                cases.append(case)
+                pieces = tuple(map(_piece, answer["pieces"]))
+                predictions.append(Prediction(case.number, case.where, case.task, None, pieces))
         try:
             found = score(cases, predictions, self.tools, kinds=self.metrics)
         except Exception as error:  # a picture that is gone; the other processes wait

@@ -282,8 +282,5 @@ def _fill(settings: DeepSpeedSettings) -> None:
 
 def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
     """Without what is still "auto": DeepSpeed's own default."""
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if value != "auto"
-    }
+    said = {key: value for key, value in values.items() if value != "auto"}
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in said.items()}

@@ -128,16 +128,11 @@ class TrainingLoop:
     def _batches(
         self, stream: PackStream, rank_slice: RankSlice, start: LoaderState, limit: int
     ) -> Iterator[list[MicroBatch]]:
+        pin = self.engine.device.type == "cuda"
         batches = load_batches(
-            stream,
-            rank_slice,
-            start,
-            num_workers=self.run.workers,
-            limit=limit,
-            pin=self.engine.device.type == "cuda",
-            worker_init=worker_init,
-            starting=shielded,
-        )
+            stream, rank_slice, start, num_workers=self.run.workers, limit=limit, pin=pin,
+            worker_init=worker_init, starting=shielded,
+        )  # fmt: skip
         while True:
             with watching_workers():
                 step = next(batches, None)

@@ -161,10 +161,9 @@ class _Planner:
         if not self._recorded():
             return 0.0
         last = i == len(self.layers) - 1
-        kept = sum(
-            n * self.widths.kept(half, policy, self.copied, read / max(n, 1) if last else None)
-            for half, n, read in zip(self._halves(i), self.tokens, self.read, strict=True)
-        )
+        kept = 0.0
+        for half, n, read in zip(self._halves(i), self.tokens, self.read, strict=True):
+            kept += n * self.widths.kept(half, policy, self.copied, read / max(n, 1) if last else None)
         return kept if policy == "full" else kept + self._copies(self.layers[i])
 
     def _copies(self, entries: Sequence[ParameterEntry]) -> float:

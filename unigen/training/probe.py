@@ -130,12 +130,8 @@ def _compared(
     base: Sequence[Sequence[AnswerRecord]], now: Sequence[Sequence[AnswerRecord]]
 ) -> dict[str, float]:
     """How near answers are to those of the base: the share that is the same, and the mean likeness."""
-    pairs = [
-        (a["pieces"], b["pieces"])
-        for one, other in zip(base, now)
-        for a, b in zip(one, other)
-        if "error" not in a and "error" not in b
-    ]
+    both = [pair for one, other in zip(base, now) for pair in zip(one, other)]
+    pairs = [(a["pieces"], b["pieces"]) for a, b in both if "error" not in a and "error" not in b]
     if not pairs:
         return {}
     found = {"same": [float(a == b) for a, b in pairs], "likeness": [likeness(a, b) for a, b in pairs]}

@@ -142,11 +142,8 @@ def _without_gradient(gradients: dict[str, bool | None]) -> list[str]:
             parts.setdefault(title(name), []).extend([] if found else [name])
     learning = {title(name) for name, found in gradients.items() if found}
     still = [part for part in parts if part not in learning]
-    return still + [
-        f"{len(names)} tensors of {part} ({few(names, 2)})"
-        for part, names in parts.items()
-        if names and part in learning
-    ]
+    some = {part: names for part, names in parts.items() if names and part in learning}
+    return still + [f"{len(names)} tensors of {part} ({few(names, 2)})" for part, names in some.items()]
 
 
 def _look_at_losses(engine: Engine, pack: Pack, sums: Tensor) -> frozenset[str]:
