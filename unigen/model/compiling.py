@@ -45,10 +45,8 @@ class CompiledLayers:
     """The decoder layers of a model whose two parts are compiled while they train.
 
     Compiled parts take halves of any length and are shared by all layers. Outside of training (``eval()``)
-    and for less than two tokens the parts run as they are: few tokens come in too many kinds.
-
-    Args:
-        strict: a failure to compile is an error; otherwise the layers go on as they are, which is said once.
+    and for less than two tokens the parts run as they are: few tokens come in too many kinds. A failure to
+    compile is an error where ``strict``; otherwise the layers go on as they are, which is said once.
     """
 
     def __init__(self, model: Any, strict: bool = False):

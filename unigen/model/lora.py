@@ -280,11 +280,8 @@ def check_fits(
 
 
 def check_same_parts(folder: Path, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
-    """Does a run that goes on have the adapters of its checkpoint?
-
-    Args:
-        folder: of the base, for the message.
-        stored: where the numbers of base and adapter lie, by the model's names.
+    """Does a run that goes on have the adapters of its checkpoint? ``stored``: where the numbers of base (of
+    ``folder``) and adapter lie, by the model's names.
 
     Raises:
         AdapterError: one of them has matrices that the other has not.
@@ -324,12 +321,9 @@ def bind(
     model: AnyBagel, folder: Path, factor: float, name: str, base: Mapping[str, Stored],
     device: torch.device | str,
 ) -> Binding:  # fmt: skip
-    """Loads the adapter of a folder, by ``name``, into a model whose weights are there, in float32.
-
-    Args:
-        model: it; what the adapter trained whole moves by ``factor`` from where it is.
-        factor: how much of it is added.
-        base: where the tensors of the model's base lie.
+    """Loads the adapter of a folder, by ``name``, into a model whose weights are there, in float32;
+    ``factor`` of it is added, also of what it trained whole. ``base``: where the tensors of the model's base
+    lie.
 
     Raises:
         AdapterError: it is no adapter, was made for another base, or does not bind.
@@ -363,10 +357,8 @@ def merges(
     folder: Path, base: Mapping[str, Stored], raw: Mapping[str, Stored] | None = None
 ) -> dict[str, Callable[[], Tensor]]:
     """What makes each tensor of ``base`` that the adapter of a folder changes: published name -> float32
-    tensor of its shape.
-
-    Args:
-        raw: where other numbers of the adapter lie (those that train, say), in place of the folder's.
+    tensor of its shape. ``raw``: where other numbers of the adapter lie (those that train, say), in place of
+    the folder's.
 
     Raises:
         AdapterError: as :func:`bind`.

@@ -35,12 +35,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool
 
 
 class Mask:
-    """A mask that all layers share, as what is added to scores: made once, where attention itself would make
-    it in every layer and keep it for the backward pass.
-
-    Args:
-        allowed: bool, True where a key is seen.
-    """
+    """A mask (``allowed`` bool, True where a key is seen) that all layers share, as what is added to scores:
+    made once, where attention itself would make it in every layer and keep it for the backward pass."""
 
     def __init__(self, allowed: Tensor):
         self.allowed = allowed

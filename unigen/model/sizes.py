@@ -190,10 +190,8 @@ def work_of(config: BagelConfig, load: Load, learns: Mapping[str, bool], again: 
     """FLOP of forward and backward of a packed sequence: its matrix products, and the pairs that attend.
 
     Args:
-        config: of the model.
-        load: the sequence.
-        learns: part ("und", "gen", "head", "vit") -> do its matrices themselves train? A part that is
-            missing records nothing; adapters count as nothing.
+        learns: part ("und", "gen", "head", "vit") -> do its matrices themselves train? A part that is missing
+            records nothing; adapters count as nothing.
         again: is the forward of layers computed again?
     """
     w = Widths.of(config.llm, 4)

@@ -46,11 +46,8 @@ class Stamp:
 class Source:
     """The weights of a checkpoint folder, held open until :meth:`close`.
 
-    ``stored`` says where the tensors lie, by name; reading them goes through the open files.
-
-    Args:
-        folder: of the checkpoint.
-        known: where its tensors lie, in place of the folder's first choice.
+    ``stored`` says where the tensors lie, by name; reading them goes through the open files. ``known``: where
+    they lie, in place of the folder's first choice.
 
     Raises:
         CheckpointFolderError: as ``scan_folder``.

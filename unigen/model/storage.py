@@ -485,13 +485,10 @@ def write_safetensors(
     path: Path, plan: Plan, tick: Callable[[int], None] = lambda count: None
 ) -> tuple[int, str]:
     """Writes tensors one after another, so that only one is in host memory, and brings them to the disk;
-    ``tick`` is told how many bytes more were written.
+    ``tick`` is told how many bytes more were written. Returns size in bytes and SHA-256 of the file.
 
     The library's own writer wants all of them on the host at once, which for an optimiser is three times the
     weights. It also refuses shared storage; here each tensor is simply written out.
-
-    Returns:
-        Size in bytes and SHA-256 of what was written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape, _) in plan.items()}

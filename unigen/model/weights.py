@@ -394,12 +394,7 @@ def save_bagel(
 
     A tensor that still has the value it was loaded with keeps its stored bytes (also where the model computes
     in another dtype); tensors of parts that were left out are copied from the folder the model came from.
-
-    Args:
-        model: the model.
-        folder: where to; made when missing.
-        weights: values to write instead of the model's own, by name (an average, say).
-        filename: name of the weights file.
+    ``weights``: values to write instead of the model's own, by name (an average, say).
     """
     if model.adapters:
         raise AdapterError(

@@ -228,14 +228,8 @@ def _in_use(folder: Path, owner: str) -> UserError:
 
 def set_aside(folder: Path) -> None:
     """Moves an earlier run, whole, to the first free ``old-N`` below: among its checkpoints a new run's would
-    be pruned first, and ``auto`` would resume the wrong one. It can be watched and resumed there.
-
-    Args:
-        folder: of the run; its lock is held.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    be pruned first, and ``auto`` would resume the wrong one. It can be watched and resumed there. The
+    folder's lock is held. Raises OSError where it cannot be written."""
     checkpoints, staged = steps(folder), folder / layout.SETTING_ASIDE
     if not _is_earlier_run(folder):
         # who started anew by mistake, and now wants to go on, must not start anew again without knowing

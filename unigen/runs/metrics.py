@@ -208,12 +208,8 @@ class Follower:
 
 
 class Metrics(Follower):
-    """A ``metrics.jsonl``; ``log`` is what its lines say.
-
-    Args:
-        steps: First and last step of the curves.
-        having: Only lines that hold this text are parsed.
-    """
+    """A ``metrics.jsonl``; ``log`` is what its lines say. ``steps``: first and last of the curves.
+    ``having``: only lines that hold this text are parsed."""
 
     def __init__(self, path: Path, steps: tuple[int, int] = (0, MAX_STEP), having: str = ""):
         self._steps, self._having = steps, having.encode()

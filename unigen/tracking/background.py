@@ -34,13 +34,8 @@ class TrackerClient(Protocol):
 
 
 class BackgroundTracker:
-    """One queue and one daemon thread for a tracker; its calls return at once and raise nothing.
-
-    Args:
-        name: of the tracker.
-        client: what the thread calls, in the order of the calls here.
-        complain: is told what goes wrong, from the thread too.
-    """
+    """One queue and one daemon thread for a tracker; its calls return at once and raise nothing. The thread
+    calls the client in their order; ``complain`` is told what goes wrong, from the thread too."""
 
     def __init__(self, name: str, client: TrackerClient, complain: Complain):
         self._client, self._complain = client, complain

@@ -30,7 +30,6 @@ def build_adamw8bit(groups: Sequence[dict[str, Any]], config: Config) -> torch.o
     Args:
         groups: ``params`` as (name, parameter) pairs, ``weight_decay``; plain tensors of any shape, float32
             or bfloat16, on CPU or CUDA. Empty ones (a process can hold no row of a parameter) are left out.
-        config: learning rate, betas, epsilon.
 
     Raises:
         UserError: bitsandbytes is missing or too old.

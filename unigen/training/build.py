@@ -46,12 +46,8 @@ log = logging.getLogger("unigen")
 
 
 def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
-    """Builds a training: folder, checkpoint, model, data, optimiser, state.
-
-    Args:
-        config: resolved.
-        engine: open.
-        signals: entered, or the run has no heartbeats.
+    """Builds a training from a resolved config and an open engine: folder, checkpoint, model, data,
+    optimiser, state. ``signals`` are entered, or the run has no heartbeats.
 
     Raises:
         UserError: the options, the checkpoint or the data cannot work; nothing is held then.

@@ -152,11 +152,8 @@ class Engine:
     # ---- build
 
     def load_model(self, folder: Path, stored: dict[str, Stored] | None = None) -> Bagel:
-        """The model ready for training, on this process's device. It reads only what it holds.
-
-        Args:
-            folder: a checkpoint folder.
-            stored: where the weights lie, in place of the folder's first choice.
+        """The model of a checkpoint folder ready for training, on this process's device. It reads only what
+        it holds. ``stored``: where the weights lie, in place of the folder's first choice.
 
         Raises:
             CheckpointFolderError: as ``load_bagel``.

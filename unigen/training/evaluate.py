@@ -37,12 +37,8 @@ log = logging.getLogger("unigen")
 
 
 class Evaluation:
-    """The measurements of a run, on the weights as they are.
-
-    Args:
-        data: of the run; held-out data, or those of the forgetting probe, are there.
-        rank_slice: of this process.
-        every: steps between two of them.
+    """The measurements of a run, on the weights as they are, with ``every`` so many steps between two of
+    them. There are held-out data, or those of the forgetting probe.
 
     Raises:
         ConfigError: ``metric_for_best_model`` is no number that is measured, or has no direction; or a metric

@@ -70,12 +70,8 @@ def rates(config: Config, lr: float) -> dict[str, float]:
 def build_optimizer(
     model: nn.Module, held: Mapping[str, nn.Parameter], config: Config
 ) -> torch.optim.Optimizer:
-    """The optimiser over what this process holds of the trainable parameters: a row of OPTIMIZERS.
-
-    Args:
-        model: decides the groups by names and shapes.
-        held: trainable parameter name -> what this process holds of it, a plain tensor.
-    """
+    """The optimiser, a row of OPTIMIZERS, over what this process holds of the trainable parameters: ``held``,
+    name -> plain tensor. ``model`` decides the groups by names and shapes."""
     groups = parameter_groups(model, config)
     for group in groups:
         group["params"] = [(name, held[name]) for name, _ in group["params"]]

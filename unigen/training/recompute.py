@@ -83,9 +83,8 @@ def from_host(part: Callable[..., Any], x: Any, *rest: Any) -> Any:
 def recomputed(part: Callable[..., Any], *args: Any, kept: Sequence[bool]) -> Any:
     """``part(*args)``, of which only the arguments and some products stay in memory until the backward pass.
 
-    Args:
-        part: draws no random numbers, contains no attention, and runs one backward pass at most.
-        kept: for each matrix product of ``part``, in the order they run, whether its result stays.
+    ``part`` draws no random numbers, contains no attention, and runs one backward pass at most; ``kept``: for
+    each of its matrix products, in the order they run, whether its result stays.
     """
 
     def contexts() -> Any:

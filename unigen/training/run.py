@@ -102,11 +102,8 @@ class Run:
         return self.state.nbytes(weights_only) + sum(map(len, self.side.values()))
 
     def begin(self) -> None:
-        """Takes the folder over, now that everything is known to work. All processes call it together.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Takes the folder over, now that everything is known to work. All processes call it together. Raises
+        UserError where the folder cannot be written."""
         self.engine.on_main(self._begin)
         self.heartbeat.move(self.output_dir / layout.RANKS)
         if self.engine.main:

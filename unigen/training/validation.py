@@ -109,12 +109,8 @@ def held_out_losses(
 
 def _parts(output: Output, pack: Pack, tasks: Tensor, shift: float) -> Tensor:
     """Sums and weights [2, tasks + tasks + bins] float64 of the text loss by task, and of the image loss by
-    task and by time. On the CPU, where the order of a sum does not change from one time to another.
-
-    Args:
-        pack: on the CPU.
-        tasks: [samples] int64, each sample's task.
-    """
+    task and by time. On the CPU, where the order of a sum does not change from one time to another; ``pack``
+    lies there, too. ``tasks`` [samples] int64: each sample's."""
     text = output.ce.double().cpu()
     image = output.mse.double().mean(dim=-1).cpu() if len(pack.noised_rows) else text.new_zeros(0)
     generation = pack.sample[pack.n_und :]
