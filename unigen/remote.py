@@ -157,7 +157,7 @@ def fetch_file(url: str, target: Path, limit: int | None = None, draft: Path | N
     name until then, for one who copies it alone."""
     system, place = open_store(url)
     with told_as_remote(url), system.open(place, "rb") as source, ExitStack() as copy:
-        with _writing(target):
+        with copying_to(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target.parent)
             draft = draft or target.with_name(f"{_DRAFT}{uuid.uuid4().hex}")
@@ -167,11 +167,11 @@ def fetch_file(url: str, target: Path, limit: int | None = None, draft: Path | N
             size += len(block)
             if limit is not None and size > limit:
                 raise RemoteError("huge", url, f"it has more than {limit:,} bytes", "use a smaller file")
-            with _writing(target):
+            with copying_to(target):
                 if free_bytes(target.parent) < RESERVE + len(block):
                     raise OSError("the disk is full")
                 out.write(block)
-        with _writing(target):
+        with copying_to(target):
             copy.close()
 
 
@@ -194,7 +194,7 @@ def refresh(url: str, target: Path) -> None:
         stamp = hashlib.sha256(repr(known).encode()).hexdigest()
     draft = None
     with ExitStack() as stack:
-        with _writing(target):
+        with copying_to(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a file system without locks: several copy it, and the last copy stays
             stack.enter_context(locked(target.with_name(f".{target.name}.lock")))
@@ -202,7 +202,7 @@ def refresh(url: str, target: Path) -> None:
         if target.is_file() and mark.is_file() and mark.read_text() == stamp:
             return
         fetch_file(url, target, draft=draft)
-        with _writing(target):
+        with copying_to(target):
             mark.write_text(stamp)
 
 
@@ -227,7 +227,8 @@ def told_as_remote(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def copying_to(target: Path) -> Iterator[None]:
+    """Tells what hinders the writing of a copy in the cache. Raises UserError."""
     try:
         yield
     except OSError as error:

@@ -74,31 +74,23 @@ def parse_json(data: bytes, line: int = 1) -> Any:
         fix = "split the record; pictures belong into files of their own"
         raise BadRecord("huge_record", "(record)", found, expected, fix)
     text = decode(data, line)
-    if _is_deep(text):
-        found = f"more than {MAX_DEPTH} objects and lists inside of one another"
-        raise BadRecord(
-            "bad_json", "(record)", found, "a record of ordinary depth and numbers", "simplify the record"
-        )
     try:
+        if _is_deep(text):
+            raise ValueError(f"more than {MAX_DEPTH} objects and lists inside of one another")
         return _STRICT.decode(text)
     except json.JSONDecodeError as error:
         raise _bad_json(error.msg, text, error.pos, line) from None
     except _Constant as error:
         match = next(m for m in _STRING_OR_CONSTANT.finditer(text) if m[0] == str(error))
+        found = f"{error} at {_place(text, match.start(), line)}"
         fix = "write a finite number or null; JSON has no NaN and no infinity"
-        raise BadRecord(
-            "bad_json", "(record)", f"{error} at {_place(text, match.start(), line)}", "a JSON value", fix
-        ) from None
+        raise BadRecord("bad_json", "(record)", found, "a JSON value", fix) from None
     except RepeatedName as error:
-        found = f"the field {json.dumps(error.name)} twice in one object"
-        raise BadRecord(
-            "duplicate_key", "(record)", found, "each field once", "keep one of the two"
-        ) from None
+        found, fix = f"the field {json.dumps(error.name)} twice in one object", "keep one of the two"
+        raise BadRecord("duplicate_key", "(record)", found, "each field once", fix) from None
     except (RecursionError, ValueError) as error:  # nested too deep; a whole number of thousands of digits
-        found = str(error).partition(";")[0]
-        raise BadRecord(
-            "bad_json", "(record)", found, "a record of ordinary depth and numbers", "simplify the record"
-        ) from None
+        found, expected = str(error).partition(";")[0], "a record of ordinary depth and numbers"
+        raise BadRecord("bad_json", "(record)", found, expected, "simplify the record") from None
 
 
 def _is_deep(text: str) -> bool:

@@ -28,8 +28,8 @@ from unigen.data.containers import ByteSpan
 from unigen.data.examine import stamp
 from unigen.data.indexing import Found, Index
 from unigen.data.keys import Notes
-from unigen.data.unpack import RESERVE
 from unigen.files import atomic, cache_folder, free_bytes
+from unigen.remote import RESERVE
 from unigen.sequence.lengths import TokenLengths
 from unigen.sequence.types import BadRecord, Origin
 from unigen.version import __version__

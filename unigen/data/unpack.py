@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 
 from unigen.config import UserError
 from unigen.files import atomic, cache_folder, free_bytes, locked, sha256_of
+from unigen.remote import RESERVE, copying_to
 from unigen.sequence.types import BadRecord
 
 PACKED = (".gz", ".zst")
 MAX_RATIO = 200  # bytes that a compressed byte may stand for, on average: records have 3 to 50
 RATIO_FREE = 64 << 20  # bytes of contents up to which the ratio does not matter
-RESERVE = 256 << 20  # bytes that stay free on the disk of the cache
 _BLOCK = 4 << 20
 _UNFINISHED = ".unpacking-"
 
@@ -78,10 +78,9 @@ def unpacked(path: Path) -> Path:
     """
     folder = cache_folder() / "unpacked"
     name = sha256_of(path) + Path(path.stem).suffix
-    try:
+    with copying_to(folder / name):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
+        (folder / ".lock").touch()
     with _alone(folder):
         if not (folder / name).is_file():
             _unpack(path, folder / name)
@@ -92,17 +91,13 @@ def _unpack(path: Path, target: Path) -> None:
     _check_room(path, target.parent, _least_size(path))
     draft = target.with_name(_UNFINISHED + uuid.uuid4().hex)
     with ExitStack() as stack:
-        try:
+        with copying_to(target):
             out = stack.enter_context(atomic(target, draft, mode=0o600))
-        except OSError as error:
-            raise _unwritable(target.parent, error) from None
         packed = stack.enter_context(open_packed(path))
         while block := packed.read(_BLOCK):
             _check_room(path, target.parent, len(block))
-            try:
+            with copying_to(target):
                 out.write(block)
-            except OSError as error:
-                raise _unwritable(target.parent, error) from None
 
 
 def _check_room(path: Path, folder: Path, size: int) -> None:
@@ -129,19 +124,9 @@ def _least_size(path: Path) -> int:
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; where the file system knows no locks, several do the same work and the last
     one's copy stays."""
-    try:
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise _unwritable(folder, error) from None
     with ExitStack() as stack:
         with suppress(OSError):
             stack.enter_context(locked(folder / ".lock"))
             for left in folder.glob(_UNFINISHED + "*"):  # by a process that was killed
                 left.unlink()
         yield
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{folder}: cannot be written to ({error.strerror or error}). Set UNIGEN_CACHE to a folder that can."
-    )
