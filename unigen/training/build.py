@@ -58,7 +58,7 @@ def build(config: Config, engine: Engine, signals: SignalHandler) -> Run:
         undo.callback(leave, told)
         hide_in_logs()
         log.info("%s", engine.precision)
-        for line in c.warnings():
+        for line in c.warnings() if engine.main else []:
             log.warning("%s", line)
         torch.manual_seed(c.seed)  # samples bring their own random numbers; this is for whatever else draws
         output_dir, position = Path(c.output_dir), Position()

@@ -19,7 +19,7 @@ from unigen.model.storage import CheckpointFolderError, Stored
 from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights
 from unigen.runs.states import STATES
-from unigen.training.changes import tell_changes
+from unigen.training.changes import changes, tell_changes
 from unigen.training.engine import Engine
 from unigen.training.precision import stored_precision
 from unigen.training.run import Run
@@ -159,4 +159,8 @@ def restore(run: Run, folder: Path, states: dict[str, Any], same_base: bool | No
         run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)
     totals = state.get("total_steps"), run.total_steps
-    tell_changes(folder, states[layout.OPTIONS], run.config, run.position.step, totals, same_base)
+    compared = states[layout.OPTIONS], run.config, run.position.step, totals, same_base
+    if run.engine.main:
+        tell_changes(folder, *compared)
+    else:
+        changes(*compared)  # what is refused is refused by all
