@@ -173,6 +173,16 @@ def folder(recorded_folder: Path) -> Path:
     return recorded_folder
 
 
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tiny encoders, by their kind."""
+    import tiny_towers
+
+    folder = tmp_path_factory.mktemp("towers")
+    kinds = ("clip", "siglip", "dinov2", "bert")
+    return {kind: str(getattr(tiny_towers, f"write_{kind}")(folder / kind)) for kind in kinds}
+
+
 @pytest.fixture
 def no_plugins_after(tmp_path: Path):
     """What a test's plugins add is gone after it."""

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny_towers
 import torch
 from pictures import noise
 from PIL import Image
@@ -88,15 +87,6 @@ def test_similarity_by_hand():
 
 
 # ---- with texts
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("towers")
-    return {
-        name: str(getattr(tiny_towers, f"write_{name}")(folder / name))
-        for name in ("clip", "siglip", "dinov2")
-    }
 
 
 PICTURES = [noise(40, 60, seed) for seed in range(4)]

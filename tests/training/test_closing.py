@@ -106,7 +106,7 @@ def test_each_end_says_what_happened_and_its_lines_run_as_printed(
     assert run.stat().st_size > 1000 and (tmp_path / "run_answer").is_dir()
     assert (tmp_path / "run_evaluation" / "metrics.json").is_file()
     again = said(resume_from_checkpoint="auto")
-    assert any("All 2 steps are done already" in line for line in again)
+    assert any("All 2 steps are done already" in line and "--max_steps" in line for line in again)
     assert commands(again)[0][:2] == ["unigen", "generate"]
     early = said(
         max_steps=9, eval_steps=1, early_stopping_patience=1, learning_rate=0.0, output_dir=tmp_path / "b"

@@ -407,14 +407,6 @@ def test_finite_numbers_whose_sum_is_not_are_finite():
     ) == ["nan"]
 
 
-@pytest.mark.slow
-def test_a_run_whose_steps_are_done_says_so(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
-    train(options)
-    with caplog.at_level("INFO"):
-        assert train(options, resume_from_checkpoint="auto") == {}
-    assert "All 2 steps are done already" in caplog.text and "--max_steps" in caplog.text
-
-
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_made(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
