@@ -133,5 +133,5 @@ def chart(
         keys=keys,
         marks=skipped,
         marks_name=words("skipped_steps"),
-        unit=" %" if panel.unit == "unit_share" else "",
+        unit="%" if panel.unit == "unit_share" else "",
     )
