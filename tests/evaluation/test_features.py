@@ -1,5 +1,7 @@
 """Extractors name what a feature depends on, give what the networks give, and remember it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,26 @@ def test_what_cannot_be_loaded_says_why_and_what_to_do(spec, word, towers, tmp_p
     with pytest.raises(CannotRun) as error:
         load_extractor(spec.format(tmp=tmp_path, bert=towers["bert"]))
     assert word in str(error.value) and error.value.fix and "\n" not in str(error.value)
+
+
+def test_a_name_is_looked_for_in_the_local_cache_and_nowhere_else(towers, tmp_path, monkeypatch):
+    def connect(*_, **__):
+        raise AssertionError("a connection is opened")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # as where nobody set it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    with pytest.raises(CannotRun, match="models/dino is not a folder"):
+        load_extractor("models/dino")  # a path that is misspelt
+    cached = tmp_path / "models--models--dino"
+    shutil.copytree(towers["dinov2"], cached / "snapshots" / "0f1e")
+    said = {"size": 20, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (cached / "snapshots" / "0f1e" / "preprocessor_config.json").write_text(json.dumps(said))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0f1e")
+    by_name, by_folder = load_extractor("models/dino"), load_extractor(str(cached / "snapshots" / "0f1e"))
+    assert by_name.identity.startswith("dino@") and "20" in by_name.identity
+    assert by_name.identity.partition("@")[2] == by_folder.identity.partition("@")[2]
 
 
 def test_pickled_code_in_a_file_of_weights_is_not_run(tmp_path):

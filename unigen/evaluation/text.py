@@ -293,7 +293,7 @@ def distinct(predictions: Sequence[str], *, order: int = 2, seed: int = 0) -> Re
         return len(set(grams)) / len(grams) if grams else 0.0
 
     if not any(rows):
-        raise Unfit(f"no text has {order} words", "look at the predictions, or ask for a lower order")
+        raise Unfit(f"no text has {order} words", "look at the predictions")
     name = identity(f"distinct{order}", f"tok:{TOKENIZER}", n=len(rows))
     return estimate_by(name, rows, value, seed=seed, bounds=(0, 1))
 

@@ -34,6 +34,7 @@ BERT_LAYERS = {
 _CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _HALF = ([0.5] * 3, [0.5] * 3)
+_ANY = "give the folder of a transformers model with config.json and model.safetensors"
 _CHANNELS = {"clip": _CLIP, "siglip": _HALF, "siglip2": _HALF, "dinov2": _IMAGENET, "dinov3_vit": _IMAGENET}
 
 
@@ -48,20 +49,35 @@ def weights_digest(module: nn.Module) -> str:
     return digest_weights(module.state_dict().items(), type(module).__name__)[:12]
 
 
-def _load(model: str | Path, device: str, kind: str = "AutoModel") -> nn.Module:
+def _folder(model: str | Path, fix: str) -> Path:
+    """The folder of a model, given itself or by its name in the hub's local cache. Asked for a name,
+    transformers would connect to the hub for files that the cache need not have. Raises CannotRun: there is
+    none."""
+    from huggingface_hub import snapshot_download
+
+    if Path(model).is_dir():
+        return Path(model)
+    if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise CannotRun(f"{model} is not a folder", fix)
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (OSError, ValueError):
+        raise CannotRun(
+            f"{model} is not a folder, and the hub's local cache has no model of that name",
+            f"{fix}, or bring it into the local cache first (hf download {model})",
+        ) from None
+
+
+def _load(model: str | Path, device: str, kind: str = "AutoModel", fix: str = _ANY) -> nn.Module:
     """The model of a folder in float32, for inference, by a class of transformers. Raises CannotRun: it
     cannot be had."""
     import transformers
 
-    fix = "give the folder of a transformers model with config.json and model.safetensors"
-    if not Path(model).is_dir():
-        if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
-            raise CannotRun(f"{model} is not a folder", fix)
-        fix += f", or bring it into the local cache first (hf download {model})"
+    folder = _folder(model, fix)
     try:
         with _without_bars():
             loaded = getattr(transformers, kind).from_pretrained(
-                str(model), local_files_only=True, use_safetensors=True, dtype=torch.float32
+                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CannotRun(f"{model} cannot be loaded ({first_line(error)})", fix) from None
@@ -85,10 +101,10 @@ def _without_bars() -> Iterator[None]:
 def _load_tokenizer(model: str | Path) -> Any:
     from transformers import AutoTokenizer
 
+    fix = "put the model's tokenizer.json and tokenizer_config.json there"
     try:
-        return AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(_folder(model, fix)), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        fix = "put the model's tokenizer.json and tokenizer_config.json there"
         raise CannotRun(f"{model} has no tokenizer ({first_line(error)})", fix) from None
 
 
@@ -135,12 +151,13 @@ class TokenTower:
         name = short_name(model)
         layer = layer if layer is not None else BERT_LAYERS.get(name)
         if layer is None:
-            fix = f"give layer=, or call the folder by its name ({', '.join(sorted(BERT_LAYERS)[:4])}, ...)"
+            named = ", ".join(sorted(BERT_LAYERS)[:4])
+            fix = f"give --bert_layer, or call the folder by its name ({named}, ...)"
             raise CannotRun(f"no layer is known for a model called {name}", fix)
         loaded = _load(model, device)
         deepest = loaded.config.num_hidden_layers
         if not 0 <= layer <= deepest:
-            raise CannotRun(f"{name} has no layer {layer}", f"give layer= from 0 to {deepest}")
+            raise CannotRun(f"{name} has no layer {layer}", f"give --bert_layer from 0 to {deepest}")
         identity = f"{name}@{weights_digest(loaded)}|layer={layer}"
         return cls(loaded, _load_tokenizer(model), layer, identity, device)
 
@@ -279,8 +296,8 @@ def _preprocessing(model: str | Path, config: Any, vision: Any) -> tuple[int, li
 
 
 def _said_of_pictures(model: str | Path) -> dict[str, Any]:
-    """``preprocessor_config.json`` of a folder; empty where there is none."""
-    path = Path(model) / "preprocessor_config.json"
+    """A model's ``preprocessor_config.json``; empty where there is none."""
+    path = _folder(model, _ANY) / "preprocessor_config.json"
     if not path.is_file():
         return {}
     try:
@@ -309,7 +326,7 @@ def load_detector(model: str | Path, device: str = "cpu") -> tuple[nn.Module, An
 
     fix = "give the folder of a DETR, Mask2Former or OWL-ViT, or of another detector of transformers"
     try:
-        kind = AutoConfig.from_pretrained(str(model), local_files_only=True).model_type
+        kind = AutoConfig.from_pretrained(str(_folder(model, fix)), local_files_only=True).model_type
     except (OSError, ValueError, KeyError) as error:
         raise CannotRun(f"{model} cannot be loaded ({first_line(error)})", fix) from None
     loaded = _load(model, device, _DETECTORS.get(kind, "AutoModelForObjectDetection"))
