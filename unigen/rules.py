@@ -18,7 +18,7 @@ _NEEDS = {
     **dict.fromkeys(("eval_features", "eval_clip"), "eval_metrics"),
     "stop_on_drift": "probe_data_path",
     **dict.fromkeys(("sample_steps", "sample_kind"), "sample_prompts"),
-    "wandb_run_name": "wandb_project",
+    **dict.fromkeys(("wandb_run_name", "wandb_mode"), "wandb_project"),
     **dict.fromkeys(("lora_alpha", "lora_targets", "train_also", "lora_variant"), "lora_rank"),
     **dict.fromkeys(("preserve_data_path", "preserve_share"), "preserve_weight"),
 }
@@ -33,7 +33,10 @@ _REFUSED = {
     ),
 }
 """Engine -> options that do not work with it."""
-_DRAWING = "image_loss_weight", "timestep_shift", "expect_image_loss", "text_cond_dropout_prob"
+_DRAWING = (
+    *("image_loss_weight", "timestep_shift", "expect_image_loss"),
+    *("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"),
+)
 
 
 def conflicts(c: Any) -> Rules:
@@ -87,6 +90,18 @@ def _missing(c: Any) -> Rules:
     for name in _DRAWING:
         given = not c.visual_gen and getattr(c, name) and _given(c, name)
         yield given, f"{name} says nothing with visual_gen=false. Fix: leave {name} out"
+    yield (
+        _given(c, "single_image_stop_prob") and c.single_image_stop_prob and not c.train_transitions,
+        "single_image_stop_prob says nothing with train_transitions=false. Fix: leave one of them out",
+    )
+    yield (
+        _given(c, "max_bad_share") and c.on_bad_record != "skip",
+        "max_bad_share needs on_bad_record skip. Fix: --on_bad_record skip, or leave max_bad_share out",
+    )
+    yield (
+        c.eval_steps is not None and c.val_data_path is None and c.probe_data_path is None,
+        "eval_steps has nothing to measure. Fix: give val_data_path or probe_data_path, or leave eval_steps out",
+    )
     yield (
         c.eval_samples == 0 and c.eval_metrics is not None,
         "eval_metrics has no records to measure, as eval_samples is 0. Fix: leave one of them out",

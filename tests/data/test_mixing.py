@@ -99,6 +99,18 @@ def test_a_finite_source_ends_early_and_the_log_says_so(tmp_path: Path):
     )
 
 
+def test_a_source_without_a_weight_beside_weights_is_told(tmp_path: Path):
+    given = [
+        source(tmp_path, "a", 20, weight=2),
+        source(tmp_path, "b", 15),
+        source(tmp_path, "c", 20, weight=1),
+    ]
+    told = Mixture(given, seed=1).describe()
+    assert "b has no weight" in told and "b ends after 5%" in told and "c has no weight" not in told
+    none = [source(tmp_path, "d", 20), source(tmp_path, "e", 15)]
+    assert "weight" not in Mixture(none, seed=1).describe()
+
+
 def test_where_all_repeat_an_epoch_has_as_many_passes_as_there_are_records(tmp_path: Path):
     mixture = Mixture(
         [source(tmp_path, "a", 90, weight=1, repeat=True), source(tmp_path, "b", 10, weight=3, repeat=True)],

@@ -114,19 +114,26 @@ def test_what_json_writes_otherwise_is_the_same():
 
 
 @pytest.mark.parametrize(
-    ("path", "same", "words"),
+    ("name", "path", "same", "words"),
     [
-        ("b", True, "model_path a -> b: the same weights"),
-        ("b", False, "model_path a -> b: other weights"),
-        ("a", False, "model_path a: other weights"),
-        ("b", None, "model_path a -> b: only parts"),
-        ("a", True, ""),
-        ("a", None, ""),
+        ("model_path", "b", True, "model_path a -> b: the same weights"),
+        ("model_path", "b", False, "model_path a -> b: other weights"),
+        ("model_path", "a", False, "model_path a: other weights"),
+        ("model_path", "b", None, "model_path a -> b: only parts"),
+        ("model_path", "a", True, ""),
+        ("model_path", "a", None, ""),
+        ("val_data_path", "b", True, "val_data_path a -> b: the same records"),
+        ("val_data_path", "b", False, "val_data_path a -> b: val_loss is of other data"),
+        ("val_data_path", "a", False, "val_data_path a: val_loss is of other data"),
+        ("val_data_path", "b", None, "val_data_path a -> b: val_loss is of other data"),
+        ("val_data_path", "a", True, ""),
     ],
 )
-def test_other_weights_than_the_run_began_with_are_told(path: str, same: bool | None, words: str):
-    before, now = (Config(**BEFORE, model_path=one) for one in ("a", path))
-    lines = changes(before.to_dict(), now, 100, (200, 200), same)
+def test_weights_and_records_are_compared_by_what_they_are(
+    name: str, path: str, same: bool | None, words: str
+):
+    before, now = (Config(**BEFORE | {name: one}) for one in ("a", path))
+    lines = changes(before.to_dict(), now, 100, (200, 200), {name: same})
     assert len(lines) == bool(words) and all(line.startswith(words) for line in lines)
 
 

@@ -67,6 +67,12 @@ def test_the_best_checkpoint_follows_the_chosen_number(options: dict[str, Any], 
         "greater_is_better": None,
     }
     assert built(options, resumed).position.best == float("inf"), "another number decides now"
+    moved = records.with_name("moved.jsonl")
+    lines = records.read_text().splitlines(keepends=True)
+    for kept, best in ((lines, found[2]), (lines[:5], float("inf"))):
+        moved.write_text("".join(kept))
+        again = {"resume_from_checkpoint": "auto", "val_data_path": str(moved)}
+        assert built(options, again).position.best == best, "other records have another best"
 
 
 def test_a_number_that_is_not_measured_is_refused_with_the_nearest(options: dict[str, Any], records: Path):

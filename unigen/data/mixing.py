@@ -253,13 +253,21 @@ class Mixture:
         return "\n".join(lines)
 
     def _early(self) -> list[str]:
-        """Sources whose weight holds for a part of the epoch only."""
+        """Sources whose weight holds for a part of the epoch only, and those that go by their records beside
+        weights."""
         lines = []
         for part, count, rate in zip(self.parts, self.counts, self._rates):
-            if not part.repeat and part.weight is not None and not math.isclose(count, rate, rel_tol=0.01):
+            if not part.repeat and not math.isclose(count, rate, rel_tol=0.01):
                 lines.append(
                     f"source    {part.name} ends after {count / rate:.0%} of the epoch; with repeat: true its"
                     " weight holds throughout"
+                )
+        weighed = [part.weight for part in self.parts if part.weight is not None]
+        for part in self.parts if weighed else []:
+            if part.weight is None:
+                lines.append(
+                    f"source    {part.name} has no weight beside those of others: its number of records,"
+                    f" {len(part.dataset):,}, stands for it; give it a weight, or none to any"
                 )
         return lines
 

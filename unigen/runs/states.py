@@ -40,7 +40,9 @@ _GUARDS = Table(
         "recent": Items(whole(0, 1)),
     },
 )
-_EVALUATION = Table({}, {"metric": String(), "greater_is_better": Flag(), "batches": _COUNT})
+_EVALUATION = Table(
+    {}, {"metric": String(), "greater_is_better": Flag(), "batches": _COUNT, "data": String()}
+)
 _SCALE = Table({"scale": Number(1e-300, 1e300), "good": _COUNT})
 
 STATES: dict[str, Rule] = {

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from itertools import permutations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from unigen import plugins
@@ -33,6 +34,7 @@ _FREE = {  # of no effect on what is learnt, or of this start alone
     # compared by what they give:
     "train_data_path", "train_sources", "split", "gradient_accumulation_steps",
 }  # fmt: skip
+_OTHER_RECORDS = "val_loss is of other data: earlier values, and the best one, do not compare"
 _EFFECTS = {
     "only parts that the checkpoint does not hold come from there": ("model_path",),
     "packed sequences have other sizes from here on": ("batch_size", "max_num_tokens"),
@@ -40,9 +42,7 @@ _EFFECTS = {
     "checkpoints are written at other steps": ("save_steps",),
     "the next save keeps so many": ("save_total_limit",),
     "validations come at other steps": ("eval_steps",),
-    "val_loss is of other data: earlier values, and the best one, do not compare": (
-        "val_data_path", "val_split",
-    ),
+    _OTHER_RECORDS: ("val_data_path", "val_split"),
     "trackers are told so from the next step on": (
         "tensorboard", "wandb_project", "wandb_run_name", "wandb_mode", "trackio_project",
     ),
@@ -73,11 +73,15 @@ _EFFECTS = {
 }  # fmt: skip
 """What another value does -> options; of those in no set here the values alone are told."""
 _EFFECT_OF = {name: effect for effect, names in _EFFECTS.items() for name in names}
-_BASES = {
-    True: "the same weights under another name",
-    False: "other weights than the run began with; only parts that the checkpoint does not hold come from"
-    " there",
+_NAMED = {
+    "model_path": {
+        True: "the same weights under another name",
+        False: "other weights than the run began with; only parts that the checkpoint does not hold come from"
+        " there",
+    },
+    "val_data_path": {True: "the same records under another name", False: _OTHER_RECORDS},
 }
+"""Option -> what it does where it names the same as before, and where it does not."""
 _GROUPED_WITH = "sample_kind"  # an option that checkpoints have since names of trackers are in groups
 _LEARNT = {field.name for field in fields(DataOptions)}
 
@@ -87,7 +91,7 @@ def changes(
     now: Config,
     step: int,
     totals: tuple[int | None, int],
-    same_base: bool | None = None,
+    same: Mapping[str, bool | None] = MappingProxyType({}),
 ) -> list[str]:
     """Each option that differs from the checkpoint's (``before``), with what that does: ``max_steps 200 ->
     120: ...``.
@@ -95,7 +99,7 @@ def changes(
     Args:
         step: optimiser steps done.
         totals: steps of the whole run, then (None where the checkpoint does not say) and now.
-        same_base: has ``model_path`` the weights that the run began with? None where that is not known.
+        same: is what these options name that of the run, whatever it is called? None where that is not known.
 
     Raises:
         UserError: an option that the place in the data depends on has changed.
@@ -117,14 +121,17 @@ def changes(
         told = ", ".join(f"{name} {_short(differ[name])}" for name in rates)
         effect = _rate_effect(before, now, step, totals)
         lines.append(told + (f": {effect}" if effect else ""))
-    if same_base is False:  # also in a folder of the same name
-        differ.setdefault("model_path", (now.model_path,))
+    for name in _NAMED:
+        if same.get(name) is False:  # also under the same name
+            differ.setdefault(name, (own[name],))
+    if same.get("val_data_path") is not None:
+        differ.pop("val_split", None)
     for name, pair in differ.items():
         if name in _RATE or name in _TOLD or name in _FREE:
             continue
         effect = _EFFECT_OF.get(name, "samples are made otherwise from here on" if name in _LEARNT else "")
-        if name == "model_path" and same_base is not None:
-            effect = _BASES[same_base]
+        if (known := same.get(name)) is not None:
+            effect = _NAMED[name][known]
         if name == "ema":
             was, becomes = pair
             effect = "the average goes on with the new decay"
@@ -139,10 +146,10 @@ def tell_changes(
     now: Config,
     step: int,
     totals: tuple[int | None, int],
-    same_base: bool | None = None,
+    same: Mapping[str, bool | None] = MappingProxyType({}),
 ) -> None:
     """Logs :func:`changes`, and whether trackers get other names than before. Raises UserError as it does."""
-    if lines := changes(before, now, step, totals, same_base):
+    if lines := changes(before, now, step, totals, same):
         log.warning("Other options than in %s:", folder)
         for line in lines:
             log.warning("  %s", line)

@@ -163,13 +163,23 @@ class Evaluation:
 
     def state(self) -> dict[str, Any]:
         """Its part of ``trainer.json``."""
-        chosen = {"metric": self.metric, "greater_is_better": self.greater_is_better}
+        chosen: dict[str, Any] = {"metric": self.metric, "greater_is_better": self.greater_is_better}
+        if self.val is not None:
+            chosen |= {"data": self.val.mixture.fingerprint}
         kept = None if self.answers is None else self.answers.kept
         return chosen if kept is None else chosen | {"batches": kept}
 
+    def same_data(self, state: Mapping[str, Any]) -> bool | None:
+        """Are the held-out records those of the run that has this :meth:`state`? None where that is not
+        known."""
+        if self.val is None or "data" not in state:
+            return None
+        return bool(state["data"] == self.val.mixture.fingerprint)
+
     def load(self, state: Mapping[str, Any], folder: Path) -> bool:
         """Goes on with as many answers as the run whose checkpoint ``folder`` has this :meth:`state`, and
-        with its probe's base; says whether its best counts: not where another number decides now."""
+        with its probe's base; says whether its best counts: not where another number decides now, or it is
+        of other records."""
         if self.answers is not None and self.answers.kept is None and "batches" in state:
             self.answers.kept = state["batches"]
         if self.probe is not None:
@@ -179,7 +189,7 @@ class Evaluation:
         same = self.val is None or before == (self.metric, self.greater_is_better)
         if not same:
             log.warning("What was best so far does not count: that is now chosen by %s", self.metric)
-        return same
+        return same and self.same_data(state) is not False
 
 
 def numbers_line(values: Mapping[str, float | None], metric: str) -> str:

@@ -153,13 +153,17 @@ def restore(run: Run, folder: Path, states: dict[str, Any], same_base: bool | No
     if stored_precision(states[layout.OPTIONS]) == run.engine.precision.name:
         run.engine.scale.load(state["scale"])
     run.position.load(state)
-    if run.evaluation is not None and not run.evaluation.load(state.get("evaluation", {}), folder):
-        run.position.best = math.inf
+    same = {"model_path": same_base}
+    if run.evaluation is not None:
+        evaluated = state.get("evaluation", {})
+        same["val_data_path"] = run.evaluation.same_data(evaluated)
+        if not run.evaluation.load(evaluated, folder):
+            run.position.best = math.inf
     if folder.resolve().parent == run.output_dir.resolve():
         run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)
     totals = state.get("total_steps"), run.total_steps
-    compared = states[layout.OPTIONS], run.config, run.position.step, totals, same_base
+    compared = states[layout.OPTIONS], run.config, run.position.step, totals, same
     if run.engine.main:
         tell_changes(folder, *compared)
     else:
