@@ -100,7 +100,7 @@ def _missing(c: Any) -> Rules:
     )
     yield (
         c.eval_steps is not None and c.val_data_path is None and c.probe_data_path is None,
-        "eval_steps has nothing to measure. Fix: give val_data_path or probe_data_path, or leave eval_steps out",
+        "eval_steps has nothing to measure. Fix: give val_data_path or probe_data_path, or leave it out",
     )
     yield (
         c.eval_samples == 0 and c.eval_metrics is not None,

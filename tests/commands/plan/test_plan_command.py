@@ -52,6 +52,10 @@ def test_a_plan_in_both_languages_needs_config_files_alone(configs, capsys):
         assert cli.main(["plan", *asked_here]) == 0
         shown = capsys.readouterr().out
         assert fits in shown and "14,768,740,832" in shown and "161,480,704" in shown
+        unread = texts(language)["plan"]["unread"]
+        assert unread not in shown
+        assert cli.main(["plan", *asked_here, "--train_data_path", "not/there.csv"]) == 0
+        assert unread in " ".join(capsys.readouterr().out.split())
         assert all(texts(language)["plan"][f"phase_{phase}"] in shown for phase in ("load", "train", "save"))
     assert not [*configs.glob("*.safetensors")]
 

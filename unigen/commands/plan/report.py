@@ -39,6 +39,8 @@ def report(outcome: Outcome, facts: dict[str, Any], words: Words) -> Iterator[Re
         )
     )
     yield line(words("sequence", tokens=load.tokens, gen=load.gen, vit=load.patches, labels=load.labels))
+    if outcome.config.sources():
+        yield line(words("unread"))
     yield ""
     at_peak = plan.at_peak
     rows = [[words(f"part_{name}"), gb(at_peak[name])] for name in PARTS if at_peak.get(name)]
