@@ -32,7 +32,7 @@ PATIENCE_S = 120.0
 PRELOAD = [
     "unigen.training.trainer", "unigen.training.fsdp", "unigen.sequence.tokens",
     "transformers.models.auto.tokenization_auto",
-    "transformers.models.qwen2", "transformers.models.siglip",
+    "transformers.models.qwen2", "transformers.models.siglip", "torch._dynamo",
 ]  # fmt: skip
 
 
@@ -49,7 +49,14 @@ def context() -> Any:
     if [server._forkserver_pid] != _OURS:
         server._stop()
         ctx.set_forkserver_preload(PRELOAD)
+        # The server looks for its modules where a fresh interpreter does, so it is told where else this one does.
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         server.ensure_running()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
         _OURS[:] = [server._forkserver_pid]
     return ctx
 

@@ -37,6 +37,8 @@ if threading.current_thread() is threading.main_thread():
 # Some tests do less of what a benchmark does; the processes they start find it there, too.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import few_points  # noqa: E402, F401  (its folder of kills.py is on the path now)
+
 os.environ["UNIGEN_LANGUAGE"] = "en"  # whatever the locale is
 
 # Files that the data set unpacks stay out of the home folder. Workers of pytest-xdist inherit the first

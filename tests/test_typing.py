@@ -1,6 +1,7 @@
 """The keywords of the Python surface are typed: an editor completes them, a type checker finds a slip."""
 
 import inspect
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -42,7 +43,18 @@ def test_a_type_checker_knows_every_keyword_and_finds_a_slip(tmp_path):
         wrong = wrong.replace(right, slip)
     (tmp_path / "wrong.py").write_text(wrong)
     (tmp_path / "mypy.ini").write_text(CONFIG)
-    argv = ["-m", "mypy", "--config-file", "mypy.ini", "--follow-imports", "silent", "right.py", "wrong.py"]
+    argv = [
+        "-m",
+        "mypy",
+        "--cache-dir",
+        os.devnull,
+        "--config-file",
+        "mypy.ini",
+        "--follow-imports",
+        "silent",
+        "right.py",
+        "wrong.py",
+    ]
     found = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True)
     lines = {line.split(": ")[0] for line in found.stdout.splitlines() if ": error: " in line}
     numbers = [

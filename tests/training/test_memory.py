@@ -22,16 +22,20 @@ pytestmark = [
     ),
 ]
 
+PROGRAM = (
+    0.6e9  # bytes, of an interpreter and libraries at most (about 0.32); a copy of the checkpoint is past it
+)
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
     folder = tmp_path_factory.mktemp("memory")
-    yield folder / "model", memory.make_checkpoint(folder / "model", 1.0)
+    yield folder / "model", memory.make_checkpoint(folder / "model", 0.5)
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_its_size_and_1_gb(
+def test_two_processes_load_and_shard_a_checkpoint_in_at_most_1_2_times_its_size_and_0_8_gb(
     checkpoint: tuple[Path, int], engine: str
 ):
     """Together, interpreters and libraries included; and what they hold afterwards is the checkpoint once.
@@ -39,12 +43,11 @@ def test_two_processes_load_and_shard_a_checkpoint_of_1_gb_in_at_most_1_2_times_
     if engine == "zero3":
         pytest.importorskip("deepspeed")
     folder, size = checkpoint
-    assert 1.0e9 <= size < 1.1e9
+    assert 0.5e9 <= size < 0.6e9  # a second copy of it is past the limit
     peak = memory.measure(folder, engine, 2)
     assert peak.held == size
     assert size < peak.together - peak.start  # the samples saw it
-    assert peak.together <= memory.limit(size), peak
-    assert peak.separate <= memory.limit(size), peak
+    assert max(peak.together, peak.separate) <= memory.limit(size) - 0.2e9, peak
 
 
 QUANTISED = """
@@ -94,15 +97,15 @@ def quantised(*folders: Path) -> tuple[int, int]:
     return peak, kept
 
 
-def test_quantising_a_checkpoint_of_1_gb_takes_the_small_model_and_two_of_its_tensors(
+def test_quantising_a_checkpoint_takes_the_small_model_and_two_of_its_tensors(
     checkpoint: tuple[Path, int],
 ):
-    """Interpreter and libraries included: at most 1.0 GB beside what is kept, which a GPU would hold."""
+    """Interpreter and libraries included: at most 0.6 GB beside what is kept, which a GPU would hold."""
     folder, size = checkpoint
     peak, kept = quantised(folder)
     largest = max(entry.nbytes for entry in scan_folder(folder).values())
     assert kept < 0.6 * size and largest < size / 10
-    assert peak <= kept + 2 * largest + 1.0e9, (peak, kept, largest)
+    assert peak <= kept + 2 * largest + PROGRAM, (peak, kept, largest)
 
 
 def test_a_quantised_export_takes_two_tensors_and_loading_it_takes_what_is_kept(
@@ -111,7 +114,8 @@ def test_a_quantised_export_takes_two_tensors_and_loading_it_takes_what_is_kept(
     folder, _ = checkpoint
     largest = max(entry.nbytes for entry in scan_folder(folder).values())
     peak, _ = quantised(folder, tmp_path / "nf4")
-    assert peak <= 2 * largest + 1.0e9, (peak, largest)
+    assert peak <= 2 * largest + PROGRAM, (peak, largest)
     peak, kept = quantised(tmp_path / "nf4")
-    assert peak <= kept + 1.0e9, (peak, kept)
+    # pieces that were read and cast may not have gone back to the system; the whole in 32 bits is past it
+    assert peak <= kept + PROGRAM + 0.15e9, (peak, kept)
     shutil.rmtree(tmp_path / "nf4")

@@ -316,7 +316,7 @@ def test_inputs_of_layers_that_wait_in_host_memory_are_not_the_gpu_s():
 @pytest.mark.slow
 def test_the_memory_of_a_process_is_what_was_planned():
     """One of the configurations of benchmarks/plan.py, in a process of its own."""
-    plan_of, _, most = on_cpu.row("adapters, wider")
+    plan_of, _, most = on_cpu.row("everything")
     assert share(sum(plan_of.values()), most) < 0.1
 
 

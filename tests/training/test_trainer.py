@@ -207,7 +207,7 @@ def whole_run(
         "model_path": str(small_model), "train_data_path": str(records), "val_data_path": str(records),
         "max_steps": 12, "eval_steps": 4, "eval_samples": 0,
         "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1,
-        "save_steps": 1, "device": "cpu",
+        "save_steps": 1, "device": "cpu", "num_workers": 0,
         "output_dir": str(tmp_path_factory.mktemp("whole")), "ema": request.param,
     }  # fmt: skip
     train(options)
@@ -215,21 +215,22 @@ def whole_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped", range(1, 12))
+@pytest.mark.parametrize("stopped", [1, 3, 4, 7, 8, 11])
 def test_resuming_at_any_step_gives_the_same_bits(whole_run: dict[str, Any], tmp_path: Path, stopped: int):
-    """Passes when a run resumed after each of its steps, in the middle of an epoch and at its end, has the
-    same log, and the same weights, average, moments and place in every later checkpoint, as the run that was
+    """Passes when a run resumed after the first step, in the middle of an epoch, at its end, at a validation and
+    before the last step, with data workers or without, has the same log, and the same weights, average, moments and place in every later checkpoint, as the run that was
     not stopped.
     """
-    if not whole_run["ema"] and stopped not in (3, 4, 7):
+    if not whole_run["ema"] and stopped not in (3, 4):
         pytest.skip(
-            "without an average there is less to go wrong: in an epoch, at a validation, between epochs"
+            "without an average there is less to go wrong: in an epoch, at a validation between epochs"
         )
     whole = Path(whole_run["output_dir"])
     shutil.copytree(whole / f"step_{stopped}", tmp_path / f"step_{stopped}")
     shutil.copy(whole / "metrics.jsonl", tmp_path)
     torch.manual_seed(stopped)  # whatever the program did before
-    train(whole_run, output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / f"step_{stopped}"))
+    changed = {"output_dir": str(tmp_path), "resume_from_checkpoint": str(tmp_path / f"step_{stopped}")}
+    train(whole_run, num_workers=2 * (stopped in (1, 7)), **changed)
     assert timeless(tmp_path) == timeless(whole) and len(timeless(tmp_path)) == 16
     assert [line["epoch"] for line in timeless(tmp_path) if "epoch" in line][3:5] == [1.0, 1 + 2 / 7]
     for step in range(stopped + 1, 13):

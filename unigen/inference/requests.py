@@ -167,12 +167,15 @@ class Requests:
             self.tell_idle(options, decides or TEXT in outputs or options.think, draws)
         asked = draws and options.height is not None
         shape = self.canvas_shape(options.height, options.width) if asked else None
-        samples = [sample_of(pieces) for pieces in prompts]
-        if first := [TEXT] if decides else list(outputs):
-            thinks = [Text(self.think_prompt(first[0]))] if options.think else []
-            for sample in samples:
-                thought = options.think and first[0] == IMAGE
-                self.check_room([*thinks, *sample], first, options, shape, thought)
+        samples = []
+        for pieces in prompts:
+            samples.append(sample_of(pieces))
+            first = [TEXT] if decides else list(outputs)
+            if first:
+                thinks = [Text(self.think_prompt(first[0]))] if options.think else []
+                self.check_room(
+                    [*thinks, *samples[-1]], first, options, shape, options.think and first[0] == IMAGE
+                )
         return samples, shape
 
     def check_room(self, sample: Sample, outputs: Sequence[str], *rest: Any) -> None:
@@ -251,7 +254,8 @@ class Requests:
         if noise is not None and tuple(noise.shape) != expected:
             raise InferenceError(
                 f"initial_noise is {list(noise.shape)}; a picture of {shape[0]} x {shape[1]} takes"
-                f" {list(expected)}. Fix: noise of that shape, or image_shapes to match"
+                f" {list(expected)}."
+                " Fix: noise of that shape, or image_shapes to match"
             )
 
     def last_shape(self, parts: Sequence[str | list[Block]]) -> tuple[int, int] | None:
