@@ -79,6 +79,19 @@ def test_a_share_of_none_or_all_is_not_certain():
     assert everything.value == 1 and 0.8 < everything.interval[0] < 0.9 and everything.method == "Wilson"
 
 
+def test_an_interval_holds_its_value_also_where_all_samples_are_equal():
+    for n in (1, 2, 3, 10, 30, 97):
+        for hits in range(n + 1):
+            low, high = wilson(hits, n)
+            assert 0 <= low <= hits / n <= high <= 1
+        for value in (0.1, 1 / 3, 0.7):
+            for rule, parts in (("mean", np.full(n, value)), ("ratio", np.tile([value * 3, 3.0], (n, 1)))):
+                one = estimate("a", parts, rule, draws=40)
+                assert one.interval is None or one.interval[0] <= one.value <= one.interval[1]
+            one = estimate_by("a", np.full(n, value), lambda rows: float(rows.mean()), bounds=(0, 1))
+            assert one.interval is None or one.interval[0] <= one.value <= one.interval[1]
+
+
 @pytest.mark.parametrize(
     ("freedom", "expected"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042)]
 )

@@ -126,7 +126,7 @@ def estimate_by(
     if draws and len(rows) // 2 >= least:
         values = np.array([function(rows[half]) for half in half_samples(len(rows), draws, seed)])
         low, high = _around(value, values)
-        interval = max(bounds[0], low), min(bounds[1], high)
+        interval = _holding(value, max(bounds[0], low), min(bounds[1], high))
         method = f"half-samples, {draws} draws, seed {seed}"
     result = Result(name, value, len(rows), interval, method, rows=rows, function=function)
     return replace(result, **known)  # type: ignore[arg-type]
@@ -153,7 +153,13 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     z, share = _NORMAL.inv_cdf(1 - ALPHA / 2), hits / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     margin = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return max(0.0, middle - margin), min(1.0, middle + margin)
+    return _holding(share, max(0.0, middle - margin), min(1.0, middle + margin))
+
+
+def _holding(value: float, low: float, high: float) -> tuple[float, float]:
+    """The ends of an interval with the value within them. Where all samples are equal, or a share is 0 or 1,
+    the value is an end, and rounding would put it outside."""
+    return min(value, low), max(value, high)
 
 
 def _interval(parts: np.ndarray, rule: SumRule, draws: int, seed: int) -> tuple[float, float]:
@@ -173,7 +179,7 @@ def _interval(parts: np.ndarray, rule: SumRule, draws: int, seed: int) -> tuple[
     acceleration = float((deviation**3).sum()) / (6 * spread) if spread > 0 else 0.0
     ends = (shift - edge, shift + edge)
     low, high = (_NORMAL.cdf(shift + z / max(1 - acceleration * z, 1e-3)) for z in ends)
-    return float(np.quantile(values, low)), float(np.quantile(values, high))
+    return _holding(seen, float(np.quantile(values, low)), float(np.quantile(values, high)))
 
 
 def _resamples(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:

@@ -79,6 +79,7 @@ def test_what_cannot_be_done_is_said_with_exit_code_2(tmp_path: Path, whole: Pat
         (("export", whole.parent, tmp_path / "out"), "is a run. Fix: name one of its checkpoints: step_3"),
         (("export", tmp_path / "step_9", tmp_path / "out"), "there is no such folder"),
         (("export", whole, tmp_path / "out", "--max_shard_gb", 0), "max_shard_gb is 0.0; it is out of range"),
+        (("export", whole, tmp_path / "out", "--merge"), "holds no adapter. Fix: leave --merge out\n"),
     ]:
         assert ckpt(*words) == 2 and said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -369,6 +370,13 @@ def test_shards_are_no_larger_than_asked_and_load_the_same(
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in golden_tensors.values())
     assert same(tensors_of(out), golden_tensors)
     assert same(dict(load_bagel(out).named_parameters()), dict(load_bagel(whole).named_parameters()))
+    # the index is a file of the export as the others are
+    before = (out / "ema.safetensors.index.json").read_bytes()
+    flip(out / "ema.safetensors.index.json")
+    assert ckpt("verify", out) == 1 and ckpt("export", whole, out, "--overwrite") == 2
+    (out / "ema.safetensors.index.json").write_bytes(before)
+    assert ckpt("verify", out) == 0 and ckpt("export", whole, out, "--overwrite") == 0
+    assert not list(out.glob("ema*index*")) and same(tensors_of(out), golden_tensors)
 
 
 def test_which_weights_a_checkpoint_has(golden_tensors, golden: Path, tmp_path: Path, capsys):

@@ -68,10 +68,8 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         _check_for_vllm(source)
     for name in ("merge", "base"):
         if getattr(options, name) and not (adapted and options.merge):
-            why = "holds no adapter" if not adapted else "is not merged"
-            raise ExportError(
-                f"{name} says nothing here: {source} {why}. Fix: leave --{name} out, or add --merge"
-            )
+            why, more = ("is not merged", ", or add --merge") if adapted else ("holds no adapter", "")
+            raise ExportError(f"{name} says nothing here: {source} {why}. Fix: leave --{name} out{more}")
     with unwritten("the new folder", out):
         sweep(out)  # what a killed export left
         replacing = _check_place(source.resolve(), out, options.overwrite)
@@ -102,6 +100,7 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         for name, data in carried(source).items():
             (staging / name).write_bytes(data)
             side.append(Path(name))
+        side += [Path(f"{stem}.safetensors{storage.INDEX}")] if len(files) > 1 else []
         about = {"unigen": __version__, "step": manifest["step"], "average": average}
         about |= {"dtype": options.dtype, "checkpoint": manifest["sha256"], "files": files}
         if options.quantize:
