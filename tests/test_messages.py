@@ -175,6 +175,12 @@ def test_values_stay_to_the_letter(shift):
             "Cache: 3 pictures found in the cache (100.0%), 0 missing and encoded",
             "缓存：找到 3 张图片（100.0%），缺的 0 张已现场编码",
         ),
+        (
+            "/tmp/small: the next checkpoint takes 24.4 MB, 1 GB are to stay free (min_free_gb), and 41.9 MB are"
+            " free on /tmp/small. Nothing was trained. Earlier checkpoints are untouched. Fix: free it",
+            "/tmp/small：下一个检查点需要 24.4 MB，要保留 1 GB 空闲（min_free_gb），而 /tmp/small 上只剩 41.9 MB。"
+            "什么也没有训练。Earlier checkpoints are untouched. Fix: free it",
+        ),
         ("tasks     understand 16, edit 18", "任务      理解 16，编辑 18"),
         ("ETA 0:12", "剩余 0:12"),
         ("a sentence that nobody ever wrote", "a sentence that nobody ever wrote"),
@@ -183,6 +189,22 @@ def test_values_stay_to_the_letter(shift):
 )  # fmt: skip
 def test_sentences_within_sentences(english, chinese):
     assert in_language(english, "zh") == chinese and in_language(english, "en") == english
+
+
+def test_what_follows_a_sentence_that_ends_with_a_value_stays_behind_it():
+    """Chinese may put the value earlier, and must not take what follows along."""
+    moved = [english for english, chinese in ROWS.items() if english[-1] == "}" and chinese[-1] != "}"]
+    wrong = []
+    for english in moved:
+        values = [str(7 + n) if "{#}" in english else f"v{n}" for n in range(len(numbers(english)))]
+        sentence = english.replace("{#}", "{}").format(*values)
+        for tail, chinese in (
+            (". More words. Fix: do it", "。More words。解决办法：do it"),
+            ("; do it", "；do it"),
+        ):
+            if (found := in_language(sentence + tail, "zh")) != in_language(sentence, "zh") + chinese:
+                wrong.append((english, found))
+    assert len(moved) > 60 and wrong == []
 
 
 @pytest.mark.parametrize(

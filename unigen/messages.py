@@ -40,6 +40,7 @@ _SMALL = (
 )
 _OPTION = re.compile(rf"(?!({_SMALL})$)(--)?[a-z][\w.-]*(\[\d+\])?")
 _BREAKS = ("Fix: ", "; ", ". ", ": ")  # the end of a sentence within a text
+_END = re.compile(r"\. Fix: |\. |; ")
 _FIGURE = r"([-+\d][\d.,e+-]*%?)"
 _WORD = re.compile(r"[A-Za-z_]+")
 # Signs of no language, which stand for values while a text is translated: those that were given, and paths.
@@ -142,6 +143,12 @@ class _Sentence(NamedTuple):
         """Has it few words of its own, which may stand within others: ``{} and {}``?"""
         return self.letters < _FEW + (not self.literals[0] and not self.figured)
 
+    @property
+    def moves(self) -> bool:
+        """Does the English end with a value that the Chinese puts elsewhere?"""
+        ends = self.translated[-2][1] if len(self.translated) > 1 and not self.translated[-1][0] else None
+        return len(self.literals) > 1 and not self.literals[-1] and ends != len(self.literals) - 2
+
     def values(self, text: str) -> list[str] | None:
         """The values that make the sentence the text; None where none do. Of several ways it is the one with
         the shortest values first of which none ends within brackets; in linear time."""
@@ -223,7 +230,8 @@ class Translations:
         for row in sorted(rows, key=lambda row: (-sum(map(len, row.literals)), row.literals)):
             if "\n" in text and "\n" not in "".join(row.literals):
                 continue  # lines are read one by one
-            if row.vague == vague and (values := row.values(text)) is not None:
+            values = row.values(text) if row.vague == vague else None
+            if values is not None and not any(value.endswith(". Fix") for value in values):
                 yield row, values
 
 
@@ -275,14 +283,34 @@ class _Text:
     def _known(self, text: str, depth: int, broad: bool = False) -> str | None:
         """A sentence, or one behind the name of an option; a ``broad`` one has few words of its own between
         values that may be sentences."""
-        rows = (one for one in self._table.find(text) if broad or _fits(*one))
-        row, values = next(rows, (None, []))
+        rows = [one for one in self._table.find(text) if broad or _fits(*one)]
+        row, values = rows[0] if rows else (None, [])
+        if (
+            row and row.moves and _end_of_sentence(values[-1])
+        ):  # a sentence of several, or one that has them
+            row, values = next((one for one in rows[1:] if _END.search("{}".join(one[0].literals))), rows[0])
         name, blank, rest = text.partition(" ")
         if blank and _OPTION.fullmatch(name):
             behind, of_it = next(self._table.find(rest), (None, []))
             if behind and behind.letters > (row.letters if row else 0) and behind.literals[0]:
-                return f"{name} " + behind.filled([self._value(value, depth) for value in of_it])
-        return row and row.filled([self._value(value, depth) for value in values])
+                return f"{name} " + self._filled(behind, of_it, depth)
+        return row and self._filled(row, values, depth)
+
+    def _filled(self, row: _Sentence, values: list[str], depth: int) -> str:
+        """The Chinese with the values. Where the English ends with one that Chinese puts earlier, the sentences
+        that follow are none of it."""
+        tail = ""
+        if row.moves and (end := _end_of_sentence(values[-1])):
+            tail = _PARTS[end[0]] + self._each(values[-1][end.end() :], depth)
+            values = [*values[:-1], values[-1][: end.start()]]
+        return row.filled([self._value(value, depth) for value in values]) + tail
+
+    def _each(self, text: str, depth: int) -> str:
+        """Sentences behind each other, of which any may be unknown."""
+        if (found := self.read(text, depth + 1)) is not None or (end := _end_of_sentence(text)) is None:
+            return found or text
+        head = text[: end.start()]
+        return (self.read(head, depth + 1) or head) + _PARTS[end[0]] + self._each(text[end.end() :], depth)
 
     def _vague(self, text: str, depth: int) -> str | None:
         """A sentence with few words of its own, if one of its values is known; that which leaves least."""
@@ -328,7 +356,7 @@ class _Text:
                 continue
             if (values := row.values(text[at:])) is not None:
                 head = self.read(text[:at], depth + 1) or text[:at]
-                return head + row.filled([self._value(value, depth) for value in values])
+                return head + self._filled(row, values, depth)
         return None
 
     def _parted(self, text: str, depth: int, strict: bool = False) -> str | None:
@@ -412,6 +440,11 @@ def _is_whole(text: str) -> bool:
         if depth < 0:
             return False
     return depth == 0
+
+
+def _end_of_sentence(text: str) -> re.Match[str] | None:
+    """Where the first sentence of a text ends, outside of brackets; None where it is the only one."""
+    return next((end for end in _END.finditer(text) if _is_whole(text[: end.start()])), None)
 
 
 def _like_path(word: str) -> bool:
