@@ -69,7 +69,7 @@ def write(
         "verdicts": [
             (
                 short.get(name, name),
-                [(_named(task, words), _verdicts(ones, words)) for task, ones in tasks.items()],
+                [(_named(task, words), _verdicts(ones, words)) for task, ones in tasks.items() if ones],
             )
             for name, tasks in compared.items()
         ],
