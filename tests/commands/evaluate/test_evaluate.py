@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from unigen import cli
 from unigen.commands.evaluate.options import EvaluateOptions
 from unigen.commands.evaluate.page import _short, write
+from unigen.commands.evaluate.terminal import names_apart
 from unigen.commands.evaluate.work import _names
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import Case
@@ -430,5 +431,11 @@ def test_the_records_whose_measuring_is_timed_ask_for_a_text_and_a_picture(tmp_p
 
 def test_checkpoints_are_called_by_what_tells_them_apart():
     assert list(_short(["/a/runs/x/best", "/a/runs/x/step_10"]).values()) == ["x/best", "x/step_10"]
-    assert list(_short(["/a/x/best", "/b/y/best"]).values()) == ["/a/x/best", "/b/y/best"]
+    assert list(_short(["/a/x/best", "/b/y/best"]).values()) == ["x/best", "y/best"]
+    # runs of one name are two
+    assert list(_short(["a/x/step_1", "b/x/step_2"]).values()) == ["a/x/step_1", "b/x/step_2"]
     assert _short(["models/BAGEL"]) == {"models/BAGEL": "models/BAGEL"}
+    assert names_apart(["a/best", "b/best"]) == ["a/best", "b/best"]
+    assert names_apart(["a/x/best", "b/x/step_1"]) == ["best", "step_1"]
+    assert names_apart(["x.jsonl", "/a/x.jsonl", "x.jsonl"]) == ["x.jsonl", "a/x.jsonl", "x.jsonl"]
+    assert names_apart(["m", "m"]) == ["m", "m"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unigen.commands.evaluate.terminal import label, not_measured, notes_of, rows_of
+from unigen.commands.evaluate.terminal import label, names_apart, not_measured, notes_of, rows_of
 from unigen.config import UserError
 from unigen.evaluation.score import OF_THE_DATA
 from unigen.messages import in_language
@@ -88,14 +88,9 @@ def write(
 
 
 def _short(names: Sequence[str]) -> dict[str, str]:
-    """The names without the folders that all of them lie in, but with the last folder: what tells them
-    apart."""
-    parts = [Path(name).parts for name in names]
-    shared = 0
-    while min(map(len, parts)) - shared > 2 and len({one[shared] for one in parts}) == 1:
-        shared += 1
-    shared = 0 if shared == 1 and Path(names[0]).is_absolute() else shared  # the root alone is no folder
-    return {name: str(Path(*one[shared:])) for name, one in zip(names, parts, strict=True)}
+    """The names with as much of their folders, which are runs, as tells those apart."""
+    folders = names_apart([str(Path(name).parent) for name in names])
+    return {name: str(Path(folder, Path(name).name)) for name, folder in zip(names, folders, strict=True)}
 
 
 def _named(task: str, words: Words) -> str:

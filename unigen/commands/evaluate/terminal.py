@@ -17,7 +17,7 @@ def report(
     answered: Sequence[Answered], compared: Mapping[str, Mapping[str, Sequence[Comparison]]], page: Path
 ) -> None:
     """Numbers with intervals beside each other, verdicts, notes."""
-    words, names = Words(None, "evaluate"), [Path(one.name).name for one in answered]
+    words, names = Words(None, "evaluate"), names_apart([one.name for one in answered])
     both = next(iter(compared.values())) if len(compared) == 1 else {}
     for task in answered[0].scores:
         verdicts = {one.name: in_language(one.sentence()) for one in both.get(task, [])}
@@ -40,6 +40,15 @@ def report(
     for line in not_measured(everything, words, words.metric):
         say(line)
     say(f"Written to {page}")
+
+
+def names_apart(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that tell them apart, with equally many parts."""
+    parts = [Path(path).parts for path in paths]
+    longest = max(map(len, parts))
+    enough = (n for n in range(1, longest) if len({one[-n:] for one in parts}) == len(set(parts)))
+    count = next(enough, longest)
+    return [str(Path(*one[-count:])) for one in parts]
 
 
 def rows_of(
