@@ -57,6 +57,7 @@ def test_our_own_predictions_are_read_as_they_were_written(tmp_path):
         ([{"index": 0}], ":1: holds no answer"),
         ([{"index": 0, "text": 3}], "no text"),
         ([{"index": 0, "image": "none.png"}], "no picture"),
+        ([{"index": 0, "image": "http://127.0.0.1/a.png"}], "no picture http://127.0.0.1/a.png. Fix: a path"),
         ([{"index": 0, "text": "a"}, {"id": "a", "text": "b"}], ":2: answers record 0 again, as line 1"),
         ([{"index": 0, "text": "a"}], "2 of 3 records have no answer, the first is record 1"),
     ],

@@ -130,6 +130,7 @@ def test_a_field_that_is_missing_is_named_with_file_and_line(tmp_path, layout):
         ("rise", {"index": "a/b"}, "field index"),
         ("kris", {"ori_img": ["none.png"]}, "field ori_img"),
         ("rise", {"image": "none.png"}, "--image_root"),
+        ("rise", {"image": "http://127.0.0.1/a.png"}, "http://127.0.0.1/a.png: an address"),
         ("wise", {"Prompt": "  "}, "field Prompt is"),
         ("dpg", {"text": 5}, "field text is 5"),
     ],

@@ -58,6 +58,10 @@ BAD_LINES: dict[str, tuple[str, str]] = {
     ),
     "temperature": ('{"prompt": "a", "temperature": 0, "do_sample": true}', "temperature is 0"),
     "no picture": ('{"prompt": "a", "image": "gone.png"}', "gone.png"),
+    "an address": (
+        '{"prompt": "a", "image": "http://127.0.0.1/a.png"}',
+        " http://127.0.0.1/a.png: an address",
+    ),
     "a broken picture": ('{"prompt": "a", "image": "prompts.jsonl"}', "prompts.jsonl"),
 }
 

@@ -194,6 +194,7 @@ def test_call_names_what_is_no_picture_and_no_text(inferencer, monkeypatch, tmp_
         (str(tmp_path / "gone.png"), "gone.png"),
         (str(tmp_path / "no.png"), "no.png"),
         (str(tmp_path), tmp_path.name),
+        ("https://127.0.0.1/a.png", "^https://127.0.0.1/a.png: an address"),
     ]:
         with pytest.raises(PictureError, match=words) as error:
             inferencer(image=image, text="a")

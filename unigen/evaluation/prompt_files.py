@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from unigen.config import UserError
 from unigen.data.containers import CONTAINERS, kind_of, parts, read_part
+from unigen.data.embedded import Address
 from unigen.data.fields import as_picture
 from unigen.data.formats import record_value
 from unigen.evaluation.benchmarks import BenchmarkError, Json, Layout, check_record
@@ -120,9 +121,10 @@ def _pictures(record: Json, layout: Layout, where: str, images: Path) -> tuple[A
     try:
         for one in given if isinstance(given, list) else [given]:
             picture = as_picture(one, layout.picture, folder)
-            image_size(picture)
+            image_size(picture.url if isinstance(picture, Address) else picture)
             found.append(picture)
     except UserError as error:
-        fix = "" if "--image_root" in str(error) else "; --image_root FOLDER says where pictures lie"
+        told = "--image_root" in str(error) or "://" in str(error)
+        fix = "" if told else "; --image_root FOLDER says where pictures lie"
         raise BenchmarkError(f"{where}: field {layout.picture}: {error}{fix}") from None
     return tuple(found)

@@ -83,7 +83,7 @@ def open_file(path: str | Path | Confined) -> BinaryIO:
     except remote.RemoteError as error:
         raise PictureError(_CODES[error.code], error.url, error.problem, error.fix) from None
     except ForeignFileError as error:
-        raise PictureError(_CODES[error.code], name, *_said(error, roots)) from None
+        raise PictureError(_CODES[error.code], *_said(error, roots)) from None
 
 
 _CODES = {
@@ -92,15 +92,19 @@ _CODES = {
 }  # fmt: skip
 
 
-def _said(error: ForeignFileError, roots: Sequence[str | Path]) -> tuple[str, str]:
-    """What is wrong with a picture, and the fix."""
-    found = neighbour(error.name) if error.code == "missing" else None
+def _said(error: ForeignFileError, roots: Sequence[str | Path]) -> tuple[str, str, str]:
+    """The name of a picture, what is wrong with it, and the fix."""
+    missing = error.name if error.code == "missing" else ""
+    found = neighbour(missing) if missing else None
     if found and all(Path(os.path.realpath(found[0])).is_relative_to(os.path.realpath(r)) for r in roots):
-        return error.problem, f"the file on disk is {found[0]}; {found[1]}"
-    windows = re.search(r"(?:^|/)[A-Za-z]:[\\/](.*)", error.name) if error.code == "missing" else None
-    if windows:
+        return error.name, error.problem, f"the file on disk is {found[0]}; {found[1]}"
+    if re.search(r"(?:^|/)[A-Za-z]:[\\/]", missing):
         fix = "write it from a folder of pictures on, with /, and give that folder as --image_root"
-        return "it is a path of Windows", fix
+        return error.name, "it is a path of Windows", fix
+    # a path drops one of the slashes, and may begin with the folder of the file that names it
+    if address := re.search(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/+([^/].*)", missing):
+        fix = "download the picture and name its file (unigen fetch does so for records)"
+        return "{}://{}".format(*address.groups()), "an address, and none is opened here", fix
     fixes = {
         "missing": "correct the path or put the picture there",
         "not_a_file": "name a regular file that holds a picture",
@@ -108,7 +112,7 @@ def _said(error: ForeignFileError, roots: Sequence[str | Path]) -> tuple[str, st
         "huge": "save it compressed, as PNG, JPEG or WebP, or scale it down",
     }
     problem = error.problem.replace("in which it must lie", "in which all pictures must lie")
-    return problem, fixes.get(error.code, error.fix)
+    return error.name, problem, fixes.get(error.code, error.fix)
 
 
 _KINDS = (

@@ -203,6 +203,7 @@ def test_the_seed_makes_it_repeatable(generate):
         (["--prompt", "a", "--num_timesteps", "1"], "num_timesteps is 1"),
         (["--prompt", "a", "--mode", "picture"], "--mode is 'picture'"),
         (["--prompt", "a", "--image", "nowhere.png", "--mode", "text"], "nowhere.png"),
+        (["--prompt", "a", "--image", "http://127.0.0.1/a.png"], " http://127.0.0.1/a.png: an address"),
         (["--prompt", "a", "--promt", "b"], "did you mean --prompt?"),
     ],
 )
