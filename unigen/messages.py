@@ -285,9 +285,7 @@ class _Text:
         values that may be sentences."""
         rows = [one for one in self._table.find(text) if broad or _fits(*one)]
         row, values = rows[0] if rows else (None, [])
-        if (
-            row and row.moves and _end_of_sentence(values[-1])
-        ):  # a sentence of several, or one that has them
+        if row and row.moves and _end_of_sentence(values[-1]):  # a sentence of several, or one that has them
             row, values = next((one for one in rows[1:] if _END.search("{}".join(one[0].literals))), rows[0])
         name, blank, rest = text.partition(" ")
         if blank and _OPTION.fullmatch(name):
@@ -297,8 +295,8 @@ class _Text:
         return row and self._filled(row, values, depth)
 
     def _filled(self, row: _Sentence, values: list[str], depth: int) -> str:
-        """The Chinese with the values. Where the English ends with one that Chinese puts earlier, the sentences
-        that follow are none of it."""
+        """The Chinese with the values. Where the English ends with one that Chinese puts earlier, the
+        sentences that follow are none of it."""
         tail = ""
         if row.moves and (end := _end_of_sentence(values[-1])):
             tail = _PARTS[end[0]] + self._each(values[-1][end.end() :], depth)

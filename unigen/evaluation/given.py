@@ -119,8 +119,8 @@ def _pieces(held: dict[str, Any], folder: Path, where: str, root: str | Path | N
         path = folder / piece["image"]
         if not path.is_file():
             raise PredictionsError(
-                f"{where}: there is no picture {printable(piece['image'])}. Fix: a path from the folder of this"
-                " file"
+                f"{where}: there is no picture {printable(piece['image'])}. Fix: a path from the folder of"
+                " this file"
             )
         pieces.append(path if root is None else Confined(path, root))
     return tuple(pieces)
