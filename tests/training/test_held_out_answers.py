@@ -82,7 +82,10 @@ def test_by_default_answers_take_a_tenth_of_the_time_at_most(
             {"eval_metrics": ["length_ratio"], "metric_for_best_model": "eval/length_ratio/text"},
             "greater_is_better",
         ),
-        ({"metric_for_best_model": "eval/psnr_to_source/text"}, "greater_is_better"),
+        ({"eval_samples": 7, "metric_for_best_model": "eval/psnr_to_source/edit"}, "greater_is_better"),
+        ({"metric_for_best_model": "eval/psnr/text"}, "not measured .*eval/accuracy/text"),
+        ({"metric_for_best_model": "eval/rougeL/text"}, "--eval_metrics accuracy anls psnr ssim rougeL"),
+        ({"metric_for_best_model": "val/image_loss_by_task/text"}, "val/image_loss_by_task/"),
         ({"metric_for_best_model": "eval/anls/txt"}, "eval/anls/text"),
     ],
 )
@@ -91,6 +94,15 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(
 ):
     with pytest.raises(ConfigError, match=told):
         built(options, {"val_data_path": str(records), "eval_samples": 2}, given)
+
+
+def test_every_metric_that_is_offered_gets_a_value(options: dict[str, Any], records: Path):
+    """A number that decides on the best can be: psnr of edits alone, accuracy where a text is asked for."""
+    loop = built(options, {"val_data_path": str(records), "eval_samples": 7})
+    offered = {name for name in loop.run.evaluation._names() if not name.startswith("val/image_loss_by_time")}
+    found = loop.evaluate()
+    assert offered == {name for name, value in found.items() if value is not None and "by_time" not in name}
+    assert {"eval/psnr/edit", "eval/anls/understand"} <= offered and "eval/psnr/understand" not in offered
 
 
 def test_the_direction_of_a_metric_is_its_own(options: dict[str, Any], records: Path):

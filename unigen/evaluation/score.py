@@ -57,7 +57,7 @@ class Metric:
 
     def fits(self, of: Material) -> bool:
         if self.of == "texts":
-            return bool(of.texts[1])
+            return any(case.texts for case in of.cases)
         if self.of == "objects":
             return any(case.wanted is not None for case in of.cases)
         if self.of in ("drawings", "edits"):

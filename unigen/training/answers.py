@@ -18,7 +18,7 @@ from unigen.data.loader import PackStream
 from unigen.evaluation.answers import Prediction
 from unigen.evaluation.cases import Case, batches, cases_of
 from unigen.evaluation.features import load_extractor
-from unigen.evaluation.material import Tools
+from unigen.evaluation.material import Material, Tools
 from unigen.evaluation.results import metric_key
 from unigen.evaluation.score import METRICS, NEEDS, score
 from unigen.evaluation.towers import PictureTower
@@ -109,13 +109,15 @@ class HeldOutAnswers:
         self._complained: set[str] = set()
         self.tools = self._tools() if engine.main else Tools()
 
-    def names(self) -> Iterator[str]:
-        """What can be measured of these records."""
-        for kind in self.metrics:
-            for task in TASKS:
-                if any(case.task == task for case in self.questions.cases):
-                    yield f"eval/{kind}/{task}"
-                    yield f"eval/{kind}_to_source/{task}"
+    def names(self, kinds: Sequence[str]) -> Iterator[str]:
+        """What metrics of these kinds measure of these records."""
+        for task in TASKS:
+            cases = [case for case in self.questions.cases if case.task == task]
+            material = Material(task, cases, [], Tools())
+            for kind in kinds if cases else ():
+                for end, one in zip(("", "_to_source"), METRICS.get(kind, [])):
+                    if one.fits(material):
+                        yield f"eval/{kind}{end}/{task}"
 
     @property
     def records(self) -> int:

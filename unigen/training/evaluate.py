@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import Config, ConfigError, nearest
-from unigen.data.dataset import TASKS
 from unigen.data.loader import RankSlice
 from unigen.evaluation.score import good_end
 from unigen.model.bagel import Bagel
@@ -22,9 +21,11 @@ from unigen.training.engine import Engine
 from unigen.training.preflight import enough_labels, judge_losses
 from unigen.training.probe import DRIFT, Probe
 from unigen.training.validation import (
+    DRAWN,
     IMAGE_BY_TASK,
     IMAGE_BY_TIME,
     TEXT_BY_TASK,
+    WRITTEN,
     Agree,
     Batches,
     Losses,
@@ -34,6 +35,7 @@ from unigen.training.validation import (
 )
 
 log = logging.getLogger("unigen")
+_OFFERED = 8  # names in a message
 
 
 class Evaluation:
@@ -63,14 +65,8 @@ class Evaluation:
             if probe is not None:
                 self.probe = Probe(config, engine, model, self.answerer, probe)
         self.metric = config.metric_for_best_model
-        known = list(self._names())
-        if val is not None and self.metric not in known:
-            near = nearest(self.metric, known)
-            raise ConfigError(
-                f"metric_for_best_model is {self.metric!r}, which is not measured"
-                f"{f' (did you mean {near}?)' if near else ''}. Fix: give one of {', '.join(known[:3])}, or"
-                " another number of such a line of metrics.jsonl (docs/training.md)"
-            )
+        if val is not None:
+            self._check_metric(list(self._names()))
         kind = self.metric.split("/")[1] if self.metric.startswith("eval/") else ""
         greater = config.greater_is_better
         if greater is None:
@@ -84,13 +80,38 @@ class Evaluation:
         self._foretold = False
         self.doubted: frozenset[str] = frozenset()  # losses of which the warm-up batch said so
 
+    def _check_metric(self, known: list[str]) -> None:
+        """Raises ConfigError where the number that decides is none of those that are measured."""
+        if self.metric in known:
+            return
+        kind = self.metric.split("/")[1].removesuffix("_to_source") if "/" in self.metric else ""
+        if self.answers is not None and self.metric in self.answers.names([kind]):
+            raise ConfigError(
+                f"metric_for_best_model is {self.metric!r}, and eval_metrics does not ask for {kind}. Fix:"
+                f" --eval_metrics {' '.join([*self.answers.metrics, kind])}"
+            )
+        near, group = nearest(self.metric, known), self.metric.partition("/")[0]
+        alike = [name for name in known if name.startswith(f"{group}/")] or known
+        raise ConfigError(
+            f"metric_for_best_model is {self.metric!r}, which is not measured of these records"
+            f"{f' (did you mean {near}?)' if near else ''}. Fix: give one of {', '.join(alike[:_OFFERED])},"
+            " or another number of such a line of metrics.jsonl (docs/training.md)"
+        )
+
     def _names(self) -> Iterator[str]:
-        """What can be measured; which tasks and times there are shows later."""
-        yield from ("val_loss", "val_text_loss", "val_image_loss")
-        for group, names in ((TEXT_BY_TASK, TASKS), (IMAGE_BY_TASK, TASKS), (IMAGE_BY_TIME, bin_names())):
+        """What can be measured of the held-out records; which times there are shows later."""
+        assert self.val is not None
+        there = self.val.mixture.parts[0].dataset.statistics()["tasks"]
+        # a picture's end is learnt as a text is
+        texts = there if self.config.train_transitions else [task for task in there if task in WRITTEN]
+        pictures = [task for task in there if task in DRAWN]
+        yield "val_loss"
+        yield from ["val_text_loss"] * bool(texts) + ["val_image_loss"] * bool(pictures)
+        times = bin_names() if pictures else []
+        for group, names in ((TEXT_BY_TASK, texts), (IMAGE_BY_TASK, pictures), (IMAGE_BY_TIME, times)):
             yield from (f"val/{group}/{name}" for name in names)
         if self.answers is not None:
-            yield from self.answers.names()
+            yield from self.answers.names(self.answers.metrics)
 
     def measure(self, step: int, batches: Batches, agree: Agree) -> dict[str, float | None] | None:
         """All numbers after ``step`` by their names in ``metrics.jsonl``; None where ``agree`` broke it

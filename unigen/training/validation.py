@@ -20,6 +20,7 @@ from unigen.training.engine import Engine
 
 BINS = 4  # of equal width in t: 0 is the picture, 1 the noise
 TEXT_BY_TASK, IMAGE_BY_TASK, IMAGE_BY_TIME = "text_loss_by_task", "image_loss_by_task", "image_loss_by_time"
+WRITTEN, DRAWN = ("text", "understand", "interleaved"), ("generate", "edit", "interleaved")  # tasks
 
 # the packed sequences of some data in their order, this process's part
 Batches = Callable[[PackStream], Iterable[list[MicroBatch]]]
