@@ -47,7 +47,7 @@ def made(base: Path, folder: Path, seed: int = 0, **about: object) -> Path:
     adapter = Adapter(3, 5.0, targets, whole=whole, base=str(base), **about)  # type: ignore[arg-type]
     adapter = replace(adapter, digest=lora.base_digest(scan_folder(base)))
     folder.mkdir()
-    (folder / disk.CONFIG).write_text(json.dumps(disk.config_of(adapter, linear)))
+    (folder / disk.ADAPTER).write_text(json.dumps(disk.config_of(adapter, linear)))
     generator = torch.Generator().manual_seed(seed)
     stored, tensors = scan_folder(base), {}
     for name in adapter.names():

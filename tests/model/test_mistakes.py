@@ -13,10 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unigen.config import DataOptions, UserError
+from unigen import cli
+from unigen.config import Config, DataOptions, UserError
 from unigen.inference.inferencer import InterleaveInferencer
+from unigen.model.adapters import parse_adapter
+from unigen.model.mistakes import as_new_run
 from unigen.model.storage import MAX_HEADER, CheckpointFolderError, scan_safetensors
 from unigen.model.weights import SIDE_FILES, build_bagel, load_planner, save_bagel
+from unigen.training.changes import changes
 
 
 def in_a_run(model: Path, place: Path) -> Path:
@@ -32,6 +36,17 @@ def in_a_cache(model: Path, place: Path) -> Path:
 
 def in_a_hub(model: Path, place: Path) -> Path:
     in_a_cache(model, place / "models--a--b")
+    return place
+
+
+def adapter_over(base: Path, place: Path) -> Path:
+    """As a run with adapters saves them, of one matrix."""
+    place.mkdir()
+    target = "language_model.model.layers.0.self_attn.q_proj_moe_gen"
+    said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": str(base)}
+    (place / "adapter_config.json").write_text(json.dumps(said))
+    halves = {f"base_model.model.{target}.lora_{half}.weight": torch.zeros(1, 1) for half in "AB"}
+    save_file(halves, place / "adapter_model.safetensors")
     return place
 
 
@@ -72,6 +87,39 @@ def test_what_the_folder_is_is_told(golden: Path, tmp_path: Path, make: Callable
         with pytest.raises(CheckpointFolderError, match=said) as caught:
             use(place)
         assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_stands_for_its_base_where_no_weights_are_read(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    adapter = adapter_over(golden / "model", tmp_path / "step_2")
+    assert load_planner(adapter).identity == load_planner(golden / "model").identity
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text_prompt": "a"}\n')
+    assert cli.main(["plan", "--model_path", str(adapter), "--auto", str(tmp_path / "plan.yaml")]) == 0
+    assert f"model_path: {golden / 'model'}" in (tmp_path / "plan.yaml").read_text()
+    for command in ("check", "preview"):
+        capsys.readouterr()
+        assert cli.main([command, str(data), "--model_path", str(adapter)]) == 1  # the record is bad
+        assert "text_prompt" in capsys.readouterr().out
+
+
+def test_an_adapter_is_told_beside_the_configs_of_its_base(golden: Path, tmp_path: Path):
+    adapter = adapter_over(golden / "model", tmp_path / "step_2")
+    for name in ("llm_config.json", "vit_config.json"):
+        shutil.copy(golden / "model" / name, adapter)
+    with pytest.raises(CheckpointFolderError, match=f"an adapter, no model: give its base, {golden}/model"):
+        build_bagel(adapter)
+    assert parse_adapter(f"{adapter}:0.5") == (adapter, 0.5)
+
+
+def test_a_new_run_from_an_adapter_begins_with_the_merged_model(golden: Path, tmp_path: Path):
+    """All messages that send a run to another folder say it by this one line."""
+    adapter = adapter_over(golden / "model", tmp_path / "step_2")
+    assert as_new_run(tmp_path) == f"--model_path {tmp_path}"
+    assert as_new_run(adapter).endswith(f"after unigen ckpt export {adapter} NEW_FOLDER --merge")
+    with pytest.raises(UserError, match=f"--seed 1, or .*export {adapter} NEW_FOLDER --merge"):
+        changes(adapter, Config(seed=1).to_dict(), Config(seed=2), 2, (4, 4))
 
 
 def test_what_was_meant_by_a_path_that_is_no_folder_is_told(golden: Path, tmp_path: Path):

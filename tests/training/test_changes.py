@@ -15,12 +15,13 @@ from unigen.messages import speaking
 from unigen.training.changes import _EFFECTS, _FREE, _LEARNT, _RATE, _TOLD, changes, tell_changes
 from unigen.training.optim import learning_rate_at
 
+RUN = Path("run/step_100")
 BEFORE = {"max_steps": 200, "learning_rate": 1e-3, "warmup_steps": 10}
 
 
 def told(step: int = 100, totals: tuple[int | None, int] | None = None, **now: Any) -> list[str]:
     config = Config(**(BEFORE | now))
-    return changes(Config(**BEFORE).to_dict(), config, step, totals or (200, config.max_steps or 200))
+    return changes(RUN, Config(**BEFORE).to_dict(), config, step, totals or (200, config.max_steps or 200))
 
 
 def test_the_same_options_need_no_word():
@@ -40,8 +41,8 @@ def test_a_plugin_by_another_name_is_no_change(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     before = Config(**BEFORE).to_dict() | {"plugin": ["./own_nothing.py"]}
     for name in ("own_nothing.py", "own_nothing"):
-        assert changes(before, Config(**BEFORE, plugin=[name]), 100, (200, 200)) == []
-    (line,) = changes(before | {"plugin": []}, Config(**BEFORE, plugin=["own_nothing"]), 100, (200, 200))
+        assert changes(RUN, before, Config(**BEFORE, plugin=[name]), 100, (200, 200)) == []
+    (line,) = changes(RUN, before | {"plugin": []}, Config(**BEFORE, plugin=["own_nothing"]), 100, (200, 200))
     assert line.startswith("plugin [] -> ['own_nothing']")
 
 
@@ -56,7 +57,7 @@ def test_an_end_that_lies_behind_the_checkpoint_is_not_told():
 def test_other_names_in_trackers_are_told(tensorboard, old, lines, caplog: pytest.LogCaptureFixture):
     config = Config(**BEFORE, tensorboard=tensorboard)
     before = {name: value for name, value in config.to_dict().items() if not (old and name == "sample_kind")}
-    tell_changes(Path("run/step_100"), before, config, 100, (200, 200))
+    tell_changes(RUN, before, config, 100, (200, 200))
     assert len(caplog.messages) == lines and all("train/loss for loss" in said for said in caplog.messages)
 
 
@@ -96,7 +97,7 @@ def test_every_option_has_its_sentence_once():
 def test_in_chinese_values_stay_and_effects_are_chinese(caplog: pytest.LogCaptureFixture):
     config = Config(**(BEFORE | {"max_steps": 120, "text_loss_weight": 2.0}))
     with speaking("zh"):
-        tell_changes(Path("run/step_100"), Config(**BEFORE).to_dict(), config, 100, (200, 120))
+        tell_changes(RUN, Config(**BEFORE).to_dict(), config, 100, (200, 120))
     head, rate, weight = caplog.messages
     assert "run/step_100" in head and "参数" in head
     assert rate.startswith("  max_steps 200 -> 120") and "120" in rate.partition("训练在第")[2]
@@ -110,7 +111,7 @@ def test_what_changes_nothing_is_not_told():
 
 def test_what_json_writes_otherwise_is_the_same():
     config = Config(**BEFORE, fields={"text_prompt": "caption"})
-    assert changes(json.loads(json.dumps(config.to_dict())), config, 100, (200, 200)) == []
+    assert changes(RUN, json.loads(json.dumps(config.to_dict())), config, 100, (200, 200)) == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_weights_and_records_are_compared_by_what_they_are(
     name: str, path: str, same: bool | None, words: str
 ):
     before, now = (Config(**BEFORE | {name: one}) for one in ("a", path))
-    lines = changes(before.to_dict(), now, 100, (200, 200), {name: same})
+    lines = changes(RUN, before.to_dict(), now, 100, (200, 200), {name: same})
     assert len(lines) == bool(words) and all(line.startswith(words) for line in lines)
 
 

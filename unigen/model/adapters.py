@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import UserError
+from unigen.model.mistakes import ADAPTER
 from unigen.model.parts import ADAPTER_MARKS, is_adapter
 from unigen.model.storage import Stored, checkpoint_json, few, scan_set
 
-CONFIG = "adapter_config.json"
 GROUP = "adapter_model"  # of files, as ``adapter_model.safetensors``
 # of peft's configs: what changes the numbers in ways that are not known here
 _UNUSED = (
@@ -111,11 +111,6 @@ def _ends(name: str) -> Iterator[str]:
     return (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
 
 
-def is_adapter_folder(folder: Path) -> bool:
-    """Does the folder hold an adapter, and no model?"""
-    return (folder / CONFIG).is_file() and not (folder / "llm_config.json").exists()
-
-
 def parse_adapter(text: str | Path) -> tuple[Path, float]:
     """``FOLDER`` or ``FOLDER:FACTOR``; the factor is 1 where none is given.
 
@@ -131,9 +126,9 @@ def parse_adapter(text: str | Path) -> tuple[Path, float]:
         folder, factor = str(text), 1.0
     if not math.isfinite(factor):
         raise AdapterError(f"adapter {text}: the factor is no finite number. Fix: FOLDER:0.5")
-    if not is_adapter_folder(Path(folder)):
+    if not (Path(folder) / ADAPTER).is_file():
         raise AdapterError(
-            f"adapter {folder}: there is no {CONFIG}. Fix: give a step_N folder of a run with adapters"
+            f"adapter {folder}: there is no {ADAPTER}. Fix: give a step_N folder of a run with adapters"
         )
     return Path(folder), factor
 
@@ -145,10 +140,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
         AdapterError: it is no adapter that this program can use.
         CheckpointFolderError: a file is missing or damaged.
     """
-    config = checkpoint_json(folder / CONFIG)
+    config = checkpoint_json(folder / ADAPTER)
     stored = scan_set(folder, f"{GROUP}.safetensors")
     if stored is None:
-        raise AdapterError(f"{folder} has {CONFIG} but no {GROUP}.safetensors. Fix: copy the whole folder")
+        raise AdapterError(f"{folder} has {ADAPTER} but no {GROUP}.safetensors. Fix: copy the whole folder")
     named = {own_name(key): entry for key, entry in stored.items()}
     ours = config.get("unigen")
     ours = ours if isinstance(ours, dict) else {}
@@ -156,7 +151,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
     fits = type(rank) is int and rank > 0 and isinstance(alpha, int | float)
     if not fits or config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{folder / CONFIG}: peft_type {config.get('peft_type')!r}, r {rank!r}, lora_alpha {alpha!r} is"
+            f"{folder / ADAPTER}: peft_type {config.get('peft_type')!r}, r {rank!r}, lora_alpha {alpha!r} is"
             " no LoRA adapter. Fix: give a folder that peft or unigen wrote for LoRA"
         )
     odd = [key for key in _UNUSED if config.get(key)]
@@ -165,7 +160,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva"):
         odd.append("init_lora_weights")  # its base is not the published one
     if odd:
-        raise AdapterError(f"{folder / CONFIG}: {few(odd)} is not supported. Fix: merge it with peft")
+        raise AdapterError(f"{folder / ADAPTER}: {few(odd)} is not supported. Fix: merge it with peft")
     targets = tuple(dict.fromkeys(n.partition(".lora_")[0] for n in named if is_adapter(n)))
     variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     adapter = Adapter(

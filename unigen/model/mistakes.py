@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unigen.files import meant
+from unigen.foreign import ForeignFileError, read_json
 
+ADAPTER = "adapter_config.json"
 _MARK = "llm_config.json"  # every checkpoint folder has it
 _UNREADABLE = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _SAVED = re.compile(r"best|step_\d+")  # as a training calls its checkpoints (runs/layout.py)
@@ -19,6 +21,12 @@ _MANY = 1000  # entries of a folder that are looked at
 def fix_of(folder: Path) -> str:
     """The fix where ``folder`` lacks what a checkpoint has."""
     names = _names(folder)
+    if ADAPTER in names:
+        base = _base_named(folder)
+        return (
+            f"this folder holds an adapter, no model: give its base{f', {base}' if base else ''}, or merge"
+            f" them ({merge_command(folder)})"
+        )
     if _MARK not in names and (found := _checkpoint_below(folder)):
         return f"give {found}, the checkpoint that lies in this folder"
     weights = [name for name in names if name.endswith(".safetensors") and name != "ae.safetensors"]
@@ -48,6 +56,32 @@ def fix_of_place(folder: Path) -> str:
     if near := meant(folder):
         return f"correct the path: {near} is there"
     return "check the path; docs/start.md says how BAGEL is fetched, and its JSON files alone for unigen plan"
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Does the folder hold an adapter, and no model?"""
+    return (folder / ADAPTER).is_file() and not (folder / _MARK).exists()
+
+
+def merge_command(folder: Path) -> str:
+    """What makes a model of an adapter's folder and its base."""
+    return f"unigen ckpt export {folder} NEW_FOLDER --merge"
+
+
+def as_new_run(folder: Path) -> str:
+    """What starts a new run from the weights of a checkpoint, also where they are an adapter's."""
+    if is_adapter_folder(folder):
+        return f"--model_path NEW_FOLDER, after {merge_command(folder)}"
+    return f"--model_path {folder}"
+
+
+def _base_named(folder: Path) -> str:
+    """The base that an adapter names; "" where it names none."""
+    try:
+        said = read_json(folder / ADAPTER, [folder])
+    except ForeignFileError:
+        return ""
+    return str(said.get("base_model_name_or_path") or "") if isinstance(said, dict) else ""
 
 
 def _checkpoint_below(folder: Path) -> Path | None:

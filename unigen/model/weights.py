@@ -20,12 +20,10 @@ from torch import Tensor
 from unigen import foreign
 from unigen.bars import Bar
 from unigen.config import DataOptions, TrainSource
-from unigen.model.adapters import CONFIG as ADAPTER
 from unigen.model.adapters import (
     NAME,
     AdapterError,
     config_of,
-    is_adapter_folder,
     parse_adapter,
     read_adapter,
 )
@@ -35,6 +33,7 @@ from unigen.model.codec import CODECS, FluxCodec, VaeConfig
 from unigen.model.config import BagelConfig, read_config
 from unigen.model.layers import sincos_table
 from unigen.model.lora import activate, bind, fresh_values, linear_modules
+from unigen.model.mistakes import ADAPTER, is_adapter_folder, merge_command
 from unigen.model.parts import WORDS, is_adapter, is_left_out, is_table, published_name
 from unigen.model.quantise import (
     QuantiseError,
@@ -78,7 +77,8 @@ SIDE_FILES = (
 def load_planner(
     folder: str | Path | None, options: DataOptions | None = None, source: TrainSource | None = None
 ) -> Planner:
-    """The planner of a checkpoint folder, without its weights; ``source``: whose records it plans.
+    """The planner of a checkpoint folder (an adapter's: its base's), without its weights; ``source``: whose
+    records it plans.
 
     Without a folder: the picture sizes of BAGEL-7B-MoT, and texts counted in words (:class:`WordTokenizer`),
     an estimate.
@@ -93,7 +93,7 @@ def load_planner(
         llm = Qwen2Config(max_position_embeddings=32768)
         vit = SiglipVisionConfig(image_size=980, patch_size=14)
         return BagelConfig(llm, vit, VaeConfig()).planner(WordTokenizer(), options, source)
-    folder = Path(folder)
+    folder = base_of(folder)[0]
     check_side_files(folder)
     return read_shape(folder).planner(Tokenizer.load(folder), options, source)
 
@@ -187,7 +187,7 @@ def base_of(folder: Path | str, adapters: Sequence[str | Path] = ()) -> tuple[Pa
         if not base or not Path(base).is_dir():
             raise AdapterError(
                 f"{folder} is an adapter, and its base is not there ({base or 'it names none'}). Fix: give"
-                f" the base and the adapter: --model_path BASE --adapter {folder}"
+                f" the base, --model_path BASE, and --adapter {folder} where the command takes one"
             )
         return Path(base), [folder, *adapters]
     return folder, list(adapters)
@@ -210,7 +210,7 @@ def build_bagel(
     if is_adapter_folder(folder):
         raise CheckpointFolderError(
             f"{folder} holds an adapter, no model. Fix: give the model that it was trained on (--model_path),"
-            f" or merge them (unigen ckpt export {folder} NEW_FOLDER --merge)"
+            f" or merge them ({merge_command(folder)})"
         )
     dtype_for = dtype if callable(dtype) else lambda name: dtype
     stored = scan_folder(folder, weights) if stored is None else stored

@@ -35,6 +35,7 @@ from unigen.config import UserError
 from unigen.files import draft_of, leftover, remove, sha256_of
 from unigen.foreign import ForeignFileError, open_file, read_json, require, roots_of
 from unigen.model.adapters import GROUP, own_name
+from unigen.model.mistakes import as_new_run
 from unigen.model.storage import Stored, is_of_set, scan_set, set_files
 from unigen.runs.layout import FILES, MANIFEST, TRAINER, is_checkpoint, state_file, step_of
 from unigen.runs.states import GROUPS, STATES, outside
@@ -217,7 +218,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format")
     if found != FORMAT:
         older = type(found) is int and found < FORMAT
-        fix = "start a new run from its weights (--model_path)" if older else "update unigen"
+        fix = f"start a new run with {as_new_run(folder)}" if older else "update unigen"
         raise _unusable(folder, f"{MANIFEST} has format {short(found)}, this version reads {FORMAT}", fix)
     for key in ("files", "groups", "states"):
         names = manifest.get(key)

@@ -14,6 +14,7 @@ from typing import Any
 from unigen import plugins
 from unigen.config import RATED, Config, ConfigError, DataOptions, UserError
 from unigen.messages import in_language
+from unigen.model.mistakes import as_new_run
 from unigen.tracking.tracker import TRACKERS
 from unigen.training.optim import learning_rate_at
 from unigen.training.precision import Precision, stored_precision
@@ -87,14 +88,15 @@ _LEARNT = {field.name for field in fields(DataOptions)}
 
 
 def changes(
+    folder: Path,
     before: Mapping[str, Any],
     now: Config,
     step: int,
     totals: tuple[int | None, int],
     same: Mapping[str, bool | None] = MappingProxyType({}),
 ) -> list[str]:
-    """Each option that differs from the checkpoint's (``before``), with what that does: ``max_steps 200 ->
-    120: ...``.
+    """Each option that differs from those of the checkpoint ``folder`` (``before``), with what that does:
+    ``max_steps 200 -> 120: ...``.
 
     Args:
         step: optimiser steps done.
@@ -113,7 +115,7 @@ def changes(
         raise UserError(
             f"seed is {now.seed}, and the checkpoint's run had {was}: the order of the epoch that it is in"
             f" depends on it, so records would be met twice or never. Fix: --seed {was}, or a new run with"
-            " --model_path of the checkpoint"
+            f" another --output_dir and {as_new_run(folder)}"
         )
     lines = []
     rates = [name for name in _RATE if name in differ]
@@ -149,7 +151,7 @@ def tell_changes(
     same: Mapping[str, bool | None] = MappingProxyType({}),
 ) -> None:
     """Logs :func:`changes`, and whether trackers get other names than before. Raises UserError as it does."""
-    if lines := changes(before, now, step, totals, same):
+    if lines := changes(folder, before, now, step, totals, same):
         log.warning("Other options than in %s:", folder)
         for line in lines:
             log.warning("  %s", line)

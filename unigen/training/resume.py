@@ -11,9 +11,10 @@ from typing import Any
 from unigen import plugins
 from unigen.bars import each
 from unigen.config import Config, ConfigError, UserError
-from unigen.model.adapters import is_adapter_folder, read_adapter
+from unigen.model.adapters import read_adapter
 from unigen.model.bagel import Bagel
 from unigen.model.lora import base_digest, check_fits
+from unigen.model.mistakes import as_new_run, is_adapter_folder, merge_command
 from unigen.model.source import Source
 from unigen.model.storage import CheckpointFolderError, Stored
 from unigen.runs import layout
@@ -41,7 +42,7 @@ def to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | No
     if folder and layout.TRAINER not in states:
         raise CheckpointError(
             f"{folder} holds weights only, so a run cannot go on from it. Fix: resume from a step_N"
-            f" folder, or start a new run with --model_path {folder}"
+            f" folder, or start a new run with another --output_dir and {as_new_run(folder)}"
         )
     trained_with = states[layout.OPTIONS].get("plugin") or [] if folder else []
     if missing := plugins.lacking(trained_with, config.plugin):
@@ -57,7 +58,7 @@ def open_source(folder: Path, resume: Path | None) -> Source:
     if is_adapter_folder(folder):
         raise CheckpointFolderError(
             f"{folder} holds an adapter, no model. Fix: go on with its run by --resume_from_checkpoint, or"
-            f" merge it first (unigen ckpt export {folder} NEW_FOLDER --merge)"
+            f" merge it first ({merge_command(folder)})"
         )
     try:
         return Source(folder)
@@ -141,7 +142,7 @@ def restore(run: Run, folder: Path, states: dict[str, Any], same_base: bool | No
         raise UserError(
             f"{folder}: the training data is not what this run began with (its fingerprint differs)."
             " Fix: resume with the same files (of any name, in one order) and weights, or start a new run"
-            " with --model_path of this checkpoint"
+            f" with another --output_dir and {as_new_run(folder)}"
         )
     total = len(mixture)
     if max([state["position"], *(place + 1 for place in state["waiting"])]) > total:
@@ -163,8 +164,8 @@ def restore(run: Run, folder: Path, states: dict[str, Any], same_base: bool | No
         run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)
     totals = state.get("total_steps"), run.total_steps
-    compared = states[layout.OPTIONS], run.config, run.position.step, totals, same
+    compared = folder, states[layout.OPTIONS], run.config, run.position.step, totals, same
     if run.engine.main:
-        tell_changes(folder, *compared)
+        tell_changes(*compared)
     else:
         changes(*compared)  # what is refused is refused by all

@@ -15,6 +15,7 @@ from torch import Tensor
 from unigen.bars import each
 from unigen.config import Config
 from unigen.model.adapters import GROUP, disk_name
+from unigen.model.mistakes import as_new_run
 from unigen.model.source import Source
 from unigen.model.storage import Stored, few
 from unigen.runs.checkpoint import CheckpointError, scan_group, scan_weights
@@ -226,5 +227,6 @@ def _check(folder: Path, found: Mapping[str, Stored], expected: Mapping[str, tup
             shown = f"{shown}; and {len(problems) - 8} more"
         raise CheckpointError(
             f"{folder}: the optimiser's state does not fit this run: {shown}. Fix: resume with the options"
-            " of the run that saved it (freezing, parts left out), or start from its weights (--model_path)"
+            " of the run that saved it (freezing, parts left out), or start a new run with another"
+            f" --output_dir and {as_new_run(folder)}"
         )

@@ -10,6 +10,7 @@ import torch
 
 from unigen.config import Config
 from unigen.messages import in_language
+from unigen.model.mistakes import as_new_run
 from unigen.model.parts import WORDS
 from unigen.model.quantise import adopt_bits
 from unigen.runs import layout
@@ -103,7 +104,7 @@ def nothing_left(run: Run) -> list[str]:
     told = (
         f"All {run.total_steps} steps are done already (the checkpoint is of step {run.position.step}):"
         f" nothing is left to do. To train further, raise --{option}; for a new run from these weights, give"
-        f" --model_path {kept} and another --output_dir"
+        f" another --output_dir and {as_new_run(kept)}"
     )
     return [told, *(following(run.output_dir, run.config, kept) if kept.is_dir() else ())]
 

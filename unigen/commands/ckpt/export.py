@@ -19,9 +19,10 @@ from unigen.figures import gb
 from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import copy_file, roots_of
 from unigen.model import quantise, storage
-from unigen.model.adapters import GROUP, disk_name, is_adapter_folder, read_adapter
+from unigen.model.adapters import GROUP, disk_name, read_adapter
 from unigen.model.config import read_config
 from unigen.model.lora import base_digest, binding_on_disk, merges
+from unigen.model.mistakes import is_adapter_folder
 from unigen.model.parts import GEN
 from unigen.model.run_options import RUN_OPTIONS, carried
 from unigen.model.weights import SIDE_FILES, check_side_files

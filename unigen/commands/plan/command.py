@@ -36,11 +36,14 @@ def plan(options: PlanOptions) -> int:
         raise ConfigError("model_path is missing. Fix: give the folder of a BAGEL checkpoint, or its configs")
     place = output_file("auto", options.auto, BY, [options.model_path]) if options.auto else None
     gigabytes = read_memory(options.gpu_memory)
+
+    from unigen.model.weights import base_of, read_shape
+
+    options.model_path = str(base_of(options.model_path)[0])  # a training starts from no adapter
     config = Config(**{f.name: getattr(options, f.name) for f in fields(Config)})
 
     from unigen.commands.plan.changes import fitting
     from unigen.model.quantise import adopt_bits
-    from unigen.model.weights import read_shape
 
     adopt_bits(config).resolve(data=False)
     model = read_shape(Path(options.model_path), config)

@@ -105,8 +105,9 @@ def time_shift(options: PreviewOptions) -> float:
     if options.model_path is None:
         return 1.0
     from unigen.model.config import read_config
+    from unigen.model.weights import base_of
 
-    return read_config(Path(options.model_path), {}).timestep_shift
+    return read_config(base_of(options.model_path)[0], {}).timestep_shift
 
 
 # ---- which records
