@@ -90,8 +90,9 @@ def test_what_the_folder_is_is_told(golden: Path, tmp_path: Path, make: Callable
 
 
 def test_an_adapter_stands_for_its_base_where_no_weights_are_read(
-    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.chdir(tmp_path)  # a page is written there
     adapter = adapter_over(golden / "model", tmp_path / "step_2")
     assert load_planner(adapter).identity == load_planner(golden / "model").identity
     data = tmp_path / "a.jsonl"
