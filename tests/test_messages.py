@@ -10,7 +10,7 @@ import pytest
 
 from unigen import messages
 from unigen.cli import main
-from unigen.messages import in_language, keep, preferred, sentences, speaking, spoken, values_of
+from unigen.messages import in_language, keep, listed, preferred, sentences, speaking, spoken, values_of
 
 ROOT = Path(__file__).parents[1]
 HELD = sentences("zh")
@@ -181,6 +181,18 @@ def test_values_stay_to_the_letter(shift):
             "/tmp/small：下一个检查点需要 24.4 MB，要保留 1 GB 空闲（min_free_gb），而 /tmp/small 上只剩 41.9 MB。"
             "什么也没有训练。Earlier checkpoints are untouched. Fix: free it",
         ),
+        (
+            "output_dir /a/b is in use by process 7 on vm: two runs in one folder would overwrite each other. Fix:"
+            " wait for its end or stop it, or choose another --output_dir",
+            "output_dir /a/b 正被 vm 上的进程 7 使用：两次训练写同一个文件夹会互相覆盖。"
+            "解决办法：等它结束或停止它，或换一个 --output_dir",
+        ),
+        ("unigen generate did not write it as it is now", "它不是 unigen generate 写下的样子"),
+        (
+            "This run's base was as it is stored and is nf4 now: its losses change from here on. Fix: --quantize none",
+            "这次训练的基座模型原为按存储的样子，现在是 nf4：此后的损失会变。解决办法：--quantize none",
+        ),
+        ("found UTF-16 text; expected UTF-8 text", "发现 UTF-16 文本；应为 UTF-8 文本"),
         ("tasks     understand 16, edit 18", "任务      理解 16，编辑 18"),
         ("ETA 0:12", "剩余 0:12"),
         ("a sentence that nobody ever wrote", "a sentence that nobody ever wrote"),
@@ -189,6 +201,17 @@ def test_values_stay_to_the_letter(shift):
 )  # fmt: skip
 def test_sentences_within_sentences(english, chinese):
     assert in_language(english, "zh") == chinese and in_language(english, "en") == english
+
+
+def test_names_beside_each_other_are_listed_in_the_language_of_the_command():
+    names = ["a", "b", "c"]
+    assert [listed(names[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    with speaking("zh"):
+        assert (listed(names), listed(names, "or"), listed(["a"])) == ("a、b、c", "a、b 或 c", "a")
+    joined = re.compile(r"""["'] (and|or) ["']\.join\(""")
+    assert [
+        path.name for path in (ROOT / "unigen").rglob("*.py") if joined.search(path.read_text("utf-8"))
+    ] == []
 
 
 def test_what_follows_a_sentence_that_ends_with_a_value_stays_behind_it():

@@ -26,7 +26,7 @@ OTHERS = ROOT / "unigen" / "assets" / "options" / "others.yaml"
 # Two words beside each other, or a word beside a value: what a person says, where it is no name or code.
 PROSE = re.compile(
     r"[A-Za-z]{2,}[,;:.]? \(?[a-z]|[a-z]{2} \{\}|\{\} [a-z]{2}|^an? [a-z]|[a-z]{3}: \{\}|^[a-z]{3,} {2,}\{\}"
-    r"|^[a-z]{2,} [A-Z]{2}"
+    r"|^[a-z]{2,} [A-Z]{2}|[a-z]{3,} --[a-z]|^[A-Z]+-[0-9]+ [a-z]"
 )
 # Functions that show any text, single words, too.
 LABELS = ("Bar", "_bar", "each", "say", "table", "in_language")

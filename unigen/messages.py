@@ -15,11 +15,11 @@ import logging
 import os
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 LANGUAGES = ("en", "zh")
 _FEW = 3  # letters of its own that a sentence needs to be known by them alone
@@ -128,6 +128,13 @@ def in_language(text: str, language: str | None = None) -> str:
                 held = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", chr(sign), held)
     said = _table(language).said(held)
     return said if held == text else _GIVEN_SIGN.sub(lambda sign: _given[ord(sign[0]) - _GIVEN[0]], said)
+
+
+def listed(names: Iterable[str], last: Literal["and", "or"] = "and") -> str:
+    """``a, b and c``, names as they are, in the language of the command."""
+    *ahead, end = names
+    comma, words = ("、", {"and": "、", "or": " 或 "}) if _spoken == "zh" else (", ", {})
+    return comma.join(ahead) + words.get(last, f" {last} ") + end if ahead else end
 
 
 class _Sentence(NamedTuple):
@@ -288,7 +295,7 @@ class _Text:
         if row and row.moves and _end_of_sentence(values[-1]):  # a sentence of several, or one that has them
             row, values = next((one for one in rows[1:] if _END.search("{}".join(one[0].literals))), rows[0])
         name, blank, rest = text.partition(" ")
-        if blank and _OPTION.fullmatch(name):
+        if blank and _OPTION.fullmatch(name) and " " in rest:  # a word is a value, or the name of a command
             behind, of_it = next(self._table.find(rest), (None, []))
             if behind and behind.letters > (row.letters if row else 0) and behind.literals[0]:
                 return f"{name} " + self._filled(behind, of_it, depth)

@@ -20,7 +20,7 @@ bottom: list[Any] = []  # what stands on the last line of the terminal (bars.py)
 LONGEST_NAME = 1000  # characters of a name or value that a message shows; the middle of a longer one goes
 LONGEST_LINE = 8000  # characters of a line of a message, on standard error
 # Whose warnings are no part of what a command says; "py" are those of the module warnings.
-_LIBRARIES = ("py", "torch", "transformers", "bitsandbytes", "peft", "deepspeed", "accelerate")
+_LIBRARIES = ("py", "torch", "transformers", "bitsandbytes", "peft", "deepspeed", "accelerate", "urllib3")
 _ERROR = 40  # of logging
 _STAYS = "\u3000"  # the space of Chinese texts, which Python calls unprintable
 _LINE_END = re.compile(r"(\r?\n)")

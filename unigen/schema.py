@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from unigen.messages import listed
+
 
 def short(value: Any) -> str:
     """A value in a message."""
@@ -67,7 +69,7 @@ class String(Rule):
         if not isinstance(value, str):
             return "", f"is {short(value)}; it must be a text"
         if self.choices and value not in self.choices:
-            return "", f"is {short(value)}; it must be {' or '.join(self.choices)}"
+            return "", f"is {short(value)}; it must be {listed(self.choices, 'or')}"
         if len(value) < self.least:
             return "", "is empty"
         return None if len(value) <= self.length else ("", f"has more than {self.length:,} characters")

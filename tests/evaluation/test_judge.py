@@ -139,7 +139,7 @@ def test_a_server_that_refuses_redirects_or_is_gone_is_told(server):
         judge.judged(CASES[:1], ANSWERS)
     with pytest.raises(CannotRun, match="no model nobody"):
         Judge(server.url, "nobody").meet()
-    with pytest.raises(CannotRun, match="does not answer"):
+    with pytest.raises(CannotRun, match="cannot be reached"):
         Judge("http://127.0.0.1:9/v1", timeout=2).meet()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unigen.bars import Bar, each
 from unigen.cache.store import Encoder, FeatureCache, Store
 from unigen.config import Config
+from unigen.messages import in_language, listed
 from unigen.model.backends import autocast
 from unigen.model.bagel import Bagel
 from unigen.model.codec import FluxCodec
@@ -198,7 +199,7 @@ def open_cache(
         log.info(
             "Cache %s: %s are used where they are there",
             cache_dir,
-            " and ".join(titles[name] for name in known),
+            listed(in_language(titles[name]) for name in known),
         )
     for name in found.keys() - set(known):
         log.warning(

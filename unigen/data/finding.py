@@ -27,6 +27,7 @@ from unigen.data.splits import LeftOut, Split, choose, is_side_file, split_of
 from unigen.data.storage import addresses, brought
 from unigen.data.unpack import PACKED
 from unigen.files import meant
+from unigen.messages import listed
 from unigen.outputs import is_output
 from unigen.printing import printable
 
@@ -244,7 +245,7 @@ def _first_kind(folder: Path, names: list[Path], sides: list[Path]) -> list[Path
             stems, splits = {name.with_suffix("") for name in kept}, {None, *map(split_of, kept)}
             for name in others:
                 if split_of(name) not in splits or (kinds == (".tar",) and not _describes(name, stems)):
-                    both = printable(f"{kept[0]} and {name}")
+                    both = printable(listed(map(str, (kept[0], name))))
                     raise BadData(
                         f"{folder}: {both} may both hold records. Fix: name the files that do, or move the"
                         " others out of the folder."

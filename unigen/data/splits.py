@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from unigen.data.containers import BadData
+from unigen.messages import listed
 from unigen.printing import printable
 
 Split = Literal["train", "validation"]
@@ -144,7 +145,7 @@ def _unasked(splits: Mapping[Path, _Told], wanted: Split) -> list[Path]:
         if len(held) == 1 and not unnamed:
             taken = held.pop()
         elif wanted == "validation" or not unnamed:
-            raise _NotOne(f"it holds {' and '.join(sorted(held))} data, and no {wanted} split")
+            raise _NotOne(f"it holds {listed(sorted(held))} data, and no {wanted} split")
         else:
             return [name for name, told in splits.items() if told.kind is None]
     found = {name: told for name, told in splits.items() if taken is None or told.kind == taken}
@@ -158,7 +159,7 @@ def _of_one_name(found: Mapping[Path, _Told], kind: str) -> list[Path]:
         return list(found)
     plain = {name for name in own if _WORDS.get(name.lower()) == kind}
     if len(plain) != 1:
-        raise _NotOne(f"it holds several {kind} splits, {' and '.join(sorted(own))}")
+        raise _NotOne(f"it holds several {kind} splits, {listed(sorted(own))}")
     return [name for name, told in found.items() if told.own is None or told.own in plain]
 
 

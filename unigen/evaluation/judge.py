@@ -122,7 +122,7 @@ class Judge:
             data = response.read(MOST + 1)
             response.release_conn()
         except (urllib3.exceptions.HTTPError, ValueError) as error:
-            raise CannotRun(f"{self.url} does not answer ({first_line(error)})", fix) from None
+            raise CannotRun(f"{self.url} cannot be reached ({_reason(error)})", fix) from None
         if response.status != 200:
             raise CannotRun(f"{self.url}{path} answers {response.status}", "look at what the server says")
         try:
@@ -132,6 +132,14 @@ class Judge:
         if not isinstance(held, dict):
             raise CannotRun(f"{self.url}{path} answers with no JSON object", fix)
         return held
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, beneath what urllib3 says of it; else its own words."""
+    beneath: BaseException | None = getattr(error, "reason", None) or error
+    while isinstance(beneath, BaseException) and not getattr(beneath, "strerror", None):
+        beneath = beneath.__cause__ or beneath.__context__
+    return getattr(beneath, "strerror", None) or first_line(error)
 
 
 def _as_url(picture: Any) -> str:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from unigen.config import ConfigError, SamplingOptions, UserError, nearest
+from unigen.messages import listed
 from unigen.values import shown
 
 
@@ -106,7 +107,7 @@ def _rename(settings: dict[str, Any], old: str, new: Sequence[str]) -> None:
     twice = [name for name in new if name in settings]
     if twice:
         raise InferenceError(
-            f"{old} is the older name of {' and '.join(new)}, and both are given. Fix: keep {twice[0]}"
+            f"{old} is the older name of {listed(new)}, and both are given. Fix: keep {twice[0]}"
         )
     value = settings.pop(old)
     values = (value,) if len(new) == 1 else (None,) * len(new) if value is None else value

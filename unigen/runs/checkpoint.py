@@ -34,6 +34,7 @@ from unigen.bars import Bar
 from unigen.config import UserError
 from unigen.files import draft_of, leftover, remove, sha256_of
 from unigen.foreign import ForeignFileError, open_file, read_json, require, roots_of
+from unigen.messages import listed
 from unigen.model.adapters import GROUP, own_name
 from unigen.model.mistakes import as_new_run
 from unigen.model.storage import Stored, is_of_set, scan_set, set_files
@@ -234,7 +235,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     promised += [("states", state, (state_file(state),)) for state in manifest["states"]]
     for key, name, wanted in promised:
         if not any(file in files for file in wanted):
-            problem = f"{MANIFEST}: {key} names {short(name)}, but files lacks {' or '.join(wanted)}"
+            problem = f"{MANIFEST}: {key} names {short(name)}, but files lacks {listed(wanted, 'or')}"
             raise _unusable(folder, problem)
     for name in files:
         held = [("groups", group) for group in GROUPS if is_of_set(name, group)]

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from unigen.config import UserError
 from unigen.figures import gb
 from unigen.files import existing, free_bytes
+from unigen.messages import listed
 from unigen.runs.checkpoint import CheckpointError, remove_checkpoint, steps, verify_checkpoint
 from unigen.runs.layout import MANIFEST
 
@@ -164,7 +165,7 @@ class DiskSpace:
         )
 
     def _fix(self) -> str:
-        others = " or ".join(policy for policy in ("prune", "wait") if policy != self.policy)
+        others = listed((policy for policy in ("prune", "wait") if policy != self.policy), "or")
         return (
             "Earlier checkpoints are untouched. Fix: free space there or choose a disk with more"
             " (--output_dir), keep fewer checkpoints (--save_total_limit), or let the run remove some or wait"

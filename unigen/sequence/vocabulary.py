@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.foreign import ForeignFileError, known_mistake, read_bytes, read_json, roots_of
+from unigen.messages import listed
 from unigen.schema import Either, Flag, Items, Maybe, NoCode, Number, Rule, String, Table, short, whole
 
 FILES = "vocab.json, merges.txt and tokenizer_config.json"
@@ -92,9 +93,7 @@ def read_vocabulary(folder: Path, pattern: str) -> Vocabulary:
     else:
         missing = [name for name in ("vocab.json", "merges.txt") if not there(name)]
         if missing:
-            problem = (
-                f"the tokenizer's {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-            )
+            problem = f"the tokenizer's {listed(missing)} {'is' if len(missing) == 1 else 'are'} missing"
             raise ForeignFileError("missing", folder, problem, f"put the checkpoint's {FILES} there")
         path = folder / "vocab.json"
         tokens = read_json(path, roots, _VOCABULARY)

@@ -17,6 +17,7 @@ import torch
 
 from unigen.config import Config, UserError, nearest
 from unigen.foreign import RepeatedName, once
+from unigen.messages import listed
 from unigen.training.optim import LossScale
 
 _KNOWN = (
@@ -162,7 +163,7 @@ def read_settings(config: Config, world: int, device: torch.device, precision: s
         settings.fail("zero_optimization.stage", f"is {json.dumps(stage)}", fix)
     for key, (fine, why) in _ALONE.items():
         if (value := settings.get(key)) is not None and value not in fine:
-            settings.fail(key, f"is {json.dumps(value)}: {why}", " or ".join(map(json.dumps, fine)))
+            settings.fail(key, f"is {json.dumps(value)}: {why}", listed(map(json.dumps, fine), "or"))
     _check_batch(settings, config, world)
     _check_optimizer(settings, config)
     _check_precision(settings, precision, device)

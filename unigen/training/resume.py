@@ -11,6 +11,7 @@ from typing import Any
 from unigen import plugins
 from unigen.bars import each
 from unigen.config import Config, ConfigError, UserError
+from unigen.messages import listed
 from unigen.model.adapters import read_adapter
 from unigen.model.bagel import Bagel
 from unigen.model.lora import base_digest, check_fits
@@ -47,7 +48,7 @@ def to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | No
     trained_with = states[layout.OPTIONS].get("plugin") or [] if folder else []
     if missing := plugins.lacking(trained_with, config.plugin):
         raise ConfigError(
-            f"plugin: the run of {folder} was trained with {' and '.join(missing)}, which this one does not"
+            f"plugin: the run of {folder} was trained with {listed(missing)}, which this one does not"
             f" name. Fix: --plugin {' '.join([*config.plugin, *missing])}"
         )
     return folder, states

@@ -17,6 +17,7 @@ from torch import Tensor
 from unigen.bars import Bar
 from unigen.config import Config
 from unigen.data.loader import LoaderState, PackStream
+from unigen.messages import in_language, listed
 from unigen.model.parts import ADAPTER_MARKS, title
 from unigen.model.sizes import Load
 from unigen.model.storage import few
@@ -73,7 +74,7 @@ def warm_up(engine: Engine, stream: PackStream, micro_batches: int = 1, fresh: b
     doubted = _look_at_losses(engine, pack, sums) if fresh else frozenset()
     engine.discard()
     twice = "" if len(packs) == 1 else " twice, as two micro-batches of a step"
-    took = " and ".join(f"{peak / 2**30:.1f} GiB" for peak in peaks)
+    took = listed(f"{peak / 2**30:.1f} GiB" for peak in peaks)
     most = f", at most {took}" if engine.device.type == "cuda" else ""
     log.info(
         "Warm-up batch: %s tokens of %d sample(s) went forward and backward%s%s",
@@ -175,7 +176,8 @@ def _other_targets(stream: PackStream, kinds: set[tuple[bool, bool]]) -> Iterato
 
 def _nothing_learns(config: Config, kinds: set[tuple[bool, bool]]) -> str:
     texts, pictures = (any(kind[i] for kind in kinds) for i in (0, 1))
-    what = " and ".join(n for n, there in (("texts", texts), ("pictures", pictures)) if there) or "nothing"
+    kinds_there = [in_language(n) for n, there in (("texts", texts), ("pictures", pictures)) if there]
+    what = listed(kinds_there or [in_language("nothing")])
     reasons = {
         "text_loss_weight": texts and config.text_loss_weight == 0,
         "image_loss_weight": pictures and config.image_loss_weight == 0,
@@ -184,7 +186,7 @@ def _nothing_learns(config: Config, kinds: set[tuple[bool, bool]]) -> str:
     }
     named = [name for name, there in reasons.items() if there]
     words = {"text_loss_weight": "text_loss_weight is 0", "image_loss_weight": "image_loss_weight is 0"}
-    why = " and ".join(words.get(name, f"{name} is on") for name in named)
+    why = listed(in_language(words.get(name, f"{name} is on")) for name in named) if named else ""
     fix = ", ".join(f"--{n} 1" if n in words else f"drop --{n}" for n in named)
     return (
         f"nothing to learn: the data has {what} as targets{f', and {why}' if why else ''}; every gradient is"

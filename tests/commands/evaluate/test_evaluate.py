@@ -185,7 +185,7 @@ def test_given_answers_are_scored_and_compared_without_a_model(score_given, tmp_
         (["--real", "there"], "there"),
         (["--views"], "views is given"),
         (["--pieces", "model"], "pieces is model"),
-        (["--judge_url", "http://127.0.0.1:9/v1"], "does not answer"),
+        (["--judge_url", "http://127.0.0.1:9/v1"], "cannot be reached (Connection refused)"),
     ],
 )
 def test_options_that_cannot_be_together_are_one_line(score_given, tmp_path, argv, words):
@@ -292,7 +292,7 @@ def test_checkpoints_are_compared_on_the_same_prompts_and_seeds(evaluate, golden
     assert first != last
     page = (out / "report.html").read_text(encoding="utf-8")
     assert 'lang="zh-CN"' in page and "看不出差别" in page and "Question 1?" in page and "yes 是" in page
-    assert f"{other} 与 {golden / 'model'} 相比：text" in said
+    assert f"{other} 与 {golden / 'model'} 相比：文本" in said
     # a page that something else left there stays
     (out / "report.html").write_text("mine")
     assert evaluate("--compare", str(golden / "model"), str(other))[0] == 2

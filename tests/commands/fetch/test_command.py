@@ -521,3 +521,10 @@ def test_the_output_folder_itself_is_training_data(tmp_path):
     assert run(tmp_path / "data.jsonl", tmp_path / "out") == 0
     assert (tmp_path / "out" / "fetched.log").exists()
     assert len(UnifiedGenerationDataset(tmp_path / "out")) == 1
+
+
+def test_a_failure_is_told_in_chinese(tmp_path, capsys):
+    data = write(tmp_path / "data.jsonl", [caption("http://127.0.0.1:9/a.png")])
+    assert cli.main(["fetch", str(data), "--output_dir", str(tmp_path / "out"), "--language", "zh"]) == 1
+    told = capsys.readouterr().out
+    assert "环回地址。解决办法：" in told and "Fix" not in told and "http://127.0.0.1:9/a.png" in told

@@ -48,6 +48,7 @@ CHECK = "unigen check"  # the mark of what the command writes
 PART, DEEP_PART = 1 << 20, 1 << 17
 ALONE = 1 << 20  # bytes of data up to which this process does it alone, as starting others takes seconds
 BUDGETS = (8192, 16384, 32768)
+INSIDE = "(inside the file)"  # in place of the path of a picture that has none
 SHOWN = 8  # of the most frequent repetitions and picture sizes
 LIMITS = (1024, 2048, 4096, 8192, 16384, 32768)
 MAX_PROBLEMS = 1 << 30  # bytes of problems that are written down; the others are counted
@@ -270,7 +271,7 @@ def _shown(record: Record, kind: str, number: int) -> str:
     if kind in ("pictures", "copies"):
         segment = record.sample[number]
         assert isinstance(segment, Image)
-        return "(inside the file)" if isinstance(segment.source, bytes) else str(segment.source)
+        return INSIDE if isinstance(segment.source, bytes) else str(segment.source)
     texts = [
         segment.text
         for segment in record.sample

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unigen.commands.check.advice import Advice
-from unigen.commands.check.findings import Findings
+from unigen.commands.check.findings import INSIDE, Findings
 from unigen.data.keys import NOTES
 from unigen.messages import in_language
 from unigen.show.charts import Chart, bar_chart
@@ -273,7 +273,11 @@ def _repetitions(s: dict[str, Any], words: Words) -> Iterator[ReportBlock]:
     for kind, of in found.items():
         # one picture in many records is ordinary: editing chains, several questions
         if of["most"] and kind != "pictures":
-            rows = [[_joined(most["what"]), most["count"], _joined(most["where"])] for most in of["most"]]
+            inside = in_language(INSIDE, words.language)
+            rows = [
+                [_joined(most["what"]).replace(INSIDE, inside), most["count"], _joined(most["where"])]
+                for most in of["most"]
+            ]
             what = words("named", name=words(f"same_{kind}"), value=words("what"))
             yield ReportTable([what, words("count"), words("where")], rows, True)
 

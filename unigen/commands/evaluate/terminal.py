@@ -32,7 +32,7 @@ def report(
     if not both:
         for name, tasks in compared.items():
             for task, ones in tasks.items():
-                say(f"\n{name} against {answered[0].name}: {task}")
+                say(f"\n{name} against {answered[0].name}: {in_language(task)}")
                 rows = [[label(one.name, words), in_language(one.sentence())] for one in ones]
                 say(table(["metric", "verdict"], rows))
     say("")

@@ -47,6 +47,7 @@ from unigen.evaluation.towers import PictureTower, TokenTower
 from unigen.files import atomic, sha256_of
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import NAMES, check_sampling, idle_settings
+from unigen.messages import listed
 from unigen.model.adapters import parse_adapter
 from unigen.model.backends import pick_device
 from unigen.model.quantise import bits_of, need_backend, told_bits
@@ -174,7 +175,7 @@ def _check_options(o: EvaluateOptions) -> None:
         raise ConfigError("seed is none, and answers without one cannot be repeated. Fix: --seed 42")
     given = [name for name in ("model_path", "predictions", "run") if getattr(o, name) is not None]
     if len(given) != 1:
-        said = " and ".join(given) + " are given" if given else "nobody answers"
+        said = f"{listed(given)} are given" if given else "nobody answers"
         raise ConfigError(
             f"{said}. Fix: one of --model_path FOLDER, --run FOLDER of a training run, --predictions FILE"
         )

@@ -314,7 +314,7 @@ def _report(
         line = f":{first['line']}" if first["line"] else f"[{first['index']}]"
         url = f", {masked(first['url'])}" if first["url"] else ""
         place = f"{first['file']}{line}, {first['field']}{url}"
-        told = printable(f"{place}: {in_language(first['problem'])}. Fix: {in_language(first['cure'])}")
+        told = printable(f"{place}: {first['problem']}. Fix: {first['cure']}")
         say(f"  {reason:<18} {count:>8,}  first in {told}")
     if writer.failures:
         say(f"All failures are listed in {store.folder / 'failed.log'}.")
