@@ -14,7 +14,7 @@ from processes import end_of, printed_by, start_command
 
 from unigen.bars import Bar
 from unigen.cli import main
-from unigen.printing import LONGEST_LINE, LONGEST_NAME, Guarded, beneath, guarded, printable
+from unigen.printing import LONGEST_LINE, LONGEST_NAME, Guarded, beneath, guarded, printable, typed
 
 ROOT = Path(__file__).parents[1]
 EVIL = "\x1b[2J\x1b]0;owned\x07\u202e\x9b31m\x00\x7f\u2028"
@@ -36,6 +36,29 @@ def test_every_character_that_steers_is_shown_and_ordinary_ones_stay():
 def test_the_middle_of_a_long_name_is_left_out():
     name = printable("a" * 5_000_000 + "z")
     assert len(name) < LONGEST_NAME + 10 and name[0] == "a" and name[-1] == "z"
+
+
+# What is printed behind an option or a command and needs no quotes: numbers, and what an option itself takes.
+PLAIN = re.compile(
+    r"int|config\.batch_size|rate|was|rank|engine|kind|fields|pair|empty|name|new|old|most|others|ip|text|token|action"
+    r"|' '\.join|max_sequence|longest"
+)
+
+
+def test_what_is_to_be_typed_again_is_quoted():
+    assert [typed(word) for word in ("a/b.jsonl", Path("取 回"), "it's")] == [
+        "a/b.jsonl",
+        "'取 回'",
+        "'it'\"'\"'s'",
+    ]
+    behind = re.compile(r"(?:--[a-z_]+[ =]|unigen [a-z]+(?: [a-z]+)? )\{(?!typed\()([^{}]*)")
+    found = [
+        (path.name, value)
+        for path in sorted((ROOT / "unigen").rglob("*.py"))
+        for value in behind.findall(path.read_text("utf-8"))
+        if not PLAIN.match(value)
+    ]
+    assert found == [], "what a user copies must be one word for a shell: unigen/printing.py, typed"
 
 
 def test_a_guarded_stream_keeps_line_ends_and_tabs_and_tells_what_it_cannot_encode():

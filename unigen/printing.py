@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,12 @@ def printable(text: object, most: int | None = LONGEST_NAME) -> str:
     """
     shown = _shortened(str(text), most)  # before anything is done to millions of characters
     return shown if shown.isprintable() else "".join(map(_visible, shown))
+
+
+def typed(word: object) -> str:
+    """A word of a command line, such as a path, as it is to be typed: in quotes where a shell would part
+    it."""
+    return shlex.quote(str(word))
 
 
 def first_line(error: BaseException) -> str:

@@ -33,16 +33,16 @@ def lines(path: Path, *records) -> Path:
 
 def test_pictures_elsewhere_are_named_with_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    picture(tmp_path / "pictures" / "sub" / "a.png")
+    picture(tmp_path / "new pictures" / "sub" / "a.png")
     data = lines(tmp_path / "data" / "d.jsonl", {"text_prompt": "A", "image_path": "sub/a.png"})
-    with pytest.raises(BadData, match="give --image_root pictures\n") as caught:
+    with pytest.raises(BadData, match="give --image_root 'new pictures'\n") as caught:
         UnifiedGenerationDataset(data)
     assert caught.value.records[0].code == "missing_picture"
     found = check(data, load_planner(None, DataOptions()), num_workers=0)
-    assert next(iter(found.problems))["cure"].endswith("--image_root pictures")
-    read = ReadOptions(image_root=tmp_path / "pictures")
+    assert next(iter(found.problems))["cure"].endswith("--image_root 'new pictures'")
+    read = ReadOptions(image_root=tmp_path / "new pictures")
     assert len(UnifiedGenerationDataset(data, read=read)) == 1
-    assert main(["check", str(data), "--image_root", "pictures"]) == 0
+    assert main(["check", str(data), "--image_root", "new pictures"]) == 0
     # where some are found, the place is right and the picture is missing
     picture(tmp_path / "data" / "sub" / "b.png")
     lines(

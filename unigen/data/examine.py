@@ -13,7 +13,7 @@ from unigen.data.containers import ByteSpan, Raw
 from unigen.data.formats import parse_raw
 from unigen.data.mapping import PLAIN, ReadOptions
 from unigen.data.nearby import image_root_for, packed_near
-from unigen.printing import printable
+from unigen.printing import printable, typed
 from unigen.sequence.images import PictureError, bad_picture, image_size
 from unigen.sequence.lengths import RecordLengths
 from unigen.sequence.types import BadRecord, Image, Origin, Record, without_trace
@@ -93,7 +93,7 @@ def _size(
             if packed:
                 error.fix = f"unpack {printable(packed)}, and give its folder as --image_root"
             if root:
-                error.fix = f"it lies in {printable(root)}: give --image_root {printable(root)}"
+                error.fix = f"it lies in {printable(root)}: give --image_root {typed(printable(root))}"
         raise
 
 

@@ -9,7 +9,6 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import combinations, islice, product
 from pathlib import Path
-from shlex import quote
 from typing import NamedTuple
 
 from unigen.data.captions import PICTURES, is_picture
@@ -17,10 +16,11 @@ from unigen.data.keys import RECORD, is_empty
 from unigen.data.layouts import CAPTION, pictures_unread
 from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json, cut
+from unigen.printing import typed
 
 
 def _flags(fields: dict[str, str]) -> str:
-    return "--fields " + " ".join(quote(f"{new}={old}") for new, old in fields.items())
+    return "--fields " + " ".join(typed(f"{new}={old}") for new, old in fields.items())
 
 
 def _is_pictured(record: Json, url: str) -> bool:
@@ -250,9 +250,7 @@ def _mapping_for(record: Json, file: Path, refused: Callable[[Json], str | None]
         # of names that say enough, what stands beside them is told when they are given
         if code is None or (code == "unexpected_field" and len(fields) + len(hint.also) > 2):
             line = (
-                f"run unigen fetch {quote(str(file))} {_flags(fields)}"
-                if hint.web
-                else f"give {_flags(fields)}"
+                f"run unigen fetch {typed(file)} {_flags(fields)}" if hint.web else f"give {_flags(fields)}"
             )
             return f"it has the fields of {hint.name}: {line}"
     return None

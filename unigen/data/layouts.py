@@ -17,6 +17,7 @@ from unigen.data import fields as f
 from unigen.data.captions import is_picture
 from unigen.data.fields import Json, Part, Segments
 from unigen.data.keys import RECORD, THOUGHT, is_empty, refuse, speaks, weight_of
+from unigen.printing import typed
 from unigen.sequence.types import BadRecord, Image, Text
 
 PICTURE = ("image", "image_path", "file_name")
@@ -313,9 +314,9 @@ def _refuse_file_names(record: Json, question: str, answer: str) -> None:
         pictures = about or next((name for name in ("images",) if record.get(name) is not None), None)
         source = f"input_images={pictures} " if pictures else ""
         told = "" if question == "instruction" else f" instruction={question}"
-        fields = f"{source}output_image={answer}{told}"
+        fields = f"{source}{typed(f'output_image={answer}')}{told}"
     elif about:
-        fields = f"query={question} image={about} response={answer}"
+        fields = " ".join(map(typed, (f"query={question}", f"image={about}", f"response={answer}")))
     else:
         return
     name = answer if "output_image" in fields else "input"
@@ -395,7 +396,8 @@ def the_one(record: Json, names: tuple[str, ...]) -> str:
     found = _there(record, names)
     assert found, f"none of {names}"
     if len(found) > 1:
-        fix = "say which one is meant: " + "; ".join(f"--fields {names[0]}={name}" for name in found)
+        pairs = [typed(f"{names[0]}={name}") for name in found]
+        fix = "say which one is meant: " + "; ".join(f"--fields {pair}" for pair in pairs)
         if names is CAPTION:
             learnt = f"--fields image_path={_there(record, PICTURE)[0]} caption={found[0]}"
             fix += f" (the picture is drawn); {learnt} learns it as the description"

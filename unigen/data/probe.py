@@ -15,6 +15,7 @@ from unigen.data.formats import FORMATS, parse_with_fields, record_value
 from unigen.data.keys import LEARNING, RECORD
 from unigen.data.mapping import ReadOptions, found_at
 from unigen.data.words import Json, names
+from unigen.printing import typed
 from unigen.sequence.types import BadRecord, Origin
 
 FIRST = 1000
@@ -70,7 +71,8 @@ def _turned(name: str, place: str, known: Collection[str], files: Sequence[Path]
     there = any(found_at(record, name) is not None for record in first)
     if not there or any(found_at(record, place) is not None for record in first):
         return ""
-    return f"the other way round: --fields {place}={name} (the name of a format stands on the left)"
+    pair = typed(f"{place}={name}")
+    return f"the other way round: --fields {pair} (the name of a format stands on the left)"
 
 
 def _is_captioned(value: Json, read: ReadOptions) -> bool:

@@ -21,7 +21,7 @@ import urllib3
 from unigen.evaluation.answers import Prediction, drawn_beside, rows_of_pictures
 from unigen.evaluation.cases import Case
 from unigen.evaluation.results import CannotRun, digest_of
-from unigen.printing import first_line
+from unigen.printing import first_line, typed
 from unigen.sequence.images import open_image
 
 DRAWN = (
@@ -72,7 +72,7 @@ class Judge:
         if self.model is None:
             self.model = names[0]
         elif self.model not in names:
-            raise CannotRun(f"{self.url} has no model {self.model}", f"--judge_model {names[0]}")
+            raise CannotRun(f"{self.url} has no model {self.model}", f"--judge_model {typed(names[0])}")
 
     def about(self) -> dict[str, Any]:
         """Which model is asked, and a digest of how."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unigen.files import meant
 from unigen.foreign import ForeignFileError, read_json
+from unigen.printing import typed
 
 ADAPTER = "adapter_config.json"
 _MARK = "llm_config.json"  # every checkpoint folder has it
@@ -65,14 +66,14 @@ def is_adapter_folder(folder: Path) -> bool:
 
 def merge_command(folder: Path) -> str:
     """What makes a model of an adapter's folder and its base."""
-    return f"unigen ckpt export {folder} NEW_FOLDER --merge"
+    return f"unigen ckpt export {typed(folder)} NEW_FOLDER --merge"
 
 
 def as_new_run(folder: Path) -> str:
     """What starts a new run from the weights of a checkpoint, also where they are an adapter's."""
     if is_adapter_folder(folder):
         return f"--model_path NEW_FOLDER, after {merge_command(folder)}"
-    return f"--model_path {folder}"
+    return f"--model_path {typed(folder)}"
 
 
 def _base_named(folder: Path) -> str:

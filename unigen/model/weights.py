@@ -62,6 +62,7 @@ from unigen.model.storage import (
     write_safetensors,
     wrong,
 )
+from unigen.printing import typed
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
 
@@ -187,7 +188,7 @@ def base_of(folder: Path | str, adapters: Sequence[str | Path] = ()) -> tuple[Pa
         if not base or not Path(base).is_dir():
             raise AdapterError(
                 f"{folder} is an adapter, and its base is not there ({base or 'it names none'}). Fix: give"
-                f" the base, --model_path BASE, and --adapter {folder} where the command takes one"
+                f" the base, --model_path BASE, and --adapter {typed(folder)} where the command takes one"
             )
         return Path(base), [folder, *adapters]
     return folder, list(adapters)

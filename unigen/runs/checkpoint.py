@@ -38,6 +38,7 @@ from unigen.messages import listed
 from unigen.model.adapters import GROUP, own_name
 from unigen.model.mistakes import as_new_run
 from unigen.model.storage import Stored, is_of_set, scan_set, set_files
+from unigen.printing import typed
 from unigen.runs.layout import FILES, MANIFEST, TRAINER, is_checkpoint, state_file, step_of
 from unigen.runs.states import GROUPS, STATES, outside
 from unigen.runs.states import MANIFEST as MANIFEST_RULE
@@ -274,7 +275,7 @@ def latest_checkpoint(output_dir: Path, verify: Verify = verify_checkpoint) -> P
         doubted += [(good, mark["time"])] if good is not None else []
         log.warning(
             "Passing over %s: %s of the last %s steps before it had to be skipped. It can be named itself: "
-            "--resume_from_checkpoint %s", folder, *mark["skipped_steps"], folder,
+            "--resume_from_checkpoint %s", folder, *mark["skipped_steps"], typed(folder),
         )  # fmt: skip
     return newest
 
@@ -321,7 +322,7 @@ def resolve_resume(
             with contextlib.suppress(CheckpointError):
                 good |= dict.fromkeys(islice(_good_checkpoints(place, verify), 3))
         choice = f"good ones nearby: {', '.join(map(str, good))}" if good else "there is no good one nearby"
-        raise CheckpointError(f"{error} (--resume_from_checkpoint {value}); {choice}") from error
+        raise CheckpointError(f"{error} (--resume_from_checkpoint {typed(value)}); {choice}") from error
     step = read_manifest(folder)["step"]
     others = [p for p in steps(output_dir) if p.resolve() != folder.resolve()]
     if newer := ", ".join(p.name for p in others if _number(p) > step):

@@ -11,6 +11,7 @@ from unigen.config import Config, UserError
 from unigen.files import Busy, atomic, hold, is_held, json_of, make_folders, remove, unmake
 from unigen.foreign import ForeignFileError, open_file, read_json
 from unigen.outputs import output_folder, unwritten
+from unigen.printing import typed
 from unigen.runs import layout
 from unigen.runs.checkpoint import list_folder, steps, sweep_orphans
 from unigen.runs.secrets import redacted
@@ -187,7 +188,7 @@ def _refuse_to_start_over(folder: Path) -> None:
         earlier, step = newest.parent, layout.step_of(newest.name)
         raise UserError(
             f"resume_from_checkpoint is auto, and {folder} holds no checkpoint, but {earlier} those of an"
-            f" earlier run (to step {step}). Fix: go on with that one by --output_dir {earlier}"
+            f" earlier run (to step {step}). Fix: go on with that one by --output_dir {typed(earlier)}"
             " --resume_from_checkpoint auto, or begin anew by leaving --resume_from_checkpoint out"
         )
 
@@ -248,7 +249,7 @@ def set_aside(folder: Path) -> None:
     to_step = f" (to step {layout.step_of(checkpoints[0].name)})" if checkpoints else ""
     log.warning("%s held an earlier run%s; it is now in %s", folder, to_step, aside)
     if checkpoints:
-        log.warning("It goes on from there with --output_dir %s --resume_from_checkpoint auto", aside)
+        log.warning("It goes on from there with --output_dir %s --resume_from_checkpoint auto", typed(aside))
 
 
 def _newest_of_earlier(folder: Path) -> Path | None:

@@ -15,6 +15,7 @@ from unigen import plugins
 from unigen.config import RATED, Config, ConfigError, DataOptions, UserError
 from unigen.messages import in_language
 from unigen.model.mistakes import as_new_run
+from unigen.printing import typed
 from unigen.tracking.tracker import TRACKERS
 from unigen.training.optim import learning_rate_at
 from unigen.training.precision import Precision, stored_precision
@@ -184,7 +185,7 @@ def tell_computing(before: Mapping[str, Any], config: Config, precision: Precisi
     if [kind, double] != now:
         fix = f"--quantize {kind or 'none'}{' --double_quant' if double else ''}"
         if config.quantised_folder:  # which decides them
-            fix = f"--model_path {before.get('model_path')}, with the weights that lay there"
+            fix = f"--model_path {typed(before.get('model_path'))}, with the weights that lay there"
         log.warning(
             "This run's base was %s and is %s now: its losses change from here on. Fix: %s",
             kind or "as it is stored", now[0] or "as it is stored", fix,

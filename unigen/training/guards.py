@@ -19,6 +19,7 @@ from unigen.data.dataset import list_bad_records
 from unigen.data.loader import MicroBatch, PackStream
 from unigen.data.verdict import Verdict, percents
 from unigen.files import json_of
+from unigen.printing import typed
 from unigen.runs.layout import BAD_RECORDS, BAD_STEPS
 from unigen.runs.log import drop_after
 from unigen.training.engine import Engine
@@ -148,7 +149,7 @@ class BadStepGuard:
         start = "start again, or resume from a checkpoint before it"
         if self.good:
             place = self.output_dir / self.good
-            start = f"resume with --resume_from_checkpoint {place}, the last checkpoint before it"
+            start = f"resume with --resume_from_checkpoint {typed(place)}, the last checkpoint before it"
         return f"Fix: lower --learning_rate, look at the records in bad_steps.jsonl, then {start}"
 
     # ---- checkpoints

@@ -18,6 +18,7 @@ from unigen.model.lora import base_digest, check_fits
 from unigen.model.mistakes import as_new_run, is_adapter_folder, merge_command
 from unigen.model.source import Source
 from unigen.model.storage import CheckpointFolderError, Stored
+from unigen.printing import typed
 from unigen.runs import layout
 from unigen.runs.checkpoint import CheckpointError, read_states, resolve_resume, scan_weights
 from unigen.runs.states import STATES
@@ -49,7 +50,7 @@ def to_resume(config: Config, verify: Callable[[Path], None]) -> tuple[Path | No
     if missing := plugins.lacking(trained_with, config.plugin):
         raise ConfigError(
             f"plugin: the run of {folder} was trained with {listed(missing)}, which this one does not"
-            f" name. Fix: --plugin {' '.join([*config.plugin, *missing])}"
+            f" name. Fix: --plugin {' '.join(map(typed, [*config.plugin, *missing]))}"
         )
     return folder, states
 
@@ -122,7 +123,7 @@ def weights_of(config: Config, source: Source, resume: Path | None) -> tuple[Pat
     if not is_adapter_folder(resume):
         raise CheckpointError(
             f"{resume} holds no adapter, so a run with lora_rank cannot go on from it. Fix: leave"
-            f" --lora_rank out, or start a new run with --model_path {resume}"
+            f" --lora_rank out, or start a new run with --model_path {typed(resume)}"
         )
     before, named = read_adapter(resume)
     now = {"lora_rank": config.lora_rank, "lora_alpha": config.alpha, "lora_variant": config.lora_variant}

@@ -27,6 +27,7 @@ from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import sampling_options
 from unigen.messages import in_language, spoken
 from unigen.outputs import claim, output_folder, unwritten
+from unigen.printing import typed
 from unigen.runs import layout
 from unigen.runs.checkpoint import steps
 from unigen.runs.metrics import read_log
@@ -128,7 +129,7 @@ def run(output_dir: Path, quick: bool = False, seed: int = 42) -> dict[str, Any]
         page = _write_report(output_dir, metrics, exam, quick)
     say(f"{metrics['seconds_total']:.0f} s in all. Look at {page}")
     say(f"The checkpoints of {size.steps // 2} and {size.steps} steps, compared: {evaluation}")
-    say(f"How it learned: unigen watch {output_dir / 'run'} --html {output_dir / 'run.html'}")
+    say(f"How it learned: unigen watch {typed(output_dir / 'run')} --html {typed(output_dir / 'run.html')}")
     return metrics
 
 

@@ -33,7 +33,7 @@ from unigen.data.splits import LeftOut, describing
 from unigen.files import Busy, locked, sha256_of
 from unigen.messages import in_language
 from unigen.outputs import RECEIPT, claim, is_own, output_folder, read_receipt, unwritten, write_receipt
-from unigen.printing import printable
+from unigen.printing import printable, typed
 from unigen.show.terminal import say
 from unigen.values import Count, Options, PathText, Plugin, Range, Renames
 
@@ -324,4 +324,5 @@ def _report(
     if not writer.learnt:
         say(f"Nothing to train on: {no_record([source.path for source in sources], writer.written)}")
         return
-    say(f"Train with --train_data_path {sources[0].target if len(sources) == 1 else store.folder}")
+    data = sources[0].target if len(sources) == 1 else store.folder
+    say(f"Train with --train_data_path {typed(data)}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from unigen.config import ConfigError, UserError
+from unigen.printing import typed
 from unigen.values import Options, PathText, Plugin, Renames, Seed
 
 
@@ -85,8 +85,7 @@ def init(options: InitOptions) -> None:
     )
     if before and before != sums:
         say(f"The model that was in {folder} is replaced: adapters that were trained over it do not fit this")
-    given = shlex.quote(str(folder))
-    say(f"Train it: unigen train --model_path {given} --train_data_path ... --learning_rate 3e-3")
+    say(f"Train it: unigen train --model_path {typed(folder)} --train_data_path ... --learning_rate 3e-3")
 
 
 def _refuse_others(folder: Path) -> None:
