@@ -152,12 +152,12 @@ class TokenTower:
         layer = layer if layer is not None else BERT_LAYERS.get(name)
         if layer is None:
             named = ", ".join(sorted(BERT_LAYERS)[:4])
-            fix = f"give --bert_layer, or call the folder by its name ({named}, ...)"
+            fix = f"give layer (--bert_layer), or call the folder by its name ({named}, ...)"
             raise CannotRun(f"no layer is known for a model called {name}", fix)
         loaded = _load(model, device)
         deepest = loaded.config.num_hidden_layers
         if not 0 <= layer <= deepest:
-            raise CannotRun(f"{name} has no layer {layer}", f"give --bert_layer from 0 to {deepest}")
+            raise CannotRun(f"{name} has no layer {layer}", f"give layer (--bert_layer) from 0 to {deepest}")
         identity = f"{name}@{weights_digest(loaded)}|layer={layer}"
         return cls(loaded, _load_tokenizer(model), layer, identity, device)
 
