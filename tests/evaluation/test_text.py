@@ -200,7 +200,9 @@ def test_bertscore_says_what_it_cut_and_what_it_lacks(bert, tmp_path):
         result = metrics.bertscore(["cat"], ["cat"], model=model, layer=layer)
         assert result.value is None and word in result.reason + result.fix, result
     (tmp_path / "mine").symlink_to(bert)
-    assert metrics.bertscore(["cat"], ["cat"], model=tmp_path / "no-such-model").fix.startswith("give layer (--bert_layer)")
+    assert metrics.bertscore(["cat"], ["cat"], model=tmp_path / "no-such-model").fix.startswith(
+        "give layer (--bert_layer)"
+    )
 
 
 def test_answers():
