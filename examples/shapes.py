@@ -168,7 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
         parser.error(f"{options.folder} is there and not empty. Fix: name a new folder")
-    for half, count in write(options.folder, options.train, options.val, options.seed).items():
+    try:
+        written = write(options.folder, options.train, options.val, options.seed)
+    except OSError as error:
+        parser.error(f"{options.folder} cannot be written ({error.strerror}). Fix: name another folder")
+    for half, count in written.items():
         print(f"{options.folder / half}.jsonl: {count:,} records")
 
 

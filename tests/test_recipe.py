@@ -55,7 +55,11 @@ def refusal(path: Path, content: str | bytes | None = None) -> str:
         ("<<: {seed: 1}\n", "merge keys"),
         ("train_sources:\n  - {<<: {path: a}, weight: 1}\n", "merge keys"),
         ("train_sources:\n  - {path: a, path: b}\n", "the key 'path' is there twice"),
-        ("train_sources:\n  - {path: a, wieght: 2}\n", "did you mean weight?"),
+        (
+            "train_sources:\n  - path: a\n    wieght: 2\n",
+            ":3: train_sources[0]: unknown key 'wieght'; did you mean weight?",
+        ),
+        ("train_sources:\n  - path: a\n    weight: x\n", ":3: train_sources[0]: weight is 'x'"),
         ("train_sources: [{path: a, min_image_size: 9, max_image_size: 8}]\n", "min_image_size is 9, above"),
         ("learning-rate: 1e-5\nlearning_rate: 1e-5\n", "already given in line 1"),
         ("seed: !!binary aGk=\n", "the tag"),

@@ -32,6 +32,13 @@ def folder(shapes, tmp_path_factory):
     return folder
 
 
+def test_a_folder_that_cannot_be_is_told_in_a_line(shapes, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        shapes.main([str(tmp_path / "file" / "x")])
+    assert ended.value.code == 2 and "cannot be written (" in capsys.readouterr().err
+
+
 def seen(shapes, path: Path) -> tuple[str, str, int]:
     """Colour, form and number of the shapes in a picture, from its pixels alone."""
     pixels = np.asarray(open_image(path), float)

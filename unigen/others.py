@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Collection
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 _ALIKE = 0.75  # of 1: lerning_rate is 0.96 like learning_rate, lora_rank 0.5 like dry_run
 _FEWEST = 4  # letters of a word that stands for a name which holds it
@@ -25,9 +26,9 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 @cache
-def names_of_others() -> dict[str, dict[str, str]]:
-    """Names that other trainers have: ``same`` -> the option here that takes the same value, ``instead`` ->
-    what to write, ``absent`` -> why there is none."""
+def names_of_others() -> dict[str, dict[str, Any]]:
+    """Names that other trainers have: ``same`` -> the option here that takes the same value (or several, of
+    which a command has one), ``instead`` -> what to write, ``absent`` -> why there is none."""
     import yaml
 
     text = (files("unigen") / "assets" / "options" / "others.yaml").read_text("utf-8")
@@ -51,7 +52,9 @@ def unknown(
     """
     name = name.replace("-", "_")
     others = names_of_others()
-    if ours := others["same"].get(name):
+    if same := others["same"].get(name):
+        names = same if isinstance(same, list) else [same]
+        ours = next((one for one in names if one in known), names[0])
         if ours in known:
             return f"; here it is {prefix}{ours}. Fix: write that in its place"
         return f"; here it is {prefix}{ours}, which this command does not take. Fix: leave it out"

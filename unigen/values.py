@@ -198,7 +198,13 @@ def read_keys(options: type, values: Any, label: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is no mapping, a key is unknown or missing, or a value cannot be.
     """
-    known = kinds(options)
+    known, lines = kinds(options), getattr(values, "lines", {})
+
+    def at(key: Any) -> str:
+        """The label at the line of a key, where it names a line of a recipe."""
+        recipe = re.fullmatch(r"(.+):\d+(: [^:]+)", label)
+        return f"{recipe[1]}:{lines[key]}{recipe[2]}" if recipe and key in lines else label
+
     if not isinstance(values, dict):
         raise ConfigError(
             f"{label} is {shown(values)}. Fix: write a mapping such as {{path: data.jsonl, weight: 2}}"
@@ -208,13 +214,13 @@ def read_keys(options: type, values: Any, label: str) -> dict[str, Any]:
         if not isinstance(key, str) or key not in known:
             near = nearest(str(key)[:_MAX_TEXT], list(known))
             words = f"did you mean {near}?" if near else f"keys: {', '.join(known)}"
-            wrong.append(f"{label}: unknown key {shown(key)}; {words} Fix: correct the key")
+            wrong.append(f"{at(key)}: unknown key {shown(key)}; {words} Fix: correct the key")
     if wrong:
         raise ConfigError("\n".join(wrong))
     for field in fields(options):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
             raise ConfigError(f"{label}: {field.name} is missing. Fix: {field.name}: ...")
-    found = {key: read_option(options, key, value, f"{label}: {key}") for key, value in values.items()}
+    found = {key: read_option(options, key, value, f"{at(key)}: {key}") for key, value in values.items()}
     try:
         options(**found)  # its values together
     except ConfigError as error:
@@ -390,6 +396,14 @@ def spelled(text: str, label: str) -> Any:
     return None if root is None else node_value(root, label)
 
 
+class Placed(dict[str, Any]):
+    """A mapping of YAML, with the ``lines`` that its keys stand in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, int] = {}
+
+
 def compose(text: str, label: str) -> Any:
     """The YAML node of a text. Raises ConfigError."""
     import yaml
@@ -428,9 +442,10 @@ def node_value(node: Any, label: str, depth: int = 0, budget: list[int] | None =
         return None if node.tag.endswith(":null") else node.value
     if isinstance(node, yaml.SequenceNode):
         return [node_value(item, label, depth + 1, budget) for item in node.value]
-    found: dict[str, Any] = {}
+    found = Placed()
     for key, value in node.value:
         name = key_text(key, label)
+        found.lines[name] = key.start_mark.line + 1
         if name in found:
             raise ConfigError(f"{label}: the key {name!r} is there twice. Fix: keep one of the two")
         found[name] = node_value(value, label, depth + 1, budget)
