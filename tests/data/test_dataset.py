@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from unigen.config import ConfigError
 from unigen.data import indexing
 from unigen.data.dataset import BadData, UnifiedGenerationDataset, task
 from unigen.model.weights import load_bagel, load_planner
@@ -71,6 +72,35 @@ def refused(path, **options) -> BadData:
     with pytest.raises(BadData) as caught:
         UnifiedGenerationDataset(path, **options)
     return caught.value
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"on_bad_record": "ignore"}, "on_bad_record is 'ignore'. Fix: give one of error, skip"),
+        ({"check_pictures": "yes"}, "check_pictures is 'yes'. Fix: give one of auto, full, headers"),
+        ({"split": "val"}, "split is 'val'. Fix: give one of train, validation"),
+        ({"max_bad_share": 30}, "max_bad_share is 30.0; it is out of range"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"paths": None}, "paths is None"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_named(tmp_path: Path, given: dict, words: str):
+    paths = given.pop("paths", write(tmp_path / "val.jsonl", talk("a")))
+    with pytest.raises(ConfigError) as error:
+        UnifiedGenerationDataset(paths, **given)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("index", ["a", slice(0, 2), 1.5])
+def test_a_record_is_named_by_a_number(tmp_path: Path, index):
+    dataset = UnifiedGenerationDataset(write(tmp_path / "a.jsonl", talk("a"), talk("b")))
+    assert dataset[np.int64(1)].sample[-1].text == "b"
+    with pytest.raises(TypeError, match=r"whole number, found .*Fix: "):
+        dataset[index]
 
 
 # ---- reading

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 
 from unigen import plugins
 from unigen.bars import Bar
+from unigen.config import DataOptions, LoaderOptions, TrainSource
 from unigen.data import kept
 from unigen.data.containers import BadData, ByteSpan, no_record
 from unigen.data.examine import CountTokens, key_of, stamp
@@ -39,6 +41,7 @@ from unigen.sequence.images import PictureError, bad_picture, open_image
 from unigen.sequence.pack import pack_blocks
 from unigen.sequence.plan import Planner
 from unigen.sequence.types import BadRecord, Image, Origin, Pack, Record, without_trace
+from unigen.values import Seed, Whole, kinds, read_option, read_value, shown
 
 __all__ = ["TASKS", "BadData", "UnifiedGenerationDataset", "task"]
 
@@ -95,6 +98,7 @@ class UnifiedGenerationDataset(Dataset[Any]):
         named_fingerprint: The same with the files' names, as older checkpoints hold it.
 
     Raises:
+        ConfigError: An argument has a value that it cannot have.
         BadData: Nothing to read, bad records (with ``error``), too many of them (with ``skip``), a damaged
             file, or a JSON file with a syntax error, after which its records cannot be told apart.
         UserError: No room to unpack a compressed file.
@@ -119,7 +123,12 @@ class UnifiedGenerationDataset(Dataset[Any]):
         num_workers: int = 0,
         progress: bool = False,
     ):
-        assert on_bad_record in ("error", "skip") and check_pictures in ("auto", "full", "headers")
+        read_value(kinds(TrainSource)["path"], paths, "paths")
+        on_bad_record = read_option(LoaderOptions, "on_bad_record", on_bad_record, "on_bad_record")
+        check_pictures = read_option(LoaderOptions, "check_pictures", check_pictures, "check_pictures")
+        max_bad_share = read_option(DataOptions, "max_bad_share", max_bad_share, "max_bad_share")
+        split, seed = read_value(Split, split, "split"), read_value(Seed, seed, "seed")
+        num_workers = read_value(Whole, num_workers, "num_workers")
         self.read = read if data_root is None else replace(read, data_root=Path(data_root).absolute())
         check_roots(self.read)
         self.planner, self.seed, self.epoch = planner, seed, 0
@@ -380,6 +389,12 @@ class UnifiedGenerationDataset(Dataset[Any]):
 
     def _checked(self, i: int) -> int:
         n = len(self)
+        try:
+            i = operator.index(i)
+        except TypeError:
+            raise TypeError(
+                f"a record is named by a whole number, found {shown(i)}. Fix: [dataset[i] for i in range(10)]"
+            ) from None
         if not -n <= i < n:
             raise IndexError(f"record {i} of a data set of {n}")
         return i % n
