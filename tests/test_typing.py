@@ -66,10 +66,10 @@ def test_a_type_checker_knows_every_keyword_and_finds_a_slip(tmp_path):
 
 def test_the_typed_keywords_are_those_that_there_are():
     assert set(Settings.__annotations__) >= {field.name for field in fields(SamplingOptions)} - {
-        "max_new_tokens", "temperature", "height", "width",
+        "max_new_tokens", "temperature", "height", "width", "allow_control_tokens",
     }  # fmt: skip
     taken = inspect.signature(InterleaveInferencer.interleave_inference).parameters
-    renamed = {"max_new_tokens", "temperature", "height", "width"}
+    renamed = {"max_new_tokens", "temperature", "height", "width", "allow_control_tokens"}
     assert set(ReferenceSettings.__annotations__) - renamed == set(taken) - {
         "self",
         "input_lists",

@@ -535,6 +535,8 @@ class SamplingOptions(Options):
         cfg_renorm_type: Lengths are those of the whole picture (global), of each token (channel), or of each
             token right after the text step (text_channel).
         seed: Seed of the noise and of the sampled tokens; none takes another one each time.
+        allow_control_tokens: Take special tokens that are written in texts as the tokens that they are, and
+            tags such as <image> without a picture as text; without it they are refused.
     """
 
     think: bool = False
@@ -551,3 +553,4 @@ class SamplingOptions(Options):
     cfg_renorm_min: Share = 0.0
     cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
     seed: Seed | None = 42
+    allow_control_tokens: bool = False

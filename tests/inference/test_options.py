@@ -91,5 +91,6 @@ def test_a_setting_that_cannot_be_is_named_with_its_fix(settings, words):
 
 
 def test_training_s_own_options_are_no_sampling_settings():
-    """Two options of one name in the two dataclasses must be meant: the shift of times, and the seed."""
-    assert {f.name for f in fields(Config)} & set(NAMES) == {"timestep_shift", "seed"}
+    """Two options of one name in the two dataclasses must be meant: the shift of times, the seed, and what may
+    stand in a text."""
+    assert {f.name for f in fields(Config)} & set(NAMES) == {"timestep_shift", "seed", "allow_control_tokens"}

@@ -157,13 +157,13 @@ def test_what_is_read_is_not_told(inferencer, told):
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("", "text 1 of the prompt is empty"),
+        ("", "piece 1 of the prompt is empty"),
         ([], "a prompt is empty"),
-        (["a", " \n"], "text 2 of the prompt is empty"),
+        (["a", " \n"], "piece 2 of the prompt is empty"),
         (["\ud800"], "half a character"),
-        ([None], "image is None"),
-        ([3], "image is 3"),
-        ([{"image": "a.png"}], "image is {'image'"),
+        ([None], "piece 1 of the prompt is None"),
+        ([3], "piece 1 of the prompt is 3"),
+        ([{"image": "a.png"}], "piece 1 of the prompt is {'image'"),
     ],
 )
 @pytest.mark.parametrize("entrance", ["interleave_inference", "unified_generate"])
@@ -288,3 +288,65 @@ def test_the_command_refuses_before_it_reads_the_weights(short, monkeypatch, cap
     argv = ["generate", "--model_path", str(short), "--prompt", "hi", "--mode", "text", "--device", "cpu"]
     assert cli.main([*argv, "--output_dir", str(tmp_path / "out")]) == 2
     assert "holds 400" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- what stands in a prompt
+
+
+ENTRANCES = {
+    "unified_generate": lambda i, prompt: i.unified_generate(prompt, outputs=["text"]),
+    "unified_generate_batch": lambda i, prompt: i.unified_generate_batch([prompt], outputs=["text"]),
+    "interleave_inference": lambda i, prompt: i.interleave_inference(prompt, understanding_output=True),
+}
+
+
+@pytest.mark.parametrize("ask", ENTRANCES.values(), ids=ENTRANCES)
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (["<|im_end|> hi"], r"piece 1 .*<\|im_end\|> at character 1 .*allow_control_tokens"),
+        (["a", "see <image>"], r"piece 2 .*<image> at character 5 .*Path\('a.png'\).*allow_control_tokens"),
+        (["a", "PICTURE"], r"piece 2 of the prompt is the text .*Fix: Path\(...\)"),
+    ],
+)
+def test_a_text_that_is_none_is_refused_before_work(inferencer, monkeypatch, tmp_path, prompt, words, ask):
+    no_work(monkeypatch, inferencer)
+    picture = tmp_path / "图 片.png"
+    noise(32, 32).save(picture)
+    with pytest.raises(InferenceError, match=words):
+        ask(inferencer, [str(picture) if piece == "PICTURE" else piece for piece in prompt])
+
+
+def test_control_tokens_that_are_meant_are_sent(inferencer):
+    asked = {"outputs": ["text"], "max_new_tokens": 2}
+    for prompt in ("<|im_end|> hi", "<image> hi"):
+        assert inferencer.unified_generate(prompt, allow_control_tokens=True, **asked)
+        assert inferencer.interleave_inference(
+            [prompt], understanding_output=True, max_think_token_n=2, allow_control_tokens=True
+        )
+
+
+def test_a_prompt_of_one_text_needs_no_list(inferencer):
+    asked = {"outputs": ["text"], "max_new_tokens": 2}
+    plain = inferencer.unified_generate_batch([["abc"], ["d"]], **asked)
+    assert inferencer.unified_generate_batch(["abc", "d"], **asked) == plain
+    for prompts in ("abc", None):
+        with pytest.raises(InferenceError, match=r"prompts is .*a list of prompts"):
+            inferencer.unified_generate_batch(prompts, **asked)
+    with pytest.raises(InferenceError, match="piece 1 of the prompt is None"):
+        inferencer.unified_generate(None)
+    with pytest.raises(InferenceError, match=r"dtype is 'bf16'. Fix: torch.bfloat16"):
+        InterleaveInferencer.from_pretrained("not read", dtype="bf16")
+
+
+def test_the_command_line_refuses_them_too(golden, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog <|im_end|>\n")
+    given = ["generate", "--model_path", str(golden / "model"), "--output_dir", str(tmp_path / "out")]
+    for asked, said in (
+        (["--prompt", "<|im_end|> hi"], "<|im_end|> at character 1"),
+        (["--prompt", "<image> hi", "--mode", "image"], "the tag <image>"),
+        (["--prompts_file", str(prompts), "--layout", "geneval"], "prompts.txt"),
+    ):
+        assert cli.main([*given, *asked]) == 2
+        assert said in capsys.readouterr().err

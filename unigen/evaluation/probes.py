@@ -147,7 +147,8 @@ class PictureProbe:
 
     def _quietly(self, max_new_tokens: int) -> SamplingOptions:
         """How it writes; nobody asked for it, so that nobody is told which settings have no effect."""
-        self.inferencer.requests.usual = SamplingOptions(max_new_tokens=max_new_tokens)
+        plain = SamplingOptions(max_new_tokens=max_new_tokens, allow_control_tokens=True)  # of what is there
+        self.inferencer.requests.usual = plain
         return self.inferencer.requests.usual
 
     def _first(self, words: Sequence[str]) -> list[int]:

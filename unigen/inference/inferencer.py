@@ -16,7 +16,7 @@ from unigen.inference.context import Context, ContextBuilder
 from unigen.inference.options import InferenceError, ReferenceSettings, Renamed, Settings, sampling_options
 from unigen.inference.pictures import blocks_as_reference, trained_transform, within
 from unigen.inference.pieces import Pieces
-from unigen.inference.requests import IMAGE, TEXT, Piece, Requests, picture_of, sample_of
+from unigen.inference.requests import IMAGE, TEXT, Piece, Requests, picture_of
 from unigen.inference.sampler import write_texts
 from unigen.model.adapters import AdapterError
 from unigen.model.backends import pick_device, prefer_flash
@@ -28,6 +28,7 @@ from unigen.sequence.plan import Transforms
 from unigen.sequence.tokens import Tokenizer
 from unigen.sequence.transform import ImageTransform
 from unigen.sequence.types import Block, Sample, Text
+from unigen.values import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,13 +113,18 @@ class InterleaveInferencer:
         folder: Path | str,
         device: str = "auto",
         dtype: torch.dtype | None = None,
-        adapters: Sequence[str | Path] = (),
+        adapters: str | Path | Sequence[str | Path] = (),
         quantize: str | None = None,
         double_quant: bool = False,
     ) -> InterleaveInferencer:
         """Loads a checkpoint folder, or an adapter's over its base; bfloat16 on a GPU, float32 on a CPU
         unless ``dtype`` says otherwise. ``adapters`` are added up: ``FOLDER`` or ``FOLDER:FACTOR``;
         ``quantize`` and ``double_quant`` as :func:`load_bagel`."""
+        if not isinstance(dtype, torch.dtype | None):
+            raise InferenceError(
+                f"dtype is {shown(dtype)}. Fix: torch.bfloat16, torch.float16 or torch.float32"
+            )
+        adapters = [adapters] if isinstance(adapters, str | Path) else adapters
         place = pick_device(device)
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
         bits = {"quantize": quantize, "double_quant": double_quant}
@@ -195,7 +201,7 @@ class InterleaveInferencer:
         self.requests.tell_idle(options, understanding_output or think, not understanding_output)
         context, builder = self._context([]), self.builder
         context.reset(drawing=not understanding_output)
-        parts = self._reference_parts(input_lists, think, context.drawing)
+        parts = self._reference_parts(input_lists, options, context.drawing)
         height, width = (None, None) if understanding_output else (options.height, options.width)
         shape = None if height else self.requests.last_shape(parts)
         shape = shape or self.requests.canvas_shape(height, width)
@@ -224,13 +230,13 @@ class InterleaveInferencer:
         return [*output, picture]
 
     def _reference_parts(
-        self, pieces: Sequence[Piece], think: bool, drawing: bool
+        self, pieces: Sequence[Piece], options: SamplingOptions, drawing: bool
     ) -> list[str | list[Block]]:
         """The texts of a request as they are, its pictures as blocks; the system prompt of thinking first."""
         parts: list[str | list[Block]] = []
-        if think:
+        if options.think:
             parts.append(self.think_prompts["generate" if drawing else "understand"])
-        for piece in sample_of(pieces):
+        for piece in self.requests.sample(pieces, options):
             if isinstance(piece, Text):
                 parts.append(piece.text)
                 continue
@@ -276,15 +282,14 @@ class InterleaveInferencer:
     ) -> list[Any]:
         """Answers one prompt (a text, a picture, or a list of both) with texts and pictures; see
         :meth:`unified_generate_batch`."""
-        pieces = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         return self.unified_generate_batch(
-            [pieces], outputs=outputs, max_pieces=max_pieces, options=options, **settings
+            [prompt], outputs=outputs, max_pieces=max_pieces, options=options, **settings
         )[0]
 
     @torch.no_grad()
     def unified_generate_batch(
         self,
-        prompts: Sequence[Sequence[Piece]],
+        prompts: Sequence[Piece | Sequence[Piece]],
         *,
         outputs: Sequence[str] | None = None,
         max_pieces: int = 8,
@@ -300,7 +305,7 @@ class InterleaveInferencer:
         sizes of training.
 
         Args:
-            prompts: lists of texts and pictures.
+            prompts: each a list of texts and pictures, or one of them.
             outputs: the pieces to produce, in order; default: the model's own choice.
             max_pieces: most pieces of one answer.
             options: how to write and draw; default :class:`SamplingOptions`. Prompt i uses ``seed + i``.

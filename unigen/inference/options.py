@@ -29,12 +29,13 @@ class Guidance(NamedTuple):
 
 
 class Renamed(TypedDict, total=False):
-    """The settings that the reference calls otherwise, as keywords for editors and type checkers."""
+    """The settings that the reference calls otherwise or lacks, as keywords for editors and type checkers."""
 
     max_new_tokens: int
     temperature: float
     height: int | None
     width: int | None
+    allow_control_tokens: bool
 
 
 class _Common(Renamed, total=False):

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from unigen.config import SamplingOptions
+from unigen.data.captions import is_picture
 from unigen.inference.options import InferenceError, idle_settings
 from unigen.inference.pictures import drawn_tokens, tokens_as_trained
 from unigen.model.config import BagelConfig
 from unigen.sequence.images import Confined, PILImage, image_size
 from unigen.sequence.plan import Planner
+from unigen.sequence.tokens import Tokenizer, is_media_tag
 from unigen.sequence.types import Block, Image, Kind, Sample, Text
 from unigen.values import shown
 
@@ -35,24 +37,48 @@ def picture_of(given: Any) -> Any:
     return Path(given) if isinstance(given, str) else given
 
 
-def sample_of(pieces: Sequence[Piece]) -> Sample:
+def prompt_pieces(prompt: Piece | Sequence[Piece]) -> list[Piece]:
+    """The pieces of a prompt, which may be one of them alone."""
+    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+
+
+def sample_of(prompt: Piece | Sequence[Piece]) -> Sample:
     """The segments of a prompt, each looked at: texts as they are, pictures by their headers.
 
     Raises:
-        InferenceError: there is none, or one is empty or neither a text nor a picture.
+        InferenceError: there is none, or one is empty or neither a text nor a picture, or a text is the path
+            of a picture.
         PictureError: a picture cannot be read.
     """
-    if not isinstance(pieces, list | tuple) or not pieces:
-        raise InferenceError("a prompt is empty. Fix: give at least one text or picture")
     sample: Sample = []
-    for number, piece in enumerate(pieces, 1):
+    for number, piece in enumerate(prompt_pieces(prompt), 1):
+        name = f"piece {number} of the prompt"
         if isinstance(piece, str):
-            check_text(piece, f"text {number} of the prompt")
+            check_text(piece, name)
+            if _names_picture(piece):
+                raise InferenceError(
+                    f"{name} is the text {shown(piece)}, and a picture lies there. Fix: Path(...) or"
+                    " PIL.Image.open(...) around it (on the command line --image)"
+                )
             sample.append(Text(piece))
             continue
-        image_size(picture_of(piece))
+        if not isinstance(piece, Path | Confined | bytes | PILImage):
+            raise InferenceError(
+                f"{name} is {shown(piece)}. Fix: give a text (str), or a picture: a pathlib.Path, a PIL image"
+                " or bytes"
+            )
+        image_size(piece)
         sample.append(Image(piece))
+    if not sample:
+        raise InferenceError("a prompt is empty. Fix: give at least one text or picture")
     return sample
+
+
+def _names_picture(text: str) -> bool:
+    try:
+        return is_picture(Path(text)) and Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False
 
 
 def check_text(text: str, name: str) -> None:
@@ -65,6 +91,26 @@ def check_text(text: str, name: str) -> None:
         raise InferenceError(
             f"{name} holds half a character (a lone surrogate). Fix: write it anew"
         ) from None
+
+
+def check_tokens(sample: Sample, tokenizer: Tokenizer) -> None:
+    """Raises InferenceError where a text holds what training refuses in one: a token that is no text to the
+    model, or a tag without a picture."""
+    for number, piece in enumerate(sample, 1):
+        control = tokenizer.control_token(piece.text) if isinstance(piece, Text) else None
+        if control and is_media_tag(control[0]):
+            raise InferenceError(
+                f"piece {number} of the prompt: the tag {control[0]} at character {control[1] + 1} names no"
+                " picture. Fix: take it out; --image puts pictures before the text, and in Python they stand"
+                " in their places: [Path('a.png'), 'and', Path('b.png'), 'What differs?']. Or send"
+                " it as text: allow_control_tokens"
+            )
+        if control:
+            raise InferenceError(
+                f"piece {number} of the prompt: the token {control[0]} at character {control[1] + 1} would"
+                " open, close or end a part of the sequence. Fix: take it out, or mean it so by"
+                " allow_control_tokens"
+            )
 
 
 class Room:
@@ -146,7 +192,10 @@ class Requests:
         self._told: set[str] = set()  # each warning once
 
     def prepare(
-        self, prompts: Sequence[Sequence[Piece]], outputs: Sequence[str] | None, options: SamplingOptions
+        self,
+        prompts: Sequence[Piece | Sequence[Piece]],
+        outputs: Sequence[str] | None,
+        options: SamplingOptions,
     ) -> tuple[list[Sample], tuple[int, int] | None]:
         """The prompts as samples, and the height and width asked for, after all checks that need no work of
         the model.
@@ -167,9 +216,13 @@ class Requests:
             self.tell_idle(options, decides or TEXT in outputs or options.think, draws)
         asked = draws and options.height is not None
         shape = self.canvas_shape(options.height, options.width) if asked else None
+        if not isinstance(prompts, list | tuple):
+            raise InferenceError(
+                f"prompts is {shown(prompts)}. Fix: a list of prompts, each a text, a picture or a list"
+            )
         samples = []
         for pieces in prompts:
-            samples.append(sample_of(pieces))
+            samples.append(self.sample(pieces, options))
             first = [TEXT] if decides else list(outputs)
             if first:
                 thinks = [Text(self.think_prompt(first[0]))] if options.think else []
@@ -177,6 +230,13 @@ class Requests:
                     [*thinks, *samples[-1]], first, options, shape, options.think and first[0] == IMAGE
                 )
         return samples, shape
+
+    def sample(self, prompt: Piece | Sequence[Piece], options: SamplingOptions) -> Sample:
+        """:func:`sample_of` a prompt, its texts as :func:`check_tokens` wants them where ``options`` do."""
+        sample = sample_of(prompt)
+        if not options.allow_control_tokens:
+            check_tokens(sample, self.room.planner.tokenizer)
+        return sample
 
     def check_room(self, sample: Sample, outputs: Sequence[str], *rest: Any) -> None:
         if words := self.room.refusal(sample, outputs, *rest):

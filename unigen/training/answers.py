@@ -77,7 +77,8 @@ class Questions:
         """How a batch is answered: texts may become twice as long as the longest that is right."""
         encode = self.answerer.inferencer.tokenizer.encode
         lengths = [len(encode(text)) for case in batch for given in case.texts for text in given]
-        plain = replace(SAMPLES, seed=self.seed + batch[0].number)
+        # which tokens may stand in a text was asked where the records were read
+        plain = replace(SAMPLES, seed=self.seed + batch[0].number, allow_control_tokens=True)
         return replace(plain, max_new_tokens=min(1000, 2 * max(lengths) + 8)) if lengths else plain
 
     def _job(self, batch: Sequence[Case]) -> PromptBatch:

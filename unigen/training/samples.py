@@ -10,10 +10,11 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unigen.config import Config, UserError
+from unigen.config import Config, SamplingOptions, UserError
 from unigen.files import atomic, json_of, remove, staged
 from unigen.inference.prompts import Prompt, PromptError, read_prompts
 from unigen.model.bagel import Bagel
@@ -96,14 +97,19 @@ class SampleWriter:
                 " --visual_und true"
             )
         try:
-            self._inferencer.requests.prepare([prompt.pieces], OUTPUTS[prompt.kind], prompt.sampling)
+            self._inferencer.requests.prepare([prompt.pieces], OUTPUTS[prompt.kind], self._sampling(prompt))
         except UserError as error:
             raise PromptError(f"{prompt.where}: {error}") from None
+
+    def _sampling(self, prompt: Prompt) -> SamplingOptions:
+        """How a prompt is answered; tokens that the run learns may stand in it."""
+        allowed = prompt.sampling.allow_control_tokens or self.config.allow_control_tokens
+        return replace(prompt.sampling, allow_control_tokens=allowed)
 
     def _ask(self, prompt: Prompt) -> list[Any]:
         """The answer: texts and pictures."""
         return self._inferencer.unified_generate(
-            prompt.pieces, outputs=OUTPUTS[prompt.kind], max_pieces=MAX_PIECES, options=prompt.sampling
+            prompt.pieces, outputs=OUTPUTS[prompt.kind], max_pieces=MAX_PIECES, options=self._sampling(prompt)
         )
 
     # ---- files

@@ -134,7 +134,7 @@ def test_every_sampling_setting_is_a_flag(generate, monkeypatch):
         "num_timesteps": 9,
         "timestep_shift": 2.0, "cfg_text_scale": 4.0, "cfg_img_scale": 2.0, "cfg_interval": (0.1, 0.9),
         "cfg_renorm_min": 0.5,
-        "cfg_renorm_type": "channel", "seed": None,
+        "cfg_renorm_type": "channel", "seed": None, "allow_control_tokens": True,
     }  # fmt: skip
     argv = []
     for name, value in flags.items():

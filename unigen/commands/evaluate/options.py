@@ -47,8 +47,6 @@ class EvaluateOptions(SamplingOptions):
             them.
         fields: What fields of the records are called here, as NAME=PLACE; as in training.
         trigger_word: A word that every caption of a picture to draw begins with; as in training.
-        allow_control_tokens: Take special tokens that are written in texts as the tokens that they are; as in
-            training.
         split: The split to take of a folder that holds several, by its name. Default: the validation split.
         plugin: Modules of your own that add formats, kinds of files or metrics; as in training.
         features: Whose features pictures are compared by: a transformers folder, bagel-vit:FOLDER,
@@ -92,7 +90,6 @@ class EvaluateOptions(SamplingOptions):
     image_root: PathText | None = None
     fields: Renames = field(default_factory=dict)
     trigger_word: str | None = None
-    allow_control_tokens: bool = False
     split: str | None = None
     plugin: list[Plugin] = field(default_factory=list)
     features: str | None = None

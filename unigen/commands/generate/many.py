@@ -27,7 +27,7 @@ from unigen.evaluation.prompt_files import Asked, read_asked
 from unigen.evaluation.results import digest_of
 from unigen.files import atomic, json_of, sha256_of
 from unigen.inference.inferencer import InterleaveInferencer
-from unigen.inference.options import NAMES
+from unigen.inference.options import NAMES, InferenceError
 from unigen.model.backends import pick_device
 from unigen.outputs import output_folder, unwritten
 from unigen.runs.channel import processes
@@ -139,7 +139,11 @@ def write_many(o: GenerateOptions) -> None:
         )
     empty, load = checkpoint_of(o)
     empty.requests.usual = SamplingOptions(**preset.settings) if preset else SamplingOptions()
-    empty.requests.prepare([_prompt(one) for one in asked], ["image"], o)
+    for one in asked:
+        try:
+            empty.requests.prepare([_prompt(one)], ["image"], o)
+        except InferenceError as error:
+            raise InferenceError(f"{one.where}: {error}") from None
     with processes() as (rank, channel):
         if o.shard and channel.world > 1:
             raise ConfigError("shard is given to one of several processes. Fix: leave it to torchrun")
