@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,10 +356,14 @@ def test_a_marker_or_an_entry_that_is_no_file_of_the_cache_is_not_read(store, tm
         Store.open(store.folder)
 
 
-def test_the_tally_counts_what_rows_bring():
-    tally = CacheTally()
-    tally.add(type("Pack", (), {"n_ready": 3, "n_to_encode": 1}))
-    tally.add(type("Pack", (), {"n_ready": 0, "n_to_encode": 0}))
-    assert str(tally) == "3 pictures found in the cache (75.0%), 1 missing and encoded" and "(0.0%)" in str(
-        CacheTally()
-    )
+def test_the_tally_counts_what_is_looked_up(store):
+    """A codec of pixels, and a ViT that learns, have nothing in a cache, so nothing of theirs is missing."""
+    found = {"n_ready": 3, "vae_pixels": [0] * 4, "vit_lengths": [9] * 5, "vit_features": [0] * 3}
+    told = []
+    for encoders in ((VAE, VIT), (None, VIT), (VAE, None)):
+        tally = CacheTally(FeatureCache(store, *encoders, VaeConfig(z_channels=3), (14, 5)))
+        tally.add(SimpleNamespace(**found))
+        told.append((tally.ready, tally.encoded))
+    assert told == [(3, 6), (3, 2), (3, 4)]
+    assert str(tally) == "3 pictures found in the cache (42.9%), 4 missing and encoded"
+    assert "(0.0%)" in str(CacheTally(None))

@@ -159,6 +159,8 @@ def test_vllm_omni_gets_its_own_names_or_is_told_what_it_would_not_bind(
     inside = {name.replace("base_model.model.", "base_model.model.bagel.", 1): t for name, t in peft.items()}
     assert vllm.keys() == inside.keys() and all(torch.equal(vllm[name], t) for name, t in inside.items())
     capsys.readouterr()
+    with pytest.raises(AdapterError, match=r"exported for vLLM-Omni.*Fix: give the folder .* step_N"):
+        read_adapter(tmp_path / "vllm")
     lost = {"both": "q_proj_moe_gen", "seen": "connector.fc1", "whole": "time_embedder", "dora": "DoRA"}
     for name, what in lost.items():
         step = tmp_path / name / "step_1"

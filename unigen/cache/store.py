@@ -278,14 +278,18 @@ class FeatureCache:
 
 @dataclass
 class CacheTally:
-    """How many of the pictures that a run met came from the cache; one that both encoders look at counts
-    twice."""
+    """How many of the pictures that a run looked up in a cache were there; one that both encoders look at
+    counts twice, and one that nothing is looked up for not at all."""
 
+    cache: FeatureCache | None
     ready: int = 0
     encoded: int = 0
 
     def add(self, pack: Pack) -> None:
-        self.ready, self.encoded = self.ready + pack.n_ready, self.encoded + pack.n_to_encode
+        if self.cache is not None:
+            self.ready += pack.n_ready
+            self.encoded += len(pack.vae_pixels) * (self.cache.vae is not None)
+            self.encoded += (len(pack.vit_lengths) - len(pack.vit_features)) * (self.cache.vit is not None)
 
     def __str__(self) -> str:
         share = self.ready / max(self.ready + self.encoded, 1)

@@ -32,6 +32,7 @@ _UNUSED = (
     "trainable_token_indices", "megatron_config",
 )  # fmt: skip
 PREFIX = "base_model.model."
+VLLM = "bagel."  # where vLLM-Omni registers the model, which stands behind the prefix in an export for it
 NAME = "default"  # peft's name of the adapter that trains
 
 
@@ -144,6 +145,12 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Stored]]:
     stored = scan_set(folder, f"{GROUP}.safetensors")
     if stored is None:
         raise AdapterError(f"{folder} has {ADAPTER} but no {GROUP}.safetensors. Fix: copy the whole folder")
+    if stored and all(key.startswith(PREFIX + VLLM) for key in stored):
+        raise AdapterError(
+            f"{folder} is an adapter exported for vLLM-Omni: the names of its matrices begin with {VLLM!r}."
+            " Fix: give the folder that it was exported from, a step_N or best of its run, or export that"
+            " again without --format vllm-omni"
+        )
     named = {own_name(key): entry for key, entry in stored.items()}
     ours = config.get("unigen")
     ours = ours if isinstance(ours, dict) else {}

@@ -44,7 +44,7 @@ class TrainingLoop:
             run.total_steps, run.position.step, run.config.logging_steps, shown,
             note=run.said.note if run.engine.main else lambda line: None,
         )  # fmt: skip
-        self.cached = CacheTally()
+        self.cached = CacheTally(run.cache)
         self._tokens = 0  # of all processes, since the start
         self._failure: Exception | None = None  # of this process's data; the others are to hear of it first
         for answering in (run.samples, run.evaluation):

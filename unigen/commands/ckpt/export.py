@@ -19,7 +19,7 @@ from unigen.figures import gb
 from unigen.files import free_bytes, sha256_of, staged, sweep
 from unigen.foreign import copy_file, roots_of
 from unigen.model import quantise, storage
-from unigen.model.adapters import GROUP, disk_name, read_adapter
+from unigen.model.adapters import GROUP, VLLM, disk_name, read_adapter
 from unigen.model.config import read_config
 from unigen.model.lora import base_digest, binding_on_disk, merges
 from unigen.model.mistakes import is_adapter_folder
@@ -33,7 +33,6 @@ from unigen.runs.space import mount_of
 from unigen.show.terminal import say
 from unigen.version import __version__
 
-VLLM = "bagel."  # where vLLM-Omni registers the model
 MODEL = storage.WEIGHTS.removesuffix(".safetensors")
 
 
