@@ -85,8 +85,8 @@ def test_every_advice_has_a_text():
 def test_values_are_shown_as_people_read_them():
     words = Words("en", "watch")
     assert (
-        words("disk_full", free=88e9, need=1500)
-        == "The disk has 88 GB left; the next checkpoint needs about 1.5 kB."
+        words("disk_full", free=88e9, need=1500, stay=1e9) == "The disk has 88 GB left; the next checkpoint"
+        " takes about 1.5 kB, and 1 GB are to stay free (min_free_gb)."
     )
     assert words("behind", rank=1, step=1234, ahead=2345) == "Rank 1 is at step 1,234, others at 2,345."
     assert words("reason", why="a\x1b[2J\u202eb\n") == r"reason: a\x1b[2J\u202eb" + " "

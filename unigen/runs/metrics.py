@@ -115,6 +115,13 @@ class Log:
         parts[:] = [curve]
         return curve[:, (curve[0] >= self.steps[0]) & (curve[0] <= self.steps[1])]
 
+    def best(self, name: str = "val_loss") -> tuple[int, float] | None:
+        """Step and value where a curve is lowest; None where it has none. Step 0 is the model that the run
+        began with: none of its results, there as in the run's own choice of ``best``."""
+        steps, values = self.curve(name)
+        steps, values = steps[steps > 0], values[steps > 0]
+        return (int(steps[values.argmin()]), float(values.min())) if len(values) else None
+
     def points(self, name: str) -> list[Point]:
         """The curve as at most ``POINTS`` points, each of as many steps: a power of two."""
         if name not in self._points:

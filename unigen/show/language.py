@@ -14,7 +14,7 @@ from unigen.show.terminal import harmless
 
 TAGS = {"en": "en", "zh": "zh-CN"}  # what HTML calls them
 DURATIONS = ("ago", "for_")  # values that are seconds
-SIZES = ("free", "need")  # bytes
+SIZES = ("free", "need", "stay")  # bytes
 BETWEEN = {"en": " ", "zh": ""}  # two sentences
 # In place of a field's name, as in a bad record.
 PLACES = {"(record)": "whole_record", "(file)": "whole_file"}

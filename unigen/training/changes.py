@@ -28,6 +28,7 @@ _RATE = (
 _TOLD = {  # by tell_computing
     "precision", "fp16", "bf16", "compile", "quantize", "double_quant", "model_load_mode", "weights",
 }  # fmt: skip
+_OTHERWISE = "training samples are made otherwise from here on"
 _FREE = {  # of no effect on what is learnt, or of this start alone
     "output_dir", "resume_from_checkpoint", "dry_run", "device", "engine", "shard_size", "num_workers",
     "hang_timeout", "async_save", "low_space", "min_free_gb", "deepspeed_config", "cpu_offload",
@@ -132,7 +133,7 @@ def changes(
     for name, pair in differ.items():
         if name in _RATE or name in _TOLD or name in _FREE:
             continue
-        effect = _EFFECT_OF.get(name, "samples are made otherwise from here on" if name in _LEARNT else "")
+        effect = _EFFECT_OF.get(name, _OTHERWISE if name in _LEARNT else "")
         if (known := same.get(name)) is not None:
             effect = _NAMED[name][known]
         if name == "ema":

@@ -244,10 +244,10 @@ def test_each_warning_is_raised_by_its_cause_and_by_nothing_else(folder):
 
 
 def test_validations_that_get_no_better_are_counted(folder):
-    def losses(*values: float) -> list[str]:
+    def losses(*values: float, first: int = 100) -> list[str]:
         rows = [row(n, random.Random(n)) for n in range(1, 100)]
         rows += [
-            validation(100 + n, random.Random(n)) | {"val_loss": value} for n, value in enumerate(values)
+            validation(first + n, random.Random(n)) | {"val_loss": value} for n, value in enumerate(values)
         ]
         write_metrics(folder / "metrics.jsonl", rows)
         return keys(folder)
@@ -256,6 +256,9 @@ def test_validations_that_get_no_better_are_counted(folder):
         losses(3, 2, 1, 1.1, 1.2) == []
         and losses(3, 2, 1, 1.1, 1.2, 1.05) == ["no_better"]
         and losses(3, 2, 1, 2, 2, 0.9) == []
+    )
+    assert losses(1, 4, 3, 2, first=0) == [], (
+        "step 0 is what the run began with, and not its best here either"
     )
 
 
@@ -283,6 +286,17 @@ def test_a_missing_and_an_old_checkpoint(folder):
 def test_a_disk_that_cannot_hold_the_next_checkpoint(folder, monkeypatch):
     write_checkpoint(folder, "step_50", 50, age=60, size=100 * GB)
     for free, wanted in ((121.5, []), (120.5, ["disk_full"])):  # 1.2 x 100 and min_free_gb
+        monkeypatch.setattr(module, "free_bytes", lambda path, free=free: int(free * GB))
+        assert keys(folder) == wanted
+    run = look(folder)
+    told = next(one.values for one in warnings(run, diagnose(run)) if one.key == "disk_full")
+    assert (told["need"], told["stay"]) == (120 * GB, GB)
+    finished = diagnose(run)._replace(name="finished")
+    assert "disk_full" not in [one.key for one in warnings(run, finished)], "no checkpoint is to come"
+
+
+def test_a_disk_without_what_is_to_stay_free_before_the_first_checkpoint(folder, monkeypatch):
+    for free, wanted in ((2, []), (0.5, ["disk_reserve"])):
         monkeypatch.setattr(module, "free_bytes", lambda path, free=free: int(free * GB))
         assert keys(folder) == wanted
 

@@ -159,7 +159,9 @@ def _marks(run: RunFolder) -> list[tuple[float, int]]:
 
 def warnings(run: RunFolder, state: State) -> list[RunWarning]:
     """What should be looked at, the worst first."""
-    found = [*_numbers(run), *_validation(run), *_drift(run), *_space(run)]
+    found = [*_numbers(run), *_validation(run), *_drift(run)]
+    if state.name != "finished":  # a checkpoint is to come, in one that stopped when it is resumed
+        found += _space(run)
     if state.name in ("running", "hung"):
         found += [*_saving(run), *_processes(run)]
     if run.stacks:
@@ -197,13 +199,13 @@ def _numbers(run: RunFolder) -> Iterator[RunWarning]:
 
 
 def _validation(run: RunFolder) -> list[RunWarning]:
-    lines = run.metrics.log.validations
-    losses = [(line["step"], value) for line in lines for value in numbers([line], "val_loss")]
-    if not losses:
+    if (found := run.metrics.log.best()) is None:
         return []
-    step, best = min(losses, key=lambda found: found[1])
-    since = len(losses) - 1 - losses.index((step, best))
-    return [_warn("no_better", n=since, best=best, step=step, now=losses[-1][1])] if since >= WORSE else []
+    step, best = found
+    since = numbers([line for line in run.metrics.log.validations if line["step"] > step], "val_loss")
+    if len(since) < WORSE:
+        return []
+    return [_warn("no_better", n=len(since), best=best, step=step, now=since[-1])]
 
 
 def _drift(run: RunFolder) -> list[RunWarning]:
@@ -241,6 +243,8 @@ def _processes(run: RunFolder) -> Iterator[RunWarning]:
 
 def _space(run: RunFolder) -> list[RunWarning]:
     last = run.last_checkpoint
-    need = int(SPARE * (last.size if last else 0) + 1e9 * run.option("min_free_gb", 1.0))
-    short = run.disk_free is not None and run.disk_free < need
-    return [_bad("disk_full", free=run.disk_free, need=need)] if short else []
+    need, stay = int(SPARE * last.size) if last else 0, int(1e9 * run.option("min_free_gb", 1.0))
+    if run.disk_free is None or run.disk_free >= need + stay:
+        return []
+    key = "disk_full" if last else "disk_reserve"
+    return [_bad(key, free=run.disk_free, need=need, stay=stay)]

@@ -99,11 +99,10 @@ def _results(run: RunFolder, words: Words) -> list[tuple[str, str, str]]:
         found.append((words("done"), f"{share:.1%}", ""))
     if log.points("loss"):
         found.append((words("loss"), figure(log.latest.get("loss")), ""))
-    if validations := log.points("val_loss"):
-        best = min(validations, key=lambda p: p.low)
-        note = words.listed(
-            [f"{words('best')} {figure(best.low)}", words("step_alone", step=round(best.step))]
-        )
+    if log.points("val_loss"):
+        note = ""
+        if best := log.best():
+            note = words.listed([f"{words('best')} {figure(best[1])}", words("step_alone", step=best[0])])
         found.append((words("validation"), figure(log.latest.get("val_loss")), note))
     return found
 

@@ -118,7 +118,7 @@ def overview(runs: Sequence[RunFolder], words: Words) -> tuple[WatchTable, list[
     for run, state in zip(runs, states, strict=True):
         latest = run.metrics.log.latest
         steps = f"{run.step:,}" + (f"/{run.total_steps:,}" if run.total_steps else "")
-        best = min((p.low for p in run.metrics.log.points("val_loss")), default=None)
+        _, best = run.metrics.log.best() or (0, None)
         numbers = (latest.get("loss"), latest.get("val_loss"), best, speed(run).tokens_per_second)
         named = f"{MARKS[state.name][0]} {words(state.name)}"
         rows.append([run.name, named, steps, *map(figure, numbers), _left(run, state, words)])

@@ -105,8 +105,9 @@ def _panel(
         name, note = (runs[curve.run].name, "") if several else (title, extent)
         if curve.is_validation:
             name = name if several else f"  {words('validation')}"
-            note = f"{words('best')} {figure(min(p.low for p in curve.points))}"
-            note = words.listed((words("validation"), note)) if several else note
+            best = runs[curve.run].metrics.log.best(panel.validation)
+            notes = [f"{words('best')} {figure(best[1] * panel.scale)}"] if best else []
+            note = words.listed([words("validation"), *notes] if several else notes)
         style = "yellow" if curve.is_validation else "cyan"
         spark = Stretched(lambda n, curve=curve, style=style: line((sparkline(curve, box, n), style)))
         newest = f"{figure(curve.points[-1].mean) + unit:>8}"
