@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from safetensors.torch import load_file
 from tiny import built, metrics, take_warm_up, train, train_on
 
 from unigen.cli import main
-from unigen.config import Config, ConfigError
+from unigen.config import Config, ConfigError, UserError
 from unigen.model.adapters import AdapterError, read_adapter
 from unigen.model.parts import is_adapter, published_name
 from unigen.model.storage import scan_folder
 from unigen.model.weights import load_bagel
 from unigen.runs.checkpoint import verify_checkpoint
 from unigen.training.sample_plan import decides
+from unigen.training.trainer import nothing_left
 
 PEFT = ["--format", "peft"]
 LORA = {"lora_rank": 3, "lora_targets": ["both", "connector"], "train_also": ["time_embedder"], "ema": 0.5}
@@ -275,3 +278,19 @@ def test_a_killed_run_goes_on_as_one_nobody_killed(options: dict[str, Any], tmp_
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         a, b = (tmp_path / run / "step_6" / name for run in ("whole", "killed"))
         assert a.read_bytes() == b.read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_how_its_adapter_becomes_the_model_of_another(
+    options: dict[str, Any], tmp_path: Path
+):
+    """Passes when what is said can be typed, and the next run begins with what it makes."""
+    options |= LORA | {"max_steps": 1}
+    train(options)
+    said, *_ = nothing_left(built(options, resume_from_checkpoint="auto").run)
+    command = re.search(r"--model_path NEW_FOLDER, after unigen (ckpt export .* NEW_FOLDER --merge)", said)
+    new = str(tmp_path / "new")
+    assert main(shlex.split(command[1].replace("NEW_FOLDER", new))) == 0
+    assert built(options, model_path=new, output_dir=str(tmp_path / "next"), seed=3).run.position.step == 0
+    with pytest.raises(UserError, match=r"--seed 42, or .* NEW_FOLDER --merge"):
+        built(options, resume_from_checkpoint="auto", max_steps=2, seed=3)
