@@ -10,7 +10,7 @@ import torch
 from pictures import noise
 
 from unigen import cli
-from unigen.config import ConfigError, DataOptions, TrainSource
+from unigen.config import ConfigError, DataOptions, TrainSource, UserError
 from unigen.inference.inferencer import InterleaveInferencer
 from unigen.inference.options import InferenceError
 from unigen.model.weights import load_bagel, load_planner
@@ -335,8 +335,27 @@ def test_a_prompt_of_one_text_needs_no_list(inferencer):
             inferencer.unified_generate_batch(prompts, **asked)
     with pytest.raises(InferenceError, match="piece 1 of the prompt is None"):
         inferencer.unified_generate(None)
-    with pytest.raises(InferenceError, match=r"dtype is 'bf16'. Fix: torch.bfloat16"):
-        InterleaveInferencer.from_pretrained("not read", dtype="bf16")
+    with pytest.raises(InferenceError, match="options is 3"):
+        inferencer.unified_generate("a", options=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"dtype": "bf16"}, "dtype is 'bf16'. Fix: torch.bfloat16"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"folder": None}, "the checkpoint's folder is None"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_bagel, InterleaveInferencer.from_pretrained, InterleaveInferencer])
+def test_an_argument_of_loading_that_cannot_be_is_named(given, words, load):
+    if load is InterleaveInferencer:
+        given, words = {"model": "not read"}, "model is 'not read'"
+    elif "folder" not in given:
+        given = {"folder": "not read", **given}
+    with pytest.raises(UserError) as error:
+        load(**given)
+    assert words in str(error.value) and "Fix: " in str(error.value)
 
 
 def test_the_command_line_refuses_them_too(golden, tmp_path, capsys):

@@ -84,6 +84,11 @@ class InterleaveInferencer:
         *,
         vit_edit_transform: ImageTransform | None = None,
     ):
+        if not isinstance(model, torch.nn.Module):
+            raise InferenceError(
+                f"model is {shown(model)}. Fix: load_bagel(FOLDER), or"
+                " InterleaveInferencer.from_pretrained(FOLDER)"
+            )
         prefer_flash()
         self.model = model.eval()
         if vae_model is not None:
@@ -120,11 +125,6 @@ class InterleaveInferencer:
         """Loads a checkpoint folder, or an adapter's over its base; bfloat16 on a GPU, float32 on a CPU
         unless ``dtype`` says otherwise. ``adapters`` are added up: ``FOLDER`` or ``FOLDER:FACTOR``;
         ``quantize`` and ``double_quant`` as :func:`load_bagel`."""
-        if not isinstance(dtype, torch.dtype | None):
-            raise InferenceError(
-                f"dtype is {shown(dtype)}. Fix: torch.bfloat16, torch.float16 or torch.float32"
-            )
-        adapters = [adapters] if isinstance(adapters, str | Path) else adapters
         place = pick_device(device)
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
         bits = {"quantize": quantize, "double_quant": double_quant}

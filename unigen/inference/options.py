@@ -123,6 +123,8 @@ def check_sampling(options: SamplingOptions, **settings: Any) -> SamplingOptions
     Raises:
         InferenceError: a value cannot work, or two do not go together; says which, why, and the fix.
     """
+    if not isinstance(options, SamplingOptions):
+        raise InferenceError(f"options is {shown(options)}. Fix: unigen.config.SamplingOptions(...)")
     try:
         o = replace(options, **settings)
     except ConfigError as error:

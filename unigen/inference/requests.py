@@ -103,13 +103,13 @@ def check_tokens(sample: Sample, tokenizer: Tokenizer) -> None:
                 f"piece {number} of the prompt: the tag {control[0]} at character {control[1] + 1} names no"
                 " picture. Fix: take it out; --image puts pictures before the text, and in Python they stand"
                 " in their places: [Path('a.png'), 'and', Path('b.png'), 'What differs?']. Or send"
-                " it as text: allow_control_tokens"
+                " it as text: --allow_control_tokens, in Python allow_control_tokens=True"
             )
         if control:
             raise InferenceError(
                 f"piece {number} of the prompt: the token {control[0]} at character {control[1] + 1} would"
-                " open, close or end a part of the sequence. Fix: take it out, or mean it so by"
-                " allow_control_tokens"
+                " open, close or end a part of the sequence. Fix: take it out, or mean it so:"
+                " --allow_control_tokens, in Python allow_control_tokens=True"
             )
 
 

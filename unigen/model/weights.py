@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unigen import foreign
 from unigen.bars import Bar
-from unigen.config import DataOptions, TrainSource
+from unigen.config import ConfigError, DataOptions, TrainSource
 from unigen.model.adapters import (
     NAME,
     AdapterError,
@@ -65,6 +65,7 @@ from unigen.model.storage import (
 from unigen.printing import typed
 from unigen.sequence.plan import Planner
 from unigen.sequence.tokens import Tokenizer, WordTokenizer
+from unigen.values import PathText, read_value, shown
 
 log = logging.getLogger("unigen")
 
@@ -131,7 +132,7 @@ def load_bagel(
     visual_und: bool = True,
     constants: Mapping[str, Any] | None = None,
     weights: tuple[str, ...] = (WEIGHTS, "model.safetensors"),
-    adapters: Sequence[str | Path] = (),
+    adapters: str | Path | Sequence[str | Path] = (),
     quantize: str | None = None,
     double_quant: bool = False,
 ) -> Bagel:
@@ -155,16 +156,22 @@ def load_bagel(
         AdapterError: an adapter was made for another base.
         QuantiseError: the folder holds another kind than ``quantize``, or it cannot be computed here.
     """
+    if not (dtype is None or isinstance(dtype, torch.dtype) or callable(dtype)):
+        raise ConfigError(f"dtype is {shown(dtype)}. Fix: torch.bfloat16, torch.float16 or torch.float32")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device is {shown(device)}. Fix: cpu, cuda, or one GPU such as cuda:0") from None
     folder, adapters = base_of(folder, adapters)
     quantize, double_quant = bits_of(folder, quantize, double_quant)
     need_backend(quantize, device)
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         use_expandable_segments()
     model, stored = build_bagel(
         folder, dtype, visual_gen=visual_gen, visual_und=visual_und, constants=constants, weights=weights
     )
     if quantize is not None:
-        computes = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        computes = torch.float32 if device.type == "cpu" else torch.bfloat16
         quantise_layers(model, quantize, double_quant, computes)
     place_parameters(model, stored, device, quantises=quantize is not None)
     refuse_nonfinite(folder, nonfinite(model.named_parameters()))
@@ -180,9 +187,12 @@ def load_bagel(
     return model.eval()
 
 
-def base_of(folder: Path | str, adapters: Sequence[str | Path] = ()) -> tuple[Path, list[str | Path]]:
+def base_of(
+    folder: Path | str, adapters: str | Path | Sequence[str | Path] = ()
+) -> tuple[Path, list[str | Path]]:
     """The folder of a model, and the adapters over it: an adapter's folder stands for its base and itself."""
-    folder = Path(folder)
+    folder = Path(read_value(PathText, folder, "the checkpoint's folder"))
+    adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     if is_adapter_folder(folder):
         base = read_adapter(folder)[0].base
         if not base or not Path(base).is_dir():
