@@ -5,6 +5,7 @@ import logging
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -201,6 +202,34 @@ def test_values_stay_to_the_letter(shift):
 )  # fmt: skip
 def test_sentences_within_sentences(english, chinese):
     assert in_language(english, "zh") == chinese and in_language(english, "en") == english
+
+
+def test_values_of_options_and_names_of_commands_are_never_translated():
+    """They are typed again: --quantize none, unigen generate."""
+    from unigen.commands.table import COMMANDS
+    from unigen.config import Config
+
+    def choices(kind: object) -> list[str]:
+        held = get_args(kind)
+        own = held if get_origin(kind) is Literal else ()
+        return [*own, *(c for one in held if not isinstance(one, str) for c in choices(one))]
+
+    typed = [
+        f"--{name} {value}"
+        for name, kind in get_type_hints(Config, include_extras=True).items()
+        for value in {*choices(kind), "none"}
+    ]
+    said = {"quantize is nf4. Fix: {}, or leave it out": typed, "Fix: {} of this run": typed}
+    said["real is a/b.html, and {} did not write it as it is now. Fix: name another file (--html ...)"] = [
+        f"unigen {name}" for name in COMMANDS
+    ]
+    lost = [
+        one
+        for sentence, values in said.items()
+        for one in values
+        if one not in in_language(sentence.format(one), "zh")
+    ]
+    assert len(typed) > 150 and lost == []
 
 
 def test_names_beside_each_other_are_listed_in_the_language_of_the_command():

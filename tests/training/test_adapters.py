@@ -164,6 +164,8 @@ def test_vllm_omni_gets_its_own_names_or_is_told_what_it_would_not_bind(
     capsys.readouterr()
     with pytest.raises(AdapterError, match=r"exported for vLLM-Omni.*Fix: give the folder .* step_N"):
         read_adapter(tmp_path / "vllm")
+    assert main(["ckpt", "export", str(tmp_path / "vllm"), str(tmp_path / "no"), "--merge"]) == 2
+    assert "exported for vLLM-Omni" in capsys.readouterr().err
     lost = {"both": "q_proj_moe_gen", "seen": "connector.fc1", "whole": "time_embedder", "dora": "DoRA"}
     for name, what in lost.items():
         step = tmp_path / name / "step_1"

@@ -57,6 +57,8 @@ def export(source: Path, out: Path, options: CkptOptions) -> None:
         raise ExportError(
             f"{source} is a run. Fix: name one of its checkpoints: {', '.join(p.name for p in inside)}"
         )
+    if is_adapter_folder(source) and not is_checkpoint_folder(source):
+        read_adapter(source)  # one that was exported for another program is told as that
     given = not is_checkpoint_folder(source) and (source / "llm_config.json").exists()
     manifest, out = _about(source) if given else read_manifest(source), Path(os.path.abspath(out))
     adapted = GROUP in manifest["groups"]
