@@ -183,6 +183,16 @@ def test_what_is_lost_is_asked_for_again(lost, tmp_path):
             {"about": {"checkpoint": "x", "sampling": {"a": 1, "b": 1}, "data": "z"}, "cases": CASES[:3]},
             "another --data_path.",
         ),
+        # the digest of the checkpoint follows from these, and all that is sampled from who answers
+        (
+            {"about": {"checkpoint": "y", "sampling": {"a": 1, "b": 1}, "quantize": "nf4", "adapter": [0.5]}},
+            'another --adapter (null -> [0.5]), --quantize (null -> "nf4").',
+        ),
+        ({"about": {"predictions": "z", "sampling": {}}}, "another --predictions."),
+        (
+            {"about": {"checkpoint": "x", "sampling": {"a": 1, "b": 1}, "images": "z"}},
+            "another content of the pictures given.",
+        ),
         ({"seed": 1}, "--seed (0 -> 1)."), ({"batch_size": 3}, "--batch_size (2 -> 3)."),
         ({"cases": CASES[:3]}, f"another --samples ({len(CASES)} -> 3)."),
     ],

@@ -54,6 +54,7 @@ def test_our_own_predictions_are_read_as_they_were_written(tmp_path):
         (["[]"], ":1: is no object"),
         ([{"text": "a"}], ":1: names no record"),
         ([{"index": -1, "text": "a"}], ":1: index is -1"),
+        ([{"index": "0", "text": "a"}], ':1: index is "0".'),
         ([{"index": 0}], ":1: holds no answer"),
         ([{"index": 0, "text": 3}], "no text"),
         ([{"index": 0, "image": "none.png"}], "no picture"),

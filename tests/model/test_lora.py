@@ -172,6 +172,20 @@ def test_an_evaluation_mixes_adapters_as_the_model_they_add_up_to(small_model: P
     assert "adapter is given without model_path" in capsys.readouterr().err
 
 
+def test_pictures_of_many_prompts_keep_the_factors_that_they_began_with(
+    small_model: Path, tmp_path: Path, capsys
+):
+    adapter = made(small_model, tmp_path / "a", wanted=("gen",))
+    prompts = tmp_path / "asked.json"
+    prompts.write_text(json.dumps([{"Prompt": "a cat", "prompt_id": 1}]))
+    words = ["generate", "--model_path", small_model, "--prompts_file", prompts, "--layout", "wise"]
+    words += ["--output_dir", tmp_path / "out", "--device", "cpu", "--num_timesteps", 2, "--height", 32]
+    words += ["--width", 32, "--adapter"]
+    assert main([*map(str, words), f"{adapter}:0.5"]) == 0
+    assert main([*map(str, words), f"{adapter}:1.0"]) == 2
+    assert "another --adapter ([0.5] -> [1.0])." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_parts_trained_whole_add_up_too_and_dora_takes_part_whole_or_not(base: Path, tmp_path: Path):
     a, b = (

@@ -7,8 +7,10 @@ absent) and ``pictures/``; at the end ``predictions.jsonl``, all of them in the 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +20,10 @@ import torch
 
 from unigen.config import UserError
 from unigen.evaluation.cases import IMAGE, Case, batches
+from unigen.evaluation.results import digest_of
 from unigen.files import atomic
+from unigen.model.adapters import parse_adapter
+from unigen.sequence.images import open_image, read_picture
 
 ABOUT, BATCHES, PICTURES, PREDICTIONS = "answers.json", "batches", "pictures", "predictions.jsonl"
 THREADS = "threads.json"
@@ -27,8 +32,14 @@ FILES = (ABOUT, BATCHES, PICTURES, PREDICTIONS, THREADS)
 _OPTIONS = {
     "cases": "--samples", "records": "--samples", "pictures": "--num_images", "checkpoint": "--model_path",
     "data": "--data_path", "prompts": "--prompts_file", "version": "unigen", "source": "--preset",
+    "images": "content of the pictures given",
 }  # fmt: skip
-_DIGESTS = ("checkpoint", "data", "prompts", "predictions")
+_DIGESTS = ("checkpoint", "data", "prompts", "predictions", "images")
+# what follows from another thing, and is no cause by itself where that differs
+_FOLLOWS = (
+    ("data", "cases"), ("data", "images"), ("prompts", "records"), ("prompts", "images"),
+    ("quantize", "checkpoint"), ("adapter", "checkpoint"),
+)  # fmt: skip
 
 
 class Answer(NamedTuple):
@@ -208,6 +219,27 @@ def row_by_row(
     return found
 
 
+def digest_of_picture(source: Any) -> str:
+    """SHA-256 of the bytes of a file, or of the size and levels of a PIL picture."""
+    if hasattr(source, "tobytes"):
+        picture = open_image(source)
+        source = f"{picture.size}".encode() + picture.tobytes()
+    return hashlib.sha256(source if isinstance(source, bytes) else read_picture(source)).hexdigest()
+
+
+def digest_of_pictures(pictures: Iterable[Any]) -> str | None:
+    """Twelve hexadecimal digits of the contents of pictures in their order; None without one. Raises
+    PictureError."""
+    with ThreadPoolExecutor(4) as pool:  # reading and hashing release the interpreter lock
+        digests = list(pool.map(digest_of_picture, pictures))
+    return digest_of(*digests) if digests else None
+
+
+def factors_of(adapters: Iterable[str]) -> list[float] | None:
+    """How much of each adapter takes part: the digest of the checkpoint holds what each is, and not this."""
+    return [parse_adapter(one)[1] for one in adapters] or None
+
+
 def claim_answers(folder: Path, about: dict[str, Any]) -> None:
     """Makes the folder that of these answers. Raises AnswersError: it is of others."""
     path, about = folder / ABOUT, json.loads(json.dumps(about))
@@ -228,9 +260,12 @@ def claim_answers(folder: Path, about: dict[str, Any]) -> None:
 
 def _differing(known: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What differs, by the names of options, and their values before and now."""
+    if ("predictions" in known) != ("predictions" in now):  # hardly anything else is the same
+        yield "--predictions" if "predictions" in now else "--model_path"
+        return
     keys = {*known, *now}
-    for what, of_it in (("data", "cases"), ("prompts", "records")):  # others are as many as they are
-        keys -= {of_it} if known.get(what) != now.get(what) else set()
+    for what, following in _FOLLOWS:
+        keys -= {following} if known.get(what) != now.get(what) else set()
     for key in sorted(keys):
         was, is_ = known.get(key), now.get(key)
         if isinstance(was, dict) and isinstance(is_, dict):

@@ -54,6 +54,11 @@ class Case:
         return [given for kind, given in zip(self.outputs, self.references) if kind == TEXT]
 
     @property
+    def pictures(self) -> list[Any]:
+        """The sources of all pictures, given or asked for."""
+        return [one for one in (*self.prompt, *self.references) if not isinstance(one, str | tuple)]
+
+    @property
     def source(self) -> Any:
         """What an edit starts from: the picture that was answered last, else the first of the prompt; None
         without one."""

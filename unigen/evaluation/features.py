@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from unigen.bars import Bar
 from unigen.cache.encoders import Encoders
 from unigen.config import Config, UserError
+from unigen.evaluation.answers import digest_of_picture
 from unigen.evaluation.inception import SIDE, Inception, resize_as_tensorflow
 from unigen.evaluation.results import CannotRun, libraries, same_length
 from unigen.evaluation.towers import PictureTower, short_name, weights_digest
 from unigen.files import atomic, sha256_of
 from unigen.printing import first_line
 from unigen.sequence.grid import grid_positions
-from unigen.sequence.images import bicubic_levels, open_image, read_picture
+from unigen.sequence.images import bicubic_levels, open_image
 from unigen.sequence.transform import ImageTransform
 
 Picture = Any  # a path, a Confined path, bytes, or a PIL image
@@ -84,7 +85,7 @@ class Extractor:
         with ThreadPoolExecutor(4) as pool, Bar("features of pictures", len(pictures)) as shown:
             for start in range(0, len(pictures), self.batch_size):
                 batch = pictures[start : start + self.batch_size]
-                keys = [self.key(digest) for digest in pool.map(_digest, batch)]
+                keys = [self.key(digest) for digest in pool.map(digest_of_picture, batch)]
                 held: list[Any] = [cache.get(key) if cache else None for key in keys]
                 missing = [place for place, feature in enumerate(held) if feature is None]
                 if missing:
@@ -109,14 +110,6 @@ class Extractor:
     def key(self, picture: str) -> str:
         """The cache's key of a picture, given the digest of its bytes."""
         return hashlib.sha256(json.dumps([picture, self.identity, self.libraries]).encode()).hexdigest()
-
-
-def _digest(source: Picture) -> str:
-    """SHA-256 of the bytes of a file, or of the size and levels of a PIL picture."""
-    if hasattr(source, "tobytes"):
-        picture = open_image(source)
-        source = f"{picture.size}".encode() + picture.tobytes()
-    return hashlib.sha256(source if isinstance(source, bytes) else read_picture(source)).hexdigest()
 
 
 def resized(picture: Any, size: int, *, crop: bool = False) -> Tensor:

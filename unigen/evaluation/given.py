@@ -90,7 +90,8 @@ def _case_of(
     value = held[key]
     if key != "id":
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise PredictionsError(f"{where}: {key} is {printable(value)}. Fix: the record's number, from 0")
+            said = printable(json.dumps(value, ensure_ascii=False))
+            raise PredictionsError(f"{where}: {key} is {said}. Fix: the record's number, from 0, as a number")
         return numbers.get(value)
     ones = names.get(str(value), []) if value != "" else []
     if len(ones) > 1:

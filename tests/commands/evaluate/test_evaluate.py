@@ -174,6 +174,24 @@ def test_given_answers_are_scored_and_compared_without_a_model(score_given, tmp_
     assert score_given(mine, "--compare", others, "--metrics", "fd")[0] == 1  # no record has a picture
 
 
+@pytest.mark.parametrize("changed", ["asked", "answered"])
+def test_answers_about_other_pictures_are_not_taken_for_these(score_given, tmp_path, changed):
+    """The records and the answers are the same files, and a picture that they name is another."""
+    for name in ("asked", "answered"):
+        noise(8, 8, 1).save(tmp_path / f"{name}.png")
+    mine = write_lines(tmp_path / "mine.jsonl", {"index": 0, "image": "answered.png"})
+    turns = [{"role": "user", "content": "<image>Turn it."}, {"role": "assistant", "content": "<image>"}]
+    write_lines(tmp_path / "val.jsonl", {"messages": turns, "images": ["asked.png", "asked.png"]})
+    given = [mine, "--metrics", "structure"]
+    assert [score_given(*given)[0::2] for _ in range(2)] == [(0, "")] * 2
+    before = contents(tmp_path / "out")
+    noise(8, 8, 2).save(tmp_path / f"{changed}.png")
+    code, _, error = score_given(*given)
+    told = {"asked": "content of the pictures given", "answered": "--predictions"}[changed]
+    assert code == 2 and f"holds answers with another {told}." in error, error
+    assert contents(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -284,6 +284,15 @@ def test_pictures_of_somebody_else_are_not_taken_for_ours(draw, tmp_path):
     assert code == 2 and "10.png that is not ours" in said and (out / "10.png").read_bytes() == b"mine"
 
 
+def test_pictures_of_other_pictures_are_not_taken_for_these(draw, tmp_path):
+    assert draw("rise")[0] == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "others" / "sub").mkdir(parents=True)
+    noise(48, 32, 3).save(tmp_path / "others" / "sub" / "cat.png")
+    code, said, out = draw("rise", "--image_root", str(tmp_path / "others"))
+    assert code == 2 and "another content of the pictures given" in said and contents(out) == before
+
+
 @pytest.mark.parametrize("argv", [["--layout", "wise"], ["--shard", "1/2"], ["--batch_size", "2"]])
 def test_options_of_many_prompts_are_refused_for_one(golden, capsys, argv):
     code = cli.main(["generate", "--model_path", str(golden / "model"), "--prompt", "a", *argv])

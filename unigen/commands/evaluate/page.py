@@ -60,6 +60,8 @@ def write(
         [short[one.name], one.about.get("checkpoint") or one.about["predictions"], one.name]
         for one in answered
     ]
+    for row, one in zip(checkpoints, answered, strict=True):
+        row[1] += f" {one.about['quantize']}" if one.about.get("quantize") else ""
     answered = [replace(one, name=short[one.name]) for one in answered]
     base = answered[0]
     everything = [result for one in answered for results in one.scores.values() for result in results]

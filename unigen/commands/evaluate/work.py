@@ -30,6 +30,8 @@ from unigen.evaluation.answers import (
     Prediction,
     answer_all,
     claim_answers,
+    digest_of_pictures,
+    factors_of,
     row_by_row,
     same_threads,
 )
@@ -103,6 +105,7 @@ class Work:
     part: BatchesOfProcess = field(default_factory=BatchesOfProcess)
     extras: Extras = field(default_factory=Extras)
     kinds: Sequence[str] = ()  # of the metrics; all where none is named
+    images: str | None = None  # digest of the pictures of all cases
 
     def wants(self, kind: str) -> bool:
         return not self.options.metrics or kind in self.options.metrics
@@ -144,6 +147,7 @@ def run(o: EvaluateOptions, extras: Extras | None = None) -> int:
         out = output_folder("output_dir", o.output_dir, inputs)
         folders = claim_folders(out, names)
         _tell_idle(work, names, rank)
+        work = replace(work, images=digest_of_pictures(one for case in cases for one in case.pictures))
         pairs = zip(names, folders, strict=True)
         sources = [AnswerSource(*pair, [] if number else o.adapter) for number, pair in enumerate(pairs)]
         said = [_answers(work, source) for source in sources]
@@ -382,9 +386,11 @@ def _answers(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Pre
 
 def _given(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[Prediction], Said]:
     predictions = read_predictions(source.name, work.cases, work.options.data_root)
+    drawn = [piece for one in predictions for piece in one.pieces if not isinstance(piece, str)]
+    given = sha256_of(Path(source.name))[:12]
     about = {
-        "predictions": sha256_of(Path(source.name))[:12], "data": work.fingerprint, "version": __version__,
-        "sampling": {},
+        "predictions": digest_of(given, digest_of_pictures(drawn)) if drawn else given,
+        "data": work.fingerprint, "images": work.images, "version": __version__, "sampling": {},
     }  # fmt: skip
     claim_answers(source.folder, {**about, "cases": len(work.cases)})
     return about, predictions, {}
@@ -398,17 +404,12 @@ def _generated(work: Work, source: AnswerSource) -> tuple[dict[str, Any], list[P
     inferencer = InterleaveInferencer.from_pretrained(source.name, str(device), None, source.adapters, *bits)
     inferencer.requests.usual = o  # what has no effect was told once for all
     sampling = {name: getattr(o, name) for name in NAMES}
-    digest = digest_weights(inferencer.model.state_dict().items(), None)[:12]
-    if held := told_bits(*bits_of(base_of(source.name)[0], *bits)):
-        digest += f" {held}"
-    # what each adapter is stands in the digest, and how much of it takes part does not
-    factors = [parse_adapter(one)[1] for one in source.adapters]
     about = {
-        "checkpoint": digest,
+        "checkpoint": digest_weights(inferencer.model.state_dict().items(), None)[:12],
+        "quantize": told_bits(*bits_of(base_of(source.name)[0], *bits)),
         "data": work.fingerprint, "device": device.type, "pieces": o.pieces, "sampling": sampling,
-        "version": __version__,
+        "version": __version__, "images": work.images, "adapter": factors_of(source.adapters),
     }  # fmt: skip
-    about |= {"adapter": factors} if factors else {}
     if device.type == "cpu":
         same_threads(source.folder)
 

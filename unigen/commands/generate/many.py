@@ -21,7 +21,7 @@ from unigen.cache.encoders import digest_weights
 from unigen.commands.generate.one import checkpoint_of, held_bits
 from unigen.commands.generate.options import GenerateOptions
 from unigen.config import ConfigError, SamplingOptions
-from unigen.evaluation.answers import ABOUT, claim_answers, same_threads
+from unigen.evaluation.answers import ABOUT, claim_answers, digest_of_pictures, factors_of, same_threads
 from unigen.evaluation.benchmarks import LAYOUTS, PRESETS, Layout, Preset, beaten
 from unigen.evaluation.prompt_files import Asked, read_asked
 from unigen.evaluation.results import digest_of
@@ -209,6 +209,8 @@ def _about(o: GenerateOptions, plan: Plan, inferencer: InterleaveInferencer) -> 
         "guidance": plan.preset.guidance._asdict() if plan.preset else None,
         "one_seed": plan.preset is not None and plan.preset.one_seed,
         "device": inferencer.model.device.type, "quantize": held_bits(o), "version": __version__,
+        "images": digest_of_pictures(picture for one in plan.asked for picture in one.pictures),
+        "adapter": factors_of(o.adapter),
     }  # fmt: skip
 
 
