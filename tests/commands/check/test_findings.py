@@ -658,6 +658,7 @@ def test_the_recipe_of_a_training_is_checked_source_by_source(tmp_path, capsys, 
     }  # fmt: skip
     assert found["records"] == 6 and [p["line"] for p in document["problems"]] == [2]
     assert found["lengths"]["unit"] == "tokens" and found["left_out"]["splits"] == ""
+    assert found["learnt_too"] == found["repeats"]["records"]["surplus"] == 0
     # paths take the place of that data, and a training's flags are those of its recipe
     assert main(["check", str(tmp_path / "a"), "--config", str(recipe), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["statistics"]["records"] == 3
@@ -672,6 +673,15 @@ def test_a_source_without_a_record_is_a_problem_beside_others(tmp_path, capsys):
     assert main(["check", *flags, "--json"]) == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert problem["code"] == "no_record" and problem["file"].endswith("empty.jsonl")
+    # records that are validated on as well are no repetition, which a training would meet twice
+    flags[-1] = str(write(tmp_path / "val.jsonl", talk("why", "so"), talk("how", "so")))
+    assert main(["check", *flags, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["statistics"]["learnt_too"] == 1
+    assert [one["code"] for one in document["advice"] if one["level"] == "warn"] == ["learnt_too"]
+    flags[-1] = str(good)
+    assert main(["check", *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["statistics"]["learnt_too"] == 1
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def _of_records(s: dict[str, Any], problems: int, language: str | None) -> Itera
         yield Advice(
             "duplicates", _level(surplus / good, DUPLICATES), {"n": surplus, "share": surplus / good}
         )
+    if s["learnt_too"]:
+        yield Advice("learnt_too", "warn", {"n": s["learnt_too"]})
     for most in s["repeats"]["texts"]["most"][:1]:
         share = most["count"] / max(s["targets"]["records_with_text"], 1)
         if most["count"] >= 20 and share >= SAME_TEXT:

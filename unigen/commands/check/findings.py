@@ -214,6 +214,7 @@ class Findings:
                 "vit_tokens": distribution_of(pictures["vit"][pictures["vit"] > 0]),
             },
             "repeats": self._repeats(),
+            "learnt_too": self._learnt_too(),
             "near_empty": {
                 "records": int(good["near_empty"].sum()),
                 "first": [list(entry) for entry in self.tally.near_empty],
@@ -222,6 +223,18 @@ class Findings:
             "limits": what_limits_cut(self.tally.records, self.limits),
             "rows": how_full_packs_get(good["length"], sorted(set(budgets))),
         }
+
+    @property
+    def _held_out(self) -> np.ndarray:
+        """[records] bool: is a record of data that a training measures itself on?"""
+        held = [self.data[self.of_file[part.file]].split != "train" for part in self.parts]
+        return np.repeat(np.array(held, bool), np.diff(self.part_ends, prepend=0))
+
+    def _learnt_too(self) -> int:
+        """Held-out records that are records of the training data, too."""
+        samples, held = self.tally.records["sample"], self._held_out
+        learnt = samples[~held & (samples != 0)]
+        return int(np.isin(samples[held], learnt).sum())
 
     def _sources(self) -> dict[str, int]:
         """Records by source."""
@@ -237,7 +250,9 @@ class Findings:
     def _repeats(self) -> dict[str, Any]:
         """``records``, ``texts``, ``pictures``, ``copies`` -> ``distinct``, ``surplus``, ``most``: ``count``,
         ``where``, ``what`` each."""
-        found = repeats(self.tally, SHOWN)
+        records = self.tally.records.copy()
+        records[["sample", "texts"]][self._held_out] = 0  # of the training data alone, if there is other
+        found = repeats(self.tally._replace(records=records), SHOWN)
         # record and segment of each of the first few; of records and texts no segment is asked for
         places = {
             (kind, row): self.tally.pictures[["record", "segment"]][row].item()
@@ -370,7 +385,7 @@ def check(
 def _find(data: Sequence[CheckedData], left_out: list[LeftOut]) -> tuple[list[Path], list[int]]:
     """The files of all data, each once for each way that it is read, and of which data each is. Raises
     BadData."""
-    found: dict[tuple[Path, str, str], int] = {}
+    found: dict[tuple[Any, ...], int] = {}
     for number, one in enumerate(data):
         read, more = one.read, list[LeftOut]()
         there = find_files(
@@ -380,7 +395,7 @@ def _find(data: Sequence[CheckedData], left_out: list[LeftOut]) -> tuple[list[Pa
         require_match(files, read)
         left_out += [entry for entry in more if entry not in left_out]
         for path in files:
-            found.setdefault((path, repr(read), one.planner.identity), number)
+            found.setdefault((path, repr(read), one.planner.identity, one.split), number)
     taken = {path for path, *_ in found}
     left_out[:] = [entry for entry in left_out if entry.path not in taken]  # of another source's split
     return [path for path, *_ in found], list(found.values())
