@@ -220,15 +220,12 @@ class Requests:
             raise InferenceError(
                 f"prompts is {shown(prompts)}. Fix: a list of prompts, each a text, a picture or a list"
             )
-        samples = []
-        for pieces in prompts:
-            samples.append(self.sample(pieces, options))
-            first = [TEXT] if decides else list(outputs)
-            if first:
-                thinks = [Text(self.think_prompt(first[0]))] if options.think else []
-                self.check_room(
-                    [*thinks, *samples[-1]], first, options, shape, options.think and first[0] == IMAGE
-                )
+        samples = [self.sample(pieces, options) for pieces in prompts]
+        if first := [TEXT] if decides else list(outputs):
+            thinks = [Text(self.think_prompt(first[0]))] if options.think else []
+            for sample in samples:
+                thought = options.think and first[0] == IMAGE
+                self.check_room([*thinks, *sample], first, options, shape, thought)
         return samples, shape
 
     def sample(self, prompt: Piece | Sequence[Piece], options: SamplingOptions) -> Sample:
