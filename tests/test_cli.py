@@ -129,6 +129,7 @@ def test_the_recipe_of_a_training_gives_its_data_and_the_rest_is_passed_over(com
         ("train_data_path: c.jsonl\n", "train_sources and train_data_path exclude each other"),
         ("preserve_data_path: c.jsonl\n", "preserve_data_path needs preserve_weight"),
         ("train_also: [norms]\nprobe_data_path: ''\n", "probe_data_path is ''; it is empty"),
+        ("paths: [c.jsonl]\n", "paths"),
     ],
 )
 def test_what_a_training_refuses_of_its_recipe_is_refused_by_what_reads_its_data(

@@ -162,12 +162,21 @@ def parse_options(
     flags = list(read_flags(argv, types, unknown_names, positional, short or {}))
     recipes = [path for flag, name, given in flags if name == "config" for path in paths_of(flag, given)]
     try:
-        found, trained = list[Given](), list[Given]()
+        found, trained, own = list[Given](), list[Given](), list[str]()
         for recipe in recipes:
             lines = list(read_recipe(Path(recipe), known, unknown_names, _of_other_command))
-            (found if all(name in types for name, *_ in lines) else trained).extend(lines)
+            if not takes or all(name in types for name, *_ in lines):
+                found += lines
+            else:
+                trained += lines
+                own += [where for name, where, _ in lines if name not in kinds(Config)]
         if unknown_names:
             raise UsageError("\n".join(unknown_names))
+        if own:
+            raise UsageError(
+                f"{own[0]} is no option of a training, as others in that recipe are. Fix: give it as a flag"
+                f" ({', '.join('--' + where.rpartition(' ')[2] for where in own)})"
+            )
         keep([value for *_, value in (*found, *trained)])
         for name, (flag, given) in collect(flags, types).items():
             found.append((name, f"--{name}", flag_value(flag, given, types[name])))

@@ -181,6 +181,12 @@ def test_pictures_with_texts_in_folders_are_what_their_table_describes(tmp_path:
     left_out: list[LeftOut] = []
     assert [name for _, name in find_files([tmp_path], left_out=left_out)] == ["00001/1.jpg"]
     assert {"00000.parquet", "00001_stats.json", "1.json"} <= {path.name for path, _ in left_out}
+    write(tmp_path / "2023.parquet", b"")  # a year, and a table elsewhere, are data
+    write(tmp_path / "other/00007.parquet", b"")
+    write(tmp_path / "2024/1.png", png())
+    write(tmp_path / "2024/1.txt", "red")
+    write(tmp_path / "2024.parquet", b"")
+    assert [name for _, name in find_files([tmp_path])] == ["2023.parquet", "other/00007.parquet"]
 
 
 def test_repeats_of_kohya_and_packed_pictures_are_told(tmp_path: Path, caplog) -> None:

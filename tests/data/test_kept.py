@@ -117,6 +117,26 @@ def cut_entry(place: Path) -> None:
     entry.write_bytes(entry.read_bytes()[:1000])
 
 
+def test_an_entry_falls_when_a_picture_of_a_refused_record_changes(place: Path) -> None:
+    """Also where no record of that folder could be used."""
+    (place / "large").mkdir()
+    shutil.copy(place / "pictures" / "0.png", place / "large" / "a.png")
+    line = json.dumps({"text_prompt": "p", "image_path": "large/a.png"})
+    (place / "d.jsonl").write_text(line + "\n")
+    limits = {"max_sequence_length": 320}
+    planner = load_planner(str(MODEL), DataOptions(**limits))
+
+    def refused() -> list[str]:
+        given = {"on_bad_record": "skip", "max_bad_share": 1, "lengths_key": "short"}
+        dataset = UnifiedGenerationDataset(place, token_lengths=planner.token_lengths, **given)
+        return [error.code for error in dataset.bad if error.origin.file.name == "d.jsonl"]
+
+    assert refused() == ["too_long"]
+    shutil.copy(place / "pictures" / "2.png", place / "large" / "b.png")
+    os.replace(place / "large" / "b.png", place / "large" / "a.png")
+    assert refused() == []
+
+
 @pytest.mark.parametrize(
     "change", [change_data, touch_data, add_picture, remove_picture, damage_entry, cut_entry]
 )

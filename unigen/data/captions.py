@@ -22,6 +22,8 @@ CAPTIONS = (".txt", ".caption")
 _WRITTEN = [written for end in CAPTIONS for written in (end, end.upper(), end.title())]
 MAX_CAPTION = 1 << 20  # bytes
 
+_SHARD = 5  # digits, at least, of the number of a shard of img2dataset
+
 
 def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURES
@@ -42,10 +44,15 @@ def with_texts(names: Iterable[str]) -> set[str]:
 
 def describing_tables(names: Iterable[Path], pictured: Container[Path]) -> list[Path]:
     """The tables that describe pictures with texts in folders of their names, as img2dataset writes
-    ``00000.parquet`` beside ``00000``; none where no folder of ``pictured``, which have such pictures, is
-    one of them."""
+    ``00000.parquet`` beside ``00000``: those whose folder is one of ``pictured``, which have such pictures,
+    and beside them those of other shards, of which no picture could be had. Numbers of shards have five
+    digits or more."""
     tables = [name for name in names if name.suffix == ".parquet" and name.stem.isdecimal()]
-    return tables if any(name.with_suffix("") in pictured for name in tables) else []
+    sure = [name for name in tables if name.with_suffix("") in pictured]
+    of_shards = {name.parent for name in sure if len(name.stem) >= _SHARD}
+    return [
+        name for name in tables if name in sure or (len(name.stem) >= _SHARD and name.parent in of_shards)
+    ]
 
 
 def row_of_picture(picture: Path) -> tuple[bytes, Json]:

@@ -104,6 +104,7 @@ class PictureHeaders:
         sound: Distinct pictures with a good header.
         faulty: Paths of others that were asked for, each with its :func:`stamp` when it was looked at; who
             wants those of a part of the data sets it.
+        folders: Where the pictures lie that were asked for, set likewise.
     """
 
     def __init__(self) -> None:
@@ -113,6 +114,7 @@ class PictureHeaders:
         self._shared: dict[tuple[int, int], tuple[int, int]] = {}
         self._errors: dict[str, tuple[PictureError, FileStamp]] = {}
         self.faulty: dict[str, FileStamp] = {}
+        self.folders: set[str] = set()
 
     def size(self, source: object, field: str) -> tuple[int, int]:
         """``(width, height)`` of the upright picture. Raises BadRecord for one that cannot be used."""
@@ -120,6 +122,7 @@ class PictureHeaders:
         if not isinstance(source, bytes):
             name = str(source)
             key = key_of(name)
+            self.folders.add(os.path.dirname(name))
         if key in self._sizes:
             return self._sizes[key]
         if name not in self._errors:

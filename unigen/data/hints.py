@@ -171,6 +171,11 @@ _WORDS = {
 }  # fmt: skip
 """What a field is called where it is meant as one of ours."""
 _ALIKE = 0.75  # of 1
+_NOT_MEANT = re.compile(
+    r"(?:^|[^a-z])(?:chosen|rejected|negative|neg|wrong|incorrect|bad|worse|better|mask|depth|condition|control)"
+    r"(?:[^a-z]|$)|[^a-z][ab]$|\d"
+)
+"""What a field is called that stands beside another of its kind, of which one alone is meant, or neither."""
 _TRIED = 30  # mappings of a record, of which there may be many
 
 
@@ -178,6 +183,8 @@ def _near_miss(record: Json, refused: Callable[[Json], str | None], known: Colle
     """The mapping for a record whose fields have nearly the names of a format, tried from the most fields to
     one."""
     others = [name for name in record if name not in (*known, *RECORD) and not is_empty(record[name])]
+    if any(_NOT_MEANT.search(name.lower()) for name in others):
+        return None
     others = [name for name in others if name == cut(name)][:8]  # one that can be typed
     alike = {old: _alike(old, frozenset(known), _pictured(record[old])) for old in others}
     meant = {old: free for old, news in alike.items() if (free := [new for new in news if new not in record])}

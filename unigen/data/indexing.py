@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -283,7 +282,7 @@ def _judge(token_lengths: CountTokens | None, read: ReadOptions) -> Callable[[Jo
     def work(job: Job, mark: Mark) -> Found:
         found = Found(token_lengths is not None)
         met: set[int] = set()
-        pictures.faulty = found.faulty
+        pictures.faulty, pictures.folders = found.faulty, found.folders
         try:
             if job.lost:
                 raise job.lost
@@ -326,7 +325,6 @@ def _add(found: Found, span: ByteSpan, examined: Examined, met: set[int]) -> Non
             found.inside += 1
         else:
             met.add(key_of(str(source)))
-            found.folders.add(os.path.dirname(str(source)))
     found.index.append(span)
     found.count(record, 1)
     if found.lengths is not None:

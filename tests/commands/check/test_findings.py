@@ -707,3 +707,22 @@ def test_near_misses_get_the_mapping_that_makes_the_record_work(record, flags, t
     capsys.readouterr()
     assert main(["check", path, "--fields", *turned]) == 2
     assert f"the other way round: --fields {given[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "red", "chosen_image": "p.png", "rejected_image": "p.png"},
+        {"instruction": "say", "rejected_output": "no"},
+        {"image": "p.png", "negative_text": "blurred"},
+        {"query": "why", "response_a": "so", "response_b": "no"},
+        {"caption": "a cat", "mask_image": "p.png"},
+        {"text": "a cat", "depth_image": "p.png"},
+        {"image_1": "p.png", "image_2": "p.png", "caption": "a cat"},
+    ],
+)
+def test_no_mapping_is_offered_that_teaches_what_was_not_meant(record, tmp_path, capsys):
+    picture(tmp_path / "p.png")
+    assert main(["check", str(write(tmp_path / "a.jsonl", record)), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "Give --fields" not in problem["cure"], problem
