@@ -330,6 +330,8 @@ def test_a_prompt_of_one_text_needs_no_list(inferencer):
     asked = {"outputs": ["text"], "max_new_tokens": 2}
     plain = inferencer.unified_generate_batch([["abc"], ["d"]], **asked)
     assert inferencer.unified_generate_batch(["abc", "d"], **asked) == plain
+    with pytest.raises(InferenceError, match="piece 1 of prompt 2 is empty"):
+        inferencer.unified_generate_batch(["abc", " "], **asked)
     for prompts in ("abc", None):
         with pytest.raises(InferenceError, match=r"prompts is .*a list of prompts"):
             inferencer.unified_generate_batch(prompts, **asked)

@@ -42,8 +42,9 @@ def prompt_pieces(prompt: Piece | Sequence[Piece]) -> list[Piece]:
     return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
 
 
-def sample_of(prompt: Piece | Sequence[Piece]) -> Sample:
-    """The segments of a prompt, each looked at: texts as they are, pictures by their headers.
+def sample_of(prompt: Piece | Sequence[Piece], called: str = "the prompt") -> Sample:
+    """The segments of a prompt, each looked at: texts as they are, pictures by their headers; ``called`` in
+    messages.
 
     Raises:
         InferenceError: there is none, or one is empty or neither a text nor a picture, or a text is the path
@@ -52,7 +53,7 @@ def sample_of(prompt: Piece | Sequence[Piece]) -> Sample:
     """
     sample: Sample = []
     for number, piece in enumerate(prompt_pieces(prompt), 1):
-        name = f"piece {number} of the prompt"
+        name = f"piece {number} of {called}"
         if isinstance(piece, str):
             check_text(piece, name)
             if _names_picture(piece):
@@ -93,21 +94,21 @@ def check_text(text: str, name: str) -> None:
         ) from None
 
 
-def check_tokens(sample: Sample, tokenizer: Tokenizer) -> None:
+def check_tokens(sample: Sample, tokenizer: Tokenizer, called: str) -> None:
     """Raises InferenceError where a text holds what training refuses in one: a token that is no text to the
     model, or a tag without a picture."""
     for number, piece in enumerate(sample, 1):
         control = tokenizer.control_token(piece.text) if isinstance(piece, Text) else None
         if control and is_media_tag(control[0]):
             raise InferenceError(
-                f"piece {number} of the prompt: the tag {control[0]} at character {control[1] + 1} names no"
+                f"piece {number} of {called}: the tag {control[0]} at character {control[1] + 1} names no"
                 " picture. Fix: take it out; --image puts pictures before the text, and in Python they stand"
                 " in their places: [Path('a.png'), 'and', Path('b.png'), 'What differs?']. Or send"
                 " it as text: --allow_control_tokens, in Python allow_control_tokens=True"
             )
         if control:
             raise InferenceError(
-                f"piece {number} of the prompt: the token {control[0]} at character {control[1] + 1} would"
+                f"piece {number} of {called}: the token {control[0]} at character {control[1] + 1} would"
                 " open, close or end a part of the sequence. Fix: take it out, or mean it so:"
                 " --allow_control_tokens, in Python allow_control_tokens=True"
             )
@@ -220,7 +221,9 @@ class Requests:
             raise InferenceError(
                 f"prompts is {shown(prompts)}. Fix: a list of prompts, each a text, a picture or a list"
             )
-        samples = [self.sample(pieces, options) for pieces in prompts]
+        several = len(prompts) > 1
+        names = [f"prompt {n}" if several else "the prompt" for n in range(1, len(prompts) + 1)]
+        samples = [self.sample(prompt, options, name) for prompt, name in zip(prompts, names, strict=True)]
         if first := [TEXT] if decides else list(outputs):
             thinks = [Text(self.think_prompt(first[0]))] if options.think else []
             for sample in samples:
@@ -228,11 +231,13 @@ class Requests:
                 self.check_room([*thinks, *sample], first, options, shape, thought)
         return samples, shape
 
-    def sample(self, prompt: Piece | Sequence[Piece], options: SamplingOptions) -> Sample:
+    def sample(
+        self, prompt: Piece | Sequence[Piece], options: SamplingOptions, called: str = "the prompt"
+    ) -> Sample:
         """:func:`sample_of` a prompt, its texts as :func:`check_tokens` wants them where ``options`` do."""
-        sample = sample_of(prompt)
+        sample = sample_of(prompt, called)
         if not options.allow_control_tokens:
-            check_tokens(sample, self.room.planner.tokenizer)
+            check_tokens(sample, self.room.planner.tokenizer, called)
         return sample
 
     def check_room(self, sample: Sample, outputs: Sequence[str], *rest: Any) -> None:
