@@ -25,6 +25,7 @@ from unigen.values import kinds, read_option, union_members
 
 COMMAND_OPTIONS = {name: load_name(row.options) for name, row in COMMANDS.items()}
 NEEDED = {"model_path": "m", "paths": ["p"], "data_path": "d"}  # of options that have no default
+BESIDE = {"val_split": {"val_data_path": "v"}}  # an option that says nothing without another
 
 # Spellings that some reader of numbers, truth values, YAML or paths would take for something else.
 pytestmark = pytest.mark.usefixtures("no_plugins_after")  # some odd text is the name of a module
@@ -51,8 +52,9 @@ OBJECTS = [
 
 def given(options: type, **values: Any) -> dict[str, Any]:
     """The values, and those that the options need."""
-    needed = [f.name for f in dataclasses.fields(options) if f.name in NEEDED]
-    return {**{name: NEEDED[name] for name in needed}, **values}
+    names = {f.name for f in dataclasses.fields(options)}
+    beside = {key: value for name in values for key, value in BESIDE.get(name, {}).items() if key in names}
+    return {**{name: value for name, value in NEEDED.items() if name in names}, **beside, **values}
 
 
 def outcome(make: Any, name: str) -> Any:
@@ -68,7 +70,7 @@ def outcome(make: Any, name: str) -> Any:
 def three_ways(options: type, name: str, text: str, folder: Path) -> list[Any]:
     """The outcome of a spelling as a flag, in a recipe (quoted, and as it is where YAML reads it as one
     scalar), and as a keyword of Python."""
-    needed = given(options)
+    needed = given(options, **{name: text})
     argv = [
         f"--{key}={value if isinstance(value, str) else value[0]}"
         for key, value in needed.items()

@@ -5,6 +5,7 @@ The cases are generated, by hypothesis with a fixed seed; each test counts its o
 fewer than CASES says.
 """
 
+import gc
 import struct
 import time
 import warnings
@@ -24,6 +25,12 @@ from unigen.sequence.transform import ImageTransform
 CASES = {"bytes": 900, "parts": 900, "headers": 300}
 CODES = {"not_a_picture", "broken_picture", "huge_picture", "unsupported_picture"}
 SECONDS = 60.0  # for one case: only a hang takes longer
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open_by_others() -> None:
+    """What earlier tests of this process left to the collector would warn where a picture must not."""
+    gc.collect()
 
 
 def _originals() -> dict[str, list[bytes]]:
