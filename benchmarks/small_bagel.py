@@ -154,6 +154,9 @@ class WordIds(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self._names[i] if i < len(self._names) else str(i) for i in ids)
 
+    def control_token(self, text: str) -> None:
+        """No text has one: it is numbers."""
+
 
 def words(size: Size, count: int, seed: int) -> str:
     """A text of ``count`` random words of :class:`WordIds`."""
