@@ -186,7 +186,7 @@ def test_what_is_lost_is_asked_for_again(lost, tmp_path):
         # the digest of the checkpoint follows from these, and all that is sampled from who answers
         (
             {"about": {"checkpoint": "y", "sampling": {"a": 1, "b": 1}, "quantize": "nf4", "adapter": [0.5]}},
-            'another --adapter (null -> [0.5]), --quantize (null -> "nf4").',
+            'another --adapter (null -> [0.5]), --quantize, or bits of --model_path (null -> "nf4").',
         ),
         ({"about": {"predictions": "z", "sampling": {}}}, "another --predictions."),
         (

@@ -32,7 +32,7 @@ FILES = (ABOUT, BATCHES, PICTURES, PREDICTIONS, THREADS)
 _OPTIONS = {
     "cases": "--samples", "records": "--samples", "pictures": "--num_images", "checkpoint": "--model_path",
     "data": "--data_path", "prompts": "--prompts_file", "version": "unigen", "source": "--preset",
-    "images": "content of the pictures given",
+    "images": "content of the pictures given", "quantize": "--quantize, or bits of --model_path",
 }  # fmt: skip
 _DIGESTS = ("checkpoint", "data", "prompts", "predictions", "images")
 # what follows from another thing, and is no cause by itself where that differs
