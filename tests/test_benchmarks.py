@@ -102,6 +102,7 @@ def more_of(name: str, factor: float = 1.01) -> Callable[..., torch.Tensor]:
     return lambda *args, **options: whole(*args, **options) * factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "attention", "see", "time_features"])
 def test_a_step_that_differs_is_noticed_and_not_timed(model, pack, monkeypatch, name):
     monkeypatch.setattr(plain, name, more_of(name))
@@ -203,6 +204,7 @@ def test_kernels_of_a_token_do_not_depend_on_the_tokens_counted(model, tokens):
     assert one == inference.token_kernels(lambda r: r.plain(model), SMALL, *tokens) > SMALL.layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_results_are_one_line_of_json(benchmark, capsys):
     benchmark.main(["--small", "--repeats", "2", "--json"])
@@ -218,6 +220,7 @@ def test_results_are_one_line_of_json(benchmark, capsys):
             assert 0 < spread["seconds"]["min"] <= spread["seconds"]["median"] <= spread["seconds"]["max"]
 
 
+@pytest.mark.slow
 def test_adapters_start_and_step_beside_all_weights(capsys):
     pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
     adapters.main(["--small", "--repeats", "1", "--json"])
@@ -233,6 +236,7 @@ def test_adapters_start_and_step_beside_all_weights(capsys):
     assert both == 2 * one == results["trained"]["LoRA of both over NF4"] < results["trained"]["plain"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_the_table_has_a_line_for_every_variant(benchmark, capsys):
     benchmark.main(["--small", "--repeats", "1"])

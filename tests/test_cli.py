@@ -270,6 +270,7 @@ def test_a_command_gets_its_options_and_gives_the_exit_code(monkeypatch):
     assert seen == [command.DemoOptions(output_dir="x", quick=True)]
 
 
+@pytest.mark.slow
 def test_the_guides_script_is_unigen_train(tmp_path):
     script = str(ROOT / "train_unified_generation.py")
     shown = python(script, "--help", cwd=tmp_path)

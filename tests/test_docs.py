@@ -220,6 +220,7 @@ def test_lines_of_prose_are_short(path):
     assert [line for line in lines if columns(line) > 140] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_and_picture_is_there(path):
     assert [link for link in relative_links(path) if not is_there(path, link)] == []

@@ -108,6 +108,7 @@ def f(x, n):
     } - {"; did you mean {}?"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", range(3))
 def test_values_stay_to_the_letter(shift):
     """Each sentence, filled with odd values, is its Chinese with these values."""
@@ -259,6 +260,7 @@ def test_what_follows_a_sentence_that_ends_with_a_value_stays_behind_it():
     assert len(moved) > 60 and wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [
@@ -308,6 +310,7 @@ def test_options_of_a_command_stay_as_they_are(capsys, tmp_path, monkeypatch):
         assert name in err and "解决办法" in err
 
 
+@pytest.mark.slow
 def test_a_long_text_takes_no_time():
     text = "{} is {}, {}. Fix: {} ; " * 300
     assert in_language(text, "zh") and in_language("a of b, " * 900, "zh")

@@ -28,6 +28,7 @@ def refusal(path: Path, content: str | bytes | None = None) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [

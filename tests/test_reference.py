@@ -175,6 +175,7 @@ def reduced(golden: Path, folder: Path, file: str, expected: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "change", "expected"), CHANGES, ids=[f"{c[0]}-{c[2]}-{i}" for i, c in enumerate(CHANGES)]
 )
@@ -392,6 +393,7 @@ def write_inference(folder, model, tokenizer):
     (folder / "inference_cases.json").write_text(json.dumps(cases, ensure_ascii=False), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_another_folder_with_other_constants_passes(other, compare, capsys):
     assert compare([str(other)]) == 0
     out = capsys.readouterr().out
@@ -406,6 +408,7 @@ def test_another_folder_with_other_constants_passes(other, compare, capsys):
         assert f"pass  {part}" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "change", "expected"),
     [

@@ -186,14 +186,17 @@ def oversized(package: Path) -> list[str]:
     return [f"{name}: {count} lines" for name, count in sorted(lines.items()) if count > MAX_LINES]
 
 
+@pytest.mark.slow
 def test_imports_point_one_way():
     assert wrong_ways(ROOT / "unigen") == []
 
 
+@pytest.mark.slow
 def test_no_import_leads_back():
     assert circles(ROOT / "unigen") == []
 
 
+@pytest.mark.slow
 def test_heavy_packages_stay_in_their_files():
     assert strangers(ROOT / "unigen") == []
 
@@ -207,6 +210,7 @@ def test_files_are_short_and_named_for_what_they_hold():
     ] == []
 
 
+@pytest.mark.slow
 def test_a_name_stands_for_one_thing():
     assert namesakes(ROOT / "unigen") == []
 
@@ -217,6 +221,7 @@ def test_no_two_files_of_tests_have_one_name():
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
+@pytest.mark.slow
 def test_every_module_says_what_it_is():
     empty = [path for path in (ROOT / "unigen").rglob("*.py") if path.read_text(encoding="utf-8").strip()]
     assert empty, "no modules found: the checks above looked at nothing"

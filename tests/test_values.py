@@ -120,6 +120,7 @@ def check_alike(cases: list[tuple[str, str, str]], folder: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_spelling_is_taken_or_refused_alike_as_flag_in_a_recipe_and_from_python(tmp_path):
     check_alike(random.Random(0).sample(odd_cases(), 150), tmp_path)
 

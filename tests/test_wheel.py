@@ -56,6 +56,7 @@ def names(requirements: list[str]) -> set[str]:
     return {MODULES.get(name, name.replace("-", "_")) for name in found}
 
 
+@pytest.mark.slow
 def test_every_package_that_is_imported_is_declared():
     declared = names(PROJECT["dependencies"])
     for extra in PROJECT["optional-dependencies"].values():

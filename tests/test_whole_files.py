@@ -316,6 +316,7 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path: 
 # ---- locks
 
 
+@pytest.mark.slow
 def test_a_lock_keeps_processes_and_threads_out_until_its_holder_is_killed(tmp_path: Path):
     path, got = tmp_path / "锁", []
     holder = child("with locked(path):\n print('ready', flush=True)\n sys.stdin.read()", path)

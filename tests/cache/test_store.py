@@ -132,6 +132,7 @@ def test_what_the_vit_does_not_see_leaves_the_key_of_the_vae_alone():
 # ---- damage
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed(store, caplog):
     """One bit of any byte, header or data: the entry is missing. (1,500 flips, every region of the file.)"""
     path = put(store)
@@ -145,6 +146,7 @@ def test_every_flipped_bit_is_noticed(store, caplog):
     assert same(store.get(KEY), tensors())
 
 
+@pytest.mark.slow
 def test_every_truncation_and_every_tail_is_noticed(store):
     path = put(store)
     sound = path.read_bytes()

@@ -112,6 +112,7 @@ def losses(
 # ---- the same training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
 def test_training_with_the_cache_is_training_without_it_to_the_bit(options, precision, monkeypatch):
     """Losses and gradient norms of six steps, with posterior sampling and dropout; no encoder runs and no
@@ -142,6 +143,7 @@ def long(data: Path, tmp_path: Path) -> Path:
     return data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("frozen", [False, True], ids=["vae", "vae and vit"])
 def test_a_row_of_which_only_some_pictures_are_cached_has_the_same_losses(options, long, first, frozen):
@@ -163,6 +165,7 @@ def test_a_row_of_which_only_some_pictures_are_cached_has_the_same_losses(option
     assert torch.allclose(torch.tensor(found), torch.tensor(plain), rtol=1e-5) if frozen else found == plain
 
 
+@pytest.mark.slow
 def test_pictures_of_one_size_in_a_row_differ_by_rounding_only(options, data, tmp_path):
     """Without a cache they go through the VAE together, which changes the last bits of its float32."""
     names = [picture(tmp_path / f"{i}.png", i, 64, 64) for i in range(4)]
@@ -177,6 +180,7 @@ def test_pictures_of_one_size_in_a_row_differ_by_rounding_only(options, data, tm
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_cached_latent_is_the_codecs_to_the_bit(options, small_model, dtype):
     """For the same noise: mean and deviation are kept in the dtype they have, and are put together in the
@@ -213,6 +217,7 @@ def test_a_vit_that_learns_is_not_cached(options):
     )
 
 
+@pytest.mark.slow
 def test_workers_and_pinned_rows_carry_what_the_cache_gave(options):
     fill(**options)
     made = trainer(True, **options)
@@ -248,6 +253,7 @@ def change_weights(folder: Path, file: str, prefix: str) -> None:
     save_file(tensors, folder / file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "stays"),
     [
@@ -302,6 +308,7 @@ def test_a_picture_that_changes_between_the_two_passes_is_stored_as_what_it_is(
     assert (found.found, found.written) == (6, 0)
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_computed_and_then_repaired(options, caplog):
     plain, _ = losses(trainer(False, **options), 5)
     fill(**options)
@@ -341,6 +348,7 @@ def run(options: dict[str, Any], *more: str) -> int:
     return main(["cache", options["train_data_path"], *flags, *more])
 
 
+@pytest.mark.slow
 def test_the_command_fills_once_and_says_what_it_did(options, caplog):
     with caplog.at_level(logging.INFO, "unigen"):
         assert run(options) == 0 and run(options) == 0
@@ -365,6 +373,7 @@ def test_a_recipe_of_the_training_run_is_all_it_needs(options, tmp_path):
     assert fill(**options).found == 6
 
 
+@pytest.mark.slow
 def test_sources_and_validation_data_are_cached_as_they_are_shown(options, data, tmp_path):
     """Each source with its own sizes; the held-out file too."""
     other = tmp_path / "other.jsonl"
@@ -402,6 +411,7 @@ def test_copies_that_only_some_visits_make_are_cached_too(options):
     assert fill(**options).written == 6 and fill(**{**options, "single_image_stop_prob": 0.01}).written == 1
 
 
+@pytest.mark.slow
 def test_shards_together_are_the_whole(options, tmp_path):
     for i in range(3):
         assert run(options, f"--shard={i}/3") == 0
@@ -415,6 +425,7 @@ def test_pruning_drops_what_this_data_does_not_use(options, data):
     assert report.found == sum(1 for _ in Store.open(options["cache_dir"]).entries()) == 1
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_decoded_is_named_and_left_out(options, tmp_path, caplog):
     sound = (tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(sound[: len(sound) // 2])
@@ -477,6 +488,7 @@ def test_a_disk_that_fills_up_stops_the_command_and_the_next_run_goes_on(options
     assert (report.found, report.written) == (3, 3)
 
 
+@pytest.mark.slow
 def test_pictures_of_tars_and_of_folders_with_texts_are_cached_and_evaluated(options, data, tmp_path, capsys):
     folder = tmp_path / "captioned"
     folder.mkdir()

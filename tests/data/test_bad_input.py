@@ -318,6 +318,7 @@ def deep(text: bytes, close: bytes) -> list[bytes]:
     ]
 
 
+@pytest.mark.slow
 def test_special_lines(place: Path) -> None:
     start, end = b'{"text_prompt": "a", "image_path": "a.png", "metadata": {"x": ', b"}}"
     numbers = [

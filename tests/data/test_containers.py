@@ -166,6 +166,7 @@ LINE_PIECES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(LINE_PIECES), max_size=30).map(b"".join), st.integers(1, 12))
 def test_lines_are_numbered_alike_however_a_file_is_cut(tmp_path: Path, data: bytes, size: int) -> None:
@@ -212,6 +213,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.dictionaries(st.text(max_size=2), VALUES, max_size=3),
@@ -374,6 +376,7 @@ def test_an_arrow_stream_cut_between_two_batches_is_not_taken_for_a_short_one(tm
         assert "end mark" in broken(path).found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["f.parquet", "g.arrow", "h.arrow"])
 def test_damaged_tables_are_refused_or_have_all_their_rows(tmp_path: Path, name: str) -> None:
     """Arrow and Parquet (by default) keep no checksums, so a changed value may pass; a missing row and a
@@ -395,6 +398,7 @@ def test_damaged_tables_are_refused_or_have_all_their_rows(tmp_path: Path, name:
     assert refusals > 5
 
 
+@pytest.mark.slow
 def test_a_damaged_parquet_footer_neither_loses_rows_nor_ends_the_process(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"a": range(20)}),

@@ -185,6 +185,7 @@ def read_all(dataset: UnifiedGenerationDataset, queue) -> None:
         queue.put(answers(dataset))
 
 
+@pytest.mark.slow
 def test_threads_and_forks_do_not_disturb_each_other(tmp_path: Path) -> None:
     expected = [str(i) * (i + 1) for i in range(50)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(line, expected)))

@@ -621,6 +621,7 @@ def test_patterns_and_lists_with_commas_name_files_everywhere(
             names(given)
 
 
+@pytest.mark.slow
 def test_every_command_reads_what_a_pattern_names(
     golden: Path,
     tmp_path: Path,

@@ -813,6 +813,7 @@ def nearly_right(draw):
     return record
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(VALUES | nearly_right())
 def test_any_value_is_a_sample_with_a_target_or_a_bad_record(value) -> None:

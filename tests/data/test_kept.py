@@ -117,6 +117,7 @@ def cut_entry(place: Path) -> None:
     entry.write_bytes(entry.read_bytes()[:1000])
 
 
+@pytest.mark.slow
 def test_an_entry_falls_when_a_picture_of_a_refused_record_changes(place: Path) -> None:
     """Also where no record of that folder could be used."""
     (place / "large").mkdir()
@@ -137,6 +138,7 @@ def test_an_entry_falls_when_a_picture_of_a_refused_record_changes(place: Path) 
     assert refused() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [change_data, touch_data, add_picture, remove_picture, damage_entry, cut_entry]
 )
@@ -149,6 +151,7 @@ def test_after_a_change_everything_is_read_again(place: Path, change) -> None:
         assert len(after) == len(before) - 60
 
 
+@pytest.mark.slow
 def test_an_entry_falls_when_a_faulty_picture_is_mended(place: Path) -> None:
     good = (place / "pictures" / "0.png").read_bytes()
     names = ["later/a.png", "header.png", "end.png", "link.png"]
@@ -172,6 +175,7 @@ def test_an_entry_falls_when_a_faulty_picture_is_mended(place: Path) -> None:
         assert len(faulty()) == len(names) - left
 
 
+@pytest.mark.slow
 def test_another_way_of_counting_is_another_entry(place: Path) -> None:
     planner = load_planner(str(MODEL), DataOptions())
     others = [
@@ -187,6 +191,7 @@ def test_another_way_of_counting_is_another_entry(place: Path) -> None:
     assert len(list((place.parent / "cache" / "index").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_entries_that_no_run_used_for_long_are_removed(place: Path) -> None:
     built(place, "old")
     (old,) = (place.parent / "cache" / "index").iterdir()

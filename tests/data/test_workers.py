@@ -48,6 +48,7 @@ def run(tasks: list[Task], processes: int, again: Callable = never) -> list:
     return list(in_order(prepare, ("hello",), tasks, processes, again))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 1, 3])
 def test_results_come_in_the_order_of_their_tasks(processes):
     tasks = [("sleep", n) for n in (30, 0, 10, 0, 0, 20, 0, 1, 2, 3)]
@@ -63,6 +64,7 @@ def test_results_come_in_the_order_of_their_tasks(processes):
     assert run([], processes) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "step", "reason"),
     [

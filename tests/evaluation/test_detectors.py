@@ -62,6 +62,7 @@ def test_an_owlvit_finds_what_transformers_finds(tmp_path):
     assert_alike(detector.find(PICTURE, names), result, names)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_mask2former_finds_classes_times_masks(tmp_path):
     folder = tiny_towers.write_mask2former(tmp_path)

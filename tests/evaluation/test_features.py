@@ -38,6 +38,7 @@ def pixels(picture, size, mean, std):
     return torch.tensor((levels - np.float32(mean)) / np.float32(std)).permute(2, 0, 1)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mean", "std"),
     [
@@ -90,6 +91,7 @@ def test_the_folder_says_how_pictures_are_prepared(towers, pictures, tmp_path):
         PictureTower.load(folder)
 
 
+@pytest.mark.slow
 def test_other_weights_have_another_name(towers, tmp_path):
     from transformers import AutoModel
 

@@ -76,6 +76,7 @@ ANSWERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pictures_are_sent_with_their_text_and_edits_with_their_source(server):
     judge = Judge(server.url + "/")
     judge.meet()
@@ -111,6 +112,7 @@ def test_checkpoints_are_compared_on_the_pictures_that_both_got_a_score_for():
     assert compare(base, base).reason == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "score"),
     [
@@ -143,6 +145,7 @@ def test_a_server_that_refuses_redirects_or_is_gone_is_told(server):
         Judge("http://127.0.0.1:9/v1", timeout=2).meet()
 
 
+@pytest.mark.slow
 def test_noise_is_a_picture_too(server):
     answers = {0: Prediction(0, "", "generate", 0, (noise(8, 8, 1),))}
     assert Judge(server.url, "seer").judged(CASES[:1], answers)[0]["pictures"][0]["score"] is not None

@@ -53,6 +53,7 @@ def token_by_token(inferencer, sample, text: str) -> tuple[float, int]:
     return total, len(ids)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_likelihood_of_references_is_that_of_writing_them(inferencer, cases):
     rows = likelihood(inferencer, cases)

@@ -90,6 +90,7 @@ def kinds(answer):
 # ---- transitions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("follows", "expected"),
     [
@@ -107,6 +108,7 @@ def test_the_model_decides_what_comes_next(golden, follows, expected):
     assert all(piece == letter for piece in answer if isinstance(piece, str))
 
 
+@pytest.mark.slow
 def test_a_picture_as_prompt_is_answered_after_its_closing_token(golden, picture):
     inferencer = machine(golden, **WRITES, image_end="text_start", text_end="end")
     assert kinds(inferencer.unified_generate(picture, max_pieces=3)) == ["text"]
@@ -121,6 +123,7 @@ def test_a_model_that_cannot_draw_writes(golden):
     assert kinds(InterleaveInferencer(lame).unified_generate("go", max_pieces=2)) == ["text", "text"]
 
 
+@pytest.mark.slow
 def test_contexts_of_a_batch_take_their_own_ways(golden, picture):
     inferencer = machine(golden, **WRITES, text_end="image_start", image_end="end")
     # an answer may not begin with the end: after a picture its next best beginning is a text
@@ -161,6 +164,7 @@ def test_seeds_repeat_an_answer_and_others_do_not(inferencer, picture, do_sample
     assert not same(first[1:], other[1:]) and (first[0] != other[0]) == do_sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_a_batch_is_its_prompts_one_by_one(inferencer, picture, do_sample):
     prompts = [
@@ -429,6 +433,7 @@ def test_a_model_that_cannot_draw_says_so(golden, picture):
             blind.interleave_inference(prompt if isinstance(prompt, list) else [prompt])
 
 
+@pytest.mark.slow
 def test_a_model_without_eyes_says_so(golden, picture):
     blind = InterleaveInferencer(load_bagel(golden / "model", visual_und=False))
     with pytest.raises(InferenceError, match="visual_und"):

@@ -197,6 +197,7 @@ def test_the_reference_s_entrance_resizes_for_the_vae_first(model, seen):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "draws"), [("text", False), ("image", True), ("edit", True)])
 @pytest.mark.parametrize("think", [False, True])
 def test_the_command_line_shows_pictures_as_training_does(
@@ -349,6 +350,7 @@ def test_of_several_sources_the_widest_limits_hold(golden):
     assert (found.max_size, found.min_size, found.max_tokens) == (128, 32, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

@@ -55,6 +55,7 @@ def no_work(monkeypatch, inferencer):
 # ---- sizes
 
 
+@pytest.mark.slow
 def test_a_size_asked_for_wins_over_the_pictures_at_every_entrance(inferencer):
     picture = noise(64, 32)
     ask = {"height": 48, "width": 16, **FAST}
@@ -176,6 +177,7 @@ def test_a_prompt_that_says_nothing_is_refused_before_work(inferencer, monkeypat
     assert words in str(error.value) and "Fix: " in str(error.value)
 
 
+@pytest.mark.slow
 def test_call_opens_pictures_by_path(inferencer, golden, tmp_path):
     path = golden / "input.png"
     ask = {"text": "what is it", "understanding_output": True, "max_new_tokens": 4}
@@ -272,6 +274,7 @@ def test_pictures_count_too(small, monkeypatch):
         small.interleave_inference(["a", noise(256, 256)], image_shapes=(256, 256))
 
 
+@pytest.mark.slow
 def test_an_answer_ends_with_a_word_where_the_context_is_full(small, monkeypatch, caplog):
     monkeypatch.setattr(small.pieces, "next_kind", lambda context, first: "text")
     caplog.set_level(logging.WARNING, "unigen")

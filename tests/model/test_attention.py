@@ -166,6 +166,7 @@ def test_flex_attention_is_dense_attention(row, model):
     assert tiny.close(attend(Flex(pack), pack, q, k, v).double(), dense(q, k, v, rule(pack)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_flex_attention_of_short_sequences_is_dense_attention(seed, model):
     pack = tiny.row(random_rows(seed, model), model)

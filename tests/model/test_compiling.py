@@ -61,6 +61,7 @@ def test_compiled_layers_give_the_same_numbers_and_few_versions(policy, freeze_u
     assert compiled.on and torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * 2 + 2
 
 
+@pytest.mark.slow
 def test_halves_of_any_length_share_a_version(monkeypatch):
     graphs = []
 

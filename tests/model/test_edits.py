@@ -65,6 +65,7 @@ def try_all(folder: Path, name: str, every: int, limit: int = 1000) -> tuple[int
     return refused, taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARMLESS)
 def test_an_edit_of_a_config_works_or_is_refused_with_file_and_key(folder: Path, name: str):
     refused, taken = try_all(folder, name, 7)
@@ -131,6 +132,7 @@ def test_a_vae_that_does_not_fit_its_weights_names_both(golden: Path, key: str, 
         load_codec(golden / "model", config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [

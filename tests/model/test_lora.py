@@ -104,6 +104,7 @@ def test_base_and_adapter_are_the_merged_checkpoint(base: Path, tmp_path: Path, 
     assert_equal(answers(load_bagel(folder)), adapted, 0)  # the folder names its base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "also"),
     [("lora", ()), ("rslora", ("time_embedder",)), ("dora", ()), ("lora", ("norms", "llm2vae"))],
@@ -119,6 +120,7 @@ def test_plain_peft_loads_it_onto_the_model(base: Path, tmp_path: Path, variant:
     assert_equal(answers(loaded.base_model.model.eval()), expected)
 
 
+@pytest.mark.slow
 def test_adapters_add_up_by_their_factors_and_can_be_switched(base: Path, tmp_path: Path):
     a, b = (
         made(base, tmp_path / "a", 1, wanted=("both",)),
@@ -138,6 +140,7 @@ def test_adapters_add_up_by_their_factors_and_can_be_switched(base: Path, tmp_pa
     assert_equal(answers(model), answers(plain))
 
 
+@pytest.mark.slow
 def test_an_evaluation_mixes_adapters_as_the_model_they_add_up_to(small_model: Path, tmp_path: Path, capsys):
     base = small_model
     a, b = (made(base, tmp_path / name, seed, wanted=("both",)) for seed, name in ((1, "a"), (2, "b")))
@@ -172,6 +175,7 @@ def test_an_evaluation_mixes_adapters_as_the_model_they_add_up_to(small_model: P
     assert "adapter is given without model_path" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pictures_of_many_prompts_keep_the_factors_that_they_began_with(
     small_model: Path, tmp_path: Path, capsys
 ):
@@ -209,6 +213,7 @@ def test_parts_trained_whole_add_up_too_and_dora_takes_part_whole_or_not(base: P
         lora.activate(model, {"adapter_0": 0.5})
 
 
+@pytest.mark.slow
 def test_a_model_with_adapters_is_not_saved_as_one(base: Path, tmp_path: Path):
     model = load_bagel(base, adapters=[made(base, tmp_path / "a")])
     with pytest.raises(AdapterError, match="--merge"):
@@ -216,6 +221,7 @@ def test_a_model_with_adapters_is_not_saved_as_one(base: Path, tmp_path: Path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_that_changes_nothing_is_an_error(base: Path, tmp_path: Path):
     folder = made(base, tmp_path / "a")
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -226,6 +232,7 @@ def test_an_adapter_that_changes_nothing_is_an_error(base: Path, tmp_path: Path)
         load_bagel(base, adapters=[folder])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["language_model.model.embed_tokens.weight", "vit_model.vision_model.post_layernorm.bias"]
 )
@@ -252,6 +259,7 @@ def test_what_was_trained_whole_moves_by_the_factor(base: Path, tmp_path: Path):
     torch.testing.assert_close(model.llm2vae.weight, before + 0.25 * (trained - before))
 
 
+@pytest.mark.slow
 def test_the_binding_is_the_size_of_each_change(base: Path, tmp_path: Path):
     folder = made(base, tmp_path / "a")
     model = load_bagel(base, adapters=[folder])
@@ -282,6 +290,7 @@ def test_targets_are_the_seven_matrices_of_an_expert(base: Path):
         lora.targets_of(model, ["gen", "q_proj_moe_genn"])
 
 
+@pytest.mark.slow
 def test_short_targets_mean_the_same_to_peft(base: Path):
     linear = lora.linear_modules(load_bagel(base))
     for wanted in (["gen"], ["und"], ["both"], ["vit"], ["connector"], ["language_model.model.layers.1.*"]):
@@ -309,6 +318,7 @@ def edited(folder: Path, key: str, change: object) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path):
     cases = {
         "lacks": lambda folder: edited(folder, "lora_B", None),
@@ -327,6 +337,7 @@ def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path):
         assert str(folder) in str(error.value) and "Fix:" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -226,6 +226,7 @@ def entry(name: str, start: int, stop: int) -> str:
     return f'"{name}":' + json.dumps({"dtype": "F32", "shape": shape, "data_offsets": [start, stop]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entries", "data", "said"),
     [

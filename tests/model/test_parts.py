@@ -31,6 +31,7 @@ def test_linear_layers_norms_and_embeddings_are_told_by_their_names(model):
                 assert said(whole) == expected, whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", ["visual_gen", "visual_und"])
 def test_what_is_left_out_is_what_a_smaller_model_has_not(golden, model, left_out):
     with torch.device("meta"):

@@ -33,6 +33,7 @@ def hidden(loop: TrainingLoop) -> torch.Tensor:
         return loop.engine.forward(pack, reader=StateReader.of_all(pack)).read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_hidden_states_are_those_of_the_rounded_matrices(
     options: dict[str, Any], tmp_path: Path, kind: str, double: bool
@@ -107,6 +108,7 @@ def test_memory_is_what_the_bits_say(golden: Path):
         assert saved == pytest.approx(4 - bytes_of_one, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_under_autocast_products_give_the_dtype_that_plain_ones_give(
     options: dict[str, Any], tmp_path: Path, kind: str
@@ -232,6 +234,7 @@ def test_modes_by_number(options: dict[str, Any]):
     assert asked == {None: None, 1: None, 2: "nf4", 3: "int8"}
 
 
+@pytest.mark.slow
 def test_adapters_load_over_a_quantised_base(options: dict[str, Any], tmp_path: Path):
     train_on(built(**options | {"lora_rank": 4, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}))
     for kind in ("nf4", "int8"):
@@ -241,6 +244,7 @@ def test_adapters_load_over_a_quantised_base(options: dict[str, Any], tmp_path: 
         assert len(names) == len(small) and names == expected_matrices(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
 def test_dora_over_int8_is_refused_and_over_nf4_it_binds(
     golden: Path, options: dict[str, Any], tmp_path: Path, stored: bool

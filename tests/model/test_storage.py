@@ -74,6 +74,7 @@ def write_pieces(
 # ---- reading
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_run_of_elements_is_read_however_the_tensor_is_cut(data: st.DataObject):
@@ -167,6 +168,7 @@ def test_a_file_that_is_cut_short_after_it_was_scanned_is_noticed(tmp_path: Path
 # ---- files that make no sense
 
 
+@pytest.mark.slow
 def test_every_cut_and_every_flipped_bit_of_a_header_is_refused_or_read_within_the_file(tmp_path: Path):
     """Never another error than the documented one, never a byte from outside of the data."""
     path = tmp_path / "a.safetensors"

@@ -57,6 +57,7 @@ def same(a, b) -> bool:
 # ---- bit-identical
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loaded", [None, torch.float32, torch.bfloat16])
 def test_load_save_load_is_bit_identical(golden, tmp_path, stored, loaded):
@@ -94,6 +95,7 @@ def test_a_trained_tensor_is_written_and_the_rest_keeps_its_bytes(golden, tmp_pa
     assert same(saved, source)
 
 
+@pytest.mark.slow
 def test_given_values_win_over_the_model_s(golden, tmp_path):
     model = load_bagel(golden / "model")
     average = {"connector.fc1.bias": torch.full((64,), 3.0)}

@@ -110,6 +110,7 @@ def test_a_truncated_extended_emptied_or_missing_file_is_named(checkpoint: Path,
     verify_checkpoint(checkpoint)
 
 
+@pytest.mark.slow
 def test_swapped_files_are_noticed(checkpoint: Path):
     """Passes when any two files of the checkpoint that change places are both named."""
     pairs = [(a, b) for i, a in enumerate(FILES) for b in FILES[i + 1 :] if "manifest.json" not in (a, b)]
@@ -272,6 +273,7 @@ def test_the_bomb_works(tmp_path: Path):
     assert (tmp_path / "fuse").exists()
 
 
+@pytest.mark.slow
 def test_resuming_runs_nothing_that_was_planted_in_a_checkpoint(options, tmp_path: Path):
     """Passes when a run resumes from a folder full of pickles that write a file, trains on, and there is no
     such file."""

@@ -148,6 +148,7 @@ def test_who_starts_anew_beside_an_earlier_run_is_told(tmp_path: Path, caplog: p
     ] == [True]
 
 
+@pytest.mark.slow
 def test_both_runs_are_whole_and_the_earlier_one_goes_on(options: dict[str, Any]):
     run = Path(options["output_dir"])
     train(options)
@@ -195,6 +196,7 @@ FAILING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False], ids=["over a finished run", "into a new folder"])
 @pytest.mark.parametrize("case", FAILING)
 def test_a_command_that_fails_or_only_tries_leaves_the_folder_as_it_was(
@@ -279,6 +281,7 @@ def test_files_that_no_run_left_are_refused_where_a_run_would_write_them(tmp_pat
     assert everything(tmp_path / "run")[name] == b'{"a": 1}'
 
 
+@pytest.mark.slow
 def test_the_heartbeats_of_a_start_become_those_of_the_run(options: dict[str, Any], monkeypatch):
     """While it starts they stand apart, where ``unigen watch`` finds them."""
     folder = Path(options["output_dir"])
@@ -305,6 +308,7 @@ def test_the_heartbeats_of_a_start_become_those_of_the_run(options: dict[str, An
 # ---- the lock
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_and_free_again_after_kill_9(options: dict[str, Any], tmp_path: Path):
     """Two runs into one folder: passes when the second is refused, touches nothing and names the first; after
     ``kill -9`` it may."""

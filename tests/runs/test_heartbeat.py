@@ -69,6 +69,7 @@ def _ranks_of(start, folder: Path, timeout: float, plans: list[list[tuple[int, s
     return children
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_reports_itself_and_ends(start, tmp_path: Path):
     """In Python: EXIT_HUNG; stderr and rank_0.stack.txt say rank, host, step, phase, seconds, and where."""
     (child,) = _ranks_of(start, tmp_path / "ranks", 1.0, [[(7, "data", "never_ends()")]])
@@ -183,6 +184,7 @@ def test_a_hung_process_ends_and_says_so_without_a_disk(start, tmp_path: Path):
     assert second.startswith("unigen: rank 0: step 7, phase data, hangs for ")
 
 
+@pytest.mark.slow
 def test_a_stop_is_not_in_the_way_of_the_report(start, tmp_path: Path):
     """A process that hangs with a signal asking it to stop still reports and ends."""
     (child,) = _ranks_of(start, tmp_path, 1.0, [[(7, "saving", "never_ends()")]])

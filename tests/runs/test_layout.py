@@ -46,6 +46,7 @@ def test_names_that_are_none_are_not_taken_for_one(name: str):
     assert not layout.is_earlier(name) and layout.rank_of(name) is None and layout.unfinished(name) is None
 
 
+@pytest.mark.slow
 def test_nobody_else_spells_them_out():
     """Texts for people may name them; a text that is a name, or the beginning of one, may not stand
     elsewhere."""
@@ -71,6 +72,7 @@ def test_nobody_else_spells_them_out():
     assert {(layout.MANIFEST, RUN_OPTIONS), (layout.CONFIG, layout.LOG)} <= set(OUTPUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["watch", "--once"], ["ckpt", "ls"]])
 def test_who_only_reads_a_run_needs_no_pytorch(command: list[str], tmp_path: Path):
     run = record(tmp_path / "run", 600)

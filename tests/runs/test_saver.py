@@ -290,6 +290,7 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path, slow_disk: threa
     )
 
 
+@pytest.mark.slow
 def test_what_was_published_before_is_not_told_again_while_the_next_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

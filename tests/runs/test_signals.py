@@ -29,6 +29,7 @@ PHASES = [
 # ---- the first signal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: signal.Signals(n).name)
 def test_a_signal_breaks_off_a_breakable_phase_at_once_and_only_asks_in_any_other(start, number: int):
     """Loading and data: Stopped within a second, out of a wait of a minute. The others, and between two
@@ -301,6 +302,7 @@ def test_in_another_thread_signals_stay_as_they_are_and_phases_are_tracked():
 # ---- processes of the run's own
 
 
+@pytest.mark.slow
 def test_a_forked_child_has_the_earlier_handlers_and_its_signals_do_not_reach_the_run(start):
     """SIGTERM ends a forked child as ever; the parent has not been asked to stop."""
     child = start("""
@@ -319,6 +321,7 @@ with SignalHandler() as stops:
     assert (code, out.split(), err) == (0, [str(-signal.SIGTERM), "False"], "")
 
 
+@pytest.mark.slow
 def test_a_worker_ignores_all_but_its_parent(start):
     """Signals from elsewhere pass a worker by, also those that come before it is ready; SIGTERM of its parent
     ends it, as Python's own exit needs it, and so does the parent's death."""

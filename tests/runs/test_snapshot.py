@@ -94,6 +94,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateLane:
     return lane
 
 
+@pytest.mark.slow
 def test_the_trainer_waits_before_it_changes_what_is_not_copied_yet(tmp_path: Path, late: LateLane):
     """``save`` returns while nothing is copied; ``settle`` does not before everything is; what is written is
     of the moment of the call."""

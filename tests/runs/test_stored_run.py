@@ -87,6 +87,7 @@ def test_its_checkpoints_load_as_models(run: Path, golden: Path):
     assert all(torch.equal(best[name], p) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_the_numbers_that_the_old_code_had(run: Path, golden: Path):
     """Losses, gradient norms, learning rates, places in the data and validation of steps 3 and 4, within
     1e-5."""

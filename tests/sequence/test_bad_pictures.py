@@ -102,6 +102,7 @@ def verdict(source: bytes | Path) -> str:
     return "decoded"
 
 
+@pytest.mark.slow
 def test_the_originals_are_sound() -> None:
     assert [verdict(data) for _, data in PICTURES] == ["decoded"] * len(PICTURES)
 
@@ -376,6 +377,7 @@ def test_headers_that_lie_about_size_or_pixels(capfd) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_there_are_as_many_cases_as_were_promised() -> None:
     assert sum(CASES.values()) >= 2000
 
@@ -390,6 +392,7 @@ def with_scans(data: bytes, scans: int) -> bytes:
     return data[:last] + data[last:-2] * scans + b"\xff\xd9"
 
 
+@pytest.mark.slow
 def test_scans_of_a_jpeg_are_counted_before_any_is_decoded():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8))
     ordinary = encoded(picture, "JPEG", progressive=True, quality=90)
@@ -403,6 +406,7 @@ def test_scans_of_a_jpeg_are_counted_before_any_is_decoded():
     assert error.value.code == "huge_picture"
 
 
+@pytest.mark.slow
 def test_the_scans_of_a_large_jpeg_count_by_its_pixels(monkeypatch: pytest.MonkeyPatch):
     picture = Image.new("RGB", (512, 512))
     data = with_scans(encoded(picture, "JPEG", progressive=True), 30)

@@ -236,6 +236,7 @@ def test_a_bomb_costs_less_than_a_sound_picture_and_50_mb(tmp_path: Path) -> Non
     assert sum(row[4] for row in rows) < 50e6, "together"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", ["exif", "many exif"])
 def test_exif_data_that_names_itself_many_times_costs_little(bomb: str) -> None:
     tags = [(0x100 + i, 7, 60_000, 8) for i in range(4900)]

@@ -130,6 +130,7 @@ def test_a_tracker_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog, mon
     assert warnings(caplog) == ["Tracker stillborn cannot start"] and len(log_lines(tmp_path)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["start", "log", "finish"])
 def test_a_client_that_hangs_holds_nothing_and_what_is_missing_is_counted(
     call: str, tracker, tmp_path: Path, caplog, monkeypatch
@@ -172,6 +173,7 @@ def test_drops_are_told_when_they_begin_and_counted_at_the_end(tracker, caplog, 
     assert f"{lost} of 100 calls were not sent" in caplog.messages[-1]
 
 
+@pytest.mark.slow
 def test_several_trackers_share_one_limit_at_the_end(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(background, "FINISH_S", 1.0)
     release = threading.Event()

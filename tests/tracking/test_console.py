@@ -53,6 +53,7 @@ def test_plain_lines_come_every_so_often_and_at_the_end():
     assert out[-1] == "hello"
 
 
+@pytest.mark.slow
 def test_the_time_left_leaves_out_the_first_step_and_the_steps_of_the_run_before():
     stream = StringIO()
     progress = Progress(1000, 100, 1, True, stream)

@@ -96,6 +96,7 @@ def test_a_resumed_run_shows_every_step_once(tmp_path: Path, cut: int):
 
 
 # The writer's own thread dies of a full disk, and says so.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_a_full_or_read_only_disk_does_not_take_comes_later_and_nothing_waits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
@@ -123,6 +124,7 @@ def test_what_a_full_or_read_only_disk_does_not_take_comes_later_and_nothing_wai
         assert [step for step, _ in curve(disk, "train/loss")] == list(range(1, 152))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_stays_full_holds_the_end_for_its_limit_only(tmp_path: Path, caplog, monkeypatch):
     monkeypatch.setattr(background, "FINISH_S", 0.5)

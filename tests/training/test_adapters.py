@@ -29,6 +29,7 @@ PEFT = ["--format", "peft"]
 LORA = {"lora_rank": 3, "lora_targets": ["both", "connector"], "train_also": ["time_embedder"], "ema": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
 def test_adapters_move_and_the_base_stays(options: dict[str, Any], variant: str):
     loop = built(options, LORA, lora_variant=variant, learning_rate=1e-3, max_steps=7)
@@ -46,6 +47,7 @@ def test_adapters_move_and_the_base_stays(options: dict[str, Any], variant: str)
     assert {"lora_A", "lora_B"} <= {name.split(".")[-3] for name in moved if is_adapter(name)}
 
 
+@pytest.mark.slow
 def test_adapters_begin_as_the_base_and_alike_on_every_start(options: dict[str, Any], tmp_path: Path):
     steps = {}
     for rank in (None, 3):
@@ -74,6 +76,7 @@ def test_the_usual_recipe_needs_one_option(options: dict[str, Any], caplog: pyte
     assert Config(**options).resolve().learning_rate == 1e-5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_adapter_alone_and_a_resume_goes_on_to_the_bit(
     options: dict[str, Any], tmp_path: Path
 ):
@@ -103,6 +106,7 @@ def test_a_checkpoint_is_the_adapter_alone_and_a_resume_goes_on_to_the_bit(
     assert adapter.base == options["model_path"] and adapter.rank == 3
 
 
+@pytest.mark.slow
 def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp_path: Path, capsys):
     options |= LORA | {"max_steps": 3, "learning_rate": 3e-3, "output_dir": str(tmp_path / "run")}
     loop = built(options)
@@ -142,6 +146,7 @@ def test_the_exports_are_the_model_that_was_trained(options: dict[str, Any], tmp
 VLLM = ["--weights", "raw", "--format", "vllm-omni"]
 
 
+@pytest.mark.slow
 def test_vllm_omni_gets_its_own_names_or_is_told_what_it_would_not_bind(
     options: dict[str, Any], tmp_path: Path, capsys
 ):
@@ -217,6 +222,7 @@ def test_names_that_mean_nothing_are_refused(options: dict[str, Any], given: dic
         built(options, {"lora_rank": 2}, given)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_same_adapters(options: dict[str, Any], tmp_path: Path):
     train(options, LORA, max_steps=1, save_steps=1)
     plain = {"lora_rank": None, "lora_targets": None, "train_also": None}
@@ -251,6 +257,7 @@ def test_names_that_could_not_do_what_is_asked_are_refused(
         built(options, {"lora_rank": 2}, given)
 
 
+@pytest.mark.slow
 def test_another_base_of_bits_is_told_on_a_resume(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -38,6 +38,7 @@ def break_data(loop: TrainingLoop, error: Exception, after: int) -> None:
     loop._batches = broken  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
@@ -62,6 +63,7 @@ def test_an_error_of_the_data_saves_the_last_finished_step(
     assert (run / "step_3").is_dir()
 
 
+@pytest.mark.slow
 def test_an_error_before_or_in_the_update_of_the_weights(options: dict[str, Any], tmp_path: Path):
     for place, saved in (("forward", ["step_1"]), ("step", [])):
         loop = built(options, output_dir=str(tmp_path / place))

@@ -18,6 +18,7 @@ from unigen.model.weights import load_bagel
 from unigen.training.answering import small_pictures
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_answers(options: dict[str, Any], records: Path):
     """Passes when the length of what the model describes, and the distance of what it edits, are what the
     inferencer's own answers give."""
@@ -47,6 +48,7 @@ def test_the_numbers_are_those_of_the_answers(options: dict[str, Any], records: 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_by_default_answers_take_a_tenth_of_the_time_at_most(
     options: dict[str, Any], records: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -71,6 +73,7 @@ def test_by_default_answers_take_a_tenth_of_the_time_at_most(
     assert loop.run.evaluation.answers.records == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -96,6 +99,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(
         built(options, {"val_data_path": str(records), "eval_samples": 2}, given)
 
 
+@pytest.mark.slow
 def test_every_metric_that_is_offered_gets_a_value(options: dict[str, Any], records: Path):
     """A number that decides on the best can be: psnr of edits alone, accuracy where a text is asked for."""
     loop = built(options, {"val_data_path": str(records), "eval_samples": 7})
@@ -105,6 +109,7 @@ def test_every_metric_that_is_offered_gets_a_value(options: dict[str, Any], reco
     assert {"eval/psnr/edit", "eval/anls/understand"} <= offered and "eval/psnr/understand" not in offered
 
 
+@pytest.mark.slow
 def test_the_direction_of_a_metric_is_its_own(options: dict[str, Any], records: Path):
     options |= {"val_data_path": str(records), "eval_samples": 7, "metric_for_best_model": "eval/anls/text"}
     assert built(options).run.evaluation.greater_is_better

@@ -35,6 +35,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
 def test_micro_batches_give_the_gradient_of_one_row(trainer: TrainingLoop, split: list[list[int]]):
     whole, wanted = step(trainer, [list(range(7))])

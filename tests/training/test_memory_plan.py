@@ -232,6 +232,7 @@ def counted(config: Config, model: BagelConfig, pack: Pack) -> tuple[MemoryPlan,
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learnt", [True, False])
 def test_targets_that_are_kept_are_counted_beside_those_that_are_learnt(learnt: bool):
     pytest.importorskip("peft")
@@ -331,6 +332,7 @@ def test_moments_of_an_earlier_run_count_once_in_what_a_resumed_one_says():
     assert moments > 1e9 and found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_took_and_what_was_planned(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):

@@ -426,6 +426,7 @@ def test_the_norm_of_bfloat16_gradients_is_taken_in_float32():
 # ---- the scale of float16 losses
 
 
+@pytest.mark.slow
 def test_the_scale_follows_pytorchs_rule(monkeypatch: pytest.MonkeyPatch):
     """Step by step the scale of ``torch.amp.GradScaler``, fed with the same overflows."""
     monkeypatch.setattr(LossScale, "INTERVAL", 5)

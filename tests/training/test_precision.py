@@ -219,6 +219,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     assert leg(4, precision="bf16") == ["bf16"]
 
 
+@pytest.mark.slow
 def test_the_scale_of_another_precision_is_not_taken_over(options: dict[str, Any]):
     """A run in float32 has the scale 1, which float16 would underflow with."""
     train(options, max_steps=1)

@@ -36,6 +36,7 @@ def a_row(model, folder: Path):
     return pack_blocks([blocks], tokenizer.special, model.config.geometry)
 
 
+@pytest.mark.slow
 def test_frozen_matrices_in_bfloat16_change_no_number_and_keep_their_stored_bytes(
     golden: Path, tmp_path: Path
 ) -> None:

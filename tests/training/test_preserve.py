@@ -58,6 +58,7 @@ def predicted(model: Any, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, model.velocities(gen[0][drawn]) if gen else torch.zeros(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_gradient_is_that_of_both_distances(way: str, options: dict[str, Any], records: Path):
     """Against definitions, without the labels' own losses: sum p (log p - log q) / labels, and the squared
@@ -97,6 +98,7 @@ def test_the_gradient_is_that_of_both_distances(way: str, options: dict[str, Any
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["whole", "dora"])
 def test_the_model_itself_is_at_no_distance(way: str, options: dict[str, Any]):
     steps = {}
@@ -126,6 +128,7 @@ def test_pieces_of_the_labels_are_all_of_them(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_samples_is_kept_and_those_of_other_data_alone(
     options: dict[str, Any], tmp_path: Path
 ):
@@ -150,6 +153,7 @@ def test_a_share_of_the_samples_is_kept_and_those_of_other_data_alone(
     assert loop.run.val_stream is None
 
 
+@pytest.mark.slow
 def test_the_log_holds_the_distances_apart(options: dict[str, Any], tmp_path: Path):
     loop = built(options, KEPT, max_steps=3, learning_rate=3e-3, batch_size=7)
     take_warm_up(loop)

@@ -77,6 +77,7 @@ def cost(model: Bagel, pack: Pack, policy: str, held: bool = False) -> tuple[int
     return held, watch.products - 3 * forward  # each product has two in its backward pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", ["nothing", "und", "vit"])
 @pytest.mark.parametrize("kind", ROWS)
 def test_gradients_are_those_without_checkpointing_to_the_bit(kind: str, freeze: str):
@@ -177,6 +178,7 @@ def test_an_understanding_half_that_learns_nothing_costs_no_backward_pass_and_no
     assert policy != "none" or wide > joint + weights
 
 
+@pytest.mark.slow
 def test_memory_lies_between_full_checkpointing_and_none():
     """With an MLP 5.3 times as wide as the model, as BAGEL's. Measured: full 0.22, selective 0.52 of what is
     held without checkpointing."""

@@ -73,6 +73,7 @@ def test_small_updates_add_up_as_in_float32(build: Any):
     assert low.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_matrices_are_held_in_bfloat16_and_the_losses_are_those_of_their_values(
     precision: str, options: dict[str, Any], tmp_path: Path

@@ -59,6 +59,7 @@ class Listener:
         self.heard.append(("text", name, step))
 
 
+@pytest.mark.slow
 def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Callable[..., SampleWriter]):
     """Passes when the folder holds what index.json says, two runs agree byte for byte, and the tracker hears
     of every piece."""
@@ -96,6 +97,7 @@ def test_every_prompt_is_answered_and_the_same_weights_answer_the_same(ready: Ca
     }
 
 
+@pytest.mark.slow
 def test_the_answers_are_those_of_the_inferencer(
     ready: Callable[..., SampleWriter], options: dict[str, Any], prompts: Path
 ):
@@ -166,6 +168,7 @@ def test_pictures_are_small_unless_the_model_draws_larger_ones_only(ready: Calla
     assert small_pictures(config, model).max_size == 192
 
 
+@pytest.mark.slow
 def test_the_training_goes_on_to_the_bit_as_without_samples(
     options: dict[str, Any], prompts: Path, tmp_path: Path
 ):
@@ -333,6 +336,7 @@ def test_what_ends_the_writing_leaves_no_half_folder(
     assert tracker.heard == []
 
 
+@pytest.mark.slow
 def test_when_samples_are_due(ready: Callable[..., SampleWriter]):
     sampler = ready(sample_steps=3)
     assert [step for step in range(1, 10) if sampler.pace.due(step, step == 4, last=False)] == [3, 6, 9]

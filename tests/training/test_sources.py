@@ -58,6 +58,7 @@ def test_a_resumed_run_with_waiting_samples_is_the_uninterrupted_one_to_the_bit(
         assert (parted / "step_8" / name).read_bytes() == (whole / "step_8" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(sources: dict[str, Any]):
     stream = built(sources).run.stream
     steps = stream.steps_in(0, 2)
@@ -72,6 +73,7 @@ def test_an_epoch_meets_each_drawing_once_and_the_questions_at_their_rate(source
     assert sum(met[i] for i in range(24, 29)) == 8 and max(met[i] for i in range(24, 29)) <= 2
 
 
+@pytest.mark.slow
 def test_a_source_has_its_own_picture_size(sources: dict[str, Any]):
     trainer = built(sources)
     _, blocks, _ = trainer.run.stream.mixture.outline(0, trainer.run.stream.mixture.key(0, 0))
@@ -89,6 +91,7 @@ def test_the_log_says_what_the_mix_is(sources: dict[str, Any], caplog: pytest.Lo
     assert "questions: 8 passes (25.0%) over 5 records" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["itself", "a link", "another source"])
 def test_a_file_that_is_read_twice_or_validated_on_is_told(
     options: dict[str, Any], records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str

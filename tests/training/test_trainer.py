@@ -65,6 +65,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
     assert "--compile on" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_logs_every_step_and_saves_what_the_model_loader_reads(
     options: dict[str, Any], small_model: Path
 ):
@@ -304,6 +305,7 @@ def test_resuming_with_other_data_is_refused(whole_run: dict[str, Any], records:
     assert_same_checkpoint(tmp_path / "run" / "step_12", Path(whole_run["output_dir"]) / "step_12")
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_all_records_is_told(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     stream = built(options).run.stream  # seven records, one in each packed sequence
@@ -523,6 +525,7 @@ def test_a_gradient_that_overflows_skips_the_step_too(options: dict[str, Any], s
     assert not any(name.startswith("exp_avg") for name in raw(run / "step_2" / "optimizer.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_trains_and_saves_nothing(options: dict[str, Any], capfd: pytest.CaptureFixture[str]):
     assert train(options, dry_run=True) == {}
     assert not Path(options["output_dir"]).exists()
@@ -559,6 +562,7 @@ def test_bad_records_can_be_left_out_while_they_are_few(options: dict[str, Any],
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "on_bad_record"), [(3, "error"), (3, "skip"), (110, "skip")])
 def test_a_picture_that_breaks_during_the_run(
     options: dict[str, Any], tmp_path: Path, count: int, on_bad_record: str
@@ -587,6 +591,7 @@ def test_a_picture_that_breaks_during_the_run(
         assert not list(run.glob("step_*"))
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_stops_nothing(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -19,6 +19,7 @@ from unigen.model.flow import training_time
 TAUGHT = ["text", "generate", "understand", "edit", "interleaved", "text", "generate"]
 
 
+@pytest.mark.slow
 def test_the_losses_by_task_and_by_time_are_those_of_their_records(options: dict[str, Any], records: Path):
     """Passes when they are the means over the tokens of the records with that task, and over those of times
     in that bin, computed record by record."""

@@ -207,6 +207,7 @@ def test_the_training_forward_keeps_no_lowered_copy_of_a_weight_and_sampling_doe
 TEXTS = [text("What is two and two?", "Four."), text("Say it twice.", "It. It.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "named"),
     [
@@ -282,6 +283,7 @@ def test_a_run_stops_at_losses_outside_of_its_band_and_goes_on_with_the_flag(
     assert train(options, more), "a run that goes on has other losses"
 
 
+@pytest.mark.slow
 def test_the_demo_s_and_other_random_weights_train_and_are_told(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -337,6 +339,7 @@ def test_latents_of_another_size_than_the_weights_end_a_run_before_anything_is_m
     assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_tensor_that_trains_and_that_no_loss_depends_on_stops_the_run(options: dict[str, Any]):
     trainer = built(options)
     lost = torch.nn.Parameter(torch.ones(3))
@@ -355,6 +358,7 @@ def test_tensors_without_gradient_are_named_but_for_the_a_of_adapters():
     assert still[0] == "vit_model" and len(still) == 2 and "connector.fc2.weight" in still[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacks", ["nothing", "pictures", "nothing, and llm2vae has moved"])
 def test_a_zero_gradient_has_its_true_reason(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, lacks: str

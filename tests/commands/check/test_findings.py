@@ -288,6 +288,7 @@ def fits(planner: Planner, record) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
     """Records cut, target tokens lost and records refused, against planners with those limits."""
     path = mixed(tmp_path, 60)
@@ -327,6 +328,7 @@ def test_a_limit_cuts_what_the_planner_cuts(tmp_path, golden):
     assert any(row["cut"] for row in rows) and rows[-1]["cut"] == rows[-1]["refused"] == 0
 
 
+@pytest.mark.slow
 def test_pictures_are_counted_with_their_sizes_and_tokens(tmp_path, planner):
     picture(tmp_path / "p" / "small.png", (700, 300))
     picture(tmp_path / "p" / "large.png", (1600, 1200))
@@ -475,6 +477,7 @@ def test_a_record_that_kills_its_process_is_named_and_the_rest_is_checked(tmp_pa
 # ---- the command
 
 
+@pytest.mark.slow
 def test_the_command_tells_clean_from_bad_from_impossible(tmp_path, capsys):
     """0 clean, 1 problems, 2 cannot run; --json prints one document and nothing else."""
     bad = write(tmp_path / "bad.jsonl", talk("q", "a"), '{"x": 1}', talk("q", "a"))
@@ -564,6 +567,7 @@ def test_data_without_a_record_is_a_problem_as_training_refuses_it(tmp_path, cap
     assert main(["check", str(tmp_path), "--num_workers", "0"]) == 0, "one of several may be empty"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_control_tokens_are_problems_in_whatever_text_they_stand(tmp_path, golden, workers):
     texts = [
@@ -631,6 +635,7 @@ def test_a_length_beyond_the_models_positions_is_refused(golden: Path):
         load_planner(golden / "model", DataOptions(max_sequence_length=longest + 1))
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_training_is_checked_source_by_source(tmp_path, capsys, golden):
     """Its fields, splits and sizes, validation and probe too; a file that two sources read alike counts once."""
     picture(tmp_path / "p.png")

@@ -309,6 +309,7 @@ def test_an_export_of_two_processes_is_the_weights_to_the_bit_and_loads(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 def test_the_export_of_a_real_run_is_what_the_run_ended_with(golden: Path, tmp_path: Path):
     """Passes when, after two steps with an average, raw and ema exports load as the trainer's own weights and
     average, to the bit."""
@@ -335,6 +336,7 @@ def test_the_export_of_a_real_run_is_what_the_run_ended_with(golden: Path, tmp_p
         assert same(dict(load_bagel(tmp_path / weights).named_parameters()), wanted)
 
 
+@pytest.mark.slow
 def test_bfloat16_rounds_to_nearest_and_float32_is_exact(golden: Path, golden_tensors, tmp_path: Path):
     mixed = {
         name: value.bfloat16() if i % 2 else value for i, (name, value) in enumerate(golden_tensors.items())
@@ -350,6 +352,7 @@ def test_bfloat16_rounds_to_nearest_and_float32_is_exact(golden: Path, golden_te
     assert next(load_bagel(tmp_path / "bfloat16").parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0.3e-3, 0.05e-3])
 def test_shards_are_no_larger_than_asked_and_load_the_same(
     whole: Path, golden_tensors, tmp_path: Path, limit: float
@@ -379,6 +382,7 @@ def test_shards_are_no_larger_than_asked_and_load_the_same(
     assert not list(out.glob("ema*index*")) and same(tensors_of(out), golden_tensors)
 
 
+@pytest.mark.slow
 def test_which_weights_a_checkpoint_has(golden_tensors, golden: Path, tmp_path: Path, capsys):
     """Passes when raw is refused of one that holds an average alone, and ema of a run without one gives the
     weights, and says so."""
@@ -463,6 +467,7 @@ def test_what_people_put_into_an_export_stays(whole: Path, tmp_path: Path, name:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", [False, True])
 def test_what_a_killed_export_left_is_swept_by_the_next(whole: Path, tmp_path: Path, replaced: bool):
     """Its draft goes; an earlier export that was set aside when the kill came has its name back first."""
@@ -565,6 +570,7 @@ def test_an_export_takes_the_memory_of_its_largest_tensor(tmp_path: Path):
 # ---- how the model is asked
 
 
+@pytest.mark.slow
 def test_an_export_is_asked_as_its_checkpoint_and_says_no_more_of_the_run(
     whole: Path, tmp_path: Path, golden: Path
 ):

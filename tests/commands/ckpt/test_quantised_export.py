@@ -63,6 +63,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
             assert value.dtype == wanted[name].dtype and torch.equal(value, wanted[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_a_loaded_export_is_the_model_that_loading_quantises(
     folders, small_model: Path, kind: str, double: bool
@@ -173,6 +174,7 @@ def ckpt_error(*words: object) -> str:
     return str(told.value)
 
 
+@pytest.mark.slow
 def test_other_programs_know_it(folders, small_model: Path, tmp_path: Path, capsys):
     """generate, plan and ckpt need no flag for it; a flag that contradicts it is refused."""
     folder = str(folders["nf4", True])
@@ -203,6 +205,7 @@ def test_other_programs_know_it(folders, small_model: Path, tmp_path: Path, caps
     assert "ema.safetensors has changed" in said and "vit_config.json is missing" in said
 
 
+@pytest.mark.slow
 def test_without_bitsandbytes_every_command_says_so_before_weights_are_read(
     folders, options: dict[str, Any], small_model: Path, tmp_path: Path, capsys, monkeypatch
 ):

@@ -80,6 +80,7 @@ def gray(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_split_is_stratified_disjoint_and_complete(digits):
     from sklearn.datasets import load_digits
 
@@ -176,6 +177,7 @@ def test_counts_balance_and_words(digits):
     assert words - set("0123456789") <= set(WORDS) and set(WORDS) - words == set()
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_other_seed_other_split(tmp_path):
     few = {task: 12 for task in TASKS}
     sets = [write_digits(tmp_path / str(k), seed=seed, per_epoch=few) for k, seed in enumerate([3, 3, 4])]
@@ -188,6 +190,7 @@ def test_same_seed_same_bytes_other_seed_other_split(tmp_path):
     assert not (sets[0].heldout_images == sets[2].heldout_images).all()
 
 
+@pytest.mark.slow
 def test_a_task_can_be_left_out(tmp_path):
     write_digits(tmp_path, per_epoch={task: 1 for task in TASKS})
     digits = write_digits(tmp_path, per_epoch={**{task: 1 for task in TASKS}, "add": 0})
@@ -200,6 +203,7 @@ def test_a_task_that_is_none_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_tasks_cover_every_format_and_parse_as_meant(digits):
     """With the project's own reader: which format, and which pieces are context (small letters) and targets
     (capitals)."""
@@ -247,6 +251,7 @@ def test_judge_reads_heldout_digits_at_any_size(digits, judge):
     assert judge.classify([]).shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edits", [["invert"], ["rotate"], ["invert", "rotate"], ["rotate", "rotate"]])
 def test_edit_is_right_only_when_it_is_this_digit_edited_so(digits, judge, edits):
     rng = np.random.default_rng(0)

@@ -192,6 +192,7 @@ def test_answers_about_other_pictures_are_not_taken_for_these(score_given, tmp_p
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

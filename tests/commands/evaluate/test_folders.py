@@ -77,6 +77,7 @@ def test_two_folders_are_compared_prompt_by_prompt(evaluate, detector, tmp_path)
     assert code == 2 and "holds other prompts" in said
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_null_and_the_exit_code_says_so(evaluate, detector, tmp_path):
     folder = write_folder(tmp_path / "drawn", [*WANTED, COLOURED])
     code, said = evaluate(folder, "--detector", detector)

@@ -145,6 +145,7 @@ def test_a_slow_server_is_left_at_the_deadline(server, path):
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.slow
 def test_waits_and_retries_end_by_the_deadline_as_well(server, monkeypatch):
     monkeypatch.setattr(fetch, "BACK_OFF", 0.2)
     start = time.monotonic()

@@ -70,6 +70,7 @@ def test_image_mode_draws_one_picture_of_the_size_asked_for(generate):
     assert "画一只猫" in page and page.count("<img") == 1
 
 
+@pytest.mark.slow
 def test_edit_mode_keeps_the_size_of_its_picture(generate, golden):
     code, _, _, out = generate(
         "--prompt", "Make it winter", "--image", str(golden / "input.png"), "--mode", "edit"
@@ -178,6 +179,7 @@ def test_the_page_says_what_made_the_answer_and_how_to_make_it_again(generate, g
     assert ("--seed" in command) and command[command.index("--prompt") + 1] == "a 'cat'"
 
 
+@pytest.mark.slow
 def test_the_seed_makes_it_repeatable(generate):
     drawn = []
     for seed in ("5", "5", "6"):

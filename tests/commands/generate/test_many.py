@@ -145,6 +145,7 @@ SCORERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORERS)
 def test_the_scorer_finds_every_picture(draw, name):
     code, said, out = draw(name)
@@ -193,6 +194,7 @@ def test_what_is_there_is_not_drawn_again_and_what_was_lost_is_the_same(draw, mo
     assert code == 2 and "--cfg_text_scale" in said and asked == [] and contents(other) == others
 
 
+@pytest.mark.slow
 def test_shards_draw_what_one_process_draws(draw):
     _, _, whole = draw("geneval", out="whole")
     for part in ("2/2", "1/2"):
@@ -219,6 +221,7 @@ def test_two_processes_draw_what_one_draws(draw, golden, tmp_path):
     assert contents(tmp_path / "out") == contents(whole)
 
 
+@pytest.mark.slow
 def test_thoughts_enter_where_the_scripts_put_them_and_are_kept(draw, monkeypatch):
     seen, real = [], Pieces.draw_in
 
@@ -236,6 +239,7 @@ def test_thoughts_enter_where_the_scripts_put_them_and_are_kept(draw, monkeypatc
     assert sorted(p.name for p in out.iterdir()) == [".unigen", "p0-0.txt", "p0-1.txt", "p0.png"]
 
 
+@pytest.mark.slow
 def test_one_seed_for_all_where_the_scripts_set_it_anew_for_each(draw):
     _, _, out = draw("gedit")
     first, second = (path for _, path in gedit(out))
@@ -284,6 +288,7 @@ def test_pictures_of_somebody_else_are_not_taken_for_ours(draw, tmp_path):
     assert code == 2 and "10.png that is not ours" in said and (out / "10.png").read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_pictures_of_other_pictures_are_not_taken_for_these(draw, tmp_path):
     assert draw("rise")[0] == 0
     before = contents(tmp_path / "out")

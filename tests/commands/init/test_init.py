@@ -51,6 +51,7 @@ def test_without_data_the_tokenizer_has_the_bytes_alone(tmp_path):
     assert len(tokenizer.encode("圆")) == 3 and tokenizer.decode(tokenizer.encode("圆")) == "圆"
 
 
+@pytest.mark.slow
 def test_its_own_folder_is_made_anew_and_no_other(tmp_path, data, capsys):
     folder = tmp_path / "own"
     sums = []

@@ -45,6 +45,7 @@ def plan(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_plan_in_both_languages_needs_config_files_alone(configs, capsys):
     asked = ["--model_path", str(configs), "--lora_rank", "64", "--gradient_checkpointing"]
     for language, fits in (("en", "fits, "), ("zh", "放得下")):
@@ -60,6 +61,7 @@ def test_a_plan_in_both_languages_needs_config_files_alone(configs, capsys):
     assert not [*configs.glob("*.safetensors")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("language", "page"), [("en", "plan.md"), ("zh", "plan.zh-CN.md")])
 def test_a_plan_with_changes_begins_with_the_run_that_was_asked_for(language, page, configs, capsys):
     """As the document shows it; the numbers of the changed run stand below its changes."""
@@ -78,6 +80,7 @@ def test_a_plan_with_changes_begins_with_the_run_that_was_asked_for(language, pa
     assert texts(language)["plan"]["as_asked"].partition("{")[0] not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_plan_as_json(configs, capsys):
     code, found = plan(capsys, "--model_path", str(configs), "--max_num_tokens", "4096", "--gpu_memory", "24")
     assert code == 1 and found["changes"] and found["asked_peak"] > 200e9
@@ -126,6 +129,7 @@ def changed(room: float, gpus: int = 1, **options) -> tuple[list[str], Config, b
     return [name for name, _ in found.changes], found.config, found.fits
 
 
+@pytest.mark.slow
 def test_what_fits_is_left_alone_and_what_does_not_gets_the_most_harmless_change():
     draws = {"freeze_und": True, "freeze_vit": True}
     assert changed(300, gradient_checkpointing=True) == (
@@ -147,6 +151,7 @@ def test_what_fits_is_left_alone_and_what_does_not_gets_the_most_harmless_change
     assert not fits and "nf4" in names
 
 
+@pytest.mark.slow
 def test_no_change_can_be_left_out(configs):
     """Each of the changes that are named is needed."""
     from unigen.commands.plan.changes import _tried
@@ -164,6 +169,7 @@ def test_no_change_can_be_left_out(configs):
         assert fewer is None or fewer.plan.peak > 40e9, step
 
 
+@pytest.mark.slow
 def test_a_recipe_of_what_fits_is_written_and_read(configs, capsys, tmp_path):
     recipe = tmp_path / "fits.yaml"
     asked = ["--model_path", str(configs), "--max_num_tokens", "8192", "--gpu_memory", "24GB"]
@@ -226,6 +232,7 @@ def test_gigabytes_as_people_write_them():
     ]
 
 
+@pytest.mark.slow
 def test_a_part_that_a_change_leaves_still_loses_its_rate(configs, capsys):
     rated = ["--learning_rate_vit", "1e-6", "--weight_decay_connector", "0.1"]
     asked = ["--model_path", str(configs), "--max_num_tokens", "4096", "--gpu_memory", "24"]

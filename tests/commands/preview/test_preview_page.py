@@ -273,6 +273,7 @@ def test_invisible_characters_have_names_and_visible_ones_stay():
     assert signs_named("a\u202eb <c>\n") == "a⟨RLO⟩b <c>\n"
 
 
+@pytest.mark.slow
 def test_a_page_of_five_large_samples_is_small(tmp_path, capsys):
     """Below 3 MB, with pictures that compress as badly as pictures can, and long texts."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8)
@@ -286,6 +287,7 @@ def test_a_page_of_five_large_samples_is_small(tmp_path, capsys):
     assert code == 0 and (tmp_path / "p.html").stat().st_size < 3_000_000
 
 
+@pytest.mark.slow
 def test_many_pictures_get_small_tiles_and_many_blocks_a_bare_mask(tmp_path, estimate):
     images = [Image(HOUSE) for _ in range(30)]
     view = look(record(*images, Text("a", target=True)), 0, estimate, RandomKey(42, 0, 0))

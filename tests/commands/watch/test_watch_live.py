@@ -79,6 +79,7 @@ def folder(tmp_path) -> Path:
     return record(tmp_path / "run", 120, ranks=2)
 
 
+@pytest.mark.slow
 def test_a_live_view_follows_the_run_and_the_window_and_leaves_no_trace(folder):
     """New steps are shown within a moment, a resize is obeyed, Ctrl-C restores the screen and prints the last
     frame, code 0."""

@@ -30,6 +30,7 @@ def test_a_picture_for_each_chart_of_one_run_and_of_several(folder: Path, tmp_pa
     assert one != two
 
 
+@pytest.mark.slow
 def test_files_of_others_stay_and_options_that_exclude_each_other_are_refused(folder: Path, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "loss.png").write_bytes(b"mine")

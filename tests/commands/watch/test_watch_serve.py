@@ -24,6 +24,7 @@ from unigen.config import UserError
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_page_follows_the_run_until_ctrl_c(tmp_path: Path):
     run = record(tmp_path / "run", 3, ranks=1)
     argv = [sys.executable, "-m", "unigen", "watch", str(run), "--serve", "--port", "0", "--interval", "7"]

@@ -227,6 +227,7 @@ def test_steps_may_lack_an_end():
     ) == (7, 7)
 
 
+@pytest.mark.slow
 def test_a_look_is_quick_and_needs_no_pytorch(folder, tmp_path):
     """Neither the terminal's view nor a page of small pictures imports PyTorch, PIL or pyarrow."""
     heavy = ["torch", "PIL", "pyarrow", "transformers"]
