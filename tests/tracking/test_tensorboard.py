@@ -121,7 +121,8 @@ def test_what_a_full_or_read_only_disk_does_not_take_comes_later_and_nothing_wai
         wait_for(lambda: sum("tensorboard cannot write" in message for message in caplog.messages) == 2)
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         tracker.finish()
-        assert [step for step, _ in curve(disk, "train/loss")] == list(range(1, 152))
+        # the point at which the disk was full may have been written whole, and comes again
+        assert list(dict(curve(disk, "train/loss"))) == list(range(1, 152))
 
 
 @pytest.mark.slow
