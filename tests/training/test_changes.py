@@ -57,7 +57,7 @@ def test_an_end_that_lies_behind_the_checkpoint_is_not_told():
 def test_other_names_in_trackers_are_told(tensorboard, old, lines, caplog: pytest.LogCaptureFixture):
     config = Config(**BEFORE, tensorboard=tensorboard)
     before = {name: value for name, value in config.to_dict().items() if not (old and name == "sample_kind")}
-    tell_changes(RUN, before, config, 100, (200, 200))
+    tell_changes(changes(RUN, before, config, 100, (200, 200)), RUN, before, config, 100)
     assert len(caplog.messages) == lines and all("train/loss for loss" in said for said in caplog.messages)
 
 
@@ -97,7 +97,8 @@ def test_every_option_has_its_sentence_once():
 def test_in_chinese_values_stay_and_effects_are_chinese(caplog: pytest.LogCaptureFixture):
     config = Config(**(BEFORE | {"max_steps": 120, "text_loss_weight": 2.0}))
     with speaking("zh"):
-        tell_changes(RUN, Config(**BEFORE).to_dict(), config, 100, (200, 120))
+        before = Config(**BEFORE).to_dict()
+        tell_changes(changes(RUN, before, config, 100, (200, 120)), RUN, before, config, 100)
     head, rate, weight = caplog.messages
     assert "run/step_100" in head and "参数" in head
     assert rate.startswith("  max_steps 200 -> 120") and "120" in rate.partition("训练在第")[2]

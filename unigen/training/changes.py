@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import permutations
 from pathlib import Path
@@ -145,15 +145,10 @@ def changes(
 
 
 def tell_changes(
-    folder: Path,
-    before: Mapping[str, Any],
-    now: Config,
-    step: int,
-    totals: tuple[int | None, int],
-    same: Mapping[str, bool | None] = MappingProxyType({}),
+    lines: Sequence[str], folder: Path, before: Mapping[str, Any], now: Config, step: int
 ) -> None:
-    """Logs :func:`changes`, and whether trackers get other names than before. Raises UserError as it does."""
-    if lines := changes(folder, before, now, step, totals, same):
+    """Logs the ``lines`` of :func:`changes`, and whether trackers get other names than before."""
+    if lines:
         log.warning("Other options than in %s:", folder)
         for line in lines:
             log.warning("  %s", line)

@@ -166,8 +166,7 @@ def restore(run: Run, folder: Path, states: dict[str, Any], same_base: bool | No
         run.guard.good = run.saver.good = folder.name
     log.info("Resumed from %s at step %d", folder, run.position.step)
     totals = state.get("total_steps"), run.total_steps
-    compared = folder, states[layout.OPTIONS], run.config, run.position.step, totals, same
+    compared = folder, states[layout.OPTIONS], run.config, run.position.step
+    lines = changes(*compared, totals, same)  # what is refused is refused by all
     if run.engine.main:
-        tell_changes(*compared)
-    else:
-        changes(*compared)  # what is refused is refused by all
+        tell_changes(lines, *compared)
