@@ -83,6 +83,20 @@ def no_slow_machine_says_so(request: pytest.FixtureRequest, monkeypatch: pytest.
         monkeypatch.setattr(bars, "QUIET", 300.0)
 
 
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN takes the products of all linear layers, of any size, as on an AMD processor those of large
+    ones."""
+    import torch
+
+    from unigen.model import products
+
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "WORTH", 0)
+    monkeypatch.setattr(products, "AVX512_IS_LEFT", True)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of reference numbers (see its README)."""

@@ -77,6 +77,11 @@ def test_the_reference_s_numbers_are_ours(golden):
         assert any(part in line for line in lines), part
 
 
+@pytest.mark.slow
+def test_the_reference_s_numbers_are_ours_by_onednn(golden, by_onednn, compare, capsys):
+    assert compare([str(golden)]) == 0, capsys.readouterr().out
+
+
 def test_a_folder_without_a_model_is_explained(tmp_path, compare, capsys):
     with pytest.raises(SystemExit) as stopped:
         compare([str(tmp_path)])

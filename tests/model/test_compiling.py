@@ -37,8 +37,12 @@ def rows(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "freeze_und"), [("full", False), ("none", True)])
-def test_compiled_layers_give_the_same_numbers_and_few_versions(policy, freeze_und):
+@pytest.mark.parametrize(
+    ("policy", "freeze_und", "onednn"), [("full", False, False), ("none", True, False), ("none", False, True)]
+)
+def test_compiled_layers_give_the_same_numbers_and_few_versions(policy, freeze_und, onednn, request):
+    if onednn:
+        request.getfixturevalue("by_onednn")
     torch._dynamo.reset()
     model = tiny.build().train()
     tiny.wrap(model, policy, freeze_und)

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 import unigen.model.sdpa
 from unigen.model.bagel import Bagel
 from unigen.model.mot import EXPERTS
+from unigen.model.products import OPERATIONS
 from unigen.sequence.types import Kind, Pack
-from unigen.training.recompute import KEPT, PRODUCTS, _Keep, recompute_layers, recomputed
+from unigen.training.recompute import KEPT, _Keep, recompute_layers, recomputed
 
 
 def row(model: Bagel, kinds: tuple[Kind, ...], samples: int = 2) -> Pack:
@@ -60,7 +61,7 @@ class Watch(Held):
     products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += func in PRODUCTS
+        self.products += func in OPERATIONS
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -114,6 +115,18 @@ def test_a_model_without_a_part_has_the_same_gradients(part: str):
     wanted, found = learn(model, pack, "none")[1], learn(model, pack, "selective")[1]
     for name, gradient in wanted.items():
         assert gradient is not None and torch.equal(found[name], gradient), name
+
+
+def test_products_by_onednn_have_their_marks_too(by_onednn: None):
+    """Selective checkpointing keeps the same of them; the last product of a part is repeated, too."""
+    model = tiny.build()
+    pack = row(model, ROWS["mixed"])
+    wanted, found = learn(model, pack, "none")[1], learn(model, pack, "selective")[1]
+    assert all(torch.equal(found[name], g) for name, g in wanted.items() if g is not None)
+    repeated = {policy: cost(model, pack, policy)[1] for policy in ("none", "full", "selective")}
+    full, selective = (repeated[policy] - repeated["none"] for policy in ("full", "selective"))
+    decoder, vit = 3, 2  # layers
+    assert (full, selective) == (decoder * 14 + vit * 6, decoder * 8 + vit * 2)
 
 
 def test_under_autocast_too():

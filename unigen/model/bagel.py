@@ -22,7 +22,7 @@ from unigen.model.attention import Attention, prepare_attention
 from unigen.model.codec import Codec, encode_all
 from unigen.model.config import BagelConfig
 from unigen.model.kv_cache import Cache
-from unigen.model.layers import Connector, PositionTable, TimeEmbedder, activation
+from unigen.model.layers import Connector, Linear, PositionTable, TimeEmbedder, activation
 from unigen.model.mot import LanguageModel
 from unigen.model.parts import GEN, is_embedding, is_generation_expert, is_table, writes_into_residual
 from unigen.model.sdpa import Halves, Rows, join_halves
@@ -65,8 +65,8 @@ class Bagel(nn.Module):
         self.language_model = LanguageModel(config.llm, config.visual_gen)
         if config.visual_gen:
             self.time_embedder = TimeEmbedder(width)
-            self.vae2llm = nn.Linear(config.patch_dim, width)
-            self.llm2vae = nn.Linear(width, config.patch_dim)
+            self.vae2llm = Linear(config.patch_dim, width)
+            self.llm2vae = Linear(width, config.patch_dim)
             self.latent_pos_embed = PositionTable(config.max_latent_size, width)
         if config.visual_und:
             self.vit_model = VisionModel(config.vit, activation(config.vit.hidden_act))

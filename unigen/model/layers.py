@@ -13,32 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS, LARGE = 64, 1 << 17
-"""On a CPU a product of at most so many rows with a matrix of at least so many numbers goes to oneDNN."""
+from unigen.model.products import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, whose products of few rows (a token that is being written) take half the time on a CPU
-    in evaluation without gradients.
-
-    PyTorch's own choice there, MKL, reads the weights at a third of the memory's speed; the operation called
-    instead is the one that ``torch.compile`` chooses on a CPU.
-    """
+    """``nn.Linear``, by whatever computes its products in the least time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, inputs] -> [n, outputs]."""
-        # The number of rows is looked at last: while a compiler traces, that would make a version of its own
-        # for few rows.
-        plain = not self.training and x.is_cpu and _plain() and x.dtype == self.weight.dtype == torch.float32
-        if plain and x.ndim == 2 and self.weight.numel() >= LARGE and 0 < x.shape[0] <= FEW_ROWS:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-
-def _plain() -> bool:
-    """Is nothing to be recorded, cast or traced here?"""
-    busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return not busy and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        """[..., inputs] -> [..., outputs]."""
+        return linear(x, self.weight, self.bias)
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
@@ -107,7 +90,7 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(frequencies, width), nn.SiLU(), Linear(width, width))
         self.frequencies, self.max_period = frequencies, max_period
 
     def forward(self, t: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unigen.model.products import linear
+
 GROUPS = 32  # of the norms
 
 
@@ -55,7 +57,7 @@ class PixelAttention(nn.Module):
 def _at_each_place(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of single places, [B, places, C] -> the same: fused attention wants the numbers of a
     place side by side."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class Downsample(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from unigen.model.attention import Attention, picture_attention
-from unigen.model.layers import embedding
+from unigen.model.layers import Linear, embedding
 from unigen.sequence.grid import to_unit
 
 
@@ -16,7 +16,7 @@ class VitAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
         """``x`` [N, width] -> [N, width], before ``out_proj``."""
@@ -27,9 +27,9 @@ class VitAttention(nn.Module):
 class VitMLP(nn.Module):
     def __init__(self, width: int, inner: int, activation: nn.Module):
         super().__init__()
-        self.fc1 = nn.Linear(width, inner)
+        self.fc1 = Linear(width, inner)
         self.activation = activation
-        self.fc2 = nn.Linear(inner, width)
+        self.fc2 = Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -57,7 +57,7 @@ class VitEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         side = config.image_size // config.patch_size
-        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.patch_embedding = Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = embedding(side * side, config.hidden_size)
 
     def forward(self, patches: Tensor, position: Tensor) -> Tensor:

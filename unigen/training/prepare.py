@@ -18,6 +18,7 @@ from unigen.model.bagel import Bagel
 from unigen.model.compiling import CompiledLayers
 from unigen.model.lora import add_adapter, take_inputs_as_they_are, targets_of, whole_of
 from unigen.model.parts import GEN, is_frozen, rated_part
+from unigen.model.products import linear
 from unigen.model.quantise import is_quantised, need_backend, quantise_layers
 from unigen.training.recompute import recompute_layers
 
@@ -175,7 +176,7 @@ def widen(model: Bagel) -> None:
 
 
 def _widened(module: torch.nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, module.weight.float(), None if module.bias is None else module.bias.float())
+    return linear(x, module.weight.float(), None if module.bias is None else module.bias.float())
 
 
 def hold_understanding(model: Bagel) -> None:

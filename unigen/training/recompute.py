@@ -17,9 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from unigen.model.bagel import Bagel
-
-PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
-"""What a linear layer runs on a packed sequence."""
+from unigen.model.products import OPERATIONS
 
 KEPT = {"before": (True, False, False), "after": (True, False, True, False)}
 """Which matrix products of a decoder layer's two parts stay in memory, about every second: q, k, v; o, gate,
@@ -104,7 +102,7 @@ class _Keep:
     def __call__(
         self, ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
     ) -> CheckpointPolicy:
-        if op not in PRODUCTS:
+        if op not in OPERATIONS:
             return CheckpointPolicy.PREFER_RECOMPUTE
         number = self.seen[ctx.is_recompute]
         most = len(self.kept)
