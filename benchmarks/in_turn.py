@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unigen.model.products import linear
+
 TOLERANCE = 1e-4
 PLAIN = "plain"
 
@@ -82,9 +84,10 @@ def product_side(small: bool) -> int:
 
 
 def product_rate(side: int, repeats: int = 3) -> float:
-    """FLOP/s of a float32 matrix product of ``side``-cubed on this machine, the median of some."""
+    """FLOP/s of a float32 matrix product of ``side``-cubed on this machine, by what the model's linear layers
+    take there, the median of some."""
     a, b = torch.randn(side, side), torch.randn(side, side)
-    return 2 * side**3 / statistics.median(_seconds(lambda: a @ b) for _ in range(repeats))
+    return 2 * side**3 / statistics.median(_seconds(lambda: linear(a, b)) for _ in range(repeats))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -142,15 +142,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
 def see(model: Bagel, patches: Tensor, position: Tensor, lengths: Sequence[int]) -> Tensor:
     """The ViT, one picture's attention after another, and the connector: patches [N, values] -> [N, D]."""
     vit = model.vit_model.vision_model
-    x = vit.embeddings.patch_embedding(patches) + vit.embeddings.position_embedding(position)
+    x = linear(vit.embeddings.patch_embedding, patches) + vit.embeddings.position_embedding(position)
     for layer in vit.encoder.layers:
         block, h = layer.self_attn, layer.layer_norm1(x)
-        made = (f(h).unflatten(1, (block.heads, -1)) for f in (block.q_proj, block.k_proj, block.v_proj))
+        made = (
+            linear(f, h).unflatten(1, (block.heads, -1)) for f in (block.q_proj, block.k_proj, block.v_proj)
+        )
         q, k, v = (x.split(list(lengths)) for x in made)
         y = torch.cat([attention(*picture) for picture in zip(q, k, v, strict=True)])
-        x = x + block.out_proj(y.reshape(len(x), -1))
-        x = x + layer.mlp.fc2(layer.mlp.activation(layer.mlp.fc1(layer.layer_norm2(x))))
-    x = model.connector.fc2(model.connector.activation(model.connector.fc1(vit.post_layernorm(x))))
+        x = x + linear(block.out_proj, y.reshape(len(x), -1))
+        inner = layer.mlp.activation(linear(layer.mlp.fc1, layer.layer_norm2(x)))
+        x = x + linear(layer.mlp.fc2, inner)
+    x = model.connector.activation(linear(model.connector.fc1, vit.post_layernorm(x)))
+    x = linear(model.connector.fc2, x)
     return x + model.vit_pos_embed.pos_embed[position]
 
 
@@ -158,12 +162,13 @@ def time_features(model: Bagel, t: Tensor) -> Tensor:
     """Times [M] -> [M, D]."""
     frequencies = torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(10000.0)))
     angles = t[:, None] * frequencies
-    return model.time_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+    first, activation, second = model.time_embedder.mlp
+    return linear(second, activation(linear(first, torch.cat([angles.cos(), angles.sin()], dim=-1))))
 
 
 def latent_tokens(model: Bagel, x_t: Tensor, t: Tensor, position: Tensor) -> Tensor:
     """Latent tokens [M, patch_dim] at times [M] and places [M] of the position table -> [M, D]."""
-    return model.vae2llm(x_t) + time_features(model, t) + model.latent_pos_embed.pos_embed[position]
+    return linear(model.vae2llm, x_t) + time_features(model, t) + model.latent_pos_embed.pos_embed[position]
 
 
 # ---- training
@@ -263,8 +268,10 @@ def losses(model: Bagel, row: Row) -> tuple[Tensor, Tensor]:
         return torch.cat([attention(*qkv, attn_mask=mask) for *qkv, mask in samples])
 
     hidden = decode(model, x, row.position, At(torch.cat([row.text, row.vit]), row.vae), attend)
-    ce = F.cross_entropy(model.language_model.lm_head(hidden[row.labelled]), row.labels, reduction="none")
-    velocity = model.llm2vae(hidden[row.vae[row.noised]])
+    ce = F.cross_entropy(
+        linear(model.language_model.lm_head, hidden[row.labelled]), row.labels, reduction="none"
+    )
+    velocity = linear(model.llm2vae, hidden[row.vae[row.noised]])
     mse = (velocity - (row.noise - row.clean)[row.noised]) ** 2
     return ce.sum(), mse.mean(dim=-1).sum()
 
@@ -364,7 +371,7 @@ def answer(model: Bagel, special: SpecialIds, ids: Sequence[int], max_tokens: in
     add_text(model, special, past, ids)
     while len(written) < max_tokens:
         written.append(token)
-        logits = model.language_model.lm_head(feed(model, past, [token]))
+        logits = linear(model.language_model.lm_head, feed(model, past, [token]))
         token = int(logits[0].argmax())
         if token == special.text_end:
             break
@@ -408,4 +415,6 @@ def draw(model: Bagel, special: SpecialIds, ids: Sequence[int], picture: Any, ho
 def velocity(model: Bagel, past: Past, tokens: Tensor, at: At) -> Tensor:
     """The velocities [M, patch_dim] of a picture's embedded tokens in one context, which stays as it is."""
     position = torch.full((len(tokens),), past.position)
-    return model.llm2vae(decode(model, tokens, position, at, past.attend(causal=False, keep=False)))[at.gen]
+    return linear(model.llm2vae, decode(model, tokens, position, at, past.attend(causal=False, keep=False)))[
+        at.gen
+    ]

@@ -93,6 +93,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "FEW_ROWS", 0)
     monkeypatch.setattr(products, "WORTH", 0)
     monkeypatch.setattr(products, "AVX512_IS_LEFT", True)
 

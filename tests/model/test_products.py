@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 import tiny_model as tiny
@@ -73,6 +75,7 @@ def test_values_and_gradients_are_those_of_pytorch(
     bias = numbers(outputs, seed=3) if with_bias else None
     grad = torch.ones(()).expand(*shape, outputs) if same else numbers(*shape, outputs, seed=4)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "FEW_ROWS", 0)
         patch.setattr(products, "WORTH", 0)
         patch.setattr(products, "AVX512_IS_LEFT", True)
         found = outcome(products.linear, x, weight, bias, learn, grad)
@@ -112,17 +115,33 @@ def test_only_float32_outside_of_autocast_goes_there(by_onednn: None, calls: lis
     assert calls == [(3, 8)]
 
 
-def test_on_other_processors_few_rows_without_gradients_go_there(
-    monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]
-):
-    monkeypatch.setattr(products, "AVX512_IS_LEFT", False)
-    large, small = Linear(512, 256), Linear(512, 255)
+@pytest.mark.parametrize("left", [True, False])
+def test_which_products_go_there(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]], left: bool):
+    """Of few rows those with a large matrix; of more, where MKL leaves AVX-512, those with a smaller one."""
+    monkeypatch.setattr(products, "AVX512_IS_LEFT", left)
+    large, small, tiny_one = Linear(512, 256), Linear(128, 256), Linear(128, 255)
     with torch.no_grad():
-        for rows in (1, 64, 65):
-            large(numbers(rows, 512))
-        small(numbers(1, 512))
+        for layer in (large, small, tiny_one):
+            for rows in (1, 64, 65):
+                layer(numbers(rows, layer.in_features))
     large(numbers(1, 512))
-    assert calls == [(1, 512), (64, 512)]
+    many = [(65, 512), (65, 128), (1, 512)]
+    assert calls == ([(1, 512), (64, 512), *many] if left else [(1, 512), (64, 512)])
+
+
+def test_memory_does_not_grow_with_every_new_number_of_rows():
+    """In a process of its own: what has its place in memory now is measured."""
+    code = (
+        "import torch\nfrom pathlib import Path\nfrom unigen.model import products\n"
+        "def resident(): return int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "weight, x = torch.zeros(256, 256), torch.zeros(900, 256)\n"
+        "for rows in range(100, 200): products.product(x[:rows], weight)\n"
+        "before = resident()\n"
+        "for rows in range(200, 900): products.product(x[:rows], weight)\n"
+        "print((resident() - before) / 2**20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 50
 
 
 @pytest.mark.parametrize(("capability", "vendor"), [("AVX2", "AuthenticAMD"), ("AVX512", "GenuineIntel")])

@@ -8,12 +8,15 @@ half the time (``benchmarks/RESULTS.md``).
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FEW_ROWS, LARGE = 64, 1 << 17
-"""On any CPU a product of at most so many rows with a matrix of at least so many numbers goes to oneDNN."""
+"""On any CPU a product of at most so many rows with a matrix of at least so many numbers goes to oneDNN,
+where nothing learns. (MKL is done with a smaller one before a second thread has begun.)"""
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -34,8 +37,13 @@ def vendor() -> str:
 
 AVX512_IS_LEFT = avx512_is_left()
 WORTH = 1 << 15
-"""A matrix has at least so many numbers where oneDNN is faster for any number of rows, although each new
-number of rows costs it some 0.3 ms once."""
+"""A matrix has at least so many numbers where oneDNN is faster for more rows, although each new number of
+rows costs it some 0.3 ms once."""
+
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # PyTorch and oneDNN each have one
+    os.environ.setdefault(_cache, "64")
+"""So many products are kept, compiled for their number of rows, some 0.5 MB each: more than a layer has.
+Sequences have ever new lengths, and the 1,024 that are the default would fill a GB."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,9 +109,8 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     traced = torch.compiler.is_compiling()
     if not ONEDNN or not (traced or torch.backends.mkldnn.enabled) or x.numel() == 0:
         return False
+    # The number of rows is not looked at while a compiler traces: few would be a version of their own.
+    few = not traced and x.numel() <= FEW_ROWS * x.shape[-1]
     if AVX512_IS_LEFT:
-        return weight.numel() >= WORTH
-    # The number of rows is looked at last: while a compiler traces, that would make a version of its own for
-    # few rows.
-    plain = not (torch.is_grad_enabled() or traced) and x.ndim == 2
-    return plain and weight.numel() >= LARGE and x.shape[0] <= FEW_ROWS
+        return weight.numel() >= (LARGE if few else WORTH)
+    return few and weight.numel() >= LARGE and not torch.is_grad_enabled()
