@@ -141,7 +141,7 @@ def test_memory_does_not_grow_with_every_new_number_of_rows():
         "print((resident() - before) / 2**20)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 50
+    assert float(done.stdout) < 120  # MiB; with the default capacity 470
 
 
 @pytest.mark.parametrize(("capability", "vendor"), [("AVX2", "AuthenticAMD"), ("AVX512", "GenuineIntel")])
